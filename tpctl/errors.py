@@ -1,0 +1,47 @@
+"""The errors a user can cause or meet.
+
+Every message is one line that says what is wrong, both numbers where two disagree, and what to do. The command
+line prints the message and exits with the error's ``exit_code``; it never shows a traceback for these.
+"""
+
+from __future__ import annotations
+
+
+class TpctlError(Exception):
+    """Base of every error that is the world's fault, not the program's."""
+
+    exit_code = 1
+
+
+class UsageError(TpctlError):
+    """The command line itself is wrong (an option's value, two options that exclude each other)."""
+
+    exit_code = 2
+
+
+class SourceError(TpctlError):
+    """A model could not be found, reached or read."""
+
+
+class CheckpointError(TpctlError):
+    """A checkpoint's files contradict each other, its config, or the safetensors format."""
+
+
+class UnsupportedModelError(TpctlError):
+    """The config names an architecture, activation or RoPE kind that tpctl does not know."""
+
+
+class PartitionError(TpctlError):
+    """A tensor-parallel size that the model cannot be cut into."""
+
+
+class ShardFolderError(TpctlError):
+    """A shard folder is incomplete, altered, or made for another tensor-parallel size."""
+
+
+class RequestError(TpctlError):
+    """One request cannot be served (too long, bad sampling field); other requests go on."""
+
+
+class EngineError(TpctlError):
+    """The workers could not start, or one of them failed."""
