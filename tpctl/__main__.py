@@ -1,0 +1,3 @@
+from tpctl.cli.app import main
+
+main()

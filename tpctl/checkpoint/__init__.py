@@ -1,0 +1,1 @@
+"""Bytes in and out: safetensors files, checkpoint folders, the Hub, GGUF. No torch."""

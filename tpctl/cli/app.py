@@ -1,0 +1,70 @@
+"""The ``tpctl`` command: registers one function per command and turns errors into one line and an exit code.
+
+Command modules import only the standard library, Typer and torch-free parts of tpctl at their top, so that
+``tpctl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from tpctl import __version__
+from tpctl.errors import TpctlError
+
+app = typer.Typer(
+    name="tpctl",
+    help="Shard checkpoints and run tensor-parallel inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tpctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+def _register() -> None:
+    from tpctl.cli import batch, chat, download, inspect_shards, shard
+
+    app.command("download")(download.download)
+    app.command("shard")(shard.shard)
+    app.command("inspect-shards")(inspect_shards.inspect_shards)
+    app.command("chat")(chat.chat)
+    app.command("batch")(batch.batch)
+
+
+_register()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except TpctlError as error:
+        print(f"tpctl: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("tpctl: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The serving engine: scheduler and KV cache manager (no torch), model runner, sampler, worker."""

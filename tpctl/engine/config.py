@@ -1,0 +1,50 @@
+"""Everything a worker needs to know to start. Torch-free: the command line writes it, every rank reads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Attributes:
+        shard_dir: a shard folder cut for ``tp_size`` ranks.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: ``"auto"`` (as stored; float16 runs as float32 on a CPU), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        max_model_len: longest prompt plus answer in tokens; ``None`` takes the model's own limit, lowered to what
+            the KV cache holds.
+        max_num_seqs: sequences computed together at most.
+        max_num_batched_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
+        block_size: tokens in a KV block; ``None`` lets the attention backend choose.
+        kv_cache_memory: bytes of KV cache per rank; ``None`` measures what is free.
+        gpu_memory_utilization: share of a GPU's memory that weights, activations and KV cache may take together.
+        attention_backend: ``"auto"`` or a backend's name.
+        enforce_eager: capture no CUDA graphs.
+        enable_prefix_caching: share the KV blocks of equal prefixes.
+    """
+
+    shard_dir: Path
+    tp_size: int
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int | None = None
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    attention_backend: str = "auto"
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({**asdict(self), "shard_dir": str(self.shard_dir)}), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> EngineConfig:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**values, "shard_dir": Path(values["shard_dir"])})

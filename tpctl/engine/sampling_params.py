@@ -1,0 +1,102 @@
+"""How one request wants its tokens chosen. Torch-free: the command line builds it, every rank reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tpctl.errors import RequestError
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling settings of one request.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above 0 the logits are divided by it.
+        top_k: keep the ``top_k`` likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens whose probabilities first reach ``top_p``; 1 keeps all.
+        min_p: keep tokens at least ``min_p`` times as likely as the likeliest; 0 keeps all.
+        repetition_penalty: logits of tokens that already occur are divided (positive) or multiplied (negative) by it.
+        seed: the request's randomness is a function of (seed, position) alone. 63 bits.
+        max_tokens: how many tokens to generate at most.
+        ignore_eos: go on after an end-of-sequence token.
+        stop_token_ids: tokens that end the answer, besides the model's own.
+        logprobs: report the log-probability of the chosen token and of this many likeliest ones; ``None`` reports none.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_tokens: int = 256
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps every token)")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        wanted = self.logprobs
+        _check("logprobs", wanted, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary that ``from_dict`` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from JSON values, checking names and types.
+
+        Raises:
+            RequestError: a name is unknown, or a value has the wrong type or range.
+        """
+        known = {f.name: f for f in fields(cls)}
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in known:
+                raise RequestError(f"unknown sampling field {name!r}; known: {', '.join(sorted(known))}")
+            checked[name] = _typed(name, value)
+        return cls(**checked)
+
+
+_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty"}
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name == "ignore_eos":
+        good = isinstance(value, bool)
+    elif name == "stop_token_ids":
+        good = isinstance(value, list | tuple) and all(_is_int(v) for v in value)
+        value = tuple(value) if good else value
+    elif name in _FLOATS:
+        good = isinstance(value, float) or _is_int(value)
+        value = float(value) if good else value
+    else:
+        good = _is_int(value) or (name == "logprobs" and value is None)
+    if not good:
+        raise RequestError(f"{name} is {value!r}, which is not of the right type")
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(name: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:  # a NaN fails every comparison and lands here too
+        raise RequestError(f"{name} is {value}, but must be {wanted}")

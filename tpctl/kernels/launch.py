@@ -1,0 +1,29 @@
+"""What the launchers share: launch options and facts about the device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+_PDL: dict[str, Any] = {"launch_pdl": True}
+_PLAIN: dict[str, Any] = {}
+
+
+def launch_options(pdl: bool) -> dict[str, Any]:
+    """Launch keywords for a kernel that calls `gdc_wait` when its constexpr PDL is set."""
+    return _PDL if pdl else _PLAIN
+
+
+@functools.lru_cache(maxsize=32)
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 4 for the CPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def next_power_of_2(value: int) -> int:
+    """The least power of two that is at least `value` (value >= 1)."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,1 @@
+"""The layers of a tensor-parallel decoder, one idea a file."""

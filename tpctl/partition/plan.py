@@ -1,0 +1,202 @@
+"""The partition plan: for every rank and stored tensor, which rectangle of which source tensor lands where.
+
+The sharder, the loader, merge, reshard, verify, the inspector, the memory planner and the layers' local shapes all
+read this one object. Nothing else computes an offset, divides a head count or pads a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from tpctl.errors import CheckpointError, PartitionError
+from tpctl.partition.split import HeadShare, Range, Rule, TensorSplit, source_shapes, split_heads
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of a source tensor and its place in the stored one.
+
+    ``start`` is the rectangle's first index in the source, ``at`` its first index in the stored tensor; both and
+    ``shape`` have the tensor's rank.
+    """
+
+    source: str
+    start: Shape
+    shape: Shape
+    at: Shape
+    label: str = ""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of one rank's shard: the disjoint ``pieces`` that fill it; what no piece covers is zero."""
+
+    name: str
+    rule: Rule
+    dim: int
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def padding(self) -> int:
+        """How many elements no piece covers."""
+        return self.numel - sum(piece.numel for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model that decide how it can be cut."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """How one model is cut into ``tp_size`` shards. Build it with ``PartitionPlan.build``."""
+
+    tp_size: int
+    geometry: Geometry
+    heads: tuple[HeadShare, ...]
+    splits: tuple[TensorSplit, ...]
+    source_shapes: Mapping[str, Shape]
+    shards: tuple[Mapping[str, StoredTensor], ...]
+
+    @classmethod
+    def build(cls, geometry: Geometry, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
+        """Cut every tensor of ``splits`` over ``tp_size`` ranks and check the result (see ``check``).
+
+        Raises:
+            PartitionError: the model cannot be cut into ``tp_size`` shards.
+        """
+        heads = split_heads(geometry.num_heads, geometry.num_kv_heads, tp_size)
+        shards: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in range(tp_size))
+        for split in splits:
+            for rank, stored in enumerate(_cut(split, tp_size)):
+                shards[rank][split.name] = stored
+        plan = cls(tp_size, geometry, heads, tuple(splits), source_shapes(splits), shards)
+        plan.check()
+        return plan
+
+    def shape(self, rank: int, name: str) -> Shape:
+        """The shape of stored tensor ``name`` on ``rank``."""
+        return self.shards[rank][name].shape
+
+    def vocab(self, rank: int) -> Range:
+        """The rows of the padded vocabulary that ``rank`` holds."""
+        return self._vocab_ranges()[rank]
+
+    def _vocab_ranges(self) -> tuple[Range, ...]:
+        for split in self.splits:
+            if split.rule is Rule.VOCAB:
+                block = split.blocks[0]
+                return block.cut.ranges(block.length, self.tp_size)
+        return (Range(0, self.geometry.vocab_size),) * self.tp_size
+
+    def pieces(self) -> Iterator[tuple[int, StoredTensor, Piece]]:
+        """Every piece of the plan as (rank, stored tensor, piece)."""
+        for rank, shard in enumerate(self.shards):
+            for stored in shard.values():
+                for piece in stored.pieces:
+                    yield rank, stored, piece
+
+    def check(self) -> None:
+        """Check that the ranks together hold every source element, and that no rank holds one twice.
+
+        Raises:
+            PartitionError: an element is lost or doubled; a defect of the rules, never of a checkpoint.
+        """
+        for split in self.splits:
+            per_source: dict[str, list[tuple[int, Range]]] = {}
+            for rank, shard in enumerate(self.shards):
+                for piece in shard[split.name].pieces:
+                    start = piece.start[split.dim]
+                    found = per_source.setdefault(piece.source, [])
+                    found.append((rank, Range(start, start + piece.shape[split.dim])))
+            for block in split.blocks:
+                wanted = Range(block.offset, block.offset + block.length)
+                _check_cover(split.name, block.source, wanted, per_source.get(block.source, []))
+
+    def check_source(self, shapes: Mapping[str, Shape], ignored: Sequence[str] = ()) -> None:
+        """Check a checkpoint's tensor shapes against the plan before a byte of data is read.
+
+        Args:
+            shapes: the checkpoint's tensors, from its headers.
+            ignored: names of tensors that the model is known not to need.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or is one the plan does not know.
+        """
+        for name, expected in self.source_shapes.items():
+            found = shapes.get(name)
+            if found is None:
+                raise CheckpointError(
+                    f"the checkpoint has no tensor {name} ({_dims(expected)} expected from config.json); "
+                    "it is incomplete or its config.json belongs to another model"
+                )
+            if tuple(found) != expected:
+                raise CheckpointError(
+                    f"tensor {name} is {_dims(found)} in the checkpoint but {_dims(expected)} by config.json; "
+                    "the two do not belong together"
+                )
+        known = set(self.source_shapes) | set(ignored)
+        unknown = sorted(name for name in shapes if name not in known)
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise CheckpointError(
+                f"the checkpoint holds a tensor that this architecture does not use: {unknown[0]}{more}; "
+                "tpctl refuses to drop weights silently"
+            )
+
+
+def _cut(split: TensorSplit, tp_size: int) -> Iterator[StoredTensor]:
+    """Each rank's stored tensor for ``split``, in rank order."""
+    dim = split.dim
+    cuts = [block.cut.ranges(block.length, tp_size) for block in split.blocks]
+    for rank in range(tp_size):
+        pieces, along = [], 0
+        for block, ranges in zip(split.blocks, cuts, strict=True):
+            held = ranges[rank]
+            real = held.clipped(block.length)
+            if len(real):
+                shape = split.shape(len(real))
+                start, at = [0] * len(shape), [0] * len(shape)
+                start[dim], at[dim] = block.offset + real.start, along
+                pieces.append(Piece(block.source, tuple(start), shape, tuple(at), block.label))
+            along += len(held)
+        yield StoredTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
+
+
+def _check_cover(name: str, source: str, wanted: Range, held: Sequence[tuple[int, Range]]) -> None:
+    """Raise unless ``held`` (rank, range of the source axis) covers ``wanted`` with no rank holding a place twice."""
+    inside = sorted(
+        (rng.start, rng.stop, rank) for rank, rng in held if rng.start >= wanted.start and rng.stop <= wanted.stop
+    )
+    reach, last_stop = wanted.start, dict[int, int]()
+    for start, stop, rank in inside:
+        if start > reach:
+            raise PartitionError(f"{name}: entries {reach}-{start} of {source} are held by no rank")
+        if start < last_stop.get(rank, start):
+            raise PartitionError(f"{name}: rank {rank} holds entries {start}-{last_stop[rank]} of {source} twice")
+        last_stop[rank] = stop
+        reach = max(reach, stop)
+    if reach < wanted.stop:
+        raise PartitionError(f"{name}: entries {reach}-{wanted.stop} of {source} are held by no rank")
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in shape) or "a scalar"
