@@ -1,0 +1,117 @@
+"""Norm, activation, RoPE + cache write and sampling kernels against their references."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tpctl.kernels.activation import act_and_mul, act_and_mul_reference
+from tpctl.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
+from tpctl.kernels.sampling import sample, sample_reference
+
+pytestmark = pytest.mark.gpu
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+# Triton's interpreter truncates to bfloat16 instead of rounding.
+DTYPES = [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-6 if dtype is torch.float32 else 8e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("rows,hidden", [(1, 576), (7, 1024), (3, 4096), (130, 80)])
+def test_norm(rows, hidden, unit_offset, dtype):
+    x = torch.randn(rows, hidden + 8).to(DEVICE, dtype)[:, :hidden]
+    residual = torch.randn(rows, hidden).to(DEVICE, dtype)
+    weight = torch.randn(hidden).to(DEVICE, dtype)
+    options = {"unit_offset": unit_offset}
+    got = rms_norm(x, weight, 1e-6, out=torch.full_like(residual, float("nan")), **options)
+    assert relative_error(got, rms_norm_reference(x.double(), weight.double(), 1e-6, **options)) < tolerance(dtype)
+    want_residual = residual.clone()
+    want = add_rms_norm_reference(x, want_residual, weight, 1e-6, **options)
+    got = add_rms_norm(x, residual, weight, 1e-6, **options)
+    assert torch.equal(residual, want_residual)
+    assert relative_error(got, want) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activation(activation, dtype):
+    x = (3 * torch.randn(5, 2 * 1537)).to(DEVICE, dtype)
+    got = act_and_mul(x, activation=activation)
+    assert relative_error(got, act_and_mul_reference(x.double(), activation=activation)) < tolerance(dtype)
+    assert torch.isfinite(act_and_mul(100 * x, activation=activation)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_dim,rotary", [(16, 8, 128, 128), (9, 3, 64, 64), (3, 1, 96, 48), (4, 2, 80, 32), (2, 2, 96, 96)]
+)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, norm, dtype):
+    block_size, num_blocks = 16, 8
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(DEVICE, dtype)
+    positions = torch.randint(0, 500, (tokens,), device=DEVICE)
+    slots = torch.randperm(num_blocks * block_size)[:tokens].to(DEVICE)
+    slots[1] = -1
+    inverse = 1e4 ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
+    angles = torch.arange(500, dtype=torch.float64)[:, None] * inverse
+    tables = (angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE))
+    options = {}
+    if norm:
+        options = {name: torch.randn(head_dim).to(DEVICE, dtype) for name in ("q_norm_D", "k_norm_D")}
+    caches = [torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0).to(DEVICE, dtype) for _ in range(4)]
+    want = rope_cache_reference(qkv, caches[0], caches[1], tables, positions, slots, heads, **options)
+    out = torch.full_like(want, float("nan"))
+    rope_cache(qkv, caches[2], caches[3], tables, positions, slots, heads, out=out, **options)
+    assert relative_error(out, want) < tolerance(dtype)
+    assert relative_error(caches[2], caches[0]) < tolerance(dtype)
+    assert torch.equal(caches[3], caches[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start,width,vocab", [(0, 1000, None), (64000, 5003, 68003), (2048, 2048, 3000)])
+def test_sampling(start, width, vocab, dtype):
+    rows = 33
+    logits = (4 * torch.randn(rows, width)).to(DEVICE, dtype)
+    temperatures = torch.rand(rows).to(DEVICE) + 0.2
+    temperatures[::4] = 0
+    keys = torch.randint(0, 2**32, (rows, 2)).to(DEVICE)
+    options = {"vocab_start": start, "vocab_size": vocab}
+    score, token = sample(logits, temperatures, keys, **options)
+    want_score, want_token = sample_reference(logits.cpu(), temperatures.cpu(), keys.cpu(), **options)
+    assert relative_error(score.cpu(), want_score) < 1e-5
+    assert torch.equal(token.cpu(), want_token)
+
+
+def test_sampling_edges():
+    logits = torch.zeros(3, 1500, device=DEVICE)
+    logits[1, 40:] = 1.0
+    greedy = torch.zeros(3, device=DEVICE)
+    keys = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
+    assert sample(logits, greedy, keys)[1].tolist() == [0, 40, 0]  # ties go to the lowest id
+    score, token = sample(logits, greedy, keys, vocab_start=200, vocab_size=200)  # padding alone
+    assert token.tolist() == [200] * 3
+    assert torch.isinf(score).all()
+
+
+def test_sampling_frequencies():
+    rows = 200 if INTERPRET else 20000
+    weights = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    logits = weights.log().expand(rows, 4).contiguous().to(DEVICE)
+    keys = torch.randint(0, 2**32, (rows, 2)).to(DEVICE)
+    token = sample(logits, torch.ones(rows, device=DEVICE), keys)[1].cpu()
+    assert (torch.bincount(token, minlength=4) / rows - weights).abs().max() < 4 / rows**0.5

@@ -1,0 +1,79 @@
+"""Small-batch linears with their fused parts against the reference."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tpctl.kernels.gemv import GemvConfig, GemvScratch, pick, small_linear, small_linear_reference
+
+pytestmark = pytest.mark.gpu
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+# Triton's interpreter multiplies bfloat16 tiles as integers.
+DTYPES = [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+CONFIGS = [
+    GemvConfig(2, 256),
+    GemvConfig(4, 128, split_k=3),
+    GemvConfig(1, 2048, num_warps=8),
+    GemvConfig(32, 32, num_stages=3, dot=True),
+    GemvConfig(64, 64, split_k=4, num_stages=2, dot=True),
+    None,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", ["plain", "bias+residual", "norm", "norm+gated", "all"])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("rows,out_features,in_features", [(1, 101, 576), (1, 64, 1024), (5, 70, 320), (16, 130, 96)])
+def test_matches_reference(rows, out_features, in_features, config, parts, dtype):
+    gated = parts in ("norm+gated", "all")
+    if config is None:
+        config = pick(rows, out_features, in_features, gated=gated)
+    if rows > 1 and not config.dot:
+        pytest.skip("one row only")
+    torch.manual_seed(rows + out_features)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+    weight_rows = 2 * out_features if gated else out_features
+    x = random(rows, in_features)
+    weight = random(weight_rows, in_features, scale=in_features**-0.5)
+    options = {}
+    if parts in ("bias+residual", "all"):
+        options = {"bias_O": random(weight_rows), "residual_TO": random(rows, out_features)}
+    if "norm" in parts or parts == "all":
+        options["norm"] = (1 + 0.1 * random(in_features), 1e-6)
+    if gated:
+        options["activation"] = "silu"
+    wide = {
+        key: (value[0].double(), value[1]) if key == "norm" else value if key == "activation" else value.double()
+        for key, value in options.items()
+    }
+    want = small_linear_reference(x.double(), weight.double(), **wide)
+    scratch = GemvScratch.allocate(DEVICE)
+    for _ in range(2):
+        out = torch.full((rows, out_features), float("nan"), device=DEVICE, dtype=dtype)
+        small_linear(x, weight, scratch, out=out, config=config, **options)
+        assert relative_error(out, want) < (1e-5 if dtype is torch.float32 else 8e-3)
+    assert (scratch.counters == 0).all()
+
+
+def test_residual_in_place():
+    x = torch.randn(1, 256, device=DEVICE)
+    weight = torch.randn(64, 256, device=DEVICE)
+    residual = torch.randn(1, 64, device=DEVICE)
+    want = residual + x @ weight.T
+    small_linear(x, weight, GemvScratch.allocate(DEVICE), residual_TO=residual, out=residual)
+    assert relative_error(residual, want) < 1e-5

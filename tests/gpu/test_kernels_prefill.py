@@ -1,0 +1,67 @@
+"""Paged prefill attention against its reference."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
+
+pytestmark = pytest.mark.gpu
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+# Triton's interpreter multiplies bfloat16 tiles as integers.
+DTYPES = [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "heads,kv_heads,head_dim,block_size,window",
+    [
+        (16, 8, 128, 64, None),
+        (4, 1, 128, 256, 100),
+        (9, 3, 64, 16, None),
+        (6, 2, 80, 32, 70),
+        (3, 1, 96, 128, None),
+        (2, 2, 64, 128, 33),
+    ],
+)
+@pytest.mark.parametrize("batch", ["short", "mixed", "long"])
+def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window, dtype):
+    if INTERPRET and (batch == "long" or heads > 9):
+        pytest.skip("slow under the interpreter")
+    torch.manual_seed(heads)
+    pairs = {  # (new tokens, cached prefix)
+        "short": [(1, 0), (5, 130), (17, 64), (1, 40), (33, 3)],
+        "mixed": [(70, 0), (3, 200), (129, 1)],
+        "long": [(700, 300), (257, 0), (128, 128), (1, 900)],
+    }[batch]
+    lens = [new + cached for new, cached in pairs]
+    counts = [-(-length // block_size) for length in lens]
+    order = torch.randperm(sum(counts) + 2)[: sum(counts)].int()
+    tables = torch.zeros(len(lens), max(counts) + 1, dtype=torch.int32)
+    start = 0
+    for row, count in enumerate(counts):
+        tables[row, :count] = order[start : start + count]
+        start += count
+    caches = []
+    for _ in range(2):
+        cache = torch.randn(sum(counts) + 2, block_size, kv_heads, head_dim)
+        for row, length in enumerate(lens):
+            if length % block_size:
+                cache[tables[row, counts[row] - 1], length % block_size :] = float("nan")
+        caches.append(cache.to(DEVICE, dtype))
+    starts = torch.tensor([0, *torch.tensor([new for new, _ in pairs]).cumsum(0).tolist()], dtype=torch.int32)
+    arguments = (tables.to(DEVICE), starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE))
+    q = torch.randn(int(starts[-1]), heads, head_dim).to(DEVICE, dtype)
+    want = paged_prefill_reference(q.double(), caches[0].double(), caches[1].double(), *arguments, window=window)
+    out = paged_prefill(q, *caches, *arguments, window=window, out=torch.full_like(q, float("nan")))
+    assert relative_error(out, want) < (1e-5 if dtype is torch.float32 else 8e-3)

@@ -1,0 +1,443 @@
+"""Decode attention over a paged KV cache: one new token per sequence, grouped-query heads, split over the context.
+
+The work is laid out on the device. A sequence's context is cut into tiles; the tiles of all sequences form one line,
+and every program takes an equal run of it, so programs read equally much whatever the lengths:
+
+    tiles      | s0 s0 s0 s0 s0 s0 s0 | s1 | s2 s2 s2 s2 s2 s2 |
+    programs   | p0    p0    p0  | p1    p1   p1  | p2 ...     |
+
+A run that covers a whole sequence writes its output. Otherwise it leaves a partial result in one of its program's two
+slots (0: the run's first sequence, 1: its last), and the program that finishes a sequence last combines its partials, in
+order, so results do not depend on timing. The line (`DecodePlan.update`) is computed once a step and serves all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiprocessors
+
+_LOG2E = 1.4426950408889634
+
+
+class DecodeConfig(NamedTuple):
+    """How decode is cut: kv heads per program, tokens per tile, programs per head group, launch parameters."""
+
+    heads: int
+    tile: int
+    num_programs: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_programs"])
+def _plan_kernel(
+    seq_lens_ptr,
+    cu_tiles_ptr,
+    first_seq_ptr,
+    num_seqs,
+    num_programs,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
+):
+    seq = tl.arange(0, BLOCK_SEQS)
+    length = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
+    tiles = tl.cdiv(length, TILE)
+    if WINDOW > 0:
+        tiles -= tl.maximum(length - WINDOW, 0) // TILE
+    # An empty (padded) sequence has one tile, fully masked: somebody must write its zeros.
+    tiles = tl.where(seq < num_seqs, tl.maximum(tiles, 1), 0)
+    ends = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0)
+    if tl.program_id(0) == 0:
+        tl.store(cu_tiles_ptr + seq, ends - tiles, mask=seq < num_seqs)
+        tl.store(cu_tiles_ptr + num_seqs, total)
+    program = tl.program_id(0) * BLOCK_PROGRAMS + tl.arange(0, BLOCK_PROGRAMS)
+    start = program * tl.cdiv(total, num_programs)
+    first = tl.sum((ends[None, :] <= start[:, None]).to(tl.int32), 1)
+    tl.store(first_seq_ptr + program, tl.minimum(first, num_seqs - 1), mask=program < num_programs)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_programs", "table_stride"])
+def _decode_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    cu_tiles_ptr,
+    first_seq_ptr,
+    partial_ptr,
+    stats_ptr,
+    counters_ptr,
+    out_ptr,
+    scale_log2e,
+    num_seqs,
+    num_programs,
+    table_stride,
+    q_stride,
+    out_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Rows of the score tile: the group's query heads, m = kv head * GROUP + g. Columns: (token, kv head) pairs, so that
+    # a tile is one contiguous piece of the cache when all kv heads are together; pairs of unlike heads are masked.
+    NUM_GROUPS: tl.constexpr = NUM_KV_HEADS // HEADS
+    ROWS: tl.constexpr = HEADS * GROUP
+    program = tl.program_id(0) // NUM_GROUPS
+    group = tl.program_id(0) % NUM_GROUPS
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_DIM)
+    col = tl.arange(0, TILE * HEADS)
+    col_token = col // HEADS
+    col_offset = (col_token * NUM_KV_HEADS + group * HEADS + col % HEADS) * HEAD_DIM
+    same_head = (m // GROUP)[:, None] == (col % HEADS)[None, :]
+    real_row = m < ROWS
+    in_dim = d < HEAD_DIM
+    head_offset = (group * ROWS + m) * HEAD_DIM
+    q_mask = real_row[:, None] & in_dim[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+    total = tl.load(cu_tiles_ptr + num_seqs)
+    seq = tl.load(first_seq_ptr + program)
+    share = tl.cdiv(total, num_programs)
+    run_start = program * share
+    run_end = tl.minimum(run_start + share, total)
+    tile = run_start
+    while tile < run_end:
+        seq_start = tl.load(cu_tiles_ptr + seq)
+        seq_end = tl.load(cu_tiles_ptr + seq + 1)
+        length = tl.load(seq_lens_ptr + seq)
+        q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + head_offset[:, None] + d[None, :], mask=q_mask, other=0.0)
+        table = block_tables_ptr + seq.to(tl.int64) * table_stride
+        window_start = 0
+        if WINDOW > 0:
+            window_start = tl.maximum(length - WINDOW, 0)
+        first_token = (window_start // TILE + tile - seq_start) * TILE
+        last = tl.minimum(run_end, seq_end)
+
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        weight = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+        for i in tl.range(0, last - tile, num_stages=STAGES):
+            token0 = first_token + i * TILE
+            token = token0 + col_token
+            live = token < length
+            if BLOCK_SIZE >= TILE:
+                block = tl.load(table + token0 // BLOCK_SIZE, mask=token0 < length, other=0).to(tl.int64)
+                base = (block * BLOCK_SIZE + token0 % BLOCK_SIZE) * (NUM_KV_HEADS * HEAD_DIM)
+                offsets = base + col_offset[:, None] + d[None, :]
+            else:
+                block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+                slot = block * BLOCK_SIZE + token % BLOCK_SIZE
+                offsets = ((slot * NUM_KV_HEADS + group * HEADS + col % HEADS) * HEAD_DIM)[:, None] + d[None, :]
+            if BLOCK_DIM == HEAD_DIM:
+                k = tl.load(k_cache_ptr + offsets, mask=live[:, None], other=0.0)
+            else:
+                k = tl.load(k_cache_ptr + offsets, mask=live[:, None] & in_dim[None, :], other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
+            ok = live
+            if WINDOW > 0:
+                ok &= token >= window_start
+            score = tl.where(same_head & ok[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(score - safe_top[:, None])
+            fade = tl.exp2(top - safe_top)
+            weight = weight * fade + tl.sum(p, 1)
+            top = new_top
+            if BLOCK_DIM == HEAD_DIM:
+                v = tl.load(v_cache_ptr + offsets, mask=live[:, None], other=0.0)
+            else:
+                v = tl.load(v_cache_ptr + offsets, mask=live[:, None] & in_dim[None, :], other=0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+
+        out_row = out_ptr + seq.to(tl.int64) * out_stride + group * ROWS * HEAD_DIM
+        if (tile == seq_start) & (last == seq_end):
+            result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
+            tl.store(out_row + m[:, None] * HEAD_DIM + d[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask)
+        else:
+            slot_row = ((program * 2 + (tile != run_start).to(tl.int32)) * NUM_GROUPS + group) * ROWS + m
+            tl.store(partial_ptr + slot_row[:, None] * HEAD_DIM + d[None, :], acc, mask=q_mask)
+            tl.store(stats_ptr + slot_row * 2, top, mask=real_row)
+            tl.store(stats_ptr + slot_row * 2 + 1, weight, mask=real_row)
+            first_part = seq_start // share
+            num_parts = (seq_end - 1) // share - first_part + 1
+            tl.debug_barrier()
+            counter = counters_ptr + seq * NUM_GROUPS + group
+            done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if done == num_parts - 1:
+                tl.store(counter, 0)
+                _combine(
+                    partial_ptr,
+                    stats_ptr,
+                    out_row,
+                    group,
+                    first_part,
+                    num_parts,
+                    (seq_start != first_part * share).to(tl.int32),
+                    NUM_GROUPS,
+                    ROWS,
+                    HEAD_DIM,
+                    BLOCK_DIM,
+                    BLOCK_PARTS,
+                )
+        tile = last
+        seq += 1
+
+
+@triton.jit
+def _combine(
+    partial_ptr,
+    stats_ptr,
+    out_row,
+    group,
+    first_part,
+    num_parts,
+    first_slot,  # the slot that the first part's program used; all others used slot 0
+    NUM_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    part = tl.arange(0, BLOCK_PARTS)
+    d = tl.arange(0, BLOCK_DIM)
+    in_dim = d < HEAD_DIM
+    for row in tl.range(0, ROWS, loop_unroll_factor=4):
+        top = float("-inf")
+        weight = 0.0
+        acc = tl.zeros([BLOCK_DIM], tl.float32)
+        for start in range(0, num_parts, BLOCK_PARTS):
+            index = start + part
+            live = index < num_parts
+            slot = (first_part + index) * 2 + tl.where(index == 0, first_slot, 0)
+            slot_row = (slot * NUM_GROUPS + group) * ROWS + row
+            tops = tl.load(stats_ptr + slot_row * 2, mask=live, other=float("-inf"), cache_modifier=".cg")
+            weights = tl.load(stats_ptr + slot_row * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+            parts = tl.load(
+                partial_ptr + slot_row[:, None] * HEAD_DIM + d[None, :],
+                mask=live[:, None] & in_dim[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            factors = tl.exp2(tops - safe_top)
+            fade = tl.exp2(top - safe_top)
+            weight = weight * fade + tl.sum(weights * factors, 0)
+            acc = acc * fade + tl.sum(parts * factors[:, None], 0)
+            top = new_top
+        result = acc / tl.where(weight > 0.0, weight, 1.0)
+        tl.store(out_row + row * HEAD_DIM + d, result.to(out_row.dtype.element_ty), mask=in_dim)
+
+
+def decode_config(
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_size: int,
+    num_sms: int,
+) -> DecodeConfig:
+    """The tuned configuration for a batch shape (docs/kernel-notes.md has the sweep)."""
+    heads = 1
+    if num_seqs > 16 and num_heads // num_kv_heads <= 2:
+        while heads * 2 <= 8 and num_kv_heads % (heads * 2) == 0:
+            heads *= 2
+    columns = 64 if element_size == 2 and head_dim <= 128 else 32
+    heads = min(heads, columns // 8)
+    per_sm = 3
+    return DecodeConfig(
+        heads=heads,
+        tile=columns // heads,
+        num_programs=max(1, num_sms * per_sm // (num_kv_heads // heads)),
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """Device memory that decode calls on one stream share: partial results and counters (zero between calls)."""
+
+    partial: torch.Tensor
+    stats: torch.Tensor
+    counters: torch.Tensor
+
+    @staticmethod
+    def allocate(max_seqs: int, num_heads: int, head_dim: int, device: torch.device) -> DecodeScratch:
+        """Room for any plan of up to max_seqs sequences and num_heads (rank-local) query heads."""
+        rows = 2 * max(4 * num_multiprocessors(device), 8) * num_heads
+        return DecodeScratch(
+            partial=torch.empty(rows * head_dim, dtype=torch.float32, device=device),
+            stats=torch.empty(rows * 2, dtype=torch.float32, device=device),
+            counters=torch.zeros(max_seqs * num_heads, dtype=torch.int32, device=device),
+        )
+
+
+class DecodePlan:
+    """How the work of one batch is divided. Build one per (captured) batch size; `update` it once a step.
+
+    num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that differ in
+    window need a plan each. config: overrides the tuned choice.
+    """
+
+    def __init__(
+        self,
+        num_seqs: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        scratch: DecodeScratch,
+        *,
+        window: int | None = None,
+        config: DecodeConfig | None = None,
+    ) -> None:
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
+        device = scratch.partial.device
+        element_size = 2
+        self.config = config or decode_config(
+            num_seqs, num_heads, num_kv_heads, head_dim, element_size, num_multiprocessors(device)
+        )
+        if num_kv_heads % self.config.heads:
+            raise ValueError(f"{self.config.heads} heads per program do not divide {num_kv_heads} kv heads")
+        if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
+            raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
+        self.num_seqs = num_seqs
+        self.num_kv_heads = num_kv_heads
+        self.group = num_heads // num_kv_heads
+        self.head_dim = head_dim
+        self.block_size = block_size
+        self.window = window or 0
+        self.scratch = scratch
+        self.cu_tiles = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
+        self.first_seq = torch.zeros(self.config.num_programs, dtype=torch.int32, device=device)
+        self.rows = self.config.heads * self.group
+        # Fewer rows at a time are combined for short lists of partials; 32 parts in flight hide the latency.
+        self.block_parts = 32 if num_seqs <= 16 else 4
+
+    def update(self, seq_lens_S: torch.Tensor) -> None:
+        """Divide the work anew for seq_lens_S, int32 [S]; one launch, before the step's first layer."""
+        programs = self.config.num_programs
+        _plan_kernel[(triton.cdiv(programs, 16),)](
+            seq_lens_S,
+            self.cu_tiles,
+            self.first_seq,
+            self.num_seqs,
+            programs,
+            TILE=self.config.tile,
+            WINDOW=self.window,
+            BLOCK_SEQS=next_power_of_2(self.num_seqs),
+            BLOCK_PROGRAMS=16,
+            num_warps=4,
+        )
+
+
+def paged_decode(
+    q_SND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens_S: torch.Tensor,
+    plan: DecodePlan,
+    *,
+    scale: float | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Attention of one query token per sequence over its cached context, the token itself included.
+
+    q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a power of two.
+    block_tables: int32 [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 gives zeros.
+    plan: updated with these seq_lens. scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
+    """
+    num_seqs, num_heads, head_dim = q_SND.shape
+    config = plan.config
+    out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
+    _decode_kernel[(config.num_programs * (plan.num_kv_heads // config.heads),)](
+        q_SND,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens_S,
+        plan.cu_tiles,
+        plan.first_seq,
+        plan.scratch.partial,
+        plan.scratch.stats,
+        plan.scratch.counters,
+        out_SND,
+        (head_dim**-0.5 if scale is None else scale) * _LOG2E,
+        num_seqs,
+        config.num_programs,
+        block_tables.stride(0),
+        q_SND.stride(0),
+        out_SND.stride(0),
+        NUM_KV_HEADS=plan.num_kv_heads,
+        GROUP=plan.group,
+        HEADS=config.heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=next_power_of_2(head_dim),
+        BLOCK_SIZE=plan.block_size,
+        TILE=config.tile,
+        WINDOW=plan.window,
+        BLOCK_M=max(16, next_power_of_2(plan.rows)),
+        BLOCK_PARTS=plan.block_parts,
+        STAGES=config.num_stages,
+        PDL=pdl,
+        num_warps=config.num_warps,
+        **launch_options(pdl),
+    )
+    return out_SND
+
+
+def paged_decode_reference(
+    q_SND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens_S: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`paged_decode` in plain torch, one sequence at a time, computed in float32 (float64 for float64)."""
+    num_heads, head_dim = q_SND.shape[1:]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    wide = torch.promote_types(q_SND.dtype, torch.float32)
+    out_SND = torch.zeros_like(q_SND)
+    for s, length in enumerate(seq_lens_S.tolist()):
+        if length == 0:
+            continue
+        start = max(length - window, 0) if window else 0
+        blocks = block_tables[s, : -(-length // block_size)].long()
+        k, v = (
+            cache[blocks].reshape(-1, num_kv_heads, head_dim)[start:length].to(wide).repeat_interleave(
+                num_heads // num_kv_heads, dim=1
+            )
+            for cache in (k_cache, v_cache)
+        )
+        scores = torch.einsum("nd,tnd->nt", q_SND[s].to(wide), k) * (head_dim**-0.5 if scale is None else scale)
+        out_SND[s] = torch.einsum("nt,tnd->nd", scores.softmax(-1), v).to(q_SND.dtype)
+    return out_SND

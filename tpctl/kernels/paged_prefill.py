@@ -1,0 +1,267 @@
+"""Causal attention of new tokens over a paged KV cache, sequences of any length packed in one batch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from tpctl.kernels.launch import launch_options, next_power_of_2
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _attend(
+    acc,
+    top,
+    weight,
+    q,
+    k_cache_ptr,
+    v_cache_ptr,
+    table,
+    kv_head,
+    length,
+    q_position,
+    first,
+    last,
+    scale_log2e,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Fold the key tiles [first, last) into the running softmax; MASKED where causality, window or length can cut."""
+    d = tl.arange(0, BLOCK_DIM)
+    col = tl.arange(0, TILE)
+    in_dim = (d < HEAD_DIM)[None, :]
+    for tile in tl.range(first, last, num_stages=STAGES):
+        token0 = tile * TILE
+        token = token0 + col
+        live = token < length
+        if BLOCK_SIZE >= TILE:
+            block = tl.load(table + token0 // BLOCK_SIZE).to(tl.int64)
+            base = ((block * BLOCK_SIZE + token0 % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+            offsets = base + (col * (NUM_KV_HEADS * HEAD_DIM))[:, None] + d[None, :]
+        else:
+            block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+            slot = block * BLOCK_SIZE + token % BLOCK_SIZE
+            offsets = ((slot * NUM_KV_HEADS + kv_head) * HEAD_DIM)[:, None] + d[None, :]
+        if MASKED:
+            k = tl.load(k_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
+        elif BLOCK_DIM == HEAD_DIM:
+            k = tl.load(k_cache_ptr + offsets)
+        else:
+            k = tl.load(k_cache_ptr + offsets, mask=in_dim, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            ok = token[None, :] <= q_position[:, None]
+            if WINDOW > 0:
+                ok &= token[None, :] > q_position[:, None] - WINDOW
+            score = tl.where(ok, score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1) * scale_log2e)
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        else:
+            new_top = tl.maximum(top, tl.max(score, 1) * scale_log2e)
+            safe_top = new_top
+        p = tl.exp2(score * scale_log2e - safe_top[:, None])
+        fade = tl.exp2(top - safe_top)
+        weight = weight * fade + tl.sum(p, 1)
+        top = new_top
+        if MASKED:
+            v = tl.load(v_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
+        elif BLOCK_DIM == HEAD_DIM:
+            v = tl.load(v_cache_ptr + offsets)
+        else:
+            v = tl.load(v_cache_ptr + offsets, mask=in_dim, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, top, weight
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+def _prefill_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    scale_log2e,
+    num_seqs,
+    table_stride,
+    q_stride,
+    out_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0)
+    slot = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    # Sequence s owns the slots from query_start[s] // BLOCK_M + s on: enough for its tiles, known without a host
+    # count, and increasing in s. Find the last s that starts at or before this slot.
+    low = 0
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // BLOCK_M + middle <= slot:
+            low = middle
+        else:
+            high = middle
+    seq = low
+    q_start = tl.load(query_start_ptr + seq)
+    q_len = tl.load(query_start_ptr + seq + 1) - q_start
+    index = slot - (q_start // BLOCK_M + seq)
+    if index * BLOCK_M >= q_len:
+        return
+    # The last rows see the most keys; start them first.
+    index = tl.cdiv(q_len, BLOCK_M) - 1 - index
+    length = tl.load(seq_lens_ptr + seq)
+    m = index * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_DIM)
+    q_mask = (m < q_len)[:, None] & (d < HEAD_DIM)[None, :]
+    q_row = (q_start + m).to(tl.int64)
+    q = tl.load(q_ptr + q_row[:, None] * q_stride + head * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+    context = length - q_len
+    position = context + m
+    table = block_tables_ptr + seq.to(tl.int64) * table_stride
+    kv_head = head // GROUP
+
+    # Tiles below the diagonal need no mask, unless a window cuts them on the left.
+    first_position = context + index * BLOCK_M
+    end = (tl.minimum(first_position + BLOCK_M, length) - 1) // TILE + 1
+    start = 0
+    full_end = (first_position + 1) // TILE
+    if WINDOW > 0:
+        start = tl.maximum(first_position - WINDOW + 1, 0) // TILE
+        full_end = start
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    if WINDOW == 0:
+        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position, start,
+                                   full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW,
+                                   False, STAGES)  # fmt: skip
+    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position, full_end,
+                               end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, True,
+                               STAGES)  # fmt: skip
+    result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
+    out_offsets = q_row[:, None] * out_stride + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+def paged_prefill(
+    q_TND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens_S: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Causal attention of each sequence's new tokens over its cached prefix and themselves.
+
+    q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1]. k_cache,
+    v_cache: [num_blocks, B, K, D] contiguous, q's dtype, the new tokens already written. block_tables: int32 [S,
+    max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix included; the last new token stands at
+    seq_len - 1. window: tokens a query sees, itself included (None: all). scale: default D ** -0.5. Returns [T, N, D].
+    """
+    num_tokens, num_heads, head_dim = q_TND.shape
+    block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
+    out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format) if out is None else out
+    if num_tokens == 0:
+        return out_TND
+    num_seqs = seq_lens_S.shape[0]
+    block_dim = next_power_of_2(head_dim)
+    if q_TND.element_size() == 4:
+        block_m, tile, warps, stages = 32, 32, 4, 1
+    elif num_tokens <= 64 * num_seqs:  # short pieces: do not pad them far
+        block_m, tile, warps, stages = 64, 64, 4, 3
+    else:
+        block_m, tile, warps, stages = 128, 64 if block_size < 128 else 128, 8, 2
+    # One slot per full tile, and one more per sequence.
+    slots = num_tokens // block_m + num_seqs
+    _prefill_kernel[(num_heads, slots)](
+        q_TND,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_loc,
+        seq_lens_S,
+        out_TND,
+        (head_dim**-0.5 if scale is None else scale) * _LOG2E,
+        num_seqs,
+        block_tables.stride(0),
+        q_TND.stride(0),
+        out_TND.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=block_m,
+        TILE=tile,
+        WINDOW=window or 0,
+        STAGES=stages,
+        PDL=pdl,
+        num_warps=warps,
+        **launch_options(pdl),
+    )
+    return out_TND
+
+
+def paged_prefill_reference(
+    q_TND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens_S: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`paged_prefill` in plain torch, one sequence at a time, computed in float32 (float64 for float64)."""
+    num_heads, head_dim = q_TND.shape[1:]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    wide = torch.promote_types(q_TND.dtype, torch.float32)
+    out_TND = torch.zeros_like(q_TND)
+    starts = query_start_loc.tolist()
+    for s, length in enumerate(seq_lens_S.tolist()):
+        rows = slice(starts[s], starts[s + 1])
+        q_len = starts[s + 1] - starts[s]
+        blocks = block_tables[s, : -(-length // block_size)].long()
+        k, v = (
+            cache[blocks].reshape(-1, num_kv_heads, head_dim)[:length].to(wide).repeat_interleave(
+                num_heads // num_kv_heads, dim=1
+            )
+            for cache in (k_cache, v_cache)
+        )
+        scores = torch.einsum("qnd,tnd->nqt", q_TND[rows].to(wide), k)
+        position = torch.arange(length - q_len, length, device=q_TND.device)[:, None]
+        key = torch.arange(length, device=q_TND.device)[None, :]
+        seen = key <= position
+        if window:
+            seen &= key > position - window
+        scores = (scores * (head_dim**-0.5 if scale is None else scale)).masked_fill(~seen, float("-inf"))
+        out_TND[rows] = torch.einsum("nqt,tnd->qnd", scores.softmax(-1), v).to(q_TND.dtype)
+    return out_TND
