@@ -39,6 +39,10 @@ class ShardFolderError(TpctlError):
     """A shard folder is incomplete, altered, or made for another tensor-parallel size."""
 
 
+class OutputError(TpctlError):
+    """A result cannot be written: no space, no permission, or something in the way."""
+
+
 class RequestError(TpctlError):
     """One request cannot be served (too long, bad sampling field); other requests go on."""
 

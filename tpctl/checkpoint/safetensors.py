@@ -1,0 +1,263 @@
+"""The safetensors container: strict headers, mapped bytes, headers written before the data.
+
+The format (https://github.com/huggingface/safetensors): eight bytes, little-endian, with the length N of the
+header; N bytes of JSON ``{"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str:
+str}}``; then the data, which the offsets (relative to the header's end) must cover without gap or overlap. No
+byte of a file is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tpctl.errors import CheckpointError
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Bits per element of every dtype that a header may name."""
+
+MAX_HEADER = 100_000_000
+"""Longest header in bytes that the reference reader accepts."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file; ``start`` and ``stop`` are byte offsets from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header. ``text`` is its JSON as stored, padding included; ``size`` counts the length field
+    too."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    text: str
+    size: int
+
+    @property
+    def raw(self) -> bytes:
+        """The first ``size`` bytes of the file."""
+        body = self.text.encode()
+        return struct.pack("<Q", len(body)) + body
+
+    @property
+    def file_size(self) -> int:
+        """The size in bytes of a file with this header."""
+        return max((info.stop for info in self.tensors.values()), default=self.size)
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A safetensors file and read-only views of its tensors' bytes, mapped when first asked for."""
+
+    path: Path
+    header: Header
+
+    @classmethod
+    def open(cls, path: Path) -> MappedFile:
+        """Read the header of ``path``; errors as ``read_header``."""
+        return cls(path, read_header(path))
+
+    @cached_property
+    def _view(self) -> memoryview:
+        with self.path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def bytes(self, name: str) -> memoryview:
+        """The bytes of tensor ``name``: a view that stays valid as long as it is referenced."""
+        info = self.header.tensors[name]
+        return self._view[info.start : info.stop]
+
+
+def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """The number of bytes of a tensor.
+
+    Raises:
+        CheckpointError: the dtype is unknown, or the elements do not fill whole bytes.
+    """
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        raise CheckpointError(
+            f"dtype {dtype!r} is unknown; safetensors defines {', '.join(sorted(DTYPE_BITS))}"
+        )
+    total = prod(shape) * bits
+    if total % 8:
+        raise CheckpointError(f"{prod(shape)} elements of {dtype} do not fill whole bytes")
+    return total // 8
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file cannot be read or breaks the format; the message names file and reason.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            prefix = file.read(8)
+            length = header_length(prefix, size, str(path))
+            return parse_header(file.read(length), size, str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def header_length(prefix: bytes, file_size: int, where: str) -> int:
+    """The header's length in bytes from a file's first eight; ``file_size`` bounds it. Errors as
+    ``read_header``."""
+    if len(prefix) < 8:
+        raise CheckpointError(
+            f"{where} is no safetensors file: it has {file_size} bytes, at least 8 are needed"
+        )
+    length: int = struct.unpack("<Q", prefix)[0]
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{where} is no safetensors file: its header would be {length} bytes long")
+    if 8 + length > file_size:
+        raise CheckpointError(
+            f"{where} is truncated: its header ends at byte {8 + length}, the file has {file_size}; "
+            "fetch it again"
+        )
+    return length
+
+
+def parse_header(body: bytes, file_size: int, where: str) -> Header:
+    """Check a header's JSON ``body`` for a file of ``file_size`` bytes. Errors as ``read_header``."""
+
+    def bad(reason: str) -> CheckpointError:
+        return CheckpointError(f"{where} has a bad safetensors header: {reason}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise bad(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        return found
+
+    try:
+        text = body.decode("utf-8")
+        entries = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"no valid JSON ({error})") from None
+    if not isinstance(entries, dict) or not text.startswith("{"):
+        raise bad("not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("__metadata__ is not an object of strings")
+    base = 8 + len(body)
+    tensors = {name: _tensor(name, entry, base, bad) for name, entry in entries.items()}
+    reach = base
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
+        if info.start != reach:
+            kind = "overlaps another tensor" if info.start < reach else "leaves a gap before it"
+            raise bad(
+                f"tensor {info.name} {kind} (begins at byte {info.start - base}, expected {reach - base})"
+            )
+        reach = info.stop
+    if reach > file_size:
+        raise CheckpointError(
+            f"{where} is truncated: its tensors end at byte {reach}, the file has {file_size}; fetch it again"
+        )
+    if reach < file_size:
+        raise bad(f"its tensors end at byte {reach}, but the file has {file_size}")
+    return Header(tensors, metadata, text, base)
+
+
+def _tensor(name: str, entry: Any, base: int, bad: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise bad(f"tensor {name} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise bad(f"tensor {name} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_natural(size) for size in shape):
+        raise bad(f"tensor {name} has the shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(offset) for offset in offsets):
+        raise bad(f"tensor {name} has the offsets {offsets!r}")
+    begin, end = offsets
+    try:
+        wanted = tensor_nbytes(dtype, shape)
+    except CheckpointError as error:
+        raise bad(f"tensor {name}: {error}") from None
+    if end - begin != wanted:
+        raise bad(f"tensor {name} spans {end - begin} bytes, but {dtype} of shape {shape} has {wanted}")
+    return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
+
+
+def _natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+def build_header(tensors: Iterable[NewTensor]) -> Header:
+    """The header of a file that will hold ``tensors``, so that it can be written before any data.
+
+    Tensors are laid out as the reference writer does, widest dtype first and then by name, which keeps every
+    one aligned to its element size, and the header is padded with spaces to a multiple of eight bytes.
+    """
+    order = sorted(tensors, key=lambda tensor: (-DTYPE_BITS[tensor.dtype], tensor.dtype, tensor.name))
+    entries: dict[str, dict[str, Any]] = {}
+    offset = 0
+    for tensor in order:
+        end = offset + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    return parse_header(body, 8 + len(body) + offset, "new file")

@@ -1,0 +1,361 @@
+"""The shard folder's manifest, ``tpctl.json``: what the shards were made from, how, and a digest of
+everything.
+
+The file has one canonical text for a given content, and carries the SHA-256 of it, so that any changed byte
+of the manifest itself is found when it is loaded. Tensor bytes and copied files are covered by BLAKE3
+digests; headers of part files, small and read by everyone, by SHA-256. Nothing in it depends on when or where
+it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpctl.errors import ShardFolderError
+from tpctl.partition.plan import Piece, Shape
+from tpctl.partition.split import Rule
+
+MANIFEST = "tpctl.json"
+FORMAT_VERSION = 1
+DIGEST = "blake3"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A safetensors file of the source. ``header`` is its JSON text, padding included, from which ``merge``
+    rebuilds the file byte for byte; ``sha256`` is known where the source's place in the Hub's cache tells
+    it."""
+
+    name: str
+    size: int
+    header: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the shards were cut from. ``index`` is the text of the source's ``*.index.json``, if it has one.
+
+    ``aliases`` names tensors of the source that are byte for byte another one (a tied head stored twice) and
+    are therefore not stored.
+    """
+
+    id: str
+    revision: str | None
+    files: tuple[SourceFile, ...]
+    index: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A safetensors file of a shard; sizes in bytes, ``header_sha256`` over its first ``header_size``
+    bytes."""
+
+    file: str
+    size: int
+    header_size: int
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTensor:
+    """A stored tensor: where it is, its BLAKE3 digest, and the pieces of source tensors that fill it.
+
+    What no piece covers is ``fill``: zero for a padded vocabulary, one for a scale that a serving engine
+    expects.
+    """
+
+    part: int
+    dtype: str
+    shape: Shape
+    digest: str
+    rule: Rule
+    dim: int
+    pieces: tuple[Piece, ...]
+    fill: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part files and the tensors in them, by name."""
+
+    parts: tuple[Part, ...]
+    tensors: Mapping[str, ShardTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all part files."""
+        return sum(part.size for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedFile:
+    """A file copied from the source as it is."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A shard folder's contents. ``shards`` maps rank to shard: all of them, or those that ``--ranks`` named.
+
+    ``dtype`` is the safetensors dtype that float tensors were cast to, ``None`` where they are as in the
+    source. ``extra`` holds tensors of the source that no rank needs but ``merge`` gives back.
+    """
+
+    source: Source
+    tp_size: int
+    model_type: str
+    dtype: str | None
+    max_part_size: int
+    compat: str | None
+    shards: Mapping[int, Shard]
+    extra: Shard | None
+    files: Mapping[str, CopiedFile]
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read ``folder``'s manifest and check it against its own digest.
+
+        Raises:
+            ShardFolderError: it is missing, altered, or of a format version that this tpctl does not read.
+        """
+        path = folder / MANIFEST
+        try:
+            text = path.read_bytes().decode("utf-8")
+            value = json.loads(text)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ShardFolderError(
+                f"{folder} has no {MANIFEST}; it is not a shard folder, make one with `tpctl shard`"
+            ) from None
+        except OSError as error:
+            raise ShardFolderError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ShardFolderError(f"{path} is damaged ({error}); shard the model again") from None
+        version = value.get("format_version") if isinstance(value, dict) else None
+        if version != FORMAT_VERSION and isinstance(version, int):
+            raise ShardFolderError(
+                f"{path} has format version {version}, this tpctl reads version {FORMAT_VERSION}; "
+                "shard the model again"
+            )
+        altered = ShardFolderError(f"{path} was altered after it was written; shard the model again")
+        try:
+            found = value.pop("sha256")
+            manifest = _from_dict(value)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise altered from None
+        if found != _sha256(_text(value)) or manifest.text() != text:
+            raise altered
+        return manifest
+
+    def text(self) -> str:
+        """The file's canonical text."""
+        value = _to_dict(self)
+        return _text({**value, "sha256": _sha256(_text(value))})
+
+    def shard(self, rank: int) -> Shard:
+        """``rank``'s shard.
+
+        Raises:
+            ShardFolderError: the folder does not hold it.
+        """
+        if rank not in self.shards:
+            raise ShardFolderError(
+                f"the folder holds no shard of rank {rank}: it has {describe_ranks(self.shards)} "
+                f"of tp {self.tp_size}"
+            )
+        return self.shards[rank]
+
+    def rank_files(self, rank: int) -> list[str]:
+        """The names of ``rank``'s part files, in order; errors as ``shard``."""
+        return [part.file for part in self.shard(rank).parts]
+
+    def tensors(self, rank: int) -> Mapping[str, ShardTensor]:
+        """``rank``'s tensors by name; errors as ``shard``."""
+        return self.shard(rank).tensors
+
+    def check_tp(self, tp_size: int, folder: Path) -> None:
+        """Raise ``ShardFolderError`` unless ``folder`` was cut for ``tp_size`` ranks."""
+        if tp_size != self.tp_size:
+            raise ShardFolderError(
+                f"{folder} is cut for tp {self.tp_size}, but tp {tp_size} is asked for; "
+                f"use --tp {self.tp_size}, or make a new folder with `tpctl reshard {folder} --tp {tp_size}`"
+            )
+
+    def check_files(self, folder: Path, ranks: Iterable[int] | None = None) -> None:
+        """Check the part files of ``ranks`` (all that are listed, if ``None``) by size and header, without
+        hashing data.
+
+        Raises:
+            ShardFolderError: a file is missing, has another size, or another header.
+        """
+        shards = [self.shard(rank) for rank in (self.shards if ranks is None else ranks)]
+        for shard in shards:
+            for part in shard.parts:
+                _check_part(folder / part.file, part)
+
+
+def describe_ranks(ranks: Iterable[int]) -> str:
+    """``"rank 3"``, ``"ranks 0-3"`` or ``"ranks 0, 2-3"``."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    one = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"rank{'' if one else 's'} {text or 'none'}"
+
+
+def _check_part(path: Path, part: Part) -> None:
+    again = "shard the model again, or copy the file again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(part.header_size)
+    except FileNotFoundError:
+        raise ShardFolderError(f"{path} is missing ({part.size} bytes by the manifest); {again}") from None
+    except OSError as error:
+        raise ShardFolderError(f"{path} cannot be read: {error.strerror}") from None
+    if size != part.size:
+        raise ShardFolderError(f"{path} has {size} bytes, but {part.size} by the manifest; {again}")
+    if hashlib.sha256(header).hexdigest() != part.header_sha256:
+        raise ShardFolderError(f"{path} has another header than the manifest says; {again}")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(value: Mapping[str, Any], depth: int = 4) -> str:
+    """Canonical JSON: one line for each tensor, so that the file can be read and compared by people."""
+
+    def dump(value: Any, level: int) -> str:
+        if not isinstance(value, dict | list) or not value or level == depth:
+            return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+        inner, outer = "\n" + " " * (level + 1), "\n" + " " * level
+        if isinstance(value, list):
+            return f"[{inner}" + f",{inner}".join(dump(item, level + 1) for item in value) + f"{outer}]"
+        items = (
+            f"{json.dumps(key, ensure_ascii=False)}:{dump(item, level + 1)}" for key, item in value.items()
+        )
+        return f"{{{inner}" + f",{inner}".join(items) + f"{outer}}}"
+
+    return dump(value, 0) + "\n"
+
+
+def _to_dict(manifest: Manifest) -> dict[str, Any]:
+    source = manifest.source
+    return {
+        "format_version": FORMAT_VERSION,
+        "digest": DIGEST,
+        "model_type": manifest.model_type,
+        "tp_size": manifest.tp_size,
+        "dtype": manifest.dtype,
+        "max_part_size": manifest.max_part_size,
+        "compat": manifest.compat,
+        "source": {
+            "id": source.id,
+            "revision": source.revision,
+            "files": [
+                {"name": file.name, "size": file.size, "sha256": file.sha256, "header": file.header}
+                for file in source.files
+            ],
+            "index": source.index,
+            "aliases": dict(sorted(source.aliases.items())),
+        },
+        "files": {
+            name: {"size": file.size, "digest": file.digest} for name, file in sorted(manifest.files.items())
+        },
+        "shards": {str(rank): _shard_to_dict(shard) for rank, shard in sorted(manifest.shards.items())},
+        "extra": None if manifest.extra is None else _shard_to_dict(manifest.extra),
+    }
+
+
+def _shard_to_dict(shard: Shard) -> dict[str, Any]:
+    return {
+        "parts": [
+            {
+                "file": part.file,
+                "size": part.size,
+                "header_size": part.header_size,
+                "header_sha256": part.header_sha256,
+            }
+            for part in shard.parts
+        ],
+        "tensors": {
+            name: {
+                "part": tensor.part,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "digest": tensor.digest,
+                "rule": tensor.rule.value,
+                "dim": tensor.dim,
+                "fill": tensor.fill,
+                "pieces": [
+                    {
+                        "source": piece.source,
+                        "start": list(piece.start),
+                        "shape": list(piece.shape),
+                        "at": list(piece.at),
+                        "label": piece.label,
+                    }
+                    for piece in tensor.pieces
+                ],
+            }
+            for name, tensor in shard.tensors.items()
+        },
+    }
+
+
+def _from_dict(value: Mapping[str, Any]) -> Manifest:
+    source = value["source"]
+    return Manifest(
+        source=Source(
+            source["id"],
+            source["revision"],
+            tuple(SourceFile(f["name"], f["size"], f["header"], f["sha256"]) for f in source["files"]),
+            source["index"],
+            dict(source["aliases"]),
+        ),
+        tp_size=value["tp_size"],
+        model_type=value["model_type"],
+        dtype=value["dtype"],
+        max_part_size=value["max_part_size"],
+        compat=value["compat"],
+        shards={int(rank): _shard_from_dict(shard) for rank, shard in value["shards"].items()},
+        extra=None if value["extra"] is None else _shard_from_dict(value["extra"]),
+        files={name: CopiedFile(file["size"], file["digest"]) for name, file in value["files"].items()},
+    )
+
+
+def _shard_from_dict(value: Mapping[str, Any]) -> Shard:
+    if any(Path(part["file"]).name != part["file"] for part in value["parts"]):
+        raise ValueError("a part file lies outside the folder")
+    return Shard(
+        tuple(Part(p["file"], p["size"], p["header_size"], p["header_sha256"]) for p in value["parts"]),
+        {
+            name: ShardTensor(
+                t["part"],
+                t["dtype"],
+                tuple(t["shape"]),
+                t["digest"],
+                Rule(t["rule"]),
+                t["dim"],
+                tuple(
+                    Piece(p["source"], tuple(p["start"]), tuple(p["shape"]), tuple(p["at"]), p["label"])
+                    for p in t["pieces"]
+                ),
+                t["fill"],
+            )
+            for name, t in value["tensors"].items()
+        },
+    )

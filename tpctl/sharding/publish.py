@@ -1,0 +1,141 @@
+"""Folders that exist whole or not at all: written beside their final place, under a lock, then renamed."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tpctl.errors import OutputError
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+class PendingFolder:
+    """A folder that becomes ``target`` when ``publish`` is called.
+
+    Until then its files are in ``path``, a hidden folder beside ``target`` with a fixed name, so that a run
+    that was killed can be resumed by the next one. A lock on that folder keeps two runs apart.
+    """
+
+    def __init__(self, target: Path, path: Path, lock: int) -> None:
+        self.target, self.path, self._lock = target, path, lock
+
+    @classmethod
+    @contextmanager
+    def open(cls, target: Path, *, force: bool) -> Iterator[PendingFolder]:
+        """Lock the pending folder of ``target``, made if it is missing; wait while another run holds it.
+
+        Left by an error, the folder is removed; left by an interrupt or a kill, it stays for the next run.
+
+        Raises:
+            OutputError: ``target`` exists and ``force`` is not given, or the folder cannot be made.
+        """
+        refuse_existing(target, force)
+        path = target.parent / f".{target.name}.tpctl-partial"
+        with readable_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+        try:
+            # Another run may have published while this one waited for the lock.
+            refuse_existing(target, force)
+            pending = cls(target, path, lock)
+            try:
+                with readable_errors(path):
+                    yield pending
+            except Exception:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+        finally:
+            os.close(lock)
+
+    def check_space(self, needed: int) -> None:
+        """Raise ``OutputError`` if the disk has less than ``needed`` bytes free."""
+        stat = os.statvfs(self.path)
+        free = stat.f_bavail * stat.f_frsize
+        if needed > free:
+            raise OutputError(
+                f"{self.target} needs {needed} bytes, but only {free} are free on its disk; free "
+                f"{needed - free} bytes or choose another place with -o"
+            )
+
+    def publish(self) -> None:
+        """Make the folder appear as ``target``, replacing an older one in one step."""
+        _fsync_folder(self.path)
+        if self.target.exists():
+            _exchange(self.path, self.target)
+            _fsync_folder(self.target.parent)
+            shutil.rmtree(self.path)
+        else:
+            self.path.rename(self.target)
+            _fsync_folder(self.target.parent)
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """Raise ``OutputError`` if ``target`` exists and is not to be replaced, or is no folder."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; choose another folder with -o")
+    if not force and target.exists():
+        raise OutputError(
+            f"{target} exists already; use --force to replace it, or choose another folder with -o"
+        )
+
+
+@contextmanager
+def readable_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one clear ``OutputError``."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"no space left while writing {where} ({error.strerror}); nothing was published, "
+                "free some space or choose another place with -o"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(
+                f"no permission to write {where} ({error.strerror}); choose another folder with -o"
+            ) from None
+        raise OutputError(f"{where}: {error.strerror or error}; nothing was published") from None
+
+
+def _lock(path: Path) -> int:
+    """Make ``path`` if needed and lock it. The lock is on the folder itself: it moves with it when it is
+    renamed."""
+    while True:
+        path.mkdir(exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except FileNotFoundError:
+            pass
+        # The folder was published or removed by the run that held the lock: take the new one.
+        os.close(fd)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders' names atomically."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(other))
+
+
+def _fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

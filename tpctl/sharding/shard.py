@@ -1,0 +1,174 @@
+"""Cuts a checkpoint folder into a shard folder, as bytes and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from tpctl.checkpoint.cast import FLOATS
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.errors import CheckpointError, PartitionError, ShardFolderError, UsageError
+from tpctl.models.config import ModelConfig
+from tpctl.models.specs import DTYPES
+from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors, weight_splits
+from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST, Source, SourceFile
+from tpctl.partition.plan import PartitionPlan
+from tpctl.sharding.layout import Stored, whole
+from tpctl.sharding.transfer import Files, Move, Progress, Tally, run
+from tpctl.sharding.writer import Recipe, ShardReport, write_shards
+
+DEFAULT_PART_SIZE = 5 * 10**9
+"""Bytes of tensors in one part file, as Hugging Face checkpoints have it."""
+
+
+def shard_checkpoint(
+    source: Path,
+    out: Path,
+    tp_size: int,
+    *,
+    source_id: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    max_part_size: int = DEFAULT_PART_SIZE,
+    ranks: Sequence[int] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ShardReport:
+    """Cut the checkpoint in ``source`` into ``tp_size`` shards and publish them as the folder ``out``.
+
+    The config, the plan and every header are checked before a byte of data is read. Memory use does not
+    depend on the model's size. ``out`` appears whole or not at all.
+
+    Args:
+        source_id: what the manifest names as the source; the folder's name by default.
+        revision: the source's revision, for the manifest.
+        dtype: cast float tensors to ``float32``, ``bfloat16`` or ``float16``; ``None`` or ``"auto"`` keeps
+            them. max_part_size: most tensor bytes in one file. ranks: the ranks to write; all by default.
+            force: replace ``out`` if it exists.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown.
+        PartitionError: the model cannot be cut into ``tp_size`` shards.
+        OutputError: ``out`` exists, or cannot be written.
+        UsageError: ``dtype`` is unknown.
+    """
+    if (source / MANIFEST).is_file():
+        raise ShardFolderError(
+            f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size}`"
+        )
+    target = _safetensors_dtype(dtype)
+    config = ModelConfig.load(source)
+    folder = CheckpointFolder.open(source)
+    plan = source_plan(config, folder.tensors, tp_size)
+    plan.check_source(folder.shapes, ignored_tensors(config))
+    tensors = {name: whole(info, file.path) for name, (file, info) in folder.tensors.items()}
+    aliases = _aliases(plan, tensors)
+    inputs = {name: _sources(plan, name, tensors) for name in plan.shards[0]}
+    dtypes = {name: _stored_dtype(name, reads, target) for name, reads in inputs.items()}
+    if all(reads[0].dtype == dtypes[name] for name, reads in inputs.items()):
+        target = None
+    recipe = Recipe(
+        plan=plan,
+        source=Source(
+            source_id or source.resolve().name,
+            revision,
+            tuple(SourceFile(f.name, f.size, f.header.text, f.sha256) for f in folder.files),
+            folder.index,
+            aliases,
+        ),
+        model_type=config.model_type,
+        dtype=target,
+        max_part_size=max_part_size,
+        compat=None,
+        ranks=check_ranks(ranks, tp_size),
+        dtypes=dtypes,
+        inputs=inputs,
+        extra=tuple(
+            stored
+            for name, stored in sorted(tensors.items())
+            if name not in plan.source_shapes and name not in aliases
+        ),
+        small_files=tuple(folder.small_files()),
+        identity=_identity(folder),
+    )
+    return write_shards(recipe, out, force=force, check=folder.check_unchanged, progress=progress)
+
+
+def source_plan(config: ModelConfig, names: Iterable[str], tp_size: int) -> PartitionPlan:
+    """The partition plan for a checkpoint that holds tensors ``names``.
+
+    With tied embeddings a checkpoint may keep the one copy under the head's name; the plan then reads that.
+
+    Raises:
+        PartitionError: the model cannot be cut into ``tp_size`` shards.
+    """
+    splits, names = list(weight_splits(config)), set(names)
+    if config.tie_word_embeddings and LM_HEAD in names and EMBEDDING not in names:
+        head = splits[-1]
+        splits[-1] = replace(head, blocks=tuple(replace(block, source=LM_HEAD) for block in head.blocks))
+    return PartitionPlan.build(config.geometry, splits, tp_size)
+
+
+def check_ranks(ranks: Sequence[int] | None, tp_size: int) -> tuple[int, ...]:
+    """``ranks`` in order without repetition; all of them by default. Raises ``PartitionError`` for one too
+    large."""
+    if ranks is None:
+        return tuple(range(tp_size))
+    for rank in ranks:
+        if not 0 <= rank < tp_size:
+            raise PartitionError(f"rank {rank} does not exist at tp {tp_size}; ranks are 0 to {tp_size - 1}")
+    return tuple(sorted(set(ranks)))
+
+
+def _safetensors_dtype(dtype: str | None) -> str | None:
+    if dtype is None or dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _sources(plan: PartitionPlan, name: str, tensors: Mapping[str, Stored]) -> tuple[Stored, ...]:
+    """The checkpoint's tensors that stored tensor ``name`` is made of, in its order."""
+    wanted = (piece.source for shard in plan.shards for piece in shard[name].pieces)
+    return tuple(tensors[source] for source in dict.fromkeys(wanted))
+
+
+def _stored_dtype(name: str, reads: Sequence[Stored], target: str | None) -> str:
+    found = {stored.dtype: stored.name for stored in reads}
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise CheckpointError(
+            f"{first} is {one} but {second} is {other}; {name} cannot hold both, cast with --dtype"
+        )
+    dtype = reads[0].dtype
+    return target if target is not None and dtype in FLOATS else dtype
+
+
+def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """A tied head that the checkpoint stores a second time, after checking that it equals the embedding."""
+    if LM_HEAD in plan.source_shapes or LM_HEAD not in tensors:
+        return {}
+    head, embedding = tensors[LM_HEAD], tensors[EMBEDDING]
+    differ = CheckpointError(
+        f"config.json ties the embeddings, but {LM_HEAD} differs from {EMBEDDING}; "
+        "set tie_word_embeddings to false if the head is its own"
+    )
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        raise differ
+    as_head = replace(head, regions=tuple(replace(region, source=EMBEDDING) for region in head.regions))
+    try:
+        with Files() as files:
+            run([Move((embedding,), (as_head,))], files, Tally(0, "", None), compare=True)
+    except ShardFolderError:
+        raise differ from None
+    return {LM_HEAD: EMBEDDING}
+
+
+def _identity(folder: CheckpointFolder) -> str:
+    text = repr(
+        [FORMAT_VERSION, [(file.name, file.size, file.mtime_ns, file.header.text) for file in folder.files]]
+    )
+    return sha256(text.encode()).hexdigest()

@@ -1,0 +1,318 @@
+"""Moves tensors between layouts: bands of rows, read once, through small buffers, on several threads.
+
+A ``Move`` names stored tensors to read and stored tensors to write that share logical tensors. It is worked
+off in the
+order in which the stored tensors' bytes lie, so that the digest of every one is computed from the bytes as
+they pass:
+
+    read                       band of the logical tensor            write
+    whole rows      ------->   +--------------------------+  ----->  whole rows
+    some columns    --copy->   |  rows r0..r1, all columns|  -copy-> some columns
+                               +--------------------------+
+
+The memory used is a few bands a thread, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpctl.checkpoint.cast import cast
+from tpctl.errors import CheckpointError, ShardFolderError
+from tpctl.partition.split import Range
+from tpctl.sharding.layout import Region, Stored, item_size
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in total, and what is being done."""
+
+BAND_BYTES = 1 << 20
+"""Size of a band: small enough to stay in a core's cache between reading, hashing and writing."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Stored tensors to read and to write. Reads with a known digest are checked against it; written bytes
+    are digested where ``digest`` says so."""
+
+    reads: tuple[Stored, ...]
+    writes: tuple[Stored, ...]
+    digest: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.writes)
+
+
+class Files:
+    """Open file descriptors by path; reads and writes at offsets. Close it with ``with``."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def open(self, path: Path, flags: int = os.O_RDONLY) -> int:
+        """Open ``path`` (once) and return its descriptor. Not for use by several threads at once."""
+        if path not in self._open:
+            self._open[path] = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        return self._open[path]
+
+    def read(self, path: Path, out: Bytes, offset: int) -> None:
+        """Fill ``out`` from byte ``offset`` of ``path`` on."""
+        view = out.data.cast("B")
+        while view:
+            got = os.preadv(self._open[path], [view], offset)
+            if not got:
+                raise CheckpointError(
+                    f"{path} ends at byte {offset}, {len(view)} bytes too early; it was truncated"
+                )
+            view, offset = view[got:], offset + got
+
+    def write(self, path: Path, data: Bytes, offset: int) -> None:
+        """Write ``data`` at byte ``offset`` of ``path``."""
+        view = data.data.cast("B")
+        while view:
+            put = os.pwrite(self._open[path], view, offset)
+            view, offset = view[put:], offset + put
+
+    def sync(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            os.fsync(self._open[path])
+
+
+class Tally:
+    """Counts bytes for several threads and tells ``progress``; ``stop`` ends the others when one fails."""
+
+    def __init__(self, total: int, what: str, progress: Progress | None) -> None:
+        self.total, self.what, self.done = total, what, 0
+        self.stop = Event()
+        self._progress = progress
+        self._lock = Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.done += nbytes
+            if self._progress is not None:
+                self._progress(self.done, self.total, self.what)
+
+
+class Stopped(Exception):
+    """Raised inside a worker because another one failed."""
+
+
+def default_threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def run(
+    moves: Sequence[Move], files: Files, tally: Tally, *, compare: bool = False, threads: int | None = None
+) -> dict[tuple[int | None, str], str]:
+    """Carry out ``moves`` and return the BLAKE3 digest of every written tensor, by rank and name.
+
+    Args:
+        compare: read what the writes say is there and compare, instead of writing.
+
+    Raises:
+        ShardFolderError: bytes that were read do not have the expected digest, or differ when comparing.
+        CheckpointError: a file ends early.
+        OSError: reading or writing failed.
+    """
+    for stored in {s.path: s for move in moves for s in (*move.reads, *move.writes)}.values():
+        files.open(stored.path)
+    digests: dict[tuple[int | None, str], str] = {}
+
+    def work(move: Move) -> None:
+        try:
+            digests.update(_Mover(files, tally, compare).run(move))
+        except BaseException:
+            tally.stop.set()
+            raise
+
+    # The largest first, so that no thread is left alone with a large one at the end.
+    ordered = sorted(moves, key=lambda move: -move.nbytes)
+    with ThreadPoolExecutor(threads or default_threads()) as pool:
+        futures = [pool.submit(work, move) for move in ordered]
+        failures = [error for future in futures if (error := future.exception()) is not None]
+    for error in failures:
+        if not isinstance(error, Stopped):
+            raise error
+    return digests
+
+
+class _Mover:
+    """One thread's buffers and digests for one move."""
+
+    def __init__(self, files: Files, tally: Tally, compare: bool) -> None:
+        self.files, self.tally, self.compare = files, tally, compare
+        self.read_hashes: dict[tuple[int | None, str], Any] = {}
+        self.write_hashes: dict[tuple[int | None, str], Any] = {}
+
+    def run(self, move: Move) -> dict[tuple[int | None, str], str]:
+        from blake3 import blake3
+
+        self.read_hashes = {_key(s): blake3() for s in move.reads if s.digest is not None}
+        self.write_hashes = {_key(s): blake3() for s in move.writes if move.digest and not self.compare}
+        for source in dict.fromkeys(region.source for s in move.writes for region in s.regions):
+            self._move_source(move, source)
+        for stored in move.reads:
+            if stored.digest is not None:
+                self._check_tail(stored)
+        for stored in move.writes:
+            self._write_tail(stored)
+        return {key: digest.hexdigest() for key, digest in self.write_hashes.items()}
+
+    def _move_source(self, move: Move, source: str) -> None:
+        reads = [(s, r) for s in move.reads for r in s.regions if r.source == source]
+        writes = [(s, r) for s in move.writes for r in s.regions if r.source == source]
+        line = max(r.cols.stop for _, r in reads)
+        size_in, size_out = item_size(reads[0][0].dtype, source), item_size(writes[0][0].dtype, source)
+        step = max(1, BAND_BYTES // max(1, line * max(size_in, size_out)))
+        held = np.empty((step, line * size_in), np.uint8)
+        for rows in _shared_rows(reads, writes):
+            for first in range(rows.start, rows.stop, step):
+                if self.tally.stop.is_set():
+                    raise Stopped
+                band = Range(first, min(first + step, rows.stop))
+                view = held[: len(band)]
+                for stored, region in reads:
+                    self._read(stored, region, band, view, size_in)
+                out = cast(view, reads[0][0].dtype, writes[0][0].dtype)
+                for stored, region in writes:
+                    self._write(stored, region, band, out, size_out)
+
+    def _read(self, stored: Stored, region: Region, band: Range, view: Bytes, size: int) -> None:
+        rows = _overlap(region.rows, band)
+        if not len(rows):
+            return
+        line = len(region.cols) * size
+        target = view[rows.start - band.start : rows.stop - band.start]
+        straight = line == view.shape[1]
+        data = target if straight else np.empty((len(rows), line), np.uint8)
+        self.files.read(stored.path, data, region.offset + (rows.start - region.rows.start) * line)
+        if not straight:
+            target[:, region.cols.start * size : region.cols.stop * size] = data
+        if stored.digest is not None:
+            self.read_hashes[_key(stored)].update(data)
+
+    def _write(self, stored: Stored, region: Region, band: Range, view: Bytes, size: int) -> None:
+        rows = _overlap(region.rows, band)
+        if not len(rows):
+            return
+        line = len(region.cols) * size
+        data = np.ascontiguousarray(
+            view[
+                rows.start - band.start : rows.stop - band.start,
+                region.cols.start * size : region.cols.stop * size,
+            ]
+        )
+        offset = region.offset + (rows.start - region.rows.start) * line
+        if self.compare:
+            self._compare(stored, region, rows, data, offset, size)
+        else:
+            if (digest := self.write_hashes.get(_key(stored))) is not None:
+                digest.update(data)
+            self.files.write(stored.path, data, offset)
+        self.tally.add(data.nbytes)
+
+    def _compare(
+        self, stored: Stored, region: Region, rows: Range, data: Bytes, offset: int, size: int
+    ) -> None:
+        found = np.empty_like(data)
+        self.files.read(stored.path, found, offset)
+        if np.array_equal(found, data):
+            return
+        row, byte = np.argwhere(found != data)[0]
+        place = f"row {rows.start + int(row)}, column {region.cols.start + int(byte) // size}"
+        raise ShardFolderError(
+            f"{stored.label} differs from its source {region.source} at the source's {place}"
+        )
+
+    def _write_tail(self, stored: Stored) -> None:
+        """Write (zeros: leave as holes) and hash what no region covers."""
+        done = _covered(stored)
+        if self.compare or done == stored.nbytes:
+            return
+        for first in range(done, stored.nbytes, BAND_BYTES):
+            data = _filler(stored, min(BAND_BYTES, stored.nbytes - first))
+            if (digest := self.write_hashes.get(_key(stored))) is not None:
+                digest.update(data)
+            if stored.fill:
+                self.files.write(stored.path, data, stored.offset + first)
+            self.tally.add(data.nbytes)
+
+    def _check_tail(self, stored: Stored) -> None:
+        """Hash what no region covers, and compare the digest."""
+        for first in range(_covered(stored), stored.nbytes, BAND_BYTES):
+            data = np.empty(min(BAND_BYTES, stored.nbytes - first), np.uint8)
+            self.files.read(stored.path, data, stored.offset + first)
+            self.read_hashes[_key(stored)].update(data)
+        check_digest(stored, self.read_hashes[_key(stored)].hexdigest())
+
+
+def check_digest(stored: Stored, found: str) -> None:
+    """Raise ``ShardFolderError`` unless ``found`` is the digest that ``stored`` should have."""
+    if stored.digest is not None and found != stored.digest:
+        raise ShardFolderError(
+            f"{stored.label} is damaged: its bytes in {stored.path.name} hash to {found[:16]}, "
+            f"the manifest says {stored.digest[:16]}; shard the model again, or copy the file again"
+        )
+
+
+def _key(stored: Stored) -> tuple[int | None, str]:
+    return stored.rank, stored.name
+
+
+def _covered(stored: Stored) -> int:
+    size = item_size(stored.dtype, stored.name)
+    return sum(len(region.rows) * len(region.cols) * size for region in stored.regions)
+
+
+def _filler(stored: Stored, nbytes: int) -> Bytes:
+    if not stored.fill:
+        return np.zeros(nbytes, np.uint8)
+    ones = np.ones(nbytes // item_size("F32", stored.name), "<f4").view(np.uint8)
+    return cast(ones, "F32", stored.dtype)
+
+
+def _overlap(one: Range, other: Range) -> Range:
+    start = max(one.start, other.start)
+    return Range(start, max(start, min(one.stop, other.stop)))
+
+
+def _shared_rows(
+    reads: Sequence[tuple[Stored, Region]], writes: Sequence[tuple[Stored, Region]]
+) -> list[Range]:
+    """The runs of rows that both sides have, ascending."""
+    runs = []
+    for one in _union(region.rows for _, region in reads):
+        for other in _union(region.rows for _, region in writes):
+            if len(both := _overlap(one, other)):
+                runs.append(both)
+    return sorted(runs, key=lambda run: run.start)
+
+
+def _union(ranges: Iterable[Range]) -> list[Range]:
+    found: list[Range] = []
+    for rng in sorted(ranges, key=lambda rng: (rng.start, rng.stop)):
+        if found and rng.start <= found[-1].stop:
+            found[-1] = Range(found[-1].start, max(found[-1].stop, rng.stop))
+        else:
+            found.append(rng)
+    return found
