@@ -1,1 +1,1 @@
-"""Starting, watching and stopping torchrun workers, and the socket between them and the command line. No torch."""
+"""Starting, watching and stopping workers, and the socket between them and the command line. No torch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -50,10 +51,8 @@ class Channel:
 
     def close(self) -> None:
         # shutdown wakes a thread that is blocked in receive; close alone does not.
-        try:
+        with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._sock.close()
 
     def _read(self, size: int) -> bytes:

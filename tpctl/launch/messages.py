@@ -1,4 +1,4 @@
-"""What the command line and rank 0 say to each other: small frozen records, framed as JSON by ``launch.channel``.
+"""What the command line and rank 0 say to each other: small frozen records, sent as JSON (``channel``).
 
     command line -> rank 0      Add, Abort, GetStats, Stop
     rank 0 -> command line      Ready, Outputs, Stats, Fatal
@@ -46,7 +46,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Ready:
-    """The engine can take requests. ``info`` holds sizes, device, dtype, backend and start-up timings in seconds."""
+    """The engine can take requests. ``info`` has sizes, device, dtype, backend and start-up seconds."""
 
     info: dict[str, Any]
 
@@ -55,8 +55,9 @@ class Ready:
 class Output:
     """New tokens of one request.
 
-    ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error"; ``message``
-    explains an error. ``logprobs`` has one entry a token: [chosen token's log-probability, [[id, log-probability], …]].
+    ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
+    ``message`` explains an error. ``logprobs`` has one entry a token: [log-probability of the chosen token,
+    [[id, log-probability], …]].
     """
 
     id: str
@@ -95,7 +96,8 @@ def to_wire(message: Message) -> list[Any]:
         body: Any = [[r.id, r.token_ids, r.sampling.to_dict()] for r in message.requests]
     elif isinstance(message, Outputs):
         body = [
-            [o.id, o.token_ids, o.finish_reason, o.message, o.logprobs, o.num_cached_tokens] for o in message.outputs
+            [o.id, o.token_ids, o.finish_reason, o.message, o.logprobs, o.num_cached_tokens]
+            for o in message.outputs
         ]
     else:
         body = asdict(message)
@@ -116,7 +118,9 @@ def from_wire(wire: list[Any]) -> Message:
 
 
 def _read_add(body: Any) -> Add:
-    return Add([Request(id, token_ids, SamplingParams.from_dict(sampling)) for id, token_ids, sampling in body])
+    return Add(
+        [Request(id, token_ids, SamplingParams.from_dict(sampling)) for id, token_ids, sampling in body]
+    )
 
 
 _READERS: dict[str, Callable[[Any], Message]] = {

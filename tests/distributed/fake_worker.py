@@ -1,0 +1,113 @@
+"""A worker without a model: speaks the messages, answers with token ids that count up, and fails on request.
+
+``FAKE_WORKER`` names what it does wrong; ``rank:what`` does it on one rank only. It imports torch only for
+``record``, as the real worker does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tpctl.engine.config import EngineConfig
+from tpctl.errors import ShardFolderError
+from tpctl.launch.channel import ChannelClosed
+from tpctl.launch.lifeline import connect, tie_to_parent
+from tpctl.launch.messages import Abort, Add, Fatal, GetStats, Output, Outputs, Ready, Stats, Stop
+
+RANK = int(os.environ["RANK"])
+
+
+def misbehaviour() -> str:
+    rank, _, what = os.environ.get("FAKE_WORKER", "").rpartition(":")
+    return what if rank in ("", str(RANK)) else ""
+
+
+def main() -> None:
+    tie_to_parent()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--socket", type=Path)
+    arguments = parser.parse_args()
+    config = EngineConfig.load(arguments.config)
+    what = misbehaviour()
+    if folder := os.environ.get("FAKE_WORKER_PIDS"):
+        Path(folder, f"{RANK}").write_text(f"{os.getpid()} {os.getppid()}")
+    if what == "raise":
+        raise RuntimeError("the weights are on strike\nsecond line")
+    if what == "raise-ours":
+        raise ShardFolderError("shard folder is for tp 2, but tp 3 was asked for")
+    if what == "exit":
+        sys.exit(7)
+    if what == "exit-0":
+        sys.exit(0)
+    if what == "import":
+        import no_such_module  # noqa: F401
+    if what == "hang":
+        time.sleep(600)
+    if what == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    if RANK != 0:
+        if what == "die-later":
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not (arguments.config.parent / "stop").exists():
+            time.sleep(0.05)
+        return
+    serve(config, arguments.socket, what)
+
+
+def serve(config: EngineConfig, path: Path, what: str) -> None:
+    channel = connect(path)
+    if what == "fatal":
+        channel.send(Fatal("EngineError: no room for a KV cache"))
+        sys.exit(1)
+    info = {"max_model_len": config.max_model_len or 64, "device": config.device, "tp_size": config.tp_size}
+    channel.send(Ready(info | {"omp": os.environ["OMP_NUM_THREADS"], "stdin": sys.stdin.read()}))
+    steps = 0
+    try:
+        while True:
+            message = channel.receive()
+            if isinstance(message, Stop):
+                if what == "ignore-stop":
+                    continue
+                (path.parent / "stop").touch()  # for the other ranks
+                return
+            if isinstance(message, GetStats):
+                channel.send(Stats({"steps": steps}))
+            if isinstance(message, Abort):
+                channel.send(Outputs([Output(id, [], "abort") for id in message.ids]))
+            if isinstance(message, Add):
+                for request in message.requests:
+                    if what == "endless":
+                        channel.send(Outputs([Output(request.id, [request.token_ids[-1] + 1])]))
+                        continue
+                    if what == "die":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if what == "refuse":
+                        channel.send(Outputs([Output(request.id, [], "error", "the fake refuses")]))
+                        continue
+                    start = request.token_ids[-1] + 1
+                    for step in range(request.sampling.max_tokens):
+                        steps += 1
+                        last = step + 1 == request.sampling.max_tokens
+                        channel.send(
+                            Outputs([Output(request.id, [start + step], "length" if last else None)])
+                        )
+    except ChannelClosed:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.current_thread().name = "fake"
+    if os.environ.get("FAKE_WORKER_RECORD"):
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)
+    main()

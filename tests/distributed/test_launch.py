@@ -1,0 +1,253 @@
+"""Workers start, are watched and end, whatever happens to them: with a fake worker that fails on request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tpctl.client.engine_client import EngineClient
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.errors import EngineError, RequestError, ShardFolderError
+from tpctl.launch.messages import Output, Request
+
+HERE = Path(__file__).parent
+PYTHON_PATH = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
+PATIENCE = 60.0  # seconds that anything may take on a busy machine
+
+
+def start(
+    tp_size: int, pids: Path, fault: str = "", *, record: bool = False, timeout: float = 60
+) -> EngineClient:
+    env = {"PYTHONPATH": PYTHON_PATH, "FAKE_WORKER": fault, "FAKE_WORKER_PIDS": str(pids)}
+    if record:
+        env["FAKE_WORKER_RECORD"] = "1"
+    config = EngineConfig(pids, tp_size)
+    return EngineClient(config, module="fake_worker", env=env, start_timeout=timeout)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def processes(pids: Path, count: int) -> list[int]:
+    """Ids of the workers and of the agent, once ``count`` workers have noted theirs."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        notes = [note.read_text().split() for note in pids.iterdir()]
+        if len([note for note in notes if len(note) == 2]) == count:
+            agents = {int(note[1]) for note in notes} if count > 1 else set()
+            return [int(note[0]) for note in notes] + sorted(agents)
+        time.sleep(0.05)
+    raise AssertionError(f"only {len(list(pids.iterdir()))} of {count} workers came up")
+
+
+def assert_gone(found: list[int]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while left := [pid for pid in found if alive(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} are still there"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the workers' notes; the engine's own folder lands beside it, so it can be looked at."""
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    yield folder
+    assert_gone([int(note.read_text().split()[0]) for note in folder.iterdir() if note.read_text()])
+
+
+def engine_folders(pids: Path) -> list[Path]:
+    return list(pids.parent.glob("tpctl-*"))
+
+
+def request(name: str, max_tokens: int = 3) -> Request:
+    return Request(name, [1, 2], SamplingParams(max_tokens=max_tokens))
+
+
+def finish(client: EngineClient) -> list[Output]:
+    collected: list[Output] = []
+    while not collected or collected[-1].finish_reason is None:
+        collected += client.outputs()
+    return collected
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_answers_and_leaves_nothing(pids: Path, tp_size: int) -> None:
+    with start(tp_size, pids) as client:
+        info = client.wait_ready()
+        found = processes(pids, tp_size)
+        client.submit([request("a")])
+        assert [token for output in finish(client) for token in output.token_ids] == [3, 4, 5]
+        assert client.stats() == {"steps": 3}
+        assert len(engine_folders(pids)) == 1
+    assert info["tp_size"] == tp_size
+    assert info["stdin"] == ""
+    assert int(info["omp"]) == max(1, len(os.sched_getaffinity(0)) // tp_size)
+    assert_gone(found)
+    assert engine_folders(pids) == []
+
+
+def test_outputs_that_arrive_before_the_stats_are_kept(pids: Path) -> None:
+    with start(1, pids) as client:
+        client.submit([request("a")])
+        assert client.stats() == {"steps": 3}
+        assert finish(client)[-1].finish_reason == "length"
+
+
+def test_too_long_a_prompt_is_refused_with_both_numbers(pids: Path) -> None:
+    with start(1, pids) as client:
+        with pytest.raises(RequestError, match=r"70 tokens.* 63 "):
+            client.submit([Request("long", [1] * 70, SamplingParams())])
+        with pytest.raises(RequestError, match="empty"):
+            client.submit([Request("empty", [], SamplingParams())])
+        client.submit([request("after")])
+        assert finish(client)[-1].finish_reason == "length"
+
+
+def test_abort_and_no_output_within_the_timeout(pids: Path) -> None:
+    with start(1, pids, "endless") as client:
+        client.submit([request("a")])
+        assert client.outputs()[0].finish_reason is None
+        assert client.outputs(timeout=0.05) == []
+        client.abort(["a"])
+        assert client.outputs()[0] == Output("a", [], "abort")
+
+
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize(("tp_size", "fault"), [(1, "raise"), (2, "1:raise")])
+def test_an_exception_at_the_start_is_one_line(pids: Path, tp_size: int, fault: str, record: bool) -> None:
+    rank = tp_size - 1
+    with (
+        start(tp_size, pids, fault, record=record) as client,
+        pytest.raises(EngineError, match=f"rank {rank} .*RuntimeError: the weights are on strike") as caught,
+    ):
+        client.wait_ready()
+        client.outputs()
+    assert "\n" not in str(caught.value)
+    (folder,) = engine_folders(pids)  # kept, because the message names it
+    assert f"{folder}/logs" in str(caught.value)
+
+
+@pytest.mark.parametrize(("tp_size", "fault"), [(1, "raise-ours"), (2, "1:raise-ours")])
+def test_our_own_errors_keep_their_kind(pids: Path, tp_size: int, fault: str) -> None:
+    with (
+        start(tp_size, pids, fault, record=True) as client,
+        pytest.raises(ShardFolderError, match=r"^shard folder is for tp 2, but tp 3 was asked for$"),
+    ):
+        client.wait_ready()
+        client.outputs()
+    assert engine_folders(pids) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("exit", "rank 0 ended with exit code 7 and said nothing"),
+        ("exit-0", r"the workers ended \(exit code 0\) without saying why"),
+        ("import", "rank 0 ended with exit code 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("fatal", "^no room for a KV cache$"),
+    ],
+)
+def test_other_ends_before_ready(pids: Path, fault: str, message: str) -> None:
+    with start(1, pids, fault) as client, pytest.raises(EngineError, match=message):
+        client.wait_ready()
+
+
+@pytest.mark.parametrize("fault", ["hang", "deaf"])
+def test_never_ready(pids: Path, fault: str) -> None:
+    with (
+        start(1, pids, fault, timeout=1) as client,
+        pytest.raises(EngineError, match="not ready after 1 s"),
+    ):
+        client.wait_ready()
+
+
+def test_a_killed_rank_is_named_and_ends_the_others(pids: Path) -> None:
+    client = start(2, pids, "1:die-later")
+    found = processes(pids, 2)
+    with pytest.raises(EngineError, match=r"rank 1 was killed \(SIGKILL\).*memory"):
+        client.outputs()
+    assert_gone(found)
+    with pytest.raises(EngineError, match="rank 1 was killed"):
+        client.submit([request("late")])
+    client.close()
+
+
+def test_the_only_rank_dies_during_a_request(pids: Path) -> None:
+    with start(1, pids, "die") as client:
+        client.submit([request("a")])
+        with pytest.raises(EngineError, match=r"rank 0 was killed \(SIGKILL\)"):
+            client.outputs()
+
+
+def test_kill_of_the_agent_ends_the_workers(pids: Path) -> None:
+    with start(2, pids) as client:
+        client.wait_ready()
+        found = processes(pids, 2)
+        os.kill(found[-1], signal.SIGKILL)
+        with pytest.raises(EngineError, match="the launcher was ended by SIGKILL"):
+            client.outputs()
+        assert_gone(found)
+
+
+@pytest.mark.parametrize("fault", ["ignore-stop", "1:deaf"])
+def test_close_ends_workers_that_do_not_listen(pids: Path, fault: str) -> None:
+    with start(2, pids, fault) as client:
+        client.wait_ready()
+        found = processes(pids, 2)
+    assert_gone(found)
+
+
+def test_close_while_starting(pids: Path) -> None:
+    with start(2, pids):
+        pass
+    assert engine_folders(pids) == []
+
+
+def test_a_temporary_folder_with_a_long_path(
+    pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with start(1, pids) as client:
+        client.wait_ready()
+    assert list(long.iterdir()) == []
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from test_launch import start
+with start(int(sys.argv[1]), Path(sys.argv[2])) as client:
+    client.wait_ready()
+    client.outputs()
+"""
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_end_of_the_command_line_ends_the_workers(pids: Path, tp_size: int, number: int) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tp_size), str(pids)],
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+        stderr=subprocess.DEVNULL,
+    )
+    found = processes(pids, tp_size)
+    parent.send_signal(number)
+    parent.wait(PATIENCE)
+    assert_gone(found)
