@@ -24,6 +24,7 @@ class RopeConfig:
     kind: str
     theta: float
     rotary_dim: int
+    max_position_embeddings: int
     original_max_position_embeddings: int
     params: Mapping[str, Any] = field(default_factory=dict)
 
@@ -180,7 +181,7 @@ def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConf
     missing = [name for name in needed if name not in params]
     if missing:
         raise CheckpointError(f"config.json: RoPE kind {kind!r} needs {missing[0]!r}, which is not there")
-    return RopeConfig(kind, float(theta), int(head_dim * factor), int(original), params)
+    return RopeConfig(kind, float(theta), int(head_dim * factor), positions, int(original), params)
 
 
 def _windows(raw: Mapping[str, Any], family: FamilySpec, num_layers: int) -> tuple[int | None, ...]:

@@ -96,11 +96,9 @@ class PartitionPlan:
         """The shape of stored tensor ``name`` on ``rank``."""
         return self.shards[rank][name].shape
 
-    def vocab(self, rank: int) -> Range:
-        """The rows of the padded vocabulary that ``rank`` holds."""
-        return self._vocab_ranges()[rank]
-
-    def _vocab_ranges(self) -> tuple[Range, ...]:
+    @property
+    def vocab_slices(self) -> tuple[Range, ...]:
+        """The rows of the padded vocabulary that each rank holds."""
         for split in self.splits:
             if split.rule is Rule.VOCAB:
                 block = split.blocks[0]

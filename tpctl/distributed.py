@@ -1,0 +1,91 @@
+"""The tensor-parallel group: this rank, its device, and the collectives that the layers need.
+
+It is built once, in the worker, and passed down to whatever needs it; nothing reads a global. A group of one rank
+needs no process group: its collectives return their input.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+class TPGroup:
+    """``size`` ranks that hold one model together.
+
+    Attributes:
+        rank, size: this process's place, ``0 <= rank < size``.
+        device: where this rank's tensors live.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
+        self.rank = rank
+        self.size = size
+        self.device = torch.device(device)
+
+    @classmethod
+    def from_environment(cls, device_type: str) -> TPGroup:
+        """Join the group that torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describe.
+
+        CPU tensors travel by gloo; on ``"cuda"`` device tensors travel by NCCL.
+        """
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if device_type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        return cls(rank, size, device)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum ``x`` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The element-wise maximum of ``x`` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """``[size, *x.shape]``: every rank's ``x``, which must have the same shape everywhere."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        dist.all_gather(list(gathered.unbind(0)), x.contiguous())
+        return gathered
+
+    def minimum(self, value: int) -> int:
+        """The smallest ``value`` over the ranks (host side)."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's ``text``, on every rank (host side)."""
+        if self.size == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here (host side)."""
+        self.minimum(0)
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""One rank's engine: the scheduler and the model runner, stepped together.
+
+Every rank builds the same engine, applies the same requests at the same steps, and therefore makes the same schedule
+and samples the same tokens; only rank 0's outputs are sent anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpctl.distributed import TPGroup
+from tpctl.engine.block_manager import BlockManager
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.model_runner import ModelRunner
+from tpctl.engine.scheduler import Scheduler
+from tpctl.errors import EngineError
+from tpctl.launch.messages import Abort, Add, Message, Output
+
+
+class Engine:
+    """Continuous batching on one rank.
+
+    Raises:
+        EngineError: the settings do not fit the model or the memory.
+    """
+
+    def __init__(self, config: EngineConfig, group: TPGroup) -> None:
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise EngineError(
+                f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-num-seqs "
+                f"{config.max_num_seqs}: a step could not serve every sequence; raise the one or lower the other"
+            )
+        self.config = config
+        self.runner = ModelRunner(config, group)
+        blocks = BlockManager(self.runner.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.runner.max_model_len,
+            eos_token_ids=self.runner.model_config.eos_token_ids,
+            rope_offset=self.runner.rotary.offset,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def apply(self, message: Message) -> list[Output]:
+        """Take in new requests or aborts; what they lead to at once."""
+        outputs: list[Output | None] = []
+        if isinstance(message, Add):
+            outputs = [self.scheduler.add(request) for request in message.requests]
+        elif isinstance(message, Abort):
+            outputs = [self.scheduler.abort(id) for id in message.ids]
+        return [output for output in outputs if output is not None]
+
+    def step(self) -> list[Output]:
+        """Compute one step; the new tokens."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        token_ids, logprobs = self.runner.run(batch)
+        return self.scheduler.commit(batch, token_ids, logprobs)
+
+    def info(self) -> dict[str, Any]:
+        return {**self.runner.info(), "max_num_seqs": self.config.max_num_seqs}
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, by name."""
+        scheduler, blocks = self.scheduler.stats, self.scheduler.blocks
+        return {
+            "steps": scheduler.steps,
+            "prompt_tokens": scheduler.prompt_tokens,
+            "computed_tokens": scheduler.computed_tokens,
+            "generated_tokens": scheduler.generated_tokens,
+            "preemptions": scheduler.preemptions,
+            "prefix_cache_queried_tokens": blocks.queried_tokens,
+            "prefix_cache_hit_tokens": blocks.hit_tokens,
+            "evictions": blocks.evictions,
+        }

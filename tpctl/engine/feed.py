@@ -1,0 +1,120 @@
+"""How requests reach every rank at the same step.
+
+Only rank 0 hears the command line. At the start of each step it says to every other rank which messages arrived since
+the last one: a frame on a TCP connection, usually empty. Nothing is waited for but that frame, and rank 0 waits for
+nothing, so the feed works the same within a host and between hosts and costs a few microseconds a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import socket
+import struct
+import threading
+from typing import Any
+
+from tpctl.distributed import TPGroup
+from tpctl.launch.channel import Channel, ChannelClosed
+from tpctl.launch.messages import Message, from_wire, to_wire
+
+_LENGTH = struct.Struct(">I")
+_JOIN_TIMEOUT = 60.0  # seconds for the other ranks to connect
+
+
+class Leader:
+    """Rank 0's end: messages from the command line, passed on to the followers step by step."""
+
+    def __init__(self, group: TPGroup, channel: Channel) -> None:
+        self._channel = channel
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._followers = _accept_followers(group)
+        threading.Thread(target=self._listen, daemon=True, name="tpctl-listen").start()
+
+    def next(self, wait: bool) -> list[Message]:
+        """The messages that this step applies; with ``wait``, at least one."""
+        messages = [self._inbox.get()] if wait else []
+        while not self._inbox.empty():
+            messages.append(self._inbox.get())
+        if self._followers:
+            data = json.dumps([to_wire(m) for m in messages], separators=(",", ":")).encode()
+            frame = _LENGTH.pack(len(data)) + data
+            for follower in self._followers:
+                follower.sendall(frame)
+        return messages
+
+    def send(self, message: Message) -> None:
+        self._channel.send(message)
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._inbox.put(self._channel.receive())
+        except ChannelClosed:
+            os._exit(1)  # nobody is left to work for; a collective may hang, so do not unwind
+
+
+class Follower:
+    """Every other rank's end."""
+
+    def __init__(self, group: TPGroup) -> None:
+        self._leader = _connect_to_leader(group)
+
+    def next(self, wait: bool) -> list[Message]:
+        """The messages that rank 0 applies at the same step. Rank 0 decides whether to wait."""
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return [from_wire(wire) for wire in json.loads(self._read(length))]
+
+    def send(self, message: Message) -> None:
+        """Followers compute the same outputs as rank 0, which alone reports them."""
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self._leader.recv(size - len(data))
+            if not part:
+                os._exit(1)  # rank 0 is gone
+            data += part
+        return data
+
+
+def _accept_followers(group: TPGroup) -> list[socket.socket]:
+    """Listen, tell the group where and with which secret, and wait for every other rank."""
+    if group.size == 1:
+        return []
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    token = secrets.token_hex(16)
+    with socket.create_server(("127.0.0.1" if _is_local(host) else "", 0)) as server:
+        server.settimeout(_JOIN_TIMEOUT)
+        address = "127.0.0.1" if _is_local(host) else host
+        group.broadcast_text(json.dumps([address, server.getsockname()[1], token]))
+        followers: list[socket.socket] = []
+        while len(followers) < group.size - 1:
+            connection, _ = server.accept()
+            connection.settimeout(_JOIN_TIMEOUT)
+            if secrets.compare_digest(connection.recv(len(token), socket.MSG_WAITALL), token.encode()):
+                connection.settimeout(None)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                followers.append(connection)
+            else:
+                connection.close()
+    return followers
+
+
+def _connect_to_leader(group: TPGroup) -> socket.socket:
+    where: list[Any] = json.loads(group.broadcast_text(""))
+    address, port, token = where
+    connection = socket.create_connection((address, port), timeout=_JOIN_TIMEOUT)
+    connection.sendall(token.encode())
+    connection.settimeout(None)
+    return connection
+
+
+def _is_local(host: str) -> bool:
+    """Whether all ranks are on this host; ``torchrun --standalone`` names the machine itself."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == int(os.environ.get("WORLD_SIZE", "1")) or host in (
+        "localhost",
+        "127.0.0.1",
+    )

@@ -1,0 +1,143 @@
+"""Chooses the next token of each row from logits that are spread over the ranks.
+
+Every rank works on its own slice of the vocabulary: it divides by the temperature, drops what top-k, top-p and min-p
+exclude, adds Gumbel noise and takes its best token (the largest of logits plus Gumbel noise is a sample of their
+softmax). One small all-gather of (score, token id) then picks the winner, the same on every rank. Whole rows of logits
+travel only where a top-p set is so flat that the ranks' best candidates do not hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+from tpctl.engine.filters import min_p_floor, nucleus_floor
+from tpctl.engine.logprobs import report_logprobs
+from tpctl.engine.noise import gumbel_noise, noise_keys
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.partition.split import Range
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What one row needs besides its logits.
+
+    ``position`` is the place in the sequence that the sampled token will take; ``history`` all tokens before it
+    (read only where a repetition penalty is set).
+    """
+
+    params: SamplingParams
+    position: int
+    history: SequenceType[int] = ()
+
+
+class Sampler:
+    """Samples from this rank's slice of the vocabulary.
+
+    Args:
+        slices: every rank's rows of the padded vocabulary.
+        vocab_size: how many of all rows are real tokens.
+    """
+
+    def __init__(self, group: TPGroup, slices: SequenceType[Range], vocab_size: int) -> None:
+        self.group = group
+        self.first = slices[group.rank].start
+        reals = [len(piece.clipped(vocab_size)) for piece in slices]
+        self.real = reals[group.rank]
+        self.widest = max(reals)
+
+    def sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
+        """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
+
+        Args:
+            logits_RV: this rank's logits in any float dtype, padding columns included.
+        """
+        # Padding columns are dropped; a rank that holds nothing else keeps one column that can never win.
+        logits = logits_RV[:, : max(self.real, 1)].float()
+        if self.real == 0:
+            logits = torch.full_like(logits, float("-inf"))
+        raw = logits
+        params = [row.params for row in rows]
+        if any(p.repetition_penalty != 1.0 for p in params):
+            logits = self._penalize(logits, rows)
+        if all(p.greedy for p in params):
+            best, ids = self._local_best(logits)
+        else:
+            best, ids = self._sampled_best(logits, rows)
+        token_ids = self._agree(best, ids)
+        tokens: list[int] = token_ids.tolist()
+        if all(p.logprobs is None for p in params):
+            return tokens, None
+        return tokens, report_logprobs(raw, token_ids, self.first, self.widest, params, self.group)
+
+    def _local_best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The best score of each row and its token id, the lowest id among equals."""
+        index = scores.argmax(-1, keepdim=True)
+        return scores.gather(-1, index).squeeze(-1), index.squeeze(-1) + self.first
+
+    def _agree(self, best_R: Tensor, ids_R: Tensor) -> Tensor:
+        """The winning token ids [R] over all ranks; lower ranks hold lower ids, so ties go to the lowest id."""
+        if self.group.size == 1:
+            return ids_R
+        # float64 holds a float32 score and a token id exactly, so that one gather carries both.
+        pairs = self.group.all_gather(torch.stack([best_R.double(), ids_R.double()], dim=-1))
+        winner = pairs[..., 0].argmax(0)
+        return pairs[winner, torch.arange(len(winner), device=winner.device), 1].long()
+
+    def _penalize(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> Tensor:
+        """Keskar et al., "CTRL" (2019): seen tokens' logits are divided by the penalty, or multiplied if negative."""
+        logits = logits.clone()
+        for index, row in enumerate(rows):
+            penalty = row.params.repetition_penalty
+            if penalty == 1.0:
+                continue
+            seen = [token - self.first for token in set(row.history) if 0 <= token - self.first < self.real]
+            if seen:
+                at = torch.tensor(sorted(seen), device=logits.device)
+                values = logits[index, at]
+                logits[index, at] = torch.where(values > 0, values / penalty, values * penalty)
+        return logits
+
+    def _sampled_best(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> tuple[Tensor, Tensor]:
+        device = logits.device
+        params = [row.params for row in rows]
+        # Greedy rows keep their logits as scores: temperature 1 and no noise.
+        temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device).unsqueeze(1)
+        scaled = logits / temperature
+        floor = torch.full((len(rows),), float("-inf"), device=device)
+        nucleus = [i for i, p in enumerate(params) if not p.greedy and (p.top_k or p.top_p < 1)]
+        if nucleus:
+            at = torch.tensor(nucleus, device=device)
+            floor[at] = nucleus_floor(scaled[at], [params[i] for i in nucleus], self.group, self.widest)
+        if any(p.min_p and not p.greedy for p in params):
+            floor = torch.maximum(floor, min_p_floor(scaled, params, self.group))
+
+        best, ids = self._local_best(scaled)
+        keys = torch.tensor([noise_keys(row.params.seed, row.position) for row in rows], device=device)
+        # Few tokens pass a nucleus, so noise is drawn for those alone; other rows draw it for the whole slice.
+        kept_counts = (scaled[nucleus] >= floor[nucleus].unsqueeze(1)).sum(-1) if nucleus else None
+        narrow = set(nucleus)
+        wide = [i for i, p in enumerate(params) if not p.greedy and i not in narrow]
+        if nucleus and kept_counts is not None:
+            at = torch.tensor(nucleus, device=device)
+            width = max(1, int(kept_counts.max()))
+            values, index = scaled[at].topk(min(width, scaled.shape[1]), dim=-1)
+            best[at], ids[at] = self._noisy_best(values, index + self.first, keys[at], floor[at])
+        if wide:
+            at = torch.tensor(wide, device=device)
+            all_ids = torch.arange(self.first, self.first + scaled.shape[1], device=device)
+            best[at], ids[at] = self._noisy_best(scaled[at], all_ids.expand(len(wide), -1), keys[at], floor[at])
+        return best, ids
+
+    @staticmethod
+    def _noisy_best(values: Tensor, ids: Tensor, keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of ``values`` plus noise among those that reach ``floor``; -inf where none does."""
+        scores = values + gumbel_noise(keys, ids)
+        scores.masked_fill_(values < floor.unsqueeze(1), float("-inf"))
+        index = scores.argmax(-1, keepdim=True)
+        return scores.gather(-1, index).squeeze(-1), ids.gather(-1, index).squeeze(-1)

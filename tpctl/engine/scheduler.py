@@ -1,0 +1,273 @@
+"""Decides, step by step, which sequences compute how many tokens.
+
+Deterministic and free of torch: every rank runs its own copy on the same requests and reaches the same decisions, so
+no schedule ever travels between ranks.
+
+One step takes a budget of tokens. Running sequences come first, oldest first: a decode needs one token, an unfinished
+prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing.
+When blocks run out, the youngest running sequence is preempted: it gives up its blocks and waits to be computed again
+from its tokens, which prefix caching often makes cheap.
+
+A step may be started before the results of the one before it are known (``Sequence.num_in_flight``): ``schedule`` and
+``commit`` then overlap by one step, and a sequence that turns out to have ended costs one wasted row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence as SequenceType
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpctl.engine.block_manager import BlockManager
+from tpctl.engine.sequence import Sequence
+from tpctl.launch.messages import Output, Request
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """``num_new_tokens`` of ``sequence``, from token ``start``; ``samples`` when the last one yields a new token."""
+
+    sequence: Sequence
+    start: int
+    num_new_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """The position that follows: that of the token it samples."""
+        return self.start + self.num_new_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """One new token that yields the next one. (A prompt's last single token looks the same, and is.)"""
+        return self.samples and self.num_new_tokens == 1
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """One step's work: decodes first, then prefill chunks."""
+
+    items: list[ScheduledSequence]
+    num_decodes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.items)
+
+    @property
+    def sampled(self) -> list[ScheduledSequence]:
+        """The items that yield a token, in row order."""
+        return [item for item in self.items if item.samples]
+
+
+@dataclass
+class SchedulerStats:
+    """Counters since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+
+
+@dataclass
+class _Step:
+    """What a step has left and has chosen so far."""
+
+    budget: int
+    items: list[ScheduledSequence] = field(default_factory=list)
+    chosen: set[str] = field(default_factory=set)
+
+
+class Scheduler:
+    """Policy over a block manager.
+
+    Args:
+        max_model_len: tokens of prompt and answer at most; a sequence that reaches it ends with "length".
+        eos_token_ids: tokens that end an answer.
+        rope_offset: gives a sequence's rotary table from the longest it may become.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: SequenceType[int] = (),
+        rope_offset: Callable[[int], int] = lambda total_len: 0,
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.rope_offset = rope_offset
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[str, Sequence] = {}  # by id, oldest admission first
+        self.stats = SchedulerStats()
+        self._by_id: dict[str, Sequence] = {}
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._by_id)
+
+    def add(self, request: Request) -> Output | None:
+        """Queue a request; an ``Output`` with "error" if it cannot be served."""
+        length = len(request.token_ids)
+        message = None
+        if not length:
+            message = "the prompt is empty"
+        elif length >= self.max_model_len:
+            message = (
+                f"the prompt has {length} tokens, but at most {self.max_model_len - 1} leave room for an answer "
+                f"within --max-model-len {self.max_model_len}; shorten it or raise the limit"
+            )
+        elif request.id in self._by_id:
+            message = f"request id {request.id!r} is already in use"
+        if message is not None:
+            return Output(request.id, [], "error", message)
+        sequence = Sequence(request.id, request.token_ids, request.sampling, self._arrivals)
+        sequence.rope_offset = self.rope_offset(min(length + request.sampling.max_tokens, self.max_model_len))
+        self._arrivals += 1
+        self._by_id[request.id] = sequence
+        self.waiting.append(sequence)
+        self.stats.prompt_tokens += length
+        return None
+
+    def abort(self, id: str) -> Output | None:
+        """End a request early; ``None`` if it has already ended."""
+        sequence = self._by_id.get(id)
+        if sequence is None:
+            return None
+        self._finish(sequence)
+        return Output(id, [], "abort")
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Choose the next step's work; ``None`` when nothing can be computed now."""
+        step = _Step(self.max_num_batched_tokens)
+        preempted = self._schedule_running(step)
+        if not preempted:
+            self._admit_waiting(step)
+        if not step.items:
+            return None
+        decodes = [item for item in step.items if item.is_decode]
+        chunks = [item for item in step.items if not item.is_decode]
+        batch = ScheduledBatch(decodes + chunks, len(decodes))
+        self.stats.steps += 1
+        self.stats.computed_tokens += batch.num_tokens
+        return batch
+
+    def commit(
+        self, batch: ScheduledBatch, token_ids: SequenceType[int], logprobs: SequenceType[Any] | None = None
+    ) -> list[Output]:
+        """Take in the tokens that a step sampled, one for each of ``batch.sampled``.
+
+        Returns:
+            What is new for each request that is still wanted.
+        """
+        outputs = []
+        for row, (item, token) in enumerate(zip(batch.sampled, token_ids, strict=True)):
+            sequence = item.sequence
+            sequence.num_in_flight -= 1
+            if sequence.finished:
+                continue
+            sequence.token_ids.append(token)
+            self.stats.generated_tokens += 1
+            reason = self._finish_reason(sequence, token)
+            if reason is not None:
+                self._finish(sequence)
+                self.stats.finished += 1
+            reported = [logprobs[row]] if logprobs is not None and sequence.params.logprobs is not None else None
+            outputs.append(Output(sequence.id, [token], reason, None, reported, sequence.num_cached_tokens))
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Check the block manager's books against the sequences (see ``BlockManager.check_integrity``)."""
+        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
+        assert set(self._by_id) == set(self.running) | {s.id for s in self.waiting}, "a request is lost"
+        self.blocks.check_integrity(list(self.running.values()))
+
+    def _schedule_running(self, step: _Step) -> bool:
+        """Give running sequences their tokens, oldest first; whether any had to be preempted."""
+        preempted = False
+        for sequence in list(self.running.values()):
+            if step.budget == 0:
+                break
+            if sequence.id not in self.running or self._awaits_its_end(sequence):
+                continue
+            tokens = min(sequence.num_uncomputed_tokens, step.budget)
+            if tokens == 0:
+                continue
+            while not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
+                victim = next(s for s in reversed(self.running.values()) if s.id not in step.chosen)
+                self._preempt(victim)
+                preempted = True
+                if victim is sequence:
+                    break
+            else:
+                self._choose(step, sequence, tokens)
+        return preempted
+
+    def _admit_waiting(self, step: _Step) -> None:
+        while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if sequence.num_in_flight:
+                break  # preempted with a token under way; its id is needed before it can be computed again
+            matched = self.blocks.match_prefix(sequence)
+            total = len(sequence.token_ids)
+            # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
+            # admitting does not lead straight to preempting.
+            reserve = len(self.running)
+            if not self.blocks.admit(sequence, matched, total, reserve):
+                break
+            self.waiting.popleft()
+            self.running[sequence.id] = sequence
+            self._choose(step, sequence, min(sequence.num_uncomputed_tokens, step.budget))
+
+    def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
+        start = sequence.num_computed_tokens
+        samples = start + tokens == sequence.num_tokens
+        step.items.append(ScheduledSequence(sequence, start, tokens, samples))
+        step.chosen.add(sequence.id)
+        step.budget -= tokens
+        sequence.num_computed_tokens = start + tokens
+        sequence.num_in_flight += samples
+        # Shared from now on, before it is computed: in every layer all keys of a step are stored before any sequence
+        # of the step reads them.
+        self.blocks.register(sequence)
+
+    def _awaits_its_end(self, sequence: Sequence) -> bool:
+        """Whether a token in flight is known to be its last, so that no further step should be started for it."""
+        return sequence.num_in_flight > 0 and (
+            sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.max_model_len
+        )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self.running[sequence.id]
+        self.blocks.release(sequence)
+        self.waiting.appendleft(sequence)
+        self.stats.preemptions += 1
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
+        params = sequence.params
+        if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+            return "stop"
+        known = len(sequence.token_ids)
+        if known - sequence.num_prompt_tokens >= params.max_tokens or known >= self.max_model_len:
+            return "length"
+        return None
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        del self._by_id[sequence.id]
+        if self.running.pop(sequence.id, None) is not None:
+            self.blocks.release(sequence)
+        else:
+            self.waiting.remove(sequence)

@@ -1,0 +1,54 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+from tpctl.engine.sampling_params import SamplingParams
+
+
+class Sequence:
+    """A prompt and the tokens generated so far.
+
+    Three counts say how far it has come:
+
+        token_ids                 tokens whose ids this process knows: the prompt, then what was sampled
+        num_in_flight             tokens sampled by steps whose results have not come back yet
+        num_computed_tokens       tokens whose keys and values are in the cache once all started steps end
+
+    Attributes:
+        block_table: ids of its KV blocks, in order.
+        num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
+        rope_offset: where its rotary table begins (see ``RotaryTable``).
+        num_cached_tokens: prompt tokens that prefix caching spared when it was last admitted.
+    """
+
+    def __init__(self, id: str, token_ids: list[int], params: SamplingParams, arrival: int) -> None:
+        self.id = id
+        self.token_ids = list(token_ids)
+        self.num_prompt_tokens = len(token_ids)
+        self.params = params
+        self.arrival = arrival
+        self.num_in_flight = 0
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.block_table: list[int] = []
+        self.num_hashed_blocks = 0
+        self.block_hash = b""
+        self.rope_offset = 0
+        self.finished = False
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.id!r}, {len(self.token_ids)} tokens, {self.num_computed_tokens} computed)"
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens that exist, known or in flight."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far, in flight included."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens

@@ -1,0 +1,72 @@
+"""The torchrun entry: one rank of the engine, from start to Stop.
+
+    python -m tpctl.engine.worker --config FILE --socket PATH
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from tpctl.launch import lifeline
+
+_STARTED = time.perf_counter()
+if __name__ == "__main__":
+    lifeline.tie_to_parent()  # before torch's import, which takes seconds
+
+import torch  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
+
+from tpctl.distributed import TPGroup  # noqa: E402
+from tpctl.engine.config import EngineConfig  # noqa: E402
+from tpctl.engine.engine import Engine  # noqa: E402
+from tpctl.engine.feed import Follower, Leader  # noqa: E402
+from tpctl.errors import TpctlError  # noqa: E402
+from tpctl.launch.messages import Fatal, GetStats, Outputs, Ready, Stats, Stop  # noqa: E402
+
+
+def serve(engine: Engine, feed: Leader | Follower) -> None:
+    """Apply messages and compute steps until Stop."""
+    while True:
+        outputs = []
+        for message in feed.next(wait=not engine.has_work):
+            if isinstance(message, Stop):
+                return
+            if isinstance(message, GetStats):
+                feed.send(Stats(engine.stats()))
+            outputs += engine.apply(message)
+        outputs += engine.step()
+        if outputs:
+            feed.send(Outputs(outputs))
+
+
+@record
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--socket", type=Path, required=True)
+    args = parser.parse_args()
+    imported = time.perf_counter()
+    config = EngineConfig.load(args.config)
+    group = TPGroup.from_environment(config.device)
+    channel = lifeline.connect(args.socket) if group.rank == 0 else None
+    try:
+        joined = time.perf_counter()
+        engine = Engine(config, group)
+        feed = Leader(group, channel) if channel is not None else Follower(group)
+        timings = engine.runner.timings
+        timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
+        feed.send(Ready(engine.info()))
+        serve(engine, feed)
+    except TpctlError as error:
+        # A failure that a sentence explains: the command line shows that, not a traceback.
+        if channel is not None:
+            channel.send(Fatal(str(error)))
+        raise
+    group.close()
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,52 @@
+"""What one forward pass computes: built once a step by the engine and passed down to every layer.
+
+Shape letters used in ``layers`` and ``engine``:
+
+    T  new tokens of the step, all sequences one after another      S  sequences
+    H  hidden size         N  query heads of this rank              K  KV heads of this rank
+    D  head dimension      G  query heads per KV head (N / K)       I  this rank's share of the MLP
+    B  block size          M  blocks in the widest block table      V  this rank's share of the vocabulary
+    R  rows that are sampled                                        L  keys of a sequence
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class ForwardBatch:
+    """One step's input. Sequences with one new token (decodes) come first, then prefill chunks.
+
+    Attributes:
+        input_ids: int64 [T].
+        rope_positions: int64 [T], rows of the rotary table. A token's position, plus the offset of the table that
+            its sequence uses (long RoPE keeps two).
+        slot_mapping: int64 [T], where each token's key and value go: ``block * block_size + offset``; -1 nowhere.
+        block_tables: int32 [S, M], block ids; entries past a sequence's blocks are 0.
+        query_lens: new tokens of each sequence.
+        seq_lens: tokens of each sequence up to and including the new ones.
+        num_decodes: how many sequences, from the first, are decodes.
+        logits_rows: int64 [R], rows of T whose logits are wanted.
+        query_start_S1, seq_lens_S: int32 device copies of the lengths, for kernels; ``None`` where unused.
+        scratch: what a backend or layer prepares once a step and uses in every layer.
+    """
+
+    input_ids: Tensor
+    rope_positions: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    query_lens: list[int]
+    seq_lens: list[int]
+    num_decodes: int
+    logits_rows: Tensor
+    query_start_S1: Tensor | None = None
+    seq_lens_S: Tensor | None = None
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]

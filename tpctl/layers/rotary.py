@@ -1,0 +1,128 @@
+"""Rotary position embedding: tables for every supported kind, and their application.
+
+Su et al., "RoFormer" (2021). Pairs are (i, i + rotary_dim / 2), as in Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tpctl.models.config import RopeConfig
+
+
+class RotaryTable:
+    """cos and sin of every position, float32 [rows, rotary_dim / 2].
+
+    Long RoPE has two sets of frequencies, for sequences up to the length the model was first trained on and for
+    longer ones; the second table lies behind the first. ``offset`` says where a sequence's table begins.
+    """
+
+    def __init__(self, config: RopeConfig, max_positions: int, device: torch.device | str) -> None:
+        self.config = config
+        self.max_positions = max_positions
+        factors: list[str] = ["short_factor", "long_factor"] if config.kind == "longrope" else [""]
+        angles = []
+        positions = torch.arange(max_positions, dtype=torch.float32)
+        for factor in factors:
+            angles.append(torch.outer(positions, inverse_frequencies(config, factor)))
+        scale = attention_scale(config)
+        angle = torch.cat(angles)
+        self.cos = (angle.cos() * scale).to(device)
+        self.sin = (angle.sin() * scale).to(device)
+
+    def offset(self, total_len: int) -> int:
+        """The first row of the table for a sequence that may grow to ``total_len`` tokens."""
+        long = self.config.kind == "longrope" and total_len > self.config.original_max_position_embeddings
+        return self.max_positions if long else 0
+
+
+def inverse_frequencies(config: RopeConfig, factor: str = "") -> Tensor:
+    """float32 [rotary_dim / 2]: radians per position of each pair. ``factor`` names a long RoPE's list of divisors."""
+    dim, params = config.rotary_dim, config.params
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    frequencies = 1.0 / (config.theta**exponents)
+    if config.kind == "linear":
+        return frequencies / params["factor"]
+    if config.kind == "llama3":
+        return _llama3(frequencies, config)
+    if config.kind == "yarn":
+        return _yarn(config)
+    if config.kind == "longrope":
+        return 1.0 / (torch.tensor(params[factor], dtype=torch.float32) * config.theta**exponents)
+    return frequencies
+
+
+def attention_scale(config: RopeConfig) -> float:
+    """The factor that yarn and long RoPE apply to cos and sin (their "attention factor")."""
+    params = config.params
+    given = params.get("attention_factor")
+    if config.kind == "longrope":
+        if given is not None:
+            return float(given)
+        factor = params.get("factor") or config.max_position_embeddings / config.original_max_position_embeddings
+        if factor <= 1.0:
+            return 1.0
+        return math.sqrt(1 + math.log(factor) / math.log(config.original_max_position_embeddings))
+    if config.kind == "yarn":
+        if given is not None:
+            return float(given)
+        factor = params["factor"]
+        mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
+        if mscale and all_dim:
+            return _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dim)
+        return _yarn_scale(factor, 1.0)
+    return 1.0
+
+
+def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
+    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
+    params, original = config.params, config.original_max_position_embeddings
+    factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = torch.where(wavelengths > original / low, frequencies / factor, frequencies)
+    between = (wavelengths <= original / low) & (wavelengths >= original / high)
+    return torch.where(between, blended, scaled)
+
+
+def _yarn(config: RopeConfig) -> Tensor:
+    """Peng et al., "YaRN" (2023): pairs that turn often are kept, pairs that turn rarely are interpolated."""
+    params, dim, original = config.params, config.rotary_dim, config.original_max_position_embeddings
+    base = config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    kept, stretched = 1.0 / base, 1.0 / (params["factor"] * base)
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low = pair_that_turns(params.get("beta_fast") or 32)
+    high = pair_that_turns(params.get("beta_slow") or 1)
+    if params.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return stretched * ramp + kept * (1 - ramp)
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x`` [T, heads, D] by ``cos`` and ``sin`` [T, 1, rotary_dim / 2]; dimensions past rotary_dim are kept.
+
+    Computed in the dtype of ``cos``, returned in that of ``x``.
+    """
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., :half] = first * cos - second * sin
+    out[..., half : 2 * half] = second * cos + first * sin
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out

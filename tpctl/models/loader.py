@@ -1,0 +1,64 @@
+"""Fills a decoder from one rank's shard files, strictly: every parameter once, every stored tensor used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from tpctl.errors import ShardFolderError
+from tpctl.models.decoder import Decoder
+from tpctl.models.weights import EMBEDDING
+
+
+def load_shard(model: Decoder, files: Iterable[Path], device: torch.device) -> int:
+    """Give every parameter of ``model`` (built on the meta device) its tensor.
+
+    On a CPU the tensors stay mapped files, so nothing is copied that is not converted or packed later.
+
+    Args:
+        files: this rank's safetensors files.
+
+    Returns:
+        How many bytes the parameters take.
+
+    Raises:
+        ShardFolderError: a tensor is missing, unknown, stored twice, or has another shape than the plan gives it.
+    """
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    if model.config.tie_word_embeddings:
+        del wanted[EMBEDDING]  # the head's parameter serves both
+    filled: set[str] = set()
+    total = 0
+    for path in files:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                parameter = wanted.get(name)
+                if parameter is None:
+                    raise ShardFolderError(f"{path.name} holds {name}, which this model does not have; shard it again")
+                if name in filled:
+                    raise ShardFolderError(f"{name} is stored twice, the second time in {path.name}; shard it again")
+                tensor = file.get_tensor(name)
+                if tensor.shape != parameter.shape:
+                    raise ShardFolderError(
+                        f"{name} is {list(tensor.shape)} in {path.name} but {list(parameter.shape)} by the plan; "
+                        "shard it again"
+                    )
+                _replace(model, name, tensor.to(parameter.dtype))
+                filled.add(name)
+                total += tensor.numel() * parameter.dtype.itemsize
+    if model.config.tie_word_embeddings:
+        model.tie()
+    missing = sorted(wanted.keys() - filled)
+    if missing:
+        raise ShardFolderError(f"no shard file of this rank holds {missing[0]} ({len(missing)} missing); shard it again")
+    return total
+
+
+def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+
