@@ -1,4 +1,4 @@
-"""The safetensors container: strict headers, mapped bytes, headers written before the data.
+"""The safetensors container: strict headers, and headers made before the data.
 
 The format (https://github.com/huggingface/safetensors): eight bytes, little-endian, with the length N of the
 header; N bytes of JSON ``{"name": {"dtype", "shape", "data_offsets": [begin, end]}, …, "__metadata__": {str:
@@ -9,11 +9,9 @@ byte of a file is trusted.
 from __future__ import annotations
 
 import json
-import mmap
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -83,29 +81,6 @@ class Header:
     def file_size(self) -> int:
         """The size in bytes of a file with this header."""
         return max((info.stop for info in self.tensors.values()), default=self.size)
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """A safetensors file and read-only views of its tensors' bytes, mapped when first asked for."""
-
-    path: Path
-    header: Header
-
-    @classmethod
-    def open(cls, path: Path) -> MappedFile:
-        """Read the header of ``path``; errors as ``read_header``."""
-        return cls(path, read_header(path))
-
-    @cached_property
-    def _view(self) -> memoryview:
-        with self.path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-    def bytes(self, name: str) -> memoryview:
-        """The bytes of tensor ``name``: a view that stays valid as long as it is referenced."""
-        info = self.header.tensors[name]
-        return self._view[info.start : info.stop]
 
 
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:

@@ -62,7 +62,7 @@ class PendingFolder:
         if needed > free:
             raise OutputError(
                 f"{self.target} needs {needed} bytes, but only {free} are free on its disk; free "
-                f"{needed - free} bytes or choose another place with -o"
+                f"{needed - free} bytes or choose another place (-o, or TPCTL_CACHE for the cache)"
             )
 
     def publish(self) -> None:
@@ -80,10 +80,10 @@ class PendingFolder:
 def refuse_existing(target: Path, force: bool) -> None:
     """Raise ``OutputError`` if ``target`` exists and is not to be replaced, or is no folder."""
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; choose another folder with -o")
+        raise OutputError(f"{target} is a file; choose another folder (-o, or TPCTL_CACHE for the cache)")
     if not force and target.exists():
         raise OutputError(
-            f"{target} exists already; use --force to replace it, or choose another folder with -o"
+            f"{target} exists already; use --force to replace it, or choose another folder (-o)"
         )
 
 
@@ -97,11 +97,12 @@ def readable_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
                 f"no space left while writing {where} ({error.strerror}); nothing was published, "
-                "free some space or choose another place with -o"
+                "free some space or choose another place (-o, or TPCTL_CACHE for the cache)"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(
-                f"no permission to write {where} ({error.strerror}); choose another folder with -o"
+                f"no permission to write {where} ({error.strerror}); "
+                "choose another folder (-o, or TPCTL_CACHE for the cache)"
             ) from None
         raise OutputError(f"{where}: {error.strerror or error}; nothing was published") from None
 

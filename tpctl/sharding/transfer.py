@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -71,7 +72,12 @@ class Files:
     def open(self, path: Path, flags: int = os.O_RDONLY) -> int:
         """Open ``path`` (once) and return its descriptor. Not for use by several threads at once."""
         if path not in self._open:
-            self._open[path] = os.open(path, flags | os.O_CLOEXEC, 0o666)
+            try:
+                self._open[path] = os.open(path, flags | os.O_CLOEXEC)
+            except OSError as error:
+                if flags != os.O_RDONLY:
+                    raise
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         return self._open[path]
 
     def read(self, path: Path, out: Bytes, offset: int) -> None:
@@ -106,6 +112,11 @@ class Tally:
         self._progress = progress
         self._lock = Lock()
 
+    def check(self) -> None:
+        """Raise ``Stopped`` if another thread failed."""
+        if self.stop.is_set():
+            raise Stopped
+
     def add(self, nbytes: int) -> None:
         with self._lock:
             self.done += nbytes
@@ -137,23 +148,63 @@ def run(
     for stored in {s.path: s for move in moves for s in (*move.reads, *move.writes)}.values():
         files.open(stored.path)
     digests: dict[tuple[int | None, str], str] = {}
+    # The largest first, so that no thread is left alone with a large one at the end.
+    ordered = sorted(moves, key=lambda move: -move.nbytes)
 
-    def work(move: Move) -> None:
+    def task(move: Move) -> None:
+        digests.update(_Mover(files, tally, compare).run(move))
+
+    _in_parallel([partial(task, move) for move in ordered], tally, threads)
+    return digests
+
+
+def hash_all(tensors: Sequence[Stored], files: Files, tally: Tally, *, threads: int | None = None) -> None:
+    """Read every byte of ``tensors`` and compare the digests.
+
+    Raises:
+        ShardFolderError: a digest differs; the message names tensor and rank.
+        CheckpointError: a file ends early.
+    """
+    for stored in tensors:
+        files.open(stored.path)
+    ordered = sorted(tensors, key=lambda stored: -stored.nbytes)
+    _in_parallel([partial(_hash, stored, files, tally) for stored in ordered], tally, threads)
+
+
+def _hash(stored: Stored, files: Files, tally: Tally) -> None:
+    from blake3 import blake3
+
+    digest, buffer = blake3(), np.empty(min(BAND_BYTES, stored.nbytes), np.uint8)
+    for first in range(0, stored.nbytes, BAND_BYTES):
+        tally.check()
+        data = buffer[: stored.nbytes - first]
+        files.read(stored.path, data, stored.offset + first)
+        digest.update(data)
+        tally.add(data.nbytes)
+    check_digest(stored, digest.hexdigest())
+
+
+def _in_parallel(tasks: Sequence[Callable[[], None]], tally: Tally, threads: int | None) -> None:
+    """Run ``tasks`` in order on a few threads; the first failure stops the others and is raised."""
+
+    def work(task: Callable[[], None]) -> None:
         try:
-            digests.update(_Mover(files, tally, compare).run(move))
+            tally.check()
+            task()
         except BaseException:
             tally.stop.set()
             raise
 
-    # The largest first, so that no thread is left alone with a large one at the end.
-    ordered = sorted(moves, key=lambda move: -move.nbytes)
     with ThreadPoolExecutor(threads or default_threads()) as pool:
-        futures = [pool.submit(work, move) for move in ordered]
-        failures = [error for future in futures if (error := future.exception()) is not None]
+        futures = [pool.submit(work, task) for task in tasks]
+        try:
+            failures = [error for future in futures if (error := future.exception()) is not None]
+        except BaseException:  # Ctrl-C while waiting: let the threads go at their next band
+            tally.stop.set()
+            raise
     for error in failures:
         if not isinstance(error, Stopped):
             raise error
-    return digests
 
 
 class _Mover:
@@ -187,8 +238,7 @@ class _Mover:
         held = np.empty((step, line * size_in), np.uint8)
         for rows in _shared_rows(reads, writes):
             for first in range(rows.start, rows.stop, step):
-                if self.tally.stop.is_set():
-                    raise Stopped
+                self.tally.check()
                 band = Range(first, min(first + step, rows.stop))
                 view = held[: len(band)]
                 for stored, region in reads:

