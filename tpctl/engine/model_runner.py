@@ -44,7 +44,7 @@ class ModelRunner:
         self.dtype = _run_dtype(config.dtype, self.model_config.dtype, group.device)
         self.max_model_len = _max_model_len(config.max_model_len, self.model_config)
 
-        plan = build_plan(self.model_config, config.tp_size)
+        self.plan = plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, plan, group.rank)
         self.backend = make_backend(config.attention_backend, group.device.type, heads, config.block_size)
         self.rotary = RotaryTable(self.model_config.rope, self.max_model_len, group.device)

@@ -1,0 +1,81 @@
+"""Every family's logits equal transformers', at every position, at even and uneven tensor-parallel sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.tiny import FAMILIES, make_checkpoint
+from tpctl.distributed import TPGroup
+from tpctl.engine.batch import build_forward_batch
+from tpctl.engine.block_manager import BlockManager
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.model_runner import ModelRunner
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
+from tpctl.engine.sequence import Sequence
+from tpctl.sharding.shard import shard_checkpoint
+
+CHUNKS = (5, 1, 9, 1, 1, 3)  # a prompt computed in pieces: prefill, decode, prefill over a cached prefix, …
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, object]]:
+    return {}
+
+
+def _logits(folder: Path, tp_size: int, prompts: list[list[int]]) -> torch.Tensor:
+    """[prompts, length, vocabulary] of equally long prompts, computed together in chunks."""
+
+    def rank(group: TPGroup) -> torch.Tensor:
+        config = EngineConfig(folder, tp_size, kv_cache_memory=1 << 22, block_size=4, max_num_seqs=8)
+        runner = ModelRunner(config, group)
+        blocks = BlockManager(runner.num_blocks, 4, enable_prefix_caching=False)
+        sequences = [Sequence(str(i), ids, SamplingParams(), i) for i, ids in enumerate(prompts)]
+        for sequence in sequences:
+            sequence.rope_offset = runner.rotary.offset(len(sequence.token_ids))
+        found, start, length = [], 0, len(prompts[0])
+        while start < length:
+            size = min(CHUNKS[len(found) % len(CHUNKS)], length - start)
+            for sequence in sequences:
+                assert blocks.grow(sequence, start + size)
+            items = [ScheduledSequence(sequence, start, size, size == 1) for sequence in sequences]
+            forward = build_forward_batch(ScheduledBatch(items, len(items) if size == 1 else 0), 4, group.device)
+            hidden = runner.model(forward, runner.kv)
+            found.append(runner.model.logits(hidden).view(len(prompts), size, -1))
+            start += size
+        whole = torch.cat(found, dim=1)
+        width = max(len(piece) for piece in runner.plan.vocab_slices)
+        padded = torch.nn.functional.pad(whole, (0, width - whole.shape[-1]))
+        gathered = group.all_gather(padded)
+        slices = [gathered[r, ..., : len(piece)] for r, piece in enumerate(runner.plan.vocab_slices)]
+        return torch.cat(slices, dim=-1)[..., : runner.model_config.vocab_size]
+
+    with torch.inference_mode():
+        results = run_ranks(tp_size, lambda group: torch.inference_mode()(rank)(group))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+    return results[0]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, tmp_path_factory) -> None:
+    if name not in checkpoints:
+        folder = tmp_path_factory.mktemp(name)
+        checkpoints[name] = (folder, make_checkpoint(name, folder))
+    folder, model = checkpoints[name]
+    torch.manual_seed(7)
+    # Long RoPE switches its table at 24 tokens: one length on each side of it.
+    lengths = (20, 40) if "long" in name or "phi4" in name else (40,)
+    shards = tmp_path_factory.mktemp(f"{name}-tp{tp_size}") / "shards"
+    shard_checkpoint(folder, shards, tp_size)
+    for length in lengths:
+        prompts = torch.randint(3, 131, (2, length))
+        with torch.no_grad():
+            expected = model(prompts).logits
+        found = _logits(shards, tp_size, prompts.tolist())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
