@@ -1,0 +1,169 @@
+"""Pieces of text join to exactly what decoding everything at once gives."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from tpctl.client.detokenizer import decode_in_pieces
+from tpctl.client.text_stream import StopStrings, TextStream
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.launch.messages import Output
+
+SPECIAL = AddedToken("<|end|>", special=True, normalized=False)
+PLAIN_ADDED = AddedToken("<think it over>", normalized=False)
+
+
+def byte_level() -> Backend:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "w"), ("h", "e"), ("Ã", "©"), ("l", "l")]
+    tokens = [*alphabet, *("".join(pair) for pair in merges)]
+    backend = Backend(models.BPE({token: id for id, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def byte_fallback() -> Backend:
+    """As in Llama 2: ▁ before words, bytes for what is not in the vocabulary, first space stripped."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeé", "▁a", "▁be", "ab", "▁▁"]
+    merges = [("▁", "a"), ("▁b", "e"), ("a", "b"), ("▁", "▁")]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    vocabulary["▁b"] = len(vocabulary)
+    merges.insert(0, ("▁", "b"))
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
+def metaspace() -> Backend:
+    tokens = ["<unk>", "▁", "▁hello", "▁wor", "ld", "!", "é", "\N{REPLACEMENT CHARACTER}"]
+    backend = Backend(models.BPE({token: id for id, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend
+
+
+MAKERS = {"byte-level": byte_level, "byte-fallback": byte_fallback, "metaspace": metaspace}
+
+
+@cache
+def tokenizer(kind: str) -> Tokenizer:
+    folder = Path(mkdtemp(prefix="tpctl-test-"))
+    backend = MAKERS[kind]()
+    backend.add_special_tokens([SPECIAL])
+    backend.add_tokens([PLAIN_ADDED])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    return Tokenizer(folder)
+
+
+KINDS = pytest.mark.parametrize("kind", list(MAKERS))
+
+
+@KINDS
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40))
+@example(text="héllo wörld 👩‍👩‍👧 中文 a  be")
+@example(text="\N{REPLACEMENT CHARACTER}a")
+def test_any_text(kind: str, text: str) -> None:
+    model = tokenizer(kind)
+    ids = model.encode(text)
+    assert "".join(decode_in_pieces(model, ids)) == model.decode(ids)
+
+
+@KINDS
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_any_ids(kind: str, data: st.DataObject) -> None:
+    model = tokenizer(kind)
+    ids = data.draw(st.lists(st.integers(0, model.backend.get_vocab_size() - 1), max_size=60))
+    assert "".join(decode_in_pieces(model, ids)) == model.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+def test_a_character_comes_whole(kind: str) -> None:
+    model = tokenizer(kind)
+    ids = model.encode("a👍a")
+    pieces = decode_in_pieces(model, ids)
+    assert len(ids) >= 6
+    assert [piece for piece in pieces if "👍" in piece]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert len([piece for piece in pieces if piece]) >= 2  # shown on the way, not all at the end
+
+
+def test_spaces_between_sentencepiece_words_and_none_before_the_first() -> None:
+    model = tokenizer("metaspace")
+    hello, world = model.backend.token_to_id("▁hello"), model.backend.token_to_id("▁wor")
+    end = model.backend.token_to_id("<|end|>")
+    assert decode_in_pieces(model, [end, hello, end, world]) == ["", "hello", "", " wor", ""]
+
+
+def test_an_id_outside_the_vocabulary_is_no_text() -> None:
+    for kind in MAKERS:
+        assert decode_in_pieces(tokenizer(kind), [10**6]) == ["", ""]
+
+
+@given(
+    pieces=st.lists(st.text("ab\n", max_size=4), max_size=12),
+    stops=st.lists(st.text("ab\n", max_size=3), max_size=3),
+)
+def test_stop_strings_cut_where_the_whole_text_would_be_cut(pieces: list[str], stops: list[str]) -> None:
+    finder = StopStrings(stops)
+    shown = ""
+    consumed = ""
+    for piece in pieces:
+        shown += finder.push(piece)
+        consumed += piece
+        if finder.found:
+            break
+    shown += finder.finish()
+    starts = [start for stop in stops if stop and (start := consumed.find(stop)) >= 0]
+    assert finder.found == bool(starts)
+    assert shown == (consumed[: min(starts)] if starts else consumed)
+
+
+def test_text_stream_stops_at_a_stop_string_over_two_tokens() -> None:
+    model = tokenizer("byte-level")
+    stream = TextStream(model, ["wor"])
+    shown = ""
+    for id in model.encode("hello world"):
+        shown += stream.push(Output("a", [id]))
+    assert (shown, stream.text, stream.finish_reason, stream.stopped_early) == (
+        "hello ",
+        "hello ",
+        "stop",
+        True,
+    )
+    assert model.decode(stream.token_ids) == "hello wor"
+
+
+def test_text_stream_leaves_out_the_token_that_ended_it_and_shows_what_was_held() -> None:
+    model = tokenizer("byte-level")
+    (full_stop,) = model.encode("x")
+    stream = TextStream(model, ["llama"])
+    assert stream.push(Output("a", model.encode("he"))) == "he"
+    assert stream.push(Output("a", model.encode("ll"))) == ""
+    assert stream.push(Output("a", [full_stop], "stop")) == "ll"
+    assert (stream.text, stream.finish_reason, stream.stopped_early) == ("hell", "stop", False)
+    assert len(stream.token_ids) == 3
+
+
+def test_text_stream_shows_the_broken_rest_at_the_end() -> None:
+    model = tokenizer("byte-level")
+    ids = model.encode("é👍")[:-1]
+    stream = TextStream(model)
+    assert stream.push(Output("a", ids, "length")) == "é\N{REPLACEMENT CHARACTER}"
+    assert stream.finish_reason == "length"

@@ -1,0 +1,177 @@
+"""Tokenizing and chat templates agree with transformers, and what is missing is said in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from tpctl.client.template import ChatTemplate
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import CheckpointError, RequestError
+
+CHATML = (
+    "{% for message in messages %}\n"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA_LIKE = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = "26 Jul 2024" %}
+{%- endif %}
+{%- set found = namespace(system=false) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{% set found.system = true %}{% continue %}{% endif %}
+    {%- if message.role not in ['user', 'assistant'] %}
+        {{- raise_exception('unknown role ' + message.role) }}
+    {%- endif %}
+    {%- generation %}
+    {{- '[' + message.role + '] ' + (message | tojson) + (tools | tojson(indent=2)) + eos_token }}
+    {%- endgeneration %}
+{%- endfor %}
+{%- if strftime_now is defined and found.system %}{{- strftime_now('%Y') }}{% endif %}
+{%- if add_generation_prompt %}{{- '[assistant]' }}{% endif %}"""
+MESSAGES = [
+    {"role": "system", "content": " Be kind & <brief>. "},
+    {"role": "user", "content": 'Grüße "you"\n'},
+    {"role": "assistant", "content": "Hi 👋"},
+    {"role": "user", "content": "bye"},
+]
+
+
+def make(
+    folder: Path, config: dict[str, Any], *, template: str | None = None, adds_bos: bool = False
+) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({token: id for id, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    if adds_bos:
+        bos = backend.token_to_id("<s>")
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    backend.enable_truncation(3)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def theirs(folder: Path) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
+
+
+NAMED = {"bos_token": {"__type": "AddedToken", "content": "<s>", "special": True}, "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_LIKE])
+@pytest.mark.parametrize("where", ["file", "config", "list"])
+def test_chat_equals_transformers(tmp_path: Path, template: str, where: str) -> None:
+    config: dict[str, Any] = dict(NAMED)
+    if where == "config":
+        config["chat_template"] = template
+    elif where == "list":
+        entries = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+        config["chat_template"] = entries
+    folder = make(tmp_path, config, template=template if where == "file" else None, adds_bos=True)
+    reference = theirs(folder)
+    ours = Tokenizer(folder)
+    text = reference.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert ours.template.render(MESSAGES) == text
+    assert "Grüße" in text
+    ids = reference.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_chat(MESSAGES) == ids
+    assert len(ids) > 20
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize(
+    "extra", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}]
+)
+def test_tokens_around_a_prompt_equal_transformers(
+    tmp_path: Path, adds_bos: bool, extra: dict[str, bool]
+) -> None:
+    folder = make(tmp_path, NAMED | extra, adds_bos=adds_bos)
+    ours = Tokenizer(folder)
+    expected = theirs(folder).encode("hello wörld")
+    assert ours.encode("hello wörld") == expected
+    assert ours.decode(expected) == "hello wörld"
+
+
+def test_a_prompt_with_its_own_bos_gets_no_second(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(make(tmp_path, NAMED, adds_bos=True))
+    assert tokenizer.encode("<s>hi") == tokenizer.encode("hi")
+
+
+def test_tokens_that_only_the_config_knows(tmp_path: Path) -> None:
+    listed = {"260": {"content": "<tool>", "special": False}, "261": {"content": "<secret>", "special": True}}
+    folder = make(tmp_path, NAMED | {"added_tokens_decoder": listed, "pad_token": "<pad>"})
+    ours = Tokenizer(folder)
+    ids = ours.encode("<tool><secret><pad>a")
+    assert ids[:3] == [260, 261, 262]
+    assert ids == theirs(folder).encode("<tool><secret><pad>a")
+    assert ours.decode(ids) == "<tool>a"
+
+
+def test_special_tokens_map_is_the_fallback(tmp_path: Path) -> None:
+    folder = make(tmp_path, {})
+    (folder / "special_tokens_map.json").write_text(json.dumps(NAMED))
+    assert Tokenizer(folder).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_no_tokenizer_and_no_template_and_no_json(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        Tokenizer(tmp_path)
+    folder = make(tmp_path / "base", NAMED)
+    tokenizer = Tokenizer(folder)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(CheckpointError, match=r"base has no chat template.*tpctl batch"):
+        tokenizer.encode_chat(MESSAGES)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a tokenizer this version can read"):
+        Tokenizer(folder)
+
+
+def test_a_template_may_refuse() -> None:
+    template = ChatTemplate(LLAMA_LIKE, {"eos_token": "</s>"})
+    with pytest.raises(RequestError, match="refuses these messages: unknown role tool"):
+        template.render([{"role": "tool", "content": "x"}])
+    with pytest.raises(CheckpointError, match="does not compile, line 1"):
+        ChatTemplate("{% for %}", {})
+
+
+@pytest.mark.parametrize("attack", ["{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"])
+def test_a_template_cannot_reach_out(attack: str) -> None:
+    with pytest.raises(RequestError):
+        ChatTemplate(attack, {}).render([])
+
+
+@pytest.mark.slow
+def test_demo_model_equals_auto_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    from tpctl.checkpoint.sources import resolve
+
+    folder = resolve("demo").folder
+    reference, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    for messages in (MESSAGES, MESSAGES[1:], MESSAGES[1:2]):
+        text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ours.template.render(messages) == text
+        ids = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ours.encode_chat(messages) == ids
+        assert ours.decode(ids, skip_special=False) == reference.decode(ids)
+    assert ours.encode("Once upon a time\n\n") == reference.encode("Once upon a time\n\n")

@@ -1,0 +1,94 @@
+"""One answer as text: its tokens decoded as they come, ended at a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tpctl.client.detokenizer import detokenizer
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.launch.messages import Output
+
+
+class StopStrings:
+    """Finds the first of several strings in text that comes in pieces, and holds back what may begin one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = [string for string in strings if string]
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that is safe to show; after a stop string was ``found`` there is no more."""
+        if self.found:
+            return ""
+        if not self._strings:
+            return piece
+        text = self._held + piece
+        starts = [start for string in self._strings if (start := text.find(string)) >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        keep = max(self._overlap(text, string) for string in self._strings)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back and turned out to begin nothing."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, string: str) -> int:
+        """Length of the longest end of ``text`` that begins ``string``."""
+        longest = min(len(text), len(string) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
+
+
+class TextStream:
+    """Collects the outputs of one request.
+
+    Attributes:
+        text: everything shown so far.
+        token_ids: the tokens behind it, with the end-of-sequence token if there was one.
+        finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+        self._pieces: list[str] = []
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.num_cached_tokens = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a stop string ended it, of which the engine does not know: the request must be aborted."""
+        return self._stop.found
+
+    def push(self, output: Output) -> str:
+        """Take in an output of the engine; returns the text it adds."""
+        if self.finish_reason is not None:
+            return ""
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        shown = ""
+        for position, id in enumerate(output.token_ids):
+            self.token_ids.append(id)
+            ends = output.finish_reason == "stop" and position + 1 == len(output.token_ids)
+            if not ends:  # the token that stopped it is no part of the text
+                shown += self._stop.push(self._detokenizer.push(id))
+            if self._stop.found:
+                break
+        if self._stop.found:
+            self.finish_reason = "stop"
+        elif output.finish_reason is not None:
+            shown += self._stop.push(self._detokenizer.finish())
+            shown += self._stop.finish()
+            self.finish_reason = "stop" if self._stop.found else output.finish_reason
+        self._pieces.append(shown)
+        return shown
