@@ -1,0 +1,93 @@
+"""Tiny checkpoints of every family, random and valid, for tests that need bytes but no meaning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.models.config import ModelConfig
+from tpctl.models.specs import FAMILIES
+from tpctl.models.weights import EMBEDDING, LM_HEAD, build_plan
+
+BASE: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 40,
+    "vocab_size": 70,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+}
+
+
+def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """A small ``config.json`` of ``family``."""
+    return {**BASE, "model_type": family, "architectures": [FAMILIES[family].architecture], **changes}
+
+
+def source_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint of ``config`` has."""
+    return dict(build_plan(ModelConfig.from_dict(config), 1).source_shapes)
+
+
+def make_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: str = "BF16",
+    files: int = 1,
+    seed: int = 0,
+    tied_name: str = EMBEDDING,
+    extra: Sequence[NewTensor] = (),
+) -> Path:
+    """Write a checkpoint of random bytes, in ``files`` files, with a tokenizer and a licence beside it."""
+    folder.mkdir(parents=True)
+    tensors = [NewTensor(name, dtype, shape) for name, shape in source_shapes(config).items()]
+    if config["tie_word_embeddings"] and tied_name == LM_HEAD:
+        tensors = [NewTensor(LM_HEAD, t.dtype, t.shape) if t.name == EMBEDDING else t for t in tensors]
+    tensors += extra
+    rng = np.random.default_rng(seed)
+    groups = [tensors[index::files] for index in range(files)]
+    names = ["model.safetensors"]
+    if files > 1:
+        names = [f"model-{index + 1:05}-of-{files:05}.safetensors" for index in range(files)]
+        weight_map = {t.name: name for name, group in zip(names, groups, strict=True) for t in group}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name, group in zip(names, groups, strict=True):
+        header = build_header(group)
+        data = rng.integers(0, 256, header.file_size - header.size, dtype=np.uint8).tobytes()
+        (folder / name).write_bytes(header.raw + data)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "LICENSE").write_text("free")
+    return folder
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Every tensor of a checkpoint folder as an array of raw elements (unsigned integers of the element's
+    size)."""
+    from tpctl.checkpoint.folder import CheckpointFolder
+
+    found = {}
+    for name, (file, info) in CheckpointFolder.open(folder).tensors.items():
+        data = file.path.read_bytes()[info.start : info.stop]
+        size = info.nbytes // max(1, int(np.prod(info.shape)))
+        found[name] = np.frombuffer(data, f"<u{size}").reshape(info.shape)
+    return found
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
