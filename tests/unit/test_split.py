@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +45,7 @@ def test_split_aligned_is_exact_where_it_divides_and_aligned_where_it_can_be(tot
     ranges = split_aligned(total, parts)
     assert ranges[0].start == 0
     assert ranges[-1].stop == total
-    assert all(one.stop == other.start for one, other in zip(ranges, ranges[1:], strict=False))
+    assert all(one.stop == other.start for one, other in pairwise(ranges))
     if total % parts == 0:
         assert {len(rng) for rng in ranges} == {total // parts}
     elif total % ALIGNMENT == 0 and total // ALIGNMENT >= parts:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from tpctl.models.config import ModelConfig
 from tpctl.partition.plan import PartitionPlan
-from tpctl.partition.split import Block, Even, KVHeads, QueryHeads, Rule, TensorSplit, Vocab, Whole
+from tpctl.partition.split import Block, Cut, Even, KVHeads, QueryHeads, Rule, TensorSplit, Vocab, Whole
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -55,7 +55,7 @@ def _layer(config: ModelConfig, prefix: str) -> Iterator[TensorSplit]:
 
     yield _replicated(f"{prefix}.input_layernorm.weight", hidden)
     for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-        sizes = (("q", q_size, query), ("k", kv_size, kv), ("v", kv_size, kv))
+        sizes: tuple[tuple[str, int, Cut], ...] = (("q", q_size, query), ("k", kv_size, kv), ("v", kv_size, kv))
         if config.family.fused:
             source, offsets = f"{attention}.qkv_proj.{kind}", (0, q_size, q_size + kv_size)
             qkv = tuple(

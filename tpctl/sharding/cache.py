@@ -10,8 +10,8 @@ from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from tpctl.sharding.files import Progress
 from tpctl.sharding.shard import shard_checkpoint
-from tpctl.sharding.transfer import Progress
 
 
 def ensure_sharded(

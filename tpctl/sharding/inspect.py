@@ -12,9 +12,10 @@ from tpctl.checkpoint.hub import cached
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.checkpoint.sources import HUB_ID
 from tpctl.errors import CheckpointError
-from tpctl.partition.manifest import Manifest, Shard, ShardTensor
+from tpctl.partition.manifest import Manifest
+from tpctl.partition.records import Shard, ShardTensor
+from tpctl.sharding.files import Progress
 from tpctl.sharding.shard import check_ranks
-from tpctl.sharding.transfer import Progress
 from tpctl.sharding.verify import open_shards, verify_digests, verify_source
 
 

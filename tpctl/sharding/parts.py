@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import Header, NewTensor, build_header, tensor_nbytes
-from tpctl.partition.manifest import Part
 from tpctl.partition.plan import StoredTensor
+from tpctl.partition.records import Part
 
 
 @dataclass(frozen=True)

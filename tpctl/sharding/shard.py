@@ -13,10 +13,12 @@ from tpctl.errors import CheckpointError, PartitionError, ShardFolderError, Usag
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
 from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors, weight_splits
-from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST, Source, SourceFile
+from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.partition.plan import PartitionPlan
+from tpctl.partition.records import Source, SourceFile
+from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, whole
-from tpctl.sharding.transfer import Files, Move, Progress, Tally, run
+from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.writer import Recipe, ShardReport, write_shards
 
 DEFAULT_PART_SIZE = 5 * 10**9

@@ -15,30 +15,21 @@ The memory used is a few bands a thread, whatever the size of the model.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from threading import Event, Lock
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tpctl.checkpoint.cast import cast
-from tpctl.errors import CheckpointError, ShardFolderError
+from tpctl.errors import ShardFolderError
 from tpctl.partition.split import Range
+from tpctl.sharding.files import Bytes, Files, Tally, in_parallel
 from tpctl.sharding.layout import Region, Stored, item_size
-
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in total, and what is being done."""
 
 BAND_BYTES = 1 << 20
 """Size of a band: small enough to stay in a core's cache between reading, hashing and writing."""
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -55,85 +46,8 @@ class Move:
         return sum(stored.nbytes for stored in self.writes)
 
 
-class Files:
-    """Open file descriptors by path; reads and writes at offsets. Close it with ``with``."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
-
-    def open(self, path: Path, flags: int = os.O_RDONLY) -> int:
-        """Open ``path`` (once) and return its descriptor. Not for use by several threads at once."""
-        if path not in self._open:
-            try:
-                self._open[path] = os.open(path, flags | os.O_CLOEXEC)
-            except OSError as error:
-                if flags != os.O_RDONLY:
-                    raise
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-        return self._open[path]
-
-    def read(self, path: Path, out: Bytes, offset: int) -> None:
-        """Fill ``out`` from byte ``offset`` of ``path`` on."""
-        view = out.data.cast("B")
-        while view:
-            got = os.preadv(self._open[path], [view], offset)
-            if not got:
-                raise CheckpointError(
-                    f"{path} ends at byte {offset}, {len(view)} bytes too early; it was truncated"
-                )
-            view, offset = view[got:], offset + got
-
-    def write(self, path: Path, data: Bytes, offset: int) -> None:
-        """Write ``data`` at byte ``offset`` of ``path``."""
-        view = data.data.cast("B")
-        while view:
-            put = os.pwrite(self._open[path], view, offset)
-            view, offset = view[put:], offset + put
-
-    def sync(self, paths: Iterable[Path]) -> None:
-        for path in paths:
-            os.fsync(self._open[path])
-
-
-class Tally:
-    """Counts bytes for several threads and tells ``progress``; ``stop`` ends the others when one fails."""
-
-    def __init__(self, total: int, what: str, progress: Progress | None) -> None:
-        self.total, self.what, self.done = total, what, 0
-        self.stop = Event()
-        self._progress = progress
-        self._lock = Lock()
-
-    def check(self) -> None:
-        """Raise ``Stopped`` if another thread failed."""
-        if self.stop.is_set():
-            raise Stopped
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self.done += nbytes
-            if self._progress is not None:
-                self._progress(self.done, self.total, self.what)
-
-
-class Stopped(Exception):
-    """Raised inside a worker because another one failed."""
-
-
-def default_threads() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def run(
-    moves: Sequence[Move], files: Files, tally: Tally, *, compare: bool = False, threads: int | None = None
+    moves: Sequence[Move], files: Files, tally: Tally, *, compare: bool = False
 ) -> dict[tuple[int | None, str], str]:
     """Carry out ``moves`` and return the BLAKE3 digest of every written tensor, by rank and name.
 
@@ -154,11 +68,11 @@ def run(
     def task(move: Move) -> None:
         digests.update(_Mover(files, tally, compare).run(move))
 
-    _in_parallel([partial(task, move) for move in ordered], tally, threads)
+    in_parallel([partial(task, move) for move in ordered], tally)
     return digests
 
 
-def hash_all(tensors: Sequence[Stored], files: Files, tally: Tally, *, threads: int | None = None) -> None:
+def hash_all(tensors: Sequence[Stored], files: Files, tally: Tally) -> None:
     """Read every byte of ``tensors`` and compare the digests.
 
     Raises:
@@ -168,7 +82,7 @@ def hash_all(tensors: Sequence[Stored], files: Files, tally: Tally, *, threads: 
     for stored in tensors:
         files.open(stored.path)
     ordered = sorted(tensors, key=lambda stored: -stored.nbytes)
-    _in_parallel([partial(_hash, stored, files, tally) for stored in ordered], tally, threads)
+    in_parallel([partial(_hash, stored, files, tally) for stored in ordered], tally)
 
 
 def _hash(stored: Stored, files: Files, tally: Tally) -> None:
@@ -179,32 +93,9 @@ def _hash(stored: Stored, files: Files, tally: Tally) -> None:
         tally.check()
         data = buffer[: stored.nbytes - first]
         files.read(stored.path, data, stored.offset + first)
-        digest.update(data)
+        digest.update(data.data)
         tally.add(data.nbytes)
     check_digest(stored, digest.hexdigest())
-
-
-def _in_parallel(tasks: Sequence[Callable[[], None]], tally: Tally, threads: int | None) -> None:
-    """Run ``tasks`` in order on a few threads; the first failure stops the others and is raised."""
-
-    def work(task: Callable[[], None]) -> None:
-        try:
-            tally.check()
-            task()
-        except BaseException:
-            tally.stop.set()
-            raise
-
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
-        futures = [pool.submit(work, task) for task in tasks]
-        try:
-            failures = [error for future in futures if (error := future.exception()) is not None]
-        except BaseException:  # Ctrl-C while waiting: let the threads go at their next band
-            tally.stop.set()
-            raise
-    for error in failures:
-        if not isinstance(error, Stopped):
-            raise error
 
 
 class _Mover:
@@ -259,7 +150,7 @@ class _Mover:
         if not straight:
             target[:, region.cols.start * size : region.cols.stop * size] = data
         if stored.digest is not None:
-            self.read_hashes[_key(stored)].update(data)
+            self.read_hashes[_key(stored)].update(data.data)
 
     def _write(self, stored: Stored, region: Region, band: Range, view: Bytes, size: int) -> None:
         rows = _overlap(region.rows, band)
@@ -277,7 +168,7 @@ class _Mover:
             self._compare(stored, region, rows, data, offset, size)
         else:
             if (digest := self.write_hashes.get(_key(stored))) is not None:
-                digest.update(data)
+                digest.update(data.data)
             self.files.write(stored.path, data, offset)
         self.tally.add(data.nbytes)
 
@@ -302,7 +193,7 @@ class _Mover:
         for first in range(done, stored.nbytes, BAND_BYTES):
             data = _filler(stored, min(BAND_BYTES, stored.nbytes - first))
             if (digest := self.write_hashes.get(_key(stored))) is not None:
-                digest.update(data)
+                digest.update(data.data)
             if stored.fill:
                 self.files.write(stored.path, data, stored.offset + first)
             self.tally.add(data.nbytes)
@@ -312,7 +203,7 @@ class _Mover:
         for first in range(_covered(stored), stored.nbytes, BAND_BYTES):
             data = np.empty(min(BAND_BYTES, stored.nbytes - first), np.uint8)
             self.files.read(stored.path, data, stored.offset + first)
-            self.read_hashes[_key(stored)].update(data)
+            self.read_hashes[_key(stored)].update(data.data)
         check_digest(stored, self.read_hashes[_key(stored)].hexdigest())
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import Header, NewTensor, build_header
 from tpctl.errors import CheckpointError, ShardFolderError
-from tpctl.partition.manifest import Manifest, Shard
+from tpctl.partition.manifest import Manifest
+from tpctl.partition.records import Shard
+from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, in_shard, whole
-from tpctl.sharding.transfer import Files, Move, Progress, Tally, hash_all, run
+from tpctl.sharding.transfer import Move, hash_all, run
 
 AGAIN = "shard the model again, or copy the file again"
 

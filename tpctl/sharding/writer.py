@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import NewTensor, build_header
-from tpctl.partition.manifest import MANIFEST, CopiedFile, Manifest, Shard, ShardTensor, Source
+from tpctl.partition.manifest import MANIFEST, Manifest
 from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.records import CopiedFile, Shard, ShardTensor, Source
 from tpctl.partition.split import Rule
+from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, in_shard, whole
 from tpctl.sharding.parts import PartFile, assign_parts, part_files
 from tpctl.sharding.publish import PendingFolder
-from tpctl.sharding.transfer import Files, Move, Progress, Tally, run
+from tpctl.sharding.transfer import Move, run
 
 EXTRA_FILE = "tpctl-extra.safetensors"
 """Tensors of the source that no rank needs; a name that serving engines do not look for."""
