@@ -33,6 +33,11 @@ class RotaryTable:
         self.cos = (angle.cos() * scale).to(device)
         self.sin = (angle.sin() * scale).to(device)
 
+    def angles(self, rows_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and signed sin for ``apply_rotary``, [T, 1, rotary_dim] each: [cos, cos] and [-sin, sin] of the rows."""
+        cos, sin = self.cos[rows_T].to(dtype), self.sin[rows_T].to(dtype)
+        return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
     def offset(self, total_len: int) -> int:
         """The first row of the table for a sequence that may grow to ``total_len`` tokens."""
         long = self.config.kind == "longrope" and total_len > self.config.original_max_position_embeddings
@@ -114,15 +119,13 @@ def _yarn_scale(factor: float, mscale: float) -> float:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x`` [T, heads, D] by ``cos`` and ``sin`` [T, 1, rotary_dim / 2]; dimensions past rotary_dim are kept.
+    """Rotate the first ``rotary_dim`` dimensions of every head of ``x`` [T, heads, D]; the others are kept.
 
-    Computed in the dtype of ``cos``, returned in that of ``x``.
+    Args:
+        cos, sin: [T, 1, rotary_dim] from ``RotaryTable.angles``, in the dtype of ``x``.
     """
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out[..., :half] = first * cos - second * sin
-    out[..., half : 2 * half] = second * cos + first * sin
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+    width = cos.shape[-1]
+    turned = x[..., :width]
+    swapped = torch.cat((turned[..., width // 2 :], turned[..., : width // 2]), dim=-1)
+    rotated = torch.addcmul(turned * cos, swapped, sin)
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)

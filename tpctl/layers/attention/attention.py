@@ -61,15 +61,13 @@ class Attention(nn.Module):
         qk, v = qkv[:, :rotated_heads], qkv[:, rotated_heads:]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, : heads.num_heads]), self.k_norm(qk[:, heads.num_heads :])], dim=1)
-        cos, sin = self._angles(batch)
+        cos, sin = self._angles(batch, qk.dtype)
         qk = apply_rotary(qk, cos, sin)
         return qk[:, : heads.num_heads], qk[:, heads.num_heads :], v
 
-    def _angles(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """cos and sin of the step's positions, [T, 1, rotary_dim / 2]: looked up by the first layer, used by all."""
+    def _angles(self, batch: ForwardBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The rotary factors of the step's positions: looked up by the first layer, used by all."""
         found: tuple[Tensor, Tensor] | None = batch.scratch.get("rotary")
         if found is None:
-            positions = batch.rope_positions
-            found = (self.rotary.cos[positions].unsqueeze(1), self.rotary.sin[positions].unsqueeze(1))
-            batch.scratch["rotary"] = found
+            found = batch.scratch["rotary"] = self.rotary.angles(batch.rope_positions, dtype)
         return found

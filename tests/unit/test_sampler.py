@@ -1,0 +1,135 @@
+"""Sampling over ranks equals sampling over whole rows, and follows the distribution it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tpctl.distributed import TPGroup
+from tpctl.engine.noise import gumbel_noise, noise_keys
+from tpctl.engine.sampler import Sampler, SamplingRow
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.partition.split import Vocab
+
+VOCAB = 300
+
+
+def sample(logits: torch.Tensor, rows: list[SamplingRow], tp_size: int) -> tuple[list[int], list | None]:
+    """Sample from whole rows [R, VOCAB] held by ``tp_size`` ranks; all must agree."""
+    slices = Vocab().ranges(VOCAB, tp_size)
+    padded = torch.nn.functional.pad(logits, (0, slices[-1].stop - VOCAB), value=100.0)  # padding must never win
+
+    def rank(group: TPGroup) -> tuple[list[int], list | None]:
+        held = slices[group.rank]
+        return Sampler(group, slices, VOCAB).sample(padded[:, held.start : held.stop], rows)
+
+    results = run_ranks(tp_size, rank)
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+MIXED = [
+    SamplingParams(),
+    SamplingParams(temperature=0.8, seed=1),
+    SamplingParams(temperature=1.3, top_k=5, seed=2),
+    SamplingParams(temperature=1.0, top_p=0.6, seed=3),
+    SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, seed=4),
+    SamplingParams(temperature=1.0, min_p=0.2, seed=5),
+    SamplingParams(temperature=0.9, repetition_penalty=1.3, seed=6, logprobs=3),
+    SamplingParams(repetition_penalty=1.5, logprobs=0),
+    SamplingParams(temperature=5.0, top_p=0.999, seed=8),
+    SamplingParams(temperature=1.0, top_k=290, seed=9),
+]
+
+
+@pytest.mark.parametrize("tp_size", [2, 3, 5])
+def test_ranks_agree_with_one(tp_size: int) -> None:
+    torch.manual_seed(0)
+    for position in range(20):
+        logits = torch.randn(len(MIXED), VOCAB) * 3
+        rows = [SamplingRow(p, position, [1, 2, 3, 250, 251]) for p in MIXED]
+        whole_tokens, whole_logprobs = sample(logits, rows, 1)
+        tokens, logprobs = sample(logits, rows, tp_size)
+        assert tokens == whole_tokens
+        for mine, theirs in zip(logprobs or [], whole_logprobs or [], strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert mine[0] == pytest.approx(theirs[0], abs=1e-5)
+                assert [pair[0] for pair in mine[1]] == [pair[0] for pair in theirs[1]]
+
+
+def test_a_row_is_sampled_the_same_alone() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(len(MIXED), VOCAB) * 3
+    rows = [SamplingRow(p, 17, [4, 5]) for p in MIXED]
+    together, _ = sample(logits, rows, 1)
+    separate = [sample(logits[i : i + 1], rows[i : i + 1], 1)[0][0] for i in range(len(rows))]
+    assert together == separate
+
+
+def reference_kept(logits: torch.Tensor, p: SamplingParams) -> set[int]:
+    """The tokens that may be sampled, by the definitions of top-k, top-p and min-p on whole sorted rows."""
+    probs = (logits / p.temperature).double().softmax(-1)
+    order = probs.argsort(descending=True).tolist()
+    if p.top_k:
+        order = order[: p.top_k]
+    mass = sum(float(probs[t]) for t in order)
+    kept, reached = [], 0.0
+    for token in order:
+        kept.append(token)
+        reached += float(probs[token]) / mass
+        if reached >= p.top_p:
+            break
+    largest = float(probs.max())
+    return {t for t in kept if float(probs[t]) >= p.min_p * largest}
+
+
+@pytest.mark.parametrize("tp_size", [1, 3])
+@pytest.mark.parametrize("params", [p for p in MIXED if p.temperature and p.repetition_penalty == 1.0])
+def test_only_and_all_kept_tokens_are_sampled(params: SamplingParams, tp_size: int) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(VOCAB) * 2
+    kept = reference_kept(logits, params)
+    rows = [SamplingRow(params, position) for position in range(4000)]
+    tokens, _ = sample(logits.expand(len(rows), -1), rows, tp_size)
+    assert set(tokens) <= kept
+    probs = (logits / params.temperature).softmax(-1)
+    expected = probs / probs[list(kept)].sum()
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double() / len(tokens)
+    for token in kept:
+        p = float(expected[token])
+        assert abs(float(counts[token]) - p) < 5 * (p * (1 - p) / len(tokens)) ** 0.5 + 1e-3
+
+
+def test_noise_is_gumbel_and_a_function_of_seed_and_position() -> None:
+    keys = torch.tensor([noise_keys(3, position) for position in range(200)])
+    noise = gumbel_noise(keys, torch.arange(2000))
+    assert noise.mean() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var() == pytest.approx(torch.pi**2 / 6, abs=0.03)
+    assert torch.isfinite(noise).all()
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[5:6, 100:200], gumbel_noise(keys[5:6], torch.arange(100, 200)))
+    assert noise_keys(3, 1) != noise_keys(4, 1)
+    # Neighbouring positions and tokens must not be correlated.
+    flat = noise - noise.mean()
+    assert abs(float((flat[1:] * flat[:-1]).mean())) < 0.02
+    assert abs(float((flat[:, 1:] * flat[:, :-1]).mean())) < 0.02
+
+
+def test_repetition_penalty_and_logprobs() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 10], logits[0, 20], logits[0, 30] = 3.0, 2.5, -1.0
+    row = SamplingRow(SamplingParams(repetition_penalty=1.5, logprobs=2), 0, [10, 10])
+    tokens, logprobs = sample(logits, [row], 2)
+    assert tokens == [20]  # 3.0 / 1.5 falls below 2.5
+    assert logprobs is not None
+    expected = logits[0].log_softmax(-1)
+    assert logprobs[0][0] == pytest.approx(float(expected[20]), abs=1e-5)
+    assert [pair[0] for pair in logprobs[0][1]] == [10, 20]
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[1, 40] = logits[1, 200] = 1.0
+    assert sample(logits, [SamplingRow(SamplingParams(), 0)] * 2, 3)[0] == [0, 40]

@@ -1,0 +1,185 @@
+"""The scheduler and block manager, driven by a model that is a function of the tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpctl.engine.block_manager import BlockManager
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.scheduler import ScheduledBatch, Scheduler
+from tpctl.engine.sequence import Sequence
+from tpctl.launch.messages import Request
+
+
+def next_token(tokens: list[int]) -> int:
+    """A stand-in for a model: depends on every token before."""
+    return (sum((i + 1) * t for i, t in enumerate(tokens)) * 31 + len(tokens)) % 50 + 3
+
+
+class Cache:
+    """Pretends to be the KV cache: remembers which token every slot was written for, and checks every read."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.block_size = scheduler.blocks.block_size
+        self.slots: dict[int, int] = {}
+
+    def run(self, batch: ScheduledBatch, known: dict[str, list[int]]) -> list[int]:
+        for item in batch.items:
+            for at in range(item.start, item.end):
+                self.slots[self._slot(item.sequence, at)] = known[item.sequence.id][at]
+        sampled = []
+        for item in batch.items:
+            read = [self.slots[self._slot(item.sequence, at)] for at in range(item.end)]
+            assert read == known[item.sequence.id][: item.end], f"{item.sequence} reads another sequence's keys"
+            if item.samples:
+                sampled.append(next_token(read))
+        return sampled
+
+    def _slot(self, sequence: Sequence, at: int) -> int:
+        return sequence.block_table[at // self.block_size] * self.block_size + at % self.block_size
+
+
+def make(num_blocks: int, block_size: int = 4, seqs: int = 8, budget: int = 32, length: int = 64) -> Scheduler:
+    blocks = BlockManager(num_blocks, block_size)
+    return Scheduler(
+        blocks,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=min(length, num_blocks * block_size),
+        eos_token_ids=[7],
+    )
+
+
+def alone(prompt: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < params.max_tokens and len(tokens) < max_model_len:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == 7 and not params.ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: dict[int, str]) -> dict[str, list[int]]:
+    """Run to the end, one step ahead of the results if ``overlap``; what each request produced."""
+    cache = Cache(scheduler)
+    known = {r.id: list(r.token_ids) for r in requests}
+    found: dict[str, list[int]] = {r.id: [] for r in requests}
+    for request in requests:
+        assert scheduler.add(request) is None
+    pending: list[tuple[ScheduledBatch, list[int]]] = []
+    for step in range(10_000):
+        if not scheduler.has_work and not pending:
+            break
+        if step in aborts:
+            scheduler.abort(aborts[step])
+        batch = scheduler.schedule()
+        if batch is not None:
+            assert batch.num_tokens <= scheduler.max_num_batched_tokens
+            assert len(scheduler.running) <= scheduler.max_num_seqs
+            assert all(item.is_decode == (row < batch.num_decodes) for row, item in enumerate(batch.items))
+            sampled = cache.run(batch, known)
+            for item, token in zip(batch.sampled, sampled, strict=True):
+                del known[item.sequence.id][item.end :]
+                known[item.sequence.id].append(token)
+            pending.append((batch, sampled))
+        if pending and (not overlap or len(pending) > 1 or batch is None):
+            for output in scheduler.commit(*pending.pop(0)):
+                found[output.id] += output.token_ids
+        scheduler.check_integrity()
+    else:
+        pytest.fail("the scheduler does not come to an end")
+    assert scheduler.blocks.num_free_blocks == scheduler.blocks.num_blocks
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_blocks=st.integers(6, 40),
+    overlap=st.booleans(),
+    budget=st.integers(8, 40),
+    abort=st.booleans(),
+)
+def test_batched_equals_alone(seed: int, num_blocks: int, overlap: bool, budget: int, abort: bool) -> None:
+    rng = random.Random(seed)
+    scheduler = make(num_blocks, budget=budget)
+    prefix = [rng.randrange(3, 9) for _ in range(9)]
+    requests = []
+    for index in range(12):
+        shared = prefix[: rng.choice([0, 0, 4, 9])]
+        prompt = (shared + [rng.randrange(3, 9) for _ in range(rng.randint(1, 14))])[: scheduler.max_model_len - 1]
+        params = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=rng.random() < 0.5)
+        requests.append(Request(str(index), prompt, params))
+    aborts = {rng.randrange(20): str(rng.randrange(12)) for _ in range(3)} if abort else {}
+    found = drive(scheduler, requests, overlap, aborts)
+    for request in requests:
+        expected = alone(request.token_ids, request.sampling, scheduler.max_model_len)
+        if request.id in aborts.values():
+            assert found[request.id] == expected[: len(found[request.id])]
+        else:
+            assert found[request.id] == expected
+
+
+def test_small_cache_preempts_and_evicts() -> None:
+    scheduler = make(num_blocks=8)
+    requests = [Request(str(i), [3 + i] * 9, SamplingParams(max_tokens=16, ignore_eos=True)) for i in range(4)]
+    drive(scheduler, requests, overlap=False, aborts={})
+    assert scheduler.stats.preemptions > 0
+    assert scheduler.blocks.evictions > 0
+
+
+def test_equal_prompts_share_blocks_within_one_step() -> None:
+    scheduler = make(num_blocks=40, budget=100)
+    prompt = list(range(3, 16))  # three full blocks and one token
+    for index in range(3):
+        scheduler.add(Request(str(index), prompt, SamplingParams(max_tokens=2)))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [item.num_new_tokens for item in sorted(batch.items, key=lambda i: i.sequence.id)] == [13, 1, 1]
+    tables = [item.sequence.block_table for item in batch.items]
+    assert tables[0][:3] == tables[1][:3] == tables[2][:3]
+
+
+def test_next_turn_of_a_chat_computes_only_what_is_new() -> None:
+    scheduler = make(num_blocks=40, budget=100)
+    first = [3, 4, 5, 6, 7, 8, 9, 10, 11]
+    answer = drive(scheduler, [Request("a", first, SamplingParams(max_tokens=8, ignore_eos=True))], False, {})["a"]
+    before = scheduler.stats.computed_tokens
+    second = [*first, *answer, 12, 13]
+    scheduler.add(Request("b", second, SamplingParams(max_tokens=1)))
+    scheduler.schedule()
+    assert scheduler.stats.computed_tokens - before <= len(second) - len(first) // 4 * 4 - 4
+
+
+def test_tables_of_different_rotary_offsets_are_not_shared() -> None:
+    scheduler = make(num_blocks=40)
+    scheduler.rope_offset = lambda total: 64 if total > 20 else 0
+    prompt = [5] * 9
+    scheduler.add(Request("short", prompt, SamplingParams(max_tokens=1)))
+    scheduler.add(Request("long", prompt, SamplingParams(max_tokens=40)))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [item.num_new_tokens for item in batch.items] == [9, 9]
+
+
+@pytest.mark.parametrize(("prompt", "message"), [([], "empty"), ([5] * 64, "64 tokens, but at most 63")])
+def test_impossible_requests_are_refused(prompt: list[int], message: str) -> None:
+    scheduler = make(num_blocks=40)
+    output = scheduler.add(Request("x", prompt, SamplingParams()))
+    assert output is not None
+    assert output.finish_reason == "error"
+    assert message in (output.message or "")
+    assert not scheduler.has_work
+
+
+def test_integrity_check_finds_a_leak() -> None:
+    blocks = BlockManager(4, 4)
+    sequence = Sequence("a", [1, 2, 3], SamplingParams(), 0)
+    assert blocks.admit(sequence, [], 3)
+    blocks.check_integrity([sequence])
+    with pytest.raises(AssertionError, match="users"):
+        blocks.check_integrity([])
