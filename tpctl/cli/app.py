@@ -6,8 +6,12 @@ Command modules import only the standard library, Typer and torch-free parts of 
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -32,16 +36,19 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     pass
 
 
 def _register() -> None:
-    from tpctl.cli import batch, chat, download, inspect_shards, shard
+    from tpctl.cli import batch, chat, download, inspect_shards, shard, upload
 
     app.command("download")(download.download)
     app.command("shard")(shard.shard)
+    app.command("upload")(upload.upload)
     app.command("inspect-shards")(inspect_shards.inspect_shards)
     app.command("chat")(chat.chat)
     app.command("batch")(batch.batch)
@@ -50,8 +57,17 @@ def _register() -> None:
 _register()
 
 
+def _exit_tidily(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)  # as an exception, so that workers are stopped and files are closed on the way out
+
+
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets a "?" for it
+            stream.reconfigure(errors="replace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit_tidily)
     try:
         app()
     except TpctlError as error:
@@ -61,7 +77,8 @@ def main() -> None:
         print("tpctl: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about it.
+        # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about
+        # it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 

@@ -62,3 +62,13 @@ def byte_progress(title: str) -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
 
         yield update
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; silent where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with stderr().status(text):
+        yield

@@ -1,7 +1,7 @@
 """Text to token ids and back, from a checkpoint folder's ``tokenizer.json``.
 
-The ``tokenizers`` library reads that file in a tenth of a second; transformers' classes around it take a second,
-and import torch on some paths. What they add is little and done here: special tokens that only
+The ``tokenizers`` library reads that file in a tenth of a second; transformers' classes around it take a
+second and import torch on some paths. What they add is little and done here: special tokens that only
 ``tokenizer_config.json`` names. As in transformers 5 the file alone says whether a BOS is put before a text;
 ``add_bos_token`` of the config is ignored.
 """

@@ -1,0 +1,144 @@
+"""``tpctl chat``: talk with a model at the terminal, or get one answer in a script."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tpctl.cli.console import note, status
+from tpctl.cli.engine import interrupts, prepare
+from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
+
+if TYPE_CHECKING:
+    from tpctl.client.conversation import Answer, Conversation
+
+HELP = """/help    this list
+/reset   forget the conversation
+/exit    end (as Ctrl-D does); Ctrl-C stops an answer"""
+_HISTORY_LINES = 1000
+# What a model prints must not steer the terminal: no control characters but tab and newline.
+_CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in (9, 10)), *range(127, 160)])
+
+
+@grouped
+def chat(
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "demo",
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    message: Annotated[
+        str | None,
+        typer.Option("-m", "--message", help="Say this, print the answer to stdout and end."),
+    ] = None,
+) -> None:
+    """Chat with a model. It is downloaded and sharded first if need be.
+
+    Sampling defaults to what the model's generation_config.json recommends, else temperature 0.7, top-p 0.95,
+    and an answer may fill the context. Text piped in without -m is taken as one message.
+    """
+    from tpctl.client.conversation import Conversation, recommended_sampling
+    from tpctl.client.engine_client import EngineClient
+    from tpctl.client.tokenizer import Tokenizer
+    from tpctl.engine.sampling_params import SamplingParams
+
+    SamplingParams.from_dict(sampling.given())  # a wrong value should not have to wait for the model
+    if message is None and not sys.stdin.isatty():
+        message = sys.stdin.read().strip()
+        if not message:
+            raise typer.BadParameter("there is no message: stdin is empty", param_hint="-m")
+    config = prepare(model, engine)
+    with EngineClient(config) as client:
+        tokenizer = Tokenizer(config.shard_dir)
+        values = {"seed": secrets.randbits(63), **recommended_sampling(config.shard_dir), **sampling.given()}
+        conversation = Conversation(
+            client, tokenizer, system=system, sampling=values, stop=sampling.stop or ()
+        )
+        tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
+        with status(f"loading {model}"):
+            client.wait_ready()
+        if message is not None:
+            _answer_once(conversation, message)
+        else:
+            _talk(conversation, model)
+
+
+def _answer_once(conversation: Conversation, message: str) -> None:
+    answer = conversation.ask(message, _print)
+    if not answer.text.endswith("\n"):
+        print()
+
+
+def _talk(conversation: Conversation, model: str) -> None:
+    from tpctl.errors import RequestError
+
+    note(f"{model} is ready. /help shows the commands, Ctrl-D ends.")
+    with _line_editing():
+        while True:
+            try:
+                line = input(">>> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if not line:
+                continue
+            if line.startswith("/"):
+                if line in ("/exit", "/quit"):
+                    return
+                if line == "/reset":
+                    conversation.reset()
+                elif line == "/help":
+                    note(HELP)
+                else:
+                    note(f"there is no command {line.split()[0]}; /help shows them")
+                continue
+            try:
+                _turn(conversation, line)
+            except RequestError as error:
+                note(f"tpctl: {error}\n(/reset begins a new conversation)")
+
+
+def _turn(conversation: Conversation, line: str) -> None:
+    with interrupts() as noted:
+        answer = conversation.ask(line, _print, lambda: noted)
+    print()
+    if remark := _remark(answer):
+        note(remark)
+
+
+def _remark(answer: Answer) -> str | None:
+    if answer.finish_reason == "abort":
+        return "(stopped)"
+    if answer.finish_reason == "length":
+        return f"(cut after {answer.completion_tokens} tokens: --max-tokens or the end of the context)"
+    return None
+
+
+def _print(piece: str) -> None:
+    sys.stdout.write(piece.translate(_CONTROLS) if sys.stdout.isatty() else piece)
+    sys.stdout.flush()
+
+
+@contextmanager
+def _line_editing() -> Iterator[None]:
+    """Arrow keys and a history of prompts, kept from one chat to the next, where the system has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    from tpctl.checkpoint.cache import cache_root
+
+    history = cache_root() / "chat_history"
+    with suppress(OSError):
+        readline.read_history_file(history)
+    try:
+        yield
+    finally:
+        readline.set_history_length(_HISTORY_LINES)
+        with suppress(OSError):
+            readline.write_history_file(history)

