@@ -94,7 +94,7 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
     assert (scratch.counters == 0).all()
 
 
-@pytest.mark.parametrize("config", [DecodeConfig(1, 64, 7, 4, 3), DecodeConfig(4, 16, 5, 4, 2), DecodeConfig(2, 32, 1, 4, 2)])
+@pytest.mark.parametrize("config", [DecodeConfig(64, 7, 4, 3), DecodeConfig(16, 5, 4, 2), DecodeConfig(32, 1, 4, 2), DecodeConfig(16, 9, 4, 2, min_tiles=4)])
 def test_every_division_of_the_work_gives_the_same_result(config):
     lens = [130, 40, 0, 333, 1]
     k_cache, v_cache, tables = make_cache(lens, 4, 64, 64, torch.float32)

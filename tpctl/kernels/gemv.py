@@ -304,15 +304,60 @@ def _skinny_kernel(
                       HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, BLOCK_M)  # fmt: skip
 
 
+# Measured at one row: (out_features, in_features) -> block_n, block_k, split_k, num_warps. Gated ones by their half.
+_ONE_ROW: dict[tuple[int, int], tuple[int, int, int, int]] = {
+    (4096, 1024): (8, 512, 1, 2),
+    (1024, 2048): (8, 2048, 1, 8),
+    (1024, 3072): (8, 2048, 1, 8),
+    (2048, 1024): (2, 512, 1, 2),
+    (1024, 1024): (4, 1024, 1, 4),
+    (1024, 1536): (4, 2048, 1, 4),
+    (6144, 4096): (2, 2048, 1, 2),
+    (4096, 4096): (8, 2048, 1, 8),
+    (4096, 14336): (4, 4096, 1, 8),
+    (3072, 4096): (8, 1024, 1, 4),
+    (4096, 2048): (8, 1024, 1, 4),
+    (4096, 7168): (4, 2048, 1, 4),
+}
+_ONE_ROW_GATED: dict[tuple[int, int], tuple[int, int, int, int]] = {
+    (3072, 1024): (2, 512, 1, 1),
+    (1536, 1024): (2, 512, 1, 1),
+    (14336, 4096): (1, 4096, 1, 4),
+    (7168, 4096): (2, 4096, 1, 8),
+}
+_MAX_SKINNY_ROWS = 16
+
+
 def pick(rows: int, out_features: int, in_features: int, *, gated: bool = False) -> GemvConfig | None:
     """The tuned configuration for a linear of [out_features, in_features], or None where cuBLAS is faster.
 
     With `gated`, out_features counts one half of the merged [gate; up] weight.
     """
     if rows == 1:
-        return GemvConfig(block_n=2, block_k=1024)
-    if rows <= 16:
-        return GemvConfig(block_n=64, block_k=128, split_k=1, num_warps=4, num_stages=4, dot=True)
+        found = (_ONE_ROW_GATED if gated else _ONE_ROW).get((out_features, in_features))
+        if found is not None:
+            return GemvConfig(*found)
+        width = next_power_of_2(in_features)
+        if out_features >= 32768:  # an lm_head: bandwidth alone
+            return GemvConfig(2, width, 1, 4) if 2048 <= width <= 4096 else GemvConfig(2, min(width, 512), 1, 2)
+        if gated:
+            return GemvConfig(2, min(width, 512), 1, 1) if width <= 1024 else GemvConfig(1, min(width, 4096), 1, 4)
+        if width <= 1024:
+            return GemvConfig(4, min(width, 512), 1, 1)
+        return GemvConfig(4, 2048, 1, 4)
+    if rows <= _MAX_SKINNY_ROWS:
+        block_k = 256
+        while block_k > 32 and in_features % block_k:
+            block_k //= 2
+        blocks = -(-out_features // 64)
+        if gated:
+            block_k = min(block_k, 128)
+            if blocks < 132:
+                return GemvConfig(32, block_k, 1, 4, 4, True)
+        split = 1
+        while blocks * split <= 64 and split < 8 and in_features >= 1024 * split and blocks * split * 2 <= 132:
+            split *= 2
+        return GemvConfig(64, block_k, split, 4, 3, True)
     return None
 
 

@@ -23,25 +23,27 @@ import triton.language as tl
 from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiprocessors
 
 _LOG2E = 1.4426950408889634
+_MAX_PDL_SEQS = 2
 
 
 class DecodeConfig(NamedTuple):
-    """How decode is cut: kv heads per program, tokens per tile, programs per head group, launch parameters."""
+    """How decode is cut: tokens per tile, programs per kv head, the least tiles a program takes, launch parameters."""
 
-    heads: int
     tile: int
     num_programs: int
     num_warps: int
     num_stages: int
+    min_tiles: int = 1
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_programs"])
+@triton.jit(do_not_specialize=["num_seqs", "num_programs", "min_tiles"])
 def _plan_kernel(
     seq_lens_ptr,
     cu_tiles_ptr,
     first_seq_ptr,
     num_seqs,
     num_programs,
+    min_tiles,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
@@ -60,12 +62,12 @@ def _plan_kernel(
         tl.store(cu_tiles_ptr + seq, ends - tiles, mask=seq < num_seqs)
         tl.store(cu_tiles_ptr + num_seqs, total)
     program = tl.program_id(0) * BLOCK_PROGRAMS + tl.arange(0, BLOCK_PROGRAMS)
-    start = program * tl.cdiv(total, num_programs)
+    start = program * tl.maximum(tl.cdiv(total, num_programs), min_tiles)
     first = tl.sum((ends[None, :] <= start[:, None]).to(tl.int32), 1)
     tl.store(first_seq_ptr + program, tl.minimum(first, num_seqs - 1), mask=program < num_programs)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_programs", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "num_programs", "min_tiles", "table_stride"])
 def _decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -81,53 +83,50 @@ def _decode_kernel(
     scale_log2e,
     num_seqs,
     num_programs,
+    min_tiles,
     table_stride,
     q_stride,
     out_stride,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Rows of the score tile: the group's query heads, m = kv head * GROUP + g. Columns: (token, kv head) pairs, so that
-    # a tile is one contiguous piece of the cache when all kv heads are together; pairs of unlike heads are masked.
-    NUM_GROUPS: tl.constexpr = NUM_KV_HEADS // HEADS
-    ROWS: tl.constexpr = HEADS * GROUP
-    program = tl.program_id(0) // NUM_GROUPS
-    group = tl.program_id(0) % NUM_GROUPS
-    m = tl.arange(0, BLOCK_M)
+    program = tl.program_id(0) // NUM_KV_HEADS
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    m = tl.arange(0, BLOCK_M)  # the group's query heads, padded to what a dot needs
     d = tl.arange(0, BLOCK_DIM)
-    col = tl.arange(0, TILE * HEADS)
-    col_token = col // HEADS
-    col_offset = (col_token * NUM_KV_HEADS + group * HEADS + col % HEADS) * HEAD_DIM
-    same_head = (m // GROUP)[:, None] == (col % HEADS)[None, :]
-    real_row = m < ROWS
+    col = tl.arange(0, TILE)
     in_dim = d < HEAD_DIM
-    head_offset = (group * ROWS + m) * HEAD_DIM
-    q_mask = real_row[:, None] & in_dim[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    q_mask = (m < GROUP)[:, None] & in_dim[None, :]
+    head_offsets = (kv_head * GROUP + m)[:, None] * HEAD_DIM + d[None, :]
+    tile_offsets = (col * (NUM_KV_HEADS * HEAD_DIM))[:, None] + d[None, :]
 
     total = tl.load(cu_tiles_ptr + num_seqs)
     seq = tl.load(first_seq_ptr + program)
-    share = tl.cdiv(total, num_programs)
+    share = tl.maximum(tl.cdiv(total, num_programs), min_tiles)
     run_start = program * share
     run_end = tl.minimum(run_start + share, total)
+    seq_start = tl.load(cu_tiles_ptr + seq)
+    seq_end = tl.load(cu_tiles_ptr + seq + 1)
+    length = tl.load(seq_lens_ptr + seq)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if run_start < run_end:
+            _prefetch(k_cache_ptr, v_cache_ptr, block_tables_ptr + seq.to(tl.int64) * table_stride, length, kv_head,
+                      run_start - seq_start, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, WINDOW)  # fmt: skip
+        tl.extra.cuda.gdc_wait()
     tile = run_start
     while tile < run_end:
-        seq_start = tl.load(cu_tiles_ptr + seq)
-        seq_end = tl.load(cu_tiles_ptr + seq + 1)
-        length = tl.load(seq_lens_ptr + seq)
-        q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + head_offset[:, None] + d[None, :], mask=q_mask, other=0.0)
+        q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + head_offsets, mask=q_mask, other=0.0)
         table = block_tables_ptr + seq.to(tl.int64) * table_stride
         window_start = 0
         if WINDOW > 0:
@@ -140,16 +139,16 @@ def _decode_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
         for i in tl.range(0, last - tile, num_stages=STAGES):
             token0 = first_token + i * TILE
-            token = token0 + col_token
+            token = token0 + col
             live = token < length
             if BLOCK_SIZE >= TILE:
                 block = tl.load(table + token0 // BLOCK_SIZE, mask=token0 < length, other=0).to(tl.int64)
-                base = (block * BLOCK_SIZE + token0 % BLOCK_SIZE) * (NUM_KV_HEADS * HEAD_DIM)
-                offsets = base + col_offset[:, None] + d[None, :]
+                base = ((block * BLOCK_SIZE + token0 % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+                offsets = base + tile_offsets
             else:
                 block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
                 slot = block * BLOCK_SIZE + token % BLOCK_SIZE
-                offsets = ((slot * NUM_KV_HEADS + group * HEADS + col % HEADS) * HEAD_DIM)[:, None] + d[None, :]
+                offsets = ((slot * NUM_KV_HEADS + kv_head) * HEAD_DIM)[:, None] + d[None, :]
             if BLOCK_DIM == HEAD_DIM:
                 k = tl.load(k_cache_ptr + offsets, mask=live[:, None], other=0.0)
             else:
@@ -158,7 +157,7 @@ def _decode_kernel(
             ok = live
             if WINDOW > 0:
                 ok &= token >= window_start
-            score = tl.where(same_head & ok[None, :], score, float("-inf"))
+            score = tl.where(ok[None, :], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
             safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
             p = tl.exp2(score - safe_top[:, None])
@@ -171,38 +170,64 @@ def _decode_kernel(
                 v = tl.load(v_cache_ptr + offsets, mask=live[:, None] & in_dim[None, :], other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
 
-        out_row = out_ptr + seq.to(tl.int64) * out_stride + group * ROWS * HEAD_DIM
+        out_row = out_ptr + seq.to(tl.int64) * out_stride
         if (tile == seq_start) & (last == seq_end):
             result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
-            tl.store(out_row + m[:, None] * HEAD_DIM + d[None, :], result.to(out_ptr.dtype.element_ty), mask=q_mask)
+            tl.store(out_row + head_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
         else:
-            slot_row = ((program * 2 + (tile != run_start).to(tl.int32)) * NUM_GROUPS + group) * ROWS + m
+            slot = program * 2 + (tile != run_start).to(tl.int32)
+            slot_row = (slot * NUM_KV_HEADS + kv_head) * GROUP + m
             tl.store(partial_ptr + slot_row[:, None] * HEAD_DIM + d[None, :], acc, mask=q_mask)
-            tl.store(stats_ptr + slot_row * 2, top, mask=real_row)
-            tl.store(stats_ptr + slot_row * 2 + 1, weight, mask=real_row)
+            tl.store(stats_ptr + slot_row * 2, top, mask=m < GROUP)
+            tl.store(stats_ptr + slot_row * 2 + 1, weight, mask=m < GROUP)
             first_part = seq_start // share
             num_parts = (seq_end - 1) // share - first_part + 1
             tl.debug_barrier()
-            counter = counters_ptr + seq * NUM_GROUPS + group
+            counter = counters_ptr + seq * NUM_KV_HEADS + kv_head
             done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
             if done == num_parts - 1:
                 tl.store(counter, 0)
-                _combine(
-                    partial_ptr,
-                    stats_ptr,
-                    out_row,
-                    group,
-                    first_part,
-                    num_parts,
-                    (seq_start != first_part * share).to(tl.int32),
-                    NUM_GROUPS,
-                    ROWS,
-                    HEAD_DIM,
-                    BLOCK_DIM,
-                    BLOCK_PARTS,
-                )
+                first_slot = (seq_start != first_part * share).to(tl.int32)
+                _combine(partial_ptr, stats_ptr, out_row, kv_head, first_part, num_parts, first_slot, NUM_KV_HEADS, GROUP,
+                         HEAD_DIM, BLOCK_DIM, BLOCK_GROUP, BLOCK_PARTS)  # fmt: skip
         tile = last
         seq += 1
+        more = seq < num_seqs
+        seq_start = last
+        seq_end = tl.load(cu_tiles_ptr + seq + 1, mask=more, other=0)
+        length = tl.load(seq_lens_ptr + seq, mask=more, other=0)
+
+
+@triton.jit
+def _prefetch(
+    k_cache_ptr,
+    v_cache_ptr,
+    table,
+    length,
+    kv_head,
+    tile,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Ask the L2 cache for a tile while the predecessor still runs; where it writes, the L2 cache stays coherent."""
+    LINE: tl.constexpr = 128 // k_cache_ptr.dtype.element_ty.itemsize
+    LINES: tl.constexpr = HEAD_DIM // LINE if HEAD_DIM >= LINE else 1
+    first_token = tile * TILE
+    if WINDOW > 0:
+        first_token += tl.maximum(length - WINDOW, 0) // TILE * TILE
+    token = first_token + tl.arange(0, TILE)
+    live = token < length
+    block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    row = ((block * BLOCK_SIZE + token % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+    for line in tl.static_range(LINES):
+        for cache in tl.static_range(2):
+            pointer = (v_cache_ptr if cache else k_cache_ptr) + row + line * LINE
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 @triton.jit
@@ -210,69 +235,57 @@ def _combine(
     partial_ptr,
     stats_ptr,
     out_row,
-    group,
+    kv_head,
     first_part,
     num_parts,
     first_slot,  # the slot that the first part's program used; all others used slot 0
-    NUM_GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     part = tl.arange(0, BLOCK_PARTS)
+    row = tl.arange(0, BLOCK_GROUP)
     d = tl.arange(0, BLOCK_DIM)
-    in_dim = d < HEAD_DIM
-    for row in tl.range(0, ROWS, loop_unroll_factor=4):
-        top = float("-inf")
-        weight = 0.0
-        acc = tl.zeros([BLOCK_DIM], tl.float32)
-        for start in range(0, num_parts, BLOCK_PARTS):
-            index = start + part
-            live = index < num_parts
-            slot = (first_part + index) * 2 + tl.where(index == 0, first_slot, 0)
-            slot_row = (slot * NUM_GROUPS + group) * ROWS + row
-            tops = tl.load(stats_ptr + slot_row * 2, mask=live, other=float("-inf"), cache_modifier=".cg")
-            weights = tl.load(stats_ptr + slot_row * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
-            parts = tl.load(
-                partial_ptr + slot_row[:, None] * HEAD_DIM + d[None, :],
-                mask=live[:, None] & in_dim[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_top = tl.maximum(top, tl.max(tops, 0))
-            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-            factors = tl.exp2(tops - safe_top)
-            fade = tl.exp2(top - safe_top)
-            weight = weight * fade + tl.sum(weights * factors, 0)
-            acc = acc * fade + tl.sum(parts * factors[:, None], 0)
-            top = new_top
-        result = acc / tl.where(weight > 0.0, weight, 1.0)
-        tl.store(out_row + row * HEAD_DIM + d, result.to(out_row.dtype.element_ty), mask=in_dim)
+    top = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for start in range(0, num_parts, BLOCK_PARTS):
+        index = start + part
+        slot = (first_part + index) * 2 + tl.where(index == 0, first_slot, 0)
+        slot_row = ((slot * NUM_KV_HEADS + kv_head) * GROUP)[:, None] + row[None, :]
+        live = (index < num_parts)[:, None] & (row < GROUP)[None, :]
+        parts = tl.load(
+            partial_ptr + slot_row[:, :, None] * HEAD_DIM + d[None, None, :],
+            mask=live[:, :, None] & (d < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        tops = tl.load(stats_ptr + slot_row * 2, mask=live, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.load(stats_ptr + slot_row * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        factors = tl.exp2(tops - safe_top[None, :])
+        fade = tl.exp2(top - safe_top)
+        weight = weight * fade + tl.sum(weights * factors, 0)
+        acc = acc * fade[:, None] + tl.sum(parts * factors[:, :, None], 0)
+        top = new_top
+    result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
+    out_ptrs = out_row + (kv_head * GROUP + row)[:, None] * HEAD_DIM + d[None, :]
+    mask = (row < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(out_ptrs, result.to(out_row.dtype.element_ty), mask=mask)
 
 
-def decode_config(
-    num_seqs: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    element_size: int,
-    num_sms: int,
-) -> DecodeConfig:
+def decode_config(num_seqs: int, num_kv_heads: int, head_dim: int, num_sms: int) -> DecodeConfig:
     """The tuned configuration for a batch shape (docs/kernel-notes.md has the sweep)."""
-    heads = 1
-    if num_seqs > 16 and num_heads // num_kv_heads <= 2:
-        while heads * 2 <= 8 and num_kv_heads % (heads * 2) == 0:
-            heads *= 2
-    columns = 64 if element_size == 2 and head_dim <= 128 else 32
-    heads = min(heads, columns // 8)
-    per_sm = 3
+    if num_seqs <= 2:
+        per_sm, warps, stages = 1, 8, 5
+    else:
+        per_sm, warps, stages = (2 if num_seqs <= 32 else 3), 4, 3
     return DecodeConfig(
-        heads=heads,
-        tile=columns // heads,
-        num_programs=max(1, num_sms * per_sm // (num_kv_heads // heads)),
-        num_warps=4,
-        num_stages=3,
+        tile=64, num_programs=max(1, num_sms * per_sm // num_kv_heads), num_warps=warps, num_stages=stages
     )
 
 
@@ -317,12 +330,7 @@ class DecodePlan:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
         device = scratch.partial.device
-        element_size = 2
-        self.config = config or decode_config(
-            num_seqs, num_heads, num_kv_heads, head_dim, element_size, num_multiprocessors(device)
-        )
-        if num_kv_heads % self.config.heads:
-            raise ValueError(f"{self.config.heads} heads per program do not divide {num_kv_heads} kv heads")
+        self.config = config or decode_config(num_seqs, num_kv_heads, head_dim, num_multiprocessors(device))
         if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
             raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
         self.num_seqs = num_seqs
@@ -334,9 +342,10 @@ class DecodePlan:
         self.scratch = scratch
         self.cu_tiles = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
         self.first_seq = torch.zeros(self.config.num_programs, dtype=torch.int32, device=device)
-        self.rows = self.config.heads * self.group
-        # Fewer rows at a time are combined for short lists of partials; 32 parts in flight hide the latency.
-        self.block_parts = 32 if num_seqs <= 16 else 4
+        # Partials combined at a time: as many as fill about 32 float32 registers a thread.
+        elements = 32 * 32 * self.config.num_warps
+        row_elements = next_power_of_2(self.group) * next_power_of_2(head_dim)
+        self.block_parts = max(2, min(32, elements // row_elements))
 
     def update(self, seq_lens_S: torch.Tensor) -> None:
         """Divide the work anew for seq_lens_S, int32 [S]; one launch, before the step's first layer."""
@@ -347,6 +356,7 @@ class DecodePlan:
             self.first_seq,
             self.num_seqs,
             programs,
+            self.config.min_tiles,
             TILE=self.config.tile,
             WINDOW=self.window,
             BLOCK_SEQS=next_power_of_2(self.num_seqs),
@@ -371,12 +381,15 @@ def paged_decode(
 
     q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a power of two.
     block_tables: int32 [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 gives zeros.
-    plan: updated with these seq_lens. scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
+    plan: updated with these seq_lens; with pdl, at least two kernels before this one. scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
     """
     num_seqs, num_heads, head_dim = q_SND.shape
     config = plan.config
+    # Programs placed while a predecessor still fills some multiprocessors would pile up on the others, and a big
+    # batch's equal shares need them spread evenly.
+    pdl = pdl and num_seqs <= _MAX_PDL_SEQS
     out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
-    _decode_kernel[(config.num_programs * (plan.num_kv_heads // config.heads),)](
+    _decode_kernel[(config.num_programs * plan.num_kv_heads,)](
         q_SND,
         k_cache,
         v_cache,
@@ -391,18 +404,19 @@ def paged_decode(
         (head_dim**-0.5 if scale is None else scale) * _LOG2E,
         num_seqs,
         config.num_programs,
+        config.min_tiles,
         block_tables.stride(0),
         q_SND.stride(0),
         out_SND.stride(0),
         NUM_KV_HEADS=plan.num_kv_heads,
         GROUP=plan.group,
-        HEADS=config.heads,
         HEAD_DIM=head_dim,
         BLOCK_DIM=next_power_of_2(head_dim),
         BLOCK_SIZE=plan.block_size,
         TILE=config.tile,
         WINDOW=plan.window,
-        BLOCK_M=max(16, next_power_of_2(plan.rows)),
+        BLOCK_M=max(16, next_power_of_2(plan.group)),
+        BLOCK_GROUP=next_power_of_2(plan.group),
         BLOCK_PARTS=plan.block_parts,
         STAGES=config.num_stages,
         PDL=pdl,

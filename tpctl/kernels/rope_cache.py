@@ -45,8 +45,9 @@ def _rope_cache_kernel(
     rotated = is_q | is_k
     exists = rotated | is_v
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        # Only once the predecessor is complete: the decode kernel that follows reads the step's plan before it waits.
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + token)
     slot = tl.load(slots_ptr + token)
     cos = tl.load(cos_ptr + position * HALF + half, mask=in_half, other=1.0)[None, :]

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from tpctl.kernels.launch import launch_options, next_power_of_2
 
-_BLOCK = 1024
+_BLOCK = 2048
 _MAX_W = 1.0 - 2.0**-24
 
 
@@ -67,11 +67,14 @@ def _block_winner_kernel(
         key1 = tl.load(keys_ptr + row * 2 + 1).to(tl.uint32)
         hashed = _mix(_mix(token.to(tl.uint32) * 0x9E3779B9 + key0) ^ key1)
         w = tl.minimum((hashed.to(tl.float32) + 0.5) * 2.3283064365386963e-10, MAX_W)
-        # log1p(-w) from log: the factor makes up for what 1 - w lost in rounding.
-        rest = 1.0 - w
-        lost = 1.0 - rest
-        exponential = tl.where(lost > 0.0, -tl.log(rest) * tl.math.div_rn(w, tl.where(lost > 0.0, lost, 1.0)), w)
-        score = tl.math.div_rn(logit, temperature + tl.zeros_like(logit)) - tl.log(exponential)
+        # 1 - w would lose a small w's digits: the series keeps them.
+        series = w * (1.0 + w * (0.5 + w * (0.33333334 + w * (0.25 + w * 0.2))))
+        exponential = tl.where(w < 0.015625, series, -tl.log(1.0 - w))
+        # A division rounded correctly, by one refinement of the product with the reciprocal.
+        inverse = 1.0 / temperature
+        quotient = logit * inverse
+        quotient += (logit - quotient * temperature) * inverse
+        score = quotient - tl.log(exponential)
     best = tl.max(score, 0)
     winner = tl.min(tl.where((score == best) & live, token, 2147483647), 0)
     tl.store(best_ptr + row * num_blocks + block, best)
