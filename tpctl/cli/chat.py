@@ -27,14 +27,15 @@ _CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in (9, 10)),
 
 @grouped
 def chat(
-    engine: EngineOptions,
-    sampling: SamplingOptions,
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "demo",
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     message: Annotated[
         str | None,
         typer.Option("-m", "--message", help="Say this, print the answer to stdout and end."),
     ] = None,
+    *,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
 ) -> None:
     """Chat with a model. It is downloaded and sharded first if need be.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tpctl.client.detokenizer import detokenizer
 from tpctl.client.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ class TextStream:
         token_ids: the tokens behind it, with the end-of-sequence token if there was one.
         finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found.
         num_cached_tokens: prompt tokens that the prefix cache spared.
+        logprobs: one entry for each of ``token_ids``, as in ``Output``; empty if none were asked for.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -61,6 +63,7 @@ class TextStream:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.num_cached_tokens = 0
+        self.logprobs: list[Any] = []
 
     @property
     def text(self) -> str:
@@ -79,6 +82,8 @@ class TextStream:
         shown = ""
         for position, id in enumerate(output.token_ids):
             self.token_ids.append(id)
+            if output.logprobs is not None:
+                self.logprobs.append(output.logprobs[position])
             ends = output.finish_reason == "stop" and position + 1 == len(output.token_ids)
             if not ends:  # the token that stopped it is no part of the text
                 shown += self._stop.push(self._detokenizer.push(id))

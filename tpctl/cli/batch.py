@@ -1,0 +1,164 @@
+"""``tpctl batch``: answer every line of a JSONL file."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tpctl.cli.console import note, status, stderr
+from tpctl.cli.engine import interrupts, prepare
+from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
+from tpctl.errors import EngineError, SourceError, TpctlError, UsageError
+
+if TYPE_CHECKING:
+    from tpctl.client.batch import Tally
+
+DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256, "seed": 0}
+
+
+@grouped
+def batch(
+    prompts: Annotated[str, typer.Argument(help="JSONL file; - for stdin.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="JSONL file; - for stdout.")] = "-",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    *,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Answer every line of a JSONL file: {"id"?, "prompt"} or {"id"?, "messages"}, with sampling fields.
+
+    One row a line comes out, in the order of the input: {"id", "text", "finish_reason", "prompt_tokens",
+    "completion_tokens"}, or {"id", "error"} for a line that cannot be run. An id left out is the line number.
+
+    By default answers are greedy (temperature 0) and at most 256 tokens long; line n without a seed gets
+    --seed + n - 1. Until all rows are there they are kept in OUTPUT.partial. The exit code is 1 if any row is
+    an error.
+    """
+    from tpctl.client.batch import Batch
+    from tpctl.client.engine_client import EngineClient
+    from tpctl.client.jobs import JobParser, read_lines
+    from tpctl.client.results import Results
+    from tpctl.client.tokenizer import Tokenizer
+    from tpctl.engine.sampling_params import SamplingParams
+
+    values = {**DEFAULTS, **sampling.given()}
+    stop = sampling.stop or []
+    SamplingParams.from_dict(values)
+    target = None if output == "-" else Path(output)
+    if resume and target is None:
+        raise UsageError("--resume needs a file to go on with; name it with -o")
+    if target is not None and target.exists() and Path(prompts).exists() and target.samefile(prompts):
+        raise UsageError(f"{prompts} is input and output at once; name another file with -o")
+    settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
+    with (
+        _opened(prompts) as (stream, total),
+        Results(target, settings, resume=resume) as results,
+    ):
+        config = prepare(model, engine)
+        with EngineClient(config) as client:
+            tokenizer = Tokenizer(config.shard_dir)
+            with status(f"loading {model}"):
+                info = client.wait_ready()
+            parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info["max_model_len"])
+            run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
+            try:
+                with (
+                    _progress(total, config.tp_size, to_stdout=target is None) as show,
+                    interrupts() as noted,
+                ):
+
+                    def step(tally: Tally) -> None:
+                        show(tally)
+                        if target is None:
+                            results.emit(sys.stdout.buffer)
+
+                    tally = run.run(read_lines(stream), parser, step=step, should_stop=lambda: noted)
+                stats = {} if tally.interrupted else client.stats()
+            except TpctlError as error:
+                raise _with_remains(error, results.count, results.partial) from None
+        if target is None:
+            results.emit(sys.stdout.buffer, gaps=True)
+        elif not tally.interrupted:
+            results.publish(tally.lines)
+        note(_summary(tally, stats))
+        if tally.interrupted:
+            if results.partial is not None:
+                note(f"interrupted; finished rows are kept in {results.partial}, go on with --resume")
+            raise typer.Exit(130)
+    if tally.errors:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _opened(prompts: str) -> Iterator[tuple[IO[bytes], int | None]]:
+    """The input, and how many lines with text it has, where that can be counted."""
+    if prompts == "-":
+        # Not sys.stdin: a thread that waits there when the program ends would hold the lock that exiting
+        # needs.
+        with open(0, "rb", closefd=False) as stream:
+            yield stream, None
+        return
+    try:
+        stream = Path(prompts).open("rb")  # noqa: SIM115 — closed below
+    except OSError as error:
+        raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
+    with stream:
+        total = None
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and sys.stderr.isatty():
+            total = sum(1 for line in stream if line.strip())
+            stream.seek(0)
+        yield stream, total
+
+
+@contextmanager
+def _progress(total: int | None, tp_size: int, *, to_stdout: bool) -> Iterator[Callable[[Tally], None]]:
+    """A bar of answered lines with tokens per second on stderr; silent where stderr is no terminal."""
+    if not sys.stderr.isatty() or (to_stdout and sys.stdout.isatty()):
+        yield lambda tally: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), transient=True) as bar:
+        task = bar.add_task(f"tp {tp_size}", total=total, speed="")
+
+        def show(tally: Tally) -> None:
+            errors = f", {tally.errors} errors" if tally.errors else ""
+            bar.update(task, completed=tally.lines, speed=f"{tally.tokens_per_second:,.0f} tok/s{errors}")
+
+        yield show
+
+
+def _summary(tally: Tally, stats: dict[str, float]) -> str:
+    """What a run did, in one line."""
+    parts = [f"{tally.lines:,} prompts in {tally.seconds:.1f} s"]
+    if tally.resumed:
+        parts.append(f"{tally.resumed:,} of them answered before")
+    parts.append(f"{tally.prompt_tokens:,} tokens in")
+    parts.append(f"{tally.completion_tokens:,} out ({tally.tokens_per_second:,.1f} tok/s)")
+    share = tally.cached_tokens / max(1, tally.prompt_tokens)
+    parts.append(f"prefix cache {tally.cached_tokens:,} tokens ({share:.0%})")
+    parts.append(f"{int(stats.get('preemptions', 0)):,} preemptions")
+    parts.append(f"{tally.errors:,} errors")
+    return ", ".join(parts)
+
+
+def _with_remains(error: TpctlError, count: int, partial: Path | None) -> TpctlError:
+    """The same error, with where the finished rows are."""
+    if partial is None or not isinstance(error, EngineError):
+        return error
+    return EngineError(f"{error}; {count} finished rows are in {partial}, go on with --resume")

@@ -1,0 +1,215 @@
+"""Runs any number of jobs through one engine in constant memory: a bounded window of them at a time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tpctl.client.engine_client import EngineClient
+from tpctl.client.jobs import BadLine, Job, JobParser, Line
+from tpctl.client.results import Results
+from tpctl.client.text_stream import TextStream
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.launch.messages import Output, Request
+
+_POLL = 0.1  # seconds between looks at interruptions and at new lines
+
+
+@dataclass
+class Tally:
+    """What a run has done so far. Times are in seconds, tokens are those of this run alone.
+
+    ``lines`` counts the input's lines with text that were dealt with; ``resumed`` of them were answered by an
+    earlier run, ``errors`` became error rows.
+    """
+
+    lines: int = 0
+    resumed: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    started: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.completion_tokens / max(self.seconds, 1e-9)
+
+
+class _Feed:
+    """A thread that parses and tokenizes lines ahead, so that a slow input does not hold up answers."""
+
+    def __init__(self, lines: Iterable[Line], parser: JobParser, results: Results, ahead: int) -> None:
+        self._queue: queue.Queue[Job | BadLine | Line | BaseException | None] = queue.Queue(ahead)
+        self._stop = threading.Event()
+        threading.Thread(target=self._run, args=(lines, parser, results), daemon=True).start()
+
+    def take(self, wait: bool) -> Job | BadLine | Line | None:
+        """What comes next: a ``Line`` if it was answered before, ``None`` at the end.
+
+        Raises:
+            queue.Empty: nothing is ready (within ``_POLL`` seconds, if ``wait``).
+        """
+        item = self._queue.get(block=wait, timeout=_POLL if wait else None)
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self, lines: Iterable[Line], parser: JobParser, results: Results) -> None:
+        try:
+            for line in lines:
+                parsed = parser.parse(line)
+                self._put(line if isinstance(parsed, Job) and results.has(line) else parsed)
+                if self._stop.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:  # whatever it is, the thread that waits must hear of it
+            self._put(error)
+
+    def _put(self, item: Job | BadLine | Line | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=_POLL)
+            except queue.Full:
+                continue
+        return None
+
+
+class Batch:
+    """One run: lines in, rows out.
+
+    Attributes:
+        tally: how far it is.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, results: Results, window: int) -> None:
+        """Prepare.
+
+        Args:
+            window: jobs that the engine holds at most, waiting ones included.
+        """
+        self._client = client
+        self._tokenizer = tokenizer
+        self._results = results
+        self._window = window
+        self._open: dict[str, tuple[Job, TextStream]] = {}
+        self.tally = Tally()
+
+    def run(
+        self,
+        lines: Iterable[Line],
+        parser: JobParser,
+        *,
+        step: Callable[[Tally], None] = lambda tally: None,
+        should_stop: Callable[[], object] = lambda: False,
+    ) -> Tally:
+        """Answer every line.
+
+        Args:
+            step: called after every few answers and whenever nothing happened for a moment.
+            should_stop: asked often; once true, what is under way is given up and the run ends.
+
+        Raises:
+            OutputError: a row cannot be kept.
+            EngineError: the workers failed. Rows that finished are kept in both cases.
+        """
+        self.tally = Tally(started=time.monotonic())
+        feed = _Feed(lines, parser, self._results, ahead=self._window)
+        more = True
+        try:
+            while more or self._open:
+                if should_stop():
+                    self.tally.interrupted = True
+                    self._client.abort(self._open)
+                    break
+                more = more and self._fill(feed)
+                if self._open:
+                    self._take(self._client.outputs(timeout=_POLL))
+                step(self.tally)
+        finally:
+            feed.stop()
+        return self.tally
+
+    def _fill(self, feed: _Feed) -> bool:
+        """Hand in jobs until the window is full or none is ready; whether more may come."""
+        requests: list[Request] = []
+        more = True
+        while len(self._open) < self._window:
+            try:
+                item = feed.take(wait=not self._open)
+            except queue.Empty:
+                break
+            if item is None:
+                more = False
+                break
+            if isinstance(item, Line):
+                self.tally.lines += 1
+                self.tally.resumed += 1
+            elif isinstance(item, BadLine):
+                self._fail(item.line, item.id, item.message)
+            else:
+                self.tally.prompt_tokens += len(item.token_ids)
+                self._open[str(item.line.index)] = (item, TextStream(self._tokenizer, item.stop))
+                requests.append(Request(str(item.line.index), item.token_ids, item.sampling))
+        self._client.submit(requests)
+        return more
+
+    def _take(self, outputs: list[Output]) -> None:
+        stopped = []
+        for output in outputs:
+            if output.id not in self._open:
+                continue  # the last words of one that a stop string ended
+            job, stream = self._open[output.id]
+            before = len(stream.token_ids)
+            stream.push(output)
+            self.tally.completion_tokens += len(stream.token_ids) - before
+            if stream.finish_reason is None:
+                continue
+            del self._open[output.id]
+            if stream.finish_reason == "error":
+                self._fail(job.line, job.id, f"line {job.line.number}: {output.message}")
+                continue
+            if stream.stopped_early and output.finish_reason is None:
+                stopped.append(output.id)
+            self.tally.lines += 1
+            self.tally.cached_tokens += stream.num_cached_tokens
+            self._results.add(job.line, self._row(job, stream))
+        self._client.abort(stopped)
+
+    def _row(self, job: Job, stream: TextStream) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "id": job.id,
+            "text": stream.text,
+            "finish_reason": stream.finish_reason,
+            "prompt_tokens": len(job.token_ids),
+            "completion_tokens": len(stream.token_ids),
+        }
+        if job.sampling.logprobs is not None:
+            row["logprobs"] = [
+                {
+                    **self._token(id, chosen),
+                    "top": [self._token(other, value) for other, value in top],
+                }
+                for id, (chosen, top) in zip(stream.token_ids, stream.logprobs, strict=False)
+            ]
+        return row
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        return {"id": id, "token": self._tokenizer.decode([id], skip_special=False), "logprob": logprob}
+
+    def _fail(self, line: Line, id: str | int, message: str) -> None:
+        self.tally.lines += 1
+        self.tally.errors += 1
+        self._results.add(line, {"id": id, "error": message})

@@ -1,0 +1,182 @@
+"""The lines of a batch file as requests, and what is wrong with those that are none.
+
+{"prompt": "Once upon"}
+{"id": "q7", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 20, "stop": ["\\n"]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+from zlib import crc32
+
+from tpctl.client.engine_client import check_length
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.errors import TpctlError
+
+_SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+_FIELDS = frozenset({"id", "prompt", "messages", "stop"}) | _SAMPLING_FIELDS
+
+JobId = str | int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line with text. ``index`` counts such lines from 0, ``number`` all lines from 1."""
+
+    index: int
+    number: int
+    raw: bytes
+
+    @property
+    def checksum(self) -> int:
+        """Tells an edited line from the one that was answered before; 32 bits."""
+        return crc32(self.raw.strip())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line that can be run."""
+
+    line: Line
+    id: JobId
+    token_ids: list[int]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that cannot; ``message`` names it by its number."""
+
+    line: Line
+    id: JobId
+    message: str
+
+
+def read_lines(stream: Iterable[bytes]) -> Iterator[Line]:
+    """The lines of a file that hold more than white space."""
+    index = 0
+    for number, raw in enumerate(stream, start=1):
+        if raw.strip():
+            yield Line(index, number, raw)
+            index += 1
+
+
+class JobParser:
+    """Turns lines into jobs.
+
+    Remembers the ids it has seen, about 70 bytes each, to find duplicates.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        sampling: Mapping[str, Any],
+        stop: Sequence[str],
+        max_model_len: int,
+    ) -> None:
+        """Set what lines may leave out.
+
+        Args:
+            sampling: fields of ``SamplingParams``. Line n without a seed of its own gets ``seed + n - 1``, so
+                that equal prompts are sampled differently, and the same way on every run.
+            stop: texts that end an answer.
+            max_model_len: tokens of the longest sequence.
+        """
+        self._tokenizer = tokenizer
+        self._sampling = {"seed": 0, **sampling}
+        self._stop = tuple(stop)
+        self._max_model_len = max_model_len
+        self._seen: set[int] = set()
+
+    def parse(self, line: Line) -> Job | BadLine:
+        """A job, or why the line is none."""
+        id: JobId = line.number
+        try:
+            entry = _load(line.raw)
+            given = entry.get("id", line.number)
+            if isinstance(given, bool) or not isinstance(given, str | int):
+                raise _Refused(f"id is {given!r}, but must be a string or a whole number")
+            id = given
+            self._check_new(id)
+            return self._job(line, id, entry)
+        except (_Refused, TpctlError) as error:
+            return BadLine(line, id, f"line {line.number}: {error}")
+
+    def _job(self, line: Line, id: JobId, entry: Mapping[str, Any]) -> Job:
+        if unknown := sorted(entry.keys() - _FIELDS):
+            raise _Refused(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}")
+        own = {name: value for name, value in entry.items() if name in _SAMPLING_FIELDS}
+        seed = (self._sampling["seed"] + line.number - 1) % 2**63
+        sampling = SamplingParams.from_dict({**self._sampling, "seed": seed, **own})
+        stop = _stop(entry["stop"]) if "stop" in entry else self._stop
+        token_ids = self._tokenize(entry)
+        check_length(len(token_ids), self._max_model_len)
+        return Job(line, id, token_ids, sampling, stop)
+
+    def _tokenize(self, entry: Mapping[str, Any]) -> list[int]:
+        if ("prompt" in entry) == ("messages" in entry):
+            raise _Refused('needs either "prompt" or "messages"')
+        if "messages" in entry:
+            return self._tokenizer.encode_chat(_messages(entry["messages"]))
+        prompt = entry["prompt"]
+        if not isinstance(prompt, str):
+            raise _Refused(f"prompt is {_short(prompt)}, but must be a string")
+        if not prompt:
+            raise _Refused("the prompt is empty")
+        return self._tokenizer.encode(prompt)
+
+    def _check_new(self, id: JobId) -> None:
+        key = hash((type(id), id))
+        if key in self._seen:
+            raise _Refused(
+                f"id {id!r} was used before; ids must differ (without one, the line number is taken)"
+            )
+        self._seen.add(key)
+
+
+class _Refused(Exception):
+    """A line that is no job; the text says why, for the error row."""
+
+
+def _load(raw: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _Refused(f"is not UTF-8 (byte {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        raise _Refused(f"is not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise _Refused(f"is not JSON that can be read: {error}") from None
+    if not isinstance(entry, dict):
+        raise _Refused(f"is {_short(entry)}, but must be a JSON object")
+    return entry
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    good = isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not good or not value:
+        raise _Refused('messages must be a list of at least one {"role": "…", "content": "…"}')
+    return list(value)
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
+        raise _Refused(f"stop is {_short(value)}, but must be a string or a list of strings, none empty")
+    return tuple(values)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:39] + "…"

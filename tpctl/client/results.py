@@ -1,0 +1,208 @@
+"""Where a batch's rows go: kept on disk the moment they finish, given out in the order of the input.
+
+Rows finish in any order. Each is appended to ``OUT.partial`` at once, so that an interruption at any moment
+loses only what was being computed; of the rows themselves only the place in that file is kept in memory (12
+bytes each).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from tpctl.client.jobs import Line
+from tpctl.errors import OutputError, UsageError
+
+_VERSION = 1
+
+
+class Results:
+    """Rows of one batch, by the index of their line.
+
+    Attributes:
+        partial: the file that keeps finished rows until all are there; ``None`` when they go to a stream.
+    """
+
+    def __init__(self, target: Path | None, settings: Mapping[str, Any], *, resume: bool = False) -> None:
+        """Open.
+
+        Args:
+            target: the file to publish; ``None`` keeps rows in an unnamed file for ``emit``.
+            settings: what the answers depend on besides their lines; a run resumes only under the same ones.
+            resume: go on with the rows of an interrupted run, if there are any.
+
+        Raises:
+            OutputError: the file cannot be written there, or another process writes it.
+            UsageError: an interrupted run is in the way, or was made under other settings.
+        """
+        self._target = target
+        self.partial = None if target is None else target.with_name(target.name + ".partial")
+        self._places = array("Q")  # by index: 1 + offset of the row, 0 for none
+        self._checksums = array("I")
+        self._emitted = 0
+        header = {"tpctl_batch": _VERSION, "settings": dict(settings)}
+        self._file: IO[bytes]
+        if self.partial is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 — closed by __exit__
+            return
+        with _writing(self.partial):
+            if self.partial.is_dir() or (target is not None and target.is_dir()):
+                raise OutputError(f"{target} is a folder; name a file to write to")
+            self._file = self.partial.open("a+b")
+        try:
+            self._take_over(header, resume)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.partial is not None and not self.count:
+            self.partial.unlink(missing_ok=True)  # nothing in it to go on with
+        self._file.close()
+
+    @property
+    def count(self) -> int:
+        """Rows that are kept."""
+        return sum(place > 0 for place in self._places)
+
+    def has(self, line: Line) -> bool:
+        """Whether an earlier run answered this very line."""
+        index = line.index
+        return (
+            index < len(self._places) and self._places[index] > 0 and self._checksums[index] == line.checksum
+        )
+
+    def add(self, line: Line, row: Mapping[str, Any]) -> None:
+        """Keep a finished row.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        data = (
+            json.dumps([line.index, line.checksum, row], ensure_ascii=False).encode("utf-8", "replace")
+            + b"\n"
+        )
+        with _writing(self.partial):
+            place = self._file.seek(0, os.SEEK_END)
+            self._file.write(data)
+            self._file.flush()
+        self._note(line.index, line.checksum, place)
+
+    def emit(self, stream: IO[bytes], *, gaps: bool = False) -> None:
+        """Write the rows after those emitted before: up to the first unfinished one, or over ``gaps``."""
+        while self._emitted < len(self._places) and (gaps or self._places[self._emitted]):
+            if self._places[self._emitted]:
+                stream.write(self._row(self._emitted))
+            self._emitted += 1
+        stream.flush()
+
+    def publish(self, count: int) -> None:
+        """Put the rows of the first ``count`` lines into the target, in order, all at once.
+
+        Raises:
+            OutputError: it cannot be written; the partial file stays.
+        """
+        assert self._target is not None and self.partial is not None
+        temporary = self._target.with_name(f".{self._target.name}.publishing")
+        with _writing(self._target):
+            try:
+                with temporary.open("wb") as out:
+                    for index in range(count):
+                        out.write(self._row(index))
+                    out.flush()
+                    os.fsync(out.fileno())
+                temporary.replace(self._target)
+            finally:
+                temporary.unlink(missing_ok=True)
+            self.partial.unlink()
+
+    def _take_over(self, header: Mapping[str, Any], resume: bool) -> None:
+        """Lock the partial file, and read what an interrupted run left in it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another tpctl batch is writing {self.partial}; wait for it") from None
+        self._file.seek(0)
+        first = self._file.readline()
+        if first and not resume:
+            raise UsageError(
+                f"{self.partial} holds the rows of an interrupted run; go on with --resume, or delete it"
+            )
+        if not first.endswith(b"\n"):
+            self._file.truncate(0)
+            with _writing(self.partial):
+                self._file.write(json.dumps(header).encode() + b"\n")
+                self._file.flush()
+            return
+        found = _parse(first)
+        if not isinstance(found, dict) or found.get("tpctl_batch") != _VERSION:
+            raise UsageError(f"{self.partial} was not written by this version of tpctl batch; delete it")
+        now = json.loads(json.dumps(header))["settings"]
+        for name in now.keys() | found["settings"].keys():
+            before = found["settings"].get(name)
+            if before != now.get(name):
+                raise UsageError(
+                    f"{self.partial} was made with {name} {before}, but now it is {now.get(name)}; "
+                    "use the same, or delete the file"
+                )
+        self._read_rows(len(first))
+
+    def _read_rows(self, place: int) -> None:
+        for raw in self._file:
+            entry = _parse(raw) if raw.endswith(b"\n") else None
+            if not isinstance(entry, list):
+                break  # cut off in the middle of a row
+            index, checksum, row = entry
+            # A line that failed is tried again: it may have been corrected, or the failure may have passed.
+            self._note(index, checksum, place if "error" not in row else None)
+            place += len(raw)
+        self._file.truncate(place)
+
+    def _note(self, index: int, checksum: int, place: int | None) -> None:
+        missing = index + 1 - len(self._places)
+        if missing > 0:
+            self._places.extend([0] * missing)
+            self._checksums.extend([0] * missing)
+        self._places[index] = 0 if place is None else place + 1
+        self._checksums[index] = checksum
+
+    def _row(self, index: int) -> bytes:
+        self._file.seek(self._places[index] - 1)
+        return json.dumps(json.loads(self._file.readline())[2], ensure_ascii=False).encode() + b"\n"
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def _writing(path: Path | None) -> Iterator[None]:
+    """Turn what the system refuses into one line with the next step."""
+    try:
+        yield
+    except OSError as error:
+        hint = {
+            errno.ENOSPC: "the disk is full; free some space and go on with --resume",
+            errno.EDQUOT: "the disk quota is used up; free some space and go on with --resume",
+            errno.ENOENT: "the folder does not exist; make it first",
+            errno.EACCES: "no permission; name a file where you may write",
+            errno.EROFS: "the disk is read-only; name a file where you may write",
+        }.get(error.errno or 0, error.strerror or str(error))
+        raise OutputError(f"cannot write {path or 'a temporary file'}: {hint}") from None
