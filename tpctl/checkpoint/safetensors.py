@@ -216,14 +216,14 @@ class NewTensor:
         return tensor_nbytes(self.dtype, self.shape)
 
 
-def build_header(tensors: Iterable[NewTensor]) -> Header:
+def build_header(tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> Header:
     """The header of a file that will hold ``tensors``, so that it can be written before any data.
 
     Tensors are laid out as the reference writer does, widest dtype first and then by name, which keeps every
     one aligned to its element size, and the header is padded with spaces to a multiple of eight bytes.
     """
     order = sorted(tensors, key=lambda tensor: (-DTYPE_BITS[tensor.dtype], tensor.dtype, tensor.name))
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in order:
         end = offset + tensor.nbytes

@@ -44,12 +44,14 @@ def _root(
 
 
 def _register() -> None:
-    from tpctl.cli import batch, chat, download, inspect_shards, shard, upload
+    from tpctl.cli import batch, chat, download, inspect_shards, merge, reshard, shard, upload
 
     app.command("download")(download.download)
     app.command("shard")(shard.shard)
     app.command("upload")(upload.upload)
     app.command("inspect-shards")(inspect_shards.inspect_shards)
+    app.command("merge")(merge.merge)
+    app.command("reshard")(reshard.reshard)
     app.command("chat")(chat.chat)
     app.command("batch")(batch.batch)
 

@@ -26,6 +26,9 @@ def shard(
     ] = "auto",
     max_part_size: Annotated[str, typer.Option(help="Most tensor bytes in one file.")] = "5GB",
     ranks: Annotated[str | None, typer.Option(help="Write only these ranks, e.g. 0-3 or 0,2.")] = None,
+    compat: Annotated[
+        str | None, typer.Option(help='Make it loadable by vllm or sglang too (load_format="sharded_state").')
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     token: Annotated[
@@ -55,6 +58,7 @@ def shard(
             dtype=dtype,
             max_part_size=part_size,
             ranks=wanted,
+            compat=compat,
             force=force,
             progress=progress,
         )

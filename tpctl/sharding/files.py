@@ -81,6 +81,11 @@ class Tally:
         if self.stop.is_set():
             raise Stopped
 
+    def reset(self, done: int) -> None:
+        """Go back to ``done`` bytes, after a failure that is made good."""
+        self.done = done
+        self.stop.clear()
+
     def add(self, nbytes: int) -> None:
         with self._lock:
             self.done += nbytes

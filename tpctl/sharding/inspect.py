@@ -15,7 +15,7 @@ from tpctl.errors import CheckpointError
 from tpctl.partition.manifest import Manifest
 from tpctl.partition.records import Shard, ShardTensor
 from tpctl.sharding.files import Progress
-from tpctl.sharding.shard import check_ranks
+from tpctl.sharding.recipe import check_ranks
 from tpctl.sharding.verify import open_shards, verify_digests, verify_source
 
 

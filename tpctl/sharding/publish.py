@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,12 @@ class PendingFolder:
                 raise
         finally:
             os.close(lock)
+
+    def clean(self, wanted: Collection[str] = ()) -> None:
+        """Remove everything from the folder but the files named ``wanted``."""
+        for path in self.path.iterdir():
+            if path.name not in wanted:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def check_space(self, needed: int) -> None:
         """Raise ``OutputError`` if the disk has less than ``needed`` bytes free."""

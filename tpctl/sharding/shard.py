@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tpctl.checkpoint.cast import FLOATS
 from tpctl.checkpoint.folder import CheckpointFolder
-from tpctl.errors import CheckpointError, PartitionError, ShardFolderError, UsageError
+from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
 from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors, weight_splits
@@ -18,8 +18,9 @@ from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.records import Source, SourceFile
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, whole
+from tpctl.sharding.recipe import make_recipe
 from tpctl.sharding.transfer import Move, run
-from tpctl.sharding.writer import Recipe, ShardReport, write_shards
+from tpctl.sharding.writer import ShardReport, write_shards
 
 DEFAULT_PART_SIZE = 5 * 10**9
 """Bytes of tensors in one part file, as Hugging Face checkpoints have it."""
@@ -35,6 +36,7 @@ def shard_checkpoint(
     dtype: str | None = None,
     max_part_size: int = DEFAULT_PART_SIZE,
     ranks: Sequence[int] | None = None,
+    compat: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ShardReport:
@@ -48,7 +50,8 @@ def shard_checkpoint(
         revision: the source's revision, for the manifest.
         dtype: cast float tensors to ``float32``, ``bfloat16`` or ``float16``; ``None`` or ``"auto"`` keeps
             them. max_part_size: most tensor bytes in one file. ranks: the ranks to write; all by default.
-            force: replace ``out`` if it exists.
+            compat: ``vllm`` or ``sglang``: make a folder that this engine loads too.
+        force: replace ``out`` if it exists.
 
     Raises:
         CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown.
@@ -71,8 +74,9 @@ def shard_checkpoint(
     dtypes = {name: _stored_dtype(name, reads, target) for name, reads in inputs.items()}
     if all(reads[0].dtype == dtypes[name] for name, reads in inputs.items()):
         target = None
-    recipe = Recipe(
-        plan=plan,
+    recipe = make_recipe(
+        config,
+        plan,
         source=Source(
             source_id or source.resolve().name,
             revision,
@@ -80,19 +84,18 @@ def shard_checkpoint(
             folder.index,
             aliases,
         ),
-        model_type=config.model_type,
         dtype=target,
         max_part_size=max_part_size,
-        compat=None,
-        ranks=check_ranks(ranks, tp_size),
+        ranks=ranks,
+        compat=compat,
         dtypes=dtypes,
         inputs=inputs,
-        extra=tuple(
+        extra=[
             stored
             for name, stored in sorted(tensors.items())
             if name not in plan.source_shapes and name not in aliases
-        ),
-        small_files=tuple(folder.small_files()),
+        ],
+        small_files=folder.small_files(),
         identity=_identity(folder),
     )
     return write_shards(recipe, out, force=force, check=folder.check_unchanged, progress=progress)
@@ -111,17 +114,6 @@ def source_plan(config: ModelConfig, names: Iterable[str], tp_size: int) -> Part
         head = splits[-1]
         splits[-1] = replace(head, blocks=tuple(replace(block, source=LM_HEAD) for block in head.blocks))
     return PartitionPlan.build(config.geometry, splits, tp_size)
-
-
-def check_ranks(ranks: Sequence[int] | None, tp_size: int) -> tuple[int, ...]:
-    """``ranks`` in order without repetition; all of them by default. Raises ``PartitionError`` for one too
-    large."""
-    if ranks is None:
-        return tuple(range(tp_size))
-    for rank in ranks:
-        if not 0 <= rank < tp_size:
-            raise PartitionError(f"rank {rank} does not exist at tp {tp_size}; ranks are 0 to {tp_size - 1}")
-    return tuple(sorted(set(ranks)))
 
 
 def _safetensors_dtype(dtype: str | None) -> str | None:

@@ -57,7 +57,7 @@ def verify_digests(
     """
     shards = open_shards(folder, manifest, ranks)
     stored = [one for held in shards.values() for one in held] + list(open_extra(folder, manifest))
-    copied = _check_copied(folder, manifest)
+    copied = check_copied(folder, manifest)
     with Files() as files:
         hash_all(stored, files, Tally(sum(one.nbytes for one in stored), "", progress))
     return copied + sum(one.nbytes for one in stored)
@@ -127,7 +127,8 @@ def _entry_at(header: Header, raw: bytes) -> str:
     return starts[max(before) if before else min(starts)]
 
 
-def _check_copied(folder: Path, manifest: Manifest) -> int:
+def check_copied(folder: Path, manifest: Manifest) -> int:
+    """Hash the copied files; their bytes. Raises ``ShardFolderError`` if one is missing or altered."""
     from blake3 import blake3
 
     total = 0

@@ -1,0 +1,80 @@
+"""Cuts a shard folder anew for another number of ranks, from the shards alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from tpctl.checkpoint.safetensors import parse_header
+from tpctl.models.config import ModelConfig
+from tpctl.models.weights import ignored_tensors
+from tpctl.partition.manifest import Manifest
+from tpctl.partition.plan import Shape
+from tpctl.partition.records import Source
+from tpctl.sharding.files import Progress
+from tpctl.sharding.merge import require_all_ranks
+from tpctl.sharding.recipe import make_recipe
+from tpctl.sharding.shard import source_plan
+from tpctl.sharding.verify import check_copied, open_extra, open_shards
+from tpctl.sharding.writer import ShardReport, write_shards
+
+
+def reshard(
+    folder: Path,
+    out: Path,
+    tp_size: int,
+    *,
+    max_part_size: int | None = None,
+    ranks: Sequence[int] | None = None,
+    compat: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ShardReport:
+    """Cut the shards in ``folder`` for ``tp_size`` ranks and publish them as ``out``.
+
+    The result is byte for byte what ``shard_checkpoint`` makes of the source at ``tp_size``. Every byte read
+    is checked against its digest.
+
+    Args:
+        max_part_size: most tensor bytes in one file; as in ``folder`` by default.
+        ranks, compat, force: as in ``shard_checkpoint``.
+
+    Raises:
+        ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
+        PartitionError: the model cannot be cut into ``tp_size`` shards.
+        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+    """
+    manifest = Manifest.load(folder)
+    require_all_ranks(folder, manifest)
+    check_copied(folder, manifest)
+    config = ModelConfig.load(folder)
+    shapes = _source_shapes(manifest.source)
+    plan = source_plan(config, shapes, tp_size)
+    plan.check_source(shapes, ignored_tensors(config))
+    shards = open_shards(folder, manifest, range(manifest.tp_size))
+    recipe = make_recipe(
+        config,
+        plan,
+        source=manifest.source,
+        dtype=manifest.dtype,
+        max_part_size=max_part_size or manifest.max_part_size,
+        ranks=ranks,
+        compat=compat or manifest.compat,
+        dtypes={name: manifest.tensors(0)[name].dtype for name in plan.shards[0]},
+        inputs={name: shards[name] for name in plan.shards[0]},
+        extra=open_extra(folder, manifest),
+        small_files=[folder / name for name in sorted(manifest.files)],
+        identity=sha256(manifest.text().encode()).hexdigest(),
+    )
+    # What is read is checked against its digests on the way, so a change meanwhile cannot go unseen.
+    return write_shards(recipe, out, force=force, check=lambda: None, progress=progress)
+
+
+def _source_shapes(source: Source) -> dict[str, Shape]:
+    """The shapes of the source's tensors, from the headers that the manifest keeps."""
+    return {
+        name: info.shape
+        for file in source.files
+        for name, info in parse_header(file.header.encode(), file.size, file.name).tensors.items()
+    }
