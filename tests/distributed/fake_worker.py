@@ -66,7 +66,7 @@ def main() -> None:
 def serve(config: EngineConfig, path: Path, what: str) -> None:
     channel = connect(path)
     if what == "fatal":
-        channel.send(Fatal("EngineError: no room for a KV cache"))
+        channel.send(Fatal("no room for a KV cache"))
         sys.exit(1)
     info = {"max_model_len": config.max_model_len or 64, "device": config.device, "tp_size": config.tp_size}
     channel.send(Ready(info | {"omp": os.environ["OMP_NUM_THREADS"], "stdin": sys.stdin.read()}))

@@ -99,18 +99,18 @@ class Workers:
         """Why the workers ended. Call it when rank 0 hung up or said ``Fatal``; it ends what is left.
 
         Args:
-            reported: what rank 0 said of it, as "Kind: text".
+            reported: what rank 0 said of it; used where the ranks left no record.
             patience: seconds to let torchrun notice, end the other ranks and write its report.
         """
         if not self._exited.wait(patience):
             self._end(polite=2.0)
         failures = self._failures()
-        if reported is not None:
-            failures = [failure for failure in failures if failure.rank != 0]
-            failures.append(RankFailure(0, 1, reported))
         cause = root_cause(failures)
+        error: TpctlError
         if cause is None:
-            error: TpctlError = EngineError(self._unexplained())
+            error = EngineError(reported or self._unexplained())
+        elif reported is not None and cause.rank == 0 and cause.message is None and cause.exit_code > 0:
+            error = EngineError(reported)
         else:
             error = explain(cause, _last_line(self._rank_log(cause.rank)), self._logs)
         self._keep_folder |= str(self._logs) in str(error)

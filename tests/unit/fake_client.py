@@ -1,0 +1,108 @@
+"""A tokenizer of single bytes, and an engine client without processes that answers p with <p>."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import EngineError
+from tpctl.launch.messages import Output, Request
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role[0] }}]{{ message.content }}{% endfor %}"
+    "{% if messages[-1].content == 'forbidden' %}{{ raise_exception('not that') }}{% endif %}[a]"
+)
+
+
+def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> Path:
+    """A byte-level tokenizer without merges, as a checkpoint folder holds it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({token: id for id, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "</s>"} | ({"chat_template": template} if template else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+class FakeClient:
+    """Stands in for ``EngineClient``.
+
+    Attributes:
+        requests: everything that was submitted.
+        aborted: ids, in the order in which they were aborted.
+        most_open: requests that were under way at once, at most.
+        dies_after: calls of ``outputs`` until the engine "fails".
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_model_len: int = 64, dies_after: int | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._open: dict[str, tuple[Request, list[int]]] = {}
+        self._ended: list[Output] = []
+        self.max_model_len = max_model_len
+        self.dies_after = dies_after
+        self.requests: list[Request] = []
+        self.aborted: list[str] = []
+        self.most_open = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def wait_ready(self) -> dict[str, Any]:
+        return {"max_model_len": self.max_model_len}
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.requests.append(request)
+            text = self._tokenizer.decode(request.token_ids)
+            eos = self._tokenizer.backend.token_to_id("</s>")
+            self._open[request.id] = (request, [*self._tokenizer.encode(f"<{text}>"), eos])
+        self.most_open = max(self.most_open, len(self._open))
+
+    def outputs(self, timeout: float | None = None) -> list[Output]:
+        if self.dies_after is not None:
+            self.dies_after -= 1
+            if self.dies_after < 0:
+                raise EngineError("rank 1 was killed (SIGKILL)")
+        outputs, self._ended = self._ended, []
+        for id, (request, rest) in list(self._open.items()):
+            if self._tokenizer.decode(request.token_ids).startswith("refuse"):
+                outputs.append(Output(id, [], "error", "the engine refuses"))
+                del self._open[id]
+                continue
+            outputs.append(self._next(request, rest))
+            if outputs[-1].finish_reason is not None:
+                del self._open[id]
+        return outputs
+
+    def abort(self, ids: Iterable[str]) -> None:
+        for id in list(ids):
+            self.aborted.append(id)
+            if self._open.pop(id, None) is not None:
+                self._ended.append(Output(id, [], "abort"))
+
+    def stats(self) -> dict[str, float]:
+        return {"preemptions": 3}
+
+    def _next(self, request: Request, rest: list[int]) -> Output:
+        token = rest.pop(0)
+        answered = (
+            len(self._tokenizer.encode(f"<{self._tokenizer.decode(request.token_ids)}>")) - len(rest) + 1
+        )
+        reason = "stop" if not rest else "length" if answered >= request.sampling.max_tokens else None
+        logprobs = [[-0.5, [[token, -0.5]]]] if request.sampling.logprobs is not None else None
+        return Output(request.id, [token], reason, None, logprobs, num_cached_tokens=1)

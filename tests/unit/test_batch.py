@@ -1,0 +1,320 @@
+"""Batch: every line becomes one row, in order, whatever it holds and whenever the run is interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.fake_client import FakeClient, write_tokenizer
+from tpctl.client.batch import Batch, Tally
+from tpctl.client.jobs import BadLine, Job, JobParser, Line, read_lines
+from tpctl.client.results import Results
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import EngineError, OutputError, UsageError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:
+    return JobParser(tokenizer, sampling={"max_tokens": 30, **sampling}, stop=["default"], max_model_len=64)
+
+
+def parse(tokenizer: Tokenizer, entry: object, **sampling: Any) -> Job | BadLine:
+    raw = entry if isinstance(entry, bytes) else json.dumps(entry).encode()
+    return parser(tokenizer, **sampling).parse(Line(0, 7, raw))
+
+
+def run(
+    tokenizer: Tokenizer,
+    text: str,
+    target: Path | None,
+    *,
+    resume: bool = False,
+    window: int = 3,
+    **client: Any,
+) -> tuple[Tally, FakeClient]:
+    fake = FakeClient(tokenizer, **client)
+    with Results(target, {"model": "m"}, resume=resume) as results:
+        tally = Batch(fake, tokenizer, results, window).run(  # type: ignore[arg-type]
+            read_lines(io.BytesIO(text.encode())), parser(tokenizer)
+        )
+        results.publish(tally.lines)
+    return tally, fake
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def prompts(count: int) -> str:
+    return "".join(json.dumps({"prompt": "x" * (count - n)}) + "\n" for n in range(count))
+
+
+def test_a_prompt_line(tokenizer: Tokenizer) -> None:
+    job = parse(tokenizer, {"prompt": "hi"}, temperature=0.5)
+    assert isinstance(job, Job)
+    assert (job.id, tokenizer.decode(job.token_ids), job.stop) == (7, "hi", ("default",))
+    assert (job.sampling.max_tokens, job.sampling.temperature, job.sampling.seed) == (30, 0.5, 6)
+
+
+def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
+    entry = {
+        "id": "q",
+        "messages": [{"role": "user", "content": "hi"}],
+        "temperature": 1,
+        "seed": 9,
+        "stop": "end",
+        "stop_token_ids": [3],
+    }
+    job = parse(tokenizer, entry)
+    assert isinstance(job, Job)
+    assert (job.id, tokenizer.decode(job.token_ids), job.stop) == ("q", "[u]hi[a]", ("end",))
+    assert (job.sampling.seed, job.sampling.temperature, job.sampling.stop_token_ids) == (9, 1.0, (3,))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (b"{", "is not JSON: Expecting property name"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 (byte 13)"),
+        (b"[" * 100_000, "is not JSON that can be read"),
+        ([1], "is [1], but must be a JSON object"),
+        ({}, 'needs either "prompt" or "messages"'),
+        ({"prompt": "a", "messages": []}, 'needs either "prompt" or "messages"'),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": 5}, "prompt is 5, but must be a string"),
+        ({"prompt": "a" * 64}, "the prompt has 64 tokens, but this engine takes at most 63"),
+        ({"messages": []}, "messages must be a list of at least one"),
+        ({"messages": [{"role": "user"}]}, "messages must be a list of at least one"),
+        ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),
+        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: id, "),
+        ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot', which is not of the right type"),
+        ({"prompt": "a", "top_p": 2}, "top_p is 2.0, but must be above 0 and at most 1"),
+        ({"prompt": "a", "stop": ["b", ""]}, 'stop is ["b", ""], but must be a string or a list of strings'),
+        ({"prompt": "a", "id": 1.5}, "id is 1.5, but must be a string or a whole number"),
+    ],
+)
+def test_a_bad_line_says_what_and_where(tokenizer: Tokenizer, entry: object, message: str) -> None:
+    bad = parse(tokenizer, entry)
+    assert isinstance(bad, BadLine)
+    assert bad.id == 7
+    assert bad.message.startswith("line 7: ")
+    assert message in bad.message
+    assert "\n" not in bad.message
+
+
+def test_duplicate_ids(tokenizer: Tokenizer) -> None:
+    lines = [
+        '{"id": 2, "prompt": "a"}',
+        '{"prompt": "b"}',
+        '{"id": "2", "prompt": "c"}',
+        '{"id": 2, "prompt": "d"}',
+    ]
+    read = parser(tokenizer)
+    parsed = [read.parse(line) for line in read_lines(io.BytesIO("\n".join(lines).encode()))]
+    assert [type(item) for item in parsed] == [Job, BadLine, Job, BadLine]
+    assert "id 2 was used before" in parsed[1].message  # type: ignore[union-attr]
+
+
+def test_blank_lines_count_as_lines_but_make_no_rows() -> None:
+    lines = list(read_lines(io.BytesIO(b"\n  \na\n\nb")))
+    assert [(line.index, line.number) for line in lines] == [(0, 3), (1, 5)]
+
+
+def test_rows_come_in_the_order_of_the_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    tally, client = run(tokenizer, prompts(9), out)
+    assert [row["text"] for row in rows(out)] == [f"<{'x' * (9 - n)}>" for n in range(9)]
+    assert rows(out)[0] == {
+        "id": 1,
+        "text": "<xxxxxxxxx>",
+        "finish_reason": "stop",
+        "prompt_tokens": 9,
+        "completion_tokens": 12,
+    }
+    assert (tally.lines, tally.errors, tally.cached_tokens, tally.prompt_tokens) == (9, 0, 9, 45)
+    assert client.most_open == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_bad_lines_become_rows_and_the_others_run(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    text = '{"prompt": "a"}\nnonsense\n\n{"id": "r", "prompt": "refuse"}\n{"prompt": "b"}\n'
+    tally, _ = run(tokenizer, text, out)
+    assert [row.get("text") for row in rows(out)] == ["<a>", None, None, "<b>"]
+    assert rows(out)[1]["error"].startswith("line 2: is not JSON")
+    assert rows(out)[2] == {"id": "r", "error": "line 4: the engine refuses"}
+    assert (tally.lines, tally.errors) == (4, 2)
+
+
+def test_stop_strings_and_lengths_and_logprobs(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    lines = [{"prompt": "abcdef", "stop": ["cd"]}, {"prompt": "abc", "max_tokens": 2, "logprobs": 1}]
+    _, client = run(tokenizer, "\n".join(map(json.dumps, lines)), out)
+    first, second = rows(out)
+    assert (first["text"], first["finish_reason"], first["completion_tokens"]) == ("<ab", "stop", 5)
+    assert client.aborted == ["0"]
+    assert (second["text"], second["finish_reason"], second["completion_tokens"]) == ("<a", "length", 2)
+    assert [entry["token"] for entry in second["logprobs"]] == ["<", "a"]
+    assert second["logprobs"][0]["top"][0]["logprob"] == -0.5
+
+
+def test_an_engine_that_dies_leaves_rows_to_go_on_with(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(EngineError):
+        run(tokenizer, prompts(9), out, dies_after=18)
+    partial = tmp_path / "out.jsonl.partial"
+    finished = len(partial.read_text().splitlines()) - 1
+    assert 0 < finished < 9
+    assert not out.exists()
+    with pytest.raises(UsageError, match=r"out\.jsonl\.partial holds the rows.*--resume"):
+        run(tokenizer, prompts(9), out)
+    tally, client = run(tokenizer, prompts(9), out, resume=True)
+    assert (tally.lines, tally.resumed, len(client.requests)) == (9, finished, 9 - finished)
+    assert [row["text"] for row in rows(out)] == [f"<{'x' * (9 - n)}>" for n in range(9)]
+    assert not partial.exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut=st.integers(0, 900), edited=st.sets(st.integers(0, 5)))
+def test_resume_from_a_file_cut_anywhere_with_lines_edited(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, cut: int, edited: set[int]
+) -> None:
+    out = tmp_path_factory.mktemp("run") / "out.jsonl"
+    lines = [{"prompt": f"line {n}"} for n in range(6)]
+    with Results(out, {"model": "m"}) as results:
+        fake: Any = FakeClient(tokenizer)
+        source = read_lines(io.BytesIO("\n".join(map(json.dumps, lines)).encode()))
+        Batch(fake, tokenizer, results, 2).run(source, parser(tokenizer))
+        assert results.partial is not None
+        partial = results.partial
+    os.truncate(partial, min(cut, partial.stat().st_size))
+    for n in edited:
+        lines[n]["prompt"] = f"other {n}"
+    tally, client = run(tokenizer, "\n".join(map(json.dumps, lines)), out, resume=True)
+    assert [row["text"] for row in rows(out)] == [f"<{line['prompt']}>" for line in lines]
+    assert len(client.requests) == 6 - tally.resumed >= len(edited)
+
+
+def test_error_rows_are_tried_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Results(out, {"model": "m"}) as results:
+        results.add(Line(0, 1, b'{"prompt": "a"}'), {"id": 1, "error": "passing"})
+    tally, _ = run(tokenizer, '{"prompt": "a"}', out, resume=True)
+    assert (tally.resumed, rows(out)[0]["text"]) == (0, "<a>")
+
+
+def test_resume_under_other_settings_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Results(out, {"model": "m", "sampling": {"temperature": 0.0}}) as results:
+        results.add(Line(0, 1, b"a"), {"id": 1, "text": "x"})
+    with pytest.raises(UsageError, match=r"made with model m, but now it is n"):
+        Results(out, {"model": "n", "sampling": {"temperature": 0.0}}, resume=True)
+
+
+def test_nothing_is_left_of_a_run_without_rows(tmp_path: Path) -> None:
+    with Results(tmp_path / "out.jsonl", {}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
+    with (
+        Results(tmp_path / "out.jsonl", {}),
+        pytest.raises(OutputError, match="another tpctl batch is writing"),
+    ):
+        Results(tmp_path / "out.jsonl", {})
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the folder does not exist"):
+        Results(tmp_path / "none" / "out.jsonl", {})
+    with pytest.raises(OutputError, match="is a folder; name a file"):
+        Results(tmp_path, {})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Results(tmp_path / "out.jsonl", {}) as results:
+        results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
+        with (
+            Path("/dev/full").open("r+b", buffering=0) as full,
+            monkeypatch.context() as patch,
+            pytest.raises(OutputError, match=r"out\.jsonl\.partial: the disk is full.*--resume"),
+        ):
+            patch.setattr(results, "_file", full)
+            results.add(Line(1, 2, b"b"), {"id": 2, "text": "x"})
+
+
+def test_an_interrupted_run_keeps_what_is_finished(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    fake: Any = FakeClient(tokenizer)
+    with Results(tmp_path / "out.jsonl", {}) as results:
+        batch = Batch(fake, tokenizer, results, 3)
+        lines = read_lines(io.BytesIO(prompts(9).encode()))
+        tally = batch.run(lines, parser(tokenizer), should_stop=lambda: batch.tally.lines >= 4)
+        assert tally.interrupted
+        assert 4 <= results.count == tally.lines < 9
+    assert fake.aborted
+    assert (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_answers_go_to_a_stream_in_order_as_they_come(tokenizer: Tokenizer) -> None:
+    out = io.BytesIO()
+    seen: list[int] = []
+
+    def step(tally: Tally) -> None:
+        results.emit(out)
+        seen.append(out.getvalue().count(b"\n"))
+
+    with Results(None, {}) as results:
+        fake: Any = FakeClient(tokenizer)
+        Batch(fake, tokenizer, results, 4).run(
+            read_lines(io.BytesIO(prompts(6).encode())), parser(tokenizer), step=step
+        )
+    assert [json.loads(line)["id"] for line in out.getvalue().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2
+
+
+def test_a_slow_input_does_not_hold_up_answers(tokenizer: Tokenizer) -> None:
+    answered: list[int] = []
+
+    def slow() -> Iterator[bytes]:
+        yield b'{"prompt": "a"}'
+        deadline = time.monotonic() + 30
+        while not answered and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield b'{"prompt": "b"}'
+
+    def step(tally: Tally) -> None:
+        if tally.lines == 1:
+            answered.append(1)
+
+    with Results(None, {}) as results:
+        fake: Any = FakeClient(tokenizer)
+        started = time.monotonic()
+        tally = Batch(fake, tokenizer, results, 4).run(read_lines(slow()), parser(tokenizer), step=step)
+    assert tally.lines == 2
+    assert time.monotonic() - started < 25
+
+
+def test_an_input_that_breaks_is_heard_of(tokenizer: Tokenizer) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b'{"prompt": "a"}'
+        raise OSError("the disk went away")
+
+    fake: Any = FakeClient(tokenizer)
+    with Results(None, {}) as results, pytest.raises(OSError, match="went away"):
+        Batch(fake, tokenizer, results, 4).run(read_lines(broken()), parser(tokenizer))
