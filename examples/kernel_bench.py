@@ -1,6 +1,7 @@
 """Times tpctl's Triton kernels on one GPU, beside torch (cuBLAS, and flash-attn where it is installed).
 
     python examples/kernel_bench.py [linear] [decode] [prefill] [small] [step] [launch]
+    torchrun --nproc-per-node 2 examples/kernel_bench.py all_reduce
 
 Every figure is the median of several replays of a CUDA graph whose launches rotate through more memory than the L2 cache
 holds. TB/s counts weights (linear, step) or keys and values (decode), read once.
@@ -8,6 +9,7 @@ holds. TB/s counts weights (linear, step) or keys and values (decode), read once
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -83,7 +85,8 @@ def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
     graph.replay()
     stop.record()
     torch.cuda.synchronize()
-    inner = max(1, min(50, int(5 / max(start.elapsed_time(stop), 1e-3))))
+    # The same count on every rank of a collective, whatever each has measured.
+    inner = 10 if "LOCAL_RANK" in os.environ else max(1, min(50, int(5 / max(start.elapsed_time(stop), 1e-3))))
     times = []
     for _ in range(repeats):
         start.record()
@@ -365,6 +368,58 @@ def bench_launch() -> None:
         row(name, f"{sorted(times)[150] * 1e6:.1f}")
 
 
+def bench_all_reduce() -> None:
+    """All-reduce alone and fused with addition and norm, both protocols, beside NCCL; run under torchrun."""
+    import torch.distributed as dist
+
+    from tpctl.kernels.all_reduce import PeerBuffer
+
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    dist.init_process_group("nccl", device_id=device)
+    hidden = 4096
+    peers = PeerBuffer(dist.group.WORLD, 1024, hidden, BF16, device)
+    weight = torch.rand(hidden, device=device, dtype=BF16)
+    if rank == 0:
+        row(f"all-reduce, {dist.get_world_size()} GPUs, us", "rows", "KiB", "words", "flags", "words+norm", "flags+norm",
+            "words+norm pdl", "NCCL", "NCCL+norm")  # fmt: skip
+    for rows in (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
+        x = torch.randn(rows, hidden, device=device, dtype=BF16)
+        residual, out = torch.zeros_like(x), torch.empty_like(x)
+        fused = peers.all_reduce_add_rms_norm
+
+        def nccl_norm(x=x, residual=residual, out=out) -> None:
+            dist.all_reduce(x)
+            add_rms_norm(x, residual, weight, 1e-6, out=out)
+
+        calls = [
+            lambda: peers.all_reduce(x, out=out, flags=False),  # noqa: B023
+            lambda: peers.all_reduce(x, out=out, flags=True),  # noqa: B023
+            lambda: fused(x, residual, weight, 1e-6, out=out, flags=False),  # noqa: B023
+            lambda: fused(x, residual, weight, 1e-6, out=out, flags=True),  # noqa: B023
+            lambda: fused(x, residual, weight, 1e-6, out=out, flags=False, pdl=True),  # noqa: B023
+            lambda: dist.all_reduce(x),  # noqa: B023
+            nccl_norm,
+        ]
+        times = []
+        for call in calls:
+            x.normal_()
+            dist.barrier()
+            times.append(graph_us([call] * 20))
+        if rank == 0:
+            row("", rows, rows * hidden // 512, *(f"{us:.1f}" for us in times))
+    score = torch.randn(256, device=device)
+    token = torch.arange(256, device=device)
+    us = graph_us([lambda: peers.winner(score, token)] * 20)
+    if rank == 0:
+        row("winner of 256 rows", 256, 3, f"{us:.1f}")
+    if peers.timed_out():
+        raise RuntimeError("a wait for a peer ran out")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 SECTIONS = {
     "linear": bench_linear,
     "decode": bench_decode,
@@ -380,6 +435,9 @@ def main() -> None:
     import triton
 
     torch.manual_seed(0)
+    if sys.argv[1:] == ["all_reduce"]:
+        bench_all_reduce()
+        return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     for name in sys.argv[1:] or SECTIONS:
         SECTIONS[name]()
