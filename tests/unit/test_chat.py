@@ -1,0 +1,221 @@
+"""Chat: turns, history, stopping an answer, and what the commands print where."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.unit.fake_client import FakeClient, write_tokenizer
+from tpctl.cli.app import app
+from tpctl.cli.engine import interrupts
+from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.engine.config import EngineConfig
+from tpctl.errors import CheckpointError, EngineError, RequestError, TpctlError
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path / "model"))
+
+
+def begin(tokenizer: Tokenizer, **options: Any) -> tuple[Conversation, FakeClient, list[str]]:
+    client: Any = FakeClient(tokenizer)
+    return Conversation(client, tokenizer, **options), client, []
+
+
+def test_the_whole_conversation_is_submitted_every_turn(tokenizer: Tokenizer) -> None:
+    conversation, client, shown = begin(tokenizer, system="S")
+    first = conversation.ask("hi", shown.append)
+    assert first.text == "".join(shown) == "<[s]S[u]hi[a]>"
+    assert (first.finish_reason, first.prompt_tokens, first.completion_tokens) == ("stop", 12, 15)
+    conversation.ask("x", shown.append)
+    prompt = tokenizer.decode(client.requests[1].token_ids)
+    assert prompt == "[s]S[u]hi[a]<[s]S[u]hi[a]>[u]x[a]"
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "S"}]
+
+
+def test_an_answer_may_fill_the_context_unless_told_otherwise(tokenizer: Tokenizer) -> None:
+    conversation, client, shown = begin(tokenizer)
+    conversation.ask("hi", shown.append)
+    assert client.requests[0].sampling.max_tokens == 64 - 8
+    conversation, client, shown = begin(tokenizer, sampling={"max_tokens": 2, "temperature": 0.5})
+    answer = conversation.ask("hi", shown.append)
+    assert (answer.text, answer.finish_reason) == ("<[", "length")
+    assert client.requests[0].sampling.temperature == 0.5
+
+
+def test_a_stop_string_ends_the_answer_and_the_request(tokenizer: Tokenizer) -> None:
+    conversation, client, shown = begin(tokenizer, stop=["hi"])
+    answer = conversation.ask("hi", shown.append)
+    assert (answer.text, "".join(shown), answer.finish_reason) == ("<[u]", "<[u]", "stop")
+    assert client.aborted == ["turn-0"]
+
+
+def test_a_stopped_answer_stays_in_the_conversation(tokenizer: Tokenizer) -> None:
+    conversation, client, shown = begin(tokenizer)
+    answer = conversation.ask("hi", shown.append, lambda: len(shown) >= 3)
+    assert (answer.text, answer.finish_reason) == ("<[u", "abort")
+    assert client.aborted == ["turn-0"]
+    assert conversation.messages[-1] == {"role": "assistant", "content": "<[u"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("x" * 80, "86 tokens.* 63 "), ("forbidden", "not that"), ("refuse", "")]
+)
+def test_a_refused_message_is_forgotten(tokenizer: Tokenizer, text: str, message: str) -> None:
+    conversation, client, shown = begin(tokenizer)
+    if text == "refuse":
+        client.outputs = lambda timeout: [_error(client)]
+        message = "the engine refuses"
+    with pytest.raises(RequestError, match=message):
+        conversation.ask(text, shown.append)
+    assert conversation.messages == []
+
+
+def _error(client: FakeClient) -> Any:
+    from tpctl.launch.messages import Output
+
+    return Output(client.requests[-1].id, [], "error", "the engine refuses")
+
+
+def test_recommended_sampling(tmp_path: Path) -> None:
+    assert recommended_sampling(tmp_path) == CHAT_DEFAULTS
+    config = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert recommended_sampling(tmp_path) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+
+def test_the_first_interrupt_is_noted_and_the_second_raises() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as noted:
+        assert not noted
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def fake_engine(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeClient]:
+    """The commands with neither a model nor workers."""
+    client = FakeClient(tokenizer)
+    config = EngineConfig(tmp_path / "model", 1)
+    monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config: client)
+    for module in ("chat", "batch"):
+        monkeypatch.setattr(f"tpctl.cli.{module}.prepare", lambda model, options: config)
+    yield client
+
+
+def invoke(*arguments: str, stdin: str = "") -> Any:
+    return CliRunner().invoke(app, arguments, input=stdin)
+
+
+def test_one_message_prints_the_answer_and_nothing_else(fake_engine: FakeClient) -> None:
+    result = invoke("chat", "-m", "hi", "--system", "S", "--max-tokens", "9", "--seed", "4")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "<[s]S[u]h\n", "")
+    sampling = fake_engine.requests[0].sampling
+    assert (sampling.seed, sampling.temperature, sampling.max_tokens) == (4, 0.7, 9)
+
+
+def test_a_message_from_a_pipe(fake_engine: FakeClient) -> None:
+    assert invoke("chat", stdin="hi\nthere\n").stdout == "<[u]hi\nthere[a]>\n"
+    empty = invoke("chat", stdin=" \n")
+    assert empty.exit_code == 2
+    assert "stdin is empty" in empty.stderr
+
+
+def test_a_wrong_option_does_not_wait_for_the_model(fake_engine: FakeClient) -> None:
+    result = invoke("chat", "-m", "hi", "--temperature", "-1")
+    assert isinstance(result.exception, RequestError)
+    assert "temperature is -1.0, but must be at least 0" in str(result.exception)
+    assert fake_engine.requests == []
+
+
+def test_a_base_model_is_told_apart(fake_engine: FakeClient, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "model", template=None)
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert "chat_template" not in config
+    result = invoke("chat", "-m", "hi")
+    assert isinstance(result.exception, CheckpointError)
+    assert "no chat template" in str(result.exception)
+
+
+def test_talk(
+    fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["", "/help", "/what", "hi", "forbidden", "/reset", "yo", "/exit", "never"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        app(["chat"])
+    assert ended.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.out == "<[u]hi[a]>\n<[u]yo[a]>\n"
+    assert "there is no command /what" in captured.err
+    assert "refuses these messages: not that" in captured.err
+    assert next(lines) == "never"
+
+
+def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "id": "B"}\n')
+    result = invoke("batch", str(prompts), "-o", str(out))
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["<a>", "<b>"]
+    assert "2 prompts in" in result.stderr
+    assert "3 preemptions, 0 errors" in result.stderr
+    sampling = [request.sampling for request in fake_engine.requests]
+    assert [(s.temperature, s.max_tokens, s.seed) for s in sampling] == [(0.0, 256, 0), (0.0, 256, 1)]
+
+
+def test_batch_to_stdout_with_an_error_row(fake_engine: FakeClient, tmp_path: Path) -> None:
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    result = invoke("batch", str(prompts))
+    assert result.exit_code == 1
+    assert [json.loads(line).get("text") for line in result.stdout.splitlines()] == ["<a>", None]
+
+
+def test_batch_says_where_the_rows_are_when_the_engine_dies(fake_engine: FakeClient, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "longer than the other"}\n')
+    fake_engine.dies_after = 12
+    result = invoke("batch", str(prompts), "-o", str(out))
+    assert isinstance(result.exception, EngineError)
+    assert f"1 finished rows are in {out}.partial, go on with --resume" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.jsonl"], "cannot read none.jsonl: No such file or directory"),
+        (["in.jsonl", "-o", "in.jsonl"], "in.jsonl is input and output at once"),
+        (["in.jsonl", "--resume"], "--resume needs a file"),
+        (["in.jsonl", "-o", "no/out.jsonl"], "cannot write no/out.jsonl.partial: the folder does not exist"),
+    ],
+)
+def test_batch_with_wrong_files(
+    fake_engine: FakeClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text("{}\n")
+    result = invoke("batch", *arguments)
+    assert isinstance(result.exception, TpctlError)
+    assert message in str(result.exception)
