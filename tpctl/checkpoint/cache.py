@@ -1,7 +1,7 @@
 """The cache folder: where converted models and shards live, each made once and published whole.
 
-A published folder never changes. It is built under a temporary name beside its final one and renamed into place
-under a file lock, so a reader sees it complete or not at all, and two processes never build the same one twice.
+A published folder never changes. It is built under a temporary name beside its final one and renamed into
+place under a file lock, so a reader sees it complete or not at all, and two processes never build it twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def file_name(text: str) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (created, with its folder); the system drops it when the process ends.
+    """Hold an exclusive lock on ``path`` (made, with its folder); the system drops it when the process ends.
 
     Raises:
         SourceError: the lock file cannot be made there.
@@ -77,13 +77,13 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = {
-            errno.ENOSPC: "the disk is full; free some space, or set TPCTL_CACHE to a folder on a larger disk",
+            errno.ENOSPC: "the disk is full; free some space, or set TPCTL_CACHE to a larger disk",
             errno.EDQUOT: "the disk quota is used up; free some space, or set TPCTL_CACHE to another disk",
             errno.EACCES: "no permission; set TPCTL_CACHE to a folder you may write to",
             errno.EPERM: "no permission; set TPCTL_CACHE to a folder you may write to",
             errno.EROFS: "it is read-only; set TPCTL_CACHE to a folder you may write to",
             errno.ENOTDIR: "a part of that path is a file; set TPCTL_CACHE to a folder",
-            errno.EEXIST: "a file of that name is in the way; remove it, or set TPCTL_CACHE to another folder",
+            errno.EEXIST: "a file of that name is in the way; remove it or set TPCTL_CACHE elsewhere",
         }.get(error.errno or 0)
         if reason is None:
             raise
@@ -100,7 +100,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise SourceError(
-            f"{what} needs {readable_bytes(needed)} but the disk of {existing} has {readable_bytes(free)} free; "
+            f"{what} needs {readable_bytes(needed)} but {existing} has {readable_bytes(free)} free; "
             "free some space or choose another folder"
         )
 

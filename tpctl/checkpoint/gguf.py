@@ -1,7 +1,8 @@
 """GGUF files to Hugging Face checkpoint folders.
 
-transformers reads the format and undoes the quantisation; the weights are written as bfloat16. That needs torch,
-so it happens in a child process (``python -m tpctl.checkpoint.gguf SOURCE FOLDER``) and the caller stays light.
+transformers reads the format and undoes the quantisation; the weights are written as bfloat16. That needs
+torch, so it happens in a child process (``python -m tpctl.checkpoint.gguf SOURCE FOLDER``) and the caller
+stays light.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
     """Write the model of ``source`` as a Hugging Face checkpoint into ``folder``, which must exist.
 
     Raises:
-        SourceError: the file is broken, of an architecture that transformers cannot read, or the disk is full.
+        SourceError: the file is broken, transformers cannot read its architecture, or the disk is full.
     """
     check_gguf(source)
     command = [sys.executable, "-m", "tpctl.checkpoint.gguf", str(source), str(folder)]
@@ -54,8 +55,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
     )
     if child.returncode < 0:
         raise SourceError(
-            f"converting {source} was ended by signal {-child.returncode}; it holds the whole model in memory, "
-            "so give it more (about 2 bytes a parameter, twice) or use a safetensors checkpoint"
+            f"converting {source} was ended by signal {-child.returncode}; it holds the whole model in "
+            "memory, so give it more (about 2 bytes a parameter, twice) or use a safetensors checkpoint"
         )
     if child.returncode:
         lines = [line for line in child.stderr.splitlines() if line.strip()]
@@ -93,9 +94,9 @@ def _convert(source: Path, folder: Path) -> None:
 def _rope_scaling(source: Path) -> dict[str, Any] | None:
     """The RoPE scaling of ``source`` as transformers 5 writes it, or ``None`` where the file has none.
 
-    transformers drops it silently. llama.cpp stores Llama 3's rule only by its result, one divisor per frequency
-    in the tensor ``rope_freqs.weight``; the rule is recovered from the largest divisor, with the constants that
-    every Llama 3 model has, and accepted only if it gives back that tensor.
+    transformers drops it silently. llama.cpp stores Llama 3's rule only by its result, one divisor per
+    frequency in the tensor ``rope_freqs.weight``; the rule is recovered from the largest divisor, with the
+    constants that every Llama 3 model has, and accepted only if it gives back that tensor.
     """
     from gguf import GGUFReader
 
@@ -127,7 +128,7 @@ def _rope_scaling(source: Path) -> dict[str, Any] | None:
 def _llama3_divisors(
     count: int, theta: float, original: int, *, factor: float, low_freq_factor: float, high_freq_factor: float
 ) -> list[float]:
-    """What Llama 3's rule divides each of ``count`` RoPE frequencies by (the formula of the Llama 3.1 release)."""
+    """What Llama 3's rule (its 3.1 release) divides each of ``count`` RoPE frequencies by."""
     from math import pi
 
     divisors = []

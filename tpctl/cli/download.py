@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, print_json
+from tpctl.cli.units import parse_ranks
 
 
 def download(
@@ -20,13 +21,17 @@ def download(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to put the files into.")
     ] = None,
+    local_ranks: Annotated[
+        str | None, typer.Option(help="Of a sharded repository, fetch only these ranks (0,1 or 0-3).")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print folder, id and revision as JSON.")] = False,
 ) -> None:
     """Fetch a model's weights, config and tokenizer (nothing else) and print the folder."""
     from tpctl.checkpoint.sources import fetch
 
+    ranks = parse_ranks(local_ranks)
     with byte_progress(f"downloading {model}") as progress:
-        source = fetch(model, output, revision=revision, token=token, progress=progress)
+        source = fetch(model, output, revision=revision, token=token, local_ranks=ranks, progress=progress)
     if json:
         print_json({**asdict(source), "folder": str(source.folder)})
     else:
