@@ -74,6 +74,7 @@ class BlockManager:
             self._users[block] += 1
             sequence.block_table.append(block)
             sequence.block_hash = self._hashes[block] or b""
+        sequence.admissions += 1
         sequence.num_hashed_blocks = len(matched)
         sequence.num_computed_tokens = sequence.num_cached_tokens = len(matched) * self.block_size
         self.queried_tokens += len(sequence.token_ids)
@@ -83,7 +84,7 @@ class BlockManager:
         return True
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Let ``sequence`` hold ``num_tokens`` tokens; ``False`` if too few blocks are free, and then nothing changed."""
+        """Let ``sequence`` hold ``num_tokens`` tokens; ``False`` if too few blocks are free, and nothing changes."""
         fresh = self.blocks_needed(sequence, num_tokens)
         if fresh > len(self._free):
             return False
@@ -133,7 +134,7 @@ class BlockManager:
                 users[block] += 1
         assert users == self._users, "a block's users are not the sequences that hold it"
         free = set(self._free)
-        assert free == {block for block, count in enumerate(users) if count == 0}, "free and used blocks overlap or leak"
+        assert free == {block for block, count in enumerate(users) if count == 0}, "free and used overlap or leak"
         registered = {block: digest for digest, block in self._cached.items()}
         assert len(registered) == len(self._cached), "a block is registered under two hashes"
         hashed = {block: digest for block, digest in enumerate(self._hashes) if digest is not None}

@@ -11,7 +11,7 @@ from typing import Any
 from tpctl.distributed import TPGroup
 from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.config import EngineConfig
-from tpctl.engine.model_runner import ModelRunner
+from tpctl.engine.model_runner import Launched, ModelRunner
 from tpctl.engine.scheduler import Scheduler
 from tpctl.errors import EngineError
 from tpctl.launch.messages import Abort, Add, Message, Output
@@ -31,7 +31,8 @@ class Engine:
                 f"{config.max_num_seqs}: a step could not serve every sequence; raise the one or lower the other"
             )
         self.config = config
-        self.runner = ModelRunner(config, group)
+        self.runner = _make_runner(config, group)
+        self._pending: Launched | None = None
         blocks = BlockManager(self.runner.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             blocks,
@@ -44,7 +45,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether ``step`` has anything left to do."""
+        return self.scheduler.has_work or self._pending is not None
 
     def apply(self, message: Message) -> list[Output]:
         """Take in new requests or aborts; what they lead to at once."""
@@ -56,12 +58,28 @@ class Engine:
         return [output for output in outputs if output is not None]
 
     def step(self) -> list[Output]:
-        """Compute one step; the new tokens."""
+        """Start a step and take in the one before; the tokens of that one.
+
+        Where the runner cannot start a step before the last one's tokens are known, both are the same step.
+        """
+        outputs: list[Output] = []
+        if self._pending is not None and not self.runner.may_overlap(self._pending.batch):
+            outputs += self._collect()
         batch = self.scheduler.schedule()
-        if batch is None:
+        launched = None if batch is None else self.runner.launch(batch)
+        outputs += self._collect()
+        self._pending = launched
+        if launched is not None and not self.runner.may_overlap(launched.batch):
+            outputs += self._collect()
+        return outputs
+
+    def _collect(self) -> list[Output]:
+        """Wait for the step under way, if any, and take in its tokens."""
+        launched, self._pending = self._pending, None
+        if launched is None:
             return []
-        token_ids, logprobs = self.runner.run(batch)
-        return self.scheduler.commit(batch, token_ids, logprobs)
+        token_ids, logprobs = self.runner.collect(launched)
+        return self.scheduler.commit(launched.batch, token_ids, logprobs)
 
     def info(self) -> dict[str, Any]:
         return {**self.runner.info(), "max_num_seqs": self.config.max_num_seqs}
@@ -79,3 +97,11 @@ class Engine:
             "prefix_cache_hit_tokens": blocks.hit_tokens,
             "evictions": blocks.evictions,
         }
+
+
+def _make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
+    if group.device.type == "cuda" and config.attention_backend != "sdpa":
+        from tpctl.engine.cuda_runner import CudaRunner
+
+        return CudaRunner(config, group)
+    return ModelRunner(config, group)

@@ -42,6 +42,4 @@ def report_logprobs(
         for row, p in enumerate(params):
             best = merged[row, order[row, : p.logprobs or 0]]
             tops[row] = [[int(id), float(value - total[row])] for value, id in best.tolist()]
-    return [
-        [float(chosen[row]), tops[row]] if p.logprobs is not None else None for row, p in enumerate(params)
-    ]
+    return [[float(chosen[row]), tops[row]] if p.logprobs is not None else None for row, p in enumerate(params)]

@@ -1,8 +1,9 @@
-"""Loads one rank's shard and runs steps on it."""
+"""Loads one rank's shard and runs steps on it: what every device shares, and the CPU's plain way to do it."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ from tpctl.models.weights import build_plan
 from tpctl.partition.manifest import Manifest
 
 
+@dataclass
+class Launched:
+    """A step that has been started: its token ids, or (a subclass) where they will be."""
+
+    batch: ScheduledBatch
+    token_ids: list[int]
+    logprobs: list[Any] | None = None
+
+
 class ModelRunner:
     """One rank's model, KV cache and sampler.
 
@@ -34,52 +44,56 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, group: TPGroup) -> None:
+        self.config = config
         self.group = group
         self.timings: dict[str, float] = {}
-        started = time.perf_counter()
         manifest = Manifest.load(config.shard_dir)
         manifest.check_tp(config.tp_size, config.shard_dir)
         manifest.check_files(config.shard_dir, [group.rank])
         self.model_config = ModelConfig.load(config.shard_dir)
         self.dtype = _run_dtype(config.dtype, self.model_config.dtype, group.device)
         self.max_model_len = _max_model_len(config.max_model_len, self.model_config)
+        self.plan = build_plan(self.model_config, config.tp_size)
+        heads = head_shape(self.model_config, self.plan, group.rank)
+        self.backend = make_backend(config.attention_backend, group.device.type, self.dtype, heads, config.block_size)
+        self._check_fits(manifest.shard(group.rank).nbytes)
 
-        self.plan = plan = build_plan(self.model_config, config.tp_size)
-        heads = head_shape(self.model_config, plan, group.rank)
-        self.backend = make_backend(config.attention_backend, group.device.type, heads, config.block_size)
+        started = time.perf_counter()
         self.rotary = RotaryTable(self.model_config.rope, self.max_model_len, group.device)
         with torch.device("meta"):
-            self.model = Decoder(self.model_config, plan, self.backend, self.rotary, group, self.dtype)
+            self.model = Decoder(self.model_config, self.plan, self.backend, self.rotary, group, self.dtype)
         files = [config.shard_dir / name for name in manifest.rank_files(group.rank)]
         self.weight_bytes = load_shard(self.model, files, group.device)
         self.model.eval()
+        self.model.optimize()
         self._lap("weights", started)
 
         started = time.perf_counter()
-        self.model.optimize()
-        self._lap("packing", started)
-
-        started = time.perf_counter()
-        self.num_blocks = group.minimum(self._count_blocks(config))
+        self.sampler = Sampler(group, self.plan.vocab_slices, self.model_config.vocab_size)
+        self.num_blocks = group.minimum(self._count_blocks(self._kv_budget()))
         self.max_model_len = min(self.max_model_len, self.num_blocks * self.backend.block_size)
         self.kv = self.backend.allocate(self.model_config.num_layers, self.num_blocks, self.dtype, group.device)
-        self.sampler = Sampler(group, plan.vocab_slices, self.model_config.vocab_size)
         self._lap("kv cache", started)
 
-    def run(self, batch: ScheduledBatch) -> tuple[list[int], list[Any] | None]:
-        """Compute one step: the token ids of ``batch.sampled``, and log-probabilities where any are wanted."""
+    def launch(self, batch: ScheduledBatch) -> Launched:
+        """Start a step. On a CPU it ends before the call does."""
         with torch.inference_mode():
             forward = build_forward_batch(batch, self.backend.block_size, self.group.device)
             hidden = self.model(forward, self.kv)
             sampled = batch.sampled
             if not sampled:
-                return [], None
+                return Launched(batch, [])
             logits = self.model.logits(hidden[forward.logits_rows])
-            rows = [
-                SamplingRow(item.sequence.params, item.end, item.sequence.token_ids)
-                for item in sampled
-            ]
-            return self.sampler.sample(logits, rows)
+            token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
+            return Launched(batch, token_ids, logprobs)
+
+    def collect(self, launched: Launched) -> tuple[list[int], list[Any] | None]:
+        """Wait for a step: the token ids of its ``batch.sampled``, and log-probabilities where any are wanted."""
+        return launched.token_ids, launched.logprobs
+
+    def may_overlap(self, batch: ScheduledBatch) -> bool:
+        """Whether the next step can be started before this one's tokens are known on the host."""
+        return False
 
     def info(self) -> dict[str, Any]:
         """What ``Ready`` reports of this rank."""
@@ -95,17 +109,28 @@ class ModelRunner:
             "timings": self.timings,
         }
 
-    def _count_blocks(self, config: EngineConfig) -> int:
-        budget = config.kv_cache_memory
-        if budget is None:
-            budget = int(available_host_memory() * CPU_SHARE) // self.group.size
+    def _check_fits(self, weight_bytes: int) -> None:
+        """Refuse a shard that this rank's memory cannot hold, before it is read."""
+
+    def _kv_budget(self) -> int:
+        """Bytes that this rank's KV cache may take."""
+        if self.config.kv_cache_memory is not None:
+            return self.config.kv_cache_memory
+        return int(available_host_memory() * CPU_SHARE) // self.group.size
+
+    def _count_blocks(self, budget: int) -> int:
         block_size = self.backend.block_size
         layers = self.model_config.num_layers
         block_bytes = kv_bytes_per_block(self.backend.heads, layers, block_size, self.dtype)
-        return count_blocks(budget, block_bytes, block_size, self.max_model_len, config.max_num_seqs)
+        return count_blocks(budget, block_bytes, block_size, self.max_model_len, self.config.max_num_seqs)
 
     def _lap(self, what: str, started: float) -> None:
         self.timings[what] = round(time.perf_counter() - started, 3)
+
+
+def sampling_rows(batch: ScheduledBatch) -> list[SamplingRow]:
+    """What the sampler needs for each of ``batch.sampled``; all tokens before must be known."""
+    return [SamplingRow(item.sequence.params, item.end, item.sequence.token_ids) for item in batch.sampled]
 
 
 def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:

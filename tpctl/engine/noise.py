@@ -23,8 +23,17 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 def noise_keys(seed: int, position: int) -> tuple[int, int]:
     """Two 32-bit keys for the token at ``position``: SplitMix64 (Steele et al., 2014) of seed and position."""
-    state = (_splitmix64(seed) + position) & _MASK64
-    mixed = _splitmix64(state)
+    return keys_of_state(seed_state(seed), position)
+
+
+def seed_state(seed: int) -> int:
+    """What a seed contributes to the keys of every position: 64 bits."""
+    return _splitmix64(seed)
+
+
+def keys_of_state(state: int, position: int) -> tuple[int, int]:
+    """``noise_keys`` from a seed's ``seed_state``."""
+    mixed = _splitmix64((state + position) & _MASK64)
     return mixed & _MASK32, mixed >> 32
 
 

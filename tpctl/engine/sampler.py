@@ -69,7 +69,7 @@ class Sampler:
             best, ids = self._local_best(logits)
         else:
             best, ids = self._sampled_best(logits, rows)
-        token_ids = self._agree(best, ids)
+        token_ids = self.agree(best, ids)
         tokens: list[int] = token_ids.tolist()
         if all(p.logprobs is None for p in params):
             return tokens, None
@@ -80,7 +80,7 @@ class Sampler:
         index = scores.argmax(-1, keepdim=True)
         return scores.gather(-1, index).squeeze(-1), index.squeeze(-1) + self.first
 
-    def _agree(self, best_R: Tensor, ids_R: Tensor) -> Tensor:
+    def agree(self, best_R: Tensor, ids_R: Tensor) -> Tensor:
         """The winning token ids [R] over all ranks; lower ranks hold lower ids, so ties go to the lowest id."""
         if self.group.size == 1:
             return ids_R

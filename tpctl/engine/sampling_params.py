@@ -54,6 +54,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def greedy_or_plain(self) -> bool:
+        """Whether only the temperature shapes the distribution."""
+        filtered = self.top_k or self.top_p < 1 or self.min_p
+        return self.repetition_penalty == 1.0 and (self.greedy or not filtered)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that ``from_dict`` reads back."""
         return asdict(self)

@@ -15,7 +15,8 @@ A step may be started before the results of the one before it are known (``Seque
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence as SequenceType
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
 from typing import Any
 

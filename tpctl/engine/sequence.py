@@ -17,6 +17,7 @@ class Sequence:
     Attributes:
         block_table: ids of its KV blocks, in order.
         num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
+        admissions: how often it was given blocks anew; tells a block table from the one before a preemption.
         rope_offset: where its rotary table begins (see ``RotaryTable``).
         num_cached_tokens: prompt tokens that prefix caching spared when it was last admitted.
     """
@@ -32,6 +33,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.num_hashed_blocks = 0
+        self.admissions = 0
         self.block_hash = b""
         self.rope_offset = 0
         self.finished = False

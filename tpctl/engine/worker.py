@@ -1,6 +1,6 @@
 """The torchrun entry: one rank of the engine, from start to Stop.
 
-    python -m tpctl.engine.worker --config FILE --socket PATH
+python -m tpctl.engine.worker --config FILE --socket PATH
 """
 
 from __future__ import annotations

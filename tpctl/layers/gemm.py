@@ -21,7 +21,7 @@ _ROWS_HINT = 32  # the batch that the blocked layout is chosen for; other batche
 @cache
 def _onednn_available(dtype: torch.dtype) -> bool:
     """Whether this build and processor run the packed linear, found by running one."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
         weight, x = torch.ones(16, 16, dtype=dtype), torch.ones(1, 16, dtype=dtype)

@@ -31,7 +31,9 @@ class ReplicatedLinear(nn.Module):
         in_features, out_features: this rank's sizes, as the plan cut them.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features

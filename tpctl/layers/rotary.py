@@ -48,9 +48,9 @@ def inverse_frequencies(config: RopeConfig, factor: str = "") -> Tensor:
     """float32 [rotary_dim / 2]: radians per position of each pair. ``factor`` names a long RoPE's list of divisors."""
     dim, params = config.rotary_dim, config.params
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    frequencies = 1.0 / (config.theta**exponents)
+    frequencies: Tensor = 1.0 / (config.theta**exponents)
     if config.kind == "linear":
-        return frequencies / params["factor"]
+        return frequencies / float(params["factor"])
     if config.kind == "llama3":
         return _llama3(frequencies, config)
     if config.kind == "yarn":
@@ -85,7 +85,7 @@ def attention_scale(config: RopeConfig) -> float:
 def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
     params, original = config.params, config.original_max_position_embeddings
-    factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
+    factor, low, high = (float(params[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - low) / (high - low)
     blended = (1 - smooth) * frequencies / factor + smooth * frequencies
@@ -98,7 +98,7 @@ def _yarn(config: RopeConfig) -> Tensor:
     """Peng et al., "YaRN" (2023): pairs that turn often are kept, pairs that turn rarely are interpolated."""
     params, dim, original = config.params, config.rotary_dim, config.original_max_position_embeddings
     base = config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    kept, stretched = 1.0 / base, 1.0 / (params["factor"] * base)
+    kept, stretched = 1.0 / base, 1.0 / (float(params["factor"]) * base)
 
     def pair_that_turns(times: float) -> float:
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.theta))

@@ -159,18 +159,14 @@ def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConf
     params.pop("type", None)
     kind = {"su": "longrope"}.get(kind, kind)  # the name of Phi-3's first release
     if kind not in ROPE_KINDS:
-        raise UnsupportedModelError(
-            f"RoPE kind {kind!r} is not supported; tpctl knows {', '.join(sorted(ROPE_KINDS))}"
-        )
+        raise UnsupportedModelError(f"RoPE kind {kind!r} is not supported; tpctl knows {', '.join(sorted(ROPE_KINDS))}")
     theta = params.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     factor = params.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if factor != 1.0 and not family.partial_rotary:
         raise UnsupportedModelError(f"partial_rotary_factor {factor} is not supported for {family.architecture}")
     positions = _positive(raw, "max_position_embeddings")
     original = (
-        params.pop("original_max_position_embeddings", None)
-        or raw.get("original_max_position_embeddings")
-        or positions
+        params.pop("original_max_position_embeddings", None) or raw.get("original_max_position_embeddings") or positions
     )
     needed = {
         "linear": ("factor",),
@@ -198,7 +194,9 @@ def _windows(raw: Mapping[str, Any], family: FamilySpec, num_layers: int) -> tup
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
     unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
     if unknown:
-        raise UnsupportedModelError(f"layer type {unknown[0]!r} is not supported; tpctl knows full and sliding attention")
+        raise UnsupportedModelError(
+            f"layer type {unknown[0]!r} is not supported; tpctl knows full and sliding attention"
+        )
     if len(kinds) != num_layers:
         raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

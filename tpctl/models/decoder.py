@@ -12,6 +12,8 @@ residual and normalising are one pass over the same rows. A block therefore take
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, HeadShape, LayerKV
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from tpctl.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from tpctl.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
 from tpctl.models.config import ModelConfig
@@ -89,6 +91,18 @@ class DecoderLayer(nn.Module):
         return self.mlp(x)  # type: ignore[no-any-return]
 
 
+class Backbone(nn.Module):
+    """Embedding, blocks and the last norm; named ``model`` in a checkpoint."""
+
+    layers: list[DecoderLayer]
+
+    def __init__(self, embedding: VocabParallelEmbedding, layers: Iterable[DecoderLayer], norm: RMSNorm) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.norm = norm
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer; parameter names are those of the shard folder."""
 
@@ -104,12 +118,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         vocab = plan.vocab_slices[group.rank]
-        self.model = nn.Module()
-        self.model.embed_tokens = VocabParallelEmbedding(vocab, config.hidden_size, group, dtype)
-        self.model.layers = nn.ModuleList(
-            DecoderLayer(config, plan, layer, backend, rotary, group, dtype) for layer in range(config.num_layers)
+        self.model = Backbone(
+            VocabParallelEmbedding(vocab, config.hidden_size, group, dtype),
+            (DecoderLayer(config, plan, layer, backend, rotary, group, dtype) for layer in range(config.num_layers)),
+            RMSNorm(config.hidden_size, config.rms_norm_eps, group, dtype),
         )
-        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, group, dtype)
         self.lm_head = ParallelLMHead(vocab, config.hidden_size, dtype)
         if config.tie_word_embeddings:
             self.tie()
@@ -120,12 +133,12 @@ class Decoder(nn.Module):
 
     def forward(self, batch: ForwardBatch, kv: list[LayerKV]) -> Tensor:
         """Final hidden states [T, H], normed, the same on every rank."""
-        residual = self.model.embed_tokens(batch.input_ids)
+        residual: Tensor = self.model.embed_tokens(batch.input_ids)
         partial: Tensor | None = None
         for layer, layer_kv in zip(self.model.layers, kv, strict=True):
             partial = layer(partial, residual, layer_kv, batch)
         assert partial is not None
-        return self.model.norm.reduce_add(partial, residual)  # type: ignore[no-any-return]
+        return self.model.norm.reduce_add(partial, residual)
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, H] -> this rank's slice of the logits [R, V], in the model's dtype."""
@@ -134,5 +147,5 @@ class Decoder(nn.Module):
     def optimize(self) -> None:
         """Once, after loading: pack weights for the device."""
         for module in self.modules():
-            if module is not self and hasattr(module, "optimize"):
+            if isinstance(module, ReplicatedLinear | ParallelLMHead):
                 module.optimize()

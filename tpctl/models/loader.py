@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,32 +33,41 @@ def load_shard(model: Decoder, files: Iterable[Path], device: torch.device) -> i
         del wanted[EMBEDDING]  # the head's parameter serves both
     filled: set[str] = set()
     total = 0
-    for path in files:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                parameter = wanted.get(name)
-                if parameter is None:
-                    raise ShardFolderError(f"{path.name} holds {name}, which this model does not have; shard it again")
-                if name in filled:
-                    raise ShardFolderError(f"{name} is stored twice, the second time in {path.name}; shard it again")
-                tensor = file.get_tensor(name)
-                if tensor.shape != parameter.shape:
-                    raise ShardFolderError(
-                        f"{name} is {list(tensor.shape)} in {path.name} but {list(parameter.shape)} by the plan; "
-                        "shard it again"
-                    )
-                _replace(model, name, tensor.to(parameter.dtype))
-                filled.add(name)
-                total += tensor.numel() * parameter.dtype.itemsize
+    for name, tensor in _read(files, device):
+        parameter = wanted.get(name)
+        if parameter is None:
+            raise ShardFolderError(f"the shard holds {name}, which this model does not have; shard it again")
+        if name in filled:
+            raise ShardFolderError(f"the shard holds {name} twice; shard it again")
+        if tensor.shape != parameter.shape:
+            raise ShardFolderError(
+                f"{name} is {list(tensor.shape)} in the shard but {list(parameter.shape)} by the plan; shard it again"
+            )
+        _replace(model, name, tensor.to(parameter.dtype))
+        filled.add(name)
+        total += tensor.numel() * parameter.dtype.itemsize
     if model.config.tie_word_embeddings:
         model.tie()
     missing = sorted(wanted.keys() - filled)
     if missing:
-        raise ShardFolderError(f"no shard file of this rank holds {missing[0]} ({len(missing)} missing); shard it again")
+        raise ShardFolderError(
+            f"no shard file of this rank holds {missing[0]} ({len(missing)} missing); shard it again"
+        )
     return total
+
+
+def _read(files: Iterable[Path], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    if device.type == "cuda":
+        from tpctl.models.device_loader import load_files
+
+        yield from load_files(files, device).items()
+        return
+    for path in files:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, file.get_tensor(name)
 
 
 def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
-

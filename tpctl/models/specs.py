@@ -35,9 +35,7 @@ class FamilySpec:
 
 FAMILIES: dict[str, FamilySpec] = {
     # Llama 2 and 3.x, SmolLM2, and everything else published under this type.
-    "llama": FamilySpec(
-        "LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
-    ),
+    "llama": FamilySpec("LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": FamilySpec("MistralForCausalLM", window="always"),
     # Qwen2 and 2.5: biases on q, k and v alone.
     "qwen2": FamilySpec("Qwen2ForCausalLM", qkv_bias=True, window="layers"),

@@ -138,9 +138,7 @@ class SdpaBackend(AttentionBackend):
         values = kv.v.index_select(1, blocks).view(shape)[:, :length]
         return keys, values
 
-    def _prefill(
-        self, q_TND: Tensor, k_KLD: Tensor, v_KLD: Tensor, window: int | None, batch: ForwardBatch
-    ) -> Tensor:
+    def _prefill(self, q_TND: Tensor, k_KLD: Tensor, v_KLD: Tensor, window: int | None, batch: ForwardBatch) -> Tensor:
         """The last T of a sequence's L tokens, each over the keys up to its own."""
         heads, new = self.heads, q_TND.shape[0]
         q_KGTD = q_TND.view(new, heads.num_kv_heads, heads.group, heads.head_dim).permute(1, 2, 0, 3)

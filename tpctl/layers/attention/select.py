@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import torch
+
 from tpctl.errors import EngineError
 from tpctl.layers.attention.base import AttentionBackend, HeadShape
 
-BACKENDS = ("sdpa",)
+BACKENDS = ("flash-attn", "triton", "sdpa")
 
 
-def make_backend(name: str, device_type: str, heads: HeadShape, block_size: int | None) -> AttentionBackend:
-    """The backend called ``name``, or the best one for the device for ``"auto"``.
+def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that ``name`` means on this device; ``"auto"`` takes the fastest that is there.
+
+    Raises:
+        EngineError: no such backend, or it does not run here.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise EngineError(f"unknown attention backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    if device_type == "cpu":
+        if name not in ("auto", "sdpa"):
+            raise EngineError(f"attention backend {name!r} needs a GPU; on a CPU use auto or sdpa")
+        return "sdpa"
+    if name == "auto":
+        return "triton" if find_spec("triton") is not None else "sdpa"
+    if name == "flash-attn" and dtype not in (torch.bfloat16, torch.float16):
+        raise EngineError(
+            f"flash-attn computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}; "
+            "use --dtype bfloat16 or --attention-backend triton"
+        )
+    return name
+
+
+def make_backend(
+    name: str, device_type: str, dtype: torch.dtype, heads: HeadShape, block_size: int | None
+) -> AttentionBackend:
+    """Build the chosen backend (see ``choose_backend``).
 
     Args:
         block_size: tokens in a KV block; ``None`` takes the backend's own choice.
 
     Raises:
-        EngineError: no such backend, or not for this device.
+        EngineError: it does not run here, or not with this block size.
     """
-    if name not in ("auto", *BACKENDS):
-        raise EngineError(f"unknown attention backend {name!r}; known: auto, {', '.join(BACKENDS)}")
-    from tpctl.layers.attention.sdpa import SdpaBackend
-
-    return SdpaBackend(heads, block_size or SdpaBackend.default_block_size)
+    kind: type[AttentionBackend]
+    chosen = choose_backend(name, device_type, dtype)
+    if chosen == "flash-attn":
+        from tpctl.layers.attention.flash import FlashAttentionBackend as kind
+    elif chosen == "triton":
+        from tpctl.layers.attention.triton import TritonBackend as kind
+    else:
+        from tpctl.layers.attention.sdpa import SdpaBackend as kind
+    size = block_size or kind.default_block_size
+    if size < 1 or (chosen != "sdpa" and (size & (size - 1) or size < 16)):
+        raise EngineError(f"--block-size {size} does not suit {chosen}; use a power of two from 16 up")
+    return kind(heads, size)

@@ -1,0 +1,262 @@
+"""Runs steps on a GPU, one ahead of their results.
+
+A step's sampled tokens stay on the device, where the next step reads them; the host learns them one step later. The
+host's work per step is a few integers per row and one copy, so it schedules step N + 1 while step N computes.
+
+Decodes are replayed from CUDA graphs (``engine.cuda_graph``); steps that contain prefill chunks are launched kernel by
+kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.cuda_graph import DecodeGraphs
+from tpctl.engine.model_runner import Launched, ModelRunner, sampling_rows
+from tpctl.engine.noise import noise_keys
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
+from tpctl.engine.slots import Slots
+from tpctl.errors import EngineError
+from tpctl.kernels.prepare import DecodeInputs, prepare_decode
+from tpctl.kernels.sampling import sample
+from tpctl.layers.attention.base import LayerKV
+from tpctl.layers.attention.paged import PagedBackend
+from tpctl.layers.batch import ForwardBatch
+from tpctl.models.cuda_decoder import CudaDecoder
+
+_RESERVE = 256 << 20  # bytes left for graphs, NCCL and fragmentation
+_RING = 3  # result buffers: one being read, one being filled, one to spare
+
+
+@dataclass
+class CudaLaunched(Launched):
+    """``ready`` is recorded behind the copy of the token ids into ``host``."""
+
+    host: Tensor | None = None
+    ready: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+
+
+class CudaRunner(ModelRunner):
+    """One rank on one GPU, for the backends that read the paged cache in place."""
+
+    def __init__(self, config: EngineConfig, group: TPGroup) -> None:
+        super().__init__(config, group)
+        rows = config.max_num_seqs
+        blocks = -(-self.max_model_len // self.backend.block_size)
+        self._max_blocks = blocks
+        # One slot more than can run: a step may still compute a sequence that has ended, beside its successor.
+        self._slots = Slots(2 * rows, blocks, group.device)
+        self._sampled = torch.zeros(rows, dtype=torch.int64, device=group.device)
+        self._results = [torch.zeros(rows, dtype=torch.int64, pin_memory=True) for _ in range(_RING)]
+        self._turn = 0
+        self._references: dict[str, int] = {}
+        self._graphs: DecodeGraphs | None = None
+        if not config.enforce_eager:
+            self._graphs = DecodeGraphs(rows, blocks, self._sampled, self._decode_step)
+
+    @property
+    def _cuda_backend(self) -> PagedBackend:
+        assert isinstance(self.backend, PagedBackend)
+        return self.backend
+
+    def may_overlap(self, batch: ScheduledBatch) -> bool:
+        return all(_simple(item.sequence.params) for item in batch.sampled)
+
+    def launch(self, batch: ScheduledBatch) -> Launched:
+        with torch.inference_mode():
+            slots = self._slots.update(batch.items)
+            simple = self.may_overlap(batch)
+            if batch.num_decodes == len(batch.items) and simple and self._graphs is not None:
+                self._graphs.run(*self._decode_rows(batch, slots))
+            else:
+                logits = self._eager(batch, slots, simple)
+                if not simple:
+                    return self._sample_on_host(batch, logits)
+            self._references = {item.sequence.id: row for row, item in enumerate(batch.sampled)}
+            host = self._results[self._turn]
+            self._turn = (self._turn + 1) % _RING
+            launched = CudaLaunched(batch, [], host=host)
+            count = len(batch.sampled)
+            host[:count].copy_(self._sampled[:count], non_blocking=True)
+            launched.ready.record()
+            return launched
+
+    def collect(self, launched: Launched) -> tuple[list[int], list[Any] | None]:
+        if isinstance(launched, CudaLaunched):
+            assert launched.host is not None
+            launched.ready.synchronize()
+            launched.token_ids = launched.host[: len(launched.batch.sampled)].tolist()
+        return launched.token_ids, launched.logprobs
+
+    def _sample_on_host(self, batch: ScheduledBatch, logits: Tensor | None) -> Launched:
+        """The general sampler, which reads back as it goes; the next step waits for it."""
+        self._references = {}
+        if logits is None:
+            return Launched(batch, [])
+        token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
+        return Launched(batch, token_ids, logprobs)
+
+    def _token(self, item: ScheduledSequence) -> int:
+        """The newest token of a decode, or where the device finds it: -1 - row of the step before."""
+        sequence = item.sequence
+        if item.start < len(sequence.token_ids):
+            return sequence.token_ids[item.start]
+        return -1 - self._references[sequence.id]
+
+    def _decode_rows(self, batch: ScheduledBatch, slots: list[int]) -> tuple[list[int], list[int], list[int]]:
+        return slots, [item.start for item in batch.items], [self._token(item) for item in batch.items]
+
+    def _decode_step(self, inputs: DecodeInputs) -> None:
+        """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
+        rows = inputs.input_ids.shape[0]
+        prepare_decode(inputs, self._sampled, self._slots.tables, self.backend.block_size)
+        forward = ForwardBatch(
+            input_ids=inputs.input_ids,
+            rope_positions=inputs.rope_positions,
+            slot_mapping=inputs.slot_mapping,
+            block_tables=inputs.block_tables,
+            query_lens=[],
+            seq_lens=[],
+            num_decodes=rows,
+            logits_rows=inputs.input_ids,
+            seq_lens_S=inputs.seq_lens,
+        )
+        logits = self._decoder.logits(forward, self.kv, None)
+        self._sample_into(logits, inputs.temperature, inputs.keys)
+
+    def _sample_into(self, logits: Tensor, temperature: Tensor, keys: Tensor) -> None:
+        sampler = self.sampler
+        scores, ids = sample(
+            logits, temperature, keys, vocab_start=sampler.first, vocab_size=self.model_config.vocab_size
+        )
+        self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids))
+
+    def _eager(self, batch: ScheduledBatch, slots: list[int], simple: bool) -> Tensor | None:
+        """A step with prefill chunks; samples where the device can do it, else returns the logits to sample from."""
+        forward = self._forward_batch(batch, slots)
+        rows = forward.logits_rows
+        logits = self._decoder.logits(forward, self.kv, rows)
+        if not rows.numel():
+            return None
+        if not simple:
+            return logits
+        sampled = batch.sampled
+        keys = [noise_keys(item.sequence.params.seed, item.end) for item in sampled]
+        temperatures = [item.sequence.params.temperature for item in sampled]
+        self._sample_into(
+            logits,
+            self._to_device(np.array(temperatures, dtype=np.float32)),
+            self._to_device(np.array(keys, dtype=np.int64)),
+        )
+        return None
+
+    def _forward_batch(self, batch: ScheduledBatch, slots: list[int]) -> ForwardBatch:
+        items = batch.items
+        ids: list[int] = []
+        for item in items:
+            known = item.sequence.token_ids[item.start : item.end]
+            ids.extend(known if len(known) == item.num_new_tokens else [self._token(item)])
+        lens = np.array([item.num_new_tokens for item in items])
+        ends = np.array([item.end for item in items])
+        last = np.cumsum(lens)
+        starts = last - lens
+        positions = np.arange(int(last[-1])) - np.repeat(starts - (ends - lens), lens)
+        sampled = last[[row for row, item in enumerate(items) if item.samples]] - 1
+        token_slots = np.repeat(np.array(slots), lens)
+        offsets = np.repeat(np.array([item.sequence.rope_offset for item in items]), lens)
+        packed = self._to_device(np.stack([np.array(ids), positions, token_slots, positions + offsets]))
+        ids_T, positions_T, slots_T, rope_T = packed.unbind(0)
+        per_sequence = np.stack([np.array(slots), ends, last])
+        slots_S, ends_S, last_S = self._to_device(per_sequence).unbind(0)
+        block_size = self.backend.block_size
+        tables = self._slots.tables.block_tables
+        blocks_T = tables[slots_T, positions_T // block_size].long()
+        width = int(-(-ends.max() // block_size))
+        starts_S1 = torch.zeros(len(items) + 1, dtype=torch.int32, device=self.group.device)
+        starts_S1[1:] = last_S
+        return ForwardBatch(
+            input_ids=torch.where(ids_T < 0, self._sampled[(-1 - ids_T).clamp(min=0)], ids_T),
+            rope_positions=rope_T,
+            slot_mapping=blocks_T * block_size + positions_T % block_size,
+            block_tables=tables[slots_S, :width].contiguous(),
+            query_lens=lens.tolist(),
+            seq_lens=ends.tolist(),
+            num_decodes=batch.num_decodes,
+            logits_rows=self._to_device(sampled.astype(np.int64)),
+            query_start_S1=starts_S1,
+            seq_lens_S=ends_S.int(),
+        )
+
+    def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
+
+    def _check_fits(self, weight_bytes: int) -> None:
+        free, total = torch.cuda.mem_get_info(self.group.device)
+        self._other_bytes = total - free
+        if weight_bytes + _RESERVE > free:
+            raise EngineError(
+                f"rank {self.group.rank} holds {weight_bytes / 2**30:.1f} GiB of weights, but its GPU has "
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; use a larger --tp or free the GPU"
+            )
+
+    def _kv_budget(self) -> int:
+        """What is left of the GPU's share after weights and the largest step's activations, found by running one."""
+        self._decoder = CudaDecoder(self.model, self._cuda_backend)
+        device = self.group.device
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self._dummy_step()
+        torch.cuda.synchronize(device)
+        activations = torch.cuda.max_memory_allocated(device) - before
+        if self.config.kv_cache_memory is not None:
+            return self.config.kv_cache_memory
+        _, total = torch.cuda.mem_get_info(device)
+        share = int(total * self.config.gpu_memory_utilization)
+        budget = share - self._other_bytes - before - activations - _RESERVE
+        if budget <= 0:
+            raise EngineError(
+                f"nothing is left for the KV cache: --gpu-memory-utilization {self.config.gpu_memory_utilization} of "
+                f"{total / 2**30:.1f} GiB, less {before / 2**30:.1f} GiB of weights and "
+                f"{activations / 2**30:.1f} GiB of activations; raise it, or lower --max-num-batched-tokens"
+            )
+        return budget
+
+    def _dummy_step(self) -> None:
+        """The largest step: a prefill of the whole token budget, sampled at as many rows as can run."""
+        tokens, device = self.config.max_num_batched_tokens, self.group.device
+        length = min(tokens, self.max_model_len)
+        lens = [length] * (tokens // length)
+        if tokens % length:
+            lens.append(tokens % length)
+        heads, block_size = self.backend.heads, self.backend.block_size
+        shape = (1, block_size, heads.num_kv_heads, heads.head_dim)
+        empty = torch.zeros(shape, dtype=self.dtype, device=device)
+        ends = torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device)
+        forward = ForwardBatch(
+            input_ids=torch.zeros(sum(lens), dtype=torch.int64, device=device),
+            rope_positions=torch.zeros(sum(lens), dtype=torch.int64, device=device),
+            slot_mapping=torch.full((sum(lens),), -1, dtype=torch.int64, device=device),
+            block_tables=torch.zeros(len(lens), -(-length // block_size), dtype=torch.int32, device=device),
+            query_lens=lens,
+            seq_lens=lens,
+            num_decodes=0,
+            logits_rows=torch.zeros(min(self.config.max_num_seqs, tokens), dtype=torch.int64, device=device),
+            query_start_S1=ends,
+            seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
+        )
+        with torch.inference_mode():
+            kv = [LayerKV(empty, empty)] * self.model_config.num_layers
+            self._decoder.logits(forward, kv, forward.logits_rows)
+
+
+def _simple(params: SamplingParams) -> bool:
+    """Whether the sampling kernel does all that these settings ask for."""
+    return params.greedy_or_plain and params.logprobs is None
