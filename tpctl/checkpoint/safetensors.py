@@ -40,7 +40,9 @@ DTYPE_BITS = {
     "I64": 64,
     "U64": 64,
 }
-"""Bits per element of every dtype that a header may name."""
+"""Bits per element of every dtype that a header may name, in the reference's order, narrow ones first."""
+
+_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes that the reference reader accepts."""
@@ -91,9 +93,7 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     """
     bits = DTYPE_BITS.get(dtype)
     if bits is None:
-        raise CheckpointError(
-            f"dtype {dtype!r} is unknown; safetensors defines {', '.join(sorted(DTYPE_BITS))}"
-        )
+        raise CheckpointError(f"dtype {dtype!r} is unknown; safetensors defines {', '.join(sorted(DTYPE_BITS))}")
     total = prod(shape) * bits
     if total % 8:
         raise CheckpointError(f"{prod(shape)} elements of {dtype} do not fill whole bytes")
@@ -123,16 +123,13 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     """The header's length in bytes from a file's first eight; ``file_size`` bounds it. Errors as
     ``read_header``."""
     if len(prefix) < 8:
-        raise CheckpointError(
-            f"{where} is no safetensors file: it has {file_size} bytes, at least 8 are needed"
-        )
+        raise CheckpointError(f"{where} is no safetensors file: it has {file_size} bytes, at least 8 are needed")
     length: int = struct.unpack("<Q", prefix)[0]
     if length > MAX_HEADER:
         raise CheckpointError(f"{where} is no safetensors file: its header would be {length} bytes long")
     if 8 + length > file_size:
         raise CheckpointError(
-            f"{where} is truncated: its header ends at byte {8 + length}, the file has {file_size}; "
-            "fetch it again"
+            f"{where} is truncated: its header ends at byte {8 + length}, the file has {file_size}; fetch it again"
         )
     return length
 
@@ -166,9 +163,7 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
         if info.start != reach:
             kind = "overlaps another tensor" if info.start < reach else "leaves a gap before it"
-            raise bad(
-                f"tensor {info.name} {kind} (begins at byte {info.start - base}, expected {reach - base})"
-            )
+            raise bad(f"tensor {info.name} {kind} (begins at byte {info.start - base}, expected {reach - base})")
         reach = info.stop
     if reach > file_size:
         raise CheckpointError(
@@ -222,7 +217,7 @@ def build_header(tensors: Iterable[NewTensor], metadata: Mapping[str, str] | Non
     Tensors are laid out as the reference writer does, widest dtype first and then by name, which keeps every
     one aligned to its element size, and the header is padded with spaces to a multiple of eight bytes.
     """
-    order = sorted(tensors, key=lambda tensor: (-DTYPE_BITS[tensor.dtype], tensor.dtype, tensor.name))
+    order = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in order:

@@ -1,0 +1,184 @@
+"""Times ``cp``, ``tpctl shard`` and the obvious script on a synthetic Llama checkpoint, with the memory of
+each.
+
+    python examples/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench
+
+The checkpoint has a real model's layer shapes and random bytes. Each line is the median of three runs, one
+child process a run, on the same disk, the source read once before so that all find it equally warm. "x cp"
+and GB/s count until the bytes are on disk (``sync``), since tpctl syncs what it writes before it publishes;
+"ended" is when the command returns. Memory is the child's peak resident set.
+
+The obvious script is what most people write first: ``safetensors.safe_open``, ``get_slice`` for each rank's
+rows or columns, ``torch.cat`` to fuse q, k, v and gate, up, and ``save_file`` for each rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 4096, 32, 8, 128, 14336, 128256
+"""Llama 3.1 8B."""
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+source, out, tp, layers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+out.mkdir()
+where = {}
+for path in sorted(source.glob("*.safetensors")):
+    file = safe_open(path, "pt")
+    where.update({name: file for name in file.keys()})
+
+def cut(name, dim, rank):
+    part = where[name].get_slice(name)
+    size = part.get_shape()[dim] // tp
+    return part[rank * size:(rank + 1) * size] if dim == 0 else part[:, rank * size:(rank + 1) * size]
+
+for rank in range(tp):
+    shard = {}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        shard[name] = cut(name, 0, rank)
+    shard["model.norm.weight"] = where["model.norm.weight"].get_tensor("model.norm.weight")
+    for layer in range(layers):
+        p = f"model.layers.{layer}."
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            shard[p + norm] = where[p + norm].get_tensor(p + norm)
+        a = p + "self_attn."
+        shard[a + "qkv_proj.weight"] = torch.cat([cut(f"{a}{x}_proj.weight", 0, rank) for x in "qkv"])
+        shard[a + "o_proj.weight"] = cut(a + "o_proj.weight", 1, rank).contiguous()
+        m = p + "mlp."
+        shard[m + "gate_up_proj.weight"] = torch.cat([cut(f"{m}{x}_proj.weight", 0, rank) for x in ("gate",
+        "up")]) shard[m + "down_proj.weight"] = cut(m + "down_proj.weight", 1, rank).contiguous()
+    save_file(shard, out / f"model-rank-{rank}-part-0.safetensors")
+"""
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Write the checkpoint unless it is there; the number of its layers."""
+    from tpctl.checkpoint.safetensors import NewTensor, build_header
+
+    layer = {
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+        "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        "mlp.gate_proj.weight": (WIDTH, HIDDEN),
+        "mlp.up_proj.weight": (WIDTH, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, WIDTH),
+    }
+    ends = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCAB, HIDDEN),
+    }
+    size = sum(2 * int(np.prod(shape)) for shape in layer.values())
+    rest = sum(2 * int(np.prod(shape)) for shape in ends.values())
+    layers = max(1, round((gigabytes * 1e9 - rest) / size))
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": WIDTH,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    if (folder / "config.json").is_file() and json.loads((folder / "config.json").read_text()) == config:
+        return layers
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tensors = [NewTensor(name, "BF16", shape) for name, shape in ends.items()]
+    for index in range(layers):
+        tensors += [NewTensor(f"model.layers.{index}.{name}", "BF16", shape) for name, shape in layer.items()]
+    groups: list[list[NewTensor]] = [[]]
+    for tensor in tensors:
+        if sum(t.nbytes for t in groups[-1]) + tensor.nbytes > 5e9:
+            groups.append([])
+        groups[-1].append(tensor)
+    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    index = {"metadata": {}, "weight_map": {t.name: n for n, g in zip(names, groups, strict=True) for t in g}}
+    rng = np.random.default_rng(0)
+    for name, group in zip(names, groups, strict=True):
+        header = build_header(group)
+        with (folder / name).open("wb") as file:
+            file.write(header.raw)
+            left = header.file_size - header.size
+            while left:
+                file.write(rng.bytes(min(left, 1 << 26)))
+                left -= min(left, 1 << 26)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return layers
+
+
+def measure(command: list[str], out: Path) -> tuple[float, float, float]:
+    """Seconds until the command ends, until its bytes are on disk, and its peak resident megabytes."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{command} failed")
+    ended = time.perf_counter() - start
+    os.sync()
+    synced = time.perf_counter() - start
+    shutil.rmtree(out)
+    return ended, synced, usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=8)
+    parser.add_argument("--tp", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the results go")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    source, out = options.folder / "source", options.folder / "out"
+    layers = make_checkpoint(source, options.gigabytes)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    cores = len(os.sched_getaffinity(0))
+    print(f"{size / 1e9:.2f} GB, {layers} layers, {cores} cores, median of {options.runs}")
+    rows: list[tuple[str, list[str]]] = [("cp -r", ["cp", "-r", str(source), str(out)])]
+    for tp in options.tp:
+        tpctl = [sys.executable, "-m", "tpctl", "shard", str(source), "--tp", str(tp), "-o", str(out)]
+        rows.append((f"tpctl shard --tp {tp}", tpctl))
+        script = [sys.executable, "-c", SCRIPT, str(source), str(out), str(tp), str(layers)]
+        rows.append((f"script, tp {tp}", script))
+    results: dict[str, list[tuple[float, float, float]]] = {title: [] for title, _ in rows}
+    for path in source.glob("*.safetensors"):
+        subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)
+    for _ in range(options.runs):
+        for title, command in rows:
+            results[title].append(measure(command, out))
+    base = statistics.median(synced for _, synced, _ in results["cp -r"])
+    print(f"{'':22} {'ended s':>8} {'on disk s':>10} {'x cp':>6} {'GB/s':>6} {'peak MB':>8}")
+    for title, runs in results.items():
+        ended, synced, peak = (statistics.median(values) for values in zip(*runs, strict=True))
+        ratio, rate = synced / base, size / synced / 1e9
+        print(f"{title:22} {ended:8.2f} {synced:10.2f} {ratio:6.2f} {rate:6.2f} {peak:8.0f}")
+
+
+if __name__ == "__main__":
+    main()
