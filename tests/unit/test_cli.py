@@ -1,0 +1,124 @@
+"""The commands, their options, and how the program ends. ``cli.txt`` freezes the listing: a change to it is a
+change for users. After a wanted change: ``python -m tests.unit.test_cli > tests/unit/cli.txt``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from tpctl import __version__
+from tpctl.cli import app as app_module
+from tpctl.cli.app import app
+from tpctl.cli.options import EngineOptions
+from tpctl.errors import EngineError, UsageError
+
+LISTING = Path(__file__).parent / "cli.txt"
+
+
+def listing() -> str:
+    lines = []
+    for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
+        lines.append(name)
+        for parameter in command.params:
+            names = ", ".join(parameter.opts + parameter.secondary_opts)
+            if parameter.param_type_name == "argument":
+                names = parameter.name.upper()
+            lines.append(f"    {names}{' (required)' if parameter.required else ''}")
+    return "\n".join(lines) + "\n"
+
+
+def test_commands_and_options_are_the_frozen_ones() -> None:
+    assert listing() == LISTING.read_text(encoding="utf-8")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tpctl", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_version_and_unknown_commands() -> None:
+    assert run("--version").stdout == f"tpctl {__version__}\n"
+    unknown = run("what")
+    assert unknown.returncode == 2
+    assert "No such command 'what'" in unknown.stderr
+
+
+def test_an_error_is_one_line_and_its_exit_code() -> None:
+    result = run("chat", "/nowhere/at/all", "-m", "hi")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("tpctl: there is no file or folder /nowhere/at/all")
+    assert result.stderr.count("\n") == 1
+    assert run("chat", "demo", "-m", "hi", "--kv-cache-memory", "much").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (EngineError("no GPU"), 1, "tpctl: no GPU\n"),
+        (UsageError("wrong"), 2, "tpctl: wrong\n"),
+        (KeyboardInterrupt(), 130, "tpctl: interrupted\n"),
+    ],
+)
+def test_how_the_program_ends(
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(app_module, "app", fail)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tpctl.launch import device
+
+    monkeypatch.setattr(device, "_torch_has_cuda", lambda: True)
+    for gpus, wanted, tp_size, chosen in [
+        (0, None, 4, "cpu"),
+        (2, None, 2, "cuda"),
+        (2, "cpu", 4, "cpu"),
+        (1, "cuda", 1, "cuda"),
+    ]:
+        monkeypatch.setattr(device, "visible_gpus", lambda gpus=gpus: gpus)
+        assert device.choose_device(wanted, tp_size) == chosen
+    for gpus, wanted, message in [(0, "cuda", "0 are visible"), (2, None, "--tp 3 needs 3 GPUs, but 2 visible")]:
+        monkeypatch.setattr(device, "visible_gpus", lambda gpus=gpus: gpus)
+        with pytest.raises(UsageError, match=message):
+            device.choose_device(wanted, 3)
+
+
+def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tpctl.checkpoint.sources import ResolvedSource
+    from tpctl.cli.engine import prepare
+    from tpctl.cli.options import Device, DType
+
+    source = ResolvedSource(tmp_path, "m", None)
+    monkeypatch.setattr("tpctl.checkpoint.sources.resolve", lambda model, progress: source)
+    monkeypatch.setattr(
+        "tpctl.sharding.cache.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
+    )
+    options = EngineOptions(
+        tp=3, device=Device.cpu, dtype=DType.float32, kv_cache_memory="2GiB", block_size=32, enforce_eager=True
+    )
+    config = prepare("m", options)
+    assert (config.shard_dir, config.tp_size, config.device) == (tmp_path / "tp3", 3, "cpu")
+    assert (config.dtype, config.kv_cache_memory, config.block_size) == ("float32", 2 << 30, 32)
+    assert config.enforce_eager
+    assert prepare("m", EngineOptions(device=Device.cpu)).tp_size == 1
+
+
+if __name__ == "__main__":
+    print(listing(), end="")

@@ -1,0 +1,64 @@
+"""Messages survive the wire, and what is none is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.launch.messages import (
+    Abort,
+    Add,
+    Fatal,
+    GetStats,
+    Message,
+    Output,
+    Outputs,
+    Ready,
+    Request,
+    Stats,
+    Stop,
+    from_wire,
+    to_wire,
+)
+
+ids = st.lists(st.integers(0, 2**31), max_size=5)
+sampling = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 5),
+    top_k=st.integers(0, 100),
+    top_p=st.floats(0.1, 1),
+    seed=st.integers(0, 2**63 - 1),
+    stop_token_ids=st.lists(st.integers(0, 9), max_size=2).map(tuple),
+    logprobs=st.none() | st.integers(0, 20),
+)
+outputs = st.builds(
+    Output,
+    id=st.text(),
+    token_ids=ids,
+    finish_reason=st.none() | st.sampled_from(["stop", "length", "abort", "error"]),
+    message=st.none() | st.text(),
+    num_cached_tokens=st.integers(0, 9),
+)
+messages = st.one_of(
+    st.builds(Add, st.lists(st.builds(Request, st.text(), ids, sampling), max_size=3)),
+    st.builds(Abort, st.lists(st.text(), max_size=3)),
+    st.sampled_from([GetStats(), Stop()]),
+    st.builds(Ready, st.dictionaries(st.text(), st.integers() | st.text())),
+    st.builds(Outputs, st.lists(outputs, max_size=3)),
+    st.builds(Stats, st.dictionaries(st.text(), st.floats(allow_nan=False))),
+    st.builds(Fatal, st.text()),
+)
+
+
+@given(messages)
+def test_a_message_survives_the_wire(message: Message) -> None:
+    assert from_wire(json.loads(json.dumps(to_wire(message)))) == message
+
+
+def test_an_unknown_message_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="unknown message 'Dance'"):
+        from_wire(["Dance", {}])
