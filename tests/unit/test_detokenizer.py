@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import example, given, settings
@@ -61,13 +60,12 @@ MAKERS = {"byte-level": byte_level, "byte-fallback": byte_fallback, "metaspace":
 
 @cache
 def tokenizer(kind: str) -> Tokenizer:
-    folder = Path(mkdtemp(prefix="tpctl-test-"))
     backend = MAKERS[kind]()
     backend.add_special_tokens([SPECIAL])
     backend.add_tokens([PLAIN_ADDED])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    return Tokenizer(folder)
+    with TemporaryDirectory() as name:
+        backend.save(str(Path(name) / "tokenizer.json"))
+        return Tokenizer(Path(name))
 
 
 KINDS = pytest.mark.parametrize("kind", list(MAKERS))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 
 class Progress(Protocol):
@@ -41,10 +43,25 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[Progress]:
-    """A progress bar in bytes on stderr; silent where stderr is no terminal."""
+    """A progress bar in bytes on stderr, from the first report on; silent where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total, what="": None
         return
+    with ExitStack() as stack:
+        bar: Bar | None = None
+        task: TaskID | None = None
+
+        def update(done: int, total: int, what: str = "") -> None:
+            nonlocal bar, task
+            if bar is None or task is None:
+                bar = stack.enter_context(_byte_bar())
+                task = bar.add_task(title, total=None)
+            bar.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
+
+        yield update
+
+
+def _byte_bar() -> Bar:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
@@ -55,13 +72,7 @@ def byte_progress(title: str) -> Iterator[Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=stderr(), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-
-        def update(done: int, total: int, what: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
-
-        yield update
+    return Bar(*columns, console=stderr(), transient=True)
 
 
 @contextmanager
