@@ -44,9 +44,10 @@ def _root(
 
 
 def _register() -> None:
-    from tpctl.cli import batch, chat, download, inspect_shards, merge, reshard, shard, upload
+    from tpctl.cli import batch, bench, chat, download, inspect_shards, merge, plan, reshard, shard, upload
 
     app.command("download")(download.download)
+    app.command("plan")(plan.plan)
     app.command("shard")(shard.shard)
     app.command("upload")(upload.upload)
     app.command("inspect-shards")(inspect_shards.inspect_shards)
@@ -54,6 +55,7 @@ def _register() -> None:
     app.command("reshard")(reshard.reshard)
     app.command("chat")(chat.chat)
     app.command("batch")(batch.batch)
+    app.add_typer(bench.bench, name="bench")
 
 
 _register()

@@ -1,0 +1,154 @@
+"""The memory planner: its weight bytes are what sharding writes, and its verdicts follow from its numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.synthetic import make_checkpoint, make_config
+from tpctl.checkpoint.metadata import read_metadata
+from tpctl.checkpoint.safetensors import tensor_nbytes
+from tpctl.errors import CheckpointError, PartitionError, UsageError
+from tpctl.models.specs import FAMILIES
+from tpctl.partition.manifest import Manifest
+from tpctl.sharding.fit import CONTEXT_BYTES, RESERVE_BYTES, Budget, FitReport, plan_model
+from tpctl.sharding.shard import shard_checkpoint
+
+LLAMA_405B: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16384,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "intermediate_size": 53248,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "dtype": "bfloat16",
+}
+
+
+def config_folder(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def planned(folder: Path, **options: Any) -> FitReport:
+    tp_size, dtype = options.pop("tp_size", None), options.pop("dtype", "auto")
+    return plan_model(read_metadata(str(folder)), Budget(**options), tp_size=tp_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_what_sharding_writes(tmp_path: Path, family: str, tied: bool) -> None:
+    config = make_config(family, tie_word_embeddings=tied)
+    source = make_checkpoint(tmp_path / "source", config)
+    alone = config_folder(tmp_path / "alone", config)
+    for tp_size, dtype in ((1, "auto"), (2, "auto"), (3, "float32"), (4, "auto")):
+        out = tmp_path / f"tp{tp_size}"
+        written = shard_checkpoint(source, out, tp_size, dtype=dtype)
+        manifest = Manifest.load(out)
+        for folder in (source, alone, out):
+            report = planned(folder, tp_size=tp_size, dtype=dtype)
+            assert report.exact == (folder != alone)
+            assert {rank.rank: rank.file_bytes for rank in report.ranks} == written.bytes_per_rank
+            for rank in report.ranks:
+                tensors = manifest.tensors(rank.rank).values()
+                assert rank.weight_bytes == sum(tensor_nbytes(t.dtype, t.shape) for t in tensors)
+            size = next(size for size in report.sizes if size.tp_size == tp_size)
+            sizes = [rank.weight_bytes for rank in report.ranks]
+            assert size.weight_bytes == max(sizes)
+            assert size.imbalance == pytest.approx(max(sizes) * tp_size / sum(sizes))
+
+
+def test_mixed_dtypes_count_as_stored(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", make_config(), dtype="F32")
+    report = planned(source, tp_size=2)
+    assert [rank.weight_bytes for rank in report.ranks] == [4 * rank.parameters for rank in report.ranks]
+    # The config says bfloat16, which is what the cache holds.
+    assert report.ranks[0].kv_bytes_per_token == 2 * 2 * 1 * 6 * 2
+
+
+def test_a_405b_config_alone_is_enough(tmp_path: Path) -> None:
+    report = planned(config_folder(tmp_path / "big", LLAMA_405B))
+    assert report.parameters == 405_853_388_800  # Llama 3.1 405B
+    assert report.source_bytes == 2 * report.parameters and not report.exact
+    sizes = {size.tp_size: size for size in report.sizes}
+    assert (sizes[8].verdict, sizes[8].kv_copies, sizes[8].concurrency) == ("even", 1.0, 0)
+    assert (sizes[16].verdict, sizes[16].kv_copies) == ("even", 2.0)
+    assert (sizes[3].verdict, sizes[3].imbalance > 1) == ("uneven", True)
+    assert report.tp_size == 16 and len(report.ranks) == 16
+    assert (report.limit, report.limit_reason) == (129, "a query head is not divided, and there are 128")
+
+
+def test_uneven_heads(tmp_path: Path) -> None:
+    smol = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54)
+    report = planned(config_folder(tmp_path / "smol", smol), tp_size=2)
+    assert [(rank.query_heads, rank.kv_heads) for rank in report.ranks] == [(6, 2), (3, 1)]
+    sizes = {size.tp_size: size for size in report.sizes}
+    assert {tp for tp, size in sizes.items() if size.verdict == "even"} == {1}
+    assert sizes[9].kv_copies == 3.0
+    assert report.limit == 10
+    narrow = make_config(intermediate_size=3)
+    report = planned(config_folder(tmp_path / "narrow", narrow))
+    assert report.limit == 4 and "cannot cut 3 elements into 4 parts" in report.limit_reason
+
+
+def test_what_fits_follows_from_the_parts(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "big", LLAMA_405B)
+    for tp_size in (8, 12, 16):
+        report = planned(folder, tp_size=tp_size, max_model_len=4096)
+        size = next(size for size in report.sizes if size.tp_size == tp_size)
+        for rank in report.ranks:
+            parts = rank.weight_bytes + rank.activation_bytes + rank.kv_cache_bytes
+            assert parts + CONTEXT_BYTES + RESERVE_BYTES == int(report.gpu_memory * 0.9)
+        least = min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in report.ranks)
+        assert (size.kv_tokens, size.concurrency) == (max(0, least), max(0, least) // 4096)
+        enough = planned(folder, tp_size=tp_size, max_model_len=4096, gpu_memory=size.needed + 100)
+        short = planned(folder, tp_size=tp_size, max_model_len=4096, gpu_memory=size.needed - (16 << 20))
+        at = {r.gpu_memory: next(s for s in r.sizes if s.tp_size == tp_size) for r in (enough, short)}
+        assert at[size.needed + 100].concurrency == 1
+        assert at[size.needed - (16 << 20)].concurrency == 0
+
+
+def test_the_kv_cache_is_the_engines(tmp_path: Path) -> None:
+    import torch
+
+    from tpctl.layers.attention.base import HeadShape, kv_bytes_per_block
+
+    report = planned(config_folder(tmp_path / "big", LLAMA_405B), tp_size=3)
+    for rank in report.ranks:
+        heads = HeadShape(rank.query_heads, rank.kv_heads, 128, 1.0)
+        assert rank.kv_bytes_per_token * 16 == kv_bytes_per_block(heads, 126, 16, torch.bfloat16)
+
+
+def test_what_cannot_be_planned(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "big", LLAMA_405B)
+    with pytest.raises(PartitionError, match="129 does not fit 128 query heads"):
+        planned(folder, tp_size=129)
+    with pytest.raises(UsageError, match="--max-model-len 200000 is more than the model's 131072"):
+        planned(folder, max_model_len=200_000)
+    with pytest.raises(UsageError, match="int3"):
+        planned(folder, dtype="int3")
+    other = make_checkpoint(tmp_path / "other", make_config())
+    (other / "config.json").write_text(json.dumps(make_config(vocab_size=71)))
+    with pytest.raises(CheckpointError, match="70 x 24 in the checkpoint but 71 x 24 by"):
+        planned(other)
+
+
+def test_more_memory_never_holds_less(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "big", LLAMA_405B)
+    metadata = read_metadata(str(folder))
+    budget, last = Budget(), -1
+    for gib in (40, 80, 141, 192):
+        report = plan_model(metadata, replace(budget, gpu_memory=gib << 30), tp_size=16)
+        tokens = next(size.kv_tokens for size in report.sizes if size.tp_size == 16)
+        assert tokens >= last
+        last = tokens
+    assert last > 0

@@ -1,0 +1,104 @@
+"""What a model is, without its weights: its config and, where they can be read, its tensors' names and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpctl.checkpoint import hub
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.hub_errors import HubUnreachable, explained
+from tpctl.checkpoint.safetensors import parse_header
+from tpctl.checkpoint.sources import Notify, hub_id, is_local, resolve, to_stderr
+from tpctl.errors import SourceError
+from tpctl.partition.manifest import MANIFEST, Manifest
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """A tensor of a checkpoint: its safetensors dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """A model as its config and headers describe it.
+
+    Attributes:
+        folder: where ``config.json`` is; the weights need not be there.
+        tensors: of the source checkpoint, by name; ``None`` where there is only a config.
+    """
+
+    folder: Path
+    id: str
+    revision: str | None
+    tensors: Mapping[str, TensorMeta] | None
+
+
+def read_metadata(
+    model: str, *, revision: str | None = None, token: str | None = None, notify: Notify = to_stderr
+) -> ModelMetadata:
+    """Read what ``model`` (any MODEL form, or a folder that holds only a ``config.json``) is.
+
+    Of a model on the Hub, only the config and the headers of its weight files are fetched.
+
+    Raises:
+        SourceError: it cannot be found or reached.
+        CheckpointError: its headers are damaged.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return ModelMetadata(folder, model, None, _local_tensors(folder))
+    if is_local(model):
+        source = resolve(model, revision=revision, token=token, notify=notify)
+        return ModelMetadata(source.folder, source.id, source.revision, _local_tensors(source.folder))
+    repo, revision = hub_id(model, revision)
+    try:
+        remote = hub.ask(repo, revision, token)
+    except HubUnreachable:
+        copy = hub.cached(repo, revision)
+        if copy is None:
+            raise
+        return ModelMetadata(copy[0], repo, copy[1], _local_tensors(copy[0]))
+    return _remote_metadata(remote, token)
+
+
+def _local_tensors(folder: Path) -> dict[str, TensorMeta] | None:
+    if (folder / MANIFEST).is_file():
+        files = Manifest.load(folder).source.files
+        headers = [parse_header(file.header.encode(), file.size, file.name) for file in files]
+    elif any(folder.glob("*.safetensors")):
+        headers = [file.header for file in CheckpointFolder.open(folder).files]
+    else:
+        return None
+    return {name: TensorMeta(t.dtype, t.shape) for header in headers for name, t in header.tensors.items()}
+
+
+def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadata:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    names = remote.names()
+    if "config.json" not in names:
+        raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
+    with explained(remote.id, remote.commit):
+        paths = [
+            Path(hf_hub_download(remote.id, name, revision=remote.commit, token=token, etag_timeout=10))
+            for name in ("config.json", "generation_config.json")
+            if name in names
+        ]
+        try:
+            found = HfApi(token=token).get_safetensors_metadata(remote.id, revision=remote.commit)
+        except NotASafetensorsRepoError:
+            return ModelMetadata(paths[0].parent, remote.id, remote.commit, None)
+        except SafetensorsParsingError as error:
+            raise SourceError(f"{remote.id} has a damaged weight file: {error}") from None
+    tensors = {
+        name: TensorMeta(info.dtype, tuple(info.shape))
+        for file in found.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+    return ModelMetadata(paths[0].parent, remote.id, remote.commit, tensors)
