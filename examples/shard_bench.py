@@ -60,8 +60,9 @@ for rank in range(tp):
         shard[a + "qkv_proj.weight"] = torch.cat([cut(f"{a}{x}_proj.weight", 0, rank) for x in "qkv"])
         shard[a + "o_proj.weight"] = cut(a + "o_proj.weight", 1, rank).contiguous()
         m = p + "mlp."
-        shard[m + "gate_up_proj.weight"] = torch.cat([cut(f"{m}{x}_proj.weight", 0, rank) for x in ("gate",
-        "up")]) shard[m + "down_proj.weight"] = cut(m + "down_proj.weight", 1, rank).contiguous()
+        halves = [cut(f"{m}{x}_proj.weight", 0, rank) for x in ("gate", "up")]
+        shard[m + "gate_up_proj.weight"] = torch.cat(halves)
+        shard[m + "down_proj.weight"] = cut(m + "down_proj.weight", 1, rank).contiguous()
     save_file(shard, out / f"model-rank-{rank}-part-0.safetensors")
 """
 

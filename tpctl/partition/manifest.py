@@ -73,8 +73,7 @@ class Manifest:
         version = value.get("format_version") if isinstance(value, dict) else None
         if version != FORMAT_VERSION and isinstance(version, int):
             raise ShardFolderError(
-                f"{path} has format version {version}, this tpctl reads version {FORMAT_VERSION}; "
-                "shard the model again"
+                f"{path} has format version {version}, this tpctl reads version {FORMAT_VERSION}; shard the model again"
             )
         altered = ShardFolderError(f"{path} was altered after it was written; shard the model again")
         try:
@@ -99,8 +98,7 @@ class Manifest:
         """
         if rank not in self.shards:
             raise ShardFolderError(
-                f"the folder holds no shard of rank {rank}: it has {describe_ranks(self.shards)} "
-                f"of tp {self.tp_size}"
+                f"the folder holds no shard of rank {rank}: it has {describe_ranks(self.shards)} of tp {self.tp_size}"
             )
         return self.shards[rank]
 
@@ -175,9 +173,7 @@ def _text(value: Mapping[str, Any], depth: int = 4) -> str:
         inner, outer = "\n" + " " * (level + 1), "\n" + " " * level
         if isinstance(value, list):
             return f"[{inner}" + f",{inner}".join(dump(item, level + 1) for item in value) + f"{outer}]"
-        items = (
-            f"{json.dumps(key, ensure_ascii=False)}:{dump(item, level + 1)}" for key, item in value.items()
-        )
+        items = (f"{json.dumps(key, ensure_ascii=False)}:{dump(item, level + 1)}" for key, item in value.items())
         return f"{{{inner}" + f",{inner}".join(items) + f"{outer}}}"
 
     return dump(value, 0) + "\n"
@@ -203,9 +199,7 @@ def _to_dict(manifest: Manifest) -> dict[str, Any]:
             "index": source.index,
             "aliases": dict(sorted(source.aliases.items())),
         },
-        "files": {
-            name: {"size": file.size, "digest": file.digest} for name, file in sorted(manifest.files.items())
-        },
+        "files": {name: {"size": file.size, "digest": file.digest} for name, file in sorted(manifest.files.items())},
         "shards": {str(rank): shard_to_dict(shard) for rank, shard in sorted(manifest.shards.items())},
         "extra": None if manifest.extra is None else shard_to_dict(manifest.extra),
     }

@@ -38,9 +38,7 @@ def scales(engine: str | None, config: ModelConfig) -> tuple[StoredTensor, ...]:
     if engine != "vllm":
         return ()
     names = (
-        f"model.layers.{layer}.self_attn.attn.{scale}"
-        for layer in range(config.num_layers)
-        for scale in _VLLM_SCALES
+        f"model.layers.{layer}.self_attn.attn.{scale}" for layer in range(config.num_layers) for scale in _VLLM_SCALES
     )
     return tuple(StoredTensor(name, Rule.REPLICATED, 0, (), ()) for name in names)
 
@@ -54,6 +52,4 @@ def _is_even(config: ModelConfig, tp_size: int) -> bool:
 def _uneven(plan: PartitionPlan) -> str | None:
     """A stored tensor whose shape is not the same on every rank."""
     first = plan.shards[0]
-    return next(
-        (name for name in first if any(s[name].shape != first[name].shape for s in plan.shards)), None
-    )
+    return next((name for name in first if any(s[name].shape != first[name].shape for s in plan.shards)), None)

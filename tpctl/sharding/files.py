@@ -50,9 +50,7 @@ class Files:
         while view:
             got = os.preadv(self._open[path], [view], offset)
             if not got:
-                raise CheckpointError(
-                    f"{path} ends at byte {offset}, {len(view)} bytes too early; it was truncated"
-                )
+                raise CheckpointError(f"{path} ends at byte {offset}, {len(view)} bytes too early; it was truncated")
             view, offset = view[got:], offset + got
 
     def write(self, path: Path, data: Bytes, offset: int) -> None:

@@ -58,10 +58,7 @@ class Journal:
     def _expected(self, file: PartFile, digests: Digests) -> list[Stored]:
         path = self.folder / file.file
         with path.open("rb") as opened:
-            if (
-                opened.read(file.header.size) != file.header.raw
-                or path.stat().st_size != file.header.file_size
-            ):
+            if opened.read(file.header.size) != file.header.raw or path.stat().st_size != file.header.file_size:
                 raise ValueError(f"{path} is another file")
         tensors = file.header.tensors.values()
         return [whole(info, path, file.rank, digests[file.rank, info.name]) for info in tensors]

@@ -83,9 +83,7 @@ def whole(info: TensorInfo, path: Path, rank: int | None = None, digest: str | N
     """The tensor of that header entry, stored whole in ``path``."""
     rows = info.shape[0] if info.shape else 1
     region = Region(info.name, Range(0, rows), Range(0, width(info.shape)), info.start)
-    return Stored(
-        info.name, rank, info.dtype, info.shape, path, info.start, info.nbytes, (region,), digest=digest
-    )
+    return Stored(info.name, rank, info.dtype, info.shape, path, info.start, info.nbytes, (region,), digest=digest)
 
 
 def in_shard(

@@ -36,9 +36,7 @@ class MergeReport:
     exact: bool
 
 
-def merge_shards(
-    folder: Path, out: Path, *, force: bool = False, progress: Progress | None = None
-) -> MergeReport:
+def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Progress | None = None) -> MergeReport:
     """Write the checkpoint that the shard folder ``folder`` was cut from to ``out``.
 
     Files, their layout, tensors, names and dtypes are the source's; every byte read is checked against its
@@ -109,9 +107,7 @@ def _header(file: SourceFile, dtype: str | None) -> Header:
     return build_header(cast, header.metadata)
 
 
-def _targets(
-    headers: Mapping[str, Header], aliases: Mapping[str, str], folder: Path
-) -> dict[str, tuple[Stored, ...]]:
+def _targets(headers: Mapping[str, Header], aliases: Mapping[str, str], folder: Path) -> dict[str, tuple[Stored, ...]]:
     """Where each logical tensor is to be written: once, or once more under an alias."""
     found: dict[str, tuple[Stored, ...]] = {}
     for file, header in headers.items():
@@ -122,9 +118,7 @@ def _targets(
     return found
 
 
-def _moves(
-    held: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]], manifest: Manifest
-) -> list[Move]:
+def _moves(held: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]], manifest: Manifest) -> list[Move]:
     """The moves that read ``held``, one stored tensor of all ranks."""
     sources = dict.fromkeys(region.source for one in held for region in one.regions)
     writes = tuple(target for source in sources for target in targets[source])
@@ -146,18 +140,14 @@ def _check_cover(
     for name, (target, *_) in targets.items():
         [wanted] = target.regions
         found = regions.get(name, [])
-        strips = [r.rows for r in found if r.cols == wanted.cols] or [
-            r.cols for r in found if r.rows == wanted.rows
-        ]
+        strips = [r.rows for r in found if r.cols == wanted.cols] or [r.cols for r in found if r.rows == wanted.rows]
         goal = wanted.rows if any(r.cols == wanted.cols for r in found) else wanted.cols
         reach = goal.start
         for strip in sorted(strips, key=lambda strip: strip.start):
             if strip.start <= reach:
                 reach = max(reach, strip.stop)
         if Range(goal.start, reach) != goal:
-            raise ShardFolderError(
-                f"the shards hold {reach} of {goal.stop} entries of {name}; shard the model again"
-            )
+            raise ShardFolderError(f"the shards hold {reach} of {goal.stop} entries of {name}; shard the model again")
 
 
 def _index(text: str, headers: Mapping[str, Header], dtype: str | None) -> str:

@@ -88,9 +88,7 @@ def refuse_existing(target: Path, force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; choose another folder (-o, or TPCTL_CACHE for the cache)")
     if not force and target.exists():
-        raise OutputError(
-            f"{target} exists already; use --force to replace it, or choose another folder (-o)"
-        )
+        raise OutputError(f"{target} exists already; use --force to replace it, or choose another folder (-o)")
 
 
 @contextmanager

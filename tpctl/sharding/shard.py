@@ -60,9 +60,7 @@ def shard_checkpoint(
         UsageError: ``dtype`` is unknown.
     """
     if (source / MANIFEST).is_file():
-        raise ShardFolderError(
-            f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size}`"
-        )
+        raise ShardFolderError(f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size}`")
     target = _safetensors_dtype(dtype)
     config = ModelConfig.load(source)
     folder = CheckpointFolder.open(source)
@@ -91,9 +89,7 @@ def shard_checkpoint(
         dtypes=dtypes,
         inputs=inputs,
         extra=[
-            stored
-            for name, stored in sorted(tensors.items())
-            if name not in plan.source_shapes and name not in aliases
+            stored for name, stored in sorted(tensors.items()) if name not in plan.source_shapes and name not in aliases
         ],
         small_files=folder.small_files(),
         identity=_identity(folder),
@@ -134,9 +130,7 @@ def _stored_dtype(name: str, reads: Sequence[Stored], target: str | None) -> str
     found = {stored.dtype: stored.name for stored in reads}
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
-        raise CheckpointError(
-            f"{first} is {one} but {second} is {other}; {name} cannot hold both, cast with --dtype"
-        )
+        raise CheckpointError(f"{first} is {one} but {second} is {other}; {name} cannot hold both, cast with --dtype")
     dtype = reads[0].dtype
     return target if target is not None and dtype in FLOATS else dtype
 
@@ -162,7 +156,5 @@ def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, st
 
 
 def _identity(folder: CheckpointFolder) -> str:
-    text = repr(
-        [FORMAT_VERSION, [(file.name, file.size, file.mtime_ns, file.header.text) for file in folder.files]]
-    )
+    text = repr([FORMAT_VERSION, [(file.name, file.size, file.mtime_ns, file.header.text) for file in folder.files]])
     return sha256(text.encode()).hexdigest()

@@ -111,7 +111,8 @@ class _Mover:
 
         self.read_hashes = {_key(s): blake3() for s in move.reads if s.digest is not None}
         self.write_hashes = {_key(s): blake3() for s in move.writes if move.digest and not self.compare}
-        for source in dict.fromkeys(region.source for s in move.writes for region in s.regions):
+        checked = (s for s in move.reads if s.digest is not None)
+        for source in dict.fromkeys(r.source for s in (*checked, *move.writes) for r in s.regions):
             self._move_source(move, source)
         for stored in move.reads:
             if stored.digest is not None:
@@ -123,18 +124,22 @@ class _Mover:
     def _move_source(self, move: Move, source: str) -> None:
         reads = [(s, r) for s in move.reads for r in s.regions if r.source == source]
         writes = [(s, r) for s in move.writes for r in s.regions if r.source == source]
+        if not reads:
+            return
         line = max(r.cols.stop for _, r in reads)
-        size_in, size_out = item_size(reads[0][0].dtype, source), item_size(writes[0][0].dtype, source)
+        dtype_in = reads[0][0].dtype
+        dtype_out = writes[0][0].dtype if writes else dtype_in
+        size_in, size_out = item_size(dtype_in, source), item_size(dtype_out, source)
         step = max(1, BAND_BYTES // max(1, line * max(size_in, size_out)))
         held = np.empty((step, line * size_in), np.uint8)
-        for rows in _shared_rows(reads, writes):
+        for rows in _wanted_rows(reads, writes):
             for first in range(rows.start, rows.stop, step):
                 self.tally.check()
                 band = Range(first, min(first + step, rows.stop))
                 view = held[: len(band)]
                 for stored, region in reads:
                     self._read(stored, region, band, view, size_in)
-                out = cast(view, reads[0][0].dtype, writes[0][0].dtype)
+                out = cast(view, dtype_in, dtype_out)
                 for stored, region in writes:
                     self._write(stored, region, band, out, size_out)
 
@@ -172,18 +177,14 @@ class _Mover:
             self.files.write(stored.path, data, offset)
         self.tally.add(data.nbytes)
 
-    def _compare(
-        self, stored: Stored, region: Region, rows: Range, data: Bytes, offset: int, size: int
-    ) -> None:
+    def _compare(self, stored: Stored, region: Region, rows: Range, data: Bytes, offset: int, size: int) -> None:
         found = np.empty_like(data)
         self.files.read(stored.path, found, offset)
         if np.array_equal(found, data):
             return
         row, byte = np.argwhere(found != data)[0]
         place = f"row {rows.start + int(row)}, column {region.cols.start + int(byte) // size}"
-        raise ShardFolderError(
-            f"{stored.label} differs from its source {region.source} at the source's {place}"
-        )
+        raise ShardFolderError(f"{stored.label} differs from its source {region.source} at the source's {place}")
 
     def _write_tail(self, stored: Stored) -> None:
         """Write (zeros: leave as holes) and hash what no region covers."""
@@ -237,16 +238,12 @@ def _overlap(one: Range, other: Range) -> Range:
     return Range(start, max(start, min(one.stop, other.stop)))
 
 
-def _shared_rows(
-    reads: Sequence[tuple[Stored, Region]], writes: Sequence[tuple[Stored, Region]]
-) -> list[Range]:
-    """The runs of rows that both sides have, ascending."""
-    runs = []
+def _wanted_rows(reads: Sequence[tuple[Stored, Region]], writes: Sequence[tuple[Stored, Region]]) -> list[Range]:
+    """The runs of rows to read, ascending: those that are written, and all whose digest is to be checked."""
+    runs = [region.rows for stored, region in reads if stored.digest is not None]
     for one in _union(region.rows for _, region in reads):
-        for other in _union(region.rows for _, region in writes):
-            if len(both := _overlap(one, other)):
-                runs.append(both)
-    return sorted(runs, key=lambda run: run.start)
+        runs += [_overlap(one, other) for other in _union(region.rows for _, region in writes)]
+    return _union(run for run in runs if len(run))
 
 
 def _union(ranges: Iterable[Range]) -> list[Range]:

@@ -47,9 +47,7 @@ def open_extra(folder: Path, manifest: Manifest) -> tuple[Stored, ...]:
     return tuple(whole(header.tensors[name], path, digest=tensors[name].digest) for name in tensors)
 
 
-def verify_digests(
-    folder: Path, manifest: Manifest, ranks: Sequence[int], progress: Progress | None = None
-) -> int:
+def verify_digests(folder: Path, manifest: Manifest, ranks: Sequence[int], progress: Progress | None = None) -> int:
     """Hash every byte of ``ranks``' files and of the copied files; the number of bytes.
 
     Raises:
@@ -79,9 +77,7 @@ def verify_source(
         wanted = dict.fromkeys(region.source for one in held for region in one.regions)
         missing = [name for name in wanted if name not in tensors]
         if missing:
-            raise CheckpointError(
-                f"{source} has no tensor {missing[0]}; it is not what {folder} was cut from"
-            )
+            raise CheckpointError(f"{source} has no tensor {missing[0]}; it is not what {folder} was cut from")
         moves.append(Move(tuple(tensors[name] for name in wanted), held))
     total = sum(move.nbytes for move in moves)
     with Files() as files:
@@ -108,13 +104,9 @@ def _headers(folder: Path, shard: Shard, owner: str) -> list[tuple[Header, Path]
         except OSError as error:
             raise ShardFolderError(f"{path} ({owner}) cannot be read: {error.strerror}; {AGAIN}") from None
         if size != part.size:
-            raise ShardFolderError(
-                f"{path} ({owner}) has {size} bytes, but {part.size} by the manifest; {AGAIN}"
-            )
+            raise ShardFolderError(f"{path} ({owner}) has {size} bytes, but {part.size} by the manifest; {AGAIN}")
         if raw != header.raw:
-            raise ShardFolderError(
-                f"the header of {path} is damaged at {_entry_at(header, raw)} of {owner}; {AGAIN}"
-            )
+            raise ShardFolderError(f"the header of {path} is damaged at {_entry_at(header, raw)} of {owner}; {AGAIN}")
         found.append((header, path))
     return found
 

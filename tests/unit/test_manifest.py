@@ -1,0 +1,153 @@
+"""The manifest: strict both ways, and cheap checks of the files it lists."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.synthetic import make_checkpoint, make_config
+from tpctl.errors import ShardFolderError
+from tpctl.partition.manifest import MANIFEST, Manifest, describe_ranks
+from tpctl.partition.split import Rule
+from tpctl.sharding.shard import shard_checkpoint
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard folder that no test changes."""
+    folder = tmp_path_factory.mktemp("manifest")
+    source = make_checkpoint(folder / "model", make_config("qwen2"), files=2)
+    shard_checkpoint(source, folder / "out", 3, max_part_size=4000)
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """A shard folder to damage."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_it_tells_what_the_loader_needs(made: Path) -> None:
+    manifest = Manifest.load(made)
+    assert manifest.tp_size == 3
+    assert manifest.rank_files(2)[:2] == ["model-rank-2-part-0.safetensors", "model-rank-2-part-1.safetensors"]
+    qkv = manifest.tensors(1)["model.layers.0.self_attn.qkv_proj.weight"]
+    assert (qkv.rule, qkv.dtype, qkv.shape) == (Rule.QKV, "BF16", (18, 24))
+    assert [piece.label for piece in qkv.pieces] == ["q", "k", "v"]
+    manifest.check_files(made)
+
+
+def test_text_is_canonical_and_readable_line_by_line(made: Path) -> None:
+    text = (made / MANIFEST).read_text()
+    assert Manifest.load(made).text() == text
+    lines = [line for line in text.splitlines() if "model.layers.1.mlp.down_proj.weight" in line]
+    assert len([line for line in lines if '"digest"' in line]) == 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_of_the_manifest_is_found(made: Path, data: st.DataObject, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    raw = bytearray((made / MANIFEST).read_bytes())
+    place = data.draw(st.integers(0, len(raw) - 1))
+    raw[place] ^= 1 << data.draw(st.integers(0, 7))
+    folder = tmp_path_factory.mktemp("flip")
+    (folder / MANIFEST).write_bytes(raw)
+    with pytest.raises(ShardFolderError, match=r"altered|damaged|format version"):
+        Manifest.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"tp_size":3', '"tp_size":2'),
+        ('"tp_size":3', '"tp_size": 3'),
+        ('"tp_size":3,', '"tp_size":3,"tp_size":3,'),
+        ('"tp_size":3,', ""),
+        ('"rule":"row"', '"rule":"diagonal"'),
+        ('"file":"model', '"file":"../model'),
+    ],
+)
+def test_edits_are_found(copy: Path, old: str, new: str) -> None:
+    text = (copy / MANIFEST).read_text()
+    assert old in text
+    (copy / MANIFEST).write_text(text.replace(old, new, 1))
+    with pytest.raises(ShardFolderError, match=r"was altered after it was written; shard the model again"):
+        Manifest.load(copy)
+
+
+def test_a_part_file_outside_the_folder_is_refused_even_with_a_right_digest(copy: Path) -> None:
+    import hashlib
+
+    from tpctl.partition import manifest as module
+
+    value = json.loads((copy / MANIFEST).read_text())
+    value.pop("sha256")
+    value["shards"]["0"]["parts"][0]["file"] = "../../secret"
+    digest = hashlib.sha256(module._text(value).encode()).hexdigest()
+    (copy / MANIFEST).write_text(module._text({**value, "sha256": digest}))
+    with pytest.raises(ShardFolderError, match="altered"):
+        Manifest.load(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "{}", '{"format_version": "1"}', "[" * 10**5])
+def test_nonsense_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(ShardFolderError, match=r"altered|damaged") as caught:
+        Manifest.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_format_version_names_both(copy: Path) -> None:
+    text = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(text.replace('"format_version":1', '"format_version":7'))
+    with pytest.raises(ShardFolderError, match="has format version 7, this tpctl reads version 1"):
+        Manifest.load(copy)
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ShardFolderError, match="is not a shard folder, make one with `tpctl shard`"):
+        Manifest.load(tmp_path)
+    with pytest.raises(ShardFolderError, match="is not a shard folder"):
+        Manifest.load(tmp_path / "none")
+
+
+def test_another_tp_names_both_and_the_next_step(made: Path) -> None:
+    manifest = Manifest.load(made)
+    manifest.check_tp(3, made)
+    with pytest.raises(ShardFolderError, match=r"cut for tp 3, but tp 2 is asked for; .*tpctl reshard .* --tp 2"):
+        manifest.check_tp(2, made)
+
+
+def test_missing_truncated_and_exchanged_parts_are_found_without_hashing(copy: Path) -> None:
+    manifest = Manifest.load(copy)
+    part = copy / "model-rank-1-part-0.safetensors"
+    whole = part.read_bytes()
+    part.unlink()
+    with pytest.raises(ShardFolderError, match=rf"part-0\.safetensors is missing \({len(whole)} bytes by"):
+        manifest.check_files(copy)
+    manifest.check_files(copy, [0, 2])
+    part.write_bytes(whole[:-1])
+    with pytest.raises(ShardFolderError, match=f"has {len(whole) - 1} bytes, but {len(whole)} by the manifest"):
+        manifest.check_files(copy, [1])
+    part.write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
+    with pytest.raises(ShardFolderError, match="has another header than the manifest says"):
+        manifest.check_files(copy)
+    part.unlink()
+    os.mkdir(part)  # noqa: PTH102
+    with pytest.raises(ShardFolderError, match="cannot be read"):
+        manifest.check_files(copy)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([], "ranks none"), ([3], "rank 3"), ([0, 1, 2], "ranks 0-2"), ([5, 0, 2, 3], "ranks 0, 2-3, 5")],
+)
+def test_ranks_are_described_in_runs(ranks: list[int], text: str) -> None:
+    assert describe_ranks(ranks) == text
