@@ -47,6 +47,9 @@ def _long_rope(pairs: int) -> dict[str, Any]:
     }
 
 
+LONG_ROPES = {pairs: _long_rope(pairs) for pairs in (3, 4, 24, 32)}
+"""By half the rotated dimensions of a head."""
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 8}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -69,12 +72,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("Phi3", {"sliding_window": 11}),
     "phi3-long-rope": (
         "Phi3",
-        {"rope_parameters": _long_rope(4), "original_max_position_embeddings": 24, "sliding_window": None},
+        {"rope_parameters": LONG_ROPES[4], "original_max_position_embeddings": 24, "sliding_window": None},
     ),
     "phi4-mini": (
         "Phi3",
         {
-            "rope_parameters": _long_rope(3) | {"partial_rotary_factor": 0.75},
+            "rope_parameters": LONG_ROPES[3] | {"partial_rotary_factor": 0.75},
             "partial_rotary_factor": 0.75,
             "original_max_position_embeddings": 24,
             "sliding_window": None,

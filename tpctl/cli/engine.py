@@ -6,27 +6,41 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress
 from tpctl.cli.options import EngineOptions
 from tpctl.cli.units import parse_bytes
 from tpctl.engine.config import EngineConfig
 
+if TYPE_CHECKING:
+    from tpctl.checkpoint.sources import ResolvedSource
+
 
 def prepare(model: str, options: EngineOptions) -> EngineConfig:
-    """Find the model, shard it into the cache if need be, and settle the engine's configuration.
+    """Find the model and ``configure`` an engine for it.
 
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
-    memory = parse_bytes(options.kv_cache_memory) if options.kv_cache_memory is not None else None
     from tpctl.checkpoint.sources import resolve
+
+    with byte_progress(f"downloading {model}") as progress:
+        source = resolve(model, progress=progress)
+    return configure(source, options)
+
+
+def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
+    """Shard the model into the cache if need be, and settle the engine's configuration.
+
+    Raises:
+        TpctlError: the model cannot be sharded, or not run in this way.
+    """
+    memory = parse_bytes(options.kv_cache_memory) if options.kv_cache_memory is not None else None
     from tpctl.launch.device import choose_device
     from tpctl.partition.manifest import MANIFEST, Manifest
     from tpctl.sharding.cache import ensure_sharded
 
-    with byte_progress(f"downloading {model}") as progress:
-        source = resolve(model, progress=progress)
     tp_size = options.tp
     if tp_size is None:
         sharded = (source.folder / MANIFEST).is_file()
@@ -34,14 +48,15 @@ def prepare(model: str, options: EngineOptions) -> EngineConfig:
     device = choose_device(options.device, tp_size)
     with byte_progress("sharding") as progress:
         folder = ensure_sharded(source, tp_size, progress=progress)
+    seqs, tokens = (64, 2048) if device == "cpu" else (512, 16384)
     return EngineConfig(
         shard_dir=folder,
         tp_size=tp_size,
         device=device,
         dtype=str(options.dtype),
         max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs or seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens or max(tokens, options.max_num_seqs or 0),
         block_size=options.block_size,
         kv_cache_memory=memory,
         gpu_memory_utilization=options.gpu_memory_utilization,

@@ -44,8 +44,12 @@ class EngineOptions:
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and answer. Default: the model's limit.")
     ] = None
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 64
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="Sequences computed together. Default: 64 on a CPU, 512 on GPUs.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens computed in one step. Default: 2048 on a CPU, 16384 on GPUs.")
+    ] = None
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a KV block. Default: the attention backend's.")
     ] = None

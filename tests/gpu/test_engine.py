@@ -1,0 +1,121 @@
+"""The engine on one GPU: tokens against transformers, backends against float32, graphs against eager launches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import LONG_ROPES, make_checkpoint
+from tpctl.distributed import TPGroup
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.engine import Engine
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.layers.attention.flash import installed_flash_attention
+from tpctl.launch.messages import Add, Request
+from tpctl.sharding.shard import shard_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 320,
+    "vocab_size": 517,
+    "max_position_embeddings": 512,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama2": {"num_key_value_heads": 4},
+    "llama3": {},
+    "llama-biases": {},
+    "llama-head-dim": {"head_dim": 80},
+    "smollm2": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1},
+    "mistral": {"sliding_window": 19},
+    "qwen2-window": {},
+    "qwen3": {"head_dim": 128},
+    "phi3-window": {},
+    "phi3-long-rope": {"rope_parameters": LONG_ROPES[32]},
+    "phi4-mini": {"rope_parameters": LONG_ROPES[24] | {"partial_rotary_factor": 0.75}},
+}
+LENGTHS = (3, 17, 40, 65, 130)
+TOKENS = 20
+
+
+def run(folder: Path, prompts: list[list[int]], tokens: int = TOKENS, **settings: Any) -> list[list[int]]:
+    """Greedy continuations from an engine made for this call."""
+    defaults: dict[str, Any] = {"kv_cache_memory": 64 << 20, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    config = EngineConfig(folder, 1, device="cuda", **{**defaults, **settings})
+    engine = Engine(config, TPGroup(0, 1, "cuda"))
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    engine.apply(Add([Request(str(i), ids, params) for i, ids in enumerate(prompts)]))
+    found: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for output in engine.step():
+            found[int(output.id)] += output.token_ids
+    engine.scheduler.check_integrity()
+    return found
+
+
+def prompts_of(vocab: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    torch.manual_seed(3)
+    return [torch.randint(3, vocab, (length,)).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_float32_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(name, tmp_path / "hf", **{**WIDE, **CHANGES[name]}).cuda()
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    # transformers changes long RoPE's table in mid-sequence; a prompt on each side of the border shows both tables.
+    lengths = (3, 40) if "long" in name or "phi4" in name else LENGTHS
+    prompts = prompts_of(517, lengths)
+    found = run(tmp_path / "tp1", prompts, attention_backend="triton")
+    for ids, tokens in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            whole = torch.tensor([ids + tokens], device="cuda")
+            expected = model(whole).logits[0, len(ids) - 1 : -1]
+        best = expected.argmax(-1).tolist()
+        assert tokens == best
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "flash-attn"])
+def test_bfloat16_backends_stay_near_float32(backend: str, tmp_path: Path) -> None:
+    if backend == "flash-attn" and installed_flash_attention() is None:
+        pytest.skip("flash-attn is not installed")
+    model = make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128}).cuda()
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
+    prompts = prompts_of(517)
+    found = run(
+        tmp_path / "tp1", prompts, attention_backend=backend, block_size=256 if backend == "flash-attn" else None
+    )
+    worst = 0.0
+    for ids, tokens in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + tokens], device="cuda")).logits[0, len(ids) - 1 : -1]
+        chosen = logits.gather(-1, torch.tensor(tokens, device="cuda").unsqueeze(-1)).squeeze(-1)
+        worst = max(worst, float(((logits.max(-1).values - chosen) / logits.std(-1)).max()))
+    # A token that bfloat16 prefers may be behind in float32, but only by rounding.
+    assert worst < 0.25
+
+
+@pytest.mark.parametrize("seqs", [1, 5])
+def test_graphs_equal_eager_launches(seqs: int, tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
+    prompts = prompts_of(517)[:seqs]
+    settings: dict[str, Any] = {"attention_backend": "triton", "max_num_batched_tokens": 512}
+    graphs = run(tmp_path / "tp1", prompts, 40, **settings)
+    assert graphs == run(tmp_path / "tp1", prompts, 40, enforce_eager=True, **settings)
+
+
+def test_small_cache_gives_the_same_tokens(tmp_path: Path) -> None:
+    make_checkpoint("llama3", tmp_path / "hf", **WIDE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(517, (30, 30, 31, 32, 33, 34, 35, 36))
+    roomy = run(tmp_path / "tp1", prompts, 60)
+    blocks = 9 * 64  # tokens
+    bytes_per_token = 2 * 3 * 2 * 64 * 4
+    tight = run(tmp_path / "tp1", prompts, 60, block_size=16, kv_cache_memory=blocks * bytes_per_token)
+    assert tight == roomy

@@ -1,0 +1,1 @@
+"""Benchmarks: synthetic checkpoints, workloads and measurements behind ``tpctl bench``. No torch."""

@@ -1,0 +1,163 @@
+"""What ``tpctl bench`` measures, all through the same client and workers that chat and batch use."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tpctl.bench.workload import make_workload, one_request
+from tpctl.client.engine_client import EngineClient
+from tpctl.engine.config import EngineConfig
+from tpctl.errors import EngineError
+from tpctl.launch.messages import Request
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured quantity: every value in the order taken. Quote the median, show the spread."""
+
+    unit: str
+    values: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One benchmark: what was measured, on what, with what."""
+
+    benchmark: str
+    model: str
+    figures: dict[str, Figure]
+    engine: dict[str, Any]
+    machine: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        figures = {
+            name: {"unit": f.unit, "median": f.median, "min": f.spread[0], "max": f.spread[1], "values": f.values}
+            for name, f in self.figures.items()
+        }
+        return {**self.__dict__, "figures": figures}
+
+
+def throughput(
+    config: EngineConfig, workload: str, vocab_size: int, runs: int
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """Generated tokens a second, from handing in all requests to the last token, after one run to warm up."""
+    rates, times = [], []
+    with EngineClient(config) as client:
+        info = client.wait_ready()
+        for run in range(runs + 1):
+            work = make_workload(workload, vocab_size, shift=run * 13)
+            started = time.perf_counter()
+            produced = _drain(client, work.requests)
+            seconds = time.perf_counter() - started
+            if produced != work.output_tokens:
+                raise EngineError(f"the engine produced {produced} tokens instead of {work.output_tokens}")
+            if run:
+                rates.append(produced / seconds)
+                times.append(seconds)
+        stats = client.stats()
+    figures = {"throughput": Figure("tok/s", rates), "duration": Figure("s", times)}
+    return figures, {**info, "stats": stats}
+
+
+def latency(
+    config: EngineConfig, prompt_tokens: int, output_tokens: int, runs: int
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """One request at a time: time to first token, and time per token after it.
+
+    TPOT is (time of ``output_tokens`` + 1 tokens - time of one token) / ``output_tokens``.
+    """
+    first, per_token = [], []
+    with EngineClient(config) as client:
+        info = client.wait_ready()
+        for run in range(runs + 1):
+            one = _timed(client, one_request(prompt_tokens, 1, 2 * run))
+            many = _timed(client, one_request(prompt_tokens, output_tokens + 1, 2 * run + 1))
+            if run:
+                first.append(one * 1e3)
+                per_token.append((many - one) / output_tokens * 1e3)
+    return {"ttft": Figure("ms", first), "tpot": Figure("ms", per_token)}, info
+
+
+def startup(config: EngineConfig, prompt_tokens: int, runs: int) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """From starting the workers to the first token of a prompt; each run starts them anew."""
+    seconds = []
+    info: dict[str, Any] = {}
+    for run in range(runs):
+        started = time.perf_counter()
+        with EngineClient(config) as client:
+            info = client.wait_ready()
+            _drain(client, [one_request(prompt_tokens, 1, run)])
+            seconds.append(time.perf_counter() - started)
+    return {"startup": Figure("s", seconds)}, info
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on: processor, GPUs, versions, date."""
+    versions: dict[str, str | None] = {}
+    for package in ("tpctl", "torch", "triton", "transformers", "flash-attn"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": _cpu_name(),
+        "gpus": _gpu_names(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _drain(client: EngineClient, requests: list[Request]) -> int:
+    """Hand in ``requests`` and wait for all of them; the number of tokens."""
+    client.submit(requests)
+    left, produced = len(requests), 0
+    while left:
+        for output in client.outputs():
+            produced += len(output.token_ids)
+            if output.finish_reason == "error":
+                raise EngineError(f"request {output.id} failed: {output.message}")
+            left -= output.finish_reason is not None
+    return produced
+
+
+def _timed(client: EngineClient, request: Request) -> float:
+    started = time.perf_counter()
+    _drain(client, [request])
+    return time.perf_counter() - started
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return found.stdout.splitlines() if found.returncode == 0 else []

@@ -1,0 +1,124 @@
+"""``tpctl bench throughput|latency|startup``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tpctl.cli.console import print_json, status
+from tpctl.cli.engine import configure, prepare
+from tpctl.cli.options import MODEL_HELP, EngineOptions, grouped
+
+if TYPE_CHECKING:
+    from tpctl.bench.measure import Figure
+    from tpctl.engine.config import EngineConfig
+
+bench = typer.Typer(help="Measure speed on a real model, or on random weights of a known shape.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Shape = Annotated[
+    str | None, typer.Option(help="Random weights of this shape instead: smollm2-135m, qwen3-0.6b or llama-3.1-8b.")
+]
+Runs = Annotated[int, typer.Option(min=1, help="Timed runs; the median is what to quote.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+@grouped
+def throughput(
+    model: Model = "demo",
+    shape: Shape = None,
+    workload: Annotated[str, typer.Option(help="nano (256 prompts) or short (32 prompts).")] = "short",
+    runs: Runs = 3,
+    as_json: AsJson = False,
+    *,
+    engine: EngineOptions,
+) -> None:
+    """Generated tokens a second of a whole workload, handed in at once, after a warm-up run."""
+    from tpctl.bench import measure
+    from tpctl.models.config import ModelConfig
+
+    config, name = _config(model, shape, engine)
+    vocab = ModelConfig.load(config.shard_dir).vocab_size
+    with status(f"running {workload}"):
+        figures, info = measure.throughput(config, workload, vocab, runs)
+    _print("throughput", name, figures, info, {"workload": workload}, as_json)
+
+
+@grouped
+def latency(
+    model: Model = "demo",
+    shape: Shape = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens after the first.")] = 256,
+    runs: Runs = 3,
+    as_json: AsJson = False,
+    *,
+    engine: EngineOptions,
+) -> None:
+    """Time to first token and time per token of a single request, after a warm-up."""
+    from tpctl.bench import measure
+
+    config, name = _config(model, shape, engine)
+    with status("running one request at a time"):
+        figures, info = measure.latency(config, prompt_tokens, output_tokens, runs)
+    settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+    _print("latency", name, figures, info, settings, as_json)
+
+
+@grouped
+def startup(
+    model: Model = "demo",
+    shape: Shape = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
+    runs: Runs = 3,
+    as_json: AsJson = False,
+    *,
+    engine: EngineOptions,
+) -> None:
+    """From starting the workers, with the shards in the cache, to the first token."""
+    from tpctl.bench import measure
+
+    config, name = _config(model, shape, engine)
+    with status("starting and stopping"):
+        figures, info = measure.startup(config, prompt_tokens, runs)
+    _print("startup", name, figures, info, {"prompt_tokens": prompt_tokens}, as_json)
+
+
+bench.command("throughput")(throughput)
+bench.command("latency")(latency)
+bench.command("startup")(startup)
+
+
+def _config(model: str, shape: str | None, options: EngineOptions) -> tuple[EngineConfig, str]:
+    if shape is None:
+        return prepare(model, options), model
+    from tpctl.bench.synthetic import synthetic_source
+
+    with status(f"making random weights of {shape}"):
+        source = synthetic_source(shape)
+    return configure(source, options), shape
+
+
+def _print(
+    benchmark: str,
+    model: str,
+    figures: dict[str, Figure],
+    info: dict[str, Any],
+    settings: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from tpctl.bench.measure import Report, machine
+
+    report = Report(benchmark, model, figures, info, machine(), settings)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    gpus = report.machine["gpus"]
+    where = f"{len(gpus)} x {gpus[0]}" if info["device"] == "cuda" and gpus else report.machine["cpu"]
+    print(f"{model}  tp {info['tp_size']}  {info['dtype']}  {info['attention_backend']}  on {where}")
+    for name, figure in figures.items():
+        low, high = figure.spread
+        print(
+            f"  {name:<12} {figure.median:10.2f} {figure.unit:<6} ({low:.2f} to {high:.2f}, {len(figure.values)} runs)"
+        )
