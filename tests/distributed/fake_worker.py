@@ -97,9 +97,7 @@ def serve(config: EngineConfig, path: Path, what: str) -> None:
                     for step in range(request.sampling.max_tokens):
                         steps += 1
                         last = step + 1 == request.sampling.max_tokens
-                        channel.send(
-                            Outputs([Output(request.id, [start + step], "length" if last else None)])
-                        )
+                        channel.send(Outputs([Output(request.id, [start + step], "length" if last else None)]))
     except ChannelClosed:
         os._exit(1)
 

@@ -23,9 +23,7 @@ PYTHON_PATH = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
 PATIENCE = 60.0  # seconds that anything may take on a busy machine
 
 
-def start(
-    tp_size: int, pids: Path, fault: str = "", *, record: bool = False, timeout: float = 60
-) -> EngineClient:
+def start(tp_size: int, pids: Path, fault: str = "", *, record: bool = False, timeout: float = 60) -> EngineClient:
     env = {"PYTHONPATH": PYTHON_PATH, "FAKE_WORKER": fault, "FAKE_WORKER_PIDS": str(pids)}
     if record:
         env["FAKE_WORKER_RECORD"] = "1"
@@ -218,9 +216,7 @@ def test_close_while_starting(pids: Path) -> None:
     assert engine_folders(pids) == []
 
 
-def test_a_temporary_folder_with_a_long_path(
-    pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_temporary_folder_with_a_long_path(pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))

@@ -44,9 +44,7 @@ class FakeClient:
         dies_after: calls of ``outputs`` until the engine "fails".
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, *, max_model_len: int = 64, dies_after: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, max_model_len: int = 64, dies_after: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._open: dict[str, tuple[Request, list[int]]] = {}
         self._ended: list[Output] = []
@@ -100,9 +98,7 @@ class FakeClient:
 
     def _next(self, request: Request, rest: list[int]) -> Output:
         token = rest.pop(0)
-        answered = (
-            len(self._tokenizer.encode(f"<{self._tokenizer.decode(request.token_ids)}>")) - len(rest) + 1
-        )
+        answered = len(self._tokenizer.encode(f"<{self._tokenizer.decode(request.token_ids)}>")) - len(rest) + 1
         reason = "stop" if not rest else "length" if answered >= request.sampling.max_tokens else None
         logprobs = [[-0.5, [[token, -0.5]]]] if request.sampling.logprobs is not None else None
         return Output(request.id, [token], reason, None, logprobs, num_cached_tokens=1)

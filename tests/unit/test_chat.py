@@ -106,9 +106,7 @@ def test_the_first_interrupt_is_noted_and_the_second_raises() -> None:
 
 
 @pytest.fixture
-def fake_engine(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FakeClient]:
+def fake_engine(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
     """The commands with neither a model nor workers."""
     client = FakeClient(tokenizer)
     config = EngineConfig(tmp_path / "model", 1)
@@ -153,9 +151,7 @@ def test_a_base_model_is_told_apart(fake_engine: FakeClient, tmp_path: Path) -> 
     assert "no chat template" in str(result.exception)
 
 
-def test_talk(
-    fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = iter(["", "/help", "/what", "hi", "forbidden", "/reset", "yo", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)

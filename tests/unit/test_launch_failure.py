@@ -10,6 +10,7 @@ import pytest
 
 from tpctl.errors import EngineError, ShardFolderError
 from tpctl.launch.failure import RankFailure, explain, parse_error, read_error_file, read_report, root_cause
+from tpctl.launch.torchrun import _cores, _last_line
 
 KILLED = RankFailure(2, -signal.SIGKILL, None, 105.0)
 RAISED = RankFailure(1, 1, "ValueError: bad weights", 104.0)
@@ -75,3 +76,22 @@ def test_files(tmp_path: Path) -> None:
     for broken in ("{", '{"message": {}}', "[]"):
         error.write_text(broken)
         assert read_error_file(error) is None
+
+
+def test_cores_respect_a_containers_quota(tmp_path: Path) -> None:
+    available = _cores(tmp_path / "none")
+    assert available >= 1
+    for text, expected in [("max 100000", available), ("50000 100000", 1), ("100000 100000", 1)]:
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        assert _cores(tmp_path / "cpu.max") == expected
+    (tmp_path / "cpu.max").write_text("99900000 100000")
+    assert _cores(tmp_path / "cpu.max") == available
+
+
+def test_the_last_line_is_the_last_exception(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert _last_line(log) is None
+    log.write_text("Traceback\n  x\ntorch.OutOfMemoryError: no room\nand then a warning\n\n")
+    assert _last_line(log) == "torch.OutOfMemoryError: no room"
+    log.write_text("one\ntwo \n\n")
+    assert _last_line(log) == "two"

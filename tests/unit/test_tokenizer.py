@@ -46,9 +46,7 @@ MESSAGES = [
 ]
 
 
-def make(
-    folder: Path, config: dict[str, Any], *, template: str | None = None, adds_bos: bool = False
-) -> Path:
+def make(folder: Path, config: dict[str, Any], *, template: str | None = None, adds_bos: bool = False) -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({token: id for id, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,12 +94,8 @@ def test_chat_equals_transformers(tmp_path: Path, template: str, where: str) -> 
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize(
-    "extra", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}]
-)
-def test_tokens_around_a_prompt_equal_transformers(
-    tmp_path: Path, adds_bos: bool, extra: dict[str, bool]
-) -> None:
+@pytest.mark.parametrize("extra", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
+def test_tokens_around_a_prompt_equal_transformers(tmp_path: Path, adds_bos: bool, extra: dict[str, bool]) -> None:
     folder = make(tmp_path, NAMED | extra, adds_bos=adds_bos)
     ours = Tokenizer(folder)
     expected = theirs(folder).encode("hello wörld")

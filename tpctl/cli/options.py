@@ -59,9 +59,7 @@ class EngineOptions:
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")
     ] = 0.9
-    attention_backend: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, sdpa, triton or flash-attn.")
-    ] = "auto"
+    attention_backend: Annotated[str, typer.Option(metavar="NAME", help="auto, sdpa, triton or flash-attn.")] = "auto"
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False
 
 
@@ -73,9 +71,7 @@ class SamplingOptions:
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.")] = None
     top_p: Annotated[float | None, typer.Option(help="Likeliest tokens up to this probability.")] = None
     top_k: Annotated[int | None, typer.Option(help="This many likeliest tokens; 0: all.")] = None
-    min_p: Annotated[
-        float | None, typer.Option(help="Tokens at least this times as likely as the likeliest.")
-    ] = None
+    min_p: Annotated[float | None, typer.Option(help="Tokens at least this times as likely as the likeliest.")] = None
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: tokens that occur already become less likely.")
     ] = None

@@ -70,9 +70,7 @@ class Conversation:
         """Forget all messages but the system prompt."""
         self.messages = [{"role": "system", "content": self._system}] if self._system is not None else []
 
-    def ask(
-        self, text: str, show: Callable[[str], None], should_stop: Callable[[], object] = lambda: False
-    ) -> Answer:
+    def ask(self, text: str, show: Callable[[str], None], should_stop: Callable[[], object] = lambda: False) -> Answer:
         """Say ``text`` and wait for the answer, which becomes part of the conversation (also if cut short).
 
         Args:

@@ -134,9 +134,7 @@ class JobParser:
     def _check_new(self, id: JobId) -> None:
         key = hash((type(id), id))
         if key in self._seen:
-            raise _Refused(
-                f"id {id!r} was used before; ids must differ (without one, the line number is taken)"
-            )
+            raise _Refused(f"id {id!r} was used before; ids must differ (without one, the line number is taken)")
         self._seen.add(key)
 
 
@@ -160,9 +158,7 @@ def _load(raw: bytes) -> dict[str, Any]:
 
 def _messages(value: Any) -> list[dict[str, Any]]:
     good = isinstance(value, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in value
     )
     if not good or not value:

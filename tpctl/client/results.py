@@ -82,9 +82,7 @@ class Results:
     def has(self, line: Line) -> bool:
         """Whether an earlier run answered this very line."""
         index = line.index
-        return (
-            index < len(self._places) and self._places[index] > 0 and self._checksums[index] == line.checksum
-        )
+        return index < len(self._places) and self._places[index] > 0 and self._checksums[index] == line.checksum
 
     def add(self, line: Line, row: Mapping[str, Any]) -> None:
         """Keep a finished row.
@@ -92,10 +90,7 @@ class Results:
         Raises:
             OutputError: it cannot be written.
         """
-        data = (
-            json.dumps([line.index, line.checksum, row], ensure_ascii=False).encode("utf-8", "replace")
-            + b"\n"
-        )
+        data = json.dumps([line.index, line.checksum, row], ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with _writing(self.partial):
             place = self._file.seek(0, os.SEEK_END)
             self._file.write(data)
@@ -139,9 +134,7 @@ class Results:
         self._file.seek(0)
         first = self._file.readline()
         if first and not resume:
-            raise UsageError(
-                f"{self.partial} holds the rows of an interrupted run; go on with --resume, or delete it"
-            )
+            raise UsageError(f"{self.partial} holds the rows of an interrupted run; go on with --resume, or delete it")
         if not first.endswith(b"\n"):
             self._file.truncate(0)
             with _writing(self.partial):

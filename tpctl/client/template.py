@@ -105,9 +105,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         sort_keys: bool = False,
     ) -> str:
         # Jinja's own filter escapes HTML characters, which a model was never shown.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)

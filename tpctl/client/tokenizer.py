@@ -87,12 +87,7 @@ class Tokenizer:
         ids: list[int] = self.backend.encode(text).ids
         bos = self.special_tokens.get("bos_token")
         # Text that begins with a BOS of its own must not get a second one.
-        if (
-            bos
-            and text.startswith(bos)
-            and len(ids) > 1
-            and ids[0] == ids[1] == self.backend.token_to_id(bos)
-        ):
+        if bos and text.startswith(bos) and len(ids) > 1 and ids[0] == ids[1] == self.backend.token_to_id(bos):
             return ids[1:]
         return ids
 
@@ -126,9 +121,7 @@ class Tokenizer:
                 self.backend.add_tokens([AddedToken(entry["content"], **options)])
                 known.add(entry["content"])
         named = [token for token in self.special_tokens.values() if token not in known]
-        self.backend.add_special_tokens(
-            [AddedToken(token, special=True, normalized=False) for token in named]
-        )
+        self.backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

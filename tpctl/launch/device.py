@@ -37,9 +37,7 @@ def choose_device(wanted: str | None, tp_size: int) -> str:
             raise UsageError("--device cuda needs a GPU, but 0 are visible; use --device cpu")
         return "cpu"
     if tp_size > count:
-        raise UsageError(
-            f"--tp {tp_size} needs {tp_size} GPUs, but {count} visible; lower it or use --device cpu"
-        )
+        raise UsageError(f"--tp {tp_size} needs {tp_size} GPUs, but {count} visible; lower it or use --device cpu")
     return "cuda"
 
 

@@ -12,9 +12,7 @@ from tpctl import errors
 from tpctl.errors import EngineError, TpctlError
 
 _KINDS: dict[str, type[TpctlError]] = {
-    name: kind
-    for name, kind in vars(errors).items()
-    if isinstance(kind, type) and issubclass(kind, TpctlError)
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TpctlError)
 }
 # What a healthy rank says when another one is gone: a consequence, reported only when nothing better is
 # known.

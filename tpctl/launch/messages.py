@@ -96,8 +96,7 @@ def to_wire(message: Message) -> list[Any]:
         body: Any = [[r.id, r.token_ids, r.sampling.to_dict()] for r in message.requests]
     elif isinstance(message, Outputs):
         body = [
-            [o.id, o.token_ids, o.finish_reason, o.message, o.logprobs, o.num_cached_tokens]
-            for o in message.outputs
+            [o.id, o.token_ids, o.finish_reason, o.message, o.logprobs, o.num_cached_tokens] for o in message.outputs
         ]
     else:
         body = asdict(message)
@@ -118,9 +117,7 @@ def from_wire(wire: list[Any]) -> Message:
 
 
 def _read_add(body: Any) -> Add:
-    return Add(
-        [Request(id, token_ids, SamplingParams.from_dict(sampling)) for id, token_ids, sampling in body]
-    )
+    return Add([Request(id, token_ids, SamplingParams.from_dict(sampling)) for id, token_ids, sampling in body])
 
 
 _READERS: dict[str, Callable[[Any], Message]] = {

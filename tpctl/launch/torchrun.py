@@ -43,9 +43,7 @@ class Workers:
     The folder of their logs outlives ``close`` only if an error named it.
     """
 
-    def __init__(
-        self, config: EngineConfig, module: str = WORKER, env: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, module: str = WORKER, env: Mapping[str, str] | None = None) -> None:
         """Start the workers; returns at once.
 
         Args:
@@ -198,9 +196,7 @@ class Workers:
             return f"the launcher was ended by {signal_name(-code)}, and the workers with it"
         tail = _last_line(self._logs / "launcher.log")
         said = f": {tail}" if tail and code else ""
-        return (
-            f"the workers ended (exit code {code}) without saying why{said}; their output is in {self._logs}"
-        )
+        return f"the workers ended (exit code {code}) without saying why{said}; their output is in {self._logs}"
 
     def _rank_log(self, rank: int) -> Path:
         if self._tp_size == 1:
@@ -227,11 +223,14 @@ def _private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="tpctl-", dir="/tmp"))
 
 
-def _cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """CPU cores this process may use: its affinity, and in a container its quota (cgroup v2's ``cpu.max``)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cpu_max.read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return count
 
 
 def _last_line(log: Path, window: int = 8192) -> str | None:
