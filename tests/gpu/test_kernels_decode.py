@@ -76,15 +76,14 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
     elif batch == "few":
         lens = [0, 1, 70, 0, 257, 64, 0]
     else:
-        lens = torch.randint(0, 2000, (67,), generator=generator).tolist() + [0, 0, 3]
+        lens = torch.randint(0, 2000, (67,), generator=generator).tolist()
+        lens += [0, 0, 3]
     k_cache, v_cache, tables = make_cache(lens, kv_heads, head_dim, block_size, dtype)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     q = torch.randn(len(lens), heads, head_dim).to(DEVICE, dtype)
     scratch = DecodeScratch.allocate(len(lens), heads, head_dim, DEVICE)
     plan = DecodePlan(len(lens), heads, kv_heads, head_dim, block_size, scratch, window=window)
-    want = paged_decode_reference(
-        q.double(), k_cache.double(), v_cache.double(), tables, seq_lens, window=window
-    )
+    want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens, window=window)
     plan.update(seq_lens)
     for _ in range(2):  # the second call finds the counters as the first left them
         out = torch.full_like(q, float("nan"))
@@ -94,7 +93,15 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
     assert (scratch.counters == 0).all()
 
 
-@pytest.mark.parametrize("config", [DecodeConfig(64, 7, 4, 3), DecodeConfig(16, 5, 4, 2), DecodeConfig(32, 1, 4, 2), DecodeConfig(16, 9, 4, 2, min_tiles=4)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecodeConfig(64, 7, 4, 3),
+        DecodeConfig(16, 5, 4, 2),
+        DecodeConfig(32, 1, 4, 2),
+        DecodeConfig(16, 9, 4, 2, min_tiles=4),
+    ],
+)
 def test_every_division_of_the_work_gives_the_same_result(config):
     lens = [130, 40, 0, 333, 1]
     k_cache, v_cache, tables = make_cache(lens, 4, 64, 64, torch.float32)

@@ -10,9 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 from tpctl.kernels.activation import act_and_mul, act_and_mul_reference
+from tpctl.kernels.noise import sample_reference
 from tpctl.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
-from tpctl.kernels.sampling import sample, sample_reference
+from tpctl.kernels.sampling import sample
 
 pytestmark = pytest.mark.gpu
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,7 +59,8 @@ def test_activation(activation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
-    "heads,kv_heads,head_dim,rotary", [(16, 8, 128, 128), (9, 3, 64, 64), (3, 1, 96, 48), (4, 2, 80, 32), (2, 2, 96, 96)]
+    "heads,kv_heads,head_dim,rotary",
+    [(16, 8, 128, 128), (9, 3, 64, 64), (3, 1, 96, 48), (4, 2, 80, 32), (2, 2, 96, 96)],
 )
 @pytest.mark.parametrize("tokens", [3, 70])
 def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, norm, dtype):

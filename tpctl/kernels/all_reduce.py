@@ -1,18 +1,22 @@
-"""All-reduce of small messages over symmetric memory, alone or fused with the residual addition and RMSNorm after it.
+"""All-reduce of small messages over symmetric memory, alone or fused with the residual addition and RMSNorm
+after it.
 
-Every rank pushes its row into each peer's buffer and sums what arrives, in rank order, so all ranks get the same bits.
-One program handles one row. There is no barrier; two protocols say when data is complete:
+Every rank pushes its row into each peer's buffer and sums what arrives, in rank order, so all ranks get the
+same bits. One program handles one row. There is no barrier; two protocols say when data is complete:
 
-- words: each 8-byte word carries 4 bytes of data and the call's number, so a reader just waits for the number. One
+- words: each 8-byte word carries 4 bytes of data and the call's number, so a reader just waits for the
+number. One
   one-way trip, twice the bytes: for few rows.
 - flags: plain data, then a fence and one flag a row: for many rows.
 
-A row's program keeps its own call counter on the device (graph replays advance it too), and buffers alternate. A peer can
-only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after e was read.
-So ranks must make the same calls in the same order on one stream each.
+A row's program keeps its own call counter on the device (graph replays advance it too), and buffers
+alternate. A peer can only be one call ahead: to start call e + 2 it must have received this rank's row of
+call e + 1, sent after e was read. So ranks must make the same calls in the same order on one stream each.
 
-    buffer: [parity 2][source rank W][row slots][row words] of 8 bytes for words, the same of 4 bytes for flags
-    (apart, so that no data is ever taken for a call's number), then the flags [source rank W][row slots]
+    buffer: for words [parity 2][source rank W][word slots][row words] of 8 bytes; apart from it, so that no
+    data is ever
+            taken for a call's number, for flags [parity 2][source rank W][rows][row words] of 4 bytes and
+            [W][rows] flags
 """
 
 from __future__ import annotations
@@ -25,8 +29,11 @@ import triton.language as tl
 from tpctl.kernels.launch import launch_options, next_power_of_2
 from tpctl.kernels.norm import add_rms_norm_reference
 
-# About half a minute of polling; then the error flag is set and the kernel ends with wrong data instead of hanging.
+# About half a minute of polling; then the error flag is set and the kernel ends with wrong data instead of
+# hanging.
 _MAX_POLLS = 1 << 25
+# Bytes of a message above which the flags protocol is faster (docs/kernel-notes.md).
+_WORDS_LIMIT = 512 * 1024
 
 
 @triton.jit
@@ -77,7 +84,7 @@ def _await_words(pointer, mask, epoch, error_ptr, MAX_POLLS: tl.constexpr):
     return word.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["word_slots", "max_rows"])
 def _all_reduce_kernel(
     x_ptr,  # rows of 32-bit words, like all that follow
     residual_ptr,
@@ -92,7 +99,8 @@ def _all_reduce_kernel(
     residual_stride,
     out_stride,
     row_words,  # words of a row slot
-    slots,
+    word_slots,
+    max_rows,
     eps,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
@@ -114,17 +122,20 @@ def _all_reduce_kernel(
         tl.extra.cuda.gdc_wait()
     epoch = tl.load(epochs_ptr + row) + 1
     mine = tl.load(x_ptr + row.to(tl.int64) * x_stride + col, mask=mask, other=0)
-    plane = slots.to(tl.int64) * row_words  # one source's rows
-    parity = (epoch & 1).to(tl.int64) * WORLD * plane
-    row_start = parity + row.to(tl.int64) * row_words
-    flags_start = 3 * WORLD * plane
+    data_start = 2 * WORLD * row_words * word_slots.to(tl.int64)  # in 8-byte words, like flags_start
+    flags_start = data_start + WORLD * row_words * max_rows.to(tl.int64)
+    if FLAGS:
+        plane = row_words * max_rows.to(tl.int64)  # one source's rows
+    else:
+        plane = row_words * word_slots.to(tl.int64)
+    row_start = (epoch & 1).to(tl.int64) * WORLD * plane + row.to(tl.int64) * row_words
 
     for peer in tl.static_range(WORLD):
         if peer != RANK:
             base = tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int64))
             target = row_start + RANK * plane
             if FLAGS:
-                tl.store((base + 2 * WORLD * plane).to(tl.pointer_type(tl.int32)) + target + col, mine, mask=mask)
+                tl.store((base + data_start).to(tl.pointer_type(tl.int32)) + target + col, mine, mask=mask)
             else:
                 word = (mine.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
                 tl.store(base + target + col, word, mask=mask)
@@ -133,7 +144,7 @@ def _all_reduce_kernel(
         for peer in tl.static_range(WORLD):
             if peer != RANK:
                 base = tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int64))
-                flag = (base + flags_start).to(tl.pointer_type(tl.int32)) + RANK * slots + row
+                flag = (base + flags_start).to(tl.pointer_type(tl.int32)) + RANK * max_rows + row
                 tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
 
     if FUSED:
@@ -147,7 +158,7 @@ def _all_reduce_kernel(
         else:
             source = row_start + peer * plane
             if FLAGS:
-                flag = (own + flags_start).to(tl.pointer_type(tl.int32)) + peer * slots + row
+                flag = (own + flags_start).to(tl.pointer_type(tl.int32)) + peer * max_rows + row
                 polls = 0
                 seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
                 # A peer may be one call ahead already.
@@ -157,7 +168,7 @@ def _all_reduce_kernel(
                 if seen - epoch < 0:
                     tl.store(error_ptr, 1)
                 tl.debug_barrier()
-                data = (own + 2 * WORLD * plane).to(tl.pointer_type(tl.int32)) + source
+                data = (own + data_start).to(tl.pointer_type(tl.int32)) + source
                 word = tl.load(data + col, mask=mask, other=0, volatile=True)
             else:
                 word = _await_words(own + source + col, mask, epoch, error_ptr, MAX_POLLS)
@@ -184,7 +195,7 @@ def _all_reduce_kernel(
     tl.store(epochs_ptr + row, epoch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "word_slots", "max_rows"])
 def _winner_kernel(
     scores_ptr,
     ids_ptr,
@@ -194,25 +205,27 @@ def _winner_kernel(
     error_ptr,
     rows,
     row_words,
-    slots,
+    word_slots,
+    max_rows,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     MAX_POLLS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The words protocol with one (score, id) a row; it uses the last row slots, BLOCK rows of two words in each."""
-    slot = slots - 1 - tl.program_id(0)
+    """The words protocol with one (score, id) a row; it uses the last word slots, BLOCK rows of two words in each."""
+    slot = word_slots - 1 - tl.program_id(0)
+    counter = epochs_ptr + max_rows + tl.program_id(0)
     index = tl.arange(0, BLOCK)
     row = tl.program_id(0) * BLOCK + index
     mask = row < rows
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    epoch = tl.load(epochs_ptr + slot) + 1
+    epoch = tl.load(counter) + 1
     score = tl.load(scores_ptr + row, mask=mask, other=float("-inf"))
     token = tl.load(ids_ptr + row, mask=mask, other=0).to(tl.int32)
-    plane = slots.to(tl.int64) * row_words
+    plane = row_words * word_slots.to(tl.int64)
     start = (epoch & 1).to(tl.int64) * WORLD * plane + slot.to(tl.int64) * row_words
     stamp = epoch.to(tl.int64) << 32
     for peer in tl.static_range(WORLD):
@@ -234,14 +247,15 @@ def _winner_kernel(
             best = tl.where(better, other, best)
             winner = tl.where(better, other_token, winner)
     tl.store(out_ptr + row, winner.to(tl.int64), mask=mask)
-    tl.store(epochs_ptr + slot, epoch)
+    tl.store(counter, epoch)
 
 
 class PeerBuffer:
     """One rank's end of the symmetric buffer, and the collectives over it.
 
-    max_rows: most rows of a call. hidden: most columns. dtype: bfloat16 or float32. The group's ranks must be GPUs of
-    one host with peer access; creation is collective. The calls below need the same order on every rank.
+    max_rows: most rows of a call. hidden: most columns. dtype: bfloat16 or float32. The group's ranks must be
+    GPUs of one host with peer access; creation is collective. The calls below need the same order on every
+    rank.
     """
 
     _WINNER_ROWS = 256  # rows one program of `winner` handles, two words each
@@ -258,13 +272,15 @@ class PeerBuffer:
         self.wide = dtype is torch.float32
         self.max_rows = max_rows
         self.row_words = max(hidden if self.wide else (hidden + 1) // 2, 2 * self._WINNER_ROWS)
-        self.slots = max_rows + triton.cdiv(max_rows, self._WINNER_ROWS)
-        size = 3 * self.world * self.slots * self.row_words + triton.cdiv(self.world * self.slots, 2)
+        winners = triton.cdiv(max_rows, self._WINNER_ROWS)
+        self.word_rows = min(max_rows, max(1, _WORDS_LIMIT // (4 * self.row_words)))
+        self.word_slots = self.word_rows + winners
+        size = self.world * self.row_words * (2 * self.word_slots + max_rows) + triton.cdiv(self.world * max_rows, 2)
         self._buffer = symmetric_memory.empty(size, dtype=torch.int64, device=device)
         self._buffer.zero_()
         self._handle = symmetric_memory.rendezvous(self._buffer, group)
         self._peers = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
-        self._epochs = torch.zeros(self.slots, dtype=torch.int32, device=device)
+        self._epochs = torch.zeros(max_rows + winners, dtype=torch.int32, device=device)
         self._error = torch.zeros(1, dtype=torch.int32, device=device)
         # Nobody may write to a peer that is still clearing.
         torch.cuda.synchronize(device)
@@ -303,7 +319,8 @@ class PeerBuffer:
         flags: bool | None = None,
         pdl: bool = False,
     ) -> torch.Tensor:
-        """residual_TH += sum of every rank's x_TH, in place, then RMSNorm of it with weight_H; as `norm.add_rms_norm`.
+        """residual_TH += sum of every rank's x_TH, in place, then RMSNorm of it with weight_H; as
+        `norm.add_rms_norm`.
 
         residual_TH must be the same on every rank. flags chooses the protocol (default: by message size).
         """
@@ -327,7 +344,8 @@ class PeerBuffer:
             self._error,
             rows,
             self.row_words,
-            self.slots,
+            self.word_slots,
+            self.max_rows,
             RANK=self.rank,
             WORLD=self.world,
             MAX_POLLS=_MAX_POLLS,
@@ -358,7 +376,9 @@ class PeerBuffer:
         out_TH = torch.empty_like(x_TH) if out is None else out
         words = hidden if self.wide else hidden // 2
         if flags is None:
-            flags = rows * words * 4 > _WORDS_LIMIT
+            flags = rows > self.word_rows or rows * words * 4 > _WORDS_LIMIT
+        elif not flags and rows > self.word_rows:
+            raise ValueError(f"the words protocol takes {self.word_rows} rows here, got {rows}")
         fused = residual_TH is not None and weight_H is not None
         x_words = x_TH.view(torch.int32)
         residual = residual_TH.view(torch.int32) if residual_TH is not None else x_words
@@ -378,7 +398,8 @@ class PeerBuffer:
             residual.stride(0),
             out_words.stride(0),
             self.row_words,
-            self.slots,
+            self.word_slots,
+            self.max_rows,
             eps,
             RANK=self.rank,
             WORLD=self.world,
@@ -393,10 +414,6 @@ class PeerBuffer:
             **launch_options(pdl),
         )
         return out_TH
-
-
-# Bytes of a message above which the flags protocol is faster (docs/kernel-notes.md).
-_WORDS_LIMIT = 128 * 1024
 
 
 def all_reduce_add_rms_norm_reference(

@@ -1,11 +1,12 @@
 """Linear layers for a handful of rows, with what stands before and after them fused in.
 
-At such batches a linear layer only streams its weights, so cuBLAS's tiles gain nothing and every extra launch costs. One
-row runs on the CUDA cores (`_gemv_kernel`), a few on the tensor cores with the weights as the wide operand
-(`_skinny_kernel`). `pick` says which, with tuned parameters, or that cuBLAS is faster.
+At such batches a linear layer only streams its weights, so cuBLAS's tiles gain nothing and every extra launch
+costs. One row runs on the CUDA cores (`_gemv_kernel`), a few on the tensor cores with the weights as the wide
+operand (`_skinny_kernel`). `pick` says which, with tuned parameters, or that cuBLAS is faster.
 
-A fused RMSNorm is applied to the sums: its scale is one number a row, so x * norm_weight goes into the products and the
-squares of x are summed on the way. That rounds less than norm-then-multiply does, so results differ from it by rounding.
+A fused RMSNorm is applied to the sums: its scale is one number a row, so x * norm_weight goes into the
+products and the squares of x are summed on the way. That rounds less than norm-then-multiply does, so results
+differ from it by rounding.
 """
 
 from __future__ import annotations
@@ -304,7 +305,8 @@ def _skinny_kernel(
                       HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, BLOCK_M)  # fmt: skip
 
 
-# Measured at one row: (out_features, in_features) -> block_n, block_k, split_k, num_warps. Gated ones by their half.
+# Measured at one row: (out_features, in_features) -> block_n, block_k, split_k, num_warps. Gated ones by
+# their half.
 _ONE_ROW: dict[tuple[int, int], tuple[int, int, int, int]] = {
     (4096, 1024): (8, 512, 1, 2),
     (1024, 2048): (8, 2048, 1, 8),
@@ -346,16 +348,14 @@ def pick(rows: int, out_features: int, in_features: int, *, gated: bool = False)
             return GemvConfig(4, min(width, 512), 1, 1)
         return GemvConfig(4, 2048, 1, 4)
     if rows <= _MAX_SKINNY_ROWS:
+        # Bytes in flight decide: 64 x 256 weights three deep; short outputs are split to busy most of the
+        # chip.
         block_k = 256
         while block_k > 32 and in_features % block_k:
             block_k //= 2
         blocks = -(-out_features // 64)
-        if gated:
-            block_k = min(block_k, 128)
-            if blocks < 132:
-                return GemvConfig(32, block_k, 1, 4, 4, True)
         split = 1
-        while blocks * split <= 64 and split < 8 and in_features >= 1024 * split and blocks * split * 2 <= 132:
+        while not gated and split < 8 and blocks * split * 2 <= 132 and in_features >= 1024 * split:
             split *= 2
         return GemvConfig(64, block_k, split, 4, 3, True)
     return None
@@ -393,10 +393,11 @@ def small_linear(
 ) -> torch.Tensor:
     """residual + act_and_mul(norm(x) @ weight.T + bias), each part optional, in one launch.
 
-    x_TH: [T, H], T <= 64, columns contiguous. weight_OH: [O, H] contiguous, x's dtype. bias_O: [O]. norm: (weight [H],
-    eps) of an RMSNorm over x (`unit_offset`: Gemma's 1 + weight). activation: weight_OH is the merged [gate; up] and the
-    result act(gate) * up has O / 2 columns. residual_TO: added last; it may be `out`. Returns `out`, or a new [T, O] (or
-    [T, O / 2]) in x's dtype. Raises ValueError where `pick` advises against and no config is given.
+    x_TH: [T, H], T <= 64, columns contiguous. weight_OH: [O, H] contiguous, x's dtype. bias_O: [O]. norm:
+    (weight [H], eps) of an RMSNorm over x (`unit_offset`: Gemma's 1 + weight). activation: weight_OH is the
+    merged [gate; up] and the result act(gate) * up has O / 2 columns. residual_TO: added last; it may be
+    `out`. Returns `out`, or a new [T, O] (or [T, O / 2]) in x's dtype. Raises ValueError where `pick` advises
+    against and no config is given.
     """
     rows, in_features = x_TH.shape
     out_features = weight_OH.shape[0] // 2 if activation else weight_OH.shape[0]

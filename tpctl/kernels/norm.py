@@ -94,11 +94,11 @@ def rms_norm(
 ) -> torch.Tensor:
     """RMSNorm over the last dimension, as transformers computes it.
 
-    Sums of squares are taken in float32; the normed value is rounded to x's dtype, then multiplied by the weight. With
-    `unit_offset` (Gemma) the factor is 1 + weight, applied in float32 before the one rounding.
+    Sums of squares are taken in float32; the normed value is rounded to x's dtype, then multiplied by the
+    weight. With `unit_offset` (Gemma) the factor is 1 + weight, applied in float32 before the one rounding.
 
-    x_TH: [T, H] float32, bfloat16 or float16, rows any stride, columns contiguous. weight_H: [H]. Returns [T, H] (`out`
-    when given; it may be x_TH itself).
+    x_TH: [T, H] float32, bfloat16 or float16, rows any stride, columns contiguous. weight_H: [H]. Returns [T,
+    H] (`out` when given; it may be x_TH itself).
     """
     return _launch(x_TH, None, weight_H, eps, unit_offset, out, pdl)
 

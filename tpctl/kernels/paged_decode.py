@@ -1,14 +1,16 @@
-"""Decode attention over a paged KV cache: one new token per sequence, grouped-query heads, split over the context.
+"""Decode attention over a paged KV cache: one new token per sequence, grouped-query heads, split over the
+context.
 
-The work is laid out on the device. A sequence's context is cut into tiles; the tiles of all sequences form one line,
-and every program takes an equal run of it, so programs read equally much whatever the lengths:
+The work is laid out on the device. A sequence's context is cut into tiles; the tiles of all sequences form
+one line, and every program takes an equal run of it, so programs read equally much whatever the lengths:
 
     tiles      | s0 s0 s0 s0 s0 s0 s0 | s1 | s2 s2 s2 s2 s2 s2 |
     programs   | p0    p0    p0  | p1    p1   p1  | p2 ...     |
 
-A run that covers a whole sequence writes its output. Otherwise it leaves a partial result in one of its program's two
-slots (0: the run's first sequence, 1: its last), and the program that finishes a sequence last combines its partials, in
-order, so results do not depend on timing. The line (`DecodePlan.update`) is computed once a step and serves all layers.
+A run that covers a whole sequence writes its output. Otherwise it leaves a partial result in one of its
+program's two slots (0: the run's first sequence, 1: its last), and the program that finishes a sequence last
+combines its partials, in order, so results do not depend on timing. The line (`DecodePlan.update`) is
+computed once a step and serves all layers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import triton.language as tl
 from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiprocessors
 
 _LOG2E = 1.4426950408889634
-_MAX_PDL_SEQS = 2
+_MAX_PDL_SEQS = 16
 
 
 class DecodeConfig(NamedTuple):
@@ -188,8 +190,8 @@ def _decode_kernel(
             if done == num_parts - 1:
                 tl.store(counter, 0)
                 first_slot = (seq_start != first_part * share).to(tl.int32)
-                _combine(partial_ptr, stats_ptr, out_row, kv_head, first_part, num_parts, first_slot, NUM_KV_HEADS, GROUP,
-                         HEAD_DIM, BLOCK_DIM, BLOCK_GROUP, BLOCK_PARTS)  # fmt: skip
+                _combine(partial_ptr, stats_ptr, out_row, kv_head, first_part, num_parts, first_slot, NUM_KV_HEADS,
+                         GROUP, HEAD_DIM, BLOCK_DIM, BLOCK_GROUP, BLOCK_PARTS)  # fmt: skip
         tile = last
         seq += 1
         more = seq < num_seqs
@@ -278,15 +280,11 @@ def _combine(
     tl.store(out_ptrs, result.to(out_row.dtype.element_ty), mask=mask)
 
 
-def decode_config(num_seqs: int, num_kv_heads: int, head_dim: int, num_sms: int) -> DecodeConfig:
+def decode_config(num_seqs: int, num_kv_heads: int, num_sms: int) -> DecodeConfig:
     """The tuned configuration for a batch shape (docs/kernel-notes.md has the sweep)."""
-    if num_seqs <= 2:
-        per_sm, warps, stages = 1, 8, 5
-    else:
-        per_sm, warps, stages = (2 if num_seqs <= 32 else 3), 4, 3
-    return DecodeConfig(
-        tile=64, num_programs=max(1, num_sms * per_sm // num_kv_heads), num_warps=warps, num_stages=stages
-    )
+    # Small programs leave room for the next kernel's to start early; one or two sequences want few of them.
+    per_sm = 1 if num_seqs <= 2 else 3
+    return DecodeConfig(tile=64, num_programs=max(1, num_sms * per_sm // num_kv_heads), num_warps=4, num_stages=3)
 
 
 @dataclass(frozen=True)
@@ -311,8 +309,8 @@ class DecodeScratch:
 class DecodePlan:
     """How the work of one batch is divided. Build one per (captured) batch size; `update` it once a step.
 
-    num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that differ in
-    window need a plan each. config: overrides the tuned choice.
+    num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that
+    differ in window need a plan each. config: overrides the tuned choice.
     """
 
     def __init__(
@@ -330,7 +328,7 @@ class DecodePlan:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
         device = scratch.partial.device
-        self.config = config or decode_config(num_seqs, num_kv_heads, head_dim, num_multiprocessors(device))
+        self.config = config or decode_config(num_seqs, num_kv_heads, num_multiprocessors(device))
         if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
             raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
         self.num_seqs = num_seqs
@@ -379,14 +377,15 @@ def paged_decode(
 ) -> torch.Tensor:
     """Attention of one query token per sequence over its cached context, the token itself included.
 
-    q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a power of two.
-    block_tables: int32 [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 gives zeros.
-    plan: updated with these seq_lens; with pdl, at least two kernels before this one. scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
+    q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a
+    power of two. block_tables: int32 [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the
+    cache; 0 gives zeros. plan: updated with these seq_lens; with pdl, at least two kernels before this one.
+    scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
     """
-    num_seqs, num_heads, head_dim = q_SND.shape
+    num_seqs, _, head_dim = q_SND.shape
     config = plan.config
-    # Programs placed while a predecessor still fills some multiprocessors would pile up on the others, and a big
-    # batch's equal shares need them spread evenly.
+    # Programs placed while a predecessor still fills some multiprocessors would pile up on the others, and a
+    # big batch's equal shares need them spread evenly.
     pdl = pdl and num_seqs <= _MAX_PDL_SEQS
     out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
     _decode_kernel[(config.num_programs * plan.num_kv_heads,)](
@@ -447,9 +446,10 @@ def paged_decode_reference(
         start = max(length - window, 0) if window else 0
         blocks = block_tables[s, : -(-length // block_size)].long()
         k, v = (
-            cache[blocks].reshape(-1, num_kv_heads, head_dim)[start:length].to(wide).repeat_interleave(
-                num_heads // num_kv_heads, dim=1
-            )
+            cache[blocks]
+            .reshape(-1, num_kv_heads, head_dim)[start:length]
+            .to(wide)
+            .repeat_interleave(num_heads // num_kv_heads, dim=1)
             for cache in (k_cache, v_cache)
         )
         scores = torch.einsum("nd,tnd->nt", q_SND[s].to(wide), k) * (head_dim**-0.5 if scale is None else scale)

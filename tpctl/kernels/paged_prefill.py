@@ -112,10 +112,10 @@ def _prefill_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    # Sequence s owns the slots from query_start[s] // BLOCK_M + s on: enough for its tiles, known without a host
-    # count, and increasing in s. Find the last s that starts at or before this slot.
-    low = 0
-    high = num_seqs
+    # Sequence s owns the slots from query_start[s] // BLOCK_M + s on: enough for its tiles, known without a
+    # host count, and increasing in s. Find the last s that starts at or before this slot.
+    low = slot * 0
+    high = low + num_seqs
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(query_start_ptr + middle) // BLOCK_M + middle <= slot:
@@ -154,12 +154,12 @@ def _prefill_kernel(
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     if WINDOW == 0:
-        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position, start,
-                                   full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW,
-                                   False, STAGES)  # fmt: skip
-    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position, full_end,
-                               end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, True,
-                               STAGES)  # fmt: skip
+        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position,
+                                   start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE,
+                                   WINDOW, False, STAGES)  # fmt: skip
+    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position,
+                               full_end, end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE,
+                               WINDOW, True, STAGES)  # fmt: skip
     result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
     out_offsets = q_row[:, None] * out_stride + head * HEAD_DIM + d[None, :]
     tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -180,10 +180,11 @@ def paged_prefill(
 ) -> torch.Tensor:
     """Causal attention of each sequence's new tokens over its cached prefix and themselves.
 
-    q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1]. k_cache,
-    v_cache: [num_blocks, B, K, D] contiguous, q's dtype, the new tokens already written. block_tables: int32 [S,
-    max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix included; the last new token stands at
-    seq_len - 1. window: tokens a query sees, itself included (None: all). scale: default D ** -0.5. Returns [T, N, D].
+    q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1].
+    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, the new tokens already written.
+    block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
+    included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
+    all). scale: default D ** -0.5. Returns [T, N, D].
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -251,9 +252,10 @@ def paged_prefill_reference(
         q_len = starts[s + 1] - starts[s]
         blocks = block_tables[s, : -(-length // block_size)].long()
         k, v = (
-            cache[blocks].reshape(-1, num_kv_heads, head_dim)[:length].to(wide).repeat_interleave(
-                num_heads // num_kv_heads, dim=1
-            )
+            cache[blocks]
+            .reshape(-1, num_kv_heads, head_dim)[:length]
+            .to(wide)
+            .repeat_interleave(num_heads // num_kv_heads, dim=1)
             for cache in (k_cache, v_cache)
         )
         scores = torch.einsum("qnd,tnd->nqt", q_TND[rows].to(wide), k)

@@ -45,7 +45,8 @@ def _rope_cache_kernel(
     rotated = is_q | is_k
     exists = rotated | is_v
     if PDL:
-        # Only once the predecessor is complete: the decode kernel that follows reads the step's plan before it waits.
+        # Only once the predecessor is complete: the decode kernel that follows reads the step's plan before
+        # it waits.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(positions_ptr + token)
@@ -131,11 +132,12 @@ def rope_cache(
 ) -> torch.Tensor:
     """Optional QK-norm, rotary embedding, and the write of keys and values into the paged cache.
 
-    qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous. k_cache, v_cache: [num_blocks, B, K, D], contiguous,
-    in qkv's dtype. cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D. positions_T: int64 [T].
-    slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. q_norm_D, k_norm_D: RMSNorm weights [D] of
-    the query and key heads, both or neither (`unit_offset`: Gemma's 1 + weight). Rotation is transformers'
-    `rotate_half`, computed in float32 and rounded once. Returns the rotated queries [T, N, D] in qkv's dtype.
+    qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous. k_cache, v_cache: [num_blocks, B, K, D],
+    contiguous, in qkv's dtype. cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D.
+    positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. q_norm_D,
+    k_norm_D: RMSNorm weights [D] of the query and key heads, both or neither (`unit_offset`: Gemma's 1 +
+    weight). Rotation is transformers' `rotate_half`, computed in float32 and rounded once. Returns the
+    rotated queries [T, N, D] in qkv's dtype.
     """
     num_tokens = qkv_TF.shape[0]
     num_kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
