@@ -248,26 +248,16 @@ def bench_small() -> None:
             logits = torch.randn(min(rows, 256), shape.vocab, device=DEVICE, dtype=BF16)
             temperatures = torch.full((rows,), 0.6, device=DEVICE)
             keys = torch.randint(0, 2**32, (rows, 2), device=DEVICE)
-            calls: dict[str, Callable[[bool], object]] = {
-                "rms_norm": lambda pdl: rms_norm(x, weight, 1e-6, out=normed, pdl=pdl),  # noqa: B023
-                "add_rms_norm": lambda pdl: add_rms_norm(x, residual, weight, 1e-6, out=normed, pdl=pdl),  # noqa: B023
-                "silu_and_mul": lambda pdl: silu_and_mul(gate_up, pdl=pdl),  # noqa: B023
-                "rope_cache": lambda pdl: rope_cache(
-                    qkv,
-                    cache,
-                    cache,
-                    tables,
-                    positions,
-                    slots,
-                    shape.heads,
-                    pdl=pdl,
-                    **norms,  # noqa: B023
-                ),
+            calls = {
+                "rms_norm": partial(rms_norm, x, weight, 1e-6, out=normed),
+                "add_rms_norm": partial(add_rms_norm, x, residual, weight, 1e-6, out=normed),
+                "silu_and_mul": partial(silu_and_mul, gate_up),
+                "rope_cache": partial(rope_cache, qkv, cache, cache, tables, positions, slots, shape.heads, **norms),
             }
             if rows <= 256:
-                calls["sample"] = lambda pdl: sample(logits, temperatures, keys, pdl=pdl)  # noqa: B023
+                calls["sample"] = partial(sample, logits, temperatures, keys)
             for name, call in calls.items():
-                times = [graph_us([lambda p=p, c=call: c(p)] * 20) for p in (False, True)]
+                times = [graph_us([partial(call, pdl=pdl)] * 20) for pdl in (False, True)]
                 row(f"{shape.name} {name}", rows, *(f"{us:.1f}" for us in times))
 
 
