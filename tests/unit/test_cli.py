@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,9 +22,18 @@ from tpctl.errors import EngineError, UsageError
 LISTING = Path(__file__).parent / "cli.txt"
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command under ``group`` by its whole name, "bench latency" for one of a group's."""
+    for name, command in sorted(group.commands.items()):
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def listing() -> str:
     lines = []
-    for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
+    for name, command in commands(typer.main.get_command(app)):
         lines.append(name)
         for parameter in command.params:
             names = ", ".join(parameter.opts + parameter.secondary_opts)

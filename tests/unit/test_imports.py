@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
+from tests.unit.test_cli import commands
 from tpctl.cli.app import app
 
 ROOT = Path(__file__).parent.parent.parent / "tpctl"
@@ -32,6 +34,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "launch": ("engine.config", "engine.sampling_params"),
     "engine": ("partition", "distributed", "kernels", "layers", "models", "launch"),
     "client": ("engine.config", "engine.sampling_params", "launch"),
+    "bench": (
+        *("partition", "checkpoint", "models.config", "models.weights"),
+        *("engine.config", "engine.sampling_params", "launch", "client"),
+    ),
     "cli": ("",),
     "__main__": ("cli",),
     "": (),
@@ -94,7 +100,7 @@ assert not heavy, heavy
 """
 
 
-COMMANDS = [command.name for command in app.registered_commands]
+COMMANDS = [name for name, _ in commands(typer.main.get_command(app))]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
