@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +84,27 @@ class ModelConfig:
                 f"model_type {model_type!r} is not supported; tpctl knows {', '.join(sorted(FAMILIES))}"
             )
         architectures = raw.get("architectures") or [family.architecture]
+        if not isinstance(architectures, list):
+            raise CheckpointError(f"config.json: architectures is {architectures!r}, but a list is needed")
         if family.architecture not in architectures:
             raise UnsupportedModelError(
                 f"architecture {architectures[0]!r} of model_type {model_type!r} is not supported; "
                 f"tpctl runs {family.architecture}"
             )
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
+        if quantization := _mapping(raw, "quantization_config"):
+            method = quantization.get("quant_method", "unknown")
             raise UnsupportedModelError(
                 f"the checkpoint is quantised ({method!r}), which is not supported yet; use its unquantised original"
             )
         activation = raw.get("hidden_act", "silu")
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedModelError(f"activation {activation!r} is not supported; tpctl knows silu")
 
         num_heads = _positive(raw, "num_attention_heads")
         hidden_size = _positive(raw, "hidden_size")
         num_layers = _positive(raw, "num_hidden_layers")
-        head_dim = raw.get("head_dim") or hidden_size // num_heads
-        if not raw.get("head_dim") and hidden_size % num_heads:
+        head_dim = _positive(raw, "head_dim") if raw.get("head_dim") is not None else hidden_size // num_heads
+        if raw.get("head_dim") is None and hidden_size % num_heads:
             raise CheckpointError(
                 f"config.json has no head_dim, and hidden_size {hidden_size} is no multiple of "
                 f"num_attention_heads {num_heads}"
@@ -112,21 +115,21 @@ class ModelConfig:
             hidden_size=hidden_size,
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+            num_kv_heads=_positive(raw, "num_key_value_heads", num_heads),
             head_dim=head_dim,
             intermediate_size=_positive(raw, "intermediate_size"),
             vocab_size=_positive(raw, "vocab_size"),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             max_position_embeddings=_positive(raw, "max_position_embeddings"),
             rope=_rope(raw, family, head_dim),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             qkv_bias=_switch(family.qkv_bias, raw),
             o_bias=_switch(family.o_bias, raw),
             mlp_bias=_switch(family.mlp_bias, raw),
             windows=_windows(raw, family, num_layers),
             dtype=_dtype(raw),
             eos_token_ids=_eos(raw, generation or {}),
-            bos_token_id=raw.get("bos_token_id"),
+            bos_token_id=next(iter(_token_ids(raw, "bos_token_id")), None),
         )
 
 
@@ -142,32 +145,70 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _positive(raw: Mapping[str, Any], key: str) -> int:
+def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """The field's value; ``default``, if there is one, where it is missing or null."""
     value = raw.get(key)
+    if value is None and default is not None:
+        return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key} is {value!r}, but a positive whole number is needed")
     return value
 
 
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    value = raw.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value) or value <= 0:
+        raise CheckpointError(f"config.json: {key} is {value!r}, but a number is needed")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} is {value!r}, but true or false is needed")
+    return bool(value)
+
+
+def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A copy of the object that the field holds; empty where it is missing or null."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {key} is {value!r}, but an object is needed")
+    return dict(value or {})
+
+
+def _token_ids(raw: Mapping[str, Any], key: str) -> list[int]:
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+        raise CheckpointError(f"config.json: {key} is {value!r}, but a token id or a list of them is needed")
+    return list(ids)
+
+
 def _switch(rule: bool | str, raw: Mapping[str, Any]) -> bool:
-    return bool(raw.get(rule, False)) if isinstance(rule, str) else rule
+    return _flag(raw, rule) if isinstance(rule, str) else rule
 
 
 def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConfig:
-    params = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    params = _mapping(raw, "rope_parameters") or _mapping(raw, "rope_scaling")
     kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
     params.pop("type", None)
-    kind = {"su": "longrope"}.get(kind, kind)  # the name of Phi-3's first release
-    if kind not in ROPE_KINDS:
+    if kind == "su":  # the name of Phi-3's first release
+        kind = "longrope"
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise UnsupportedModelError(f"RoPE kind {kind!r} is not supported; tpctl knows {', '.join(sorted(ROPE_KINDS))}")
-    theta = params.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    factor = params.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
+    theta = _number(params, "rope_theta", _number(raw, "rope_theta", 10000.0))
+    factor = _number(params, "partial_rotary_factor", _number(raw, "partial_rotary_factor", 1.0))
     if factor != 1.0 and not family.partial_rotary:
         raise UnsupportedModelError(f"partial_rotary_factor {factor} is not supported for {family.architecture}")
     positions = _positive(raw, "max_position_embeddings")
-    original = (
-        params.pop("original_max_position_embeddings", None) or raw.get("original_max_position_embeddings") or positions
+    original = _positive(
+        params, "original_max_position_embeddings", _positive(raw, "original_max_position_embeddings", positions)
     )
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        params.pop(key, None)
     needed = {
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -177,29 +218,35 @@ def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConf
     missing = [name for name in needed if name not in params]
     if missing:
         raise CheckpointError(f"config.json: RoPE kind {kind!r} needs {missing[0]!r}, which is not there")
-    return RopeConfig(kind, float(theta), int(head_dim * factor), positions, int(original), params)
+    for name in needed:
+        for value in params[name] if kind == "longrope" and isinstance(params[name], list) else [params[name]]:
+            _number({name: value}, name, 1.0)
+    return RopeConfig(kind, theta, int(head_dim * factor), positions, original, params)
 
 
 def _windows(raw: Mapping[str, Any], family: FamilySpec, num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
-    if family.window == "none" or window is None:
+    if family.window == "none" or raw.get("sliding_window") is None:
         return (None,) * num_layers
+    if family.window == "layers" and not _flag(raw, "use_sliding_window"):
+        return (None,) * num_layers
+    window = _positive(raw, "sliding_window")
     if family.window == "always":
-        return (int(window),) * num_layers
-    if not raw.get("use_sliding_window", False):
-        return (None,) * num_layers
+        return (window,) * num_layers
     kinds = raw.get("layer_types")
     if kinds is None:
         first = raw.get("max_window_layers", num_layers)
+        if not isinstance(first, int):
+            raise CheckpointError(f"config.json: max_window_layers is {first!r}, but a whole number is needed")
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
-    if unknown:
+    if not isinstance(kinds, list):
+        raise CheckpointError(f"config.json: layer_types is {kinds!r}, but a list is needed")
+    if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
         raise UnsupportedModelError(
             f"layer type {unknown[0]!r} is not supported; tpctl knows full and sliding attention"
         )
     if len(kinds) != num_layers:
         raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
@@ -210,7 +257,4 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _eos(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    found: list[int] = []
-    for value in (raw.get("eos_token_id"), generation.get("eos_token_id")):
-        found.extend(value if isinstance(value, list) else [] if value is None else [value])
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(_token_ids(raw, "eos_token_id") + _token_ids(generation, "eos_token_id")))
