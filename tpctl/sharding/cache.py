@@ -32,7 +32,7 @@ def ensure_sharded(
     if (source.folder / MANIFEST).is_file():
         manifest = Manifest.load(source.folder)
         manifest.check_tp(tp_size, source.folder)
-        manifest.check_files(source.folder)
+        manifest.check_files(source.folder, range(tp_size))
         return source.folder
     name = file_name(Path(source.id).name)
     folder = cache_root() / "shards" / f"{name}-tp{tp_size}-{_key(source, tp_size, dtype)}"

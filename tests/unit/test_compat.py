@@ -1,0 +1,72 @@
+"""Folders for other engines: even splits only, and vLLM's four scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
+from tpctl.errors import PartitionError, UsageError
+from tpctl.sharding.inspect import inspect_shards
+from tpctl.sharding.merge import merge_shards
+from tpctl.sharding.reshard import reshard
+from tpctl.sharding.shard import shard_checkpoint
+
+SCALES = {
+    f"model.layers.{layer}.self_attn.attn.{name}"
+    for layer in range(2)
+    for name in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", make_config())
+
+
+def test_vllm_gets_its_scales_and_sglang_does_not(source: Path, tmp_path: Path) -> None:
+    shard_checkpoint(source, tmp_path / "vllm", 2, compat="vllm")
+    shard_checkpoint(source, tmp_path / "sglang", 2, compat="sglang")
+    shard_checkpoint(source, tmp_path / "plain", 2)
+    for rank in range(2):
+        name = f"model-rank-{rank}-part-0.safetensors"
+        vllm, plain = load_file(tmp_path / "vllm" / name), load_file(tmp_path / "plain" / name)
+        assert vllm.keys() == plain.keys() | SCALES
+        assert (tmp_path / "sglang" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+        for scale in SCALES:
+            assert torch.equal(vllm[scale], torch.tensor(1.0))
+        save_file(vllm, tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "vllm" / name).read_bytes()
+
+
+def test_scales_are_verified_left_out_by_merge_and_kept_by_reshard(source: Path, tmp_path: Path) -> None:
+    shard_checkpoint(source, tmp_path / "two", 2, compat="vllm")
+    shard_checkpoint(source, tmp_path / "four", 4, compat="vllm")
+    inspect_shards(tmp_path / "two", verify=True, source=source)
+    merge_shards(tmp_path / "two", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+    reshard(tmp_path / "two", tmp_path / "two-to-four", 4)
+    assert folder_bytes(tmp_path / "two-to-four") == folder_bytes(tmp_path / "four")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_uneven_splits_are_refused_with_the_sizes_that_work(source: Path, tmp_path: Path, engine: str) -> None:
+    with pytest.raises(PartitionError, match=rf"{engine} loads only even splits, but at tp 3 .*use --tp 1, 2, 4$"):
+        shard_checkpoint(source, tmp_path / "out", 3, compat=engine)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nine_heads_over_three_kv_heads(tmp_path: Path) -> None:
+    config = make_config(num_attention_heads=9, num_key_value_heads=3, intermediate_size=36, vocab_size=192)
+    source = make_checkpoint(tmp_path / "model", config)
+    with pytest.raises(PartitionError, match=r"use --tp 1, 3$"):
+        shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
+    shard_checkpoint(source, tmp_path / "out", 3, compat="vllm")
+
+
+def test_an_unknown_engine(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--compat llama is unknown; use vllm or sglang"):
+        shard_checkpoint(source, tmp_path / "out", 2, compat="llama")

@@ -1,0 +1,55 @@
+"""Sizes and rank lists as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
+from tpctl.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1000", 1000),
+        ("5GB", 5 * 10**9),
+        ("5 gb", 5 * 10**9),
+        ("1.5MiB", 3 << 19),
+        ("2KiB", 2048),
+        ("3kB", 3000),
+        ("1TB", 10**12),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "0GB", "1e9", "nan"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size; write it like 5GB"):
+        parse_bytes(text)
+
+
+def test_sizes_are_written_in_decimal_units() -> None:
+    assert [format_bytes(n) for n in (0, 999, 1000, 143417896, 8.2e9, 2e12)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "143.4 MB",
+        "8.2 GB",
+        "2.00 TB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks"), [(None, None), ("3", [3]), ("0-3", [0, 1, 2, 3]), ("0, 2,5-6", [0, 2, 5, 6])]
+)
+def test_rank_lists(text: str | None, ranks: list[int] | None) -> None:
+    assert parse_ranks(text) == ranks
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "0,,1", "0-1-2"])
+def test_no_rank_lists(text: str) -> None:
+    with pytest.raises(UsageError, match="is no list of ranks; write it like 0-3"):
+        parse_ranks(text)
