@@ -165,6 +165,33 @@ def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert next(lines) == "never"
 
 
+@pytest.mark.parametrize(
+    ("events", "answers"),
+    [
+        ([KeyboardInterrupt, KeyboardInterrupt, "hi"], 0),
+        ([KeyboardInterrupt, "hi", KeyboardInterrupt, "hi", EOFError, "hi"], 2),
+    ],
+)
+def test_the_second_interrupt_in_a_row_ends_the_chat(
+    fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, events: list[Any], answers: int
+) -> None:
+    left = list(events)
+
+    def read(prompt: str) -> str:
+        event = left.pop(0)
+        if not isinstance(event, str):
+            raise event
+        return event
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        app(["chat"])
+    assert ended.value.code == 0
+    assert len(fake_engine.requests) == answers
+    assert left == ["hi"]
+
+
 def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "id": "B"}\n')

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 HELP = """/help    this list
 /reset   forget the conversation
-/exit    end (as Ctrl-D does); Ctrl-C stops an answer"""
+/exit    end (as Ctrl-D does)
+Ctrl-C stops an answer, and ends the chat when pressed again"""
 _HISTORY_LINES = 1000
 # What a model prints must not steer the terminal: no control characters but tab and newline.
 _CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in (9, 10)), *range(127, 160)])
@@ -76,13 +77,22 @@ def _talk(conversation: Conversation, model: str) -> None:
     from tpctl.errors import RequestError
 
     note(f"{model} is ready. /help shows the commands, Ctrl-D ends.")
+    stopped = False  # the last thing that happened was a Ctrl-C; another one ends the chat
     with _line_editing():
         while True:
             try:
                 line = input(">>> ").strip()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print()
                 return
+            except KeyboardInterrupt:
+                print()
+                if stopped:
+                    return
+                stopped = True
+                note("(Ctrl-C again, or Ctrl-D, ends the chat)")
+                continue
+            stopped = False
             if not line:
                 continue
             if line.startswith("/"):
@@ -96,17 +106,19 @@ def _talk(conversation: Conversation, model: str) -> None:
                     note(f"there is no command {line.split()[0]}; /help shows them")
                 continue
             try:
-                _turn(conversation, line)
+                stopped = _turn(conversation, line)
             except RequestError as error:
                 note(f"tpctl: {error}\n(/reset begins a new conversation)")
 
 
-def _turn(conversation: Conversation, line: str) -> None:
+def _turn(conversation: Conversation, line: str) -> bool:
+    """Show the answer to ``line``; whether it was stopped."""
     with interrupts() as noted:
         answer = conversation.ask(line, _print, lambda: noted)
     print()
     if remark := _remark(answer):
         note(remark)
+    return bool(noted)
 
 
 def _remark(answer: Answer) -> str | None:
