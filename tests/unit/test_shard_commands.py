@@ -1,0 +1,110 @@
+"""shard, inspect-shards, merge and reshard as commands: what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", make_config(num_attention_heads=6))
+
+
+def tpctl(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys\nfrom tpctl.cli.app import main\n"
+        "try:\n    main()\n"
+        "finally:\n    assert not {'torch', 'transformers'} & sys.modules.keys(), 'heavy import'\n"
+    )
+    root = Path(__file__).parent.parent.parent
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+
+
+def test_there_and_back_again(source: Path, tmp_path: Path) -> None:
+    done = tpctl("shard", source, "--tp", "3", "-o", tmp_path / "three")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path / 'three'}: {source} (llama) cut for tp 3\n3 files, ")
+    assert "rank 2" in done.stdout
+    done = tpctl("inspect-shards", tmp_path / "three", "--verify")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "match their digests" in done.stdout
+    assert f"equal {source}" in done.stdout
+    done = tpctl("reshard", tmp_path / "three", "--tp", "2", "-o", tmp_path / "two")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = tpctl("merge", tmp_path / "two", "-o", tmp_path / "merged")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "byte for byte the source" in done.stdout
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+
+
+def test_json_is_the_whole_output(source: Path, tmp_path: Path) -> None:
+    done = tpctl("shard", source, "--tp", "2", "-o", tmp_path / "two", "--json", "--dtype", "float32")
+    report = json.loads(done.stdout)
+    assert (report["tp_size"], report["dtype"], report["resumed_bytes"]) == (2, "F32", 0)
+    sizes = {str(r): (tmp_path / "two" / f"model-rank-{r}-part-0.safetensors").stat().st_size for r in (0, 1)}
+    assert report["bytes_per_rank"] == sizes
+    report = json.loads(tpctl("inspect-shards", tmp_path / "two", "--rank", "1", "--json").stdout)
+    [rank] = report["ranks"]
+    assert rank["rank"] == 1
+    qkv = next(t for t in rank["tensors"] if t["name"] == "model.layers.0.self_attn.qkv_proj.weight")
+    assert qkv["shape"] == [30, 24]
+    assert qkv["pieces"][0] == {
+        "source": "model.layers.0.self_attn.q_proj.weight",
+        "label": "q",
+        "ranges": [[18, 36], [0, 24]],
+    }
+    report = json.loads(tpctl("merge", tmp_path / "two", "-o", tmp_path / "merged", "--json").stdout)
+    assert report["exact"] is False
+    report = json.loads(tpctl("reshard", tmp_path / "two", "--tp", "1", "-o", tmp_path / "one", "--json").stdout)
+    assert report["tp_size"] == 1
+
+
+def test_the_default_output_is_named_after_the_model(source: Path, tmp_path: Path) -> None:
+    assert tpctl("shard", source, "--tp", "2", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "model-tp2" / "tpctl.json").is_file()
+
+
+def test_ranks_and_part_sizes(source: Path, tmp_path: Path) -> None:
+    done = tpctl("shard", source, "--tp", "4", "--ranks", "1-2", "--max-part-size", "3kB", "-o", tmp_path / "out")
+    assert done.returncode == 0
+    ranks = {path.name.split("-")[2] for path in (tmp_path / "out").glob("model-*")}
+    assert ranks == {"1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["shard", "model", "--tp", "7"], 1, "tensor-parallel size 7 does not fit 6 query heads; use --tp 1 to 6"),
+        (["shard", "model", "--tp", "2", "--max-part-size", "big"], 2, "'big' is no size"),
+        (["shard", "model", "--tp", "2", "--dtype", "int4"], 2, "dtype 'int4' is unknown"),
+        (["shard", "model", "--tp", "2", "--ranks", "2"], 1, "rank 2 does not exist at tp 2; ranks are 0 to 1"),
+        (["shard", "model", "--tp", "2", "-o", "model"], 1, "model exists already; use --force"),
+        (["shard", "model", "--tp", "4", "--compat", "vllm"], 1, "vllm loads only even splits"),
+        (["shard", "model", "--tp", "2", "--compat", "x"], 2, "--compat x is unknown; use vllm or sglang"),
+        (["inspect-shards", "model"], 1, "model has no tpctl.json; it is not a shard folder"),
+        (["merge", "model", "-o", "x"], 1, "it is not a shard folder, make one with `tpctl shard`"),
+        (["reshard", "nowhere", "--tp", "2", "-o", "x"], 1, "it is not a shard folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(
+    source: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = tpctl(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("tpctl: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
