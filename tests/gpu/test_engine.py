@@ -13,8 +13,8 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.launch.messages import Add, Request
+from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.sharding.shard import shard_checkpoint
 
 pytestmark = pytest.mark.gpu

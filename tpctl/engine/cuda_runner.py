@@ -137,7 +137,8 @@ class CudaRunner(ModelRunner):
         scores, ids = sample(
             logits, temperature, keys, vocab_start=sampler.first, vocab_size=self.model_config.vocab_size
         )
-        self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids))
+        winner = self._decoder.winner(scores, ids)
+        self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids) if winner is None else winner)
 
     def _eager(self, batch: ScheduledBatch, slots: list[int], simple: bool) -> Tensor | None:
         """A step with prefill chunks; samples where the device can do it, else returns the logits to sample from."""
@@ -198,6 +199,9 @@ class CudaRunner(ModelRunner):
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
 
+    def device_memory(self) -> int:
+        return torch.cuda.memory_allocated(self.group.device)
+
     def _check_fits(self, weight_bytes: int) -> None:
         free, total = torch.cuda.mem_get_info(self.group.device)
         self._other_bytes = total - free
@@ -209,7 +213,7 @@ class CudaRunner(ModelRunner):
 
     def _kv_budget(self) -> int:
         """What is left of the GPU's share after weights and the largest step's activations, found by running one."""
-        self._decoder = CudaDecoder(self.model, self._cuda_backend)
+        self._decoder = CudaDecoder(self.model, self._cuda_backend, self.config.max_num_seqs)
         device = self.group.device
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -85,8 +85,13 @@ class Engine:
         return {**self.runner.info(), "max_num_seqs": self.config.max_num_seqs}
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, by name."""
+        """Counters since the start, and how many KV blocks are free, by name.
+
+        When nothing is being computed, the block manager's books are checked on the way.
+        """
         scheduler, blocks = self.scheduler.stats, self.scheduler.blocks
+        if not self.has_work:
+            self.scheduler.check_integrity()
         return {
             "steps": scheduler.steps,
             "prompt_tokens": scheduler.prompt_tokens,
@@ -96,6 +101,9 @@ class Engine:
             "prefix_cache_queried_tokens": blocks.queried_tokens,
             "prefix_cache_hit_tokens": blocks.hit_tokens,
             "evictions": blocks.evictions,
+            "num_blocks": blocks.num_blocks,
+            "free_blocks": blocks.num_free_blocks,
+            "device_memory": self.runner.device_memory(),
         }
 
 

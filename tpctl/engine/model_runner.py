@@ -21,8 +21,11 @@ from tpctl.layers.rotary import RotaryTable
 from tpctl.models.config import ModelConfig
 from tpctl.models.decoder import Decoder, head_shape
 from tpctl.models.loader import load_shard
-from tpctl.models.weights import build_plan
+from tpctl.models.specs import DTYPES
+from tpctl.models.weights import LM_HEAD, build_plan
 from tpctl.partition.manifest import Manifest
+
+_TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
 
 
 @dataclass
@@ -51,7 +54,8 @@ class ModelRunner:
         manifest.check_tp(config.tp_size, config.shard_dir)
         manifest.check_files(config.shard_dir, [group.rank])
         self.model_config = ModelConfig.load(config.shard_dir)
-        self.dtype = _run_dtype(config.dtype, self.model_config.dtype, group.device)
+        stored = manifest.tensors(group.rank)[LM_HEAD].dtype
+        self.dtype = _run_dtype(config.dtype, _TORCH_NAMES.get(stored, stored), group.device)
         self.max_model_len = _max_model_len(config.max_model_len, self.model_config)
         self.plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, self.plan, group.rank)
@@ -109,6 +113,10 @@ class ModelRunner:
             "timings": self.timings,
         }
 
+    def device_memory(self) -> int:
+        """Bytes of device memory that tensors take; 0 on a CPU."""
+        return 0
+
     def _check_fits(self, weight_bytes: int) -> None:
         """Refuse a shard that this rank's memory cannot hold, before it is read."""
 
@@ -136,6 +144,8 @@ def sampling_rows(batch: ScheduledBatch) -> list[SamplingRow]:
 def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
     """``"auto"`` runs what is stored; CPUs have no float16 arithmetic worth using, so there it becomes float32."""
     name = stored if wanted == "auto" else wanted
+    if name not in DTYPES:
+        raise EngineError(f"the shard's weights are {name}, which cannot be run; use --dtype {', '.join(DTYPES)}")
     if name == "float16" and wanted == "auto" and device.type == "cpu":
         name = "float32"
     dtype: torch.dtype = getattr(torch, name)

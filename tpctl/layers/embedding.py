@@ -24,14 +24,17 @@ class VocabParallelEmbedding(nn.Module):
         self.group = group
         self.weight = nn.Parameter(torch.empty(len(vocab), hidden_size, dtype=dtype), requires_grad=False)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [T] -> [T, H]."""
+    def local(self, input_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, H]: this rank's summand."""
         if self.group.size == 1:
             return F.embedding(input_ids, self.weight)
         local = input_ids - self.vocab.start
         held = (local >= 0) & (local < len(self.vocab))
-        rows = F.embedding(local.mul_(held), self.weight)
-        return self.group.all_reduce(rows.mul_(held.unsqueeze(-1)))
+        return F.embedding(local.mul_(held), self.weight).mul_(held.unsqueeze(-1))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, H]."""
+        return self.group.all_reduce(self.local(input_ids))
 
 
 class ParallelLMHead(nn.Module):

@@ -147,7 +147,7 @@ class SdpaBackend(AttentionBackend):
         out = F.scaled_dot_product_attention(
             packed, k_KLD.unsqueeze(0), v_KLD.unsqueeze(0), attn_mask=bias, scale=heads.scale
         )
-        return out.view(heads.num_heads, new, heads.head_dim).transpose(0, 1)
+        return out.reshape(heads.num_heads, new, heads.head_dim).transpose(0, 1)
 
     def _causal_bias(
         self, new: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device, batch: ForwardBatch
