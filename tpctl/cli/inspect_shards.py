@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, note, print_json
+from tpctl.cli.console import byte_progress, note, print_json, stdout
 from tpctl.cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -23,13 +23,18 @@ def inspect_shards(
         bool, typer.Option("--verify", help="Hash every byte; compare with the source if it is at hand.")
     ] = False,
     source: Annotated[str | None, typer.Option(help="Compare every element with this model (any MODEL form).")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page that shows and explains every cut.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
     """Show what each rank of a shard folder holds and how every weight was cut; --verify proves it."""
     from tpctl.checkpoint.sources import resolve
+    from tpctl.models.config import ModelConfig
     from tpctl.partition.manifest import Manifest
     from tpctl.sharding.inspect import inspect_shards as inspect
     from tpctl.sharding.inspect import source_at_hand
+    from tpctl.sharding.page import write_page
 
     manifest = Manifest.load(folder)
     origin = None
@@ -43,6 +48,9 @@ def inspect_shards(
         report = inspect(
             folder, ranks=None if rank is None else [rank], verify=verify, source=origin, progress=progress
         )
+    if html is not None:
+        write_page(report if rank is None else inspect(folder), ModelConfig.load(folder), html)
+        note(f"wrote {html}")
     if json:
         print_json(asdict(report))
     else:
@@ -72,7 +80,7 @@ def _print(report: InspectReport, detail: bool) -> None:
             print(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}  {tensor.file}")
             print(f"    {_pieces(tensor)}")
     else:
-        _print_groups(report)
+        _draw(report)
     if report.verified is not None:
         if report.verified.hashed_bytes:
             print(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
@@ -80,25 +88,15 @@ def _print(report: InspectReport, detail: bool) -> None:
             print(f"verified: {format_bytes(report.verified.compared_bytes)} equal {report.verified.source}")
 
 
-def _print_groups(report: InspectReport) -> None:
-    """Every kind of weight once: layers that are cut alike share an entry."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for index, tensor in enumerate(report.ranks[0].tensors):
-        held = [rank.tensors[index] for rank in report.ranks]
-        lines = [f"{_shape(one)} {_pieces(one)}" for one in held]
-        groups.setdefault((_pattern(tensor.name), tensor.rule, tensor.dtype, *lines), []).append(tensor.name)
-    for (pattern, rule, dtype, *lines), names in groups.items():
-        title = names[0] if len(names) == 1 else f"{pattern} ({len(names)} layers)"
-        print(f"{title}  {rule}  {dtype}")
-        if len(set(lines)) == 1 and len(lines) > 1:
-            print(f"    every rank  {lines[0]}")
-            continue
-        for rank, line in zip(report.ranks, lines, strict=True):
-            print(f"    rank {rank.rank:<3} {line}")
+def _draw(report: InspectReport) -> None:
+    """Every kind of weight once, as a picture: layers that are cut alike share it."""
+    from tpctl.models.config import ModelConfig
+    from tpctl.sharding.picture import draw
+    from tpctl.sharding.picture_kinds import kinds
 
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".N.", name)
+    head_dim = ModelConfig.load(Path(report.folder)).head_dim
+    stdout().print(draw(kinds(report), head_dim), soft_wrap=True)
+    print()
 
 
 def _shape(tensor: TensorReport) -> str:
@@ -113,5 +111,5 @@ def _pieces(tensor: TensorReport) -> str:
 def _piece(piece: PieceReport, dim: int) -> str:
     first, stop = piece.ranges[dim]
     rest = ":, " * dim
-    name = _pattern(piece.source).removeprefix("model.layers.N.")
+    name = re.sub(r"^model\.layers\.\d+\.", "", piece.source)
     return f"{name}[{rest}{first}:{stop}]"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import cached
-from tpctl.checkpoint.safetensors import tensor_nbytes
+from tpctl.checkpoint.safetensors import parse_header, tensor_nbytes
 from tpctl.checkpoint.sources import HUB_ID
 from tpctl.errors import CheckpointError
 from tpctl.partition.manifest import Manifest
@@ -75,6 +75,7 @@ class InspectReport:
     tp_size: int
     dtype: str | None
     compat: str | None
+    source_shapes: dict[str, tuple[int, ...]]
     ranks: tuple[RankReport, ...]
     imbalance: float
     replicated_bytes: int
@@ -117,11 +118,18 @@ def inspect_shards(
         tp_size=manifest.tp_size,
         dtype=manifest.dtype,
         compat=manifest.compat,
+        source_shapes=_source_shapes(manifest),
         ranks=tuple(_rank(manifest, rank) for rank in chosen),
         imbalance=max(sizes) * len(sizes) / sum(sizes),
         replicated_bytes=_replicated(manifest),
         verified=verified,
     )
+
+
+def _source_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    files = manifest.source.files
+    headers = (parse_header(file.header.encode(), file.size, file.name) for file in files)
+    return {name: tensor.shape for header in headers for name, tensor in header.tensors.items()}
 
 
 def source_at_hand(manifest: Manifest) -> Path | None:

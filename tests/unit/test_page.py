@@ -1,0 +1,177 @@
+"""The HTML page: whole, self-contained, small, and alive in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.reports import make_report
+from tests.unit.synthetic import make_config
+from tpctl.errors import ShardFolderError
+from tpctl.models.specs import FAMILIES
+from tpctl.sharding.page import render, write_page
+
+LLAMA_70B: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "dtype": "bfloat16",
+}
+NINE = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54, num_hidden_layers=4)
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+VOID = {"meta", "link", "input", "br", "img", "hr"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags nest, and keeps ids, links and texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.texts: list[str] = []
+        self.rects = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.rects += tag == "rect"
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.open)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def data_of(html: str) -> dict[str, Any]:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_every_family_has_a_whole_page(family: str, tp_size: int) -> None:
+    html = render(*make_report(make_config(family, attention_bias=True), tp_size))
+    reader = read(html)
+    assert reader.links == [] and "{{" not in html
+    assert not re.search(r"https?://(?!www\.w3\.org)", html)
+    assert reader.rects > 20
+
+
+def test_data_unfolds_to_every_tensor() -> None:
+    report, config = make_report(NINE, 4)
+    data = data_of(render(report, config))
+    unfolded = {}
+    for kind in data["kinds"]:
+        assert len(kind["parts"]) == max(1, len(kind["layers"]))
+        for layer in kind["layers"] or [None]:
+            name = kind["name"] if layer is None else kind["name"].replace(".N.", f".{layer}.")
+            unfolded[name] = kind
+    for index, rank in enumerate(report.ranks):
+        assert {tensor.name for tensor in rank.tensors} == set(unfolded)
+        for tensor in rank.tensors:
+            kind = unfolded[tensor.name]
+            assert tuple(kind["shapes"][index]) == tensor.shape
+            assert kind["bytes"][index] == tensor.nbytes
+
+
+def test_figures_say_what_is_uneven_copied_and_padded() -> None:
+    html = render(*make_report(make_config(**{**NINE, "vocab_size": 70}), 4))
+    text = " ".join(read(html).texts)
+    assert "KV heads on 2 ranks" in text and "uneven" in text
+    assert "rank 1 · 18 × 54 · rows q 12:18, k 0:6, v 0:6" in text
+    assert "rows of zeros" in html and "copies on 2 ranks" in html
+    assert "all-reduce 1" in text and "all-reduce 2" in text
+    assert "The split is uneven" in text
+
+
+def test_a_missing_rank_is_drawn_as_missing() -> None:
+    assert "not in this folder" in render(*make_report(NINE, 3, ranks=[1]))
+
+
+@pytest.mark.parametrize("tp_size", [8, 64])
+def test_a_70b_page_stays_small(tp_size: int) -> None:
+    html = render(*make_report(LLAMA_70B, tp_size))
+    assert len(html.encode()) < 2_000_000
+    read(html)
+
+
+def test_names_cannot_break_out_of_the_page() -> None:
+    report, config = make_report(NINE, 2, source="</title><script>alert(1)</script>")
+    html = render(report, config)
+    assert "<script>alert" not in html
+    read(html)
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    report, config = make_report(NINE, 2)
+    with pytest.raises(ShardFolderError, match="its folder does not exist"):
+        write_page(report, config, tmp_path / "missing" / "page.html")
+    write_page(report, config, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == render(report, config)
+
+
+def browse(url: str, profile: Path, *options: str) -> str:
+    """What headless Chromium makes of ``url``."""
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={profile}", *options, url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_search_works_in_a_browser(tmp_path: Path) -> None:
+    report, config = make_report(LLAMA_70B, 8)
+    write_page(report, config, tmp_path / "page.html")
+    url = (tmp_path / "page.html").as_uri()
+    everything = browse(url, tmp_path / "one", "--dump-dom")
+    assert "483 of 483 tensors a rank, the first 60 shown" in everything
+    names = re.findall(r"<summary>(\S+) ", everything)
+    assert len(names) == 60 and names[0] == "model.embed_tokens.weight"
+    assert names[1:3] == ["model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.qkv_proj.weight"]
+    searched = browse(f"{url}#layers.7.%20qkv", tmp_path / "two", "--dump-dom")
+    assert re.findall(r"<summary>(\S+) ", searched) == ["model.layers.7.self_attn.qkv_proj.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize(("scheme", "ground"), [("0", (21, 24, 28)), ("1", (251, 250, 247))])
+def test_the_page_follows_the_colour_scheme(tmp_path: Path, scheme: str, ground: tuple[int, int, int]) -> None:
+    report, config = make_report(NINE, 4)
+    write_page(report, config, tmp_path / "page.html")
+    probe = "<script>document.title = getComputedStyle(document.body).backgroundColor</script></body>"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8").replace("</body>", probe)
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    option = f"--blink-settings=preferredColorScheme={scheme}"
+    dom = browse((tmp_path / "page.html").as_uri(), tmp_path / "profile", option, "--dump-dom")
+    assert f"<title>rgb{ground}</title>" in dom
