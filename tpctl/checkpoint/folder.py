@@ -1,5 +1,4 @@
-"""A Hugging Face checkpoint folder: its safetensors files, the tensors in them, and the small files
-beside."""
+"""A Hugging Face checkpoint folder: its safetensors files, the tensors in them, and the small files beside."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ class CheckpointFile:
 
     @property
     def sha256(self) -> str | None:
-        """The file's SHA-256 where its place in the Hub's cache tells it (``blobs/<sha256>``), without
-        reading it."""
+        """The file's SHA-256 where its place in the Hub's cache tells it (``blobs/<sha256>``), without reading it."""
         target = self.path.resolve()
         known = target.parent.name == "blobs" and len(target.name) == 64
         return target.name if known else None
@@ -130,8 +128,7 @@ class CheckpointFolder:
             file.check_unchanged()
 
     def small_files(self) -> list[Path]:
-        """The files that a copy of the model needs beside its weights: config, tokenizer, template,
-        licence."""
+        """The files that a copy of the model needs beside its weights: config, tokenizer, template, licence."""
         return sorted(
             file
             for file in self.path.iterdir()

@@ -65,8 +65,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header. ``text`` is its JSON as stored, padding included; ``size`` counts the length field
-    too."""
+    """A parsed header. ``text`` is its JSON as stored, padding included; ``size`` counts the length field too."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -120,8 +119,7 @@ def read_header(path: Path) -> Header:
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
-    """The header's length in bytes from a file's first eight; ``file_size`` bounds it. Errors as
-    ``read_header``."""
+    """The header's length in bytes from a file's first eight; ``file_size`` bounds it. Errors as ``read_header``."""
     if len(prefix) < 8:
         raise CheckpointError(f"{where} is no safetensors file: it has {file_size} bytes, at least 8 are needed")
     length: int = struct.unpack("<Q", prefix)[0]

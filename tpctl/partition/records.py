@@ -40,8 +40,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A safetensors file of a shard; sizes in bytes, ``header_sha256`` over its first ``header_size``
-    bytes."""
+    """A safetensors file of a shard; sizes in bytes, ``header_sha256`` over its first ``header_size`` bytes."""
 
     file: str
     size: int

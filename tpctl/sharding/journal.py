@@ -23,8 +23,7 @@ Digests = dict[tuple[int | None, str], str]
 
 
 class Journal:
-    """The notes in ``folder`` about the job that ``identity`` and the ``files`` to be written tell from
-    others."""
+    """The notes in ``folder`` about the job that ``identity`` and the ``files`` to be written tell from others."""
 
     def __init__(self, folder: Path, identity: str, files: Sequence[PartFile]) -> None:
         self.folder = folder

@@ -1,7 +1,6 @@
 """Where tensors lie in files: the same logical tensors as a checkpoint stores them and as shards do.
 
-A *logical* tensor is one of the source checkpoint. Seen as a matrix (its first axis by all others), every
-layout cuts
+A *logical* tensor is one of the source checkpoint. Seen as a matrix (its first axis by all others), every layout cuts
 it into rectangles whose rows lie one after the other in a file, without a gap:
 
     checkpoint                one region: the whole tensor
@@ -27,8 +26,7 @@ from tpctl.partition.split import Range
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A rectangle of the logical tensor ``source``, whose rows lie in a file from byte ``offset`` on,
-    gapless."""
+    """A rectangle of the logical tensor ``source``, whose rows lie in a file from byte ``offset`` on, gapless."""
 
     source: str
     rows: Range

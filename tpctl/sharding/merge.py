@@ -25,8 +25,7 @@ from tpctl.sharding.verify import check_copied, open_extra, open_shards
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written; ``exact`` is false where the shards were cast, so that the source's bytes are
-    gone."""
+    """What was written; ``exact`` is false where the shards were cast, so that the source's bytes are gone."""
 
     folder: str
     source: str

@@ -14,8 +14,7 @@ from tpctl.partition.records import Part
 
 @dataclass(frozen=True)
 class PartFile:
-    """A part file to be written: ``names`` are its tensors, ``rank`` whose they are (``None``: the extra
-    file)."""
+    """A part file to be written: ``names`` are its tensors, ``rank`` whose they are (``None``: the extra file)."""
 
     rank: int | None
     index: int

@@ -112,8 +112,7 @@ def readable_errors(path: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """Make ``path`` if needed and lock it. The lock is on the folder itself: it moves with it when it is
-    renamed."""
+    """Make ``path`` if needed and lock it. The lock is on the folder itself: it moves with it when it is renamed."""
     while True:
         path.mkdir(exist_ok=True)
         try:

@@ -86,8 +86,7 @@ def make_recipe(
 
 
 def check_ranks(ranks: Sequence[int] | None, tp_size: int) -> tuple[int, ...]:
-    """``ranks`` in order without repetition; all of them by default. Raises ``PartitionError`` for one too
-    large."""
+    """``ranks`` in order without repetition; all of them by default. Raises ``PartitionError`` for one too large."""
     if ranks is None:
         return tuple(range(tp_size))
     for rank in ranks:

@@ -1,9 +1,8 @@
 """Moves tensors between layouts: bands of rows, read once, through small buffers, on several threads.
 
-A ``Move`` names stored tensors to read and stored tensors to write that share logical tensors. It is worked
-off in the
-order in which the stored tensors' bytes lie, so that the digest of every one is computed from the bytes as
-they pass:
+A ``Move`` names stored tensors to read and stored tensors to write that share logical tensors. It is worked off in
+the order in which the stored tensors' bytes lie, so that the digest of every one is computed from the bytes as they
+pass:
 
     read                       band of the logical tensor            write
     whole rows      ------->   +--------------------------+  ----->  whole rows
