@@ -245,9 +245,30 @@ def test_an_existing_target_is_replaced_only_with_force(tmp_path: Path, source: 
     shard_checkpoint(source, out, 4, force=True)
     assert Manifest.load(out).tp_size == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_force_replaces_neither_the_source_nor_what_is_no_model(tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file; choose another folder"):
         shard_checkpoint(source, tmp_path / "file", 2, force=True)
+    before = folder_bytes(source)
+    with pytest.raises(OutputError, match=r"holds the source .* itself"):
+        shard_checkpoint(source, source, 2, force=True)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match=r"holds the source .* itself"):
+        shard_checkpoint(source, tmp_path / "link", 2, force=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(OutputError, match="holds no model, and --force replaces nothing else"):
+        shard_checkpoint(source, tmp_path / "home", 2, force=True)
+    assert folder_bytes(source) == before
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+    (tmp_path / "empty").mkdir()
+    shard_checkpoint(source, tmp_path / "empty", 2, force=True)
+    (tmp_path / "alias").symlink_to("empty")
+    shard_checkpoint(source, tmp_path / "alias", 3, force=True)
+    assert (tmp_path / "alias").is_symlink()
+    assert Manifest.load(tmp_path / "empty").tp_size == 3
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tpctl.errors import OutputError
+from tpctl.partition.manifest import MANIFEST
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -38,6 +39,7 @@ class PendingFolder:
             OutputError: ``target`` exists and ``force`` is not given, or the folder cannot be made.
         """
         refuse_existing(target, force)
+        target = target.resolve()  # what a link leads to is replaced, not the link
         path = target.parent / f".{target.name}.tpctl-partial"
         with readable_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,12 +85,27 @@ class PendingFolder:
             _fsync_folder(self.target.parent)
 
 
-def refuse_existing(target: Path, force: bool) -> None:
-    """Raise ``OutputError`` if ``target`` exists and is not to be replaced, or is no folder."""
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; choose another folder (-o, or TPCTL_CACHE for the cache)")
-    if not force and target.exists():
+def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = ()) -> None:
+    """Check that ``target`` may be made, or replaced with ``force``; only a model's or an empty folder ever may.
+
+    Args:
+        sources: folders that are read, and must not be replaced by what is made of them.
+
+    Raises:
+        OutputError: it may not.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file; choose another folder (-o)")
+    if not force:
         raise OutputError(f"{target} exists already; use --force to replace it, or choose another folder (-o)")
+    for source in sources:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise OutputError(f"{target} holds the source {source} itself; choose another folder (-o)")
+    model = (target / MANIFEST).is_file() or (target / "config.json").is_file()
+    if not model and any(target.iterdir()):
+        raise OutputError(f"{target} holds no model, and --force replaces nothing else; choose another folder (-o)")
 
 
 @contextmanager

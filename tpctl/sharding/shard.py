@@ -18,6 +18,7 @@ from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.records import Source, SourceFile
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, whole
+from tpctl.sharding.publish import refuse_existing
 from tpctl.sharding.recipe import make_recipe
 from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.writer import ShardReport, write_shards
@@ -61,6 +62,7 @@ def shard_checkpoint(
     """
     if (source / MANIFEST).is_file():
         raise ShardFolderError(f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size}`")
+    refuse_existing(out, force, [source])
     target = _safetensors_dtype(dtype)
     config = ModelConfig.load(source)
     folder = CheckpointFolder.open(source)
