@@ -14,7 +14,7 @@ from tpctl.errors import SourceError
 from tpctl.models.config import ModelConfig
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, LAYERS, THETA = 32, 4, 2, 8, 48, 2, 500000.0
-TOKENS = ["<|im_start|>", "<|im_end|>", *(chr(33 + index) for index in range(90)), "Ġ", "ab"]
+TOKENS = ["<|im_start|>", "<|im_end|>", *(chr(33 + index) for index in range(90)), "Ġ", "cd", "ab"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 RULE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -50,7 +50,7 @@ def write_gguf(path: Path, divisors: list[float] | None) -> dict[str, np.ndarray
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(TEMPLATE)
