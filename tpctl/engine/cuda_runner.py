@@ -9,6 +9,7 @@ kernel.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ from tpctl.kernels.sampling import sample
 from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.attention.paged import PagedBackend
 from tpctl.layers.batch import ForwardBatch
-from tpctl.models.cuda_decoder import CudaDecoder
+from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
 
 _RESERVE = 256 << 20  # bytes left for graphs, NCCL and fragmentation
 _RING = 3  # result buffers: one being read, one being filled, one to spare
@@ -135,7 +136,12 @@ class CudaRunner(ModelRunner):
     def _sample_into(self, logits: Tensor, temperature: Tensor, keys: Tensor) -> None:
         sampler = self.sampler
         scores, ids = sample(
-            logits, temperature, keys, vocab_start=sampler.first, vocab_size=self.model_config.vocab_size
+            logits,
+            temperature,
+            keys,
+            vocab_start=sampler.first,
+            vocab_size=self.model_config.vocab_size,
+            pdl=logits.shape[0] <= PDL_ROWS,
         )
         winner = self._decoder.winner(scores, ids)
         self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids) if winner is None else winner)
@@ -211,14 +217,24 @@ class CudaRunner(ModelRunner):
                 f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; use a larger --tp or free the GPU"
             )
 
+    def _warm_up(self) -> None:
+        """Connect NCCL and create cuBLAS' handle and workspace, which take seconds together."""
+        device = self.group.device
+        with torch.cuda.device(device), torch.inference_mode():
+            square = torch.zeros(16, 16, dtype=self.dtype, device=device)
+            self.group.all_reduce(square @ square)
+            torch.cuda.current_stream().synchronize()
+
     def _kv_budget(self) -> int:
         """What is left of the GPU's share after weights and the largest step's activations, found by running one."""
         self._decoder = CudaDecoder(self.model, self._cuda_backend, self.config.max_num_seqs)
         device = self.group.device
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
         self._dummy_step()
         torch.cuda.synchronize(device)
+        self._lap("largest step", started)
         activations = torch.cuda.max_memory_allocated(device) - before
         if self.config.kv_cache_memory is not None:
             return self.config.kv_cache_memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,8 @@ class ModelRunner:
         heads = head_shape(self.model_config, self.plan, group.rank)
         self.backend = make_backend(config.attention_backend, group.device.type, self.dtype, heads, config.block_size)
         self._check_fits(manifest.shard(group.rank).nbytes)
+        warm = threading.Thread(target=self._warm_up, daemon=True)
+        warm.start()
 
         started = time.perf_counter()
         self.rotary = RotaryTable(self.model_config.rope, self.max_model_len, group.device)
@@ -71,6 +74,10 @@ class ModelRunner:
         self.model.eval()
         self.model.optimize()
         self._lap("weights", started)
+
+        started = time.perf_counter()
+        warm.join()
+        self._lap("warm-up", started)
 
         started = time.perf_counter()
         self.sampler = Sampler(group, self.plan.vocab_slices, self.model_config.vocab_size)
@@ -119,6 +126,9 @@ class ModelRunner:
 
     def _check_fits(self, weight_bytes: int) -> None:
         """Refuse a shard that this rank's memory cannot hold, before it is read."""
+
+    def _warm_up(self) -> None:
+        """What a device needs before its first step besides the weights; runs while they load."""
 
     def _kv_budget(self) -> int:
         """Bytes that this rank's KV cache may take."""

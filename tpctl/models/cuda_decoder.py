@@ -33,6 +33,10 @@ PEER_LIMIT = 2 << 20
 """Largest message in bytes that goes through peer memory; above it NCCL is faster (docs/kernel-notes.md)."""
 
 
+PDL_ROWS = 32
+"""Largest batch whose kernels use programmatic dependent launch."""
+
+
 class CudaDecoder:
     """Runs ``decoder`` on its device. One instance per stream: its scratch memory is shared by all calls.
 
@@ -47,6 +51,7 @@ class CudaDecoder:
         self.windows = set(decoder.config.windows)
         self.layers: list[DecoderLayer] = list(decoder.model.layers)
         self._scratch = GemvScratch.allocate(self.group.device)
+        self._pdl = False
         self.peers: PeerBuffer | None = None
         weight = decoder.lm_head.weight
         if self.group.size > 1 and weight.dtype in (torch.bfloat16, torch.float32):
@@ -56,6 +61,8 @@ class CudaDecoder:
 
     def logits(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None) -> Tensor:
         """[R, V]: this rank's logits of the tokens ``rows`` of the batch; ``None`` means all."""
+        # Launched early, a kernel's start hides behind the end of the one before; with many rows there is nothing to hide.
+        self._pdl = batch.num_tokens <= PDL_ROWS
         self.backend.begin(batch, self.windows)
         residual = self._embed(batch.input_ids)
         final = self.decoder.model.norm
@@ -76,7 +83,7 @@ class CudaDecoder:
 
     def winner(self, scores_R: Tensor, ids_R: Tensor) -> Tensor | None:
         """The token id of the best score over the ranks, for each row; ``None`` where peers cannot be written to."""
-        return None if self.peers is None else self.peers.winner(scores_R, ids_R)
+        return None if self.peers is None else self.peers.winner(scores_R, ids_R, pdl=self._pdl)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedding = self.decoder.model.embed_tokens
@@ -85,7 +92,7 @@ class CudaDecoder:
 
     def _all_reduce(self, x: Tensor) -> Tensor:
         if self.peers is not None and self._through_peers(x):
-            return self.peers.all_reduce(x, out=x)
+            return self.peers.all_reduce(x, out=x, pdl=self._pdl)
         return self.group.all_reduce(x)
 
     def _through_peers(self, x: Tensor) -> bool:
@@ -115,7 +122,10 @@ class CudaDecoder:
         """A block as in ``DecoderLayer.forward``: takes and returns partial sums."""
         attention, mlp = layer.self_attn, layer.mlp
         norm = layer.input_layernorm
-        x = rms_norm(residual, norm.weight, norm.eps) if partial is None else self._reduce_add(partial, residual, norm)
+        if partial is None:
+            x = rms_norm(residual, norm.weight, norm.eps, pdl=self._pdl)
+        else:
+            x = self._reduce_add(partial, residual, norm)
         qkv = self._linear(x, attention.qkv_proj.weight, attention.qkv_proj.bias, None)
         partial = self._partial(attention.o_proj.weight, attention.o_proj.bias, self._attend(attention, qkv, kv, batch))
         x = self._reduce_add(partial, residual, layer.post_attention_layernorm)
@@ -125,19 +135,19 @@ class CudaDecoder:
         """``norm(x) W^T + b``: one launch for few rows."""
         config = pick(x.shape[0], weight.shape[0], x.shape[1]) if self._takes(x) else None
         if config is None:
-            x = x if norm is None else rms_norm(x, norm.weight, norm.eps)
+            x = x if norm is None else rms_norm(x, norm.weight, norm.eps, pdl=self._pdl)
             return F.linear(x, weight, bias)
         fused = None if norm is None else (norm.weight, norm.eps)
-        return small_linear(x, weight, self._scratch, bias_O=bias, norm=fused, config=config)
+        return small_linear(x, weight, self._scratch, bias_O=bias, norm=fused, config=config, pdl=self._pdl)
 
     def _gate(self, mlp: MLP, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """``silu(gate) * up`` of the merged projection."""
         weight, bias = mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
         config = pick(x.shape[0], weight.shape[0] // 2, x.shape[1], gated=True) if self._takes(x) else None
         if config is None or bias is not None:
-            return silu_and_mul(self._linear(x, weight, bias, norm))
+            return silu_and_mul(self._linear(x, weight, bias, norm), pdl=self._pdl)
         fused = None if norm is None else (norm.weight, norm.eps)
-        return small_linear(x, weight, self._scratch, norm=fused, activation="silu", config=config)
+        return small_linear(x, weight, self._scratch, norm=fused, activation="silu", config=config, pdl=self._pdl)
 
     def _partial(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """A row-parallel linear's partial sum; rank 0 adds the bias, once."""
@@ -149,7 +159,9 @@ class CudaDecoder:
         if config is None:
             residual.add_(F.linear(x, weight, bias))
         else:
-            small_linear(x, weight, self._scratch, bias_O=bias, residual_TO=residual, out=residual, config=config)
+            small_linear(
+                x, weight, self._scratch, bias_O=bias, residual_TO=residual, out=residual, config=config, pdl=self._pdl
+            )
 
     def _attend(self, attention: Attention, qkv: Tensor, kv: LayerKV, batch: ForwardBatch) -> Tensor:
         """QK-norm, RoPE and the cache write, then attention: [T, (N + 2K) * D] -> [T, N * D]."""
@@ -165,11 +177,12 @@ class CudaDecoder:
             q_norm_D=None if q_norm is None else q_norm.weight,
             k_norm_D=None if k_norm is None else k_norm.weight,
             eps=1e-6 if q_norm is None else q_norm.eps,
+            pdl=self._pdl,
         )
         return self.backend.attend_cached(q, kv, attention.window, batch)
 
     def _reduce_add(self, partial: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         """All-reduce, add to the residual in place, normalise (``RMSNorm.reduce_add``)."""
         if self.peers is not None and self._through_peers(partial):
-            return self.peers.all_reduce_add_rms_norm(partial, residual, norm.weight, norm.eps)
-        return add_rms_norm(self.group.all_reduce(partial), residual, norm.weight, norm.eps)
+            return self.peers.all_reduce_add_rms_norm(partial, residual, norm.weight, norm.eps, pdl=self._pdl)
+        return add_rms_norm(self.group.all_reduce(partial), residual, norm.weight, norm.eps, pdl=self._pdl)

@@ -13,7 +13,7 @@ from tpctl.layers.batch import ForwardBatch
 
 class TritonBackend(PagedBackend):
     name = "triton"
-    default_block_size = 64
+    default_block_size = 128
 
     def __init__(self, heads: HeadShape, block_size: int) -> None:
         super().__init__(heads, block_size)
@@ -60,7 +60,8 @@ class TritonBackend(PagedBackend):
         out_SND: Tensor,
     ) -> None:
         plan = self._plans[q_SND.shape[0], window]
-        paged_decode(q_SND, kv.k, kv.v, tables_SM, lens_S, plan, scale=self.heads.scale, out=out_SND)
+        # Ignored by the kernel for batches that it would slow down.
+        paged_decode(q_SND, kv.k, kv.v, tables_SM, lens_S, plan, scale=self.heads.scale, out=out_SND, pdl=True)
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:
         tables, starts, lens = prefill_lengths(batch)
