@@ -35,12 +35,16 @@ class Refusal:
 
 @dataclass
 class Hub:
-    """Repositories (name, revision, file, bytes) and faults. ``requests`` logs (method, path, Range)."""
+    """Repositories (name, revision, file, bytes) and faults. ``requests`` logs (method, path, Range).
+
+    ``cuts`` lists after how many bytes a file's answers break off; ``stalls`` make them stop half-way until set.
+    """
 
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     token: str | None = None
     refusals: list[Refusal] = field(default_factory=list)
     cuts: dict[str, list[int]] = field(default_factory=dict)
+    stalls: dict[str, threading.Event] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
@@ -195,6 +199,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, headers, len(data))
         if self.command == "HEAD":
             return
+        if (stall := self.hub.stalls.get(name)) is not None:
+            self.wfile.write(data[: len(data) // 2])
+            stall.wait()
+            self.close_connection = True
+            return
         cuts = self.hub.cuts.get(name)
         if cuts:
             self.wfile.write(data[: cuts.pop(0)])
@@ -247,9 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.uploads[value["oid"]]
         commit = self.hub.add(repo, files, revision)
-        self._json(
-            200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit, "success": True}
-        )
+        self._json(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit, "success": True})
 
     def _json(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()

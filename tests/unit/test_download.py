@@ -6,9 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,19 +40,19 @@ def hub() -> Iterator[Hub]:
         yield served
 
 
+def environment(hub: Hub, folder: Path) -> dict[str, str]:
+    """This process' environment, with ``hub`` as the Hub and caches in ``folder``."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TPCTL_"))}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "TPCTL_CACHE": str(folder / "cache")}
+    return {**kept, **settings, "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 @pytest.fixture
 def run(hub: Hub, tmp_path: Path) -> Run:
     def tpctl(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TPCTL_"))}
-        settings = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "TPCTL_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
         return subprocess.run(
             [sys.executable, "-m", "tpctl", *arguments],
-            env={**kept, **settings, **env},
+            env={**environment(hub, tmp_path), **env},
             capture_output=True,
             text=True,
             timeout=60,
@@ -110,6 +113,33 @@ def test_a_later_run_continues_an_unfinished_file(hub: Hub, run: Run) -> None:
     assert files(result.stdout.strip())["model.safetensors"] == WEIGHTS
     last = hub.bodies("model.safetensors")[-1]
     assert last is not None and int(last.removeprefix("bytes=").rstrip("-")) > 0
+
+
+def test_ctrl_c_ends_at_once_and_keeps_what_arrived(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("org/model", MODEL)
+    stall = hub.stalls["model.safetensors"] = threading.Event()
+    command = [sys.executable, "-m", "tpctl", "download", "org/model"]
+    with subprocess.Popen(
+        command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not any(path.stat().st_size for path in tmp_path.rglob("*.partial")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in errors
+    stall.set()
+    hub.stalls.clear()
+    assert files(run("download", "org/model").stdout.strip()) == needed(MODEL)
+    last = hub.bodies("model.safetensors")[-1]
+    assert last is not None and int(last.removeprefix("bytes=").rstrip("-")) > 0
+
+
+def test_output_that_cannot_be_written(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("org/model", MODEL)
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in failed(run("download", "org/model", "-o", str(tmp_path / "file")))
+    assert str(tmp_path / "file") in failed(run("download", "org/model", "-o", str(tmp_path / "file" / "x")))
 
 
 def test_output_folder_holds_the_files_and_follows_the_revision(hub: Hub, run: Run, tmp_path: Path) -> None:

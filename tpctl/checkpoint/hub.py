@@ -8,26 +8,30 @@ settings hold.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tpctl.checkpoint.cache import require_space
 from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.transfer import Download, Meter, Progress
 from tpctl.errors import SourceError
-from tpctl.partition.manifest import MANIFEST, Manifest
+from tpctl.partition.manifest import MANIFEST
 
 T = TypeVar("T")
 
 ANSWER_SECONDS = 6.0
 """How long the Hub may take to answer the first question, unless HF_HUB_ETAG_TIMEOUT says otherwise."""
+
+WORKERS = 4
+"""Files that are fetched at the same time."""
 
 _METADATA = """
     config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json
@@ -117,35 +121,46 @@ def download(
         blobs = [blob for file in missing if (blob := _blob(remote, file, token, local_dir))]
         total = sum(file.size for file in missing)
         received = sum(blob.received() for blob in blobs)
-        require_space(local_dir or _repository(remote.id), total - received, f"downloading {remote.id}")
+        require_space(local_dir or repository(remote.id), total - received, f"downloading {remote.id}")
         meter = Meter(total, progress)
-        pool = ThreadPoolExecutor(max_workers=4)
         try:
-            jobs = [pool.submit(_fetch, remote, file, token, meter, local_dir) for file in missing]
-            for job in jobs:
-                job.result()
+            _in_threads([partial(_fetch, remote, file, token, meter, local_dir) for file in missing])
         finally:
-            # After an error or Ctrl-C the running transfers end at their next block, not at their file's end.
-            meter.stopped = True
-            pool.shutdown(cancel_futures=True)
+            meter.stopped = True  # after an error or Ctrl-C, the transfers that still run end at their next block
     if local_dir is not None:
         return local_dir
-    snapshot = _repository(remote.id) / "snapshots" / remote.commit
-    _remember(remote, revision or "main", snapshot)
+    snapshot = repository(remote.id) / "snapshots" / remote.commit
+    remember(remote.id, revision or "main", remote.commit)
     return snapshot
 
 
-def _remember(remote: RemoteModel, revision: str, snapshot: Path) -> None:
-    """Note in the Hugging Face cache which commit a branch or tag led to, where ``cached`` looks for it."""
-    if revision != remote.commit:
-        ref = snapshot.parent.parent / "refs" / revision
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(remote.commit, encoding="utf-8")
+def _in_threads(jobs: Sequence[Callable[[], object]]) -> None:
+    """Run ``jobs``, a few at a time, and raise the first failure.
+
+    The threads are daemons, unlike an executor's: Ctrl-C ends the program even while one waits for the network.
+    """
+    waiting, failures = deque(jobs), list[BaseException]()
+
+    def work() -> None:
+        while waiting and not failures:
+            try:
+                waiting.popleft()()
+            except IndexError:
+                return  # another thread took the last one
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(WORKERS, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive() and not failures:
+            thread.join(0.1)
+    if failures:
+        raise failures[0]
 
 
-def needed_files(
-    remote: RemoteModel, index: Path | None, ranks: Sequence[int] | None = None
-) -> tuple[RemoteFile, ...]:
+def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] | None = None) -> tuple[RemoteFile, ...]:
     """The files of ``remote`` that tpctl reads: its metadata and one set of safetensors weights.
 
     Raises:
@@ -177,9 +192,7 @@ def needed_files(
     elif gguf := sorted(name for name in names if name.endswith(".gguf")):
         raise SourceError(f"{remote.id} holds GGUF files only; download {gguf[0]} and pass that file")
     else:
-        raise SourceError(
-            f"{remote.id} holds {len(tensors)} safetensors files and no {INDEX}; nothing says which"
-        )
+        raise SourceError(f"{remote.id} holds {len(tensors)} safetensors files and no {INDEX}; nothing says which")
     return tuple(file for file in remote.files if file.name in METADATA or file.name in weights)
 
 
@@ -195,76 +208,29 @@ def _shard_files(repo: str, tensors: Sequence[str], ranks: Sequence[int] | None)
     return chosen
 
 
-def cached(repo: str, revision: str | None, ranks: Sequence[int] | None = None) -> tuple[Path, str] | None:
-    """The folder and commit of a complete copy of ``repo`` in the Hugging Face cache, without any network."""
-    root = _repository(repo)
-    ref = root / "refs" / (revision or "main")
-    try:
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else (revision or "")
-    except OSError:
-        return None
-    folder = root / "snapshots" / commit
-    return (folder, commit) if commit and complete(folder, ranks) else None
-
-
-def complete(folder: Path, ranks: Sequence[int] | None = None) -> bool:
-    """Whether ``folder`` has a config and every weight file that its manifest or index calls for.
-
-    Of a shard folder, those of ``ranks``, or of every rank that its manifest lists.
-    """
-    if not (folder / "config.json").is_file():
-        return False
-    if (folder / MANIFEST).is_file():
-        shards = Manifest.load(folder)
-        wanted = shards.shards if ranks is None else ranks
-        return all((folder / name).is_file() for rank in wanted for name in shards.rank_files(rank))
-    index = folder / INDEX
-    if index.is_file():
-        return all((folder / name).is_file() for name in index_files(index))
-    return any(path.is_file() for path in folder.glob("*.safetensors"))
-
-
-def index_files(index: Path) -> frozenset[str]:
-    """The weight files that a safetensors index names.
-
-    Raises:
-        SourceError: it is not such an index.
-    """
-    try:
-        return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise SourceError(f"{index} is not a safetensors index; delete it and download again") from None
-
-
-def _blob(
-    remote: RemoteModel, file: RemoteFile, token: str | None, local_dir: Path | None
-) -> Download | None:
+def _blob(remote: RemoteModel, file: RemoteFile, token: str | None, local_dir: Path | None) -> Download | None:
     """The resumable download of ``file``, or ``None`` if it is one for huggingface_hub alone."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     if file.sha256 is None or file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
         return None
-    target = local_dir / file.name if local_dir else _repository(remote.id) / "blobs" / file.sha256
+    target = local_dir / file.name if local_dir else repository(remote.id) / "blobs" / file.sha256
     url = hf_hub_url(remote.id, file.name, revision=remote.commit)
     return Download(url, build_hf_headers(token=token), target, file.size, file.sha256)
 
 
 def _have(remote: RemoteModel, file: RemoteFile) -> bool:
-    return (_repository(remote.id) / "snapshots" / remote.commit / file.name).is_file()
+    return (repository(remote.id) / "snapshots" / remote.commit / file.name).is_file()
 
 
-def _fetch(
-    remote: RemoteModel, file: RemoteFile, token: str | None, meter: Meter, local_dir: Path | None
-) -> Path:
+def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Meter, local_dir: Path | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     blob = _blob(remote, file, token, local_dir)
     if blob is not None:
         blob.run(meter)
-        meter = Meter(
-            0, None
-        )  # huggingface_hub finds the file there and has nothing left to do but its records
+        meter = Meter(0, None)  # huggingface_hub finds the file there and has nothing left to do but its records
     path = hf_hub_download(
         remote.id,
         file.name,
@@ -275,13 +241,6 @@ def _fetch(
         etag_timeout=10,
     )
     return Path(path)
-
-
-def _repository(repo: str) -> Path:
-    """Where the Hugging Face cache keeps ``repo``: ``blobs``, ``refs``, ``snapshots``."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def _bar(meter: Meter, name: str) -> Any:

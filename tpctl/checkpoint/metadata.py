@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.safetensors import parse_header
 from tpctl.checkpoint.sources import Notify, hub_id, is_local, resolve, to_stderr
@@ -59,7 +60,7 @@ def read_metadata(
     try:
         remote = hub.ask(repo, revision, token)
     except HubUnreachable:
-        copy = hub.cached(repo, revision)
+        copy = cached(repo, revision)
         if copy is None:
             raise
         return ModelMetadata(copy[0], repo, copy[1], _local_tensors(copy[0]))

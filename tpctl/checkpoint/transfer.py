@@ -12,8 +12,9 @@ import hashlib
 import threading
 import time
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from tpctl.checkpoint.hub_errors import is_transport_error, retry_after
 from tpctl.errors import SourceError
@@ -78,7 +79,7 @@ class Download:
                 arrived stays for the next time.
         """
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        with self.partial.open("ab") as file:
+        with self.partial.open("ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here and finds the work done
             if self.target.exists():
                 if _sha256(self.target) == self.sha256:
@@ -91,7 +92,7 @@ class Download:
         self._check()
         self.partial.rename(self.target)
 
-    def _fill(self, file: BinaryIO, meter: Meter) -> None:
+    def _fill(self, file: FileIO, meter: Meter) -> None:
         failures = 0
         while (position := file.seek(0, 2)) < self.size:
             try:
@@ -101,7 +102,8 @@ class Download:
                     failures = 0
                 failures += 1
                 status = getattr(getattr(error, "response", None), "status_code", 0)
-                if not (is_transport_error(error) or status >= 500) or failures > ATTEMPTS:
+                again = (is_transport_error(error) or status >= 500) and failures <= ATTEMPTS
+                if meter.stopped or not again:
                     raise
                 pause = min(2 ** (failures - 1), 8)
             time.sleep(pause)
@@ -109,7 +111,7 @@ class Download:
             file.truncate(0)
             raise SourceError(f"{self.target.name} grew beyond its {self.size} bytes; run the command again")
 
-    def _receive(self, file: BinaryIO, position: int, meter: Meter) -> int:
+    def _receive(self, file: FileIO, position: int, meter: Meter) -> int:
         """Append one answer's bytes; the seconds to wait before the next request."""
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from tpctl.checkpoint.folder import CheckpointFolder
-from tpctl.checkpoint.hub import cached
+from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.safetensors import parse_header, tensor_nbytes
 from tpctl.checkpoint.sources import HUB_ID
 from tpctl.errors import CheckpointError
@@ -30,7 +30,7 @@ class PieceReport:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One rank's stored tensor. ``padding`` counts the elements that come from no source."""
+    """One rank's stored tensor. ``padding`` counts the elements that come from no source; they are ``fill``."""
 
     name: str
     file: str
@@ -40,6 +40,7 @@ class TensorReport:
     shape: tuple[int, ...]
     nbytes: int
     padding: int
+    fill: int
     pieces: tuple[PieceReport, ...]
 
 
@@ -185,6 +186,7 @@ def _tensor(name: str, tensor: ShardTensor, shard: Shard) -> TensorReport:
         shape=tensor.shape,
         nbytes=tensor_nbytes(tensor.dtype, tensor.shape),
         padding=prod(tensor.shape) - sum(piece.numel for piece in tensor.pieces),
+        fill=tensor.fill,
         pieces=pieces,
     )
 

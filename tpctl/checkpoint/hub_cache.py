@@ -1,0 +1,71 @@
+"""The Hugging Face cache on this machine: what it holds of a model, read without any network.
+
+Its layout is documented (https://huggingface.co/docs/huggingface_hub/guides/manage-cache): ``blobs`` by digest,
+``snapshots`` by commit with links to blobs, ``refs`` from branch and tag names to commits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tpctl.checkpoint.folder import INDEX
+from tpctl.errors import SourceError
+from tpctl.partition.manifest import MANIFEST, Manifest
+
+
+def repository(repo: str) -> Path:
+    """Where the Hugging Face cache keeps ``repo``: ``blobs``, ``refs``, ``snapshots``."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def cached(repo: str, revision: str | None, ranks: Sequence[int] | None = None) -> tuple[Path, str] | None:
+    """The folder and commit of a complete copy of ``repo`` in the Hugging Face cache, without any network."""
+    root = repository(repo)
+    ref = root / "refs" / (revision or "main")
+    try:
+        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else (revision or "")
+    except OSError:
+        return None
+    folder = root / "snapshots" / commit
+    return (folder, commit) if commit and complete(folder, ranks) else None
+
+
+def complete(folder: Path, ranks: Sequence[int] | None = None) -> bool:
+    """Whether ``folder`` has a config and every weight file that its manifest or index calls for.
+
+    Of a shard folder, those of ``ranks``, or of every rank that its manifest lists.
+    """
+    if not (folder / "config.json").is_file():
+        return False
+    if (folder / MANIFEST).is_file():
+        shards = Manifest.load(folder)
+        wanted = shards.shards if ranks is None else ranks
+        return all((folder / name).is_file() for rank in wanted for name in shards.rank_files(rank))
+    index = folder / INDEX
+    if index.is_file():
+        return all((folder / name).is_file() for name in index_files(index))
+    return any(path.is_file() for path in folder.glob("*.safetensors"))
+
+
+def index_files(index: Path) -> frozenset[str]:
+    """The weight files that a safetensors index names.
+
+    Raises:
+        SourceError: it is not such an index.
+    """
+    try:
+        return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise SourceError(f"{index} is not a safetensors index; delete it and download again") from None
+
+
+def remember(repo: str, revision: str, commit: str) -> None:
+    """Note in the Hugging Face cache which commit a branch or tag led to, where ``cached`` looks for it."""
+    if revision != commit:
+        ref = repository(repo) / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, encoding="utf-8")
