@@ -67,5 +67,6 @@ def _tensor(stored: StoredTensor, rank: int) -> TensorReport:
         shape=stored.shape,
         nbytes=tensor_nbytes("BF16", stored.shape),
         padding=stored.padding,
+        fill=0,
         pieces=pieces,
     )

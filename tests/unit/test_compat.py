@@ -52,6 +52,17 @@ def test_scales_are_verified_left_out_by_merge_and_kept_by_reshard(source: Path,
     assert folder_bytes(tmp_path / "two-to-four") == folder_bytes(tmp_path / "four")
 
 
+def test_folders_with_scales_are_shown(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tpctl.cli.inspect_shards import inspect_shards as command
+
+    shard_checkpoint(source, tmp_path / "two", 2, compat="vllm")
+    command(tmp_path / "two", html=tmp_path / "page.html")
+    assert "_k_scale" not in capsys.readouterr().out
+    assert "qkv_proj" in (tmp_path / "page.html").read_text()
+    command(tmp_path / "two", rank=1)
+    assert "the constant 1, which another engine expects" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_uneven_splits_are_refused_with_the_sizes_that_work(source: Path, tmp_path: Path, engine: str) -> None:
     with pytest.raises(PartitionError, match=rf"{engine} loads only even splits, but at tp 3 .*use --tp 1, 2, 4$"):

@@ -104,6 +104,8 @@ def _shape(tensor: TensorReport) -> str:
 
 
 def _pieces(tensor: TensorReport) -> str:
+    if tensor.fill:
+        return f"the constant {tensor.fill}, which another engine expects"
     padding = f" + {tensor.padding // max(1, tensor.shape[-1])} rows of zeros" if tensor.padding else ""
     return " + ".join(_piece(piece, tensor.dim) for piece in tensor.pieces) + padding
 

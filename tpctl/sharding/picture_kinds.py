@@ -85,12 +85,17 @@ class Kind:
 
 
 def kinds(report: InspectReport) -> tuple[Kind, ...]:
-    """The kinds of ``report``, in the order in which a forward pass meets them."""
+    """The kinds of ``report``, in the order in which a forward pass meets them.
+
+    Constants that another engine wants (``compat``) are made of no source and left out.
+    """
     ranks = tuple(rank.rank for rank in report.ranks)
     groups: dict[tuple[object, ...], list[int]] = {}
     first = report.ranks[0].tensors
     for index, tensor in enumerate(first):
         held = [rank.tensors[index] for rank in report.ranks]
+        if not any(one.pieces for one in held):
+            continue
         key = (pattern(tensor.name), tensor.rule, tensor.dtype, *(_form(one) for one in held))
         groups.setdefault(key, []).append(index)
     found = []
