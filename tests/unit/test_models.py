@@ -79,3 +79,12 @@ def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, t
             expected = model(prompts).logits
         found = _logits(shards, tp_size, prompts.tolist())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_made_for_vllm_runs_too(tmp_path: Path) -> None:
+    name = next(iter(FAMILIES))
+    make_checkpoint(name, tmp_path / "model")
+    shard_checkpoint(tmp_path / "model", tmp_path / "plain", 2)
+    shard_checkpoint(tmp_path / "model", tmp_path / "vllm", 2, compat="vllm")
+    prompts = torch.randint(3, 131, (2, 20)).tolist()
+    torch.testing.assert_close(_logits(tmp_path / "vllm", 2, prompts), _logits(tmp_path / "plain", 2, prompts))

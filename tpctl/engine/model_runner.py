@@ -70,7 +70,8 @@ class ModelRunner:
         with torch.device("meta"):
             self.model = Decoder(self.model_config, self.plan, self.backend, self.rotary, group, self.dtype)
         files = [config.shard_dir / name for name in manifest.rank_files(group.rank)]
-        self.weight_bytes = load_shard(self.model, files, group.device)
+        constants = {name for name, tensor in manifest.tensors(group.rank).items() if tensor.fill}
+        self.weight_bytes = load_shard(self.model, files, group.device, constants)
         self.model.eval()
         self.model.optimize()
         self._lap("weights", started)

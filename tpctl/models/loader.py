@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,13 +14,16 @@ from tpctl.models.decoder import Decoder
 from tpctl.models.weights import EMBEDDING
 
 
-def load_shard(model: Decoder, files: Iterable[Path], device: torch.device) -> int:
+def load_shard(
+    model: Decoder, files: Iterable[Path], device: torch.device, constants: Container[str] = frozenset()
+) -> int:
     """Give every parameter of ``model`` (built on the meta device) its tensor.
 
     On a CPU the tensors stay mapped files, so nothing is copied that is not converted or packed later.
 
     Args:
         files: this rank's safetensors files.
+        constants: names in them that are no weights but what another engine wants (``tpctl shard --compat``).
 
     Returns:
         How many bytes the parameters take.
@@ -35,6 +38,8 @@ def load_shard(model: Decoder, files: Iterable[Path], device: torch.device) -> i
     total = 0
     for name, tensor in _read(files, device):
         parameter = wanted.get(name)
+        if parameter is None and name in constants:
+            continue
         if parameter is None:
             raise ShardFolderError(f"the shard holds {name}, which this model does not have; shard it again")
         if name in filled:
