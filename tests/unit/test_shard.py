@@ -345,6 +345,16 @@ def test_a_source_that_shrinks_meanwhile_is_noticed(tmp_path: Path, source: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_read_error_names_the_file(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(fd: int, buffers: Any, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(sharding_files.os, "preadv", failing)
+    with pytest.raises(CheckpointError, match=r"model-0000\d-of-00002\.safetensors cannot be read at byte \d+: Input"):
+        shard_checkpoint(source, tmp_path / "out", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_progress_ends_at_the_total(tmp_path: Path, source: Path) -> None:
     seen: list[tuple[int, int]] = []
     shard_checkpoint(source, tmp_path / "out", 3, progress=lambda done, total, what="": seen.append((done, total)))

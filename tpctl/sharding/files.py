@@ -48,7 +48,10 @@ class Files:
         """Fill ``out`` from byte ``offset`` of ``path`` on."""
         view = out.data.cast("B")
         while view:
-            got = os.preadv(self._open[path], [view], offset)
+            try:
+                got = os.preadv(self._open[path], [view], offset)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read at byte {offset}: {error.strerror}") from None
             if not got:
                 raise CheckpointError(f"{path} ends at byte {offset}, {len(view)} bytes too early; it was truncated")
             view, offset = view[got:], offset + got
