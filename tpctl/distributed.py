@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpctl import shared_memory
+from tpctl.shared_memory import SharedMemory
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -28,12 +31,14 @@ class TPGroup:
         self.rank = rank
         self.size = size
         self.device = torch.device(device)
+        self._shared: SharedMemory | None = None
 
     @classmethod
     def from_environment(cls, device_type: str) -> TPGroup:
         """Join the group that torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describe.
 
-        CPU tensors travel by gloo; on ``"cuda"`` device tensors travel by NCCL.
+        On ``"cuda"`` device tensors travel by NCCL. CPU tensors travel by gloo, or through shared memory where that
+        works and all ranks run on one host; ``TPCTL_CPU_COLLECTIVES=gloo`` in the environment rules it out.
         """
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device_type == "cuda":
@@ -44,22 +49,33 @@ class TPGroup:
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-        return cls(rank, size, device)
+        group = cls(rank, size, device)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size
+        if size > 1 and device_type == "cpu" and local and os.environ.get("TPCTL_CPU_COLLECTIVES") != "gloo":
+            timeout = COLLECTIVE_TIMEOUT.total_seconds()
+            group._shared = shared_memory.connect(rank, size, timeout, group.broadcast_text, group.minimum)
+        return group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum ``x`` over the ranks, in place."""
+        if self._shared is not None:
+            return self._shared.all_reduce(x)
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """The element-wise maximum of ``x`` over the ranks, in place."""
+        if self._shared is not None:
+            return self._shared.all_reduce_max(x)
         if self.size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """``[size, *x.shape]``: every rank's ``x``, which must have the same shape everywhere."""
+        if self._shared is not None:
+            return self._shared.all_gather(x)
         if self.size == 1:
             return x.unsqueeze(0)
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
@@ -68,6 +84,8 @@ class TPGroup:
 
     def minimum(self, value: int) -> int:
         """The smallest ``value`` over the ranks (host side)."""
+        if self._shared is not None:
+            return self._shared.minimum(value)
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64)

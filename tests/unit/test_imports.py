@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models.specs": ("partition",),
     "models.weights": ("partition",),
     "sharding": ("partition", "checkpoint", "models.config", "models.specs", "models.weights"),
-    "distributed": (),
+    "shared_memory": (),
+    "distributed": ("shared_memory",),
     "kernels": (),
     "layers": ("partition", "distributed", "kernels", "models.config"),
     "models": ("partition", "distributed", "kernels", "layers"),
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "": (),
 }
 # Modules that may name torch or transformers at all; those with a star only inside functions.
-HEAVY = {"distributed", "kernels", "layers", "models", "engine", "launch.agent*", "checkpoint.gguf*"}
+HEAVY = {"distributed", "shared_memory", "kernels", "layers", "models", "engine", "launch.agent*", "checkpoint.gguf*"}
 LIGHT = (
     *("models.config", "models.specs", "models.weights", "engine.config", "engine.sampling_params"),
     *("engine.scheduler", "engine.block_manager", "engine.sequence"),

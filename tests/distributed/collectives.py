@@ -1,0 +1,87 @@
+"""One rank of ``test_shared_memory``: many collectives of random shapes and dtypes, checked on every rank.
+
+Every rank draws the same random script, and can make every other rank's tensors itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64, torch.int64)
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-100, 100, shape, generator=generator).to(dtype).div(8).to(dtype)
+
+
+def check(group: TPGroup, rng: random.Random, seed: int, longest: int, digest: hashlib._Hash) -> None:
+    """One random collective."""
+    dtype = rng.choice(DTYPES)
+    shape = rng.choice([(), (1, 576), (rng.randint(1, longest),), (rng.randint(1, 40), rng.randint(0, longest // 40))])
+    kind = rng.choice(["sum", "sum", "max", "gather", "minimum"])
+    if kind == "minimum":
+        assert group.minimum(seed * 31 % 17 - group.rank) == seed * 31 % 17 - group.size + 1
+    else:
+        check_one(group, kind, dtype, shape, seed, digest, columns_first=rng.random() < 0.3)
+
+
+def check_one(
+    group: TPGroup,
+    kind: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    seed: int,
+    digest: hashlib._Hash,
+    columns_first: bool = False,
+) -> None:
+    """Eighths of small integers add up exactly in every dtype but bfloat16, which is rounded once."""
+    everyone = torch.stack([tensor(shape, dtype, seed * 16 + rank) for rank in range(group.size)])
+    mine = everyone[group.rank].clone()
+    if columns_first and len(shape) == 2:
+        mine = mine.t().contiguous().t()
+    if kind == "sum":
+        expected = (everyone if dtype == torch.int64 else everyone.double()).sum(0).to(dtype)
+        found = group.all_reduce(mine)
+        assert found.data_ptr() == mine.data_ptr(), "not in place"
+    elif kind == "max":
+        expected, found = everyone.amax(0), group.all_reduce_max(mine)
+    else:
+        expected, found = everyone, group.all_gather(mine)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+    digest.update(found.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rounds, longest = int(sys.argv[1]), int(sys.argv[2])
+    group = TPGroup.from_environment("cpu")
+    assert group._shared is not None, "these tests are about shared memory"
+    rng, pauses, digest = random.Random(3), random.Random(group.rank), hashlib.sha256()
+    for seed in range(rounds):
+        if pauses.random() < 0.01:
+            time.sleep(0.002)  # ranks arrive in every order
+        check(group, rng, seed, longest, digest)
+    x = torch.ones(576)  # in quick succession, where a slot that is written too early would show
+    for number in range(rounds):
+        assert group.all_reduce(x.fill_(number + group.rank)).eq(group.size * (2 * number + group.size - 1) / 2).all()
+    for dtype in DTYPES:  # longer than a slot
+        check_one(group, "sum", dtype, (700_001,), rounds, digest)
+        check_one(group, "gather", dtype, (700, 1001), rounds, digest)
+    seen = group.all_gather(torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
+    assert seen.eq(seen[0]).all(), "the ranks saw different bits"
+    group.close()
+    print(f"rank {group.rank} is done")
+
+
+if __name__ == "__main__":
+    main()
