@@ -61,7 +61,7 @@ class CudaDecoder:
 
     def logits(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None) -> Tensor:
         """[R, V]: this rank's logits of the tokens ``rows`` of the batch; ``None`` means all."""
-        # Launched early, a kernel's start hides behind the end of the one before; with many rows there is nothing to hide.
+        # Launched early, a kernel's start hides behind the end of the one before; many rows leave nothing to hide.
         self._pdl = batch.num_tokens <= PDL_ROWS
         self.backend.begin(batch, self.windows)
         residual = self._embed(batch.input_ids)
