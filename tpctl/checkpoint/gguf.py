@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def _convert(source: Path, folder: Path) -> None:
     """The child's work; torch and transformers are imported here."""
     from tpctl.checkpoint.cache import require_space
 
+    _keep_what_is_parsed()
     rope = _rope_scaling(source)
 
     import torch
@@ -75,9 +77,7 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
-    if hasattr(
-        transformers, "GgufConfig"
-    ):  # older releases always undo the quantisation, and have no such class
+    if hasattr(transformers, "GgufConfig"):  # older releases always undo the quantisation, and have no such class
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(str(source.parent), **options)
     if rope is not None:
@@ -91,6 +91,15 @@ def _convert(source: Path, folder: Path) -> None:
         path.chmod(0o644)  # safetensors writes 0600, which would keep a shared cache's other users out
 
 
+def _keep_what_is_parsed() -> None:
+    """Halve the time: transformers parses the file anew for config, weights and tokenizer, and builds the map of
+    tensor names once for every module of the model. This process converts one file, so both are kept."""
+    import gguf
+
+    gguf.GGUFReader = cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
+
+
 def _rope_scaling(source: Path) -> dict[str, Any] | None:
     """The RoPE scaling of ``source`` as transformers 5 writes it, or ``None`` where the file has none.
 
@@ -101,16 +110,14 @@ def _rope_scaling(source: Path) -> dict[str, Any] | None:
     from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(source)
+        reader = GGUFReader(str(source))
     except Exception as error:  # whatever a wild length or offset leads to
         raise ValueError(f"the file is damaged or cut short ({error}); download it again") from None
     arch = _value(reader, "general.architecture")
     kind = _value(reader, f"{arch}.rope.scaling.type")
     if kind not in (None, "none"):
         if kind != "linear":
-            raise ValueError(
-                f"its RoPE scaling {kind!r} cannot be converted; use the model's safetensors checkpoint"
-            )
+            raise ValueError(f"its RoPE scaling {kind!r} cannot be converted; use the model's safetensors checkpoint")
         return {"rope_type": "linear", "factor": float(_value(reader, f"{arch}.rope.scaling.factor"))}
     stored = [tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
     if not stored:
@@ -155,9 +162,7 @@ def _main() -> int:
         _convert(source, folder)
     except KeyboardInterrupt:
         return 130
-    except (
-        Exception
-    ) as error:  # anything here is the file's or the machine's fault; the parent shows one line
+    except Exception as error:  # anything here is the file's or the machine's fault; the parent shows one line
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"{text[:300]}", file=sys.stderr)
         return 1
