@@ -96,8 +96,8 @@ def _keep_what_is_parsed() -> None:
     tensor names once for every module of the model. This process converts one file, so both are kept."""
     import gguf
 
-    gguf.GGUFReader = cache(gguf.GGUFReader)
-    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, cache(getattr(gguf, name)))
 
 
 def _rope_scaling(source: Path) -> dict[str, Any] | None:
