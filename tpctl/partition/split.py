@@ -97,7 +97,7 @@ def split_evenly(total: int, parts: int, granularity: int = 1) -> tuple[Range, .
 
 
 def split_aligned(total: int, parts: int) -> tuple[Range, ...]:
-    """Cut ``[0, total)`` exactly evenly if ``parts`` divides it, else in steps of ``ALIGNMENT`` where that is possible."""
+    """Cut ``[0, total)`` exactly evenly if ``parts`` divides it, else in steps of ``ALIGNMENT`` where possible."""
     if total % parts == 0 or total % ALIGNMENT or total // ALIGNMENT < parts:
         return split_evenly(total, parts)
     return split_evenly(total, parts, ALIGNMENT)

@@ -1,0 +1,18 @@
+"""What several test modules need once."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tpctl.checkpoint.sources import ResolvedSource, resolve
+
+# Where the tests run in the background of a shell, SIGINT is ignored, and every process they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def demo() -> ResolvedSource:
+    """The demo model's checkpoint, in the cache; the first run on a machine fetches it."""
+    return resolve("demo")

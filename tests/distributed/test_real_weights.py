@@ -1,0 +1,202 @@
+"""The demo model's real weights: tokens equal transformers', whatever the batch, the memory and the number of ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tpctl.checkpoint.sources import ResolvedSource
+from tpctl.client.engine_client import EngineClient
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.distributed import TPGroup
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.engine import Engine
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.launch.messages import Add, Output, Request
+from tpctl.sharding.cache import ensure_sharded
+
+pytestmark = pytest.mark.slow
+
+PROMPT_LENGTH, GREEDY_LENGTH, SAMPLED_LENGTH = 12, 48, 16
+TEXTS = (
+    "The capital of France is a city that is known all over the world for its museums",
+    "Once upon a time there was a little girl who lived in a house near the forest and",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
+    "In 1969 the first human beings set foot on the Moon. The mission was called Apollo",
+    "One, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve,",
+    "Question: Why is the sky blue? Answer: Because the light of the sun is scattered by",
+    "Die Hauptstadt von Deutschland ist Berlin, und die Hauptstadt von Italien ist Rom, und",
+    "My favourite recipe for a rainy Sunday needs two onions, a handful of mushrooms and",
+)
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.8, "seed": 11},
+    {"temperature": 1.0, "seed": 12, "top_p": 0.8, "top_k": 40},
+    {"temperature": 1.2, "seed": 13, "min_p": 0.05},
+    {"temperature": 0.7, "seed": 14, "repetition_penalty": 1.3, "top_k": 20},
+)
+Tokens = dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def prompts(demo: ResolvedSource) -> list[list[int]]:
+    """Eight prompts of equal length, so that transformers needs no padding."""
+    tokenizer = Tokenizer(demo.folder)
+    found = [tokenizer.encode(text)[:PROMPT_LENGTH] for text in TEXTS]
+    assert {len(ids) for ids in found} == {PROMPT_LENGTH}
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(demo: ResolvedSource, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers' own ``generate`` answers, greedily and in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(demo.folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # all of 48 tokens, as ignore_eos below
+    ids = torch.tensor(prompts)
+    answers = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY_LENGTH, do_sample=False)
+    assert answers.shape == (len(prompts), PROMPT_LENGTH + GREEDY_LENGTH)
+    return answers[:, PROMPT_LENGTH:].tolist()
+
+
+def engine_config(demo: ResolvedSource, tp_size: int, **changes: Any) -> EngineConfig:
+    values: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": 64 << 20, "block_size": 16, **changes}
+    return EngineConfig(ensure_sharded(demo, tp_size), tp_size, **values)
+
+
+def greedy_requests(prompts: list[list[int]]) -> list[Request]:
+    params = SamplingParams(max_tokens=GREEDY_LENGTH, ignore_eos=True)
+    return [Request(f"greedy {n}", ids, params) for n, ids in enumerate(prompts)]
+
+
+def sampled_requests(prompts: list[list[int]], prefix: str) -> list[Request]:
+    return [
+        Request(f"{prefix} {n}", ids, SamplingParams(max_tokens=SAMPLED_LENGTH, ignore_eos=True, **sampling))
+        for n, (ids, sampling) in enumerate(zip(prompts, SAMPLINGS, strict=False))
+    ]
+
+
+def collect(tokens: Tokens, outputs: Sequence[Output]) -> int:
+    """Sort new tokens by request; how many requests ended."""
+    for output in outputs:
+        assert output.finish_reason != "error", output.message
+        tokens.setdefault(output.id, []).extend(output.token_ids)
+    return sum(output.finish_reason is not None for output in outputs)
+
+
+def run_in_threads(config: EngineConfig, groups: Sequence[Sequence[Request]]) -> Tokens:
+    """Each group of requests together, one group after the other; every rank must compute the same tokens."""
+
+    def rank(group: TPGroup) -> Tokens:
+        torch.set_num_threads(1)  # else every thread brings a pool of its own
+        tokens: Tokens = {}
+        with torch.no_grad():
+            engine = Engine(config, group)
+            for requests in groups:
+                collect(tokens, engine.apply(Add(list(requests))))
+                while engine.has_work:
+                    collect(tokens, engine.step())
+            engine.stats()  # checks the block manager's books
+        return tokens
+
+    threads = torch.get_num_threads()
+    try:
+        first, *others = run_ranks(config.tp_size, rank)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(other == first for other in others)
+    return first
+
+
+def run_in_processes(config: EngineConfig, groups: Sequence[Sequence[Request]]) -> tuple[Tokens, dict[str, float]]:
+    tokens: Tokens = {}
+    with EngineClient(config) as client:
+        for requests in groups:
+            client.submit(requests)
+            left = len(requests)
+            while left:
+                left -= collect(tokens, client.outputs())
+        return tokens, client.stats()
+
+
+@pytest.fixture(scope="module")
+def by_ranks(demo: ResolvedSource, prompts: list[list[int]]) -> dict[int, Tokens]:
+    """For every tensor-parallel size, the greedy answers; up to 3 ranks, also the sampled ones, alone and together."""
+    found = {}
+    for tp_size in (1, 2, 3, 5, 9):
+        groups: list[list[Request]] = [greedy_requests(prompts)]
+        if tp_size <= 3:
+            groups += [[request] for request in sampled_requests(prompts, "alone")]
+            company = [Request(f"company {n}", ids, SamplingParams(max_tokens=9)) for n, ids in enumerate(prompts)]
+            groups.append([*company[:3], *sampled_requests(prompts, "together"), *company[3:]])
+        found[tp_size] = run_in_threads(engine_config(demo, tp_size), groups)
+    return found
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 5, 9])
+def test_greedy_tokens_equal_transformers(by_ranks: dict[int, Tokens], expected: list[list[int]], tp_size: int) -> None:
+    assert [by_ranks[tp_size][f"greedy {n}"] for n in range(len(expected))] == expected
+
+
+def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
+    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    # 12 blocks of 16 tokens, 480 KiB each on rank 0: room for three of the eight answers.
+    tokens, stats = run_in_processes(engine_config(demo, 2, kv_cache_memory=6 << 20), [greedy_requests(prompts)])
+    assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
+    assert stats["num_blocks"] == stats["free_blocks"] == 12
+    assert stats["preemptions"] > 0
+    assert stats["evictions"] > 0
+    assert stats["generated_tokens"] == len(prompts) * GREEDY_LENGTH
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["alone", "together"])
+def test_a_seed_gives_the_same_tokens_in_any_batch_on_any_ranks(
+    by_ranks: dict[int, Tokens], tp_size: int, kind: str
+) -> None:
+    answers = [by_ranks[1][f"alone {n}"] for n in range(len(SAMPLINGS))]
+    assert [by_ranks[tp_size][f"{kind} {n}"] for n in range(len(SAMPLINGS))] == answers
+    assert all(len(answer) == SAMPLED_LENGTH for answer in answers)
+    greedy = [by_ranks[1][f"greedy {n}"][:SAMPLED_LENGTH] for n in range(len(SAMPLINGS))]
+    assert not any(answer == plain for answer, plain in zip(answers, greedy, strict=True))
+
+
+INTRODUCTION = "The following is a short note from the diary of a sailor who crossed the ocean. "
+LINES: list[dict[str, Any]] = [
+    {"prompt": f"{INTRODUCTION if n % 2 else ''}Day {n}: {TEXTS[n % 8]}", "max_tokens": 32 if n < 4 else 4}
+    for n in range(64)
+]
+
+
+def batch(tmp_path: Path, demo: ResolvedSource, *options: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows that ``tpctl batch`` writes for ``LINES`` at tp 2, and what it says on stderr."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    out.unlink(missing_ok=True)
+    common = ("--model", str(demo.folder), "--tp", "2", "--device", "cpu", "--dtype", "float32", "--block-size", "16")
+    command = [sys.executable, "-m", "tpctl", "batch", str(source), "-o", str(out), *common, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()], result.stderr
+
+
+def test_64_prompts_together_equal_one_at_a_time(tmp_path: Path, demo: ResolvedSource) -> None:
+    alone, _ = batch(tmp_path, demo, "--kv-cache-memory", "64MiB", "--max-num-seqs", "1")
+    together, said = batch(tmp_path, demo, "--kv-cache-memory", "128MiB")
+    assert together == alone
+    assert len(together) == 64
+    assert " 0 preemptions" in said
+    # 8 blocks of 16 tokens, where the first four lines alone want twice as many in the end.
+    crowded, said = batch(tmp_path, demo, "--kv-cache-memory", "4MiB")
+    assert crowded == alone
+    assert re.search(r"prefix cache [1-9]\d* tokens .* [1-9]\d* preemptions", said), said
