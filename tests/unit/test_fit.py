@@ -152,3 +152,20 @@ def test_more_memory_never_holds_less(tmp_path: Path) -> None:
         assert tokens >= last
         last = tokens
     assert last > 0
+
+
+@pytest.mark.slow
+def test_a_running_engine_allocates_what_was_planned(tmp_path: Path) -> None:
+    from tpctl.client.engine_client import EngineClient
+    from tpctl.engine.config import EngineConfig
+
+    config = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54)
+    source = make_checkpoint(tmp_path / "source", config)
+    shard_checkpoint(source, tmp_path / "shards", 2)
+    ranks = planned(source, tp_size=2).ranks
+    budget = 100_000
+    with EngineClient(EngineConfig(tmp_path / "shards", 2, kv_cache_memory=budget, block_size=16)) as engine:
+        info = engine.wait_ready()
+    assert info["weight_bytes"] == ranks[0].weight_bytes  # rank 0 reports itself
+    tokens = min(budget // rank.kv_bytes_per_token for rank in ranks)
+    assert info["num_blocks"] == tokens // info["block_size"]
