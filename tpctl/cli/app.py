@@ -42,7 +42,7 @@ def _root(
 
 
 def _register() -> None:
-    from tpctl.cli import batch, bench, chat, download, inspect_shards, merge, plan, reshard, shard, upload
+    from tpctl.cli import batch, bench, chat, doctor, download, inspect_shards, merge, plan, reshard, shard, upload
 
     app.command("download")(download.download)
     app.command("plan")(plan.plan)
@@ -53,6 +53,7 @@ def _register() -> None:
     app.command("reshard")(reshard.reshard)
     app.command("chat")(chat.chat)
     app.command("batch")(batch.batch)
+    app.command("doctor")(doctor.doctor)
     app.add_typer(bench.bench, name="bench")
 
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tpctl.errors import EngineError
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -25,6 +27,9 @@ class EngineConfig:
         attention_backend: ``"auto"`` or a backend's name.
         enforce_eager: capture no CUDA graphs.
         enable_prefix_caching: share the KV blocks of equal prefixes.
+
+    Raises:
+        EngineError: two settings contradict each other.
     """
 
     shard_dir: Path
@@ -40,6 +45,13 @@ class EngineConfig:
     attention_backend: str = "auto"
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise EngineError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "
+                f"{self.max_num_seqs}: a step could not serve every sequence; raise the one or lower the other"
+            )
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps({**asdict(self), "shard_dir": str(self.shard_dir)}), encoding="utf-8")

@@ -13,7 +13,6 @@ from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.model_runner import Launched, ModelRunner
 from tpctl.engine.scheduler import Scheduler
-from tpctl.errors import EngineError
 from tpctl.launch.messages import Abort, Add, Message, Output
 
 
@@ -25,11 +24,6 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, group: TPGroup) -> None:
-        if config.max_num_batched_tokens < config.max_num_seqs:
-            raise EngineError(
-                f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-num-seqs "
-                f"{config.max_num_seqs}: a step could not serve every sequence; raise the one or lower the other"
-            )
         self.config = config
         self.runner = _make_runner(config, group)
         self._pending: Launched | None = None

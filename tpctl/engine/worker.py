@@ -6,6 +6,8 @@ python -m tpctl.engine.worker --config FILE --socket PATH
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -70,3 +72,6 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # torch's own way out takes half a second, for which somebody waits at the prompt

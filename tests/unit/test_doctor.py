@@ -1,0 +1,35 @@
+"""``tpctl doctor`` reports what is there, also where torch is broken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tpctl.cli.app import app
+from tpctl.errors import EngineError
+from tpctl.launch import doctor
+
+
+def test_reports_this_machine() -> None:
+    import torch
+
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert (
+        found["packages"]["torch"] == torch.__version__.split("+")[0] or found["packages"]["torch"] == torch.__version__
+    )
+    assert len(found["torch"]["gpus"]) == torch.cuda.device_count()
+    assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_broken_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ASK_TORCH", "raise ImportError('libcudart.so.13: cannot open shared object file')")
+    found = doctor.examine()
+    assert found.torch is None
+    assert found.problem == "ImportError: libcudart.so.13: cannot open shared object file"
+    result = CliRunner().invoke(app, ["doctor"])
+    assert isinstance(result.exception, EngineError)
+    assert "--device cpu" in result.stdout

@@ -1,0 +1,46 @@
+"""``tpctl doctor``: what this machine offers, and what tpctl will use of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from tpctl.cli.console import print_json
+from tpctl.errors import EngineError
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """Report devices, peer access, communication libraries and kernels, and what will be used."""
+    from tpctl.launch.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print(f"python {found.python}, {found.cores} cores")
+        for package, installed in found.packages.items():
+            print(f"{package:<16} {installed or 'not installed'}")
+        if found.torch is not None:
+            _print_torch(found.torch)
+        print(f"used by default  --device {found.device} --attention-backend {found.attention_backend}")
+    if found.problem is not None:
+        raise EngineError(f"torch cannot be used: {found.problem}; reinstall it")
+
+
+def _print_torch(torch: dict[str, Any]) -> None:
+    if not torch["gpus"]:
+        print(f"GPUs             none visible (torch is built {_built(torch['cuda'])})")
+    for index, gpu in enumerate(torch["gpus"]):
+        free, total = gpu["free"] / 2**30, gpu["total"] / 2**30
+        peers = ", ".join(map(str, gpu["peers"])) or "none"
+        print(f"GPU {index}            {gpu['name']}, compute {gpu['capability']}, {free:.1f} of {total:.1f} GiB free")
+        print(f"                 reaches the memory of: {peers}")
+    print(f"between GPUs     NCCL {torch['nccl'] or 'not available'}")
+    print(f"between CPUs     {'gloo' if torch['gloo'] else 'gloo is not available: only --tp 1 can run'}")
+    print(f"CPU linears      {'oneDNN, packed weights' if torch['onednn'] else 'plain'}")
+
+
+def _built(cuda: str | None) -> str:
+    return f"for CUDA {cuda}" if cuda else "without CUDA"

@@ -1,0 +1,100 @@
+"""What this machine offers to tpctl, found without starting an engine.
+
+Torch is asked in a child process: a broken installation or driver then costs a line of the report, not the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+PACKAGES = ("torch", "triton", "flash-attn", "transformers", "safetensors", "huggingface-hub", "tokenizers")
+_TIMEOUT = 120.0  # seconds; a cold import of torch with CUDA on a slow disk
+
+_ASK_TORCH = """
+import json, torch
+import torch.distributed as dist
+cuda = torch.cuda.is_available()
+count = torch.cuda.device_count() if cuda else 0
+gpus = []
+for index in range(count):
+    free, total = torch.cuda.mem_get_info(index)
+    properties = torch.cuda.get_device_properties(index)
+    peers = [other for other in range(count) if other != index and torch.cuda.can_device_access_peer(index, other)]
+    capability = f"{properties.major}.{properties.minor}"
+    gpus.append(dict(name=properties.name, capability=capability, free=free, total=total, peers=peers))
+print(json.dumps(dict(
+    cuda=torch.version.cuda,
+    gpus=gpus,
+    nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda and dist.is_nccl_available() else None,
+    gloo=dist.is_gloo_available(),
+    onednn=torch.backends.mkldnn.is_available(),
+)))
+"""
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What was found.
+
+    Attributes:
+        packages: version of each package, ``None`` where it is not installed.
+        torch: what torch reports of CUDA, GPUs (memory in bytes, peers by index), NCCL, gloo and oneDNN; ``None`` where
+            it cannot be imported, and then ``problem`` says why.
+        device: what ``--device`` defaults to.
+        attention_backend: what ``--attention-backend auto`` takes there.
+    """
+
+    python: str
+    cores: int
+    packages: dict[str, str | None]
+    torch: dict[str, Any] | None
+    problem: str | None
+    device: str
+    attention_backend: str
+
+
+def examine() -> Checkup:
+    """Look at the machine. Never raises: what cannot be found is reported as missing."""
+    torch, problem = _ask_torch()
+    gpus = torch["gpus"] if torch else []
+    device = "cuda" if gpus else "cpu"
+    backend = "triton" if gpus and find_spec("triton") is not None else "sdpa"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Checkup(
+        python=platform.python_version(),
+        cores=cores,
+        packages={name: _version(name) for name in PACKAGES},
+        torch=torch,
+        problem=problem,
+        device=device,
+        attention_backend=backend,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _ask_torch() -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"torch did not answer within {_TIMEOUT:.0f} seconds"
+    if found.returncode != 0:
+        lines = found.stderr.strip().splitlines()
+        return None, lines[-1] if lines else f"torch ended with exit code {found.returncode}"
+    answer: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return answer, None
