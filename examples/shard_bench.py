@@ -1,5 +1,4 @@
-"""Times ``cp``, ``tpctl shard`` and the obvious script on a synthetic Llama checkpoint, with the memory of
-each.
+"""Times ``cp``, ``tpctl shard`` and the obvious script on a synthetic Llama checkpoint, with the memory of each.
 
     python examples/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench
 

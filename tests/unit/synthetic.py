@@ -76,8 +76,7 @@ def make_checkpoint(
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Every tensor of a checkpoint folder as an array of raw elements (unsigned integers of the element's
-    size)."""
+    """Every tensor of a checkpoint folder as an array of raw elements (unsigned integers of the element's size)."""
     from tpctl.checkpoint.folder import CheckpointFolder
 
     found = {}

@@ -14,8 +14,7 @@ TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
 
 
 def check(bits: np.ndarray, source: str, target: str) -> None:
-    """Compare with torch; of a NaN only that it is one, since torch's own code paths differ in its
-    payload."""
+    """Compare with torch; of a NaN only that it is one, since torch's own code paths differ in its payload."""
     data = bits.view(np.uint8).reshape(1, -1)
     wide = torch.from_numpy(data.copy()).view(TORCH[source])
     wanted = wide.to(TORCH[target])
@@ -34,8 +33,7 @@ def test_every_16_bit_pattern(source: str, target: str) -> None:
 
 
 def hard_floats() -> np.ndarray:
-    """Every BF16 and F16 value in F32, its neighbours, and the midpoints to the next one: where rounding
-    decides."""
+    """Every BF16 and F16 value in F32, its neighbours, and the midpoints to the next one: where rounding decides."""
     tops = np.arange(1 << 16, dtype=np.uint32) << 16
     lows = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     bf16 = (tops[:, None] | lows).ravel()

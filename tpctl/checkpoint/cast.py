@@ -1,7 +1,6 @@
 """Casts between the float dtypes of checkpoints on raw bytes, bit for bit as torch does them.
 
-Rounding is to nearest, ties to even (from F64 by way of F32); a value too large becomes infinity; NaN stays
-NaN.
+Rounding is to nearest, ties to even (from F64 by way of F32); a value too large becomes infinity; NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ Bytes = NDArray[np.uint8]
 
 
 def cast(data: Bytes, source: str, target: str) -> Bytes:
-    """Cast the little-endian elements in ``data`` from dtype ``source`` to ``target`` (``F32``, ``F16``,
-    ``BF16``).
+    """Cast the little-endian elements in ``data`` from dtype ``source`` to ``target`` (``F32``, ``F16``, ``BF16``).
 
     Args:
         data: a C-contiguous array of bytes, of any shape; its last axis holds whole elements.

@@ -1,8 +1,7 @@
 """GGUF files to Hugging Face checkpoint folders.
 
-transformers reads the format and undoes the quantisation; the weights are written as bfloat16. That needs
-torch, so it happens in a child process (``python -m tpctl.checkpoint.gguf SOURCE FOLDER``) and the caller
-stays light.
+transformers reads the format and undoes the quantisation; the weights are written as bfloat16. That needs torch, so
+it happens in a child process (``python -m tpctl.checkpoint.gguf SOURCE FOLDER``) and the caller stays light.
 """
 
 from __future__ import annotations

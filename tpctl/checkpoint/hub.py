@@ -1,9 +1,8 @@
 """Downloads from the Hugging Face Hub, and what its refusals mean.
 
-Files go to the Hugging Face cache (``HF_HOME``), shared with every other tool that uses it. The first
-question to the Hub has a hard deadline, name lookup included: where no answer comes, a copy in the cache is
-used, or one line says so. ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and huggingface_hub's other
-settings hold.
+Files go to the Hugging Face cache (``HF_HOME``), shared with every other tool that uses it. The first question to the
+Hub has a hard deadline, name lookup included: where no answer comes, a copy in the cache is used, or one line says
+so. ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE`` and huggingface_hub's other settings hold.
 """
 
 from __future__ import annotations

@@ -251,8 +251,7 @@ def fetch(
 ) -> ResolvedSource:
     """``resolve``, with the files in ``output`` instead of the cache where it is given.
 
-    A Hub model is downloaded straight into ``output`` and continues there when run again; anything else is
-    copied.
+    A Hub model is downloaded straight into ``output`` and continues there when run again; anything else is copied.
 
     Raises:
         SourceError: as ``resolve``; or ``output`` holds something else already.

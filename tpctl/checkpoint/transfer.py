@@ -1,8 +1,7 @@
 """One large file over HTTP, continued where an earlier attempt stopped, in this process or in another.
 
-huggingface_hub discards an unfinished file when its process ends; a 5 GB weight file deserves better. Bytes
-are appended to a ``.partial`` file beside the target, which appears whole and with its SHA-256 checked, or
-not at all.
+huggingface_hub discards an unfinished file when its process ends; a 5 GB weight file deserves better. Bytes are
+appended to a ``.partial`` file beside the target, which appears whole and with its SHA-256 checked, or not at all.
 """
 
 from __future__ import annotations

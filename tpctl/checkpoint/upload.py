@@ -31,8 +31,7 @@ def upload_folder(
     message: str = "Upload with tpctl",
     token: str | None = None,
 ) -> UploadReport:
-    """Commit the files of ``folder`` to ``repo``, which is made if it does not exist. Hidden files stay
-    behind.
+    """Commit the files of ``folder`` to ``repo``, which is made if it does not exist. Hidden files stay behind.
 
     Raises:
         SourceError: ``folder`` is no model, the name is none, or the Hub refuses or cannot be reached.

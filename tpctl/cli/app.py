@@ -80,8 +80,7 @@ def main() -> None:
         print("tpctl: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about
-        # it.
+        # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 

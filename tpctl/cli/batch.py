@@ -101,8 +101,7 @@ def batch(
 def _opened(prompts: str) -> Iterator[tuple[IO[bytes], int | None]]:
     """The input, and how many lines with text it has, where that can be counted."""
     if prompts == "-":
-        # Not sys.stdin: a thread that waits there when the program ends would hold the lock that exiting
-        # needs.
+        # Not sys.stdin: a thread that waits there when the program ends would hold the lock that exiting needs.
         with open(0, "rb", closefd=False) as stream:
             yield stream, None
         return

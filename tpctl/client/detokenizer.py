@@ -104,8 +104,7 @@ def _token_bytes(token: str) -> bytes:
 def _byte_of() -> dict[str, int]:
     """The character that GPT-2's byte-level BPE writes for each byte, the other way round.
 
-    Printable Latin-1 characters stand for their own code; the 68 others got the code points from 256 on, in
-    order.
+    Printable Latin-1 characters stand for their own code; the 68 others got the code points from 256 on, in order.
     """
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in own]

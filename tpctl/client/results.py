@@ -1,8 +1,7 @@
 """Where a batch's rows go: kept on disk the moment they finish, given out in the order of the input.
 
-Rows finish in any order. Each is appended to ``OUT.partial`` at once, so that an interruption at any moment
-loses only what was being computed; of the rows themselves only the place in that file is kept in memory (12
-bytes each).
+Rows finish in any order. Each is appended to ``OUT.partial`` at once, so that an interruption at any moment loses
+only what was being computed; of the rows themselves only the place in that file is kept in memory (12 bytes each).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Chat templates: Jinja programs that come with a model and turn messages into the text it was trained on.
 
-The program is somebody else's, so it runs in Jinja's sandbox. What it may use (filters, globals, block
-trimming) is what transformers documents for chat templates; the rendered text must equal transformers' byte
-for byte.
+The program is somebody else's, so it runs in Jinja's sandbox. What it may use (filters, globals, block trimming) is
+what transformers documents for chat templates; the rendered text must equal transformers' byte for byte.
 """
 
 from __future__ import annotations

@@ -1,22 +1,20 @@
-"""All-reduce of small messages over symmetric memory, alone or fused with the residual addition and RMSNorm
-after it.
+"""All-reduce of small messages over symmetric memory, alone or fused with the residual addition and RMSNorm after it.
 
-Every rank pushes its row into each peer's buffer and sums what arrives, in rank order, so all ranks get the
-same bits. One program handles one row. There is no barrier; two protocols say when data is complete:
+Every rank pushes its row into each peer's buffer and sums what arrives, in rank order, so all ranks get the same bits.
+One program handles one row. There is no barrier; two protocols say when data is complete:
 
-- words: each 8-byte word carries 4 bytes of data and the call's number, so a reader just waits for the
-number. One
+- words: each 8-byte word carries 4 bytes of data and the call's number, so a reader just waits for the number. One
   one-way trip, twice the bytes: for few rows.
 - flags: plain data, then a fence and one flag a row: for many rows.
 
-A row's program keeps its own call counter on the device (graph replays advance it too), and buffers
-alternate. A peer can only be one call ahead: to start call e + 2 it must have received this rank's row of
-call e + 1, sent after e was read. So ranks must make the same calls in the same order on one stream each.
+A row's program keeps its own call counter on the device (graph replays advance it too), and buffers alternate. A peer
+can only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after e was
+read. So ranks must make the same calls in the same order on one stream each.
 
-    buffer: for words [parity 2][source rank W][word slots][row words] of 8 bytes; apart from it, so that no
-    data is ever
-            taken for a call's number, for flags [parity 2][source rank W][rows][row words] of 4 bytes and
-            [W][rows] flags
+    buffer of words:  [parity 2][source rank W][word slots][row words] of 8 bytes
+    buffer of flags:  [parity 2][source rank W][rows][row words] of 4 bytes, and [W][rows] flags
+
+The two lie apart, so that no data is ever taken for a call's number.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ import triton.language as tl
 from tpctl.kernels.launch import launch_options, next_power_of_2
 from tpctl.kernels.norm import add_rms_norm_reference
 
-# About half a minute of polling; then the error flag is set and the kernel ends with wrong data instead of
-# hanging.
+# About half a minute of polling; then the error flag is set and the kernel ends with wrong data instead of hanging.
 _MAX_POLLS = 1 << 25
 # Bytes of a message above which the flags protocol is faster (docs/kernel-notes.md).
 _WORDS_LIMIT = 512 * 1024

@@ -305,8 +305,7 @@ def _skinny_kernel(
                       HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, BLOCK_M)  # fmt: skip
 
 
-# Measured at one row: (out_features, in_features) -> block_n, block_k, split_k, num_warps. Gated ones by
-# their half.
+# Measured at one row: (out_features, in_features) -> block_n, block_k, split_k, num_warps. Gated ones by their half.
 _ONE_ROW: dict[tuple[int, int], tuple[int, int, int, int]] = {
     (4096, 1024): (8, 512, 1, 2),
     (1024, 2048): (8, 2048, 1, 8),
@@ -348,8 +347,7 @@ def pick(rows: int, out_features: int, in_features: int, *, gated: bool = False)
             return GemvConfig(4, min(width, 512), 1, 1)
         return GemvConfig(4, 2048, 1, 4)
     if rows <= _MAX_SKINNY_ROWS:
-        # Bytes in flight decide: 64 x 256 weights three deep; short outputs are split to busy most of the
-        # chip.
+        # Bytes in flight decide: 64 x 256 weights three deep; short outputs are split to busy most of the chip.
         block_k = 256
         while block_k > 32 and in_features % block_k:
             block_k //= 2

@@ -1,5 +1,4 @@
-"""Decode attention over a paged KV cache: one new token per sequence, grouped-query heads, split over the
-context.
+"""Decode attention over a paged KV cache: one new token per sequence, grouped-query heads, split over the context.
 
 The work is laid out on the device. A sequence's context is cut into tiles; the tiles of all sequences form
 one line, and every program takes an equal run of it, so programs read equally much whatever the lengths:

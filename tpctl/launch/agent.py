@@ -2,9 +2,8 @@
 
     python -m tpctl.launch.agent REPORT.json [torchrun arguments]
 
-The stock ``torchrun`` keeps its workers running when the process that started it is killed, and of a rank
-that was killed by a signal it leaves no trace but a printed table. Started by ``launch.torchrun``, never by
-the command line
+The stock ``torchrun`` keeps its workers running when the process that started it is killed, and of a rank that was
+killed by a signal it leaves no trace but a printed table. Started by ``launch.torchrun``, never by the command line
 itself: this is the one module of the package that imports torch.
 """
 

@@ -14,8 +14,7 @@ from tpctl.errors import EngineError, TpctlError
 _KINDS: dict[str, type[TpctlError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TpctlError)
 }
-# What a healthy rank says when another one is gone: a consequence, reported only when nothing better is
-# known.
+# What a healthy rank says when another one is gone: a consequence, reported only when nothing better is known.
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|heartbeat|DistBackendError"
     r"|DistNetworkError|ChannelClosed|NCCL (error|watchdog)|gloo/transport",

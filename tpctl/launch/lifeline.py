@@ -1,8 +1,7 @@
 """What ties a worker to the process that started it, so that no process outlives the command line.
 
-Two ties, because each covers what the other cannot: the kernel kills a worker whose parent dies (even one
-stuck in a collective), and rank 0 reads an end of file from the socket when the command line is gone (on
-every system).
+Two ties, because each covers what the other cannot: the kernel kills a worker whose parent dies (even one stuck in a
+collective), and rank 0 reads an end of file from the socket when the command line is gone (on every system).
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""The shard folder's manifest, ``tpctl.json``: what the shards were made from, how, and a digest of
-everything.
+"""The shard folder's manifest, ``tpctl.json``: what the shards were made from, how, and a digest of everything.
 
-The file has one canonical text for a given content, and carries the SHA-256 of it, so that any changed byte
-of the manifest itself is found when it is loaded. Tensor bytes and copied files are covered by BLAKE3
-digests; headers of part files, small and read by everyone, by SHA-256. Nothing in it depends on when or where
-it was made.
+The file has one canonical text for a given content, and carries the SHA-256 of it, so that any changed byte of the
+manifest itself is found when it is loaded. Tensor bytes and copied files are covered by BLAKE3 digests; headers of
+part files, small and read by everyone, by SHA-256. Nothing in it depends on when or where it was made.
 """
 
 from __future__ import annotations

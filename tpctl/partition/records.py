@@ -13,9 +13,8 @@ from tpctl.partition.split import Rule
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A safetensors file of the source. ``header`` is its JSON text, padding included, from which ``merge``
-    rebuilds the file byte for byte; ``sha256`` is known where the source's place in the Hub's cache tells
-    it."""
+    """A safetensors file of the source. ``header`` is its JSON text, padding included, from which ``merge`` rebuilds
+    the file byte for byte; ``sha256`` is known where the source's place in the Hub's cache tells it."""
 
     name: str
     size: int
@@ -52,8 +51,7 @@ class Part:
 class ShardTensor:
     """A stored tensor: where it is, its BLAKE3 digest, and the pieces of source tensors that fill it.
 
-    What no piece covers is ``fill``: zero for a padded vocabulary, one for a scale that a serving engine
-    expects.
+    What no piece covers is ``fill``: zero for a padded vocabulary, one for a scale that a serving engine expects.
     """
 
     part: int

@@ -17,8 +17,7 @@ from tpctl.sharding.shard import shard_checkpoint
 def ensure_sharded(
     source: ResolvedSource, tp_size: int, dtype: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """A shard folder of ``source`` for ``tp_size`` ranks: ``source`` itself if it is one, else one in the
-    cache.
+    """A shard folder of ``source`` for ``tp_size`` ranks: ``source`` itself if it is one, else one in the cache.
 
     A cached folder is made again if its files are not all there. Two processes that ask at once make it once.
 

@@ -57,8 +57,7 @@ class RankReport:
 
 @dataclass(frozen=True)
 class Verified:
-    """What ``--verify`` found in order: bytes hashed, and bytes compared with ``source`` (0 where not at
-    hand)."""
+    """What ``--verify`` found in order: bytes hashed, and bytes compared with ``source`` (0 where not at hand)."""
 
     hashed_bytes: int
     compared_bytes: int

@@ -36,11 +36,9 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file, and the regions that its leading bytes are; ``fill`` (0 or 1) is what the rest
-    holds.
+    """A tensor in a file, and the regions that its leading bytes are; ``fill`` (0 or 1) is what the rest holds.
 
-    ``rank`` is ``None`` in a source checkpoint. ``digest`` is the expected BLAKE3 of its bytes, where it is
-    known.
+    ``rank`` is ``None`` in a source checkpoint. ``digest`` is the expected BLAKE3 of its bytes, where it is known.
     """
 
     name: str
