@@ -10,7 +10,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampler import Sampler, SamplingRow
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.partition.split import Vocab
+from tpctl.partition.split import Range, Vocab
 
 VOCAB = 300
 
@@ -133,3 +133,16 @@ def test_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[1, 40] = logits[1, 200] = 1.0
     assert sample(logits, [SamplingRow(SamplingParams(), 0)] * 2, 3)[0] == [0, 40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 255, 256, 511, 512, 513, 700, 1024, 3000])
+def test_greedy_takes_the_lowest_of_equal_logits(columns: int, dtype: torch.dtype) -> None:
+    logits = torch.randint(-9, 9, (40, columns)).to(dtype)  # many ties
+    logits[0] = 3.0
+    logits[1] = float("-inf")
+    logits[1, -1] = -5.0
+    rows = [SamplingRow(SamplingParams(temperature=0.0), 5)] * 40
+    tokens, _ = Sampler(TPGroup(), [Range(0, columns)], columns).sample(logits, rows)
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert tokens == expected

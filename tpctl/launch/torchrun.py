@@ -34,6 +34,9 @@ from tpctl.launch.processes import MARK, kill_marked
 
 WORKER = "tpctl.engine.worker"
 _LONGEST_SOCKET_PATH = 100  # bytes; the kernel's limit is 108 on Linux, 104 on macOS, with the closing zero
+# glibc returns large freed blocks to the kernel at once and takes them back, page by page and zeroed, at the next call.
+# On a CPU that cost a layer's activations more than the arithmetic on them. 32 MiB is the largest value it accepts.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 
 
@@ -173,7 +176,7 @@ class Workers:
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         threads = str(max(1, _cores() // self._tp_size))
-        env = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **os.environ, **more}
+        env = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY, **os.environ, **more}
         if sys.platform == "linux":
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: do not depend on what its name resolves to
         env |= {PARENT_PID: str(os.getpid()), MARK: str(self._folder)}
