@@ -21,9 +21,10 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from math import prod
+from multiprocessing import get_context
 from pathlib import Path
-
-import numpy as np
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 4096, 32, 8, 128, 14336, 128256
 """Llama 3.1 8B."""
@@ -68,6 +69,8 @@ for rank in range(tp):
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
     """Write the checkpoint unless it is there; the number of its layers."""
+    import numpy as np
+
     from tpctl.checkpoint.safetensors import NewTensor, build_header
 
     layer = {
@@ -86,8 +89,8 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
         "model.norm.weight": (HIDDEN,),
         "lm_head.weight": (VOCAB, HIDDEN),
     }
-    size = sum(2 * int(np.prod(shape)) for shape in layer.values())
-    rest = sum(2 * int(np.prod(shape)) for shape in ends.values())
+    size = sum(2 * prod(shape) for shape in layer.values())
+    rest = sum(2 * prod(shape) for shape in ends.values())
     layers = max(1, round((gigabytes * 1e9 - rest) / size))
     config = {
         "model_type": "llama",
@@ -156,7 +159,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     source, out = options.folder / "source", options.folder / "out"
-    layers = make_checkpoint(source, options.gigabytes)
+    # In a process of its own: a child's peak memory, as the system counts it, begins with that of its parent.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        layers = pool.submit(make_checkpoint, source, options.gigabytes).result()
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     cores = len(os.sched_getaffinity(0))
     print(f"{size / 1e9:.2f} GB, {layers} layers, {cores} cores, median of {options.runs}")

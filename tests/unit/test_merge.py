@@ -48,7 +48,7 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     options=checkpoints(),
     n=st.integers(1, 8),
