@@ -117,7 +117,7 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
     from tpctl.cli.options import Device, DType
 
     source = ResolvedSource(tmp_path, "m", None)
-    monkeypatch.setattr("tpctl.checkpoint.sources.resolve", lambda model, progress: source)
+    monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size: source)
     monkeypatch.setattr(
         "tpctl.sharding.cache.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
     )

@@ -19,6 +19,7 @@ import pytest
 
 from tests.unit.hub_server import Hub, Refusal, serving
 from tpctl.checkpoint.cache import require_space
+from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.errors import SourceError
 
 WEIGHTS = bytes(range(256)) * 12_000
@@ -285,3 +286,30 @@ def test_the_disk_is_looked_at_first(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(SourceError, match=r"downloading m needs 1\.0 KiB but .* has 1000 B free"):
         require_space(tmp_path / "not" / "there", 1025, "downloading m")
     require_space(tmp_path, 1000, "downloading m")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"model_type": "gpt2"}, ["--tp", "2"], "model_type 'gpt2' is not supported"),
+        ({}, ["--tp", "9"], "tensor-parallel size 9 does not fit 4 query heads"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_its_weights(
+    hub: Hub, run: Run, config: dict[str, str], options: list[str], message: str
+) -> None:
+    known = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }
+    header = build_header([NewTensor("model.norm.weight", "U8", (len(WEIGHTS),))])
+    files = {"config.json": json.dumps({**known, **config}).encode(), "model.safetensors": header.raw + WEIGHTS}
+    hub.add("org/model", {**MODEL, **files})
+    assert message in failed(run("shard", "org/model", *options))
+    headers_only = re.compile(r"bytes=\d+-\d+")
+    assert all(text is not None and headers_only.fullmatch(text) for text in hub.bodies("model.safetensors"))

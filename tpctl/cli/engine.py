@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress
 from tpctl.cli.options import EngineOptions
+from tpctl.cli.source import supported_source
 from tpctl.cli.units import parse_bytes
 from tpctl.engine.config import EngineConfig
 
@@ -23,11 +24,7 @@ def prepare(model: str, options: EngineOptions) -> EngineConfig:
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
-    from tpctl.checkpoint.sources import resolve
-
-    with byte_progress(f"downloading {model}") as progress:
-        source = resolve(model, progress=progress)
-    return configure(source, options)
+    return configure(supported_source(model, options.tp), options)
 
 
 def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:

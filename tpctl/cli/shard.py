@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, print_json
+from tpctl.cli.source import supported_source
 from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
 
 if TYPE_CHECKING:
@@ -33,14 +34,12 @@ def shard(
     """Cut a checkpoint into shards: one set of safetensors files a rank, with a manifest that proves them."""
     part_size, wanted = parse_bytes(max_part_size), parse_ranks(ranks)
     from tpctl.checkpoint.cache import file_name
-    from tpctl.checkpoint.sources import resolve
     from tpctl.sharding.publish import refuse_existing
     from tpctl.sharding.shard import shard_checkpoint
 
     if output is not None:
         refuse_existing(output, force)
-    with byte_progress(f"downloading {model}") as progress:
-        source = resolve(model, revision=revision, token=token, progress=progress)
+    source = supported_source(model, tp, revision=revision, token=token)
     out = output or Path(f"{file_name(Path(source.id).name)}-tp{tp}")
     with byte_progress("sharding") as progress:
         report = shard_checkpoint(
