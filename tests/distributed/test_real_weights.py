@@ -172,8 +172,9 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_on_any_ranks(
 
 
 INTRODUCTION = "The following is a short note from the diary of a sailor who crossed the ocean. "
+LONG = {"max_tokens": 48, "ignore_eos": True}
 LINES: list[dict[str, Any]] = [
-    {"prompt": f"{INTRODUCTION if n % 2 else ''}Day {n}: {TEXTS[n % 8]}", "max_tokens": 32 if n < 4 else 4}
+    {"prompt": f"{INTRODUCTION if n % 2 else ''}Day {n}: {TEXTS[n % 8]}", **(LONG if n < 4 else {"max_tokens": 4})}
     for n in range(64)
 ]
 
@@ -196,7 +197,7 @@ def test_64_prompts_together_equal_one_at_a_time(tmp_path: Path, demo: ResolvedS
     assert together == alone
     assert len(together) == 64
     assert " 0 preemptions" in said
-    # 8 blocks of 16 tokens, where the first four lines alone want twice as many in the end.
+    # 8 blocks of 16 tokens, where any two of the first four lines want 10 in the end.
     crowded, said = batch(tmp_path, demo, "--kv-cache-memory", "4MiB")
     assert crowded == alone
     assert re.search(r"prefix cache [1-9]\d* tokens .* [1-9]\d* preemptions", said), said
