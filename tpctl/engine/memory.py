@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from tpctl.errors import EngineError
@@ -10,15 +11,60 @@ CPU_SHARE = 0.25
 """Share of the machine's available memory that the ranks' KV caches may take together on a CPU."""
 
 
-def available_host_memory() -> int:
-    """Bytes that can be taken without swapping (Linux' MemAvailable), or 4 GiB where that is unknown."""
+def available_host_memory(root: Path = Path("/")) -> int:
+    """Bytes that can be taken without swapping (Linux' MemAvailable, 4 GiB where that is unknown) and without
+    passing the limit of a control group that this process is in, such as a container's.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    machine = _fields(root / "proc/meminfo").get("MemAvailable:")
+    free = 4 << 30 if machine is None else machine * 1024
+    return max(0, min([free, *_group_rooms(root)]))
+
+
+def _group_rooms(root: Path) -> Iterator[int]:
+    """What each memory limit above this process leaves. Pages of files count as free: the kernel drops them first,
+    and MemAvailable counts them so too."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        pass
-    return 4 << 30
+        return
+    mounts = root / "sys/fs/cgroup"
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if not controllers:
+            bases, limit, used, prefix = [mounts, mounts / "unified"], "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            bases, limit, used, prefix = [mounts / "memory"], "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        inside = Path(path.strip("/"))
+        # Every group up to the mount limits its children. Inside a container the path may be the host's, and only
+        # the mount itself, which then is the container's group, is there.
+        for folder in (base / level for base in bases for level in dict.fromkeys((inside, *inside.parents))):
+            most, taken = _number(folder / limit), _number(folder / used)
+            if most is not None and taken is not None:
+                stat = _fields(folder / "memory.stat")
+                files = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
+                yield most - max(0, taken - files)
+
+
+def _number(path: Path) -> int | None:
+    """The number in ``path``; ``None`` if there is none (``max`` means no limit)."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The lines ``name number ...`` of ``path``."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
 
 
 def count_blocks(budget: int, block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int) -> int:
