@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,30 @@ def test_junk_in_any_field_is_accepted_or_refused_in_one_line(family: str, chang
         parse(family, **changes)
     except TpctlError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "short_factor has 1 numbers, but 8"),
+        (
+            {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
+            "low_freq_factor 4 must be below high_freq_factor 4",
+        ),
+        ({"rope_type": "yarn", "factor": 4, "beta_fast": "32"}, "beta_fast"),
+        ({"full_attention": {"rope_type": "default"}}, "by layer type"),
+    ],
+)
+def test_rope_numbers_that_make_no_table_are_refused(rope: dict[str, object], message: str) -> None:
+    raw = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "rope_parameters": rope,
+    }
+    with pytest.raises(TpctlError, match=re.escape(message)):
+        ModelConfig.from_dict(raw)

@@ -50,6 +50,7 @@ def make(num_blocks: int, block_size: int = 4, seqs: int = 8, budget: int = 32, 
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
         max_model_len=min(length, num_blocks * block_size),
+        vocab_size=1000,
         eos_token_ids=[7],
     )
 
@@ -132,6 +133,15 @@ def test_small_cache_preempts_and_evicts() -> None:
     assert scheduler.blocks.evictions > 0
 
 
+def test_finding_its_own_blocks_after_a_preemption_is_no_prefix_hit() -> None:
+    scheduler = make(num_blocks=8)
+    requests = [Request(str(i), [3 + i] * 5, SamplingParams(max_tokens=20, ignore_eos=True)) for i in range(3)]
+    drive(scheduler, requests, overlap=False, aborts={})
+    assert scheduler.stats.preemptions > 0
+    assert scheduler.blocks.hit_tokens == 0
+    assert scheduler.blocks.queried_tokens == 15
+
+
 def test_equal_prompts_share_blocks_within_one_step() -> None:
     scheduler = make(num_blocks=40, budget=100)
     prompt = list(range(3, 16))  # three full blocks and one token
@@ -166,7 +176,15 @@ def test_tables_of_different_rotary_offsets_are_not_shared() -> None:
     assert [item.num_new_tokens for item in batch.items] == [9, 9]
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "empty"), ([5] * 64, "64 tokens, but at most 63")])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ([5] * 64, "64 tokens, but at most 63"),
+        ([5, 1000, 6], "token id 1000, but the model knows ids 0 to 999"),
+        ([5, -1], "token id -1, but"),
+    ],
+)
 def test_impossible_requests_are_refused(prompt: list[int], message: str) -> None:
     scheduler = make(num_blocks=40)
     output = scheduler.add(Request("x", prompt, SamplingParams()))

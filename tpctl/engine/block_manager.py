@@ -76,9 +76,11 @@ class BlockManager:
             sequence.block_hash = self._hashes[block] or b""
         sequence.admissions += 1
         sequence.num_hashed_blocks = len(matched)
-        sequence.num_computed_tokens = sequence.num_cached_tokens = len(matched) * self.block_size
-        self.queried_tokens += len(sequence.token_ids)
-        self.hit_tokens += sequence.num_cached_tokens
+        sequence.num_computed_tokens = len(matched) * self.block_size
+        if sequence.admissions == 1:  # what it finds of itself after a preemption is no hit
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.queried_tokens += sequence.num_prompt_tokens
+            self.hit_tokens += sequence.num_cached_tokens
         for _ in range(fresh):
             sequence.block_table.append(self._take())
         return True

@@ -33,6 +33,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
+            vocab_size=self.runner.model_config.vocab_size,
             eos_token_ids=self.runner.model_config.eos_token_ids,
             rope_offset=self.runner.rotary.offset,
         )

@@ -17,11 +17,12 @@ import threading
 from typing import Any
 
 from tpctl.distributed import TPGroup
-from tpctl.launch.channel import Channel, ChannelClosed
+from tpctl.launch.channel import Channel
 from tpctl.launch.messages import Message, from_wire, to_wire
 
 _LENGTH = struct.Struct(">I")
 _JOIN_TIMEOUT = 60.0  # seconds for the other ranks to connect
+_HELLO_TIMEOUT = 5.0  # seconds for a connection to name the secret
 
 
 class Leader:
@@ -52,8 +53,9 @@ class Leader:
         try:
             while True:
                 self._inbox.put(self._channel.receive())
-        except ChannelClosed:
-            os._exit(1)  # nobody is left to work for; a collective may hang, so do not unwind
+        finally:
+            # Nobody is left to work for, or what they say makes no sense; a collective may hang, so do not unwind.
+            os._exit(1)
 
 
 class Follower:
@@ -93,14 +95,22 @@ def _accept_followers(group: TPGroup) -> list[socket.socket]:
         followers: list[socket.socket] = []
         while len(followers) < group.size - 1:
             connection, _ = server.accept()
-            connection.settimeout(_JOIN_TIMEOUT)
-            if secrets.compare_digest(connection.recv(len(token), socket.MSG_WAITALL), token.encode()):
+            connection.settimeout(_HELLO_TIMEOUT)
+            if secrets.compare_digest(_hello(connection, len(token)), token.encode()):
                 connection.settimeout(None)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 followers.append(connection)
             else:
                 connection.close()
     return followers
+
+
+def _hello(connection: socket.socket, length: int) -> bytes:
+    """What a new connection says first; nothing if it is a stranger that says nothing."""
+    try:
+        return connection.recv(length, socket.MSG_WAITALL)
+    except OSError:
+        return b""
 
 
 def _connect_to_leader(group: TPGroup) -> socket.socket:

@@ -41,5 +41,6 @@ def report_logprobs(
         order = merged[..., 0].sort(dim=-1, descending=True, stable=True).indices[:, :wanted]
         for row, p in enumerate(params):
             best = merged[row, order[row, : p.logprobs or 0]]
-            tops[row] = [[int(id), float(value - total[row])] for value, id in best.tolist()]
+            known = [(value, id) for value, id in best.tolist() if value > float("-inf")]
+            tops[row] = [[int(id), float(value - total[row])] for value, id in known]
     return [[float(chosen[row]), tops[row]] if p.logprobs is not None else None for row, p in enumerate(params)]

@@ -83,7 +83,7 @@ class ModelRunner:
         started = time.perf_counter()
         self.sampler = Sampler(group, self.plan.vocab_slices, self.model_config.vocab_size)
         self.num_blocks = group.minimum(self._count_blocks(self._kv_budget()))
-        self.max_model_len = min(self.max_model_len, self.num_blocks * self.backend.block_size)
+        self._fit_model_len()
         self.kv = self.backend.allocate(self.model_config.num_layers, self.num_blocks, self.dtype, group.device)
         self._lap("kv cache", started)
 
@@ -136,6 +136,19 @@ class ModelRunner:
         if self.config.kv_cache_memory is not None:
             return self.config.kv_cache_memory
         return int(available_host_memory() * CPU_SHARE) // self.group.size
+
+    def _fit_model_len(self) -> None:
+        """Lower ``max_model_len`` to what the KV cache holds, unless it was asked for."""
+        held = self.num_blocks * self.backend.block_size
+        if self.config.max_model_len is not None and held < self.max_model_len:
+            block_size, layers = self.backend.block_size, self.model_config.num_layers
+            blocks = -(-self.max_model_len // block_size)
+            needed = blocks * kv_bytes_per_block(self.backend.heads, layers, block_size, self.dtype)
+            raise EngineError(
+                f"--max-model-len {self.max_model_len} does not fit: the KV cache holds {held} tokens; "
+                f"give --kv-cache-memory {needed} (bytes a rank) or more, or lower the length"
+            )
+        self.max_model_len = min(self.max_model_len, held)
 
     def _count_blocks(self, budget: int) -> int:
         block_size = self.backend.block_size

@@ -16,7 +16,7 @@ class SamplingParams:
     """Sampling settings of one request.
 
     Attributes:
-        temperature: 0 takes the likeliest token; above 0 the logits are divided by it.
+        temperature: 0 takes the likeliest token; from 1e-4 on the logits are divided by it.
         top_k: keep the ``top_k`` likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities first reach ``top_p``; 1 keeps all.
         min_p: keep tokens at least ``min_p`` times as likely as the likeliest; 0 keeps all.
@@ -40,11 +40,14 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        temperature = self.temperature
+        _check("temperature", temperature, temperature == 0 or 1e-4 <= temperature <= 1e4, "0, or from 0.0001 to 10000")
         _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps every token)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        _check(
+            "repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"
+        )
         _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         wanted = self.logprobs
@@ -91,7 +94,10 @@ def _typed(name: str, value: Any) -> Any:
         value = tuple(value) if good else value
     elif name in _FLOATS:
         good = isinstance(value, float) or _is_int(value)
-        value = float(value) if good else value
+        try:
+            value = float(value) if good else value
+        except OverflowError:  # a whole number beyond every float
+            good = False
     else:
         good = _is_int(value) or (name == "logprobs" and value is None)
     if not good:

@@ -88,6 +88,7 @@ class Scheduler:
 
     Args:
         max_model_len: tokens of prompt and answer at most; a sequence that reaches it ends with "length".
+        vocab_size: token ids from this on are refused: no embedding row belongs to them.
         eos_token_ids: tokens that end an answer.
         rope_offset: gives a sequence's rotary table from the longest it may become.
     """
@@ -99,6 +100,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        vocab_size: int,
         eos_token_ids: SequenceType[int] = (),
         rope_offset: Callable[[int], int] = lambda total_len: 0,
     ) -> None:
@@ -106,6 +108,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.rope_offset = rope_offset
         self.waiting: deque[Sequence] = deque()
@@ -129,6 +132,12 @@ class Scheduler:
             message = (
                 f"the prompt has {length} tokens, but at most {self.max_model_len - 1} leave room for an answer "
                 f"within --max-model-len {self.max_model_len}; shorten it or raise the limit"
+            )
+        elif not 0 <= min(request.token_ids) <= max(request.token_ids) < self.vocab_size:
+            worst = max(request.token_ids, key=lambda token: abs(token - self.vocab_size // 2))
+            message = (
+                f"the prompt holds token id {worst}, but the model knows ids 0 to {self.vocab_size - 1}; "
+                "its tokenizer does not belong to it"
             )
         elif request.id in self._by_id:
             message = f"request id {request.id!r} is already in use"

@@ -19,7 +19,7 @@ class Sequence:
         num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
         admissions: how often it was given blocks anew; tells a block table from the one before a preemption.
         rope_offset: where its rotary table begins (see ``RotaryTable``).
-        num_cached_tokens: prompt tokens that prefix caching spared when it was last admitted.
+        num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
     """
 
     def __init__(self, id: str, token_ids: list[int], params: SamplingParams, arrival: int) -> None:

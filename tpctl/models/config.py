@@ -218,10 +218,33 @@ def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConf
     missing = [name for name in needed if name not in params]
     if missing:
         raise CheckpointError(f"config.json: RoPE kind {kind!r} needs {missing[0]!r}, which is not there")
-    for name in needed:
-        for value in params[name] if kind == "longrope" and isinstance(params[name], list) else [params[name]]:
+    rotary_dim = int(head_dim * factor)
+    _check_rope(kind, params, needed, rotary_dim)
+    return RopeConfig(kind, theta, rotary_dim, positions, original, params)
+
+
+def _check_rope(kind: str, params: Mapping[str, Any], needed: tuple[str, ...], rotary_dim: int) -> None:
+    """Refuse numbers that would make a wrong table, or none."""
+    nested = [name for name, value in params.items() if isinstance(value, dict)]
+    if nested:
+        raise UnsupportedModelError(f"RoPE parameters by layer type ({nested[0]!r}) are not supported")
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise CheckpointError(f"config.json: {rotary_dim} rotated dimensions a head do not form pairs")
+    optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor")
+    for name in (*needed, *(name for name in optional if params.get(name) is not None)):
+        value = params[name]
+        if kind != "longrope" or not name.endswith("_factor") or name == "attention_factor":
             _number({name: value}, name, 1.0)
-    return RopeConfig(kind, theta, int(head_dim * factor), positions, original, params)
+            continue
+        pairs = rotary_dim // 2
+        if not isinstance(value, list) or len(value) != pairs:
+            held = len(value) if isinstance(value, list) else value
+            raise CheckpointError(f"config.json: {name} has {held} numbers, but {pairs} are rotated pairs of a head")
+        for number in value:
+            _number({name: number}, name, 1.0)
+    if kind == "llama3" and params["low_freq_factor"] >= params["high_freq_factor"]:
+        low, high = params["low_freq_factor"], params["high_freq_factor"]
+        raise CheckpointError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}")
 
 
 def _windows(raw: Mapping[str, Any], family: FamilySpec, num_layers: int) -> tuple[int | None, ...]:
