@@ -182,3 +182,8 @@ def test_rope_numbers_that_make_no_table_are_refused(rope: dict[str, object], me
     }
     with pytest.raises(TpctlError, match=re.escape(message)):
         ModelConfig.from_dict(raw)
+
+
+def test_a_yarn_factor_extends_the_longest_sequence() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert parse("qwen2", max_position_embeddings=32, rope_parameters=yarn).max_position_embeddings == 128

@@ -27,6 +27,7 @@ from tpctl.models.weights import LM_HEAD, build_plan
 from tpctl.partition.manifest import Manifest
 
 _TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
+_STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass
@@ -61,7 +62,8 @@ class ModelRunner:
         self.plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, self.plan, group.rank)
         self.backend = make_backend(config.attention_backend, group.device.type, self.dtype, heads, config.block_size)
-        self._check_fits(manifest.shard(group.rank).nbytes)
+        elements = manifest.shard(group.rank).nbytes // _STORED_BYTES.get(stored, 2)
+        self._check_fits(elements * self.dtype.itemsize)
         warm = threading.Thread(target=self._warm_up, daemon=True)
         warm.start()
 

@@ -109,6 +109,7 @@ class ModelConfig:
                 f"config.json has no head_dim, and hidden_size {hidden_size} is no multiple of "
                 f"num_attention_heads {num_heads}"
             )
+        rope = _rope(raw, family, head_dim)
         return cls(
             model_type=model_type,
             family=family,
@@ -119,9 +120,9 @@ class ModelConfig:
             head_dim=head_dim,
             intermediate_size=_positive(raw, "intermediate_size"),
             vocab_size=_positive(raw, "vocab_size"),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            max_position_embeddings=_positive(raw, "max_position_embeddings"),
-            rope=_rope(raw, family, head_dim),
+            rms_norm_eps=_number(raw, "rms_norm_eps", family.rms_norm_eps),
+            max_position_embeddings=_longest(rope),
+            rope=rope,
             tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             qkv_bias=_switch(family.qkv_bias, raw),
             o_bias=_switch(family.o_bias, raw),
@@ -221,6 +222,13 @@ def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConf
     rotary_dim = int(head_dim * factor)
     _check_rope(kind, params, needed, rotary_dim)
     return RopeConfig(kind, theta, rotary_dim, positions, original, params)
+
+
+def _longest(rope: RopeConfig) -> int:
+    """Positions that the model takes. A yarn factor extends them without changing the other fields of a config."""
+    if rope.kind != "yarn":
+        return rope.max_position_embeddings
+    return max(rope.max_position_embeddings, int(rope.original_max_position_embeddings * float(rope.params["factor"])))
 
 
 def _check_rope(kind: str, params: Mapping[str, Any], needed: tuple[str, ...], rotary_dim: int) -> None:

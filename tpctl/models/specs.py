@@ -21,6 +21,7 @@ class FamilySpec:
         window: how a sliding window is configured: ``"none"``, ``"always"`` (``sliding_window`` applies to every
             layer where it is set) or ``"layers"`` (``use_sliding_window`` and ``max_window_layers``).
         partial_rotary: honours ``partial_rotary_factor``.
+        rms_norm_eps: what a config that names none means.
     """
 
     architecture: str
@@ -31,6 +32,7 @@ class FamilySpec:
     fused: bool = False
     window: str = "none"
     partial_rotary: bool = False
+    rms_norm_eps: float = 1e-6
 
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -43,7 +45,7 @@ FAMILIES: dict[str, FamilySpec] = {
         "Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, window="layers"
     ),
     # Phi-3, 3.5 and 4-mini.
-    "phi3": FamilySpec("Phi3ForCausalLM", fused=True, window="always", partial_rotary=True),
+    "phi3": FamilySpec("Phi3ForCausalLM", fused=True, window="always", partial_rotary=True, rms_norm_eps=1e-5),
 }
 
 ACTIVATIONS = frozenset({"silu", "swish"})
