@@ -1,0 +1,107 @@
+"""Generation speed on a CPU: tpctl and transformers on the same prompts, taken in turns within one run.
+
+    python examples/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32]
+
+Work: 32 prompts of 128 random tokens, 64 greedy tokens each, handed in at once. In every round each engine is started,
+warmed up with one run and timed on the next: a machine that is busier for a while slows all of them alike. Prints a
+Markdown table of medians, with the least and the greatest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from tpctl.bench.measure import machine, throughput
+from tpctl.bench.workload import make_workload
+from tpctl.checkpoint.sources import resolve
+from tpctl.engine.config import EngineConfig
+from tpctl.models.config import ModelConfig
+from tpctl.sharding.cache import ensure_sharded
+
+DTYPES = ("bfloat16", "float32")
+ATTENTION = {"bfloat16": "eager", "float32": "sdpa"}  # the faster of the two for each, on the machines tried
+
+
+def transformers_rate(folder: Path, dtype: str, shift: int) -> float:
+    """Generated tokens a second by ``generate``, in this process, after a warm-up."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation=ATTENTION[dtype]
+    ).eval()
+    seconds = 0.0
+    for at in (shift, shift + 13):
+        work = make_workload("short", model.config.vocab_size, at)
+        prompts = torch.tensor([request.token_ids for request in work.requests])
+        new = work.requests[0].sampling.max_tokens
+        started = time.perf_counter()
+        found = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=0,
+        )
+        seconds = time.perf_counter() - started
+        assert found.shape[1] == prompts.shape[1] + new
+    return work.output_tokens / seconds
+
+
+def peer_in_its_own_process(folder: Path, dtype: str, shift: int) -> float:
+    command = [sys.executable, __file__, "--peer", str(folder), dtype, str(shift)]
+    env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return float(json.loads(result.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--peer", nargs=3, metavar=("FOLDER", "DTYPE", "SHIFT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        folder, dtype, shift = args.peer
+        print(json.dumps(transformers_rate(Path(folder), dtype, int(shift))))
+        return
+
+    source = resolve(args.model)
+    vocab = ModelConfig.load(source.folder).vocab_size
+    shards = {tp: ensure_sharded(source, tp) for tp in args.tp}
+    rates: dict[tuple[str, str], list[float]] = {}
+
+    def note(engine: str, dtype: str, rate: float) -> None:
+        rates.setdefault((engine, dtype), []).append(rate)
+        print(f"{engine}, {dtype}: {rate:.0f} tok/s", file=sys.stderr, flush=True)
+
+    for run in range(args.runs):
+        for dtype in args.dtype:
+            for tp, folder in shards.items():
+                figures, _ = throughput(EngineConfig(folder, tp, dtype=dtype), "short", vocab, 1)
+                note(f"tpctl, tp {tp}", dtype, figures["throughput"].median)
+            rate = peer_in_its_own_process(source.folder, dtype, run * 100)
+            note(f"transformers, {ATTENTION[dtype]} attention", dtype, rate)
+
+    about = machine()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    print(f"{about['cpu']}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {about['date']}\n")
+    print("| engine | dtype | tok/s | of the runs |\n|---|---|---|---|")
+    for (name, dtype), values in sorted(rates.items(), key=lambda item: (item[0][1], -statistics.median(item[1]))):
+        print(f"| {name} | {dtype} | {statistics.median(values):.0f} | {min(values):.0f} to {max(values):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
