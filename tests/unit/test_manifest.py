@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +15,12 @@ from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.errors import ShardFolderError
+from tpctl.partition import manifest as module
 from tpctl.partition.manifest import MANIFEST, Manifest, describe_ranks
+from tpctl.partition.records import Shard
 from tpctl.partition.split import Rule
+from tpctl.sharding.merge import merge_shards
+from tpctl.sharding.reshard import reshard
 from tpctl.sharding.shard import shard_checkpoint
 
 
@@ -82,18 +89,74 @@ def test_edits_are_found(copy: Path, old: str, new: str) -> None:
         Manifest.load(copy)
 
 
-def test_a_part_file_outside_the_folder_is_refused_even_with_a_right_digest(copy: Path) -> None:
-    import hashlib
+TENSOR = "shards/0/tensors/model.layers.0.self_attn.qkv_proj.weight"
 
-    from tpctl.partition import manifest as module
 
+CRAFTED: dict[str, tuple[Any, ...]] = {
+    "shards/0/parts/0/file": ("../../secret", "/secret", "a/b", ".", "..", "", "a\0b", 3, None),
+    "source/files/0/name": ("../../secret", "/secret", "a/b", ".", "..", "", "a\0b", 3, None),
+    "files": (*({name: {"size": 1, "digest": "0" * 64}} for name in ("../secret", "/secret", ".", "..", "")), 3, None),
+    "tp_size": (0, -1, 2, 3.0, True, "3", None, []),
+    "shards": ({"3": {"parts": [], "tensors": {}}}, {"x": {}}, {"-1": {"parts": [], "tensors": {}}}, [], None, 3),
+    "shards/1/tensors": ({}, [], None),
+    "shards/0/parts/0/size": (-1, 1, 1.5, True, "9", None),
+    "shards/0/parts/0/header_size": (-1, 1.5, True, "9", 10**30, None),
+    "shards/0/parts/0/header_sha256": ("", "0" * 63, "g" * 64, "0" * 65, 0, None),
+    f"{TENSOR}/digest": ("", "0" * 63, "G" * 64, "0" * 64 + "\n", 0, None),
+    f"{TENSOR}/part": (-1, 99, True, 0.0, None),
+    f"{TENSOR}/dim": (-1, 2, True, None),
+    f"{TENSOR}/fill": (-1, 2, True, None),
+    f"{TENSOR}/dtype": (3, None, []),
+    f"{TENSOR}/shape": ([-18, 24], [1, 24], [18, 24.0], [True, 24], [], 18, "ab", None),
+    f"{TENSOR}/pieces": (None, 3, [3], [{}]),
+    f"{TENSOR}/pieces/0/at": ([18, 0], [-1, 0], [0], [0, 1], [0, 0, 0], None),
+    f"{TENSOR}/pieces/0/shape": ([19, 24], [1, 23], [1, 25], [24], None),
+    f"{TENSOR}/pieces/0/start": ([-1, 0], [0], [0, False], "00"),
+    f"{TENSOR}/pieces/0/source": (3, None),
+    f"{TENSOR}/pieces/0/label": (3, None),
+    "source": (3, None, {}),
+    "source/id": (3, None),
+    "source/revision": (3, []),
+    "source/index": (3, {}),
+    "source/aliases": (3, None, {"a": 3}),
+    "source/files": (3, None, [3], [{}]),
+    "source/files/0/size": (-1, True, None),
+    "source/files/0/header": (3, None),
+    "source/files/0/sha256": (3, "0" * 63),
+    "files/config.json/size": (-1, True, None),
+    "files/config.json/digest": ("0" * 63, 3, None),
+    "max_part_size": (0, -1, True, None),
+    "model_type": (3, None),
+    "dtype": (3, []),
+    "compat": (3, []),
+    "extra": (3, [], {}),
+}
+
+
+@pytest.mark.parametrize(("place", "new"), [(place, new) for place, values in CRAFTED.items() for new in values])
+def test_what_no_tpctl_writes_is_refused_even_with_a_right_digest(copy: Path, place: str, new: Any) -> None:
     value = json.loads((copy / MANIFEST).read_text())
     value.pop("sha256")
-    value["shards"]["0"]["parts"][0]["file"] = "../../secret"
+    *outer, last = place.split("/")
+    held = value
+    for key in outer:
+        held = held[int(key) if isinstance(held, list) else key]
+    held[last] = new
     digest = hashlib.sha256(module._text(value).encode()).hexdigest()
     (copy / MANIFEST).write_text(module._text({**value, "sha256": digest}))
-    with pytest.raises(ShardFolderError, match="altered"):
+    with pytest.raises(ShardFolderError, match=r"was altered after it was written; shard the model again") as caught:
         Manifest.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_way_of_crafting_is_sound(copy: Path) -> None:
+    """What the test above writes is refused for its content, not for its form."""
+    value = json.loads((copy / MANIFEST).read_text())
+    value.pop("sha256")
+    value["source"]["id"] = "other"
+    digest = hashlib.sha256(module._text(value).encode()).hexdigest()
+    (copy / MANIFEST).write_text(module._text({**value, "sha256": digest}))
+    assert Manifest.load(copy).source.id == "other"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"x"', "{}", '{"format_version": "1"}', "[" * 10**5])
@@ -102,6 +165,13 @@ def test_nonsense_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(ShardFolderError, match=r"altered|damaged") as caught:
         Manifest.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_is_one_line(copy: Path) -> None:
+    text = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(text.replace('"model_type":"', '"model_type":"\\ud800'))
+    with pytest.raises(ShardFolderError, match="altered"):
+        Manifest.load(copy)
 
 
 def test_another_format_version_names_both(copy: Path) -> None:
@@ -151,3 +221,19 @@ def test_missing_truncated_and_exchanged_parts_are_found_without_hashing(copy: P
 )
 def test_ranks_are_described_in_runs(ranks: list[int], text: str) -> None:
     assert describe_ranks(ranks) == text
+
+
+def test_a_manifest_of_other_tensors_is_refused_by_merge_and_reshard(copy: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(copy)
+    out = tmp_path / "out"
+    file = manifest.source.files[0]
+    renamed = replace(file, header=file.header.replace("q_proj", "Q_proj"))
+    source = replace(manifest.source, files=(renamed, *manifest.source.files[1:]))
+    (copy / MANIFEST).write_text(replace(manifest, source=source).text())
+    with pytest.raises(ShardFolderError, match=r"q_proj\.\w+, which no source file has"):
+        merge_shards(copy, out)
+    bare = {rank: Shard(shard.parts[:0], {}) for rank, shard in manifest.shards.items()}
+    (copy / MANIFEST).write_text(replace(manifest, shards=bare).text())
+    with pytest.raises(ShardFolderError, match="holds no tensor"):
+        reshard(copy, out, 2)
+    assert not out.exists()

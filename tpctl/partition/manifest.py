@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tpctl.errors import ShardFolderError
 from tpctl.partition.records import (
@@ -22,13 +22,19 @@ from tpctl.partition.records import (
     ShardTensor,
     Source,
     SourceFile,
+    digest,
+    natural,
+    plain_name,
     shard_from_dict,
     shard_to_dict,
+    text,
 )
 
 MANIFEST = "tpctl.json"
 FORMAT_VERSION = 1
 DIGEST = "blake3"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            text = path.read_bytes().decode("utf-8")
-            value = json.loads(text)
+            found = path.read_bytes().decode("utf-8")
+            value = json.loads(found)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardFolderError(
                 f"{folder} has no {MANIFEST}; it is not a shard folder, make one with `tpctl shard`"
@@ -76,10 +82,11 @@ class Manifest:
         altered = ShardFolderError(f"{path} was altered after it was written; shard the model again")
         try:
             manifest = _from_dict(value)
+            # The canonical text ends with its own digest, so that equal texts have the right one.
+            intact = manifest.text() == found
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise altered from None
-        # The canonical text ends with its own digest, so that equal texts have the right one.
-        if manifest.text() != text:
+            intact = False
+        if not intact:
             raise altered
         return manifest
 
@@ -207,21 +214,36 @@ def _to_dict(manifest: Manifest) -> dict[str, Any]:
 
 
 def _from_dict(value: Mapping[str, Any]) -> Manifest:
+    """The inverse of ``_to_dict``; errors as ``shard_from_dict``. A right digest does not make a manifest trusted."""
     source = value["source"]
+    tp_size = natural(value["tp_size"], least=1)
+    shards = {natural(int(rank), most=tp_size - 1): shard_from_dict(shard) for rank, shard in value["shards"].items()}
+    if len({frozenset(shard.tensors) for shard in shards.values()}) > 1:
+        raise ValueError("the ranks hold different tensors")
     return Manifest(
         source=Source(
-            source["id"],
-            source["revision"],
-            tuple(SourceFile(f["name"], f["size"], f["header"], f["sha256"]) for f in source["files"]),
-            source["index"],
-            dict(source["aliases"]),
+            text(source["id"]),
+            _optional(text, source["revision"]),
+            tuple(
+                SourceFile(plain_name(f["name"]), natural(f["size"]), text(f["header"]), _optional(digest, f["sha256"]))
+                for f in source["files"]
+            ),
+            _optional(text, source["index"]),
+            {text(name): text(other) for name, other in source["aliases"].items()},
         ),
-        tp_size=value["tp_size"],
-        model_type=value["model_type"],
-        dtype=value["dtype"],
-        max_part_size=value["max_part_size"],
-        compat=value["compat"],
-        shards={int(rank): shard_from_dict(shard) for rank, shard in value["shards"].items()},
-        extra=None if value["extra"] is None else shard_from_dict(value["extra"]),
-        files={name: CopiedFile(file["size"], file["digest"]) for name, file in value["files"].items()},
+        tp_size=tp_size,
+        model_type=text(value["model_type"]),
+        dtype=_optional(text, value["dtype"]),
+        max_part_size=natural(value["max_part_size"], least=1),
+        compat=_optional(text, value["compat"]),
+        shards=shards,
+        extra=_optional(shard_from_dict, value["extra"]),
+        files={
+            plain_name(name): CopiedFile(natural(file["size"]), digest(file["digest"]))
+            for name, file in value["files"].items()
+        },
     )
+
+
+def _optional(read: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else read(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,24 +123,73 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
 
 
 def shard_from_dict(value: Mapping[str, Any]) -> Shard:
-    if any(Path(part["file"]).name != part["file"] for part in value["parts"]):
-        raise ValueError("a part file lies outside the folder")
-    return Shard(
-        tuple(Part(p["file"], p["size"], p["header_size"], p["header_sha256"]) for p in value["parts"]),
-        {
-            name: ShardTensor(
-                t["part"],
-                t["dtype"],
-                tuple(t["shape"]),
-                t["digest"],
-                Rule(t["rule"]),
-                t["dim"],
-                tuple(
-                    Piece(p["source"], tuple(p["start"]), tuple(p["shape"]), tuple(p["at"]), p["label"])
-                    for p in t["pieces"]
-                ),
-                t["fill"],
-            )
-            for name, t in value["tensors"].items()
-        },
+    """The inverse of ``shard_to_dict``. Raises ``ValueError``, ``TypeError``, ``KeyError`` or ``AttributeError`` for
+    anything that ``shard_to_dict`` does not make: callers trust names, types and ranges of what they get."""
+    parts = tuple(_part(part) for part in value["parts"])
+    return Shard(parts, {text(name): _tensor(entry, len(parts)) for name, entry in value["tensors"].items()})
+
+
+def _part(value: Mapping[str, Any]) -> Part:
+    size = natural(value["size"])
+    header_size = natural(value["header_size"], most=size)
+    return Part(plain_name(value["file"]), size, header_size, digest(value["header_sha256"]))
+
+
+def _tensor(value: Mapping[str, Any], num_parts: int) -> ShardTensor:
+    shape = _shape(value["shape"])
+    return ShardTensor(
+        natural(value["part"], most=num_parts - 1),
+        text(value["dtype"]),
+        shape,
+        digest(value["digest"]),
+        Rule(value["rule"]),
+        natural(value["dim"], most=max(0, len(shape) - 1)),
+        tuple(_piece(piece, shape) for piece in value["pieces"]),
+        natural(value["fill"], most=1),
     )
+
+
+def _piece(value: Mapping[str, Any], whole: Shape) -> Piece:
+    start, shape, at = (_shape(value[key]) for key in ("start", "shape", "at"))
+    # Pieces lie one below the other in the stored tensor; they are equal in all axes but the first.
+    inside = all(first + length <= total for first, length, total in zip(at, shape, whole, strict=True))
+    if len(start) != len(whole) or not inside or shape[1:] != whole[1:]:
+        raise ValueError("a piece lies outside its tensor")
+    return Piece(text(value["source"]), start, shape, at, text(value["label"]))
+
+
+def _shape(value: Any) -> Shape:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return tuple(natural(length) for length in value)
+
+
+def plain_name(value: Any) -> str:
+    """``value`` if it names a file that lies in the folder itself."""
+    name = text(value)
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+def text(value: Any) -> str:
+    """``value`` if it is a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a string")
+    return value
+
+
+def natural(value: Any, least: int = 0, most: int | None = None) -> int:
+    """``value`` if it is an integer, not a bool, from ``least`` to ``most``."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{value} is out of range")
+    return value
+
+
+def digest(value: Any) -> str:
+    """``value`` if it is a digest of 32 bytes in hexadecimal."""
+    if not re.fullmatch("[0-9a-f]{64}", text(value)):
+        raise ValueError(f"{value!r} is not a digest")
+    return str(value)

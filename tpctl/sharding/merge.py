@@ -131,11 +131,13 @@ def _moves(held: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]], ma
 def _check_cover(
     shards: Iterable[Sequence[Stored]], extra: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]]
 ) -> None:
-    """Raise unless the shards hold every element of every target."""
+    """Raise unless the shards hold every element of every target, and nothing else."""
     regions: dict[str, list[Region]] = {}
     for one in (*(one for held in shards for one in held), *extra):
         for region in one.regions:
             regions.setdefault(region.source, []).append(region)
+    if unknown := [name for name in (*regions, *(one.name for one in extra)) if name not in targets]:
+        raise ShardFolderError(f"the shards hold {unknown[0]}, which no source file has; shard the model again")
     for name, (target, *_) in targets.items():
         [wanted] = target.regions
         found = regions.get(name, [])

@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import parse_header
+from tpctl.errors import ShardFolderError
 from tpctl.models.config import ModelConfig
 from tpctl.models.weights import ignored_tensors
 from tpctl.partition.manifest import Manifest
@@ -53,6 +54,8 @@ def reshard(
     plan = source_plan(config, shapes, tp_size)
     plan.check_source(shapes, ignored_tensors(config))
     shards = open_shards(folder, manifest, range(manifest.tp_size))
+    if missing := [name for name in plan.shards[0] if name not in shards]:
+        raise ShardFolderError(f"{folder} holds no tensor {missing[0]}; shard the model again")
     recipe = make_recipe(
         config,
         plan,
