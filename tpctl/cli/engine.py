@@ -28,15 +28,16 @@ def prepare(model: str, options: EngineOptions) -> EngineConfig:
 
 
 def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
-    """Shard the model into the cache if need be, and settle the engine's configuration.
+    """Shard the model into the cache if need be, hash shards that never were, and settle the engine's configuration.
 
     Raises:
-        TpctlError: the model cannot be sharded, or not run in this way.
+        TpctlError: the model cannot be sharded, its shards are damaged, or it cannot be run in this way.
     """
     memory = parse_bytes(options.kv_cache_memory) if options.kv_cache_memory is not None else None
     from tpctl.launch.device import choose_device
     from tpctl.partition.manifest import MANIFEST, Manifest
     from tpctl.sharding.cache import ensure_sharded
+    from tpctl.sharding.verified import ensure_verified
 
     tp_size = options.tp
     if tp_size is None:
@@ -45,6 +46,8 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
     device = choose_device(options.device, tp_size)
     with byte_progress("sharding") as progress:
         folder = ensure_sharded(source, tp_size, progress=progress)
+    with byte_progress("verifying") as progress:
+        ensure_verified(folder, range(tp_size), progress)
     seqs, tokens = (64, 2048) if device == "cpu" else (512, 16384)
     return EngineConfig(
         shard_dir=folder,

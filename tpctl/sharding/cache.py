@@ -12,6 +12,8 @@ from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from tpctl.sharding.files import Progress
 from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.verified import remember_verified
+from tpctl.sharding.verify import check_copied
 
 
 def ensure_sharded(
@@ -19,25 +21,30 @@ def ensure_sharded(
 ) -> Path:
     """A shard folder of ``source`` for ``tp_size`` ranks: ``source`` itself if it is one, else one in the cache.
 
-    A cached folder is made again if its files are not all there. Two processes that ask at once make it once.
+    A cached folder is made again if its files are not all there, or a copied one was altered; tensors are not hashed
+    (see ``ensure_verified``). Two processes that ask at once make it once.
 
     Args:
         dtype: as in ``shard_checkpoint``; a shard folder that is given is used as it is.
 
     Raises:
-        ShardFolderError: ``source`` is a shard folder for another tensor-parallel size, or incomplete.
+        ShardFolderError: ``source`` is a shard folder for another tensor-parallel size, incomplete, or a copied file
+            of it was altered.
         CheckpointError, UnsupportedModelError, PartitionError, OutputError: it cannot be sharded.
     """
     if (source.folder / MANIFEST).is_file():
         manifest = Manifest.load(source.folder)
         manifest.check_tp(tp_size, source.folder)
         manifest.check_files(source.folder, range(tp_size))
+        check_copied(source.folder, manifest)
         return source.folder
     name = file_name(Path(source.id).name)
     folder = cache_root() / "shards" / f"{name}-tp{tp_size}-{_key(source, tp_size, dtype)}"
     with locked(folder.with_name(f".{folder.name}.lock")):
         try:
-            Manifest.load(folder).check_files(folder)
+            manifest = Manifest.load(folder)
+            manifest.check_files(folder)
+            check_copied(folder, manifest)
         except ShardFolderError:
             shard_checkpoint(
                 source.folder,
@@ -49,6 +56,7 @@ def ensure_sharded(
                 force=True,
                 progress=progress,
             )
+            remember_verified(folder)
     return folder
 
 
