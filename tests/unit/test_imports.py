@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent.parent / "tpctl"
 # More special names come first and replace their package's entry.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "children": (),
     "partition": (),
-    "checkpoint": ("partition",),
+    "checkpoint": ("children", "partition"),
     "models.config": ("partition",),
     "models.specs": ("partition",),
     "models.weights": ("partition",),
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("partition", "distributed", "kernels", "layers"),
     "engine.config": (),
     "engine.sampling_params": (),
-    "launch": ("engine.config", "engine.sampling_params"),
+    "launch": ("children", "engine.config", "engine.sampling_params"),
     "engine": ("partition", "distributed", "kernels", "layers", "models", "launch"),
     "client": ("engine.config", "engine.sampling_params", "launch"),
     "bench": (

