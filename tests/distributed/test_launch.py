@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tpctl.client.engine_client import EngineClient
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import EngineError, RequestError, ShardFolderError
+from tpctl.launch.channel import Channel
 from tpctl.launch.messages import Output, Request
 
 HERE = Path(__file__).parent
@@ -247,3 +249,73 @@ def test_the_end_of_the_command_line_ends_the_workers(pids: Path, tp_size: int, 
     parent.send_signal(number)
     parent.wait(PATIENCE)
     assert_gone(found)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_python_files_in_the_current_folder_are_not_run(
+    pids: Path, tp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    for name in ("queue", "torch", "safetensors", "tpctl", "tempfile", "logging"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(folder)
+    env = {"PYTHONPATH": str(HERE), "FAKE_WORKER_PIDS": str(pids), "FAKE_WORKER_RECORD": "1"}
+    with EngineClient(EngineConfig(pids, tp_size), module="fake_worker", env=env, start_timeout=60) as client:
+        client.wait_ready()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_killed_command_line_left_is_removed(pids: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, "1", str(pids)],
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+        stderr=subprocess.DEVNULL,
+    )
+    found = processes(pids, 1)
+    (left,) = engine_folders(pids)
+    assert int((left / "parent.pid").read_text()) == parent.pid
+    (pids.parent / "tpctl-notes").mkdir()
+    with start(1, pids) as client:
+        client.wait_ready()
+        assert left.exists()  # its owner lives
+    parent.kill()
+    parent.wait(PATIENCE)
+    assert_gone(found)
+    with start(1, pids) as client:
+        client.wait_ready()
+        assert not left.exists()
+    assert engine_folders(pids) == [pids.parent / "tpctl-notes"]
+
+
+def test_logs_that_an_error_named_are_not_removed(pids: Path) -> None:
+    with start(1, pids, "raise", record=True) as client, pytest.raises(EngineError):
+        client.wait_ready()
+    kept = engine_folders(pids)
+    with start(1, pids) as client:
+        client.wait_ready()
+    assert engine_folders(pids) == kept
+    assert len(kept) == 1
+
+
+def test_no_room_for_temporary_files(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(config: EngineConfig, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineConfig, "save", full)
+        with pytest.raises(EngineError, match="cannot be made: No space left on device; set TMPDIR"):
+            start(1, pids)
+    assert engine_folders(pids) == []
+    monkeypatch.setattr("tempfile.tempdir", str(pids / "none"))
+    with pytest.raises(EngineError, match="cannot be made: No such file or directory; set TMPDIR"):
+        start(1, pids)
+
+
+def test_a_garbled_message_is_an_error_and_no_hang(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def garbled(channel: Channel) -> None:
+        raise TypeError("fields missing")
+
+    monkeypatch.setattr(Channel, "receive", garbled)
+    with start(1, pids) as client, pytest.raises(EngineError):
+        client.wait_ready()

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
+from tpctl.cli.batch import _summary
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.jobs import BadLine, Job, JobParser, Line, read_lines
 from tpctl.client.results import Results
@@ -99,6 +100,8 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({"messages": []}, "messages must be a list of at least one"),
         ({"messages": [{"role": "user"}]}, "messages must be a list of at least one"),
         ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),
+        (b'{"prompt": "\\ud800"}', r"not valid Unicode: it holds '\ud800', half of a surrogate pair"),
+        (b'{"messages": [{"role": "user", "content": "a\\udfff"}]}', r"it holds '\udfff', half of a surrogate"),
         ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: id, "),
         ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot', which is not of the right type"),
         ({"prompt": "a", "top_p": 2}, "top_p is 2.0, but must be above 0 and at most 1"),
@@ -126,6 +129,37 @@ def test_duplicate_ids(tokenizer: Tokenizer) -> None:
     parsed = [read.parse(line) for line in read_lines(io.BytesIO("\n".join(lines).encode()))]
     assert [type(item) for item in parsed] == [Job, BadLine, Job, BadLine]
     assert "id 2 was used before" in parsed[1].message  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("first", "second"), [(-1, -2), (5, 5 + 2**61 - 1), (0, "0"), ("\ud800", "\ud801")])
+def test_ids_that_hash_alike_are_not_duplicates(tokenizer: Tokenizer, first: object, second: object) -> None:
+    read = parser(tokenizer)
+    lines = [json.dumps({"id": id, "prompt": "a"}).encode() for id in (first, second, first)]
+    parsed = [read.parse(Line(n, n + 1, line)) for n, line in enumerate(lines)]
+    assert [type(item) for item in parsed] == [Job, Job, BadLine]
+
+
+def test_a_line_that_a_library_stumbles_over_is_an_error_row(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = tokenizer.encode
+
+    def stumble(text: str) -> list[int]:
+        if text == "b":
+            raise KeyError("deep\ninside")
+        return encode(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "encode", stumble)
+        tally, _ = run(tokenizer, '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n', tmp_path / "out.jsonl")
+    assert tally.errors == 1
+    assert [row.get("text") for row in rows(tmp_path / "out.jsonl")] == ["<a>", None, "<c>"]
+    assert rows(tmp_path / "out.jsonl")[1]["error"] == "line 2: cannot be used: KeyError: 'deep\\ninside'"
+
+
+def test_an_interrupted_run_claims_no_preemptions() -> None:
+    assert "preemptions" not in _summary(Tally(lines=1), {})
+    assert "3 preemptions" in _summary(Tally(lines=1), {"preemptions": 3})
 
 
 def test_blank_lines_count_as_lines_but_make_no_rows() -> None:

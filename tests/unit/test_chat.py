@@ -92,6 +92,8 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     config = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert recommended_sampling(tmp_path) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config | {"do_sample": False}))
+    assert recommended_sampling(tmp_path) == {"temperature": 0.0, "top_k": 20, "top_p": 0.95}
 
 
 def test_the_first_interrupt_is_noted_and_the_second_raises() -> None:
@@ -135,10 +137,17 @@ def test_a_message_from_a_pipe(fake_engine: FakeClient) -> None:
     assert "stdin is empty" in empty.stderr
 
 
+@pytest.mark.parametrize(("arguments", "stdin"), [(["-m", "a\udcff"], b""), ([], b"a\xff")])
+def test_bytes_that_are_not_utf8_are_refused(fake_engine: FakeClient, arguments: list[str], stdin: bytes) -> None:
+    result = CliRunner().invoke(app, ["chat", *arguments], input=stdin)
+    assert isinstance(result.exception, RequestError)
+    assert "is not valid Unicode" in str(result.exception)
+
+
 def test_a_wrong_option_does_not_wait_for_the_model(fake_engine: FakeClient) -> None:
     result = invoke("chat", "-m", "hi", "--temperature", "-1")
     assert isinstance(result.exception, RequestError)
-    assert "temperature is -1.0, but must be at least 0" in str(result.exception)
+    assert "temperature is -1.0, but must be 0, or from" in str(result.exception)
     assert fake_engine.requests == []
 
 

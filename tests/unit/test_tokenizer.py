@@ -140,6 +140,34 @@ def test_no_tokenizer_and_no_template_and_no_json(tmp_path: Path) -> None:
         Tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [[1], {"x": {"content": "a"}}, {"260": {}}, {"260": 5}, {"260": {"content": 5}}, {"9": {"content": "\ud800"}}],
+)
+def test_malformed_added_tokens_are_one_error(tmp_path: Path, listed: object) -> None:
+    folder = make(tmp_path, NAMED | {"added_tokens_decoder": listed})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json lists tokens that cannot be added"):
+        Tokenizer(folder)
+
+
+def test_a_template_that_cannot_be_read_or_compiled(tmp_path: Path) -> None:
+    folder = make(tmp_path, NAMED, template="x")
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read: .*utf-8"):
+        Tokenizer(folder)
+    with pytest.raises(CheckpointError, match="does not compile"):
+        ChatTemplate("{{" + "(" * 5000, {})
+    with pytest.raises(RequestError, match="refuses these messages"):
+        ChatTemplate("{{ {}.popitem() }}", {}).render([])
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(make(tmp_path, NAMED, template=CHATML))
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([{"role": "user", "content": text}])):
+        with pytest.raises(RequestError, match=r"not valid Unicode: it holds '\\udcff', half of a surrogate"):
+            encode("a\udcff")
+
+
 def test_a_template_may_refuse() -> None:
     template = ChatTemplate(LLAMA_LIKE, {"eos_token": "</s>"})
     with pytest.raises(RequestError, match="refuses these messages: unknown role tool"):

@@ -151,7 +151,8 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
     parts.append(f"{tally.completion_tokens:,} out ({tally.tokens_per_second:,.1f} tok/s)")
     share = tally.cached_tokens / max(1, tally.prompt_tokens)
     parts.append(f"prefix cache {tally.cached_tokens:,} tokens ({share:.0%})")
-    parts.append(f"{int(stats.get('preemptions', 0)):,} preemptions")
+    if "preemptions" in stats:  # an interrupted engine is not asked
+        parts.append(f"{int(stats['preemptions']):,} preemptions")
     parts.append(f"{tally.errors:,} errors")
     return ", ".join(parts)
 

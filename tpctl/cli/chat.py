@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ def chat(
     from tpctl.engine.sampling_params import SamplingParams
 
     SamplingParams.from_dict(sampling.given())  # a wrong value should not have to wait for the model
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with the text, not on reading
+        sys.stdin.reconfigure(errors="surrogateescape")
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
         if not message:

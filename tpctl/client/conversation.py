@@ -115,11 +115,15 @@ class Conversation:
 
 
 def recommended_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling for chat: what the model's ``generation_config.json`` sets, over our own defaults."""
+    """Sampling for chat: what the model's ``generation_config.json`` sets, over our own defaults.
+
+    ``"do_sample": false`` there asks for greedy answers, whatever temperature stands beside it.
+    """
     try:
         config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
     if not isinstance(config, dict):
         config = {}
-    return {**CHAT_DEFAULTS, **{name: config[name] for name in _RECOMMENDED if config.get(name) is not None}}
+    greedy = {"temperature": 0.0} if config.get("do_sample") is False else {}
+    return {**CHAT_DEFAULTS, **{name: config[name] for name in _RECOMMENDED if config.get(name) is not None}, **greedy}

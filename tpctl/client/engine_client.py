@@ -166,19 +166,22 @@ class EngineClient:
             self._channel.close()
 
     def _receive(self) -> None:
-        """Thread: everything rank 0 says goes to the inbox, then ``None``."""
-        while not self._closed:
-            channel = self._workers.accept(timeout=1.0)
-            if channel is not None:
-                self._channel = channel
-                try:
+        """Thread: everything rank 0 says goes to the inbox, then, whatever happens, ``None``."""
+        try:
+            while not self._closed:
+                channel = self._workers.accept(timeout=1.0)
+                if channel is not None:
+                    self._channel = channel
                     while True:
                         self._inbox.put(channel.receive())
-                except (ChannelClosed, ValueError):
+                if self._workers.exited:
                     break
-            if self._workers.exited:
-                break
-        self._inbox.put(None)
+        except ChannelClosed:
+            pass
+        except Exception as error:  # a garbled message can fail in any way while it is read
+            self._inbox.put(Fatal(f"rank 0 sent a message that cannot be read: {error!r}"))
+        finally:
+            self._inbox.put(None)
 
     def _next(self, timeout: float | None) -> Message | None:
         """The next message, or ``None`` after ``timeout`` seconds."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Any
 from zlib import crc32
 
@@ -69,7 +70,7 @@ def read_lines(stream: Iterable[bytes]) -> Iterator[Line]:
 class JobParser:
     """Turns lines into jobs.
 
-    Remembers the ids it has seen, about 70 bytes each, to find duplicates.
+    Remembers a digest of the ids it has seen, about 100 bytes each, to find duplicates.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class JobParser:
         self._sampling = {"seed": 0, **sampling}
         self._stop = tuple(stop)
         self._max_model_len = max_model_len
-        self._seen: set[int] = set()
+        self._seen: set[bytes] = set()
 
     def parse(self, line: Line) -> Job | BadLine:
         """A job, or why the line is none."""
@@ -107,6 +108,9 @@ class JobParser:
             return self._job(line, id, entry)
         except (_Refused, TpctlError) as error:
             return BadLine(line, id, f"line {line.number}: {error}")
+        except Exception as error:  # one line must never end the run, whatever a library makes of it
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            return BadLine(line, id, f"line {line.number}: cannot be used: {said}")
 
     def _job(self, line: Line, id: JobId, entry: Mapping[str, Any]) -> Job:
         if unknown := sorted(entry.keys() - _FIELDS):
@@ -132,7 +136,8 @@ class JobParser:
         return self._tokenizer.encode(prompt)
 
     def _check_new(self, id: JobId) -> None:
-        key = hash((type(id), id))
+        # Not hash(): it is the same for -1 and -2, and for n and n + 2**61 - 1.
+        key = blake2b(repr((type(id).__name__, id)).encode(), digest_size=8).digest()
         if key in self._seen:
             raise _Refused(f"id {id!r} was used before; ids must differ (without one, the line number is taken)")
         self._seen.add(key)

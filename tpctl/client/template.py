@@ -42,6 +42,8 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             line = f"line {error.lineno}: {error.message}"
             raise CheckpointError(f"the model's chat template does not compile, {line}") from None
+        except RecursionError as error:
+            raise CheckpointError(f"the model's chat template does not compile: {error}") from None
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -51,8 +53,6 @@ class ChatTemplate:
             RequestError: the template refuses these messages (roles that do not alternate, no system role,
                 …).
         """
-        from jinja2 import TemplateError
-
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -61,15 +61,22 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except Exception as error:  # somebody else's program may raise anything
             raise RequestError(f"the model's chat template refuses these messages: {error}") from None
 
 
 def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """A checkpoint folder's template: ``chat_template.jinja``, else the one in ``tokenizer_config.json``."""
+    """A checkpoint folder's template: ``chat_template.jinja``, else the one in ``tokenizer_config.json``.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not UTF-8.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several by name; the one for plain chat is called "default"
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

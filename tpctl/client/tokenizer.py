@@ -56,7 +56,12 @@ class Tokenizer:
         )
         self._template_source = read_template(folder, self._config)
         self._folder = folder
-        self._add_missing_tokens()
+        try:
+            self._add_missing_tokens()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'} lists tokens that cannot be added: {error!r}"
+            ) from None
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -83,7 +88,12 @@ class Tokenizer:
         return ChatTemplate(self._template_source, self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the tokens the model wants around it (usually a first BOS)."""
+        """Token ids of plain text, with the tokens the model wants around it (usually a first BOS).
+
+        Raises:
+            RequestError: it holds half a surrogate pair, as bytes that are not UTF-8 become.
+        """
+        _check_text(text)
         ids: list[int] = self.backend.encode(text).ids
         bos = self.special_tokens.get("bos_token")
         # Text that begins with a BOS of its own must not get a second one.
@@ -96,10 +106,12 @@ class Tokenizer:
 
         Raises:
             CheckpointError: the model has no chat template.
-            RequestError: the template refuses these messages.
+            RequestError: the template refuses these messages, or they hold half a surrogate pair.
         """
+        text = self.template.render(messages)
+        _check_text(text)
         # The template writes every control token itself, BOS included.
-        ids: list[int] = self.backend.encode(self.template.render(messages), add_special_tokens=False).ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         if not ids:
             raise RequestError("the model's chat template makes no text of these messages")
         return ids
@@ -122,6 +134,15 @@ class Tokenizer:
                 known.add(entry["content"])
         named = [token for token in self.special_tokens.values() if token not in known]
         self.backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text is not valid Unicode: it holds {text[error.start]!r}, half of a surrogate pair; write it as UTF-8"
+        ) from None
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
