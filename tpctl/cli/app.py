@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -66,6 +67,9 @@ def _exit_tidily(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Entry point of the console script."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell (``<&-``); a file opened later would take its number
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets a "?" for it
             stream.reconfigure(errors="replace")
@@ -83,6 +87,9 @@ def main() -> None:
         # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # no command foresaw it, but it is the system's refusal, not a bug
+        print(f"tpctl: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ def _config_folder(model: str, revision: str | None, token: str | None) -> Path 
     """Where the model's config is, if it can be had before the weights and has not been seen with them before."""
     from tpctl.checkpoint.hub_cache import cached
     from tpctl.checkpoint.metadata import read_metadata
-    from tpctl.checkpoint.sources import hub_id, is_local
+    from tpctl.checkpoint.sources import hub_id, is_local, local_path
     from tpctl.partition.manifest import MANIFEST
 
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if (folder / MANIFEST).is_file():
         return None
     if (folder / "config.json").is_file():

@@ -12,18 +12,21 @@ _UNITS = {"": 1, "B": 1} | {
     for kind in ("B", "iB")
 }
 
+_MOST_RANKS = 100_000
+
 
 def parse_bytes(text: str) -> int:
     """``"5GB"``, ``"512MiB"`` or ``"1000000"`` in bytes.
 
     Raises:
-        UsageError: it is none of these, or not positive.
+        UsageError: it is none of these, or less than a byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
     units = {name.lower(): factor for name, factor in _UNITS.items()}
-    if match is None or match[2].lower() not in units or float(match[1]) == 0:
+    count = int(float(match[1]) * units.get(match[2].lower(), 0)) if match is not None else 0
+    if count == 0:
         raise UsageError(f"{text!r} is no size; write it like 5GB, 512MiB or 1000000")
-    return int(float(match[1]) * units[match[2].lower()])
+    return count
 
 
 def format_bytes(count: float) -> str:
@@ -39,14 +42,17 @@ def parse_ranks(text: str | None) -> list[int] | None:
     """``"0-3"`` or ``"0,2,5-6"`` as a list of ranks; ``None`` stays ``None``.
 
     Raises:
-        UsageError: it is no list of ranks.
+        UsageError: it is no list of ranks, or one of more than ``_MOST_RANKS``.
     """
     if text is None:
         return None
     ranks: list[int] = []
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UsageError(f"{text!r} is no list of ranks; write it like 0-3 or 0,2,5-6")
-        ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
+        more = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(ranks) + len(more) > _MOST_RANKS:
+            raise UsageError(f"{text!r} names more than {_MOST_RANKS:,} ranks; name fewer")
+        ranks += more
     return ranks

@@ -10,8 +10,8 @@ from pathlib import Path
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.safetensors import parse_header, tensor_nbytes
-from tpctl.checkpoint.sources import HUB_ID
-from tpctl.errors import CheckpointError
+from tpctl.checkpoint.sources import HUB_ID, local_path
+from tpctl.errors import CheckpointError, SourceError
 from tpctl.partition.manifest import Manifest
 from tpctl.partition.records import Shard, ShardTensor
 from tpctl.sharding.files import Progress
@@ -146,7 +146,10 @@ def source_at_hand(manifest: Manifest) -> Path | None:
 
 
 def _local_source(name: str, revision: str | None) -> Path | None:
-    path = Path(name).expanduser()
+    try:
+        path = local_path(name)
+    except SourceError:
+        return None
     if path.is_dir():
         return path
     if HUB_ID.fullmatch(name):
