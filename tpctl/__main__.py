@@ -1,3 +1,3 @@
-from tpctl.cli.app import main
+from tpctl.start import main
 
 main()
