@@ -141,7 +141,7 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the text is not valid Unicode: it holds {text[error.start]!r}, half of a surrogate pair; write it as UTF-8"
+            f"the text is not valid Unicode: it holds {text[error.start]!r}, half of a surrogate pair; use UTF-8"
         ) from None
 
 
