@@ -313,3 +313,18 @@ def test_what_cannot_run_is_refused_before_its_weights(
     assert message in failed(run("shard", "org/model", *options))
     headers_only = re.compile(r"bytes=\d+-\d+")
     assert all(text is not None and headers_only.fullmatch(text) for text in hub.bodies("model.safetensors"))
+
+
+def test_files_that_are_no_download_are_not_overwritten(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("org/model", MODEL)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.safetensors").write_bytes(b"my own")
+    assert "holds files" in failed(run("download", "org/model", "-o", str(mine)))
+    assert (mine / "model.safetensors").read_bytes() == b"my own"
+
+
+def test_a_server_that_only_puts_off_is_given_up(hub: Hub, run: Run) -> None:
+    hub.add("org/model", MODEL)
+    hub.refusals = [Refusal("model.safetensors", 429, {"Retry-After": "0"}, method="GET")]
+    assert "brought nothing new after 0 of" in failed(run("download", "org/model"))

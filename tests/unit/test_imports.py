@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("engine.config", "engine.sampling_params", "launch", "client"),
     ),
     "cli": ("",),
-    "__main__": ("cli",),
+    "start": ("cli",),
+    "__main__": ("start",),
     "": (),
 }
 # Modules that may name torch or transformers at all; those with a star only inside functions.

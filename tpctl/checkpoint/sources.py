@@ -268,6 +268,7 @@ def fetch(
         )
     if not is_local(model):
         repo, revision = hub_id(model, revision)
+        _refuse_foreign(output)
         remote = hub.ask(repo, revision, token)
         folder = hub.download(remote, token=token, ranks=local_ranks, progress=progress, local_dir=output)
         return ResolvedSource(folder, repo, remote.commit)
@@ -287,6 +288,17 @@ def fetch(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return ResolvedSource(output, source.id, source.revision)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse a folder that holds files which no download put there.
+
+    Downloads are told by huggingface_hub's records (``.cache/huggingface``) and by their unfinished files.
+    """
+    if not output.is_dir() or (output / ".cache" / "huggingface").is_dir() or any(output.glob(".*.partial")):
+        return
+    if any(output.iterdir()):
+        raise SourceError(f"{output} holds files that are no earlier download's; choose another folder or empty it")
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -105,6 +105,14 @@ class Download:
                 if meter.stopped or not again:
                     raise
                 pause = min(2 ** (failures - 1), 8)
+            else:
+                # An answer that brings nothing new (429, an empty one, one from the start again) is a failure too.
+                failures = 0 if file.seek(0, 2) > position else failures + 1
+                if meter.stopped or failures > ATTEMPTS:
+                    raise SourceError(
+                        f"{self.target.name} does not arrive: {failures} answers in a row brought nothing new after "
+                        f"{position} of {self.size} bytes; what has arrived is kept, run the command again later"
+                    )
             time.sleep(pause)
         if file.seek(0, 2) > self.size:
             file.truncate(0)
@@ -122,11 +130,17 @@ class Download:
         with get_session().stream("GET", self.url, headers=headers, timeout=timeout) as response:
             if response.status_code == 429 and (wait := retry_after(response.headers)) is not None:
                 if wait <= LONGEST_WAIT:
-                    return wait
+                    return max(wait, 1)
             elif response.status_code == 200 and position:  # a server that ignores ranges starts over
                 file.truncate(0)
                 meter.add(-position, self.target.name)
             hf_raise_for_status(response)
+            length = response.headers.get("Content-Length")
+            if response.status_code == 200 and length is not None and int(length) != self.size:
+                raise SourceError(
+                    f"{self.target.name} should have {self.size} bytes, but the answer has {length}; "
+                    "something between here and the Hub answers in its place"
+                )
             for block in response.iter_raw():  # as they arrive: a cut loses nothing that came before it
                 file.write(block)
                 meter.add(len(block), self.target.name)
