@@ -90,7 +90,9 @@ def batch(
             results.publish(tally.lines)
         note(_summary(tally, stats))
         if tally.interrupted:
-            if results.partial is not None:
+            if results.partial is not None and not results.count:
+                note("interrupted before any row was finished")
+            elif results.partial is not None:
                 note(f"interrupted; finished rows are kept in {results.partial}, go on with --resume")
             raise typer.Exit(130)
     if tally.errors:
@@ -159,6 +161,6 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
 
 def _with_remains(error: TpctlError, count: int, partial: Path | None) -> TpctlError:
     """The same error, with where the finished rows are."""
-    if partial is None or not isinstance(error, EngineError):
+    if partial is None or not count or not isinstance(error, EngineError):
         return error
     return EngineError(f"{error}; {count} finished rows are in {partial}, go on with --resume")

@@ -120,7 +120,7 @@ class Manifest:
         if tp_size != self.tp_size:
             raise ShardFolderError(
                 f"{folder} is cut for tp {self.tp_size}, but tp {tp_size} is asked for; "
-                f"use --tp {self.tp_size}, or make a new folder with `tpctl reshard {folder} --tp {tp_size}`"
+                f"use --tp {self.tp_size}, or make a new one: `tpctl reshard {folder} --tp {tp_size} -o FOLDER`"
             )
 
     def check_files(self, folder: Path, ranks: Iterable[int] | None = None) -> None:
