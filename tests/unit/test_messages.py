@@ -28,7 +28,7 @@ from tpctl.launch.messages import (
 ids = st.lists(st.integers(0, 2**31), max_size=5)
 sampling = st.builds(
     SamplingParams,
-    temperature=st.floats(0, 5),
+    temperature=st.just(0.0) | st.floats(1e-4, 5),
     top_k=st.integers(0, 100),
     top_p=st.floats(0.1, 1),
     seed=st.integers(0, 2**63 - 1),
