@@ -1,21 +1,15 @@
 """Randomness that is a function of (seed, position, token id) alone.
 
 A sampled token then depends neither on the other requests of its batch nor on how many ranks share the vocabulary,
-and every rank can draw the noise of its own slice. The generator is a counter hash; all arithmetic is on 32 bits and
-wraps:
-
-    mix(x):  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
-    h = mix(mix(token * 0x9E3779B9 + k0) ^ k1)              (k0, k1) from (seed, position), see ``noise_keys``
-    w = (h + 0.5) / 2^32                                    uniform in (0, 1)
-    gumbel = -log(-log1p(-w))
-
-The mixing function is "lowbias32" of Chris Wellons' hash prospector (public domain).
+and every rank can draw the noise of its own slice. Seed and position give a row two 32-bit keys here; the noise that
+keys and token ids give is defined in ``kernels.noise``, which the GPU's sampling kernel follows too.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from tpctl.kernels.noise import gumbel_reference, noise_hash_reference
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -44,19 +38,7 @@ def gumbel_noise(keys_R2: Tensor, token_ids: Tensor) -> Tensor:
         keys_R2: int64 [R, 2] of 32-bit keys.
         token_ids: int64 [V], or [R, C] for candidates that differ by row.
     """
-    h = _mix((token_ids * 0x9E3779B9 + keys_R2[:, :1]) & _MASK32)
-    h = _mix(h ^ keys_R2[:, 1:])
-    w = ((h.float() + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
-    return torch.log1p(w.neg_()).neg_().log_().neg_()
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK32
-    x ^= x >> 15
-    x = (x * 0x846CA68B) & _MASK32
-    x ^= x >> 16
-    return x
+    return gumbel_reference(noise_hash_reference(token_ids, keys_R2[:, :1], keys_R2[:, 1:]))
 
 
 def _splitmix64(state: int) -> int:
