@@ -1,6 +1,6 @@
 """A worker without a model: speaks the messages, answers with token ids that count up, and fails on request.
 
-``FAKE_WORKER`` names what it does wrong; ``rank:what`` does it on one rank only. It imports torch only for
+``FAKE_WORKER`` names what it does wrong; ``rank:what`` does it on one rank only, ``rank:what,rank:what`` on two. It
 ``record``, as the real worker does.
 """
 
@@ -20,12 +20,18 @@ from tpctl.launch.channel import ChannelClosed
 from tpctl.launch.lifeline import connect, tie_to_parent
 from tpctl.launch.messages import Abort, Add, Fatal, GetStats, Output, Outputs, Ready, Stats, Stop
 
-RANK = int(os.environ["RANK"])
+
+def own_rank() -> int:
+    """Asked late: the agent imports this module before the ranks are forked."""
+    return int(os.environ["RANK"])
 
 
 def misbehaviour() -> str:
-    rank, _, what = os.environ.get("FAKE_WORKER", "").rpartition(":")
-    return what if rank in ("", str(RANK)) else ""
+    for fault in os.environ.get("FAKE_WORKER", "").split(","):
+        rank, _, what = fault.rpartition(":")
+        if rank in ("", str(own_rank())):
+            return what
+    return ""
 
 
 def main() -> None:
@@ -37,7 +43,7 @@ def main() -> None:
     config = EngineConfig.load(arguments.config)
     what = misbehaviour()
     if folder := os.environ.get("FAKE_WORKER_PIDS"):
-        Path(folder, f"{RANK}").write_text(f"{os.getpid()} {os.getppid()}")
+        Path(folder, f"{own_rank()}").write_text(f"{os.getpid()} {os.getppid()}")
     if what == "raise":
         raise RuntimeError("the weights are on strike\nsecond line")
     if what == "raise-ours":
@@ -48,12 +54,16 @@ def main() -> None:
         sys.exit(0)
     if what == "import":
         import no_such_module  # noqa: F401
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "lose-peer":
+        raise ConnectionError("connection closed by peer")
     if what == "hang":
         time.sleep(600)
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
-    if RANK != 0:
+    if own_rank() != 0:
         if what == "die-later":
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)

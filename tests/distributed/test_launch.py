@@ -187,6 +187,15 @@ def test_a_killed_rank_is_named_and_ends_the_others(pids: Path) -> None:
     client.close()
 
 
+def test_the_cause_is_named_when_its_consequence_comes_first(pids: Path) -> None:
+    """Rank 0 loses its peer within the interval at which the agent looks at its ranks."""
+    with (
+        start(2, pids, "0:lose-peer,1:killed") as client,
+        pytest.raises(EngineError, match=r"rank 1 was killed \(SIGKILL\)"),
+    ):
+        client.wait_ready()
+
+
 def test_the_only_rank_dies_during_a_request(pids: Path) -> None:
     with start(1, pids, "die") as client:
         client.submit([request("a")])

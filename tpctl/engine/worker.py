@@ -1,6 +1,8 @@
 """The torchrun entry: one rank of the engine, from start to Stop.
 
-python -m tpctl.engine.worker --config FILE --socket PATH
+    python -m tpctl.engine.worker --config FILE --socket PATH
+
+At tp 1 it is run as that; ranks of larger groups are forked by ``launch.agent``, which has imported this module.
 """
 
 from __future__ import annotations
@@ -43,12 +45,23 @@ def serve(engine: Engine, feed: Leader | Follower) -> None:
             feed.send(Outputs(outputs))
 
 
-@record
-def main() -> None:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--socket", type=Path, required=True)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def preload(argv: list[str]) -> None:
+    """Import what this engine's ranks will need beyond this module; initialises no device."""
+    if EngineConfig.load(parse_arguments(argv).config).device == "cuda":
+        import tpctl.engine.cuda_runner
+        import tpctl.layers.attention.triton  # noqa: F401
+
+
+@record
+def main() -> None:
+    args = parse_arguments()
     imported = time.perf_counter()
     config = EngineConfig.load(args.config)
     group = TPGroup.from_environment(config.device)

@@ -1,21 +1,27 @@
-"""torchrun with two additions: it dies with its parent, and it reports how each rank ended as data.
+"""torchrun with three additions: it dies with its parent, its ranks share one import, and their ends are data.
 
-    python -m tpctl.launch.agent REPORT.json [torchrun arguments]
+    python -m tpctl.launch.agent REPORT.json [torchrun arguments] MODULE [the module's arguments]
 
-The stock ``torchrun`` keeps its workers running when the process that started it is killed, and of a rank that was
-killed by a signal it leaves no trace but a printed table. Started by ``launch.torchrun``, never by the command line
-itself: this is the one module of the package that imports torch.
+The stock ``torchrun`` keeps its workers running when the process that started it is killed, has every rank import torch
+again after the agent has, and of a rank that was killed by a signal it leaves no trace but a printed table. Here
+the agent imports MODULE and forks the ranks, which call its ``main()``. Started by ``launch.torchrun``, never by the
+command line itself: this is the one module of the package that imports torch.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
-from tpctl.launch.failure import read_error_file
+from tpctl.launch.failure import is_consequence, read_error_file
 from tpctl.launch.lifeline import PARENT_PID, tie_to_parent
+
+_LINGER = 1.0  # seconds; the agent looks at its ranks ten times a second
 
 
 def main() -> int:
@@ -26,8 +32,13 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    arguments = parse_args(sys.argv[2:])  # type: ignore[no-untyped-call]
     try:
-        run(parse_args(sys.argv[2:]))  # type: ignore[no-untyped-call]
+        if sys.platform == "linux":
+            _run_forked(arguments.training_script, arguments.training_script_args, arguments)
+        else:  # elsewhere system libraries do not survive a fork
+            arguments.module = True
+            run(arguments)
     except ChildFailedError as error:
         report = [
             {
@@ -45,6 +56,38 @@ def main() -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def _run_forked(module: str, argv: list[str], arguments: object) -> None:
+    """What ``torch.distributed.run.run`` does, with forked ranks: they find everything imported."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args
+
+    imported = importlib.import_module(module)
+    preload = getattr(imported, "preload", None)
+    if preload is not None:
+        preload(argv)
+    config, _, _ = config_from_args(arguments)
+    config.start_method = "fork"
+    elastic_launch(config, _rank)(module, argv)
+
+
+def _rank(module: str, argv: list[str]) -> None:
+    """One rank: the module's ``main()`` in a process that has forgotten the agent's signal handlers."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    tie_to_parent()
+    sys.argv = [module, *argv]
+    try:
+        importlib.import_module(module).main()
+    except Exception as error:
+        # Of ranks that end within one look the agent reports any. The one that caused it should be seen first.
+        if is_consequence(f"{type(error).__name__}: {error}"):
+            time.sleep(_LINGER)
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ def root_cause(failures: list[RankFailure]) -> RankFailure | None:
     return min(failures, key=lambda failure: (_doubt(failure), failure.timestamp, failure.rank), default=None)
 
 
+def is_consequence(text: str) -> bool:
+    """Whether an exception ("Kind: text") reads like that of a healthy rank whose peer is gone."""
+    return _LOST_PEER.search(text) is not None
+
+
 def parse_error(text: str) -> TpctlError:
     """The error whose ``"Kind: text"`` form this is; else an ``EngineError`` of the whole text."""
     kind, _, rest = text.partition(": ")
@@ -103,7 +108,7 @@ def _doubt(failure: RankFailure) -> int:
         return 0 if number in _CRASHES else 3 if number != signal.SIGTERM else 5
     if failure.message is None:
         return 2
-    return 4 if _LOST_PEER.search(failure.message) else 1
+    return 4 if is_consequence(failure.message) else 1
 
 
 def signal_name(number: int) -> str:

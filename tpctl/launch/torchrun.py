@@ -1,7 +1,7 @@
 """Start, watch and stop the workers of one engine.
 
     command line ── Workers ─┬─ tp 1:  python -m tpctl.engine.worker        (rank 0)
-         │                   └─ tp N:  torchrun (launch.agent) ─┬─ rank 0
+         │                   └─ tp N:  torchrun (launch.agent) ─┬─ rank 0           forked
          │                                                      └─ …  rank N-1
          └────────────── Unix socket in a private folder ────────── rank 0
 
@@ -49,7 +49,7 @@ class Workers:
         """Start the workers; returns at once.
 
         Args:
-            module: the Python module that every rank runs.
+            module: the Python module whose ``main()`` every rank runs.
             env: variables for the workers beside this process's own.
 
         Raises:
@@ -173,19 +173,13 @@ class Workers:
             self._exited.set()
 
     def _command(self, module: str) -> list[str]:
-        worker = [
-            "-m",
-            module,
-            "--config",
-            str(self._folder / "config.json"),
-            "--socket",
-            str(self._folder / "socket"),
-        ]
+        worker = [module, "--config", str(self._folder / "config.json"), "--socket", str(self._folder / "socket")]
         if self._tp_size == 1:
-            return [sys.executable, *worker]
+            return [sys.executable, "-m", *worker]
         return [
             *(sys.executable, "-m", "tpctl.launch.agent", str(self._folder / "report.json")),
-            *("--standalone", "--local-addr", "127.0.0.1", "--max-restarts", "0"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", self._folder.name),
+            *("--local-addr", "127.0.0.1", "--max-restarts", "0"),
             *("--nproc-per-node", str(self._tp_size), "--log-dir", str(self._logs), "--redirects", "3"),
             *worker,
         ]
