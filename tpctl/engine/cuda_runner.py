@@ -76,7 +76,8 @@ class CudaRunner(ModelRunner):
             slots = self._slots.update(batch.items)
             simple = self.may_overlap(batch)
             if batch.num_decodes == len(batch.items) and simple and self._graphs is not None:
-                self._graphs.run(*self._decode_rows(batch, slots))
+                rows = self._decode_rows(batch, slots)
+                self._graphs.run(*rows, self._cuda_backend.is_long(len(slots), 1 + max(rows[1])))
             else:
                 logits = self._eager(batch, slots, simple)
                 if not simple:
@@ -115,7 +116,7 @@ class CudaRunner(ModelRunner):
     def _decode_rows(self, batch: ScheduledBatch, slots: list[int]) -> tuple[list[int], list[int], list[int]]:
         return slots, [item.start for item in batch.items], [self._token(item) for item in batch.items]
 
-    def _decode_step(self, inputs: DecodeInputs) -> None:
+    def _decode_step(self, inputs: DecodeInputs, long: bool) -> None:
         """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
         rows = inputs.input_ids.shape[0]
         prepare_decode(inputs, self._sampled, self._slots.tables, self.backend.block_size)
@@ -129,6 +130,7 @@ class CudaRunner(ModelRunner):
             num_decodes=rows,
             logits_rows=inputs.input_ids,
             seq_lens_S=inputs.seq_lens,
+            long_context=long,
         )
         logits = self._decoder.logits(forward, self.kv, None)
         self._sample_into(logits, inputs.temperature, inputs.keys)

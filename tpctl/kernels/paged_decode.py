@@ -14,6 +14,7 @@ computed once a step and serves all layers.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,10 @@ import triton.language as tl
 from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiprocessors
 
 _LOG2E = 1.4426950408889634
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 _MAX_PDL_SEQS = 16
+LONG_CONTEXT = 8192
+"""Tokens from which one or two sequences are decoded by a configuration of its own."""
 
 
 class DecodeConfig(NamedTuple):
@@ -138,14 +142,17 @@ def _decode_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         weight = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+        if BLOCK_SIZE >= TILE:
+            block = _block_of(table, first_token, length, BLOCK_SIZE)
         for i in tl.range(0, last - tile, num_stages=STAGES):
             token0 = first_token + i * TILE
             token = token0 + col
             live = token < length
             if BLOCK_SIZE >= TILE:
-                block = tl.load(table + token0 // BLOCK_SIZE, mask=token0 < length, other=0).to(tl.int64)
                 base = ((block * BLOCK_SIZE + token0 % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
                 offsets = base + tile_offsets
+                # The next tile's block, so that its loads can be asked for before this tile's are used.
+                block = _block_of(table, token0 + TILE, length, BLOCK_SIZE)
             else:
                 block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
                 slot = block * BLOCK_SIZE + token % BLOCK_SIZE
@@ -197,6 +204,23 @@ def _decode_kernel(
         seq_start = last
         seq_end = tl.load(cu_tiles_ptr + seq + 1, mask=more, other=0)
         length = tl.load(seq_lens_ptr + seq, mask=more, other=0)
+
+
+@triton.jit
+def _block_of(table, token, length, BLOCK_SIZE: tl.constexpr):
+    """The KV block that holds `token`, or the sequence's last one.
+
+    Not a `tl.load`: that would become part of the loop's pipeline, and the keys and values, whose addresses wait for
+    it, could then not be asked for ahead of their use.
+    """
+    entry = table + tl.maximum(tl.minimum(token, length - 1), 0) // BLOCK_SIZE
+    if _INTERPRETED:
+        block = tl.load(entry)
+    else:
+        block = tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [entry], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return block.to(tl.int64)
 
 
 @triton.jit
@@ -279,11 +303,16 @@ def _combine(
     tl.store(out_ptrs, result.to(out_row.dtype.element_ty), mask=mask)
 
 
-def decode_config(num_seqs: int, num_kv_heads: int, num_sms: int) -> DecodeConfig:
-    """The tuned configuration for a batch shape (docs/kernel-notes.md has the sweep)."""
-    # Small programs leave room for the next kernel's to start early; one or two sequences want few of them.
-    per_sm = 1 if num_seqs <= 2 else 3
-    return DecodeConfig(tile=64, num_programs=max(1, num_sms * per_sm // num_kv_heads), num_warps=4, num_stages=3)
+def decode_config(num_seqs: int, num_kv_heads: int, num_sms: int, *, long: bool = False) -> DecodeConfig:
+    """The tuned configuration for a batch shape (docs/kernel-notes.md has the sweep).
+
+    long: the longest context has `LONG_CONTEXT` tokens or more.
+    """
+    # Few programs with little shared memory let the next kernel's start early, which counts where a step is short;
+    # one buffer per tile then does, until a context is so long that its reading outweighs the rest.
+    per_sm = 1 if num_seqs <= 16 else 2
+    stages = 2 if num_seqs <= 2 and not long else 3
+    return DecodeConfig(64, max(1, num_sms * per_sm // num_kv_heads), num_warps=4, num_stages=stages)
 
 
 @dataclass(frozen=True)
@@ -309,7 +338,7 @@ class DecodePlan:
     """How the work of one batch is divided. Build one per (captured) batch size; `update` it once a step.
 
     num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that
-    differ in window need a plan each. config: overrides the tuned choice.
+    differ in window need a plan each. long: see `decode_config`. config: overrides the tuned choice.
     """
 
     def __init__(
@@ -322,12 +351,13 @@ class DecodePlan:
         scratch: DecodeScratch,
         *,
         window: int | None = None,
+        long: bool = False,
         config: DecodeConfig | None = None,
     ) -> None:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
         device = scratch.partial.device
-        self.config = config or decode_config(num_seqs, num_kv_heads, num_multiprocessors(device))
+        self.config = config or decode_config(num_seqs, num_kv_heads, num_multiprocessors(device), long=long)
         if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
             raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
         self.num_seqs = num_seqs

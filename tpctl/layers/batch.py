@@ -32,6 +32,7 @@ class ForwardBatch:
         num_decodes: how many sequences, from the first, are decodes.
         logits_rows: int64 [R], rows of T whose logits are wanted.
         query_start_S1, seq_lens_S: int32 device copies of the lengths, for kernels; ``None`` where unused.
+        long_context: whether the backend called this step long (``PagedBackend.is_long``).
         scratch: what a backend or layer prepares once a step and uses in every layer.
     """
 
@@ -45,6 +46,7 @@ class ForwardBatch:
     logits_rows: Tensor
     query_start_S1: Tensor | None = None
     seq_lens_S: Tensor | None = None
+    long_context: bool = False
     scratch: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -43,6 +43,13 @@ class PagedBackend(AttentionBackend):
             self.prefill(q_TND[decodes:], kv, window, batch, out_TND[decodes:])
         return out_TND.view(batch.num_tokens, -1)
 
+    def is_long(self, count: int, longest: int) -> bool:
+        """Whether a step of ``count`` decodes, the longest of ``longest`` tokens, is planned as a long one.
+
+        A captured graph holds one plan or the other; ``ForwardBatch.long_context`` says which.
+        """
+        return False
+
     @abstractmethod
     def begin(self, batch: ForwardBatch, windows: set[int | None]) -> None:
         """Once a step, before the first layer: plan the decodes. Its device work may be captured in a graph."""

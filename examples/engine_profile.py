@@ -1,0 +1,126 @@
+"""Where an engine's time goes on one GPU: the ``nano`` workload by step, and by kernel at some batch sizes.
+
+    python examples/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48]
+
+The engine runs in this process, without client and workers. The first pass warms up and captures the CUDA graphs. The
+second times every step by the number of sequences it decodes. The third runs PyTorch's profiler over the prefill and
+over ``--steps`` steps at each batch size of ``--at``, and adds up kernels of the same name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tpctl.bench.synthetic import synthetic_source
+from tpctl.bench.workload import make_workload
+from tpctl.distributed import TPGroup
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.engine import Engine
+from tpctl.launch.messages import Add
+from tpctl.sharding.cache import ensure_sharded
+
+_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 512)
+
+
+def add_work(engine: Engine, shift: int) -> int:
+    work = make_workload("nano", engine.runner.model_config.vocab_size, shift)
+    engine.apply(Add(work.requests))
+    return work.output_tokens
+
+
+def decoding(engine: Engine) -> int:
+    """Sequences under way, or 0 while prompts are still being computed."""
+    scheduler = engine.scheduler
+    behind = any(sequence.num_uncomputed_tokens > 1 for sequence in scheduler.running.values())
+    return 0 if scheduler.waiting or behind else len(scheduler.running)
+
+
+def run(engine: Engine, shift: int) -> None:
+    """One pass, timed; prints tokens a second and the time of a step by batch size."""
+    tokens = add_work(engine, shift)
+    spent: dict[int, list[float]] = defaultdict(list)
+    started = time.perf_counter()
+    while engine.has_work:
+        rows = decoding(engine)
+        before = time.perf_counter()
+        engine.step()
+        spent[next((b for b in _BUCKETS if rows <= b), rows) if rows else 0].append(time.perf_counter() - before)
+    seconds = time.perf_counter() - started
+    print(f"{tokens / seconds:.0f} tok/s, {seconds:.2f} s")
+    for rows, times in sorted(spent.items()):
+        name = f"up to {rows}" if rows else "prefill"
+        mean = sum(times) / len(times)
+        print(f"  {name:>10}: {len(times):5} steps, {mean * 1e3:8.3f} ms each, {sum(times):6.2f} s")
+
+
+def show(prof: profile, steps: int, wall: float, title: str) -> None:
+    sums: dict[str, list[float]] = defaultdict(list)
+    for event in prof.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            sums[event.name].append(event.device_time)
+    total = sum(sum(times) for times in sums.values())
+    print(f"{title}: {wall / steps * 1e3:.3f} ms a step, {total / steps / 1e3:.3f} in kernels")
+    for name, times in sorted(sums.items(), key=lambda item: -sum(item[1]))[:14]:
+        spent, each = sum(times) / steps / 1e3, sum(times) / len(times)
+        print(f"  {spent:8.3f} ms {len(times) / steps:7.1f} x {each:8.1f} us  {name[:100]}")
+
+
+def profiled(engine: Engine, shift: int, steps: int, at: list[int]) -> None:
+    add_work(engine, shift)
+    targets = sorted(at, reverse=True)
+
+    def measure(count: int | None, title: str) -> None:
+        torch.cuda.synchronize()
+        started, done = time.perf_counter(), 0
+        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+            while engine.has_work and (done < count if count else decoding(engine) == 0):
+                engine.step()
+                done += 1
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - started
+        show(prof, max(done, 1), wall, title)
+
+    measure(None, "prefill")
+    while engine.has_work:
+        if targets and 0 < decoding(engine) <= targets[0]:
+            rows = decoding(engine)
+            targets.pop(0)
+            measure(steps, f"decode of {rows}")
+        else:
+            engine.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="+")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--at", type=int, nargs="*", default=[220, 128, 48])
+    parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    args = parser.parse_args()
+    for shape in args.shapes:
+        folder = ensure_sharded(synthetic_source(shape), 1)
+        config = EngineConfig(
+            folder,
+            1,
+            device="cuda",
+            max_model_len=4096,
+            max_num_seqs=512,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+        )
+        engine = Engine(config, TPGroup(0, 1, "cuda"))
+        print(f"== {shape}, {torch.cuda.get_device_name()}, {engine.runner.timings}")
+        for shift in (0, 13):
+            run(engine, shift)
+        if args.at:
+            profiled(engine, 26, args.steps, args.at)
+        del engine
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
