@@ -1,7 +1,7 @@
 """A worker without a model: speaks the messages, answers with token ids that count up, and fails on request.
 
 ``FAKE_WORKER`` names what it does wrong; ``rank:what`` does it on one rank only, ``rank:what,rank:what`` on two. It
-``record``, as the real worker does.
+imports torch only for ``record``, as the real worker does.
 """
 
 from __future__ import annotations
