@@ -22,7 +22,7 @@ import torch
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.norm import add_rms_norm, rms_norm
-from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode
+from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.kernels.rope_cache import rope_cache
 from tpctl.kernels.sampling import sample
@@ -164,10 +164,8 @@ def bench_decode() -> None:
     except ImportError:
         flash_attn_with_kvcache = None
     row("decode", "batch", "context", "us", "TB/s", "flash-attn")
-    cases = [
-        [128], [512], [2048], [8192], [32768], mixed_lengths(8, 100, 2000), mixed_lengths(32, 100, 2000),
-        mixed_lengths(128, 100, 2000), mixed_lengths(256, 100, 1650), [512] * 256, [4096] * 32,
-    ]  # fmt: skip
+    cases = [[context] * batch for batch in (1, 32, 256) for context in (512, 4096, 32768)]
+    cases += [[1500] * 8, mixed_lengths(32, 100, 2000), mixed_lengths(128, 100, 2000), mixed_lengths(256, 100, 1650)]
     for shape in (QWEN, QWEN.half(), LLAMA, LLAMA.half()):
         for lens in cases:
             size = sum(lens) * shape.kv_heads * shape.head_dim * 4
@@ -176,7 +174,8 @@ def bench_decode() -> None:
             q = torch.randn(len(lens), shape.heads, shape.head_dim, device=DEVICE, dtype=BF16)
             out = torch.empty_like(q)
             scratch = DecodeScratch.allocate(len(lens), shape.heads, shape.head_dim, DEVICE)
-            plan = DecodePlan(len(lens), shape.heads, shape.kv_heads, shape.head_dim, 256, scratch)
+            long = len(lens) <= 2 and max(lens) >= LONG_CONTEXT
+            plan = DecodePlan(len(lens), shape.heads, shape.kv_heads, shape.head_dim, 256, scratch, long=long)
             plan.update(seq_lens)
             tables = tables * max(1, 4 // layers)
             ours = graph_us([partial(paged_decode, q, *caches, t, seq_lens, plan, out=out, pdl=True) for t in tables])
