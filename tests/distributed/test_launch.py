@@ -19,6 +19,7 @@ from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import EngineError, RequestError, ShardFolderError
 from tpctl.launch.channel import Channel
 from tpctl.launch.messages import Output, Request
+from tpctl.launch.torchrun import Workers
 
 HERE = Path(__file__).parent
 PYTHON_PATH = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
@@ -31,6 +32,16 @@ def start(tp_size: int, pids: Path, fault: str = "", *, record: bool = False, ti
         env["FAKE_WORKER_RECORD"] = "1"
     config = EngineConfig(pids, tp_size)
     return EngineClient(config, module="fake_worker", env=env, start_timeout=timeout)
+
+
+class NoFork(Workers):
+    """Workers whose agent finds that a forked rank could not use its GPU, as where CUDA was initialised too early."""
+
+    def _command(self, module: str) -> list[str]:
+        command = super()._command(module)
+        at = command.index("tpctl.launch.agent")
+        script = "import os; from tpctl.launch import agent; agent._forks_well = lambda: False; os._exit(agent.main())"
+        return [*command[: at - 1], "-c", script, *command[at + 1 :]]
 
 
 def alive(pid: int) -> bool:
@@ -194,6 +205,17 @@ def test_the_cause_is_named_when_its_consequence_comes_first(pids: Path) -> None
         pytest.raises(EngineError, match=r"rank 1 was killed \(SIGKILL\)"),
     ):
         client.wait_ready()
+
+
+def test_ranks_that_cannot_be_forked_are_started_anew(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpctl.client.engine_client.Workers", NoFork)
+    with start(2, pids) as client:
+        client.wait_ready()
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes(pids, 2)[:2]]
+        assert all(b"fake_worker" in command and b"agent" not in command for command in commands)
+    with start(2, pids, "1:raise") as client, pytest.raises(EngineError, match=r"rank 1 .*RuntimeError"):
+        client.wait_ready()
+        client.outputs()
 
 
 def test_the_only_rank_dies_during_a_request(pids: Path) -> None:

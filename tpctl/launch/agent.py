@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from tpctl.launch.failure import is_consequence, read_error_file
@@ -28,17 +29,18 @@ def main() -> int:
     tie_to_parent()
     os.environ[PARENT_PID] = str(os.getpid())  # the workers' parent is this process
 
+    # torch then counts GPUs without initialising CUDA, which no process may do before it forks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     arguments = parse_args(sys.argv[2:])  # type: ignore[no-untyped-call]
     try:
-        if sys.platform == "linux":
-            _run_forked(arguments.training_script, arguments.training_script_args, arguments)
-        else:  # elsewhere system libraries do not survive a fork
+        if not (sys.platform == "linux" and _run_forked(arguments)):
             arguments.module = True
-            run(arguments)
+            run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         report = [
             {
@@ -58,18 +60,36 @@ def main() -> int:
     return 0
 
 
-def _run_forked(module: str, argv: list[str], arguments: object) -> None:
-    """What ``torch.distributed.run.run`` does, with forked ranks: they find everything imported."""
+def _run_forked(arguments: Namespace) -> bool:
+    """What ``torch.distributed.run.run`` does, with forked ranks: they find everything imported.
+
+    Returns:
+        False, and nothing is started, where a forked rank could not use its GPU.
+    """
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args
 
+    module, argv = arguments.training_script, arguments.training_script_args
     imported = importlib.import_module(module)
     preload = getattr(imported, "preload", None)
     if preload is not None:
         preload(argv)
     config, _, _ = config_from_args(arguments)
     config.start_method = "fork"
+    if not _forks_well():
+        return False
     elastic_launch(config, _rank)(module, argv)
+    return True
+
+
+def _forks_well() -> bool:
+    """Whether a child forked now could initialise CUDA; asked of one."""
+    import torch
+
+    child = os.fork()
+    if not child:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitpid(child, 0)[1] == 0
 
 
 def _rank(module: str, argv: list[str]) -> None:
