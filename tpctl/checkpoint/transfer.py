@@ -6,7 +6,6 @@ appended to a ``.partial`` file beside the target, which appears whole and with 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import threading
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tpctl.checkpoint.hub_errors import is_transport_error, retry_after
+from tpctl.checkpoint.locks import exclusive
 from tpctl.errors import SourceError
 
 ATTEMPTS = 5
@@ -78,8 +78,8 @@ class Download:
                 arrived stays for the next time.
         """
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        with self.partial.open("ab", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here and finds the work done
+        with exclusive(self.target.with_name(f".{self.target.name}.lock")):
+            # A second process waits above until the first has checked and placed the file, and finds the work done.
             if self.target.exists():
                 if _sha256(self.target) == self.sha256:
                     self.partial.unlink(missing_ok=True)
@@ -87,9 +87,10 @@ class Download:
                     return
                 self.target.unlink()  # of another revision, in a folder that the user chose
             meter.add(self.received(), self.target.name)
-            self._fill(file, meter)
-        self._check()
-        self.partial.rename(self.target)
+            with self.partial.open("ab", buffering=0) as file:
+                self._fill(file, meter)
+            self._check()
+            self.partial.rename(self.target)
 
     def _fill(self, file: FileIO, meter: Meter) -> None:
         failures = 0
