@@ -20,6 +20,7 @@ from tpctl.checkpoint.cache import require_space
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
+from tpctl.checkpoint.retry import FILE_SECONDS, patiently
 from tpctl.checkpoint.transfer import Download, Meter, Progress
 from tpctl.errors import SourceError
 from tpctl.partition.manifest import MANIFEST
@@ -64,6 +65,8 @@ class RemoteModel:
 def ask(repo: str, revision: str | None, token: str | None, seconds: float | None = None) -> RemoteModel:
     """Ask the Hub what ``repo`` holds at ``revision``; answers or raises within ``seconds``.
 
+    Within that time it is asked again where it fails for a moment only (see ``patiently``).
+
     Raises:
         HubUnreachable: there is no answer in time, or offline mode is on.
         SourceError: the Hub refuses (unknown, private, gated, too many requests, its own failure).
@@ -76,7 +79,7 @@ def ask(repo: str, revision: str | None, token: str | None, seconds: float | Non
         return HfApi(token=token).model_info(repo, revision=revision, files_metadata=True, timeout=limit)
 
     with explained(repo, revision):
-        info = _within(limit, question)
+        info = _within(limit, partial(patiently, question, limit))
     files = (
         RemoteFile(file.rfilename, int(file.size or 0), file.lfs.sha256 if file.lfs else None)
         for file in info.siblings or ()
@@ -230,7 +233,8 @@ def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Mete
     if blob is not None:
         blob.run(meter)
         meter = Meter(0, None)  # huggingface_hub finds the file there and has nothing left to do but its records
-    path = hf_hub_download(
+    fetch = partial(
+        hf_hub_download,
         remote.id,
         file.name,
         revision=remote.commit,
@@ -239,7 +243,7 @@ def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Mete
         tqdm_class=_bar(meter, file.name),
         etag_timeout=10,
     )
-    return Path(path)
+    return Path(patiently(fetch, FILE_SECONDS))
 
 
 def _bar(meter: Meter, name: str) -> Any:

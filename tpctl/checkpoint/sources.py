@@ -295,7 +295,9 @@ def _refuse_foreign(output: Path) -> None:
 
     Downloads are told by huggingface_hub's records (``.cache/huggingface``) and by their unfinished files.
     """
-    if not output.is_dir() or (output / ".cache" / "huggingface").is_dir() or any(output.glob(".*.partial")):
+    if not output.is_dir() or (output / ".cache" / "huggingface").is_dir():
+        return
+    if any(output.glob(".*.partial")) or any(output.glob(".*.lock")):
         return
     if any(output.iterdir()):
         raise SourceError(f"{output} holds files that are no earlier download's; choose another folder or empty it")
