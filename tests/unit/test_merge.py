@@ -167,7 +167,7 @@ def test_an_altered_copied_file_is_found(tmp_path: Path, source: Path) -> None:
 
 def test_every_rank_is_needed(tmp_path: Path, source: Path) -> None:
     shard_checkpoint(source, tmp_path / "n", 4, ranks=[0, 3])
-    message = "holds ranks 0, 3 of tp 4, but all are needed; bring ranks 1-2 too"
+    message = "holds ranks 0, 3 of tp 4, but all are needed; add ranks 1-2: `tpctl shard MODEL --tp 4 --ranks 1-2 -o"
     with pytest.raises(ShardFolderError, match=message):
         merge_shards(tmp_path / "n", tmp_path / "out")
     with pytest.raises(ShardFolderError, match=message):
