@@ -236,7 +236,9 @@ def test_a_truncated_source_is_refused_before_anything_is_written(tmp_path: Path
 
 def test_a_shard_folder_is_no_source(tmp_path: Path, source: Path) -> None:
     shard_checkpoint(source, tmp_path / "out", 2)
-    with pytest.raises(ShardFolderError, match=r"is cut into shards already; use `tpctl reshard .*out --tp 4`"):
+    with pytest.raises(
+        ShardFolderError, match=r"is cut into shards already; use `tpctl reshard .*out --tp 4 -o FOLDER`"
+    ):
         shard_checkpoint(tmp_path / "out", tmp_path / "again", 4)
 
 

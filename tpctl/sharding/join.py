@@ -29,16 +29,17 @@ def piece_name(ranks: Sequence[int]) -> str:
     return f"ranks-{name if len(name) <= 60 else sha256(name.encode()).hexdigest()[:16]}"
 
 
-def lacking(folder: Path, ranks: Sequence[int]) -> tuple[int, ...]:
-    """Those of ``ranks`` that ``folder`` does not hold; all of them where there is no shard folder.
+def lacking(folder: Path, ranks: Sequence[int], tp_size: int) -> tuple[int, ...]:
+    """Those of ``ranks`` (of ``tp_size``) that ``folder`` does not hold; all of them where there is no shard folder.
 
     Raises:
-        OutputError: it holds every one.
+        OutputError: it holds every one, or is cut for another size.
         ShardFolderError: its manifest is damaged.
     """
     if not folder.exists():
         return tuple(ranks)
     held = Manifest.load(folder)
+    _same("tp size", folder, held.tp_size, tp_size)
     missing = tuple(rank for rank in ranks if rank not in held.shards)
     if not missing:
         raise OutputError(
@@ -51,18 +52,18 @@ def lacking(folder: Path, ranks: Sequence[int]) -> tuple[int, ...]:
 def check_same_cut(folder: Path, held: Manifest, wanted: Manifest) -> None:
     """Raise ``OutputError`` unless ``held``, the manifest in ``folder``, cuts the same source in the same way.
 
+    The sizes are the same already (see ``lacking``).
+
     Bytes of tensors are not looked at, and digests in ``wanted`` do not count, but for those of copied files.
     """
     for what, one, other in (
-        ("tp size", held.tp_size, wanted.tp_size),
         ("model type", held.model_type, wanted.model_type),
         ("revision", held.source.revision, wanted.source.revision),
         ("dtype", held.dtype or "as in the source", wanted.dtype or "as in the source"),
         ("part size", held.max_part_size, wanted.max_part_size),
         ("compat", held.compat, wanted.compat),
     ):
-        if one != other:
-            raise OutputError(f"{folder} holds ranks cut with {what} {one}, but {other} is asked for; {_ELSE}")
+        _same(what, folder, one, other)
     if (name := _other_file(held.source, wanted.source)) is not None:
         raise OutputError(f"{folder} holds ranks cut from a source with another {name}; {_ELSE}")
     for name in sorted({*held.files, *wanted.files}):
@@ -122,6 +123,11 @@ def union(folder: Path, held: Manifest, ours: Manifest, pending: Path) -> Manife
                 raise
             copy_file(folder / name, target)
     return replace(held, shards={**ours.shards, **held.shards})
+
+
+def _same(what: str, folder: Path, one: object, other: object) -> None:
+    if one != other:
+        raise OutputError(f"{folder} holds ranks cut with {what} {one}, but {other} is asked for; {_ELSE}")
 
 
 def _other_file(one: Source, other: Source) -> str | None:

@@ -172,6 +172,8 @@ def readable_errors(path: Path) -> Iterator[None]:
                 f"no permission to write {where} ({error.strerror}); "
                 "choose another folder (-o, or TPCTL_CACHE for the cache)"
             ) from None
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(f"{where} is no folder, so nothing can be made there; choose another (-o)") from None
         raise OutputError(f"{where}: {error.strerror or error}; nothing was published") from None
 
 

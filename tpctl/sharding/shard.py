@@ -62,7 +62,9 @@ def shard_checkpoint(
         UsageError: ``dtype`` is unknown.
     """
     if (source / MANIFEST).is_file():
-        raise ShardFolderError(f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size}`")
+        raise ShardFolderError(
+            f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size} -o FOLDER`"
+        )
     refuse_existing(out, force, [source], add=ranks is not None)
     target = _safetensors_dtype(dtype)
     folder = CheckpointFolder.open(source)  # before the config is read, so that a change meanwhile shows

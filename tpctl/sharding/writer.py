@@ -69,7 +69,7 @@ def write_shards(
     add = add and not force
     parts = assign_parts(recipe.shards, recipe.dtypes, recipe.max_part_size)
     with PendingFolder.open(out, force=force, piece=piece_name(recipe.ranks) if add else None) as pending:
-        ranks = lacking(pending.target, recipe.ranks) if add else recipe.ranks
+        ranks = lacking(pending.target, recipe.ranks, len(recipe.shards)) if add else recipe.ranks
         writer = _Writer(replace(recipe, ranks=ranks), pending, parts, progress)
         try:
             manifest = writer.write(add, check)
@@ -225,8 +225,8 @@ class _Writer:
         """Add the ranks that the target holds, whose source is proved to be ours; the manifest of all ranks."""
         target, recipe = self.pending.target, self.recipe
         held = Manifest.load(target)
+        lacking(target, recipe.ranks, len(recipe.shards))
         check_same_cut(target, held, self.draft(copied))
-        lacking(target, recipe.ranks)
         check_same_weights(target, held, recipe.source, recipe.inputs, recipe.extra, self.progress)
         return union(target, held, ours, self.pending.path)
 
