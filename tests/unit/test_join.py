@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.checkpoint.folder import CheckpointFile
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import CheckpointError, OutputError
+from tpctl.partition.manifest import Manifest
 from tpctl.sharding import join, writer
 from tpctl.sharding.join import piece_name
 from tpctl.sharding.merge import merge_shards
@@ -111,6 +113,36 @@ def test_they_do_not_wait_for_each_other_while_they_write(
     add(source, out, [0, 1])
     assert calls == [(0, 1), (1, 2, 3)]
     assert folder_bytes(out) == whole
+
+
+def test_ranks_that_are_published_at_the_same_time_are_all_kept(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run must not read the manifest while the first is between reading and publishing its union."""
+    out, real, errors = tmp_path / "out", writer.union, list[BaseException]()
+    add(source, out, [0])
+    joining = threading.Event()
+
+    def second() -> None:
+        joining.wait()
+        try:
+            add(source, out, [2])
+        except BaseException as error:
+            errors.append(error)
+
+    def slowly(*arguments: Any) -> Any:
+        if not joining.is_set():
+            joining.set()
+            time.sleep(0.3)
+        return real(*arguments)
+
+    monkeypatch.setattr(writer, "union", slowly)
+    thread = threading.Thread(target=second)
+    thread.start()
+    add(source, out, [1])
+    thread.join()
+    assert errors == []
+    assert set(Manifest.load(out).shards) == {0, 1, 2}
 
 
 def test_the_same_ranks_twice_are_refused(tmp_path: Path, source: Path) -> None:
@@ -240,21 +272,28 @@ def test_a_source_that_changes_while_ranks_are_compared_is_noticed(
 def test_sigkill_while_ranks_are_added(tmp_path: Path, source: Path, whole: dict[str, bytes]) -> None:
     """The folder with two ranks or the one with four, and what is left over harms neither."""
     out, rng = tmp_path / "out", random.Random(7)
-    began = time.monotonic()
-    assert start(source, out, "0,1").wait() == 0
-    usual = time.monotonic() - began
+    pending = tmp_path / ".out.ranks-2-3.tpctl-partial"
+    add(source, out, [0, 1])
     before = folder_bytes(out)
     for _ in range(8):
         shutil.rmtree(out)
         add(source, out, [0, 1])
         child = start(source, out, "2,3")
-        time.sleep(rng.uniform(0.4, 1.2) * usual)
+        name = rng.choice(
+            ["model-rank-2-part-4.safetensors", "tpctl-extra.safetensors", "model-rank-0-part-0.safetensors"]
+        )
+        while child.poll() is None and not (pending / name).exists():
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.02))
         child.kill()
         child.wait()
         assert folder_bytes(out) in (before, whole)
         if folder_bytes(out) == before:
             add(source, out, [2, 3])
-            assert folder_bytes(out) == whole
+        else:  # killed while it removed what it had replaced, or later
+            with pytest.raises(OutputError, match="holds ranks 0-3 of tp 4 already"):
+                add(source, out, [2, 3])
+        assert folder_bytes(out) == whole
     assert {name for name in names(tmp_path) if "partial" in name or "lock" in name} == set()
 
 

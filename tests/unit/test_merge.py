@@ -20,6 +20,7 @@ from tpctl.models.weights import EMBEDDING, LM_HEAD
 from tpctl.sharding.merge import merge_shards
 from tpctl.sharding.reshard import reshard
 from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.writer import _Writer
 
 
 @st.composite
@@ -260,6 +261,22 @@ def test_a_copied_file_that_changes_meanwhile_is_noticed(tmp_path: Path, source:
 
     with pytest.raises(ShardFolderError, match=rf"{name} was altered after it was copied"):
         merge_shards(tmp_path / "n", tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reshard_notices_a_copied_file_that_changes_after_it_was_checked(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_checkpoint(source, tmp_path / "n", 2)
+    real = _Writer.prepare
+
+    def change(self: _Writer) -> None:
+        (tmp_path / "n" / "tokenizer.json").write_text("{}")
+        real(self)
+
+    monkeypatch.setattr(_Writer, "prepare", change)
+    with pytest.raises(ShardFolderError, match=r"tokenizer\.json was altered after it was copied"):
+        reshard(tmp_path / "n", tmp_path / "out", 3)
     assert not (tmp_path / "out").exists()
 
 
