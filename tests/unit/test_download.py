@@ -292,6 +292,23 @@ def test_two_runs_that_fetch_the_same_file(hub: Hub, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_unfinished_file_of_another_revision_is_dropped(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("org/model", MODEL)
+    hub.add("org/model", {**MODEL, "model.safetensors": WEIGHTS[::-1]}, revision="v2")
+    hub.cuts["model.safetensors"] = [1_000_000]
+    hub.refusals = [Refusal("model.safetensors", 403, method="GET", skip=1)]
+    out = tmp_path / "out"
+    failed(run("download", "org/model", "-o", str(out)))
+    [left] = out.glob(".*.partial")
+    assert left.stat().st_size > 0
+    hub.refusals.clear()
+    result = run("download", "org/model@v2", "-o", str(out))
+    assert result.returncode == 0, result.stderr
+    line = f"({left}) that an unfinished download of another revision left"
+    assert result.stderr.count("\n") == 1 and line in result.stderr
+    assert files(str(out)) == needed({**MODEL, "model.safetensors": WEIGHTS[::-1]})
+
+
 def test_damaged_bytes_are_refused(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.add("org/model", MODEL)
     hub.damaged.add("model.safetensors")

@@ -18,6 +18,7 @@ import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.checkpoint.folder import CheckpointFile
+from tpctl.checkpoint.locks import exclusive
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import CheckpointError, OutputError
 from tpctl.partition.manifest import Manifest
@@ -332,6 +333,25 @@ def test_an_error_right_at_publishing_loses_no_finished_part(
 
 def report_extra(out: Path) -> int:
     return (out / "tpctl-extra.safetensors").stat().st_size
+
+
+def test_what_killed_runs_left_of_pieces_goes_once_the_folder_is_complete(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(PendingFolder, "publish", lambda self: sys.exit(137))
+        for target, ranks in ((out, [0, 1]), (out, [2]), (tmp_path / "other", [2])):
+            with pytest.raises(SystemExit):
+                add(source, target, ranks)
+    add(source, out, [0])
+    assert (tmp_path / ".out.ranks-0-1.tpctl-partial").exists()
+    with exclusive(tmp_path / ".out.ranks-0-1.tpctl-lock"):  # a run that is under way
+        add(source, out, [1, 2, 3])
+    left = [".other.ranks-2.tpctl-partial", ".out.ranks-0-1.tpctl-partial"]
+    assert names(tmp_path) == [*left, "model", "out"]
+    shard_checkpoint(source, out, 4, force=True)
+    assert names(tmp_path) == [".other.ranks-2.tpctl-partial", "model", "out"]
 
 
 def test_names_of_pieces() -> None:

@@ -70,6 +70,15 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_who_does_not_wait_is_told_at_once(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "lock"):
+        with pytest.raises(BlockingIOError), exclusive(tmp_path / "lock", wait=False):
+            pass
+        assert (tmp_path / "lock").exists()
+    with exclusive(tmp_path / "lock", wait=False):
+        pass
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_without_locks_the_file_is_the_lock(tmp_path: Path, no_locks: Callable[[int], None], code: int) -> None:
     no_locks(code)

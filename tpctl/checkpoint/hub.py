@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tpctl.checkpoint.cache import require_space
+from tpctl.checkpoint.cache import readable_bytes, require_space
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
@@ -95,6 +95,7 @@ def download(
     ranks: Sequence[int] | None = None,
     progress: Progress | None = None,
     local_dir: Path | None = None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Download what tpctl needs of ``remote`` (safetensors, config, tokenizer, chat template); its folder.
 
@@ -104,6 +105,7 @@ def download(
         revision: the branch or tag that led to this commit; remembered, so that the copy is found offline.
         ranks: of a repository that holds shards, the ranks to fetch; all of them by default.
         local_dir: put the files there instead of in the cache.
+        notify: told, in one line, what is dropped of an unfinished download of another revision.
 
     Raises:
         SourceError: the repository has no safetensors weights, the disk is too small, or the transfer fails.
@@ -121,6 +123,9 @@ def download(
         wanted = needed_files(remote, index, ranks)
         missing = [file for file in wanted if local_dir is not None or not _have(remote, file)]
         blobs = [blob for file in missing if (blob := _blob(remote, file, token, local_dir))]
+        for path in (path for blob in blobs for path in blob.foreign()):
+            size = readable_bytes(path.stat().st_size)
+            notify(f"dropping {size} ({path}) that an unfinished download of another revision left")
         total = sum(file.size for file in missing)
         received = sum(blob.received() for blob in blobs)
         require_space(local_dir or repository(remote.id), total - received, f"downloading {remote.id}")

@@ -17,8 +17,8 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTS
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``; wait while another process or thread holds it.
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file ``path``; wait while another process or thread holds it, if ``wait``.
 
     The system drops the lock of a process that ends, however it ends. The file is removed by its holder, so that
     whoever waited on the removed one must look again. It is opened for writing, without which NFS refuses.
@@ -28,9 +28,9 @@ def exclusive(path: Path) -> Iterator[None]:
 
     Raises:
         OutputError: the file system keeps no locks, and the file is there already.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made; ``BlockingIOError``: another holds it, and ``wait`` is false.
     """
-    fd = _acquire(path)
+    fd = _acquire(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield
     finally:
@@ -39,11 +39,11 @@ def exclusive(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, how: int) -> int:
     while True:
         fd, made = _open(path)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, how)
             if os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
         except FileNotFoundError:

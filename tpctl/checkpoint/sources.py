@@ -270,7 +270,9 @@ def fetch(
         repo, revision = hub_id(model, revision)
         _refuse_foreign(output)
         remote = hub.ask(repo, revision, token)
-        folder = hub.download(remote, token=token, ranks=local_ranks, progress=progress, local_dir=output)
+        folder = hub.download(
+            remote, token=token, ranks=local_ranks, progress=progress, local_dir=output, notify=notify
+        )
         return ResolvedSource(folder, repo, remote.commit)
     source = resolve(model, revision=revision, token=token, progress=progress, notify=notify)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

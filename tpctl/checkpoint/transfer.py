@@ -7,6 +7,7 @@ appended to a ``.partial`` file beside the target, which appears whole and with 
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -60,7 +61,14 @@ class Download:
 
     @property
     def partial(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.partial")
+        # Named after its content too: in a folder that the user chose, another revision has the same file names.
+        return self.target.with_name(f".{self.target.name}.{self.sha256[:12]}.partial")
+
+    def foreign(self) -> list[Path]:
+        """What unfinished downloads of other contents have left under this name."""
+        pattern = re.compile(rf"\.{re.escape(self.target.name)}(\.[0-9a-f]{{12}})?\.partial")
+        found = self.target.parent.glob(".*.partial")
+        return [path for path in found if pattern.fullmatch(path.name) and path != self.partial]
 
     def received(self) -> int:
         """Bytes that earlier attempts have left, at most ``size``."""
@@ -86,6 +94,8 @@ class Download:
                     meter.add(self.size, self.target.name)
                     return
                 self.target.unlink()  # of another revision, in a folder that the user chose
+            for path in self.foreign():
+                path.unlink(missing_ok=True)
             meter.add(self.received(), self.target.name)
             with self.partial.open("ab", buffering=0) as file:
                 self._fill(file, meter)

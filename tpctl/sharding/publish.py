@@ -117,6 +117,16 @@ class PendingFolder:
                     f"({error.strerror}); remove {old} yourself"
                 ) from None
 
+    def remove_pieces(self) -> None:
+        """Remove what killed runs have left of pieces of ``target``, which is complete now."""
+        prefix, suffix = f".{self.target.name}.ranks-", ".tpctl-partial"
+        for path in self.target.parent.glob(f".*{suffix}"):
+            # A run that is still under way holds its lock, and finds out by itself.
+            if path.name.startswith(prefix) and path != self.path:
+                name = path.name.removeprefix(".").removesuffix(suffix)
+                with suppress(OSError, OutputError), exclusive(_lock(self.target, name), wait=False):
+                    shutil.rmtree(path)
+
     def _settle(self) -> bool:
         """After an error: remove all that is not finished; whether something is."""
         if self.published:

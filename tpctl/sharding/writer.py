@@ -132,6 +132,8 @@ class _Writer:
             write_synced(self.pending.path / MANIFEST, manifest.text().encode())
             self.pending.clean({MANIFEST, *copied, *_part_names(manifest)})
             self.pending.publish()
+        if len(manifest.shards) == manifest.tp_size:
+            self.pending.remove_pieces()
         return manifest
 
     def keep_finished(self, check: Callable[[], None]) -> None:
