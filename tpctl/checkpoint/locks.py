@@ -44,18 +44,22 @@ def _acquire(path: Path, how: int) -> int:
         fd, made = _open(path)
         try:
             fcntl.flock(fd, how)
-            if os.path.samestat(os.fstat(fd), path.stat()):
+            held = os.fstat(fd)
+            # Over NFS the name may be remembered a while; what is known of a file is fresh once it is locked.
+            if held.st_nlink and os.path.samestat(held, path.stat()):
                 return fd
         except FileNotFoundError:
             pass  # its holder removed it: take a new one
         except OSError as error:
             if error.errno in _NO_LOCKS and made:
-                os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                with suppress(OSError):
+                    os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return fd
-            os.close(fd)
-            if error.errno in _NO_LOCKS:
-                raise OutputError(_taken(path)) from None
-            raise
+            if error.errno != errno.ESTALE:  # which is NFS' word for a removed file
+                os.close(fd)
+                if error.errno in _NO_LOCKS:
+                    raise OutputError(_taken(path)) from None
+                raise
         except BaseException:  # Ctrl-C while waiting
             os.close(fd)
             raise
