@@ -116,6 +116,24 @@ def test_they_do_not_wait_for_each_other_while_they_write(
     assert folder_bytes(out) == whole
 
 
+def test_a_run_whose_ranks_others_have_added_leaves_nothing(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real, calls = tmp_path / "out", writer._Writer.write_parts, []
+
+    def meanwhile(self: Any) -> Any:
+        calls.append(self.recipe.ranks)
+        if len(calls) == 1:
+            add(source, out, [0, 1])
+        return real(self)
+
+    monkeypatch.setattr(writer._Writer, "write_parts", meanwhile)
+    with pytest.raises(OutputError, match="holds ranks 0-1 of tp 4 already") as caught:
+        add(source, out, [1])
+    assert "kept" not in str(caught.value)
+    assert names(tmp_path) == ["model", "out"]
+
+
 def test_ranks_that_are_published_at_the_same_time_are_all_kept(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +294,7 @@ def test_sigkill_while_ranks_are_added(tmp_path: Path, source: Path, whole: dict
     pending = tmp_path / ".out.ranks-2-3.tpctl-partial"
     add(source, out, [0, 1])
     before = folder_bytes(out)
-    for _ in range(8):
+    for _ in range(5):
         shutil.rmtree(out)
         add(source, out, [0, 1])
         child = start(source, out, "2,3")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import NewTensor, build_header
-from tpctl.errors import ShardFolderError, TpctlError
+from tpctl.errors import OutputError, ShardFolderError, TpctlError
 from tpctl.partition.manifest import MANIFEST, Manifest
 from tpctl.partition.plan import StoredTensor
 from tpctl.partition.records import CopiedFile, Shard, ShardTensor
@@ -227,7 +227,11 @@ class _Writer:
         """Add the ranks that the target holds, whose source is proved to be ours; the manifest of all ranks."""
         target, recipe = self.pending.target, self.recipe
         held = Manifest.load(target)
-        lacking(target, recipe.ranks, len(recipe.shards))
+        try:
+            lacking(target, recipe.ranks, len(recipe.shards))
+        except OutputError:  # other runs have added all of ours meanwhile
+            self.pending.finished.clear()
+            raise
         check_same_cut(target, held, self.draft(copied))
         check_same_weights(target, held, recipe.source, recipe.inputs, recipe.extra, self.progress)
         return union(target, held, ours, self.pending.path)
