@@ -6,11 +6,16 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tpctl.checkpoint.sources import ResolvedSource, resolve
 
 # Where the tests run in the background of a shell, SIGINT is ignored, and every process they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine is no failure: nothing here is judged by the clock.
+settings.register_profile("tpctl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tpctl")
 
 
 @pytest.fixture(scope="session")

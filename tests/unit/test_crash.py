@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.errors import OutputError
+from tpctl.partition.manifest import Manifest
 from tpctl.sharding import writer
 from tpctl.sharding.publish import PendingFolder
 from tpctl.sharding.shard import shard_checkpoint
@@ -54,22 +56,28 @@ def partial(out: Path) -> Path:
 def test_sigkill_at_twenty_random_moments_then_resume(source: Path, tmp_path: Path) -> None:
     shard_checkpoint(source, tmp_path / "calm", 3, max_part_size=PARTS)
     wanted = folder_bytes(tmp_path / "calm")
+    shard_checkpoint(source, tmp_path / "two", 2)
+    old = folder_bytes(tmp_path / "two")
     out, rng = tmp_path / "out", random.Random(20)
-    began = time.monotonic()
-    child = start(source, out)
-    assert child.wait() == 0
-    usual = time.monotonic() - began
-    assert folder_bytes(out) == wanted
-    shard_checkpoint(source, out, 2, force=True)
-    old = folder_bytes(out)
+    last = len(Manifest.load(tmp_path / "calm").shards[0].parts) - 1
+    resumed = 0
     for _ in range(20):
-        child = start(source, out)
-        time.sleep(rng.uniform(0.2, 1.1) * usual)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "two", out)
+        child, part = start(source, out), rng.randint(0, last)
+        # Some time after a part began, so that a busy machine kills as early and as late as an idle one; the first
+        # and the last part stand for what comes before and after them.
+        while child.poll() is None and not (partial(out) / f"model-rank-0-part-{part}.safetensors").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
         child.kill()
         child.wait()
         assert folder_bytes(out) in (old, wanted)
-    assert start(source, out).wait() == 0
-    assert folder_bytes(out) == wanted
+        report = shard_checkpoint(source, out, 3, max_part_size=PARTS, force=True)
+        resumed += report.resumed_bytes > 0
+        assert folder_bytes(out) == wanted
+    assert resumed > 0
+    shutil.rmtree(tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out"]
 
 
@@ -146,6 +154,23 @@ def test_parts_of_a_source_that_changed_since_are_not_taken_over(
     interrupt(source, out, monkeypatch, parts=2)
     os.utime(source / "model.safetensors", ns=(5, 5))
     assert shard_checkpoint(source, out, 3, max_part_size=20_000).resumed_bytes == 0
+
+
+@pytest.mark.parametrize("other", [{"revision": "b"}, {"source_id": "org/other"}])
+def test_parts_of_another_revision_are_dropped_and_that_is_told(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
+    """Even where every file has the same name, size and header."""
+    job = {"revision": "a", "source_id": "org/model"}
+    interrupt(source, tmp_path / "out", monkeypatch, parts=2, **job)
+    left = sum(path.stat().st_size for path in partial(tmp_path / "out").glob("*.safetensors"))
+    report = shard_checkpoint(source, tmp_path / "out", 3, max_part_size=PARTS, **{**job, **other})
+    assert (report.resumed_bytes, report.dropped_bytes) == (0, left)
+    assert left > 0
+    assert not partial(tmp_path / "out").exists()
+    interrupt(source, tmp_path / "again", monkeypatch, parts=2, **job)
+    report = shard_checkpoint(source, tmp_path / "again", 3, max_part_size=PARTS, **job)
+    assert report.resumed_bytes > 0 and report.dropped_bytes == 0
 
 
 def test_a_limit_on_file_size_is_a_full_disk(source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,79 @@ def test_a_server_error_during_a_transfer_is_tried_again(hub: Hub, run: Run) -> 
     hub.add("org/model", MODEL)
     hub.refusals = [Refusal("model.safetensors", 502, times=1, method="GET")]
     assert files(run("download", "org/model").stdout.strip()) == needed(MODEL)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Refusal("/api/", 503, times=1),
+        Refusal("/api/", 502, times=2),
+        Refusal("/api/", 504, {"Retry-After": "1"}, times=1),
+        Refusal("/api/", 429, {"Retry-After": "1"}, times=1),
+        Refusal("tokenizer.json", 503, times=1, method="GET"),
+        Refusal("config.json", 429, {"Retry-After": "0"}, times=2, method="GET"),
+    ],
+    ids=lambda refusal: f"{refusal.part} {refusal.status}",
+)
+def test_a_moment_of_trouble_ends_no_download(hub: Hub, run: Run, refusal: Refusal) -> None:
+    hub.add("org/model", MODEL)
+    hub.refusals = [replace(refusal)]
+    result = run("download", "org/model")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert files(result.stdout.strip()) == needed(MODEL)
+    assert hub.refusals[0].times == 0
+
+
+def test_trouble_that_lasts_is_told_after_a_few_requests(hub: Hub, run: Run) -> None:
+    hub.add("org/model", MODEL)
+    hub.refusals = [Refusal("/api/", 503)]
+    assert "fails (HTTP 503)" in failed(run("download", "org/model", HF_HUB_ETAG_TIMEOUT="2"))
+    assert 2 <= len(hub.requests) <= 4
+
+
+def test_two_runs_that_fetch_the_same_file(hub: Hub, tmp_path: Path) -> None:
+    """The second waits until the first has checked and placed the file, and fetches nothing."""
+    hub.add("org/model", MODEL)
+    from tpctl.checkpoint.transfer import Download, Meter
+
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    url = f"{hub.url}/org/model/resolve/main/model.safetensors"
+    errors, received = list[BaseException](), list[int]()
+
+    def fetch() -> None:
+        meter = Meter(len(WEIGHTS), None)
+        try:
+            Download(url, {}, tmp_path / "file", len(WEIGHTS), digest).run(meter)
+        except BaseException as error:
+            errors.append(error)
+        received.append(meter.done)
+
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert received == [len(WEIGHTS)] * 4
+    assert len(hub.bodies("model.safetensors")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_unfinished_file_of_another_revision_is_dropped(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("org/model", MODEL)
+    hub.add("org/model", {**MODEL, "model.safetensors": WEIGHTS[::-1]}, revision="v2")
+    hub.cuts["model.safetensors"] = [1_000_000]
+    hub.refusals = [Refusal("model.safetensors", 403, method="GET", skip=1)]
+    out = tmp_path / "out"
+    failed(run("download", "org/model", "-o", str(out)))
+    [left] = out.glob(".*.partial")
+    assert left.stat().st_size > 0
+    hub.refusals.clear()
+    result = run("download", "org/model@v2", "-o", str(out))
+    assert result.returncode == 0, result.stderr
+    line = f"({left}) that an unfinished download of another revision left"
+    assert result.stderr.count("\n") == 1 and line in result.stderr
+    assert files(str(out)) == needed({**MODEL, "model.safetensors": WEIGHTS[::-1]})
 
 
 def test_damaged_bytes_are_refused(hub: Hub, run: Run, tmp_path: Path) -> None:

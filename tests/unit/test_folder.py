@@ -52,6 +52,7 @@ def test_an_index_that_names_a_tensor_wrongly(tmp_path: Path) -> None:
     [
         ("{", "is no index"),
         ("{}", "is no index"),
+        ("[" * 100_000, "is no index"),
         ('{"weight_map": []}', "is no index"),
         ('{"weight_map": {}}', "lists no files"),
         ('{"weight_map": {"a": "../../etc/passwd"}}', "which is not a file name"),
@@ -61,6 +62,13 @@ def test_bad_indexes(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         CheckpointFolder.open(tmp_path)
+
+
+def test_an_index_that_is_no_text(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", make_config(), files=2)
+    (folder / INDEX).write_bytes(b'{"weight_map": {"caf\xe9": 1}}')
+    with pytest.raises(CheckpointError, match=r"index\.json is not UTF-8 text \(byte 20 is 0xe9\); download it again"):
+        CheckpointFolder.open(folder)
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tpctl.models.weights import EMBEDDING, LM_HEAD
 from tpctl.sharding.merge import merge_shards
 from tpctl.sharding.reshard import reshard
 from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.writer import _Writer
 
 
 @st.composite
@@ -68,6 +70,40 @@ def test_round_trips(
     shard_checkpoint(source, folder / "m", m, max_part_size=part)
     assert folder_bytes(folder / "n-to-m") == folder_bytes(folder / "m")
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_between_all_sizes(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1 to 8 ranks to 1 to 8: 9 query and 3 KV heads are uneven at 2 and from 4 on, where KV heads are shared."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of files, of which none need survive a power cut
+    config = make_config(
+        family,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_hidden_layers=1,
+        intermediate_size=50,
+        tie_word_embeddings=family in ("llama", "qwen3"),
+    )
+    source = make_checkpoint(tmp_path / "model", config, files=2)
+    wanted = {}
+    for n in range(1, 9):
+        shard_checkpoint(source, tmp_path / f"{n}", n, max_part_size=4000)
+        wanted[n] = folder_bytes(tmp_path / f"{n}")
+        merge_shards(tmp_path / f"{n}", tmp_path / "merged", force=True)
+        assert folder_bytes(tmp_path / "merged") == folder_bytes(source), n
+    for n in range(1, 9):
+        for m in range(1, 9):
+            reshard(tmp_path / f"{n}", tmp_path / "out", m, force=True)
+            assert folder_bytes(tmp_path / "out") == wanted[m], (n, m)
+
+
+def test_line_ends_of_an_index_come_back(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", make_config(), files=2)
+    raw = (source / INDEX).read_bytes().replace(b"\n", b"\r\n")
+    (source / INDEX).write_bytes(raw[:-2] + b"\r")
+    shard_checkpoint(source, tmp_path / "n", 2)
+    merge_shards(tmp_path / "n", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
 
 
 @pytest.fixture
@@ -167,7 +203,7 @@ def test_an_altered_copied_file_is_found(tmp_path: Path, source: Path) -> None:
 
 def test_every_rank_is_needed(tmp_path: Path, source: Path) -> None:
     shard_checkpoint(source, tmp_path / "n", 4, ranks=[0, 3])
-    message = "holds ranks 0, 3 of tp 4, but all are needed; bring ranks 1-2 too"
+    message = "holds ranks 0, 3 of tp 4, but all are needed; add ranks 1-2: `tpctl shard MODEL --tp 4 --ranks 1-2 -o"
     with pytest.raises(ShardFolderError, match=message):
         merge_shards(tmp_path / "n", tmp_path / "out")
     with pytest.raises(ShardFolderError, match=message):
@@ -189,6 +225,61 @@ def test_a_shard_folder_may_be_resharded_onto_itself(tmp_path: Path, source: Pat
     shard_checkpoint(source, tmp_path / "four", 4)
     reshard(tmp_path / "n", tmp_path / "n", 4, force=True)
     assert folder_bytes(tmp_path / "n") == folder_bytes(tmp_path / "four")
+
+
+def test_resharding_onto_itself_loses_no_rank(tmp_path: Path, source: Path) -> None:
+    shard_checkpoint(source, tmp_path / "n", 2)
+    before = folder_bytes(tmp_path / "n")
+    (tmp_path / "link").symlink_to("n")
+    for out in (tmp_path / "n", tmp_path / "link"):
+        with pytest.raises(OutputError, match=r"--ranks leaves out ranks 1-3 of tp 4.*choose another folder"):
+            reshard(tmp_path / "n", out, 4, ranks=[0], force=True)
+    assert folder_bytes(tmp_path / "n") == before
+    reshard(tmp_path / "n", tmp_path / "n", 3, ranks=[0, 1, 2], force=True)
+    merge_shards(tmp_path / "n", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+
+
+def test_a_folder_that_holds_what_is_read_is_not_replaced(tmp_path: Path, source: Path) -> None:
+    shard_checkpoint(source, source / "two", 2)
+    before = folder_bytes(source / "two")
+    for run in (
+        lambda: merge_shards(source / "two", source, force=True),
+        lambda: reshard(source / "two", source, 3, force=True),
+    ):
+        with pytest.raises(OutputError, match=r"model holds the source .*two itself; choose another folder"):
+            run()
+    assert folder_bytes(source / "two") == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_copied_file_that_changes_meanwhile_is_noticed(tmp_path: Path, source: Path, name: str) -> None:
+    shard_checkpoint(source, tmp_path / "n", 2)
+    path = tmp_path / "n" / name
+    whole = path.read_bytes()
+
+    def change(done: int, total: int, what: str = "") -> None:
+        path.write_bytes(whole[:-1] + b" ")
+
+    with pytest.raises(ShardFolderError, match=rf"{name} was altered after it was copied"):
+        merge_shards(tmp_path / "n", tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reshard_notices_a_copied_file_that_changes_after_it_was_checked(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_checkpoint(source, tmp_path / "n", 2)
+    real = _Writer.prepare
+
+    def change(self: _Writer) -> None:
+        (tmp_path / "n" / "tokenizer.json").write_text("{}")
+        real(self)
+
+    monkeypatch.setattr(_Writer, "prepare", change)
+    with pytest.raises(ShardFolderError, match=r"tokenizer\.json was altered after it was copied"):
+        reshard(tmp_path / "n", tmp_path / "out", 3)
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_of_reshard(tmp_path: Path, source: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
+from tpctl.cli.shard import print_report
+from tpctl.sharding.writer import ShardReport
 
 
 @pytest.fixture
@@ -82,6 +85,23 @@ def test_ranks_and_part_sizes(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     ranks = {path.name.split("-")[2] for path in (tmp_path / "out").glob("model-*")}
     assert ranks == {"1", "2"}
+    line = "of tp 4, ranks 0,3 are missing; add them with --ranks 0,3 and the same folder\n"
+    assert done.stdout.endswith(line)
+    done = tpctl("shard", source, "--tp", "4", "--ranks", "0,3", "--max-part-size", "3kB", "-o", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "missing" not in done.stdout
+    assert tpctl("merge", tmp_path / "out", "-o", tmp_path / "merged").returncode == 0
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+
+
+def test_what_an_earlier_run_left_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    report = ShardReport("out", "m", "llama", 1, None, None, 3, {0: 100}, 1, 1.0, (), 0, 0)
+    print_report(report)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    print_report(replace(report, resumed_bytes=40))
+    assert "resumed: 40 B were complete already" in capsys.readouterr().out
+    print_report(replace(report, dropped_bytes=50))
+    assert "dropped: 50 B that an unfinished run left, of another source, revision" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

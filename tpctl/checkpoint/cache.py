@@ -7,14 +7,14 @@ place under a file lock, so a reader sees it complete or not at all, and two pro
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tpctl.checkpoint.locks import exclusive
 from tpctl.errors import SourceError
 
 
@@ -40,16 +40,16 @@ def file_name(text: str) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (made, with its folder); the system drops it when the process ends.
+    """Hold the lock file ``path`` (made, with its folder, and removed again).
 
     Raises:
         SourceError: the lock file cannot be made there.
+        OutputError: as ``exclusive``.
     """
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(path))
         yield
 
 

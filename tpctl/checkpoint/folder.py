@@ -31,32 +31,60 @@ WEIGHT_SUFFIXES = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells whether a file has changed.
+
+    Whoever writes to a file may set back its ``mtime``, but not its ``ctime``; another file has another inode.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """The stamp of the file that ``path`` leads to. Raises ``CheckpointError`` if there is none."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+    def check(self, path: Path) -> None:
+        """Raise ``CheckpointError`` unless ``path`` still has this stamp."""
+        try:
+            now = FileStamp.of(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} went away while it was read ({error}); run again") from None
+        if now != self:
+            raise CheckpointError(
+                f"{path} changed while it was read ({self.size} bytes before, {now.size} now); run again"
+            )
+
+
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One safetensors file, with what tells whether it has changed since it was opened."""
+    """One safetensors file; ``stamp`` tells whether it has changed since it was opened."""
 
     name: str
     path: Path
     header: Header
-    size: int
-    mtime_ns: int
+    stamp: FileStamp
 
     @classmethod
     def open(cls, path: Path, name: str) -> CheckpointFile:
-        header = read_header(path)
-        stat = path.stat()
-        return cls(name, path, header, stat.st_size, stat.st_mtime_ns)
+        stamp = FileStamp.of(path)  # before the header is read: a change in between shows later
+        return cls(name, path, read_header(path), stamp)
 
-    def check_unchanged(self) -> None:
-        """Raise ``CheckpointError`` if the file on disk is no longer the one that was opened."""
-        try:
-            stat = self.path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{self.path} went away while it was read: {error.strerror}") from None
-        if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise CheckpointError(
-                f"{self.path} changed while it was read ({self.size} bytes before, {stat.st_size} now); run again"
-            )
+    @property
+    def size(self) -> int:
+        return self.stamp.size
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.stamp.mtime_ns
 
     @property
     def sha256(self) -> str | None:
@@ -68,11 +96,15 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """An opened checkpoint: every header read and checked, no data touched."""
+    """An opened checkpoint: every header read and checked, no data touched.
+
+    ``index`` is the index file's text, line ends as they are; ``beside`` has the stamps of it and of the small files.
+    """
 
     path: Path
     files: tuple[CheckpointFile, ...]
     index: str | None
+    beside: Mapping[Path, FileStamp]
 
     @classmethod
     def open(cls, path: Path) -> CheckpointFolder:
@@ -84,8 +116,10 @@ class CheckpointFolder:
         """
         index = path / INDEX
         text = None
+        beside = {file: FileStamp.of(file) for file in _small_files(path)}
         if index.is_file():
-            text = index.read_text(encoding="utf-8")
+            beside[index] = FileStamp.of(index)
+            text = _read_text(index)
             names = _indexed(index, text)
         elif (path / SINGLE).is_file():
             names = {SINGLE: None}
@@ -103,7 +137,7 @@ class CheckpointFolder:
                 if tensor not in file.header.tensors:
                     raise CheckpointError(f"{INDEX} says that {name} holds {tensor}, but it does not")
             files.append(file)
-        folder = cls(path, tuple(files), text)
+        folder = cls(path, tuple(files), text, beside)
         _ = folder.tensors
         return folder
 
@@ -125,18 +159,38 @@ class CheckpointFolder:
     def check_unchanged(self) -> None:
         """Raise ``CheckpointError`` if a file on disk is no longer the one that was opened."""
         for file in self.files:
-            file.check_unchanged()
+            file.stamp.check(file.path)
+        for path, stamp in self.beside.items():
+            stamp.check(path)
 
     def small_files(self) -> list[Path]:
         """The files that a copy of the model needs beside its weights: config, tokenizer, template, licence."""
-        return sorted(
-            file
-            for file in self.path.iterdir()
-            if file.is_file()
-            and not file.name.startswith(".")
-            and file.suffix not in WEIGHT_SUFFIXES
-            and not file.name.endswith(".index.json")
-        )
+        return [path for path in self.beside if path.name != INDEX]
+
+
+def _small_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.suffix not in WEIGHT_SUFFIXES
+        and not file.name.endswith(".index.json")
+    )
+
+
+def _read_text(index: Path) -> str:
+    """The text of ``index``; without the translation of line ends, since ``merge`` gives it back byte for byte."""
+    try:
+        return index.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{index} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); download it again"
+        ) from None
 
 
 def _indexed(index: Path, text: str) -> dict[str, set[str] | None]:
@@ -150,7 +204,7 @@ def _indexed(index: Path, text: str) -> dict[str, set[str] | None]:
             held = names.setdefault(name, set())
             assert held is not None
             held.add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from None
     if not names:
         raise CheckpointError(f"{index} lists no files")

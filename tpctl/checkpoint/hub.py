@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tpctl.checkpoint.cache import require_space
+from tpctl.checkpoint.cache import readable_bytes, require_space
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
+from tpctl.checkpoint.retry import FILE_SECONDS, patiently
 from tpctl.checkpoint.transfer import Download, Meter, Progress
 from tpctl.errors import SourceError
 from tpctl.partition.manifest import MANIFEST
@@ -64,6 +65,8 @@ class RemoteModel:
 def ask(repo: str, revision: str | None, token: str | None, seconds: float | None = None) -> RemoteModel:
     """Ask the Hub what ``repo`` holds at ``revision``; answers or raises within ``seconds``.
 
+    Within that time it is asked again where it fails for a moment only (see ``patiently``).
+
     Raises:
         HubUnreachable: there is no answer in time, or offline mode is on.
         SourceError: the Hub refuses (unknown, private, gated, too many requests, its own failure).
@@ -76,7 +79,7 @@ def ask(repo: str, revision: str | None, token: str | None, seconds: float | Non
         return HfApi(token=token).model_info(repo, revision=revision, files_metadata=True, timeout=limit)
 
     with explained(repo, revision):
-        info = _within(limit, question)
+        info = _within(limit, partial(patiently, question, limit))
     files = (
         RemoteFile(file.rfilename, int(file.size or 0), file.lfs.sha256 if file.lfs else None)
         for file in info.siblings or ()
@@ -92,6 +95,7 @@ def download(
     ranks: Sequence[int] | None = None,
     progress: Progress | None = None,
     local_dir: Path | None = None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Download what tpctl needs of ``remote`` (safetensors, config, tokenizer, chat template); its folder.
 
@@ -101,6 +105,7 @@ def download(
         revision: the branch or tag that led to this commit; remembered, so that the copy is found offline.
         ranks: of a repository that holds shards, the ranks to fetch; all of them by default.
         local_dir: put the files there instead of in the cache.
+        notify: told, in one line, what is dropped of an unfinished download of another revision.
 
     Raises:
         SourceError: the repository has no safetensors weights, the disk is too small, or the transfer fails.
@@ -118,6 +123,9 @@ def download(
         wanted = needed_files(remote, index, ranks)
         missing = [file for file in wanted if local_dir is not None or not _have(remote, file)]
         blobs = [blob for file in missing if (blob := _blob(remote, file, token, local_dir))]
+        for path in (path for blob in blobs for path in blob.foreign()):
+            size = readable_bytes(path.stat().st_size)
+            notify(f"dropping {size} ({path}) that an unfinished download of another revision left")
         total = sum(file.size for file in missing)
         received = sum(blob.received() for blob in blobs)
         require_space(local_dir or repository(remote.id), total - received, f"downloading {remote.id}")
@@ -230,7 +238,8 @@ def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Mete
     if blob is not None:
         blob.run(meter)
         meter = Meter(0, None)  # huggingface_hub finds the file there and has nothing left to do but its records
-    path = hf_hub_download(
+    fetch = partial(
+        hf_hub_download,
         remote.id,
         file.name,
         revision=remote.commit,
@@ -239,7 +248,7 @@ def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Mete
         tqdm_class=_bar(meter, file.name),
         etag_timeout=10,
     )
-    return Path(path)
+    return Path(patiently(fetch, FILE_SECONDS))
 
 
 def _bar(meter: Meter, name: str) -> Any:

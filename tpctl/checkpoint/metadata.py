@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
+from tpctl.checkpoint.retry import FILE_SECONDS, patiently
 from tpctl.checkpoint.safetensors import parse_header
 from tpctl.checkpoint.sources import Notify, hub_id, is_local, local_path, resolve, to_stderr
 from tpctl.errors import SourceError
@@ -85,14 +87,16 @@ def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadat
     names = remote.names()
     if "config.json" not in names:
         raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
+    fetch = partial(hf_hub_download, remote.id, revision=remote.commit, token=token, etag_timeout=10)
+    headers = partial(HfApi(token=token).get_safetensors_metadata, remote.id, revision=remote.commit)
     with explained(remote.id, remote.commit):
         paths = [
-            Path(hf_hub_download(remote.id, name, revision=remote.commit, token=token, etag_timeout=10))
+            Path(patiently(partial(fetch, filename=name), FILE_SECONDS))
             for name in ("config.json", "generation_config.json")
             if name in names
         ]
         try:
-            found = HfApi(token=token).get_safetensors_metadata(remote.id, revision=remote.commit)
+            found = patiently(headers, FILE_SECONDS)
         except NotASafetensorsRepoError:
             return ModelMetadata(paths[0].parent, remote.id, remote.commit, None)
         except SafetensorsParsingError as error:

@@ -270,7 +270,9 @@ def fetch(
         repo, revision = hub_id(model, revision)
         _refuse_foreign(output)
         remote = hub.ask(repo, revision, token)
-        folder = hub.download(remote, token=token, ranks=local_ranks, progress=progress, local_dir=output)
+        folder = hub.download(
+            remote, token=token, ranks=local_ranks, progress=progress, local_dir=output, notify=notify
+        )
         return ResolvedSource(folder, repo, remote.commit)
     source = resolve(model, revision=revision, token=token, progress=progress, notify=notify)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -295,7 +297,9 @@ def _refuse_foreign(output: Path) -> None:
 
     Downloads are told by huggingface_hub's records (``.cache/huggingface``) and by their unfinished files.
     """
-    if not output.is_dir() or (output / ".cache" / "huggingface").is_dir() or any(output.glob(".*.partial")):
+    if not output.is_dir() or (output / ".cache" / "huggingface").is_dir():
+        return
+    if any(output.glob(".*.partial")) or any(output.glob(".*.lock")):
         return
     if any(output.iterdir()):
         raise SourceError(f"{output} holds files that are no earlier download's; choose another folder or empty it")

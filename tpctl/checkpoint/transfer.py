@@ -6,8 +6,8 @@ appended to a ``.partial`` file beside the target, which appears whole and with 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tpctl.checkpoint.hub_errors import is_transport_error, retry_after
+from tpctl.checkpoint.locks import exclusive
 from tpctl.errors import SourceError
 
 ATTEMPTS = 5
@@ -60,7 +61,14 @@ class Download:
 
     @property
     def partial(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.partial")
+        # Named after its content too: in a folder that the user chose, another revision has the same file names.
+        return self.target.with_name(f".{self.target.name}.{self.sha256[:12]}.partial")
+
+    def foreign(self) -> list[Path]:
+        """What unfinished downloads of other contents have left under this name."""
+        pattern = re.compile(rf"\.{re.escape(self.target.name)}(\.[0-9a-f]{{12}})?\.partial")
+        found = self.target.parent.glob(".*.partial")
+        return [path for path in found if pattern.fullmatch(path.name) and path != self.partial]
 
     def received(self) -> int:
         """Bytes that earlier attempts have left, at most ``size``."""
@@ -78,18 +86,21 @@ class Download:
                 arrived stays for the next time.
         """
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        with self.partial.open("ab", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here and finds the work done
+        with exclusive(self.target.with_name(f".{self.target.name}.lock")):
+            # A second process waits above until the first has checked and placed the file, and finds the work done.
             if self.target.exists():
                 if _sha256(self.target) == self.sha256:
                     self.partial.unlink(missing_ok=True)
                     meter.add(self.size, self.target.name)
                     return
                 self.target.unlink()  # of another revision, in a folder that the user chose
+            for path in self.foreign():
+                path.unlink(missing_ok=True)
             meter.add(self.received(), self.target.name)
-            self._fill(file, meter)
-        self._check()
-        self.partial.rename(self.target)
+            with self.partial.open("ab", buffering=0) as file:
+                self._fill(file, meter)
+            self._check()
+            self.partial.rename(self.target)
 
     def _fill(self, file: FileIO, meter: Meter) -> None:
         failures = 0

@@ -20,7 +20,9 @@ def reshard(
     max_part_size: Annotated[
         str | None, typer.Option(help="Most tensor bytes in one file. Default: as in FOLDER.")
     ] = None,
-    ranks: Annotated[str | None, typer.Option(help="Write only these ranks, e.g. 0-3 or 0,2.")] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Write only these ranks, e.g. 0-3; added to the folder if it holds others.")
+    ] = None,
     compat: Annotated[
         str | None, typer.Option(help="Make it loadable by vllm or sglang too. Default: as FOLDER is.")
     ] = None,

@@ -22,7 +22,9 @@ def shard(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make. Default: ./NAME-tpN")] = None,
     dtype: Annotated[str, typer.Option(help="Cast floats: auto (keep), float32, bfloat16, float16.")] = "auto",
     max_part_size: Annotated[str, typer.Option(help="Most tensor bytes in one file.")] = "5GB",
-    ranks: Annotated[str | None, typer.Option(help="Write only these ranks, e.g. 0-3 or 0,2.")] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Write only these ranks, e.g. 0-3; added to the folder if it holds others.")
+    ] = None,
     compat: Annotated[
         str | None, typer.Option(help='Make it loadable by vllm or sglang too (load_format="sharded_state").')
     ] = None,
@@ -38,7 +40,7 @@ def shard(
     from tpctl.sharding.shard import shard_checkpoint
 
     if output is not None:
-        refuse_existing(output, force)
+        refuse_existing(output, force, add=wanted is not None)
     source = supported_source(model, tp, revision=revision, token=token)
     out = output or Path(f"{file_name(Path(source.id).name)}-tp{tp}")
     with byte_progress("sharding") as progress:
@@ -63,6 +65,8 @@ def shard(
 
 def print_report(report: ShardReport) -> None:
     """What was written, as text."""
+    from tpctl.partition.manifest import rank_list
+
     total = sum(report.bytes_per_rank.values())
     dtype = f", cast to {report.dtype}" if report.dtype else ""
     print(f"{report.folder}: {report.source} ({report.model_type}) cut for tp {report.tp_size}{dtype}")
@@ -71,5 +75,13 @@ def print_report(report: ShardReport) -> None:
         print(f"  rank {rank}  {format_bytes(size)}")
     if report.imbalance > 1.005:
         print(f"the largest rank holds {report.imbalance - 1:.1%} more than the mean")
+    if report.missing_ranks:
+        missing = rank_list(report.missing_ranks)
+        print(
+            f"of tp {report.tp_size}, ranks {missing} are missing; add them with --ranks {missing} and the same folder"
+        )
+    if report.dropped_bytes:
+        left = format_bytes(report.dropped_bytes)
+        print(f"dropped: {left} that an unfinished run left, of another source, revision or set of options")
     if report.resumed_bytes:
         print(f"resumed: {format_bytes(report.resumed_bytes)} were complete already")

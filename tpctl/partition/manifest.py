@@ -138,15 +138,19 @@ class Manifest:
 
 def describe_ranks(ranks: Iterable[int]) -> str:
     """``"rank 3"``, ``"ranks 0-3"`` or ``"ranks 0, 2-3"``."""
+    ranks = list(ranks)
+    return f"rank{'' if len(ranks) == 1 else 's'} {rank_list(ranks).replace(',', ', ') or 'none'}"
+
+
+def rank_list(ranks: Iterable[int]) -> str:
+    """``ranks`` as ``--ranks`` takes them: ``"0,2-3"``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    one = len(runs) == 1 and runs[0][0] == runs[0][1]
-    return f"rank{'' if one else 's'} {text or 'none'}"
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _check_part(path: Path, part: Part) -> None:

@@ -54,6 +54,18 @@ class Journal:
             return None
         return digests
 
+    def foreign(self) -> int:
+        """Bytes of the part files in the folder, if they are those of another job."""
+        jobs = set()
+        for path in self.folder.glob("part-*.json"):
+            try:
+                jobs.add(json.loads(path.read_bytes())["job"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        if not jobs - {self.job}:
+            return 0
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
     def _expected(self, file: PartFile, digests: Digests) -> list[Stored]:
         path = self.folder / file.file
         with path.open("rb") as opened:
@@ -63,7 +75,12 @@ class Journal:
         return [whole(info, path, file.rank, digests[file.rank, info.name]) for info in tensors]
 
     def _path(self, index: int) -> Path:
-        return self.folder / f"part-{index}.json"
+        return self.folder / note_name(index)
+
+
+def note_name(index: int) -> str:
+    """The name of part ``index``'s notes."""
+    return f"part-{index}.json"
 
 
 def write_synced(path: Path, data: bytes) -> None:

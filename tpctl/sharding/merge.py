@@ -12,13 +12,14 @@ from tpctl.checkpoint.cast import FLOATS
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.safetensors import Header, NewTensor, build_header, parse_header
 from tpctl.errors import ShardFolderError
-from tpctl.partition.manifest import Manifest, describe_ranks
+from tpctl.partition.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.records import SourceFile
 from tpctl.partition.split import Range, Rule
+from tpctl.sharding.copied import copy_file
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.journal import write_synced
 from tpctl.sharding.layout import Region, Stored, whole
-from tpctl.sharding.publish import PendingFolder
+from tpctl.sharding.publish import PendingFolder, refuse_existing
 from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.verify import check_copied, open_extra, open_shards
 
@@ -45,6 +46,8 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
         ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
         OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
     """
+    if not (out.exists() and out.resolve() == folder.resolve()):
+        refuse_existing(out, force, [folder])
     manifest = Manifest.load(folder)
     require_all_ranks(folder, manifest)
     shards = open_shards(folder, manifest, range(manifest.tp_size))
@@ -67,8 +70,9 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
                 files.open(path, os.O_RDWR)
             run(moves, files, Tally(sum(move.nbytes for move in moves), "", progress))
             files.sync(pending.path / name for name in headers)
-        for name in manifest.files:
-            write_synced(pending.path / name, (folder / name).read_bytes())
+        for name, wanted in manifest.files.items():
+            if copy_file(folder / name, pending.path / name) != wanted:
+                raise ShardFolderError(f"{folder / name} was altered after it was copied; shard the model again")
         if manifest.source.index is not None:
             index = _index(manifest.source.index, headers, manifest.dtype)
             write_synced(pending.path / INDEX, index.encode())
@@ -89,7 +93,8 @@ def require_all_ranks(folder: Path, manifest: Manifest) -> None:
     if missing:
         raise ShardFolderError(
             f"{folder} holds {describe_ranks(manifest.shards)} of tp {manifest.tp_size}, but all are needed; "
-            f"bring {describe_ranks(missing)} too, or shard the model without --ranks"
+            f"add {describe_ranks(missing)}: `tpctl shard MODEL --tp {manifest.tp_size} "
+            f"--ranks {rank_list(missing)} -o {folder}`"
         )
 
 

@@ -24,7 +24,8 @@ class PartFile:
     def create(self, folder: Path) -> Path:
         """Write the header and reserve the data's length (as a hole, which reads as zeros)."""
         path = folder / self.file
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)  # not truncated: it may be a second name of a published file
+        with path.open("xb") as file:
             file.write(self.header.raw)
             file.truncate(self.header.file_size)
         return path

@@ -2,60 +2,78 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from tpctl.errors import OutputError
+from tpctl.checkpoint.locks import exclusive
+from tpctl.errors import OutputError, TpctlError
 from tpctl.partition.manifest import MANIFEST
-
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
+from tpctl.sharding.exchange import fsync_folder, recover, replace_folder
 
 
 class PendingFolder:
     """A folder that becomes ``target`` when ``publish`` is called.
 
     Until then its files are in ``path``, a hidden folder beside ``target`` with a fixed name, so that a run
-    that was killed can be resumed by the next one. A lock on that folder keeps two runs apart.
+    that was killed can be resumed by the next one.
+
+    Attributes:
+        finished: the names of files that the next run can take over; after an error these stay, and no others.
     """
 
-    def __init__(self, target: Path, path: Path, lock: int) -> None:
-        self.target, self.path, self._lock = target, path, lock
+    def __init__(self, target: Path, path: Path, force: bool, lock: Path | None) -> None:
+        self.target, self.path, self._force, self._lock = target, path, force, lock
+        self.finished: set[str] = set()
+        self.published = False
 
     @classmethod
     @contextmanager
-    def open(cls, target: Path, *, force: bool) -> Iterator[PendingFolder]:
-        """Lock the pending folder of ``target``, made if it is missing; wait while another run holds it.
+    def open(cls, target: Path, *, force: bool, piece: str | None = None) -> Iterator[PendingFolder]:
+        """Make the pending folder of ``target``, or find the one of a run that was killed, and lock it.
 
-        Left by an error, the folder is removed; left by an interrupt or a kill, it stays for the next run.
+        The lock is held to the end, so that two runs wait for each other.
+
+        Args:
+            piece: names a part of ``target``, which may then exist as a shard folder. Every piece has a pending
+                folder and a lock of its own, so that several are written at once; see ``alone``.
 
         Raises:
             OutputError: ``target`` exists and ``force`` is not given, or the folder cannot be made.
         """
-        refuse_existing(target, force)
+        refuse_existing(target, force, add=piece is not None)
         target = target.resolve()  # what a link leads to is replaced, not the link
-        path = target.parent / f".{target.name}.tpctl-partial"
-        with readable_errors(path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path)
-        try:
-            # Another run may have published while this one waited for the lock.
-            refuse_existing(target, force)
-            pending = cls(target, path, lock)
+        name = target.name if piece is None else f"{target.name}.{piece}"
+        path = target.parent / f".{name}.tpctl-partial"
+        with ExitStack() as held:
+            with readable_errors(path):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(exclusive(_lock(target, name)))
+                if piece is None:
+                    recover(target)
+                # Another run may have published while this one waited for the lock.
+                refuse_existing(target, force, add=piece is not None)
+                path.mkdir(exist_ok=True)
+            pending = cls(target, path, force, None if piece is None else _lock(target, target.name))
             try:
                 with readable_errors(path):
                     yield pending
-            except Exception:
-                shutil.rmtree(path, ignore_errors=True)
+            except Exception as error:
+                if pending._settle() and isinstance(error, TpctlError):
+                    error.args = (f"{error}; the finished parts are kept, the same command goes on after them",)
                 raise
-        finally:
-            os.close(lock)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock of ``target`` itself, to look at it and ``publish``; it is held all along without a piece."""
+        with ExitStack() as held:
+            if self._lock is not None:
+                held.enter_context(exclusive(self._lock))
+                recover(self.target)
+            yield
 
     def clean(self, wanted: Collection[str] = ()) -> None:
         """Remove everything from the folder but the files named ``wanted``."""
@@ -74,22 +92,59 @@ class PendingFolder:
             )
 
     def publish(self) -> None:
-        """Make the folder appear as ``target``, replacing an older one in one step."""
-        _fsync_folder(self.path)
+        """Make the folder appear as ``target``, replacing an older one in one step where the file system can.
+
+        Only under the lock of ``target``: the older folder takes the pending one's name until it is removed.
+
+        Raises:
+            OutputError: a run without ``force`` finds a ``target`` that was not there when it began.
+        """
+        refuse_existing(self.target, self._force, add=self._lock is not None)
+        fsync_folder(self.path)
+        old = None
         if self.target.exists():
-            _exchange(self.path, self.target)
-            _fsync_folder(self.target.parent)
-            shutil.rmtree(self.path)
+            old = replace_folder(self.path, self.target)
         else:
             self.path.rename(self.target)
-            _fsync_folder(self.target.parent)
+        self.published = True
+        fsync_folder(self.target.parent)
+        if old is not None:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                raise OutputError(
+                    f"{self.target} is complete, but the folder that it replaced cannot be removed "
+                    f"({error.strerror}); remove {old} yourself"
+                ) from None
+
+    def remove_pieces(self) -> None:
+        """Remove what killed runs have left of pieces of ``target``, which is complete now."""
+        prefix, suffix = f".{self.target.name}.ranks-", ".tpctl-partial"
+        for path in self.target.parent.glob(f".*{suffix}"):
+            # A run that is still under way holds its lock, and finds out by itself.
+            if path.name.startswith(prefix) and path != self.path:
+                name = path.name.removeprefix(".").removesuffix(suffix)
+                with suppress(OSError, OutputError), exclusive(_lock(self.target, name), wait=False):
+                    shutil.rmtree(path)
+
+    def _settle(self) -> bool:
+        """After an error: remove all that is not finished; whether something is."""
+        if self.published:
+            return False
+        with suppress(OSError):
+            if not self.finished:
+                shutil.rmtree(self.path)
+            else:
+                self.clean(self.finished)
+        return bool(self.finished)
 
 
-def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = ()) -> None:
+def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = (), add: bool = False) -> None:
     """Check that ``target`` may be made, or replaced with ``force``; only a model's or an empty folder ever may.
 
     Args:
         sources: folders that are read, and must not be replaced by what is made of them.
+        add: a shard folder may exist without ``force``, since ranks are to be added to it.
 
     Raises:
         OutputError: it may not.
@@ -99,6 +154,8 @@ def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = ()) -> 
     if not target.is_dir():
         raise OutputError(f"{target} is a file; choose another folder (-o)")
     if not force:
+        if add and (target / MANIFEST).is_file():
+            return
         raise OutputError(f"{target} exists already; use --force to replace it, or choose another folder (-o)")
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
@@ -125,38 +182,10 @@ def readable_errors(path: Path) -> Iterator[None]:
                 f"no permission to write {where} ({error.strerror}); "
                 "choose another folder (-o, or TPCTL_CACHE for the cache)"
             ) from None
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(f"{where} is no folder, so nothing can be made there; choose another (-o)") from None
         raise OutputError(f"{where}: {error.strerror or error}; nothing was published") from None
 
 
-def _lock(path: Path) -> int:
-    """Make ``path`` if needed and lock it. The lock is on the folder itself: it moves with it when it is renamed."""
-    while True:
-        path.mkdir(exist_ok=True)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        try:
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
-        except FileNotFoundError:
-            pass
-        # The folder was published or removed by the run that held the lock: take the new one.
-        os.close(fd)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders' names atomically."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(other))
-
-
-def _fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _lock(target: Path, name: str) -> Path:
+    return target.parent / f".{name}.tpctl-lock"

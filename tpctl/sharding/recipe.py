@@ -9,7 +9,7 @@ from pathlib import Path
 from tpctl.errors import PartitionError
 from tpctl.models.config import ModelConfig
 from tpctl.partition.plan import PartitionPlan, StoredTensor
-from tpctl.partition.records import Source
+from tpctl.partition.records import CopiedFile, Source
 from tpctl.sharding.compat import check_compat, scales
 from tpctl.sharding.layout import Stored
 
@@ -26,6 +26,7 @@ class Recipe:
         dtype: what floats were cast to on the way from the source, for the manifest.
         inputs: the tensors to read for each stored tensor.
         extra: tensors of the source that no rank needs, kept for ``merge``.
+        small_files: the files to copy, with what they must be where that is known.
         identity: differs whenever what is read differs; a killed run is resumed only under the same one.
     """
 
@@ -40,7 +41,7 @@ class Recipe:
     dtypes: Mapping[str, str]
     inputs: Mapping[str, tuple[Stored, ...]]
     extra: tuple[Stored, ...]
-    small_files: tuple[Path, ...]
+    small_files: Mapping[Path, CopiedFile | None]
     identity: str
 
 
@@ -56,7 +57,7 @@ def make_recipe(
     dtypes: Mapping[str, str],
     inputs: Mapping[str, tuple[Stored, ...]],
     extra: Sequence[Stored],
-    small_files: Sequence[Path],
+    small_files: Mapping[Path, CopiedFile | None],
     identity: str,
 ) -> Recipe:
     """The recipe for ``plan``, with what another engine needs added where ``compat`` names one.
@@ -80,7 +81,7 @@ def make_recipe(
         dtypes={**dtypes, **dict.fromkeys(ones, "F32")},
         inputs={**inputs, **dict.fromkeys(ones, ())},
         extra=tuple(extra),
-        small_files=tuple(small_files),
+        small_files=small_files,
         identity=identity,
     )
 

@@ -7,14 +7,15 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import parse_header
-from tpctl.errors import ShardFolderError
+from tpctl.errors import OutputError, ShardFolderError
 from tpctl.models.config import ModelConfig
 from tpctl.models.weights import ignored_tensors
-from tpctl.partition.manifest import Manifest
+from tpctl.partition.manifest import Manifest, describe_ranks
 from tpctl.partition.plan import Shape
 from tpctl.partition.records import Source
 from tpctl.sharding.files import Progress
 from tpctl.sharding.merge import require_all_ranks
+from tpctl.sharding.publish import refuse_existing
 from tpctl.sharding.recipe import make_recipe
 from tpctl.sharding.shard import source_plan
 from tpctl.sharding.verify import check_copied, open_extra, open_shards
@@ -39,13 +40,14 @@ def reshard(
 
     Args:
         max_part_size: most tensor bytes in one file; as in ``folder`` by default.
-        ranks, compat, force: as in ``shard_checkpoint``.
+        ranks, compat, force: as in ``shard_checkpoint``. ``out`` may be ``folder`` itself, if every rank is written.
 
     Raises:
         ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
         PartitionError: the model cannot be cut into ``tp_size`` shards.
         OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
     """
+    _refuse_loss(folder, out, tp_size, ranks, force)
     manifest = Manifest.load(folder)
     require_all_ranks(folder, manifest)
     check_copied(folder, manifest)
@@ -67,11 +69,22 @@ def reshard(
         dtypes={name: manifest.tensors(0)[name].dtype for name in plan.shards[0]},
         inputs={name: shards[name] for name in plan.shards[0]},
         extra=open_extra(folder, manifest),
-        small_files=[folder / name for name in sorted(manifest.files)],
+        small_files={folder / name: manifest.files[name] for name in sorted(manifest.files)},
         identity=sha256(manifest.text().encode()).hexdigest(),
     )
     # What is read is checked against its digests on the way, so a change meanwhile cannot go unseen.
-    return write_shards(recipe, out, force=force, check=lambda: None, progress=progress)
+    return write_shards(recipe, out, force=force, add=ranks is not None, check=lambda: None, progress=progress)
+
+
+def _refuse_loss(folder: Path, out: Path, tp_size: int, ranks: Sequence[int] | None, force: bool) -> None:
+    """Raise ``OutputError`` if replacing ``out`` would remove shards of ``folder`` that are not written anew."""
+    if not force or out.resolve() != folder.resolve():
+        refuse_existing(out, force, [folder], add=ranks is not None)
+    elif ranks is not None and (lost := set(range(tp_size)) - set(ranks)):
+        raise OutputError(
+            f"{out} is what is read, and --ranks leaves out {describe_ranks(lost)} of tp {tp_size}, whose weights "
+            "would be lost; choose another folder (-o), or leave --ranks out"
+        )
 
 
 def _source_shapes(source: Source) -> dict[str, Shape]:

@@ -52,20 +52,23 @@ def shard_checkpoint(
         dtype: cast float tensors to ``float32``, ``bfloat16`` or ``float16``; ``None`` or ``"auto"`` keeps
             them. max_part_size: most tensor bytes in one file. ranks: the ranks to write; all by default.
             compat: ``vllm`` or ``sglang``: make a folder that this engine loads too.
-        force: replace ``out`` if it exists.
+        force: replace ``out`` if it exists. Without it, ``ranks`` are added to a shard folder of the same cut; those
+            that it holds already are left alone.
 
     Raises:
         CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown.
         PartitionError: the model cannot be cut into ``tp_size`` shards.
-        OutputError: ``out`` exists, or cannot be written.
+        OutputError: ``out`` exists and is not to be replaced or added to, or cannot be written.
         UsageError: ``dtype`` is unknown.
     """
     if (source / MANIFEST).is_file():
-        raise ShardFolderError(f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size}`")
-    refuse_existing(out, force, [source])
+        raise ShardFolderError(
+            f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size} -o FOLDER`"
+        )
+    refuse_existing(out, force, [source], add=ranks is not None)
     target = _safetensors_dtype(dtype)
+    folder = CheckpointFolder.open(source)  # before the config is read, so that a change meanwhile shows
     config = ModelConfig.load(source)
-    folder = CheckpointFolder.open(source)
     plan = source_plan(config, folder.tensors, tp_size)
     plan.check_source(folder.shapes, ignored_tensors(config))
     tensors = {name: whole(info, file.path) for name, (file, info) in folder.tensors.items()}
@@ -93,10 +96,11 @@ def shard_checkpoint(
         extra=[
             stored for name, stored in sorted(tensors.items()) if name not in plan.source_shapes and name not in aliases
         ],
-        small_files=folder.small_files(),
-        identity=_identity(folder),
+        small_files=dict.fromkeys(folder.small_files()),
+        identity=_identity(folder, source_id, revision),
     )
-    return write_shards(recipe, out, force=force, check=folder.check_unchanged, progress=progress)
+    check = folder.check_unchanged
+    return write_shards(recipe, out, force=force, add=ranks is not None, check=check, progress=progress)
 
 
 def source_plan(config: ModelConfig, names: Iterable[str], tp_size: int) -> PartitionPlan:
@@ -157,6 +161,6 @@ def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, st
     return {LM_HEAD: EMBEDDING}
 
 
-def _identity(folder: CheckpointFolder) -> str:
-    text = repr([FORMAT_VERSION, [(file.name, file.size, file.mtime_ns, file.header.text) for file in folder.files]])
-    return sha256(text.encode()).hexdigest()
+def _identity(folder: CheckpointFolder, source_id: str | None, revision: str | None) -> str:
+    files = [(file.name, file.stamp, file.sha256, file.header.text) for file in folder.files]
+    return sha256(repr([FORMAT_VERSION, source_id, revision, files]).encode()).hexdigest()

@@ -12,6 +12,7 @@ from tpctl.checkpoint.safetensors import Header, NewTensor, build_header
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.partition.manifest import Manifest
 from tpctl.partition.records import Shard
+from tpctl.sharding.copied import hash_file
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, in_shard, whole
 from tpctl.sharding.transfer import Move, hash_all, run
@@ -121,15 +122,13 @@ def _entry_at(header: Header, raw: bytes) -> str:
 
 def check_copied(folder: Path, manifest: Manifest) -> int:
     """Hash the copied files; their bytes. Raises ``ShardFolderError`` if one is missing or altered."""
-    from blake3 import blake3
-
     total = 0
     for name, wanted in manifest.files.items():
         try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            raise ShardFolderError(f"{folder / name} cannot be read: {error.strerror}; {AGAIN}") from None
-        if len(data) != wanted.size or blake3(data).hexdigest() != wanted.digest:
+            found = hash_file(folder / name)
+        except CheckpointError as error:
+            raise ShardFolderError(f"{error}; {AGAIN}") from None
+        if found != wanted:
             raise ShardFolderError(f"{folder / name} was altered after it was copied; {AGAIN}")
-        total += len(data)
+        total += found.size
     return total

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.errors import OutputError, ShardFolderError, TpctlError
 from tpctl.partition.manifest import MANIFEST, Manifest
 from tpctl.partition.plan import StoredTensor
 from tpctl.partition.records import CopiedFile, Shard, ShardTensor
 from tpctl.partition.split import Rule
+from tpctl.sharding.copied import copy_file
 from tpctl.sharding.files import Files, Progress, Tally
-from tpctl.sharding.journal import Digests, Journal, write_synced
+from tpctl.sharding.join import check_same_cut, check_same_weights, lacking, piece_name, union
+from tpctl.sharding.journal import Digests, Journal, note_name, write_synced
 from tpctl.sharding.layout import in_shard, whole
 from tpctl.sharding.parts import PartFile, assign_parts, part_files
 from tpctl.sharding.publish import PendingFolder
@@ -26,8 +30,13 @@ EXTRA_FILE = "tpctl-extra.safetensors"
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What was written. Sizes in bytes; ``imbalance`` is the largest rank's bytes over the mean;
-    ``resumed_bytes`` were complete already, from a run that was killed."""
+    """The folder that was written. Sizes in bytes; ``imbalance`` is the largest rank's bytes over the mean.
+
+    Attributes:
+        missing_ranks: those that the folder does not hold, since nobody asked for them yet.
+        resumed_bytes: were complete already, from a run that was killed or failed.
+        dropped_bytes: such a run's, but of another source, revision or set of options.
+    """
 
     folder: str
     source: str
@@ -39,35 +48,34 @@ class ShardReport:
     bytes_per_rank: dict[int, int]
     files: int
     imbalance: float
+    missing_ranks: tuple[int, ...]
     resumed_bytes: int
+    dropped_bytes: int
 
 
 def write_shards(
-    recipe: Recipe, out: Path, *, force: bool, check: Callable[[], None], progress: Progress | None
+    recipe: Recipe, out: Path, *, force: bool, add: bool, check: Callable[[], None], progress: Progress | None
 ) -> ShardReport:
     """Write the shard folder ``out`` by ``recipe``.
 
     Args:
+        add: without ``force``, add the recipe's ranks to those that ``out`` holds, if it is a shard folder.
         check: called before publishing; raises if what was read has changed meanwhile.
 
     Raises:
-        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+        OutputError: ``out`` exists and may be neither replaced nor added to, or cannot be written.
         CheckpointError, ShardFolderError: what is read is damaged.
     """
+    add = add and not force
     parts = assign_parts(recipe.shards, recipe.dtypes, recipe.max_part_size)
-    files = [f for rank in recipe.ranks for f in part_files(rank, recipe.shards[rank], recipe.dtypes, parts)]
-    if recipe.extra:
-        header = build_header(NewTensor(stored.name, stored.dtype, stored.shape) for stored in recipe.extra)
-        files.append(PartFile(None, max(parts.values()) + 1, EXTRA_FILE, header))
-    with PendingFolder.open(out, force=force) as pending:
-        writer = _Writer(recipe, pending, files, parts, progress)
-        digests = writer.write_parts()
-        copied = writer.copy_small_files()
-        check()
-        manifest = writer.manifest(digests, copied)
-        write_synced(pending.path / MANIFEST, manifest.text().encode())
-        pending.clean({MANIFEST, *copied, *(file.file for file in files)})
-        pending.publish()
+    with PendingFolder.open(out, force=force, piece=piece_name(recipe.ranks) if add else None) as pending:
+        ranks = lacking(pending.target, recipe.ranks, len(recipe.shards)) if add else recipe.ranks
+        writer = _Writer(replace(recipe, ranks=ranks), pending, parts, progress)
+        try:
+            manifest = writer.write(add, check)
+        except Exception:
+            writer.keep_finished(check)
+            raise
     sizes = {rank: shard.nbytes for rank, shard in manifest.shards.items()}
     return ShardReport(
         folder=str(out),
@@ -78,9 +86,11 @@ def write_shards(
         compat=recipe.compat,
         tensors_per_rank=len(parts),
         bytes_per_rank=sizes,
-        files=len(files),
+        files=len(_part_names(manifest)),
         imbalance=max(sizes.values()) * len(sizes) / sum(sizes.values()),
+        missing_ranks=tuple(rank for rank in range(len(recipe.shards)) if rank not in sizes),
         resumed_bytes=writer.resumed,
+        dropped_bytes=writer.dropped,
     )
 
 
@@ -89,37 +99,83 @@ class _Writer:
         self,
         recipe: Recipe,
         pending: PendingFolder,
-        files: Sequence[PartFile],
         parts: Mapping[str, int],
         progress: Progress | None,
     ) -> None:
-        self.recipe, self.pending, self.parts = recipe, pending, parts
+        self.recipe, self.pending, self.parts, self.progress = recipe, pending, parts, progress
+        files = [f for rank in recipe.ranks for f in part_files(rank, recipe.shards[rank], recipe.dtypes, parts)]
+        if recipe.extra:
+            header = build_header(NewTensor(stored.name, stored.dtype, stored.shape) for stored in recipe.extra)
+            files.append(PartFile(None, max(parts.values()) + 1, EXTRA_FILE, header))
         self.files: dict[int, list[PartFile]] = {}
         for file in files:
             self.files.setdefault(file.index, []).append(file)
         self.journal = Journal(pending.path, repr([recipe.identity, recipe.shards, recipe.fills]), files)
-        self.resumed = 0
+        self.done: dict[int, Digests] = {}
+        self.resumed = self.dropped = 0
         self.tally = Tally(sum(file.header.file_size - file.header.size for file in files), "", progress)
 
-    def write_parts(self) -> Digests:
-        """Write every part file of every rank; the files of one part are finished together.
+    def write(self, add: bool, check: Callable[[], None]) -> Manifest:
+        """Write and publish the folder; its manifest. Arguments as in ``write_shards``."""
+        target = self.pending.target
+        self.prepare()
+        copied = self.copy_small_files()
+        if add and target.exists():  # refused before the work, if it can be; looked at again after it
+            check_same_cut(target, Manifest.load(target), self.draft(copied))
+        digests = self.write_parts()
+        check()
+        with self.pending.alone():
+            manifest = self.manifest(digests, copied)
+            if add and target.exists():
+                manifest = self.join(manifest, copied)
+                check()
+            write_synced(self.pending.path / MANIFEST, manifest.text().encode())
+            self.pending.clean({MANIFEST, *copied, *_part_names(manifest)})
+            self.pending.publish()
+        if len(manifest.shards) == manifest.tp_size:
+            self.pending.remove_pieces()
+        return manifest
 
-        Parts that a killed run completed are taken over.
+    def keep_finished(self, check: Callable[[], None]) -> None:
+        """After an error: leave to the next run what it can take over.
+
+        Parts of a source that has changed may be of two versions. The notes of the others are written again, since
+        they do not belong to the folder and may be gone already.
         """
-        done: dict[int, Digests] = {}
+        try:
+            check()
+        except TpctlError:
+            self.pending.finished.clear()
+        if not self.pending.published:
+            with suppress(OSError):
+                for index, digests in self.done.items():
+                    self.journal.note(index, digests)
+
+    def prepare(self) -> None:
+        """Take over the parts that an earlier run of this job completed, remove what else it left, look at the disk."""
+        self.dropped = self.journal.foreign()
         for index, files in self.files.items():
             if (digests := self.journal.recall(index, files, self.tally)) is not None:
-                done[index] = digests
-        self.resumed = sum(file.header.file_size for index in done for file in self.files[index])
-        kept = {file.file for index in done for file in self.files[index]}
-        self.pending.clean(kept | {f"part-{index}.json" for index in done})
-        left = [index for index in sorted(self.files) if index not in done]
-        needed = sum(file.header.file_size for index in left for file in self.files[index])
+                self._finish(index, digests)
+        self.resumed = sum(file.header.file_size for index in self.done for file in self.files[index])
+        self.pending.clean(self.pending.finished)
+        needed = sum(file.header.file_size for index in self._left() for file in self.files[index])
         self.pending.check_space(needed + sum(path.stat().st_size for path in self.recipe.small_files))
-        for index in left:
-            done[index] = self._write_part(index, self.files[index])
-            self.journal.note(index, done[index])
-        return {key: digest for digests in done.values() for key, digest in digests.items()}
+
+    def write_parts(self) -> Digests:
+        """Write every part file of every rank; the files of one part are finished together."""
+        for index in self._left():
+            digests = self._write_part(index, self.files[index])
+            self.journal.note(index, digests)
+            self._finish(index, digests)
+        return {key: digest for digests in self.done.values() for key, digest in digests.items()}
+
+    def _left(self) -> list[int]:
+        return [index for index in sorted(self.files) if index not in self.done]
+
+    def _finish(self, index: int, digests: Digests) -> None:
+        self.done[index] = digests
+        self.pending.finished |= {note_name(index), *(file.file for file in self.files[index])}
 
     def _write_part(self, index: int, files: Sequence[PartFile]) -> Digests:
         moves: list[Move] = []
@@ -152,21 +208,40 @@ class _Writer:
         return [Move(reads, (write,)) for write in writes]
 
     def copy_small_files(self) -> dict[str, CopiedFile]:
-        from blake3 import blake3
-
         copied = {}
-        for path in self.recipe.small_files:
-            data = path.read_bytes()
-            write_synced(self.pending.path / path.name, data)
-            copied[path.name] = CopiedFile(len(data), blake3(data).hexdigest())
+        for path, wanted in self.recipe.small_files.items():
+            found = copy_file(path, self.pending.path / path.name)
+            if wanted not in (None, found):
+                raise ShardFolderError(f"{path} was altered after it was copied; shard the model again")
+            copied[path.name] = found
         return copied
+
+    def draft(self, copied: Mapping[str, CopiedFile]) -> Manifest:
+        """The manifest of a folder with every rank, without files and digests, to compare another with."""
+        ranks = range(len(self.recipe.shards))
+        blank: Digests = {(rank, name): "" for rank in ranks for name in self.parts}
+        shards = {rank: Shard((), self._entries(rank, blank)) for rank in ranks}
+        return replace(self._manifest({}, None, copied), shards=shards)
+
+    def join(self, ours: Manifest, copied: Mapping[str, CopiedFile]) -> Manifest:
+        """Add the ranks that the target holds, whose source is proved to be ours; the manifest of all ranks."""
+        target, recipe = self.pending.target, self.recipe
+        held = Manifest.load(target)
+        try:
+            lacking(target, recipe.ranks, len(recipe.shards))
+        except OutputError:  # other runs have added all of ours meanwhile
+            self.pending.finished.clear()
+            raise
+        check_same_cut(target, held, self.draft(copied))
+        check_same_weights(target, held, recipe.source, recipe.inputs, recipe.extra, self.progress)
+        return union(target, held, ours, self.pending.path)
 
     def manifest(self, digests: Digests, copied: Mapping[str, CopiedFile]) -> Manifest:
         recipe, files = self.recipe, [file for files in self.files.values() for file in files]
         shards = {}
         for rank in recipe.ranks:
-            tensors = {name: self._entry(rank, t, digests) for name, t in recipe.shards[rank].items()}
-            shards[rank] = Shard(tuple(file.entry for file in files if file.rank == rank), tensors)
+            entries = self._entries(rank, digests)
+            shards[rank] = Shard(tuple(file.entry for file in files if file.rank == rank), entries)
         extra = None
         if recipe.extra:
             entries = {
@@ -174,6 +249,10 @@ class _Writer:
                 for s in recipe.extra
             }
             extra = Shard((files[-1].entry,), entries)
+        return self._manifest(shards, extra, copied)
+
+    def _manifest(self, shards: Mapping[int, Shard], extra: Shard | None, copied: Mapping[str, CopiedFile]) -> Manifest:
+        recipe = self.recipe
         return Manifest(
             source=recipe.source,
             tp_size=len(recipe.shards),
@@ -186,14 +265,22 @@ class _Writer:
             files=copied,
         )
 
-    def _entry(self, rank: int, stored: StoredTensor, digests: Digests) -> ShardTensor:
+    def _entries(self, rank: int, digests: Mapping[tuple[int | None, str], str]) -> dict[str, ShardTensor]:
+        return {name: self._entry(stored, digests[rank, name]) for name, stored in self.recipe.shards[rank].items()}
+
+    def _entry(self, stored: StoredTensor, digest: str) -> ShardTensor:
         return ShardTensor(
             part=self.parts[stored.name],
             dtype=self.recipe.dtypes[stored.name],
             shape=stored.shape,
-            digest=digests[rank, stored.name],
+            digest=digest,
             rule=stored.rule,
             dim=stored.dim,
             pieces=stored.pieces,
             fill=self.recipe.fills.get(stored.name, 0),
         )
+
+
+def _part_names(manifest: Manifest) -> list[str]:
+    shards = [*manifest.shards.values(), *([manifest.extra] if manifest.extra else [])]
+    return [part.file for shard in shards for part in shard.parts]
