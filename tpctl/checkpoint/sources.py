@@ -172,10 +172,15 @@ def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
         record = {"folder": name, "revision": version}
         (folder / SOURCE_RECORD).write_text(json.dumps(record), encoding="utf-8")
 
-    entry = build_once(cache_root() / "models" / f"pypi--{file_name(requirement)}", build)
+    entry = build_once(pypi_entry(requirement), build)
     record = json.loads((entry / SOURCE_RECORD).read_text(encoding="utf-8"))
     name = requirement.partition("==")[0]
     return ResolvedSource(entry / record["folder"], f"pypi:{name}", record["revision"])
+
+
+def pypi_entry(requirement: str) -> Path:
+    """Where the cache keeps what the wheel ``requirement`` (``NAME`` or ``NAME==VERSION``) carried."""
+    return cache_root() / "models" / f"pypi--{file_name(requirement)}"
 
 
 def _convert(path: Path, folder: Path, notify: Notify) -> str:
