@@ -24,6 +24,7 @@ def prepare(model: str, options: EngineOptions) -> EngineConfig:
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
+    _kv_cache_memory(options)  # a wrong value should not have to wait for the model
     return configure(supported_source(model, options.tp), options)
 
 
@@ -33,7 +34,7 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
     Raises:
         TpctlError: the model cannot be sharded, its shards are damaged, or it cannot be run in this way.
     """
-    memory = parse_bytes(options.kv_cache_memory) if options.kv_cache_memory is not None else None
+    memory = _kv_cache_memory(options)
     from tpctl.launch.device import choose_device
     from tpctl.partition.manifest import MANIFEST, Manifest
     from tpctl.sharding.cache import ensure_sharded
@@ -63,6 +64,10 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
         attention_backend=options.attention_backend,
         enforce_eager=options.enforce_eager,
     )
+
+
+def _kv_cache_memory(options: EngineOptions) -> int | None:
+    return None if options.kv_cache_memory is None else parse_bytes(options.kv_cache_memory, "GiB")
 
 
 class Interrupts:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from tpctl.errors import RequestError, UsageError
+
 
 class Device(StrEnum):
     cpu = "cpu"
@@ -84,6 +86,20 @@ class SamplingOptions:
         """The fields of ``SamplingParams`` that were set, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stop"}
         return {name: value for name, value in values.items() if value is not None}
+
+    def check(self) -> None:
+        """Refuse what no request may ask for, before anything slow begins.
+
+        Raises:
+            UsageError: a value is out of range; the message names the option.
+        """
+        from tpctl.engine.sampling_params import SamplingParams
+
+        for name, value in self.given().items():
+            try:
+                SamplingParams.from_dict({name: value})
+            except RequestError as error:
+                raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:

@@ -9,11 +9,15 @@ import typer
 
 from tpctl.cli.console import print_json, stdout
 from tpctl.cli.options import DType
-from tpctl.cli.units import parse_bytes
+from tpctl.cli.units import format_bytes, parse_bytes
+from tpctl.errors import UsageError
 from tpctl.partition.manifest import describe_ranks
 
 if TYPE_CHECKING:
     from tpctl.sharding.fit import FitReport, RankFit
+
+LEAST_GPU = 1 << 30
+"""Bytes: less is a unit mistaken or forgotten."""
 
 
 def plan(
@@ -37,9 +41,12 @@ def plan(
     from tpctl.checkpoint.metadata import read_metadata
     from tpctl.sharding.fit import Budget, plan_model
 
-    budget = Budget(
-        parse_bytes(gpu_memory), gpu_memory_utilization, max_model_len, max_num_seqs, max_num_batched_tokens
-    )
+    memory = parse_bytes(gpu_memory, "GiB")
+    if memory < LEAST_GPU:
+        raise UsageError(
+            f"--gpu-memory {gpu_memory} is {format_bytes(memory)}, less than any GPU has; write it like 80GiB"
+        )
+    budget = Budget(memory, gpu_memory_utilization, max_model_len, max_num_seqs, max_num_batched_tokens)
     metadata = read_metadata(model, revision=revision, token=token)
     report = plan_model(metadata, budget, tp_size=tp, dtype=dtype.value)
     if json:
