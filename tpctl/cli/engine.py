@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress
-from tpctl.cli.options import EngineOptions
+from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, EngineOptions
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import parse_bytes
 from tpctl.engine.config import EngineConfig
@@ -49,7 +49,7 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
         folder = ensure_sharded(source, tp_size, progress=progress)
     with byte_progress("verifying") as progress:
         ensure_verified(folder, range(tp_size), progress)
-    seqs, tokens = (64, 2048) if device == "cpu" else (512, 16384)
+    seqs, tokens = (CPU_SEQS, CPU_TOKENS) if device == "cpu" else (GPU_SEQS, GPU_TOKENS)
     return EngineConfig(
         shard_dir=folder,
         tp_size=tp_size,

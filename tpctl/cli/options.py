@@ -17,6 +17,10 @@ import typer
 
 from tpctl.errors import RequestError, UsageError
 
+CPU_SEQS, CPU_TOKENS = 64, 2048
+GPU_SEQS, GPU_TOKENS = 512, 16384
+"""Sequences and tokens of a step where nothing else is asked for."""
+
 
 class Device(StrEnum):
     cpu = "cpu"
@@ -47,10 +51,12 @@ class EngineOptions:
         int | None, typer.Option(min=1, help="Tokens of prompt and answer. Default: the model's limit.")
     ] = None
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Sequences computed together. Default: 64 on a CPU, 512 on GPUs.")
+        int | None,
+        typer.Option(min=1, help=f"Sequences computed together. Default: {CPU_SEQS} on a CPU, {GPU_SEQS} on GPUs."),
     ] = None
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens computed in one step. Default: 2048 on a CPU, 16384 on GPUs.")
+        int | None,
+        typer.Option(min=1, help=f"Tokens computed in one step. Default: {CPU_TOKENS} on a CPU, {GPU_TOKENS} on GPUs."),
     ] = None
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a KV block. Default: the attention backend's.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import print_json, stdout
-from tpctl.cli.options import DType
+from tpctl.cli.options import GPU_SEQS, GPU_TOKENS, DType
 from tpctl.cli.units import format_bytes, parse_bytes
 from tpctl.errors import UsageError
 from tpctl.partition.manifest import describe_ranks
@@ -30,8 +30,8 @@ def plan(
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of one sequence. Default: the model's limit.")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = GPU_SEQS,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = GPU_TOKENS,
     dtype: Annotated[DType, typer.Option(help="Cast floats to it; auto: as stored.")] = DType.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
@@ -125,6 +125,13 @@ def _print_ranks(report: FitReport) -> None:
             f"{max(0, rank.kv_cache_bytes // rank.kv_bytes_per_token):,}",
         )
     console.print(table)
+    usable = int(report.gpu_memory * report.utilization)
+    console.print(
+        f"KV cache: what is left of {_gib(usable)} ({report.utilization:.0%} of {_gib(report.gpu_memory)}) after "
+        f"weights, activations, {_gib(report.context_bytes)} for the CUDA context, cuBLAS and NCCL, and "
+        f"{_gib(report.reserve_bytes)} kept for CUDA graphs and fragmentation; the last three are estimates",
+        soft_wrap=True,
+    )
 
 
 def _gib(count: int) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from tpctl.checkpoint.cast import FLOATS
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
+from tpctl.checkpoint.safetensors import FLOATS
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.models.config import ModelConfig
 from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors
@@ -24,7 +24,7 @@ from tpctl.partition.records import ShardTensor
 from tpctl.sharding.compat import scales
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, in_shard, whole
-from tpctl.sharding.shard import source_plan
+from tpctl.sharding.source_plan import source_plan
 from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.verify import open_extra, tensor_infos
 

@@ -23,7 +23,7 @@ from tpctl.sharding.compare import Expected
 from tpctl.sharding.files import Files, Tally
 from tpctl.sharding.flips import path_of_line, undo_flip, unreadable_line
 from tpctl.sharding.layout import whole
-from tpctl.sharding.shard import source_plan
+from tpctl.sharding.source_plan import source_plan
 from tpctl.sharding.transfer import hash_all
 
 
