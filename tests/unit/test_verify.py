@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.sources import converted_gguf
 from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import MANIFEST, Manifest
 from tpctl.sharding.at_hand import source_at_hand
@@ -43,7 +44,7 @@ def test_intact_shards_pass_with_and_without_the_source(made: Path) -> None:
     assert inspect_shards(out).verified is None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_one_flipped_bit_anywhere_is_found_and_named(made: Path, data: st.DataObject) -> None:
     out = made / "out"
@@ -177,3 +178,19 @@ def test_a_wheels_model_is_at_hand_in_the_cache(tmp_path: Path, monkeypatch: pyt
         assert source_at_hand(manifest) is None
     (folder / "source.json").write_text('{"folder": "tiny", "revision": "0.1.2"}')
     assert source_at_hand(manifest) == source
+
+
+def test_a_gguf_files_model_is_at_hand_while_the_file_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF")
+    source = make_checkpoint(converted_gguf(file), make_config())
+    shard_checkpoint(source, tmp_path / "out", 2, source_id=str(file))
+    manifest = Manifest.load(tmp_path / "out")
+    assert source_at_hand(manifest) == source
+    os.utime(file, ns=(3, 3))
+    assert source_at_hand(manifest) is None
+    file.unlink()
+    assert source_at_hand(manifest) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
-from tpctl.checkpoint.sources import HUB_ID, SOURCE_RECORD, local_path, pypi_entry
+from tpctl.checkpoint.sources import HUB_ID, SOURCE_RECORD, converted_gguf, local_path, pypi_entry
 from tpctl.errors import CheckpointError, SourceError
 from tpctl.partition.manifest import Manifest
 
@@ -34,6 +34,9 @@ def _local_copy(name: str, revision: str | None) -> Path | None:
         return None
     if path.is_dir():
         return path
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        folder = converted_gguf(path)
+        return folder if folder.is_dir() else None
     if HUB_ID.fullmatch(name):
         copy = cached(name, revision)
         return None if copy is None else copy[0]

@@ -70,7 +70,7 @@ def _find(folder: Path, raw: bytes, read: bool) -> str | None:
         # Sizes that the whole plan hangs on come first: with a wrong one all tensors would look wrong.
         undo_flip(raw, top)
         or _contradiction(folder, json.loads(raw), read)
-        or undo_flip(raw, [n for n in short if n not in set(top)])
+        or undo_flip(raw, sorted(range(len(lines)), key=lambda n: len(lines[n])))
     )
 
 
@@ -127,7 +127,8 @@ def _contradictions(
     for name, fields in entries["tensors"].items():
         shard = _shard(entries["parts"], {name: fields})
         if shard is None or name not in wanted:
-            yield f"the entry of {name} of {owner} makes no sense"
+            why = "is malformed" if shard is None else "belongs to no tensor of the model"
+            yield f"the entry of {name} of {owner} {why}"
             continue
         entry = shard.tensors[name]
         differ = expected.differing(rank, name, entry) if expected is not None and rank is not None else []

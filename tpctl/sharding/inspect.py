@@ -131,7 +131,7 @@ def inspect_shards(
         if lost := set(chosen) - set(here) if ranks is not None or not here else ():
             raise ShardFolderError(
                 f"the files of {describe_ranks(lost)} are not in {folder}, so there is nothing to verify; fetch them "
-                f"with `tpctl download`, or leave them out with --rank"
+                "with `tpctl download --local-ranks`, or choose a rank that is here"
             )
         # Only a folder that was fetched in part may lack the tensors that no rank needs.
         extra = not absent or manifest.extra is None or (folder / manifest.extra.parts[0].file).exists()
