@@ -23,7 +23,7 @@ LEAST_GPU = 1 << 30
 def plan(
     model: Annotated[str, typer.Argument(help="As of `tpctl shard`; a folder with a config.json is enough.")],
     tp: Annotated[int | None, typer.Option("--tp", min=1, help="Show this size rank by rank.")] = None,
-    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU.")] = "80GiB",
+    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU, with its unit.")] = "80GiB",
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")
     ] = 0.9,
