@@ -124,7 +124,10 @@ def _box(across: int, rows: int, kind: Kind) -> tuple[float, float]:
     width = 240.0 if ratio >= 1 else 240.0 * ratio
     height = 240.0 / ratio if ratio >= 1 else 240.0
     bands = len(kind.ranks)
-    return (max(width, 14.0 * bands), height) if kind.dim else (width, max(height, 14.0 * bands * len(kind.sources)))
+    if kind.dim:
+        return max(width, 14.0 * bands), height
+    narrowest = min(band.stop - band.start for source in kind.sources for band in source.bands)
+    return width, max(height, min(14.0 * rows / narrowest, 14.0 * bands * len(kind.sources)))
 
 
 def _source(
