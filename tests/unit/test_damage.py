@@ -59,7 +59,7 @@ def named(raw: bytes, place: int) -> list[str]:
     return [key[1]] if key is not None and place > first + line.index('"') and line.startswith(' "') else []
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_and_named(out: Path, data: st.DataObject) -> None:
     raw = (out / MANIFEST).read_bytes()
@@ -94,7 +94,7 @@ def test_edits_are_named_by_what_they_contradict(out: Path, after: str, old: str
     assert said in damaged(out, replaced((out / MANIFEST).read_bytes(), old, new, after))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_of_a_rank_that_is_not_here_too(out: Path, data: st.DataObject) -> None:
     """Nothing but the manifest knows its digests, so undoing the flip is all there is."""
