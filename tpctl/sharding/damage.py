@@ -66,6 +66,8 @@ def _find(folder: Path, raw: bytes, read: bool) -> str | None:
     if broken is not None:  # the flip is there or next to it: a bracket shows in the following line only
         near = range(max(0, broken - 1), min(broken + 2, len(lines)))
         return undo_flip(raw, near) or f"it cannot be read at {path_of_line(lines, broken)} (line {broken + 1})"
+    if b'"format_version":1,' not in raw:  # another version, unless a bit says so by mistake
+        return undo_flip(raw, top)
     return (
         # Sizes that the whole plan hangs on come first: with a wrong one all tensors would look wrong.
         undo_flip(raw, top)
