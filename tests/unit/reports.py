@@ -42,6 +42,8 @@ def make_report(
         compat=None,
         source_shapes=dict(plan.source_shapes),
         ranks=tuple(reports),
+        absent=(),
+        strays=(),
         imbalance=max(sizes) * len(sizes) / sum(sizes),
         replicated_bytes=0,
         verified=None,

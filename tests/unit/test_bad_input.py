@@ -1,172 +1,248 @@
-"""The table of bad input: what the sharding commands say to it, one line each, and that they touch nothing."""
+"""Every wrong input of the commands on checkpoints and shards, with the one line that answers it.
+
+``docs/bad-input.md`` shows the lines and is compared with what the commands say. After a wanted change:
+``python -m tests.unit.test_bad_input > docs/bad-input.md``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
-import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from tests.unit.hub_server import Hub, Refusal, serving
 from tests.unit.synthetic import make_checkpoint, make_config
-from tpctl.cli.app import main
+from tests.unit.test_download import environment, files
+from tpctl.checkpoint.safetensors import read_header
+from tpctl.cli import app as app_module
 from tpctl.sharding.shard import shard_checkpoint
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "bad-input.md"
+PART = "model-rank-1-part-0.safetensors"
+
+
+def flip(path: Path, place: int) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+
+
+def data_place(folder: Path) -> int:
+    return read_header(folder / PART).size + 100
+
+
+Change = Callable[[Path], object]
+CHANGES: dict[str, Change] = {
+    "cut": lambda folder: os.truncate(folder / PART, 100),
+    "flipped": lambda folder: flip(folder / PART, data_place(folder)),
+    "header": lambda folder: flip(folder / PART, 200),
+    "manifest": lambda folder: flip(
+        folder / "tpctl.json", (folder / "tpctl.json").read_bytes().rindex(b'"digest":"') + 12
+    ),
+    "edited": lambda folder: (folder / "config.json").write_text("{}"),
+    "stray": lambda folder: shutil.copy(folder / PART, folder / "model-rank-1-part-7.safetensors"),
+    "some": lambda folder: (folder / PART).unlink(),
+}
+"""Copies of the shard folder ``shards`` (tp 2), each with one thing wrong."""
+
+
+def prepare(folder: Path) -> None:
+    """What the commands below are pointed at."""
+    model = make_checkpoint(folder / "model", make_config())
+    shard_checkpoint(model, folder / "shards", 2)
+    shard_checkpoint(model, folder / "rank0", 2, ranks=[0])
+    make_checkpoint(folder / "other", make_config("qwen3"))
+    for name, change in CHANGES.items():
+        change(shutil.copytree(folder / "shards", folder / name))
+    make_checkpoint(folder / "narrow", make_config()).joinpath("config.json").write_text(
+        json.dumps(make_config(vocab_size=71))
+    )
+    os.truncate(make_checkpoint(folder / "short", make_config()) / "model.safetensors", 5000)
+    (folder / "mamba").mkdir()
+    (folder / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
+    (folder / "mamba" / "model.safetensors").touch()
+    (folder / "pickles").mkdir()
+    (folder / "pickles" / "config.json").write_text(json.dumps(make_config()))
+    (folder / "pickles" / "pytorch_model.bin").touch()
+    (folder / "empty").mkdir()
+
+
+LOCAL = {
+    "no such model": "shard nowhere --tp 2",
+    "unknown architecture": "shard mamba --tp 2",
+    "weights as pickles only": "shard pickles --tp 2",
+    "more ranks than query heads": "shard model --tp 5",
+    "no ranks": "shard model --tp 0",
+    "no number": "shard model --tp two",
+    "config.json of another model": "shard narrow --tp 2",
+    "a truncated weight file": "shard short --tp 2",
+    "a shard folder to be cut": "shard shards --tp 4",
+    "a rank that does not exist": "shard model --tp 2 --ranks 5",
+    "no list of ranks": "shard model --tp 2 --ranks 3-1",
+    "an unknown dtype": "shard model --tp 2 --dtype int3",
+    "a size without a unit": "shard model --tp 2 --max-part-size 5",
+    "an uneven split for vLLM": "shard model --tp 3 --compat vllm",
+    "an unknown engine": "shard model --tp 2 --compat trt",
+    "an output that exists": "shard model --tp 2 -o shards",
+    "no shard folder": "reshard model --tp 3 -o out",
+    "more ranks than query heads, anew": "reshard shards --tp 5 -o out",
+    "a rank that was not cut": "reshard rank0 --tp 3 -o out",
+    "damaged data, resharding": "reshard flipped --tp 3 -o out",
+    "a rank that was not cut, merging": "merge rank0 -o out",
+    "damaged data, merging": "merge flipped -o out",
+    "a part that is not there, merging": "merge some -o out",
+    "not a shard folder": "inspect-shards model",
+    "no such rank": "inspect-shards shards --rank 7",
+    "a negative rank": "inspect-shards shards --rank -1",
+    "a truncated part": "inspect-shards cut",
+    "a flipped bit in the data": "inspect-shards flipped --verify",
+    "a flipped bit in a header": "inspect-shards header --verify",
+    "a flipped bit in the manifest": "inspect-shards manifest --verify",
+    "an edited copy of a file": "inspect-shards edited --verify",
+    "a part file of another run": "inspect-shards stray --verify",
+    "a rank whose files are elsewhere": "inspect-shards some --rank 1 --verify",
+    "another model as the source": "inspect-shards shards --source other",
+    "shards as the source": "inspect-shards shards --source shards",
+    "a page that cannot be written": "inspect-shards shards --html nowhere/page.html",
+    "memory without a unit": "plan model --gpu-memory 80",
+    "no size": "plan model --gpu-memory lots",
+    "more tokens than the model allows": "plan model --max-model-len 1000",
+    "more ranks than query heads, planning": "plan model --tp 5",
+    "nothing to plan": "plan empty",
+    "nothing to upload": "upload empty org/shards",
+    "damaged shards to upload": "upload cut org/shards",
+    "no repository": "upload shards shards",
+    "ranks of what is not on the Hub": "download model --local-ranks 0",
+}
+
+REMOTE: dict[str, tuple[str, Refusal | None]] = {
+    "a model that the Hub does not know": ("download org/absent", None),
+    "a revision that it does not know": ("download org/whole --revision v9", None),
+    "a gated model": ("download org/whole", Refusal("/api/", 403, {"X-Error-Code": "GatedRepo"})),
+    "access forbidden": ("download org/whole", Refusal("/api/", 403)),
+    "no token, or a wrong one": ("download org/whole", Refusal("/api/", 401)),
+    "too many requests": ("download org/whole", Refusal("/api/", 429, {"Retry-After": "7"})),
+    "the Hub fails": ("download org/whole", Refusal("/api/", 500)),
+    "ranks of an unsharded model": ("download org/whole --local-ranks 0", None),
+    "a rank that the repository lacks": ("download org/shards --local-ranks 3", None),
+    "an output with other files": ("download org/whole -o model", None),
+    "no right to write": ("upload shards org/new --token hf_x", Refusal("/api/repos/create", 403)),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+def local_answer(command: str, folder: Path) -> Answer:
+    """What ``tpctl COMMAND`` says in ``folder``."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["tpctl", *command.split()]),
+        mock.patch("signal.signal"),
+    ):
+        try:
+            app_module.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def remote_answer(command: str, refusal: Refusal | None, folder: Path) -> Answer:
+    """The same with a local Hub, in a process of its own, since huggingface_hub reads its settings once."""
+    with serving(Hub()) as hub:
+        hub.add("org/whole", files(str(folder / "model")))
+        hub.add("org/shards", files(str(folder / "shards")))
+        hub.refusals = [] if refusal is None else [refusal]
+        done = subprocess.run(
+            [sys.executable, "-m", "tpctl", *command.split()],
+            cwd=folder,
+            env={**environment(hub, folder), "HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr.replace(hub.url, "https://huggingface.co"))
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def line(what: str, command: str, answer: Answer) -> str:
+    said = answer.err.strip().removeprefix("tpctl: ")
+    return f"| {cell(what)} | `tpctl {command}` | {answer.code} | {cell(said)} |"
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and everything that can be wrong with one."""
-    shop = tmp_path_factory.mktemp("shop")
-    model = make_checkpoint(shop / "model", make_config(), files=2)
-    shard_checkpoint(model, shop / "two", 2)
-    shard_checkpoint(model, shop / "some", 4, ranks=[0, 3])
-    shard_checkpoint(model, shop / "flipped", 2)
-    flip(shop / "flipped" / "model-rank-1-part-0.safetensors")
-    shutil.copytree(shop / "two", shop / "edited")
-    (shop / "edited" / "tpctl.json").write_text((shop / "two" / "tpctl.json").read_text().replace("llama", "lamda"))
-    shutil.copytree(shop / "two", shop / "newer")
-    (shop / "newer" / "tpctl.json").write_text('{"format_version": 99}')
-    shutil.copytree(shop / "two", shop / "lost")
-    (shop / "lost" / "model-rank-1-part-0.safetensors").unlink()
-    shutil.copytree(shop / "two", shop / "short")
-    os.truncate(shop / "short" / "model-rank-0-part-0.safetensors", 5000)
-    (shop / "empty").mkdir()
-    (shop / "home").mkdir()
-    (shop / "home" / "letter.txt").write_text("dear")
-    (shop / "file").write_text("x")
-    for name in ("pickles", "cut", "bloom", "quantised", "wrong", "latin", "notjson", "incomplete"):
-        make_checkpoint(shop / name, make_config(), files=2)
-    for path in (shop / "pickles").glob("model*"):
-        path.unlink()
-    (shop / "pickles" / "pytorch_model.bin").write_text("x")
-    os.truncate(shop / "cut" / "model-00002-of-00002.safetensors", 3000)
-    (shop / "incomplete" / "model-00002-of-00002.safetensors").unlink()
-    (shop / "bloom" / "config.json").write_text(json.dumps({**make_config(), "model_type": "bloom"}))
-    quantised = {**make_config(), "quantization_config": {"quant_method": "gptq"}}
-    (shop / "quantised" / "config.json").write_text(json.dumps(quantised))
-    (shop / "wrong" / "config.json").write_text(json.dumps(make_config(intermediate_size=41)))
-    (shop / "latin" / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"\xe9": 1}}')
-    (shop / "notjson" / "config.json").write_text("{")
-    return shop
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    prepare(folder)
+    return folder
 
 
-def flip(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
+def check(what: str, command: str, answer: Answer, inputs: Path) -> None:
+    assert answer.code in (1, 2), answer
+    assert answer.out == "" and answer.err.count("\n") == 1 and answer.err.startswith("tpctl: "), answer
+    wanted = line(what, command, answer)
+    if "--help`" in answer.err:  # Typer's own words, which differ between its versions
+        wanted = wanted.partition(": ")[0]
+    assert any(row.startswith(wanted) for row in PAGE.read_text(encoding="utf-8").splitlines()), wanted
+    # Nothing half-written is left, and nothing that was there is gone.
+    assert not list(inputs.glob("*.tpctl-partial")) and not list(inputs.glob(".*partial*"))
+    assert not (inputs / "out").exists() and (inputs / "shards" / PART).is_file()
 
 
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    """``main`` sets signal handlers, which are its process' own elsewhere."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+@pytest.mark.parametrize("what", LOCAL)
+def test_local(what: str, inputs: Path) -> None:
+    check(what, LOCAL[what], local_answer(LOCAL[what], inputs), inputs)
 
 
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+@pytest.mark.parametrize("what", REMOTE)
+def test_with_a_hub(what: str, inputs: Path) -> None:
+    command, refusal = REMOTE[what]
+    check(what, command, remote_answer(command, refusal, inputs), inputs)
 
 
-TABLE = [
-    # shard: the source
-    ("shard nowhere --tp 2", 1, "'nowhere' is no model: no such file or folder here; MODEL is a Hub id (org/name)"),
-    ("shard ./nowhere --tp 2", 1, "there is no file or folder ./nowhere; MODEL is"),
-    ("shard empty --tp 2", 1, "empty has no config.json; a checkpoint folder holds config.json and *.safetensors"),
-    ("shard file --tp 2", 1, "file is not a GGUF file: it begins with b'x' instead of b'GGUF'"),
-    ("shard pickles --tp 2", 1, "no *.safetensors weights, only PyTorch pickles (.bin)"),
-    ("shard cut --tp 2", 1, "model-00002-of-00002.safetensors is truncated: its tensors end at byte"),
-    ("shard incomplete --tp 2", 1, "1 of 2 weight files are not there (the first is model-00002-of-00002.safetensors)"),
-    ("shard latin --tp 2", 1, "model.safetensors.index.json is not a safetensors index"),
-    ("shard bloom --tp 2", 1, "model_type 'bloom' is not supported; tpctl knows"),
-    ("shard quantised --tp 2", 1, "the checkpoint is quantised ('gptq'), which is not supported yet"),
-    ("shard wrong --tp 2", 1, "40 x 24 in the checkpoint but 41 x 24 by config"),
-    ("shard notjson --tp 2", 1, "notjson/config.json cannot be read as JSON"),
-    ("shard two --tp 3", 1, "two is cut into shards already; use `tpctl reshard two --tp 3 -o FOLDER`"),
-    ("shard model --tp 2 --revision main", 1, "--revision main is for models on the Hub, but model is not one"),
-    # shard: the cut
-    ("shard model --tp 5", 1, "tensor-parallel size 5 does not fit 4 query heads; use --tp 1 to 4"),
-    ("shard model --tp 4 --ranks 2-4", 1, "rank 4 does not exist at tp 4; ranks are 0 to 3"),
-    ("shard model --tp 4 --ranks 3-1", 2, "'3-1' is no list of ranks; write it like 0-3 or 0,2,5-6"),
-    ("shard model --tp 4 --ranks x", 2, "'x' is no list of ranks"),
-    ("shard model --tp 2 --max-part-size 0", 2, "'0' is no size; write it like 5GB"),
-    ("shard model --tp 2 --max-part-size big", 2, "'big' is no size"),
-    ("shard model --tp 2 --dtype int4", 2, "dtype 'int4' is unknown; use auto, "),
-    ("shard model --tp 2 --compat ollama", 2, "--compat ollama is unknown; use vllm or sglang"),
-    ("shard model --tp 3 --compat vllm", 1, "vllm loads only even splits"),
-    # shard: the output
-    ("shard model --tp 2 -o two", 1, "two exists already; use --force to replace it, or choose another folder (-o)"),
-    ("shard model --tp 2 -o file --force", 1, "file is a file; choose another folder (-o)"),
-    ("shard model --tp 2 -o file/below", 1, "file is no folder, so nothing can be made there; choose another (-o)"),
-    ("shard model --tp 2 -o home --force", 1, "home holds no model, and --force replaces nothing else"),
-    ("shard model --tp 2 -o model --force", 1, "model holds the source model itself; choose another folder (-o)"),
-    ("shard model --tp 4 --ranks 0 -o some", 1, "some holds ranks 0, 3 of tp 4 already, and no other is asked for"),
-    ("shard model --tp 2 --ranks 0 -o some", 1, "some holds ranks cut with tp size 4, but 2 is asked for"),
-    ("shard model --tp 3 --ranks 1 -o some", 1, "some holds ranks cut with tp size 4, but 3 is asked for; use --force"),
-    ("shard model --tp 2 --ranks 0 -o home", 1, "home exists already; use --force"),
-    # merge and reshard
-    ("merge model -o x", 1, "model has no tpctl.json; it is not a shard folder, make one with `tpctl shard`"),
-    ("merge nowhere -o x", 1, "nowhere has no tpctl.json"),
-    ("merge some -o x", 1, "but all are needed; add ranks 1-2: `tpctl shard MODEL --tp 4 --ranks 1-2 -o some`"),
-    ("merge flipped -o x", 1, "of rank 1 is damaged: its bytes in model-rank-1-part-0.safetensors hash to"),
-    ("merge edited -o x", 1, "tpctl.json was altered after it was written; shard the model again"),
-    ("merge newer -o x", 1, "tpctl.json has format version 99, this tpctl reads version 1; shard the model again"),
-    ("merge lost -o x", 1, "model-rank-1-part-0.safetensors (rank 1) cannot be read: No such file"),
-    ("merge short -o x", 1, "(rank 0) has 5000 bytes, but"),
-    ("merge two -o model", 1, "model exists already; use --force"),
-    ("merge two", 2, "-o"),
-    ("reshard two --tp 5 -o x", 1, "tensor-parallel size 5 does not fit 4 query heads"),
-    ("reshard some --tp 2 -o x", 1, "but all are needed; add ranks 1-2"),
-    ("reshard flipped --tp 3 -o x", 1, "of rank 1 is damaged"),
-    ("reshard two --tp 4 -o model", 1, "model exists already; use --force"),
-    (
-        "reshard two --tp 4 --ranks 0 -o two --force",
-        1,
-        "--ranks leaves out ranks 1-3 of tp 4, whose weights would be lost",
-    ),
-    ("reshard two --tp 4 --ranks 0 -o two", 1, "two holds ranks cut with tp size 2, but 4 is asked for"),
-    ("reshard two --tp 4 --ranks 7 -o x", 1, "rank 7 does not exist at tp 4; ranks are 0 to 3"),
-    ("reshard two --tp 3 -o x --compat vllm", 1, "vllm loads only even splits"),
-    # inspect-shards, plan, download, upload
-    ("inspect-shards model", 1, "model has no tpctl.json"),
-    ("inspect-shards flipped --verify", 1, "of rank 1 is damaged"),
-    ("inspect-shards two --rank 2", 1, "rank 2 does not exist at tp 2; ranks are 0 to 1"),
-    ("plan ./nowhere", 1, "there is no file or folder ./nowhere"),
-    ("plan bloom", 1, "model_type 'bloom' is not supported"),
-    ("plan model --gpu-memory much", 2, "'much' is no size"),
-    ("download ./nowhere", 1, "there is no file or folder ./nowhere"),
-    ("download model --local-ranks 0", 1, "--local-ranks is for sharded models on the Hub, but model is not one"),
-    ("download model -o home", 1, "home exists and is not empty; choose another folder or remove it"),
-    ("upload nowhere org/name", 1, "there is no folder nowhere"),
-    ("upload empty org/name", 1, "empty has no config.json"),
-    ("upload lost org/name", 1, "model-rank-1-part-0.safetensors is missing"),
-    ("upload two name", 1, "'name' is no repository name; write org/name"),
-]
+def test_the_page_has_no_other_rows() -> None:
+    rows = re.findall(r"^\| (.+?) \| `tpctl", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [*LOCAL, *REMOTE]
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), TABLE, ids=[row[0] for row in TABLE])
-def test_bad_input_is_one_line_and_changes_nothing(
-    shop: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: str,
-    code: int,
-    message: str,
-) -> None:
-    monkeypatch.chdir(shop)
-    monkeypatch.setattr(sys, "argv", ["tpctl", *arguments.split()])
-    before = contents(shop)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, error = capfd.readouterr()
-    assert (ended.value.code, out) == (code, "")
-    assert message in error
-    assert "Traceback" not in error
-    if code == 1:
-        assert error.startswith("tpctl: ") and error.count("\n") == 1
-    assert contents(shop) == before
+def page() -> str:
+    lines = [
+        "# What wrong input is answered with",
+        "",
+        "One line on stderr, nothing on stdout, nothing half-written; exit code 2 where the command line itself is",
+        "wrong, else 1. Made and checked by `tests/unit/test_bad_input.py`, which also says what the folders hold.",
+        "",
+        "| what is wrong | command | exit code | answer |",
+        "|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        lines += [line(what, command, local_answer(command, Path(folder))) for what, command in LOCAL.items()]
+        for what, (command, refusal) in REMOTE.items():
+            lines.append(line(what, command, remote_answer(command, refusal, Path(folder))))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

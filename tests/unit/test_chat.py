@@ -18,7 +18,7 @@ from tpctl.cli.engine import interrupts
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.config import EngineConfig
-from tpctl.errors import CheckpointError, EngineError, RequestError, TpctlError
+from tpctl.errors import CheckpointError, EngineError, RequestError, TpctlError, UsageError
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_bytes_that_are_not_utf8_are_refused(fake_engine: FakeClient, arguments:
 
 def test_a_wrong_option_does_not_wait_for_the_model(fake_engine: FakeClient) -> None:
     result = invoke("chat", "-m", "hi", "--temperature", "-1")
-    assert isinstance(result.exception, RequestError)
+    assert isinstance(result.exception, UsageError)
     assert "temperature is -1.0, but must be 0, or from" in str(result.exception)
     assert fake_engine.requests == []
 

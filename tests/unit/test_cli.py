@@ -56,7 +56,7 @@ def test_version_and_unknown_commands() -> None:
     assert run("--version").stdout == f"tpctl {__version__}\n"
     unknown = run("what")
     assert unknown.returncode == 2
-    assert "No such command 'what'" in unknown.stderr
+    assert "tpctl: no such command 'what'" in unknown.stderr
 
 
 def test_an_error_is_one_line_and_its_exit_code() -> None:
@@ -92,6 +92,53 @@ def test_closed_standard_streams() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("shard x --tp 0", "'--tp': input should be greater than or equal to 1 (given: 0); see `tpctl shard --help`"),
+        ("shard x --tp=two", "'--tp': "),
+        ("plan x --tp 0", "(given: 0)"),
+        ("reshard x --tp 0 -o y", "(given: 0)"),
+        ("chat x --tp 0", "(given: 0)"),
+        ("batch x --tp -3", "(given: -3)"),
+        ("bench throughput x --tp 0", "(given: 0); see `tpctl bench throughput --help`"),
+        ("bench latency --runs 0", "'--runs'"),
+        ("inspect-shards x --rank -1", "'--rank'"),
+        ("plan x --max-model-len 0", "'--max-model-len'"),
+        ("plan x --max-num-seqs 1.5", "(given: 1.5)"),
+        ("plan x --gpu-memory-utilization 3", "(given: 3)"),
+        ("plan x --gpu-memory 80", "write it with a unit, like 80GiB"),
+        ("plan x --gpu-memory 80000000", "--gpu-memory 80000000 is 80.0 MB"),
+        ("chat x -m hi --block-size 0", "'--block-size'"),
+        ("chat x -m hi --kv-cache-memory 2", "write it with a unit, like 2GiB"),
+        ("shard x --tp 2 --max-part-size 5", "write it with a unit, like 5GB"),
+        ("shard x --tp 2 --ranks 3-1", "'3-1' is no list of ranks"),
+        ("chat x --max-tokens 0", "--max-tokens is 0, but must be"),
+        ("chat x --top-p 2", "--top-p is 2.0, but must be"),
+        ("batch x --temperature -1", "--temperature is -1.0, but must be"),
+        ("batch x --seed -1", "--seed is -1, but must be"),
+        ("shard x", "issing option '--tp'; see `tpctl shard --help`"),
+        ("shard x --nope", "no such option: --nope"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    arguments: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tpctl", *arguments.split()])
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("tpctl: ") and said.lower() in err.lower()
+
+
+def test_without_arguments_the_help_page_is_shown() -> None:
+    for group in ((), ("bench",)):
+        result = run(*group)
+        assert result.returncode in (0, 2) and (result.stdout + result.stderr).startswith("Usage: tpctl")
+
+
+@pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (EngineError("no GPU"), 1, "tpctl: no GPU\n"),
@@ -107,7 +154,7 @@ def test_how_the_program_ends(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise error
 
     monkeypatch.setattr(app_module, "app", fail)

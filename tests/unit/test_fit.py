@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.metadata import read_metadata
-from tpctl.checkpoint.safetensors import tensor_nbytes
+from tpctl.checkpoint.safetensors import NewTensor, build_header, read_header, tensor_nbytes
 from tpctl.errors import CheckpointError, PartitionError, UsageError
 from tpctl.models.specs import FAMILIES
 from tpctl.partition.manifest import Manifest
-from tpctl.sharding.fit import CONTEXT_BYTES, RESERVE_BYTES, Budget, FitReport, plan_model
+from tpctl.partition.plan import StoredTensor
+from tpctl.partition.split import TensorSplit
+from tpctl.sharding.fit import Budget, FitReport, plan_model
 from tpctl.sharding.shard import shard_checkpoint
 
 LLAMA_405B: dict[str, Any] = {
@@ -67,6 +70,40 @@ def test_bytes_are_what_sharding_writes(tmp_path: Path, family: str, tied: bool)
             assert size.imbalance == pytest.approx(max(sizes) * tp_size / sum(sizes))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_several_parts_are_what_sharding_writes(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part has a header of its own, so where parts end shows in the bytes."""
+    monkeypatch.setattr("tpctl.sharding.model_sizes.DEFAULT_PART_SIZE", 3000)
+    source = make_checkpoint(tmp_path / "source", make_config(family))
+    for tp_size in (1, 3):
+        written = shard_checkpoint(source, tmp_path / f"tp{tp_size}", tp_size, max_part_size=3000)
+        assert written.files > 3 * tp_size
+        report = planned(source, tp_size=tp_size)
+        assert {rank.rank: rank.file_bytes for rank in report.ranks} == written.bytes_per_rank
+
+
+def test_layers_of_different_dtypes_are_counted_each(tmp_path: Path) -> None:
+    """A checkpoint may keep a layer wider than the others; no layer stands for another's bytes."""
+    source = make_checkpoint(tmp_path / "source", make_config())
+    path = source / "model.safetensors"
+    infos, raw = read_header(path).tensors, path.read_bytes()
+    wide = {name for name in infos if name.startswith("model.layers.1.mlp.")}
+    header = build_header(NewTensor(n, "F32" if n in wide else t.dtype, t.shape) for n, t in infos.items())
+    data = (raw[infos[n].start : infos[n].stop] * (2 if n in wide else 1) for n in header.tensors)
+    path.write_bytes(header.raw + b"".join(data))
+    written = shard_checkpoint(source, tmp_path / "out", 2)
+    report = planned(source, tp_size=2)
+    assert {rank.rank: rank.file_bytes for rank in report.ranks} == written.bytes_per_rank
+    manifest = Manifest.load(tmp_path / "out")
+    weights = max(
+        sum(tensor_nbytes(t.dtype, t.shape) for t in manifest.tensors(rank).values()) for rank in manifest.shards
+    )
+    assert max(rank.weight_bytes for rank in report.ranks) == weights
+    assert next(size for size in report.sizes if size.tp_size == 2).weight_bytes == weights
+
+
 def test_mixed_dtypes_count_as_stored(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", make_config(), dtype="F32")
     report = planned(source, tp_size=2)
@@ -85,6 +122,26 @@ def test_a_405b_config_alone_is_enough(tmp_path: Path) -> None:
     assert (sizes[3].verdict, sizes[3].imbalance > 1) == ("uneven", True)
     assert report.tp_size == 16 and len(report.ranks) == 16
     assert (report.limit, report.limit_reason) == (129, "a query head is not divided, and there are 128")
+
+
+@pytest.mark.parametrize("tp_size", [8, 128])
+def test_planning_cuts_one_layer_a_size_however_many_there_are(
+    tmp_path: Path, tp_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What keeps a 405B model's answer under a second: 126 layers are not cut 12 times over."""
+    from tpctl.partition import plan
+
+    calls: list[str] = []
+    cut = plan._cut
+
+    def counting(split: TensorSplit, *rest: Any) -> Iterator[StoredTensor]:
+        calls.append(split.name)
+        return cut(split, *rest)
+
+    monkeypatch.setattr(plan, "_cut", counting)
+    report = planned(config_folder(tmp_path / "big", LLAMA_405B), tp_size=tp_size)
+    stored_in_a_layer = 6 + 3
+    assert len(calls) == stored_in_a_layer * (len(report.sizes) + 2)  # the limit and the detailed size
 
 
 def test_uneven_heads(tmp_path: Path) -> None:
@@ -107,7 +164,7 @@ def test_what_fits_follows_from_the_parts(tmp_path: Path) -> None:
         size = next(size for size in report.sizes if size.tp_size == tp_size)
         for rank in report.ranks:
             parts = rank.weight_bytes + rank.activation_bytes + rank.kv_cache_bytes
-            assert parts + CONTEXT_BYTES + RESERVE_BYTES == int(report.gpu_memory * 0.9)
+            assert parts + report.context_bytes + report.reserve_bytes == int(report.gpu_memory * 0.9)
         least = min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in report.ranks)
         assert (size.kv_tokens, size.concurrency) == (max(0, least), max(0, least) // 4096)
         enough = planned(folder, tp_size=tp_size, max_model_len=4096, gpu_memory=size.needed + 100)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -104,17 +105,39 @@ def test_data_unfolds_to_every_tensor() -> None:
 
 
 def test_figures_say_what_is_uneven_copied_and_padded() -> None:
-    html = render(*make_report(make_config(**{**NINE, "vocab_size": 70}), 4))
+    report, config = make_report(make_config(**{**NINE, "vocab_size": 70}), 4)
+    html = render(replace(report, replicated_bytes=1000), config)
     text = " ".join(read(html).texts)
     assert "KV heads on 2 ranks" in text and "uneven" in text
     assert "rank 1 · 18 × 54 · rows q 12:18, k 0:6, v 0:6" in text
-    assert "rows of zeros" in html and "copies on 2 ranks" in html
+    assert "rows of zeros" in html and "rank 0, which has a copy, as 1 more" in html
+    assert " 0 and 1 " in text and "piled up like cards are copies" in text
+    assert "and KV heads, since there are more ranks than those" in text
     assert "all-reduce 1" in text and "all-reduce 2" in text
     assert "The split is uneven" in text
 
 
+def test_what_does_not_apply_is_not_said() -> None:
+    report, config = make_report(NINE, 3)
+    text = " ".join(read(render(replace(report, replicated_bytes=1000), config)).texts)
+    assert "1.0 kB are copies: norms, which every rank needs whole." in text
+    assert "piled up like cards" not in text and "not in this folder" not in text
+
+
+def test_every_lane_of_the_block_is_named() -> None:
+    five, six = (" ".join(read(render(*make_report(NINE, tp_size))).texts) for tp_size in (5, 6))
+    assert all(f" rank {rank} " in five for rank in range(4))
+    assert "1 more rank does the same beside these" in five and "2 more ranks do the same" in six
+
+
 def test_a_missing_rank_is_drawn_as_missing() -> None:
     assert "not in this folder" in render(*make_report(NINE, 3, ranks=[1]))
+
+
+def test_ranks_whose_files_are_elsewhere_are_named() -> None:
+    report, config = make_report(NINE, 3)
+    html = render(replace(report, absent=(1, 2)), config)
+    assert "The files of ranks 1-2 are not in this folder; its manifest describes them." in html
 
 
 @pytest.mark.parametrize("tp_size", [8, 64])
@@ -161,6 +184,33 @@ def test_search_works_in_a_browser(tmp_path: Path) -> None:
     assert names[1:3] == ["model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.qkv_proj.weight"]
     searched = browse(f"{url}#layers.7.%20qkv", tmp_path / "two", "--dump-dom")
     assert re.findall(r"<summary>(\S+) ", searched) == ["model.layers.7.self_attn.qkv_proj.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_typing_filters_and_a_rank_is_singled_out(tmp_path: Path) -> None:
+    """As a person uses it: by events, of which the page has to take notice."""
+    report, config = make_report(NINE, 4)
+    write_page(report, config, tmp_path / "page.html")
+    script = """<script>
+    const field = document.getElementById("search");
+    field.value = "LAYERS.2. row";
+    field.dispatchEvent(new Event("input"));
+    document.querySelector("#results details").open = true;
+    document.querySelectorAll(".legend button")[1].click();
+    const faint = [...document.querySelectorAll("main .off")];
+    document.title = `${faint.some((item) => item.dataset.r === "1")} ${faint.length > 50}`;
+    </script></body>"""
+    page = (tmp_path / "page.html").read_text(encoding="utf-8").replace("</body>", script)
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    dom = browse((tmp_path / "page.html").as_uri(), tmp_path / "profile", "--virtual-time-budget=2000", "--dump-dom")
+    assert re.findall(r"<summary>(\S+) ", dom) == [
+        "model.layers.2.self_attn.o_proj.weight",
+        "model.layers.2.mlp.down_proj.weight",
+    ]
+    assert "2 of 27 tensors a rank" in dom
+    assert "<td>[54, 12]</td><td>0:12</td>" in dom  # rank 0's two heads, in the table that opens under a name
+    assert "<title>false true</title>" in dom
 
 
 @pytest.mark.slow

@@ -31,6 +31,12 @@ def test_no_sizes(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["80", " 5", "999", "1.5"])
+def test_a_small_number_without_a_unit_is_not_taken_for_bytes(text: str) -> None:
+    with pytest.raises(UsageError, match=f"{text.strip()} would be {text.strip()} bytes; .* like {text.strip()}GiB"):
+        parse_bytes(text, "GiB")
+
+
 def test_sizes_are_written_in_decimal_units() -> None:
     assert [format_bytes(n) for n in (0, 999, 1000, 143417896, 8.2e9, 2e12)] == [
         "0 B",

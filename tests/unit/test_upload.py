@@ -52,7 +52,14 @@ def test_local_ranks_fetches_those_ranks_and_later_the_others(hub: Hub, run: Run
     for model in ("org/shards", f"org/shards@{commit}"):
         result = run("download", model, "--local-ranks", "0,2")
         assert set(files(result.stdout.strip())) == some, result.stderr
+    folder = result.stdout.strip()
+    inspected = run("inspect-shards", folder, "--verify")
+    assert inspected.returncode == 0, inspected.stderr
+    assert "not here: the files of rank 1;" in inspected.stdout
+    assert inspected.stdout.endswith("not verified: rank 1 (files are not here)\n")
+    assert "the files of rank 1 are not in" in failed(run("inspect-shards", folder, "--verify", "--rank", "1"))
     assert set(files(run("download", f"org/shards@{commit}").stdout.strip())) == set(held)
+    assert "not verified" not in run("inspect-shards", folder, "--verify").stdout
     assert len(hub.bodies("model-rank-0-part-0.safetensors")) == 1
     assert "no shard of rank 3" in failed(run("download", "org/shards", "--local-ranks", "3"))
     hub.add("org/whole", {"config.json": b"{}", "model.safetensors": b""})

@@ -8,9 +8,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""Safetensors dtypes that can be cast from."""
-
 Bytes = NDArray[np.uint8]
 
 

@@ -42,6 +42,9 @@ DTYPE_BITS = {
 }
 """Bits per element of every dtype that a header may name, in the reference's order, narrow ones first."""
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Dtypes that ``checkpoint.cast`` can cast from."""
+
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
 
 MAX_HEADER = 100_000_000

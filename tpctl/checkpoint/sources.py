@@ -149,16 +149,22 @@ def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
     if path.suffix.lower() == ".safetensors":
         raise SourceError(f"{path} is one weight file; pass its folder, which must hold config.json too")
     check_gguf(path)
+    folder = converted_gguf(path)
+
+    def build(entry: Path) -> None:
+        _convert(path.resolve(), entry, notify)
+
+    build_once(folder.parent, build)
+    return ResolvedSource(folder, model, None)
+
+
+def converted_gguf(path: Path) -> Path:
+    """The folder in the cache that the GGUF file ``path``, as it is now, is or would be converted to."""
     real = path.resolve()
     stat = real.stat()
     identity = f"{real}\n{stat.st_size}\n{stat.st_mtime_ns}"
     key = f"{file_name(real.stem)}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-
-    def build(folder: Path) -> None:
-        _convert(real, folder, notify)
-
-    entry = build_once(cache_root() / "models" / key, build)
-    return ResolvedSource(entry / file_name(real.stem), model, None)
+    return cache_root() / "models" / key / file_name(real.stem)
 
 
 def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
@@ -172,10 +178,15 @@ def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
         record = {"folder": name, "revision": version}
         (folder / SOURCE_RECORD).write_text(json.dumps(record), encoding="utf-8")
 
-    entry = build_once(cache_root() / "models" / f"pypi--{file_name(requirement)}", build)
+    entry = build_once(pypi_entry(requirement), build)
     record = json.loads((entry / SOURCE_RECORD).read_text(encoding="utf-8"))
     name = requirement.partition("==")[0]
     return ResolvedSource(entry / record["folder"], f"pypi:{name}", record["revision"])
+
+
+def pypi_entry(requirement: str) -> Path:
+    """Where the cache keeps what the wheel ``requirement`` (``NAME`` or ``NAME==VERSION``) carried."""
+    return cache_root() / "models" / f"pypi--{file_name(requirement)}"
 
 
 def _convert(path: Path, folder: Path, notify: Notify) -> str:

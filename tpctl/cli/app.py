@@ -10,9 +10,10 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -61,6 +62,31 @@ def _register() -> None:
 _register()
 
 
+# Typer brings its own copy of Click, or takes the installed one: the class of all usage errors is found by this one's.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def _explain(error: Any) -> str:
+    """A usage error of Typer's in one line: what is wrong, the value that was given, and where to look."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    if (given := _given(getattr(getattr(error, "param", None), "opts", ()))) is not None and repr(given) not in text:
+        text += f" (given: {given})"
+    where = error.ctx.command_path if error.ctx is not None else "tpctl"
+    return f"{text[0].lower()}{text[1:]}; see `{where} --help`"
+
+
+def _given(options: Sequence[str]) -> str | None:
+    """The value that the command line gives one of ``options``."""
+    names = [name for name in options if name.startswith("-")]
+    for argument, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        for name in names:
+            if argument == name:
+                return following
+            if argument.startswith(f"{name}="):
+                return argument.removeprefix(f"{name}=")
+    return None
+
+
 def _exit_tidily(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)  # as an exception, so that workers are stopped and files are closed on the way out
 
@@ -76,7 +102,17 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_tidily)
     try:
-        app()
+        sys.exit(app(prog_name="tpctl", standalone_mode=False))
+    except _UsageError as error:
+        text = error.format_message()
+        if "\n" in text:  # no arguments at all: the help page
+            print(text, file=sys.stderr)
+        else:
+            print(f"tpctl: {_explain(error)}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        print("tpctl: aborted", file=sys.stderr)
+        sys.exit(1)
     except TpctlError as error:
         print(f"tpctl: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -47,11 +47,10 @@ def batch(
     from tpctl.client.jobs import JobParser, read_lines
     from tpctl.client.results import Results
     from tpctl.client.tokenizer import Tokenizer
-    from tpctl.engine.sampling_params import SamplingParams
 
+    sampling.check()
     values = {**DEFAULTS, **sampling.given()}
     stop = sampling.stop or []
-    SamplingParams.from_dict(values)
     target = None if output == "-" else Path(output)
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")

@@ -47,9 +47,8 @@ def chat(
     from tpctl.client.conversation import Conversation, recommended_sampling
     from tpctl.client.engine_client import EngineClient
     from tpctl.client.tokenizer import Tokenizer
-    from tpctl.engine.sampling_params import SamplingParams
 
-    SamplingParams.from_dict(sampling.given())  # a wrong value should not have to wait for the model
+    sampling.check()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with the text, not on reading
         sys.stdin.reconfigure(errors="surrogateescape")
     if message is None and not sys.stdin.isatty():

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress
-from tpctl.cli.options import EngineOptions
+from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, EngineOptions
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import parse_bytes
 from tpctl.engine.config import EngineConfig
@@ -24,6 +24,7 @@ def prepare(model: str, options: EngineOptions) -> EngineConfig:
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
+    _kv_cache_memory(options)  # a wrong value should not have to wait for the model
     return configure(supported_source(model, options.tp), options)
 
 
@@ -33,7 +34,7 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
     Raises:
         TpctlError: the model cannot be sharded, its shards are damaged, or it cannot be run in this way.
     """
-    memory = parse_bytes(options.kv_cache_memory) if options.kv_cache_memory is not None else None
+    memory = _kv_cache_memory(options)
     from tpctl.launch.device import choose_device
     from tpctl.partition.manifest import MANIFEST, Manifest
     from tpctl.sharding.cache import ensure_sharded
@@ -48,7 +49,7 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
         folder = ensure_sharded(source, tp_size, progress=progress)
     with byte_progress("verifying") as progress:
         ensure_verified(folder, range(tp_size), progress)
-    seqs, tokens = (64, 2048) if device == "cpu" else (512, 16384)
+    seqs, tokens = (CPU_SEQS, CPU_TOKENS) if device == "cpu" else (GPU_SEQS, GPU_TOKENS)
     return EngineConfig(
         shard_dir=folder,
         tp_size=tp_size,
@@ -63,6 +64,10 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
         attention_backend=options.attention_backend,
         enforce_eager=options.enforce_eager,
     )
+
+
+def _kv_cache_memory(options: EngineOptions) -> int | None:
+    return None if options.kv_cache_memory is None else parse_bytes(options.kv_cache_memory, "GiB")
 
 
 class Interrupts:

@@ -11,6 +11,7 @@ import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, stdout
 from tpctl.cli.units import format_bytes
+from tpctl.partition.manifest import describe_ranks
 
 if TYPE_CHECKING:
     from tpctl.sharding.inspect import InspectReport, PieceReport, TensorReport
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def inspect_shards(
     folder: Annotated[Path, typer.Argument(help="A shard folder.")],
-    rank: Annotated[int | None, typer.Option(help="Only this rank, every tensor of it.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only this rank, every tensor of it.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every byte; compare with the source if it is at hand.")
     ] = False,
@@ -31,19 +32,17 @@ def inspect_shards(
     """Show what each rank of a shard folder holds and how every weight was cut; --verify proves it."""
     from tpctl.checkpoint.sources import resolve
     from tpctl.models.config import ModelConfig
-    from tpctl.partition.manifest import Manifest
+    from tpctl.sharding.at_hand import source_at_hand
+    from tpctl.sharding.damage import load_manifest
     from tpctl.sharding.inspect import inspect_shards as inspect
-    from tpctl.sharding.inspect import source_at_hand
     from tpctl.sharding.page import write_page
 
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder, verify=verify)
     origin = None
     if source is not None:
         origin = resolve(source).folder
     elif verify:
         origin = source_at_hand(manifest)
-        if origin is None:
-            note(f"{manifest.source.id} is not at hand: hashing only; --source MODEL compares with it too")
     with byte_progress("verifying") as progress:
         report = inspect(
             folder, ranks=None if rank is None else [rank], verify=verify, source=origin, progress=progress
@@ -55,6 +54,8 @@ def inspect_shards(
         print_json(asdict(report))
     else:
         _print(report, detail=rank is not None)
+    if verify and origin is None:
+        note(f"not compared: {manifest.source.id} is not at hand; --source MODEL compares every element with it")
 
 
 def _print(report: InspectReport, detail: bool) -> None:
@@ -66,7 +67,8 @@ def _print(report: InspectReport, detail: bool) -> None:
     for rank in report.ranks:
         files = f"{len(rank.files)} file{'s' if len(rank.files) > 1 else ''}"
         size = format_bytes(rank.nbytes)
-        print(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}")
+        absent = "  not here" if rank.rank in report.absent else ""
+        print(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}{absent}")
     if report.imbalance > 1.005:
         print(
             f"uneven: the largest rank holds {report.imbalance - 1:.1%} more than the mean, "
@@ -74,6 +76,10 @@ def _print(report: InspectReport, detail: bool) -> None:
         )
     if report.replicated_bytes:
         print(f"copies: {format_bytes(report.replicated_bytes)} are held by more than one rank")
+    if report.absent:
+        print(f"not here: the files of {describe_ranks(report.absent)}; what is said of them is the manifest's word")
+    if report.strays:
+        print(f"stray: {', '.join(report.strays)} (not in the manifest; an engine may load what lies there, remove it)")
     print()
     if detail:
         for tensor in report.ranks[0].tensors:
@@ -86,6 +92,8 @@ def _print(report: InspectReport, detail: bool) -> None:
             print(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
         if report.verified.compared_bytes:
             print(f"verified: {format_bytes(report.verified.compared_bytes)} equal {report.verified.source}")
+        if report.verified.left_out:
+            print(f"not verified: {'; '.join(report.verified.left_out)}")
 
 
 def _draw(report: InspectReport) -> None:

@@ -15,6 +15,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from tpctl.errors import RequestError, UsageError
+
+CPU_SEQS, CPU_TOKENS = 64, 2048
+GPU_SEQS, GPU_TOKENS = 512, 16384
+"""Sequences and tokens of a step where nothing else is asked for."""
+
 
 class Device(StrEnum):
     cpu = "cpu"
@@ -45,10 +51,12 @@ class EngineOptions:
         int | None, typer.Option(min=1, help="Tokens of prompt and answer. Default: the model's limit.")
     ] = None
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Sequences computed together. Default: 64 on a CPU, 512 on GPUs.")
+        int | None,
+        typer.Option(min=1, help=f"Sequences computed together. Default: {CPU_SEQS} on a CPU, {GPU_SEQS} on GPUs."),
     ] = None
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens computed in one step. Default: 2048 on a CPU, 16384 on GPUs.")
+        int | None,
+        typer.Option(min=1, help=f"Tokens computed in one step. Default: {CPU_TOKENS} on a CPU, {GPU_TOKENS} on GPUs."),
     ] = None
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a KV block. Default: the attention backend's.")
@@ -84,6 +92,20 @@ class SamplingOptions:
         """The fields of ``SamplingParams`` that were set, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stop"}
         return {name: value for name, value in values.items() if value is not None}
+
+    def check(self) -> None:
+        """Refuse what no request may ask for, before anything slow begins.
+
+        Raises:
+            UsageError: a value is out of range; the message names the option.
+        """
+        from tpctl.engine.sampling_params import SamplingParams
+
+        for name, value in self.given().items():
+            try:
+                SamplingParams.from_dict({name: value})
+            except RequestError as error:
+                raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:

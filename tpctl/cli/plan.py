@@ -8,26 +8,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import print_json, stdout
-from tpctl.cli.options import DType
-from tpctl.cli.units import parse_bytes
+from tpctl.cli.options import GPU_SEQS, GPU_TOKENS, DType
+from tpctl.cli.units import format_bytes, parse_bytes
+from tpctl.errors import UsageError
 from tpctl.partition.manifest import describe_ranks
 
 if TYPE_CHECKING:
     from tpctl.sharding.fit import FitReport, RankFit
 
+LEAST_GPU = 1 << 30
+"""Bytes: less is a unit mistaken or forgotten."""
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="As of `tpctl shard`; a folder with a config.json is enough.")],
     tp: Annotated[int | None, typer.Option("--tp", min=1, help="Show this size rank by rank.")] = None,
-    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU.")] = "80GiB",
+    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU, with its unit.")] = "80GiB",
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")
     ] = 0.9,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of one sequence. Default: the model's limit.")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = GPU_SEQS,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = GPU_TOKENS,
     dtype: Annotated[DType, typer.Option(help="Cast floats to it; auto: as stored.")] = DType.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
@@ -37,9 +41,12 @@ def plan(
     from tpctl.checkpoint.metadata import read_metadata
     from tpctl.sharding.fit import Budget, plan_model
 
-    budget = Budget(
-        parse_bytes(gpu_memory), gpu_memory_utilization, max_model_len, max_num_seqs, max_num_batched_tokens
-    )
+    memory = parse_bytes(gpu_memory, "GiB")
+    if memory < LEAST_GPU:
+        raise UsageError(
+            f"--gpu-memory {gpu_memory} is {format_bytes(memory)}, less than any GPU has; write it like 80GiB"
+        )
+    budget = Budget(memory, gpu_memory_utilization, max_model_len, max_num_seqs, max_num_batched_tokens)
     metadata = read_metadata(model, revision=revision, token=token)
     report = plan_model(metadata, budget, tp_size=tp, dtype=dtype.value)
     if json:
@@ -118,6 +125,13 @@ def _print_ranks(report: FitReport) -> None:
             f"{max(0, rank.kv_cache_bytes // rank.kv_bytes_per_token):,}",
         )
     console.print(table)
+    usable = int(report.gpu_memory * report.utilization)
+    console.print(
+        f"KV cache: what is left of {_gib(usable)} ({report.utilization:.0%} of {_gib(report.gpu_memory)}) after "
+        f"weights, activations, {_gib(report.context_bytes)} for the CUDA context, cuBLAS and NCCL, and "
+        f"{_gib(report.reserve_bytes)} kept for CUDA graphs and fragmentation; the last three are estimates",
+        soft_wrap=True,
+    )
 
 
 def _gib(count: int) -> str:

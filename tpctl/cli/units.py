@@ -14,18 +14,28 @@ _UNITS = {"": 1, "B": 1} | {
 
 _MOST_RANKS = 100_000
 
+_LEAST_BARE = 1000
+"""A number without a unit is bytes; one below this was surely meant to have one."""
 
-def parse_bytes(text: str) -> int:
+
+def parse_bytes(text: str, unit: str = "GB") -> int:
     """``"5GB"``, ``"512MiB"`` or ``"1000000"`` in bytes.
 
+    Args:
+        unit: what to suggest where a unit was forgotten.
+
     Raises:
-        UsageError: it is none of these, or less than a byte.
+        UsageError: it is none of these, less than a byte, or so small a number that a unit must be missing.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
     units = {name.lower(): factor for name, factor in _UNITS.items()}
     count = int(float(match[1]) * units.get(match[2].lower(), 0)) if match is not None else 0
     if count == 0:
         raise UsageError(f"{text!r} is no size; write it like 5GB, 512MiB or 1000000")
+    assert match is not None
+    if not match[2] and count < _LEAST_BARE:
+        number = text.strip()
+        raise UsageError(f"{number} would be {number} bytes; write it with a unit, like {number}{unit}")
     return count
 
 

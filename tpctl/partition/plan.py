@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.split import HeadShare, Range, Rule, TensorSplit, source_shapes, split_heads
+from tpctl.partition.split import Cut, HeadShare, Range, Rule, TensorSplit, source_shapes, split_heads
 
 Shape = tuple[int, ...]
 
@@ -85,8 +85,13 @@ class PartitionPlan:
         """
         heads = split_heads(geometry.num_heads, geometry.num_kv_heads, tp_size)
         shards: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in range(tp_size))
+        cuts: dict[tuple[Cut, int], tuple[Range, ...]] = {}  # layers are cut alike
         for split in splits:
-            for rank, stored in enumerate(_cut(split, tp_size)):
+            for block in split.blocks:
+                if (block.cut, block.length) not in cuts:
+                    cuts[block.cut, block.length] = block.cut.ranges(block.length, tp_size)
+            held = [cuts[block.cut, block.length] for block in split.blocks]
+            for rank, stored in enumerate(_cut(split, held, tp_size)):
                 shards[rank][split.name] = stored
         plan = cls(tp_size, geometry, heads, tuple(splits), source_shapes(splits), shards)
         plan.check()
@@ -161,10 +166,9 @@ class PartitionPlan:
             )
 
 
-def _cut(split: TensorSplit, tp_size: int) -> Iterator[StoredTensor]:
-    """Each rank's stored tensor for ``split``, in rank order."""
+def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[StoredTensor]:
+    """Each rank's stored tensor for ``split``, in rank order; ``cuts`` are the ranks' ranges of each block."""
     dim = split.dim
-    cuts = [block.cut.ranges(block.length, tp_size) for block in split.blocks]
     for rank in range(tp_size):
         pieces, along = [], 0
         for block, ranges in zip(split.blocks, cuts, strict=True):

@@ -7,28 +7,22 @@ activations of the largest step and a reserve are taken; the KV cache gets what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from tpctl.checkpoint.cast import FLOATS
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
-from tpctl.errors import PartitionError, UsageError
+from tpctl.errors import UsageError
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
-from tpctl.models.weights import LM_HEAD, ignored_tensors
 from tpctl.partition.plan import PartitionPlan, Shape
-from tpctl.sharding.parts import assign_parts, part_files
-from tpctl.sharding.shard import DEFAULT_PART_SIZE, source_plan
+from tpctl.sharding.model_sizes import ModelSizes
 
 CONTEXT_BYTES = 512 << 20
 """What a process takes on a GPU before it holds a tensor: CUDA context, cuBLAS and NCCL."""
 
 RESERVE_BYTES = 256 << 20
 """Left free by the engine for CUDA graphs and fragmentation."""
-
-_ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,8 @@ class Budget:
     gpu_memory: int = 80 << 30
     utilization: float = 0.9
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384
 
 
 @dataclass(frozen=True)
@@ -91,8 +85,10 @@ class SizeFit:
 class FitReport:
     """A model's sizes. ``exact`` says whether its tensors were read from headers or follow from its config.
 
-    ``limit`` is the smallest size that cannot work, ``limit_reason`` why. ``ranks`` details ``tp_size``,
-    which is the size asked for, or else the smallest that fits (the largest there is, if none does).
+    On each GPU ``context_bytes`` are taken by the process itself and ``reserve_bytes`` kept for CUDA graphs and
+    fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
+    ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
+    is, if none does).
     """
 
     model: str
@@ -106,6 +102,8 @@ class FitReport:
     utilization: float
     max_model_len: int
     max_num_batched_tokens: int
+    context_bytes: int
+    reserve_bytes: int
     sizes: tuple[SizeFit, ...]
     limit: int
     limit_reason: str
@@ -135,30 +133,31 @@ def plan_model(
         raise UsageError(
             f"--max-model-len {length} is more than the model's {config.max_position_embeddings}; use at most that"
         )
-    model = _Model(config, metadata, None if dtype == "auto" else DTYPES[dtype])
+    model = ModelSizes(config, metadata, None if dtype == "auto" else DTYPES[dtype])
     budget = replace(budget, max_model_len=length)
     limit, reason = model.limit()
     sizes = [_size(model, budget, tp) for tp in _candidates(config.num_heads, limit - 1, tp_size)]
     if tp_size is None:
         tp_size = next((size.tp_size for size in sizes if size.concurrency), sizes[-1].tp_size)
-    plan = model.plan(tp_size)
     return FitReport(
         model=metadata.id,
         revision=metadata.revision,
         model_type=config.model_type,
-        parameters=sum(prod(shape) for shape in plan.source_shapes.values()),
-        source_bytes=sum(tensor_nbytes(model.source_dtype(n), s) for n, s in plan.source_shapes.items()),
+        parameters=sum(prod(shape) for shape in model.source_shapes.values()),
+        source_bytes=sum(tensor_nbytes(model.source_dtype(n), s) for n, s in model.source_shapes.items()),
         dtype=config.dtype if dtype == "auto" else dtype,
         exact=metadata.tensors is not None,
         gpu_memory=budget.gpu_memory,
         utilization=budget.utilization,
         max_model_len=length,
         max_num_batched_tokens=budget.max_num_batched_tokens,
+        context_bytes=CONTEXT_BYTES,
+        reserve_bytes=RESERVE_BYTES,
         sizes=tuple(sizes),
         limit=limit,
         limit_reason=reason,
         tp_size=tp_size,
-        ranks=tuple(_ranks(model, budget, plan)),
+        ranks=tuple(_ranks(model, budget, model.plan_of_one_layer(tp_size), files=True)),
     )
 
 
@@ -168,57 +167,8 @@ def _candidates(num_heads: int, largest: int, wanted: int | None) -> list[int]:
     return sorted({tp for tp in shown if tp <= largest} | ({wanted} if wanted else set()))
 
 
-class _Model:
-    """A model's plans, and the dtype that each tensor has and will have."""
-
-    def __init__(self, config: ModelConfig, metadata: ModelMetadata, cast: str | None) -> None:
-        self.config = config
-        self._tensors = metadata.tensors
-        self._cast = cast
-        if metadata.tensors is not None:
-            shapes = {name: tensor.shape for name, tensor in metadata.tensors.items()}
-            self.plan(1).check_source(shapes, ignored_tensors(config))
-
-    def plan(self, tp_size: int) -> PartitionPlan:
-        return source_plan(self.config, self._tensors or (), tp_size)
-
-    def plan_of_one_layer(self, tp_size: int) -> PartitionPlan:
-        """The plan with the first layer alone, which stands for all: layers differ in their windows only."""
-        config = replace(self.config, num_layers=1, windows=self.config.windows[:1])
-        return source_plan(config, self._tensors or (), tp_size)
-
-    def source_dtype(self, name: str) -> str:
-        return DTYPES[self.config.dtype] if self._tensors is None else self._tensors[name].dtype
-
-    def dtypes(self, plan: PartitionPlan) -> dict[str, str]:
-        """The dtype of every stored tensor."""
-        stored = {}
-        for split in plan.splits:
-            dtype = self.source_dtype(split.blocks[0].source)
-            stored[split.name] = self._cast if self._cast and dtype in FLOATS else dtype
-        return stored
-
-    def limit(self) -> tuple[int, str]:
-        """The smallest size that cannot work, and why."""
-        largest = self.config.num_heads
-        reason = f"a query head is not divided, and there are {largest}"
-        while True:
-            try:
-                self.plan_of_one_layer(largest)
-                return largest + 1, reason
-            except PartitionError as error:
-                if largest == 1:
-                    raise
-                largest, reason = largest - 1, str(error)
-
-    def kv_bytes_per_token(self, kv_heads: int) -> int:
-        dtype = self._cast or DTYPES[self.config.dtype]
-        return 2 * self.config.num_layers * kv_heads * self.config.head_dim * _ITEMSIZE[dtype]
-
-
-def _size(model: _Model, budget: Budget, tp_size: int) -> SizeFit:
-    plan = model.plan_of_one_layer(tp_size)
-    ranks = _ranks(model, budget, plan, layers=model.config.num_layers)
+def _size(model: ModelSizes, budget: Budget, tp_size: int) -> SizeFit:
+    ranks = _ranks(model, budget, model.plan_of_one_layer(tp_size))
     sizes = [rank.weight_bytes for rank in ranks]
     length = budget.max_model_len or 1
     tokens = max(0, min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in ranks))
@@ -239,63 +189,29 @@ def _size(model: _Model, budget: Budget, tp_size: int) -> SizeFit:
     )
 
 
-def _ranks(model: _Model, budget: Budget, plan: PartitionPlan, layers: int = 1) -> list[RankFit]:
-    """Every rank's numbers. Where ``plan`` has one layer that stands for ``layers``, file sizes are left at
-    0."""
-    dtypes = model.dtypes(plan)
-    written = [0] * plan.tp_size if layers > 1 else _file_bytes(plan, dtypes)
-    found = []
+def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: bool = False) -> list[RankFit]:
+    """Every rank's numbers, from the plan of one layer; file sizes are left at 0 unless ``files`` asks for them."""
+    alike: dict[tuple[Shape, ...], list[int]] = {}  # most ranks hold the same, which is counted once
     for rank, shard in enumerate(plan.shards):
-        weights = parameters = 0
-        for name, stored in shard.items():
-            times = layers if name.startswith("model.layers.") else 1
-            weights += times * tensor_nbytes(dtypes[name], stored.shape)
-            parameters += times * stored.numel
-        heads = plan.heads[rank]
-        activations = _activation_bytes(model, budget, plan, rank)
-        share = int(budget.gpu_memory * budget.utilization)
-        found.append(
-            RankFit(
-                rank=rank,
-                parameters=parameters,
-                weight_bytes=weights,
-                file_bytes=written[rank],
-                query_heads=len(heads.query),
-                kv_heads=len(heads.kv),
-                kv_bytes_per_token=model.kv_bytes_per_token(len(heads.kv)),
-                activation_bytes=activations,
-                kv_cache_bytes=share - weights - activations - RESERVE_BYTES - CONTEXT_BYTES,
-            )
+        alike.setdefault(tuple(stored.shape for stored in shard.values()), []).append(rank)
+    firsts = [ranks[0] for ranks in alike.values()]
+    written = model.file_bytes(plan, firsts) if files else [0] * len(firsts)
+    share = int(budget.gpu_memory * budget.utilization)
+    found: dict[int, RankFit] = {}
+    for (first, *others), file_bytes in zip(alike.values(), written, strict=True):
+        weights, parameters = model.weights(plan, first)
+        heads = plan.heads[first]
+        activations = model.activation_bytes(plan, first, budget.max_num_batched_tokens, budget.max_num_seqs)
+        fit = RankFit(
+            rank=first,
+            parameters=parameters,
+            weight_bytes=weights,
+            file_bytes=file_bytes,
+            query_heads=len(heads.query),
+            kv_heads=len(heads.kv),
+            kv_bytes_per_token=model.kv_bytes_per_token(len(heads.kv)),
+            activation_bytes=activations,
+            kv_cache_bytes=share - weights - activations - RESERVE_BYTES - CONTEXT_BYTES,
         )
-    return found
-
-
-def _file_bytes(plan: PartitionPlan, dtypes: Mapping[str, str]) -> list[int]:
-    """Bytes of each rank's part files, headers included, as ``tpctl shard`` writes them by default."""
-    parts = assign_parts(plan.shards, dtypes, DEFAULT_PART_SIZE)
-    known: dict[tuple[Shape, ...], int] = {}
-    sizes = []
-    for rank, shard in enumerate(plan.shards):
-        key = tuple(stored.shape for stored in shard.values())
-        if key not in known:  # ranks that hold the same shapes have the same headers
-            known[key] = sum(file.header.file_size for file in part_files(rank, shard, dtypes, parts))
-        sizes.append(known[key])
-    return sizes
-
-
-def _activation_bytes(model: _Model, budget: Budget, plan: PartitionPlan, rank: int) -> int:
-    """An estimate of the largest step's tensors, at the moment when most of them live.
-
-    That is in the MLP: residual, its input and its partial sum [T, H], gate and up [T, 2W], their product [T,
-    W]; or at the end, when each sequence's logits [R, V] are there in the model's dtype and twice in float32.
-    """
-    config, tokens = model.config, budget.max_num_batched_tokens
-    size = _ITEMSIZE[model.dtypes(plan)[LM_HEAD]]
-    width = plan.shape(rank, "model.layers.0.mlp.down_proj.weight")[1]
-    heads = plan.heads[rank]
-    attention = (2 * len(heads.query) + 2 * len(heads.kv)) * config.head_dim
-    block = tokens * size * (3 * config.hidden_size + max(3 * width, attention))
-    rows = min(budget.max_num_seqs, tokens)
-    vocab = plan.shape(rank, LM_HEAD)[0]
-    head = tokens * size * 2 * config.hidden_size + rows * vocab * (size + 2 * 4)
-    return max(block, head)
+        found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
+    return [found[rank] for rank in range(plan.tp_size)]

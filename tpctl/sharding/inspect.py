@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from tpctl.checkpoint.folder import CheckpointFolder
-from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.safetensors import parse_header, tensor_nbytes
-from tpctl.checkpoint.sources import HUB_ID, local_path
-from tpctl.errors import CheckpointError, SourceError
-from tpctl.partition.manifest import Manifest
+from tpctl.errors import ShardFolderError
+from tpctl.partition.manifest import Manifest, describe_ranks
 from tpctl.partition.records import Shard, ShardTensor
+from tpctl.sharding.compare import verify_source
+from tpctl.sharding.contents import absent_ranks, stray_files
+from tpctl.sharding.damage import load_manifest
 from tpctl.sharding.files import Progress
 from tpctl.sharding.recipe import check_ranks
-from tpctl.sharding.verify import open_shards, verify_digests, verify_source
+from tpctl.sharding.verify import open_shards, verify_digests
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,32 @@ class RankReport:
 
 @dataclass(frozen=True)
 class Verified:
-    """What ``--verify`` found in order: bytes hashed, and bytes compared with ``source`` (0 where not at hand)."""
+    """What was found in order.
 
+    Attributes:
+        ranks: those whose files were read.
+        hashed_bytes: bytes that match their digests; 0 where only ``source`` was asked for.
+        compared_bytes: bytes that equal ``source``; 0 where there is none at hand.
+        left_out: what was not looked at, in words, each with the reason.
+    """
+
+    ranks: tuple[int, ...]
     hashed_bytes: int
     compared_bytes: int
     source: str | None
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """A shard folder. ``imbalance`` is the largest rank's bytes over the mean; steps wait for that rank."""
+    """A shard folder, as its manifest describes it.
+
+    Attributes:
+        ranks: those asked for; by default all that the manifest lists.
+        absent: the listed ranks whose files are not in the folder (as after ``download --local-ranks``).
+        strays: weight files and indexes in the folder that the manifest does not list.
+        imbalance: the largest rank's bytes over the mean; steps wait for that rank.
+    """
 
     folder: str
     source: str
@@ -77,6 +93,8 @@ class InspectReport:
     compat: str | None
     source_shapes: dict[str, tuple[int, ...]]
     ranks: tuple[RankReport, ...]
+    absent: tuple[int, ...]
+    strays: tuple[str, ...]
     imbalance: float
     replicated_bytes: int
     verified: Verified | None
@@ -90,25 +108,44 @@ def inspect_shards(
     source: Path | None = None,
     progress: Progress | None = None,
 ) -> InspectReport:
-    """Describe the shard folder; sizes and headers are always checked.
+    """Describe the shard folder; sizes and headers of the files that are here are always checked.
 
     Args:
-        ranks: the ranks to describe and verify; all that the folder holds by default.
+        ranks: the ranks to describe and verify; by default all that the manifest lists, of which those are verified
+            whose files are here.
         verify: hash every byte and compare with the manifest.
         source: a checkpoint folder to compare every element with.
 
     Raises:
-        ShardFolderError: the folder is incomplete, altered, or differs from ``source``.
+        ShardFolderError: the folder is incomplete, altered, or differs from ``source``; a rank that is to be verified
+            is not here; or, with ``verify``, it holds weight files that are none of its own.
         PartitionError: a rank does not exist.
     """
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder, verify=verify)
     chosen = tuple(manifest.shards) if ranks is None else check_ranks(ranks, manifest.tp_size)
-    open_shards(folder, manifest, chosen)
+    absent, strays = absent_ranks(folder, manifest), stray_files(folder, manifest)
+    here = tuple(rank for rank in chosen if rank not in absent)
+    open_shards(folder, manifest, here)
     verified = None
     if verify or source is not None:
-        hashed = verify_digests(folder, manifest, chosen, progress) if verify else 0
-        compared = verify_source(folder, manifest, chosen, source, progress) if source is not None else 0
-        verified = Verified(hashed, compared, None if source is None else str(source))
+        if lost := set(chosen) - set(here) if ranks is not None or not here else ():
+            raise ShardFolderError(
+                f"the files of {describe_ranks(lost)} are not in {folder}, so there is nothing to verify; fetch them "
+                "with `tpctl download --local-ranks`, or choose a rank that is here"
+            )
+        # Only a folder that was fetched in part may lack the tensors that no rank needs.
+        extra = not absent or manifest.extra is None or (folder / manifest.extra.parts[0].file).exists()
+        hashed = verify_digests(folder, manifest, here, extra=extra, progress=progress) if verify else 0
+        compared = 0
+        if source is not None:
+            compared = verify_source(folder, manifest, here, source, extra=extra, progress=progress)
+        if strays and verify:
+            raise ShardFolderError(
+                f"{folder} holds {', '.join(strays)}, which its manifest does not list and an engine may load; "
+                "everything else is in order, remove what does not belong there"
+            )
+        left_out = _left_out(manifest, here, absent, extra)
+        verified = Verified(here, hashed, compared, None if source is None else str(source), left_out)
     sizes = [shard.nbytes for shard in manifest.shards.values()]
     return InspectReport(
         folder=str(folder),
@@ -120,42 +157,32 @@ def inspect_shards(
         compat=manifest.compat,
         source_shapes=_source_shapes(manifest),
         ranks=tuple(_rank(manifest, rank) for rank in chosen),
+        absent=absent,
+        strays=strays,
         imbalance=max(sizes) * len(sizes) / sum(sizes),
         replicated_bytes=_replicated(manifest),
         verified=verified,
     )
 
 
+def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], extra: bool) -> tuple[str, ...]:
+    """What was not verified, by reason."""
+    all_ranks = set(range(manifest.tp_size))
+    reasons = {
+        "not cut into this folder": all_ranks - set(manifest.shards),
+        "files are not here": set(absent),
+        "not asked for": set(manifest.shards) - set(absent) - set(done),
+    }
+    found = [f"{describe_ranks(ranks)} ({reason})" for reason, ranks in reasons.items() if ranks]
+    if manifest.extra is not None and not extra:
+        found.append(f"{manifest.extra.parts[0].file} (not here)")
+    return tuple(found)
+
+
 def _source_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     files = manifest.source.files
     headers = (parse_header(file.header.encode(), file.size, file.name) for file in files)
     return {name: tensor.shape for header in headers for name, tensor in header.tensors.items()}
-
-
-def source_at_hand(manifest: Manifest) -> Path | None:
-    """The folder that the shards were cut from, if it is on this machine and still has the same headers."""
-    found = _local_source(manifest.source.id, manifest.source.revision)
-    if found is None:
-        return None
-    try:
-        files = CheckpointFolder.open(found).files
-    except CheckpointError:
-        return None
-    known = [(file.name, file.size, file.header) for file in manifest.source.files]
-    return found if [(file.name, file.size, file.header.text) for file in files] == known else None
-
-
-def _local_source(name: str, revision: str | None) -> Path | None:
-    try:
-        path = local_path(name)
-    except SourceError:
-        return None
-    if path.is_dir():
-        return path
-    if HUB_ID.fullmatch(name):
-        copy = cached(name, revision)
-        return None if copy is None else copy[0]
-    return None
 
 
 def _rank(manifest: Manifest, rank: int) -> RankReport:

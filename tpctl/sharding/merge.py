@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tpctl.checkpoint.cast import FLOATS
 from tpctl.checkpoint.folder import INDEX
-from tpctl.checkpoint.safetensors import Header, NewTensor, build_header, parse_header
+from tpctl.checkpoint.safetensors import FLOATS, Header, NewTensor, build_header, parse_header
 from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.records import SourceFile

@@ -73,9 +73,13 @@ function show() {
 }
 
 const search = document.getElementById("search");
-search.value = decodeURIComponent(location.hash.slice(1)); // page.html#qkv opens with that search
+function followLink() {
+  search.value = decodeURIComponent(location.hash.slice(1)); // page.html#qkv opens with that search
+  show();
+}
 search.addEventListener("input", show);
-show();
+addEventListener("hashchange", followLink);
+followLink();
 
 const buttons = [...document.querySelectorAll(".legend button")];
 for (const button of buttons) {

@@ -17,6 +17,7 @@ from typing import Any
 
 from tpctl.errors import ShardFolderError
 from tpctl.models.config import ModelConfig
+from tpctl.partition.manifest import describe_ranks
 from tpctl.sharding.inspect import InspectReport
 from tpctl.sharding.page_flow import block_flow, column_example, row_example
 from tpctl.sharding.page_svg import figure, hue
@@ -60,7 +61,7 @@ def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
 def render(report: InspectReport, config: ModelConfig) -> str:
     """The page's HTML."""
     found = kinds(report)
-    revision = f" at {report.revision}" if report.revision else ""
+    revision = f" at revision {report.revision}" if report.revision else ""
     title = f"{report.source}, cut for {report.tp_size} rank{'s' if report.tp_size > 1 else ''}"
     total = sum(rank.nbytes for rank in report.ranks)
     parts = {
@@ -68,8 +69,8 @@ def render(report: InspectReport, config: ModelConfig) -> str:
         "css": _template("page.css"),
         "js": _template("page.js"),
         "summary": escape(
-            f"A {report.model_type} model{revision} with {config.num_layers} layers, {config.num_heads} query and "
-            f"{config.num_kv_heads} KV heads, in {_bytes(total)} of shards. This page shows which rank holds which "
+            f"A {report.model_type} model{revision} with {config.num_layers} blocks (layers), {config.num_heads} query "
+            f"and {config.num_kv_heads} KV heads, in {_bytes(total)} of shards. This page shows which rank holds which "
             "part of every weight, and why it was cut that way."
         ),
         "legend": _legend(report),
@@ -77,7 +78,7 @@ def render(report: InspectReport, config: ModelConfig) -> str:
         "row": row_example(),
         "layers": str(config.num_layers),
         "flow": block_flow(config, found),
-        "balance": _balance(report),
+        "balance": _balance(report, found),
         "ranks": _rank_rows(report, found, config),
         "kinds": "".join(_kind(kind) for kind in found),
         "footer": escape(f"Made by tpctl inspect-shards from {Path(report.folder).name}/tpctl.json."),
@@ -96,7 +97,7 @@ def _legend(report: InspectReport) -> str:
     return " ".join(f'<button aria-pressed="false"{_colour(rank)}>{rank}</button>' for rank in ranks)
 
 
-def _balance(report: InspectReport) -> str:
+def _balance(report: InspectReport, found: Sequence[Kind]) -> str:
     lines = []
     if report.imbalance > 1.005:
         lines.append(
@@ -104,14 +105,21 @@ def _balance(report: InspectReport) -> str:
             "ranks wait for it in every step, which is what an uneven split costs; it is often still far better than "
             "not using the other devices."
         )
-    else:
+    elif report.tp_size > 1:
         lines.append("The split is even: every rank holds the same amount and none waits for another.")
     if report.replicated_bytes:
+        kv = ", and KV heads, since there are more ranks than those" if any(map(_copied, found)) else ""
+        lines.append(f"{_bytes(report.replicated_bytes)} are copies: norms, which every rank needs whole{kv}.")
+    if report.absent:
         lines.append(
-            f"{_bytes(report.replicated_bytes)} are copies: norms, which everyone needs, and KV heads where there are "
-            "more ranks than KV heads."
+            f"The files of {describe_ranks(report.absent)} are not in this folder; its manifest describes them."
         )
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _copied(kind: Kind) -> bool:
+    """Whether ranks hold copies where the rule divides."""
+    return kind.rule != "replicated" and kind.copies > 1
 
 
 def _rank_rows(report: InspectReport, found: Sequence[Kind], config: ModelConfig) -> str:
@@ -135,11 +143,13 @@ def _kind(kind: Kind) -> str:
         tags.append(f"<span class='tag'>{layers}</span>")
     if kind.uneven:
         tags.append("<span class='tag mark'>uneven</span>")
-    if kind.rule != "replicated" and kind.copies > 1:
+    explained = EXPLAINED[kind.rule]
+    if _copied(kind):
+        explained += " There are fewer KV heads than ranks: piled up like cards are copies, each of them whole."
         tags.append(f"<span class='tag mark'>KV heads on {kind.copies} ranks</span>")
     return (
         f"<figure class='kind'><div class='head'><h3>{escape(kind.name)}</h3>{' '.join(tags)}</div>"
-        f"<div><p>{escape(EXPLAINED[kind.rule])}</p><div class='scroll'>{figure(kind)}</div></div></figure>"
+        f"<div><p>{escape(explained)}</p><div class='scroll'>{figure(kind)}</div></div></figure>"
     )
 
 

@@ -54,34 +54,43 @@ class _Flow:
         ranks = found["self_attn.qkv_proj"].ranks
         self._shown = list(range(len(ranks)))[:LANES]
         self._ranks = ranks
-        self._lane = max(176.0, 580.0 / len(self._shown))
+        self._lane = max(150.0, 432.0 / len(self._shown))  # up to two ranks fit a telephone's width
         self._width = self._lane * len(self._shown) - 12
         self._svg, self._y = Svg(), 0.0
 
     def draw(self) -> str:
         hidden = self._config.hidden_size
-        self._bar("bar", f"hidden state, {hidden} numbers a token: the same on every rank")
+        total = f"{hidden:,} partial sums a token, added over the ranks; all get the total"
+        for lane, index in enumerate(self._shown):
+            rank = self._ranks[index]
+            self._svg.text(lane * self._lane + (self._lane - 12) / 2, 14, f"rank {rank}", "in", "middle", rank)
+        self._y = 24
+        self._bar("bar", "hidden state", f"{hidden:,} numbers a token, the same on every rank")
         self._lanes("step", lambda i: ("RMSNorm", "the whole vector"), "Cheap, so every rank does it.")
         self._lanes("weight", self._weight("self_attn.qkv_proj", "qkv"), "Column-parallel: own heads' q, k, v.")
         self._lanes("step", self._heads, self._attention_note())
         self._lanes("weight", self._weight("self_attn.o_proj", "o"), "Row-parallel: inputs are own heads.")
-        self._bar("reduce", f"all-reduce 1: {hidden} partial sums a token are added over the ranks; all get the total")
+        self._bar("reduce", "all-reduce 1", total)
         self._bar("bar", "added to the hidden state")
         self._lanes("step", lambda i: ("RMSNorm", "the whole vector"), "")
         self._lanes("weight", self._weight("mlp.gate_up_proj", "gate, up"), "Column-parallel: own share of the width.")
         self._lanes("step", self._activation, "Entry by entry, no exchange.")
         self._lanes("weight", self._weight("mlp.down_proj", "down"), "Row-parallel: inputs are own share.")
-        self._bar("reduce", f"all-reduce 2: {hidden} partial sums a token are added over the ranks; all get the total")
+        self._bar("reduce", "all-reduce 2", total)
         self._bar("bar", "added to the hidden state, on to the next block", last=True)
         if len(self._ranks) > len(self._shown):
             more = len(self._ranks) - len(self._shown)
-            self._svg.text(0, self._y + 14, f"{more} more ranks do the same beside these", "note")
+            ranks = "rank does" if more == 1 else "ranks do"
+            self._svg.text(0, self._y + 14, f"{more} more {ranks} the same beside these", "note")
         return self._svg.render("the way through one decoder block with its two all-reduces")
 
-    def _bar(self, kind: str, text: str, last: bool = False) -> None:
-        self._svg.rect(0, self._y, self._width, 28, kind)
-        self._svg.text(self._width / 2, self._y + 18, text, "in", "middle")
-        self._y += 28
+    def _bar(self, kind: str, title: str, detail: str = "", last: bool = False) -> None:
+        height = 40 if detail else 28
+        self._svg.rect(0, self._y, self._width, height, kind)
+        self._svg.text(self._width / 2, self._y + (17 if detail else 18), title, "in", "middle")
+        if detail:
+            self._svg.text(self._width / 2, self._y + 32, detail, "in small", "middle")
+        self._y += height
         if not last:
             self._arrows()
 
@@ -105,7 +114,7 @@ class _Flow:
 
     def _weight(self, title: str, short: str) -> Content:
         kind = self._kinds[title]
-        return lambda i: (f"{short} weight", " × ".join(map(str, kind.shapes[i])))
+        return lambda i: (f"{short} weight", " × ".join(f"{size:,}" for size in kind.shapes[i]))
 
     def _heads(self, index: int) -> tuple[str, str]:
         query, kv = self._head_counts(index)
@@ -121,4 +130,4 @@ class _Flow:
         return query // self._config.head_dim, kv // self._config.head_dim
 
     def _activation(self, index: int) -> tuple[str, str]:
-        return "SiLU(gate) · up", f"{self._kinds['mlp.down_proj'].shapes[index][1]} numbers"
+        return "SiLU(gate) · up", f"{self._kinds['mlp.down_proj'].shapes[index][1]:,} numbers"

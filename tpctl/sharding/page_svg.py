@@ -11,6 +11,9 @@ from tpctl.sharding.picture_kinds import Band, Kind, SourcePicture
 LABEL = 34.0
 """Room for "gate" left of a source."""
 
+CARD = 7.0
+"""How far a copy shows behind the one before it."""
+
 MOST_RANKS = 16
 """Ranks whose stored tensors a figure shows; the whole weight beside them shows all."""
 
@@ -76,15 +79,16 @@ def figure(kind: Kind) -> str:
 
 def _vector(svg: Svg, kind: Kind) -> None:
     """A weight that every rank holds whole."""
-    shown = kind.ranks[:8]
-    svg.text(0, 12, f"one vector of {kind.shapes[0][0]} numbers", "note")
-    svg.rect(0, 20, 200, 16, "whole")
-    svg.line(214, 28, 244, 28)
+    shown, width = kind.ranks[:8], 120.0
+    left = width + 56
+    svg.text(0, 12, f"one vector of {kind.shapes[0][0]:,} numbers", "note")
+    svg.rect(0, 20, width, 16, "whole")
+    svg.line(width + 14, 28, width + 44, 28)
     for index, rank in enumerate(shown):
-        svg.rect(256, 20 + index * 20, 200, 16, "cell", rank, f"rank {rank} holds all of it")
-        svg.text(464, 32 + index * 20, f"rank {rank}: all of it")
+        svg.rect(left, 20 + index * 20, width, 16, "cell", rank, f"rank {rank} holds all of it")
+        svg.text(left + width + 8, 32 + index * 20, f"rank {rank}: all of it")
     if len(kind.ranks) > len(shown):
-        svg.text(464, 32 + len(shown) * 20, f"… and {len(kind.ranks) - len(shown)} more", "note")
+        svg.text(left + width + 8, 32 + len(shown) * 20, f"… and {len(kind.ranks) - len(shown)} more", "note")
 
 
 def _bias(svg: Svg, kind: Kind) -> None:
@@ -99,12 +103,12 @@ def _matrix(svg: Svg, kind: Kind, columns: int | None = None) -> None:
     sx, sy = width / across, height / rows
     top = 34.0
     rows_are, columns_are = ("tokens", "features") if kind.rule == "vocab" else ("outputs", "inputs")
-    svg.text(0, 12, f"whole: {rows} rows ({rows_are})", "note")
-    svg.text(0, 26, f"× {across} columns ({columns_are})", "note")
+    svg.text(0, 12, f"whole: {rows:,} rows ({rows_are})", "note")
+    svg.text(0, 26, f"× {across:,} columns ({columns_are})", "note")
     y, left = top, LABEL if kind.sources[0].label else 0
     for source in kind.sources:
         y = _source(svg, source, kind.dim, left, y, sx, sy, across) + (5 if len(kind.sources) > 1 else 0)
-    width += left
+    width += left + CARD * (kind.copies - 1)
     width = max(width, 150.0)  # room for the caption above
     middle = top + min(height, 300.0) / 2
     svg.line(width + 16, middle, width + 46, middle)
@@ -120,7 +124,10 @@ def _box(across: int, rows: int, kind: Kind) -> tuple[float, float]:
     width = 240.0 if ratio >= 1 else 240.0 * ratio
     height = 240.0 / ratio if ratio >= 1 else 240.0
     bands = len(kind.ranks)
-    return (max(width, 14.0 * bands), height) if kind.dim else (width, max(height, 14.0 * bands * len(kind.sources)))
+    if kind.dim:
+        return max(width, 14.0 * bands), height
+    narrowest = min(band.stop - band.start for source in kind.sources for band in source.bands)
+    return width, max(height, min(14.0 * rows / narrowest, 14.0 * bands * len(kind.sources)))
 
 
 def _source(
@@ -142,19 +149,21 @@ def _source(
 
 
 def _band(svg: Svg, band: Band, place: tuple[float, float, float, float], source: SourcePicture, dim: int) -> None:
-    """One band; ranks that hold copies of it share it in stripes across."""
+    """One band; copies of it that several ranks hold lie behind each other like cards."""
     x, y, w, h = place
     what = "rows" if dim == 0 else "columns"
     if not band.ranks:
         svg.rect(x, y, w, h, "absent", None, f"{what} {band.start} to {band.stop - 1}: not in this folder")
         return
-    copies = "" if len(band.ranks) == 1 else f", copies on {len(band.ranks)} ranks"
-    for index, rank in enumerate(band.ranks):
-        step = w / len(band.ranks)
+    copies = "" if len(band.ranks) == 1 else f", which has a copy, as {len(band.ranks) - 1} more"
+    for index, rank in reversed(list(enumerate(band.ranks))):
         tip = f"{source.label or source.name}: {what} {band.start} to {band.stop - 1}, rank {rank}{copies}"
-        svg.rect(x + index * step, y, step, h, "cell", rank, tip)
-        if h >= 11 and step >= 12:
-            svg.text(x + (index + 0.5) * step, y + h / 2 + 4, str(rank), "in", "middle")
+        svg.rect(x + index * CARD, y, w, h, "cell", rank, tip)
+    names = str(band.ranks[0]) if len(band.ranks) == 1 else f"{band.ranks[0]} to {band.ranks[-1]}"
+    if len(band.ranks) == 2:
+        names = f"{band.ranks[0]} and {band.ranks[1]}"
+    if h >= 11 and w >= 7 * len(names):
+        svg.text(x + w / 2, y + h / 2 + 4, names, "in", "middle", band.ranks[0] if len(band.ranks) == 1 else None)
 
 
 def _stacked(svg: Svg, kind: Kind, left: float, top: float, sx: float, sy: float, across: int) -> None:
@@ -198,7 +207,7 @@ def _side_by_side(svg: Svg, kind: Kind, left: float, top: float, sx: float, sy: 
 
 
 def _caption(kind: Kind, index: int) -> str:
-    shape = " × ".join(map(str, kind.shapes[index]))
+    shape = " × ".join(f"{size:,}" for size in kind.shapes[index])
     axis = "rows" if kind.dim == 0 else "columns"
     return f"rank {kind.ranks[index]} · {shape} · {axis} {kind.ranges(index)}"
 

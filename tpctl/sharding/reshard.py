@@ -17,7 +17,7 @@ from tpctl.sharding.files import Progress
 from tpctl.sharding.merge import require_all_ranks
 from tpctl.sharding.publish import refuse_existing
 from tpctl.sharding.recipe import make_recipe
-from tpctl.sharding.shard import source_plan
+from tpctl.sharding.source_plan import source_plan
 from tpctl.sharding.verify import check_copied, open_extra, open_shards
 from tpctl.sharding.writer import ShardReport, write_shards
 

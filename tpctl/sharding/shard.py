@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from tpctl.checkpoint.cast import FLOATS
 from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.safetensors import FLOATS
 from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
-from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors, weight_splits
+from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors
 from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.records import Source, SourceFile
@@ -20,11 +20,9 @@ from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, whole
 from tpctl.sharding.publish import refuse_existing
 from tpctl.sharding.recipe import make_recipe
+from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, source_plan
 from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.writer import ShardReport, write_shards
-
-DEFAULT_PART_SIZE = 5 * 10**9
-"""Bytes of tensors in one part file, as Hugging Face checkpoints have it."""
 
 
 def shard_checkpoint(
@@ -101,21 +99,6 @@ def shard_checkpoint(
     )
     check = folder.check_unchanged
     return write_shards(recipe, out, force=force, add=ranks is not None, check=check, progress=progress)
-
-
-def source_plan(config: ModelConfig, names: Iterable[str], tp_size: int) -> PartitionPlan:
-    """The partition plan for a checkpoint that holds tensors ``names``.
-
-    With tied embeddings a checkpoint may keep the one copy under the head's name; the plan then reads that.
-
-    Raises:
-        PartitionError: the model cannot be cut into ``tp_size`` shards.
-    """
-    splits, names = list(weight_splits(config)), set(names)
-    if config.tie_word_embeddings and LM_HEAD in names and EMBEDDING not in names:
-        head = splits[-1]
-        splits[-1] = replace(head, blocks=tuple(replace(block, source=LM_HEAD) for block in head.blocks))
-    return PartitionPlan.build(config.geometry, splits, tp_size)
 
 
 def _safetensors_dtype(dtype: str | None) -> str | None:

@@ -186,17 +186,28 @@ class _Mover:
         raise ShardFolderError(f"{stored.label} differs from its source {region.source} at the source's {place}")
 
     def _write_tail(self, stored: Stored) -> None:
-        """Write (zeros: leave as holes) and hash what no region covers."""
-        done = _covered(stored)
-        if self.compare or done == stored.nbytes:
-            return
-        for first in range(done, stored.nbytes, BAND_BYTES):
+        """Write (zeros: leave as holes) and hash what no region covers, or compare it."""
+        for first in range(_covered(stored), stored.nbytes, BAND_BYTES):
             data = _filler(stored, min(BAND_BYTES, stored.nbytes - first))
+            if self.compare:
+                self._compare_filler(stored, data, first)
+                continue
             if (digest := self.write_hashes.get(_key(stored))) is not None:
                 digest.update(data.data)
             if stored.fill:
                 self.files.write(stored.path, data, stored.offset + first)
             self.tally.add(data.nbytes)
+
+    def _compare_filler(self, stored: Stored, data: Bytes, first: int) -> None:
+        found = np.empty_like(data)
+        self.files.read(stored.path, found, stored.offset + first)
+        if not np.array_equal(found, data):
+            at = (first + int(np.argmax(found != data))) // item_size(stored.dtype, stored.name)
+            raise ShardFolderError(
+                f"{stored.label} holds something other than {stored.fill} at its element {at}, "
+                "which is made of no source tensor"
+            )
+        self.tally.add(data.nbytes)
 
     def _check_tail(self, stored: Stored) -> None:
         """Hash what no region covers, and compare the digest."""

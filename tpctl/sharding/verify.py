@@ -1,4 +1,4 @@
-"""Proves a shard folder: every byte against the manifest's digests, every element against the source."""
+"""Proves a shard folder against its manifest: sizes, headers, and the digest of every byte."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from tpctl.checkpoint.folder import CheckpointFolder
-from tpctl.checkpoint.safetensors import Header, NewTensor, build_header
-from tpctl.errors import CheckpointError, ShardFolderError
+from tpctl.checkpoint.safetensors import Header, NewTensor, TensorInfo, build_header
+from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import Manifest
 from tpctl.partition.records import Shard
 from tpctl.sharding.copied import hash_file
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, in_shard, whole
-from tpctl.sharding.transfer import Move, hash_all, run
+from tpctl.sharding.transfer import hash_all
 
 AGAIN = "shard the model again, or copy the file again"
 
@@ -28,15 +27,22 @@ def open_shards(folder: Path, manifest: Manifest, ranks: Sequence[int]) -> dict[
     """
     found: dict[str, list[Stored]] = {}
     for rank in ranks:
-        shard = manifest.shard(rank)
-        headers = _headers(folder, shard, f"rank {rank}")
-        for name, tensor in shard.tensors.items():
-            header, path = headers[tensor.part]
-            info = header.tensors[name]
+        tensors = manifest.tensors(rank)
+        for name, (info, path) in tensor_infos(folder, manifest, rank).items():
+            tensor = tensors[name]
             found.setdefault(name, []).append(
                 in_shard(info, tensor.pieces, path, rank, fill=tensor.fill, digest=tensor.digest)
             )
     return {name: tuple(held) for name, held in found.items()}
+
+
+def tensor_infos(folder: Path, manifest: Manifest, rank: int) -> dict[str, tuple[TensorInfo, Path]]:
+    """The header entry and the file of every tensor of ``rank``; errors as ``open_shards``."""
+    shard = manifest.shard(rank)
+    headers = _headers(folder, shard, f"rank {rank}")
+    return {
+        name: (headers[tensor.part][0].tensors[name], headers[tensor.part][1]) for name, tensor in shard.tensors.items()
+    }
 
 
 def open_extra(folder: Path, manifest: Manifest) -> tuple[Stored, ...]:
@@ -48,42 +54,22 @@ def open_extra(folder: Path, manifest: Manifest) -> tuple[Stored, ...]:
     return tuple(whole(header.tensors[name], path, digest=tensors[name].digest) for name in tensors)
 
 
-def verify_digests(folder: Path, manifest: Manifest, ranks: Sequence[int], progress: Progress | None = None) -> int:
-    """Hash every byte of ``ranks``' files and of the copied files; the number of bytes.
+def verify_digests(
+    folder: Path, manifest: Manifest, ranks: Sequence[int], *, extra: bool = True, progress: Progress | None = None
+) -> int:
+    """Hash every byte of ``ranks``' files, of the extra file (unless not ``extra``) and of the copied files; the number
+    of bytes.
 
     Raises:
         ShardFolderError: something is damaged; the message names the tensor and its rank, or the file.
     """
     shards = open_shards(folder, manifest, ranks)
-    stored = [one for held in shards.values() for one in held] + list(open_extra(folder, manifest))
+    stored = [one for held in shards.values() for one in held]
+    stored += open_extra(folder, manifest) if extra else ()
     copied = check_copied(folder, manifest)
     with Files() as files:
         hash_all(stored, files, Tally(sum(one.nbytes for one in stored), "", progress))
     return copied + sum(one.nbytes for one in stored)
-
-
-def verify_source(
-    folder: Path, manifest: Manifest, ranks: Sequence[int], source: Path, progress: Progress | None = None
-) -> int:
-    """Compare every element of ``ranks``' shards with the checkpoint in ``source``; the number of bytes.
-
-    Raises:
-        CheckpointError: ``source`` is unsound, or lacks a tensor.
-        ShardFolderError: an element differs; the message names tensor, rank and place.
-    """
-    checkpoint = CheckpointFolder.open(source)
-    tensors = {name: whole(info, file.path) for name, (file, info) in checkpoint.tensors.items()}
-    moves = []
-    for held in open_shards(folder, manifest, ranks).values():
-        wanted = dict.fromkeys(region.source for one in held for region in one.regions)
-        missing = [name for name in wanted if name not in tensors]
-        if missing:
-            raise CheckpointError(f"{source} has no tensor {missing[0]}; it is not what {folder} was cut from")
-        moves.append(Move(tuple(tensors[name] for name in wanted), held))
-    total = sum(move.nbytes for move in moves)
-    with Files() as files:
-        run(moves, files, Tally(total, "", progress), compare=True)
-    return total
 
 
 def _headers(folder: Path, shard: Shard, owner: str) -> list[tuple[Header, Path]]:

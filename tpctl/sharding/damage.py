@@ -1,0 +1,178 @@
+"""Where a manifest was damaged: its own SHA-256 says only that it was.
+
+Two ways lead to the place. A flipped bit is found by undoing it: the flip that makes the digest right again is the one
+that happened. And what a tensor's line says (these lines are most of the file) is also written elsewhere: in the header
+of its part file, in its bytes, and in the plan that follows from ``config.json``. The line that contradicts them is
+the damaged one, since the manifest is known to be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tpctl.checkpoint.safetensors import Header, parse_header, read_header
+from tpctl.errors import ShardFolderError, TpctlError
+from tpctl.models.config import ModelConfig
+from tpctl.partition.manifest import MANIFEST, Manifest
+from tpctl.partition.records import Part, Shard, shard_from_dict
+from tpctl.sharding.compare import Expected
+from tpctl.sharding.files import Files, Tally
+from tpctl.sharding.flips import path_of_line, undo_flip, unreadable_line
+from tpctl.sharding.layout import whole
+from tpctl.sharding.source_plan import source_plan
+from tpctl.sharding.transfer import hash_all
+
+
+def load_manifest(folder: Path, *, verify: bool = False) -> Manifest:
+    """``Manifest.load``, whose error also says what in the manifest is damaged, as far as that can be told.
+
+    Args:
+        verify: read the tensors too, to tell a damaged digest.
+
+    Raises:
+        ShardFolderError: as ``Manifest.load``.
+    """
+    try:
+        return Manifest.load(folder)
+    except ShardFolderError:
+        try:
+            raw = (folder / MANIFEST).read_bytes()
+        except OSError:
+            raw = b""
+        place = _find(folder, raw, verify) if raw else None
+        if place is None and not (verify and _is_json(raw)):
+            raise
+        place = place or "everything that other files tell too does fit, so it is in what only the manifest says"
+        raise ShardFolderError(
+            f"{folder / MANIFEST} was altered after it was written: {place}; shard the model again, or copy it again"
+        ) from None
+
+
+def _is_json(raw: bytes) -> bool:
+    """Whether ``raw`` is a manifest of this version, as far as that shows."""
+    return unreadable_line(raw) is None and b'"format_version":1,' in raw
+
+
+def _find(folder: Path, raw: bytes, read: bool) -> str | None:
+    """What in the altered manifest ``raw`` of ``folder`` is damaged; ``None`` if that cannot be told."""
+    lines = raw.split(b"\n")
+    short = [n for n, line in enumerate(lines) if b'":{"part":' not in line and len(line) < 2000]
+    top = [n for n in short if lines[n][:2] != b"  "]
+    broken = unreadable_line(raw)
+    if broken is not None:  # the flip is there or next to it: a bracket shows in the following line only
+        near = range(max(0, broken - 1), min(broken + 2, len(lines)))
+        return undo_flip(raw, near) or f"it cannot be read at {path_of_line(lines, broken)} (line {broken + 1})"
+    if b'"format_version":1,' not in raw:  # another version, unless a bit says so by mistake
+        return undo_flip(raw, top)
+    return (
+        # Sizes that the whole plan hangs on come first: with a wrong one all tensors would look wrong.
+        undo_flip(raw, top)
+        or _contradiction(folder, json.loads(raw), read)
+        or undo_flip(raw, sorted(range(len(lines)), key=lambda n: len(lines[n])))
+    )
+
+
+def _contradiction(folder: Path, value: Any, read: bool) -> str | None:
+    """The first entry of the manifest's JSON that is malformed, or contradicts the folder's other files."""
+    try:
+        found: list[tuple[str, int | None, Any]] = []
+        found += [(f"rank {int(rank)}", int(rank), shard) for rank, shard in value["shards"].items()]
+        found += [("the extra file", None, value["extra"])] if value["extra"] else []
+        expected = _expected(folder, value)
+        for owner, rank, entries in found:
+            for place in _contradictions(folder, owner, rank, entries, expected, read):
+                return place
+        for name, file in value["files"].items():
+            if _altered(folder / name, file):
+                return f"size or digest of {name} do not fit the file"
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return None
+
+
+def _expected(folder: Path, value: Mapping[str, Any]) -> Expected | None:
+    """What the plan of the folder's own config says, if there is one."""
+    try:
+        headers = [parse_header(f["header"].encode(), f["size"], f["name"]) for f in value["source"]["files"]]
+        config = ModelConfig.load(folder)
+        plan = source_plan(config, {name for header in headers for name in header.tensors}, value["tp_size"])
+        return Expected.of(config, plan, value["compat"])
+    except TpctlError:
+        return None
+
+
+def _contradictions(
+    folder: Path, owner: str, rank: int | None, entries: Mapping[str, Any], expected: Expected | None, read: bool
+) -> Iterator[str]:
+    """What of a shard's entries is malformed, or contradicts its part files or ``expected``."""
+    parts = _shard(entries["parts"], {})
+    if parts is None:
+        yield f"the list of part files of {owner} is malformed"
+        return
+    headers = [_header(folder, part) for part in parts.parts]
+    for part, header in zip(parts.parts, headers, strict=True):
+        if header is not None and _entry(part.file, header) != part:
+            yield f"size or header of {part.file} ({owner}) do not fit the file"
+    names = {name: n for n, header in enumerate(headers) if header is not None for name in header.tensors}
+    wanted: Mapping[str, Any] = names
+    if expected is not None and rank is not None and rank < len(expected.shards):
+        wanted = expected.shards[rank]
+    if not wanted:  # neither files nor a plan
+        wanted = entries["tensors"]
+    for name in wanted:
+        if name not in entries["tensors"]:
+            yield f"{name} of {owner} is missing"
+    for name, fields in entries["tensors"].items():
+        shard = _shard(entries["parts"], {name: fields})
+        if shard is None or name not in wanted:
+            why = "is malformed" if shard is None else "belongs to no tensor of the model"
+            yield f"the entry of {name} of {owner} {why}"
+            continue
+        entry = shard.tensors[name]
+        differ = expected.differing(rank, name, entry) if expected is not None and rank is not None else []
+        if (header := headers[entry.part]) is not None:
+            info = header.tensors.get(name)
+            differ += ["part"] if info is None else []
+            differ += ["dtype"] if info is not None and info.dtype != entry.dtype else []
+        for field in differ:
+            yield f"the {field} of {name} of {owner} {'do' if field == 'pieces' else 'does'} not fit"
+        if header is not None and read and not differ:
+            stored = whole(header.tensors[name], folder / parts.parts[entry.part].file, rank, entry.digest)
+            try:
+                with Files() as files:
+                    hash_all([stored], files, Tally(stored.nbytes, "", None))
+            except ShardFolderError:
+                yield f"the digest of {name} of {owner} is not that of its bytes"
+
+
+def _shard(parts: Any, tensors: Mapping[str, Any]) -> Shard | None:
+    try:
+        return shard_from_dict({"parts": parts, "tensors": tensors})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _header(folder: Path, part: Part) -> Header | None:
+    """The header of a part file that is here."""
+    try:
+        return read_header(folder / part.file)
+    except TpctlError:
+        return None
+
+
+def _entry(file: str, header: Header) -> Part:
+    return Part(file, header.file_size, header.size, sha256(header.raw).hexdigest())
+
+
+def _altered(path: Path, entry: Mapping[str, Any]) -> bool:
+    from blake3 import blake3
+
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return (len(data), blake3(data).hexdigest()) != (entry["size"], entry["digest"])

@@ -1,0 +1,86 @@
+"""A flipped bit in a manifest, found by undoing it.
+
+The canonical text ends with its own SHA-256, so the one flip that makes text and digest fit again is the one that
+happened: chance would have to find a collision.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
+
+MOST_HASHED = 16 << 30
+"""Bytes to hash at most while trying, about ten seconds."""
+
+_MARK, _END, _HEX = b',\n "sha256":"', b'"\n}\n', 64
+_TAIL = len(_MARK) + _HEX + len(_END)
+
+
+def undo_flip(raw: bytes, lines: Iterable[int]) -> str | None:
+    """What the only flipped bit of the manifest ``raw`` belongs to, in words, if it is in one of ``lines`` (from 0)."""
+    body, tail = raw[:-_TAIL] + b"\n}\n", raw[-_TAIL:]
+    right = _MARK + sha256(body).hexdigest().encode() + _END
+    if len(tail) == _TAIL and sum((a ^ b).bit_count() for a, b in zip(tail, right, strict=True)) == 1:
+        return "its own sha256 has a flipped bit"
+    recorded, hashed = tail[len(_MARK) : -len(_END)].decode("latin-1"), 0
+    starts = [0, *(match.end() for match in re.finditer(b"\n", raw))]
+    for number in lines:
+        start = starts[number]
+        stop = min(starts[number + 1] if number + 1 < len(starts) else len(raw), len(body) - 2)
+        before, rest = sha256(body[:start]), body[stop:]
+        for place, line in _flipped(body[start:stop]):
+            digest = before.copy()
+            digest.update(line)
+            digest.update(rest)
+            if digest.hexdigest() == recorded:
+                text = (body[:start] + line + rest).split(b"\n")
+                return f"{path_of_line(text, number)} has a flipped bit (byte {start + place} of the file)"
+            if (hashed := hashed + len(rest)) > MOST_HASHED:
+                return None
+    return None
+
+
+def _flipped(line: bytes) -> Iterator[tuple[int, bytes]]:
+    """``line`` with each bit flipped that leaves a byte which JSON has, and its place."""
+    for place, byte in enumerate(line):
+        for bit in range(8):
+            other = byte ^ (1 << bit)
+            if other == 0x0A or 0x20 <= other < 0x7F or (byte >= 0x80 and other >= 0x80):
+                yield place, line[:place] + bytes([other]) + line[place + 1 :]
+
+
+def unreadable_line(raw: bytes) -> int | None:
+    """The line (from 0) at which ``raw`` stops being JSON in UTF-8, if it does."""
+    try:
+        json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return raw.count(b"\n", 0, error.start)
+    except json.JSONDecodeError as error:
+        return error.doc.count("\n", 0, error.pos)
+    except RecursionError:
+        return 0
+    return None
+
+
+def path_of_line(lines: Sequence[bytes], number: int) -> str:
+    """What a line of a manifest is about, in words: a tensor and its rank, or the path of a field.
+
+    Lines are indented by their depth, one space a level.
+    """
+    path: list[str] = []
+    for line in lines[: number + 1]:
+        depth = len(line) - len(line.lstrip(b" "))
+        key = re.match(rb' *"((?:[^"\\]|\\.)*)', line)
+        if depth:
+            # An item of a list has no key of its own: its place stays empty.
+            path = [*path, *[""] * depth][: depth - 1] + ([key[1].decode("utf-8", "replace")] if key else [])
+    match path:
+        case ["shards", rank, "tensors", name]:
+            return f"{name} of rank {rank}"
+        case ["shards", rank, *_]:
+            return f"the list of part files of rank {rank}" if "parts" in path else f"the entry of rank {rank}"
+        case ["extra", "tensors", name]:
+            return f"{name} of the extra file"
+    return ".".join(key for key in path if key) or "what stands around its fields"

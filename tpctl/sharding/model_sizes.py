@@ -1,0 +1,117 @@
+"""How large a model's tensors are on each rank: weights exactly, the KV cache by token, activations by estimate.
+
+Layers are cut alike, so one layer's plan stands for all of them; only their dtypes may differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tpctl.checkpoint.metadata import ModelMetadata
+from tpctl.checkpoint.safetensors import DTYPE_BITS, FLOATS
+from tpctl.errors import PartitionError
+from tpctl.models.config import ModelConfig
+from tpctl.models.specs import DTYPES
+from tpctl.models.weights import LM_HEAD, ignored_tensors
+from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.split import source_shapes
+from tpctl.sharding.parts import assign_parts, part_files
+from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, source_plan, source_splits
+
+
+class ModelSizes:
+    """The sizes of one model.
+
+    Attributes:
+        source_shapes: of the checkpoint's tensors, by name.
+        dtypes: the safetensors dtype of every stored tensor.
+
+    Raises:
+        CheckpointError: the checkpoint's headers do not fit its config.
+    """
+
+    def __init__(self, config: ModelConfig, metadata: ModelMetadata, cast: str | None) -> None:
+        self.config = config
+        self._tensors = metadata.tensors
+        self._cast = cast
+        if metadata.tensors is not None:
+            shapes = {name: tensor.shape for name, tensor in metadata.tensors.items()}
+            source_plan(config, shapes, 1).check_source(shapes, ignored_tensors(config))
+        splits = source_splits(config, self._tensors or ())
+        self.source_shapes = source_shapes(splits)
+        self.dtypes = {split.name: self._stored_dtype(split.blocks[0].source) for split in splits}
+        self._in_layer_0 = {name: re.sub(r"^model\.layers\.\d+\.", "model.layers.0.", name) for name in self.dtypes}
+        self._bits: dict[str, int] = defaultdict(int)  # of one element in every layer together
+        self._times: dict[str, int] = defaultdict(int)
+        for name, first in self._in_layer_0.items():
+            self._bits[first] += DTYPE_BITS[self.dtypes[name]]
+            self._times[first] += 1
+
+    def plan_of_one_layer(self, tp_size: int) -> PartitionPlan:
+        """The plan with the first layer alone. Raises ``PartitionError`` if the model cannot be cut so."""
+        config = replace(self.config, num_layers=1, windows=self.config.windows[:1])
+        return source_plan(config, self._tensors or (), tp_size)
+
+    def source_dtype(self, name: str) -> str:
+        return DTYPES[self.config.dtype] if self._tensors is None else self._tensors[name].dtype
+
+    def _stored_dtype(self, source: str) -> str:
+        dtype = self.source_dtype(source)
+        return self._cast if self._cast and dtype in FLOATS else dtype
+
+    def limit(self) -> tuple[int, str]:
+        """The smallest size that cannot work, and why."""
+        largest = self.config.num_heads
+        reason = f"a query head is not divided, and there are {largest}"
+        while True:
+            try:
+                self.plan_of_one_layer(largest)
+                return largest + 1, reason
+            except PartitionError as error:
+                if largest == 1:
+                    raise
+                largest, reason = largest - 1, str(error)
+
+    def weights(self, plan: PartitionPlan, rank: int) -> tuple[int, int]:
+        """Bytes and parameters of all layers on ``rank`` of the one-layer ``plan``."""
+        shard = plan.shards[rank].items()
+        nbytes = sum(stored.numel * self._bits[name] for name, stored in shard) // 8
+        return nbytes, sum(stored.numel * self._times[name] for name, stored in shard)
+
+    def file_bytes(self, plan: PartitionPlan, ranks: Sequence[int]) -> list[int]:
+        """Bytes of the part files of ``ranks``, headers included, as ``tpctl shard`` writes them by default.
+
+        Args:
+            ranks: one of each sort that the one-layer ``plan`` has, since together they decide where a part ends.
+        """
+        shards = [self._all_layers(plan.shards[rank]) for rank in ranks]
+        parts = assign_parts(shards, self.dtypes, DEFAULT_PART_SIZE)
+        files = (part_files(rank, shard, self.dtypes, parts) for rank, shard in zip(ranks, shards, strict=True))
+        return [sum(file.header.file_size for file in found) for found in files]
+
+    def _all_layers(self, shard: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """A shard of the one-layer plan with every layer's names; the pieces stay those of the first."""
+        return {name: shard[first] for name, first in self._in_layer_0.items()}
+
+    def kv_bytes_per_token(self, kv_heads: int) -> int:
+        bits = DTYPE_BITS[self._cast or DTYPES[self.config.dtype]]
+        return 2 * self.config.num_layers * kv_heads * self.config.head_dim * bits // 8
+
+    def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
+        """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences, when most of them live.
+
+        That is in the MLP: residual, its input and its partial sum [T, H], gate and up [T, 2W], their product [T,
+        W]; or at the end, when each sequence's logits [R, V] are there in the model's dtype and twice in float32.
+        """
+        config = self.config
+        size = DTYPE_BITS[self.dtypes[LM_HEAD]] // 8
+        width = plan.shape(rank, "model.layers.0.mlp.down_proj.weight")[1]
+        heads = plan.heads[rank]
+        attention = (2 * len(heads.query) + 2 * len(heads.kv)) * config.head_dim
+        block = tokens * size * (3 * config.hidden_size + max(3 * width, attention))
+        rows, vocab = min(seqs, tokens), plan.shape(rank, LM_HEAD)[0]
+        head = tokens * size * 2 * config.hidden_size + rows * vocab * (size + 2 * 4)
+        return max(block, head)
