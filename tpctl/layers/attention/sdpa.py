@@ -32,23 +32,32 @@ _MOST_SCORES = 1 << 23
 
 @dataclass(frozen=True)
 class _PagedKV(LayerKV):
-    """``k`` and ``v`` are the two halves of ``both`` [2 K, blocks, B, D]; ``cells`` [2 K * blocks * B, ...] is the
-    same memory as rows of the widest words that divide a head."""
+    """``k`` and ``v`` are the halves of one tensor. ``blocks`` [2 K * num_blocks, B * D] and ``cells`` [2 K *
+    num_blocks * B, ...], rows of the widest words that divide a head, are the same memory."""
 
-    both: Tensor
+    blocks: Tensor
     cells: Tensor
+    num_blocks: int
+
+    def rows(self, block_ids: Tensor) -> Tensor:
+        """The rows of ``blocks`` that hold these blocks of every head, head by head.
+
+        They are selected along the first axis because torch spreads that over its threads, and no other.
+        """
+        first = torch.arange(0, len(self.blocks), self.num_blocks, device=block_ids.device)
+        return (first.unsqueeze(1) + block_ids).flatten()
 
 
 @dataclass(frozen=True)
 class _Bucket:
     """Decodes of similar length, gathered and multiplied together.
 
-    ``rows`` are their rows of the batch (``None``: all decodes, in order), ``blocks`` the ids of ``width`` blocks for
-    each, flattened; ``lens_S`` counts the valid ones among the gathered keys.
+    ``rows`` are their rows of the batch (``None``: all decodes, in order), ``cache_rows`` the rows of ``_PagedKV.blocks``
+    that hold ``width`` blocks for each; ``lens_S`` counts the valid ones among the gathered keys.
     """
 
     rows: Tensor | None
-    blocks: Tensor
+    cache_rows: Tensor
     count: int
     width: int
     lens_S: Tensor
@@ -62,8 +71,10 @@ class SdpaBackend(AttentionBackend):
         heads = self.heads
         shape = (num_layers, 2 * heads.num_kv_heads, num_blocks, self.block_size, heads.head_dim)
         caches = _lazy_zeros(shape, dtype, device)
+        half = heads.num_kv_heads
         return [
-            _PagedKV(both[: heads.num_kv_heads], both[heads.num_kv_heads :], both, _as_words(both)) for both in caches
+            _PagedKV(both[:half], both[half:], both.view(2 * half * num_blocks, -1), _as_words(both), num_blocks)
+            for both in caches
         ]
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
@@ -80,8 +91,7 @@ class SdpaBackend(AttentionBackend):
             kept = (batch.slot_mapping >= 0).nonzero().flatten()
             rows = kept if kept.numel() < batch.num_tokens else None
             slots = batch.slot_mapping if rows is None else batch.slot_mapping[rows]
-            heads, num_blocks, block_size, _ = kv.both.shape
-            first = torch.arange(heads, device=slots.device) * (num_blocks * block_size)
+            first = torch.arange(0, len(kv.cells), kv.num_blocks * self.block_size, device=slots.device)
             found = ((slots.unsqueeze(1) + first).flatten(), rows)
             batch.scratch["sdpa.cells"] = found
         cells, rows_or_none = found
@@ -91,7 +101,7 @@ class SdpaBackend(AttentionBackend):
         self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch
     ) -> Tensor:
         assert isinstance(kv, _PagedKV)
-        decodes, buckets = batch.num_decodes, self._buckets(batch)
+        decodes, buckets = batch.num_decodes, self._buckets(kv, batch)
         if decodes == batch.num_tokens and len(buckets) == 1:
             return self._decode(q_TND, kv, window, buckets[0], batch).flatten(1)
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
@@ -121,7 +131,7 @@ class SdpaBackend(AttentionBackend):
         """One new token for each sequence of the bucket: two batched GEMMs over (head, sequence)."""
         heads, count = self.heads, bucket.count
         batched = heads.num_kv_heads * count
-        gathered = kv.both.index_select(1, bucket.blocks).view(2, batched, -1, heads.head_dim)
+        gathered = kv.blocks.index_select(0, bucket.cache_rows).view(2, batched, -1, heads.head_dim)
         q_KSGD = q_SND.view(count, heads.num_kv_heads, heads.group, heads.head_dim).transpose(0, 1)
         q = q_KSGD.reshape(batched, heads.group, heads.head_dim)
         bias = self._decode_bias(bucket, window, q.dtype, batch)
@@ -145,7 +155,7 @@ class SdpaBackend(AttentionBackend):
             batch.scratch[key] = found
         return found
 
-    def _buckets(self, batch: ForwardBatch) -> list[_Bucket]:
+    def _buckets(self, kv: _PagedKV, batch: ForwardBatch) -> list[_Bucket]:
         """Group the decodes so that none gathers more than about twice the blocks it has."""
         found: list[_Bucket] | None = batch.scratch.get("sdpa.buckets")
         if found is not None:
@@ -162,7 +172,7 @@ class SdpaBackend(AttentionBackend):
             found.append(
                 _Bucket(
                     rows=None if len(members) == 1 else index,
-                    blocks=batch.block_tables[index, :width].flatten().long(),
+                    cache_rows=kv.rows(batch.block_tables[index, :width].flatten()),
                     count=len(rows),
                     width=width,
                     lens_S=torch.tensor([batch.seq_lens[row] for row in rows], device=device),
@@ -174,9 +184,9 @@ class SdpaBackend(AttentionBackend):
     def _gather_prefix(self, kv: _PagedKV, batch: ForwardBatch, index: int) -> tuple[Tensor, Tensor]:
         """All keys and values of one sequence, [1, K, L, D] each, the new ones included."""
         length = batch.seq_lens[index]
-        blocks = batch.block_tables[index, : -(-length // self.block_size)].long()
+        rows = kv.rows(batch.block_tables[index, : -(-length // self.block_size)])
         shape = (2, 1, self.heads.num_kv_heads, -1, self.heads.head_dim)
-        keys, values = kv.both.index_select(1, blocks).view(shape)[:, :, :, :length]
+        keys, values = kv.blocks.index_select(0, rows).view(shape)[:, :, :, :length]
         return keys, values
 
     def _prefill(
