@@ -48,7 +48,7 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
         folder = ensure_sharded(source, tp_size, progress=progress)
     with byte_progress("verifying") as progress:
         ensure_verified(folder, range(tp_size), progress)
-    seqs, tokens = (64, 2048) if device == "cpu" else (512, 16384)
+    seqs, tokens = (64, 4096) if device == "cpu" else (512, 16384)
     return EngineConfig(
         shard_dir=folder,
         tp_size=tp_size,

@@ -48,7 +48,7 @@ class EngineOptions:
         int | None, typer.Option(min=1, help="Sequences computed together. Default: 64 on a CPU, 512 on GPUs.")
     ] = None
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens computed in one step. Default: 2048 on a CPU, 16384 on GPUs.")
+        int | None, typer.Option(min=1, help="Tokens computed in one step. Default: 4096 on a CPU, 16384 on GPUs.")
     ] = None
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a KV block. Default: the attention backend's.")
