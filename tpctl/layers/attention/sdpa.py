@@ -52,8 +52,8 @@ class _PagedKV(LayerKV):
 class _Bucket:
     """Decodes of similar length, gathered and multiplied together.
 
-    ``rows`` are their rows of the batch (``None``: all decodes, in order), ``cache_rows`` the rows of ``_PagedKV.blocks``
-    that hold ``width`` blocks for each; ``lens_S`` counts the valid ones among the gathered keys.
+    ``rows`` are their rows of the batch (``None``: all decodes, in order), ``cache_rows`` the rows of
+    ``_PagedKV.blocks`` that hold ``width`` blocks for each; ``lens_S`` counts the valid ones among the gathered keys.
     """
 
     rows: Tensor | None
