@@ -159,6 +159,15 @@ def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
     assert stats["generated_tokens"] == len(prompts) * GREEDY_LENGTH
 
 
+@pytest.mark.parametrize("tp_size", [5, 9])
+def test_greedy_tokens_of_more_processes_than_kv_heads_equal_transformers(
+    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]], tp_size: int
+) -> None:
+    tokens, stats = run_in_processes(engine_config(demo, tp_size), [greedy_requests(prompts)])
+    assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
+    assert stats["generated_tokens"] == len(prompts) * GREEDY_LENGTH
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["alone", "together"])
 def test_a_seed_gives_the_same_tokens_in_any_batch_on_any_ranks(

@@ -17,7 +17,7 @@ import typer
 
 from tpctl.errors import RequestError, UsageError
 
-CPU_SEQS, CPU_TOKENS = 64, 2048
+CPU_SEQS, CPU_TOKENS = 64, 4096
 GPU_SEQS, GPU_TOKENS = 512, 16384
 """Sequences and tokens of a step where nothing else is asked for."""
 

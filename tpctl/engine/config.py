@@ -38,7 +38,7 @@ class EngineConfig:
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 4096
     block_size: int | None = None
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9

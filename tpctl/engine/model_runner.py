@@ -93,12 +93,11 @@ class ModelRunner:
         """Start a step. On a CPU it ends before the call does."""
         with torch.inference_mode():
             forward = build_forward_batch(batch, self.backend.block_size, self.group.device)
-            hidden = self.model(forward, self.kv)
-            sampled = batch.sampled
-            if not sampled:
+            rows = forward.logits_rows
+            hidden = self.model(forward, self.kv, None if len(rows) == forward.num_tokens else rows)
+            if not len(rows):
                 return Launched(batch, [])
-            logits = self.model.logits(hidden[forward.logits_rows])
-            token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
+            token_ids, logprobs = self.sampler.sample(self.model.logits(hidden), sampling_rows(batch))
             return Launched(batch, token_ids, logprobs)
 
     def collect(self, launched: Launched) -> tuple[list[int], list[Any] | None]:

@@ -5,6 +5,7 @@ Every rank holds a slice of ``W`` [out, in] that the partition plan cut; the cla
     ReplicatedLinear          the whole W            y is the whole output
     ColumnParallelLinear      rows of W              y is this rank's slice of the output features
     MergedColumnParallelLinear  rows of several W's, stacked: one GEMM instead of one each
+    GatedParallelLinear       rows of W_gate, W_up   y is this rank's slice of silu(gate) * up
     QKVParallelLinear         rows of W_q, W_k, W_v in whole heads, stacked likewise
     RowParallelLinear         columns of W           y is a partial sum: adding up the ranks gives the output
 
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpctl.distributed import TPGroup
-from tpctl.layers.gemm import Gemm, make_gemm
+from tpctl.layers.activation import silu_and_mul
+from tpctl.layers.gemm import GatedGemm, Gemm, make_gated_gemm, make_gemm
 
 
 class ReplicatedLinear(nn.Module):
@@ -48,7 +50,10 @@ class ReplicatedLinear(nn.Module):
         """
         self._gemm = make_gemm(self.weight)
         if self._gemm is not None:
-            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+            self._drop_weight()
+
+    def _drop_weight(self) -> None:
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: [T, in_features] -> [T, out_features]."""
@@ -69,6 +74,29 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     ) -> None:
         super().__init__(in_features, sum(output_sizes), bias, dtype)
         self.output_sizes = tuple(output_sizes)
+
+
+class GatedParallelLinear(MergedColumnParallelLinear):
+    """Gate and up projections of a gated MLP, stacked, with the gating: ``silu(gate) * up``.
+
+    Args:
+        width: this rank's share of the MLP.
+    """
+
+    def __init__(self, in_features: int, width: int, bias: bool = False, dtype: torch.dtype | None = None) -> None:
+        super().__init__(in_features, (width, width), bias, dtype)
+        self._gated: GatedGemm | None = None
+
+    def optimize(self) -> None:
+        self._gated = make_gated_gemm(self.weight, self.bias)
+        if self._gated is not None:
+            self._drop_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: [T, in_features] -> [T, width]."""
+        if self._gated is not None:
+            return self._gated(x)
+        return silu_and_mul(super().forward(x))
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):

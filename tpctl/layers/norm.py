@@ -13,10 +13,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the rounding is that of Llama's reference.
     """
-    if x.dtype == torch.float32:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps)) * weight
     wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    # The length is one pass over the row, where square and mean are two.
+    length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    if wide is x:
+        return (x * scale).mul_(weight)
     return wide.mul_(scale).to(x.dtype).mul_(weight)
 
 

@@ -127,5 +127,5 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
     turned = x[..., :width]
     swapped = torch.cat((turned[..., width // 2 :], turned[..., : width // 2]), dim=-1)
-    rotated = torch.addcmul(turned * cos, swapped, sin)
+    rotated = swapped.mul_(sin).addcmul_(turned, cos)
     return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from tpctl.distributed import TPGroup
-from tpctl.layers.activation import silu_and_mul
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, HeadShape, LayerKV
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from tpctl.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from tpctl.layers.linear import GatedParallelLinear, ReplicatedLinear, RowParallelLinear
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
 from tpctl.models.config import ModelConfig
@@ -43,12 +42,12 @@ class MLP(nn.Module):
         self, hidden_size: int, width: int, group: TPGroup, bias: bool, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(hidden_size, (width, width), bias, dtype)
+        self.gate_up_proj = GatedParallelLinear(hidden_size, width, bias, dtype)
         self.down_proj = RowParallelLinear(width, hidden_size, group, bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> this rank's partial sum [T, H]."""
-        return self.down_proj.partial(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj.partial(self.gate_up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -82,13 +81,32 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps, group, dtype)
         self.mlp = MLP(hidden, width, group, config.mlp_bias, dtype)
 
-    def forward(self, partial: Tensor | None, residual: Tensor, kv: LayerKV, batch: ForwardBatch) -> Tensor:
-        """``partial``: the previous block's sums, not yet reduced ([T, H]); ``None`` in the first block."""
+    def forward(
+        self,
+        partial: Tensor | None,
+        residual: Tensor,
+        kv: LayerKV,
+        batch: ForwardBatch,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """This block's sums, not yet reduced, and the residual that they belong to.
+
+        Args:
+            partial: the previous block's sums, [T, H]; ``None`` in the first block.
+            residual: [T, H], which ``partial`` is added to in place.
+            rows: int64 [R], the only rows of T that are still wanted; ``None``: all. The keys and values of the
+                others are stored all the same.
+
+        Returns:
+            Two times [R, H].
+        """
         norm = self.input_layernorm
         x = norm(residual) if partial is None else norm.reduce_add(partial, residual)
-        partial = self.self_attn(x, kv, batch)
+        partial = self.self_attn(x, kv, batch, rows)
+        if rows is not None:
+            residual = residual[rows]
         x = self.post_attention_layernorm.reduce_add(partial, residual)
-        return self.mlp(x)  # type: ignore[no-any-return]
+        return self.mlp(x), residual
 
 
 class Backbone(nn.Module):
@@ -131,12 +149,21 @@ class Decoder(nn.Module):
         """Let the embedding read the head's parameter: the shard stores the tied weight once, as ``lm_head``."""
         self.model.embed_tokens.weight = self.lm_head.weight
 
-    def forward(self, batch: ForwardBatch, kv: list[LayerKV]) -> Tensor:
-        """Final hidden states [T, H], normed, the same on every rank."""
+    def forward(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None = None) -> Tensor:
+        """Final hidden states, normed, the same on every rank.
+
+        Args:
+            rows: int64 [R], the only rows of T that are wanted; the last block then spares the others what follows
+                its attention. ``None``: all.
+
+        Returns:
+            [T, H] or [R, H].
+        """
         residual: Tensor = self.model.embed_tokens(batch.input_ids)
         partial: Tensor | None = None
-        for layer, layer_kv in zip(self.model.layers, kv, strict=True):
-            partial = layer(partial, residual, layer_kv, batch)
+        last = len(kv) - 1
+        for index, (layer, layer_kv) in enumerate(zip(self.model.layers, kv, strict=True)):
+            partial, residual = layer(partial, residual, layer_kv, batch, rows if index == last else None)
         assert partial is not None
         return self.model.norm.reduce_add(partial, residual)
 

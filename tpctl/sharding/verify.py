@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import Header, NewTensor, TensorInfo, build_header
-from tpctl.errors import ShardFolderError
+from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.partition.manifest import Manifest
 from tpctl.partition.records import Shard
 from tpctl.sharding.copied import hash_file

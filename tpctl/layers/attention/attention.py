@@ -47,11 +47,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(heads.head_dim, qk_norm_eps, group, dtype)
             self.k_norm = RMSNorm(heads.head_dim, qk_norm_eps, group, dtype)
 
-    def forward(self, x: Tensor, kv: LayerKV, batch: ForwardBatch) -> Tensor:
-        """[T, H] -> this rank's partial sum [T, H]."""
+    def forward(self, x: Tensor, kv: LayerKV, batch: ForwardBatch, rows: Tensor | None = None) -> Tensor:
+        """[T, H] -> this rank's partial sum: [T, H], or [R, H] of the wanted ``rows`` of T."""
         q_TND, k_TKD, v_TKD = self._project(x, batch)
         self.backend.store(k_TKD, v_TKD, kv, batch)
-        return self.o_proj.partial(self.backend.attend(q_TND, k_TKD, v_TKD, kv, self.window, batch))
+        attended = self.backend.attend(q_TND, k_TKD, v_TKD, kv, self.window, batch)
+        return self.o_proj.partial(attended if rows is None else attended[rows])
 
     def _project(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, N, D] and keys [T, K, D], normed and rotated, and values [T, K, D]."""

@@ -1,10 +1,13 @@
 """Attention in plain torch: the CPU's backend, and the reference on GPUs.
 
-Cache layout per layer: [K, blocks, B, D]. Gathering a sequence's blocks for one head then gives its keys as one
-contiguous [L, D] matrix, which batched GEMMs read at full speed.
+Cache layout per layer: [2 K, blocks, B, D], the heads of the keys before those of the values. Gathering a sequence's
+blocks for one head then gives its keys as one contiguous [L, D] matrix, which batched GEMMs read at full speed.
 
 The query heads of a group are packed: the G heads that read one KV head become G rows of one matrix, so that each
 key is multiplied with all of them at once and never repeated.
+
+Prefill goes block by block of queries. A block multiplies with no key behind its last query or before its first
+query's window, and its scores are the largest thing in memory, however long the context is.
 """
 
 from __future__ import annotations
@@ -15,26 +18,46 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.layers.attention.base import AttentionBackend, LayerKV
 from tpctl.layers.batch import ForwardBatch
 
-_MOST_SCORES = 1 << 17
-"""Scores of one head and sequence, up to which two GEMMs and a softmax beat the fused kernel, which needs no scores."""
+_QUERY_BLOCK = 64
+"""Queries of a sequence that are multiplied at once: of 32 to 256 the fastest for 128 to 2,048 keys, by a little."""
+_LEAST_QUERY_BLOCK = 16
+_MOST_SCORES = 1 << 23
+"""Scores in memory at once, above which fewer sequences, then fewer queries, are taken together."""
+
+
+@dataclass(frozen=True)
+class _PagedKV(LayerKV):
+    """``k`` and ``v`` are the halves of one tensor. ``blocks`` [2 K * num_blocks, B * D] and ``cells`` [2 K *
+    num_blocks * B, ...], rows of the widest words that divide a head, are the same memory."""
+
+    blocks: Tensor
+    cells: Tensor
+    num_blocks: int
+
+    def rows(self, block_ids: Tensor) -> Tensor:
+        """The rows of ``blocks`` that hold these blocks of every head, head by head.
+
+        They are selected along the first axis because torch spreads that over its threads, and no other.
+        """
+        first = torch.arange(0, len(self.blocks), self.num_blocks, device=block_ids.device)
+        return (first.unsqueeze(1) + block_ids).flatten()
 
 
 @dataclass(frozen=True)
 class _Bucket:
     """Decodes of similar length, gathered and multiplied together.
 
-    ``rows`` are their rows of the batch (``None``: all decodes, in order), ``blocks`` the ids of ``width`` blocks for
-    each, flattened; ``lens_S`` counts the valid ones among the gathered keys.
+    ``rows`` are their rows of the batch (``None``: all decodes, in order), ``cache_rows`` the rows of
+    ``_PagedKV.blocks`` that hold ``width`` blocks for each; ``lens_S`` counts the valid ones among the gathered keys.
     """
 
     rows: Tensor | None
-    blocks: Tensor
+    cache_rows: Tensor
     count: int
     width: int
     lens_S: Tensor
@@ -46,26 +69,30 @@ class SdpaBackend(AttentionBackend):
 
     def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         heads = self.heads
-        shape = (num_layers, 2, heads.num_kv_heads, num_blocks, self.block_size, heads.head_dim)
+        shape = (num_layers, 2 * heads.num_kv_heads, num_blocks, self.block_size, heads.head_dim)
         caches = _lazy_zeros(shape, dtype, device)
-        return [LayerKV(layer[0], layer[1]) for layer in caches]
+        half = heads.num_kv_heads
+        return [
+            _PagedKV(both[:half], both[half:], both.view(2 * half * num_blocks, -1), _as_words(both), num_blocks)
+            for both in caches
+        ]
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
+        assert isinstance(kv, _PagedKV)
         cells, rows = self._cells(kv, batch)
-        for new_TKD, cache in ((k_TKD, kv.k), (v_TKD, kv.v)):
-            new_KTD = (new_TKD if rows is None else new_TKD[rows]).transpose(0, 1)
-            cache.view(-1, self.heads.head_dim).index_copy_(0, cells, new_KTD.reshape(-1, self.heads.head_dim))
+        new = torch.cat((k_TKD, v_TKD), dim=1)
+        kv.cells.index_copy_(0, cells, _as_words(new if rows is None else new[rows]))
 
-    def _cells(self, kv: LayerKV, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
-        """Where to write: rows of the cache as [K * slots, D], head by head; and the rows of T they come from
+    def _cells(self, kv: _PagedKV, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+        """Where to write: rows of ``kv.cells``, all heads of a token together; and the rows of T they come from
         (``None``: every row)."""
         found = batch.scratch.get("sdpa.cells")
         if found is None:
             kept = (batch.slot_mapping >= 0).nonzero().flatten()
             rows = kept if kept.numel() < batch.num_tokens else None
             slots = batch.slot_mapping if rows is None else batch.slot_mapping[rows]
-            heads = torch.arange(self.heads.num_kv_heads, device=slots.device).unsqueeze(1)
-            found = ((heads * (kv.k.shape[1] * self.block_size) + slots).flatten(), rows)
+            first = torch.arange(0, len(kv.cells), kv.num_blocks * self.block_size, device=slots.device)
+            found = ((slots.unsqueeze(1) + first).flatten(), rows)
             batch.scratch["sdpa.cells"] = found
         cells, rows_or_none = found
         return cells, rows_or_none
@@ -73,43 +100,43 @@ class SdpaBackend(AttentionBackend):
     def attend(
         self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch
     ) -> Tensor:
-        out_TND = torch.empty_like(q_TND)
-        decodes = batch.num_decodes
-        for bucket in self._buckets(batch):
-            if bucket.rows is None:
-                out_TND[:decodes] = self._decode(q_TND[:decodes], kv, window, bucket, batch)
-            else:
-                out_TND[bucket.rows] = self._decode(q_TND[bucket.rows], kv, window, bucket, batch)
+        assert isinstance(kv, _PagedKV)
+        decodes, buckets = batch.num_decodes, self._buckets(kv, batch)
+        if decodes == batch.num_tokens and len(buckets) == 1:
+            return self._decode(q_TND, kv, window, buckets[0], batch).flatten(1)
+        out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
+        for bucket in buckets:
+            rows = slice(decodes) if bucket.rows is None else bucket.rows
+            out_TND[rows] = self._decode(q_TND[rows], kv, window, bucket, batch)
         start, index = decodes, decodes
         lengths = list(zip(batch.query_lens, batch.seq_lens, strict=True))[decodes:]
         for (new, length), group in groupby(lengths):
             count = len(list(group))
             if new < length:  # a cached prefix: each sequence gathers its own blocks
                 for one in range(index, index + count):
-                    rows = slice(start, start + new)
+                    part = slice(start, start + new)
                     keys, values = self._gather_prefix(kv, batch, one)
-                    out_TND[rows] = self._prefill(q_TND[rows], keys, values, window, batch)
-                    start += new
+                    self._prefill(q_TND[part], keys, values, window, batch, out_TND[part])
+                    start = part.stop
             else:
-                rows = slice(start, start + count * new)
+                part = slice(start, start + count * new)
                 shape = (count, new, self.heads.num_kv_heads, self.heads.head_dim)
-                keys, values = (x[rows].view(shape).transpose(1, 2) for x in (k_TKD, v_TKD))
-                out_TND[rows] = self._prefill(q_TND[rows], keys, values, window, batch)
-                start = rows.stop
+                keys, values = (x[part].view(shape).transpose(1, 2) for x in (k_TKD, v_TKD))
+                self._prefill(q_TND[part], keys, values, window, batch, out_TND[part])
+                start = part.stop
             index += count
         return out_TND.flatten(1)
 
-    def _decode(self, q_SND: Tensor, kv: LayerKV, window: int | None, bucket: _Bucket, batch: ForwardBatch) -> Tensor:
+    def _decode(self, q_SND: Tensor, kv: _PagedKV, window: int | None, bucket: _Bucket, batch: ForwardBatch) -> Tensor:
         """One new token for each sequence of the bucket: two batched GEMMs over (head, sequence)."""
         heads, count = self.heads, bucket.count
         batched = heads.num_kv_heads * count
-        keys = kv.k.index_select(1, bucket.blocks).view(batched, -1, heads.head_dim)
-        values = kv.v.index_select(1, bucket.blocks).view(batched, -1, heads.head_dim)
+        gathered = kv.blocks.index_select(0, bucket.cache_rows).view(2, batched, -1, heads.head_dim)
         q_KSGD = q_SND.view(count, heads.num_kv_heads, heads.group, heads.head_dim).transpose(0, 1)
         q = q_KSGD.reshape(batched, heads.group, heads.head_dim)
         bias = self._decode_bias(bucket, window, q.dtype, batch)
-        out = _weighted_values(q, keys, values, bias, heads.scale)
-        out_KSGD = out.view(heads.num_kv_heads, count, heads.group, heads.head_dim)
+        scores = torch.baddbmm(bias, q, gathered[0].transpose(1, 2), alpha=heads.scale)
+        out_KSGD = torch.bmm(scores.softmax(-1), gathered[1]).view(heads.num_kv_heads, count, heads.group, -1)
         return out_KSGD.transpose(0, 1).reshape(count, heads.num_heads, heads.head_dim)
 
     def _decode_bias(self, bucket: _Bucket, window: int | None, dtype: torch.dtype, batch: ForwardBatch) -> Tensor:
@@ -128,7 +155,7 @@ class SdpaBackend(AttentionBackend):
             batch.scratch[key] = found
         return found
 
-    def _buckets(self, batch: ForwardBatch) -> list[_Bucket]:
+    def _buckets(self, kv: _PagedKV, batch: ForwardBatch) -> list[_Bucket]:
         """Group the decodes so that none gathers more than about twice the blocks it has."""
         found: list[_Bucket] | None = batch.scratch.get("sdpa.buckets")
         if found is not None:
@@ -145,7 +172,7 @@ class SdpaBackend(AttentionBackend):
             found.append(
                 _Bucket(
                     rows=None if len(members) == 1 else index,
-                    blocks=batch.block_tables[index, :width].flatten().long(),
+                    cache_rows=kv.rows(batch.block_tables[index, :width].flatten()),
                     count=len(rows),
                     width=width,
                     lens_S=torch.tensor([batch.seq_lens[row] for row in rows], device=device),
@@ -154,58 +181,74 @@ class SdpaBackend(AttentionBackend):
         batch.scratch["sdpa.buckets"] = found
         return found
 
-    def _gather_prefix(self, kv: LayerKV, batch: ForwardBatch, index: int) -> tuple[Tensor, Tensor]:
+    def _gather_prefix(self, kv: _PagedKV, batch: ForwardBatch, index: int) -> tuple[Tensor, Tensor]:
         """All keys and values of one sequence, [1, K, L, D] each, the new ones included."""
         length = batch.seq_lens[index]
-        blocks = batch.block_tables[index, : -(-length // self.block_size)].long()
-        shape = (1, self.heads.num_kv_heads, -1, self.heads.head_dim)
-        keys = kv.k.index_select(1, blocks).view(shape)[:, :, :length]
-        values = kv.v.index_select(1, blocks).view(shape)[:, :, :length]
+        rows = kv.rows(batch.block_tables[index, : -(-length // self.block_size)])
+        shape = (2, 1, self.heads.num_kv_heads, -1, self.heads.head_dim)
+        keys, values = kv.blocks.index_select(0, rows).view(shape)[:, :, :, :length]
         return keys, values
 
     def _prefill(
-        self, q_TND: Tensor, k_SKLD: Tensor, v_SKLD: Tensor, window: int | None, batch: ForwardBatch
-    ) -> Tensor:
-        """The last T / S of each sequence's L tokens, each over the keys up to its own."""
+        self,
+        q_TND: Tensor,
+        k_SKLD: Tensor,
+        v_SKLD: Tensor,
+        window: int | None,
+        batch: ForwardBatch,
+        out_TND: Tensor,
+    ) -> None:
+        """The last T / S of each sequence's L tokens, each over the keys up to its own, written to ``out_TND``."""
         heads, (count, _, length, _) = self.heads, k_SKLD.shape
         new = q_TND.shape[0] // count
-        q = q_TND.view(count, new, heads.num_kv_heads, heads.group, heads.head_dim).permute(0, 2, 3, 1, 4)
-        packed = q.reshape(count, heads.num_kv_heads, heads.group * new, heads.head_dim)
-        bias = self._causal_bias(new, length, window, q_TND.dtype, q_TND.device, batch)
-        if heads.group * new * length <= _MOST_SCORES:
-            q, keys, values = (x.flatten(0, 1) for x in (packed, k_SKLD, v_SKLD))
-            out = _weighted_values(q, keys, values, bias, heads.scale)
-        else:
-            out = F.scaled_dot_product_attention(packed, k_SKLD, v_SKLD, attn_mask=bias, scale=heads.scale)
-        out_SNTD = out.reshape(count, heads.num_heads, new, heads.head_dim)
-        return out_SNTD.transpose(1, 2).reshape(count * new, heads.num_heads, heads.head_dim)
+        shape = (count, new, heads.num_kv_heads, heads.group, heads.head_dim)
+        q_STKGD, out_STKGD = q_TND.view(shape), out_TND.view(shape)
+        widest = heads.num_heads * length  # scores of one query at most
+        size = min(new, max(_LEAST_QUERY_BLOCK, min(_QUERY_BLOCK, _MOST_SCORES // widest)))
+        together = max(1, _MOST_SCORES // (widest * size))
+        for first in range(0, count, together):
+            some = slice(first, first + together)
+            keys, values = (x[some].reshape(-1, length, heads.head_dim) for x in (k_SKLD, v_SKLD))
+            for start in range(0, new, size):
+                stop = min(start + size, new)
+                end = length - new + stop
+                begin = 0 if window is None else max(0, length - new + start + 1 - window)
+                q_SKGTD = q_STKGD[some, start:stop].permute(0, 2, 3, 1, 4)
+                q = q_SKGTD.reshape(len(keys), -1, heads.head_dim)
+                # With beta 0 the first argument is not read.
+                scores = torch.baddbmm(q[:1, :1, :1], q, keys[:, begin:end].transpose(1, 2), beta=0, alpha=heads.scale)
+                bias = self._causal_bias(stop - start, end - begin, window, scores, batch)
+                scores[:, :, -bias.shape[1] :] += bias
+                out = torch.bmm(scores.softmax(-1), values[:, begin:end])
+                out_STKGD[some, start:stop] = out.view(q_SKGTD.shape).permute(0, 3, 1, 2, 4)
 
-    def _causal_bias(
-        self, new: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device, batch: ForwardBatch
-    ) -> Tensor:
-        """[G * new, length]: 0 where a new token may look, -inf elsewhere; the same for each head of a group."""
-        key = f"sdpa.bias.{new}.{length}.{window}"
+    def _causal_bias(self, new: int, width: int, window: int | None, like: Tensor, batch: ForwardBatch) -> Tensor:
+        """[G * new, columns] to add to the last columns of a block's scores: 0 where one of ``new`` queries, the last
+        of ``width`` tokens, may look, -inf elsewhere; the same for each head of a group.
+
+        Without a window every query sees all columns before the block's own, so these need no bias.
+        """
+        columns = new if window is None else width
+        key = f"sdpa.bias.{new}.{columns}.{window}"
         found: Tensor | None = batch.scratch.get(key)
         if found is None:
-            query = torch.arange(length - new, length, device=device).unsqueeze(1)
-            keys = torch.arange(length, device=device)
+            query = torch.arange(columns - new, columns, device=like.device).unsqueeze(1)
+            keys = torch.arange(columns, device=like.device)
             hidden = keys > query
             if window is not None:
                 hidden |= keys <= query - window
-            found = torch.zeros(new, length, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-            found = found.repeat(self.heads.group, 1)
+            found = like.new_zeros(new, columns).masked_fill_(hidden, float("-inf")).repeat(self.heads.group, 1)
             batch.scratch[key] = found
         return found
 
 
-def _weighted_values(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(q keys^T * scale + bias) values for batches of matrices.
-
-    Args:
-        q: [batch, rows, D]; keys, values: [batch, L, D]; bias: [batch or 1, rows, L] or [rows, L].
-    """
-    weights = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=scale).softmax(-1)
-    return torch.bmm(weights, values)
+def _as_words(x: Tensor) -> Tensor:
+    """The rows (last axis) of a contiguous tensor as [rows, words] of up to 16 bytes: torch moves a row word by word,
+    whatever they mean, and takes as long for a short one as for a long one."""
+    row = x.shape[-1] * x.itemsize
+    words = {16: torch.complex128, 8: torch.int64, 4: torch.int32}
+    word = next((dtype for size, dtype in words.items() if row % size == 0), x.dtype)
+    return x.view(-1, x.shape[-1]).view(word)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -215,4 +258,6 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.frombuffer(
+        mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype
+    ).view(shape)

@@ -1,0 +1,117 @@
+"""The plain-torch attention backend against attention written out token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tpctl.layers.attention import sdpa
+from tpctl.layers.attention.base import HeadShape
+from tpctl.layers.attention.sdpa import SdpaBackend
+from tpctl.layers.batch import ForwardBatch
+
+BLOCK = 8
+CASES: dict[str, list[tuple[int, int]]] = {  # (new tokens, tokens in all) of each sequence, decodes first
+    "decodes of one length": [(1, 30), (1, 31), (1, 29)],
+    "decodes of many lengths": [(1, 3), (1, 90), (1, 40), (1, 9)],
+    "prompts longer than a block of queries": [(150, 150), (150, 150), (150, 150)],
+    "chunks over a cached prefix": [(70, 200), (70, 200), (5, 77)],
+    "all together": [(1, 60), (1, 1), (130, 130), (64, 65), (2, 120)],
+}
+
+
+def written_out(q_ND: Tensor, k_LKD: Tensor, v_LKD: Tensor, window: int | None, scale: float) -> Tensor:
+    """[N, D]: the last token of the L over the keys that it may see."""
+    first = 0 if window is None else max(0, len(k_LKD) - window)
+    group = q_ND.shape[0] // k_LKD.shape[1]
+    heads = []
+    for head, q_D in enumerate(q_ND.double()):
+        keys, values = k_LKD[first:, head // group].double(), v_LKD[first:, head // group].double()
+        heads.append(((keys @ q_D) * scale).softmax(0) @ values)
+    return torch.stack(heads)
+
+
+def attend(
+    lengths: list[tuple[int, int]], heads: HeadShape, window: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the backend computes for random tokens, stored in two steps (prefix, then new), and what it should."""
+    torch.manual_seed(0)
+    backend = SdpaBackend(heads, BLOCK)
+    counts = [-(-length // BLOCK) for _, length in lengths]
+    ids = torch.randperm(sum(counts) + 3)[: sum(counts)].int()
+    kv = backend.allocate(2, sum(counts) + 3, dtype, torch.device("cpu"))[1]
+    tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    for row, own in enumerate(ids.split(counts)):
+        tables[row, : len(own)] = own
+    total = [torch.randn(length, heads.num_heads + 2 * heads.num_kv_heads, heads.head_dim) for _, length in lengths]
+    sizes = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
+
+    def batch(ranges: list[tuple[int, int]]) -> tuple[ForwardBatch, list[Tensor]]:
+        slots = [
+            tables[row, at // BLOCK].item() * BLOCK + at % BLOCK
+            for row, (start, end) in enumerate(ranges)
+            for at in range(start, end)
+        ]
+        tokens = torch.cat([x[start:end] for x, (start, end) in zip(total, ranges, strict=True)]).to(dtype)
+        forward = ForwardBatch(
+            input_ids=torch.zeros(len(slots), dtype=torch.int64),
+            rope_positions=torch.zeros(len(slots), dtype=torch.int64),
+            slot_mapping=torch.tensor(slots, dtype=torch.int64),
+            block_tables=tables,
+            query_lens=[end - start for start, end in ranges],
+            seq_lens=[end for _, end in ranges],
+            num_decodes=sum(new == 1 for new, _ in lengths),
+            logits_rows=torch.zeros(0, dtype=torch.int64),
+        )
+        return forward, list(tokens.split(sizes, dim=1))
+
+    prefix, (_, k, v) = batch([(0, length - new) for new, length in lengths])
+    backend.store(k, v, kv, prefix)
+    forward, (q, k, v) = batch([(length - new, length) for new, length in lengths])
+    backend.store(k, v, kv, forward)
+    found = backend.attend(q, k, v, kv, window, forward)
+    expected = []
+    for x, (new, length) in zip(total, lengths, strict=True):
+        q_all, k_all, v_all = x.to(dtype).split(sizes, dim=1)
+        for at in range(length - new, length):
+            expected.append(written_out(q_all[at], k_all[: at + 1], v_all[: at + 1], window, heads.scale))
+    return found, torch.stack(expected).flatten(1)
+
+
+@pytest.mark.parametrize("most_scores", [1 << 23, 2000])  # 2,000: fewer sequences and queries at a time
+@pytest.mark.parametrize("window", [None, 1, 20, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_equals_attention_written_out(
+    case: str, window: int | None, most_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdpa, "_MOST_SCORES", most_scores)
+    heads = HeadShape(num_heads=6, num_kv_heads=2, head_dim=12, scale=1 / math.sqrt(12))
+    found, expected = attend(CASES[case], heads, window, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [3, 6, 8, 64])  # rows of 6, 12, 16 and 128 bytes
+def test_rows_of_any_width_are_stored_whole(head_dim: int) -> None:
+    heads = HeadShape(num_heads=3, num_kv_heads=3, head_dim=head_dim, scale=0.3)
+    found, expected = attend(CASES["all together"], heads, None, torch.bfloat16)
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+
+
+def test_the_scores_held_at_once_stay_bounded_when_the_context_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "_MOST_SCORES", 20_000)
+    widest = 0
+    multiply = torch.baddbmm
+
+    def watched(*args: Tensor, **options: float) -> Tensor:
+        nonlocal widest
+        scores = multiply(*args, **options)
+        widest = max(widest, scores.numel())
+        return scores
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    heads = HeadShape(num_heads=4, num_kv_heads=2, head_dim=4, scale=0.5)
+    attend([(200, 300)] * 3, heads, None, torch.float32)
+    assert 0 < widest <= 20_000
