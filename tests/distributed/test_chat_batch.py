@@ -59,6 +59,17 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
+def children_of(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"\nPPid:\t{parent}\n" in (entry / "status").read_text():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
 def wait_until(condition: Any, what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -155,8 +166,8 @@ def test_a_killed_worker_is_one_line(model: str, tmp_path: Path) -> None:
     wait_until(ready.exists, "it has begun")
 
     def ranks() -> list[int]:
-        (agent,) = workers_of(process.pid) or [0]
-        return workers_of(agent)
+        """The forked ones: they have the agent's environment."""
+        return [pid for agent in children_of(process.pid) for pid in children_of(agent)]
 
     wait_until(lambda: len(ranks()) == 2, "both ranks are there")
     time.sleep(2)

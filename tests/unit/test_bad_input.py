@@ -95,6 +95,7 @@ LOCAL = {
     "an uneven split for vLLM": "shard model --tp 3 --compat vllm",
     "an unknown engine": "shard model --tp 2 --compat trt",
     "an output that exists": "shard model --tp 2 -o shards",
+    "ranks added where listed files are elsewhere": "shard model --tp 2 --ranks 1 -o some",
     "no shard folder": "reshard model --tp 3 -o out",
     "more ranks than query heads, anew": "reshard shards --tp 5 -o out",
     "a rank that was not cut": "reshard rank0 --tp 3 -o out",
@@ -162,7 +163,7 @@ def local_answer(command: str, folder: Path) -> Answer:
             app_module.main()
         except SystemExit as ended:
             code = int(ended.code or 0)
-    return Answer(code, out.getvalue(), err.getvalue())
+    return Answer(code, out.getvalue(), err.getvalue().replace(f"{folder.resolve()}{os.sep}", ""))
 
 
 def remote_answer(command: str, refusal: Refusal | None, folder: Path) -> Answer:

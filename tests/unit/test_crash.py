@@ -76,7 +76,7 @@ def test_sigkill_at_twenty_random_moments_then_resume(source: Path, tmp_path: Pa
         report = shard_checkpoint(source, out, 3, max_part_size=PARTS, force=True)
         resumed += report.resumed_bytes > 0
         assert folder_bytes(out) == wanted
-    assert resumed > 0
+    assert resumed >= 3
     shutil.rmtree(tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "out"]
 

@@ -85,7 +85,7 @@ def test_ranks_and_part_sizes(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     ranks = {path.name.split("-")[2] for path in (tmp_path / "out").glob("model-*")}
     assert ranks == {"1", "2"}
-    line = "of tp 4, ranks 0,3 are missing; add them with --ranks 0,3 and the same folder\n"
+    line = "missing of tp 4: ranks 0, 3; add with --ranks 0,3 and the same folder\n"
     assert done.stdout.endswith(line)
     done = tpctl("shard", source, "--tp", "4", "--ranks", "0,3", "--max-part-size", "3kB", "-o", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")

@@ -68,6 +68,9 @@ def test_one_flipped_bit_anywhere_is_found_and_named(made: Path, data: st.DataOb
         assert f"rank {rank}" in message
         header = read_header(path)
         inside = [n for n, info in header.tensors.items() if info.start <= place < info.stop]
+        text = raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode()
+        entries = re.finditer(r'"([^"]+)":\{"dtype[^}]*\}', text)
+        inside += [entry[1] for entry in entries if entry.start() <= place - 8 < entry.end()]
         assert any(name in message for name in inside or header.tensors)
 
 

@@ -65,7 +65,7 @@ def shard(
 
 def print_report(report: ShardReport) -> None:
     """What was written, as text."""
-    from tpctl.partition.manifest import rank_list
+    from tpctl.partition.manifest import describe_ranks, rank_list
 
     total = sum(report.bytes_per_rank.values())
     dtype = f", cast to {report.dtype}" if report.dtype else ""
@@ -76,10 +76,8 @@ def print_report(report: ShardReport) -> None:
     if report.imbalance > 1.005:
         print(f"the largest rank holds {report.imbalance - 1:.1%} more than the mean")
     if report.missing_ranks:
-        missing = rank_list(report.missing_ranks)
-        print(
-            f"of tp {report.tp_size}, ranks {missing} are missing; add them with --ranks {missing} and the same folder"
-        )
+        missing, ranks = describe_ranks(report.missing_ranks), rank_list(report.missing_ranks)
+        print(f"missing of tp {report.tp_size}: {missing}; add with --ranks {ranks} and the same folder")
     if report.dropped_bytes:
         left = format_bytes(report.dropped_bytes)
         print(f"dropped: {left} that an unfinished run left, of another source, revision or set of options")

@@ -63,6 +63,7 @@ def preload(argv: list[str]) -> None:
 def main() -> None:
     args = parse_arguments()
     imported = time.perf_counter()
+    torch.set_grad_enabled(False)
     config = EngineConfig.load(args.config)
     group = TPGroup.from_environment(config.device)
     channel = lifeline.connect(args.socket) if group.rank == 0 else None
@@ -83,7 +84,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()
     sys.stdout.flush()
     sys.stderr.flush()

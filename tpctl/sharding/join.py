@@ -13,6 +13,7 @@ from tpctl.checkpoint.folder import INDEX
 from tpctl.errors import OutputError, ShardFolderError
 from tpctl.partition.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.records import Source
+from tpctl.sharding.contents import absent_ranks
 from tpctl.sharding.copied import copy_file
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored
@@ -33,13 +34,18 @@ def lacking(folder: Path, ranks: Sequence[int], tp_size: int) -> tuple[int, ...]
     """Those of ``ranks`` (of ``tp_size``) that ``folder`` does not hold; all of them where there is no shard folder.
 
     Raises:
-        OutputError: it holds every one, or is cut for another size.
+        OutputError: it holds every one, is cut for another size, or lacks files of ranks that it lists.
         ShardFolderError: its manifest is damaged.
     """
     if not folder.exists():
         return tuple(ranks)
     held = Manifest.load(folder)
     _same("tp size", folder, held.tp_size, tp_size)
+    if absent := absent_ranks(folder, held):
+        raise OutputError(
+            f"{folder} lists {describe_ranks(absent)}, whose files are not in it; fetch them with "
+            f"`tpctl download --local-ranks {rank_list(absent)}`, or choose another folder (-o)"
+        )
     missing = tuple(rank for rank in ranks if rank not in held.shards)
     if not missing:
         raise OutputError(
