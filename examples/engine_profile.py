@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--at", type=int, nargs="*", default=[220, 128, 48])
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA GPU")
     for shape in args.shapes:
         folder = ensure_sharded(synthetic_source(shape), 1)
         config = EngineConfig(

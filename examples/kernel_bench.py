@@ -19,6 +19,11 @@ from functools import partial
 
 import torch
 
+try:
+    import triton
+except ImportError:
+    raise SystemExit("this times Triton kernels: it needs the package triton and a CUDA GPU") from None
+
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.norm import add_rms_norm, rms_norm
@@ -443,8 +448,6 @@ SECTIONS = {
 
 def main() -> None:
     """Run the sections named on the command line, or all."""
-    import triton
-
     torch.manual_seed(0)
     if sys.argv[1:] == ["all_reduce"]:
         bench_all_reduce()

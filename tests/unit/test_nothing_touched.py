@@ -78,7 +78,7 @@ TABLE = [
     ("shard nowhere --tp 2", 1, "'nowhere' is no model: no such file or folder here; MODEL is a Hub id (org/name)"),
     ("shard ./nowhere --tp 2", 1, "there is no file or folder ./nowhere; MODEL is"),
     ("shard empty --tp 2", 1, "empty has no config.json; a checkpoint folder holds config.json and *.safetensors"),
-    ("shard file --tp 2", 1, "file is not a GGUF file: it begins with b'x' instead of b'GGUF'"),
+    ("shard file --tp 2", 1, "file is no model: a file must be a .gguf, which begins with the letters GGUF"),
     ("shard pickles --tp 2", 1, "no *.safetensors weights, only PyTorch pickles (.bin)"),
     ("shard cut --tp 2", 1, "model-00002-of-00002.safetensors is truncated: its tensors end at byte"),
     ("shard incomplete --tp 2", 1, "1 of 2 weight files are not there (the first is model-00002-of-00002.safetensors)"),

@@ -158,7 +158,13 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     report, config = make_report(NINE, 2)
     with pytest.raises(ShardFolderError, match="its folder does not exist"):
         write_page(report, config, tmp_path / "missing" / "page.html")
-    write_page(report, config, tmp_path / "page.html")
+    manifest = tmp_path / "tpctl.json"
+    manifest.write_text("{}")
+    with pytest.raises(ShardFolderError, match=r"tpctl\.json exists and is no \.html file"):
+        write_page(report, config, manifest)
+    assert manifest.read_text() == "{}"
+    for _ in range(2):
+        write_page(report, config, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == render(report, config)
 
 

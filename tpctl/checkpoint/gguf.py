@@ -31,6 +31,8 @@ def check_gguf(path: Path) -> None:
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from None
     if magic != MAGIC:
+        if path.suffix != ".gguf":
+            raise SourceError(f"{path} is no model: a file must be a .gguf, which begins with the letters GGUF")
         raise SourceError(
             f"{path} is not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}; download it again"
         )

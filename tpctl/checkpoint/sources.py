@@ -106,6 +106,8 @@ def hub_id(model: str, revision: str | None = None) -> tuple[str, str | None]:
         SourceError: it is no Hub id, or names a revision other than ``revision``.
     """
     repo, _, named = model.partition("@")
+    if repo == DEMO and named:
+        raise SourceError(f"revision {named} is for models on the Hub, but {repo} is not one; leave it out")
     if not HUB_ID.fullmatch(repo) or ("@" in model and not named):
         raise SourceError(f"{model!r} is no model: no such file or folder here; MODEL is {FORMS}")
     if named and revision and named != revision:

@@ -49,12 +49,15 @@ def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
     """Write the page for ``report`` to ``path``.
 
     Raises:
-        ShardFolderError: ``path`` cannot be written.
+        ShardFolderError: ``path`` cannot be written, or is a file that is no page.
     """
+    if path.exists() and path.suffix.lower() not in (".html", ".htm"):  # a slip must not cost a manifest or weights
+        raise ShardFolderError(f"{path} exists and is no .html file; choose another file for --html")
     try:
         path.write_text(render(report, config), encoding="utf-8")
     except OSError as error:
-        reason = "its folder does not exist" if error.errno == errno.ENOENT else error.strerror
+        gone = error.errno == errno.ENOENT and not path.absolute().parent.is_dir()
+        reason = "its folder does not exist" if gone else error.strerror
         raise ShardFolderError(f"cannot write {path}: {reason}; choose another file for --html") from None
 
 

@@ -184,6 +184,8 @@ def readable_errors(path: Path) -> Iterator[None]:
             ) from None
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise OutputError(f"{where} is no folder, so nothing can be made there; choose another (-o)") from None
+        if error.errno == errno.ENOENT:  # a folder that takes no files, as in /proc
+            raise OutputError(f"nothing can be made in {path.parent} ({error.strerror}); choose another (-o)") from None
         raise OutputError(f"{where}: {error.strerror or error}; nothing was published") from None
 
 
