@@ -172,16 +172,17 @@ class SdpaBackend(AttentionBackend):
     def _gather(self, kv: PagedKV, bucket: _Bucket, batch: ForwardBatch) -> Tensor:
         """[2, K * S, L, D]: the bucket's keys and values, for each head and sequence."""
         shape = (2, self.heads.num_kv_heads * bucket.count, -1, self.heads.head_dim)
-        if bucket.kept is None:
-            return kv.blocks.index_select(0, bucket.cache_rows).view(shape)
-        layers, layer = bucket.kept.layers, kv.blocks.data_ptr()
-        if bucket.cells is None:
-            layers[layer] = kv.blocks.index_select(0, bucket.cache_rows).view(shape)
-        else:
+        kept, layer = bucket.kept, kv.blocks.data_ptr()
+        if kept is not None and bucket.cells is not None:
+            gathered = kept.layers[layer]
             words = batch.scratch["sdpa.words"]
             new = words[: bucket.count] if bucket.rows is None else words[bucket.rows]
-            as_words(layers[layer]).index_copy_(0, bucket.cells, new.flatten(0, 1))
-        return layers[layer]
+            as_words(gathered).index_copy_(0, bucket.cells, new.flatten(0, 1))
+            return gathered
+        gathered = kv.blocks.index_select(0, bucket.cache_rows).view(shape)
+        if kept is not None:
+            kept.layers[layer] = gathered
+        return gathered
 
     def _decode_bias(self, bucket: _Bucket, window: int | None, dtype: torch.dtype, batch: ForwardBatch) -> Tensor:
         """[K * S, G, L] for the bucket's gathered keys: 0 for a sequence's own, -inf for others."""
@@ -211,17 +212,15 @@ class SdpaBackend(AttentionBackend):
         before, self._kept = self._kept, {}
         found = []
         for rows in members.values():
-            bucket, kept = self._bucket(kv, batch, rows, len(members) == 1, before.get(tuple(rows)))
+            bucket = self._bucket(kv, batch, rows, len(members) == 1, before.get(tuple(rows)))
             found.append(bucket)
-            if kept is not None:
-                self._kept[tuple(rows)] = kept
+            if bucket.kept is not None:
+                self._kept[tuple(rows)] = bucket.kept
         batch.scratch["sdpa.buckets"] = found
         return found
 
-    def _bucket(
-        self, kv: PagedKV, batch: ForwardBatch, rows: list[int], alone: bool, before: _Kept | None
-    ) -> tuple[_Bucket, _Kept | None]:
-        """The bucket of these rows, and what the next step may go on with; ``before`` is that of the last step."""
+    def _bucket(self, kv: PagedKV, batch: ForwardBatch, rows: list[int], alone: bool, before: _Kept | None) -> _Bucket:
+        """The bucket of these rows; ``before`` is what the last step kept of them."""
         device = batch.block_tables.device
         index = torch.tensor(rows, device=device)
         own = None if alone else index
@@ -236,7 +235,7 @@ class SdpaBackend(AttentionBackend):
             heads = torch.arange(2 * self.heads.num_kv_heads, device=device) * len(rows)
             sequences = torch.arange(len(rows), device=device).unsqueeze(1)
             cells = ((heads + sequences) * kept.room + lens_S.unsqueeze(1) - 1).flatten()
-            return _Bucket(own, index[:0], len(rows), kept.room // self.block_size, lens_S, kept, cells), kept
+            return _Bucket(own, index[:0], len(rows), kept.room // self.block_size, lens_S, kept, cells)
         fresh: _Kept | None = None
         taken = sum(len(other.lens) * (other.tables_SW.shape[1] + 1) for other in self._kept.values())
         blocks = taken + len(rows) * (width + 1)
@@ -244,7 +243,7 @@ class SdpaBackend(AttentionBackend):
             fresh = _Kept(lens, now_SW, {})
             tables_SW = F.pad(tables_SW, (0, 1))  # room for the tokens to come; what lies there is never looked at
             width += 1
-        return _Bucket(own, kv.rows(tables_SW.flatten()), len(rows), width, lens_S, fresh), fresh
+        return _Bucket(own, kv.rows(tables_SW.flatten()), len(rows), width, lens_S, fresh)
 
     def _gather_prefix(self, kv: PagedKV, batch: ForwardBatch, index: int) -> tuple[Tensor, Tensor]:
         """All keys and values of one sequence, [1, K, L, D] each, the new ones included."""
