@@ -47,6 +47,7 @@ class PeerBuffer:
         self, group: dist.ProcessGroup, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
+        from torch._C._distributed_c10d import _SymmetricMemory
 
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"peer all-reduce takes bfloat16 or float32, not {dtype}")
@@ -59,7 +60,8 @@ class PeerBuffer:
         self.word_rows = min(max_rows, max(1, _WORDS_LIMIT // (4 * self.row_words)))
         self.word_slots = self.word_rows + winners
         size = self.world * self.row_words * (2 * self.word_slots + max_rows) + triton.cdiv(self.world * max_rows, 2)
-        self._buffer = symmetric_memory.empty(size, dtype=torch.int64, device=device)
+        # What `symmetric_memory.empty` ends in; it imports torch._prims_common for a stride, which takes seconds.
+        self._buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.int64, device)
         self._buffer.zero_()
         self._handle = symmetric_memory.rendezvous(self._buffer, group)
         self._peers = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)

@@ -25,8 +25,8 @@ from tpctl.kernels.paged_decode_kernels import decode_kernel, plan_kernel
 
 _LOG2E = 1.4426950408889634
 _MAX_PDL_SEQS = 16
-LONG_CONTEXT = 8192
-"""Tokens from which one or two sequences are decoded by a configuration of its own."""
+LONG_CONTEXT = 1024
+"""Tokens from which one or two sequences are decoded by a configuration of their own."""
 
 
 class DecodeConfig(NamedTuple):
@@ -39,7 +39,9 @@ class DecodeConfig(NamedTuple):
     min_tiles: int = 1
 
 
-def decode_config(num_seqs: int, num_kv_heads: int, num_sms: int, *, long: bool = False) -> DecodeConfig:
+def decode_config(
+    num_seqs: int, num_heads: int, num_kv_heads: int, num_sms: int, *, long: bool = False
+) -> DecodeConfig:
     """The tuned configuration for a batch shape (docs/kernel-notes.md has the sweep).
 
     long: the longest context has `LONG_CONTEXT` tokens or more.
@@ -47,8 +49,13 @@ def decode_config(num_seqs: int, num_kv_heads: int, num_sms: int, *, long: bool 
     # Few programs with little shared memory let the next kernel's start early, which counts where a step is short;
     # one buffer per tile then does, until a context is so long that its reading outweighs the rest.
     per_sm = 1 if num_seqs <= 16 else 2
-    stages = 2 if num_seqs <= 2 and not long else 3
-    return DecodeConfig(64, max(1, num_sms * per_sm // num_kv_heads), num_warps=4, num_stages=stages)
+    num_programs = max(1, num_sms * per_sm // num_kv_heads)
+    if num_seqs > 2 or (long and (num_seqs > 1 or num_heads <= 2 * num_kv_heads)):
+        return DecodeConfig(64, num_programs, num_warps=4, num_stages=3)
+    if long:
+        # Two buffers of half the size, and fewer partial results to combine.
+        return DecodeConfig(32, num_programs, num_warps=4, num_stages=3, min_tiles=4)
+    return DecodeConfig(64, num_programs, num_warps=4, num_stages=2)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class DecodePlan:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
         device = scratch.partial.device
-        self.config = config or decode_config(num_seqs, num_kv_heads, num_multiprocessors(device), long=long)
+        self.config = config or decode_config(num_seqs, num_heads, num_kv_heads, num_multiprocessors(device), long=long)
         if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
             raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
         self.num_seqs = num_seqs
