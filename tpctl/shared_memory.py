@@ -143,6 +143,11 @@ class SharedMemory:
                 )
 
 
+def is_supported() -> bool:
+    """Whether ranks on this kind of machine can share memory so."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 def connect(
     rank: int, size: int, timeout: float, broadcast: Callable[[str], str], minimum: Callable[[int], int]
 ) -> SharedMemory | None:
@@ -154,7 +159,7 @@ def connect(
         broadcast: gives every rank rank 0's text.
         minimum: gives every rank the smallest number.
     """
-    able = sys.platform == "linux" and platform.machine() == "x86_64"
+    able = is_supported()
     descriptor = -1
     if able and rank == 0:
         descriptor = os.memfd_create("tpctl-ranks", os.MFD_CLOEXEC)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
-from tpctl.cli.batch import _summary
+from tpctl.cli import batch as cli_batch
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.jobs import BadLine, Job, JobParser, Line, read_lines
 from tpctl.client.results import Results
@@ -92,8 +92,8 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         (b'{"prompt": "\xff"}', "is not UTF-8 (byte 13)"),
         (b"[" * 100_000, "is not JSON that can be read"),
         ([1], "is [1], but must be a JSON object"),
-        ({}, 'needs either "prompt" or "messages"'),
-        ({"prompt": "a", "messages": []}, 'needs either "prompt" or "messages"'),
+        ({}, 'has neither "prompt" nor "messages"; give one of them'),
+        ({"prompt": "a", "messages": []}, 'has both "prompt" and "messages"; give one of them'),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 5}, "prompt is 5, but must be a string"),
         ({"prompt": "a" * 64}, "the prompt has 64 tokens, but this engine takes at most 63"),
@@ -157,9 +157,29 @@ def test_a_line_that_a_library_stumbles_over_is_an_error_row(
     assert rows(tmp_path / "out.jsonl")[1]["error"] == "line 2: cannot be used: KeyError: 'deep\\ninside'"
 
 
+def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    tally = Tally(lines=12_000, errors=3, completion_tokens=120_000, started=1000.0)
+    with cli_batch._progress(50_000, 1, to_stdout=False) as show:
+        for now[0] in (1001.0, 1059.0, 1060.0, 1061.0, 1119.0, 1121.0):
+            show(tally)
+    assert capsys.readouterr().err == (
+        "12,000 of 50,000 lines after 60 s, 2,000 tok/s, 3 errors\n"
+        "12,000 of 50,000 lines after 121 s, 992 tok/s, 3 errors\n"
+    )
+    now[0] = 2000.0
+    with cli_batch._progress(None, 1, to_stdout=True) as show:
+        now[0] = 2060.0
+        show(Tally(lines=1, started=2050.0))
+    assert capsys.readouterr().err == "1 line after 10 s, 0 tok/s\n"
+
+
 def test_an_interrupted_run_claims_no_preemptions() -> None:
-    assert "preemptions" not in _summary(Tally(lines=1), {})
-    assert "3 preemptions" in _summary(Tally(lines=1), {"preemptions": 3})
+    assert "preemptions" not in cli_batch._summary(Tally(lines=1), {})
+    assert "3 preemptions" in cli_batch._summary(Tally(lines=1), {"preemptions": 3})
 
 
 def test_blank_lines_count_as_lines_but_make_no_rows() -> None:

@@ -132,6 +132,12 @@ def test_wrong_options_are_one_line(
     assert err.startswith("tpctl: ") and said.lower() in err.lower()
 
 
+def test_the_list_of_commands_is_not_cut_short() -> None:
+    shown = run("--help").stdout
+    assert "inspect-shards  Show, and prove, how every weight was cut.\n" in shown
+    assert "..." not in shown.split("Commands:")[1]
+
+
 def test_without_arguments_the_help_page_is_shown() -> None:
     for group in ((), ("bench",)):
         result = run(*group)

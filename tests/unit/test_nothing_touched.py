@@ -94,7 +94,7 @@ TABLE = [
     ("shard model --tp 4 --ranks 2-4", 1, "rank 4 does not exist at tp 4; ranks are 0 to 3"),
     ("shard model --tp 4 --ranks 3-1", 2, "'3-1' is no list of ranks; write it like 0-3 or 0,2,5-6"),
     ("shard model --tp 4 --ranks x", 2, "'x' is no list of ranks"),
-    ("shard model --tp 2 --max-part-size 0", 2, "'0' is no size; write it like 5GB"),
+    ("shard model --tp 2 --max-part-size 0", 2, "0 is less than a byte; write a size like 5GB"),
     ("shard model --tp 2 --max-part-size big", 2, "'big' is no size"),
     ("shard model --tp 2 --dtype int4", 2, "dtype 'int4' is unknown; use auto, "),
     ("shard model --tp 2 --compat ollama", 2, "--compat ollama is unknown; use vllm or sglang"),

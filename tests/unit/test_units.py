@@ -25,9 +25,25 @@ def test_sizes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "0", "0GB", "1e9", "nan", "0.5B", "0.9", "9" * 400])
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 apples", "1e9", "nan"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="is no size; write it like 5GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0", "0 is less than a byte"),
+        ("0GB", "0GB is less than a byte"),
+        ("0.5B", "0.5B is less than a byte"),
+        ("0.9", "0.9 is less than a byte"),
+        ("1000001TB", "1000001TB is more than 1000000.00 TB"),
+        ("9" * 400, f"{'9' * 39}… is more than 1000000.00 TB"),
+    ],
+)
+def test_sizes_that_nothing_has(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"{said}; write a size like 5GB"):
         parse_bytes(text)
 
 
@@ -55,13 +71,13 @@ def test_rank_lists(text: str | None, ranks: list[int] | None) -> None:
     assert parse_ranks(text) == ranks
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "0,,1", "0-1-2", "0-9999999999"])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "0,,1", "0-1-2"])
 def test_no_rank_lists(text: str) -> None:
     with pytest.raises(UsageError, match="is no list of ranks; write it like 0-3"):
         parse_ranks(text)
 
 
-@pytest.mark.parametrize("text", ["0-999999999", "0-99999,7"])
+@pytest.mark.parametrize("text", ["0-999999999", "0-99999,7", "0-999999999999999"])
 def test_rank_lists_too_long_to_mean_anything(text: str) -> None:
     with pytest.raises(UsageError, match="names more than 100,000 ranks"):
         parse_ranks(text)

@@ -46,17 +46,20 @@ def _root(
 def _register() -> None:
     from tpctl.cli import batch, bench, chat, doctor, download, inspect_shards, merge, plan, reshard, shard, upload
 
-    app.command("download")(download.download)
-    app.command("plan")(plan.plan)
-    app.command("shard")(shard.shard)
-    app.command("upload")(upload.upload)
-    app.command("inspect-shards")(inspect_shards.inspect_shards)
-    app.command("merge")(merge.merge)
-    app.command("reshard")(reshard.reshard)
-    app.command("chat")(chat.chat)
-    app.command("batch")(batch.batch)
-    app.command("doctor")(doctor.doctor)
-    app.add_typer(bench.bench, name="bench")
+    for name, command, summary in (
+        ("download", download.download, "Fetch a model."),
+        ("plan", plan.plan, "Say which sizes work and what fits a GPU."),
+        ("shard", shard.shard, "Cut a checkpoint into shards."),
+        ("upload", upload.upload, "Upload a folder to the Hub."),
+        ("inspect-shards", inspect_shards.inspect_shards, "Show, and prove, how every weight was cut."),
+        ("merge", merge.merge, "Put shards together again."),
+        ("reshard", reshard.reshard, "Cut shards anew for another number of ranks."),
+        ("chat", chat.chat, "Chat with a model."),
+        ("batch", batch.batch, "Answer every line of a JSONL file."),
+        ("doctor", doctor.doctor, "Report what this machine offers."),
+    ):
+        app.command(name, short_help=summary)(command)
+    app.add_typer(bench.bench, name="bench", short_help="Measure speed.")
 
 
 _register()

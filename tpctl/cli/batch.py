@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from tpctl.errors import EngineError, SourceError, TpctlError, UsageError
 
 if TYPE_CHECKING:
     from tpctl.client.batch import Tally
+
+REPORTS = 60.0
+"""Seconds between lines about progress where stderr is no terminal."""
 
 DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256, "seed": 0}
 
@@ -112,7 +116,7 @@ def _opened(prompts: str) -> Iterator[tuple[IO[bytes], int | None]]:
         raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
     with stream:
         total = None
-        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and sys.stderr.isatty():
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             total = sum(1 for line in stream if line.strip())
             stream.seek(0)
         yield stream, total
@@ -120,9 +124,12 @@ def _opened(prompts: str) -> Iterator[tuple[IO[bytes], int | None]]:
 
 @contextmanager
 def _progress(total: int | None, tp_size: int, *, to_stdout: bool) -> Iterator[Callable[[Tally], None]]:
-    """A bar of answered lines with tokens per second on stderr; silent where stderr is no terminal."""
-    if not sys.stderr.isatty() or (to_stdout and sys.stdout.isatty()):
+    """Shows answered lines and tokens per second on stderr: a bar, or where that is no terminal a line at times."""
+    if to_stdout and sys.stdout.isatty():
         yield lambda tally: None
+        return
+    if not sys.stderr.isatty():
+        yield _reports(total)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -141,6 +148,23 @@ def _progress(total: int | None, tp_size: int, *, to_stdout: bool) -> Iterator[C
             bar.update(task, completed=tally.lines, speed=f"{tally.tokens_per_second:,.0f} tok/s{errors}")
 
         yield show
+
+
+def _reports(total: int | None) -> Callable[[Tally], None]:
+    """Notes how far a run is, every ``REPORTS`` seconds."""
+    due = time.monotonic() + REPORTS
+
+    def report(tally: Tally) -> None:
+        nonlocal due
+        if time.monotonic() < due:
+            return
+        due = time.monotonic() + REPORTS
+        of = "" if total is None else f" of {total:,}"
+        lines = "line" if (tally.lines if total is None else total) == 1 else "lines"
+        errors = f", {tally.errors:,} errors" if tally.errors else ""
+        note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {tally.tokens_per_second:,.0f} tok/s{errors}")
+
+    return report
 
 
 def _summary(tally: Tally, stats: dict[str, float]) -> str:

@@ -38,8 +38,14 @@ def _print_torch(torch: dict[str, Any]) -> None:
         print(f"GPU {index}            {gpu['name']}, compute {gpu['capability']}, {free:.1f} of {total:.1f} GiB free")
         print(f"                 reaches the memory of: {peers}")
     print(f"between GPUs     NCCL {torch['nccl'] or 'not available'}")
-    print(f"between CPUs     {'gloo' if torch['gloo'] else 'gloo is not available: only --tp 1 can run'}")
+    print(f"between CPUs     {_between_cpus(torch)}")
     print(f"CPU linears      {'oneDNN, packed weights' if torch['onednn'] else 'plain'}")
+
+
+def _between_cpus(torch: dict[str, Any]) -> str:
+    if not torch["gloo"]:
+        return "gloo is not available: only --tp 1 can run"
+    return "shared memory, gloo where ranks cannot map it" if torch["shared_memory"] else "gloo"
 
 
 def _built(cuda: str | None) -> str:

@@ -14,6 +14,8 @@ _UNITS = {"": 1, "B": 1} | {
 
 _MOST_RANKS = 100_000
 
+_LARGEST = 10**18
+
 _LEAST_BARE = 1000
 """A number without a unit is bytes; one below this was surely meant to have one."""
 
@@ -25,18 +27,26 @@ def parse_bytes(text: str, unit: str = "GB") -> int:
         unit: what to suggest where a unit was forgotten.
 
     Raises:
-        UsageError: it is none of these, less than a byte, or so small a number that a unit must be missing.
+        UsageError: it is none of these, less than a byte, more than 10^18, or so small a number that a unit must be
+            missing.
     """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
-    units = {name.lower(): factor for name, factor in _UNITS.items()}
-    count = int(float(match[1]) * units.get(match[2].lower(), 0)) if match is not None else 0
-    if count == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
+    factor = {name.lower(): factor for name, factor in _UNITS.items()}.get(match[2].lower()) if match else None
+    if match is None or factor is None:
         raise UsageError(f"{text!r} is no size; write it like 5GB, 512MiB or 1000000")
-    assert match is not None
+    count = int(float(match[1][:40]) * factor)
+    if not 0 < count <= _LARGEST:
+        limit = "less than a byte" if count == 0 else f"more than {format_bytes(_LARGEST)}"
+        raise UsageError(f"{_short(text)} is {limit}; write a size like 5GB, 512MiB or 1000000")
     if not match[2] and count < _LEAST_BARE:
         number = text.strip()
         raise UsageError(f"{number} would be {number} bytes; write it with a unit, like {number}{unit}")
     return count
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def format_bytes(count: float) -> str:
@@ -58,11 +68,11 @@ def parse_ranks(text: str | None) -> list[int] | None:
         return None
     ranks: list[int] = []
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", item)
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UsageError(f"{text!r} is no list of ranks; write it like 0-3 or 0,2,5-6")
         more = range(int(match[1]), int(match[2] or match[1]) + 1)
-        if len(ranks) + len(more) > _MOST_RANKS:
+        if len(ranks) + (more.stop - more.start) > _MOST_RANKS:
             raise UsageError(f"{text!r} names more than {_MOST_RANKS:,} ranks; name fewer")
         ranks += more
     return ranks

@@ -125,7 +125,8 @@ class JobParser:
 
     def _tokenize(self, entry: Mapping[str, Any]) -> list[int]:
         if ("prompt" in entry) == ("messages" in entry):
-            raise _Refused('needs either "prompt" or "messages"')
+            has = 'both "prompt" and' if "prompt" in entry else 'neither "prompt" nor'
+            raise _Refused(f'has {has} "messages"; give one of them')
         if "messages" in entry:
             return self._tokenizer.encode_chat(_messages(entry["messages"]))
         prompt = entry["prompt"]

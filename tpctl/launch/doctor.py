@@ -23,6 +23,7 @@ _TIMEOUT = 120.0  # seconds; a cold import of torch with CUDA on a slow disk
 _ASK_TORCH = """
 import json, torch
 import torch.distributed as dist
+from tpctl import shared_memory
 cuda = torch.cuda.is_available()
 count = torch.cuda.device_count() if cuda else 0
 gpus = []
@@ -37,6 +38,7 @@ print(json.dumps(dict(
     gpus=gpus,
     nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda and dist.is_nccl_available() else None,
     gloo=dist.is_gloo_available(),
+    shared_memory=shared_memory.is_supported(),
     onednn=torch.backends.mkldnn.is_available(),
 )))
 """
@@ -48,8 +50,8 @@ class Checkup:
 
     Attributes:
         packages: version of each package, ``None`` where it is not installed.
-        torch: what torch reports of CUDA, GPUs (memory in bytes, peers by index), NCCL, gloo and oneDNN; ``None`` where
-            it cannot be imported, and then ``problem`` says why.
+        torch: what torch reports of CUDA, GPUs (memory in bytes, peers by index), NCCL, gloo, memory that CPU
+            ranks share and oneDNN; ``None`` where it cannot be imported, and then ``problem`` says why.
         device: what ``--device`` defaults to.
         attention_backend: what ``--attention-backend auto`` takes there.
     """
