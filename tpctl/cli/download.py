@@ -23,7 +23,7 @@ def download(
     json: Annotated[bool, typer.Option("--json", help="Print folder, id and revision as JSON.")] = False,
 ) -> None:
     """Fetch a model's weights, config and tokenizer (nothing else) and print the folder."""
-    from tpctl.checkpoint.sources import fetch
+    from tpctl.checkpoint.fetch import fetch
 
     ranks = parse_ranks(local_ranks)
     with byte_progress(f"downloading {model}") as progress:
