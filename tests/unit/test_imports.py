@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("partition", "distributed", "kernels", "layers"),
     "engine.config": (),
     "engine.sampling_params": (),
-    "launch": ("children", "engine.config", "engine.sampling_params"),
+    "launch": ("children", "checkpoint.cache", "engine.config", "engine.sampling_params"),
     "engine": ("partition", "distributed", "kernels", "layers", "models", "launch"),
     "client": ("engine.config", "engine.sampling_params", "launch"),
     "bench": (

@@ -26,6 +26,7 @@ from pathlib import Path
 from tpctl.children import python_environment
 from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError, TpctlError
+from tpctl.launch.bytecode import bytecode_environment
 from tpctl.launch.channel import Channel
 from tpctl.launch.failure import RankFailure, explain, read_error_file, read_report, root_cause, signal_name
 from tpctl.launch.lifeline import PARENT_PID
@@ -188,6 +189,7 @@ class Workers:
         threads = str(max(1, _cores() // self._tp_size))
         defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY}
         env = python_environment({**defaults, **os.environ, **more})
+        env |= bytecode_environment(env)
         if sys.platform == "linux":
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: do not depend on what its name resolves to
         env |= {PARENT_PID: str(os.getpid()), MARK: str(self._folder)}
