@@ -177,6 +177,21 @@ def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(
     assert capsys.readouterr().err == "1 line after 10 s, 0 tok/s\n"
 
 
+def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def refuse(text: str) -> None:
+        tries.append(text)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli_batch, "note", refuse)
+    monkeypatch.setattr(cli_batch, "REPORTS", 0.0)
+    report = cli_batch._reports(None)
+    report(Tally(lines=1))
+    report(Tally(lines=2))
+    assert len(tries) == 1
+
+
 def test_an_interrupted_run_claims_no_preemptions() -> None:
     assert "preemptions" not in cli_batch._summary(Tally(lines=1), {})
     assert "3 preemptions" in cli_batch._summary(Tally(lines=1), {"preemptions": 3})

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
 
+from tpctl.engine.config import EngineConfig
 from tpctl.launch import bytecode
 from tpctl.launch.bytecode import bytecode_environment
+from tpctl.launch.torchrun import Workers
 
 
 @pytest.fixture
@@ -36,10 +39,46 @@ def test_a_python_that_may_not_write_writes_into_the_cache(torch: Path, tmp_path
     assert compiled.name == Path(cache_from_source(str(torch))).name
 
 
-def test_a_folder_that_is_not_ours_to_write(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_ours_to_write(torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bytecode_environment({}) == {}
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != torch.parent)
-    assert bytecode_environment({})["PYTHONPYCACHEPREFIX"].endswith("bytecode")
+    assert bytecode_environment({})["PYTHONPYCACHEPREFIX"].startswith(str(tmp_path / "cache"))
+
+
+def test_a_place_that_others_may_write_to_or_that_cannot_be_made_is_not_used(
+    torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = {"PYTHONDONTWRITEBYTECODE": "1"}
+    place = Path(bytecode_environment(quiet)["PYTHONPYCACHEPREFIX"])
+    assert place.stat().st_mode & 0o777 == 0o700
+    place.parent.chmod(0o777)
+    assert bytecode_environment(quiet) == {}
+    monkeypatch.setenv("TPCTL_CACHE", "/dev/null/cache")
+    assert bytecode_environment(quiet) == {}
+
+
+def test_another_installation_has_another_place(torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = {"PYTHONDONTWRITEBYTECODE": "1"}
+    before = bytecode_environment(quiet)
+    assert bytecode_environment(quiet) == before
+    monkeypatch.setattr(bytecode, "distributions", list)
+    assert bytecode_environment(quiet) != before
+
+
+def test_workers_are_started_with_it(torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+
+    def run(self: Workers, command: list[str], variables: dict[str, str], started: threading.Event) -> None:
+        seen.update(variables)
+        self._exited.set()
+        started.set()
+
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    monkeypatch.setattr(Workers, "_run", run)
+    Workers(EngineConfig(tmp_path, 1)).close()
+    assert seen["PYTHONPYCACHEPREFIX"].startswith(str(tmp_path / "cache"))
+    assert not seen["PYTHONDONTWRITEBYTECODE"]
 
 
 def test_what_is_compiled_already_or_placed_by_the_user_stays(torch: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import sys
@@ -151,7 +152,7 @@ def _progress(total: int | None, tp_size: int, *, to_stdout: bool) -> Iterator[C
 
 
 def _reports(total: int | None) -> Callable[[Tally], None]:
-    """Notes how far a run is, every ``REPORTS`` seconds."""
+    """Notes how far a run is, every ``REPORTS`` seconds, for as long as anybody takes the notes."""
     due = time.monotonic() + REPORTS
 
     def report(tally: Tally) -> None:
@@ -162,7 +163,11 @@ def _reports(total: int | None) -> Callable[[Tally], None]:
         of = "" if total is None else f" of {total:,}"
         lines = "line" if (tally.lines if total is None else total) == 1 else "lines"
         errors = f", {tally.errors:,} errors" if tally.errors else ""
-        note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {tally.tokens_per_second:,.0f} tok/s{errors}")
+        speed = f"{tally.tokens_per_second:,.0f} tok/s"
+        try:
+            note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {speed}{errors}")
+        except OSError:  # the log's disk is full, or its reader gone: no reason to stop answering
+            due = math.inf
 
     return report
 

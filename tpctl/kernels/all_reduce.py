@@ -60,7 +60,8 @@ class PeerBuffer:
         self.word_rows = min(max_rows, max(1, _WORDS_LIMIT // (4 * self.row_words)))
         self.word_slots = self.word_rows + winners
         size = self.world * self.row_words * (2 * self.word_slots + max_rows) + triton.cdiv(self.world * max_rows, 2)
-        # What `symmetric_memory.empty` ends in; it imports torch._prims_common for a stride, which takes seconds.
+        # Not `symmetric_memory.empty`, which imports sympy to compute a stride (seconds without bytecode) and takes
+        # the memory from a pool that one buffer has no use for.
         self._buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.int64, device)
         self._buffer.zero_()
         self._handle = symmetric_memory.rendezvous(self._buffer, group)
