@@ -7,6 +7,11 @@ line prints the message and exits with the error's ``exit_code``; it never shows
 from __future__ import annotations
 
 
+def shorten(text: str, width: int = 40) -> str:
+    """What somebody gave, as a message may repeat it: ``width`` characters of ``text`` at most."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 class TpctlError(Exception):
     """Base of every error that is the world's fault, not the program's."""
 

@@ -13,6 +13,7 @@ from tpctl.kernels.paged_decode import (
     DecodeConfig,
     DecodePlan,
     DecodeScratch,
+    decode_config,
     paged_decode,
     paged_decode_reference,
 )
@@ -91,6 +92,32 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
         assert relative_error(out, want) < (1e-5 if dtype is torch.float32 else 8e-3)
         assert (out[seq_lens == 0] == 0).all()
     assert (scratch.counters == 0).all()
+
+
+@pytest.mark.parametrize(
+    "seqs,heads,long,tile,stages,min_tiles",
+    [
+        (1, 32, False, 64, 2, 1),
+        (1, 32, True, 32, 3, 4),
+        (1, 16, True, 64, 3, 1),  # two query heads a kv head
+        (2, 32, False, 64, 2, 1),
+        (2, 32, True, 64, 3, 1),
+        (3, 32, False, 64, 3, 1),
+    ],
+)
+def test_a_long_sequence_has_a_configuration_of_its_own(seqs, heads, long, tile, stages, min_tiles):
+    assert decode_config(seqs, heads, 8, 132, long=long) == DecodeConfig(tile, 16, 4, stages, min_tiles)
+
+
+@pytest.mark.parametrize("heads", [8, 16])
+def test_one_long_sequence_matches_reference(heads):
+    k_cache, v_cache, tables = make_cache([1100], 4, 64, 64, torch.float32)
+    seq_lens = torch.tensor([1100], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(1, heads, 64).to(DEVICE)
+    plan = DecodePlan(1, heads, 4, 64, 64, DecodeScratch.allocate(1, heads, 64, DEVICE), long=True)
+    plan.update(seq_lens)
+    want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens)
+    assert relative_error(paged_decode(q, k_cache, v_cache, tables, seq_lens, plan), want) < 1e-5
 
 
 @pytest.mark.parametrize(

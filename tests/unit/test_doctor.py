@@ -25,6 +25,20 @@ def test_reports_this_machine() -> None:
     assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize(
+    ("gloo", "shared", "said"),
+    [
+        (True, True, "shared memory, gloo where ranks cannot map it"),
+        (True, False, "gloo"),
+        (False, True, "gloo is not available: only --tp 1 can run"),
+    ],
+)
+def test_what_cpu_ranks_talk_through(gloo: bool, shared: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = {"cuda": None, "gpus": [], "nccl": None, "gloo": gloo, "shared_memory": shared, "onednn": True}
+    monkeypatch.setattr(doctor, "_ask_torch", lambda: (torch, None))
+    assert f"between CPUs     {said}\n" in CliRunner().invoke(app, ["doctor"]).stdout
+
+
 def test_broken_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ASK_TORCH", "raise ImportError('libcudart.so.13: cannot open shared object file')")
     found = doctor.examine()

@@ -19,6 +19,7 @@ from tpctl.errors import UsageError
         ("3kB", 3000),
         ("1TB", 10**12),
         ("7B", 7),
+        ("0" * 45 + "5GB", 5 * 10**9),
     ],
 )
 def test_sizes(text: str, count: int) -> None:

@@ -26,7 +26,7 @@ from tpctl.checkpoint.gguf import check_gguf, convert_gguf
 from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.transfer import Progress
-from tpctl.errors import SourceError
+from tpctl.errors import SourceError, shorten
 from tpctl.partition.manifest import MANIFEST
 
 DEMO = "demo"
@@ -278,6 +278,5 @@ def local_path(model: str) -> Path:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         pass
     except OSError as error:
-        name = model if len(model) <= 80 else model[:79] + "…"
-        raise SourceError(f"cannot look at {name}: {error.strerror}; MODEL is {FORMS}") from None
+        raise SourceError(f"cannot look at {shorten(model, 80)}: {error.strerror}; MODEL is {FORMS}") from None
     return path

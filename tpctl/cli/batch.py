@@ -63,7 +63,7 @@ def batch(
         raise UsageError(f"{prompts} is input and output at once; name another file with -o")
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
     with (
-        _opened(prompts) as (stream, total),
+        _opened(prompts, count=not _is_silent(to_stdout=target is None)) as (stream, total),
         Results(target, settings, resume=resume) as results,
     ):
         config = prepare(model, engine)
@@ -104,8 +104,8 @@ def batch(
 
 
 @contextmanager
-def _opened(prompts: str) -> Iterator[tuple[IO[bytes], int | None]]:
-    """The input, and how many lines with text it has, where that can be counted."""
+def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | None]]:
+    """The input, and how many lines with text it has, if that is asked for and can be counted."""
     if prompts == "-":
         # Not sys.stdin: a thread that waits there when the program ends would hold the lock that exiting needs.
         with open(0, "rb", closefd=False) as stream:
@@ -117,16 +117,21 @@ def _opened(prompts: str) -> Iterator[tuple[IO[bytes], int | None]]:
         raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
     with stream:
         total = None
-        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        if count and stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             total = sum(1 for line in stream if line.strip())
             stream.seek(0)
         yield stream, total
 
 
+def _is_silent(*, to_stdout: bool) -> bool:
+    """Whether nothing is said of progress: the answers appear on the terminal themselves."""
+    return to_stdout and sys.stdout.isatty()
+
+
 @contextmanager
 def _progress(total: int | None, tp_size: int, *, to_stdout: bool) -> Iterator[Callable[[Tally], None]]:
     """Shows answered lines and tokens per second on stderr: a bar, or where that is no terminal a line at times."""
-    if to_stdout and sys.stdout.isatty():
+    if _is_silent(to_stdout=to_stdout):
         yield lambda tally: None
         return
     if not sys.stderr.isatty():
@@ -145,8 +150,7 @@ def _progress(total: int | None, tp_size: int, *, to_stdout: bool) -> Iterator[C
         task = bar.add_task(f"tp {tp_size}", total=total, speed="")
 
         def show(tally: Tally) -> None:
-            errors = f", {tally.errors} errors" if tally.errors else ""
-            bar.update(task, completed=tally.lines, speed=f"{tally.tokens_per_second:,.0f} tok/s{errors}")
+            bar.update(task, completed=tally.lines, speed=_speed(tally))
 
         yield show
 
@@ -162,14 +166,17 @@ def _reports(total: int | None) -> Callable[[Tally], None]:
         due = time.monotonic() + REPORTS
         of = "" if total is None else f" of {total:,}"
         lines = "line" if (tally.lines if total is None else total) == 1 else "lines"
-        errors = f", {tally.errors:,} errors" if tally.errors else ""
-        speed = f"{tally.tokens_per_second:,.0f} tok/s"
         try:
-            note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {speed}{errors}")
+            note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {_speed(tally)}")
         except OSError:  # the log's disk is full, or its reader gone: no reason to stop answering
             due = math.inf
 
     return report
+
+
+def _speed(tally: Tally) -> str:
+    errors = f", {tally.errors:,} errors" if tally.errors else ""
+    return f"{tally.tokens_per_second:,.0f} tok/s{errors}"
 
 
 def _summary(tally: Tally, stats: dict[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tpctl.errors import UsageError
+from tpctl.errors import UsageError, shorten
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": (1000 if kind == "B" else 1024) ** power
@@ -34,19 +34,15 @@ def parse_bytes(text: str, unit: str = "GB") -> int:
     factor = {name.lower(): factor for name, factor in _UNITS.items()}.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise UsageError(f"{text!r} is no size; write it like 5GB, 512MiB or 1000000")
-    count = int(float(match[1][:40]) * factor)
-    if not 0 < count <= _LARGEST:
-        limit = "less than a byte" if count == 0 else f"more than {format_bytes(_LARGEST)}"
-        raise UsageError(f"{_short(text)} is {limit}; write a size like 5GB, 512MiB or 1000000")
+    size = float(match[1]) * factor
+    if not 1 <= size <= _LARGEST:
+        limit = "less than a byte" if size < 1 else f"more than {format_bytes(_LARGEST)}"
+        raise UsageError(f"{shorten(text.strip())} is {limit}; write a size like 5GB, 512MiB or 1000000")
+    count = int(size)
     if not match[2] and count < _LEAST_BARE:
         number = text.strip()
         raise UsageError(f"{number} would be {number} bytes; write it with a unit, like {number}{unit}")
     return count
-
-
-def _short(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def format_bytes(count: float) -> str:
@@ -72,7 +68,7 @@ def parse_ranks(text: str | None) -> list[int] | None:
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UsageError(f"{text!r} is no list of ranks; write it like 0-3 or 0,2,5-6")
         more = range(int(match[1]), int(match[2] or match[1]) + 1)
-        if len(ranks) + (more.stop - more.start) > _MOST_RANKS:
+        if len(ranks) + len(more) > _MOST_RANKS:
             raise UsageError(f"{text!r} names more than {_MOST_RANKS:,} ranks; name fewer")
         ranks += more
     return ranks

@@ -16,7 +16,7 @@ from zlib import crc32
 from tpctl.client.engine_client import check_length
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.errors import TpctlError
+from tpctl.errors import TpctlError, shorten
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 _FIELDS = frozenset({"id", "prompt", "messages", "stop"}) | _SAMPLING_FIELDS
@@ -180,5 +180,4 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:39] + "…"
+    return shorten(json.dumps(value, ensure_ascii=False))

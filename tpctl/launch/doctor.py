@@ -50,8 +50,8 @@ class Checkup:
 
     Attributes:
         packages: version of each package, ``None`` where it is not installed.
-        torch: what torch reports of CUDA, GPUs (memory in bytes, peers by index), NCCL, gloo, memory that CPU
-            ranks share and oneDNN; ``None`` where it cannot be imported, and then ``problem`` says why.
+        torch: what torch reports of CUDA, GPUs (memory in bytes, peers by index), NCCL, gloo and oneDNN, and whether
+            CPU ranks can share memory; ``None`` where it cannot be imported, and then ``problem`` says why.
         device: what ``--device`` defaults to.
         attention_backend: what ``--attention-backend auto`` takes there.
     """
