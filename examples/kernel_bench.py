@@ -31,6 +31,7 @@ from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, 
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.kernels.rope_cache import rope_cache
 from tpctl.kernels.sampling import sample
+from tpctl.kernels.split_linear import pick_splits, split_linear
 
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda")
@@ -306,7 +307,8 @@ class Step:
         if adds:
             if config is not None:
                 return small_linear(x, weight, self.scratch, residual_TO=self.x, out=self.x, pdl=name in self.pdl), None
-            return x, torch.nn.functional.linear(x, weight)
+            splits = pick_splits(x.shape[0], *weight.shape)
+            return x, torch.nn.functional.linear(x, weight) if splits == 1 else split_linear(x, weight, splits)
         if config is not None and delta is None:
             options = {"activation": "silu"} if gated else {}
             return small_linear(x, weight, self.scratch, norm=(self.norm, 1e-6), pdl=name in self.pdl, **options), None
@@ -382,7 +384,7 @@ def bench_launch() -> None:
 
 
 def bench_all_reduce() -> None:
-    """All-reduce alone and fused with addition and norm, both protocols, beside NCCL; run under torchrun."""
+    """All-reduce alone and fused with addition and norm, beside NCCL; run under torchrun."""
     import torch.distributed as dist
 
     from tpctl.kernels.all_reduce import PeerBuffer
@@ -392,13 +394,14 @@ def bench_all_reduce() -> None:
     device = torch.device("cuda", rank)
     dist.init_process_group("nccl", device_id=device)
     hidden = 4096
-    peers = PeerBuffer(dist.group.WORLD, 1024, hidden, BF16, device)
+    peers = PeerBuffer.connect(dist.group.WORLD, 1024, hidden, BF16, device)
     weight = torch.rand(hidden, device=device, dtype=BF16)
     if rank == 0:
-        row(f"all-reduce, {dist.get_world_size()} GPUs, us", "rows", "KiB", "words", "flags", "words+norm",
-            "flags+norm", "words+norm pdl", "NCCL", "NCCL+norm")  # fmt: skip
+        row(f"all-reduce, {dist.get_world_size()} GPUs, us", "rows", "KiB", "alone", "+ norm", "+ norm, pdl",
+            "2 runs + norm", "NCCL", "NCCL + norm")  # fmt: skip
     for rows in (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         x = torch.randn(rows, hidden, device=device, dtype=BF16)
+        runs = torch.randn(2, rows, hidden, device=device, dtype=BF16)
         residual, out = torch.zeros_like(x), torch.empty_like(x)
         fused = peers.all_reduce_add_rms_norm
 
@@ -407,19 +410,15 @@ def bench_all_reduce() -> None:
             add_rms_norm(x, residual, weight, 1e-6, out=out)
 
         calls = [
-            lambda: peers.all_reduce(x, out=out, flags=False),  # noqa: B023
-            lambda: peers.all_reduce(x, out=out, flags=True),  # noqa: B023
-            lambda: fused(x, residual, weight, 1e-6, out=out, flags=False),  # noqa: B023
-            lambda: fused(x, residual, weight, 1e-6, out=out, flags=True),  # noqa: B023
-            lambda: fused(x, residual, weight, 1e-6, out=out, flags=False, pdl=True),  # noqa: B023
+            lambda: peers.all_reduce(x, out=out),  # noqa: B023
+            lambda: fused(x, residual, weight, 1e-6, out=out),  # noqa: B023
+            lambda: fused(x, residual, weight, 1e-6, out=out, pdl=True),  # noqa: B023
+            lambda: fused(runs, residual, weight, 1e-6, out=out),  # noqa: B023
             lambda: dist.all_reduce(x),  # noqa: B023
             nccl_norm,
         ]
         times = []
-        for index, call in enumerate(calls):
-            if index in (0, 2, 4) and rows > peers.word_rows:
-                times.append(float("nan"))
-                continue
+        for call in calls:
             x.normal_()
             dist.barrier()
             times.append(graph_us([call] * 20))

@@ -47,6 +47,25 @@ def test_norm(rows, hidden, unit_offset, dtype):
     assert relative_error(got, want) < tolerance(dtype)
 
 
+def in_runs(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Addends of x that sum to it but for rounding, as `split_linear` leaves them."""
+    parts = torch.randn(count - 1, *x.shape).to(x)
+    return torch.cat([parts, (x - parts.sum(0))[None]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("runs", [2, 4])
+def test_add_norm_of_runs(runs, dtype):
+    x = in_runs(torch.randn(20, 1024).to(DEVICE, dtype), runs)
+    residual, weight = torch.randn(20, 1024).to(DEVICE, dtype), torch.randn(1024).to(DEVICE, dtype)
+    want_residual = residual.clone()
+    want = add_rms_norm_reference(x.float().sum(0).to(dtype), want_residual, weight, 1e-6)
+    got = add_rms_norm(x, residual, weight, 1e-6)
+    assert got.shape == residual.shape
+    assert relative_error(residual, want_residual) < tolerance(dtype)
+    assert relative_error(got, want) < tolerance(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_activation(activation, dtype):
@@ -82,6 +101,21 @@ def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, norm, dtype):
     assert relative_error(out, want) < tolerance(dtype)
     assert relative_error(caches[2], caches[0]) < tolerance(dtype)
     assert torch.equal(caches[3], caches[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary", [128, 48])
+def test_rope_cache_of_runs(rotary, dtype):
+    runs = in_runs(torch.randn(20, 8 * 128).to(DEVICE, dtype), 2)
+    angles = torch.rand(100, rotary // 2, device=DEVICE)
+    places = torch.randperm(32)[:20].to(DEVICE)
+    results = []
+    for qkv in (runs.float().sum(0).to(dtype), runs):
+        caches = [torch.zeros(2, 16, 2, 128).to(DEVICE, dtype) for _ in range(2)]
+        q = rope_cache(qkv, *caches, (angles.cos(), angles.sin()), places, places, 4)
+        results.append((q, *caches))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

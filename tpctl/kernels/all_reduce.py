@@ -1,20 +1,15 @@
 """All-reduce of small messages over symmetric memory, alone or fused with the residual addition and RMSNorm after it.
 
 Every rank pushes its row into each peer's buffer and sums what arrives, in rank order, so all ranks get the same bits.
-One program handles one row. There is no barrier; two protocols say when data is complete:
-
-- words: each 8-byte word carries 4 bytes of data and the call's number, so a reader just waits for the number. One
-  one-way trip, twice the bytes: for few rows.
-- flags: plain data, then a fence and one flag a row: for many rows.
+One program handles one row. There is no barrier, flag or fence: a slot is filled with one word that is never sent
+(`all_reduce_kernels.EMPTY`; a number that would read so travels as zero, its equal), and a reader waits until no word
+of its row is that. Having read the row it empties the slot again. So a message takes one trip and its own bytes.
 
 A row's program keeps its own call counter on the device (graph replays advance it too), and buffers alternate. A peer
-can only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after e was
-read. So ranks must make the same calls in the same order on one stream each.
+can only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after the row
+of call e was read and its slot emptied. So ranks must make the same calls in the same order on one stream each.
 
-    buffer of words:  [parity 2][source rank W][word slots][row words] of 8 bytes
-    buffer of flags:  [parity 2][source rank W][rows][row words] of 4 bytes, and [W][rows] flags
-
-The two lie apart, so that no data is ever taken for a call's number.
+    buffer:  [parity 2][source rank W][rows, and slots of `winner`][row words] of 4 bytes
 """
 
 from __future__ import annotations
@@ -23,75 +18,84 @@ import torch
 import torch.distributed as dist
 import triton
 
-from tpctl.kernels.all_reduce_kernels import all_reduce_kernel, winner_kernel
+from tpctl.kernels.all_reduce_kernels import EMPTY, all_reduce_kernel, winner_kernel
 from tpctl.kernels.launch import launch_options, next_power_of_2
 from tpctl.kernels.norm import add_rms_norm_reference
 
 # About half a minute of polling; then the error flag is set and the kernel ends with wrong data instead of hanging.
 _MAX_POLLS = 1 << 25
-# Bytes of a message above which the flags protocol is faster (docs/kernel-notes.md).
-_WORDS_LIMIT = 512 * 1024
+_WORDS_PER_WARP = 256
 
 
 class PeerBuffer:
-    """One rank's end of the symmetric buffer, and the collectives over it.
+    """One rank's end of the buffers that ranks push into, and the collectives over them.
 
-    max_rows: most rows of a call. hidden: most columns. dtype: bfloat16 or float32. The group's ranks must be
-    GPUs of one host with peer access; creation is collective. The calls below need the same order on every
-    rank.
+    The calls need the same order on every rank. `connect` makes the ends; here they are given: rank: this one's place.
+    pointers: int64 [W] on the device, every rank's buffer as addressed from here, this rank's own among them.
+    max_rows: most rows of a launch; more go in several. hidden: most columns. dtype: bfloat16 or float32.
     """
 
     _WINNER_ROWS = 256  # rows one program of `winner` handles, two words each
 
-    def __init__(
-        self, group: dist.ProcessGroup, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        import torch.distributed._symmetric_memory as symmetric_memory
-        from torch._C._distributed_c10d import _SymmetricMemory
-
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"peer all-reduce takes bfloat16 or float32, not {dtype}")
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, rank: int, pointers: torch.Tensor, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
+        self.rank, self.world = rank, pointers.shape[0]
         self.dtype = dtype
         self.wide = dtype is torch.float32
         self.max_rows = max_rows
-        self.row_words = max(hidden if self.wide else (hidden + 1) // 2, 2 * self._WINNER_ROWS)
-        winners = triton.cdiv(max_rows, self._WINNER_ROWS)
-        self.word_rows = min(max_rows, max(1, _WORDS_LIMIT // (4 * self.row_words)))
-        self.word_slots = self.word_rows + winners
-        size = self.world * self.row_words * (2 * self.word_slots + max_rows) + triton.cdiv(self.world * max_rows, 2)
+        self.row_words, self._slots = self._layout(max_rows, hidden, dtype)
+        self._peers = pointers
+        self._epochs = torch.zeros(self._slots, dtype=torch.int32, device=pointers.device)
+        self._error = torch.zeros(1, dtype=torch.int32, device=pointers.device)
+        self._held: object = None
+
+    @classmethod
+    def connect(
+        cls, group: dist.ProcessGroup, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> PeerBuffer:
+        """This rank's end over symmetric memory. Collective; the ranks must be GPUs of one host with peer access."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+        from torch._C._distributed_c10d import _SymmetricMemory
+
         # Not `symmetric_memory.empty`, which imports sympy to compute a stride (seconds without bytecode) and takes
         # the memory from a pool that one buffer has no use for.
-        self._buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.int64, device)
-        self._buffer.zero_()
-        self._handle = symmetric_memory.rendezvous(self._buffer, group)
-        self._peers = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
-        self._epochs = torch.zeros(max_rows + winners, dtype=torch.int32, device=device)
-        self._error = torch.zeros(1, dtype=torch.int32, device=device)
-        # Nobody may write to a peer that is still clearing.
+        size = cls.buffer_words(dist.get_world_size(group), max_rows, hidden, dtype)
+        buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.int32, device).fill_(EMPTY)
+        handle = symmetric_memory.rendezvous(buffer, group)
+        pointers = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+        end = cls(dist.get_rank(group), pointers, max_rows, hidden, dtype)
+        end._held = (buffer, handle)
+        # Nobody may write to a peer that is still filling its buffer.
         torch.cuda.synchronize(device)
         dist.barrier(group)
+        return end
+
+    @classmethod
+    def _layout(cls, max_rows: int, hidden: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Words of a row's slot, and slots: a row each, and those of `winner` behind them."""
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"peer all-reduce takes bfloat16 or float32, not {dtype}")
+        words = hidden if dtype is torch.float32 else (hidden + 1) // 2
+        return max(words, 2 * cls._WINNER_ROWS), max_rows + triton.cdiv(max_rows, cls._WINNER_ROWS)
+
+    @classmethod
+    def buffer_words(cls, world: int, max_rows: int, hidden: int, dtype: torch.dtype) -> int:
+        """Words (int32) of a rank's buffer, which must be filled with `EMPTY` before the first call."""
+        row_words, slots = cls._layout(max_rows, hidden, dtype)
+        return 2 * world * slots * row_words
 
     def timed_out(self) -> bool:
         """Whether a wait for a peer ever ran out (synchronises with the device)."""
         return bool(self._error.item())
 
     def fits(self, x_TH: torch.Tensor) -> bool:
-        """Whether x_TH can go through this buffer."""
-        rows, hidden = x_TH.shape
+        """Whether x_TH [T, H] or [S, T, H] can go through this buffer."""
+        rows, hidden = x_TH.shape[-2:]
         per_word = 1 if self.wide else 2
-        return (
-            x_TH.dtype is self.dtype
-            and 0 < rows <= self.max_rows
-            and hidden % per_word == 0
-            and hidden // per_word <= self.row_words
-        )
+        return x_TH.dtype is self.dtype and rows > 0 and hidden % per_word == 0 and hidden // per_word <= self.row_words
 
-    def all_reduce(
-        self, x_TH: torch.Tensor, *, out: torch.Tensor | None = None, flags: bool | None = None, pdl: bool = False
-    ) -> torch.Tensor:
+    def all_reduce(self, x_TH: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False) -> torch.Tensor:
         """The sum of every rank's x_TH [T, H], in rank order in float32, rounded once. `out` may be x_TH."""
-        return self._launch(x_TH, None, None, 0.0, False, out, flags, pdl)
+        return self._launch(x_TH, None, None, 0.0, False, out, pdl)
 
     def all_reduce_add_rms_norm(
         self,
@@ -102,15 +106,15 @@ class PeerBuffer:
         *,
         unit_offset: bool = False,
         out: torch.Tensor | None = None,
-        flags: bool | None = None,
         pdl: bool = False,
     ) -> torch.Tensor:
         """residual_TH += sum of every rank's x_TH, in place, then RMSNorm of it with weight_H; as
         `norm.add_rms_norm`.
 
-        residual_TH must be the same on every rank. flags chooses the protocol (default: by message size).
+        residual_TH must be the same on every rank. x_TH may also be the runs [S, T, H] of `split_linear`, whose sum is
+        rounded to their dtype before it is sent.
         """
-        return self._launch(x_TH, residual_TH, weight_H, eps, unit_offset, out, flags, pdl)
+        return self._launch(x_TH, residual_TH, weight_H, eps, unit_offset, out, pdl)
 
     def winner(
         self, scores_T: torch.Tensor, ids_T: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False
@@ -130,8 +134,8 @@ class PeerBuffer:
             self._error,
             rows,
             self.row_words,
-            self.word_slots,
             self.max_rows,
+            self._slots,
             RANK=self.rank,
             WORLD=self.world,
             MAX_POLLS=_MAX_POLLS,
@@ -150,24 +154,27 @@ class PeerBuffer:
         eps: float,
         unit_offset: bool,
         out: torch.Tensor | None,
-        flags: bool | None,
         pdl: bool,
     ) -> torch.Tensor:
         if not self.fits(x_TH):
+            rows, hidden = x_TH.shape[-2:]
             raise ValueError(
-                f"[{x_TH.shape[0]}, {x_TH.shape[1]}] {x_TH.dtype} does not fit a peer buffer of {self.max_rows} rows, "
-                f"{self.row_words} words each, {self.dtype}"
+                f"[{rows}, {hidden}] {x_TH.dtype} does not fit a peer buffer of {self.dtype}, "
+                f"{self.row_words} words a row"
             )
-        rows, hidden = x_TH.shape
-        out_TH = torch.empty_like(x_TH) if out is None else out
+        x_STH = x_TH if x_TH.dim() == 3 else x_TH[None]
+        splits, rows, hidden = x_STH.shape
+        out_TH = torch.empty_like(x_STH[0]) if out is None else out
+        if rows > self.max_rows:
+            for start in range(0, rows, self.max_rows):
+                piece = slice(start, start + self.max_rows)
+                residual = None if residual_TH is None else residual_TH[piece]
+                self._launch(x_STH[:, piece], residual, weight_H, eps, unit_offset, out_TH[piece], pdl)
+            return out_TH
         words = hidden if self.wide else hidden // 2
-        if flags is None:
-            flags = rows > self.word_rows or rows * words * 4 > _WORDS_LIMIT
-        elif not flags and rows > self.word_rows:
-            raise ValueError(f"the words protocol takes {self.word_rows} rows here, got {rows}")
         fused = residual_TH is not None and weight_H is not None
-        x_words = x_TH.view(torch.int32)
-        residual = residual_TH.view(torch.int32) if residual_TH is not None else x_words
+        x_words = x_STH.view(torch.int32)
+        residual = residual_TH.view(torch.int32) if residual_TH is not None else x_words[0]
         out_words = out_TH.view(torch.int32)
         block = next_power_of_2(words)
         all_reduce_kernel[(rows,)](
@@ -180,23 +187,23 @@ class PeerBuffer:
             self._error,
             words,
             hidden,
+            x_words.stride(1),
             x_words.stride(0),
             residual.stride(0),
             out_words.stride(0),
             self.row_words,
-            self.word_slots,
-            self.max_rows,
+            self._slots,
             eps,
             RANK=self.rank,
             WORLD=self.world,
+            SPLITS=splits,
             WIDE=self.wide,
             FUSED=fused,
             UNIT_OFFSET=unit_offset,
-            FLAGS=flags,
             MAX_POLLS=_MAX_POLLS,
             BLOCK=block,
             PDL=pdl,
-            num_warps=max(1, min(16, block // 128)),
+            num_warps=max(1, min(16, block // _WORDS_PER_WARP)),
             **launch_options(pdl),
         )
         return out_TH

@@ -1,9 +1,14 @@
-"""The device code of `all_reduce`, which says what the two protocols are."""
+"""The device code of `all_reduce`, which says what the protocol is."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+EMPTY = -(1 << 31)
+"""The word of a slot that nothing has arrived in: bfloat16 (0, -0), float32 -0."""
+
+_EMPTY = tl.constexpr(EMPTY)
 
 
 @triton.jit
@@ -39,22 +44,34 @@ def _round(value, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _await_words(pointer, mask, epoch, error_ptr, MAX_POLLS: tl.constexpr):
-    """Read 8-byte words until all carry `epoch` in their upper half; returns the lower halves."""
-    blank = epoch.to(tl.int64) << 32
-    word = tl.load(pointer, mask=mask, other=blank, volatile=True)
-    late = tl.sum(((word >> 32).to(tl.int32) != epoch).to(tl.int32), 0)
+def _buffer(peers_ptr, rank: tl.constexpr):
+    """A rank's buffer. It starts a page, which the compiler must be told to move 16 bytes at once."""
+    return tl.multiple_of(tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int32)), 128)
+
+
+@triton.jit
+def _sendable(word):
+    """The word, or zero, which is the same number, where it would read as an empty slot."""
+    return tl.where(word == _EMPTY, 0, word)
+
+
+@triton.jit
+def _receive(pointer, mask, error_ptr, MAX_POLLS: tl.constexpr):
+    """Read words until none is empty, then empty their slots for the call after the next."""
+    word = tl.load(pointer, mask=mask, other=0, volatile=True)
+    late = tl.sum((word == _EMPTY).to(tl.int32), 0)
     polls = 0
     while (late > 0) & (polls < MAX_POLLS):
-        word = tl.load(pointer, mask=mask, other=blank, volatile=True)
-        late = tl.sum(((word >> 32).to(tl.int32) != epoch).to(tl.int32), 0)
+        word = tl.load(pointer, mask=mask, other=0, volatile=True)
+        late = tl.sum((word == _EMPTY).to(tl.int32), 0)
         polls += 1
     if late > 0:
         tl.store(error_ptr, 1)
-    return word.to(tl.int32)
+    tl.store(pointer, tl.full(word.shape, _EMPTY, tl.int32), mask=mask)
+    return word
 
 
-@triton.jit(do_not_specialize=["word_slots", "max_rows"])
+@triton.jit(do_not_specialize=["max_rows"])
 def all_reduce_kernel(
     x_ptr,  # rows of 32-bit words, like all that follow
     residual_ptr,
@@ -66,18 +83,18 @@ def all_reduce_kernel(
     words,
     hidden,
     x_stride,
+    split_stride,
     residual_stride,
     out_stride,
     row_words,  # words of a row slot
-    word_slots,
     max_rows,
     eps,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
+    SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
     FUSED: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
-    FLAGS: tl.constexpr,
     MAX_POLLS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -91,57 +108,33 @@ def all_reduce_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     epoch = tl.load(epochs_ptr + row) + 1
-    mine = tl.load(x_ptr + row.to(tl.int64) * x_stride + col, mask=mask, other=0)
-    data_start = 2 * WORLD * row_words * word_slots.to(tl.int64)  # in 8-byte words, like flags_start
-    flags_start = data_start + WORLD * row_words * max_rows.to(tl.int64)
-    if FLAGS:
-        plane = row_words * max_rows.to(tl.int64)  # one source's rows
-    else:
-        plane = row_words * word_slots.to(tl.int64)
-    row_start = (epoch & 1).to(tl.int64) * WORLD * plane + row.to(tl.int64) * row_words
+    x_row = x_ptr + row.to(tl.int64) * x_stride + col
+    mine = tl.load(x_row, mask=mask, other=0)
+    if SPLITS > 1:
+        low, high = _unpack(mine, WIDE)
+        for split in tl.static_range(1, SPLITS):
+            add_low, add_high = _unpack(tl.load(x_row + split * split_stride, mask=mask, other=0), WIDE)
+            low += add_low
+            high += add_high
+        mine = _pack(low, high, WIDE)
+    mine = _sendable(mine)
 
+    plane = row_words * max_rows.to(tl.int64)  # one source's rows
+    slot = (epoch & 1).to(tl.int64) * WORLD * plane + row.to(tl.int64) * row_words + col
     for peer in tl.static_range(WORLD):
         if peer != RANK:
-            base = tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int64))
-            target = row_start + RANK * plane
-            if FLAGS:
-                tl.store((base + data_start).to(tl.pointer_type(tl.int32)) + target + col, mine, mask=mask)
-            else:
-                word = (mine.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
-                tl.store(base + target + col, word, mask=mask)
-    if FLAGS:
-        tl.debug_barrier()
-        for peer in tl.static_range(WORLD):
-            if peer != RANK:
-                base = tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int64))
-                flag = (base + flags_start).to(tl.pointer_type(tl.int32)) + RANK * max_rows + row
-                tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+            tl.store(_buffer(peers_ptr, peer) + slot + RANK * plane, mine, mask=mask)
 
     if FUSED:
         old = tl.load(residual_ptr + row.to(tl.int64) * residual_stride + col, mask=mask, other=0)
-    own = tl.load(peers_ptr + RANK).to(tl.pointer_type(tl.int64))
+    own = _buffer(peers_ptr, RANK)
     low = tl.zeros([BLOCK], tl.float32)
     high = tl.zeros([BLOCK], tl.float32)
     for peer in tl.static_range(WORLD):
         if peer == RANK:
             word = mine
         else:
-            source = row_start + peer * plane
-            if FLAGS:
-                flag = (own + flags_start).to(tl.pointer_type(tl.int32)) + peer * max_rows + row
-                polls = 0
-                seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-                # A peer may be one call ahead already.
-                while (seen - epoch < 0) & (polls < MAX_POLLS):
-                    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-                    polls += 1
-                if seen - epoch < 0:
-                    tl.store(error_ptr, 1)
-                tl.debug_barrier()
-                data = (own + data_start).to(tl.pointer_type(tl.int32)) + source
-                word = tl.load(data + col, mask=mask, other=0, volatile=True)
-            else:
-                word = _await_words(own + source + col, mask, epoch, error_ptr, MAX_POLLS)
+            word = _receive(own + slot + peer * plane, mask, error_ptr, MAX_POLLS)
         add_low, add_high = _unpack(word, WIDE)
         low += add_low
         high += add_high
@@ -165,7 +158,7 @@ def all_reduce_kernel(
     tl.store(epochs_ptr + row, epoch)
 
 
-@triton.jit(do_not_specialize=["rows", "word_slots", "max_rows"])
+@triton.jit(do_not_specialize=["rows", "first_slot", "max_rows"])
 def winner_kernel(
     scores_ptr,
     ids_ptr,
@@ -175,7 +168,7 @@ def winner_kernel(
     error_ptr,
     rows,
     row_words,
-    word_slots,
+    first_slot,
     max_rows,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
@@ -183,38 +176,35 @@ def winner_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The words protocol with one (score, id) a row; it uses the last word slots, BLOCK rows of two words in each."""
-    slot = word_slots - 1 - tl.program_id(0)
-    counter = epochs_ptr + max_rows + tl.program_id(0)
+    """One (score, id) a row; uses the slots behind those of `all_reduce_kernel`, BLOCK rows of two words in each."""
+    counter = first_slot + tl.program_id(0)
     index = tl.arange(0, BLOCK)
     row = tl.program_id(0) * BLOCK + index
     mask = row < rows
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    epoch = tl.load(counter) + 1
-    score = tl.load(scores_ptr + row, mask=mask, other=float("-inf"))
+    epoch = tl.load(epochs_ptr + counter) + 1
+    # Ranks compare what they send, so that a score of -0 means the same everywhere.
+    bits = _sendable(tl.load(scores_ptr + row, mask=mask, other=float("-inf")).to(tl.int32, bitcast=True))
     token = tl.load(ids_ptr + row, mask=mask, other=0).to(tl.int32)
-    plane = row_words * word_slots.to(tl.int64)
-    start = (epoch & 1).to(tl.int64) * WORLD * plane + slot.to(tl.int64) * row_words
-    stamp = epoch.to(tl.int64) << 32
+    plane = row_words * max_rows.to(tl.int64)
+    slot = (epoch & 1).to(tl.int64) * WORLD * plane + counter.to(tl.int64) * row_words + index
     for peer in tl.static_range(WORLD):
         if peer != RANK:
-            target = tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int64)) + start + RANK * plane
-            bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-            tl.store(target + index, bits | stamp, mask=mask)
-            tl.store(target + BLOCK + index, token.to(tl.int64) | stamp, mask=mask)
-    own = tl.load(peers_ptr + RANK).to(tl.pointer_type(tl.int64))
-    best = score
+            target = _buffer(peers_ptr, peer) + slot + RANK * plane
+            tl.store(target, bits, mask=mask)
+            tl.store(target + BLOCK, token, mask=mask)
+    own = _buffer(peers_ptr, RANK)
+    best = bits.to(tl.float32, bitcast=True)
     winner = token
     for peer in tl.static_range(WORLD):
         if peer != RANK:
-            source = own + start + peer * plane
-            bits = _await_words(source + index, mask, epoch, error_ptr, MAX_POLLS)
-            other_token = _await_words(source + BLOCK + index, mask, epoch, error_ptr, MAX_POLLS)
-            other = bits.to(tl.float32, bitcast=True)
+            source = own + slot + peer * plane
+            other = _receive(source, mask, error_ptr, MAX_POLLS).to(tl.float32, bitcast=True)
+            other_token = _receive(source + BLOCK, mask, error_ptr, MAX_POLLS)
             better = (other > best) | ((other == best) & (other_token < winner))
             best = tl.where(better, other, best)
             winner = tl.where(better, other_token, winner)
     tl.store(out_ptr + row, winner.to(tl.int64), mask=mask)
-    tl.store(counter, epoch)
+    tl.store(epochs_ptr + counter, epoch)

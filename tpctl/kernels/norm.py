@@ -16,10 +16,12 @@ def _rms_norm_kernel(
     weight_ptr,
     out_ptr,
     x_stride,
+    split_stride,
     residual_stride,
     out_stride,
     hidden,
     eps,
+    SPLITS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,6 +36,11 @@ def _rms_norm_kernel(
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     value = x.to(tl.float32)
+    if SPLITS > 1:
+        for split in tl.static_range(1, SPLITS):
+            part = tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
+            value += part.to(tl.float32)
+        value = value.to(x.dtype).to(tl.float32)
     if HAS_RESIDUAL:
         residual_ptrs = residual_ptr + row * residual_stride + cols
         # Transformers adds in the model's dtype and norms the rounded sum.
@@ -49,7 +56,7 @@ def _rms_norm_kernel(
 
 
 def _launch(
-    x_TH: torch.Tensor,
+    x_STH: torch.Tensor,
     residual_TH: torch.Tensor | None,
     weight_H: torch.Tensor,
     eps: float,
@@ -57,22 +64,24 @@ def _launch(
     out: torch.Tensor | None,
     pdl: bool,
 ) -> torch.Tensor:
-    rows, hidden = x_TH.shape
-    out_TH = torch.empty_like(x_TH) if out is None else out
+    splits, rows, hidden = x_STH.shape
+    out_TH = torch.empty_like(x_STH[0]) if out is None else out
     if rows == 0:
         return out_TH
     block = next_power_of_2(hidden)
-    residual = x_TH if residual_TH is None else residual_TH
+    residual = x_STH[0] if residual_TH is None else residual_TH
     _rms_norm_kernel[(rows,)](
-        x_TH,
+        x_STH,
         residual,
         weight_H,
         out_TH,
-        x_TH.stride(0),
+        x_STH.stride(1),
+        x_STH.stride(0),
         residual.stride(0),
         out_TH.stride(0),
         hidden,
         eps,
+        SPLITS=splits,
         HAS_RESIDUAL=residual_TH is not None,
         UNIT_OFFSET=unit_offset,
         BLOCK=block,
@@ -100,7 +109,7 @@ def rms_norm(
     x_TH: [T, H] float32, bfloat16 or float16, rows any stride, columns contiguous. weight_H: [H]. Returns [T,
     H] (`out` when given; it may be x_TH itself).
     """
-    return _launch(x_TH, None, weight_H, eps, unit_offset, out, pdl)
+    return _launch(x_TH[None], None, weight_H, eps, unit_offset, out, pdl)
 
 
 def add_rms_norm(
@@ -113,8 +122,12 @@ def add_rms_norm(
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """residual_TH += x_TH in place (rounded to x's dtype), then RMSNorm of the sum. Shapes and dtypes as `rms_norm`."""
-    return _launch(x_TH, residual_TH, weight_H, eps, unit_offset, out, pdl)
+    """residual_TH += x_TH in place (rounded to x's dtype), then RMSNorm of the sum. Shapes and dtypes as `rms_norm`.
+
+    x_TH may also be the runs [S, T, H] of `split_linear`; their sum is rounded once before it is added.
+    """
+    x_STH = x_TH if x_TH.dim() == 3 else x_TH[None]
+    return _launch(x_STH, residual_TH, weight_H, eps, unit_offset, out, pdl)
 
 
 def rms_norm_reference(

@@ -22,7 +22,9 @@ def _rope_cache_kernel(
     q_weight_ptr,
     k_weight_ptr,
     qkv_stride,
+    split_stride,
     eps,
+    SPLITS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -56,15 +58,15 @@ def _rope_cache_kernel(
 
     row = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM
     mask = exists[:, None] & in_half[None, :]
-    raw1 = tl.load(row + half[None, :], mask=mask, other=0.0)
-    raw2 = tl.load(row + HALF + half[None, :], mask=mask, other=0.0)
+    raw1 = _sum_runs(row + half[None, :], mask, split_stride, SPLITS)
+    raw2 = _sum_runs(row + HALF + half[None, :], mask, split_stride, SPLITS)
     dtype = raw1.dtype
     x1 = raw1.to(tl.float32)
     x2 = raw2.to(tl.float32)
     if BLOCK_REST > 0:
         rest = tl.arange(0, BLOCK_REST)
         rest_mask = exists[:, None] & (rest < HEAD_DIM - 2 * HALF)[None, :]
-        raw3 = tl.load(row + 2 * HALF + rest[None, :], mask=rest_mask, other=0.0)
+        raw3 = _sum_runs(row + 2 * HALF + rest[None, :], rest_mask, split_stride, SPLITS)
         x3 = raw3.to(tl.float32)
 
     if HAS_NORM:
@@ -103,6 +105,18 @@ def _rope_cache_kernel(
 
 
 @triton.jit
+def _sum_runs(pointers, mask, split_stride, SPLITS: tl.constexpr):
+    """What is at the pointers, summed over the runs of `split_linear`, rounded once."""
+    value = tl.load(pointers, mask=mask, other=0.0)
+    if SPLITS > 1:
+        total = value.to(tl.float32)
+        for split in tl.static_range(1, SPLITS):
+            total += tl.load(pointers + split * split_stride, mask=mask, other=0.0).to(tl.float32)
+        value = total.to(value.dtype)
+    return value
+
+
+@triton.jit
 def _norm_weight(x, q_weight_ptr, k_weight_ptr, is_q, dim, inside, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
     q_weight = tl.load(q_weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
     k_weight = tl.load(k_weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
@@ -132,14 +146,16 @@ def rope_cache(
 ) -> torch.Tensor:
     """Optional QK-norm, rotary embedding, and the write of keys and values into the paged cache.
 
-    qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous. k_cache, v_cache: [num_blocks, B, K, D],
+    qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous, or the runs [S, T, (N + 2K) * D] of
+    `split_linear`, which are summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D],
     contiguous, in qkv's dtype. cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D.
     positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. q_norm_D,
     k_norm_D: RMSNorm weights [D] of the query and key heads, both or neither (`unit_offset`: Gemma's 1 +
     weight). Rotation is transformers' `rotate_half`, computed in float32 and rounded once. Returns the
     rotated queries [T, N, D] in qkv's dtype.
     """
-    num_tokens = qkv_TF.shape[0]
+    qkv_STF = qkv_TF if qkv_TF.dim() == 3 else qkv_TF[None]
+    splits, num_tokens, _ = qkv_STF.shape
     num_kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
     cos, sin = cos_sin
     half = cos.shape[1]
@@ -152,7 +168,7 @@ def rope_cache(
     heads = min(next_power_of_2(total), 4 if num_tokens <= 64 else 16)
     has_norm = q_norm_D is not None
     _rope_cache_kernel[(num_tokens, triton.cdiv(total, heads))](
-        qkv_TF,
+        qkv_STF,
         q_TND,
         k_cache,
         v_cache,
@@ -162,8 +178,10 @@ def rope_cache(
         slot_mapping_T,
         q_norm_D if has_norm else cos,
         k_norm_D if has_norm else cos,
-        qkv_TF.stride(0),
+        qkv_STF.stride(1),
+        qkv_STF.stride(0),
         eps,
+        SPLITS=splits,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,

@@ -5,9 +5,10 @@ the readable reference (and gives the same results, see tests/gpu). What differs
 
     few rows, one rank    norm + GEMV (+ bias) | norm + GEMV + SiLU*up | GEMV + residual
     otherwise             all-reduce + residual + norm | GEMM | SiLU*up (in the GEMV for few rows)
+                          (a GEMM of few outputs in runs of its input, summed by what follows: kernels.split_linear)
 
-and in both QK-norm, RoPE and the write into the KV cache are one launch. Small messages are reduced by ranks that write
-to each other's memory (``kernels.all_reduce``), large ones by NCCL.
+and in both QK-norm, RoPE and the write into the KV cache are one launch. Two ranks, and more where messages
+are small, reduce by writing to each other's memory (``kernels.all_reduce``); NCCL does the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tpctl.kernels.all_reduce import PeerBuffer
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.norm import add_rms_norm, rms_norm
 from tpctl.kernels.rope_cache import rope_cache
+from tpctl.kernels.split_linear import pick_splits, split_linear
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.attention.paged import PagedBackend
@@ -30,7 +32,10 @@ from tpctl.layers.norm import RMSNorm
 from tpctl.models.decoder import MLP, Decoder, DecoderLayer
 
 PEER_LIMIT = 2 << 20
-"""Largest message in bytes that goes through peer memory; above it NCCL is faster (docs/kernel-notes.md)."""
+"""Largest message in bytes that more than two ranks send to each other's memory; above it NCCL sends fewer bytes."""
+
+PEER_PIECE = 8 << 20
+"""Bytes a launch of two ranks' messages, which never go through NCCL (docs/kernel-notes.md)."""
 
 
 PDL_ROWS = 32
@@ -52,12 +57,16 @@ class CudaDecoder:
         self.layers: list[DecoderLayer] = list(decoder.model.layers)
         self._scratch = GemvScratch.allocate(self.group.device)
         self._pdl = False
+        self._through_peers = False
         self.peers: PeerBuffer | None = None
         weight = decoder.lm_head.weight
         if self.group.size > 1 and weight.dtype in (torch.bfloat16, torch.float32):
             world = dist.group.WORLD
             assert world is not None
-            self.peers = PeerBuffer(world, max_rows, weight.shape[1], weight.dtype, self.group.device)
+            hidden = weight.shape[1]
+            if self.group.size == 2:
+                max_rows = max(max_rows, PEER_PIECE // (hidden * weight.element_size()))
+            self.peers = PeerBuffer.connect(world, max_rows, hidden, weight.dtype, self.group.device)
 
     def logits(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None) -> Tensor:
         """[R, V]: this rank's logits of the tokens ``rows`` of the batch; ``None`` means all."""
@@ -88,15 +97,14 @@ class CudaDecoder:
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedding = self.decoder.model.embed_tokens
         rows = embedding.local(input_ids)
-        return rows if self.group.size == 1 else self._all_reduce(rows)
-
-    def _all_reduce(self, x: Tensor) -> Tensor:
-        if self.peers is not None and self._through_peers(x):
-            return self.peers.all_reduce(x, out=x, pdl=self._pdl)
-        return self.group.all_reduce(x)
-
-    def _through_peers(self, x: Tensor) -> bool:
-        return self.peers is not None and x.numel() * x.element_size() <= PEER_LIMIT and self.peers.fits(x)
+        if self.group.size == 1:
+            return rows
+        # All sums of a step have this shape.
+        peers, small = self.peers, self.group.size == 2 or rows.nbytes <= PEER_LIMIT
+        self._through_peers = peers is not None and small and peers.fits(rows)
+        if peers is not None and self._through_peers:
+            return peers.all_reduce(rows, out=rows, pdl=self._pdl)
+        return self.group.all_reduce(rows)
 
     @staticmethod
     def _takes(x: Tensor) -> bool:
@@ -119,14 +127,14 @@ class CudaDecoder:
     def _block(
         self, layer: DecoderLayer, partial: Tensor | None, residual: Tensor, kv: LayerKV, batch: ForwardBatch
     ) -> Tensor:
-        """A block as in ``DecoderLayer.forward``: takes and returns partial sums."""
+        """A block as in ``DecoderLayer.forward``: takes and returns partial sums ([T, H], or in runs [S, T, H])."""
         attention, mlp = layer.self_attn, layer.mlp
         norm = layer.input_layernorm
         if partial is None:
             x = rms_norm(residual, norm.weight, norm.eps, pdl=self._pdl)
         else:
             x = self._reduce_add(partial, residual, norm)
-        qkv = self._linear(x, attention.qkv_proj.weight, attention.qkv_proj.bias, None)
+        qkv = self._runs(x, attention.qkv_proj.weight, attention.qkv_proj.bias)
         partial = self._partial(attention.o_proj.weight, attention.o_proj.bias, self._attend(attention, qkv, kv, batch))
         x = self._reduce_add(partial, residual, layer.post_attention_layernorm)
         return self._partial(mlp.down_proj.weight, mlp.down_proj.bias, self._gate(mlp, x, None))
@@ -151,7 +159,15 @@ class CudaDecoder:
 
     def _partial(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """A row-parallel linear's partial sum; rank 0 adds the bias, once."""
-        return self._linear(x, weight, bias if self.group.rank == 0 else None, None)
+        bias = bias if self.group.rank == 0 else None
+        if self.group.size > 1 and not self._through_peers:
+            return self._linear(x, weight, bias, None)
+        return self._runs(x, weight, bias)
+
+    def _runs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + b``, or runs of it to be summed ([S, T, O]), for kernels that take both."""
+        splits = pick_splits(x.shape[0], weight.shape[0], weight.shape[1]) if bias is None and self._takes(x) else 1
+        return self._linear(x, weight, bias, None) if splits == 1 else split_linear(x, weight, splits)
 
     def _add(self, weight: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor) -> None:
         """``residual += x W^T + b`` on one rank."""
@@ -183,6 +199,6 @@ class CudaDecoder:
 
     def _reduce_add(self, partial: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         """All-reduce, add to the residual in place, normalise (``RMSNorm.reduce_add``)."""
-        if self.peers is not None and self._through_peers(partial):
+        if self.peers is not None and self._through_peers:
             return self.peers.all_reduce_add_rms_norm(partial, residual, norm.weight, norm.eps, pdl=self._pdl)
         return add_rms_norm(self.group.all_reduce(partial), residual, norm.weight, norm.eps, pdl=self._pdl)
