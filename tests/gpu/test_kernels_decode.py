@@ -62,6 +62,7 @@ CASES = [
     (3, 1, 96, 64, None),
     (16, 1, 64, 64, None),
     (5, 5, 128, 128, None),
+    (8, 4, 128, 128, 100),
 ]
 
 
@@ -107,6 +108,12 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
 )
 def test_a_long_sequence_has_a_configuration_of_its_own(seqs, heads, long, tile, stages, min_tiles):
     assert decode_config(seqs, heads, 8, 132, long=long) == DecodeConfig(tile, 16, 4, stages, min_tiles)
+
+
+def test_large_batches_start_early_only_where_programs_fill_a_multiprocessor():
+    assert decode_config(17, 32, 8, 132, wide=True) == DecodeConfig(128, 33, 4, 2)
+    assert decode_config(17, 32, 8, 132) == DecodeConfig(64, 33, 4, 3, early=False)
+    assert decode_config(16, 32, 8, 132, wide=True) == DecodeConfig(64, 16, 4, 3)
 
 
 @pytest.mark.parametrize("heads", [8, 16])

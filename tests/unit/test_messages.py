@@ -41,6 +41,7 @@ outputs = st.builds(
     token_ids=ids,
     finish_reason=st.none() | st.sampled_from(["stop", "length", "abort", "error"]),
     message=st.none() | st.text(),
+    logprobs=st.none(),
     num_cached_tokens=st.integers(0, 9),
 )
 messages = st.one_of(

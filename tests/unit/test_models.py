@@ -34,7 +34,7 @@ def _logits(folder: Path, tp_size: int, prompts: list[list[int]]) -> torch.Tenso
         config = EngineConfig(folder, tp_size, kv_cache_memory=1 << 22, block_size=4, max_num_seqs=8)
         runner = ModelRunner(config, group)
         blocks = BlockManager(runner.num_blocks, 4, enable_prefix_caching=False)
-        sequences = [Sequence(str(i), ids, SamplingParams(), i) for i, ids in enumerate(prompts)]
+        sequences = [Sequence(str(i), ids, SamplingParams(), 256) for i, ids in enumerate(prompts)]
         for sequence in sequences:
             sequence.rope_offset = runner.rotary.offset(len(sequence.token_ids))
         found, start, length = [], 0, len(prompts[0])

@@ -196,7 +196,7 @@ def test_impossible_requests_are_refused(prompt: list[int], message: str) -> Non
 
 def test_integrity_check_finds_a_leak() -> None:
     blocks = BlockManager(4, 4)
-    sequence = Sequence("a", [1, 2, 3], SamplingParams(), 0)
+    sequence = Sequence("a", [1, 2, 3], SamplingParams(), 256)
     assert blocks.admit(sequence, [], 3)
     blocks.check_integrity([sequence])
     with pytest.raises(AssertionError, match="users"):

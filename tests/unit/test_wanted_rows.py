@@ -29,7 +29,7 @@ def test_wanted_rows_equal_those_of_all_rows(tmp_path: Path, tp_size: int, wante
     def rank(group: TPGroup) -> None:
         runner = ModelRunner(EngineConfig(tmp_path / "shards", tp_size, kv_cache_memory=1 << 22, block_size=4), group)
         blocks = BlockManager(runner.num_blocks, 4, enable_prefix_caching=False)
-        sequences = [Sequence(str(i), list(range(3, 3 + n)), SamplingParams(), i) for i, n in enumerate((5, 6))]
+        sequences = [Sequence(str(i), list(range(3, 3 + n)), SamplingParams(), 256) for i, n in enumerate((5, 6))]
         for sequence in sequences:
             assert blocks.grow(sequence, len(sequence.token_ids))
         items = [ScheduledSequence(sequence, 0, len(sequence.token_ids), True) for sequence in sequences]

@@ -40,10 +40,6 @@ class BlockManager:
     def num_free_blocks(self) -> int:
         return len(self._free)
 
-    def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks that ``sequence`` lacks to hold ``num_tokens`` tokens."""
-        return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
-
     def match_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks that hold the beginning of ``sequence``; never all of it, since one token must be computed."""
         if not self.enable_prefix_caching:
@@ -87,7 +83,9 @@ class BlockManager:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Let ``sequence`` hold ``num_tokens`` tokens; ``False`` if too few blocks are free, and nothing changes."""
-        fresh = self.blocks_needed(sequence, num_tokens)
+        fresh = -(-num_tokens // self.block_size) - len(sequence.block_table)
+        if fresh <= 0:
+            return True
         if fresh > len(self._free):
             return False
         for _ in range(fresh):

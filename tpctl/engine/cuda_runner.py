@@ -22,7 +22,6 @@ from tpctl.engine.config import EngineConfig
 from tpctl.engine.cuda_graph import DecodeGraphs
 from tpctl.engine.model_runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.noise import noise_keys
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
 from tpctl.engine.slots import Slots
 from tpctl.errors import EngineError
@@ -69,12 +68,12 @@ class CudaRunner(ModelRunner):
         return self.backend
 
     def may_overlap(self, batch: ScheduledBatch) -> bool:
-        return all(_simple(item.sequence.params) for item in batch.sampled)
+        return batch.plain
 
     def launch(self, batch: ScheduledBatch) -> Launched:
         with torch.inference_mode():
             slots = self._slots.update(batch.items)
-            simple = self.may_overlap(batch)
+            simple = batch.plain
             if batch.num_decodes == len(batch.items) and simple and self._graphs is not None:
                 rows = self._decode_rows(batch, slots)
                 self._graphs.run(*rows, self._cuda_backend.is_long(len(slots), 1 + max(rows[1])))
@@ -277,8 +276,3 @@ class CudaRunner(ModelRunner):
         with torch.inference_mode():
             kv = [LayerKV(empty, empty)] * self.model_config.num_layers
             self._decoder.logits(forward, kv, forward.logits_rows)
-
-
-def _simple(params: SamplingParams) -> bool:
-    """Whether the sampling kernel does all that these settings ask for."""
-    return params.greedy_or_plain and params.logprobs is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from tpctl.errors import RequestError
@@ -57,11 +58,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
-    def greedy_or_plain(self) -> bool:
-        """Whether only the temperature shapes the distribution."""
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the temperature alone shapes the distribution and no log-probabilities are wanted."""
         filtered = self.top_k or self.top_p < 1 or self.min_p
-        return self.repetition_penalty == 1.0 and (self.greedy or not filtered)
+        return self.repetition_penalty == 1.0 and (self.greedy or not filtered) and self.logprobs is None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that ``from_dict`` reads back."""

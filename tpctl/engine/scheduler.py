@@ -18,15 +18,15 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.sequence import Sequence
 from tpctl.launch.messages import Output, Request
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """``num_new_tokens`` of ``sequence``, from token ``start``; ``samples`` when the last one yields a new token."""
 
     sequence: Sequence
@@ -52,14 +52,19 @@ class ScheduledBatch:
     items: list[ScheduledSequence]
     num_decodes: int
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.items)
 
-    @property
+    @cached_property
     def sampled(self) -> list[ScheduledSequence]:
         """The items that yield a token, in row order."""
         return [item for item in self.items if item.samples]
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every token is sampled plainly (``SamplingParams.plain``)."""
+        return all(item.sequence.params.plain for item in self.sampled)
 
 
 @dataclass
@@ -115,7 +120,6 @@ class Scheduler:
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
         self.stats = SchedulerStats()
         self._by_id: dict[str, Sequence] = {}
-        self._arrivals = 0
 
     @property
     def has_work(self) -> bool:
@@ -143,9 +147,9 @@ class Scheduler:
             message = f"request id {request.id!r} is already in use"
         if message is not None:
             return Output(request.id, [], "error", message)
-        sequence = Sequence(request.id, request.token_ids, request.sampling, self._arrivals)
-        sequence.rope_offset = self.rope_offset(min(length + request.sampling.max_tokens, self.max_model_len))
-        self._arrivals += 1
+        longest = min(length + request.sampling.max_tokens, self.max_model_len)
+        sequence = Sequence(request.id, request.token_ids, request.sampling, longest)
+        sequence.rope_offset = self.rope_offset(longest)
         self._by_id[request.id] = sequence
         self.waiting.append(sequence)
         self.stats.prompt_tokens += length
@@ -167,9 +171,11 @@ class Scheduler:
             self._admit_waiting(step)
         if not step.items:
             return None
-        decodes = [item for item in step.items if item.is_decode]
-        chunks = [item for item in step.items if not item.is_decode]
-        batch = ScheduledBatch(decodes + chunks, len(decodes))
+        items = [item for item in step.items if item.is_decode]
+        num_decodes = len(items)
+        if num_decodes < len(step.items):
+            items += [item for item in step.items if not item.is_decode]
+        batch = ScheduledBatch(items, num_decodes)
         self.stats.steps += 1
         self.stats.computed_tokens += batch.num_tokens
         return batch
@@ -255,9 +261,7 @@ class Scheduler:
 
     def _awaits_its_end(self, sequence: Sequence) -> bool:
         """Whether a token in flight is known to be its last, so that no further step should be started for it."""
-        return sequence.num_in_flight > 0 and (
-            sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self.max_model_len
-        )
+        return sequence.num_in_flight > 0 and sequence.num_tokens >= sequence.max_num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         del self.running[sequence.id]
@@ -269,10 +273,7 @@ class Scheduler:
         params = sequence.params
         if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             return "stop"
-        known = len(sequence.token_ids)
-        if known - sequence.num_prompt_tokens >= params.max_tokens or known >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.finished = True

@@ -18,16 +18,17 @@ class Sequence:
         block_table: ids of its KV blocks, in order.
         num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
         admissions: how often it was given blocks anew; tells a block table from the one before a preemption.
+        max_num_tokens: prompt and answer together grow no longer.
         rope_offset: where its rotary table begins (see ``RotaryTable``).
         num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
     """
 
-    def __init__(self, id: str, token_ids: list[int], params: SamplingParams, arrival: int) -> None:
+    def __init__(self, id: str, token_ids: list[int], params: SamplingParams, max_num_tokens: int) -> None:
         self.id = id
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
         self.params = params
-        self.arrival = arrival
+        self.max_num_tokens = max_num_tokens
         self.num_in_flight = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
@@ -45,11 +46,6 @@ class Sequence:
     def num_tokens(self) -> int:
         """All tokens that exist, known or in flight."""
         return len(self.token_ids) + self.num_in_flight
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens sampled so far, in flight included."""
-        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

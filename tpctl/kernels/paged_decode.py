@@ -24,32 +24,42 @@ from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiproce
 from tpctl.kernels.paged_decode_kernels import decode_kernel, plan_kernel
 
 _LOG2E = 1.4426950408889634
-_MAX_PDL_SEQS = 16
 LONG_CONTEXT = 1024
 """Tokens from which one or two sequences are decoded by a configuration of their own."""
 
 
 class DecodeConfig(NamedTuple):
-    """How decode is cut: tokens per tile, programs per kv head, the least tiles a program takes, launch parameters."""
+    """How decode is cut: tokens per tile, programs per kv head, the least tiles a program takes, launch parameters.
+
+    early: whether programs may be placed while the kernel before still runs.
+    """
 
     tile: int
     num_programs: int
     num_warps: int
     num_stages: int
     min_tiles: int = 1
+    early: bool = True
 
 
 def decode_config(
-    num_seqs: int, num_heads: int, num_kv_heads: int, num_sms: int, *, long: bool = False
+    num_seqs: int, num_heads: int, num_kv_heads: int, num_sms: int, *, long: bool = False, wide: bool = False
 ) -> DecodeConfig:
     """The tuned configuration for a batch shape (docs/kernel-notes.md has the sweep).
 
-    long: the longest context has `LONG_CONTEXT` tokens or more.
+    long: the longest context has `LONG_CONTEXT` tokens or more. wide: heads have 128 dimensions and KV blocks at least
+    128 tokens.
     """
     # Few programs with little shared memory let the next kernel's start early, which counts where a step is short;
     # one buffer per tile then does, until a context is so long that its reading outweighs the rest.
     per_sm = 1 if num_seqs <= 16 else 2
     num_programs = max(1, num_sms * per_sm // num_kv_heads)
+    if per_sm == 2:
+        # A big batch's equal shares need the programs spread evenly. Placed while the kernel before still fills some
+        # multiprocessors, small ones would pile up on the others.
+        if wide:
+            return DecodeConfig(128, num_programs, num_warps=4, num_stages=2)
+        return DecodeConfig(64, num_programs, num_warps=4, num_stages=3, early=False)
     if num_seqs > 2 or (long and (num_seqs > 1 or num_heads <= 2 * num_kv_heads)):
         return DecodeConfig(64, num_programs, num_warps=4, num_stages=3)
     if long:
@@ -100,7 +110,8 @@ class DecodePlan:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
         device = scratch.partial.device
-        self.config = config or decode_config(num_seqs, num_heads, num_kv_heads, num_multiprocessors(device), long=long)
+        sms, wide = num_multiprocessors(device), head_dim == 128 and block_size >= 128
+        self.config = config or decode_config(num_seqs, num_heads, num_kv_heads, sms, long=long, wide=wide)
         if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
             raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
         self.num_seqs = num_seqs
@@ -156,9 +167,7 @@ def paged_decode(
     """
     num_seqs, _, head_dim = q_SND.shape
     config = plan.config
-    # Programs placed while a predecessor still fills some multiprocessors would pile up on the others, and a
-    # big batch's equal shares need them spread evenly.
-    pdl = pdl and num_seqs <= _MAX_PDL_SEQS
+    pdl = pdl and config.early
     out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
     decode_kernel[(config.num_programs * plan.num_kv_heads,)](
         q_SND,

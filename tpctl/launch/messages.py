@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpctl.engine.sampling_params import SamplingParams
 
@@ -51,8 +51,7 @@ class Ready:
     info: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """New tokens of one request.
 
     ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
@@ -95,9 +94,7 @@ def to_wire(message: Message) -> list[Any]:
     if isinstance(message, Add):
         body: Any = [[r.id, r.token_ids, r.sampling.to_dict()] for r in message.requests]
     elif isinstance(message, Outputs):
-        body = [
-            [o.id, o.token_ids, o.finish_reason, o.message, o.logprobs, o.num_cached_tokens] for o in message.outputs
-        ]
+        body = message.outputs
     else:
         body = asdict(message)
     return [type(message).__name__, body]

@@ -38,7 +38,7 @@ PEER_PIECE = 8 << 20
 """Bytes a launch of two ranks' messages, which never go through NCCL (docs/kernel-notes.md)."""
 
 
-PDL_ROWS = 32
+PDL_ROWS = 512
 """Largest batch whose kernels use programmatic dependent launch."""
 
 
