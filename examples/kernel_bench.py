@@ -25,6 +25,7 @@ except ImportError:
     raise SystemExit("this times Triton kernels: it needs the package triton and a CUDA GPU") from None
 
 from tpctl.kernels.activation import silu_and_mul
+from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.norm import add_rms_norm, rms_norm
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
@@ -316,6 +317,9 @@ class Step:
             x = add_rms_norm(delta, self.x, self.norm, 1e-6, pdl="norm" in self.pdl)
         else:
             x = rms_norm(x, self.norm, 1e-6, pdl="norm" in self.pdl)
+        config = pick_gated(x.shape[0], weight.shape[0] // 2, 132) if gated else None
+        if config is not None:
+            return gated_linear(x, weight, config, pdl="gate_up" in self.pdl), None
         y = torch.nn.functional.linear(x, weight)
         return (silu_and_mul(y, pdl="silu" in self.pdl) if gated else y), None
 

@@ -4,7 +4,7 @@ The weights, the order of operations and the two all-reduces of a block are thos
 the readable reference (and gives the same results, see tests/gpu). What differs is how much one launch does:
 
     few rows, one rank    norm + GEMV (+ bias) | norm + GEMV + SiLU*up | GEMV + residual
-    otherwise             all-reduce + residual + norm | GEMM | SiLU*up (in the GEMV for few rows)
+    otherwise             all-reduce + residual + norm | GEMM | SiLU*up (up to 128 rows within its linear)
                           (a GEMM of few outputs in runs of its input, summed by what follows: kernels.split_linear)
 
 and in both QK-norm, RoPE and the write into the KV cache are one launch. Two ranks, and more where messages
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.all_reduce import PeerBuffer
+from tpctl.kernels.gated_linear import gated_linear, pick_gated, takes
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
+from tpctl.kernels.launch import num_multiprocessors
 from tpctl.kernels.norm import add_rms_norm, rms_norm
 from tpctl.kernels.rope_cache import rope_cache
 from tpctl.kernels.split_linear import pick_splits, split_linear
@@ -151,11 +153,18 @@ class CudaDecoder:
     def _gate(self, mlp: MLP, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """``silu(gate) * up`` of the merged projection."""
         weight, bias = mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
-        config = pick(x.shape[0], weight.shape[0] // 2, x.shape[1], gated=True) if self._takes(x) else None
-        if config is None or bias is not None:
-            return silu_and_mul(self._linear(x, weight, bias, norm), pdl=self._pdl)
-        fused = None if norm is None else (norm.weight, norm.eps)
-        return small_linear(x, weight, self._scratch, norm=fused, activation="silu", config=config, pdl=self._pdl)
+        rows, intermediate = x.shape[0], weight.shape[0] // 2
+        if bias is None and self._takes(x):
+            config = pick(rows, intermediate, x.shape[1], gated=True)
+            if config is not None:
+                fused = None if norm is None else (norm.weight, norm.eps)
+                return small_linear(
+                    x, weight, self._scratch, norm=fused, activation="silu", config=config, pdl=self._pdl
+                )
+            wide = pick_gated(rows, intermediate, num_multiprocessors(x.device))
+            if wide is not None and norm is None and takes(x.device) and x.shape[1] % 8 == 0:
+                return gated_linear(x, weight, wide, pdl=self._pdl)
+        return silu_and_mul(self._linear(x, weight, bias, norm), pdl=self._pdl)
 
     def _partial(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """A row-parallel linear's partial sum; rank 0 adds the bias, once."""
