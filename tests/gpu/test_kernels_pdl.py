@@ -20,7 +20,8 @@ pytestmark = pytest.mark.gpu
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 DTYPE = torch.float32 if INTERPRET else torch.bfloat16
-HEADS, KV_HEADS, DIM, HIDDEN, INTER, VOCAB, BLOCK, LAYERS = 4, 2, 128, 256, 512, 3000, 128, 6
+HEADS, KV_HEADS, HIDDEN, INTER, VOCAB, LAYERS = 4, 2, 256, 512, 3000, 6
+DIM = BLOCK = 64 if INTERPRET else 128
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
