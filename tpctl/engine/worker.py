@@ -8,6 +8,7 @@ At tp 1 it is run as that; ranks of larger groups are forked by ``launch.agent``
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -74,6 +75,7 @@ def main() -> None:
         timings = engine.runner.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))
+        gc.freeze()  # imports leave some hundred thousand objects that no collection need visit
         serve(engine, feed)
     except TpctlError as error:
         # A failure that a sentence explains: the command line shows that, not a traceback.
