@@ -68,7 +68,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads,kv_heads,head_dim,block_size,window", CASES)
-@pytest.mark.parametrize("batch", ["one", "few", "many"])
+@pytest.mark.parametrize("batch", ["one", "few", "crowd", "many"])
 def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window, dtype):
     if INTERPRET and batch == "many":
         pytest.skip("slow under the interpreter")
@@ -77,6 +77,8 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
         lens = [173 if INTERPRET else 5000]
     elif batch == "few":
         lens = [0, 1, 70, 0, 257, 64, 0]
+    elif batch == "crowd":
+        lens = torch.randint(0, 200, (17,), generator=generator).tolist()
     else:
         lens = torch.randint(0, 2000, (67,), generator=generator).tolist()
         lens += [0, 0, 3]

@@ -41,7 +41,7 @@ class Chain:
         self.tables = torch.randperm(batch * 8).view(batch, 8).int().to(DEVICE)
         self.lens = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
         self.x = random(batch, HIDDEN)
-        self.rope = (torch.rand(512, DIM // 2, device=DEVICE), torch.rand(512, DIM // 2, device=DEVICE))
+        self.rope = (torch.rand(8 * BLOCK, DIM // 2, device=DEVICE), torch.rand(8 * BLOCK, DIM // 2, device=DEVICE))
         self.scratch = GemvScratch.allocate(DEVICE)
         scratch = DecodeScratch.allocate(batch, HEADS, DIM, DEVICE)
         self.plan = DecodePlan(batch, HEADS, KV_HEADS, DIM, BLOCK, scratch)
