@@ -85,9 +85,9 @@ def startup(
     _print("startup", name, figures, info, {"prompt_tokens": prompt_tokens}, as_json)
 
 
-bench.command("throughput")(throughput)
-bench.command("latency")(latency)
-bench.command("startup")(startup)
+bench.command("throughput", short_help="Tokens a second of a whole workload.")(throughput)
+bench.command("latency", short_help="Time to first token, and per token.")(latency)
+bench.command("startup", short_help="Time from process start to first token.")(startup)
 
 
 def _config(model: str, shape: str | None, options: EngineOptions) -> tuple[EngineConfig, str]:
