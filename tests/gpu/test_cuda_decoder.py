@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ pytest.importorskip("triton")
 
 from tests.tiny import make_checkpoint
 from tpctl.distributed import TPGroup
+from tpctl.engine.cuda_runner import CudaLaunched, CudaRunner
 from tpctl.engine.model_runner import RotaryTable, head_shape
+from tpctl.errors import EngineError
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch
 from tpctl.models import cuda_decoder
@@ -103,3 +106,19 @@ def test_same_logits_and_cache(
     assert plain[0].std() > 0.1
     for got, want in zip(fused, plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wait_that_ran_out_ends_the_engine() -> None:
+    """The kernel that picks tokens over the ranks answers -1 from then on; the host asks what that means."""
+    decoder = CudaDecoder.__new__(CudaDecoder)
+    decoder.group = TPGroup(1, 2, "cpu")
+    runner = CudaRunner.__new__(CudaRunner)
+    runner._decoder = decoder
+    batch: Any = SimpleNamespace(sampled=[None, None])
+    ready: Any = SimpleNamespace(synchronize=lambda: None)
+    late = CudaLaunched(batch, [], host=torch.tensor([-1, -1, 0]), ready=ready)
+    decoder.peers = SimpleNamespace(timed_out=lambda: True)  # type: ignore[assignment]
+    with pytest.raises(EngineError, match="rank 1 waited two minutes for another rank"):
+        runner.collect(late)
+    good = CudaLaunched(batch, [], host=torch.tensor([5, 7, 0]), ready=ready)
+    assert runner.collect(good) == ([5, 7], None)

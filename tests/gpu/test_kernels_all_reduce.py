@@ -68,6 +68,7 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
         assert not ends[0].timed_out() and not ends[1].timed_out()
     ends[0].all_reduce(parts[0])  # nobody answers
     assert ends[0].timed_out()
+    assert ends[0].winner(torch.zeros(rows, device=DEVICE), torch.arange(rows, device=DEVICE)).tolist() == [-1] * rows
 
 
 def work() -> None:

@@ -95,6 +95,8 @@ class CudaRunner(ModelRunner):
             assert launched.host is not None
             launched.ready.synchronize()
             launched.token_ids = launched.host[: len(launched.batch.sampled)].tolist()
+            if -1 in launched.token_ids:
+                self._decoder.check_peers()
         return launched.token_ids, launched.logprobs
 
     def _sample_on_host(self, batch: ScheduledBatch, logits: Tensor | None) -> Launched:
@@ -103,6 +105,7 @@ class CudaRunner(ModelRunner):
         if logits is None:
             return Launched(batch, [])
         token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
+        self._decoder.check_peers()
         return Launched(batch, token_ids, logprobs)
 
     def _token(self, item: ScheduledSequence) -> int:

@@ -22,8 +22,8 @@ from tpctl.kernels.all_reduce_kernels import EMPTY, all_reduce_kernel, winner_ke
 from tpctl.kernels.launch import launch_options, next_power_of_2
 from tpctl.kernels.norm import add_rms_norm_reference
 
-# About half a minute of polling; then the error flag is set and the kernel ends with wrong data instead of hanging.
-_MAX_POLLS = 1 << 25
+# About two minutes of polling; then the error flag is set and the kernel ends with wrong data instead of hanging.
+_MAX_POLLS = 1 << 27
 _WORDS_PER_WARP = 256
 
 
@@ -119,7 +119,7 @@ class PeerBuffer:
     def winner(
         self, scores_T: torch.Tensor, ids_T: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False
     ) -> torch.Tensor:
-        """Per row the id with the best score of any rank, the lowest id among equals.
+        """Per row the id with the best score of any rank, the lowest id among equals; -1 once a wait has run out.
 
         scores_T: float32 [T]; ids_T: int64 [T] below 2**31; T <= max_rows. Returns int64 [T].
         """

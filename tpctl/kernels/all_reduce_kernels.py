@@ -206,5 +206,7 @@ def winner_kernel(
             better = (other > best) | ((other == best) & (other_token < winner))
             best = tl.where(better, other, best)
             winner = tl.where(better, other_token, winner)
+    # Once a wait has run out, nothing here can be trusted any more.
+    winner = tl.where(tl.load(error_ptr) == 0, winner, -1)
     tl.store(out_ptr + row, winner.to(tl.int64), mask=mask)
     tl.store(epochs_ptr + counter, epoch)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpctl.errors import EngineError
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.all_reduce import PeerBuffer
 from tpctl.kernels.gated_linear import gated_linear, pick_gated, takes
@@ -93,8 +94,18 @@ class CudaDecoder:
         return self._linear(hidden, self.decoder.lm_head.weight, None, None)
 
     def winner(self, scores_R: Tensor, ids_R: Tensor) -> Tensor | None:
-        """The token id of the best score over the ranks, for each row; ``None`` where peers cannot be written to."""
+        """The token id of the best score over the ranks, for each row (-1: see ``check_peers``); ``None`` where peers
+        cannot be written to."""
         return None if self.peers is None else self.peers.winner(scores_R, ids_R, pdl=self._pdl)
+
+    def check_peers(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            EngineError: a peer did not answer within two minutes at some time, so what was computed is wrong.
+        """
+        if self.peers is not None and self.peers.timed_out():
+            raise EngineError(f"rank {self.group.rank} waited two minutes for another rank, which hangs or was stopped")
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedding = self.decoder.model.embed_tokens
