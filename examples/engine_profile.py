@@ -1,15 +1,21 @@
-"""Where an engine's time goes on one GPU: the ``nano`` workload by step, and by kernel at some batch sizes.
+"""Where an engine's time goes on GPUs: the ``nano`` workload by step, and by kernel at some batch sizes.
 
     python examples/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48]
+    torchrun --nproc-per-node 2 examples/engine_profile.py llama-3.1-8b
 
-The engine runs in this process, without client and workers. The first pass warms up and captures the CUDA graphs. The
-second times every step by the number of sequences it decodes. The third runs PyTorch's profiler over the prefill and
-over ``--steps`` steps at each batch size of ``--at``, and adds up kernels of the same name.
+The engine runs in this process, or each rank's in one of torchrun's (rank 0 reports), without client and workers. The
+first pass warms up and captures the CUDA graphs. The second times every step by the number of sequences it decodes.
+The third runs PyTorch's profiler over the prefill and over ``--steps`` steps at each batch size of ``--at``, and adds
+up kernels of the same name.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import sys
 import time
 from collections import defaultdict
 
@@ -104,17 +110,24 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU")
+    group = TPGroup.from_environment("cuda") if "RANK" in os.environ else TPGroup(0, 1, "cuda")
+    with contextlib.redirect_stdout(io.StringIO() if group.rank else sys.stdout):
+        report(args, group)
+    group.close()
+
+
+def report(args: argparse.Namespace, group: TPGroup) -> None:
     for shape in args.shapes:
-        folder = ensure_sharded(synthetic_source(shape), 1)
+        folder = ensure_sharded(synthetic_source(shape), group.size)
         config = EngineConfig(
             folder,
-            1,
+            group.size,
             device="cuda",
             max_model_len=4096,
             max_num_seqs=512,
             max_num_batched_tokens=args.max_num_batched_tokens,
         )
-        engine = Engine(config, TPGroup(0, 1, "cuda"))
+        engine = Engine(config, group)
         print(f"== {shape}, {torch.cuda.get_device_name()}, {engine.runner.timings}")
         for shift in (0, 13):
             run(engine, shift)
