@@ -27,6 +27,7 @@ except ImportError:
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
+from tpctl.kernels.launch import num_multiprocessors
 from tpctl.kernels.norm import add_rms_norm, rms_norm
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
@@ -317,7 +318,9 @@ class Step:
             x = add_rms_norm(delta, self.x, self.norm, 1e-6, pdl="norm" in self.pdl)
         else:
             x = rms_norm(x, self.norm, 1e-6, pdl="norm" in self.pdl)
-        config = pick_gated(x.shape[0], weight.shape[0] // 2, 132) if gated else None
+        config = (
+            pick_gated(x.shape[0], weight.shape[0] // 2, x.shape[1], num_multiprocessors(DEVICE)) if gated else None
+        )
         if config is not None:
             return gated_linear(x, weight, config, pdl="gate_up" in self.pdl), None
         y = torch.nn.functional.linear(x, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.cuda_runner import CudaLaunched, CudaRunner
 from tpctl.engine.model_runner import RotaryTable, head_shape
 from tpctl.errors import EngineError
+from tpctl.kernels.paged_decode import paged_decode
+from tpctl.layers.attention import triton
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch
 from tpctl.models import cuda_decoder
@@ -31,38 +34,55 @@ from tpctl.sharding.shard import shard_checkpoint
 pytestmark = pytest.mark.gpu
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
-LENGTHS = [19, 1, 13]
+NEW, LENGTHS = [1, 1, 19, 1, 13], [21, 3, 19, 17, 13]  # tokens of a step, two of them decodes, and of all
+DECODES = 2
 SHAPE: dict[str, Any] = {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
+class FirstOfTwo(TPGroup):
+    """Rank 0 of two whose other one holds the same."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 2, "runs of a linear are not for NCCL"
+        return x.mul_(2)
+
+
 @pytest.mark.parametrize(
-    "name,intermediate,used",
+    "name,intermediate,tp_size,used",
     [
-        ("qwen3", 256, {"split_linear", "gated_linear"}),
-        ("llama3", 320, {"split_linear"}),  # a stride of 80 fills too little of a tile of 128
-        ("llama-biases", 256, set()),
+        ("qwen3", 256, 1, {"split_linear", "gated_linear"}),
+        ("llama3", 320, 1, {"split_linear"}),  # a stride of 80 fills too little of a tile of 128
+        ("llama-biases", 256, 1, set()),
+        ("qwen3", 512, 2, {"split_linear", "gated_linear"}),
+        ("llama-biases", 512, 2, set()),
     ],
 )
 def test_same_logits_and_cache(
-    name: str, intermediate: int, used: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, intermediate: int, tp_size: int, used: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_checkpoint(name, tmp_path / "hf", **SHAPE, intermediate_size=intermediate)
-    shard_checkpoint(tmp_path / "hf", tmp_path / "shards", 1)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "shards", tp_size)
     manifest, config = Manifest.load(tmp_path / "shards"), ModelConfig.load(tmp_path / "shards")
-    plan = build_plan(config, 1)
+    plan, group = build_plan(config, tp_size), (TPGroup if tp_size == 1 else FirstOfTwo)(0, tp_size, DEVICE)
     backend = TritonBackend(head_shape(config, plan, 0), 16)
     rotary = RotaryTable(config.rope, 128, DEVICE)
     with torch.device("meta"):
-        model = Decoder(config, plan, backend, rotary, TPGroup(0, 1, DEVICE), torch.float32)
+        model = Decoder(config, plan, backend, rotary, group, torch.float32)
     constants = {name for name, tensor in manifest.tensors(0).items() if tensor.fill}
     load_shard(model, [tmp_path / "shards" / name for name in manifest.rank_files(0)], DEVICE, constants)
     model.eval()
+    for parameter in model.parameters():  # on a CPU views of a file; on GPUs their own memory, aligned
+        parameter.data = parameter.data.clone()
     # Float32 is run by torch's linears alone; here it stands for bfloat16, which the interpreter gets wrong.
     monkeypatch.setattr(CudaDecoder, "_takes", staticmethod(lambda x: True))
-    monkeypatch.setattr(cuda_decoder, "takes", lambda device: True)
+    monkeypatch.setattr(cuda_decoder, "is_hopper", lambda device: True)
     monkeypatch.setattr(cuda_decoder, "num_multiprocessors", lambda device: 4)
     if INTERPRET:  # which knows no programmatic launch
         monkeypatch.setattr(cuda_decoder, "PDL_ROWS", 0)
+        plainly = functools.partial(paged_decode, pdl=False)
+        monkeypatch.setattr(triton, "paged_decode", lambda *args, pdl, **more: plainly(*args, **more))
+    monkeypatch.setattr(cuda_decoder.PeerBuffer, "connect", lambda *args: None)
+    monkeypatch.setattr(cuda_decoder, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=object())))
     seen = set()
     for kernel in ("split_linear", "gated_linear"):
         original = getattr(cuda_decoder, kernel)
@@ -73,35 +93,42 @@ def test_same_logits_and_cache(
 
         monkeypatch.setattr(cuda_decoder, kernel, spy)
 
-    tables = torch.tensor([[1, 2], [3, 0], [4, 0]], dtype=torch.int32)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    sequence = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
+    tables = torch.tensor([[1, 2], [3, 0], [4, 5], [6, 7], [8, 0]], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length - new, length) for new, length in zip(NEW, LENGTHS, strict=True)])
+    sequence = torch.repeat_interleave(torch.arange(len(NEW)), torch.tensor(NEW))
     slots = tables[sequence, positions // 16].long() * 16 + positions % 16
-    ends = torch.tensor(LENGTHS).cumsum(0)
-    ids = torch.randint(3, 100, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor(NEW).cumsum(0)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (sum(NEW),), generator=generator)
+    shape = (9, 16, backend.heads.num_kv_heads, backend.heads.head_dim)
+    past = torch.randn(shape, generator=generator).to(DEVICE)
 
     def run(decoder: CudaDecoder | None) -> list[torch.Tensor]:
-        kv = backend.allocate(config.num_layers, 6, torch.float32, DEVICE)
+        kv = backend.allocate(config.num_layers, 9, torch.float32, DEVICE)
+        for layer in kv:
+            layer.k.copy_(past)
+            layer.v.copy_(past)
         batch = ForwardBatch(
             ids.to(DEVICE),
             positions.to(DEVICE),
             slots.to(DEVICE),
             tables.to(DEVICE),
+            NEW,
             LENGTHS,
-            LENGTHS,
-            0,
+            DECODES,
             (ends - 1).to(DEVICE),
             torch.cat([torch.zeros(1), ends]).int().to(DEVICE),
             torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE),
         )
         with torch.inference_mode():
             if decoder is None:
+                backend.begin(batch, set(config.windows))
                 logits = model.logits(model(batch, kv, batch.logits_rows))
             else:
                 logits = decoder.logits(batch, kv, batch.logits_rows)
         return [logits, *(cache for layer in kv for cache in (layer.k, layer.v))]
 
-    plain, fused = run(None), run(CudaDecoder(model, backend, 8))
+    plain, fused = run(None), run(CudaDecoder(model, backend, 8, 64))
     assert seen == used
     assert plain[0].std() > 0.1
     for got, want in zip(fused, plain, strict=True):
@@ -109,16 +136,12 @@ def test_same_logits_and_cache(
 
 
 def test_a_wait_that_ran_out_ends_the_engine() -> None:
-    """The kernel that picks tokens over the ranks answers -1 from then on; the host asks what that means."""
-    decoder = CudaDecoder.__new__(CudaDecoder)
-    decoder.group = TPGroup(1, 2, "cpu")
+    """The kernel that picks tokens over the ranks answers -1 from then on, on every rank."""
     runner = CudaRunner.__new__(CudaRunner)
-    runner._decoder = decoder
     batch: Any = SimpleNamespace(sampled=[None, None])
     ready: Any = SimpleNamespace(synchronize=lambda: None)
     late = CudaLaunched(batch, [], host=torch.tensor([-1, -1, 0]), ready=ready)
-    decoder.peers = SimpleNamespace(timed_out=lambda: True)  # type: ignore[assignment]
-    with pytest.raises(EngineError, match="rank 1 waited two minutes for another rank"):
+    with pytest.raises(EngineError, match="a rank waited two minutes for another one"):
         runner.collect(late)
     good = CudaLaunched(batch, [], host=torch.tensor([5, 7, 0]), ready=ready)
     assert runner.collect(good) == ([5, 7], None)

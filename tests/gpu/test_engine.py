@@ -115,7 +115,7 @@ def test_large_batches_stay_near_float32(seqs: int, tmp_path: Path) -> None:
 
     shape = {**WIDE, "hidden_size": 512, "head_dim": 128, "intermediate_size": 3072}
     assert (pick_splits(seqs, 1024, 512), pick_splits(seqs, 512, 512), pick_splits(seqs, 512, 3072)) == (2, 4, 4)
-    assert (pick_gated(seqs, 3072, 132) is not None) == (seqs == 40)
+    assert (pick_gated(seqs, 3072, 512, 132) is not None) == (seqs == 40)
     model = make_checkpoint("qwen3", tmp_path / "hf", **shape).cuda()
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
     prompts = prompts_of(517, tuple(3 + 7 * i % 160 for i in range(seqs)))

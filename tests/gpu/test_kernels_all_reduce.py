@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from tpctl.kernels import all_reduce
-from tpctl.kernels.all_reduce import PeerBuffer, all_reduce_add_rms_norm_reference
+from tpctl.kernels.all_reduce import PeerBuffer, PeerLayout, all_reduce_add_rms_norm_reference
 from tpctl.kernels.all_reduce_kernels import EMPTY
 
 pytestmark = pytest.mark.gpu
@@ -36,10 +39,10 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Two ranks of one process: what rank 1 will send is put into rank 0's buffer by hand before rank 0 runs."""
     monkeypatch.setattr(all_reduce, "_MAX_POLLS", 3)
     rows, hidden = 5, 192
-    words = PeerBuffer.buffer_words(2, rows, hidden, dtype)
-    buffers = [torch.full((words,), EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    layout = PeerLayout.of(rows, hidden, dtype)
+    buffers = [torch.full((layout.words(2),), EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(2)]
     pointers = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
-    ends = [PeerBuffer(rank, pointers, rows, hidden, dtype) for rank in range(2)]
+    ends = [PeerBuffer(rank, pointers, layout, dtype) for rank in range(2)]
     weight = torch.randn(hidden).to(DEVICE, dtype)
     for call in range(1, 6):
         runs = torch.randn(2, 1 + call % 2, rows, hidden).to(DEVICE, dtype)
@@ -47,7 +50,8 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
         runs[:, :, 1] = -0.0
         parts = runs.float().sum(1).to(dtype)
         sent = parts[1].contiguous().view(torch.int32)
-        slots = buffers[0].view(2, 2, -1, ends[0].row_words)[call % 2, 1, :rows, : sent.shape[1]]
+        plane = buffers[0].view(2, 2, layout.plane_words)[call % 2, 1]
+        slots = plane[: layout.first_word].view(rows, layout.row_words)[:, : sent.shape[1]]
         sent = torch.where(sent == EMPTY, 0, sent)
         slots.copy_(sent)
         old = torch.randn(rows, hidden).to(DEVICE, dtype)
@@ -65,10 +69,100 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
             assert error(residual, want_residual) < (1e-6 if dtype is torch.float32 else 8e-3)
             assert error(got, want) < (1e-6 if dtype is torch.float32 else 8e-3)
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        scores, ids = torch.randn(2, rows), torch.randint(0, 1000, (2, rows))
+        plane[layout.first_word :][:rows] = scores[1].to(DEVICE).view(torch.int32)
+        plane[layout.first_word + 256 :][:rows] = ids[1].int().to(DEVICE)
+        chosen = ends[0].winner(scores[0].to(DEVICE), ids[0].to(DEVICE))
+        assert torch.equal(chosen.cpu(), ids.gather(0, scores.argmax(0, keepdim=True))[0])
+        assert (buffers[0] == EMPTY).all()
+        buffers[1].fill_(EMPTY)  # where nobody has read rank 0's
         assert not ends[0].timed_out() and not ends[1].timed_out()
-    ends[0].all_reduce(parts[0])  # nobody answers
+    # Nobody answers, a picked token or a sum.
+    alone = PeerBuffer(0, pointers, layout, dtype)
+    assert alone.winner(torch.zeros(rows, device=DEVICE), torch.arange(rows, device=DEVICE)).tolist() == [-1] * rows
+    ends[0].all_reduce(parts[0])
     assert ends[0].timed_out()
+    monkeypatch.setattr(all_reduce, "_MAX_POLLS", 1 << 30)  # nor is waited for again
+    ends[0].all_reduce(parts[0])
     assert ends[0].winner(torch.zeros(rows, device=DEVICE), torch.arange(rows, device=DEVICE)).tolist() == [-1] * rows
+
+
+@pytest.mark.skipif(not INTERPRET, reason="on GPUs two real ranks do this")
+def test_three_interpreted_ranks():
+    """Processes that share memory, and really wait for each other; this file's `interpreted` is what they run."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, __file__, "interpreted"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("all-reduce ok") == 3
+
+
+WORLD, MOST_ROWS, HIDDEN = 3, 4, 48
+
+
+def interpreted() -> None:
+    torch.set_num_threads(1)
+    all_reduce._MAX_POLLS = 1 << 15  # some twenty seconds
+    layout = PeerLayout.of(MOST_ROWS, HIDDEN, torch.float32)
+    buffers = [torch.full((layout.words(WORLD),), EMPTY, dtype=torch.int32).share_memory_() for _ in range(WORLD)]
+    results = torch.zeros(WORLD, 2, 9 * HIDDEN).share_memory_()
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(WORLD)
+    ranks = [context.Process(target=take_turns, args=(r, layout, buffers, results, barrier)) for r in range(WORLD)]
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks):
+        time.sleep(0.1)
+        if any(process.exitcode for process in ranks):  # the others would wait for it
+            for process in ranks:
+                process.kill()
+    sys.exit(any(process.exitcode for process in ranks))
+
+
+def take_turns(
+    rank: int, layout: PeerLayout, buffers: list[torch.Tensor], results: torch.Tensor, barrier: Barrier
+) -> None:
+    pointers = torch.tensor([buffer.data_ptr() for buffer in buffers])
+    end = PeerBuffer(rank, pointers, layout, torch.float32)
+    generator = torch.Generator().manual_seed(5)  # the same on every rank
+    for turn in range(10):
+        rows = (1, 9, 3, 4, 6)[turn % 5]  # up to three launches
+        hidden = (HIDDEN, 10, 1)[turn % 3]
+        parts = torch.randn(WORLD, rows, hidden, generator=generator)
+        parts[:, 0] = -0.0
+        parts[:, :, ::2] = -0.0
+        residual, weight = torch.randn(rows, hidden, generator=generator), torch.randn(hidden, generator=generator)
+        wide = residual.double()
+        want = all_reduce_add_rms_norm_reference(parts.double(), wide, weight.double(), 1e-6)
+        splits = 1 + (rank + turn) % WORLD  # ranks need not cut their linears alike
+        given = torch.cat([parts[rank][None], torch.zeros(splits - 1, rows, hidden)])
+        total = end.all_reduce(given if splits > 1 else parts[rank])
+        torch.testing.assert_close(total, parts.sum(0))
+        got = end.all_reduce_add_rms_norm(given, residual, weight, 1e-6)
+        torch.testing.assert_close(residual, wide.float())
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+        few = min(rows, MOST_ROWS)
+        scores = torch.randn(WORLD, few, generator=generator)
+        ids = torch.randint(0, 1000, (WORLD, few), generator=generator)
+        scores[:, 0] = 1.0
+        scores[:2, -1] = torch.tensor([-0.0, 0.0])  # equal; the lowest id decides
+        scores[2, -1] = float("nan")
+        best = scores.nan_to_num(nan=float("-inf"))
+        tied = torch.where(best == best.max(0).values, ids, 10**9).min(0).values
+        chosen = end.winner(scores[rank], ids[rank])
+        assert torch.equal(chosen, tied)
+
+        results[rank, 0, : total.numel()] = total.flatten()
+        results[rank, 1, : got.numel()] = got.flatten()
+        barrier.wait()
+        assert all(torch.equal(other.view(torch.int32), results[0].view(torch.int32)) for other in results)
+        barrier.wait()
+    assert not end.timed_out()
+    assert (buffers[rank] == EMPTY).all()
+    print("all-reduce ok", flush=True)
 
 
 def work() -> None:
@@ -153,4 +247,4 @@ def same_everywhere(*tensors: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    work()
+    interpreted() if sys.argv[1:] else work()

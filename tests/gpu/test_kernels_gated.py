@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tpctl.kernels.gated_linear import GatedConfig, gated_linear, gated_linear_reference, pick_gated, takes
+from tpctl.kernels.gated_linear import GatedConfig, gated_linear, gated_linear_reference, pick_gated
+from tpctl.kernels.launch import is_hopper
 
 pytestmark = pytest.mark.gpu
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,10 +34,11 @@ DTYPE = torch.float32 if INTERPRET else torch.bfloat16
     ],
 )
 def test_choice(rows: int, intermediate: int, config: GatedConfig | None) -> None:
-    assert pick_gated(rows, intermediate, 132) == config
+    assert pick_gated(rows, intermediate, 4096, 132) == config
+    assert pick_gated(rows, intermediate, 4092, 132) is None
 
 
-@pytest.mark.skipif(not INTERPRET and not takes(DEVICE), reason="needs a Hopper GPU")
+@pytest.mark.skipif(not INTERPRET and not is_hopper(DEVICE), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(
     "rows,hidden,intermediate",
@@ -45,7 +47,7 @@ def test_choice(rows: int, intermediate: int, config: GatedConfig | None) -> Non
 def test_matches_linear_and_activation(rows: int, hidden: int, intermediate: int, activation: str) -> None:
     x = torch.randn(rows, hidden + 64).to(DEVICE, DTYPE)[:, :hidden]
     weight = (torch.randn(2 * intermediate, hidden) / hidden**0.5).to(DEVICE, DTYPE)
-    config = pick_gated(rows, intermediate, 132)
+    config = pick_gated(rows, intermediate, hidden, 132)
     if config is None:  # a last program with few columns, and a step that ends within the inputs
         config = GatedConfig(24, 32, 64, 128, 4, 2)
     out = torch.full((rows, intermediate), float("nan")).to(DEVICE, DTYPE)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.gpu.test_engine import WIDE, prompts_of
+from tests.gpu.test_engine import WIDE, most_behind, prompts_of
 from tests.tiny import make_checkpoint
 from tpctl.client.engine_client import EngineClient
 from tpctl.engine.config import EngineConfig
@@ -37,6 +38,19 @@ def config(folder: Path, tp_size: int) -> EngineConfig:
     return EngineConfig(
         folder, tp_size, device="cuda", kv_cache_memory=64 << 20, max_num_seqs=16, max_num_batched_tokens=128
     )
+
+
+def test_two_ranks_stay_near_float32_in_large_batches(tmp_path: Path) -> None:
+    """In bfloat16, whose linears are cut along their input and summed by the all-reduce; prefill through it too."""
+    shape = {**WIDE, "hidden_size": 512, "head_dim": 128, "intermediate_size": 6144}
+    model = make_checkpoint("qwen3", tmp_path / "hf", **shape).cuda()
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2, dtype="bfloat16")
+    prompts = prompts_of(517, tuple(3 + 7 * i % 160 for i in range(40)))
+    requests = [Request(str(i), ids, SamplingParams(max_tokens=24, ignore_eos=True)) for i, ids in enumerate(prompts)]
+    settings: dict[str, Any] = {"kv_cache_memory": 256 << 20, "max_num_seqs": 40, "max_num_batched_tokens": 4096}
+    with EngineClient(EngineConfig(tmp_path / "tp2", 2, device="cuda", **settings)) as client:
+        found = generate(client, requests)
+    assert most_behind(model, prompts, [found[str(i)] for i in range(40)]) < 0.25
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3"])

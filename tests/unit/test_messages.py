@@ -41,7 +41,7 @@ outputs = st.builds(
     token_ids=ids,
     finish_reason=st.none() | st.sampled_from(["stop", "length", "abort", "error"]),
     message=st.none() | st.text(),
-    logprobs=st.none(),
+    logprobs=st.none() | st.just([[-0.5, [[7, -0.5], [9, -1.25]]]]),
     num_cached_tokens=st.integers(0, 9),
 )
 messages = st.one_of(

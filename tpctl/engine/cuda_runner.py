@@ -33,6 +33,7 @@ from tpctl.layers.batch import ForwardBatch
 from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
 
 _RESERVE = 256 << 20  # bytes left for graphs, NCCL and fragmentation
+_LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
 
@@ -96,7 +97,7 @@ class CudaRunner(ModelRunner):
             launched.ready.synchronize()
             launched.token_ids = launched.host[: len(launched.batch.sampled)].tolist()
             if -1 in launched.token_ids:
-                self._decoder.check_peers()
+                raise EngineError(_LOST_PEER)
         return launched.token_ids, launched.logprobs
 
     def _sample_on_host(self, batch: ScheduledBatch, logits: Tensor | None) -> Launched:
@@ -105,7 +106,8 @@ class CudaRunner(ModelRunner):
         if logits is None:
             return Launched(batch, [])
         token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
-        self._decoder.check_peers()
+        if self._decoder.lost_peer():
+            raise EngineError(_LOST_PEER)
         return Launched(batch, token_ids, logprobs)
 
     def _token(self, item: ScheduledSequence) -> int:
@@ -231,8 +233,9 @@ class CudaRunner(ModelRunner):
 
     def _kv_budget(self) -> int:
         """What is left of the GPU's share after weights and the largest step's activations, found by running one."""
-        self._decoder = CudaDecoder(self.model, self._cuda_backend, self.config.max_num_seqs)
-        device = self.group.device
+        config, device = self.config, self.group.device
+        rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self._decoder = CudaDecoder(self.model, self._cuda_backend, rows, tokens)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
@@ -244,7 +247,7 @@ class CudaRunner(ModelRunner):
             return self.config.kv_cache_memory
         _, total = torch.cuda.mem_get_info(device)
         share = int(total * self.config.gpu_memory_utilization)
-        budget = share - self._other_bytes - before - activations - _RESERVE
+        budget = share - self._other_bytes - before - activations - self._decoder.peer_bytes - _RESERVE
         if budget <= 0:
             raise EngineError(
                 f"nothing is left for the KV cache: --gpu-memory-utilization {self.config.gpu_memory_utilization} of "

@@ -18,7 +18,7 @@ class Sequence:
         block_table: ids of its KV blocks, in order.
         num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
         admissions: how often it was given blocks anew; tells a block table from the one before a preemption.
-        max_num_tokens: prompt and answer together grow no longer.
+        max_num_tokens: most tokens of prompt and answer together.
         rope_offset: where its rotary table begins (see ``RotaryTable``).
         num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
     """

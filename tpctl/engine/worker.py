@@ -65,6 +65,7 @@ def main() -> None:
     args = parse_arguments()
     imported = time.perf_counter()
     torch.set_grad_enabled(False)
+    gc.freeze()  # imports leave some hundred thousand objects that no collection need visit
     config = EngineConfig.load(args.config)
     group = TPGroup.from_environment(config.device)
     channel = lifeline.connect(args.socket) if group.rank == 0 else None
@@ -75,7 +76,6 @@ def main() -> None:
         timings = engine.runner.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))
-        gc.freeze()  # imports leave some hundred thousand objects that no collection need visit
         serve(engine, feed)
     except TpctlError as error:
         # A failure that a sentence explains: the command line shows that, not a traceback.

@@ -9,10 +9,12 @@ A row's program keeps its own call counter on the device (graph replays advance 
 can only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after the row
 of call e was read and its slot emptied. So ranks must make the same calls in the same order on one stream each.
 
-    buffer:  [parity 2][source rank W][rows, and slots of `winner`][row words] of 4 bytes
+A peer that sends nothing for minutes is given up: from then on no wait waits, and `winner` answers -1 on every rank.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,24 +29,50 @@ _MAX_POLLS = 1 << 27
 _WORDS_PER_WARP = 256
 
 
+_WINNER_ROWS = 256  # rows that a program of `winner` handles, two words each
+
+
+class PeerLayout(NamedTuple):
+    """Where things lie in a rank's buffer, in words of 4 bytes: [parity 2][source rank W] planes."""
+
+    max_rows: int
+    row_words: int  # of a row's slot
+    first_word: int  # of a plane's slots for `winner`
+    plane_words: int
+
+    @staticmethod
+    def of(max_rows: int, hidden: int, dtype: torch.dtype) -> PeerLayout:
+        """For launches of up to max_rows rows of up to hidden values of bfloat16 or float32."""
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"peer all-reduce takes bfloat16 or float32, not {dtype}")
+        words = hidden if dtype is torch.float32 else (hidden + 1) // 2
+        row_words = triton.cdiv(words, 32) * 32  # lines of 128 bytes
+        first_word = max_rows * row_words
+        winners = triton.cdiv(max_rows, _WINNER_ROWS)
+        return PeerLayout(max_rows, row_words, first_word, first_word + winners * 2 * _WINNER_ROWS)
+
+    def words(self, world: int) -> int:
+        """Words of a rank's buffer, which must be filled with `EMPTY` before the first call."""
+        return 2 * world * self.plane_words
+
+
 class PeerBuffer:
     """One rank's end of the buffers that ranks push into, and the collectives over them.
 
     The calls need the same order on every rank. `connect` makes the ends; here they are given: rank: this one's place.
-    pointers: int64 [W] on the device, every rank's buffer as addressed from here, this rank's own among them.
-    max_rows: most rows of a launch; more go in several. hidden: most columns. dtype: bfloat16 or float32.
+    pointers: int64 [W] on the device, every rank's buffer as addressed from here, this rank's own among them, each at a
+    multiple of 128 bytes. dtype: bfloat16 or float32.
+
+    Many more programs can wait than fit the device at once: the lowest rows are placed first, on every rank alike.
     """
 
-    _WINNER_ROWS = 256  # rows one program of `winner` handles, two words each
-
-    def __init__(self, rank: int, pointers: torch.Tensor, max_rows: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, rank: int, pointers: torch.Tensor, layout: PeerLayout, dtype: torch.dtype) -> None:
         self.rank, self.world = rank, pointers.shape[0]
         self.dtype = dtype
-        self.wide = dtype is torch.float32
-        self.max_rows = max_rows
-        self.row_words, self._slots = self._layout(max_rows, hidden, dtype)
+        self.layout = layout
         self._peers = pointers
-        self._epochs = torch.zeros(self._slots, dtype=torch.int32, device=pointers.device)
+        counters = layout.max_rows + triton.cdiv(layout.max_rows, _WINNER_ROWS)
+        self._epochs = torch.zeros(counters, dtype=torch.int32, device=pointers.device)
         self._error = torch.zeros(1, dtype=torch.int32, device=pointers.device)
         self._held: object = None
 
@@ -52,36 +80,31 @@ class PeerBuffer:
     def connect(
         cls, group: dist.ProcessGroup, max_rows: int, hidden: int, dtype: torch.dtype, device: torch.device
     ) -> PeerBuffer:
-        """This rank's end over symmetric memory. Collective; the ranks must be GPUs of one host with peer access."""
+        """This rank's end over symmetric memory. Collective; the ranks must be GPUs of one host with peer access.
+
+        max_rows: most rows of a launch; more go in several. hidden: most columns.
+        """
         import torch.distributed._symmetric_memory as symmetric_memory
         from torch._C._distributed_c10d import _SymmetricMemory
 
+        layout = PeerLayout.of(max_rows, hidden, dtype)
+        size = layout.words(dist.get_world_size(group))
         # Not `symmetric_memory.empty`, which imports sympy to compute a stride (seconds without bytecode) and takes
         # the memory from a pool that one buffer has no use for.
-        size = cls.buffer_words(dist.get_world_size(group), max_rows, hidden, dtype)
         buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.int32, device).fill_(EMPTY)
         handle = symmetric_memory.rendezvous(buffer, group)
         pointers = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
-        end = cls(dist.get_rank(group), pointers, max_rows, hidden, dtype)
+        end = cls(dist.get_rank(group), pointers, layout, dtype)
         end._held = (buffer, handle)
         # Nobody may write to a peer that is still filling its buffer.
         torch.cuda.synchronize(device)
         dist.barrier(group)
         return end
 
-    @classmethod
-    def _layout(cls, max_rows: int, hidden: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Words of a row's slot, and slots: a row each, and those of `winner` behind them."""
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"peer all-reduce takes bfloat16 or float32, not {dtype}")
-        words = hidden if dtype is torch.float32 else (hidden + 1) // 2
-        return max(words, 2 * cls._WINNER_ROWS), max_rows + triton.cdiv(max_rows, cls._WINNER_ROWS)
-
-    @classmethod
-    def buffer_words(cls, world: int, max_rows: int, hidden: int, dtype: torch.dtype) -> int:
-        """Words (int32) of a rank's buffer, which must be filled with `EMPTY` before the first call."""
-        row_words, slots = cls._layout(max_rows, hidden, dtype)
-        return 2 * world * slots * row_words
+    @property
+    def nbytes(self) -> int:
+        """Device memory of this rank's buffer, which torch's allocator does not count."""
+        return 4 * self.layout.words(self.world)
 
     def timed_out(self) -> bool:
         """Whether a wait for a peer ever ran out (synchronises with the device)."""
@@ -90,11 +113,15 @@ class PeerBuffer:
     def fits(self, x_TH: torch.Tensor) -> bool:
         """Whether x_TH [T, H] or [S, T, H] can go through this buffer."""
         rows, hidden = x_TH.shape[-2:]
-        per_word = 1 if self.wide else 2
-        return x_TH.dtype is self.dtype and rows > 0 and hidden % per_word == 0 and hidden // per_word <= self.row_words
+        words = hidden * x_TH.element_size() / 4
+        return x_TH.dtype is self.dtype and rows > 0 and words.is_integer() and words <= self.layout.row_words
 
     def all_reduce(self, x_TH: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False) -> torch.Tensor:
-        """The sum of every rank's x_TH [T, H], in rank order in float32, rounded once. `out` may be x_TH."""
+        """The sum of every rank's x_TH [T, H], in rank order in float32, rounded once. `out` may be x_TH.
+
+        Here as below x_TH may also be the runs [S, T, H] of `split_linear`, whose sum is rounded to their dtype before
+        it is sent.
+        """
         return self._launch(x_TH, None, None, 0.0, False, out, pdl)
 
     def all_reduce_add_rms_norm(
@@ -111,8 +138,7 @@ class PeerBuffer:
         """residual_TH += sum of every rank's x_TH, in place, then RMSNorm of it with weight_H; as
         `norm.add_rms_norm`.
 
-        residual_TH must be the same on every rank. x_TH may also be the runs [S, T, H] of `split_linear`, whose sum is
-        rounded to their dtype before it is sent.
+        residual_TH must be the same on every rank.
         """
         return self._launch(x_TH, residual_TH, weight_H, eps, unit_offset, out, pdl)
 
@@ -121,11 +147,13 @@ class PeerBuffer:
     ) -> torch.Tensor:
         """Per row the id with the best score of any rank, the lowest id among equals; -1 once a wait has run out.
 
-        scores_T: float32 [T]; ids_T: int64 [T] below 2**31; T <= max_rows. Returns int64 [T].
+        scores_T: float32 [T], NaN as -inf; ids_T: int64 [T] below 2**31; T <= max_rows. Returns int64 [T].
         """
-        rows = scores_T.shape[0]
+        rows, layout = scores_T.shape[0], self.layout
+        if rows > layout.max_rows:
+            raise ValueError(f"{rows} rows are more than the {layout.max_rows} of this peer buffer")
         out_T = torch.empty_like(ids_T) if out is None else out
-        winner_kernel[(triton.cdiv(rows, self._WINNER_ROWS),)](
+        winner_kernel[(triton.cdiv(rows, _WINNER_ROWS),)](
             scores_T,
             ids_T,
             out_T,
@@ -133,13 +161,13 @@ class PeerBuffer:
             self._epochs,
             self._error,
             rows,
-            self.row_words,
-            self.max_rows,
-            self._slots,
+            layout.max_rows,
+            layout.first_word,
+            layout.plane_words,
             RANK=self.rank,
             WORLD=self.world,
             MAX_POLLS=_MAX_POLLS,
-            BLOCK=self._WINNER_ROWS,
+            BLOCK=_WINNER_ROWS,
             PDL=pdl,
             num_warps=4,
             **launch_options(pdl),
@@ -160,18 +188,19 @@ class PeerBuffer:
             rows, hidden = x_TH.shape[-2:]
             raise ValueError(
                 f"[{rows}, {hidden}] {x_TH.dtype} does not fit a peer buffer of {self.dtype}, "
-                f"{self.row_words} words a row"
+                f"{self.layout.row_words} words a row"
             )
         x_STH = x_TH if x_TH.dim() == 3 else x_TH[None]
         splits, rows, hidden = x_STH.shape
         out_TH = torch.empty_like(x_STH[0]) if out is None else out
-        if rows > self.max_rows:
-            for start in range(0, rows, self.max_rows):
-                piece = slice(start, start + self.max_rows)
+        most = self.layout.max_rows
+        if rows > most:
+            for start in range(0, rows, most):
+                piece = slice(start, start + most)
                 residual = None if residual_TH is None else residual_TH[piece]
                 self._launch(x_STH[:, piece], residual, weight_H, eps, unit_offset, out_TH[piece], pdl)
             return out_TH
-        words = hidden if self.wide else hidden // 2
+        words = hidden * x_TH.element_size() // 4
         fused = residual_TH is not None and weight_H is not None
         x_words = x_STH.view(torch.int32)
         residual = residual_TH.view(torch.int32) if residual_TH is not None else x_words[0]
@@ -191,13 +220,13 @@ class PeerBuffer:
             x_words.stride(0),
             residual.stride(0),
             out_words.stride(0),
-            self.row_words,
-            self._slots,
+            self.layout.row_words,
+            self.layout.plane_words,
             eps,
             RANK=self.rank,
             WORLD=self.world,
             SPLITS=splits,
-            WIDE=self.wide,
+            WIDE=self.dtype is torch.float32,
             FUSED=fused,
             UNIT_OFFSET=unit_offset,
             MAX_POLLS=_MAX_POLLS,

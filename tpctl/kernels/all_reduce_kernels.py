@@ -56,22 +56,26 @@ def _sendable(word):
 
 
 @triton.jit
-def _receive(pointer, mask, error_ptr, MAX_POLLS: tl.constexpr):
-    """Read words until none is empty, then empty their slots for the call after the next."""
+def _receive(pointer, mask, failed, error_ptr, MAX_POLLS: tl.constexpr):
+    """Read words until none is empty, then empty their slots for the call after the next.
+
+    failed: whether a wait has run out before, so that this one need not. Returns the words, and whether one has by now.
+    """
+    limit = tl.where(failed, 0, MAX_POLLS)
     word = tl.load(pointer, mask=mask, other=0, volatile=True)
     late = tl.sum((word == _EMPTY).to(tl.int32), 0)
     polls = 0
-    while (late > 0) & (polls < MAX_POLLS):
+    while (late > 0) & (polls < limit):
         word = tl.load(pointer, mask=mask, other=0, volatile=True)
         late = tl.sum((word == _EMPTY).to(tl.int32), 0)
         polls += 1
     if late > 0:
         tl.store(error_ptr, 1)
     tl.store(pointer, tl.full(word.shape, _EMPTY, tl.int32), mask=mask)
-    return word
+    return word, failed | (late > 0)
 
 
-@triton.jit(do_not_specialize=["max_rows"])
+@triton.jit
 def all_reduce_kernel(
     x_ptr,  # rows of 32-bit words, like all that follow
     residual_ptr,
@@ -86,8 +90,8 @@ def all_reduce_kernel(
     split_stride,
     residual_stride,
     out_stride,
-    row_words,  # words of a row slot
-    max_rows,
+    row_words,  # of a row's slot
+    plane_words,  # of one source's slots
     eps,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
@@ -99,6 +103,7 @@ def all_reduce_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A row a program: send it, wait for the peers' rows, sum, and where FUSED add to the residual and normalise."""
     row = tl.program_id(0)
     col = tl.arange(0, BLOCK)
     mask = col < words
@@ -108,6 +113,7 @@ def all_reduce_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     epoch = tl.load(epochs_ptr + row) + 1
+    failed = tl.load(error_ptr) != 0
     x_row = x_ptr + row.to(tl.int64) * x_stride + col
     mine = tl.load(x_row, mask=mask, other=0)
     if SPLITS > 1:
@@ -119,8 +125,8 @@ def all_reduce_kernel(
         mine = _pack(low, high, WIDE)
     mine = _sendable(mine)
 
-    plane = row_words * max_rows.to(tl.int64)  # one source's rows
-    slot = (epoch & 1).to(tl.int64) * WORLD * plane + row.to(tl.int64) * row_words + col
+    plane = plane_words.to(tl.int64)
+    slot = (epoch & 1) * WORLD * plane + row.to(tl.int64) * row_words + col
     for peer in tl.static_range(WORLD):
         if peer != RANK:
             tl.store(_buffer(peers_ptr, peer) + slot + RANK * plane, mine, mask=mask)
@@ -134,7 +140,7 @@ def all_reduce_kernel(
         if peer == RANK:
             word = mine
         else:
-            word = _receive(own + slot + peer * plane, mask, error_ptr, MAX_POLLS)
+            word, failed = _receive(own + slot + peer * plane, mask, failed, error_ptr, MAX_POLLS)
         add_low, add_high = _unpack(word, WIDE)
         low += add_low
         high += add_high
@@ -158,7 +164,7 @@ def all_reduce_kernel(
     tl.store(epochs_ptr + row, epoch)
 
 
-@triton.jit(do_not_specialize=["rows", "first_slot", "max_rows"])
+@triton.jit(do_not_specialize=["rows", "first_epoch"])
 def winner_kernel(
     scores_ptr,
     ids_ptr,
@@ -167,29 +173,34 @@ def winner_kernel(
     epochs_ptr,
     error_ptr,
     rows,
-    row_words,
-    first_slot,
-    max_rows,
+    first_epoch,  # place of this kernel's counters behind those of the rows
+    first_word,  # and of its slots behind theirs
+    plane_words,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     MAX_POLLS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One (score, id) a row; uses the slots behind those of `all_reduce_kernel`, BLOCK rows of two words in each."""
-    counter = first_slot + tl.program_id(0)
+    """One (score, id) a row; BLOCK rows of two words fill a slot of its own. (inf, -1) once a wait has run out."""
+    counter = epochs_ptr + first_epoch + tl.program_id(0)
     index = tl.arange(0, BLOCK)
     row = tl.program_id(0) * BLOCK + index
     mask = row < rows
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    epoch = tl.load(epochs_ptr + counter) + 1
-    # Ranks compare what they send, so that a score of -0 means the same everywhere.
-    bits = _sendable(tl.load(scores_ptr + row, mask=mask, other=float("-inf")).to(tl.int32, bitcast=True))
+    epoch = tl.load(counter) + 1
+    failed = tl.load(error_ptr) != 0
+    score = tl.load(scores_ptr + row, mask=mask, other=float("-inf"))
     token = tl.load(ids_ptr + row, mask=mask, other=0).to(tl.int32)
-    plane = row_words * max_rows.to(tl.int64)
-    slot = (epoch & 1).to(tl.int64) * WORLD * plane + counter.to(tl.int64) * row_words + index
+    # What compares alike everywhere: no NaN, and, since ranks compare what they send, no -0.
+    score = tl.where(score == score, score, float("-inf"))
+    score = tl.where(failed, float("inf"), score)
+    token = tl.where(failed, -1, token)
+    bits = _sendable(score.to(tl.int32, bitcast=True))
+    plane = plane_words.to(tl.int64)
+    slot = (epoch & 1) * WORLD * plane + first_word + tl.program_id(0) * 2 * BLOCK + index
     for peer in tl.static_range(WORLD):
         if peer != RANK:
             target = _buffer(peers_ptr, peer) + slot + RANK * plane
@@ -201,12 +212,11 @@ def winner_kernel(
     for peer in tl.static_range(WORLD):
         if peer != RANK:
             source = own + slot + peer * plane
-            other = _receive(source, mask, error_ptr, MAX_POLLS).to(tl.float32, bitcast=True)
-            other_token = _receive(source + BLOCK, mask, error_ptr, MAX_POLLS)
+            other_bits, failed = _receive(source, mask, failed, error_ptr, MAX_POLLS)
+            other_token, failed = _receive(source + BLOCK, mask, failed, error_ptr, MAX_POLLS)
+            other = other_bits.to(tl.float32, bitcast=True)
             better = (other > best) | ((other == best) & (other_token < winner))
             best = tl.where(better, other, best)
             winner = tl.where(better, other_token, winner)
-    # Once a wait has run out, nothing here can be trusted any more.
-    winner = tl.where(tl.load(error_ptr) == 0, winner, -1)
-    tl.store(out_ptr + row, winner.to(tl.int64), mask=mask)
-    tl.store(epochs_ptr + counter, epoch)
+    tl.store(out_ptr + row, tl.where(failed, -1, winner).to(tl.int64), mask=mask)
+    tl.store(counter, epoch)

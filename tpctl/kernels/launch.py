@@ -17,6 +17,12 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is of the generation that choices between ways were measured on (compute capability 9)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.lru_cache(maxsize=32)
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 4 for the CPU (Triton's interpreter)."""
     if device.type != "cuda":

@@ -18,12 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.errors import EngineError
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.all_reduce import PeerBuffer
-from tpctl.kernels.gated_linear import gated_linear, pick_gated, takes
+from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
-from tpctl.kernels.launch import num_multiprocessors
+from tpctl.kernels.launch import is_hopper, num_multiprocessors
 from tpctl.kernels.norm import add_rms_norm, rms_norm
 from tpctl.kernels.rope_cache import rope_cache
 from tpctl.kernels.split_linear import pick_splits, split_linear
@@ -49,10 +48,13 @@ class CudaDecoder:
     """Runs ``decoder`` on its device. One instance per stream: its scratch memory is shared by all calls.
 
     Args:
-        max_rows: the largest decode batch. Creation is collective where there are several ranks.
+        max_rows: the largest decode batch.
+        max_tokens: the largest step.
+
+    Creation is collective where there are several ranks.
     """
 
-    def __init__(self, decoder: Decoder, backend: PagedBackend, max_rows: int) -> None:
+    def __init__(self, decoder: Decoder, backend: PagedBackend, max_rows: int, max_tokens: int) -> None:
         self.decoder = decoder
         self.backend = backend
         self.group = decoder.model.norm.group
@@ -68,7 +70,7 @@ class CudaDecoder:
             assert world is not None
             hidden = weight.shape[1]
             if self.group.size == 2:
-                max_rows = max(max_rows, PEER_PIECE // (hidden * weight.element_size()))
+                max_rows = max(max_rows, min(max_tokens, PEER_PIECE // (hidden * weight.element_size())))
             self.peers = PeerBuffer.connect(world, max_rows, hidden, weight.dtype, self.group.device)
 
     def logits(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None) -> Tensor:
@@ -76,7 +78,9 @@ class CudaDecoder:
         # Launched early, a kernel's start hides behind the end of the one before; many rows leave nothing to hide.
         self._pdl = batch.num_tokens <= PDL_ROWS
         self.backend.begin(batch, self.windows)
-        residual = self._embed(batch.input_ids)
+        residual = self.decoder.model.embed_tokens.local(batch.input_ids)
+        self._through_peers = self._peers_take(residual)  # all sums of a step have this shape
+        residual = self._all_reduce(residual)
         final = self.decoder.model.norm
         if self.group.size == 1 and self._small(residual):
             for layer, layer_kv in zip(self.layers, kv, strict=True):
@@ -94,30 +98,29 @@ class CudaDecoder:
         return self._linear(hidden, self.decoder.lm_head.weight, None, None)
 
     def winner(self, scores_R: Tensor, ids_R: Tensor) -> Tensor | None:
-        """The token id of the best score over the ranks, for each row (-1: see ``check_peers``); ``None`` where peers
-        cannot be written to."""
+        """The token id of the best score over the ranks, for each row (-1: some rank has stopped sending); ``None``
+        where peers cannot be written to."""
         return None if self.peers is None else self.peers.winner(scores_R, ids_R, pdl=self._pdl)
 
-    def check_peers(self) -> None:
-        """Wait for the device.
+    def lost_peer(self) -> bool:
+        """Whether this rank ever gave up waiting for another (synchronises with the device)."""
+        return self.peers is not None and self.peers.timed_out()
 
-        Raises:
-            EngineError: a peer did not answer within two minutes at some time, so what was computed is wrong.
-        """
-        if self.peers is not None and self.peers.timed_out():
-            raise EngineError(f"rank {self.group.rank} waited two minutes for another rank, which hangs or was stopped")
+    @property
+    def peer_bytes(self) -> int:
+        """Device memory of the peer buffer, which torch's allocator does not count."""
+        return 0 if self.peers is None else self.peers.nbytes
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        embedding = self.decoder.model.embed_tokens
-        rows = embedding.local(input_ids)
-        if self.group.size == 1:
-            return rows
-        # All sums of a step have this shape.
-        peers, small = self.peers, self.group.size == 2 or rows.nbytes <= PEER_LIMIT
-        self._through_peers = peers is not None and small and peers.fits(rows)
-        if peers is not None and self._through_peers:
-            return peers.all_reduce(rows, out=rows, pdl=self._pdl)
-        return self.group.all_reduce(rows)
+    def _peers_take(self, x: Tensor) -> bool:
+        """Whether sums of this shape go through peer memory: always between two ranks, else what fits one launch."""
+        if self.peers is None or not self.peers.fits(x):
+            return False
+        return self.group.size == 2 or (x.nbytes <= PEER_LIMIT and x.shape[0] <= self.peers.layout.max_rows)
+
+    def _all_reduce(self, x: Tensor) -> Tensor:
+        if self.peers is not None and self._through_peers:
+            return self.peers.all_reduce(x, out=x, pdl=self._pdl)
+        return self.group.all_reduce(x)
 
     @staticmethod
     def _takes(x: Tensor) -> bool:
@@ -172,9 +175,9 @@ class CudaDecoder:
                 return small_linear(
                     x, weight, self._scratch, norm=fused, activation="silu", config=config, pdl=self._pdl
                 )
-            wide = pick_gated(rows, intermediate, num_multiprocessors(x.device))
-            if wide is not None and norm is None and takes(x.device) and x.shape[1] % 8 == 0:
-                return gated_linear(x, weight, wide, pdl=self._pdl)
+            cut = pick_gated(rows, intermediate, x.shape[1], num_multiprocessors(x.device))
+            if cut is not None and norm is None and is_hopper(x.device):
+                return gated_linear(x, weight, cut, pdl=self._pdl)
         return silu_and_mul(self._linear(x, weight, bias, norm), pdl=self._pdl)
 
     def _partial(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -186,8 +189,11 @@ class CudaDecoder:
 
     def _runs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``, or runs of it to be summed ([S, T, O]), for kernels that take both."""
-        splits = pick_splits(x.shape[0], weight.shape[0], weight.shape[1]) if bias is None and self._takes(x) else 1
-        return self._linear(x, weight, bias, None) if splits == 1 else split_linear(x, weight, splits)
+        if bias is None and self._takes(x) and is_hopper(x.device):
+            splits = pick_splits(x.shape[0], weight.shape[0], weight.shape[1])
+            if splits > 1:
+                return split_linear(x, weight, splits)
+        return self._linear(x, weight, bias, None)
 
     def _add(self, weight: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor) -> None:
         """``residual += x W^T + b`` on one rank."""
