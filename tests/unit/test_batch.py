@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
 from tpctl.cli import batch as cli_batch
+from tpctl.cli.app import app
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.jobs import BadLine, Job, JobParser, Line, read_lines
 from tpctl.client.results import Results
@@ -163,7 +165,7 @@ def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     tally = Tally(lines=12_000, errors=3, completion_tokens=120_000, started=1000.0)
-    with cli_batch._progress(50_000, 1, to_stdout=False) as show:
+    with cli_batch._progress(50_000, 1, silent=False) as show:
         for now[0] in (1001.0, 1059.0, 1060.0, 1061.0, 1119.0, 1121.0):
             show(tally)
     assert capsys.readouterr().err == (
@@ -171,7 +173,7 @@ def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(
         "12,000 of 50,000 lines after 121 s, 992 tok/s, 3 errors\n"
     )
     now[0] = 2000.0
-    with cli_batch._progress(None, 1, to_stdout=True) as show:
+    with cli_batch._progress(None, 1, silent=False) as show:
         now[0] = 2060.0
         show(Tally(lines=1, started=2050.0))
     assert capsys.readouterr().err == "1 line after 10 s, 0 tok/s\n"
@@ -388,3 +390,74 @@ def test_an_input_that_breaks_is_heard_of(tokenizer: Tokenizer) -> None:
     fake: Any = FakeClient(tokenizer)
     with Results(None, {}) as results, pytest.raises(OSError, match="went away"):
         Batch(fake, tokenizer, results, 4).run(read_lines(broken()), parser(tokenizer))
+
+
+def tpctl(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_finished_answers_are_replaced_only_when_told(tmp_path: Path) -> None:
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    out.write_text('{"id": 1, "text": "dear"}\n')
+    for more in ([], ["--resume"]):
+        with pytest.raises(OutputError, match=r"out\.jsonl exists already; use --force to replace it"):
+            cli_batch._check_target(out, str(prompts), resume=bool(more), force=False)
+        result = tpctl("batch", str(prompts), "-o", str(out), *more)
+        assert isinstance(result.exception, OutputError)
+    assert "dear" in out.read_text()
+    cli_batch._check_target(out, str(prompts), resume=False, force=True)
+    out.with_name("out.jsonl.partial").write_text("rows of a run that was started with --force")
+    cli_batch._check_target(out, str(prompts), resume=True, force=False)
+    out.write_text("")  # as mktemp makes it
+    cli_batch._check_target(out, str(prompts), resume=False, force=False)
+
+
+def test_pipes_and_devices_are_written_to_and_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert cli_batch._target(str(pipe)) is None
+    assert cli_batch._target("/dev/null") is None
+    assert cli_batch._target("-") is None
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with cli_batch._stream(str(pipe), None) as out, Results(None, {}) as results:
+        assert out is not None
+        results.add(Line(0, 1, b"a"), {"id": 1, "text": "x"})
+        results.emit(out)
+        assert json.loads(os.read(reader, 1000)) == {"id": 1, "text": "x"}
+    os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(UsageError, match="--resume needs a file"):
+        raise tpctl("batch", "nothing.jsonl", "-o", str(pipe), "--resume").exception
+
+
+def test_a_link_and_the_files_mode_stay(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    real.write_text("")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    target = cli_batch._target(str(link))
+    run(tokenizer, '{"prompt": "a"}', target)
+    assert link.is_symlink()
+    assert rows(real)[0]["text"] == "<a>"
+    assert real.stat().st_mode & 0o777 == 0o600
+    with Results(target, {"model": "m"}) as results:
+        assert results.partial is not None
+        assert results.partial.stat().st_mode & 0o777 == 0o600
+
+
+def test_rows_of_another_input_are_not_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    with Results(out, {}) as results:
+        for index in range(3):
+            results.add(Line(index, index + 1, b"line %d" % index), {"id": index, "text": "x"})
+    with Results(out, {}, resume=True) as results:
+        cli_batch._check_kept("same.jsonl", io.BytesIO(b"line 0\nline 1\nline 2\nline 3\n"), results)
+        assert not capsys.readouterr().err
+        stream = io.BytesIO(b"line 0\nother\n")
+        cli_batch._check_kept("shorter.jsonl", stream, results)
+        assert "2 of the 3 rows" in capsys.readouterr().err
+        assert stream.read() == b"line 0\nother\n"
+        with pytest.raises(UsageError, match=r"none of the 3 rows in .*partial answers a line of new\.jsonl"):
+            cli_batch._check_kept("new.jsonl", io.BytesIO(b"a\nb\n"), results)
+    assert out.with_name("out.jsonl.partial").exists()

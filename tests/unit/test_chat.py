@@ -251,3 +251,10 @@ def test_batch_with_wrong_files(
     result = invoke("batch", *arguments)
     assert isinstance(result.exception, TpctlError)
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("message", ["", " \n"])
+def test_an_empty_message_is_refused(message: str) -> None:
+    result = CliRunner().invoke(app, ["chat", "-m", message])
+    assert result.exit_code == 2
+    assert "the message is empty" in str(result.exception or result.output) + result.output

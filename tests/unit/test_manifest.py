@@ -184,7 +184,7 @@ def test_another_format_version_names_both(copy: Path) -> None:
 def test_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(ShardFolderError, match="is not a shard folder, make one with `tpctl shard`"):
         Manifest.load(tmp_path)
-    with pytest.raises(ShardFolderError, match="is not a shard folder"):
+    with pytest.raises(ShardFolderError, match="there is no folder"):
         Manifest.load(tmp_path / "none")
 
 

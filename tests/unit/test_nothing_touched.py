@@ -111,7 +111,7 @@ TABLE = [
     ("shard model --tp 2 --ranks 0 -o home", 1, "home exists already; use --force"),
     # merge and reshard
     ("merge model -o x", 1, "model has no tpctl.json; it is not a shard folder, make one with `tpctl shard`"),
-    ("merge nowhere -o x", 1, "nowhere has no tpctl.json"),
+    ("merge nowhere -o x", 1, "there is no folder nowhere"),
     ("merge some -o x", 1, "but all are needed; add ranks 1-2: `tpctl shard MODEL --tp 4 --ranks 1-2 -o some`"),
     ("merge flipped -o x", 1, "of rank 1 is damaged: its bytes in model-rank-1-part-0.safetensors hash to"),
     ("merge edited -o x", 1, "tpctl.json was altered after it was written; shard the model again"),

@@ -116,7 +116,7 @@ def test_what_an_earlier_run_left_is_told(capsys: pytest.CaptureFixture[str]) ->
         (["shard", "model", "--tp", "2", "--compat", "x"], 2, "--compat x is unknown; use vllm or sglang"),
         (["inspect-shards", "model"], 1, "model has no tpctl.json; it is not a shard folder"),
         (["merge", "model", "-o", "x"], 1, "it is not a shard folder, make one with `tpctl shard`"),
-        (["reshard", "nowhere", "--tp", "2", "-o", "x"], 1, "it is not a shard folder"),
+        (["reshard", "nowhere", "--tp", "2", "-o", "x"], 1, "there is no folder nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_an_exit_code(

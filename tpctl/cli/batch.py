@@ -17,10 +17,11 @@ import typer
 from tpctl.cli.console import note, status, stderr
 from tpctl.cli.engine import interrupts, prepare
 from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
-from tpctl.errors import EngineError, SourceError, TpctlError, UsageError
+from tpctl.errors import EngineError, OutputError, SourceError, TpctlError, UsageError
 
 if TYPE_CHECKING:
     from tpctl.client.batch import Tally
+    from tpctl.client.results import Results
 
 REPORTS = 60.0
 """Seconds between lines about progress where stderr is no terminal."""
@@ -34,6 +35,7 @@ def batch(
     output: Annotated[str, typer.Option("-o", "--output", help="JSONL file; - for stdout.")] = "-",
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
     *,
     engine: EngineOptions,
     sampling: SamplingOptions,
@@ -56,16 +58,18 @@ def batch(
     sampling.check()
     values = {**DEFAULTS, **sampling.given()}
     stop = sampling.stop or []
-    target = None if output == "-" else Path(output)
+    target = _target(output)
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")
-    if target is not None and target.exists() and Path(prompts).exists() and target.samefile(prompts):
-        raise UsageError(f"{prompts} is input and output at once; name another file with -o")
+    if target is not None:
+        _check_target(target, prompts, resume=resume, force=force)
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
     with (
-        _opened(prompts, count=not _is_silent(to_stdout=target is None)) as (stream, total),
+        _opened(prompts, count=not _is_silent(output)) as (stream, total),
         Results(target, settings, resume=resume) as results,
+        _stream(output, target) as out,
     ):
+        _check_kept(prompts, stream, results)
         config = prepare(model, engine)
         with EngineClient(config) as client:
             tokenizer = Tokenizer(config.shard_dir)
@@ -75,21 +79,21 @@ def batch(
             run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
             try:
                 with (
-                    _progress(total, config.tp_size, to_stdout=target is None) as show,
+                    _progress(total, config.tp_size, silent=_is_silent(output)) as show,
                     interrupts() as noted,
                 ):
 
                     def step(tally: Tally) -> None:
                         show(tally)
-                        if target is None:
-                            results.emit(sys.stdout.buffer)
+                        if out is not None:
+                            results.emit(out)
 
                     tally = run.run(read_lines(stream), parser, step=step, should_stop=lambda: noted)
                 stats = {} if tally.interrupted else client.stats()
             except TpctlError as error:
                 raise _with_remains(error, results.count, results.partial) from None
-        if target is None:
-            results.emit(sys.stdout.buffer, gaps=True)
+        if out is not None:
+            results.emit(out, gaps=True)
         elif not tally.interrupted:
             results.publish(tally.lines)
         note(_summary(tally, stats))
@@ -123,15 +127,70 @@ def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | Non
         yield stream, total
 
 
-def _is_silent(*, to_stdout: bool) -> bool:
-    """Whether nothing is said of progress: the answers appear on the terminal themselves."""
-    return to_stdout and sys.stdout.isatty()
+def _target(output: str) -> Path | None:
+    """The file that rows are collected for; ``None`` where they go out one by one: to stdout, a pipe or a device."""
+    if output == "-":
+        return None
+    path = Path(output)
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, what it names is replaced
+    return None if path.exists() and not path.is_file() and not path.is_dir() else path
+
+
+def _check_target(target: Path, prompts: str, *, resume: bool, force: bool) -> None:
+    """Refuse to read and write one file, and to replace answers that nobody gave up."""
+    if not target.is_file():
+        return
+    if Path(prompts).exists() and target.samefile(prompts):
+        raise UsageError(f"{prompts} is input and output at once; name another file with -o")
+    going_on = resume and target.with_name(target.name + ".partial").exists()
+    if target.stat().st_size and not force and not going_on:
+        raise OutputError(f"{target} exists already; use --force to replace it, or name another file with -o")
 
 
 @contextmanager
-def _progress(total: int | None, tp_size: int, *, to_stdout: bool) -> Iterator[Callable[[Tally], None]]:
+def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
+    """Where rows go at once, if they do."""
+    if target is not None:
+        yield None
+    elif output == "-":
+        yield sys.stdout.buffer
+    else:
+        try:
+            stream = Path(output).open("wb")  # noqa: SIM115 — closed below
+        except OSError as error:
+            raise OutputError(f"cannot write {output}: {error.strerror}") from None
+        with stream:
+            yield stream
+
+
+def _check_kept(prompts: str, stream: IO[bytes], results: Results) -> None:
+    """Before a run goes on: whether the rows it finds answer the lines it is given; a pipe cannot be asked."""
+    from tpctl.client.jobs import read_lines
+
+    kept = results.count
+    if not kept or not stream.seekable():
+        return
+    matching = sum(results.has(line) for line in read_lines(stream))
+    stream.seek(0)
+    if not matching:
+        raise UsageError(
+            f"none of the {kept} rows in {results.partial} answers a line of {prompts}; "
+            "give the input that they were made from, or delete the file"
+        )
+    if matching < kept:
+        note(f"{kept - matching} of the {kept} rows in {results.partial} answer no line of {prompts} any more")
+
+
+def _is_silent(output: str) -> bool:
+    """Whether nothing is said of progress: the answers appear on the terminal themselves."""
+    return output == "-" and sys.stdout.isatty()
+
+
+@contextmanager
+def _progress(total: int | None, tp_size: int, *, silent: bool) -> Iterator[Callable[[Tally], None]]:
     """Shows answered lines and tokens per second on stderr: a bar, or where that is no terminal a line at times."""
-    if _is_silent(to_stdout=to_stdout):
+    if silent:
         yield lambda tally: None
         return
     if not sys.stderr.isatty():

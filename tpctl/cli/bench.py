@@ -9,6 +9,7 @@ import typer
 from tpctl.cli.console import print_json, status
 from tpctl.cli.engine import configure, prepare
 from tpctl.cli.options import MODEL_HELP, EngineOptions, grouped
+from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
     from tpctl.bench.measure import Figure
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(help="Measure speed on a real model, or on random weights of a known shape.", no_args_is_help=True)
 
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: demo]")]
 Shape = Annotated[
     str | None, typer.Option(help="Random weights of this shape instead: smollm2-135m, qwen3-0.6b or llama-3.1-8b.")
 ]
@@ -26,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON."
 
 @grouped
 def throughput(
-    model: Model = "demo",
+    model: Model = None,
     shape: Shape = None,
     workload: Annotated[str, typer.Option(help="nano (256 prompts) or short (32 prompts).")] = "short",
     runs: Runs = 3,
@@ -47,7 +48,7 @@ def throughput(
 
 @grouped
 def latency(
-    model: Model = "demo",
+    model: Model = None,
     shape: Shape = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens after the first.")] = 256,
@@ -68,7 +69,7 @@ def latency(
 
 @grouped
 def startup(
-    model: Model = "demo",
+    model: Model = None,
     shape: Shape = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
     runs: Runs = 3,
@@ -90,9 +91,12 @@ bench.command("latency", short_help="Time to first token, and per token.")(laten
 bench.command("startup", short_help="Time from process start to first token.")(startup)
 
 
-def _config(model: str, shape: str | None, options: EngineOptions) -> tuple[EngineConfig, str]:
+def _config(model: str | None, shape: str | None, options: EngineOptions) -> tuple[EngineConfig, str]:
     if shape is None:
+        model = model or "demo"
         return prepare(model, options), model
+    if model is not None:
+        raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
     from tpctl.bench.synthetic import synthetic_source
 
     with status(f"making random weights of {shape}"):

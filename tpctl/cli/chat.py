@@ -51,6 +51,8 @@ def chat(
     sampling.check()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with the text, not on reading
         sys.stdin.reconfigure(errors="surrogateescape")
+    if message is not None and not message.strip():
+        raise typer.BadParameter("the message is empty", param_hint="-m")
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
         if not message:

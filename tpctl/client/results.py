@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,8 @@ class Results:
             if self.partial.is_dir() or (target is not None and target.is_dir()):
                 raise OutputError(f"{target} is a folder; name a file to write to")
             self._file = self.partial.open("a+b")
+            if target is not None and target.exists():
+                shutil.copymode(target, self.partial)  # what may not be read by others stays so on the way
         try:
             self._take_over(header, resume)
         except BaseException:
@@ -119,6 +122,8 @@ class Results:
                         out.write(self._row(index))
                     out.flush()
                     os.fsync(out.fileno())
+                if self._target.exists():
+                    shutil.copymode(self._target, temporary)
                 temporary.replace(self._target)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -193,7 +198,9 @@ def _writing(path: Path | None) -> Iterator[None]:
         hint = {
             errno.ENOSPC: "the disk is full; free some space and go on with --resume",
             errno.EDQUOT: "the disk quota is used up; free some space and go on with --resume",
-            errno.ENOENT: "the folder does not exist; make it first",
+            errno.ENOENT: "the folder does not exist; make it first"
+            if path is None or not path.parent.is_dir()
+            else "that folder takes no new files; name another one",
             errno.EACCES: "no permission; name a file where you may write",
             errno.EROFS: "the disk is read-only; name a file where you may write",
         }.get(error.errno or 0, error.strerror or str(error))

@@ -67,6 +67,8 @@ class Manifest:
             found = path.read_bytes().decode("utf-8")
             value = json.loads(found)
         except (FileNotFoundError, NotADirectoryError):
+            if not folder.exists():
+                raise ShardFolderError(f"there is no folder {folder}") from None
             raise ShardFolderError(
                 f"{folder} has no {MANIFEST}; it is not a shard folder, make one with `tpctl shard`"
             ) from None
