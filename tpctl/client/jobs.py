@@ -150,25 +150,28 @@ class _Refused(Exception):
 
 def _load(raw: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(raw.decode("utf-8-sig"))
+        entry = json.loads(raw.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise _Refused(f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
         raise _Refused(f"is not JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise _Refused(f"is not JSON that can be read: {error}") from None
+    except RecursionError:
+        raise _Refused("is nested too deeply to be read") from None
+    except ValueError:
+        raise _Refused("holds a number of too many digits") from None
     if not isinstance(entry, dict):
         raise _Refused(f"is {_short(entry)}, but must be a JSON object")
     return entry
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    good = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
-    )
-    if not good or not value:
-        raise _Refused('messages must be a list of at least one {"role": "…", "content": "…"}')
+    if not isinstance(value, list) or not value:
+        raise _Refused(f'messages is {_short(value)}, but must be a list of {{"role": "…", "content": "…"}}, not empty')
+    for number, message in enumerate(value, start=1):
+        texts = message if isinstance(message, dict) else {}
+        for name in ("role", "content"):
+            if not isinstance(texts.get(name), str):
+                raise _Refused(f"message {number} is {_short(message)}, but must have a string as its {name}")
     return list(value)
 
 

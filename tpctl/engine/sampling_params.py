@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from tpctl.errors import RequestError
+from tpctl.errors import RequestError, shorten
 
 MAX_LOGPROBS = 20
 
@@ -88,12 +89,16 @@ _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty"}
 
 
 def _typed(name: str, value: Any) -> Any:
+    wanted = "a whole number"
     if name == "ignore_eos":
+        wanted = "true or false"
         good = isinstance(value, bool)
     elif name == "stop_token_ids":
+        wanted = "a list of whole numbers"
         good = isinstance(value, list | tuple) and all(_is_int(v) for v in value)
         value = tuple(value) if good else value
     elif name in _FLOATS:
+        wanted = "a number"
         good = isinstance(value, float) or _is_int(value)
         try:
             value = float(value) if good else value
@@ -102,7 +107,7 @@ def _typed(name: str, value: Any) -> Any:
     else:
         good = _is_int(value) or (name == "logprobs" and value is None)
     if not good:
-        raise RequestError(f"{name} is {value!r}, which is not of the right type")
+        raise RequestError(f"{name} is {shorten(json.dumps(value, default=repr))}, but must be {wanted}")
     return value
 
 
