@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,8 @@ class Results:
                 raise OutputError(f"{target} is a folder; name a file to write to")
             self._file = self.partial.open("a+b")
             if target is not None and target.exists():
-                shutil.copymode(target, self.partial)  # what may not be read by others stays so on the way
+                # What others may not read stays so on the way; its owner must be able to go on.
+                self.partial.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
         try:
             self._take_over(header, resume)
         except BaseException:
