@@ -6,10 +6,17 @@ line prints the message and exits with the error's ``exit_code``; it never shows
 
 from __future__ import annotations
 
+import json
+
 
 def shorten(text: str, width: int = 40) -> str:
     """What somebody gave, as a message may repeat it: ``width`` characters of ``text`` at most."""
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def shown(value: object) -> str:
+    """A value of some JSON, as a message may repeat it."""
+    return shorten(json.dumps(value, ensure_ascii=False, default=repr))
 
 
 class TpctlError(Exception):

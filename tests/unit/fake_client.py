@@ -10,6 +10,7 @@ from typing import Any, Self
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from tpctl.client.jobs import JobParser
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError
 from tpctl.launch.messages import Output, Request
@@ -102,3 +103,8 @@ class FakeClient:
         reason = "stop" if not rest else "length" if answered >= request.sampling.max_tokens else None
         logprobs = [[-0.5, [[token, -0.5]]]] if request.sampling.logprobs is not None else None
         return Output(request.id, [token], reason, None, logprobs, num_cached_tokens=1)
+
+
+def job_parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:
+    """What reads lines for the tests of batch."""
+    return JobParser(tokenizer, sampling={"max_tokens": 30, **sampling}, stop=["default"], max_model_len=64)

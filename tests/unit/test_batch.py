@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
+from tests.unit.fake_client import job_parser as parser
 from tpctl.cli import batch as cli_batch
 from tpctl.cli.app import app
 from tpctl.client.batch import Batch, Tally
-from tpctl.client.jobs import BadLine, Job, JobParser, Line, read_lines
+from tpctl.client.jobs import Line, read_lines
 from tpctl.client.results import Results
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, OutputError, UsageError
@@ -28,15 +29,6 @@ from tpctl.errors import EngineError, OutputError, UsageError
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-def parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:
-    return JobParser(tokenizer, sampling={"max_tokens": 30, **sampling}, stop=["default"], max_model_len=64)
-
-
-def parse(tokenizer: Tokenizer, entry: object, **sampling: Any) -> Job | BadLine:
-    raw = entry if isinstance(entry, bytes) else json.dumps(entry).encode()
-    return parser(tokenizer, **sampling).parse(Line(0, 7, raw))
 
 
 def run(
@@ -63,89 +55,6 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 def prompts(count: int) -> str:
     return "".join(json.dumps({"prompt": "x" * (count - n)}) + "\n" for n in range(count))
-
-
-def test_a_prompt_line(tokenizer: Tokenizer) -> None:
-    job = parse(tokenizer, {"prompt": "hi"}, temperature=0.5)
-    assert isinstance(job, Job)
-    assert (job.id, tokenizer.decode(job.token_ids), job.stop) == (7, "hi", ("default",))
-    assert (job.sampling.max_tokens, job.sampling.temperature, job.sampling.seed) == (30, 0.5, 6)
-
-
-def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
-    entry = {
-        "id": "q",
-        "messages": [{"role": "user", "content": "hi"}],
-        "temperature": 1,
-        "seed": 9,
-        "stop": "end",
-        "stop_token_ids": [3],
-    }
-    job = parse(tokenizer, entry)
-    assert isinstance(job, Job)
-    assert (job.id, tokenizer.decode(job.token_ids), job.stop) == ("q", "[u]hi[a]", ("end",))
-    assert (job.sampling.seed, job.sampling.temperature, job.sampling.stop_token_ids) == (9, 1.0, (3,))
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (b"{", "is not JSON: Expecting property name"),
-        (b'{"prompt": "\xff"}', "is not UTF-8 (byte 13)"),
-        (b'{"prompt": "a"\n', "is not JSON: Expecting ',' delimiter (column 15)"),
-        (b"[" * 100_000, "is nested too deeply to be read"),
-        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "holds a number of too many digits"),
-        ([1], "is [1], but must be a JSON object"),
-        ({}, 'has neither "prompt" nor "messages"; give one of them'),
-        ({"prompt": "a", "messages": []}, 'has both "prompt" and "messages"; give one of them'),
-        ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": 5}, "prompt is 5, but must be a string"),
-        ({"prompt": "a" * 64}, "the prompt has 64 tokens, but this engine takes at most 63"),
-        ({"messages": []}, 'messages is [], but must be a list of {"role": "…", "content": "…"}, not empty'),
-        ({"messages": "hi"}, 'messages is "hi", but must be a list of'),
-        ({"messages": [{"role": "user"}]}, 'message 1 is {"role": "user"}, but must have a string as its content'),
-        ({"messages": [{"role": "a", "content": "b"}, 5]}, "message 2 is 5, but must have a string as its role"),
-        ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),
-        (b'{"prompt": "\\ud800"}', r"not valid Unicode: it holds '\ud800', half of a surrogate pair"),
-        (b'{"messages": [{"role": "user", "content": "a\\udfff"}]}', r"it holds '\udfff', half of a surrogate"),
-        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: id, "),
-        ({"prompt": "a", "temperature": "hot"}, 'temperature is "hot", but must be a number'),
-        ({"prompt": "a", "max_tokens": "5"}, 'max_tokens is "5", but must be a whole number'),
-        ({"prompt": "a", "ignore_eos": None}, "ignore_eos is null, but must be true or false"),
-        ({"prompt": "a", "stop_token_ids": ["x"]}, 'stop_token_ids is ["x"], but must be a list of whole numbers'),
-        ({"prompt": "a", "top_p": 2}, "top_p is 2.0, but must be above 0 and at most 1"),
-        ({"prompt": "a", "stop": ["b", ""]}, 'stop is ["b", ""], but must be a string or a list of strings'),
-        ({"prompt": "a", "id": 1.5}, "id is 1.5, but must be a string or a whole number"),
-    ],
-)
-def test_a_bad_line_says_what_and_where(tokenizer: Tokenizer, entry: object, message: str) -> None:
-    bad = parse(tokenizer, entry)
-    assert isinstance(bad, BadLine)
-    assert bad.id == 7
-    assert bad.message.startswith("line 7: ")
-    assert message in bad.message
-    assert "\n" not in bad.message
-
-
-def test_duplicate_ids(tokenizer: Tokenizer) -> None:
-    lines = [
-        '{"id": 2, "prompt": "a"}',
-        '{"prompt": "b"}',
-        '{"id": "2", "prompt": "c"}',
-        '{"id": 2, "prompt": "d"}',
-    ]
-    read = parser(tokenizer)
-    parsed = [read.parse(line) for line in read_lines(io.BytesIO("\n".join(lines).encode()))]
-    assert [type(item) for item in parsed] == [Job, BadLine, Job, BadLine]
-    assert "id 2 was used before" in parsed[1].message  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(("first", "second"), [(-1, -2), (5, 5 + 2**61 - 1), (0, "0"), ("\ud800", "\ud801")])
-def test_ids_that_hash_alike_are_not_duplicates(tokenizer: Tokenizer, first: object, second: object) -> None:
-    read = parser(tokenizer)
-    lines = [json.dumps({"id": id, "prompt": "a"}).encode() for id in (first, second, first)]
-    parsed = [read.parse(Line(n, n + 1, line)) for n, line in enumerate(lines)]
-    assert [type(item) for item in parsed] == [Job, Job, BadLine]
 
 
 def test_a_line_that_a_library_stumbles_over_is_an_error_row(
@@ -204,11 +113,6 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.
 def test_an_interrupted_run_claims_no_preemptions() -> None:
     assert "preemptions" not in cli_batch._summary(Tally(lines=1), {})
     assert "3 preemptions" in cli_batch._summary(Tally(lines=1), {"preemptions": 3})
-
-
-def test_blank_lines_count_as_lines_but_make_no_rows() -> None:
-    lines = list(read_lines(io.BytesIO(b"\n  \na\n\nb")))
-    assert [(line.index, line.number) for line in lines] == [(0, 3), (1, 5)]
 
 
 def test_rows_come_in_the_order_of_the_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -58,14 +58,14 @@ def batch(
     sampling.check()
     values = {**DEFAULTS, **sampling.given()}
     stop = sampling.stop or []
-    target = _target(output)
+    target, silent = _target(output), _is_silent(output)
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")
     if target is not None:
         _check_target(target, prompts, resume=resume, force=force)
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
     with (
-        _opened(prompts, count=not _is_silent(output)) as (stream, total),
+        _opened(prompts, count=not silent) as (stream, total),
         Results(target, settings, resume=resume) as results,
         _stream(output, target) as out,
     ):
@@ -79,7 +79,7 @@ def batch(
             run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
             try:
                 with (
-                    _progress(total, config.tp_size, silent=_is_silent(output)) as show,
+                    _progress(total, config.tp_size, silent=silent) as show,
                     interrupts() as noted,
                 ):
 
@@ -139,11 +139,13 @@ def _target(output: str) -> Path | None:
 
 def _check_target(target: Path, prompts: str, *, resume: bool, force: bool) -> None:
     """Refuse to read and write one file, and to replace answers that nobody gave up."""
+    from tpctl.client.results import partial_of
+
     if not target.is_file():
         return
     if Path(prompts).exists() and target.samefile(prompts):
         raise UsageError(f"{prompts} is input and output at once; name another file with -o")
-    going_on = resume and target.with_name(target.name + ".partial").exists()
+    going_on = resume and partial_of(target).exists()
     if target.stat().st_size and not force and not going_on:
         raise OutputError(f"{target} exists already; use --force to replace it, or name another file with -o")
 

@@ -93,7 +93,7 @@ bench.command("startup", short_help="Time from process start to first token.")(s
 
 def _config(model: str | None, shape: str | None, options: EngineOptions) -> tuple[EngineConfig, str]:
     if shape is None:
-        model = model or "demo"
+        model = "demo" if model is None else model
         return prepare(model, options), model
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")

@@ -16,7 +16,7 @@ from zlib import crc32
 from tpctl.client.engine_client import check_length
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.errors import TpctlError, shorten
+from tpctl.errors import TpctlError, shown
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 _FIELDS = frozenset({"id", "prompt", "messages", "stop"}) | _SAMPLING_FIELDS
@@ -131,7 +131,7 @@ class JobParser:
             return self._tokenizer.encode_chat(_messages(entry["messages"]))
         prompt = entry["prompt"]
         if not isinstance(prompt, str):
-            raise _Refused(f"prompt is {_short(prompt)}, but must be a string")
+            raise _Refused(f"prompt is {shown(prompt)}, but must be a string")
         if not prompt:
             raise _Refused("the prompt is empty")
         return self._tokenizer.encode(prompt)
@@ -160,27 +160,23 @@ def _load(raw: bytes) -> dict[str, Any]:
     except ValueError:
         raise _Refused("holds a number of too many digits") from None
     if not isinstance(entry, dict):
-        raise _Refused(f"is {_short(entry)}, but must be a JSON object")
+        raise _Refused(f"is {shown(entry)}, but must be a JSON object")
     return entry
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise _Refused(f'messages is {_short(value)}, but must be a list of {{"role": "…", "content": "…"}}, not empty')
+        raise _Refused(f'messages is {shown(value)}, but must be a list of {{"role": "…", "content": "…"}}, not empty')
     for number, message in enumerate(value, start=1):
         texts = message if isinstance(message, dict) else {}
         for name in ("role", "content"):
             if not isinstance(texts.get(name), str):
-                raise _Refused(f"message {number} is {_short(message)}, but must have a string as its {name}")
+                raise _Refused(f"message {number} is {shown(message)}, but must have a string as its {name}")
     return list(value)
 
 
 def _stop(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
-        raise _Refused(f"stop is {_short(value)}, but must be a string or a list of strings, none empty")
+        raise _Refused(f"stop is {shown(value)}, but must be a string or a list of strings, none empty")
     return tuple(values)
-
-
-def _short(value: Any) -> str:
-    return shorten(json.dumps(value, ensure_ascii=False))

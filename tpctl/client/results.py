@@ -26,6 +26,11 @@ from tpctl.errors import OutputError, UsageError
 _VERSION = 1
 
 
+def partial_of(target: Path) -> Path:
+    """The file that keeps a run's rows until all are there."""
+    return target.with_name(target.name + ".partial")
+
+
 class Results:
     """Rows of one batch, by the index of their line.
 
@@ -46,7 +51,7 @@ class Results:
             UsageError: an interrupted run is in the way, or was made under other settings.
         """
         self._target = target
-        self.partial = None if target is None else target.with_name(target.name + ".partial")
+        self.partial = None if target is None else partial_of(target)
         self._places = array("Q")  # by index: 1 + offset of the row, 0 for none
         self._checksums = array("I")
         self._emitted = 0

@@ -84,8 +84,6 @@ class BlockManager:
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Let ``sequence`` hold ``num_tokens`` tokens; ``False`` if too few blocks are free, and nothing changes."""
         fresh = -(-num_tokens // self.block_size) - len(sequence.block_table)
-        if fresh <= 0:
-            return True
         if fresh > len(self._free):
             return False
         for _ in range(fresh):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from tpctl.errors import RequestError, shorten
+from tpctl.errors import RequestError, shown
 
 MAX_LOGPROBS = 20
 
@@ -107,7 +106,7 @@ def _typed(name: str, value: Any) -> Any:
     else:
         good = _is_int(value) or (name == "logprobs" and value is None)
     if not good:
-        raise RequestError(f"{name} is {shorten(json.dumps(value, default=repr))}, but must be {wanted}")
+        raise RequestError(f"{name} is {shown(value)}, but must be {wanted}")
     return value
 
 

@@ -23,12 +23,11 @@ import triton
 from tpctl.kernels.all_reduce_kernels import EMPTY, all_reduce_kernel, winner_kernel
 from tpctl.kernels.launch import launch_options, next_power_of_2
 from tpctl.kernels.norm import add_rms_norm_reference
+from tpctl.kernels.runs import as_runs
 
 # About two minutes of polling; then the error flag is set and the kernel ends with wrong data instead of hanging.
 _MAX_POLLS = 1 << 27
 _WORDS_PER_WARP = 256
-
-
 _WINNER_ROWS = 256  # rows that a program of `winner` handles, two words each
 
 
@@ -48,8 +47,13 @@ class PeerLayout(NamedTuple):
         words = hidden if dtype is torch.float32 else (hidden + 1) // 2
         row_words = triton.cdiv(words, 32) * 32  # lines of 128 bytes
         first_word = max_rows * row_words
-        winners = triton.cdiv(max_rows, _WINNER_ROWS)
-        return PeerLayout(max_rows, row_words, first_word, first_word + winners * 2 * _WINNER_ROWS)
+        winner_words = triton.cdiv(max_rows, _WINNER_ROWS) * 2 * _WINNER_ROWS
+        return PeerLayout(max_rows, row_words, first_word, first_word + winner_words)
+
+    @property
+    def counters(self) -> int:
+        """Slots that count their calls: a row each, and those of `winner` behind them."""
+        return self.max_rows + triton.cdiv(self.max_rows, _WINNER_ROWS)
 
     def words(self, world: int) -> int:
         """Words of a rank's buffer, which must be filled with `EMPTY` before the first call."""
@@ -71,8 +75,7 @@ class PeerBuffer:
         self.dtype = dtype
         self.layout = layout
         self._peers = pointers
-        counters = layout.max_rows + triton.cdiv(layout.max_rows, _WINNER_ROWS)
-        self._epochs = torch.zeros(counters, dtype=torch.int32, device=pointers.device)
+        self._epochs = torch.zeros(layout.counters, dtype=torch.int32, device=pointers.device)
         self._error = torch.zeros(1, dtype=torch.int32, device=pointers.device)
         self._held: object = None
 
@@ -190,7 +193,7 @@ class PeerBuffer:
                 f"[{rows}, {hidden}] {x_TH.dtype} does not fit a peer buffer of {self.dtype}, "
                 f"{self.layout.row_words} words a row"
             )
-        x_STH = x_TH if x_TH.dim() == 3 else x_TH[None]
+        x_STH = as_runs(x_TH)
         splits, rows, hidden = x_STH.shape
         out_TH = torch.empty_like(x_STH[0]) if out is None else out
         most = self.layout.max_rows

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.launch import launch_options, next_power_of_2
+from tpctl.kernels.runs import as_runs, sum_runs
 
 
 @triton.jit
@@ -34,13 +35,8 @@ def _rms_norm_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
+    x = sum_runs(x_ptr + row * x_stride + cols, mask, split_stride, SPLITS)
     value = x.to(tl.float32)
-    if SPLITS > 1:
-        for split in tl.static_range(1, SPLITS):
-            part = tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
-            value += part.to(tl.float32)
-        value = value.to(x.dtype).to(tl.float32)
     if HAS_RESIDUAL:
         residual_ptrs = residual_ptr + row * residual_stride + cols
         # Transformers adds in the model's dtype and norms the rounded sum.
@@ -109,7 +105,7 @@ def rms_norm(
     x_TH: [T, H] float32, bfloat16 or float16, rows any stride, columns contiguous. weight_H: [H]. Returns [T,
     H] (`out` when given; it may be x_TH itself).
     """
-    return _launch(x_TH[None], None, weight_H, eps, unit_offset, out, pdl)
+    return _launch(as_runs(x_TH), None, weight_H, eps, unit_offset, out, pdl)
 
 
 def add_rms_norm(
@@ -126,8 +122,7 @@ def add_rms_norm(
 
     x_TH may also be the runs [S, T, H] of `split_linear`; their sum is rounded once before it is added.
     """
-    x_STH = x_TH if x_TH.dim() == 3 else x_TH[None]
-    return _launch(x_STH, residual_TH, weight_H, eps, unit_offset, out, pdl)
+    return _launch(as_runs(x_TH), residual_TH, weight_H, eps, unit_offset, out, pdl)
 
 
 def rms_norm_reference(

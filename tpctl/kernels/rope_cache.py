@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.launch import launch_options, next_power_of_2
+from tpctl.kernels.runs import as_runs, sum_runs
 
 
 @triton.jit
@@ -58,15 +59,15 @@ def _rope_cache_kernel(
 
     row = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM
     mask = exists[:, None] & in_half[None, :]
-    raw1 = _sum_runs(row + half[None, :], mask, split_stride, SPLITS)
-    raw2 = _sum_runs(row + HALF + half[None, :], mask, split_stride, SPLITS)
+    raw1 = sum_runs(row + half[None, :], mask, split_stride, SPLITS)
+    raw2 = sum_runs(row + HALF + half[None, :], mask, split_stride, SPLITS)
     dtype = raw1.dtype
     x1 = raw1.to(tl.float32)
     x2 = raw2.to(tl.float32)
     if BLOCK_REST > 0:
         rest = tl.arange(0, BLOCK_REST)
         rest_mask = exists[:, None] & (rest < HEAD_DIM - 2 * HALF)[None, :]
-        raw3 = _sum_runs(row + 2 * HALF + rest[None, :], rest_mask, split_stride, SPLITS)
+        raw3 = sum_runs(row + 2 * HALF + rest[None, :], rest_mask, split_stride, SPLITS)
         x3 = raw3.to(tl.float32)
 
     if HAS_NORM:
@@ -102,18 +103,6 @@ def _rope_cache_kernel(
         tl.store(q_row + 2 * HALF + rest[None, :], y3, mask=is_q[:, None] & inside_row)
         tl.store(k_row + 2 * HALF + rest[None, :], y3, mask=(is_k & cached)[:, None] & inside_row)
         tl.store(v_row + 2 * HALF + rest[None, :], y3, mask=(is_v & cached)[:, None] & inside_row)
-
-
-@triton.jit
-def _sum_runs(pointers, mask, split_stride, SPLITS: tl.constexpr):
-    """What is at the pointers, summed over the runs of `split_linear`, rounded once."""
-    value = tl.load(pointers, mask=mask, other=0.0)
-    if SPLITS > 1:
-        total = value.to(tl.float32)
-        for split in tl.static_range(1, SPLITS):
-            total += tl.load(pointers + split * split_stride, mask=mask, other=0.0).to(tl.float32)
-        value = total.to(value.dtype)
-    return value
 
 
 @triton.jit
@@ -154,7 +143,7 @@ def rope_cache(
     weight). Rotation is transformers' `rotate_half`, computed in float32 and rounded once. Returns the
     rotated queries [T, N, D] in qkv's dtype.
     """
-    qkv_STF = qkv_TF if qkv_TF.dim() == 3 else qkv_TF[None]
+    qkv_STF = as_runs(qkv_TF)
     splits, num_tokens, _ = qkv_STF.shape
     num_kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
     cos, sin = cos_sin

@@ -62,7 +62,7 @@ class CudaDecoder:
         self.layers: list[DecoderLayer] = list(decoder.model.layers)
         self._scratch = GemvScratch.allocate(self.group.device)
         self._pdl = False
-        self._through_peers = False
+        self._sums: PeerBuffer | None = None
         self.peers: PeerBuffer | None = None
         weight = decoder.lm_head.weight
         if self.group.size > 1 and weight.dtype in (torch.bfloat16, torch.float32):
@@ -79,7 +79,7 @@ class CudaDecoder:
         self._pdl = batch.num_tokens <= PDL_ROWS
         self.backend.begin(batch, self.windows)
         residual = self.decoder.model.embed_tokens.local(batch.input_ids)
-        self._through_peers = self._peers_take(residual)  # all sums of a step have this shape
+        self._sums = self.peers if self._peers_take(residual) else None  # all sums of a step have this shape
         residual = self._all_reduce(residual)
         final = self.decoder.model.norm
         if self.group.size == 1 and self._small(residual):
@@ -118,8 +118,8 @@ class CudaDecoder:
         return self.group.size == 2 or (x.nbytes <= PEER_LIMIT and x.shape[0] <= self.peers.layout.max_rows)
 
     def _all_reduce(self, x: Tensor) -> Tensor:
-        if self.peers is not None and self._through_peers:
-            return self.peers.all_reduce(x, out=x, pdl=self._pdl)
+        if self._sums is not None:
+            return self._sums.all_reduce(x, out=x, pdl=self._pdl)
         return self.group.all_reduce(x)
 
     @staticmethod
@@ -183,7 +183,7 @@ class CudaDecoder:
     def _partial(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """A row-parallel linear's partial sum; rank 0 adds the bias, once."""
         bias = bias if self.group.rank == 0 else None
-        if self.group.size > 1 and not self._through_peers:
+        if self.group.size > 1 and self._sums is None:
             return self._linear(x, weight, bias, None)
         return self._runs(x, weight, bias)
 
@@ -225,6 +225,6 @@ class CudaDecoder:
 
     def _reduce_add(self, partial: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         """All-reduce, add to the residual in place, normalise (``RMSNorm.reduce_add``)."""
-        if self.peers is not None and self._through_peers:
-            return self.peers.all_reduce_add_rms_norm(partial, residual, norm.weight, norm.eps, pdl=self._pdl)
+        if self._sums is not None:
+            return self._sums.all_reduce_add_rms_norm(partial, residual, norm.weight, norm.eps, pdl=self._pdl)
         return add_rms_norm(self.group.all_reduce(partial), residual, norm.weight, norm.eps, pdl=self._pdl)
