@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tpctl.errors import EngineError
 
+POLICIES = ("fcfs", "longest-first")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -26,6 +28,8 @@ class EngineConfig:
         gpu_memory_utilization: share of a GPU's memory that weights, activations and KV cache may take together.
         attention_backend: ``"auto"`` or a backend's name.
         enforce_eager: capture no CUDA graphs.
+        scheduling_policy: ``"fcfs"``, or ``"longest-first"``: waiting requests with the most tokens to generate
+            first, and on GPUs prompts beside decodes where that is faster (``engine.pacing``).
         enable_prefix_caching: share the KV blocks of equal prefixes.
 
     Raises:
@@ -44,9 +48,12 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     attention_backend: str = "auto"
     enforce_eager: bool = False
+    scheduling_policy: str = "fcfs"
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
+        if self.scheduling_policy not in POLICIES:
+            raise EngineError(f"unknown scheduling policy {self.scheduling_policy!r}; use {' or '.join(POLICIES)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise EngineError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "

@@ -1,20 +1,26 @@
-"""CUDA graphs of whole decode steps, from the host's packed rows to the sampled token ids.
+"""CUDA graphs of whole steps, from the host's packed integers to the sampled token ids.
 
-A graph's shapes are fixed, so a batch is padded to the next of a ladder of sizes. Each size is captured when it is
-first needed, which costs the time of a few steps then and none at start-up; all graphs share one memory pool.
+A graph's shapes are fixed, so a batch of decodes is padded to the next of a ladder of sizes, and a step of decodes and
+prefill chunks to a number of rows in which the two share freely. Each graph is captured when it is first needed, which
+costs the time of a few steps then and none at start-up.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tpctl.kernels.prepare import DecodeInputs
 
-_RING = 4  # pinned copies of the packed rows: a copy must not be overwritten before it has been sent
+_RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent
+_PIECES = 8  # prefill chunks of a captured step
+_ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
+_SAMPLED = 64  # and sample a multiple of this many
 
 
 def ladder(largest: int) -> list[int]:
@@ -26,32 +32,73 @@ def ladder(largest: int) -> list[int]:
     return sorted({min(size, largest) for size in sizes})
 
 
+class CapturedSteps:
+    """Steps captured by key, in one memory pool. One runs at a time.
+
+    Args:
+        sampled: int64, the token ids of the last step, which the next one reads; a step may be run to warm up without
+            changing them.
+        most: int32 numbers that a step is given at most.
+    """
+
+    def __init__(self, sampled: Tensor, most: int) -> None:
+        self.device = sampled.device
+        self._sampled = sampled
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None
+        self._staging = [torch.zeros(most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
+        """Send ``numbers`` and replay the step of this key.
+
+        make: for a new key, where its numbers go (int32, on the device) and the step that reads them there, which must
+            not synchronise with the host.
+        """
+        turn, self._turn = self._turn, (self._turn + 1) % _RING
+        self._sent[turn].synchronize()
+        staging = self._staging[turn][: len(numbers)]
+        staging.copy_(torch.tensor(numbers, dtype=torch.int32))
+        captured = self._graphs.get(key)
+        if captured is None:
+            captured = self._graphs[key] = self._capture(*make())
+        graph, target = captured
+        target.copy_(staging, non_blocking=True)
+        self._sent[turn].record()
+        graph.replay()
+
+    def _capture(self, target: Tensor, step: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # Once outside the graph, on rows that are all padding: kernels are compiled and workspaces made.
+        current = torch.cuda.current_stream(self.device)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            last = self._sampled.clone()
+            step()
+            self._sampled.copy_(last)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            step()
+        self._pool = graph.pool()
+        return graph, target
+
+
 class DecodeGraphs:
     """Captured decode steps of up to ``largest`` rows.
 
     Args:
-        step: computes one decode step from its inputs into ``sampled``; must not synchronise with the host. The flag
-            is that of ``run``.
-        sampled: int64 [largest], the token ids of the last step, which the next one reads.
+        step: computes one decode step from its inputs. The flag is that of ``run``.
     """
 
     def __init__(
-        self,
-        largest: int,
-        max_blocks: int,
-        sampled: torch.Tensor,
-        step: Callable[[DecodeInputs, bool], None],
+        self, steps: CapturedSteps, largest: int, max_blocks: int, step: Callable[[DecodeInputs, bool], None]
     ) -> None:
         self.sizes = ladder(largest)
-        self._device = sampled.device
-        self._sampled = sampled
+        self._steps = steps
         self._max_blocks = max_blocks
         self._step = step
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, DecodeInputs]] = {}
-        self._pool: Any = None
-        self._staging = [torch.zeros(3 * self.sizes[-1], dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
-        self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
-        self._turn = 0
 
     def run(self, slots: list[int], positions: list[int], tokens: list[int], long: bool = False) -> None:
         """One decode step of these rows; the rows that pad it to a captured size write and sample nothing of use.
@@ -61,33 +108,106 @@ class DecodeGraphs:
         count = len(slots)
         size = self.sizes[bisect_left(self.sizes, count)]
         padding = [0] * (size - count)
-        packed = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding]
-        turn, self._turn = self._turn, (self._turn + 1) % _RING
-        self._sent[turn].synchronize()
-        staging = self._staging[turn][: 3 * size]
-        staging.copy_(torch.tensor(packed, dtype=torch.int32))
-        captured = self._graphs.get((size, long))
-        if captured is None:
-            captured = self._graphs[size, long] = self._capture(size, long)
-        graph, inputs = captured
-        inputs.packed.view(-1).copy_(staging, non_blocking=True)
-        self._sent[turn].record()
-        graph.replay()
+        numbers = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding]
 
-    def _capture(self, size: int, long: bool) -> tuple[torch.cuda.CUDAGraph, DecodeInputs]:
-        inputs = DecodeInputs.allocate(size, self._max_blocks, self._device)
-        inputs.packed[0].fill_(-1)
-        # Once outside the graph, on rows that are all padding: kernels are compiled and workspaces made.
-        current = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            last = self._sampled.clone()
-            self._step(inputs, long)
-            self._sampled.copy_(last)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._step(inputs, long)
-        self._pool = graph.pool()
-        return graph, inputs
+        def make() -> tuple[Tensor, Callable[[], None]]:
+            inputs = DecodeInputs.allocate(size, self._max_blocks, self._steps.device)
+            inputs.packed[0].fill_(-1)
+            return inputs.packed.view(-1), lambda: self._step(inputs, long)
+
+        self._steps.run((size, long), numbers, make)
+
+
+@dataclass(frozen=True)
+class MixedInputs:
+    """What a captured step of decodes and prefill chunks reads: views of one int32 buffer, and what is made of them.
+
+    rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
+    query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
+    first_row_P: [P], any row of each chunk. seq_lens_P: [P], tokens up to a chunk's last. logits_rows: [R], rows
+    that are sampled.
+    """
+
+    flat: Tensor
+    rows: DecodeInputs
+    num_decodes: Tensor
+    query_start_P1: Tensor
+    first_row_P: Tensor
+    seq_lens_P: Tensor
+    logits_rows: Tensor
+
+    @staticmethod
+    def allocate(rows: int, sampled: int, max_blocks: int, device: torch.device) -> MixedInputs:
+        sizes = [3 * rows, 1, _PIECES + 1, _PIECES, _PIECES, sampled]
+        flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        packed, *others = torch.split(flat, sizes)
+        packed[:rows].fill_(-1)
+        return MixedInputs(flat, DecodeInputs.allocate(rows, max_blocks, device, packed.view(3, rows)), *others)
+
+
+class MixedGraphs:
+    """Captured steps of decodes and prefill chunks together, of ``rows`` to ``limit`` rows.
+
+    Args:
+        step: computes one such step from its inputs.
+    """
+
+    def __init__(
+        self,
+        steps: CapturedSteps,
+        rows: int,
+        limit: int,
+        max_blocks: int,
+        step: Callable[[MixedInputs], None],
+    ) -> None:
+        self._steps = steps
+        self._rows, self._limit = rows, limit
+        self._max_blocks = max_blocks
+        self._step = step
+
+    @staticmethod
+    def most_numbers(limit: int) -> int:
+        """int32 numbers that a step of ``limit`` rows is given at most."""
+        return 4 * limit + 3 * _PIECES + 2
+
+    def takes(self, num_tokens: int, num_pieces: int) -> bool:
+        """Whether a step has a graph: neither larger than the limit nor so small that padding would cost much."""
+        return self._rows // 2 <= num_tokens <= self._limit and 0 < num_pieces <= _PIECES
+
+    def run(
+        self,
+        slots: list[int],
+        positions: list[int],
+        tokens: list[int],
+        num_decodes: int,
+        pieces: list[int],
+        sampled: list[int],
+    ) -> None:
+        """One step.
+
+        slots, positions, tokens: of each row, the decodes' first. pieces: how many rows each prefill chunk has.
+        sampled: rows that are sampled.
+        """
+        count = len(slots)
+        size = max(self._rows, -(-count // _ROWS) * _ROWS)
+        picked = min(size, max(_SAMPLED, -(-len(sampled) // _SAMPLED) * _SAMPLED))
+        starts = [num_decodes]
+        for piece in pieces:
+            starts.append(starts[-1] + piece)
+        lens = [positions[end - 1] + 1 for end in starts[1:]]
+        empty = _PIECES - len(pieces)
+        padding = [0] * (size - count)
+        numbers = [
+            *(*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding),
+            num_decodes,
+            *(*starts, *[count] * empty),
+            *(*starts[:-1], *[0] * empty),
+            *(*lens, *[0] * empty),
+            *(*sampled, *[0] * (picked - len(sampled))),
+        ]
+
+        def make() -> tuple[Tensor, Callable[[], None]]:
+            inputs = MixedInputs.allocate(size, picked, self._max_blocks, self._steps.device)
+            return inputs.flat, lambda: self._step(inputs)
+
+        self._steps.run(("mixed", size, picked), numbers, make)

@@ -3,8 +3,8 @@
 A step's sampled tokens stay on the device, where the next step reads them; the host learns them one step later. The
 host's work per step is a few integers per row and one copy, so it schedules step N + 1 while step N computes.
 
-Decodes are replayed from CUDA graphs (``engine.cuda_graph``); steps that contain prefill chunks are launched kernel by
-kernel.
+Decodes are replayed from CUDA graphs (``engine.cuda_graph``), and so are steps of decodes and a few prompt tokens where
+the scheduler makes them (``engine.pacing``); other steps with prefill chunks are launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tpctl.distributed import TPGroup
 from tpctl.engine.config import EngineConfig
-from tpctl.engine.cuda_graph import DecodeGraphs
+from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
 from tpctl.engine.model_runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.noise import noise_keys
+from tpctl.engine.pacing import Pace
 from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
 from tpctl.engine.slots import Slots
 from tpctl.errors import EngineError
@@ -29,11 +30,13 @@ from tpctl.kernels.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling import sample
 from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.attention.paged import PagedBackend
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PrefillPieces
 from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
 
 _RESERVE = 256 << 20  # bytes left for graphs, NCCL and fragmentation
 _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
+_PACE = Pace(rows=256, limit=512)  # an H100 multiplies 256 rows while it reads the weights (docs/kernel-notes.md)
+_PACED_BYTES = 64 << 20  # of a layer's weights on a rank: with fewer, prompts cost too little to be worth spreading
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
 
@@ -50,18 +53,23 @@ class CudaRunner(ModelRunner):
 
     def __init__(self, config: EngineConfig, group: TPGroup) -> None:
         super().__init__(config, group)
-        rows = config.max_num_seqs
+        rows = max(config.max_num_seqs, _PACE.limit)
         blocks = -(-self.max_model_len // self.backend.block_size)
         self._max_blocks = blocks
         # One slot more than can run: a step may still compute a sequence that has ended, beside its successor.
-        self._slots = Slots(2 * rows, blocks, group.device)
+        self._slots = Slots(2 * config.max_num_seqs, blocks, group.device)
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=group.device)
         self._results = [torch.zeros(rows, dtype=torch.int64, pin_memory=True) for _ in range(_RING)]
         self._turn = 0
         self._references: dict[str, int] = {}
         self._graphs: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
         if not config.enforce_eager:
-            self._graphs = DecodeGraphs(rows, blocks, self._sampled, self._decode_step)
+            steps = CapturedSteps(self._sampled, max(3 * rows, MixedGraphs.most_numbers(_PACE.limit)))
+            self._graphs = DecodeGraphs(steps, config.max_num_seqs, blocks, self._decode_step)
+            if self._paced():
+                self.pace = _PACE
+                self._mixed = MixedGraphs(steps, *_PACE, blocks, self._mixed_step)
 
     @property
     def _cuda_backend(self) -> PagedBackend:
@@ -76,8 +84,10 @@ class CudaRunner(ModelRunner):
             slots = self._slots.update(batch.items)
             simple = batch.plain
             if batch.num_decodes == len(batch.items) and simple and self._graphs is not None:
-                rows = self._decode_rows(batch, slots)
+                rows = self._decode_rows(batch.items, slots)
                 self._graphs.run(*rows, self._cuda_backend.is_long(len(slots), 1 + max(rows[1])))
+            elif simple and self._mixed is not None and self._mixed.takes(batch.num_tokens, batch.num_prefills):
+                self._mixed.run(*self._mixed_rows(batch, slots))
             else:
                 logits = self._eager(batch, slots, simple)
                 if not simple:
@@ -117,8 +127,8 @@ class CudaRunner(ModelRunner):
             return sequence.token_ids[item.start]
         return -1 - self._references[sequence.id]
 
-    def _decode_rows(self, batch: ScheduledBatch, slots: list[int]) -> tuple[list[int], list[int], list[int]]:
-        return slots, [item.start for item in batch.items], [self._token(item) for item in batch.items]
+    def _decode_rows(self, items: list[ScheduledSequence], slots: list[int]) -> tuple[list[int], list[int], list[int]]:
+        return slots, [item.start for item in items], [self._token(item) for item in items]
 
     def _decode_step(self, inputs: DecodeInputs, long: bool) -> None:
         """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
@@ -138,6 +148,51 @@ class CudaRunner(ModelRunner):
         )
         logits = self._decoder.logits(forward, self.kv, None)
         self._sample_into(logits, inputs.temperature, inputs.keys)
+
+    def _paced(self) -> bool:
+        """Whether prompts are worth computing beside decodes."""
+        if self.config.scheduling_policy != "longest-first" or not self._cuda_backend.captures_prefill:
+            return False
+        layer = sum(parameter.nbytes for parameter in self.model.model.layers[0].parameters())
+        return self.group.minimum(layer) >= _PACED_BYTES
+
+    def _mixed_rows(
+        self, batch: ScheduledBatch, slots: list[int]
+    ) -> tuple[list[int], list[int], list[int], int, list[int], list[int]]:
+        decodes = batch.num_decodes
+        rows, positions, tokens = self._decode_rows(batch.items[:decodes], slots[:decodes])
+        sampled = list(range(decodes))
+        for item, slot in zip(batch.items[decodes:], slots[decodes:], strict=True):
+            rows += [slot] * item.num_new_tokens
+            positions += range(item.start, item.end)
+            tokens += item.sequence.token_ids[item.start : item.end]
+            if item.samples:
+                sampled.append(len(rows) - 1)
+        return rows, positions, tokens, decodes, [item.num_new_tokens for item in batch.items[decodes:]], sampled
+
+    def _mixed_step(self, inputs: MixedInputs) -> None:
+        """One step of decodes and prefill chunks, from the packed rows to ``self._sampled``: what a graph captures."""
+        rows = inputs.rows
+        prepare_decode(rows, self._sampled, self._slots.tables, self.backend.block_size)
+        count = rows.input_ids.shape[0]
+        decodes = torch.arange(count, device=self.group.device) < inputs.num_decodes
+        forward = ForwardBatch(
+            input_ids=rows.input_ids,
+            rope_positions=rows.rope_positions,
+            slot_mapping=rows.slot_mapping,
+            block_tables=rows.block_tables,
+            query_lens=[],
+            seq_lens=[],
+            num_decodes=count,
+            logits_rows=inputs.logits_rows.long(),
+            seq_lens_S=rows.seq_lens * decodes,
+            pieces=PrefillPieces(
+                rows.block_tables.index_select(0, inputs.first_row_P), inputs.query_start_P1, inputs.seq_lens_P
+            ),
+        )
+        picked = forward.logits_rows
+        logits = self._decoder.logits(forward, self.kv, picked)
+        self._sample_into(logits, rows.temperature[picked], rows.keys[picked])
 
     def _sample_into(self, logits: Tensor, temperature: Tensor, keys: Tensor) -> None:
         sampler = self.sampler
@@ -234,7 +289,7 @@ class CudaRunner(ModelRunner):
     def _kv_budget(self) -> int:
         """What is left of the GPU's share after weights and the largest step's activations, found by running one."""
         config, device = self.config, self.group.device
-        rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+        rows, tokens = max(config.max_num_seqs, _PACE.limit), config.max_num_batched_tokens
         self._decoder = CudaDecoder(self.model, self._cuda_backend, rows, tokens)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -13,6 +13,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.batch import build_forward_batch
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.memory import CPU_SHARE, available_host_memory, count_blocks
+from tpctl.engine.pacing import Pace
 from tpctl.engine.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduler import ScheduledBatch
 from tpctl.errors import EngineError
@@ -45,6 +46,7 @@ class ModelRunner:
     Attributes:
         num_blocks: KV blocks, the minimum over the ranks.
         max_model_len: what the model, the settings and the KV cache allow, whichever is least.
+        pace: how prompts are best computed beside decodes; ``None``: as fast as possible.
         timings: seconds that each part of the start took.
     """
 
@@ -52,6 +54,7 @@ class ModelRunner:
         self.config = config
         self.group = group
         self.timings: dict[str, float] = {}
+        self.pace: Pace | None = None
         manifest = Manifest.load(config.shard_dir)
         manifest.check_tp(config.tp_size, config.shard_dir)
         manifest.check_files(config.shard_dir, [group.rank])

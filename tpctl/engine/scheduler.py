@@ -4,7 +4,8 @@ Deterministic and free of torch: every rank runs its own copy on the same reques
 no schedule ever travels between ranks.
 
 One step takes a budget of tokens. Running sequences come first, oldest first: a decode needs one token, an unfinished
-prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing.
+prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing, in
+the order of their arrival or of the length of their answers. With a ``Pace``, prompts have a smaller budget.
 When blocks run out, the youngest running sequence is preempted: it gives up its blocks and waits to be computed again
 from its tokens, which prefix caching often makes cheap.
 
@@ -14,7 +15,7 @@ A step may be started before the results of the one before it are known (``Seque
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tpctl.engine.block_manager import BlockManager
+from tpctl.engine.pacing import Pace, prefill_budget
 from tpctl.engine.sequence import Sequence
 from tpctl.launch.messages import Output, Request
 
@@ -52,6 +54,10 @@ class ScheduledBatch:
     items: list[ScheduledSequence]
     num_decodes: int
 
+    @property
+    def num_prefills(self) -> int:
+        return len(self.items) - self.num_decodes
+
     @cached_property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.items)
@@ -81,9 +87,10 @@ class SchedulerStats:
 
 @dataclass
 class _Step:
-    """What a step has left and has chosen so far."""
+    """What a step has left (in all, and for prompts) and has chosen so far."""
 
     budget: int
+    prefill: int
     items: list[ScheduledSequence] = field(default_factory=list)
     chosen: set[str] = field(default_factory=set)
 
@@ -96,6 +103,9 @@ class Scheduler:
         vocab_size: token ids from this on are refused: no embedding row belongs to them.
         eos_token_ids: tokens that end an answer.
         rope_offset: gives a sequence's rotary table from the longest it may become.
+        longest_first: admit waiting sequences by the length of the answer they may still give, the longest first,
+            instead of by their arrival. All then end closer together, which shortens a job that is known beforehand.
+        pace: spread their prompts over the steps (``engine.pacing``), with ``longest_first``.
     """
 
     def __init__(
@@ -108,6 +118,8 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: SequenceType[int] = (),
         rope_offset: Callable[[int], int] = lambda total_len: 0,
+        longest_first: bool = False,
+        pace: Pace | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
@@ -116,10 +128,13 @@ class Scheduler:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.rope_offset = rope_offset
-        self.waiting: deque[Sequence] = deque()
+        self.longest_first = longest_first
+        self.pace = pace if longest_first else None
+        self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
         self.stats = SchedulerStats()
         self._by_id: dict[str, Sequence] = {}
+        self._arrivals = 0
 
     @property
     def has_work(self) -> bool:
@@ -150,8 +165,10 @@ class Scheduler:
         longest = min(length + request.sampling.max_tokens, self.max_model_len)
         sequence = Sequence(request.id, request.token_ids, request.sampling, longest)
         sequence.rope_offset = self.rope_offset(longest)
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
         self._by_id[request.id] = sequence
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=self._turn)
         self.stats.prompt_tokens += length
         return None
 
@@ -165,7 +182,9 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
-        step = _Step(self.max_num_batched_tokens)
+        budget = self.max_num_batched_tokens
+        paced = self._prefill_budget()
+        step = _Step(budget, budget if paced is None else paced)
         preempted = self._schedule_running(step)
         if not preempted:
             self._admit_waiting(step)
@@ -218,7 +237,7 @@ class Scheduler:
                 break
             if sequence.id not in self.running or self._awaits_its_end(sequence):
                 continue
-            tokens = min(sequence.num_uncomputed_tokens, step.budget)
+            tokens = self._room(step, sequence)
             if tokens == 0:
                 continue
             while not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
@@ -232,7 +251,7 @@ class Scheduler:
         return preempted
 
     def _admit_waiting(self, step: _Step) -> None:
-        while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
+        while self.waiting and step.budget and step.prefill and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if sequence.num_in_flight:
                 break  # preempted with a token under way; its id is needed before it can be computed again
@@ -243,9 +262,45 @@ class Scheduler:
             reserve = len(self.running)
             if not self.blocks.admit(sequence, matched, total, reserve):
                 break
-            self.waiting.popleft()
+            del self.waiting[0]
             self.running[sequence.id] = sequence
-            self._choose(step, sequence, min(sequence.num_uncomputed_tokens, step.budget))
+            self._choose(step, sequence, self._room(step, sequence))
+
+    def _room(self, step: _Step, sequence: Sequence) -> int:
+        """How many of a sequence's uncomputed tokens the step has room for."""
+        tokens = sequence.num_uncomputed_tokens
+        return min(tokens, step.budget) if tokens <= 1 else min(tokens, step.budget, step.prefill)
+
+    def _turn(self, sequence: Sequence) -> tuple[int, int]:
+        """The order in which waiting sequences are admitted. (Preempted ones have arrived before all that wait.)"""
+        answer = sequence.max_num_tokens - len(sequence.token_ids) if self.longest_first else 0
+        return -answer, sequence.arrival
+
+    def _prefill_budget(self) -> int | None:
+        """Prompt tokens of the next step (``pacing.prefill_budget``); ``None``: no limit of their own."""
+        if self.pace is None:
+            return None
+        decodes = work = horizon = 0
+        pending: list[tuple[int, int]] = []
+        for sequence in self.running.values():
+            prompt, answer = sequence.num_uncomputed_tokens, sequence.max_num_tokens - sequence.num_tokens
+            if prompt > 1:
+                pending.append((prompt, answer))
+            else:
+                decodes += prompt > 0 and answer > 0
+            work += prompt + answer
+            horizon = max(horizon, answer)
+        if not pending and not self.waiting:
+            return None
+        for sequence in self.waiting:
+            work += sequence.max_num_tokens
+        if self.waiting:
+            first = self.waiting[0]
+            horizon = max(horizon, first.max_num_tokens - first.num_tokens)
+        if work > self.pace.limit * horizon:
+            return None
+        pending += [(len(s.token_ids), s.max_num_tokens - s.num_tokens) for s in self.waiting]
+        return prefill_budget(self.pace, decodes, work, horizon, pending)
 
     def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
         start = sequence.num_computed_tokens
@@ -253,6 +308,7 @@ class Scheduler:
         step.items.append(ScheduledSequence(sequence, start, tokens, samples))
         step.chosen.add(sequence.id)
         step.budget -= tokens
+        step.prefill -= tokens if sequence.num_tokens - start > 1 else 0
         sequence.num_computed_tokens = start + tokens
         sequence.num_in_flight += samples
         # Shared from now on, before it is computed: in every layer all keys of a step are stored before any sequence
@@ -266,7 +322,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         del self.running[sequence.id]
         self.blocks.release(sequence)
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=self._turn)
         self.stats.preemptions += 1
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:

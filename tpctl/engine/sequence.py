@@ -18,6 +18,7 @@ class Sequence:
         block_table: ids of its KV blocks, in order.
         num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
         admissions: how often it was given blocks anew; tells a block table from the one before a preemption.
+        arrival: how many sequences came before.
         max_num_tokens: most tokens of prompt and answer together.
         rope_offset: where its rotary table begins (see ``RotaryTable``).
         num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
@@ -28,6 +29,7 @@ class Sequence:
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
         self.params = params
+        self.arrival = 0
         self.max_num_tokens = max_num_tokens
         self.num_in_flight = 0
         self.num_computed_tokens = 0

@@ -28,8 +28,6 @@ def plan_kernel(
     tiles = tl.cdiv(length, TILE)
     if WINDOW > 0:
         tiles -= tl.maximum(length - WINDOW, 0) // TILE
-    # An empty (padded) sequence has one tile, fully masked: somebody must write its zeros.
-    tiles = tl.where(seq < num_seqs, tl.maximum(tiles, 1), 0)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
     if tl.program_id(0) == 0:

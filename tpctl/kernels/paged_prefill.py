@@ -126,7 +126,7 @@ def _prefill_kernel(
     q_start = tl.load(query_start_ptr + seq)
     q_len = tl.load(query_start_ptr + seq + 1) - q_start
     index = slot - (q_start // BLOCK_M + seq)
-    if index * BLOCK_M >= q_len:
+    if (index < 0) | (index * BLOCK_M >= q_len):  # before the first sequence; beyond its tiles
         return
     # The last rows see the most keys; start them first.
     index = tl.cdiv(q_len, BLOCK_M) - 1 - index
@@ -180,7 +180,8 @@ def paged_prefill(
 ) -> torch.Tensor:
     """Causal attention of each sequence's new tokens over its cached prefix and themselves.
 
-    q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1].
+    q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1], which may
+    be none. Rows before the first sequence's and behind the last one's are not touched.
     k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, the new tokens already written.
     block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
     included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
@@ -195,8 +196,8 @@ def paged_prefill(
     block_dim = next_power_of_2(head_dim)
     if q_TND.element_size() == 4:
         block_m, tile, warps, stages = 32, 32, 4, 1
-    elif num_tokens <= 64 * num_seqs:  # short pieces: do not pad them far
-        block_m, tile, warps, stages = 64, 64, 4, 3
+    elif num_tokens <= max(512, 64 * num_seqs):  # short pieces: do not pad them far
+        block_m, tile, warps, stages = 64, 64, 4, 2
     else:
         block_m, tile, warps, stages = 128, 64 if block_size < 128 else 128, 8, 2
     # One slot per full tile, and one more per sequence.

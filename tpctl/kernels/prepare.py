@@ -56,12 +56,14 @@ class DecodeInputs:
     keys: torch.Tensor
 
     @staticmethod
-    def allocate(rows: int, max_blocks: int, device: torch.device) -> DecodeInputs:
+    def allocate(rows: int, max_blocks: int, device: torch.device, packed: torch.Tensor | None = None) -> DecodeInputs:
+        """packed: memory for it, if not its own."""
+
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return DecodeInputs(
-            packed=empty(3, rows, dtype=torch.int32),
+            packed=empty(3, rows, dtype=torch.int32) if packed is None else packed,
             input_ids=empty(rows),
             rope_positions=empty(rows),
             slot_mapping=empty(rows),

@@ -1,6 +1,6 @@
 """Linear layers for a few dozen rows, the input features cut into runs that are multiplied side by side.
 
-At 17 to 256 rows cuBLAS has too few output tiles to busy a GPU where the outputs are few (o_proj, down_proj, a rank's
+At 17 to 320 rows cuBLAS has too few output tiles to busy a GPU where the outputs are few (o_proj, down_proj, a rank's
 qkv_proj), and adds a reduction where it splits the input by itself. One batched GEMM over the runs fills the GPU, and
 the sums of the runs are left to the kernel that reads the result anyway: RMSNorm, the all-reduce or RoPE.
 """
@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import torch
 
-_MIN_ROWS, _MAX_ROWS = 17, 256  # below: `gemv`; above: one GEMM has tiles enough
+_MIN_ROWS = 17  # below: `gemv`
 
 
 def pick_splits(rows: int, out_features: int, in_features: int) -> int:
     """Into how many runs to cut the input of a linear of [out_features, in_features]; 1: not at all.
 
-    Measured on an H100 (docs/kernel-notes.md): four for up to 1,024 outputs, two for up to 4,096, while a run stays
-    long beside the outputs and its rows are aligned to 128 bytes.
+    Measured on an H100 (docs/kernel-notes.md): four for up to 1,024 outputs, two for up to 4,096 (6,144 above 256
+    rows), while a run stays long beside the outputs and its rows are aligned to 128 bytes. From 321 rows on (513 for up
+    to 1,024 outputs) one GEMM has tiles enough.
     """
-    if not _MIN_ROWS <= rows <= _MAX_ROWS:
+    narrow = out_features <= 1024
+    if not _MIN_ROWS <= rows <= (512 if narrow else 320):
         return 1
-    splits = 4 if out_features <= 1024 else 2 if out_features <= 4096 else 1
+    splits = 4 if narrow else 2 if out_features <= (4096 if rows <= 256 else 6144) else 1
     while splits > 1 and (in_features % (64 * splits) or in_features // splits < out_features // 4):
         splits //= 2
     return splits

@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from tpctl.layers.attention.base import AttentionBackend, LayerKV
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PrefillPieces
 
 
 class PagedBackend(AttentionBackend):
-    """A backend whose kernels read the paged cache in place."""
+    """A backend whose kernels read the paged cache in place.
+
+    Attributes:
+        captures_prefill: whether steps with ``ForwardBatch.pieces`` can be run, and so captured in a graph.
+    """
+
+    captures_prefill = False
 
     def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         shape = (num_layers, 2, num_blocks, self.block_size, self.heads.num_kv_heads, self.heads.head_dim)
@@ -36,7 +42,9 @@ class PagedBackend(AttentionBackend):
         """[T, N * D]: as ``attend``, when the new keys and values are already in the cache."""
         assert batch.seq_lens_S is not None
         decodes, out_TND = batch.num_decodes, torch.empty_like(q_TND)
-        if decodes:
+        if batch.pieces is not None:
+            self.beside(q_TND, kv, window, batch, batch.pieces, out_TND)
+        elif decodes:
             tables, lens = batch.block_tables[:decodes], batch.seq_lens_S[:decodes]
             self.decode(q_TND[:decodes], kv, tables, lens, window, batch, out_TND[:decodes])
         if decodes < batch.num_tokens:
@@ -49,6 +57,18 @@ class PagedBackend(AttentionBackend):
         A captured graph holds one plan or the other; ``ForwardBatch.long_context`` says which.
         """
         return False
+
+    def beside(
+        self,
+        q_TND: Tensor,
+        kv: LayerKV,
+        window: int | None,
+        batch: ForwardBatch,
+        pieces: PrefillPieces,
+        out_TND: Tensor,
+    ) -> None:
+        """Decodes and prefill chunks of a captured step at once (``ForwardBatch.pieces``) into ``out_TND``."""
+        raise NotImplementedError
 
     @abstractmethod
     def begin(self, batch: ForwardBatch, windows: set[int | None]) -> None:
@@ -65,7 +85,7 @@ class PagedBackend(AttentionBackend):
         batch: ForwardBatch,
         out_SND: Tensor,
     ) -> None:
-        """One new token per sequence into ``out_SND``. A length of 0 marks a padding row, whose output is unused."""
+        """One new token per sequence into ``out_SND``. A length of 0 marks a row without work, its output unused."""
 
     @abstractmethod
     def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:

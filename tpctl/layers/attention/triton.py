@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.layers.attention.base import HeadShape, LayerKV
 from tpctl.layers.attention.paged import PagedBackend, prefill_lengths
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PrefillPieces
 
 
 class TritonBackend(PagedBackend):
     name = "triton"
     default_block_size = 128
+    captures_prefill = True
 
     def __init__(self, heads: HeadShape, block_size: int) -> None:
         super().__init__(heads, block_size)
         self._scratch: DecodeScratch | None = None
         self._plans: dict[tuple[int, int | None, bool], DecodePlan] = {}
+        self._side: torch.cuda.Stream | None = None
 
     def is_long(self, count: int, longest: int) -> bool:
         return count <= 2 and longest >= LONG_CONTEXT
@@ -67,6 +73,46 @@ class TritonBackend(PagedBackend):
         # Ignored by the kernel for batches that it would slow down.
         paged_decode(q_SND, kv.k, kv.v, tables_SM, lens_S, plan, scale=self.heads.scale, out=out_SND, pdl=True)
 
+    def beside(
+        self,
+        q_TND: Tensor,
+        kv: LayerKV,
+        window: int | None,
+        batch: ForwardBatch,
+        pieces: PrefillPieces,
+        out_TND: Tensor,
+    ) -> None:
+        # A few dozen programs whose time is latency, on a stream of their own beside decodes that memory limits.
+        assert batch.seq_lens_S is not None
+        if self._side is None and q_TND.is_cuda:
+            self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
+        with _beside(self._side):
+            paged_prefill(
+                q_TND,
+                kv.k,
+                kv.v,
+                pieces.block_tables,
+                pieces.query_start_P1,
+                pieces.seq_lens_P,
+                scale=self.heads.scale,
+                window=window,
+                out=out_TND,
+            )
+        self.decode(q_TND, kv, batch.block_tables, batch.seq_lens_S, window, batch, out_TND)
+        if self._side is not None:
+            torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
+
     def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:
         tables, starts, lens = prefill_lengths(batch)
         paged_prefill(q_TND, kv.k, kv.v, tables, starts, lens, scale=self.heads.scale, window=window, out=out_TND)
+
+
+@contextmanager
+def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launch on ``side``, behind what the current stream holds; ``None``: on the current one."""
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream(side.device))
+    with torch.cuda.stream(side):
+        yield
