@@ -10,7 +10,9 @@ import torch
 
 from tests.tiny import LONG_ROPES, make_checkpoint
 from tpctl.distributed import TPGroup
+from tpctl.engine import cuda_runner
 from tpctl.engine.config import EngineConfig
+from tpctl.engine.cuda_graph import MixedGraphs
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.launch.messages import Add, Request
@@ -44,13 +46,14 @@ LENGTHS = (3, 17, 40, 65, 130)
 TOKENS = 20
 
 
-def run(folder: Path, prompts: list[list[int]], tokens: int = TOKENS, **settings: Any) -> list[list[int]]:
-    """Greedy continuations from an engine made for this call."""
+def run(folder: Path, prompts: list[list[int]], tokens: int | list[int] = TOKENS, **settings: Any) -> list[list[int]]:
+    """Greedy continuations, ``tokens`` long (of each prompt), from an engine made for this call."""
     defaults: dict[str, Any] = {"kv_cache_memory": 64 << 20, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     config = EngineConfig(folder, 1, device="cuda", **{**defaults, **settings})
     engine = Engine(config, TPGroup(0, 1, "cuda"))
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    engine.apply(Add([Request(str(i), ids, params) for i, ids in enumerate(prompts)]))
+    lengths = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+    params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
+    engine.apply(Add([Request(str(i), ids, params[i]) for i, ids in enumerate(prompts)]))
     found: list[list[int]] = [[] for _ in prompts]
     while engine.has_work:
         for output in engine.step():
@@ -148,3 +151,35 @@ def test_small_cache_gives_the_same_tokens(tmp_path: Path) -> None:
     bytes_per_token = 2 * 3 * 2 * 64 * 4
     tight = run(tmp_path / "tp1", prompts, 60, block_size=16, kv_cache_memory=blocks * bytes_per_token)
     assert tight == roomy
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-window"])
+def test_prompts_beside_decodes_give_the_same_tokens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured steps of both, at a pace; against one kernel after the other, prompts first."""
+    monkeypatch.setattr(cuda_runner, "_PACED_BYTES", 0)
+    replayed: list[tuple[int, int]] = []
+    original = MixedGraphs.run
+
+    def spy(self: MixedGraphs, slots: list[int], *args: Any) -> None:
+        replayed.append((args[2], len(args[3])))
+        original(self, slots, *args)
+
+    monkeypatch.setattr(MixedGraphs, "run", spy)
+    make_checkpoint(name, tmp_path / "hf", **{**WIDE, **CHANGES[name]})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(517, tuple(30 + 37 * i % 270 for i in range(96)))
+    prompts[50:60] = [prompts[49][:64] + ids for ids in prompts[50:60]]  # a shared prefix
+    tokens = [8 + 53 * i % 200 for i in range(96)]
+    settings: dict[str, Any] = {
+        "attention_backend": "triton",
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 96,
+        "kv_cache_memory": 512 << 20,
+    }
+    paced = run(tmp_path / "tp1", prompts, tokens, scheduling_policy="longest-first", **settings)
+    assert len(replayed) > 20
+    assert {pieces for _, pieces in replayed} >= {1, 2}
+    assert max(decodes for decodes, _ in replayed) > 30
+    assert paced == run(tmp_path / "tp1", prompts, tokens, enforce_eager=True, **settings)

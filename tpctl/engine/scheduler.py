@@ -20,6 +20,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 from tpctl.engine.block_manager import BlockManager
@@ -297,10 +298,8 @@ class Scheduler:
         if self.waiting:
             first = self.waiting[0]
             horizon = max(horizon, first.max_num_tokens - first.num_tokens)
-        if work > self.pace.limit * horizon:
-            return None
-        pending += [(len(s.token_ids), s.max_num_tokens - s.num_tokens) for s in self.waiting]
-        return prefill_budget(self.pace, decodes, work, horizon, pending)
+        waiting = ((len(s.token_ids), s.max_num_tokens - s.num_tokens) for s in self.waiting)
+        return prefill_budget(self.pace, decodes, work, horizon, chain(pending, waiting))
 
     def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
         start = sequence.num_computed_tokens
