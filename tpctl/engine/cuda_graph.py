@@ -44,7 +44,8 @@ class CapturedSteps:
     def __init__(self, sampled: Tensor, most: int) -> None:
         self.device = sampled.device
         self._sampled = sampled
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # With each graph what it reads: where its numbers go, and the step, which holds its other inputs.
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]] = {}
         self._pool: Any = None
         self._staging = [torch.zeros(most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
@@ -63,12 +64,14 @@ class CapturedSteps:
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._graphs[key] = self._capture(*make())
-        graph, target = captured
+        graph, target, _ = captured
         target.copy_(staging, non_blocking=True)
         self._sent[turn].record()
         graph.replay()
 
-    def _capture(self, target: Tensor, step: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(
+        self, target: Tensor, step: Callable[[], None]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]:
         # Once outside the graph, on rows that are all padding: kernels are compiled and workspaces made.
         current = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -82,7 +85,7 @@ class CapturedSteps:
         with torch.cuda.graph(graph, pool=self._pool):
             step()
         self._pool = graph.pool()
-        return graph, target
+        return graph, target, step
 
 
 class DecodeGraphs:
@@ -124,7 +127,7 @@ class MixedInputs:
 
     rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
     query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
-    first_row_P: [P], any row of each chunk. seq_lens_P: [P], tokens up to a chunk's last. logits_rows: [R], rows
+    last_row_P: [P], the last row of each chunk, whose block table is complete. seq_lens_P: [P], tokens up to a chunk's last. logits_rows: [R], rows
     that are sampled.
     """
 
@@ -132,7 +135,7 @@ class MixedInputs:
     rows: DecodeInputs
     num_decodes: Tensor
     query_start_P1: Tensor
-    first_row_P: Tensor
+    last_row_P: Tensor
     seq_lens_P: Tensor
     logits_rows: Tensor
 
@@ -201,7 +204,7 @@ class MixedGraphs:
             *(*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding),
             num_decodes,
             *(*starts, *[count] * empty),
-            *(*starts[:-1], *[0] * empty),
+            *(*(end - 1 for end in starts[1:]), *[0] * empty),
             *(*lens, *[0] * empty),
             *(*sampled, *[0] * (picked - len(sampled))),
         ]

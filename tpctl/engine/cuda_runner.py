@@ -187,7 +187,7 @@ class CudaRunner(ModelRunner):
             logits_rows=inputs.logits_rows.long(),
             seq_lens_S=rows.seq_lens * decodes,
             pieces=PrefillPieces(
-                rows.block_tables.index_select(0, inputs.first_row_P), inputs.query_start_P1, inputs.seq_lens_P
+                rows.block_tables.index_select(0, inputs.last_row_P), inputs.query_start_P1, inputs.seq_lens_P
             ),
         )
         picked = forward.logits_rows
