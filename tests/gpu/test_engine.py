@@ -158,7 +158,7 @@ def test_prompts_beside_decodes_give_the_same_tokens(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured steps of both, at a pace; against one kernel after the other, prompts first."""
-    monkeypatch.setattr(cuda_runner, "_PACED_BYTES", 0)
+    monkeypatch.setattr(cuda_runner, "_SMALL_LAYER", 0)  # the pace of larger models
     replayed: list[tuple[int, int]] = []
     original = MixedGraphs.run
 
@@ -178,7 +178,7 @@ def test_prompts_beside_decodes_give_the_same_tokens(
         "max_num_seqs": 96,
         "kv_cache_memory": 512 << 20,
     }
-    paced = run(tmp_path / "tp1", prompts, tokens, scheduling_policy="longest-first", **settings)
+    paced = run(tmp_path / "tp1", prompts, tokens, scheduling_policy="makespan", **settings)
     assert len(replayed) > 20
     assert {pieces for _, pieces in replayed} >= {1, 2}
     assert max(decodes for decodes, _ in replayed) > 30

@@ -8,7 +8,7 @@ import typer
 
 from tpctl.cli.console import print_json, status
 from tpctl.cli.engine import configure, prepare
-from tpctl.cli.options import MODEL_HELP, EngineOptions, grouped
+from tpctl.cli.options import MODEL_HELP, EngineOptions, Policy, SchedulingPolicy, grouped
 from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def throughput(
     workload: Annotated[str, typer.Option(help="nano (256 prompts) or short (32 prompts).")] = "short",
     runs: Runs = 3,
     as_json: AsJson = False,
+    scheduling_policy: Policy = SchedulingPolicy.makespan,
     *,
     engine: EngineOptions,
 ) -> None:
@@ -39,11 +40,12 @@ def throughput(
     from tpctl.bench import measure
     from tpctl.models.config import ModelConfig
 
-    config, name = _config(model, shape, engine)
+    config, name = _config(model, shape, engine, scheduling_policy)
     vocab = ModelConfig.load(config.shard_dir).vocab_size
     with status(f"running {workload}"):
         figures, info = measure.throughput(config, workload, vocab, runs)
-    _print("throughput", name, figures, info, {"workload": workload}, as_json)
+    settings = {"workload": workload, "scheduling_policy": str(scheduling_policy)}
+    _print("throughput", name, figures, info, settings, as_json)
 
 
 @grouped
@@ -91,17 +93,22 @@ bench.command("latency", short_help="Time to first token, and per token.")(laten
 bench.command("startup", short_help="Time from process start to first token.")(startup)
 
 
-def _config(model: str | None, shape: str | None, options: EngineOptions) -> tuple[EngineConfig, str]:
+def _config(
+    model: str | None,
+    shape: str | None,
+    options: EngineOptions,
+    policy: SchedulingPolicy = SchedulingPolicy.fcfs,
+) -> tuple[EngineConfig, str]:
     if shape is None:
         model = "demo" if model is None else model
-        return prepare(model, options), model
+        return prepare(model, options, policy), model
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
     from tpctl.bench.synthetic import synthetic_source
 
     with status(f"making random weights of {shape}"):
         source = synthetic_source(shape)
-    return configure(source, options), shape
+    return configure(source, options, policy), shape
 
 
 def _print(

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress
-from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, EngineOptions
+from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, EngineOptions, SchedulingPolicy
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import parse_bytes
 from tpctl.engine.config import EngineConfig
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from tpctl.checkpoint.sources import ResolvedSource
 
 
-def prepare(model: str, options: EngineOptions) -> EngineConfig:
+def prepare(model: str, options: EngineOptions, policy: SchedulingPolicy = SchedulingPolicy.fcfs) -> EngineConfig:
     """Find the model and ``configure`` an engine for it.
 
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
     _kv_cache_memory(options)  # a wrong value should not have to wait for the model
-    return configure(supported_source(model, options.tp), options)
+    return configure(supported_source(model, options.tp), options, policy)
 
 
-def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
+def configure(
+    source: ResolvedSource, options: EngineOptions, policy: SchedulingPolicy = SchedulingPolicy.fcfs
+) -> EngineConfig:
     """Shard the model into the cache if need be, hash shards that never were, and settle the engine's configuration.
 
     Raises:
@@ -63,6 +65,7 @@ def configure(source: ResolvedSource, options: EngineOptions) -> EngineConfig:
         gpu_memory_utilization=options.gpu_memory_utilization,
         attention_backend=options.attention_backend,
         enforce_eager=options.enforce_eager,
+        scheduling_policy=str(policy),
     )
 
 

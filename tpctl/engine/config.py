@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tpctl.errors import EngineError
 
-POLICIES = ("fcfs", "longest-first")
+POLICIES = ("fcfs", "makespan")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class EngineConfig:
         gpu_memory_utilization: share of a GPU's memory that weights, activations and KV cache may take together.
         attention_backend: ``"auto"`` or a backend's name.
         enforce_eager: capture no CUDA graphs.
-        scheduling_policy: ``"fcfs"``, or ``"longest-first"``: waiting requests with the most tokens to generate
-            first, and on GPUs prompts beside decodes where that is faster (``engine.pacing``).
+        scheduling_policy: ``"fcfs"``, first come, first served; or ``"makespan"``, which on GPUs may start requests
+            later and in another order, so that all of a job's end sooner (``engine.pacing``).
         enable_prefix_caching: share the KV blocks of equal prefixes.
 
     Raises:

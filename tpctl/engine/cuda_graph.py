@@ -127,8 +127,8 @@ class MixedInputs:
 
     rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
     query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
-    last_row_P: [P], the last row of each chunk, whose block table is complete. seq_lens_P: [P], tokens up to a chunk's last. logits_rows: [R], rows
-    that are sampled.
+    last_row_P: [P], the last row of each chunk, whose block table is complete. seq_lens_P: [P], tokens up to a chunk's
+    last. logits_rows: [R], rows that are sampled.
     """
 
     flat: Tensor

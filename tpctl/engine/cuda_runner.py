@@ -35,8 +35,10 @@ from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
 
 _RESERVE = 256 << 20  # bytes left for graphs, NCCL and fragmentation
 _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
-_PACE = Pace(rows=256, limit=512)  # an H100 multiplies 256 rows while it reads the weights (docs/kernel-notes.md)
-_PACED_BYTES = 64 << 20  # of a layer's weights on a rank: with fewer, prompts cost too little to be worth spreading
+# Rows that an H100 multiplies in little more than the time of a few (docs/kernel-notes.md): where a layer has many
+# weights reading them takes that long, where it has few the latency of its kernels does.
+_PACE, _SMALL_PACE = Pace(rows=256, limit=512), Pace(rows=512, limit=1024)
+_SMALL_LAYER = 64 << 20  # bytes of a rank
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
 
@@ -53,7 +55,7 @@ class CudaRunner(ModelRunner):
 
     def __init__(self, config: EngineConfig, group: TPGroup) -> None:
         super().__init__(config, group)
-        rows = max(config.max_num_seqs, _PACE.limit)
+        rows = self._max_rows
         blocks = -(-self.max_model_len // self.backend.block_size)
         self._max_blocks = blocks
         # One slot more than can run: a step may still compute a sequence that has ended, beside its successor.
@@ -65,11 +67,10 @@ class CudaRunner(ModelRunner):
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not config.enforce_eager:
-            steps = CapturedSteps(self._sampled, max(3 * rows, MixedGraphs.most_numbers(_PACE.limit)))
+            steps = CapturedSteps(self._sampled, MixedGraphs.most_numbers(rows))
             self._graphs = DecodeGraphs(steps, config.max_num_seqs, blocks, self._decode_step)
-            if self._paced():
-                self.pace = _PACE
-                self._mixed = MixedGraphs(steps, *_PACE, blocks, self._mixed_step)
+            if self.pace is not None:
+                self._mixed = MixedGraphs(steps, *self.pace, blocks, self._mixed_step)
 
     @property
     def _cuda_backend(self) -> PagedBackend:
@@ -149,12 +150,18 @@ class CudaRunner(ModelRunner):
         logits = self._decoder.logits(forward, self.kv, None)
         self._sample_into(logits, inputs.temperature, inputs.keys)
 
-    def _paced(self) -> bool:
-        """Whether prompts are worth computing beside decodes."""
-        if self.config.scheduling_policy != "longest-first" or not self._cuda_backend.captures_prefill:
-            return False
+    def _find_pace(self) -> Pace | None:
+        """How prompts are computed beside decodes, where that can be captured; the same on every rank."""
+        config = self.config
+        if config.scheduling_policy == "fcfs" or config.enforce_eager or not self._cuda_backend.captures_prefill:
+            return None
         layer = sum(parameter.nbytes for parameter in self.model.model.layers[0].parameters())
-        return self.group.minimum(layer) >= _PACED_BYTES
+        return _SMALL_PACE if self.group.minimum(layer) < _SMALL_LAYER else _PACE
+
+    @property
+    def _max_rows(self) -> int:
+        """Rows of the largest step that a graph may hold."""
+        return max(self.config.max_num_seqs, 0 if self.pace is None else self.pace.limit)
 
     def _mixed_rows(
         self, batch: ScheduledBatch, slots: list[int]
@@ -289,7 +296,8 @@ class CudaRunner(ModelRunner):
     def _kv_budget(self) -> int:
         """What is left of the GPU's share after weights and the largest step's activations, found by running one."""
         config, device = self.config, self.group.device
-        rows, tokens = max(config.max_num_seqs, _PACE.limit), config.max_num_batched_tokens
+        self.pace = self._find_pace()
+        rows, tokens = self._max_rows, config.max_num_batched_tokens
         self._decoder = CudaDecoder(self.model, self._cuda_backend, rows, tokens)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -36,7 +36,6 @@ class Engine:
             vocab_size=self.runner.model_config.vocab_size,
             eos_token_ids=self.runner.model_config.eos_token_ids,
             rope_offset=self.runner.rotary.offset,
-            longest_first=config.scheduling_policy == "longest-first",
             pace=self.runner.pace,
         )
 

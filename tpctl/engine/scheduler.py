@@ -4,8 +4,8 @@ Deterministic and free of torch: every rank runs its own copy on the same reques
 no schedule ever travels between ranks.
 
 One step takes a budget of tokens. Running sequences come first, oldest first: a decode needs one token, an unfinished
-prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing, in
-the order of their arrival or of the length of their answers. With a ``Pace``, prompts have a smaller budget.
+prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing.
+With a ``Pace``, prompts may have a smaller budget, and the longest answers go first.
 When blocks run out, the youngest running sequence is preempted: it gives up its blocks and waits to be computed again
 from its tokens, which prefix caching often makes cheap.
 
@@ -15,12 +15,10 @@ A step may be started before the results of the one before it are known (``Seque
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 from tpctl.engine.block_manager import BlockManager
@@ -104,9 +102,7 @@ class Scheduler:
         vocab_size: token ids from this on are refused: no embedding row belongs to them.
         eos_token_ids: tokens that end an answer.
         rope_offset: gives a sequence's rotary table from the longest it may become.
-        longest_first: admit waiting sequences by the length of the answer they may still give, the longest first,
-            instead of by their arrival. All then end closer together, which shortens a job that is known beforehand.
-        pace: spread their prompts over the steps (``engine.pacing``), with ``longest_first``.
+        pace: spread prompts over the steps where that ends all requests sooner (``engine.pacing``).
     """
 
     def __init__(
@@ -119,7 +115,6 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: SequenceType[int] = (),
         rope_offset: Callable[[int], int] = lambda total_len: 0,
-        longest_first: bool = False,
         pace: Pace | None = None,
     ) -> None:
         self.blocks = blocks
@@ -129,13 +124,13 @@ class Scheduler:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.rope_offset = rope_offset
-        self.longest_first = longest_first
-        self.pace = pace if longest_first else None
+        self.pace = pace
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
         self.stats = SchedulerStats()
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._rushing = False  # prompts are computed as fast as possible, until all are
 
     @property
     def has_work(self) -> bool:
@@ -169,7 +164,7 @@ class Scheduler:
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._by_id[request.id] = sequence
-        insort(self.waiting, sequence, key=self._turn)
+        self.waiting.append(sequence)
         self.stats.prompt_tokens += length
         return None
 
@@ -272,13 +267,9 @@ class Scheduler:
         tokens = sequence.num_uncomputed_tokens
         return min(tokens, step.budget) if tokens <= 1 else min(tokens, step.budget, step.prefill)
 
-    def _turn(self, sequence: Sequence) -> tuple[int, int]:
-        """The order in which waiting sequences are admitted. (Preempted ones have arrived before all that wait.)"""
-        answer = sequence.max_num_tokens - len(sequence.token_ids) if self.longest_first else 0
-        return -answer, sequence.arrival
-
     def _prefill_budget(self) -> int | None:
-        """Prompt tokens of the next step (``pacing.prefill_budget``); ``None``: no limit of their own."""
+        """Prompt tokens of the next step (``pacing.prefill_budget``), the longest answers put first; ``None``: no limit
+        of their own, in the order of arrival."""
         if self.pace is None:
             return None
         decodes = work = horizon = 0
@@ -292,14 +283,19 @@ class Scheduler:
             work += prompt + answer
             horizon = max(horizon, answer)
         if not pending and not self.waiting:
+            self._rushing = False
+        if self._rushing or (not pending and not self.waiting):
             return None
         for sequence in self.waiting:
-            work += sequence.max_num_tokens
-        if self.waiting:
-            first = self.waiting[0]
-            horizon = max(horizon, first.max_num_tokens - first.num_tokens)
-        waiting = ((len(s.token_ids), s.max_num_tokens - s.num_tokens) for s in self.waiting)
-        return prefill_budget(self.pace, decodes, work, horizon, chain(pending, waiting))
+            prompt, answer = len(sequence.token_ids), sequence.max_num_tokens - sequence.num_tokens
+            pending.append((prompt, answer))
+            work += prompt + answer
+            horizon = max(horizon, answer)
+        pending.sort(key=lambda left: -left[1])
+        budget = prefill_budget(self.pace, decodes, work, horizon, pending)
+        self._rushing = budget is None
+        self.waiting.sort(key=_arrival if self._rushing else _longest_first)
+        return budget
 
     def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
         start = sequence.num_computed_tokens
@@ -321,7 +317,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         del self.running[sequence.id]
         self.blocks.release(sequence)
-        insort(self.waiting, sequence, key=self._turn)
+        self.waiting.insert(0, sequence)
         self.stats.preemptions += 1
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
@@ -337,3 +333,11 @@ class Scheduler:
             self.blocks.release(sequence)
         else:
             self.waiting.remove(sequence)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+def _longest_first(sequence: Sequence) -> tuple[int, int]:
+    return sequence.num_tokens - sequence.max_num_tokens, sequence.arrival

@@ -1,0 +1,157 @@
+"""Prompts beside decodes: how many a step, in which order, and how soon a job ends."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tpctl.engine.block_manager import BlockManager
+from tpctl.engine.pacing import Pace, prefill_budget
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.scheduler import ScheduledBatch, Scheduler
+from tpctl.launch.messages import Request
+
+PACE = Pace(rows=64, limit=128)
+EOS = 7
+
+
+@pytest.mark.parametrize(
+    "decodes,work,horizon,pending,budget",
+    [
+        (0, 5000, 100, [(200, 50)], 64),  # as many as fill the rows
+        (40, 5000, 100, [(200, 50)], 24),
+        (64, 5000, 100, [(200, 50)], 4),  # only what must not start too late: 200 tokens in 50 + 16 steps
+        (90, 5000, 100, [(1000, 100)], 63 if 90 + 63 <= 128 else None),  # 1,000 in 16 steps is too much for the limit
+        (50, 5000, 100, [(800, 100)], 50),
+        (50, 5000, 100, [(100, 90), (900, 10)], 14),  # 1,000 in 106 steps, 100 in 26
+        (0, 12801, 100, [(200, 50)], None),  # more than 128 tokens a step until the longest ends
+        (0, 200, 0, [(200, 1)], None),
+    ],
+)
+def test_budget(decodes: int, work: int, horizon: int, pending: list[tuple[int, int]], budget: int | None) -> None:
+    assert prefill_budget(PACE, decodes, work, horizon, pending) == budget
+
+
+def make(pace: Pace | None, blocks: int = 4000) -> Scheduler:
+    return Scheduler(
+        BlockManager(blocks, 4),
+        max_num_seqs=64,
+        max_num_batched_tokens=1024,
+        max_model_len=1000,
+        vocab_size=100,
+        eos_token_ids=[EOS],
+        pace=pace,
+    )
+
+
+def drive(scheduler: Scheduler, lengths: dict[str, int] | None = None) -> list[ScheduledBatch]:
+    """All steps to the end, each one ahead of the results of the one before."""
+    steps: list[ScheduledBatch] = []
+    taken = 0
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        if batch is not None:
+            steps.append(batch)
+        if len(steps) > taken + 1 or batch is None:
+            ended = [
+                EOS if lengths and item.end + 1 >= lengths[item.sequence.id] else 1 for item in steps[taken].sampled
+            ]
+            scheduler.commit(steps[taken], ended)
+            taken += 1
+        scheduler.check_integrity()
+    return steps
+
+
+def request(id: int, prompt: int, answer: int) -> Request:
+    return Request(str(id), random.Random(id).choices(range(10, 100), k=prompt), SamplingParams(max_tokens=answer))
+
+
+def job(count: int, seed: int) -> list[Request]:
+    pick = random.Random(seed)
+    return [request(i, pick.randint(20, 100), pick.randint(10, 200)) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_a_job_ends_as_soon_in_steps_of_few_rows(count: int) -> None:
+    requests = job(count, count)
+    fast, paced = make(None), make(PACE)
+    for scheduler in (fast, paced):
+        for one in requests:
+            assert scheduler.add(one) is None
+    fast_steps, paced_steps = drive(fast), drive(paced)
+    assert max(step.num_tokens for step in fast_steps) > 4 * PACE.limit or count == 5
+    assert max(step.num_tokens for step in paced_steps) <= PACE.limit
+    assert len(paced_steps) <= len(fast_steps) + 20  # the leeway, and a prompt's own steps
+    beside = [step for step in paced_steps if step.num_prefills and step.num_decodes]
+    assert len(beside) >= (3 if count == 5 else 40)
+    assert paced.stats.generated_tokens == fast.stats.generated_tokens == sum(r.sampling.max_tokens for r in requests)
+
+
+def test_longest_answers_start_first() -> None:
+    scheduler = make(PACE)
+    for id, answer in enumerate((30, 200, 90, 200)):
+        scheduler.add(request(id, 50, answer))
+    order: list[str] = []
+    for step in drive(scheduler):
+        order += [item.sequence.id for item in step.items if item.sequence.id not in order]
+    assert order == ["1", "3", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [request(i, 60, 40) for i in range(60)],  # all are as long: waiting would make the last one end last
+        job(400, 1),  # more than the rows of the longest answer's steps
+    ],
+)
+def test_what_cannot_wait_is_computed_as_without_a_pace(requests: list[Request]) -> None:
+    shapes = []
+    for pace in (None, PACE):
+        scheduler = make(pace)
+        for one in requests:
+            scheduler.add(one)
+        steps = drive(scheduler)
+        shapes.append([[(item.sequence.id, item.num_new_tokens) for item in step.items] for step in steps])
+    assert shapes[0] == shapes[1]
+
+
+def test_early_ends_only_raise_the_pace() -> None:
+    """Answers end after a third of their tokens: the prompts that wait fill the rows that become free."""
+    requests = job(40, 3)
+    lengths = {r.id: len(r.token_ids) + max(1, r.sampling.max_tokens // 3) for r in requests}
+    scheduler = make(PACE)
+    for one in requests:
+        scheduler.add(one)
+    behind: list[int] = []  # sizes of the steps that left a prompt waiting
+    original = scheduler.schedule
+
+    def schedule() -> ScheduledBatch | None:
+        batch = original()
+        if scheduler.waiting and batch is not None:
+            behind.append(batch.num_tokens)
+        return batch
+
+    scheduler.schedule = schedule  # type: ignore[method-assign]
+    steps = drive(scheduler, lengths)
+    assert len(behind) > 20
+    assert min(behind) >= PACE.rows
+    tokens = sum(lengths.values())
+    assert len(steps) < tokens / PACE.rows + 200 / 3 + 20
+
+
+def test_preempted_and_aborted_requests_keep_the_books() -> None:
+    """Memory for a few sequences only: all end, and with their tokens."""
+    scheduler = make(PACE, blocks=150)
+    requests = job(30, 5)
+    for one in requests:
+        assert scheduler.add(one) is None
+    for _ in range(20):
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.commit(batch, [1] * len(batch.sampled))
+    for id in ("3", "17"):
+        scheduler.abort(id)
+    drive(scheduler)
+    assert scheduler.stats.preemptions > 0
+    assert scheduler.stats.finished >= 28
