@@ -34,10 +34,9 @@ def generate(client: EngineClient, requests: list[Request]) -> dict[str, list[in
     return found
 
 
-def config(folder: Path, tp_size: int) -> EngineConfig:
-    return EngineConfig(
-        folder, tp_size, device="cuda", kv_cache_memory=64 << 20, max_num_seqs=16, max_num_batched_tokens=128
-    )
+def config(folder: Path, tp_size: int, **settings: Any) -> EngineConfig:
+    defaults: dict[str, Any] = {"kv_cache_memory": 64 << 20, "max_num_seqs": 16, "max_num_batched_tokens": 128}
+    return EngineConfig(folder, tp_size, device="cuda", **{**defaults, **settings})
 
 
 def test_two_ranks_stay_near_float32_in_large_batches(tmp_path: Path) -> None:
@@ -75,7 +74,27 @@ def test_two_ranks_equal_transformers_in_float32(name: str, tmp_path: Path) -> N
         assert generate(client, sampled) == {request.id: found[request.id] for request in sampled}
 
 
-def test_soak_with_aborts_leaks_nothing(tmp_path: Path) -> None:
+def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path / "hf", **WIDE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2)
+    prompts = prompts_of(517, tuple(30 + 37 * i % 270 for i in range(96)))
+    answers = [8 + 53 * i % 200 for i in range(96)]
+    requests = [
+        Request(str(i), ids, SamplingParams(max_tokens=answers[i], temperature=i % 2 * 0.7, seed=i, ignore_eos=True))
+        for i, ids in enumerate(prompts)
+    ]
+    settings: dict[str, Any] = {"kv_cache_memory": 512 << 20, "max_num_seqs": 96, "max_num_batched_tokens": 2048}
+    found = {}
+    for policy in ("fcfs", "makespan"):
+        with EngineClient(config(tmp_path / "tp2", 2, scheduling_policy=policy, **settings)) as client:
+            found[policy] = generate(client, requests)
+    assert found["makespan"] == found["fcfs"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"scheduling_policy": "makespan", "max_num_seqs": 64, "max_num_batched_tokens": 1024}]
+)
+def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
     make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128})
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2, dtype="bfloat16")
     rng = random.Random(0)
@@ -90,7 +109,7 @@ def test_soak_with_aborts_leaks_nothing(tmp_path: Path) -> None:
         for i, length in enumerate(lengths)
     ]
     memory = []
-    with EngineClient(config(tmp_path / "tp2", 2)) as client:
+    with EngineClient(config(tmp_path / "tp2", 2, **settings)) as client:
         reasons: dict[str, str] = {}
         for start in range(0, count, 250):
             part = requests[start : start + 250]
