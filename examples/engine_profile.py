@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from tpctl.bench.synthetic import synthetic_source
 from tpctl.bench.workload import make_workload
 from tpctl.distributed import TPGroup
-from tpctl.engine.config import EngineConfig
+from tpctl.engine.config import POLICIES, EngineConfig
 from tpctl.engine.engine import Engine
 from tpctl.launch.messages import Add
 from tpctl.sharding.cache import ensure_sharded
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--at", type=int, nargs="*", default=[220, 128, 48])
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    parser.add_argument("--scheduling-policy", choices=POLICIES, default="fcfs")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU")
@@ -126,6 +127,7 @@ def report(args: argparse.Namespace, group: TPGroup) -> None:
             max_model_len=4096,
             max_num_seqs=512,
             max_num_batched_tokens=args.max_num_batched_tokens,
+            scheduling_policy=args.scheduling_policy,
         )
         engine = Engine(config, group)
         print(f"== {shape}, {torch.cuda.get_device_name()}, {engine.runner.timings}")

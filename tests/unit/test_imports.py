@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 HEAVY = {"distributed", "shared_memory", "kernels", "layers", "models", "engine", "launch.agent*", "checkpoint.gguf*"}
 LIGHT = (
     *("models.config", "models.specs", "models.weights", "engine.config", "engine.sampling_params"),
-    *("engine.scheduler", "engine.block_manager", "engine.sequence"),
+    *("engine.scheduler", "engine.pacing", "engine.block_manager", "engine.sequence"),
 )
 
 
