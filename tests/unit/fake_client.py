@@ -42,6 +42,7 @@ class FakeClient:
         requests: everything that was submitted.
         aborted: ids, in the order in which they were aborted.
         most_open: requests that were under way at once, at most.
+        policies: scheduling policies that engines were asked for.
         dies_after: calls of ``outputs`` until the engine "fails".
     """
 
@@ -54,6 +55,7 @@ class FakeClient:
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.most_open = 0
+        self.policies: list[str] = []
 
     def __enter__(self) -> Self:
         return self

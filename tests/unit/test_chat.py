@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tests.unit.fake_client import FakeClient, write_tokenizer
 from tpctl.cli.app import app
 from tpctl.cli.engine import interrupts
+from tpctl.cli.options import EngineOptions
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.config import EngineConfig
@@ -111,11 +112,15 @@ def test_the_first_interrupt_is_noted_and_the_second_raises() -> None:
 def fake_engine(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
     """The commands with neither a model nor workers."""
     client = FakeClient(tokenizer)
-    config = EngineConfig(tmp_path / "model", 1)
+
+    def prepare(model: str, options: EngineOptions, policy: str = "fcfs") -> EngineConfig:
+        client.policies.append(policy)
+        return EngineConfig(tmp_path / "model", 1)
+
     monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config: client)
     for module in ("chat", "batch"):
-        monkeypatch.setattr(f"tpctl.cli.{module}.prepare", lambda model, options: config)
+        monkeypatch.setattr(f"tpctl.cli.{module}.prepare", prepare)
     yield client
 
 
@@ -211,6 +216,9 @@ def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:
     assert "3 preemptions, 0 errors" in result.stderr
     sampling = [request.sampling for request in fake_engine.requests]
     assert [(s.temperature, s.max_tokens, s.seed) for s in sampling] == [(0.0, 256, 0), (0.0, 256, 1)]
+    assert invoke("batch", str(prompts), "-o", str(out), "--force", "--scheduling-policy", "fcfs").exit_code == 0
+    assert invoke("batch", str(prompts), "--scheduling-policy", "sjf").exit_code == 2
+    assert fake_engine.policies == ["makespan", "fcfs"]
 
 
 def test_batch_to_stdout_with_an_error_row(fake_engine: FakeClient, tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tpctl.checkpoint.sources import ResolvedSource
     from tpctl.cli.engine import prepare
-    from tpctl.cli.options import Device, DType
+    from tpctl.cli.options import Device, DType, SchedulingPolicy
+    from tpctl.engine.config import POLICIES
 
     source = ResolvedSource(tmp_path, "m", None)
     monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size: source)
@@ -208,6 +209,8 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
     assert (config.dtype, config.kv_cache_memory, config.block_size) == ("float32", 2 << 30, 32)
     assert config.enforce_eager
     assert prepare("m", EngineOptions(device=Device.cpu)).tp_size == 1
+    policies = {prepare("m", options, policy).scheduling_policy for policy in SchedulingPolicy}
+    assert policies == set(POLICIES)
 
 
 if __name__ == "__main__":
