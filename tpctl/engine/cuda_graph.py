@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpctl.engine.scheduler import ScheduledBatch
 from tpctl.kernels.prepare import DecodeInputs
 
 _RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent
 _PIECES = 8  # prefill chunks of a captured step
 _ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
 _SAMPLED = 64  # and sample a multiple of this many
+_MOST = 48  # such graphs; a job takes about ten
 
 
 def ladder(largest: int) -> list[int]:
@@ -167,15 +169,24 @@ class MixedGraphs:
         self._rows, self._limit = rows, limit
         self._max_blocks = max_blocks
         self._step = step
+        self._captured: set[tuple[int, int]] = set()
 
     @staticmethod
     def most_numbers(limit: int) -> int:
         """int32 numbers that a step of ``limit`` rows is given at most."""
         return 4 * limit + 3 * _PIECES + 2
 
-    def takes(self, num_tokens: int, num_pieces: int) -> bool:
+    def takes(self, batch: ScheduledBatch) -> bool:
         """Whether a step has a graph: neither larger than the limit nor so small that padding would cost much."""
-        return self._rows // 2 <= num_tokens <= self._limit and 0 < num_pieces <= _PIECES
+        if not (self._rows // 2 <= batch.num_tokens <= self._limit and 0 < batch.num_prefills <= _PIECES):
+            return False
+        size = self._size(batch.num_tokens, len(batch.sampled))
+        return size in self._captured or len(self._captured) < _MOST
+
+    def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:
+        """Rows, and rows that are sampled, of the graph for a step."""
+        rows = max(self._rows, -(-num_tokens // _ROWS) * _ROWS)
+        return rows, min(rows, max(_SAMPLED, -(-num_sampled // _SAMPLED) * _SAMPLED))
 
     def run(
         self,
@@ -192,8 +203,8 @@ class MixedGraphs:
         sampled: rows that are sampled.
         """
         count = len(slots)
-        size = max(self._rows, -(-count // _ROWS) * _ROWS)
-        picked = min(size, max(_SAMPLED, -(-len(sampled) // _SAMPLED) * _SAMPLED))
+        size, picked = self._size(count, len(sampled))
+        self._captured.add((size, picked))
         starts = [num_decodes]
         for piece in pieces:
             starts.append(starts[-1] + piece)

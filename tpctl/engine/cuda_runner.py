@@ -87,7 +87,7 @@ class CudaRunner(ModelRunner):
             if batch.num_decodes == len(batch.items) and simple and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
                 self._graphs.run(*rows, self._cuda_backend.is_long(len(slots), 1 + max(rows[1])))
-            elif simple and self._mixed is not None and self._mixed.takes(batch.num_tokens, batch.num_prefills):
+            elif simple and batch.paced and self._mixed is not None and self._mixed.takes(batch):
                 self._mixed.run(*self._mixed_rows(batch, slots))
             else:
                 logits = self._eager(batch, slots, simple)

@@ -48,10 +48,11 @@ class ScheduledSequence(NamedTuple):
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """One step's work: decodes first, then prefill chunks."""
+    """One step's work: decodes first, then prefill chunks. ``paced``: whether prompts had a budget of their own."""
 
     items: list[ScheduledSequence]
     num_decodes: int
+    paced: bool = False
 
     @property
     def num_prefills(self) -> int:
@@ -190,7 +191,7 @@ class Scheduler:
         num_decodes = len(items)
         if num_decodes < len(step.items):
             items += [item for item in step.items if not item.is_decode]
-        batch = ScheduledBatch(items, num_decodes)
+        batch = ScheduledBatch(items, num_decodes, paced is not None)
         self.stats.steps += 1
         self.stats.computed_tokens += batch.num_tokens
         return batch
