@@ -23,7 +23,7 @@ from tpctl.kernels import gated_linear
 from tpctl.kernels.paged_decode import paged_decode
 from tpctl.layers.attention import triton
 from tpctl.layers.attention.triton import TritonBackend
-from tpctl.layers.batch import ForwardBatch, PrefillPieces
+from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.models import cuda_decoder
 from tpctl.models.config import ModelConfig
 from tpctl.models.cuda_decoder import CudaDecoder
@@ -135,7 +135,7 @@ def test_same_logits_and_cache(
                 num_decodes=sum(NEW),
                 query_start_S1=None,
                 seq_lens_S=((positions + 1) * (sequence < DECODES)).int().to(DEVICE),
-                pieces=PrefillPieces(
+                chunks=PrefillChunks(
                     torch.cat([tables[DECODES:], tables[:1]]).to(DEVICE),
                     torch.tensor([*starts[DECODES:], starts[-1]], dtype=torch.int32, device=DEVICE),
                     torch.tensor([*LENGTHS[DECODES:], 0], dtype=torch.int32, device=DEVICE),

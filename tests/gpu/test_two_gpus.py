@@ -88,6 +88,8 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
     for policy in ("fcfs", "makespan"):
         with EngineClient(config(tmp_path / "tp2", 2, scheduling_policy=policy, **settings)) as client:
             found[policy] = generate(client, requests)
+            paced = client.stats()["paced_steps"]
+            assert paced > 20 if policy == "makespan" else paced == 0
     assert found["makespan"] == found["fcfs"]
 
 
@@ -122,6 +124,7 @@ def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path
                     client.abort([rng.choice(part).id])
             # Its books are checked by the engine itself, which is idle now; a leak would be fatal.
             stats = client.stats()
+            assert (stats["paced_steps"] > 0) == bool(settings)
             assert stats["free_blocks"] == stats["num_blocks"]
             memory.append(stats["device_memory"])
     assert len(reasons) == count

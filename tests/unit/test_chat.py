@@ -218,7 +218,11 @@ def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:
     assert [(s.temperature, s.max_tokens, s.seed) for s in sampling] == [(0.0, 256, 0), (0.0, 256, 1)]
     assert invoke("batch", str(prompts), "-o", str(out), "--force", "--scheduling-policy", "fcfs").exit_code == 0
     assert invoke("batch", str(prompts), "--scheduling-policy", "sjf").exit_code == 2
-    assert fake_engine.policies == ["makespan", "fcfs"]
+    # Whoever reads rows as they come, or sends lines as they please, should not wait for a whole job.
+    assert invoke("batch", str(prompts)).exit_code == 0
+    assert invoke("batch", "-", "-o", str(out), "--force", stdin='{"prompt": "a"}\n').exit_code == 0
+    assert invoke("batch", str(prompts), "--scheduling-policy", "makespan").exit_code == 0
+    assert fake_engine.policies == ["makespan", "fcfs", "fcfs", "fcfs", "makespan"]
 
 
 def test_batch_to_stdout_with_an_error_row(fake_engine: FakeClient, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import random
 import pytest
 
 from tpctl.engine.block_manager import BlockManager
-from tpctl.engine.pacing import Pace, prefill_budget
+from tpctl.engine.pacing import Pace, leeway, prefill_budget
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch, Scheduler
 from tpctl.launch.messages import Request
 
-PACE = Pace(rows=64, limit=128)
+PACE = Pace(rows=64, limit=128, chunks=8)
 EOS = 7
 
 
@@ -21,12 +21,15 @@ EOS = 7
     [
         (0, 5000, 100, [(200, 50)], 64),  # as many as fill the rows
         (40, 5000, 100, [(200, 50)], 24),
-        (64, 5000, 100, [(200, 50)], 4),  # only what must not start too late: 200 tokens in 50 + 16 steps
-        (90, 5000, 100, [(1000, 100)], 63 if 90 + 63 <= 128 else None),  # 1,000 in 16 steps is too much for the limit
-        (50, 5000, 100, [(800, 100)], 50),
-        (50, 5000, 100, [(100, 90), (900, 10)], 14),  # 1,000 in 106 steps, 100 in 26
-        (0, 12801, 100, [(200, 50)], None),  # more than 128 tokens a step until the longest ends
-        (0, 200, 0, [(200, 1)], None),
+        (64, 5000, 100, [(200, 50)], 4),  # only what must not start too late: 200 tokens in 50 steps
+        (50, 5000, 100, [(700, 90)], 70),
+        (90, 5000, 100, [(700, 90)], None),  # 90 and 70 are more than 128
+        (50, 5000, 100, [(100, 95), (1000, 50)], 22),  # 1,100 in 50 steps, 100 in 5
+        (0, 5000, 100, [(100, 99)], 100),
+        (0, 5000, 100, [(100, 120)], 100),  # too late already: at once
+        (0, 12801, 100, [(200, 50)], None),  # more than 128 tokens a step until the end
+        (0, 5000, 100, [(2, 98)] * 16, 64),  # 8 chunks in each of 2 steps
+        (0, 5000, 100, [(2, 98)] * 17, None),
     ],
 )
 def test_budget(decodes: int, work: int, horizon: int, pending: list[tuple[int, int]], budget: int | None) -> None:
@@ -72,20 +75,32 @@ def job(count: int, seed: int) -> list[Request]:
     return [request(i, pick.randint(20, 100), pick.randint(10, 200)) for i in range(count)]
 
 
-@pytest.mark.parametrize("count", [5, 40])
-def test_a_job_ends_as_soon_in_steps_of_few_rows(count: int) -> None:
+@pytest.mark.parametrize("count,largest,beside", [(5, 0, 3), (40, 4 * PACE.limit, 40)])
+def test_a_job_ends_as_soon_in_steps_of_few_rows(count: int, largest: int, beside: int) -> None:
     requests = job(count, count)
     fast, paced = make(None), make(PACE)
     for scheduler in (fast, paced):
         for one in requests:
             assert scheduler.add(one) is None
     fast_steps, paced_steps = drive(fast), drive(paced)
-    assert max(step.num_tokens for step in fast_steps) > 4 * PACE.limit or count == 5
+    assert max(step.num_tokens for step in fast_steps) > largest
     assert max(step.num_tokens for step in paced_steps) <= PACE.limit
-    assert len(paced_steps) <= len(fast_steps) + 20  # the leeway, and a prompt's own steps
-    beside = [step for step in paced_steps if step.num_prefills and step.num_decodes]
-    assert len(beside) >= (3 if count == 5 else 40)
+    assert len(paced_steps) <= max(r.sampling.max_tokens for r in requests) + leeway(200) + 1
+    assert len([step for step in paced_steps if step.num_prefills and step.num_decodes]) >= beside
+    assert paced.stats.paced_steps == len([step for step in paced_steps if step.paced]) > beside
+    assert max(step.num_prefills for step in paced_steps) <= PACE.chunks
     assert paced.stats.generated_tokens == fast.stats.generated_tokens == sum(r.sampling.max_tokens for r in requests)
+
+
+@pytest.mark.parametrize("count,prompt,answer", [(100, 20, 64), (100, 20, 32), (30, 60, 200), (12, 40, 200)])
+def test_equal_answers_end_together(count: int, prompt: int, answer: int) -> None:
+    """All have to start at once, whatever their number: what is put off from step to step must not add up."""
+    scheduler = make(PACE)
+    scheduler.max_num_seqs = count
+    for i in range(count):
+        assert scheduler.add(request(i, prompt, answer)) is None
+    # A prompt of the last steps before the end is part of a step of its own at worst.
+    assert len(drive(scheduler)) <= answer + leeway(answer) + 2
 
 
 def test_longest_answers_start_first() -> None:
@@ -102,7 +117,7 @@ def test_longest_answers_start_first() -> None:
     "requests",
     [
         [request(i, 60, 40) for i in range(60)],  # all are as long: waiting would make the last one end last
-        job(400, 1),  # more than the rows of the longest answer's steps
+        job(400, 1),  # more than the rows of the longest answer's steps, and than the cache holds
     ],
 )
 def test_what_cannot_wait_is_computed_as_without_a_pace(requests: list[Request]) -> None:
@@ -140,18 +155,44 @@ def test_early_ends_only_raise_the_pace() -> None:
     assert len(steps) < tokens / PACE.rows + 200 / 3 + 20
 
 
-def test_preempted_and_aborted_requests_keep_the_books() -> None:
-    """Memory for a few sequences only: all end, and with their tokens."""
-    scheduler = make(PACE, blocks=150)
+def test_answers_far_shorter_than_they_may_be_end_the_pace() -> None:
+    requests = [request(i, 60, 150 + 2 * i) for i in range(50)]
+    lengths = {r.id: len(r.token_ids) + 3 for r in requests}
+    scheduler = make(PACE)
+    for one in requests:
+        scheduler.add(one)
+    steps = drive(scheduler, lengths)
+    assert steps[0].paced
+    assert not steps[-1].paced
+    assert max(step.num_tokens for step in steps) > PACE.limit
+
+
+def test_a_job_larger_than_the_cache_is_not_paced() -> None:
     requests = job(30, 5)
+    scheduler = make(PACE, blocks=150)
     for one in requests:
         assert scheduler.add(one) is None
-    for _ in range(20):
+    steps = drive(scheduler)
+    assert not steps[0].paced
+    assert scheduler.stats.preemptions > 0
+    assert scheduler.stats.generated_tokens == sum(r.sampling.max_tokens for r in requests)
+
+
+def test_aborted_requests_keep_the_books() -> None:
+    """One that waits, one whose prompt is half computed, one that decodes."""
+    scheduler = make(PACE)
+    requests = job(40, 5)
+    for one in requests:
+        assert scheduler.add(one) is None
+    while not (scheduler.waiting and any(s.num_uncomputed_tokens > 1 for s in scheduler.running.values())):
         batch = scheduler.schedule()
         assert batch is not None
         scheduler.commit(batch, [1] * len(batch.sampled))
-    for id in ("3", "17"):
-        scheduler.abort(id)
+        scheduler.check_integrity()
+    half = next(s.id for s in scheduler.running.values() if s.num_uncomputed_tokens > 1)
+    decoding = next(s.id for s in scheduler.running.values() if s.num_uncomputed_tokens == 1)
+    for id in (scheduler.waiting[0].id, half, decoding):
+        assert scheduler.abort(id) is not None
+        scheduler.check_integrity()
     drive(scheduler)
-    assert scheduler.stats.preemptions > 0
-    assert scheduler.stats.finished >= 28
+    assert scheduler.stats.finished == 37

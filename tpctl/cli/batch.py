@@ -36,7 +36,7 @@ def batch(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
-    scheduling_policy: Policy = SchedulingPolicy.makespan,
+    scheduling_policy: Policy | None = None,
     *,
     engine: EngineOptions,
     sampling: SamplingOptions,
@@ -49,6 +49,9 @@ def batch(
     By default answers are greedy (temperature 0) and at most 256 tokens long; line n without a seed gets
     --seed + n - 1. Until all rows are there they are kept in OUTPUT.partial. The exit code is 1 if any row is
     an error.
+
+    The scheduling policy is makespan if prompts and answers are files. Elsewhere somebody may wait for the first
+    rows, so it is fcfs.
     """
     from tpctl.client.batch import Batch
     from tpctl.client.engine_client import EngineClient
@@ -71,7 +74,8 @@ def batch(
         _stream(output, target) as out,
     ):
         _check_kept(prompts, stream, results)
-        config = prepare(model, engine, scheduling_policy)
+        policy = scheduling_policy or _policy(prompts, target)
+        config = prepare(model, engine, policy)
         with EngineClient(config) as client:
             tokenizer = Tokenizer(config.shard_dir)
             with status(f"loading {model}"):
@@ -136,6 +140,10 @@ def _target(output: str) -> Path | None:
     if path.is_symlink():
         path = path.resolve()  # the link stays, what it names is replaced
     return None if path.exists() and not path.is_file() and not path.is_dir() else path
+
+
+def _policy(prompts: str, target: Path | None) -> SchedulingPolicy:
+    return SchedulingPolicy.makespan if target is not None and Path(prompts).is_file() else SchedulingPolicy.fcfs
 
 
 def _check_target(target: Path, prompts: str, *, resume: bool, force: bool) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpctl.engine.pacing import Pace
 from tpctl.engine.scheduler import ScheduledBatch
 from tpctl.kernels.prepare import DecodeInputs
 
 _RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent
-_PIECES = 8  # prefill chunks of a captured step
 _ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
 _SAMPLED = 64  # and sample a multiple of this many
 _MOST = 48  # such graphs; a job takes about ten
@@ -142,8 +142,8 @@ class MixedInputs:
     logits_rows: Tensor
 
     @staticmethod
-    def allocate(rows: int, sampled: int, max_blocks: int, device: torch.device) -> MixedInputs:
-        sizes = [3 * rows, 1, _PIECES + 1, _PIECES, _PIECES, sampled]
+    def allocate(rows: int, chunks: int, sampled: int, max_blocks: int, device: torch.device) -> MixedInputs:
+        sizes = [3 * rows, 1, chunks + 1, chunks, chunks, sampled]
         flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         packed, *others = torch.split(flat, sizes)
         packed[:rows].fill_(-1)
@@ -151,7 +151,7 @@ class MixedInputs:
 
 
 class MixedGraphs:
-    """Captured steps of decodes and prefill chunks together, of ``rows`` to ``limit`` rows.
+    """Captured steps of decodes and prefill chunks together, as large as ``pace`` makes them.
 
     Args:
         step: computes one such step from its inputs.
@@ -160,32 +160,32 @@ class MixedGraphs:
     def __init__(
         self,
         steps: CapturedSteps,
-        rows: int,
-        limit: int,
+        pace: Pace,
         max_blocks: int,
         step: Callable[[MixedInputs], None],
     ) -> None:
         self._steps = steps
-        self._rows, self._limit = rows, limit
+        self._pace = pace
         self._max_blocks = max_blocks
         self._step = step
         self._captured: set[tuple[int, int]] = set()
 
     @staticmethod
-    def most_numbers(limit: int) -> int:
-        """int32 numbers that a step of ``limit`` rows is given at most."""
-        return 4 * limit + 3 * _PIECES + 2
+    def most_numbers(rows: int, chunks: int) -> int:
+        """int32 numbers that a step of ``rows`` is given at most."""
+        return 4 * rows + 3 * chunks + 2
 
     def takes(self, batch: ScheduledBatch) -> bool:
         """Whether a step has a graph: neither larger than the limit nor so small that padding would cost much."""
-        if not (self._rows // 2 <= batch.num_tokens <= self._limit and 0 < batch.num_prefills <= _PIECES):
+        pace = self._pace
+        if not (pace.rows // 2 <= batch.num_tokens <= pace.limit and 0 < batch.num_prefills <= pace.chunks):
             return False
         size = self._size(batch.num_tokens, len(batch.sampled))
         return size in self._captured or len(self._captured) < _MOST
 
     def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:
         """Rows, and rows that are sampled, of the graph for a step."""
-        rows = max(self._rows, -(-num_tokens // _ROWS) * _ROWS)
+        rows = max(self._pace.rows, -(-num_tokens // _ROWS) * _ROWS)
         return rows, min(rows, max(_SAMPLED, -(-num_sampled // _SAMPLED) * _SAMPLED))
 
     def run(
@@ -194,22 +194,22 @@ class MixedGraphs:
         positions: list[int],
         tokens: list[int],
         num_decodes: int,
-        pieces: list[int],
+        chunks: list[int],
         sampled: list[int],
     ) -> None:
         """One step.
 
-        slots, positions, tokens: of each row, the decodes' first. pieces: how many rows each prefill chunk has.
+        slots, positions, tokens: of each row, the decodes' first. chunks: how many rows each prefill chunk has.
         sampled: rows that are sampled.
         """
         count = len(slots)
         size, picked = self._size(count, len(sampled))
         self._captured.add((size, picked))
         starts = [num_decodes]
-        for piece in pieces:
-            starts.append(starts[-1] + piece)
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk)
         lens = [positions[end - 1] + 1 for end in starts[1:]]
-        empty = _PIECES - len(pieces)
+        empty = self._pace.chunks - len(chunks)
         padding = [0] * (size - count)
         numbers = [
             *(*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding),
@@ -221,7 +221,7 @@ class MixedGraphs:
         ]
 
         def make() -> tuple[Tensor, Callable[[], None]]:
-            inputs = MixedInputs.allocate(size, picked, self._max_blocks, self._steps.device)
+            inputs = MixedInputs.allocate(size, self._pace.chunks, picked, self._max_blocks, self._steps.device)
             return inputs.flat, lambda: self._step(inputs)
 
         self._steps.run(("mixed", size, picked), numbers, make)

@@ -30,14 +30,14 @@ from tpctl.kernels.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling import sample
 from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.attention.paged import PagedBackend
-from tpctl.layers.batch import ForwardBatch, PrefillPieces
+from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
 
 _RESERVE = 256 << 20  # bytes left for graphs, NCCL and fragmentation
 _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
 # Rows that an H100 multiplies in little more than the time of a few (docs/kernel-notes.md): where a layer has many
 # weights reading them takes that long, where it has few the latency of its kernels does.
-_PACE, _SMALL_PACE = Pace(rows=256, limit=512), Pace(rows=512, limit=1024)
+_PACE, _SMALL_PACE = Pace(rows=256, limit=512, chunks=8), Pace(rows=512, limit=1024, chunks=8)
 _SMALL_LAYER = 64 << 20  # bytes of a rank
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
@@ -58,7 +58,7 @@ class CudaRunner(ModelRunner):
         rows = self._max_rows
         blocks = -(-self.max_model_len // self.backend.block_size)
         self._max_blocks = blocks
-        # One slot more than can run: a step may still compute a sequence that has ended, beside its successor.
+        # More slots than can run: a step may still compute a sequence that has ended, beside its successor.
         self._slots = Slots(2 * config.max_num_seqs, blocks, group.device)
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=group.device)
         self._results = [torch.zeros(rows, dtype=torch.int64, pin_memory=True) for _ in range(_RING)]
@@ -67,10 +67,11 @@ class CudaRunner(ModelRunner):
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not config.enforce_eager:
-            steps = CapturedSteps(self._sampled, MixedGraphs.most_numbers(rows))
+            chunks = 0 if self.pace is None else self.pace.chunks
+            steps = CapturedSteps(self._sampled, MixedGraphs.most_numbers(rows, chunks))
             self._graphs = DecodeGraphs(steps, config.max_num_seqs, blocks, self._decode_step)
             if self.pace is not None:
-                self._mixed = MixedGraphs(steps, *self.pace, blocks, self._mixed_step)
+                self._mixed = MixedGraphs(steps, self.pace, blocks, self._mixed_step)
 
     @property
     def _cuda_backend(self) -> PagedBackend:
@@ -193,7 +194,7 @@ class CudaRunner(ModelRunner):
             num_decodes=count,
             logits_rows=inputs.logits_rows.long(),
             seq_lens_S=rows.seq_lens * decodes,
-            pieces=PrefillPieces(
+            chunks=PrefillChunks(
                 rows.block_tables.index_select(0, inputs.last_row_P), inputs.query_start_P1, inputs.seq_lens_P
             ),
         )

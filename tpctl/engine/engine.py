@@ -94,6 +94,7 @@ class Engine:
             "computed_tokens": scheduler.computed_tokens,
             "generated_tokens": scheduler.generated_tokens,
             "preemptions": scheduler.preemptions,
+            "paced_steps": scheduler.paced_steps,
             "prefix_cache_queried_tokens": blocks.queried_tokens,
             "prefix_cache_hit_tokens": blocks.hit_tokens,
             "evictions": blocks.evictions,

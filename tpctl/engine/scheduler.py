@@ -5,7 +5,7 @@ no schedule ever travels between ranks.
 
 One step takes a budget of tokens. Running sequences come first, oldest first: a decode needs one token, an unfinished
 prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing.
-With a ``Pace``, prompts may have a smaller budget, and the longest answers go first.
+With a ``Pace``, prompts may have a smaller budget, and the longest answers are then admitted first.
 When blocks run out, the youngest running sequence is preempted: it gives up its blocks and waits to be computed again
 from its tokens, which prefix caching often makes cheap.
 
@@ -22,9 +22,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tpctl.engine.block_manager import BlockManager
-from tpctl.engine.pacing import Pace, prefill_budget
+from tpctl.engine.pacing import Pace, leeway, prefill_budget
 from tpctl.engine.sequence import Sequence
 from tpctl.launch.messages import Output, Request
+
+_FEW = 32  # answers that must have ended before their lengths say anything
 
 
 class ScheduledSequence(NamedTuple):
@@ -83,16 +85,23 @@ class SchedulerStats:
     generated_tokens: int = 0
     preemptions: int = 0
     finished: int = 0
+    paced_steps: int = 0
 
 
 @dataclass
 class _Step:
-    """What a step has left (in all, and for prompts) and has chosen so far."""
+    """What a step has left (tokens in all and of prompts, parts of prompts) and has chosen so far."""
 
     budget: int
     prefill: int
+    chunks: int
     items: list[ScheduledSequence] = field(default_factory=list)
     chosen: set[str] = field(default_factory=set)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether part of a prompt can be added."""
+        return self.budget > 0 and self.prefill > 0 and self.chunks > 0
 
 
 class Scheduler:
@@ -131,7 +140,8 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._rushing = False  # prompts are computed as fast as possible, until all are
+        self._end = 0  # the step by which all requests so far may have ended, had each started as it came
+        self._promised = self._given = 0  # tokens that the answers which have ended could have had, and had
 
     @property
     def has_work(self) -> bool:
@@ -164,6 +174,8 @@ class Scheduler:
         sequence.rope_offset = self.rope_offset(longest)
         sequence.arrival = self._arrivals
         self._arrivals += 1
+        answer = longest - length
+        self._end = max(self._end, self.stats.steps + answer + leeway(answer))
         self._by_id[request.id] = sequence
         self.waiting.append(sequence)
         self.stats.prompt_tokens += length
@@ -181,7 +193,8 @@ class Scheduler:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
         budget = self.max_num_batched_tokens
         paced = self._prefill_budget()
-        step = _Step(budget, budget if paced is None else paced)
+        chunks = budget if paced is None or self.pace is None else self.pace.chunks
+        step = _Step(budget, budget if paced is None else paced, chunks)
         preempted = self._schedule_running(step)
         if not preempted:
             self._admit_waiting(step)
@@ -194,6 +207,7 @@ class Scheduler:
         batch = ScheduledBatch(items, num_decodes, paced is not None)
         self.stats.steps += 1
         self.stats.computed_tokens += batch.num_tokens
+        self.stats.paced_steps += batch.paced
         return batch
 
     def commit(
@@ -216,6 +230,8 @@ class Scheduler:
             if reason is not None:
                 self._finish(sequence)
                 self.stats.finished += 1
+                self._promised += sequence.max_num_tokens - sequence.num_prompt_tokens
+                self._given += len(sequence.token_ids) - sequence.num_prompt_tokens
             reported = [logprobs[row]] if logprobs is not None and sequence.params.logprobs is not None else None
             outputs.append(Output(sequence.id, [token], reason, None, reported, sequence.num_cached_tokens))
         return outputs
@@ -248,7 +264,7 @@ class Scheduler:
         return preempted
 
     def _admit_waiting(self, step: _Step) -> None:
-        while self.waiting and step.budget and step.prefill and len(self.running) < self.max_num_seqs:
+        while self.waiting and step.has_room and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if sequence.num_in_flight:
                 break  # preempted with a token under way; its id is needed before it can be computed again
@@ -266,14 +282,16 @@ class Scheduler:
     def _room(self, step: _Step, sequence: Sequence) -> int:
         """How many of a sequence's uncomputed tokens the step has room for."""
         tokens = sequence.num_uncomputed_tokens
-        return min(tokens, step.budget) if tokens <= 1 else min(tokens, step.budget, step.prefill)
+        if tokens <= 1:
+            return min(tokens, step.budget)
+        return min(tokens, step.budget, step.prefill) if step.chunks else 0
 
     def _prefill_budget(self) -> int | None:
         """Prompt tokens of the next step (``pacing.prefill_budget``), the longest answers put first; ``None``: no limit
         of their own, in the order of arrival."""
         if self.pace is None:
             return None
-        decodes = work = horizon = 0
+        decodes = work = cached = longest = 0
         pending: list[tuple[int, int]] = []
         for sequence in self.running.values():
             prompt, answer = sequence.num_uncomputed_tokens, sequence.max_num_tokens - sequence.num_tokens
@@ -282,21 +300,28 @@ class Scheduler:
             else:
                 decodes += prompt > 0 and answer > 0
             work += prompt + answer
-            horizon = max(horizon, answer)
+            cached += sequence.max_num_tokens
+            longest = max(longest, answer)
         if not pending and not self.waiting:
-            self._rushing = False
-        if self._rushing or (not pending and not self.waiting):
             return None
         for sequence in self.waiting:
             prompt, answer = len(sequence.token_ids), sequence.max_num_tokens - sequence.num_tokens
             pending.append((prompt, answer))
             work += prompt + answer
-            horizon = max(horizon, answer)
-        pending.sort(key=lambda left: -left[1])
-        budget = prefill_budget(self.pace, decodes, work, horizon, pending)
-        self._rushing = budget is None
-        self.waiting.sort(key=_arrival if self._rushing else _longest_first)
+            cached += sequence.max_num_tokens
+            longest = max(longest, answer)
+        now = self.stats.steps
+        budget = None
+        if self._keeps_promises() and cached <= self.blocks.num_blocks * self.blocks.block_size:
+            horizon = min(self._end - now, longest + leeway(longest))
+            pending.sort(key=lambda left: -left[1])
+            budget = prefill_budget(self.pace, decodes, work, horizon, pending)
+        self.waiting.sort(key=_arrival if budget is None else _longest_first)
         return budget
+
+    def _keeps_promises(self) -> bool:
+        """Whether answers become as long as they may, by a quarter at least; taken for granted of the first few."""
+        return self.stats.finished < _FEW or self._promised <= 4 * self._given
 
     def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
         start = sequence.num_computed_tokens
@@ -304,7 +329,9 @@ class Scheduler:
         step.items.append(ScheduledSequence(sequence, start, tokens, samples))
         step.chosen.add(sequence.id)
         step.budget -= tokens
-        step.prefill -= tokens if sequence.num_tokens - start > 1 else 0
+        if not samples or tokens > 1:
+            step.prefill -= tokens
+            step.chunks -= 1
         sequence.num_computed_tokens = start + tokens
         sequence.num_in_flight += samples
         # Shared from now on, before it is computed: in every layer all keys of a step are stored before any sequence
@@ -340,5 +367,6 @@ def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
 
 
-def _longest_first(sequence: Sequence) -> tuple[int, int]:
-    return sequence.num_tokens - sequence.max_num_tokens, sequence.arrival
+def _longest_first(sequence: Sequence) -> tuple[bool, int, int]:
+    """Preempted ones before all: their blocks may still be in the prefix cache."""
+    return not sequence.admissions, sequence.num_tokens - sequence.max_num_tokens, sequence.arrival

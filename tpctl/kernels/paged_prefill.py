@@ -196,7 +196,7 @@ def paged_prefill(
     block_dim = next_power_of_2(head_dim)
     if q_TND.element_size() == 4:
         block_m, tile, warps, stages = 32, 32, 4, 1
-    elif num_tokens <= max(512, 64 * num_seqs):  # short pieces: do not pad them far
+    elif num_tokens <= max(512, 64 * num_seqs):  # short chunks: do not pad them far
         block_m, tile, warps, stages = 64, 64, 4, 2
     else:
         block_m, tile, warps, stages = 128, 64 if block_size < 128 else 128, 8, 2

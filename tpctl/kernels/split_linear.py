@@ -1,8 +1,9 @@
 """Linear layers for a few dozen rows, the input features cut into runs that are multiplied side by side.
 
-At 17 to 320 rows cuBLAS has too few output tiles to busy a GPU where the outputs are few (o_proj, down_proj, a rank's
-qkv_proj), and adds a reduction where it splits the input by itself. One batched GEMM over the runs fills the GPU, and
-the sums of the runs are left to the kernel that reads the result anyway: RMSNorm, the all-reduce or RoPE.
+From 17 rows to a few hundred cuBLAS has too few output tiles to busy a GPU where the outputs are few (o_proj,
+down_proj, a rank's qkv_proj), and adds a reduction where it splits the input by itself. One batched GEMM over the runs
+fills the GPU, and the sums of the runs are left to the kernel that reads the result anyway: RMSNorm, the all-reduce or
+RoPE.
 """
 
 from __future__ import annotations

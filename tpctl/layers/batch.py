@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class PrefillPieces(NamedTuple):
+class PrefillChunks(NamedTuple):
     """Where the prefill chunks of a captured step lie: as ``ForwardBatch``'s fields, for P chunks of which some may be
     empty.
 
@@ -45,7 +45,7 @@ class ForwardBatch:
         logits_rows: int64 [R], rows of T whose logits are wanted.
         query_start_S1, seq_lens_S: int32 device copies of the lengths, for kernels; ``None`` where unused.
         long_context: whether the backend called this step long (``PagedBackend.is_long``).
-        pieces: set in a captured step of decodes and prefill chunks, whose split must not be part of the graph: every
+        chunks: set in a captured step of decodes and prefill chunks, whose split must not be part of the graph: every
             row then counts as a decode, with a length of 0 in ``seq_lens_S`` where it belongs to one of these chunks.
         scratch: what a backend or layer prepares once a step and uses in every layer.
     """
@@ -61,7 +61,7 @@ class ForwardBatch:
     query_start_S1: Tensor | None = None
     seq_lens_S: Tensor | None = None
     long_context: bool = False
-    pieces: PrefillPieces | None = None
+    chunks: PrefillChunks | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
 
     @property

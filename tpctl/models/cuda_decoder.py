@@ -48,7 +48,7 @@ class CudaDecoder:
     """Runs ``decoder`` on its device. One instance per stream: its scratch memory is shared by all calls.
 
     Args:
-        max_rows: the largest decode batch.
+        max_rows: the largest decode batch, or captured step.
         max_tokens: the largest step.
 
     Creation is collective where there are several ranks.

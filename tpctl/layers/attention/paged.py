@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from tpctl.layers.attention.base import AttentionBackend, LayerKV
-from tpctl.layers.batch import ForwardBatch, PrefillPieces
+from tpctl.layers.batch import ForwardBatch, PrefillChunks
 
 
 class PagedBackend(AttentionBackend):
     """A backend whose kernels read the paged cache in place.
 
     Attributes:
-        captures_prefill: whether steps with ``ForwardBatch.pieces`` can be run, and so captured in a graph.
+        captures_prefill: whether steps with ``ForwardBatch.chunks`` can be run, and so captured in a graph.
     """
 
     captures_prefill = False
@@ -42,8 +42,8 @@ class PagedBackend(AttentionBackend):
         """[T, N * D]: as ``attend``, when the new keys and values are already in the cache."""
         assert batch.seq_lens_S is not None
         decodes, out_TND = batch.num_decodes, torch.empty_like(q_TND)
-        if batch.pieces is not None:
-            self.beside(q_TND, kv, window, batch, batch.pieces, out_TND)
+        if batch.chunks is not None:
+            self.beside(q_TND, kv, window, batch, batch.chunks, out_TND)
         elif decodes:
             tables, lens = batch.block_tables[:decodes], batch.seq_lens_S[:decodes]
             self.decode(q_TND[:decodes], kv, tables, lens, window, batch, out_TND[:decodes])
@@ -64,10 +64,10 @@ class PagedBackend(AttentionBackend):
         kv: LayerKV,
         window: int | None,
         batch: ForwardBatch,
-        pieces: PrefillPieces,
+        chunks: PrefillChunks,
         out_TND: Tensor,
     ) -> None:
-        """Decodes and prefill chunks of a captured step at once (``ForwardBatch.pieces``) into ``out_TND``."""
+        """Decodes and prefill chunks of a captured step at once (``ForwardBatch.chunks``) into ``out_TND``."""
         raise NotImplementedError
 
     @abstractmethod

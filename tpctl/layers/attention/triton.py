@@ -12,7 +12,7 @@ from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, 
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.layers.attention.base import HeadShape, LayerKV
 from tpctl.layers.attention.paged import PagedBackend, prefill_lengths
-from tpctl.layers.batch import ForwardBatch, PrefillPieces
+from tpctl.layers.batch import ForwardBatch, PrefillChunks
 
 
 class TritonBackend(PagedBackend):
@@ -79,7 +79,7 @@ class TritonBackend(PagedBackend):
         kv: LayerKV,
         window: int | None,
         batch: ForwardBatch,
-        pieces: PrefillPieces,
+        chunks: PrefillChunks,
         out_TND: Tensor,
     ) -> None:
         # A few dozen programs whose time is latency, on a stream of their own beside decodes that memory limits.
@@ -91,9 +91,9 @@ class TritonBackend(PagedBackend):
                 q_TND,
                 kv.k,
                 kv.v,
-                pieces.block_tables,
-                pieces.query_start_P1,
-                pieces.seq_lens_P,
+                chunks.block_tables,
+                chunks.query_start_P1,
+                chunks.seq_lens_P,
                 scale=self.heads.scale,
                 window=window,
                 out=out_TND,
