@@ -127,14 +127,18 @@ def test_same_logits_and_cache(
             captured
         ):  # every token a row, those of prefill chunks without work for the decode kernel; one chunk is empty
             starts = [0, *ends.tolist()]
+            padding = torch.zeros(3, dtype=torch.int64)
             batch = dataclasses.replace(
                 batch,
-                block_tables=tables[sequence].to(DEVICE),
+                input_ids=torch.cat([ids, padding]).to(DEVICE),
+                rope_positions=torch.cat([positions, padding]).to(DEVICE),
+                slot_mapping=torch.cat([slots, padding - 1]).to(DEVICE),
+                block_tables=tables[torch.cat([sequence, padding])].to(DEVICE),
                 query_lens=[],
                 seq_lens=[],
-                num_decodes=sum(NEW),
+                num_decodes=sum(NEW) + 3,
                 query_start_S1=None,
-                seq_lens_S=((positions + 1) * (sequence < DECODES)).int().to(DEVICE),
+                seq_lens_S=torch.cat([(positions + 1) * (sequence < DECODES), padding]).int().to(DEVICE),
                 chunks=PrefillChunks(
                     torch.cat([tables[DECODES:], tables[:1]]).to(DEVICE),
                     torch.tensor([*starts[DECODES:], starts[-1]], dtype=torch.int32, device=DEVICE),

@@ -1,0 +1,91 @@
+"""What the host packs for a captured step of decodes and prompts is what the step reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tpctl.engine.cuda_graph import MixedGraphs, MixedInputs
+from tpctl.engine.pacing import Pace
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
+from tpctl.engine.sequence import Sequence
+from tpctl.kernels.prepare import SlotTables, prepare_decode
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+PACE = Pace(rows=32, limit=64, chunks=4)
+BLOCK = 16
+
+
+class Uncaptured:
+    """Runs a step where ``CapturedSteps`` would replay it."""
+
+    device = DEVICE
+
+    def __init__(self) -> None:
+        self.keys: list[Hashable] = []
+
+    def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[torch.Tensor, Callable[[], None]]]):
+        self.keys.append(key)
+        assert len(numbers) <= MixedGraphs.most_numbers(PACE.limit, PACE.chunks)
+        target, step = make()
+        target.copy_(torch.tensor(numbers, dtype=torch.int32))
+        step()
+
+
+def test_packed_rows() -> None:
+    seen: list[MixedInputs] = []
+    steps = Uncaptured()
+    graphs = MixedGraphs(steps, PACE, 8, seen.append)  # type: ignore[arg-type]
+    # Two decodes, a chunk of 5 tokens behind 30 that ends its prompt, one of 20 that does not, 5 rows of padding.
+    slots, positions = [3, 7, *[1] * 5, *[2] * 20], [40, 9, *range(30, 35), *range(20)]
+    tokens = [-1, 11, *range(100, 105), *range(200, 220)]
+    graphs.run(slots, positions, tokens, 2, [5, 20], [0, 1, 6])
+    assert steps.keys == [("mixed", 32, 32)]
+
+    (inputs,) = seen
+    assert inputs.num_decodes.tolist() == [2]
+    assert inputs.query_start_P1.tolist() == [2, 7, 27, 27, 27]
+    assert inputs.seq_lens_P.tolist() == [35, 20, 0, 0]
+    assert inputs.logits_rows.tolist() == [0, 1, 6, *[0] * 29]
+    tables = SlotTables.allocate(10, 8, DEVICE)
+    tables.block_tables.copy_(torch.arange(1, 81).view(10, 8))
+    sampled = torch.tensor([99, 98], device=DEVICE)
+    prepare_decode(inputs.rows, sampled, tables, BLOCK)
+    assert inputs.rows.input_ids[:27].tolist() == [99, *tokens[1:]]
+    assert inputs.rows.slot_mapping[27:].tolist() == [-1] * 5
+    assert inputs.rows.slot_mapping[2:7].tolist() == [(9 + at // BLOCK) * BLOCK + at % BLOCK for at in range(30, 35)]
+    # The last row of a chunk has all of its blocks.
+    chosen = inputs.rows.block_tables[inputs.last_row_P.long()]
+    assert chosen[0, :3].tolist() == [9, 10, 11]
+    assert chosen[1, :2].tolist() == [17, 18]
+
+
+def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
+    def item(tokens: int) -> ScheduledSequence:
+        return ScheduledSequence(Sequence("s", [1] * tokens, SamplingParams(), 99), 0, tokens, tokens == 1)
+
+    return ScheduledBatch([item(1)] * decodes + [item(tokens) for tokens in chunks], decodes, True)
+
+
+@pytest.mark.parametrize(
+    "decodes,chunks,taken",
+    [
+        (10, [6], True),
+        (10, [5], False),  # less than half of the rows
+        (10, [54], True),
+        (10, [55], False),  # more than the limit
+        (20, [], False),  # decodes have graphs of their own
+        (10, [5] * 4, True),
+        (10, [5] * 5, False),
+    ],
+)
+def test_what_is_captured(decodes: int, chunks: list[int], taken: bool) -> None:
+    graphs = MixedGraphs(Uncaptured(), PACE, 8, lambda inputs: None)  # type: ignore[arg-type]
+    assert graphs.takes(batch(decodes, chunks)) is taken
