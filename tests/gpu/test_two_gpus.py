@@ -94,7 +94,16 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"scheduling_policy": "makespan", "max_num_seqs": 64, "max_num_batched_tokens": 1024}]
+    "settings",
+    [
+        {},
+        {
+            "scheduling_policy": "makespan",
+            "kv_cache_memory": 256 << 20,
+            "max_num_seqs": 64,
+            "max_num_batched_tokens": 1024,
+        },
+    ],
 )
 def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
     make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128})

@@ -157,13 +157,7 @@ class MixedGraphs:
         step: computes one such step from its inputs.
     """
 
-    def __init__(
-        self,
-        steps: CapturedSteps,
-        pace: Pace,
-        max_blocks: int,
-        step: Callable[[MixedInputs], None],
-    ) -> None:
+    def __init__(self, steps: CapturedSteps, pace: Pace, max_blocks: int, step: Callable[[MixedInputs], None]) -> None:
         self._steps = steps
         self._pace = pace
         self._max_blocks = max_blocks
