@@ -43,7 +43,7 @@ class PagedBackend(AttentionBackend):
         assert batch.seq_lens_S is not None
         decodes, out_TND = batch.num_decodes, torch.empty_like(q_TND)
         if batch.chunks is not None:
-            self.beside(q_TND, kv, window, batch, batch.chunks, out_TND)
+            self.decode_and_prefill(q_TND, kv, window, batch, batch.chunks, out_TND)
         elif decodes:
             tables, lens = batch.block_tables[:decodes], batch.seq_lens_S[:decodes]
             self.decode(q_TND[:decodes], kv, tables, lens, window, batch, out_TND[:decodes])
@@ -58,7 +58,7 @@ class PagedBackend(AttentionBackend):
         """
         return False
 
-    def beside(
+    def decode_and_prefill(
         self,
         q_TND: Tensor,
         kv: LayerKV,

@@ -73,7 +73,7 @@ class TritonBackend(PagedBackend):
         # Ignored by the kernel for batches that it would slow down.
         paged_decode(q_SND, kv.k, kv.v, tables_SM, lens_S, plan, scale=self.heads.scale, out=out_SND, pdl=True)
 
-    def beside(
+    def decode_and_prefill(
         self,
         q_TND: Tensor,
         kv: LayerKV,
@@ -86,7 +86,7 @@ class TritonBackend(PagedBackend):
         assert batch.seq_lens_S is not None
         if self._side is None and q_TND.is_cuda:
             self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
-        with _beside(self._side):
+        with _on_stream(self._side):
             paged_prefill(
                 q_TND,
                 kv.k,
@@ -108,7 +108,7 @@ class TritonBackend(PagedBackend):
 
 
 @contextmanager
-def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+def _on_stream(side: torch.cuda.Stream | None) -> Iterator[None]:
     """Launch on ``side``, behind what the current stream holds; ``None``: on the current one."""
     if side is None:
         yield
