@@ -10,9 +10,7 @@ import torch
 
 from tests.tiny import LONG_ROPES, make_checkpoint
 from tpctl.distributed import TPGroup
-from tpctl.engine import cuda_runner
 from tpctl.engine.config import EngineConfig
-from tpctl.engine.cuda_graph import MixedGraphs
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.launch.messages import Add, Request
@@ -158,6 +156,9 @@ def test_prompts_beside_decodes_give_the_same_tokens(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured steps of both, at a pace; against one kernel after the other, prompts first."""
+    from tpctl.engine import cuda_runner
+    from tpctl.engine.cuda_graph import MixedGraphs
+
     monkeypatch.setattr(cuda_runner, "_SMALL_LAYER", 0)  # the pace of larger models
     replayed: list[tuple[int, int]] = []
     original = MixedGraphs.run
