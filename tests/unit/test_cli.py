@@ -102,6 +102,10 @@ def test_closed_standard_streams() -> None:
         ("batch x --tp -3", "(given: -3)"),
         ("bench throughput x --tp 0", "(given: 0); see `tpctl bench throughput --help`"),
         ("bench latency --runs 0", "'--runs'"),
+        (
+            "batch x --scheduling-policy sjf",
+            "policy': 'sjf' is not one of 'fcfs', 'makespan'; see `tpctl batch --help`",
+        ),
         ("inspect-shards x --rank -1", "'--rank'"),
         ("plan x --max-model-len 0", "'--max-model-len'"),
         ("plan x --max-num-seqs 1.5", "(given: 1.5)"),

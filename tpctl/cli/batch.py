@@ -16,7 +16,7 @@ import typer
 
 from tpctl.cli.console import note, status, stderr
 from tpctl.cli.engine import interrupts, prepare
-from tpctl.cli.options import MODEL_HELP, EngineOptions, Policy, SamplingOptions, SchedulingPolicy, grouped
+from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SamplingOptions, SchedulingPolicy, grouped
 from tpctl.errors import EngineError, OutputError, SourceError, TpctlError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def batch(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
-    scheduling_policy: Policy | None = None,
+    scheduling_policy: Annotated[SchedulingPolicy | None, POLICY] = None,
     *,
     engine: EngineOptions,
     sampling: SamplingOptions,

