@@ -104,7 +104,7 @@ def test_closed_standard_streams() -> None:
         ("bench latency --runs 0", "'--runs'"),
         (
             "batch x --scheduling-policy sjf",
-            "policy': 'sjf' is not one of 'fcfs', 'makespan'; see `tpctl batch --help`",
+            "policy': 'sjf' is not one of 'fcfs', 'makespan'; see `tpctl batch",
         ),
         ("inspect-shards x --rank -1", "'--rank'"),
         ("plan x --max-model-len 0", "'--max-model-len'"),
