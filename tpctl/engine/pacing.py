@@ -18,6 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from tpctl.engine.sequence import Sequence
+
+_FEW = 32  # answers that must have ended before their lengths say anything
+
 
 class Pace(NamedTuple):
     """What a device computes beside decodes: ``rows`` tokens of a step cost little more than a few, and more than
@@ -52,3 +56,74 @@ def prefill_budget(pace: Pace, decodes: int, work: int, horizon: int, pending: I
             return None
         budget = max(budget, -(-tokens // steps))
     return None if decodes + budget > pace.limit else budget
+
+
+class Pacer:
+    """Knows what is left of a job, and paces it. Deterministic: every rank has its own.
+
+    Args:
+        room: tokens that the KV cache holds. A larger job is not paced: its longest answers, started first, would have
+            to be preempted.
+    """
+
+    def __init__(self, pace: Pace, room: int) -> None:
+        self.pace = pace
+        self.room = room
+        self._end = 0  # the step by which all requests so far may have ended, had each started as it came
+        self._num_ended = 0
+        self._promised = self._given = 0  # tokens that the answers which have ended could have had, and had
+
+    def arrived(self, now: int, answer: int) -> None:
+        """A request came before step ``now`` that may generate ``answer`` tokens."""
+        self._end = max(self._end, now + answer + leeway(answer))
+
+    def ended(self, sequence: Sequence) -> None:
+        """An answer has come to its end."""
+        self._num_ended += 1
+        self._promised += sequence.max_num_tokens - sequence.num_prompt_tokens
+        self._given += len(sequence.token_ids) - sequence.num_prompt_tokens
+
+    def budget(self, now: int, running: Iterable[Sequence], waiting: list[Sequence]) -> tuple[int, int] | None:
+        """(prompt tokens, chunks of prompts) that step ``now`` may compute; ``None``: as many as possible.
+
+        ``waiting`` is brought into the order in which its sequences should be admitted.
+        """
+        decodes = work = most = longest = 0
+        pending: list[tuple[int, int]] = []
+        for sequence in running:
+            prompt, answer = sequence.num_uncomputed_tokens, sequence.max_num_tokens - sequence.num_tokens
+            if prompt > 1:
+                pending.append((prompt, answer))
+            else:
+                decodes += prompt > 0 and answer > 0
+            work += prompt + answer
+            most += sequence.max_num_tokens
+            longest = max(longest, answer)
+        if not pending and not waiting:
+            return None
+        for sequence in waiting:
+            prompt, answer = len(sequence.token_ids), sequence.max_num_tokens - sequence.num_tokens
+            pending.append((prompt, answer))
+            work += prompt + answer
+            most += sequence.max_num_tokens
+            longest = max(longest, answer)
+        tokens = None
+        if most <= self.room and self._keeps_promises():
+            horizon = min(self._end - now, longest + leeway(longest))
+            pending.sort(key=lambda left: -left[1])
+            tokens = prefill_budget(self.pace, decodes, work, horizon, pending)
+        waiting.sort(key=_arrival if tokens is None else _longest_first)
+        return None if tokens is None else (tokens, self.pace.chunks)
+
+    def _keeps_promises(self) -> bool:
+        """Whether answers become as long as they may, by a quarter at least; taken for granted of the first few."""
+        return self._num_ended < _FEW or self._promised <= 4 * self._given
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+def _longest_first(sequence: Sequence) -> tuple[bool, int, int]:
+    """Preempted ones before all: their blocks may still be in the prefix cache."""
+    return not sequence.admissions, sequence.num_tokens - sequence.max_num_tokens, sequence.arrival

@@ -22,11 +22,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from tpctl.engine.block_manager import BlockManager
-from tpctl.engine.pacing import Pace, leeway, prefill_budget
+from tpctl.engine.pacing import Pace, Pacer
 from tpctl.engine.sequence import Sequence
 from tpctl.launch.messages import Output, Request
-
-_FEW = 32  # answers that must have ended before their lengths say anything
 
 
 class ScheduledSequence(NamedTuple):
@@ -134,14 +132,13 @@ class Scheduler:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.rope_offset = rope_offset
-        self.pace = pace
+        room = blocks.num_blocks * blocks.block_size
+        self.pacer = None if pace is None else Pacer(pace, room)
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
         self.stats = SchedulerStats()
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._end = 0  # the step by which all requests so far may have ended, had each started as it came
-        self._promised = self._given = 0  # tokens that the answers which have ended could have had, and had
 
     @property
     def has_work(self) -> bool:
@@ -174,8 +171,8 @@ class Scheduler:
         sequence.rope_offset = self.rope_offset(longest)
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        answer = longest - length
-        self._end = max(self._end, self.stats.steps + answer + leeway(answer))
+        if self.pacer is not None:
+            self.pacer.arrived(self.stats.steps, longest - length)
         self._by_id[request.id] = sequence
         self.waiting.append(sequence)
         self.stats.prompt_tokens += length
@@ -192,9 +189,8 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
         budget = self.max_num_batched_tokens
-        paced = self._prefill_budget()
-        chunks = budget if paced is None or self.pace is None else self.pace.chunks
-        step = _Step(budget, budget if paced is None else paced, chunks)
+        paced = None if self.pacer is None else self.pacer.budget(self.stats.steps, self.running.values(), self.waiting)
+        step = _Step(budget, *(paced or (budget, budget)))
         preempted = self._schedule_running(step)
         if not preempted:
             self._admit_waiting(step)
@@ -230,8 +226,8 @@ class Scheduler:
             if reason is not None:
                 self._finish(sequence)
                 self.stats.finished += 1
-                self._promised += sequence.max_num_tokens - sequence.num_prompt_tokens
-                self._given += len(sequence.token_ids) - sequence.num_prompt_tokens
+                if self.pacer is not None:
+                    self.pacer.ended(sequence)
             reported = [logprobs[row]] if logprobs is not None and sequence.params.logprobs is not None else None
             outputs.append(Output(sequence.id, [token], reason, None, reported, sequence.num_cached_tokens))
         return outputs
@@ -286,43 +282,6 @@ class Scheduler:
             return min(tokens, step.budget)
         return min(tokens, step.budget, step.prefill) if step.chunks else 0
 
-    def _prefill_budget(self) -> int | None:
-        """Prompt tokens of the next step (``pacing.prefill_budget``), the longest answers put first; ``None``: no limit
-        of their own, in the order of arrival."""
-        if self.pace is None:
-            return None
-        decodes = work = cached = longest = 0
-        pending: list[tuple[int, int]] = []
-        for sequence in self.running.values():
-            prompt, answer = sequence.num_uncomputed_tokens, sequence.max_num_tokens - sequence.num_tokens
-            if prompt > 1:
-                pending.append((prompt, answer))
-            else:
-                decodes += prompt > 0 and answer > 0
-            work += prompt + answer
-            cached += sequence.max_num_tokens
-            longest = max(longest, answer)
-        if not pending and not self.waiting:
-            return None
-        for sequence in self.waiting:
-            prompt, answer = len(sequence.token_ids), sequence.max_num_tokens - sequence.num_tokens
-            pending.append((prompt, answer))
-            work += prompt + answer
-            cached += sequence.max_num_tokens
-            longest = max(longest, answer)
-        now = self.stats.steps
-        budget = None
-        if self._keeps_promises() and cached <= self.blocks.num_blocks * self.blocks.block_size:
-            horizon = min(self._end - now, longest + leeway(longest))
-            pending.sort(key=lambda left: -left[1])
-            budget = prefill_budget(self.pace, decodes, work, horizon, pending)
-        self.waiting.sort(key=_arrival if budget is None else _longest_first)
-        return budget
-
-    def _keeps_promises(self) -> bool:
-        """Whether answers become as long as they may, by a quarter at least; taken for granted of the first few."""
-        return self.stats.finished < _FEW or self._promised <= 4 * self._given
-
     def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
         start = sequence.num_computed_tokens
         samples = start + tokens == sequence.num_tokens
@@ -361,12 +320,3 @@ class Scheduler:
             self.blocks.release(sequence)
         else:
             self.waiting.remove(sequence)
-
-
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
-
-
-def _longest_first(sequence: Sequence) -> tuple[bool, int, int]:
-    """Preempted ones before all: their blocks may still be in the prefix cache."""
-    return not sequence.admissions, sequence.num_tokens - sequence.max_num_tokens, sequence.arrival
