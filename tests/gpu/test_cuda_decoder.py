@@ -123,9 +123,8 @@ def test_same_logits_and_cache(
             torch.cat([torch.zeros(1), ends]).int().to(DEVICE),
             torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE),
         )
-        if (
-            captured
-        ):  # every token a row, those of prefill chunks without work for the decode kernel; one chunk is empty
+        if captured:
+            # Every token a row, without work for the decode kernel where it belongs to a chunk; one chunk is empty.
             starts = [0, *ends.tolist()]
             padding = torch.zeros(3, dtype=torch.int64)
             batch = dataclasses.replace(

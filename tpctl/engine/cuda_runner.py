@@ -10,7 +10,7 @@ the scheduler makes them (``engine.pacing``); other steps with prefill chunks ar
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -132,22 +132,24 @@ class CudaRunner(ModelRunner):
     def _decode_rows(self, items: list[ScheduledSequence], slots: list[int]) -> tuple[list[int], list[int], list[int]]:
         return slots, [item.start for item in items], [self._token(item) for item in items]
 
-    def _decode_step(self, inputs: DecodeInputs, long: bool) -> None:
-        """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
-        rows = inputs.input_ids.shape[0]
-        prepare_decode(inputs, self._sampled, self._slots.tables, self.backend.block_size)
-        forward = ForwardBatch(
-            input_ids=inputs.input_ids,
-            rope_positions=inputs.rope_positions,
-            slot_mapping=inputs.slot_mapping,
-            block_tables=inputs.block_tables,
+    def _prepared(self, rows: DecodeInputs) -> ForwardBatch:
+        """Every row a decode, filled in on the device from what the host has packed."""
+        prepare_decode(rows, self._sampled, self._slots.tables, self.backend.block_size)
+        return ForwardBatch(
+            input_ids=rows.input_ids,
+            rope_positions=rows.rope_positions,
+            slot_mapping=rows.slot_mapping,
+            block_tables=rows.block_tables,
             query_lens=[],
             seq_lens=[],
-            num_decodes=rows,
-            logits_rows=inputs.input_ids,
-            seq_lens_S=inputs.seq_lens,
-            long_context=long,
+            num_decodes=rows.input_ids.shape[0],
+            logits_rows=rows.input_ids,
+            seq_lens_S=rows.seq_lens,
         )
+
+    def _decode_step(self, inputs: DecodeInputs, long: bool) -> None:
+        """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
+        forward = replace(self._prepared(inputs), long_context=long)
         logits = self._decoder.logits(forward, self.kv, None)
         self._sample_into(logits, inputs.temperature, inputs.keys)
 
@@ -181,24 +183,17 @@ class CudaRunner(ModelRunner):
     def _mixed_step(self, inputs: MixedInputs) -> None:
         """One step of decodes and prefill chunks, from the packed rows to ``self._sampled``: what a graph captures."""
         rows = inputs.rows
-        prepare_decode(rows, self._sampled, self._slots.tables, self.backend.block_size)
-        count = rows.input_ids.shape[0]
-        decodes = torch.arange(count, device=self.group.device) < inputs.num_decodes
-        forward = ForwardBatch(
-            input_ids=rows.input_ids,
-            rope_positions=rows.rope_positions,
-            slot_mapping=rows.slot_mapping,
-            block_tables=rows.block_tables,
-            query_lens=[],
-            seq_lens=[],
-            num_decodes=count,
-            logits_rows=inputs.logits_rows.long(),
+        forward = self._prepared(rows)
+        decodes = torch.arange(forward.num_decodes, device=self.group.device) < inputs.num_decodes
+        picked = inputs.logits_rows.long()
+        forward = replace(
+            forward,
+            logits_rows=picked,
             seq_lens_S=rows.seq_lens * decodes,
             chunks=PrefillChunks(
                 rows.block_tables.index_select(0, inputs.last_row_P), inputs.query_start_P1, inputs.seq_lens_P
             ),
         )
-        picked = forward.logits_rows
         logits = self._decoder.logits(forward, self.kv, picked)
         self._sample_into(logits, rows.temperature[picked], rows.keys[picked])
 

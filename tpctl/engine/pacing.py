@@ -88,27 +88,17 @@ class Pacer:
 
         ``waiting`` is brought into the order in which its sequences should be admitted.
         """
-        decodes = work = most = longest = 0
-        pending: list[tuple[int, int]] = []
-        for sequence in running:
-            prompt, answer = sequence.num_uncomputed_tokens, sequence.max_num_tokens - sequence.num_tokens
-            if prompt > 1:
-                pending.append((prompt, answer))
-            else:
-                decodes += prompt > 0 and answer > 0
-            work += prompt + answer
-            most += sequence.max_num_tokens
-            longest = max(longest, answer)
-        if not pending and not waiting:
+        everyone = [*running, *waiting]
+        left = [(s.num_uncomputed_tokens, s.max_num_tokens - s.num_tokens) for s in everyone]
+        started = left[: len(everyone) - len(waiting)]
+        pending = [(prompt, answer) for prompt, answer in started if prompt > 1] + left[len(started) :]
+        if not pending:
             return None
-        for sequence in waiting:
-            prompt, answer = len(sequence.token_ids), sequence.max_num_tokens - sequence.num_tokens
-            pending.append((prompt, answer))
-            work += prompt + answer
-            most += sequence.max_num_tokens
-            longest = max(longest, answer)
         tokens = None
-        if most <= self.room and self._keeps_promises():
+        if sum(s.max_num_tokens for s in everyone) <= self.room and self._keeps_promises():
+            decodes = sum(prompt == 1 and answer > 0 for prompt, answer in started)
+            work = sum(prompt + answer for prompt, answer in left)
+            longest = max(answer for _, answer in left)
             horizon = min(self._end - now, longest + leeway(longest))
             pending.sort(key=lambda left: -left[1])
             tokens = prefill_budget(self.pace, decodes, work, horizon, pending)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 
 class PrefillChunks(NamedTuple):
-    """Where the prefill chunks of a captured step lie: as ``ForwardBatch``'s fields, for P chunks of which some may be
-    empty.
+    """Where P prefill chunks of a step lie, as in ``ForwardBatch``; in a captured step some may be empty.
 
     block_tables: int32 [P, M]. query_start_P1: int32 [P + 1], rows of T. seq_lens_P: int32 [P].
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tpctl.errors import EngineError
 from tpctl.layers.attention.base import HeadShape, LayerKV
-from tpctl.layers.attention.paged import PagedBackend, prefill_lengths
+from tpctl.layers.attention.paged import PagedBackend, prefill_chunks
 from tpctl.layers.batch import ForwardBatch
 
 
@@ -71,7 +71,7 @@ class FlashAttentionBackend(PagedBackend):
         out_SND.copy_(out.squeeze(1))
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:
-        tables, starts, lens = prefill_lengths(batch)
+        tables, starts, lens = prefill_chunks(batch)
         decodes = batch.num_decodes
         longest_query, longest = max(batch.query_lens[decodes:]), max(batch.seq_lens[decodes:])
         if self.version == "fa3":

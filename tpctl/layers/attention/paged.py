@@ -92,14 +92,14 @@ class PagedBackend(AttentionBackend):
         """The new tokens of the sequences after the decodes into ``out_TND``."""
 
 
-def prefill_lengths(batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """(block tables, query starts from 0, lengths) of the sequences after the decodes; prepared once a step."""
-    found: tuple[Tensor, Tensor, Tensor] | None = batch.scratch.get("prefill")
+def prefill_chunks(batch: ForwardBatch) -> PrefillChunks:
+    """The sequences after the decodes, query starts from 0; prepared once a step."""
+    found: PrefillChunks | None = batch.scratch.get("prefill")
     if found is None:
         assert batch.seq_lens_S is not None
         assert batch.query_start_S1 is not None
         decodes = batch.num_decodes
         starts = batch.query_start_S1[decodes:] - decodes
-        found = (batch.block_tables[decodes:], starts, batch.seq_lens_S[decodes:])
+        found = PrefillChunks(batch.block_tables[decodes:], starts, batch.seq_lens_S[decodes:])
         batch.scratch["prefill"] = found
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.layers.attention.base import HeadShape, LayerKV
-from tpctl.layers.attention.paged import PagedBackend, prefill_lengths
+from tpctl.layers.attention.paged import PagedBackend, prefill_chunks
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 
 
@@ -87,24 +87,16 @@ class TritonBackend(PagedBackend):
         if self._side is None and q_TND.is_cuda:
             self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
         with _on_stream(self._side):
-            paged_prefill(
-                q_TND,
-                kv.k,
-                kv.v,
-                chunks.block_tables,
-                chunks.query_start_P1,
-                chunks.seq_lens_P,
-                scale=self.heads.scale,
-                window=window,
-                out=out_TND,
-            )
+            self._prefill(q_TND, kv, window, chunks, out_TND)
         self.decode(q_TND, kv, batch.block_tables, batch.seq_lens_S, window, batch, out_TND)
         if self._side is not None:
             torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:
-        tables, starts, lens = prefill_lengths(batch)
-        paged_prefill(q_TND, kv.k, kv.v, tables, starts, lens, scale=self.heads.scale, window=window, out=out_TND)
+        self._prefill(q_TND, kv, window, prefill_chunks(batch), out_TND)
+
+    def _prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, chunks: PrefillChunks, out_TND: Tensor) -> None:
+        paged_prefill(q_TND, kv.k, kv.v, *chunks, scale=self.heads.scale, window=window, out=out_TND)
 
 
 @contextmanager
