@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from tpctl.kernels import all_reduce
 from tpctl.kernels.all_reduce import PeerBuffer, PeerLayout, all_reduce_add_rms_norm_reference
 from tpctl.kernels.all_reduce_kernels import EMPTY
+from tpctl.kernels.gemv import GemvConfig, GemvScratch, small_linear
 
 pytestmark = pytest.mark.gpu
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,6 +88,52 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     assert ends[0].winner(torch.zeros(rows, device=DEVICE), torch.arange(rows, device=DEVICE)).tolist() == [-1] * rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    "rows,config",
+    [
+        (1, GemvConfig(8, 64)),
+        (1, GemvConfig(4, 64, split_k=2)),
+        (5, GemvConfig(32, 32, num_stages=2, dot=True)),
+        (5, GemvConfig(64, 64, split_k=2, num_stages=2, dot=True)),
+    ],
+)
+def test_linears_send_what_they_compute(rows: int, config: GemvConfig, world: int, dtype: torch.dtype):
+    """The ranks of one process, one after the other: every linear has sent before the first all-reduce runs."""
+    hidden = 90
+    layout = PeerLayout.of(8, hidden, dtype)
+    buffers = [torch.full((layout.words(world),), EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(world)]
+    pointers = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
+    ends = [PeerBuffer(rank, pointers, layout, dtype) for rank in range(world)]
+    scratch, norm = GemvScratch.allocate(DEVICE), torch.randn(hidden).to(DEVICE, dtype)
+    for _ in range(3):
+        given = torch.randn(world, rows, 128).to(DEVICE, dtype)
+        weights = torch.randn(world, hidden, 128).to(DEVICE, dtype)
+        weights[:, 4:6] = 0.0
+        parts = [
+            small_linear(x, weight, scratch, config=config, outlet=end.outlet)
+            for x, weight, end in zip(given, weights, ends, strict=True)
+        ]
+        old = torch.randn(rows, hidden).to(DEVICE, dtype)
+        wide = old.double()
+        want = all_reduce_add_rms_norm_reference(torch.stack(parts).double(), wide, norm.double(), 1e-6)
+        results = []
+        for end, part in zip(ends, parts, strict=True):
+            residual = old.clone()
+            results.append((end.all_reduce_add_rms_norm(part, residual, norm, 1e-6, sent=True), residual))
+        for got, residual in results:
+            assert error(got, want) < (1e-6 if dtype is torch.float32 else 8e-3)
+            assert error(residual, wide) < (1e-6 if dtype is torch.float32 else 8e-3)
+            assert torch.equal(got, results[0][0]) and torch.equal(residual, results[0][1])
+        assert all((buffer == EMPTY).all() for buffer in buffers)
+    assert not any(end.timed_out() for end in ends)
+    with pytest.raises(ValueError, match="9 rows"):
+        ends[0].all_reduce_add_rms_norm(parts[0].new_zeros(9, hidden), old, norm, 1e-6, sent=True)
+    with pytest.raises(ValueError, match="in pairs"):
+        small_linear(given[0, :1], weights[0], scratch, config=GemvConfig(1, 64), outlet=ends[0].outlet)
+
+
 @pytest.mark.skipif(not INTERPRET, reason="on GPUs two real ranks do this")
 def test_three_interpreted_ranks():
     """Processes that share memory, and really wait for each other; this file's `interpreted` is what they run."""
@@ -143,6 +190,17 @@ def take_turns(
         got = end.all_reduce_add_rms_norm(given, residual, weight, 1e-6)
         torch.testing.assert_close(residual, wide.float())
         torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+        x, weights = (torch.randn(*shape, generator=generator) for shape in [(rows, 32), (WORLD, hidden, 32)])
+        if rows == 1 and hidden % 2 == 0:
+            old = residual.clone()
+            wide = old.double()
+            sums = all_reduce_add_rms_norm_reference((x.double() @ weights.double().mT), wide, weight.double(), 1e-6)
+            row = small_linear(
+                x, weights[rank], GemvScratch.allocate(x.device), config=GemvConfig(4, 32), outlet=end.outlet
+            )
+            after = end.all_reduce_add_rms_norm(row, old, weight, 1e-6, sent=True)
+            torch.testing.assert_close(after, sums.float(), rtol=1e-4, atol=1e-4)
 
         few = min(rows, MOST_ROWS)
         scores = torch.randn(WORLD, few, generator=generator)
@@ -202,6 +260,24 @@ def work() -> None:
             assert error(residual, wide) < limit
             assert error(got, want) < limit
             same_everywhere(got, total, residual)
+        # Sent by the linear, which other kernels follow early: the same bits as sent by the all-reduce.
+        scratch = GemvScratch.allocate(device)
+        for step in range(60):
+            rows, hidden = (1, 3, 16)[step % 3], (4096, 1024)[step % 2]
+            x = torch.randn(rows, 512, device=device, generator=generator).to(dtype)
+            weights = torch.randn(world, hidden, 512, device=device, generator=generator).to(dtype)
+            weights[:, ::3] = 0.0
+            weight = torch.randn(hidden, device=device, generator=generator).to(dtype)
+            old = torch.randn(rows, hidden, device=device, generator=generator).to(dtype)
+            results = []
+            for outlet in (None, peers.outlet):
+                residual = old.clone()
+                for _ in range(3):
+                    part = small_linear(x, weights[rank], scratch, outlet=outlet, pdl=True)
+                    got = peers.all_reduce_add_rms_norm(part, residual, weight, 1e-6, sent=outlet is not None, pdl=True)
+                results.append((got, residual))
+            assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+            same_everywhere(*results[1])
         scores = torch.randn(world, 300, device=device, generator=generator)
         scores[:, ::3] = 1.0
         scores[:, 1::7] = 0.0

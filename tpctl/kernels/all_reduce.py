@@ -5,6 +5,9 @@ One program handles one row. There is no barrier, flag or fence: a slot is fille
 (`all_reduce_kernels.EMPTY`; a number that would read so travels as zero, its equal), and a reader waits until no word
 of its row is that. Having read the row it empties the slot again. So a message takes one trip and its own bytes.
 
+The kernel that computes a row can send it itself, part by part (`PeerBuffer.outlet`): the words are then under way while
+it ends and the all-reduce starts.
+
 A row's program keeps its own call counter on the device (graph replays advance it too), and buffers alternate. A peer
 can only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after the row
 of call e was read and its slot emptied. So ranks must make the same calls in the same order on one stream each.
@@ -60,6 +63,20 @@ class PeerLayout(NamedTuple):
         return 2 * world * self.plane_words
 
 
+class Outlet(NamedTuple):
+    """What a kernel needs to send its result to the peers itself, by `all_reduce_kernels.send_values`.
+
+    It must not be early: the calls before have to be complete. Its rows are the first ones, at most `max_rows`.
+    """
+
+    peers: torch.Tensor
+    epochs: torch.Tensor
+    rank: int
+    world: int
+    row_words: int
+    plane_words: int
+
+
 class PeerBuffer:
     """One rank's end of the buffers that ranks push into, and the collectives over them.
 
@@ -105,6 +122,12 @@ class PeerBuffer:
         return end
 
     @property
+    def outlet(self) -> Outlet:
+        """For the kernel whose result is the x of the next call, which is then `sent`."""
+        layout = self.layout
+        return Outlet(self._peers, self._epochs, self.rank, self.world, layout.row_words, layout.plane_words)
+
+    @property
     def nbytes(self) -> int:
         """Device memory of this rank's buffer, which torch's allocator does not count."""
         return 4 * self.layout.words(self.world)
@@ -125,7 +148,7 @@ class PeerBuffer:
         Here as below x_TH may also be the runs [S, T, H] of `split_linear`, whose sum is rounded to their dtype before
         it is sent.
         """
-        return self._launch(x_TH, None, None, 0.0, False, out, pdl)
+        return self._launch(x_TH, None, None, 0.0, False, out, False, pdl)
 
     def all_reduce_add_rms_norm(
         self,
@@ -136,14 +159,15 @@ class PeerBuffer:
         *,
         unit_offset: bool = False,
         out: torch.Tensor | None = None,
+        sent: bool = False,
         pdl: bool = False,
     ) -> torch.Tensor:
         """residual_TH += sum of every rank's x_TH, in place, then RMSNorm of it with weight_H; as
         `norm.add_rms_norm`.
 
-        residual_TH must be the same on every rank.
+        residual_TH must be the same on every rank. sent: the kernel that made x_TH has sent it through `outlet`.
         """
-        return self._launch(x_TH, residual_TH, weight_H, eps, unit_offset, out, pdl)
+        return self._launch(x_TH, residual_TH, weight_H, eps, unit_offset, out, sent, pdl)
 
     def winner(
         self, scores_T: torch.Tensor, ids_T: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False
@@ -185,6 +209,7 @@ class PeerBuffer:
         eps: float,
         unit_offset: bool,
         out: torch.Tensor | None,
+        sent: bool,
         pdl: bool,
     ) -> torch.Tensor:
         if not self.fits(x_TH):
@@ -197,11 +222,13 @@ class PeerBuffer:
         splits, rows, hidden = x_STH.shape
         out_TH = torch.empty_like(x_STH[0]) if out is None else out
         most = self.layout.max_rows
+        if sent and (rows > most or splits > 1):
+            raise ValueError(f"{splits} x {rows} rows cannot have been sent: one run of up to {most} can")
         if rows > most:
             for start in range(0, rows, most):
                 piece = slice(start, start + most)
                 residual = None if residual_TH is None else residual_TH[piece]
-                self._launch(x_STH[:, piece], residual, weight_H, eps, unit_offset, out_TH[piece], pdl)
+                self._launch(x_STH[:, piece], residual, weight_H, eps, unit_offset, out_TH[piece], False, pdl)
             return out_TH
         words = hidden * x_TH.element_size() // 4
         fused = residual_TH is not None and weight_H is not None
@@ -231,6 +258,7 @@ class PeerBuffer:
             SPLITS=splits,
             WIDE=self.dtype is torch.float32,
             FUSED=fused,
+            SENT=sent,
             UNIT_OFFSET=unit_offset,
             MAX_POLLS=_MAX_POLLS,
             BLOCK=block,

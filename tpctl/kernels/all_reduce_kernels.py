@@ -56,6 +56,36 @@ def _sendable(word):
 
 
 @triton.jit
+def send_values(
+    value,  # [M, N] float32: columns block * N and on of rows m
+    m,
+    block,
+    rows,
+    columns,
+    epochs,  # [M], the numbers of the calls that will sum these rows
+    targets,  # [PEERS], the addresses of all ranks' buffers
+    row_words,
+    plane_words,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Send a part of x to every peer as soon as it is there. The `all_reduce_kernel` that follows has SENT set."""
+    if WIDE:
+        words = value.to(tl.int32, bitcast=True)
+    else:
+        low, high = tl.split(tl.reshape(value, [value.shape[0], value.shape[1] // 2, 2]))
+        words = _pack(low, high, WIDE)
+        columns = columns // 2
+    col = block * words.shape[1] + tl.arange(0, words.shape[1])
+    peer = tl.arange(0, targets.shape[0])
+    mask = ((m < rows)[:, None] & (col < columns)[None, :])[:, :, None] & ((peer < WORLD) & (peer != RANK))
+    slot = ((epochs & 1) * WORLD + RANK) * plane_words.to(tl.int64) + m.to(tl.int64) * row_words
+    pointers = targets.to(tl.pointer_type(tl.int32)) + (slot[:, None] + col[None, :])[:, :, None]
+    tl.store(pointers, tl.broadcast_to(_sendable(words)[:, :, None], pointers.shape), mask=mask)
+
+
+@triton.jit
 def _receive(pointer, mask, failed, error_ptr, MAX_POLLS: tl.constexpr):
     """Read words until none is empty, then empty their slots for the call after the next.
 
@@ -98,12 +128,15 @@ def all_reduce_kernel(
     SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
     FUSED: tl.constexpr,
+    SENT: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     MAX_POLLS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A row a program: send it, wait for the peers' rows, sum, and where FUSED add to the residual and normalise."""
+    """A row a program: send it, wait for the peers' rows, sum, and where FUSED add to the residual and normalise.
+
+    SENT: the row's words have gone out already (`send_values`)."""
     row = tl.program_id(0)
     col = tl.arange(0, BLOCK)
     mask = col < words
@@ -127,9 +160,10 @@ def all_reduce_kernel(
 
     plane = plane_words.to(tl.int64)
     slot = (epoch & 1) * WORLD * plane + row.to(tl.int64) * row_words + col
-    for peer in tl.static_range(WORLD):
-        if peer != RANK:
-            tl.store(_buffer(peers_ptr, peer) + slot + RANK * plane, mine, mask=mask)
+    if not SENT:
+        for peer in tl.static_range(WORLD):
+            if peer != RANK:
+                tl.store(_buffer(peers_ptr, peer) + slot + RANK * plane, mine, mask=mask)
 
     if FUSED:
         old = tl.load(residual_ptr + row.to(tl.int64) * residual_stride + col, mask=mask, other=0)

@@ -18,13 +18,18 @@ import torch
 import triton
 
 from tpctl.kernels.activation import Activation, act_and_mul_reference
+from tpctl.kernels.all_reduce import Outlet
 from tpctl.kernels.gemv_kernels import gemv_kernel, skinny_kernel
 from tpctl.kernels.launch import launch_options, next_power_of_2
 from tpctl.kernels.norm import rms_norm_reference
 
 
 class GemvConfig(NamedTuple):
-    """Output features and input columns per tile, splits of the input, launch parameters; dot: tensor cores."""
+    """Output features and input columns per tile, splits of the input, launch parameters; dot: tensor cores.
+
+    What a program of `gemv_kernel` asks the L2 cache for while it waits: prefetch: so many more of its own tiles.
+    ahead: if it is one of the `ahead` first, the first tile of the program `ahead` places on.
+    """
 
     block_n: int
     block_k: int
@@ -32,6 +37,8 @@ class GemvConfig(NamedTuple):
     num_warps: int = 4
     num_stages: int = 1
     dot: bool = False
+    prefetch: int = 0
+    ahead: int = 0
 
 
 # Measured at one row: (out_features, in_features) -> block_n, block_k, split_k, num_warps. Gated ones by their half.
@@ -116,6 +123,7 @@ def small_linear(
     residual_TO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: GemvConfig | None = None,
+    outlet: Outlet | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """residual + act_and_mul(norm(x) @ weight.T + bias), each part optional, in one launch.
@@ -123,7 +131,8 @@ def small_linear(
     x_TH: [T, H], T <= 64, columns contiguous. weight_OH: [O, H] contiguous, x's dtype. bias_O: [O]. norm:
     (weight [H], eps) of an RMSNorm over x (`unit_offset`: Gemma's 1 + weight). activation: weight_OH is the
     merged [gate; up] and the result act(gate) * up has O / 2 columns. residual_TO: added last; it may be
-    `out`. Returns `out`, or a new [T, O] (or [T, O / 2]) in x's dtype. Raises ValueError where `pick` advises
+    `out`. outlet: where the result goes to the peers as well, for an all-reduce that it is then `sent` to (O even,
+    block_n > 1). Returns `out`, or a new [T, O] (or [T, O / 2]) in x's dtype. Raises ValueError where `pick` advises
     against and no config is given.
     """
     rows, in_features = x_TH.shape
@@ -132,6 +141,8 @@ def small_linear(
         config = pick(rows, out_features, in_features, gated=activation is not None)
         if config is None:
             raise ValueError(f"{rows} rows are too many for small_linear; use torch.nn.functional.linear")
+    if outlet is not None and (out_features % 2 or config.block_n % 2):
+        raise ValueError(f"{out_features} features in blocks of {config.block_n} cannot be sent in pairs")
     if out is None:
         out = x_TH.new_empty((rows, out_features))
     if config.split_k > 1:
@@ -147,11 +158,15 @@ def small_linear(
         norm[0] if norm is not None else x_TH,
         scratch.partial,
         scratch.counters,
+        outlet.peers if outlet is not None else scratch.counters,
+        outlet.epochs if outlet is not None else scratch.counters,
         rows,
         out_features,
         x_TH.stride(0),
         out.stride(0),
         residual_TO.stride(0) if residual_TO is not None else 0,
+        outlet.row_words if outlet is not None else 0,
+        outlet.plane_words if outlet is not None else 0,
         norm[1] if norm is not None else 0.0,
     )
     flags = {
@@ -164,6 +179,9 @@ def small_linear(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k,
+        "RANK": outlet.rank if outlet is not None else 0,
+        "WORLD": outlet.world if outlet is not None else 1,
+        "PEERS": next_power_of_2(outlet.world) if outlet is not None else 1,
         "PDL": pdl,
         "num_warps": config.num_warps,
         **launch_options(pdl),
@@ -175,7 +193,7 @@ def small_linear(
     else:
         if rows != 1:
             raise ValueError(f"a configuration without dot takes one row, got {rows}")
-        gemv_kernel[grid](*args, **flags)
+        gemv_kernel[grid](*args, PREFETCH=config.prefetch, AHEAD=config.ahead, **flags)
     return out
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 from tpctl.kernels.activation import act
+from tpctl.kernels.all_reduce_kernels import send_values
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
 
 @triton.jit
@@ -15,6 +20,7 @@ def _finish(
     scale,  # [BLOCK_M]
     m,
     n,
+    block,
     rows,
     out_features,
     out_ptr,
@@ -22,9 +28,15 @@ def _finish(
     residual_ptr,
     out_stride,
     residual_stride,
+    epoch,
+    targets,
+    row_words,
+    plane_words,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
 ):
     mask = (m < rows)[:, None] & (n < out_features)[None, :]
     m = m.to(tl.int64)
@@ -39,6 +51,9 @@ def _finish(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + m[:, None] * residual_stride + n[None, :], mask=mask, other=0.0)
         value += residual.to(tl.float32)
+    if WORLD > 1:
+        send_values(value, m, block, rows, out_features, epoch, targets, row_words, plane_words, RANK, WORLD,
+                    out_ptr.dtype.element_ty == tl.float32)  # fmt: skip
     tl.store(out_ptr + m[:, None] * out_stride + n[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -75,6 +90,10 @@ def _finish_split(
     out_stride,
     residual_stride,
     eps,
+    epoch,
+    targets,
+    row_words,
+    plane_words,
     IN_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -82,6 +101,8 @@ def _finish_split(
     ACTIVATION: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
 ):
     """Leave this split's sums; the program that comes last adds them in order and finishes the block."""
     WIDTH: tl.constexpr = 1 if ACTIVATION == "" else 2
@@ -106,8 +127,22 @@ def _finish_split(
         scale = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_NORM:
             scale = _norm_scale(x_ptr, m, rows, x_stride, eps, IN_FEATURES, BLOCK_M)
-        _finish(acc, up, scale, m, n, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
-                residual_stride, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)  # fmt: skip
+        _finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
+                residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
+                WORLD)  # fmt: skip
+
+
+@triton.jit
+def _prefetch(row, k, in_features: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Ask the L2 cache for BLOCK_K columns of weights from column k on, a line at a time."""
+    LINE: tl.constexpr = 128 // row.dtype.element_ty.itemsize
+    LINES: tl.constexpr = (BLOCK_K + LINE - 1) // LINE
+    column = tl.minimum(k + tl.arange(0, LINES) * LINE, in_features - 1)
+    if not _INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row + column[None, :]], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -120,11 +155,15 @@ def gemv_kernel(
     norm_ptr,
     partial_ptr,
     counters_ptr,
+    peers_ptr,
+    epochs_ptr,
     rows,
     out_features,
     x_stride,
     out_stride,
     residual_stride,
+    row_words,
+    plane_words,
     eps,
     IN_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -135,6 +174,11 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,  # 1: the result is not sent anywhere
+    PEERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     TILES: tl.constexpr = (IN_FEATURES + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K)
@@ -155,9 +199,29 @@ def gemv_kernel(
     up_next = w_next
     if ACTIVATION != "":
         up_next = tl.load(up_row + k0[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    m = tl.arange(0, 1)
+    targets = m
+    if WORLD > 1:
+        targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        for i in tl.static_range(1, TILES):
+            if i <= PREFETCH:
+                k = split * (TILES * BLOCK_K) + i * BLOCK_K
+                _prefetch(w_row, k, IN_FEATURES, BLOCK_K)
+                if ACTIVATION != "":
+                    _prefetch(up_row, k, IN_FEATURES, BLOCK_K)
+        if AHEAD > 0:  # noqa: SIM102 - a constexpr and a value
+            if (block < AHEAD) & (block + AHEAD < tl.num_programs(0)):
+                k = split * (TILES * BLOCK_K)
+                skip = tl.minimum(AHEAD * BLOCK_N, out_features - 1 - block * BLOCK_N).to(tl.int64) * IN_FEATURES
+                _prefetch(w_row + skip, k, IN_FEATURES, BLOCK_K)
+                if ACTIVATION != "":
+                    _prefetch(up_row + skip, k, IN_FEATURES, BLOCK_K)
         tl.extra.cuda.gdc_wait()
+    epoch = m
+    if WORLD > 1:
+        epoch = tl.load(epochs_ptr + m) + 1
     for i in tl.static_range(TILES):
         k = k0 + i * BLOCK_K
         k_ok = k < IN_FEATURES
@@ -182,17 +246,18 @@ def gemv_kernel(
     up_total = total
     if ACTIVATION != "":
         up_total = tl.sum(up_acc, 1)[None, :]
-    m = tl.arange(0, 1)
     if SPLIT_K == 1:
         scale = tl.full([1], 1.0, tl.float32)
         if HAS_NORM:
             scale = tl.rsqrt(tl.sum(squares, 0) / IN_FEATURES + eps) * scale
-        _finish(total, up_total, scale, m, n, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
-                residual_stride, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)  # fmt: skip
+        _finish(total, up_total, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
+                residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
+                WORLD)  # fmt: skip
     else:
         _finish_split(total, up_total, m, n, block, split, rows, out_features, x_ptr, out_ptr, bias_ptr, residual_ptr,
-                      partial_ptr, counters_ptr, x_stride, out_stride, residual_stride, eps, IN_FEATURES, HAS_BIAS,
-                      HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, 1)  # fmt: skip
+                      partial_ptr, counters_ptr, x_stride, out_stride, residual_stride, eps, epoch, targets, row_words,
+                      plane_words, IN_FEATURES, HAS_BIAS, HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, 1, RANK,
+                      WORLD)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -205,11 +270,15 @@ def skinny_kernel(
     norm_ptr,
     partial_ptr,
     counters_ptr,
+    peers_ptr,
+    epochs_ptr,
     rows,
     out_features,
     x_stride,
     out_stride,
     residual_stride,
+    row_words,
+    plane_words,
     eps,
     IN_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -222,6 +291,9 @@ def skinny_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     STAGES: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    PEERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     TILES: tl.constexpr = (IN_FEATURES + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K)
@@ -237,9 +309,15 @@ def skinny_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_acc = acc
     squares = tl.zeros([BLOCK_M], tl.float32)
+    targets = m
+    if WORLD > 1:
+        targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    epoch = m
+    if WORLD > 1:
+        epoch = tl.load(epochs_ptr + m, mask=m < rows, other=0) + 1
     for i in tl.range(0, TILES, num_stages=STAGES):
         k = k0 + i * BLOCK_K
         x_mask = (m < rows)[:, None]
@@ -271,9 +349,11 @@ def skinny_kernel(
         scale = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_NORM:
             scale = tl.rsqrt(squares / IN_FEATURES + eps)
-        _finish(acc, up_acc, scale, m, n, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
-                residual_stride, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)  # fmt: skip
+        _finish(acc, up_acc, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
+                residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
+                WORLD)  # fmt: skip
     else:
         _finish_split(acc, up_acc, m, n, block, split, rows, out_features, x_ptr, out_ptr, bias_ptr, residual_ptr,
-                      partial_ptr, counters_ptr, x_stride, out_stride, residual_stride, eps, IN_FEATURES, HAS_BIAS,
-                      HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, BLOCK_M)  # fmt: skip
+                      partial_ptr, counters_ptr, x_stride, out_stride, residual_stride, eps, epoch, targets, row_words,
+                      plane_words, IN_FEATURES, HAS_BIAS, HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, BLOCK_M,
+                      RANK, WORLD)  # fmt: skip

@@ -8,7 +8,8 @@ the readable reference (and gives the same results, see tests/gpu). What differs
                           (a GEMM of few outputs in runs of its input, summed by what follows: kernels.split_linear)
 
 and in both QK-norm, RoPE and the write into the KV cache are one launch. Two ranks, and more where messages
-are small, reduce by writing to each other's memory (``kernels.all_reduce``); NCCL does the rest.
+are small, reduce by writing to each other's memory (``kernels.all_reduce``), for few rows from within the linear whose
+result is summed; NCCL does the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.kernels.activation import silu_and_mul
-from tpctl.kernels.all_reduce import PeerBuffer
+from tpctl.kernels.all_reduce import Outlet, PeerBuffer
 from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.launch import is_hopper, num_multiprocessors
@@ -63,6 +64,7 @@ class CudaDecoder:
         self._scratch = GemvScratch.allocate(self.group.device)
         self._pdl = False
         self._sums: PeerBuffer | None = None
+        self._outlet: Outlet | None = None
         self.peers: PeerBuffer | None = None
         weight = decoder.lm_head.weight
         if self.group.size > 1 and weight.dtype in (torch.bfloat16, torch.float32):
@@ -80,6 +82,7 @@ class CudaDecoder:
         self.backend.begin(batch, self.windows)
         residual = self.decoder.model.embed_tokens.local(batch.input_ids)
         self._sums = self.peers if self._peers_take(residual) else None  # all sums of a step have this shape
+        self._outlet = self._sums.outlet if self._sums is not None and self._small(residual) else None
         residual = self._all_reduce(residual)
         final = self.decoder.model.norm
         if self.group.size == 1 and self._small(residual):
@@ -155,14 +158,18 @@ class CudaDecoder:
         x = self._reduce_add(partial, residual, layer.post_attention_layernorm)
         return self._partial(mlp.down_proj.weight, mlp.down_proj.bias, self._gate(mlp, x, None))
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None) -> Tensor:
-        """``norm(x) W^T + b``: one launch for few rows."""
+    def _linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, outlet: Outlet | None = None
+    ) -> Tensor:
+        """``norm(x) W^T + b``: one launch for few rows, which can send the result to the peers as well."""
         config = pick(x.shape[0], weight.shape[0], x.shape[1]) if self._takes(x) else None
         if config is None:
             x = x if norm is None else rms_norm(x, norm.weight, norm.eps, pdl=self._pdl)
             return F.linear(x, weight, bias)
         fused = None if norm is None else (norm.weight, norm.eps)
-        return small_linear(x, weight, self._scratch, bias_O=bias, norm=fused, config=config, pdl=self._pdl)
+        return small_linear(
+            x, weight, self._scratch, bias_O=bias, norm=fused, config=config, outlet=outlet, pdl=self._pdl
+        )
 
     def _gate(self, mlp: MLP, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """``silu(gate) * up`` of the merged projection."""
@@ -183,8 +190,8 @@ class CudaDecoder:
     def _partial(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """A row-parallel linear's partial sum; rank 0 adds the bias, once."""
         bias = bias if self.group.rank == 0 else None
-        if self.group.size > 1 and self._sums is None:
-            return self._linear(x, weight, bias, None)
+        if self._outlet is not None or (self.group.size > 1 and self._sums is None):
+            return self._linear(x, weight, bias, None, self._outlet)
         return self._runs(x, weight, bias)
 
     def _runs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -226,5 +233,7 @@ class CudaDecoder:
     def _reduce_add(self, partial: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         """All-reduce, add to the residual in place, normalise (``RMSNorm.reduce_add``)."""
         if self._sums is not None:
-            return self._sums.all_reduce_add_rms_norm(partial, residual, norm.weight, norm.eps, pdl=self._pdl)
+            return self._sums.all_reduce_add_rms_norm(
+                partial, residual, norm.weight, norm.eps, sent=self._outlet is not None, pdl=self._pdl
+            )
         return add_rms_norm(self.group.all_reduce(partial), residual, norm.weight, norm.eps, pdl=self._pdl)
