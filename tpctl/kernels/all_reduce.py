@@ -5,7 +5,7 @@ One program handles one row. There is no barrier, flag or fence: a slot is fille
 (`all_reduce_kernels.EMPTY`; a number that would read so travels as zero, its equal), and a reader waits until no word
 of its row is that. Having read the row it empties the slot again. So a message takes one trip and its own bytes.
 
-The kernel that computes a row can send it itself, part by part (`PeerBuffer.outlet`): the words are then under way while
+The kernel that computes a row can send it itself, part by part (`PeerBuffer.outlet`): the words then travel while
 it ends and the all-reduce starts.
 
 A row's program keeps its own call counter on the device (graph replays advance it too), and buffers alternate. A peer
