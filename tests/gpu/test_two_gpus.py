@@ -102,7 +102,7 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
         {
             "scheduling_policy": "makespan",
             "kv_cache_memory": 256 << 20,
-            "max_num_seqs": 64,
+            "max_num_seqs": 128,  # the KV cache is no larger than these can fill, and must hold a job to pace it
             "max_num_batched_tokens": 1024,
         },
     ],

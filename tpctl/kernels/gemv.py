@@ -27,8 +27,8 @@ from tpctl.kernels.norm import rms_norm_reference
 class GemvConfig(NamedTuple):
     """Output features and input columns per tile, splits of the input, launch parameters; dot: tensor cores.
 
-    What a program of `gemv_kernel` asks the L2 cache for while it waits: prefetch: so many more of its own tiles.
-    ahead: if it is one of the `ahead` first, the first tile of the program `ahead` places on.
+    prefetch: tiles behind the first that a program of one row asks the L2 cache for while it waits. early: whether it
+    lets the next kernel start before its first tile has come.
     """
 
     block_n: int
@@ -38,29 +38,29 @@ class GemvConfig(NamedTuple):
     num_stages: int = 1
     dot: bool = False
     prefetch: int = 0
-    ahead: int = 0
+    early: bool = False
 
 
-# Measured at one row: (out_features, in_features) -> block_n, block_k, split_k, num_warps. Gated ones by their half.
-_ONE_ROW: dict[tuple[int, int], tuple[int, int, int, int]] = {
-    (4096, 1024): (8, 512, 1, 2),
-    (1024, 2048): (8, 2048, 1, 8),
-    (1024, 3072): (8, 2048, 1, 8),
-    (2048, 1024): (2, 512, 1, 2),
-    (1024, 1024): (4, 1024, 1, 4),
-    (1024, 1536): (4, 2048, 1, 4),
-    (6144, 4096): (2, 2048, 1, 2),
-    (4096, 4096): (8, 2048, 1, 8),
-    (4096, 14336): (4, 4096, 1, 8),
-    (3072, 4096): (8, 1024, 1, 4),
-    (4096, 2048): (8, 1024, 1, 4),
-    (4096, 7168): (4, 2048, 1, 4),
+# Measured at one row, by (out_features, in_features); gated ones by their half.
+_ONE_ROW: dict[tuple[int, int], GemvConfig] = {
+    (4096, 1024): GemvConfig(8, 512, num_warps=2),
+    (1024, 2048): GemvConfig(8, 2048, num_warps=8),
+    (1024, 3072): GemvConfig(8, 2048, num_warps=8),
+    (2048, 1024): GemvConfig(2, 512, num_warps=2),
+    (1024, 1024): GemvConfig(4, 1024, num_warps=4),
+    (1024, 1536): GemvConfig(4, 2048, num_warps=4),
+    (6144, 4096): GemvConfig(2, 2048, num_warps=2),
+    (4096, 4096): GemvConfig(8, 2048, num_warps=8),
+    (4096, 14336): GemvConfig(4, 4096, num_warps=8),
+    (3072, 4096): GemvConfig(8, 1024, num_warps=4, prefetch=1),
+    (4096, 2048): GemvConfig(8, 1024, num_warps=4),
+    (4096, 7168): GemvConfig(4, 2048, num_warps=4),
 }
-_ONE_ROW_GATED: dict[tuple[int, int], tuple[int, int, int, int]] = {
-    (3072, 1024): (2, 512, 1, 1),
-    (1536, 1024): (2, 512, 1, 1),
-    (14336, 4096): (1, 4096, 1, 4),
-    (7168, 4096): (2, 4096, 1, 8),
+_ONE_ROW_GATED: dict[tuple[int, int], GemvConfig] = {
+    (3072, 1024): GemvConfig(2, 512, num_warps=1),
+    (1536, 1024): GemvConfig(2, 512, num_warps=1),
+    (14336, 4096): GemvConfig(1, 4096, num_warps=4, early=True),
+    (7168, 4096): GemvConfig(2, 4096, num_warps=8, early=True),
 }
 _MAX_SKINNY_ROWS = 16
 
@@ -73,12 +73,14 @@ def pick(rows: int, out_features: int, in_features: int, *, gated: bool = False)
     if rows == 1:
         found = (_ONE_ROW_GATED if gated else _ONE_ROW).get((out_features, in_features))
         if found is not None:
-            return GemvConfig(*found)
+            return found
         width = next_power_of_2(in_features)
         if out_features >= 32768:  # an lm_head: bandwidth alone
             return GemvConfig(2, width, 1, 4) if 2048 <= width <= 4096 else GemvConfig(2, min(width, 512), 1, 2)
         if gated:
-            return GemvConfig(2, min(width, 512), 1, 1) if width <= 1024 else GemvConfig(1, min(width, 4096), 1, 4)
+            if width <= 1024:
+                return GemvConfig(2, min(width, 512), 1, 1)
+            return GemvConfig(1, min(width, 4096), num_warps=4, early=width >= 4096)
         if width <= 1024:
             return GemvConfig(4, min(width, 512), 1, 1)
         return GemvConfig(4, 2048, 1, 4)
@@ -193,7 +195,7 @@ def small_linear(
     else:
         if rows != 1:
             raise ValueError(f"a configuration without dot takes one row, got {rows}")
-        gemv_kernel[grid](*args, PREFETCH=config.prefetch, AHEAD=config.ahead, **flags)
+        gemv_kernel[grid](*args, PREFETCH=config.prefetch, EARLY=config.early, **flags)
     return out
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
 from tpctl.kernels.activation import act
 from tpctl.kernels.all_reduce_kernels import send_values
-
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
 
 @triton.jit
@@ -133,16 +129,23 @@ def _finish_split(
 
 
 @triton.jit
-def _prefetch(row, k, in_features: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Ask the L2 cache for BLOCK_K columns of weights from column k on, a line at a time."""
-    LINE: tl.constexpr = 128 // row.dtype.element_ty.itemsize
+def _start(w_row, k, TILES: tl.constexpr, IN_FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr):
+    """Let the dependents start, ask the L2 cache for PREFETCH tiles behind the first, at column k, and wait for x."""
+    LINE: tl.constexpr = 128 // w_row.dtype.element_ty.itemsize
     LINES: tl.constexpr = (BLOCK_K + LINE - 1) // LINE
-    column = tl.minimum(k + tl.arange(0, LINES) * LINE, in_features - 1)
-    if not _INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row + column[None, :]], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
+    tl.extra.cuda.gdc_launch_dependents()
+    for i in tl.static_range(1, TILES):
+        if i <= PREFETCH:
+            column = tl.minimum(k + i * BLOCK_K + tl.arange(0, LINES) * LINE, IN_FEATURES - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [w_row + column[None, :]],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+    tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -175,7 +178,7 @@ def gemv_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     PREFETCH: tl.constexpr,
-    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,  # 1: the result is not sent anywhere
     PEERS: tl.constexpr,
@@ -204,21 +207,13 @@ def gemv_kernel(
     if WORLD > 1:
         targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        for i in tl.static_range(1, TILES):
-            if i <= PREFETCH:
-                k = split * (TILES * BLOCK_K) + i * BLOCK_K
-                _prefetch(w_row, k, IN_FEATURES, BLOCK_K)
-                if ACTIVATION != "":
-                    _prefetch(up_row, k, IN_FEATURES, BLOCK_K)
-        if AHEAD > 0:  # noqa: SIM102 - a constexpr and a value
-            if (block < AHEAD) & (block + AHEAD < tl.num_programs(0)):
-                k = split * (TILES * BLOCK_K)
-                skip = tl.minimum(AHEAD * BLOCK_N, out_features - 1 - block * BLOCK_N).to(tl.int64) * IN_FEATURES
-                _prefetch(w_row + skip, k, IN_FEATURES, BLOCK_K)
-                if ACTIVATION != "":
-                    _prefetch(up_row + skip, k, IN_FEATURES, BLOCK_K)
-        tl.extra.cuda.gdc_wait()
+        # ptxas unpacks the first tile, for which it has to be there, before it lets the dependents start, unless a
+        # branch (always taken) is in between. Which of the two is faster was measured (docs/kernel-notes.md).
+        if EARLY:
+            if rows > 0:
+                _start(w_row, split * (TILES * BLOCK_K), TILES, IN_FEATURES, BLOCK_K, PREFETCH)
+        else:
+            _start(w_row, split * (TILES * BLOCK_K), TILES, IN_FEATURES, BLOCK_K, PREFETCH)
     epoch = m
     if WORLD > 1:
         epoch = tl.load(epochs_ptr + m) + 1
