@@ -25,7 +25,7 @@ from tpctl.launch.messages import (
     to_wire,
 )
 
-ids = st.lists(st.integers(0, 2**31), max_size=5)
+ids = st.lists(st.integers(-1, 2**31), max_size=5)
 sampling = st.builds(
     SamplingParams,
     temperature=st.just(0.0) | st.floats(1e-4, 5),

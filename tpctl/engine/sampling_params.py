@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -65,8 +65,9 @@ class SamplingParams:
         return self.repetition_penalty == 1.0 and (self.greedy or not filtered) and self.logprobs is None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary that ``from_dict`` reads back."""
-        return asdict(self)
+        """What differs from the defaults, as a JSON-ready dictionary that ``from_dict`` reads back."""
+        values = ((field.name, getattr(self, field.name), field.default) for field in _FIELDS.values())
+        return {name: value for name, value, default in values if value != default}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -75,15 +76,15 @@ class SamplingParams:
         Raises:
             RequestError: a name is unknown, or a value has the wrong type or range.
         """
-        known = {f.name: f for f in fields(cls)}
         checked: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in known:
-                raise RequestError(f"unknown sampling field {name!r}; known: {', '.join(sorted(known))}")
+            if name not in _FIELDS:
+                raise RequestError(f"unknown sampling field {name!r}; known: {', '.join(sorted(_FIELDS))}")
             checked[name] = _typed(name, value)
         return cls(**checked)
 
 
+_FIELDS = {field.name: field for field in fields(SamplingParams)}
 _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty"}
 
 

