@@ -99,8 +99,11 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
         (5, GemvConfig(64, 64, split_k=2, num_stages=2, dot=True)),
     ],
 )
-def test_linears_send_what_they_compute(rows: int, config: GemvConfig, world: int, dtype: torch.dtype):
+def test_linears_send_what_they_compute(
+    rows: int, config: GemvConfig, world: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
     """The ranks of one process, one after the other: every linear has sent before the first all-reduce runs."""
+    monkeypatch.setattr(all_reduce, "_MAX_POLLS", 3)
     hidden = 90
     layout = PeerLayout.of(8, hidden, dtype)
     buffers = [torch.full((layout.words(world),), EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(world)]
@@ -109,12 +112,14 @@ def test_linears_send_what_they_compute(rows: int, config: GemvConfig, world: in
     scratch, norm = GemvScratch.allocate(DEVICE), torch.randn(hidden).to(DEVICE, dtype)
     for _ in range(3):
         given = torch.randn(world, rows, 128).to(DEVICE, dtype)
-        weights = torch.randn(world, hidden, 128).to(DEVICE, dtype)
-        weights[:, 4:6] = 0.0
+        weights = torch.randn(world, 2 * hidden, 128).to(DEVICE, dtype)
+        weights[:, 4:6] = 0.0  # times a positive and a negative number: (0, -0), which stands for an empty slot
+        weights[:, hidden + 4], weights[:, hidden + 5] = given[:, 0], -given[:, 0]
         parts = [
-            small_linear(x, weight, scratch, config=config, outlet=end.outlet)
+            small_linear(x, weight, scratch, activation="silu", config=config, outlet=end.outlet)
             for x, weight, end in zip(given, weights, ends, strict=True)
         ]
+        assert all((part.view(torch.int32) == EMPTY).any() for part in parts)
         old = torch.randn(rows, hidden).to(DEVICE, dtype)
         wide = old.double()
         want = all_reduce_add_rms_norm_reference(torch.stack(parts).double(), wide, norm.double(), 1e-6)
@@ -130,8 +135,16 @@ def test_linears_send_what_they_compute(rows: int, config: GemvConfig, world: in
     assert not any(end.timed_out() for end in ends)
     with pytest.raises(ValueError, match="9 rows"):
         ends[0].all_reduce_add_rms_norm(parts[0].new_zeros(9, hidden), old, norm, 1e-6, sent=True)
-    with pytest.raises(ValueError, match="in pairs"):
-        small_linear(given[0, :1], weights[0], scratch, config=GemvConfig(1, 64), outlet=ends[0].outlet)
+    outlet = ends[0].outlet
+    wrong = [
+        (given[0, :1], weights[0], GemvConfig(1, 64), "in pairs"),
+        (given[0, :1].half(), weights[0].half(), GemvConfig(2, 64), "float16 does not fit"),
+        (given[0, :1].expand(9, -1), weights[0], GemvConfig(32, 32, num_stages=2, dot=True), r"\[9, 180\]"),
+        (given[0, :1], weights[0].repeat(3, 1), GemvConfig(2, 64), r"\[1, 540\]"),
+    ]
+    for x, weight, given_config, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            small_linear(x, weight, scratch, config=given_config, outlet=outlet)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="on GPUs two real ranks do this")
@@ -192,14 +205,14 @@ def take_turns(
         torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
 
         x, weights = (torch.randn(*shape, generator=generator) for shape in [(rows, 32), (WORLD, hidden, 32)])
-        if rows == 1 and hidden % 2 == 0:
+        if rows <= MOST_ROWS and hidden % 2 == 0:
             old = residual.clone()
             wide = old.double()
             sums = all_reduce_add_rms_norm_reference((x.double() @ weights.double().mT), wide, weight.double(), 1e-6)
-            row = small_linear(
-                x, weights[rank], GemvScratch.allocate(x.device), config=GemvConfig(4, 32), outlet=end.outlet
-            )
-            after = end.all_reduce_add_rms_norm(row, old, weight, 1e-6, sent=True)
+            config = GemvConfig(4, 32) if rows == 1 else GemvConfig(16, 32, num_stages=2, dot=True)
+            scratch = GemvScratch.allocate(x.device)
+            part = small_linear(x, weights[rank], scratch, config=config, outlet=end.outlet)
+            after = end.all_reduce_add_rms_norm(part, old, weight, 1e-6, sent=True)
             torch.testing.assert_close(after, sums.float(), rtol=1e-4, atol=1e-4)
 
         few = min(rows, MOST_ROWS)
@@ -270,14 +283,23 @@ def work() -> None:
             weight = torch.randn(hidden, device=device, generator=generator).to(dtype)
             old = torch.randn(rows, hidden, device=device, generator=generator).to(dtype)
             results = []
-            for outlet in (None, peers.outlet):
+            for sent in (False, True):
                 residual = old.clone()
-                for _ in range(3):
-                    part = small_linear(x, weights[rank], scratch, outlet=outlet, pdl=True)
-                    got = peers.all_reduce_add_rms_norm(part, residual, weight, 1e-6, sent=outlet is not None, pdl=True)
+                got = add_thrice(peers, sent, x, weights[rank], scratch, residual, weight)
                 results.append((got, residual))
             assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
             same_everywhere(*results[1])
+        # The same captured; the numbers of the calls go on from replay to replay.
+        residual = old.clone()
+        add_thrice(peers, True, x, weights[rank], scratch, residual, weight)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = add_thrice(peers, True, x, weights[rank], scratch, residual, weight)
+        for _ in range(50):
+            residual.copy_(old)
+            graph.replay()
+            assert torch.equal(out, results[1][0]) and torch.equal(residual, results[1][1])
         scores = torch.randn(world, 300, device=device, generator=generator)
         scores[:, ::3] = 1.0
         scores[:, 1::7] = 0.0
@@ -307,6 +329,22 @@ def work() -> None:
     print("all-reduce ok", flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def add_thrice(
+    peers: PeerBuffer,
+    sent: bool,
+    x: torch.Tensor,
+    linear: torch.Tensor,
+    scratch: GemvScratch,
+    residual: torch.Tensor,
+    norm: torch.Tensor,
+) -> torch.Tensor:
+    """The sum of every rank's linear of x, three times added to the residual; returns it normalised."""
+    for _ in range(3):
+        part = small_linear(x, linear, scratch, outlet=peers.outlet if sent else None, pdl=True)
+        out = peers.all_reduce_add_rms_norm(part, residual, norm, 1e-6, sent=sent, pdl=True)
+    return out
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -72,6 +72,16 @@ def test_matches_reference(rows, out_features, in_features, config, parts, dtype
     assert (scratch.counters == 0).all()
 
 
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_every_linear_of_few_rows_can_be_sent(rows):
+    """What a decoder takes for granted: whether there is a configuration is a matter of the rows alone."""
+    for out_features in (576, 1024, 2048, 3072, 4096, 6144, 11008):
+        for in_features in (96, 576, 1024, 1536, 2048, 3072, 4096, 7168, 14336):
+            config = pick(rows, out_features, in_features)
+            assert config is not None and config.block_n % 2 == 0
+    assert pick(17, 4096, 4096) is None
+
+
 def test_residual_in_place():
     x = torch.randn(1, 256, device=DEVICE)
     weight = torch.randn(64, 256, device=DEVICE)

@@ -25,7 +25,7 @@ from tpctl.launch.messages import (
     to_wire,
 )
 
-ids = st.lists(st.integers(-1, 2**31), max_size=5)
+ids = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)
 sampling = st.builds(
     SamplingParams,
     temperature=st.just(0.0) | st.floats(1e-4, 5),
@@ -58,6 +58,13 @@ messages = st.one_of(
 @given(messages)
 def test_a_message_survives_the_wire(message: Message) -> None:
     assert from_wire(json.loads(json.dumps(to_wire(message)))) == message
+
+
+def test_ids_that_are_not_packed_are_refused() -> None:
+    name, ((id, _, sampling),) = to_wire(Add([Request("a", [5], SamplingParams())]))
+    for wrong in ("!!!!", "AAAA"):
+        with pytest.raises(ValueError):
+            from_wire([name, [[id, wrong, sampling]]])
 
 
 def test_an_unknown_message_is_refused_by_name() -> None:

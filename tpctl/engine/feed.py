@@ -18,7 +18,7 @@ from typing import Any
 
 from tpctl.distributed import TPGroup
 from tpctl.launch.channel import Channel
-from tpctl.launch.messages import Message, from_wire, to_wire
+from tpctl.launch.messages import Message, from_wire
 
 _LENGTH = struct.Struct(">I")
 _JOIN_TIMEOUT = 60.0  # seconds for the other ranks to connect
@@ -30,21 +30,21 @@ class Leader:
 
     def __init__(self, group: TPGroup, channel: Channel) -> None:
         self._channel = channel
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Message, bytes]] = queue.SimpleQueue()  # each beside its JSON
         self._followers = _accept_followers(group)
         threading.Thread(target=self._listen, daemon=True, name="tpctl-listen").start()
 
     def next(self, wait: bool) -> list[Message]:
         """The messages that this step applies; with ``wait``, at least one."""
-        messages = [self._inbox.get()] if wait else []
+        arrived = [self._inbox.get()] if wait else []
         while not self._inbox.empty():
-            messages.append(self._inbox.get())
+            arrived.append(self._inbox.get())
         if self._followers:
-            data = json.dumps([to_wire(m) for m in messages], separators=(",", ":")).encode()
+            data = b"[" + b",".join(text for _, text in arrived) + b"]"
             frame = _LENGTH.pack(len(data)) + data
             for follower in self._followers:
                 follower.sendall(frame)
-        return messages
+        return [message for message, _ in arrived]
 
     def send(self, message: Message) -> None:
         self._channel.send(message)
@@ -52,7 +52,8 @@ class Leader:
     def _listen(self) -> None:
         try:
             while True:
-                self._inbox.put(self._channel.receive())
+                text = self._channel.receive_json()
+                self._inbox.put((from_wire(json.loads(text)), text))
         finally:
             # Nobody is left to work for, or what they say makes no sense; a collective may hang, so do not unwind.
             os._exit(1)

@@ -5,8 +5,8 @@ One program handles one row. There is no barrier, flag or fence: a slot is fille
 (`all_reduce_kernels.EMPTY`; a number that would read so travels as zero, its equal), and a reader waits until no word
 of its row is that. Having read the row it empties the slot again. So a message takes one trip and its own bytes.
 
-The kernel that computes a row can send it itself, part by part (`PeerBuffer.outlet`): the words then travel while
-it ends and the all-reduce starts.
+The kernel that computes a row can send it itself, part by part (`PeerBuffer.outlet`): the words then travel while it
+ends and the all-reduce starts. It does so after it has waited for all kernels before it, so the order is the same.
 
 A row's program keeps its own call counter on the device (graph replays advance it too), and buffers alternate. A peer
 can only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after the row
@@ -66,15 +66,18 @@ class PeerLayout(NamedTuple):
 class Outlet(NamedTuple):
     """What a kernel needs to send its result to the peers itself, by `all_reduce_kernels.send_values`.
 
-    It must not be early: the calls before have to be complete. Its rows are the first ones, at most `max_rows`.
+    It must read the epochs and send after `gdc_wait`: the calls before have to be complete. At most max_rows rows of
+    row_words words, of dtype.
     """
 
     peers: torch.Tensor
     epochs: torch.Tensor
     rank: int
     world: int
+    max_rows: int
     row_words: int
     plane_words: int
+    dtype: torch.dtype
 
 
 class PeerBuffer:
@@ -124,8 +127,8 @@ class PeerBuffer:
     @property
     def outlet(self) -> Outlet:
         """For the kernel whose result is the x of the next call, which is then `sent`."""
-        layout = self.layout
-        return Outlet(self._peers, self._epochs, self.rank, self.world, layout.row_words, layout.plane_words)
+        most, words, _, plane = self.layout
+        return Outlet(self._peers, self._epochs, self.rank, self.world, most, words, plane, self.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -27,8 +27,8 @@ from tpctl.kernels.norm import rms_norm_reference
 class GemvConfig(NamedTuple):
     """Output features and input columns per tile, splits of the input, launch parameters; dot: tensor cores.
 
-    prefetch: tiles behind the first that a program of one row asks the L2 cache for while it waits. early: whether it
-    lets the next kernel start before its first tile has come.
+    prefetch: tiles behind the first that a program of one row asks the L2 cache for while it waits (if there is a gate,
+    of the gate alone). early: whether it lets the next kernel start before its first tile has come.
     """
 
     block_n: int
@@ -80,6 +80,7 @@ def pick(rows: int, out_features: int, in_features: int, *, gated: bool = False)
         if gated:
             if width <= 1024:
                 return GemvConfig(2, min(width, 512), 1, 1)
+            # The kernel measured at 14336 x 4096, for other sizes.
             return GemvConfig(1, min(width, 4096), num_warps=4, early=width >= 4096)
         if width <= 1024:
             return GemvConfig(4, min(width, 512), 1, 1)
@@ -133,9 +134,10 @@ def small_linear(
     x_TH: [T, H], T <= 64, columns contiguous. weight_OH: [O, H] contiguous, x's dtype. bias_O: [O]. norm:
     (weight [H], eps) of an RMSNorm over x (`unit_offset`: Gemma's 1 + weight). activation: weight_OH is the
     merged [gate; up] and the result act(gate) * up has O / 2 columns. residual_TO: added last; it may be
-    `out`. outlet: where the result goes to the peers as well, for an all-reduce that it is then `sent` to (O even,
-    block_n > 1). Returns `out`, or a new [T, O] (or [T, O / 2]) in x's dtype. Raises ValueError where `pick` advises
-    against and no config is given.
+    `out`. outlet: sends the result to the peers as well; the all-reduce that follows must be told so (`sent`). The
+    result's columns and block_n must then be even. Returns `out`, or a new [T, O] (or [T, O / 2]) in x's dtype.
+
+    Raises ValueError where `pick` advises against and no config is given, or for what an outlet does not take.
     """
     rows, in_features = x_TH.shape
     out_features = weight_OH.shape[0] // 2 if activation else weight_OH.shape[0]
@@ -143,8 +145,15 @@ def small_linear(
         config = pick(rows, out_features, in_features, gated=activation is not None)
         if config is None:
             raise ValueError(f"{rows} rows are too many for small_linear; use torch.nn.functional.linear")
-    if outlet is not None and (out_features % 2 or config.block_n % 2):
-        raise ValueError(f"{out_features} features in blocks of {config.block_n} cannot be sent in pairs")
+    if outlet is not None:
+        if out_features % 2 or config.block_n % 2:
+            raise ValueError(f"{out_features} features in blocks of {config.block_n} cannot be sent in pairs")
+        words = out_features * x_TH.element_size() // 4
+        if x_TH.dtype is not outlet.dtype or rows > outlet.max_rows or words > outlet.row_words:
+            raise ValueError(
+                f"[{rows}, {out_features}] {x_TH.dtype} does not fit an outlet for {outlet.max_rows} rows of "
+                f"{outlet.row_words} words of {outlet.dtype}"
+            )
     if out is None:
         out = x_TH.new_empty((rows, out_features))
     if config.split_k > 1:

@@ -129,18 +129,21 @@ def _finish_split(
 
 
 @triton.jit
-def _start(w_row, k, TILES: tl.constexpr, IN_FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr):
-    """Let the dependents start, ask the L2 cache for PREFETCH tiles behind the first, at column k, and wait for x."""
-    LINE: tl.constexpr = 128 // w_row.dtype.element_ty.itemsize
+def _start(
+    w_ptr, n, split, TILES: tl.constexpr, IN_FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr
+):
+    """Let the dependents start, ask the L2 cache for PREFETCH tiles behind the first of rows n, and wait for x."""
+    LINE: tl.constexpr = 128 // w_ptr.dtype.element_ty.itemsize
     LINES: tl.constexpr = (BLOCK_K + LINE - 1) // LINE
     tl.extra.cuda.gdc_launch_dependents()
     for i in tl.static_range(1, TILES):
         if i <= PREFETCH:
-            column = tl.minimum(k + i * BLOCK_K + tl.arange(0, LINES) * LINE, IN_FEATURES - 1)
+            column = (split * TILES + i) * BLOCK_K + tl.arange(0, LINES) * LINE
+            lines = n.to(tl.int64)[:, None] * IN_FEATURES + tl.minimum(column, IN_FEATURES - 1)[None, :]
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
                 "=r,l",
-                [w_row + column[None, :]],
+                [w_ptr + lines],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
@@ -211,9 +214,9 @@ def gemv_kernel(
         # branch (always taken) is in between. Which of the two is faster was measured (docs/kernel-notes.md).
         if EARLY:
             if rows > 0:
-                _start(w_row, split * (TILES * BLOCK_K), TILES, IN_FEATURES, BLOCK_K, PREFETCH)
+                _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
         else:
-            _start(w_row, split * (TILES * BLOCK_K), TILES, IN_FEATURES, BLOCK_K, PREFETCH)
+            _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
     epoch = m
     if WORLD > 1:
         epoch = tl.load(epochs_ptr + m) + 1

@@ -46,8 +46,12 @@ class Channel:
         Raises:
             ChannelClosed: the other side is gone.
         """
+        return from_wire(json.loads(self.receive_json()))
+
+    def receive_json(self) -> bytes:
+        """Wait for one message and leave it as it came, to be passed on."""
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        return from_wire(json.loads(self._read(length)))
+        return self._read(length)
 
     def close(self) -> None:
         # shutdown wakes a thread that is blocked in receive; close alone does not.

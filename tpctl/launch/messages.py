@@ -126,7 +126,7 @@ def _packed(token_ids: list[int]) -> str:
 
 
 def _unpacked(packed: str) -> list[int]:
-    return _little_endian(array("q", b64decode(packed))).tolist()
+    return _little_endian(array("q", b64decode(packed, validate=True))).tolist()
 
 
 def _little_endian(values: array[int]) -> array[int]:
