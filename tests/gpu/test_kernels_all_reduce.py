@@ -93,8 +93,8 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "rows,config",
     [
-        (1, GemvConfig(8, 64)),
-        (1, GemvConfig(4, 64, split_k=2)),
+        (1, GemvConfig(16, 64)),
+        (1, GemvConfig(16, 64, split_k=2)),
         (5, GemvConfig(32, 32, num_stages=2, dot=True)),
         (5, GemvConfig(64, 64, split_k=2, num_stages=2, dot=True)),
     ],
