@@ -116,7 +116,7 @@ def test_linears_send_what_they_compute(
         weights[:, 4:6] = 0.0  # times a positive and a negative number: (0, -0), which stands for an empty slot
         weights[:, hidden + 4], weights[:, hidden + 5] = given[:, 0], -given[:, 0]
         parts = [
-            small_linear(x, weight, scratch, activation="silu", config=config, outlet=end.outlet)
+            small_linear(x, weight, scratch, activation="silu", config=config, outlet=end)
             for x, weight, end in zip(given, weights, ends, strict=True)
         ]
         assert all((part.view(torch.int32) == EMPTY).any() for part in parts)
@@ -135,7 +135,6 @@ def test_linears_send_what_they_compute(
     assert not any(end.timed_out() for end in ends)
     with pytest.raises(ValueError, match="9 rows"):
         ends[0].all_reduce_add_rms_norm(parts[0].new_zeros(9, hidden), old, norm, 1e-6, sent=True)
-    outlet = ends[0].outlet
     wrong = [
         (given[0, :1], weights[0], GemvConfig(1, 64), "in pairs"),
         (given[0, :1].half(), weights[0].half(), GemvConfig(2, 64), "float16 does not fit"),
@@ -144,7 +143,7 @@ def test_linears_send_what_they_compute(
     ]
     for x, weight, given_config, message in wrong:
         with pytest.raises(ValueError, match=message):
-            small_linear(x, weight, scratch, config=given_config, outlet=outlet)
+            small_linear(x, weight, scratch, config=given_config, outlet=ends[0])
 
 
 @pytest.mark.skipif(not INTERPRET, reason="on GPUs two real ranks do this")
@@ -211,7 +210,7 @@ def take_turns(
             sums = all_reduce_add_rms_norm_reference((x.double() @ weights.double().mT), wide, weight.double(), 1e-6)
             config = GemvConfig(4, 32) if rows == 1 else GemvConfig(16, 32, num_stages=2, dot=True)
             scratch = GemvScratch.allocate(x.device)
-            part = small_linear(x, weights[rank], scratch, config=config, outlet=end.outlet)
+            part = small_linear(x, weights[rank], scratch, config=config, outlet=end)
             after = end.all_reduce_add_rms_norm(part, old, weight, 1e-6, sent=True)
             torch.testing.assert_close(after, sums.float(), rtol=1e-4, atol=1e-4)
 
@@ -342,7 +341,7 @@ def add_thrice(
 ) -> torch.Tensor:
     """The sum of every rank's linear of x, three times added to the residual; returns it normalised."""
     for _ in range(3):
-        part = small_linear(x, linear, scratch, outlet=peers.outlet if sent else None, pdl=True)
+        part = small_linear(x, linear, scratch, outlet=peers if sent else None, pdl=True)
         out = peers.all_reduce_add_rms_norm(part, residual, norm, 1e-6, sent=sent, pdl=True)
     return out
 

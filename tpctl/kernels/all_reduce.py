@@ -5,8 +5,9 @@ One program handles one row. There is no barrier, flag or fence: a slot is fille
 (`all_reduce_kernels.EMPTY`; a number that would read so travels as zero, its equal), and a reader waits until no word
 of its row is that. Having read the row it empties the slot again. So a message takes one trip and its own bytes.
 
-The kernel that computes a row can send it itself, part by part (`PeerBuffer.outlet`): the words then travel while it
-ends and the all-reduce starts. It does so after it has waited for all kernels before it, so the order is the same.
+The kernel that computes a row can send it itself, part by part (`all_reduce_kernels.send_values`): the words then
+travel while it ends and the all-reduce starts. It does so after it has waited for all kernels before it, so the order
+is the same.
 
 A row's program keeps its own call counter on the device (graph replays advance it too), and buffers alternate. A peer
 can only be one call ahead: to start call e + 2 it must have received this rank's row of call e + 1, sent after the row
@@ -63,29 +64,13 @@ class PeerLayout(NamedTuple):
         return 2 * world * self.plane_words
 
 
-class Outlet(NamedTuple):
-    """What a kernel needs to send its result to the peers itself, by `all_reduce_kernels.send_values`.
-
-    It must read the epochs and send after `gdc_wait`: the calls before have to be complete. At most max_rows rows of
-    row_words words, of dtype.
-    """
-
-    peers: torch.Tensor
-    epochs: torch.Tensor
-    rank: int
-    world: int
-    max_rows: int
-    row_words: int
-    plane_words: int
-    dtype: torch.dtype
-
-
 class PeerBuffer:
     """One rank's end of the buffers that ranks push into, and the collectives over them.
 
     The calls need the same order on every rank. `connect` makes the ends; here they are given: rank: this one's place.
     pointers: int64 [W] on the device, every rank's buffer as addressed from here, this rank's own among them, each at a
-    multiple of 128 bytes. dtype: bfloat16 or float32.
+    multiple of 128 bytes. dtype: bfloat16 or float32. epochs: int32, how often each row has been summed; a kernel that
+    sends rows itself reads it, and sends, after `gdc_wait`, when the calls before are complete.
 
     Many more programs can wait than fit the device at once: the lowest rows are placed first, on every rank alike.
     """
@@ -94,8 +79,8 @@ class PeerBuffer:
         self.rank, self.world = rank, pointers.shape[0]
         self.dtype = dtype
         self.layout = layout
-        self._peers = pointers
-        self._epochs = torch.zeros(layout.counters, dtype=torch.int32, device=pointers.device)
+        self.pointers = pointers
+        self.epochs = torch.zeros(layout.counters, dtype=torch.int32, device=pointers.device)
         self._error = torch.zeros(1, dtype=torch.int32, device=pointers.device)
         self._held: object = None
 
@@ -125,12 +110,6 @@ class PeerBuffer:
         return end
 
     @property
-    def outlet(self) -> Outlet:
-        """For the kernel whose result is the x of the next call, which is then `sent`."""
-        most, words, _, plane = self.layout
-        return Outlet(self._peers, self._epochs, self.rank, self.world, most, words, plane, self.dtype)
-
-    @property
     def nbytes(self) -> int:
         """Device memory of this rank's buffer, which torch's allocator does not count."""
         return 4 * self.layout.words(self.world)
@@ -144,6 +123,19 @@ class PeerBuffer:
         rows, hidden = x_TH.shape[-2:]
         words = hidden * x_TH.element_size() / 4
         return x_TH.dtype is self.dtype and rows > 0 and words.is_integer() and words <= self.layout.row_words
+
+    def check(self, x_TH: torch.Tensor, *, sent: bool = False) -> None:
+        """Raise ValueError unless x_TH fits; sent: unless a kernel can send it before the all-reduce."""
+        rows, hidden = x_TH.shape[-2:]
+        if not self.fits(x_TH):
+            raise ValueError(
+                f"[{rows}, {hidden}] {x_TH.dtype} does not fit a peer buffer of {self.dtype}, "
+                f"{self.layout.row_words} words a row"
+            )
+        if sent and rows > self.layout.max_rows:
+            raise ValueError(
+                f"[{rows}, {hidden}]: {rows} rows are more than the {self.layout.max_rows} that can be sent"
+            )
 
     def all_reduce(self, x_TH: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False) -> torch.Tensor:
         """The sum of every rank's x_TH [T, H], in rank order in float32, rounded once. `out` may be x_TH.
@@ -168,7 +160,7 @@ class PeerBuffer:
         """residual_TH += sum of every rank's x_TH, in place, then RMSNorm of it with weight_H; as
         `norm.add_rms_norm`.
 
-        residual_TH must be the same on every rank. sent: the kernel that made x_TH has sent it through `outlet`.
+        residual_TH must be the same on every rank. sent: the kernel that made x_TH has sent it.
         """
         return self._launch(x_TH, residual_TH, weight_H, eps, unit_offset, out, sent, pdl)
 
@@ -187,8 +179,8 @@ class PeerBuffer:
             scores_T,
             ids_T,
             out_T,
-            self._peers,
-            self._epochs,
+            self.pointers,
+            self.epochs,
             self._error,
             rows,
             layout.max_rows,
@@ -215,18 +207,13 @@ class PeerBuffer:
         sent: bool,
         pdl: bool,
     ) -> torch.Tensor:
-        if not self.fits(x_TH):
-            rows, hidden = x_TH.shape[-2:]
-            raise ValueError(
-                f"[{rows}, {hidden}] {x_TH.dtype} does not fit a peer buffer of {self.dtype}, "
-                f"{self.layout.row_words} words a row"
-            )
+        self.check(x_TH, sent=sent)
         x_STH = as_runs(x_TH)
         splits, rows, hidden = x_STH.shape
         out_TH = torch.empty_like(x_STH[0]) if out is None else out
         most = self.layout.max_rows
-        if sent and (rows > most or splits > 1):
-            raise ValueError(f"{splits} x {rows} rows cannot have been sent: one run of up to {most} can")
+        if sent and splits > 1:
+            raise ValueError(f"{splits} runs cannot have been sent, only their sum")
         if rows > most:
             for start in range(0, rows, most):
                 piece = slice(start, start + most)
@@ -244,8 +231,8 @@ class PeerBuffer:
             residual,
             weight_H.view(torch.int32) if weight_H is not None else x_words,
             out_words,
-            self._peers,
-            self._epochs,
+            self.pointers,
+            self.epochs,
             self._error,
             words,
             hidden,

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from tpctl.kernels.activation import Activation, act_and_mul_reference
-from tpctl.kernels.all_reduce import Outlet
+from tpctl.kernels.all_reduce import PeerBuffer
 from tpctl.kernels.gemv_kernels import gemv_kernel, skinny_kernel
 from tpctl.kernels.launch import launch_options, next_power_of_2
 from tpctl.kernels.norm import rms_norm_reference
@@ -126,7 +126,7 @@ def small_linear(
     residual_TO: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: GemvConfig | None = None,
-    outlet: Outlet | None = None,
+    outlet: PeerBuffer | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """residual + act_and_mul(norm(x) @ weight.T + bias), each part optional, in one launch.
@@ -134,7 +134,7 @@ def small_linear(
     x_TH: [T, H], T <= 64, columns contiguous. weight_OH: [O, H] contiguous, x's dtype. bias_O: [O]. norm:
     (weight [H], eps) of an RMSNorm over x (`unit_offset`: Gemma's 1 + weight). activation: weight_OH is the
     merged [gate; up] and the result act(gate) * up has O / 2 columns. residual_TO: added last; it may be
-    `out`. outlet: sends the result to the peers as well; the all-reduce that follows must be told so (`sent`). The
+    `out`. outlet: sends the result through it as well; the all-reduce that follows must be told so (`sent`). The
     result's columns and block_n must then be even. Returns `out`, or a new [T, O] (or [T, O / 2]) in x's dtype.
 
     Raises ValueError where `pick` advises against and no config is given, or for what an outlet does not take.
@@ -145,17 +145,12 @@ def small_linear(
         config = pick(rows, out_features, in_features, gated=activation is not None)
         if config is None:
             raise ValueError(f"{rows} rows are too many for small_linear; use torch.nn.functional.linear")
+    if out is None:
+        out = x_TH.new_empty((rows, out_features))
     if outlet is not None:
         if out_features % 2 or config.block_n % 2:
             raise ValueError(f"{out_features} features in blocks of {config.block_n} cannot be sent in pairs")
-        words = out_features * x_TH.element_size() // 4
-        if x_TH.dtype is not outlet.dtype or rows > outlet.max_rows or words > outlet.row_words:
-            raise ValueError(
-                f"[{rows}, {out_features}] {x_TH.dtype} does not fit an outlet for {outlet.max_rows} rows of "
-                f"{outlet.row_words} words of {outlet.dtype}"
-            )
-    if out is None:
-        out = x_TH.new_empty((rows, out_features))
+        outlet.check(out, sent=True)
     if config.split_k > 1:
         needed = config.split_k * rows * weight_OH.shape[0]
         if needed > scratch.partial.numel():
@@ -169,15 +164,15 @@ def small_linear(
         norm[0] if norm is not None else x_TH,
         scratch.partial,
         scratch.counters,
-        outlet.peers if outlet is not None else scratch.counters,
+        outlet.pointers if outlet is not None else scratch.counters,
         outlet.epochs if outlet is not None else scratch.counters,
         rows,
         out_features,
         x_TH.stride(0),
         out.stride(0),
         residual_TO.stride(0) if residual_TO is not None else 0,
-        outlet.row_words if outlet is not None else 0,
-        outlet.plane_words if outlet is not None else 0,
+        outlet.layout.row_words if outlet is not None else 0,
+        outlet.layout.plane_words if outlet is not None else 0,
         norm[1] if norm is not None else 0.0,
     )
     flags = {

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from tpctl.kernels.activation import act
 from tpctl.kernels.all_reduce_kernels import send_values
+from tpctl.kernels.prefetch import prefetch
 
 
 @triton.jit
@@ -140,14 +141,7 @@ def _start(
         if i <= PREFETCH:
             column = (split * TILES + i) * BLOCK_K + tl.arange(0, LINES) * LINE
             lines = n.to(tl.int64)[:, None] * IN_FEATURES + tl.minimum(column, IN_FEATURES - 1)[None, :]
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                "=r,l",
-                [w_ptr + lines],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            prefetch(w_ptr + lines)
     tl.extra.cuda.gdc_wait()
 
 

@@ -7,6 +7,8 @@ import os
 import triton
 import triton.language as tl
 
+from tpctl.kernels.prefetch import prefetch
+
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
 
@@ -216,10 +218,7 @@ def _prefetch(
     row = ((block * BLOCK_SIZE + token % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
     for line in tl.static_range(LINES):
         for cache in tl.static_range(2):
-            pointer = (v_cache_ptr if cache else k_cache_ptr) + row + line * LINE
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
-            )
+            prefetch((v_cache_ptr if cache else k_cache_ptr) + row + line * LINE)
 
 
 @triton.jit

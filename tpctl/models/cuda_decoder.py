@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.kernels.activation import silu_and_mul
-from tpctl.kernels.all_reduce import Outlet, PeerBuffer
+from tpctl.kernels.all_reduce import PeerBuffer
 from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.launch import is_hopper, num_multiprocessors
@@ -64,7 +64,7 @@ class CudaDecoder:
         self._scratch = GemvScratch.allocate(self.group.device)
         self._pdl = False
         self._sums: PeerBuffer | None = None
-        self._outlet: Outlet | None = None
+        self._sends = False  # linears send the sums' addends themselves
         self.peers: PeerBuffer | None = None
         weight = decoder.lm_head.weight
         if self.group.size > 1 and weight.dtype in (torch.bfloat16, torch.float32):
@@ -82,7 +82,7 @@ class CudaDecoder:
         self.backend.begin(batch, self.windows)
         residual = self.decoder.model.embed_tokens.local(batch.input_ids)
         self._sums = self.peers if self._peers_take(residual) else None  # all sums of a step have this shape
-        self._outlet = self._sums.outlet if self._sums is not None and self._small(residual) else None
+        self._sends = self._sums is not None and self._small(residual)
         residual = self._all_reduce(residual)
         final = self.decoder.model.norm
         if self.group.size == 1 and self._small(residual):
@@ -159,7 +159,7 @@ class CudaDecoder:
         return self._partial(mlp.down_proj.weight, mlp.down_proj.bias, self._gate(mlp, x, None))
 
     def _linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, outlet: Outlet | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, outlet: PeerBuffer | None = None
     ) -> Tensor:
         """``norm(x) W^T + b``: one launch for few rows, which can send the result to the peers as well."""
         config = pick(x.shape[0], weight.shape[0], x.shape[1]) if self._takes(x) else None
@@ -191,8 +191,8 @@ class CudaDecoder:
     def _partial(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """A row-parallel linear's partial sum; rank 0 adds the bias, once."""
         bias = bias if self.group.rank == 0 else None
-        if self._outlet is not None or (self.group.size > 1 and self._sums is None):
-            return self._linear(x, weight, bias, None, self._outlet)
+        if self._sends or (self.group.size > 1 and self._sums is None):
+            return self._linear(x, weight, bias, None, self._sums)
         return self._runs(x, weight, bias)
 
     def _runs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -235,6 +235,6 @@ class CudaDecoder:
         """All-reduce, add to the residual in place, normalise (``RMSNorm.reduce_add``)."""
         if self._sums is not None:
             return self._sums.all_reduce_add_rms_norm(
-                partial, residual, norm.weight, norm.eps, sent=self._outlet is not None, pdl=self._pdl
+                partial, residual, norm.weight, norm.eps, sent=self._sends, pdl=self._pdl
             )
         return add_rms_norm(self.group.all_reduce(partial), residual, norm.weight, norm.eps, pdl=self._pdl)
