@@ -120,9 +120,10 @@ def test_rope_cache_of_runs(rotary, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("start,width,vocab", [(0, 1000, None), (64000, 5003, 68003), (2048, 2048, 3000)])
-def test_sampling(start, width, vocab, dtype):
+@pytest.mark.parametrize("spread", [0.1, 4, 400])  # the noise decides, both do, the logits do
+def test_sampling(spread, start, width, vocab, dtype):
     rows = 33
-    logits = (4 * torch.randn(rows, width)).to(DEVICE, dtype)
+    logits = (spread * torch.randn(rows, width)).to(DEVICE, dtype)
     temperatures = torch.rand(rows).to(DEVICE) + 0.2
     temperatures[::4] = 0
     keys = torch.randint(0, 2**32, (rows, 2)).to(DEVICE)
@@ -142,6 +143,19 @@ def test_sampling_edges():
     score, token = sample(logits, greedy, keys, vocab_start=200, vocab_size=200)  # padding alone
     assert token.tolist() == [200] * 3
     assert torch.isinf(score).all()
+
+
+def test_sampling_of_rows_with_few_candidates():
+    logits = torch.full((4, 5000), float("-inf"), device=DEVICE)
+    logits[1] = float("nan")
+    logits[2, 4321] = -3.0
+    logits[3, 17:19] = 2.0
+    keys = torch.randint(0, 2**32, (4, 2)).to(DEVICE)
+    score, token = sample(logits, torch.ones(4, device=DEVICE), keys)
+    want_score, want_token = sample_reference(logits.cpu(), torch.ones(4), keys.cpu())
+    assert token.tolist() == want_token.tolist()
+    assert token[:3].tolist() == [0, 0, 4321]
+    assert torch.allclose(score[2:].cpu(), want_score[2:], rtol=1e-5)
 
 
 def test_sampling_frequencies():

@@ -10,6 +10,9 @@ A run that covers a whole sequence writes its output. Otherwise it leaves a part
 program's two slots (0: the run's first sequence, 1: its last), and the program that finishes a sequence last
 combines its partials, in order, so results do not depend on timing. The line (`DecodePlan.update`) is
 computed once a step and serves all layers.
+
+In large batches a program begins with the end of its run, the sequence that the next program goes on with (p0 with s1
+above), so that combining happens while others still read, and most programs end with a whole sequence.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ LONG_CONTEXT = 1024
 class DecodeConfig(NamedTuple):
     """How decode is cut: tokens per tile, programs per kv head, the least tiles a program takes, launch parameters.
 
-    early: whether programs may be placed while the kernel before still runs.
+    early: whether programs may be placed while the kernel before still runs. ahead: whether a run's last sequence is
+    computed first where it goes on in the next run.
     """
 
     tile: int
@@ -40,6 +44,7 @@ class DecodeConfig(NamedTuple):
     num_stages: int
     min_tiles: int = 1
     early: bool = True
+    ahead: bool = False
 
 
 def decode_config(
@@ -57,9 +62,10 @@ def decode_config(
     if per_sm == 2:
         # A big batch's equal shares need the programs spread evenly. Placed while the kernel before still fills some
         # multiprocessors, small ones would pile up on the others.
+        ahead = num_seqs > 64  # of fewer, a run has too few to end with a whole one
         if wide:
-            return DecodeConfig(128, num_programs, num_warps=4, num_stages=2)
-        return DecodeConfig(64, num_programs, num_warps=4, num_stages=3, early=False)
+            return DecodeConfig(128, num_programs, num_warps=4, num_stages=2, ahead=ahead)
+        return DecodeConfig(64, num_programs, num_warps=4, num_stages=3, early=False, ahead=ahead)
     if num_seqs > 2 or (long and (num_seqs > 1 or num_heads <= 2 * num_kv_heads)):
         return DecodeConfig(64, num_programs, num_warps=4, num_stages=3)
     if long:
@@ -122,7 +128,7 @@ class DecodePlan:
         self.window = window or 0
         self.scratch = scratch
         self.cu_tiles = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
-        self.first_seq = torch.zeros(self.config.num_programs, dtype=torch.int32, device=device)
+        self.first_seq, self.ahead_seq = torch.zeros(2, self.config.num_programs, dtype=torch.int32, device=device)
         # Partials combined at a time: as many as fill about 32 float32 registers a thread.
         elements = 32 * 32 * self.config.num_warps
         row_elements = next_power_of_2(self.group) * next_power_of_2(head_dim)
@@ -135,6 +141,7 @@ class DecodePlan:
             seq_lens_S,
             self.cu_tiles,
             self.first_seq,
+            self.ahead_seq,
             self.num_seqs,
             programs,
             self.config.min_tiles,
@@ -178,6 +185,7 @@ def paged_decode(
         seq_lens_S,
         plan.cu_tiles,
         plan.first_seq,
+        plan.ahead_seq,
         plan.scratch.partial,
         plan.scratch.stats,
         plan.scratch.counters,
@@ -196,6 +204,7 @@ def paged_decode(
         BLOCK_SIZE=plan.block_size,
         TILE=config.tile,
         WINDOW=plan.window,
+        AHEAD=config.ahead,
         BLOCK_M=max(16, next_power_of_2(plan.group)),
         BLOCK_GROUP=next_power_of_2(plan.group),
         BLOCK_PARTS=plan.block_parts,

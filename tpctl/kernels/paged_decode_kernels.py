@@ -17,6 +17,7 @@ def plan_kernel(
     seq_lens_ptr,
     cu_tiles_ptr,
     first_seq_ptr,
+    ahead_seq_ptr,
     num_seqs,
     num_programs,
     min_tiles,
@@ -36,9 +37,14 @@ def plan_kernel(
         tl.store(cu_tiles_ptr + seq, ends - tiles, mask=seq < num_seqs)
         tl.store(cu_tiles_ptr + num_seqs, total)
     program = tl.program_id(0) * BLOCK_PROGRAMS + tl.arange(0, BLOCK_PROGRAMS)
-    start = program * tl.maximum(tl.cdiv(total, num_programs), min_tiles)
+    share = tl.maximum(tl.cdiv(total, num_programs), min_tiles)
+    start = program * share
+    end = tl.minimum(start + share, total)
     first = tl.sum((ends[None, :] <= start[:, None]).to(tl.int32), 1)
+    last = tl.sum((ends[None, :] < end[:, None]).to(tl.int32), 1)
+    goes_on = tl.sum((ends[None, :] <= end[:, None]).to(tl.int32), 1) == last
     tl.store(first_seq_ptr + program, tl.minimum(first, num_seqs - 1), mask=program < num_programs)
+    tl.store(ahead_seq_ptr + program, tl.where(goes_on & (last > first), last, -1), mask=program < num_programs)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_programs", "min_tiles", "table_stride"])
@@ -50,6 +56,7 @@ def decode_kernel(
     seq_lens_ptr,
     cu_tiles_ptr,
     first_seq_ptr,
+    ahead_seq_ptr,
     partial_ptr,
     stats_ptr,
     counters_ptr,
@@ -68,6 +75,7 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -85,21 +93,30 @@ def decode_kernel(
     tile_offsets = (col * (NUM_KV_HEADS * HEAD_DIM))[:, None] + d[None, :]
 
     total = tl.load(cu_tiles_ptr + num_seqs)
-    seq = tl.load(first_seq_ptr + program)
+    first_seq = tl.load(first_seq_ptr + program)
     share = tl.maximum(tl.cdiv(total, num_programs), min_tiles)
     run_start = program * share
     run_end = tl.minimum(run_start + share, total)
+    seq = first_seq
+    if AHEAD:
+        ahead_seq = tl.load(ahead_seq_ptr + program)
+        seq = tl.where(ahead_seq < 0, seq, ahead_seq)
     seq_start = tl.load(cu_tiles_ptr + seq)
     seq_end = tl.load(cu_tiles_ptr + seq + 1)
     length = tl.load(seq_lens_ptr + seq)
+    tile = run_start
+    ahead = False
+    if AHEAD:
+        ahead = ahead_seq >= 0
+        tile = tl.where(ahead, seq_start, tile)
+    stop = tl.where(ahead, tile, run_end)  # where what is left of the run ends
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if run_start < run_end:
             _prefetch(k_cache_ptr, v_cache_ptr, block_tables_ptr + seq.to(tl.int64) * table_stride, length, kv_head,
-                      run_start - seq_start, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, WINDOW)  # fmt: skip
+                      tile - seq_start, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, WINDOW)  # fmt: skip
         tl.extra.cuda.gdc_wait()
-    tile = run_start
-    while tile < run_end:
+    while ahead | (tile < stop):
         q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + head_offsets, mask=q_mask, other=0.0)
         table = block_tables_ptr + seq.to(tl.int64) * table_stride
         window_start = 0
@@ -169,8 +186,13 @@ def decode_kernel(
                          GROUP, HEAD_DIM, BLOCK_DIM, BLOCK_GROUP, BLOCK_PARTS)  # fmt: skip
         tile = last
         seq += 1
-        more = seq < num_seqs
         seq_start = last
+        if AHEAD:
+            tile = tl.where(ahead, run_start, tile)
+            seq = tl.where(ahead, first_seq, seq)
+            seq_start = tl.load(cu_tiles_ptr + seq)
+            ahead = tl.full([], False, tl.int1)
+        more = seq < num_seqs
         seq_end = tl.load(cu_tiles_ptr + seq + 1, mask=more, other=0)
         length = tl.load(seq_lens_ptr + seq, mask=more, other=0)
 

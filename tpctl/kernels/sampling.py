@@ -13,6 +13,7 @@ from tpctl.kernels.noise import MAX_W, sample_reference
 __all__ = ["sample", "sample_reference"]
 
 _BLOCK = 2048
+_NONE = tl.constexpr(2147483647)  # no token's id
 # Triton's interpreter has no device library.
 _FAST = not triton.knobs.runtime.interpret
 
@@ -28,9 +29,13 @@ def _mix(x):
 
 
 @triton.jit
+def _hash(token, key0, key1):
+    return _mix(_mix(token.to(tl.uint32) * 0x9E3779B9 + key0) ^ key1)
+
+
+@triton.jit
 def _uniform(token, key0, key1, MAX_W: tl.constexpr):
-    hashed = _mix(_mix(token.to(tl.uint32) * 0x9E3779B9 + key0) ^ key1)
-    return tl.minimum((hashed.to(tl.float32) + 0.5) * 2.3283064365386963e-10, MAX_W)
+    return tl.minimum((_hash(token, key0, key1).to(tl.float32) + 0.5) * 2.3283064365386963e-10, MAX_W)
 
 
 @triton.jit
@@ -47,17 +52,19 @@ def _score(logit, token, temperature, key0, key1, MAX_W: tl.constexpr):
 
 
 @triton.jit
-def _rough_score(logit, token, temperature, key0, key1, MAX_W: tl.constexpr):
-    """`_score` within 1e-3, at half the cost: the hardware's logarithm is good to about 2^-21."""
-    w = _uniform(token, key0, key1, MAX_W)
-    exponential = tl.where(w < 0.0078125, w * (1.0 + w * 0.5), -libdevice.fast_logf(1.0 - w))
-    return logit * (1.0 / temperature) - libdevice.fast_logf(exponential)
+def _most(logit, token, temperature, key0, key1):
+    """What `_score` cannot exceed but by rounding (1e-3), and for small w nearly is, at half the cost.
+
+    -log1p(-w) is at least w. The hardware's logarithm is good to about 2^-21; 22.18... is log(2^32).
+    """
+    hashed = _hash(token, key0, key1).to(tl.float32) + 0.5
+    return logit * (1.0 / temperature) + (22.18070977791825 - 0.6931471805599453 * libdevice.fast_log2f(hashed))
 
 
 @triton.jit
 def _best(score, token, live):
     best = tl.max(score, 0)
-    return best, tl.min(tl.where((score == best) & live, token, 2147483647), 0)
+    return best, tl.min(tl.where((score == best) & live, token, _NONE), 0)
 
 
 @triton.jit
@@ -87,23 +94,24 @@ def _block_winner_kernel(
     live = (local < width) & (token < vocab_size)
     logit = tl.load(logits_ptr + row * logits_stride + local, mask=live, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperatures_ptr + row).to(tl.float32)
-    best, winner = _best(logit, token, live)
     if temperature > 0.0:
         key0 = tl.load(keys_ptr + row * 2).to(tl.uint32)
         key1 = tl.load(keys_ptr + row * 2 + 1).to(tl.uint32)
-        exact = True
+        settled = False
         if FAST:
-            # Whoever is far from the best rough score cannot win; mostly one token is left.
-            rough = tl.where(live, _rough_score(logit, token, temperature, key0, key1, MAX_W), float("-inf"))
-            top = tl.max(rough, 0)
-            near = live & (rough >= top - (1e-3 + 1e-6 * tl.abs(top)))
-            exact = tl.sum(near.to(tl.int32), 0) != 1
-            if exact == 0:
-                winner = tl.min(tl.where(near, token, 2147483647), 0)
-                best = _score(tl.max(tl.where(near, logit, float("-inf")), 0), winner, temperature, key0, key1, MAX_W)
-        if exact:
+            # Whoever cannot have more than the exact score of the one that may have most has lost; mostly all have.
+            most = _most(logit, token, temperature, key0, key1)  # -inf where there is no token
+            top = tl.max(most, 0)
+            winner = tl.min(tl.where(most == top, token, _NONE), 0)
+            its_logit = tl.load(logits_ptr + row * logits_stride + winner - vocab_start, mask=winner < _NONE, other=0.0)
+            best = _score(its_logit.to(tl.float32), winner, temperature, key0, key1, MAX_W)
+            rivals = tl.sum((most >= best - (1e-3 + 1e-6 * tl.abs(top))).to(tl.int32), 0)
+            settled = rivals == 1
+        if not settled:
             score = tl.where(live, _score(logit, token, temperature, key0, key1, MAX_W), float("-inf"))
             best, winner = _best(score, token, live)
+    else:
+        best, winner = _best(logit, token, live)
     tl.store(best_ptr + row * num_blocks + block, best)
     tl.store(id_ptr + row * num_blocks + block, winner)
 
@@ -119,11 +127,11 @@ def _row_winner_kernel(
     cols = tl.arange(0, BLOCK)
     mask = cols < num_blocks
     score = tl.load(best_ptr + row * num_blocks + cols, mask=mask, other=float("-inf"))
-    token = tl.load(id_ptr + row * num_blocks + cols, mask=mask, other=2147483647)
+    token = tl.load(id_ptr + row * num_blocks + cols, mask=mask, other=_NONE)
     best = tl.max(score, 0)
-    winner = tl.min(tl.where(score == best, token, 2147483647), 0)
+    winner = tl.min(tl.where(score == best, token, _NONE), 0)
     # Nothing to choose (a slice of padding alone, or NaN logits): an id that is still in range.
-    winner = tl.where(winner == 2147483647, vocab_start, winner)
+    winner = tl.where(winner == _NONE, vocab_start, winner)
     tl.store(out_score_ptr + row, best)
     tl.store(out_id_ptr + row, winner.to(tl.int64))
 
