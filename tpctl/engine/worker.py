@@ -76,6 +76,7 @@ def main() -> None:
         timings = engine.runner.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))
+        gc.freeze()  # the model, too
         serve(engine, feed)
     except TpctlError as error:
         # A failure that a sentence explains: the command line shows that, not a traceback.
