@@ -172,15 +172,16 @@ def test_one_long_sequence_matches_reference(heads):
         DecodeConfig(16, 16, 4, 2, ahead=True),
     ],
 )
+@pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("lens", [[130, 40, 0, 333, 1], [64, 64, 64], [10, 300, 0, 0], [500]])
-def test_every_division_of_the_work_gives_the_same_result(config, lens):
+def test_every_division_of_the_work_gives_the_same_result(config, lens, window):
     k_cache, v_cache, tables = make_cache(lens, 4, 64, 64, torch.float32)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     q = torch.randn(len(lens), 8, 64, device=DEVICE)
     scratch = DecodeScratch.allocate(len(lens), 8, 64, DEVICE)
-    plan = DecodePlan(len(lens), 8, 4, 64, 64, scratch, config=config)
+    plan = DecodePlan(len(lens), 8, 4, 64, 64, scratch, window=window, config=config)
     plan.update(seq_lens)
-    want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens)
+    want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens, window=window)
     live = seq_lens > 0
     for _ in range(2):
         out = paged_decode(q, k_cache, v_cache, tables, seq_lens, plan)

@@ -98,7 +98,7 @@ def decode_kernel(
     run_start = program * share
     run_end = tl.minimum(run_start + share, total)
     seq = first_seq
-    if AHEAD:
+    if AHEAD:  # the run's last sequence, where it goes on in the next run, comes before all others
         ahead_seq = tl.load(ahead_seq_ptr + program)
         seq = tl.where(ahead_seq < 0, seq, ahead_seq)
     seq_start = tl.load(cu_tiles_ptr + seq)
