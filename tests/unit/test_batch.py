@@ -250,6 +250,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tokenizer: Tokenizer, tmp_pat
         assert 4 <= results.count == tally.lines < 9
     # What was handed in and had not finished is aborted, and nothing else (the reader may not have got that far).
     assert len(fake.aborted) == len(fake.requests) - tally.lines
+    assert tally.given_up == sorted(int(id) + 1 for id in fake.aborted)
     assert (tmp_path / "out.jsonl.partial").exists()
 
 

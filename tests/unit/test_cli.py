@@ -120,6 +120,8 @@ def test_closed_standard_streams() -> None:
         ("chat x --top-p 2", "--top-p is 2.0, but must be"),
         ("batch x --temperature -1", "--temperature is -1.0, but must be"),
         ("batch x --seed -1", "--seed is -1, but must be"),
+        ("chat x -m hi --attention-backend flash", "'flash' is not one of 'auto', 'sdpa', 'triton', 'flash-attn'"),
+        ("chat x --stop=", "--stop is empty"),
         ("shard x", "issing option '--tp'; see `tpctl shard --help`"),
         ("shard x --nope", "no such option: --nope"),
     ],

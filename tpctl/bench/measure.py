@@ -81,10 +81,18 @@ def latency(
     """One request at a time: time to first token, and time per token after it.
 
     TPOT is (time of ``output_tokens`` + 1 tokens - time of one token) / ``output_tokens``.
+
+    Raises:
+        EngineError: so many tokens do not fit the context.
     """
     first, per_token = [], []
     with EngineClient(config) as client:
         info = client.wait_ready()
+        if prompt_tokens + output_tokens + 1 > info["max_model_len"]:
+            raise EngineError(
+                f"{prompt_tokens} prompt tokens and {output_tokens + 1} to generate are more than the "
+                f"{info['max_model_len']} of --max-model-len; ask for fewer, or raise it"
+            )
         for run in range(runs + 1):
             one = _timed(client, one_request(prompt_tokens, 1, 2 * run))
             many = _timed(client, one_request(prompt_tokens, output_tokens + 1, 2 * run + 1))

@@ -268,8 +268,10 @@ def local_path(model: str) -> Path:
     """``model`` as a path, with ``~`` resolved where that names somebody's home. Nothing need be there.
 
     Raises:
-        SourceError: the system refuses even to look (a name too long, a folder that may not be entered).
+        SourceError: it is empty, or the system refuses to look (a name too long, a folder that may not be entered).
     """
+    if not model:
+        raise SourceError("the model's name is empty; pass a Hub id, a folder, a .gguf file, pypi:NAME or demo")
     path = Path(model)
     with contextlib.suppress(RuntimeError):  # no such user
         path = path.expanduser()

@@ -107,6 +107,8 @@ def batch(
                 note("interrupted before any row was finished")
             elif results.partial is not None:
                 note(f"interrupted; finished rows are kept in {results.partial}, go on with --resume")
+            else:
+                note(_without_row(tally.given_up))
             raise typer.Exit(130)
     if tally.errors:
         raise typer.Exit(1)
@@ -262,6 +264,14 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
         parts.append(f"{int(stats['preemptions']):,} preemptions")
     parts.append(f"{tally.errors:,} errors")
     return ", ".join(parts)
+
+
+def _without_row(numbers: list[int]) -> str:
+    """What an interrupted run whose rows went out one by one leaves unanswered."""
+    if not numbers:
+        return "interrupted; no line after these has a row"
+    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"interrupted; {'line' if len(numbers) == 1 else 'lines'} {shown}, and all that follow, have no row"
 
 
 def _with_remains(error: TpctlError, count: int, partial: Path | None) -> TpctlError:

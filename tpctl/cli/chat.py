@@ -14,6 +14,7 @@ import typer
 from tpctl.cli.console import note, status
 from tpctl.cli.engine import interrupts, prepare
 from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
+from tpctl.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
     from tpctl.client.conversation import Answer, Conversation
@@ -78,8 +79,6 @@ def _answer_once(conversation: Conversation, message: str) -> None:
 
 
 def _talk(conversation: Conversation, model: str) -> None:
-    from tpctl.errors import RequestError
-
     note(f"{model} is ready. /help shows the commands, Ctrl-D ends.")
     stopped = False  # the last thing that happened was a Ctrl-C; another one ends the chat
     with _line_editing():
@@ -118,7 +117,11 @@ def _talk(conversation: Conversation, model: str) -> None:
 def _turn(conversation: Conversation, line: str) -> bool:
     """Show the answer to ``line``; whether it was stopped."""
     with interrupts() as noted:
-        answer = conversation.ask(line, _print, lambda: noted)
+        try:
+            answer = conversation.ask(line, _print, lambda: noted)
+        except EngineError:
+            print()  # the error begins a line of its own
+            raise
     print()
     if remark := _remark(answer):
         note(remark)

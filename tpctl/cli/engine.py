@@ -63,7 +63,7 @@ def configure(
         block_size=options.block_size,
         kv_cache_memory=memory,
         gpu_memory_utilization=options.gpu_memory_utilization,
-        attention_backend=options.attention_backend,
+        attention_backend=str(options.attention_backend),
         enforce_eager=options.enforce_eager,
         scheduling_policy=str(policy),
     )

@@ -34,6 +34,13 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class AttentionBackend(StrEnum):
+    auto = "auto"
+    sdpa = "sdpa"
+    triton = "triton"
+    flash_attn = "flash-attn"
+
+
 class SchedulingPolicy(StrEnum):
     fcfs = "fcfs"
     makespan = "makespan"
@@ -77,7 +84,9 @@ class EngineOptions:
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")
     ] = 0.9
-    attention_backend: Annotated[str, typer.Option(metavar="NAME", help="auto, sdpa, triton or flash-attn.")] = "auto"
+    attention_backend: Annotated[AttentionBackend, typer.Option(help="auto: the fastest that is installed.")] = (
+        AttentionBackend.auto
+    )
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False
 
 
@@ -85,7 +94,9 @@ class EngineOptions:
 class SamplingOptions:
     """How tokens are chosen; ``None`` leaves it to the command."""
 
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.")] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; the context may end it before.")] = (
+        None
+    )
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.")] = None
     top_p: Annotated[float | None, typer.Option(help="Likeliest tokens up to this probability.")] = None
     top_k: Annotated[int | None, typer.Option(help="This many likeliest tokens; 0: all.")] = None
@@ -116,6 +127,8 @@ class SamplingOptions:
                 SamplingParams.from_dict({name: value})
             except RequestError as error:
                 raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
+        if "" in (self.stop or ()):
+            raise UsageError("--stop is empty; give the text that ends an answer")
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpctl.client.engine_client import EngineClient
@@ -24,7 +24,8 @@ class Tally:
     """What a run has done so far. Times are in seconds, tokens are those of this run alone.
 
     ``lines`` counts the input's lines with text that were dealt with; ``resumed`` of them were answered by an
-    earlier run, ``errors`` became error rows.
+    earlier run, ``errors`` became error rows. ``given_up``: numbers of the lines that were under way when the run was
+    interrupted.
     """
 
     lines: int = 0
@@ -35,6 +36,7 @@ class Tally:
     completion_tokens: int = 0
     started: float = 0.0
     interrupted: bool = False
+    given_up: list[int] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -132,6 +134,7 @@ class Batch:
             while more or self._open:
                 if should_stop():
                     self.tally.interrupted = True
+                    self.tally.given_up = sorted(job.line.number for job, _ in self._open.values())
                     self._client.abort(self._open)
                     break
                 more = more and self._fill(feed)
