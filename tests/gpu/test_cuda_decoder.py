@@ -36,7 +36,8 @@ from tpctl.sharding.shard import shard_checkpoint
 pytestmark = pytest.mark.gpu
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
-NEW, LENGTHS = [1, 1, 19, 1, 13], [21, 3, 19, 17, 13]  # tokens of a step, two of them decodes, and of all
+MANY, FEW = [1, 1, 19, 1, 13], [1, 1, 4, 1, 3]  # new tokens of each sequence, two of them decodes
+LENGTHS = [21, 3, 19, 17, 13]  # tokens of all
 DECODES = 2
 SHAPE: dict[str, Any] = {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 2}
 
@@ -50,17 +51,26 @@ class FirstOfTwo(TPGroup):
 
 
 @pytest.mark.parametrize(
-    "name,intermediate,tp_size,used",
+    "name,intermediate,tp_size,new,used",
     [
-        ("qwen3", 256, 1, {"split_linear", "gated_linear"}),
-        ("llama3", 320, 1, {"split_linear"}),  # a stride of 80 fills too little of a tile of 128
-        ("llama-biases", 256, 1, set()),
-        ("qwen3", 512, 2, {"split_linear", "gated_linear"}),
-        ("llama-biases", 512, 2, set()),
+        ("qwen3", 256, 1, MANY, {"split_linear", "gated_linear"}),
+        ("llama3", 320, 1, MANY, {"split_linear"}),  # a stride of 80 fills too little of a tile of 128
+        ("llama-biases", 256, 1, MANY, set()),
+        ("qwen3", 512, 2, MANY, {"split_linear", "gated_linear"}),
+        ("llama-biases", 512, 2, MANY, set()),
+        ("qwen3", 256, 1, FEW, set()),
+        ("llama-biases", 256, 1, FEW, set()),
+        ("qwen3", 512, 2, FEW, set()),
     ],
 )
 def test_same_logits_and_cache(
-    name: str, intermediate: int, tp_size: int, used: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    intermediate: int,
+    tp_size: int,
+    new: list[int],
+    used: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_checkpoint(name, tmp_path / "hf", **SHAPE, intermediate_size=intermediate)
     shard_checkpoint(tmp_path / "hf", tmp_path / "shards", tp_size)
@@ -87,7 +97,7 @@ def test_same_logits_and_cache(
     monkeypatch.setattr(cuda_decoder.PeerBuffer, "connect", lambda *args: None)
     monkeypatch.setattr(cuda_decoder, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=object())))
     seen = set()
-    for kernel in ("split_linear", "gated_linear"):
+    for kernel in ("split_linear", "gated_linear", "small_linear"):
         original = getattr(cuda_decoder, kernel)
 
         def spy(*args: Any, kernel: str = kernel, original: Any = original, **more: Any) -> Any:
@@ -97,12 +107,12 @@ def test_same_logits_and_cache(
         monkeypatch.setattr(cuda_decoder, kernel, spy)
 
     tables = torch.tensor([[1, 2], [3, 0], [4, 5], [6, 7], [8, 0]], dtype=torch.int32)
-    positions = torch.cat([torch.arange(length - new, length) for new, length in zip(NEW, LENGTHS, strict=True)])
-    sequence = torch.repeat_interleave(torch.arange(len(NEW)), torch.tensor(NEW))
+    positions = torch.cat([torch.arange(length - new, length) for new, length in zip(new, LENGTHS, strict=True)])
+    sequence = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new))
     slots = tables[sequence, positions // 16].long() * 16 + positions % 16
-    ends = torch.tensor(NEW).cumsum(0)
+    ends = torch.tensor(new).cumsum(0)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 100, (sum(NEW),), generator=generator)
+    ids = torch.randint(3, 100, (sum(new),), generator=generator)
     shape = (9, 16, backend.heads.num_kv_heads, backend.heads.head_dim)
     past = torch.randn(shape, generator=generator).to(DEVICE)
 
@@ -116,7 +126,7 @@ def test_same_logits_and_cache(
             positions.to(DEVICE),
             slots.to(DEVICE),
             tables.to(DEVICE),
-            NEW,
+            new,
             LENGTHS,
             DECODES,
             (ends - 1).to(DEVICE),
@@ -135,7 +145,7 @@ def test_same_logits_and_cache(
                 block_tables=tables[torch.cat([sequence, padding])].to(DEVICE),
                 query_lens=[],
                 seq_lens=[],
-                num_decodes=sum(NEW) + 3,
+                num_decodes=sum(new) + 3,
                 query_start_S1=None,
                 seq_lens_S=torch.cat([(positions + 1) * (sequence < DECODES), padding]).int().to(DEVICE),
                 chunks=PrefillChunks(
@@ -154,11 +164,23 @@ def test_same_logits_and_cache(
 
     decoder = CudaDecoder(model, backend, 8, 64)
     plain, fused = run(None), run(decoder)
-    assert seen == used
+    assert seen == used | {"small_linear"}  # the lm_head, for a few rows of many
     assert plain[0].std() > 0.1
     for same in (fused, run(decoder, captured=True)):
         for got, want in zip(same, plain, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = CudaRunner.__new__(CudaRunner)
+    runner.group = SimpleNamespace(rank=1, device=DEVICE)  # type: ignore[assignment]
+    runner.config = SimpleNamespace(gpu_memory_utilization=0.5)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    runner._check_fits(19 << 30)
+    with pytest.raises(
+        EngineError, match=r"rank 1 holds 20\.0 GiB .* 60\.0 of 80\.0 GiB free, 20\.0 of them within .* 0\.5"
+    ):
+        runner._check_fits(20 << 30)
 
 
 def test_a_wait_that_ran_out_ends_the_engine() -> None:

@@ -15,7 +15,7 @@ from tpctl.engine.pacing import Pace
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
 from tpctl.engine.sequence import Sequence
-from tpctl.kernels.prepare import SlotTables, prepare_decode
+from tpctl.kernels.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -89,3 +89,33 @@ def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
 def test_what_is_captured(decodes: int, chunks: list[int], taken: bool) -> None:
     graphs = MixedGraphs(Uncaptured(), PACE, 8, lambda inputs: None)  # type: ignore[arg-type]
     assert graphs.takes(batch(decodes, chunks)) is taken
+
+
+def test_prepared_rows_equal_their_reference() -> None:
+    torch.manual_seed(0)
+    rows, slots, blocks = 23, 6, 9
+    tables = SlotTables(
+        torch.randint(1, 99, (slots, blocks), dtype=torch.int32, device=DEVICE),
+        torch.randint(-(2**63), 2**63 - 1, (slots,), device=DEVICE),
+        torch.rand(slots, device=DEVICE),
+        torch.randint(0, 5, (slots,), dtype=torch.int32, device=DEVICE),
+    )
+    sampled = torch.arange(1000, 1000 + rows, device=DEVICE)
+    packed = torch.stack(
+        [
+            torch.randint(-1, slots, (rows,)),
+            torch.randint(0, blocks * BLOCK, (rows,)),
+            torch.randint(-rows, 99, (rows,)),
+        ]
+    ).int()
+    live = packed[0] >= 0
+    assert 0 < int(live.sum()) < rows
+    packed[1:, ~live] = 0
+    got, want = (DecodeInputs.allocate(rows, blocks, DEVICE) for _ in range(2))
+    for inputs, prepare in ((got, prepare_decode), (want, prepare_decode_reference)):
+        inputs.packed.copy_(packed)
+        prepare(inputs, sampled, tables, BLOCK)
+    for name in ("input_ids", "rope_positions", "slot_mapping", "seq_lens", "block_tables", "temperature", "keys"):
+        assert torch.equal(getattr(got, name)[live], getattr(want, name)[live]), name
+    for name in ("slot_mapping", "seq_lens"):  # what keeps padding from doing anything
+        assert torch.equal(getattr(got, name), getattr(want, name)), name

@@ -27,6 +27,11 @@ DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 DTYPES = [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
 
@@ -74,7 +79,7 @@ CASES = [
 def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window, dtype):
     if INTERPRET and batch == "many":
         pytest.skip("slow under the interpreter")
-    generator = torch.Generator().manual_seed(hash((batch, heads, head_dim)) % 1000)
+    generator = torch.Generator().manual_seed(heads * head_dim + len(batch))
     if batch == "one":
         lens = [173 if INTERPRET else 5000]
     elif batch == "few":

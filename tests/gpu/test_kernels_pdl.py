@@ -79,7 +79,7 @@ class Chain:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("batch", [1, 2, 7, 16, 40])
+@pytest.mark.parametrize("batch", [1, 2, 7, 16, 40, 80])
 def test_same_bits(batch: int, plain: bool) -> None:
     if (INTERPRET and (batch not in (1, 7) or plain)) or (batch > 16 and not plain):
         pytest.skip("slow under the interpreter, or too many rows")

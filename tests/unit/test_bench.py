@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tpctl.bench import measure
+from tpctl.bench.workload import make_workload
 from tpctl.errors import EngineError
 
 
@@ -31,3 +32,21 @@ def test_time_per_token_needs_all_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     config: Any = None
     with pytest.raises(EngineError, match="8 prompt tokens and 9 to generate are more than the 16 of --max-model-len"):
         measure.latency(config, 8, 8, 1)
+
+
+def test_time_per_token_leaves_the_first_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "EngineClient", _Client)
+    monkeypatch.setattr(measure, "_timed", lambda client, request: 0.5 + 0.01 * (request.sampling.max_tokens - 1))
+    config: Any = None
+    figures, _ = measure.latency(config, 8, 5, 3)
+    assert figures["tpot"].values == pytest.approx([10.0] * 3)
+    assert figures["ttft"].values == pytest.approx([500.0] * 3)
+
+
+def test_nano_is_the_peers_workload() -> None:
+    work, shifted = make_workload("nano", 151936), make_workload("nano", 151936, shift=13)
+    assert (len(work.requests), work.output_tokens) == (256, 133966)
+    assert all(100 <= len(request.token_ids) <= 1024 for request in work.requests)
+    assert {request.sampling.temperature for request in work.requests} == {0.6}
+    assert all(a.token_ids[0] != b.token_ids[0] for a, b in zip(work.requests, shifted.requests, strict=True))
+    assert len({request.id for request in [*work.requests, *shifted.requests]}) == 512

@@ -90,7 +90,7 @@ def startup(
 
 bench.command("throughput", short_help="Tokens a second of a whole workload.")(throughput)
 bench.command("latency", short_help="Time to first token, and per token.")(latency)
-bench.command("startup", short_help="Time from process start to first token.")(startup)
+bench.command("startup", short_help="Time from starting the workers to the first token.")(startup)
 
 
 def _config(

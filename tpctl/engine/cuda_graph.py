@@ -7,7 +7,6 @@ costs the time of a few steps then and none at start-up.
 
 from __future__ import annotations
 
-import gc
 from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -89,7 +88,6 @@ class CapturedSteps:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
             step()
         self._pool = graph.pool()
-        gc.freeze()  # compiled kernels and graphs stay: a collection that visits them takes as long as two steps
         return graph, target, step
 
 

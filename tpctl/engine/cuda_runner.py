@@ -275,10 +275,13 @@ class CudaRunner(ModelRunner):
     def _check_fits(self, weight_bytes: int) -> None:
         free, total = torch.cuda.mem_get_info(self.group.device)
         self._other_bytes = total - free
-        if weight_bytes + _RESERVE > free:
+        utilization = self.config.gpu_memory_utilization
+        room = min(free, int(total * utilization) - self._other_bytes)
+        if weight_bytes + _RESERVE > room:
             raise EngineError(
                 f"rank {self.group.rank} holds {weight_bytes / 2**30:.1f} GiB of weights, but its GPU has "
-                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; use a larger --tp or free the GPU"
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {max(room, 0) / 2**30:.1f} of them within "
+                f"--gpu-memory-utilization {utilization}; use a larger --tp, free the GPU or raise it"
             )
 
     def _warm_up(self) -> None:

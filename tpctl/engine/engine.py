@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tpctl.distributed import TPGroup
 from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.model_runner import Launched, ModelRunner
 from tpctl.engine.scheduler import Scheduler
 from tpctl.launch.messages import Abort, Add, Message, Output
+from tpctl.layers.attention.select import choose_backend
 
 
 class Engine:
@@ -105,7 +108,9 @@ class Engine:
 
 
 def _make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
-    if group.device.type == "cuda" and config.attention_backend != "sdpa":
+    # Whether the backend suits the dtype is for the runner to say, which knows what "auto" means there.
+    backend = choose_backend(config.attention_backend, group.device.type, torch.bfloat16)
+    if group.device.type == "cuda" and backend != "sdpa":
         from tpctl.engine.cuda_runner import CudaRunner
 
         return CudaRunner(config, group)

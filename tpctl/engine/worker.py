@@ -12,6 +12,7 @@ import gc
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from tpctl.launch import lifeline
@@ -35,7 +36,13 @@ def serve(engine: Engine, feed: Leader | Follower) -> None:
     """Apply messages and compute steps until Stop."""
     while True:
         outputs = []
-        for message in feed.next(wait=not engine.has_work):
+        idle = not engine.has_work
+        messages = feed.next(wait=idle)
+        if idle:
+            # What an idle engine holds (the model, compiled kernels, CUDA graphs) stays: a collection that visits it
+            # takes as long as two or three steps.
+            gc.freeze()
+        for message in messages:
             if isinstance(message, Stop):
                 return
             if isinstance(message, GetStats):
@@ -55,7 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def preload(argv: list[str]) -> None:
     """Import what this engine's ranks will need beyond this module; initialises no device."""
-    if EngineConfig.load(parse_arguments(argv).config).device == "cuda":
+    if EngineConfig.load(parse_arguments(argv).config).device == "cuda" and find_spec("triton") is not None:
         import tpctl.engine.cuda_runner
         import tpctl.layers.attention.triton  # noqa: F401
 
@@ -76,7 +83,6 @@ def main() -> None:
         timings = engine.runner.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))
-        gc.freeze()  # the model, too
         serve(engine, feed)
     except TpctlError as error:
         # A failure that a sentence explains: the command line shows that, not a traceback.

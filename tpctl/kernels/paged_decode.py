@@ -169,8 +169,8 @@ def paged_decode(
 
     q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a
     power of two. block_tables: int32 [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the
-    cache; 0 marks a row without work, and such rows behind all others are not touched. plan: updated with these
-    seq_lens; with pdl, at least two kernels before this one.
+    cache; 0 marks a row without work: its output is undefined, and not touched if no row with work follows. plan:
+    updated with these seq_lens; with pdl, at least two kernels before this one.
     scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
     """
     num_seqs, _, head_dim = q_SND.shape

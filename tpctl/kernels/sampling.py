@@ -52,13 +52,14 @@ def _score(logit, token, temperature, key0, key1, MAX_W: tl.constexpr):
 
 
 @triton.jit
-def _most(logit, token, temperature, key0, key1):
+def _upper_bound(logit, token, temperature, key0, key1, FAST: tl.constexpr):
     """What `_score` cannot exceed but by rounding (1e-3), and for small w nearly is, at half the cost.
 
     -log1p(-w) is at least w. The hardware's logarithm is good to about 2^-21; 22.18... is log(2^32).
     """
     hashed = _hash(token, key0, key1).to(tl.float32) + 0.5
-    return logit * (1.0 / temperature) + (22.18070977791825 - 0.6931471805599453 * libdevice.fast_log2f(hashed))
+    log2 = libdevice.fast_log2f(hashed) if FAST else tl.log2(hashed)
+    return logit * (1.0 / temperature) + (22.18070977791825 - 0.6931471805599453 * log2)
 
 
 @triton.jit
@@ -97,17 +98,14 @@ def _block_winner_kernel(
     if temperature > 0.0:
         key0 = tl.load(keys_ptr + row * 2).to(tl.uint32)
         key1 = tl.load(keys_ptr + row * 2 + 1).to(tl.uint32)
-        settled = False
-        if FAST:
-            # Whoever cannot have more than the exact score of the one that may have most has lost; mostly all have.
-            most = _most(logit, token, temperature, key0, key1)  # -inf where there is no token
-            top = tl.max(most, 0)
-            winner = tl.min(tl.where(most == top, token, _NONE), 0)
-            its_logit = tl.load(logits_ptr + row * logits_stride + winner - vocab_start, mask=winner < _NONE, other=0.0)
-            best = _score(its_logit.to(tl.float32), winner, temperature, key0, key1, MAX_W)
-            rivals = tl.sum((most >= best - (1e-3 + 1e-6 * tl.abs(top))).to(tl.int32), 0)
-            settled = rivals == 1
-        if not settled:
+        # The token with the highest bound wins where no other bound reaches its exact score, which is nearly always.
+        bound = _upper_bound(logit, token, temperature, key0, key1, FAST)  # -inf where there is no token
+        top = tl.max(bound, 0)
+        winner = tl.min(tl.where(bound == top, token, _NONE), 0)
+        its_logit = tl.load(logits_ptr + row * logits_stride + winner - vocab_start, mask=winner < _NONE, other=0.0)
+        best = _score(its_logit.to(tl.float32), winner, temperature, key0, key1, MAX_W)
+        near = tl.sum((bound >= best - (1e-3 + 1e-6 * tl.abs(top))).to(tl.int32), 0)
+        if near != 1:
             score = tl.where(live, _score(logit, token, temperature, key0, key1, MAX_W), float("-inf"))
             best, winner = _best(score, token, live)
     else:
