@@ -85,7 +85,10 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     assert ends[0].timed_out()
     monkeypatch.setattr(all_reduce, "_MAX_POLLS", 1 << 30)  # nor is waited for again
     ends[0].all_reduce(parts[0])
+    buffers[1].fill_(EMPTY)
     assert ends[0].winner(torch.zeros(rows, device=DEVICE), torch.arange(rows, device=DEVICE)).tolist() == [-1] * rows
+    sent = buffers[1][buffers[1] != EMPTY]  # the others are to choose -1, too: nothing beats infinity
+    assert sorted(sent.tolist()) == [-1] * rows + [torch.tensor(float("inf")).view(torch.int32).item()] * rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32])

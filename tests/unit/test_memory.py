@@ -1,12 +1,18 @@
-"""Host memory: the least of what the machine and every control group above the process leave."""
+"""Host memory: the least of what the machine and every control group above the process leave. And a GPU's share."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from tpctl.engine.gpu_memory import RESERVE, GpuShare
 from tpctl.engine.memory import available_host_memory
+from tpctl.engine.model_runner import ModelRunner
+from tpctl.errors import EngineError
 
 GIB = 1 << 30
 MEMINFO = f"MemTotal: {32 * GIB // 1024} kB\nMemAvailable: {16 * GIB // 1024} kB\nHugePages_Total: 0\n"
@@ -53,3 +59,24 @@ def test_the_tightest_limit_counts(tmp_path: Path, cgroup: str, groups: dict[str
 def test_nothing_known_is_four_gib(tmp_path: Path) -> None:
     assert available_host_memory(tmp_path) == 4 * GIB
     assert available_host_memory() > 0
+
+
+@pytest.mark.parametrize(
+    ("free", "utilization", "expected"),
+    [(80, 0.5, 40), (60, 0.5, 20), (10, 0.875, 0), (10, 0.75, -10), (60, 1.0, 60)],
+)
+def test_what_others_hold_counts_against_the_share(free: int, utilization: float, expected: int) -> None:
+    assert GpuShare(80 * GIB, free * GIB, utilization).nbytes == expected * GIB
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner: Any = ModelRunner.__new__(ModelRunner)
+    runner.group = SimpleNamespace(rank=1, device=torch.device("cuda"), size=1)
+    runner.config = SimpleNamespace(gpu_memory_utilization=0.5, kv_cache_memory=None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 12 * GIB)
+    said = r"rank 1 holds 20\.0 GiB .* 60\.0 of 80\.0 GiB free, 20\.0 of them within --gpu-memory-utilization 0\.5;"
+    with pytest.raises(EngineError, match=said):
+        runner._check_fits(20 * GIB)
+    runner._check_fits(19 * GIB)
+    assert runner._kv_budget() == (8 * GIB - RESERVE) // 2  # not what the host has

@@ -20,6 +20,7 @@ from torch import Tensor
 from tpctl.distributed import TPGroup
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
+from tpctl.engine.gpu_memory import RESERVE
 from tpctl.engine.model_runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.noise import noise_keys
 from tpctl.engine.pacing import Pace
@@ -33,7 +34,6 @@ from tpctl.layers.attention.paged import PagedBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
 
-_RESERVE = 256 << 20  # bytes left for graphs, NCCL and fragmentation
 _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
 # Rows that an H100 multiplies in little more than the time of a few (docs/kernel-notes.md): where a layer has many
 # weights reading them takes that long, where it has few the latency of its kernels does.
@@ -272,18 +272,6 @@ class CudaRunner(ModelRunner):
     def device_memory(self) -> int:
         return torch.cuda.memory_allocated(self.group.device)
 
-    def _check_fits(self, weight_bytes: int) -> None:
-        free, total = torch.cuda.mem_get_info(self.group.device)
-        self._other_bytes = total - free
-        utilization = self.config.gpu_memory_utilization
-        room = min(free, int(total * utilization) - self._other_bytes)
-        if weight_bytes + _RESERVE > room:
-            raise EngineError(
-                f"rank {self.group.rank} holds {weight_bytes / 2**30:.1f} GiB of weights, but its GPU has "
-                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {max(room, 0) / 2**30:.1f} of them within "
-                f"--gpu-memory-utilization {utilization}; use a larger --tp, free the GPU or raise it"
-            )
-
     def _warm_up(self) -> None:
         """Connect NCCL and create cuBLAS' handle and workspace, which take seconds together."""
         device = self.group.device
@@ -307,13 +295,13 @@ class CudaRunner(ModelRunner):
         activations = torch.cuda.max_memory_allocated(device) - before
         if self.config.kv_cache_memory is not None:
             return self.config.kv_cache_memory
-        _, total = torch.cuda.mem_get_info(device)
-        share = int(total * self.config.gpu_memory_utilization)
-        budget = share - self._other_bytes - before - activations - self._decoder.peer_bytes - _RESERVE
+        share = self._gpu_share
+        assert share is not None
+        budget = share.nbytes - before - activations - self._decoder.peer_bytes - RESERVE
         if budget <= 0:
             raise EngineError(
-                f"nothing is left for the KV cache: --gpu-memory-utilization {self.config.gpu_memory_utilization} of "
-                f"{total / 2**30:.1f} GiB, less {before / 2**30:.1f} GiB of weights and "
+                f"nothing is left for the KV cache: --gpu-memory-utilization {share.utilization} of "
+                f"{share.total / 2**30:.1f} GiB, less {before / 2**30:.1f} GiB of weights and "
                 f"{activations / 2**30:.1f} GiB of activations; raise it, or lower --max-num-batched-tokens"
             )
         return budget

@@ -12,6 +12,7 @@ import torch
 from tpctl.distributed import TPGroup
 from tpctl.engine.batch import build_forward_batch
 from tpctl.engine.config import EngineConfig
+from tpctl.engine.gpu_memory import RESERVE, GpuShare
 from tpctl.engine.memory import CPU_SHARE, available_host_memory, count_blocks
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampler import Sampler, SamplingRow
@@ -55,6 +56,7 @@ class ModelRunner:
         self.group = group
         self.timings: dict[str, float] = {}
         self.pace: Pace | None = None
+        self._gpu_share: GpuShare | None = None
         manifest = Manifest.load(config.shard_dir)
         manifest.check_tp(config.tp_size, config.shard_dir)
         manifest.check_files(config.shard_dir, [group.rank])
@@ -130,7 +132,10 @@ class ModelRunner:
         return 0
 
     def _check_fits(self, weight_bytes: int) -> None:
-        """Refuse a shard that this rank's memory cannot hold, before it is read."""
+        """Refuse a shard that this rank's GPU cannot hold, before it is read."""
+        if self.group.device.type == "cuda":
+            self._gpu_share = GpuShare.of(self.group.device, self.config.gpu_memory_utilization)
+            self._gpu_share.check_weights(self.group.rank, weight_bytes)
 
     def _warm_up(self) -> None:
         """What a device needs before its first step besides the weights; runs while they load."""
@@ -139,6 +144,10 @@ class ModelRunner:
         """Bytes that this rank's KV cache may take."""
         if self.config.kv_cache_memory is not None:
             return self.config.kv_cache_memory
+        if self._gpu_share is not None:
+            # The reference gathers the keys and values that it reads anew: what is left is for both.
+            left = self._gpu_share.nbytes - torch.cuda.memory_allocated(self.group.device) - RESERVE
+            return max(left, 0) // 2
         return int(available_host_memory() * CPU_SHARE) // self.group.size
 
     def _fit_model_len(self) -> None:

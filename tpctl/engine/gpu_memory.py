@@ -1,0 +1,47 @@
+"""What a rank may take of its GPU's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tpctl.errors import EngineError
+
+RESERVE = 256 << 20
+"""Bytes left for graphs, NCCL and fragmentation."""
+
+
+@dataclass(frozen=True)
+class GpuShare:
+    """The part of a GPU that one rank may fill, in bytes, as it was before the rank took any.
+
+    free: what nobody holds. utilization: the part of ``total`` that may be held, by others and this rank together.
+    """
+
+    total: int
+    free: int
+    utilization: float
+
+    @staticmethod
+    def of(device: torch.device, utilization: float) -> GpuShare:
+        free, total = torch.cuda.mem_get_info(device)
+        return GpuShare(total, free, utilization)
+
+    @property
+    def nbytes(self) -> int:
+        """What is this rank's: nothing or less where others hold all that may be held."""
+        return min(self.free, int(self.total * self.utilization) - (self.total - self.free))
+
+    def check_weights(self, rank: int, nbytes: int) -> None:
+        """Refuse weights of ``nbytes`` that cannot be held.
+
+        Raises:
+            EngineError: with the numbers.
+        """
+        if nbytes + RESERVE > self.nbytes:
+            raise EngineError(
+                f"rank {rank} holds {nbytes / 2**30:.1f} GiB of weights, but its GPU has "
+                f"{self.free / 2**30:.1f} of {self.total / 2**30:.1f} GiB free, {max(self.nbytes, 0) / 2**30:.1f} of "
+                f"them within --gpu-memory-utilization {self.utilization}; use a larger --tp, free the GPU or raise it"
+            )
