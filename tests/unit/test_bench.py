@@ -1,4 +1,4 @@
-"""What ``tpctl bench`` refuses to call a figure."""
+"""What ``tpctl bench`` measures, and what it refuses to call a figure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from tpctl.bench import measure
 from tpctl.bench.workload import make_workload
 from tpctl.errors import EngineError
+from tpctl.launch.messages import Output
 
 
 class _Client:
@@ -50,3 +51,21 @@ def test_nano_is_the_peers_workload() -> None:
     assert {request.sampling.temperature for request in work.requests} == {0.6}
     assert all(a.token_ids[0] != b.token_ids[0] for a, b in zip(work.requests, shifted.requests, strict=True))
     assert len({request.id for request in [*work.requests, *shifted.requests]}) == 512
+
+
+def test_an_answer_that_was_cut_short_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = make_workload("short", 100)
+
+    class Short(_Client):
+        def submit(self, requests: Any) -> None:
+            self.left = list(requests)
+
+        def outputs(self) -> list[Output]:
+            request = self.left.pop()
+            return [Output(request.id, [1] * (request.sampling.max_tokens - 1), "length")]
+
+    monkeypatch.setattr(measure, "EngineClient", Short)
+    config: Any = None
+    tokens = work.output_tokens
+    with pytest.raises(EngineError, match=f"produced {tokens - len(work.requests)} tokens instead of {tokens}"):
+        measure.throughput(config, "short", 100, 1)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tpctl import __version__
 from tpctl.cli import app as app_module
 from tpctl.cli.app import app
-from tpctl.cli.options import EngineOptions
+from tpctl.cli.options import AttentionBackend, EngineOptions
 from tpctl.errors import EngineError, SourceError, UsageError
 
 LISTING = Path(__file__).parent / "cli.txt"
@@ -217,6 +217,12 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
     assert prepare("m", EngineOptions(device=Device.cpu)).tp_size == 1
     policies = {prepare("m", options, policy).scheduling_policy for policy in SchedulingPolicy}
     assert policies == set(POLICIES)
+
+
+def test_the_command_line_knows_every_attention_backend() -> None:
+    from tpctl.layers.attention.select import BACKENDS
+
+    assert set(AttentionBackend) == {"auto", *BACKENDS}
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def local_path(model: str) -> Path:
         SourceError: it is empty, or the system refuses to look (a name too long, a folder that may not be entered).
     """
     if not model:
-        raise SourceError("the model's name is empty; pass a Hub id, a folder, a .gguf file, pypi:NAME or demo")
+        raise SourceError(f"the model's name is empty; MODEL is {FORMS}")
     path = Path(model)
     with contextlib.suppress(RuntimeError):  # no such user
         path = path.expanduser()
