@@ -92,6 +92,10 @@ class TPGroup:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor)
 
+    def maximum(self, value: int) -> int:
+        """The largest ``value`` over the ranks (host side)."""
+        return -self.minimum(-value)
+
     def broadcast_text(self, text: str) -> str:
         """Rank 0's ``text``, on every rank (host side)."""
         if self.size == 1:

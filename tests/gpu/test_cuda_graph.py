@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tpctl.engine.cuda_graph import MixedGraphs, MixedInputs
+from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
@@ -23,18 +23,28 @@ PACE = Pace(rows=32, limit=64, chunks=4)
 BLOCK = 16
 
 
-class Uncaptured:
+class Uncaptured(CapturedSteps):
     """Runs a step where ``CapturedSteps`` would replay it."""
-
-    device = DEVICE
 
     def __init__(self) -> None:
         self.keys: list[Hashable] = []
+        # As another step has left them.
+        self._numbers = torch.full((MixedGraphs.most_numbers(PACE.limit, PACE.chunks),), 7, dtype=torch.int32)
+        self._numbers = self._numbers.to(DEVICE)
+        self._rows = DecodeInputs.allocate(PACE.limit, 8, DEVICE)
+        for tensor in vars(self._rows).values():
+            tensor.fill_(3)
 
-    def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[torch.Tensor, Callable[[], None]]]):
+    def run(
+        self, key: Hashable, numbers: list[int], make: Callable[[], tuple[torch.Tensor, Callable[[], None]]]
+    ) -> None:
         self.keys.append(key)
         assert len(numbers) <= MixedGraphs.most_numbers(PACE.limit, PACE.chunks)
         target, step = make()
+        assert target.shape == (len(numbers),)
+        rows = key[1] if isinstance(key, tuple) and key[0] == "mixed" else key[0]  # type: ignore[index]
+        assert target[:rows].tolist() == [-1] * rows  # to warm up there are no rows but padding
+        assert not target[rows:].any()
         target.copy_(torch.tensor(numbers, dtype=torch.int32))
         step()
 
@@ -42,7 +52,7 @@ class Uncaptured:
 def test_packed_rows() -> None:
     seen: list[MixedInputs] = []
     steps = Uncaptured()
-    graphs = MixedGraphs(steps, PACE, 8, seen.append)  # type: ignore[arg-type]
+    graphs = MixedGraphs(steps, PACE, seen.append)
     # Two decodes, a chunk of 5 tokens behind 30 that ends its prompt, one of 20 that does not, 5 rows of padding.
     slots, positions = [3, 7, *[1] * 5, *[2] * 20], [40, 9, *range(30, 35), *range(20)]
     tokens = [-1, 11, *range(100, 105), *range(200, 220)]
@@ -67,6 +77,19 @@ def test_packed_rows() -> None:
     assert chosen[1, :2].tolist() == [17, 18]
 
 
+def test_decodes_are_padded_to_the_ladder() -> None:
+    seen: list[tuple[DecodeInputs, bool]] = []
+    steps = Uncaptured()
+    graphs = DecodeGraphs(steps, 12, lambda inputs, long: seen.append((inputs, long)))
+    assert graphs.sizes == [1, 2, 4, 8, 12]
+    graphs.run([5, 3, 9], [40, 9, 0], [-1, 11, 12], True)
+    ((inputs, long),) = seen
+    assert (steps.keys, long) == ([(4, True)], True)
+    assert inputs.packed.tolist() == [[5, 3, 9, -1], [40, 9, 0, 0], [-1, 11, 12, 0]]
+    assert (inputs.block_tables.shape, inputs.keys.shape, inputs.seq_lens.shape) == ((4, 8), (4, 2), (4,))
+    assert inputs.block_tables.is_contiguous()
+
+
 def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
     def item(tokens: int) -> ScheduledSequence:
         return ScheduledSequence(Sequence("s", [1] * tokens, SamplingParams(), 99), 0, tokens, tokens == 1)
@@ -87,7 +110,7 @@ def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
     ],
 )
 def test_what_is_captured(decodes: int, chunks: list[int], taken: bool) -> None:
-    graphs = MixedGraphs(Uncaptured(), PACE, 8, lambda inputs: None)  # type: ignore[arg-type]
+    graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs: None)
     assert graphs.takes(batch(decodes, chunks)) is taken
 
 

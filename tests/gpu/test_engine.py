@@ -184,3 +184,44 @@ def test_prompts_beside_decodes_give_the_same_tokens(
     assert {pieces for _, pieces in replayed} >= {1, 2}
     assert max(decodes for decodes, _ in replayed) > 30
     assert paced == run(tmp_path / "tp1", prompts, tokens, enforce_eager=True, **settings)
+
+
+@pytest.mark.parametrize("seqs", [64, 700])
+def test_everything_captured_stays_within_the_share(seqs: int, tmp_path: Path) -> None:
+    """What the KV cache leaves is enough for all graphs: the ladder of decodes, and as many others as are kept."""
+    from tpctl.engine.cuda_graph import _MOST
+
+    shape = {**WIDE, "hidden_size": 512, "vocab_size": 48_000, "max_position_embeddings": 32768}
+    make_checkpoint("llama3", tmp_path / "hf", **shape)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    share = 8 << 30
+    config = EngineConfig(
+        tmp_path / "tp1",
+        1,
+        device="cuda",
+        attention_backend="triton",
+        scheduling_policy="makespan",
+        max_num_seqs=seqs,
+        gpu_memory_utilization=(total - free + share) / total,
+    )
+    runner: Any = Engine(config, TPGroup(0, 1, "cuda")).runner
+    started = torch.cuda.memory_reserved() - reserved
+    with torch.inference_mode():
+        for size in runner._graphs.sizes:
+            for long in (False, True):
+                runner._graphs.run([0] * size, [0] * size, [5] * size, long)
+        pace = runner.pace
+        sizes = [(rows, seqs - 64 * less) for less in range(3) for rows in range(pace.limit, pace.rows - 1, -16)]
+        for rows, sampled in [(rows, sampled) for rows, sampled in sizes if 0 < sampled <= rows][:_MOST]:
+            decodes = sampled - 1
+            chunk = rows - decodes
+            picked = [*range(decodes), rows - 1]
+            runner._mixed.run([0] * rows, [0] * decodes + [*range(chunk)], [5] * rows, decodes, [chunk], picked)
+    torch.cuda.synchronize()
+    assert len(runner._mixed._captured) > 20
+    held = torch.cuda.memory_reserved() - reserved
+    print(f"{started >> 20} MiB when started, {held - started >> 20} more for graphs, of {share >> 20}")
+    assert share // 2 < started < held < share

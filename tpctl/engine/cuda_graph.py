@@ -35,18 +35,21 @@ def ladder(largest: int) -> list[int]:
 
 
 class CapturedSteps:
-    """Steps captured by key, in one memory pool. One runs at a time.
+    """Steps captured by key, in one memory pool and on the same inputs: one runs at a time.
 
     Args:
-        sampled: int64, the token ids of the last step, which the next one reads; a step may be run to warm up without
-            changing them.
+        sampled: int64 [rows], the token ids of the last step, which the next one reads; a step may be run to warm up
+            without changing them. No step has more rows.
         most: int32 numbers that a step is given at most.
+        max_blocks: width of the block tables.
     """
 
-    def __init__(self, sampled: Tensor, most: int) -> None:
+    def __init__(self, sampled: Tensor, most: int, max_blocks: int) -> None:
         self.device = sampled.device
         self._sampled = sampled
-        # With each graph what it reads: where its numbers go, and the step, which holds its other inputs.
+        self._numbers = torch.zeros(most, dtype=torch.int32, device=self.device)
+        self._rows = DecodeInputs.allocate(sampled.shape[0], max_blocks, self.device)
+        # With each graph where its numbers go, and the step, which holds what it reads.
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]] = {}
         self._pool: Any = None
         # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has worked on.
@@ -54,6 +57,17 @@ class CapturedSteps:
         self._staging = [torch.zeros(most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
         self._turn = 0
+
+    def numbers(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Where a step's numbers go, int32 and all zero, whole and in parts of these sizes."""
+        flat = self._numbers[: sum(sizes)].zero_()
+        return flat, list(torch.split(flat, sizes))
+
+    def rows(self, count: int, packed: Tensor) -> DecodeInputs:
+        """What a step of ``count`` rows reads, all of them padding so far; ``packed``, [3 * count], is from
+        ``numbers``."""
+        packed[:count].fill_(-1)
+        return self._rows.first(count, packed.view(3, count))
 
     def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
         """Send ``numbers`` and replay the step of this key.
@@ -98,12 +112,9 @@ class DecodeGraphs:
         step: computes one decode step from its inputs. The flag is that of ``run``.
     """
 
-    def __init__(
-        self, steps: CapturedSteps, largest: int, max_blocks: int, step: Callable[[DecodeInputs, bool], None]
-    ) -> None:
+    def __init__(self, steps: CapturedSteps, largest: int, step: Callable[[DecodeInputs, bool], None]) -> None:
         self.sizes = ladder(largest)
         self._steps = steps
-        self._max_blocks = max_blocks
         self._step = step
 
     def run(self, slots: list[int], positions: list[int], tokens: list[int], long: bool = False) -> None:
@@ -117,16 +128,16 @@ class DecodeGraphs:
         numbers = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding]
 
         def make() -> tuple[Tensor, Callable[[], None]]:
-            inputs = DecodeInputs.allocate(size, self._max_blocks, self._steps.device)
-            inputs.packed[0].fill_(-1)
-            return inputs.packed.view(-1), lambda: self._step(inputs, long)
+            flat, _ = self._steps.numbers([3 * size])
+            inputs = self._steps.rows(size, flat)
+            return flat, lambda: self._step(inputs, long)
 
         self._steps.run((size, long), numbers, make)
 
 
 @dataclass(frozen=True)
 class MixedInputs:
-    """What a captured step of decodes and prefill chunks reads: views of one int32 buffer, and what is made of them.
+    """What a captured step of decodes and prefill chunks reads: parts of its numbers, and what is made of them.
 
     rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
     query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
@@ -134,21 +145,12 @@ class MixedInputs:
     last. logits_rows: [R], rows that are sampled.
     """
 
-    flat: Tensor
     rows: DecodeInputs
     num_decodes: Tensor
     query_start_P1: Tensor
     last_row_P: Tensor
     seq_lens_P: Tensor
     logits_rows: Tensor
-
-    @staticmethod
-    def allocate(rows: int, chunks: int, sampled: int, max_blocks: int, device: torch.device) -> MixedInputs:
-        sizes = [3 * rows, 1, chunks + 1, chunks, chunks, sampled]
-        flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        packed, *others = torch.split(flat, sizes)
-        packed[:rows].fill_(-1)
-        return MixedInputs(flat, DecodeInputs.allocate(rows, max_blocks, device, packed.view(3, rows)), *others)
 
 
 class MixedGraphs:
@@ -158,10 +160,9 @@ class MixedGraphs:
         step: computes one such step from its inputs.
     """
 
-    def __init__(self, steps: CapturedSteps, pace: Pace, max_blocks: int, step: Callable[[MixedInputs], None]) -> None:
+    def __init__(self, steps: CapturedSteps, pace: Pace, step: Callable[[MixedInputs], None]) -> None:
         self._steps = steps
         self._pace = pace
-        self._max_blocks = max_blocks
         self._step = step
         self._captured: set[tuple[int, int]] = set()
 
@@ -169,6 +170,11 @@ class MixedGraphs:
     def most_numbers(rows: int, chunks: int) -> int:
         """int32 numbers that a step of ``rows`` is given at most."""
         return 4 * rows + 3 * chunks + 2
+
+    @staticmethod
+    def most_sampled(max_num_seqs: int) -> int:
+        """Rows that a step samples at most, those that pad them included."""
+        return -(-max_num_seqs // _SAMPLED) * _SAMPLED
 
     def takes(self, batch: ScheduledBatch) -> bool:
         """Whether a step has a graph: neither larger than the limit nor so small that padding would cost much."""
@@ -181,7 +187,7 @@ class MixedGraphs:
     def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:
         """Rows, and rows that are sampled, of the graph for a step."""
         rows = max(self._pace.rows, -(-num_tokens // _ROWS) * _ROWS)
-        return rows, min(rows, max(_SAMPLED, -(-num_sampled // _SAMPLED) * _SAMPLED))
+        return rows, min(rows, self.most_sampled(max(num_sampled, 1)))
 
     def run(
         self,
@@ -216,7 +222,9 @@ class MixedGraphs:
         ]
 
         def make() -> tuple[Tensor, Callable[[], None]]:
-            inputs = MixedInputs.allocate(size, self._pace.chunks, picked, self._max_blocks, self._steps.device)
-            return inputs.flat, lambda: self._step(inputs)
+            chunks = self._pace.chunks
+            flat, (packed, *others) = self._steps.numbers([3 * size, 1, chunks + 1, chunks, chunks, picked])
+            inputs = MixedInputs(self._steps.rows(size, packed), *others)
+            return flat, lambda: self._step(inputs)
 
         self._steps.run(("mixed", size, picked), numbers, make)

@@ -68,10 +68,10 @@ class CudaRunner(ModelRunner):
         self._mixed: MixedGraphs | None = None
         if not config.enforce_eager:
             chunks = 0 if self.pace is None else self.pace.chunks
-            steps = CapturedSteps(self._sampled, MixedGraphs.most_numbers(rows, chunks))
-            self._graphs = DecodeGraphs(steps, config.max_num_seqs, blocks, self._decode_step)
+            steps = CapturedSteps(self._sampled, MixedGraphs.most_numbers(rows, chunks), blocks)
+            self._graphs = DecodeGraphs(steps, config.max_num_seqs, self._decode_step)
             if self.pace is not None:
-                self._mixed = MixedGraphs(steps, self.pace, blocks, self._mixed_step)
+                self._mixed = MixedGraphs(steps, self.pace, self._mixed_step)
 
     @property
     def _cuda_backend(self) -> PagedBackend:
@@ -269,9 +269,6 @@ class CudaRunner(ModelRunner):
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
 
-    def device_memory(self) -> int:
-        return torch.cuda.memory_allocated(self.group.device)
-
     def _warm_up(self) -> None:
         """Connect NCCL and create cuBLAS' handle and workspace, which take seconds together."""
         device = self.group.device
@@ -281,7 +278,8 @@ class CudaRunner(ModelRunner):
             torch.cuda.current_stream().synchronize()
 
     def _kv_budget(self) -> int:
-        """What is left of the GPU's share after weights and the largest step's activations, found by running one."""
+        """What is left of the GPU's share beside weights, the largest step's activations, found by running one, and
+        what captured steps will hold."""
         config, device = self.config, self.group.device
         self.pace = self._find_pace()
         rows, tokens = self._max_rows, config.max_num_batched_tokens
@@ -297,14 +295,32 @@ class CudaRunner(ModelRunner):
             return self.config.kv_cache_memory
         share = self._gpu_share
         assert share is not None
-        budget = share.nbytes - before - activations - self._decoder.peer_bytes - RESERVE
+        taken, steps = share.taken(device), self._bytes_of_steps(activations)
+        budget = share.nbytes - taken - steps - RESERVE
         if budget <= 0:
             raise EngineError(
-                f"nothing is left for the KV cache: --gpu-memory-utilization {share.utilization} of "
-                f"{share.total / 2**30:.1f} GiB, less {before / 2**30:.1f} GiB of weights and "
-                f"{activations / 2**30:.1f} GiB of activations; raise it, or lower --max-num-batched-tokens"
+                f"nothing is left for the KV cache: of its GPU's {share.total / 2**30:.1f} GiB rank {self.group.rank} "
+                f"may take {share.nbytes / 2**30:.1f} (--gpu-memory-utilization {share.utilization}), but takes "
+                f"{taken / 2**30:.1f} with {before / 2**30:.1f} of weights and {activations / 2**30:.1f} of "
+                f"activations, and {(steps + RESERVE) / 2**30:.1f} for CUDA graphs; raise it, or lower "
+                f"--max-num-batched-tokens or --max-num-seqs"
             )
         return budget
+
+    def _bytes_of_steps(self, activations: int) -> int:
+        """An upper bound for what is allocated beside the KV cache after this: sequences' state, the inputs of captured
+        steps, and their activations, in a pool of their own that is as large as the largest of them needs.
+
+        activations: bytes of a step of ``max_num_batched_tokens``. A step of fewer takes its part of them, and logits.
+        """
+        config, rows = self.config, self._max_rows
+        blocks = -(-self.max_model_len // self.backend.block_size)
+        slots = 4 * blocks * 2 * config.max_num_seqs
+        if config.enforce_eager:
+            return slots
+        tokens = config.max_num_batched_tokens
+        logits = MixedGraphs.most_sampled(config.max_num_seqs) * self.model.lm_head.weight.shape[0]
+        return slots + 4 * blocks * rows + activations * min(rows, tokens) // tokens + logits * self.dtype.itemsize
 
     def _dummy_step(self) -> None:
         """The largest step: a prefill of the whole token budget, sampled at as many rows as can run."""

@@ -9,7 +9,7 @@ import torch
 from tpctl.errors import EngineError
 
 RESERVE = 256 << 20
-"""Bytes left for graphs, NCCL and fragmentation."""
+"""Bytes left for what is not counted: the nodes of CUDA graphs, kernels loaded later, fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class GpuShare:
     def nbytes(self) -> int:
         """What is this rank's: nothing or less where others hold all that may be held."""
         return min(self.free, int(self.total * self.utilization) - (self.total - self.free))
+
+    def taken(self, device: torch.device) -> int:
+        """Bytes that are held by now: tensors, what torch keeps for more of them, and what it knows nothing of (NCCL's
+        buffers, peer memory, loaded kernels)."""
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(self.free - free, torch.cuda.memory_reserved(device))
 
     def check_weights(self, rank: int, nbytes: int) -> None:
         """Refuse weights of ``nbytes`` that cannot be held.

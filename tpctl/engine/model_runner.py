@@ -128,8 +128,9 @@ class ModelRunner:
         }
 
     def device_memory(self) -> int:
-        """Bytes of device memory that tensors take; 0 on a CPU."""
-        return 0
+        """Bytes of device memory that tensors take, the maximum over the ranks (collective); 0 on a CPU."""
+        device = self.group.device
+        return self.group.maximum(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
 
     def _check_fits(self, weight_bytes: int) -> None:
         """Refuse a shard that this rank's GPU cannot hold, before it is read."""
@@ -146,7 +147,7 @@ class ModelRunner:
             return self.config.kv_cache_memory
         if self._gpu_share is not None:
             # The reference gathers the keys and values that it reads anew: what is left is for both.
-            left = self._gpu_share.nbytes - torch.cuda.memory_allocated(self.group.device) - RESERVE
+            left = self._gpu_share.nbytes - self._gpu_share.taken(self.group.device) - RESERVE
             return max(left, 0) // 2
         return int(available_host_memory() * CPU_SHARE) // self.group.size
 

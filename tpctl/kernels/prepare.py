@@ -56,14 +56,12 @@ class DecodeInputs:
     keys: torch.Tensor
 
     @staticmethod
-    def allocate(rows: int, max_blocks: int, device: torch.device, packed: torch.Tensor | None = None) -> DecodeInputs:
-        """packed: memory for it, if not its own."""
-
+    def allocate(rows: int, max_blocks: int, device: torch.device) -> DecodeInputs:
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return DecodeInputs(
-            packed=empty(3, rows, dtype=torch.int32) if packed is None else packed,
+            packed=empty(3, rows, dtype=torch.int32),
             input_ids=empty(rows),
             rope_positions=empty(rows),
             slot_mapping=empty(rows),
@@ -72,6 +70,11 @@ class DecodeInputs:
             temperature=empty(rows, dtype=torch.float32),
             keys=empty(rows, 2),
         )
+
+    def first(self, rows: int, packed: torch.Tensor) -> DecodeInputs:
+        """The same memory for fewer rows; ``packed``, [3, rows], has its own."""
+        others = {name: tensor[:rows] for name, tensor in vars(self).items() if name != "packed"}
+        return DecodeInputs(packed=packed, **others)
 
 
 @triton.jit
