@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,26 +34,28 @@ def ladder(largest: int) -> list[int]:
 
 
 class CapturedSteps:
-    """Steps captured by key, in one memory pool and on the same inputs: one runs at a time.
+    """Steps captured by key, in the same memory and on the same inputs: one runs at a time.
 
     Args:
+        nbytes: what the largest step's activations take.
         sampled: int64 [rows], the token ids of the last step, which the next one reads; a step may be run to warm up
             without changing them. No step has more rows.
         most: int32 numbers that a step is given at most.
         max_blocks: width of the block tables.
     """
 
-    def __init__(self, sampled: Tensor, most: int, max_blocks: int) -> None:
+    def __init__(self, nbytes: int, sampled: Tensor, most: int, max_blocks: int) -> None:
         self.device = sampled.device
         self._sampled = sampled
         self._numbers = torch.zeros(most, dtype=torch.int32, device=self.device)
         self._rows = DecodeInputs.allocate(sampled.shape[0], max_blocks, self.device)
         # With each graph where its numbers go, and the step, which holds what it reads.
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]] = {}
-        self._pool: Any = None
         # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has worked on.
         self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._staging = [torch.zeros(most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._nbytes = nbytes
+        self._memory: torch.cuda.CUDAGraph | None = None
+        self._staging = [torch.zeros(most, dtype=torch.int32).pin_memory() for _ in range(_RING)]
         self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
         self._turn = 0
 
@@ -87,6 +88,14 @@ class CapturedSteps:
         self._sent[turn].record()
         graph.replay()
 
+    def _reserve(self) -> torch.cuda.CUDAGraph:
+        """A graph that is never run, for its pool: one piece of memory, which every capture takes parts of and gives
+        back. Left to itself a pool grows by a piece for each step that is larger than those before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._side):
+            torch.empty(self._nbytes, dtype=torch.uint8, device=self.device)[:1].zero_()
+        return graph
+
     def _capture(
         self, target: Tensor, step: Callable[[], None]
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]:
@@ -98,10 +107,11 @@ class CapturedSteps:
             step()
             self._sampled.copy_(last)
         current.wait_stream(self._side)
+        if self._memory is None:
+            self._memory = self._reserve()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
+        with torch.cuda.graph(graph, pool=self._memory.pool(), stream=self._side):
             step()
-        self._pool = graph.pool()
         return graph, target, step
 
 

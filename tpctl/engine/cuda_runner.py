@@ -61,14 +61,14 @@ class CudaRunner(ModelRunner):
         # More slots than can run: a step may still compute a sequence that has ended, beside its successor.
         self._slots = Slots(2 * config.max_num_seqs, blocks, group.device)
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=group.device)
-        self._results = [torch.zeros(rows, dtype=torch.int64, pin_memory=True) for _ in range(_RING)]
+        self._results = [torch.zeros(rows, dtype=torch.int64).pin_memory() for _ in range(_RING)]
         self._turn = 0
         self._references: dict[str, int] = {}
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not config.enforce_eager:
             chunks = 0 if self.pace is None else self.pace.chunks
-            steps = CapturedSteps(self._sampled, MixedGraphs.most_numbers(rows, chunks), blocks)
+            steps = CapturedSteps(self._step_bytes, self._sampled, MixedGraphs.most_numbers(rows, chunks), blocks)
             self._graphs = DecodeGraphs(steps, config.max_num_seqs, self._decode_step)
             if self.pace is not None:
                 self._mixed = MixedGraphs(steps, self.pace, self._mixed_step)
@@ -291,36 +291,29 @@ class CudaRunner(ModelRunner):
         torch.cuda.synchronize(device)
         self._lap("largest step", started)
         activations = torch.cuda.max_memory_allocated(device) - before
-        if self.config.kv_cache_memory is not None:
-            return self.config.kv_cache_memory
+        logits = MixedGraphs.most_sampled(config.max_num_seqs) * self.model.lm_head.weight.shape[0]
+        # Of a step of fewer tokens; at most, since logits are counted twice.
+        self._step_bytes = activations * min(rows, tokens) // tokens + logits * self.dtype.itemsize
+        if config.kv_cache_memory is not None:
+            return config.kv_cache_memory
         share = self._gpu_share
         assert share is not None
-        taken, steps = share.taken(device), self._bytes_of_steps(activations)
-        budget = share.nbytes - taken - steps - RESERVE
+        taken, later = share.taken(device), self._bytes_of_tables() + (0 if config.enforce_eager else self._step_bytes)
+        budget = share.nbytes - taken - later - RESERVE
         if budget <= 0:
             raise EngineError(
                 f"nothing is left for the KV cache: of its GPU's {share.total / 2**30:.1f} GiB rank {self.group.rank} "
                 f"may take {share.nbytes / 2**30:.1f} (--gpu-memory-utilization {share.utilization}), but takes "
                 f"{taken / 2**30:.1f} with {before / 2**30:.1f} of weights and {activations / 2**30:.1f} of "
-                f"activations, and {(steps + RESERVE) / 2**30:.1f} for CUDA graphs; raise it, or lower "
+                f"activations, and {(later + RESERVE) / 2**30:.1f} for CUDA graphs; raise it, or lower "
                 f"--max-num-batched-tokens or --max-num-seqs"
             )
         return budget
 
-    def _bytes_of_steps(self, activations: int) -> int:
-        """An upper bound for what is allocated beside the KV cache after this: sequences' state, the inputs of captured
-        steps, and their activations, in a pool of their own that is as large as the largest of them needs.
-
-        activations: bytes of a step of ``max_num_batched_tokens``. A step of fewer takes its part of them, and logits.
-        """
-        config, rows = self.config, self._max_rows
-        blocks = -(-self.max_model_len // self.backend.block_size)
-        slots = 4 * blocks * 2 * config.max_num_seqs
-        if config.enforce_eager:
-            return slots
-        tokens = config.max_num_batched_tokens
-        logits = MixedGraphs.most_sampled(config.max_num_seqs) * self.model.lm_head.weight.shape[0]
-        return slots + 4 * blocks * rows + activations * min(rows, tokens) // tokens + logits * self.dtype.itemsize
+    def _bytes_of_tables(self) -> int:
+        """Block tables on the device: every slot's, and those of a captured step."""
+        rows = 2 * self.config.max_num_seqs + (0 if self.config.enforce_eager else self._max_rows)
+        return 4 * rows * -(-self.max_model_len // self.backend.block_size)
 
     def _dummy_step(self) -> None:
         """The largest step: a prefill of the whole token budget, sampled at as many rows as can run."""

@@ -9,7 +9,7 @@ import torch
 from tpctl.errors import EngineError
 
 RESERVE = 256 << 20
-"""Bytes left for what is not counted: the nodes of CUDA graphs, kernels loaded later, fragmentation."""
+"""Bytes left for what is not counted: the graphs themselves, kernels loaded later, fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,18 @@ class GpuShare:
     """The part of a GPU that one rank may fill, in bytes, as it was before the rank took any.
 
     free: what nobody holds. utilization: the part of ``total`` that may be held, by others and this rank together.
+    reserved: what torch holds in this process.
     """
 
     total: int
     free: int
     utilization: float
+    reserved: int = 0
 
     @staticmethod
     def of(device: torch.device, utilization: float) -> GpuShare:
         free, total = torch.cuda.mem_get_info(device)
-        return GpuShare(total, free, utilization)
+        return GpuShare(total, free, utilization, torch.cuda.memory_reserved(device))
 
     @property
     def nbytes(self) -> int:
@@ -34,10 +36,10 @@ class GpuShare:
         return min(self.free, int(self.total * self.utilization) - (self.total - self.free))
 
     def taken(self, device: torch.device) -> int:
-        """Bytes that are held by now: tensors, what torch keeps for more of them, and what it knows nothing of (NCCL's
-        buffers, peer memory, loaded kernels)."""
+        """Bytes that this rank has taken since: tensors, what torch keeps for more of them, and what it knows nothing
+        of (NCCL's buffers, peer memory, loaded kernels). What others have taken since counts too."""
         free, _ = torch.cuda.mem_get_info(device)
-        return max(self.free - free, torch.cuda.memory_reserved(device))
+        return max(self.free - free, torch.cuda.memory_reserved(device) - self.reserved)
 
     def check_weights(self, rank: int, nbytes: int) -> None:
         """Refuse weights of ``nbytes`` that cannot be held.

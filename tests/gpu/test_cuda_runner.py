@@ -1,0 +1,231 @@
+"""The GPU engine's host side without a GPU: the runner, its slots, the ladder and the pace, with kernels in Triton's
+interpreter. Where a graph would be replayed its step is run."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from tests.tiny import make_checkpoint
+from tpctl.distributed import TPGroup
+from tpctl.engine import cuda_graph, cuda_runner, engine, model_runner
+from tpctl.engine.config import EngineConfig
+from tpctl.engine.engine import Engine
+from tpctl.engine.pacing import Pace
+from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.scheduler import ScheduledBatch
+from tpctl.kernels.paged_decode import paged_decode
+from tpctl.launch.messages import Abort, Add, Request
+from tpctl.layers.attention import triton
+from tpctl.layers.attention.triton import TritonBackend
+from tpctl.models import cuda_decoder
+from tpctl.models.decoder import Decoder
+from tpctl.sharding.shard import shard_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="GPUs run the whole engine: test_engine"),
+]
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+
+
+class Event:
+    """An event, or a stream, of a device that does everything at once."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def own_memory(model: Decoder) -> None:
+    """On a CPU weights are views of a file, or packed; on GPUs they have their own memory, aligned."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+class Done(cuda_runner.CudaLaunched):
+    def __init__(self, batch: ScheduledBatch, token_ids: list[int], host: Tensor) -> None:
+        super().__init__(batch, token_ids, host=host, ready=Event())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
+    """Make a CPU take the place of the GPU; the keys of the graphs that would have been replayed."""
+    keys: list[Hashable] = []
+    captured: dict[tuple[int, Hashable], tuple[Tensor, Callable[[], None]]] = {}
+
+    def run(
+        self: cuda_graph.CapturedSteps,
+        key: Hashable,
+        numbers: list[int],
+        make: Callable[[], tuple[Tensor, Callable[[], None]]],
+    ) -> None:
+        keys.append(key)
+        if (id(self), key) not in captured:
+            captured[id(self), key] = target, step = make()
+            last = self._sampled.clone()
+            step()  # to warm up
+            self._sampled.copy_(last)
+        target, step = captured[id(self), key]
+        target.copy_(torch.tensor(numbers, dtype=torch.int32))
+        step()
+
+    monkeypatch.setattr(cuda_graph.CapturedSteps, "run", run)
+    for name in ("Event", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, Event)
+    monkeypatch.setattr(cuda_runner, "CudaLaunched", Done)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 1 << 20)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(cuda_runner, "PDL_ROWS", 0)
+    monkeypatch.setattr(cuda_decoder, "PDL_ROWS", 0)
+    plainly = functools.partial(paged_decode, pdl=False)
+    monkeypatch.setattr(triton, "paged_decode", lambda *args, pdl, **more: plainly(*args, **more))
+    monkeypatch.setattr(cuda_runner, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
+    monkeypatch.setattr(Decoder, "optimize", own_memory)
+    monkeypatch.setattr(engine, "_make_runner", cuda_runner.CudaRunner)
+    monkeypatch.setattr(model_runner, "make_backend", lambda *args: TritonBackend(args[3], args[4]))
+    return keys
+
+
+def start(folder: Path, **settings: Any) -> Engine:
+    defaults: dict[str, Any] = {
+        "kv_cache_memory": 1 << 20,
+        "block_size": 16,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 48,
+        "max_model_len": 96,
+    }
+    return Engine(EngineConfig(folder, 1, **{**defaults, **settings}), TPGroup(0, 1, CPU))
+
+
+def finish(engine: Engine, found: dict[str, list[int]]) -> None:
+    while engine.has_work:
+        for output in engine.step():
+            found[output.id] += output.token_ids
+    engine.scheduler.check_integrity()
+
+
+def best(model: Any, ids: list[int], tokens: list[int]) -> list[int]:
+    with torch.no_grad():
+        return model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+def prompts_of(*lengths: int) -> dict[str, list[int]]:
+    torch.manual_seed(4)
+    return {str(at): torch.randint(3, 131, (length,)).tolist() for at, length in enumerate(lengths)}
+
+
+@pytest.mark.parametrize("way", ["graphs", "eager", "paced", "tight"])
+def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hashable]) -> None:
+    model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(3, 17, 36, 9, 50, 9)
+    prompts["5"] = prompts["2"][:32] + prompts["5"]  # a shared prefix
+    if way == "tight":  # each fits into a block, their answers not
+        prompts = prompts_of(14, 15, 15)
+    bytes_a_block = 2 * 2 * 2 * 16 * 16 * 4
+    settings: dict[str, Any] = {
+        "graphs": {},
+        "eager": {"enforce_eager": True},
+        "paced": {"scheduling_policy": "makespan"},
+        "tight": {"kv_cache_memory": 6 * bytes_a_block},
+    }[way]
+    engine = start(tmp_path / "tp1", **settings)
+    lengths = dict.fromkeys(prompts, 20 if way == "tight" else 4)
+    if way == "paced":
+        lengths["0"] = 12  # worth waiting for
+    requests = [
+        Request(id, ids, SamplingParams(max_tokens=lengths[id], ignore_eos=True)) for id, ids in prompts.items()
+    ]
+    found: dict[str, list[int]] = {id: [] for id in prompts}
+    engine.apply(Add(requests))
+    finish(engine, found)
+    for id, ids in prompts.items():
+        assert found[id] == best(model, ids, found[id]), id
+        assert len(found[id]) == lengths[id]
+    decodes = {key for key in replayed if key[0] != "mixed"}  # type: ignore[index]
+    assert (len(decodes) > 0) == (way != "eager")
+    assert decodes <= {(size, False) for size in (1, 2, 4, 6)}
+    assert any(key[0] == "mixed" for key in replayed) == (way == "paced")  # type: ignore[index]
+    stats = engine.scheduler.stats
+    assert (stats.preemptions > 0) == (way == "tight")
+    assert (stats.paced_steps > 0) == (way == "paced")
+
+
+def test_slots_are_taken_over(tmp_path: Path, replayed: list[Hashable]) -> None:
+    """Requests come and go, one is aborted while a step of its runs, and each has its own seed and temperature."""
+    model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(5, 20, 33, 4, 18)
+    greedy = SamplingParams(max_tokens=3, ignore_eos=True)
+    warm = SamplingParams(max_tokens=5, temperature=0.8, seed=11, ignore_eos=True)
+    alone: dict[str, list[int]] = {"warm": []}
+    engine = start(tmp_path / "tp1", max_num_seqs=2)
+    engine.apply(Add([Request("warm", prompts["1"], warm)]))
+    finish(engine, alone)
+    found: dict[str, list[int]] = {**{id: [] for id in prompts}, "warm": [], "gone": []}
+    long = SamplingParams(max_tokens=40, ignore_eos=True)
+    engine.apply(Add([Request("gone", prompts["2"], long), Request("warm", prompts["1"], warm)]))
+    for _ in range(4):
+        for output in engine.step():
+            found[output.id] += output.token_ids
+    for output in engine.apply(Abort(["gone"])):
+        assert output.finish_reason == "abort"
+    engine.apply(Add([Request(id, ids, greedy) for id, ids in prompts.items()]))
+    finish(engine, found)
+    assert found["warm"] == alone["warm"]
+    assert found["warm"] != best(model, prompts["1"], found["warm"])  # it was not greedy
+    for id, ids in prompts.items():
+        assert found[id] == best(model, ids, found[id]), id
+    assert 0 < len(found["gone"]) < 40
+
+
+def test_log_probabilities_are_sampled_on_the_host(tmp_path: Path, replayed: list[Hashable]) -> None:
+    """Beside requests that the device samples alone, and behind a step whose tokens are not back yet."""
+    model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(5, 20)
+    engine = start(tmp_path / "tp1")
+    plain = SamplingParams(max_tokens=9, ignore_eos=True)
+    engine.apply(Add([Request("0", prompts["0"], plain)]))
+    found: dict[str, list[int]] = {id: [] for id in prompts}
+    logprobs: list[Any] = []
+    for step in range(40):
+        if step == 3:
+            wanted = SamplingParams(max_tokens=3, logprobs=2, ignore_eos=True)
+            engine.apply(Add([Request("1", prompts["1"], wanted)]))
+        for output in engine.step():
+            found[output.id] += output.token_ids
+            logprobs += output.logprobs or []
+    assert not engine.has_work
+    for id, ids in prompts.items():
+        assert found[id] == best(model, ids, found[id])
+    with torch.no_grad():
+        logits = model(torch.tensor([prompts["1"] + found["1"]])).logits[0, len(prompts["1"]) - 1 : -1]
+    expected = logits.log_softmax(-1).amax(-1)
+    assert len(logprobs) == 3
+    for (chosen, top), want, token in zip(logprobs, expected.tolist(), found["1"], strict=True):
+        assert chosen == pytest.approx(want, abs=1e-4)
+        assert top[0] == [token, chosen]
+        assert len(top) == 2
