@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path
         )
         for i, length in enumerate(lengths)
     ]
-    memory = []
+    memory, host = [], []
     with EngineClient(config(tmp_path / "tp2", 2, **settings)) as client:
         reasons: dict[str, str] = {}
         for start in range(0, count, 250):
@@ -138,7 +139,19 @@ def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path
             assert (stats["paced_steps"] > 0) == bool(settings)
             assert stats["free_blocks"] == stats["num_blocks"]
             memory.append(stats["device_memory"])
+            host.append(host_memory(os.getpid()))
     assert len(reasons) == count
     assert set(reasons.values()) <= {"length", "abort"}
     assert "abort" in reasons.values()
-    assert memory[-1] <= memory[1] * 1.02
+    assert memory[-1] <= memory[1] * 1.02  # the fuller rank's
+    assert host[-1] <= host[3] * 1.02  # both ranks'; graphs are captured at first
+
+
+def host_memory(parent: int) -> int:
+    """KiB of their own that the processes below ``parent`` hold."""
+    total = 0
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines())
+            total += int(status["RssAnon"].split()[0]) + host_memory(int(child))
+    return total

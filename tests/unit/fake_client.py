@@ -64,7 +64,8 @@ class FakeClient:
         pass
 
     def wait_ready(self) -> dict[str, Any]:
-        return {"max_model_len": self.max_model_len}
+        ways = {"device": "cpu", "dtype": "float32", "tp_size": 2, "attention_backend": "sdpa"}
+        return {"max_model_len": self.max_model_len, **ways}
 
     def submit(self, requests: Iterable[Request]) -> None:
         for request in requests:

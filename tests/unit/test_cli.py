@@ -156,7 +156,10 @@ def test_without_arguments_the_help_page_is_shown() -> None:
         (EngineError("no GPU"), 1, "tpctl: no GPU\n"),
         (UsageError("wrong"), 2, "tpctl: wrong\n"),
         (KeyboardInterrupt(), 130, "tpctl: interrupted\n"),
-        (OSError(5, "Input/output error", "a\nb"), 1, "tpctl: [Errno 5] Input/output error: 'a\\nb'\n"),
+        (KeyboardInterrupt("some parts are kept"), 130, "tpctl: interrupted; some parts are kept\n"),
+        (OSError(28, "No space left on device"), 1, "tpctl: input or output failed: No space left on device\n"),
+        (OSError(5, "Input/output error", "a/b"), 1, "tpctl: a/b: Input/output error\n"),
+        (OSError("a\nb"), 1, "tpctl: input or output failed: a b\n"),
     ],
 )
 def test_how_the_program_ends(

@@ -112,8 +112,11 @@ def interrupt(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, parts: i
 
     with monkeypatch.context() as patch:
         patch.setattr(writer._Writer, "_write_part", limited)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as ended:
             shard_checkpoint(source, out, 3, max_part_size=PARTS, **options)
+    said = "the finished parts are kept, the same command goes on after them"
+    assert ended.value.args == ((said,) if parts else ())
+    assert partial(out).exists() == (parts > 0)
 
 
 def test_a_damaged_part_of_a_killed_run_is_written_again(

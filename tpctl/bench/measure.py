@@ -121,7 +121,7 @@ def startup(config: EngineConfig, prompt_tokens: int, runs: int) -> tuple[dict[s
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on: processor, GPUs, versions, date."""
+    """What the figures were taken on: processor, GPUs and their driver, versions (torch's names CUDA's), date."""
     versions: dict[str, str | None] = {}
     for package in ("tpctl", "torch", "triton", "transformers", "flash-attn"):
         try:
@@ -131,7 +131,8 @@ def machine() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu_name(),
-        "gpus": _gpu_names(),
+        "gpus": _ask_gpus("name"),
+        "driver": next(iter(_ask_gpus("driver_version")), None),
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -182,11 +183,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu_names() -> list[str]:
+def _ask_gpus(field: str) -> list[str]:
+    """One answer of nvidia-smi's a GPU; none where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
-        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return found.stdout.splitlines() if found.returncode == 0 else []

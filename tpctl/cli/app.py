@@ -119,15 +119,16 @@ def main() -> None:
     except TpctlError as error:
         print(f"tpctl: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("tpctl: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join(["tpctl: interrupted", *map(str, error.args)]), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # no command foresaw it, but it is the system's refusal, not a bug
-        print(f"tpctl: {' '.join(str(error).split())}", file=sys.stderr)
+        what = error.strerror or " ".join(str(error).split())
+        print(f"tpctl: {error.filename or 'input or output failed'}: {what}", file=sys.stderr)
         sys.exit(1)
 
 

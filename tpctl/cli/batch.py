@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpctl.cli.console import note, status, stderr
-from tpctl.cli.engine import interrupts, prepare
+from tpctl.cli.engine import describe, interrupts, prepare
 from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SamplingOptions, SchedulingPolicy, grouped
 from tpctl.errors import EngineError, OutputError, SourceError, TpctlError, UsageError
 
@@ -80,6 +80,8 @@ def batch(
             tokenizer = Tokenizer(config.shard_dir)
             with status(f"loading {model}"):
                 info = client.wait_ready()
+            if not silent:
+                note(f"{model} is ready ({describe(info)})")
             parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info["max_model_len"])
             run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
             try:

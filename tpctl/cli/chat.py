@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import note, status
-from tpctl.cli.engine import interrupts, prepare
+from tpctl.cli.engine import describe, interrupts, prepare
 from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
 from tpctl.errors import EngineError, RequestError
 
@@ -65,11 +65,11 @@ def chat(
         conversation = Conversation(client, tokenizer, system=system, sampling=values, stop=sampling.stop or ())
         tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
         with status(f"loading {model}"):
-            client.wait_ready()
+            info = client.wait_ready()
         if message is not None:
             _answer_once(conversation, message)
         else:
-            _talk(conversation, model)
+            _talk(conversation, f"{model} is ready ({describe(info)}).")
 
 
 def _answer_once(conversation: Conversation, message: str) -> None:
@@ -78,8 +78,8 @@ def _answer_once(conversation: Conversation, message: str) -> None:
         print()
 
 
-def _talk(conversation: Conversation, model: str) -> None:
-    note(f"{model} is ready. /help shows the commands, Ctrl-D ends.")
+def _talk(conversation: Conversation, greeting: str) -> None:
+    note(f"{greeting} /help shows the commands, Ctrl-D ends.")
     stopped = False  # the last thing that happened was a Ctrl-C; another one ends the chat
     with _line_editing():
         while True:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tpctl.cli.console import byte_progress
 from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, EngineOptions, SchedulingPolicy
@@ -67,6 +67,12 @@ def configure(
         enforce_eager=options.enforce_eager,
         scheduling_policy=str(policy),
     )
+
+
+def describe(info: dict[str, Any]) -> str:
+    """How an engine runs, from what it said of itself when it was ready."""
+    where = "GPU" if info["device"] == "cuda" else "CPU"
+    return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}"
 
 
 def _kv_cache_memory(options: EngineOptions) -> int | None:

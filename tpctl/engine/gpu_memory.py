@@ -8,8 +8,9 @@ import torch
 
 from tpctl.errors import EngineError
 
-RESERVE = 256 << 20
-"""Bytes left for what is not counted: the graphs themselves, kernels loaded later, fragmentation."""
+RESERVE = 512 << 20
+"""Bytes left for what is not counted: the graphs themselves (0.7 MiB each for decodes, 4 to 7 with prompts; see
+docs/performance.md), kernels that are loaded later, fragmentation."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,16 @@ from typing import Any
 
 from tpctl.children import python_environment
 
-PACKAGES = ("torch", "triton", "flash-attn", "transformers", "safetensors", "huggingface-hub", "tokenizers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "tokenizers",
+)
 _TIMEOUT = 120.0  # seconds; a cold import of torch with CUDA on a slow disk
 
 _ASK_TORCH = """

@@ -61,9 +61,10 @@ class PendingFolder:
             try:
                 with readable_errors(path):
                     yield pending
-            except Exception as error:
-                if pending._settle() and isinstance(error, TpctlError):
-                    error.args = (f"{error}; the finished parts are kept, the same command goes on after them",)
+            except (Exception, KeyboardInterrupt) as error:
+                if pending._settle() and isinstance(error, TpctlError | KeyboardInterrupt):
+                    kept = "the finished parts are kept, the same command goes on after them"
+                    error.args = (f"{error}; {kept}" if str(error) else kept,)
                 raise
 
     @contextmanager
@@ -128,7 +129,7 @@ class PendingFolder:
                     shutil.rmtree(path)
 
     def _settle(self) -> bool:
-        """After an error: remove all that is not finished; whether something is."""
+        """After an error or an interrupt: remove all that is not finished; whether something is."""
         if self.published:
             return False
         with suppress(OSError):
