@@ -21,6 +21,7 @@ import pytest
 
 from tests.unit.hub_server import Hub, Refusal, serving
 from tpctl.checkpoint.cache import require_space
+from tpctl.checkpoint.hub import _in_threads
 from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.errors import SourceError
 
@@ -403,3 +404,19 @@ def test_a_server_that_only_puts_off_is_given_up(hub: Hub, run: Run) -> None:
     hub.add("org/model", MODEL)
     hub.refusals = [Refusal("model.safetensors", 429, {"Retry-After": "0"}, method="GET")]
     assert "brought nothing new after 0 of" in failed(run("download", "org/model"))
+
+
+def test_after_a_failure_the_other_transfers_are_stopped_and_end_first() -> None:
+    stopped, ended = threading.Event(), threading.Event()
+
+    def fails() -> None:
+        raise SourceError("no such file")
+
+    def runs() -> None:
+        assert stopped.wait(5)
+        time.sleep(0.2)
+        ended.set()
+
+    with pytest.raises(SourceError, match="no such file"):
+        _in_threads([runs, fails], stopped.set)
+    assert ended.is_set()

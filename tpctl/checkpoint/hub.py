@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,10 +131,7 @@ def download(
         received = sum(blob.received() for blob in blobs)
         require_space(local_dir or repository(remote.id), total - received, f"downloading {remote.id}")
         meter = Meter(total, progress)
-        try:
-            _in_threads([partial(_fetch, remote, file, token, meter, local_dir) for file in missing])
-        finally:
-            meter.stopped = True  # after an error or Ctrl-C, the transfers that still run end at their next block
+        _in_threads([partial(_fetch, remote, file, token, meter, local_dir) for file in missing], meter.stop)
     if local_dir is not None:
         return local_dir
     snapshot = repository(remote.id) / "snapshots" / remote.commit
@@ -141,10 +139,11 @@ def download(
     return snapshot
 
 
-def _in_threads(jobs: Sequence[Callable[[], object]]) -> None:
-    """Run ``jobs``, a few at a time, and raise the first failure.
+def _in_threads(jobs: Sequence[Callable[[], object]], stop: Callable[[], object]) -> None:
+    """Run ``jobs``, a few at a time, and raise the first failure; ``stop`` asks those that run to end.
 
-    The threads are daemons, unlike an executor's: Ctrl-C ends the program even while one waits for the network.
+    The threads are daemons, unlike an executor's: Ctrl-C ends the program even while one waits for the network. One
+    that is caught at its work when the interpreter ends may complain on stderr, so the others get a second to end.
     """
     waiting, failures = deque(jobs), list[BaseException]()
 
@@ -160,9 +159,15 @@ def _in_threads(jobs: Sequence[Callable[[], object]]) -> None:
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(WORKERS, len(jobs)))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        while thread.is_alive() and not failures:
-            thread.join(0.1)
+    try:
+        for thread in threads:
+            while thread.is_alive() and not failures:
+                thread.join(0.1)
+    finally:
+        stop()
+        deadline = time.monotonic() + 1.0
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
     if failures:
         raise failures[0]
 

@@ -33,12 +33,15 @@ class Progress(Protocol):
 
 
 class Meter:
-    """Adds up the bytes of several transfers for one ``Progress``; ``stopped`` makes them end early."""
+    """Adds up the bytes of several transfers for one ``Progress``; once it is stopped, they end at their next block."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total, self.done, self.stopped = total, 0, False
         self._progress = progress
         self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def add(self, count: int, name: str) -> None:
         if self.stopped:
