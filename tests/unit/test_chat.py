@@ -174,6 +174,7 @@ def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert ended.value.code == 0
     captured = capsys.readouterr()
     assert captured.out == "<[u]hi[a]>\n<[u]yo[a]>\n"
+    assert "is ready (tp 2, float32, sdpa attention on CPU). /help" in captured.err
     assert "there is no command /what" in captured.err
     assert "refuses these messages: not that" in captured.err
     assert next(lines) == "never"
@@ -212,6 +213,7 @@ def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:
     result = invoke("batch", str(prompts), "-o", str(out))
     assert (result.exit_code, result.stdout) == (0, "")
     assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["<a>", "<b>"]
+    assert "is ready (tp 2, float32, sdpa attention on CPU)\n" in result.stderr
     assert "2 prompts in" in result.stderr
     assert "3 preemptions, 0 errors" in result.stderr
     sampling = [request.sampling for request in fake_engine.requests]

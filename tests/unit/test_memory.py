@@ -85,3 +85,32 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: p
     # NCCL and loaded kernels take memory too, of which torch knows nothing.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (47 * GIB, 80 * GIB))
     assert runner._kv_budget() == (7 * GIB - RESERVE) // 2
+
+
+def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner: Any = ModelRunner.__new__(ModelRunner)
+    runner.config = SimpleNamespace(kv_cache_memory=64 * GIB)
+    runner.model_config, runner.dtype = SimpleNamespace(num_layers=2), torch.bfloat16
+    heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
+    runner.backend = SimpleNamespace(block_size=256, heads=heads)
+    block = 2 * 2 * 8 * 128 * 256 * 2
+
+    runner.group = SimpleNamespace(rank=1, device=torch.device("cuda"), size=2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 22 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 21 * GIB)
+    runner.num_blocks = 4 * GIB // block
+    runner._check_cache()
+    runner.num_blocks += 1
+    with pytest.raises(EngineError, match=r"rank 1 .* KV cache of 4\.00 GiB: its GPU has 4\.00 GiB left; .*-memory"):
+        runner._check_cache()
+
+    runner.group = SimpleNamespace(rank=0, device=torch.device("cpu"), size=2)
+    monkeypatch.setattr("tpctl.engine.model_runner.available_host_memory", lambda: 8 * GIB)
+    runner.num_blocks = 4 * GIB // block
+    runner._check_cache()
+    runner.num_blocks *= 2
+    with pytest.raises(EngineError, match=r"rank 0 .* of 8\.00 GiB: its part of this machine.s memory has 4\.00 GiB"):
+        runner._check_cache()
+    runner.config.kv_cache_memory = None  # what is found to be free is not checked again
+    runner._check_cache()

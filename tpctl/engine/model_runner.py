@@ -91,6 +91,7 @@ class ModelRunner:
         self.sampler = Sampler(group, self.plan.vocab_slices, self.model_config.vocab_size)
         self.num_blocks = group.minimum(self._count_blocks(self._kv_budget()))
         self._fit_model_len()
+        self._check_cache()
         self.kv = self.backend.allocate(self.model_config.num_layers, self.num_blocks, self.dtype, group.device)
         self._lap("kv cache", started)
 
@@ -163,6 +164,23 @@ class ModelRunner:
                 f"give --kv-cache-memory {needed} (bytes a rank) or more, or lower the length"
             )
         self.max_model_len = min(self.max_model_len, held)
+
+    def _check_cache(self) -> None:
+        """Refuse a KV cache that was asked for (``--kv-cache-memory``) and that the memory left cannot hold."""
+        if self.config.kv_cache_memory is None:
+            return
+        block_size, device = self.backend.block_size, self.group.device
+        block = kv_bytes_per_block(self.backend.heads, self.model_config.num_layers, block_size, self.dtype)
+        if device.type == "cuda":
+            free, where = torch.cuda.mem_get_info(device)[0], "its GPU"
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        else:
+            free, where = available_host_memory() // self.group.size, "its part of this machine's memory"
+        if self.num_blocks * block > free:
+            raise EngineError(
+                f"rank {self.group.rank} cannot hold a KV cache of {self.num_blocks * block / 2**30:.2f} GiB: {where} "
+                f"has {free / 2**30:.2f} GiB left; give a lower --kv-cache-memory or leave it out"
+            )
 
     def _count_blocks(self, budget: int) -> int:
         block_size = self.backend.block_size
