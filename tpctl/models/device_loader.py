@@ -1,4 +1,4 @@
-"""Loads one rank's shard files straight onto a GPU, as fast as the bus takes them.
+"""Loads one rank's shard files straight onto a GPU (other ways, timed: ``examples/load_bench.py``).
 
 Threads read pieces of the files into pinned host memory and hand each to the copy engine, two pieces in flight per
 thread, so that reading and copying overlap. Tensors land where they stay; nothing passes through pageable memory.
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from tpctl.errors import ShardFolderError
 
-PIECE = 16 << 20  # bytes read and copied at a time
+PIECE = 4 << 20
+"""Bytes read and copied at a time. Larger ones lose more in pinning (about 1 ms a MiB) than they save in handling."""
+
 THREADS = 8
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -99,6 +101,7 @@ def _copy_some(pieces: queue.SimpleQueue[_Piece], device: torch.device) -> None:
     """Take pieces until none is left: read into one pinned buffer while the other is being copied."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    views = [memoryview(buffer.numpy()) for buffer in buffers]  # type: ignore[arg-type]
     done = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
     turn = 0
     with torch.cuda.device(device), torch.cuda.stream(stream):
@@ -107,10 +110,12 @@ def _copy_some(pieces: queue.SimpleQueue[_Piece], device: torch.device) -> None:
                 piece = pieces.get_nowait()
             except queue.Empty:
                 break
-            done[turn].synchronize()
-            buffer = buffers[turn][: piece.target.numel()]
-            _read_exactly(piece.file, piece.offset, memoryview(buffer.numpy()))  # type: ignore[arg-type]
-            piece.target.copy_(buffer, non_blocking=True)
+            # Asked first, since waiting gives the interpreter's lock away.
+            if not done[turn].query():  # type: ignore[no-untyped-call]
+                done[turn].synchronize()
+            length = piece.target.numel()
+            _read_exactly(piece.file, piece.offset, views[turn][:length])
+            piece.target.copy_(buffers[turn][:length], non_blocking=True)
             done[turn].record(stream)
             turn = 1 - turn
         stream.synchronize()
