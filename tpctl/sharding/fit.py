@@ -21,8 +21,8 @@ from tpctl.sharding.model_sizes import ModelSizes
 CONTEXT_BYTES = 512 << 20
 """What a process takes on a GPU before it holds a tensor: CUDA context, cuBLAS and NCCL."""
 
-RESERVE_BYTES = 256 << 20
-"""Left free by the engine for CUDA graphs and fragmentation."""
+RESERVE_BYTES = 512 << 20
+"""Left free by the engine for CUDA graphs and fragmentation (its ``gpu_memory.RESERVE``, without importing torch)."""
 
 
 @dataclass(frozen=True)
