@@ -128,7 +128,7 @@ def _print_ranks(report: FitReport) -> None:
     usable = int(report.gpu_memory * report.utilization)
     console.print(
         f"KV cache: what is left of {_gib(usable)} ({report.utilization:.0%} of {_gib(report.gpu_memory)}) after "
-        f"weights, activations, {_gib(report.context_bytes)} for the CUDA context, cuBLAS and NCCL, and "
+        f"weights, activations, {_gib(report.context_bytes)} for the CUDA context, libraries and NCCL, and "
         f"{_gib(report.reserve_bytes)} kept for CUDA graphs and fragmentation; the last three are estimates",
         soft_wrap=True,
     )

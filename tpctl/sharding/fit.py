@@ -18,8 +18,11 @@ from tpctl.models.specs import DTYPES
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.sharding.model_sizes import ModelSizes
 
-CONTEXT_BYTES = 512 << 20
-"""What a process takes on a GPU before it holds a tensor: CUDA context, cuBLAS and NCCL."""
+CONTEXT_BYTES = 768 << 20
+"""What a process takes on a GPU besides tensors: CUDA context, loaded kernels and libraries (755 MiB on an H100)."""
+
+PEER_BYTES = 800 << 20
+"""What more than one rank needs on top: NCCL's buffers and the memory that peers write to (810 MiB for two H100s)."""
 
 RESERVE_BYTES = 512 << 20
 """Left free by the engine for CUDA graphs and fragmentation (its ``gpu_memory.RESERVE``, without importing torch)."""
@@ -85,8 +88,8 @@ class SizeFit:
 class FitReport:
     """A model's sizes. ``exact`` says whether its tensors were read from headers or follow from its config.
 
-    On each GPU ``context_bytes`` are taken by the process itself and ``reserve_bytes`` kept for CUDA graphs and
-    fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
+    On each GPU the process itself takes ``context_bytes`` (at ``tp_size``) and ``reserve_bytes`` are kept for CUDA
+    graphs and fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
     ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
     is, if none does).
     """
@@ -151,7 +154,7 @@ def plan_model(
         utilization=budget.utilization,
         max_model_len=length,
         max_num_batched_tokens=budget.max_num_batched_tokens,
-        context_bytes=CONTEXT_BYTES,
+        context_bytes=_context_bytes(tp_size),
         reserve_bytes=RESERVE_BYTES,
         sizes=tuple(sizes),
         limit=limit,
@@ -211,7 +214,11 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
             kv_heads=len(heads.kv),
             kv_bytes_per_token=model.kv_bytes_per_token(len(heads.kv)),
             activation_bytes=activations,
-            kv_cache_bytes=share - weights - activations - RESERVE_BYTES - CONTEXT_BYTES,
+            kv_cache_bytes=share - weights - activations - RESERVE_BYTES - _context_bytes(plan.tp_size),
         )
         found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
     return [found[rank] for rank in range(plan.tp_size)]
+
+
+def _context_bytes(tp_size: int) -> int:
+    return CONTEXT_BYTES + (PEER_BYTES if tp_size > 1 else 0)
