@@ -116,7 +116,9 @@ def test_the_same_rows_together_and_on_several_ranks(model: str, alone: str, tmp
     result = tpctl("batch", str(source), "-o", str(out), "--model", model, "--tp", str(tp_size), *EXACT)
     assert result.returncode == 1
     assert out.read_text() == alone
-    assert re.search(r"^7 prompts in .* preemptions, 1 errors$", result.stderr.strip())
+    ready, done = result.stderr.splitlines()
+    assert ready.endswith(f" is ready (tp {tp_size}, float32, sdpa attention on CPU)")
+    assert re.fullmatch(r"7 prompts in .* preemptions, 1 errors", done)
     assert result.stdout == ""
 
 
@@ -174,7 +176,9 @@ def test_a_killed_worker_is_one_line(model: str, tmp_path: Path) -> None:
     os.kill(max(ranks()), signal.SIGKILL)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert re.fullmatch(r"tpctl: rank [01] was killed \(SIGKILL\).*\n", said)
+    ready, error = said.splitlines()
+    assert "is ready" in ready
+    assert re.fullmatch(r"tpctl: rank [01] was killed \(SIGKILL\).*", error)
 
 
 def test_one_answer_from_two_ranks(model: str) -> None:
