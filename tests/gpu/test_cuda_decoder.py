@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +19,6 @@ from tpctl.engine.cuda_runner import CudaLaunched, CudaRunner
 from tpctl.engine.model_runner import RotaryTable, head_shape
 from tpctl.errors import EngineError
 from tpctl.kernels import gated_linear
-from tpctl.kernels.paged_decode import paged_decode
-from tpctl.layers.attention import triton
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.models import cuda_decoder
@@ -90,11 +87,8 @@ def test_same_logits_and_cache(
     monkeypatch.setattr(cuda_decoder, "is_hopper", lambda device: True)
     monkeypatch.setattr(cuda_decoder, "num_multiprocessors", lambda device: 4)
     monkeypatch.setattr(gated_linear, "_BUFFER_BYTES", 100 << 10)  # of values half as large
-    if INTERPRET:  # which knows no programmatic launch
-        monkeypatch.setattr(cuda_decoder, "PDL_ROWS", 0)
-        plainly = functools.partial(paged_decode, pdl=False)
-        monkeypatch.setattr(triton, "paged_decode", lambda *args, pdl, **more: plainly(*args, **more))
     monkeypatch.setattr(cuda_decoder.PeerBuffer, "connect", lambda *args: None)
+    monkeypatch.setattr(cuda_decoder, "reach_each_other", lambda group: True)
     monkeypatch.setattr(cuda_decoder, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=object())))
     seen = set()
     for kernel in ("split_linear", "gated_linear", "small_linear"):

@@ -3,7 +3,6 @@ interpreter. Where a graph would be replayed its step is run."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -24,11 +23,8 @@ from tpctl.engine.engine import Engine
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch
-from tpctl.kernels.paged_decode import paged_decode
 from tpctl.launch.messages import Abort, Add, Request
-from tpctl.layers.attention import triton
 from tpctl.layers.attention.triton import TritonBackend
-from tpctl.models import cuda_decoder
 from tpctl.models.decoder import Decoder
 from tpctl.sharding.shard import shard_checkpoint
 
@@ -97,10 +93,6 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", Event)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(cuda_runner, "PDL_ROWS", 0)
-    monkeypatch.setattr(cuda_decoder, "PDL_ROWS", 0)
-    plainly = functools.partial(paged_decode, pdl=False)
-    monkeypatch.setattr(triton, "paged_decode", lambda *args, pdl, **more: plainly(*args, **more))
     monkeypatch.setattr(cuda_runner, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
     monkeypatch.setattr(Decoder, "optimize", own_memory)
     monkeypatch.setattr(engine, "_make_runner", cuda_runner.CudaRunner)

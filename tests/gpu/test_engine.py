@@ -33,6 +33,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llama3": {},
     "llama-biases": {},
     "llama-head-dim": {"head_dim": 80},
+    "llama-wide-heads": {"head_dim": 256},
     "smollm2": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1},
     "mistral": {"sliding_window": 19},
     "qwen2-window": {},
@@ -82,16 +83,17 @@ def test_float32_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
         assert tokens == best
 
 
-@pytest.mark.parametrize("backend", ["triton", "sdpa", "flash-attn"])
-def test_bfloat16_backends_stay_near_float32(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "backend,head_dim", [("triton", 128), ("triton", 256), ("sdpa", 128), ("flash-attn", 128), ("flash-attn", 256)]
+)
+def test_bfloat16_backends_stay_near_float32(backend: str, head_dim: int, tmp_path: Path) -> None:
     if backend == "flash-attn" and installed_flash_attention() is None:
         pytest.skip("flash-attn is not installed")
-    model = make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128}).cuda()
+    model = make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": head_dim}).cuda()
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
-    prompts = prompts_of(517)
-    found = run(
-        tmp_path / "tp1", prompts, attention_backend=backend, block_size=256 if backend == "flash-attn" else None
-    )
+    prompts = prompts_of(517, (*LENGTHS, 400, 450))
+    settings = {"block_size": 256 if backend == "flash-attn" else None, "max_num_batched_tokens": 2048}
+    found = run(tmp_path / "tp1", prompts, attention_backend=backend, **settings)
     assert most_behind(model, prompts, found) < 0.25
 
 

@@ -70,6 +70,7 @@ CASES = [
     (16, 1, 64, 64, None),
     (5, 5, 128, 128, None),
     (8, 4, 128, 128, 100),
+    (4, 2, 256, 128, None),
 ]
 
 
@@ -93,7 +94,8 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     q = torch.randn(len(lens), heads, head_dim).to(DEVICE, dtype)
     scratch = DecodeScratch.allocate(len(lens), heads, head_dim, DEVICE)
-    plan = DecodePlan(len(lens), heads, kv_heads, head_dim, block_size, scratch, window=window)
+    settings = {"window": window, "itemsize": dtype.itemsize}
+    plan = DecodePlan(len(lens), heads, kv_heads, head_dim, block_size, scratch, **settings)
     want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens, window=window)
     plan.update(seq_lens)
     for _ in range(2):  # the second call finds the counters as the first left them

@@ -32,6 +32,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
         (6, 2, 80, 32, 70),
         (3, 1, 96, 128, None),
         (2, 2, 64, 128, 33),
+        (4, 2, 256, 128, None),
     ],
 )
 @pytest.mark.parametrize("batch", ["short", "mixed", "long"])

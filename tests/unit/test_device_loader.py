@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,39 @@ from tpctl.models import device_loader
 from tpctl.models.device_loader import load_files
 
 KIB = 1 << 10
-
-
-class HostEvent:
-    """Done at the second time of asking, so that waiting is gone through too."""
-
-    def __init__(self) -> None:
-        self.recorded = self.waited = 0
-
-    def query(self) -> bool:
-        return not self.recorded
-
-    def synchronize(self) -> None:
-        self.waited += 1
-
-    def record(self, stream: object) -> None:
-        self.recorded += 1
+COPY = Tensor.copy_
 
 
 class HostStream:
+    """Copies that are made as late as may be: when somebody waits for them."""
+
     def __init__(self, device: torch.device) -> None:
-        pass
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.done = 0
+
+    def run(self, count: int) -> None:
+        for target, source in self.pending[self.done : count]:
+            COPY(target, source)
+        self.done = max(self.done, count)
 
     def synchronize(self) -> None:
-        pass
+        self.run(len(self.pending))
+
+
+class HostEvent:
+    def __init__(self) -> None:
+        self.stream: HostStream | None = None
+        self.count = 0
+
+    def record(self, stream: HostStream) -> None:
+        self.stream, self.count = stream, len(stream.pending)
+
+    def query(self) -> bool:
+        return self.stream is None or self.stream.done >= self.count
+
+    def synchronize(self) -> None:
+        assert self.stream is not None
+        self.stream.run(self.count)
 
 
 @pytest.fixture
@@ -56,11 +67,25 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     def unpinned(*arguments: Any, pin_memory: bool = False, **settings: Any) -> Tensor:
         return empty(*arguments, **settings)
 
+    current = threading.local()
+
+    @contextmanager
+    def on(stream: HostStream) -> Iterator[None]:
+        current.stream = stream
+        yield
+        del current.stream
+
+    def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        assert non_blocking
+        current.stream.pending.append((target, source))
+        return target
+
     monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(Tensor, "copy_", copy)
     monkeypatch.setattr(torch.cuda, "Stream", HostStream)
     monkeypatch.setattr(torch.cuda, "Event", HostEvent)
-    for name in ("stream", "device"):
-        monkeypatch.setattr(torch.cuda, name, lambda value: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     return torch.device("cpu")
 
 

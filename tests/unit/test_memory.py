@@ -11,7 +11,7 @@ import torch
 
 from tpctl.engine.gpu_memory import RESERVE, GpuShare
 from tpctl.engine.memory import available_host_memory
-from tpctl.engine.model_runner import ModelRunner
+from tpctl.engine.model_runner import Beside, ModelRunner
 from tpctl.errors import EngineError
 
 GIB = 1 << 30
@@ -96,13 +96,11 @@ def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pyt
     block = 2 * 2 * 8 * 128 * 256 * 2
 
     runner.group = SimpleNamespace(rank=1, device=torch.device("cuda"), size=2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 80 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 22 * GIB)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 21 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB + RESERVE, 80 * GIB))
     runner.num_blocks = 4 * GIB // block
     runner._check_cache()
     runner.num_blocks += 1
-    with pytest.raises(EngineError, match=r"rank 1 .* KV cache of 4\.00 GiB: its GPU has 4\.00 GiB left; .*-memory"):
+    with pytest.raises(EngineError, match=r"rank 1 .* KV cache of 4\.00 GiB: its GPU has 4\.00 GiB left for it; "):
         runner._check_cache()
 
     runner.group = SimpleNamespace(rank=0, device=torch.device("cpu"), size=2)
@@ -114,3 +112,15 @@ def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pyt
         runner._check_cache()
     runner.config.kv_cache_memory = None  # what is found to be free is not checked again
     runner._check_cache()
+
+
+def test_what_fails_beside_the_loading_is_raised_when_it_is_waited_for() -> None:
+    def fails() -> None:
+        raise OSError("NCCL cannot be reached")
+
+    beside = Beside(fails)
+    with pytest.raises(OSError, match="NCCL cannot be reached"):
+        beside.wait()
+    done: list[int] = []
+    Beside(lambda: done.append(1)).wait()
+    assert done == [1]

@@ -123,7 +123,7 @@ def startup(config: EngineConfig, prompt_tokens: int, runs: int) -> tuple[dict[s
 def machine() -> dict[str, Any]:
     """What the figures were taken on: processor, GPUs and their driver, versions (torch's names CUDA's), date."""
     versions: dict[str, str | None] = {}
-    for package in ("tpctl", "torch", "triton", "transformers", "flash-attn"):
+    for package in ("tpctl", "torch", "triton", "transformers", "flash-attn", "flash-attn-3"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

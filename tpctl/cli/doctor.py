@@ -37,9 +37,18 @@ def _print_torch(torch: dict[str, Any]) -> None:
         peers = ", ".join(map(str, gpu["peers"])) or "none"
         print(f"GPU {index}            {gpu['name']}, compute {gpu['capability']}, {free:.1f} of {total:.1f} GiB free")
         print(f"                 reaches the memory of: {peers}")
-    print(f"between GPUs     NCCL {torch['nccl'] or 'not available'}")
+    print(f"between GPUs     {_between_gpus(torch)}")
     print(f"between CPUs     {_between_cpus(torch)}")
     print(f"CPU linears      {'oneDNN, packed weights' if torch['onednn'] else 'plain'}")
+
+
+def _between_gpus(torch: dict[str, Any]) -> str:
+    gpus, nccl = torch["gpus"], f"NCCL {torch['nccl'] or 'not available'}"
+    if len(gpus) < 2:
+        return nccl
+    if all(len(gpu["peers"]) == len(gpus) - 1 for gpu in gpus):
+        return f"peer memory, {nccl}"
+    return f"{nccl}; ranks on GPUs that do not reach each other's memory use nothing else"
 
 
 def _between_cpus(torch: dict[str, Any]) -> str:

@@ -72,7 +72,8 @@ def configure(
 def describe(info: dict[str, Any]) -> str:
     """How an engine runs, from what it said of itself when it was ready."""
     where = "GPU" if info["device"] == "cuda" else "CPU"
-    return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}"
+    sums = f", all-reduce by {info['all_reduce']}" if info.get("all_reduce") else ""
+    return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}{sums}"
 
 
 def _kv_cache_memory(options: EngineOptions) -> int | None:

@@ -27,6 +27,7 @@ from tpctl.engine.pacing import Pace
 from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
 from tpctl.engine.slots import Slots
 from tpctl.errors import EngineError
+from tpctl.kernels.launch import has_pdl
 from tpctl.kernels.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling import sample
 from tpctl.layers.attention.base import LayerKV
@@ -205,7 +206,7 @@ class CudaRunner(ModelRunner):
             keys,
             vocab_start=sampler.first,
             vocab_size=self.model_config.vocab_size,
-            pdl=logits.shape[0] <= PDL_ROWS,
+            pdl=logits.shape[0] <= PDL_ROWS and has_pdl(logits.device),
         )
         winner = self._decoder.winner(scores, ids)
         self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids) if winner is None else winner)
@@ -266,6 +267,10 @@ class CudaRunner(ModelRunner):
             seq_lens_S=ends_S.int(),
         )
 
+    def info(self) -> dict[str, Any]:
+        way = "NCCL" if self._decoder.peers is None else "peer memory"
+        return super().info() | {"all_reduce": way if self.group.size > 1 else None}
+
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
 
@@ -274,8 +279,9 @@ class CudaRunner(ModelRunner):
         device = self.group.device
         with torch.cuda.device(device), torch.inference_mode():
             square = torch.zeros(16, 16, dtype=self.dtype, device=device)
-            self.group.all_reduce(square @ square)
+            product = self.group.all_reduce(square @ square)
             torch.cuda.current_stream().synchronize()
+            del product  # not before: its memory could become a weight's, which other streams fill meanwhile
 
     def _kv_budget(self) -> int:
         """What is left of the GPU's share beside weights, the largest step's activations, found by running one, and
@@ -294,11 +300,12 @@ class CudaRunner(ModelRunner):
         logits = MixedGraphs.most_sampled(config.max_num_seqs) * self.model.lm_head.weight.shape[0]
         # Of a step of fewer tokens; at most, since logits are counted twice.
         self._step_bytes = activations * min(rows, tokens) // tokens + logits * self.dtype.itemsize
+        later = self._later_bytes = self._bytes_of_tables() + (0 if config.enforce_eager else self._step_bytes)
         if config.kv_cache_memory is not None:
             return config.kv_cache_memory
         share = self._gpu_share
         assert share is not None
-        taken, later = share.taken(device), self._bytes_of_tables() + (0 if config.enforce_eager else self._step_bytes)
+        taken = share.taken(device)
         budget = share.nbytes - taken - later - RESERVE
         if budget <= 0:
             raise EngineError(
@@ -309,6 +316,9 @@ class CudaRunner(ModelRunner):
                 f"--max-num-batched-tokens or --max-num-seqs"
             )
         return budget
+
+    def _room_for_cache(self) -> int:
+        return super()._room_for_cache() - self._later_bytes
 
     def _bytes_of_tables(self) -> int:
         """Block tables on the device: every slot's, and those of a captured step."""

@@ -104,6 +104,7 @@ class Engine:
             "num_blocks": blocks.num_blocks,
             "free_blocks": blocks.num_free_blocks,
             "device_memory": self.runner.device_memory(),
+            "reserved_memory": self.runner.reserved_memory(),
         }
 
 

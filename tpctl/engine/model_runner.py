@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,27 @@ class Launched:
     logprobs: list[Any] | None = None
 
 
+class Beside:
+    """Work in a thread of its own, which an ending program does not wait for."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for its end; raises what it raised."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to the caller's thread
+            self._failure = error
+
+
 class ModelRunner:
     """One rank's model, KV cache and sampler.
 
@@ -67,10 +89,10 @@ class ModelRunner:
         self.plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, self.plan, group.rank)
         self.backend = make_backend(config.attention_backend, group.device.type, self.dtype, heads, config.block_size)
-        elements = manifest.shard(group.rank).nbytes // _STORED_BYTES.get(stored, 2)
-        self._check_fits(elements * self.dtype.itemsize)
-        warm = threading.Thread(target=self._warm_up, daemon=True)
-        warm.start()
+        held = manifest.shard(group.rank).nbytes
+        # While they are converted, weights are held in either dtype.
+        self._check_fits(max(held, held // _STORED_BYTES.get(stored, 2) * self.dtype.itemsize))
+        warm = Beside(self._warm_up)
 
         started = time.perf_counter()
         self.rotary = RotaryTable(self.model_config.rope, self.max_model_len, group.device)
@@ -84,7 +106,7 @@ class ModelRunner:
         self._lap("weights", started)
 
         started = time.perf_counter()
-        warm.join()
+        warm.wait()
         self._lap("warm-up", started)
 
         started = time.perf_counter()
@@ -133,6 +155,11 @@ class ModelRunner:
         device = self.group.device
         return self.group.maximum(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
 
+    def reserved_memory(self) -> int:
+        """Bytes of device memory that torch keeps, for tensors, graphs and later ones; else as ``device_memory``."""
+        device = self.group.device
+        return self.group.maximum(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
+
     def _check_fits(self, weight_bytes: int) -> None:
         """Refuse a shard that this rank's GPU cannot hold, before it is read."""
         if self.group.device.type == "cuda":
@@ -171,16 +198,20 @@ class ModelRunner:
             return
         block_size, device = self.backend.block_size, self.group.device
         block = kv_bytes_per_block(self.backend.heads, self.model_config.num_layers, block_size, self.dtype)
-        if device.type == "cuda":
-            free, where = torch.cuda.mem_get_info(device)[0], "its GPU"
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        else:
-            free, where = available_host_memory() // self.group.size, "its part of this machine's memory"
+        where = "its GPU" if device.type == "cuda" else "its part of this machine's memory"
+        free = self._room_for_cache()
         if self.num_blocks * block > free:
             raise EngineError(
                 f"rank {self.group.rank} cannot hold a KV cache of {self.num_blocks * block / 2**30:.2f} GiB: {where} "
-                f"has {free / 2**30:.2f} GiB left; give a lower --kv-cache-memory or leave it out"
+                f"has {max(0, free) / 2**30:.2f} GiB left for it; give a lower --kv-cache-memory or leave it out"
             )
+
+    def _room_for_cache(self) -> int:
+        """Bytes that are free now and that no step will need."""
+        device = self.group.device
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] - RESERVE
+        return available_host_memory() // self.group.size
 
     def _count_blocks(self, budget: int) -> int:
         block_size = self.backend.block_size

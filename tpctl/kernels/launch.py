@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import triton
 
 _PDL: dict[str, Any] = {"launch_pdl": True}
 _PLAIN: dict[str, Any] = {}
@@ -20,6 +21,21 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 def is_hopper(device: torch.device) -> bool:
     """Whether a device is of the generation that choices between ways were measured on (compute capability 9)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.lru_cache(maxsize=32)
+def has_pdl(device: torch.device) -> bool:
+    """Whether kernels can be launched programmatically dependent: from compute capability 9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.lru_cache(maxsize=32)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; an H100's for the CPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 232448
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @functools.lru_cache(maxsize=32)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiprocessors
+from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
 from tpctl.kernels.paged_decode_kernels import decode_kernel, plan_kernel
 
 _LOG2E = 1.4426950408889634
@@ -74,6 +74,24 @@ def decode_config(
     return DecodeConfig(64, num_programs, num_warps=4, num_stages=2)
 
 
+def fit_config(config: DecodeConfig, head_dim: int, group: int, itemsize: int, limit: int) -> DecodeConfig:
+    """``config`` made smaller where it takes more than ``limit`` bytes of shared memory (wide heads in float32, small
+    devices). group: query heads a kv head. itemsize: bytes of an element."""
+    row = next_power_of_2(head_dim) * itemsize
+
+    def taken() -> int:  # keys and values in flight, and what the queries of a group are multiplied through
+        return (2 * (config.num_stages - 1) * config.tile + 8 + max(16, next_power_of_2(group))) * row + 2048
+
+    while taken() > limit:
+        if config.num_stages > 2:
+            config = config._replace(num_stages=config.num_stages - 1)
+        elif config.tile > 16:
+            config = config._replace(tile=config.tile // 2)
+        else:
+            break
+    return config
+
+
 @dataclass(frozen=True)
 class DecodeScratch:
     """Device memory that decode calls on one stream share: partial results and counters (zero between calls)."""
@@ -97,7 +115,8 @@ class DecodePlan:
     """How the work of one batch is divided. Build one per (captured) batch size; `update` it once a step.
 
     num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that
-    differ in window need a plan each. long: see `decode_config`. config: overrides the tuned choice.
+    differ in window need a plan each. long: see `decode_config`. config: overrides the tuned choice. itemsize: bytes of
+    an element of the cache.
     """
 
     def __init__(
@@ -112,12 +131,15 @@ class DecodePlan:
         window: int | None = None,
         long: bool = False,
         config: DecodeConfig | None = None,
+        itemsize: int = 2,
     ) -> None:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
         device = scratch.partial.device
         sms, wide = num_multiprocessors(device), head_dim == 128 and block_size >= 128
-        self.config = config or decode_config(num_seqs, num_heads, num_kv_heads, sms, long=long, wide=wide)
+        tuned = config or decode_config(num_seqs, num_heads, num_kv_heads, sms, long=long, wide=wide)
+        limit = shared_memory(device)
+        self.config = fit_config(tuned, head_dim, num_heads // num_kv_heads, itemsize, limit)
         if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
             raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
         self.num_seqs = num_seqs

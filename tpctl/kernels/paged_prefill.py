@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from tpctl.kernels.launch import launch_options, next_power_of_2
+from tpctl.kernels.launch import launch_options, next_power_of_2, shared_memory
 
 _LOG2E = 1.4426950408889634
 
@@ -165,6 +167,43 @@ def _prefill_kernel(
     tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
+class PrefillConfig(NamedTuple):
+    """block_m: queries a program. tile: keys at a time. num_stages: tiles in flight."""
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_config(
+    num_tokens: int, num_seqs: int, head_dim: int, block_size: int, itemsize: int, limit: int
+) -> PrefillConfig:
+    """The tuned configuration for new tokens of so many sequences, made smaller where it takes more than ``limit``
+    bytes of shared memory (wide heads, small devices). itemsize: bytes of an element."""
+    if itemsize == 4:
+        config = PrefillConfig(32, 32, 4, 1)
+    elif num_tokens <= max(512, 64 * num_seqs):  # short chunks: do not pad them far
+        config = PrefillConfig(64, 64, 4, 2)
+    else:
+        config = PrefillConfig(128, 64 if block_size < 128 else 128, 8, 2)
+
+    def taken() -> int:  # queries, and keys and values of the tiles in flight
+        rows = config.block_m + 2 * config.num_stages * config.tile
+        return rows * next_power_of_2(head_dim) * itemsize
+
+    while taken() > limit:
+        if config.tile > 32:
+            config = config._replace(tile=config.tile // 2)
+        elif config.num_stages > 1:
+            config = config._replace(num_stages=config.num_stages - 1)
+        elif config.block_m > 16:
+            config = config._replace(block_m=config.block_m // 2)
+        else:
+            break
+    return config
+
+
 def paged_prefill(
     q_TND: torch.Tensor,
     k_cache: torch.Tensor,
@@ -193,15 +232,11 @@ def paged_prefill(
     if num_tokens == 0:
         return out_TND
     num_seqs = seq_lens_S.shape[0]
-    block_dim = next_power_of_2(head_dim)
-    if q_TND.element_size() == 4:
-        block_m, tile, warps, stages = 32, 32, 4, 1
-    elif num_tokens <= max(512, 64 * num_seqs):  # short chunks: do not pad them far
-        block_m, tile, warps, stages = 64, 64, 4, 2
-    else:
-        block_m, tile, warps, stages = 128, 64 if block_size < 128 else 128, 8, 2
+    config = prefill_config(
+        num_tokens, num_seqs, head_dim, block_size, q_TND.element_size(), shared_memory(q_TND.device)
+    )
     # One slot per full tile, and one more per sequence.
-    slots = num_tokens // block_m + num_seqs
+    slots = num_tokens // config.block_m + num_seqs
     _prefill_kernel[(num_heads, slots)](
         q_TND,
         k_cache,
@@ -218,14 +253,14 @@ def paged_prefill(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
+        BLOCK_DIM=next_power_of_2(head_dim),
         BLOCK_SIZE=block_size,
-        BLOCK_M=block_m,
-        TILE=tile,
+        BLOCK_M=config.block_m,
+        TILE=config.tile,
         WINDOW=window or 0,
-        STAGES=stages,
+        STAGES=config.num_stages,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=config.num_warps,
         **launch_options(pdl),
     )
     return out_TND

@@ -19,11 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpctl.distributed import TPGroup
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.all_reduce import PeerBuffer
 from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
-from tpctl.kernels.launch import is_hopper, num_multiprocessors
+from tpctl.kernels.launch import has_pdl, is_hopper, num_multiprocessors
 from tpctl.kernels.norm import add_rms_norm, rms_norm
 from tpctl.kernels.rope_cache import rope_cache
 from tpctl.kernels.split_linear import pick_splits, split_linear
@@ -44,6 +45,14 @@ PEER_PIECE = 8 << 20
 
 PDL_ROWS = 512
 """Largest batch whose kernels use programmatic dependent launch."""
+
+
+def reach_each_other(group: TPGroup) -> bool:
+    """Whether every rank's GPU can address the memory of all others' (collective); else NCCL does all sums."""
+    device, count = group.device, torch.cuda.device_count()
+    others = [index for index in range(min(count, group.size)) if index != device.index]
+    mine = count >= group.size and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+    return group.minimum(int(mine)) == 1
 
 
 class CudaDecoder:
@@ -68,7 +77,7 @@ class CudaDecoder:
         self._sends = False  # linears send the sums' addends themselves
         self.peers: PeerBuffer | None = None
         weight = decoder.lm_head.weight
-        if self.group.size > 1 and weight.dtype in (torch.bfloat16, torch.float32):
+        if self.group.size > 1 and weight.dtype in (torch.bfloat16, torch.float32) and reach_each_other(self.group):
             world = dist.group.WORLD
             assert world is not None
             hidden = weight.shape[1]
@@ -79,7 +88,7 @@ class CudaDecoder:
     def logits(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None) -> Tensor:
         """[R, V]: this rank's logits of the tokens ``rows`` of the batch; ``None`` means all."""
         # Launched early, a kernel's start hides behind the end of the one before; many rows leave nothing to hide.
-        self._pdl = batch.num_tokens <= PDL_ROWS
+        self._pdl = batch.num_tokens <= PDL_ROWS and has_pdl(self.group.device)
         self.backend.begin(batch, self.windows)
         residual = self.decoder.model.embed_tokens.local(batch.input_ids)
         self._sums = self.peers if self._peers_take(residual) else None  # all sums of a step have this shape
@@ -110,11 +119,6 @@ class CudaDecoder:
         """Whether this rank ever gave up waiting for another (synchronises with the device)."""
         return self.peers is not None and self.peers.timed_out()
 
-    @property
-    def peer_bytes(self) -> int:
-        """Device memory of the peer buffer, which torch's allocator does not count."""
-        return 0 if self.peers is None else self.peers.nbytes
-
     def _peers_take(self, x: Tensor) -> bool:
         """Whether sums of this shape go through peer memory: always between two ranks, else what fits one launch."""
         if self.peers is None or not self.peers.fits(x):
@@ -130,6 +134,13 @@ class CudaDecoder:
     def _takes(x: Tensor) -> bool:
         """Whether the kernels for few rows take this dtype."""
         return x.dtype != torch.float32
+
+    def _norm_apart(self, x: Tensor, norm: RMSNorm | None) -> tuple[Tensor, RMSNorm | None]:
+        """Norm ``x`` beforehand where the kernel would multiply it by the norm's weight in float16, which overflows;
+        one row is multiplied in float32."""
+        if norm is None or x.dtype != torch.float16 or x.shape[0] == 1:
+            return x, norm
+        return rms_norm(x, norm.weight, norm.eps, pdl=self._pdl), None
 
     def _small(self, x: Tensor) -> bool:
         """Whether a whole block runs on the kernels for few rows."""
@@ -163,6 +174,7 @@ class CudaDecoder:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, outlet: PeerBuffer | None = None
     ) -> Tensor:
         """``norm(x) W^T + b``: one launch for few rows, which can send the result to the peers as well."""
+        x, norm = self._norm_apart(x, norm)
         config = pick(x.shape[0], weight.shape[0], x.shape[1]) if self._takes(x) else None
         if config is None:
             assert outlet is None, "nobody would send what the all-reduce takes for sent"
@@ -175,6 +187,7 @@ class CudaDecoder:
 
     def _gate(self, mlp: MLP, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """``silu(gate) * up`` of the merged projection."""
+        x, norm = self._norm_apart(x, norm)
         weight, bias = mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
         rows, intermediate = x.shape[0], weight.shape[0] // 2
         if bias is None and self._takes(x):

@@ -35,7 +35,7 @@ def load_shard(
     if model.config.tie_word_embeddings:
         del wanted[EMBEDDING]  # the head's parameter serves both
     filled: set[str] = set()
-    total = 0
+    total, converted = 0, False
     for name, tensor in _read(files, device):
         parameter = wanted.get(name)
         if parameter is None and name in constants:
@@ -48,9 +48,13 @@ def load_shard(
             raise ShardFolderError(
                 f"{name} is {list(tensor.shape)} in the shard but {list(parameter.shape)} by the plan; shard it again"
             )
+        converted |= tensor.dtype != parameter.dtype
         _replace(model, name, tensor.to(parameter.dtype))
         filled.add(name)
         total += tensor.numel() * parameter.dtype.itemsize
+        del tensor
+    if converted and device.type == "cuda":
+        torch.cuda.empty_cache()  # what they were stored in is the KV cache's now
     if model.config.tie_word_embeddings:
         model.tie()
     missing = sorted(wanted.keys() - filled)
@@ -65,7 +69,9 @@ def _read(files: Iterable[Path], device: torch.device) -> Iterator[tuple[str, to
     if device.type == "cuda":
         from tpctl.models.device_loader import load_files
 
-        yield from load_files(files, device).items()
+        tensors = load_files(files, device)
+        while tensors:  # who converts one lets go of what was stored
+            yield tensors.popitem()
         return
     for path in files:
         with safe_open(path, framework="pt", device=str(device)) as file:

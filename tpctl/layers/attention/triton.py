@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tpctl.kernels.launch import has_pdl
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.layers.attention.base import HeadShape, LayerKV
@@ -22,9 +23,14 @@ class TritonBackend(PagedBackend):
 
     def __init__(self, heads: HeadShape, block_size: int) -> None:
         super().__init__(heads, block_size)
+        self._itemsize = 2
         self._scratch: DecodeScratch | None = None
         self._plans: dict[tuple[int, int | None, bool], DecodePlan] = {}
         self._side: torch.cuda.Stream | None = None
+
+    def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
+        self._itemsize = dtype.itemsize
+        return super().allocate(num_layers, num_blocks, dtype, device)
 
     def is_long(self, count: int, longest: int) -> bool:
         return count <= 2 and longest >= LONG_CONTEXT
@@ -55,6 +61,7 @@ class TritonBackend(PagedBackend):
                 self._scratch,
                 window=window,
                 long=long,
+                itemsize=self._itemsize,
             )
             self._plans[count, window, long] = plan
         return plan
@@ -70,8 +77,8 @@ class TritonBackend(PagedBackend):
         out_SND: Tensor,
     ) -> None:
         plan = self._plans[q_SND.shape[0], window, batch.long_context]
-        # Ignored by the kernel for batches that it would slow down.
-        paged_decode(q_SND, kv.k, kv.v, tables_SM, lens_S, plan, scale=self.heads.scale, out=out_SND, pdl=True)
+        pdl = has_pdl(q_SND.device)  # ignored by the kernel for batches that it would slow down
+        paged_decode(q_SND, kv.k, kv.v, tables_SM, lens_S, plan, scale=self.heads.scale, out=out_SND, pdl=pdl)
 
     def decode_and_prefill(
         self,

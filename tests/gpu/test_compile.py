@@ -1,0 +1,128 @@
+"""Attention kernels compiled for GPUs that are not here: they build, and take no more shared memory than there is.
+
+Needs Triton, which brings its own assembler, and no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tpctl.kernels.launch import next_power_of_2
+from tpctl.kernels.paged_decode import DecodeConfig, decode_config, fit_config
+from tpctl.kernels.paged_decode_kernels import decode_kernel
+from tpctl.kernels.paged_prefill import PrefillConfig, _prefill_kernel, prefill_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+SHARED = {90: 232448, 89: 101376, 80: 166912}
+"""Bytes that a program may have: H100, L4 and RTX 4090, A100."""
+
+HEADS, KV_HEADS, BLOCK = 8, 2, 128
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*i32", "counters_ptr": "*i32"}
+POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
+POINTERS |= {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "scale_log2e": "fp32"}
+
+
+def shared_memory(kernel: Any, dtype: str, arch: int, config: Any, **constants: Any) -> int:
+    """Bytes that ``kernel`` takes, compiled for ``arch`` with pointers and strides as the engine's are."""
+    names = kernel.arg_names
+    types = {name: POINTERS.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
+    types = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
+    aligned = [name for name in names if name.endswith(("_ptr", "_stride")) and name not in constants]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return int(compiled.metadata.shared)
+
+
+def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig) -> int:
+    group = next_power_of_2(HEADS // KV_HEADS)
+    block_dim = next_power_of_2(head_dim)
+    return shared_memory(
+        decode_kernel,
+        dtype,
+        arch,
+        config,
+        NUM_KV_HEADS=KV_HEADS,
+        GROUP=HEADS // KV_HEADS,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        BLOCK_SIZE=BLOCK,
+        TILE=config.tile,
+        WINDOW=0,
+        AHEAD=config.ahead,
+        BLOCK_M=max(16, group),
+        BLOCK_GROUP=group,
+        BLOCK_PARTS=max(2, min(32, 32 * 32 * config.num_warps // (group * block_dim))),
+        STAGES=config.num_stages,
+        PDL=arch >= 90 and config.early,
+    )
+
+
+def prefill(head_dim: int, dtype: str, arch: int, config: PrefillConfig) -> int:
+    return shared_memory(
+        _prefill_kernel,
+        dtype,
+        arch,
+        config,
+        NUM_KV_HEADS=KV_HEADS,
+        GROUP=HEADS // KV_HEADS,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=next_power_of_2(head_dim),
+        BLOCK_SIZE=BLOCK,
+        BLOCK_M=config.block_m,
+        TILE=config.tile,
+        WINDOW=0,
+        STAGES=config.num_stages,
+        PDL=arch >= 90,
+    )
+
+
+CASES = [
+    (90, 80, "bf16"),
+    (90, 128, "bf16"),
+    (90, 192, "bf16"),
+    (90, 192, "fp32"),
+    (89, 128, "bf16"),
+    (89, 256, "fp32"),
+    (80, 192, "bf16"),
+]
+
+
+@pytest.mark.parametrize("arch,head_dim,dtype", CASES)
+def test_attention_fits(arch: int, head_dim: int, dtype: str) -> None:
+    limit, size = SHARED[arch], ITEMSIZE[dtype]
+    tuned = {decode_config(count, HEADS, KV_HEADS, 100, long=long, wide=head_dim == 128) for count, long in BATCHES}
+    fitted = {fit_config(config, head_dim, HEADS // KV_HEADS, size, limit) for config in tuned}
+    for config in fitted:
+        assert decode(head_dim, dtype, arch, config) <= limit, config
+    for tokens in (256, 16384):
+        found = prefill_config(tokens, 1, head_dim, BLOCK, size, limit)
+        assert prefill(head_dim, dtype, arch, found) <= limit, found
+
+
+BATCHES = [(1, False), (1, True), (8, False), (40, False), (100, False)]
+
+
+def test_what_fits_is_left_as_it_was_tuned() -> None:
+    for count, long in BATCHES:
+        config = decode_config(count, HEADS, KV_HEADS, 132, long=long, wide=True)
+        assert fit_config(config, 128, 4, 2, SHARED[90]) == config
+    assert prefill_config(16384, 16, 128, BLOCK, 2, SHARED[90]) == PrefillConfig(128, 128, 8, 2)
+    assert prefill_config(16384, 16, 256, BLOCK, 2, SHARED[90]) == PrefillConfig(128, 64, 8, 2)
+    assert prefill_config(16384, 16, 128, BLOCK, 2, SHARED[89]) == PrefillConfig(128, 64, 8, 2)
