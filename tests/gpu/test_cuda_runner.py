@@ -20,10 +20,14 @@ from tpctl.distributed import TPGroup
 from tpctl.engine import cuda_graph, cuda_runner, engine, model_runner
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
+from tpctl.engine.gpu_memory import RESERVE, GpuShare
+from tpctl.engine.model_runner import ModelRunner
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch
+from tpctl.errors import EngineError
 from tpctl.launch.messages import Abort, Add, Request
+from tpctl.layers.attention.base import kv_bytes_per_block
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.models.decoder import Decoder
 from tpctl.sharding.shard import shard_checkpoint
@@ -221,3 +225,26 @@ def test_log_probabilities_are_sampled_on_the_host(tmp_path: Path, replayed: lis
         assert chosen == pytest.approx(want, abs=1e-4)
         assert top[0] == [token, chosen]
         assert len(top) == 2
+
+
+def test_the_cache_gets_what_nothing_else_needs(
+    tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    gib = 1 << 30
+    share, taken = [GpuShare(80 * gib, 79 * gib, 0.5)], 3 * gib
+    monkeypatch.setattr(ModelRunner, "_check_fits", lambda self, nbytes: setattr(self, "_gpu_share", share[0]))
+    monkeypatch.setattr(GpuShare, "taken", lambda self, device: taken)
+    engine = start(tmp_path / "tp1", kv_cache_memory=None)
+    assert engine.runner.num_blocks == 6 * 96 // 16  # more would never be used
+    later, config = engine.runner._later_bytes, engine.runner.model_config
+    tables = 4 * (2 * 6 + engine.runner._max_rows) * 96 // 16
+    assert later > tables + 6 * config.vocab_size * 4  # and the logits of a captured step, and its activations
+    block = kv_bytes_per_block(engine.runner.backend.heads, config.num_layers, 16, torch.float32)
+    rest = taken + later + RESERVE
+    share[0] = GpuShare(80 * gib, rest + 10 * block + block // 2, 1.0)
+    assert start(tmp_path / "tp1", kv_cache_memory=None).runner.num_blocks == 10
+    share[0] = GpuShare(80 * gib, rest, 1.0)
+    with pytest.raises(EngineError, match=r"nothing is left for the KV cache: of .* 80\.0 GiB rank 0 may take 3\.5"):
+        start(tmp_path / "tp1", kv_cache_memory=None)

@@ -111,6 +111,15 @@ def most_behind(model: Any, prompts: list[list[int]], found: list[list[int]]) ->
     return worst
 
 
+def test_weights_are_converted_as_they_would_have_been_stored(tmp_path: Path) -> None:
+    make_checkpoint("llama3", tmp_path / "hf", **WIDE)
+    for dtype in ("float32", "bfloat16"):
+        shard_checkpoint(tmp_path / "hf", tmp_path / dtype, 1, dtype=dtype)
+    prompts = prompts_of(517)
+    found = [run(tmp_path / dtype, prompts, dtype="bfloat16") for dtype in ("float32", "bfloat16")]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("seqs", [40, 140])
 def test_large_batches_stay_near_float32(seqs: int, tmp_path: Path) -> None:
     """Batches whose linears are cut along their input, at 40 sequences also with gate_up and SiLU in one launch."""

@@ -7,18 +7,20 @@ import json
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpctl.errors import ShardFolderError
-from tpctl.models import device_loader
+from tpctl.models import device_loader, loader
 from tpctl.models.device_loader import load_files
 
 KIB = 1 << 10
@@ -115,6 +117,30 @@ def test_every_byte_lands_where_its_tensor_is(device: torch.device, tmp_path: Pa
         assert found[name].dtype == tensor.dtype
         assert found[name].device.type == device.type
         assert torch.equal(found[name].cpu(), tensor), name
+
+
+def test_what_was_stored_is_let_go_as_it_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model: Any = nn.Sequential(*(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16) for _ in range(6)))
+    model.config = SimpleNamespace(tie_word_embeddings=False)
+    stored = {f"{layer}.weight": torch.randn(8, 8) for layer in range(6)}
+    wanted = {name: tensor.bfloat16() for name, tensor in stored.items()}
+    alive = [weakref.ref(tensor) for tensor in stored.values()]
+    counts, emptied = [], []
+
+    def replace(*arguments: Any) -> None:
+        counts.append(sum(tensor() is not None for tensor in alive))
+        original(*arguments)
+
+    original = loader._replace
+    monkeypatch.setattr(loader, "_replace", replace)
+    monkeypatch.setattr(device_loader, "load_files", lambda files, device: dict(stored.popitem() for _ in range(6)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    assert loader.load_shard(model, [], torch.device("cuda")) == 6 * 8 * 8 * 2
+    assert counts == [6, 5, 4, 3, 2, 1]
+    assert emptied == [1]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, wanted[name])
 
 
 @pytest.mark.parametrize("lost", [1, 70 * KIB])
