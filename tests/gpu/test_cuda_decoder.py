@@ -175,3 +175,20 @@ def test_a_wait_that_ran_out_ends_the_engine() -> None:
         runner.collect(late)
     good = CudaLaunched(batch, [], host=torch.tensor([5, 7, 0]), ready=ready)
     assert runner.collect(good) == ([5, 7], None)
+
+
+@pytest.mark.parametrize(
+    "rows,dtype,apart", [(3, torch.float16, True), (1, torch.float16, False), (3, torch.bfloat16, False)]
+)
+def test_float16_rows_are_normed_before_a_kernel_multiplies_them(rows: int, dtype: torch.dtype, apart: bool) -> None:
+    """30,000 times a norm's weight of 3 is no float16."""
+    decoder: Any = CudaDecoder.__new__(CudaDecoder)
+    decoder._pdl = False
+    norm: Any = SimpleNamespace(weight=torch.full((64,), 3.0, dtype=dtype, device=DEVICE), eps=1e-6)
+    x = torch.full((rows, 64), 30000.0, dtype=dtype, device=DEVICE)
+    normed, left = decoder._norm_apart(x, norm)
+    if apart:
+        assert left is None
+        assert torch.allclose(normed, torch.full_like(x, 3.0))
+    else:
+        assert (normed is x, left is norm) == (True, True)
