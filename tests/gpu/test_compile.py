@@ -9,6 +9,9 @@ import os
 from typing import Any
 
 import pytest
+
+pytest.importorskip("triton")
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
