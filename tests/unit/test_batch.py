@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from tests.unit.fake_client import FakeClient, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.cli import batch as cli_batch
 from tpctl.cli.app import app
+from tpctl.cli.streams import NamedFile
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.jobs import Line, read_lines
 from tpctl.client.results import Results
@@ -161,7 +163,7 @@ def test_an_engine_that_dies_leaves_rows_to_go_on_with(tokenizer: Tokenizer, tmp
     finished = len(partial.read_text().splitlines()) - 1
     assert 0 < finished < 9
     assert not out.exists()
-    with pytest.raises(UsageError, match=r"out\.jsonl\.partial holds the rows.*--resume"):
+    with pytest.raises(OutputError, match=r"out\.jsonl\.partial holds the rows.*--resume"):
         run(tokenizer, prompts(9), out)
     tally, client = run(tokenizer, prompts(9), out, resume=True)
     assert (tally.lines, tally.resumed, len(client.requests)) == (9, finished, 9 - finished)
@@ -234,10 +236,28 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with (
             Path("/dev/full").open("r+b", buffering=0) as full,
             monkeypatch.context() as patch,
-            pytest.raises(OutputError, match=r"out\.jsonl\.partial: the disk is full.*--resume"),
+            pytest.raises(OutputError, match=r"out\.jsonl\.partial: the disk is full; free some space$"),
         ):
             patch.setattr(results, "_file", full)
             results.add(Line(1, 2, b"b"), {"id": 2, "text": "x"})
+        with (
+            pytest.raises(
+                OutputError, match=r"^full; 1 finished row is in .*out\.jsonl\.partial, go on with --resume$"
+            ),
+            cli_batch._remains(results),
+        ):
+            raise OutputError("full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_stream_that_takes_no_rows_is_one_line() -> None:
+    with Results(None, {}) as results:
+        results.add(Line(0, 1, b"a"), {"id": 1, "text": "lost"})
+        said = r"^cannot write to /dev/full: No space left on device; with -o FILE finished rows are kept"
+        with pytest.raises(OutputError, match=said), cli_batch._remains(results):
+            results.emit(NamedFile("/dev/full", "wb", "/dev/full"))
+        with pytest.raises(BrokenPipeError), cli_batch._remains(results):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe", "standard output")
 
 
 def test_an_interrupted_run_keeps_what_is_finished(tokenizer: Tokenizer, tmp_path: Path) -> None:

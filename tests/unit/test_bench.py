@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tpctl.bench import measure
 from tpctl.bench.workload import make_workload
-from tpctl.errors import EngineError
+from tpctl.cli.app import app
+from tpctl.errors import EngineError, PartitionError, UsageError
 from tpctl.launch.messages import Output
 
 
@@ -69,3 +73,28 @@ def test_an_answer_that_was_cut_short_is_no_figure(monkeypatch: pytest.MonkeyPat
     tokens = work.output_tokens
     with pytest.raises(EngineError, match=f"produced {tokens - len(work.requests)} tokens instead of {tokens}"):
         measure.throughput(config, "short", 100, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--shape nonsense", "unknown shape 'nonsense'; known: smollm2-135m, qwen3-0.6b, llama-3.1-8b"),
+        ("--shape smollm2-135m --tp 17", "size 17 does not fit 9 query heads"),
+        ("--shape smollm2-135m --attention-backend triton", "--attention-backend triton needs a GPU"),
+        ("--shape smollm2-135m --max-model-len 100000000", "--max-model-len 100000000 is not between 2 and 8192"),
+        ("--shape smollm2-135m --kv-cache-memory 5", "5 would be 5 bytes"),
+        ("--shape smollm2-135m --max-num-seqs 9 --max-num-batched-tokens 8", "is less than --max-num-seqs 9"),
+        ("--shape smollm2-135m --device cuda --tp 5000", "--device cuda needs a GPU|--tp 5000 needs 5000 GPUs"),
+        ("demo --shape smollm2-135m", "two models"),
+    ],
+)
+@pytest.mark.parametrize("command", ["throughput", "latency", "startup"])
+def test_no_weights_are_made_for_what_cannot_run(
+    command: str, options: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPCTL_CACHE", str(tmp_path))
+    extra = [] if "--device" in options else ["--device", "cpu"]
+    error = CliRunner().invoke(app, ["bench", command, *options.split(), *extra]).exception
+    assert isinstance(error, PartitionError if "17" in said else UsageError)
+    assert re.search(said, str(error))
+    assert not list(tmp_path.iterdir())

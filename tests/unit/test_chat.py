@@ -95,6 +95,14 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     assert recommended_sampling(tmp_path) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     (tmp_path / "generation_config.json").write_text(json.dumps(config | {"do_sample": False}))
     assert recommended_sampling(tmp_path) == {"temperature": 0.0, "top_k": 20, "top_p": 0.95}
+    assert recommended_sampling(tmp_path, {"top_k": 3}) == {"temperature": 0.0, "top_k": 3, "top_p": 0.95}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": "hot"}))
+    said = (
+        r'generation_config\.json: temperature is "hot", but must be a number; correct the file, or give --temperature'
+    )
+    with pytest.raises(CheckpointError, match=said):
+        recommended_sampling(tmp_path)
+    assert recommended_sampling(tmp_path, {"temperature": 0.5})["temperature"] == 0.5
 
 
 def test_the_first_interrupt_is_noted_and_the_second_raises() -> None:
@@ -241,7 +249,7 @@ def test_batch_says_where_the_rows_are_when_the_engine_dies(fake_engine: FakeCli
     fake_engine.dies_after = 12
     result = invoke("batch", str(prompts), "-o", str(out))
     assert isinstance(result.exception, EngineError)
-    assert f"1 finished rows are in {out}.partial, go on with --resume" in str(result.exception)
+    assert f"1 finished row is in {out}.partial, go on with --resume" in str(result.exception)
 
 
 @pytest.mark.parametrize(

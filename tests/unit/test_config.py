@@ -47,8 +47,31 @@ def test_both_layouts_of_rope_settings_are_the_same() -> None:
     new = parse(rope_theta=..., rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
     assert old.rope == new.rope
     assert (old.rope.kind, old.rope.theta, old.rope.original_max_position_embeddings) == ("llama3", 5e5, 64)
+    both = parse(
+        rope_theta=5e5,
+        rope_scaling={"type": "llama3", **LLAMA3},
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3},
+    )
+    assert both.rope == old.rope
     assert parse(rope_scaling=None).rope.kind == "default"
     assert parse(rope_scaling={"type": "linear", "factor": 2.0}).rope.kind == "linear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 4.0}}, r"factor differs: 8\.0 and 4\.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "high_freq_factor differs: 4.0 and null"),
+        ({"rope_scaling": {"rope_type": "default"}}, "factor differs: 8.0 and null"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 1e4},
+            "rope_theta differs: 500000.0 and 10000",
+        ),
+    ],
+)
+def test_two_layouts_that_disagree(changes: dict[str, Any], differs: str) -> None:
+    with pytest.raises(CheckpointError, match=f"rope_parameters and rope_scaling, and their {differs}"):
+        parse(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, **changes)
 
 
 def test_the_first_name_of_longrope_and_partial_rotation() -> None:
@@ -83,14 +106,14 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; tpctl knows llama, mistral, phi3, qwen2, qwen3"),
-        ({"model_type": None}, "model_type None is not supported"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequenceClassification' of"),
-        ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantised \('awq'\)"),
-        ({"rope_scaling": {"rope_type": "spiral"}}, "RoPE kind 'spiral' is not supported"),
+        ({"model_type": "gpt2"}, 'model_type "gpt2" is not supported; tpctl knows llama, mistral, phi3, qwen2, qwen3'),
+        ({"model_type": None}, "model_type null is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, 'architecture "LlamaForSequenceClassification" of'),
+        ({"hidden_act": "gelu"}, 'activation "gelu" is not supported'),
+        ({"quantization_config": {"quant_method": "awq"}}, r'quantised \("awq"\)'),
+        ({"rope_scaling": {"rope_type": "spiral"}}, 'RoPE kind "spiral" is not supported'),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported for LlamaForCausalLM"),
-        ({"dtype": "int8"}, "dtype 'int8' is not supported"),
+        ({"dtype": "int8"}, 'dtype "int8" is not supported'),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -102,15 +125,16 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: 
     ("changes", "message"),
     [
         ({"hidden_size": 0}, "hidden_size is 0, but a positive whole number is needed"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'"),
-        ({"vocab_size": True}, "vocab_size is True"),
-        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
+        ({"num_hidden_layers": "two"}, 'num_hidden_layers is "two"'),
+        ({"vocab_size": True}, "vocab_size is true"),
+        ({"num_key_value_heads": "2"}, 'num_key_value_heads is "2"'),
         ({"head_dim": 6.0}, r"head_dim is 6\.0"),
         ({"head_dim": None, "hidden_size": 25}, "hidden_size 25 is no multiple of num_attention_heads 4"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs 'low_freq_factor'"),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2', but a number is needed"),
-        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', but an object is needed"),
-        ({"rope_theta": "big"}, "rope_theta is 'big', but a number is needed"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, '"llama3" needs "low_freq_factor"'),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor is "2", but a number is needed'),
+        ({"rope_scaling": "linear"}, 'rope_scaling is "linear", but an object is needed'),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN, but a number is needed"),
+        ({"rope_theta": "big"}, 'rope_theta is "big", but a number is needed'),
     ],
 )
 def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: str) -> None:

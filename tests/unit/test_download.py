@@ -367,7 +367,7 @@ def test_the_disk_is_looked_at_first(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({"model_type": "gpt2"}, ["--tp", "2"], "model_type 'gpt2' is not supported"),
+        ({"model_type": "gpt2"}, ["--tp", "2"], 'model_type "gpt2" is not supported'),
         ({}, ["--tp", "9"], "tensor-parallel size 9 does not fit 4 query heads"),
     ],
 )

@@ -87,9 +87,16 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: p
     assert runner._kv_budget() == (7 * GIB - RESERVE) // 2
 
 
+_NO_ROOM = (
+    r"rank 1 cannot hold a KV cache of 4\.00 GiB \(--kv-cache-memory 64\.00 GiB, but no more than 3 sequences of 2048 "
+    r"tokens can use\): its GPU has 4\.00 GiB left for it; lower --kv-cache-memory, --max-num-seqs or --max-model-len"
+)
+
+
 def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     runner: Any = ModelRunner.__new__(ModelRunner)
-    runner.config = SimpleNamespace(kv_cache_memory=64 * GIB)
+    runner.config = SimpleNamespace(kv_cache_memory=64 * GIB, max_num_seqs=3)
+    runner.max_model_len = 2048
     runner.model_config, runner.dtype = SimpleNamespace(num_layers=2), torch.bfloat16
     heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
     runner.backend = SimpleNamespace(block_size=256, heads=heads)
@@ -100,7 +107,7 @@ def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pyt
     runner.num_blocks = 4 * GIB // block
     runner._check_cache()
     runner.num_blocks += 1
-    with pytest.raises(EngineError, match=r"rank 1 .* KV cache of 4\.00 GiB: its GPU has 4\.00 GiB left for it; "):
+    with pytest.raises(EngineError, match=_NO_ROOM):
         runner._check_cache()
 
     runner.group = SimpleNamespace(rank=0, device=torch.device("cpu"), size=2)
@@ -108,7 +115,9 @@ def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pyt
     runner.num_blocks = 4 * GIB // block
     runner._check_cache()
     runner.num_blocks *= 2
-    with pytest.raises(EngineError, match=r"rank 0 .* of 8\.00 GiB: its part of this machine.s memory has 4\.00 GiB"):
+    with pytest.raises(
+        EngineError, match=r"rank 0 .* of 8\.00 GiB .*: its part of this machine.s memory has 4\.00 GiB"
+    ):
         runner._check_cache()
     runner.config.kv_cache_memory = None  # what is found to be free is not checked again
     runner._check_cache()

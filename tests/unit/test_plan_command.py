@@ -68,7 +68,7 @@ def test_failures_are_one_line(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.refusals = [Refusal("/api/", 403, {"X-Error-Code": "GatedRepo"})]
     assert "is gated" in failed(run("plan", "org/model"))
     unknown = config_folder(tmp_path / "unknown", {"model_type": "mamba"})
-    assert "model_type 'mamba' is not supported" in failed(run("plan", str(unknown)))
+    assert 'model_type "mamba" is not supported' in failed(run("plan", str(unknown)))
     assert run("plan", str(unknown), "--gpu-memory", "lots").returncode == 2
 
 

@@ -214,7 +214,7 @@ def test_errors_come_before_anything_is_written(tmp_path: Path, source: Path) ->
     with pytest.raises(CheckpointError, match="40 x 24 in the checkpoint but 41 x 24 by config"):
         shard_checkpoint(source, tmp_path / "out", 2)
     (source / "config.json").write_text(json.dumps({**make_config(), "model_type": "bloom"}))
-    with pytest.raises(UnsupportedModelError, match="'bloom' is not supported"):
+    with pytest.raises(UnsupportedModelError, match='"bloom" is not supported'):
         shard_checkpoint(source, tmp_path / "out", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

@@ -58,7 +58,7 @@ def flip(path: Path) -> str:
 def test_a_flipped_bit_is_found_by_tensor_and_rank(
     hashed: list[int], given: ResolvedSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size: given)
+    monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size, check: given)
     name = flip(given.folder / PART)
     for _ in range(2):  # a failure is not remembered as good
         with pytest.raises(ShardFolderError, match="is damaged") as caught:

@@ -78,25 +78,34 @@ _SCALE = 0.02
 _FILE_BYTES = 5_000_000_000
 
 
-def synthetic_source(shape: str) -> ResolvedSource:
-    """A checkpoint of the named shape, made in the cache on first use.
+def shape_config(shape: str) -> ModelConfig:
+    """What ``config.json`` of the named shape says.
 
     Raises:
         UsageError: no such shape.
     """
     if shape not in SHAPES:
         raise UsageError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    return ModelConfig.from_dict({**_COMMON, **SHAPES[shape]})
+
+
+def synthetic_source(shape: str) -> ResolvedSource:
+    """A checkpoint of the named shape, made in the cache on first use.
+
+    Raises:
+        UsageError: no such shape.
+    """
+    config = shape_config(shape)
     folder = cache_root() / "synthetic" / shape
     with locked(folder.with_name(f".{shape}.lock")):
         if not (folder / "config.json").is_file():
-            _write(SHAPES[shape], folder)
+            _write(SHAPES[shape], config, folder)
     return ResolvedSource(folder, f"synthetic/{shape}", None)
 
 
-def _write(config: dict[str, Any], folder: Path) -> None:
+def _write(config: dict[str, Any], parsed: ModelConfig, folder: Path) -> None:
     """Weights first, ``config.json`` last: a folder that has one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    parsed = ModelConfig.from_dict({**_COMMON, **config})
     tensors = [NewTensor(name, "BF16", shape) for name, shape in source_shapes(weight_splits(parsed)).items()]
     files: list[list[NewTensor]] = [[]]
     for tensor in tensors:

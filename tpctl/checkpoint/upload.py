@@ -50,7 +50,7 @@ def upload_folder(
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()
-    with explained(repo, revision):
+    with explained(repo, revision, "and run the command again"):
         api = HfApi(token=token)
         api.create_repo(repo, private=private or None, exist_ok=True)
         if revision is not None:

@@ -6,23 +6,24 @@ Command modules import only the standard library, Typer and torch-free parts of 
 
 from __future__ import annotations
 
-import io
-import os
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
 from tpctl import __version__
+from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import TpctlError
 
 app = typer.Typer(
     name="tpctl",
     help="Shard checkpoints and run tensor-parallel inference.",
+    epilog="Converted models and shards that commands make for themselves are kept in TPCTL_CACHE, else in "
+    "~/.cache/tpctl; downloads are where the Hub's own tools keep them (HF_HOME).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -96,40 +97,56 @@ def _exit_tidily(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     """Entry point of the console script."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the shell (``<&-``); a file opened later would take its number
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets a "?" for it
-            stream.reconfigure(errors="replace")
+    take_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_tidily)
+    code = _run(_command)
+    if sys.stdout is not None and (failed := _run(sys.stdout.flush)):  # else it would fail when Python ends
+        code = code or failed
+    sys.exit(code)
+
+
+def _command() -> None:
+    # Not app(): it takes the errors of a closed pipe for itself, and ends with another code.
+    command = typer.main.get_command(app)
+    with command.make_context("tpctl", sys.argv[1:]) as context:
+        command.invoke(context)
+
+
+def _run(work: Callable[[], None]) -> int:
+    """Do ``work``, say in one line why it failed if it did, and return the exit code."""
     try:
-        sys.exit(app(prog_name="tpctl", standalone_mode=False))
+        work()
+    except typer.Exit as error:
+        return error.exit_code
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     except _UsageError as error:
         text = error.format_message()
-        if "\n" in text:  # no arguments at all: the help page
-            print(text, file=sys.stderr)
-        else:
-            print(f"tpctl: {_explain(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.Abort:
-        print("tpctl: aborted", file=sys.stderr)
-        sys.exit(1)
+        _say(text if "\n" in text else f"tpctl: {_explain(error)}")  # no arguments at all: the help page
+        return int(error.exit_code)
+    except (typer.Abort, EOFError):
+        _say("tpctl: aborted")
+        return 1
     except TpctlError as error:
-        print(f"tpctl: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _say(f"tpctl: {error}")
+        return error.exit_code
     except KeyboardInterrupt as error:
-        print("; ".join(["tpctl: interrupted", *map(str, error.args)]), file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output is gone (``tpctl … | head``); keep the interpreter from complaining about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _say("; ".join(["tpctl: interrupted", *map(str, error.args)]))
+        return 130
     except OSError as error:  # no command foresaw it, but it is the system's refusal, not a bug
+        settle_stdout()  # which may be what failed
+        if is_closed_pipe(error):
+            return CLOSED_PIPE
         what = error.strerror or " ".join(str(error).split())
-        print(f"tpctl: {error.filename or 'input or output failed'}: {what}", file=sys.stderr)
-        sys.exit(1)
+        _say(f"tpctl: {error.filename or 'input or output failed'}: {what}")
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # a full disk, or a reader that is gone: the exit code has to do
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

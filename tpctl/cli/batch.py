@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
@@ -17,7 +18,8 @@ import typer
 from tpctl.cli.console import note, status, stderr
 from tpctl.cli.engine import describe, interrupts, prepare
 from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SamplingOptions, SchedulingPolicy, grouped
-from tpctl.errors import EngineError, OutputError, SourceError, TpctlError, UsageError
+from tpctl.cli.streams import NamedFile, is_closed_pipe, stdin_bytes
+from tpctl.errors import EngineError, OutputError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from tpctl.client.batch import Tally
@@ -44,11 +46,12 @@ def batch(
     """Answer every line of a JSONL file: {"id"?, "prompt"} or {"id"?, "messages"}, with sampling fields.
 
     One row a line comes out, in the order of the input: {"id", "text", "finish_reason", "prompt_tokens",
-    "completion_tokens"}, or {"id", "error"} for a line that cannot be run. An id left out is the line number.
+    "completion_tokens"}, or {"id", "error"} for a line that cannot be run. An id left out is the line number, which
+    counts empty lines too; those get no row.
 
     By default answers are greedy (temperature 0) and at most 256 tokens long; line n without a seed gets
-    --seed + n - 1. Until all rows are there they are kept in OUTPUT.partial. The exit code is 1 if any row is
-    an error.
+    --seed + n - 1. Until all rows are there they are kept in OUTPUT.partial; --resume goes on with that, and with
+    --force as well may then replace an OUTPUT. The exit code is 1 if any row is an error, 130 after Ctrl-C.
 
     The scheduling policy is makespan if prompts and answers are files. Elsewhere somebody may wait for the first
     rows, so it is fcfs.
@@ -76,7 +79,7 @@ def batch(
         _check_kept(prompts, stream, results)
         policy = scheduling_policy or _policy(prompts, target)
         config = prepare(model, engine, policy)
-        with EngineClient(config) as client:
+        with _remains(results), EngineClient(config) as client:
             tokenizer = Tokenizer(config.shard_dir)
             with status(f"loading {model}"):
                 info = client.wait_ready()
@@ -84,25 +87,23 @@ def batch(
                 note(f"{model} is ready ({describe(info)})")
             parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info["max_model_len"])
             run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
-            try:
-                with (
-                    _progress(total, config.tp_size, silent=silent) as show,
-                    interrupts() as noted,
-                ):
+            with (
+                _progress(total, config.tp_size, silent=silent) as show,
+                interrupts() as noted,
+            ):
 
-                    def step(tally: Tally) -> None:
-                        show(tally)
-                        if out is not None:
-                            results.emit(out)
+                def step(tally: Tally) -> None:
+                    show(tally)
+                    if out is not None:
+                        results.emit(out)
 
-                    tally = run.run(read_lines(stream), parser, step=step, should_stop=lambda: noted)
-                stats = {} if tally.interrupted else client.stats()
-            except TpctlError as error:
-                raise _with_remains(error, results.count, results.partial) from None
-        if out is not None:
-            results.emit(out, gaps=True)
-        elif not tally.interrupted:
-            results.publish(tally.lines)
+                tally = run.run(read_lines(stream), parser, step=step, should_stop=lambda: noted)
+            stats = {} if tally.interrupted else client.stats()
+        with _remains(results):
+            if out is not None:
+                results.emit(out, gaps=True)
+            elif not tally.interrupted:
+                results.publish(tally.lines)
         note(_summary(tally, stats))
         if tally.interrupted:
             if results.partial is not None and not results.count:
@@ -120,8 +121,7 @@ def batch(
 def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | None]]:
     """The input, and how many lines with text it has, if that is asked for and can be counted."""
     if prompts == "-":
-        # Not sys.stdin: a thread that waits there when the program ends would hold the lock that exiting needs.
-        with open(0, "rb", closefd=False) as stream:
+        with stdin_bytes() as stream:
             yield stream, None
         return
     try:
@@ -172,10 +172,10 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
         yield sys.stdout.buffer
     else:
         try:
-            stream = Path(output).open("wb")  # noqa: SIM115 — closed below
+            file = NamedFile(output, "wb", output)
         except OSError as error:
             raise OutputError(f"cannot write {output}: {error.strerror}") from None
-        with stream:
+        with io.BufferedWriter(file) as stream:
             yield stream
 
 
@@ -276,8 +276,20 @@ def _without_row(numbers: list[int]) -> str:
     return f"interrupted; {'line' if len(numbers) == 1 else 'lines'} {shown}, and all that follow, have no row"
 
 
-def _with_remains(error: TpctlError, count: int, partial: Path | None) -> TpctlError:
-    """The same error, with where the finished rows are."""
-    if partial is None or not count or not isinstance(error, EngineError):
-        return error
-    return EngineError(f"{error}; {count} finished rows are in {partial}, go on with --resume")
+@contextmanager
+def _remains(results: Results) -> Iterator[None]:
+    """Adds to an error what became of the rows that were finished before it."""
+    try:
+        yield
+    except (EngineError, OutputError) as error:
+        if results.partial is None or not results.count:
+            raise
+        rows = "1 finished row is" if results.count == 1 else f"{results.count} finished rows are"
+        kept = f"{rows} in {results.partial}, go on with --resume"
+        raise type(error)(f"{error}; {kept}") from None
+    except OSError as error:
+        if results.partial is not None or is_closed_pipe(error) or error.filename is None:
+            raise
+        raise OutputError(
+            f"cannot write to {error.filename}: {error.strerror}; with -o FILE finished rows are kept for --resume"
+        ) from None

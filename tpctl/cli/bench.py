@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpctl.cli.console import print_json, status
-from tpctl.cli.engine import configure, prepare
+from tpctl.cli.engine import configure, prepare, settle
 from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SchedulingPolicy, grouped
 from tpctl.errors import UsageError
 
@@ -79,7 +79,11 @@ def startup(
     *,
     engine: EngineOptions,
 ) -> None:
-    """From starting the workers, with the shards in the cache, to the first token."""
+    """From starting the workers, with the shards in the cache, to the first token.
+
+    "before" is the command's own part: from its process' start until the workers are started, once, checks of the
+    shards included.
+    """
     from tpctl.bench import measure
 
     config, name = _config(model, shape, engine)
@@ -104,8 +108,13 @@ def _config(
         return prepare(model, options, policy), model
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
-    from tpctl.bench.synthetic import synthetic_source
+    from tpctl.bench.synthetic import shape_config, synthetic_source
+    from tpctl.models.weights import build_plan
 
+    known = shape_config(shape)
+    settings = settle(options, policy)
+    build_plan(known, settings.tp_size)
+    settings.longest(known.max_position_embeddings)
     with status(f"making random weights of {shape}"):
         source = synthetic_source(shape)
     return configure(source, options, policy), shape

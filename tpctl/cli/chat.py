@@ -61,7 +61,7 @@ def chat(
     config = prepare(model, engine)
     with EngineClient(config) as client:
         tokenizer = Tokenizer(config.shard_dir)
-        values = {"seed": secrets.randbits(63), **recommended_sampling(config.shard_dir), **sampling.given()}
+        values = {"seed": secrets.randbits(63), **recommended_sampling(config.shard_dir, sampling.given())}
         conversation = Conversation(client, tokenizer, system=system, sampling=values, stop=sampling.stop or ())
         tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
         with status(f"loading {model}"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +21,25 @@ if TYPE_CHECKING:
 
 
 def prepare(model: str, options: EngineOptions, policy: SchedulingPolicy = SchedulingPolicy.fcfs) -> EngineConfig:
-    """Find the model and ``configure`` an engine for it.
+    """Find the model and ``configure`` an engine for it. What cannot work is refused before anything is fetched.
 
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
-    _kv_cache_memory(options)  # a wrong value should not have to wait for the model
-    return configure(supported_source(model, options.tp), options, policy)
+    settings = settle(options, policy)
+    source = supported_source(model, options.tp, check=lambda config: settings.longest(config.max_position_embeddings))
+    return configure(source, options, policy)
 
 
 def configure(
     source: ResolvedSource, options: EngineOptions, policy: SchedulingPolicy = SchedulingPolicy.fcfs
 ) -> EngineConfig:
-    """Shard the model into the cache if need be, hash shards that never were, and settle the engine's configuration.
+    """Settle the engine's configuration, shard the model into the cache if need be, and hash shards that never were.
 
     Raises:
         TpctlError: the model cannot be sharded, its shards are damaged, or it cannot be run in this way.
     """
-    memory = _kv_cache_memory(options)
-    from tpctl.launch.device import choose_device
+    from tpctl.models.config import ModelConfig
     from tpctl.partition.manifest import MANIFEST, Manifest
     from tpctl.sharding.cache import ensure_sharded
     from tpctl.sharding.verified import ensure_verified
@@ -46,14 +48,32 @@ def configure(
     if tp_size is None:
         sharded = (source.folder / MANIFEST).is_file()
         tp_size = Manifest.load(source.folder).tp_size if sharded else 1
-    device = choose_device(options.device, tp_size)
+    settings = settle(options, policy, tp_size)
+    settings.longest(ModelConfig.load(source.folder).max_position_embeddings)
     with byte_progress("sharding") as progress:
         folder = ensure_sharded(source, tp_size, progress=progress)
     with byte_progress("verifying") as progress:
         ensure_verified(folder, range(tp_size), progress)
+    return replace(settings, shard_dir=folder)
+
+
+def settle(options: EngineOptions, policy: SchedulingPolicy, tp_size: int | None = None) -> EngineConfig:
+    """The engine's configuration, but for the shards.
+
+    Args:
+        tp_size: the one to use; ``None`` takes that of ``options``, or 1.
+
+    Raises:
+        UsageError: an option is wrong, or does not suit this machine or another option.
+    """
+    from tpctl.launch.device import choose_device
+
+    tp_size = tp_size or options.tp or 1
+    device = choose_device(options.device, tp_size)
     seqs, tokens = (CPU_SEQS, CPU_TOKENS) if device == "cpu" else (GPU_SEQS, GPU_TOKENS)
+    memory = None if options.kv_cache_memory is None else parse_bytes(options.kv_cache_memory, "GiB")
     return EngineConfig(
-        shard_dir=folder,
+        shard_dir=Path(),
         tp_size=tp_size,
         device=device,
         dtype=str(options.dtype),
@@ -74,10 +94,6 @@ def describe(info: dict[str, Any]) -> str:
     where = "GPU" if info["device"] == "cuda" else "CPU"
     sums = f", all-reduce by {info['all_reduce']}" if info.get("all_reduce") else ""
     return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}{sums}"
-
-
-def _kv_cache_memory(options: EngineOptions) -> int | None:
-    return None if options.kv_cache_memory is None else parse_bytes(options.kv_cache_memory, "GiB")
 
 
 class Interrupts:

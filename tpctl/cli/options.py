@@ -79,7 +79,11 @@ class EngineOptions:
         int | None, typer.Option(min=1, help="Tokens in a KV block. Default: the attention backend's.")
     ] = None
     kv_cache_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="KV cache a rank, e.g. 2GiB. Default: what is free.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="KV cache a rank, e.g. 2GiB; no more is taken than all sequences can use. Default: what is free.",
+        ),
     ] = None
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,14 +10,23 @@ from tpctl.cli.console import byte_progress
 
 if TYPE_CHECKING:
     from tpctl.checkpoint.sources import ResolvedSource
+    from tpctl.models.config import ModelConfig
 
 
 def supported_source(
-    model: str, tp_size: int | None, *, revision: str | None = None, token: str | None = None
+    model: str,
+    tp_size: int | None,
+    *,
+    check: Callable[[ModelConfig], object] = lambda config: None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> ResolvedSource:
     """Find ``model`` and fetch what is missing, once its config says that it can be cut into ``tp_size`` shards.
 
     A model that cannot be run is thus refused before its weights are downloaded.
+
+    Args:
+        check: looks at the config, and raises if the model cannot be used as it should be.
 
     Raises:
         SourceError: it cannot be found or reached.
@@ -29,7 +39,9 @@ def supported_source(
         from tpctl.models.config import ModelConfig
         from tpctl.models.weights import build_plan
 
-        build_plan(ModelConfig.load(config), tp_size or 1)
+        found = ModelConfig.load(config)
+        build_plan(found, tp_size or 1)
+        check(found)
     with byte_progress(f"downloading {model}") as progress:
         return resolve(model, revision=revision, token=token, progress=progress)
 

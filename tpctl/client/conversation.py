@@ -13,7 +13,7 @@ from tpctl.client.engine_client import EngineClient, check_length
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.errors import RequestError
+from tpctl.errors import CheckpointError, RequestError
 from tpctl.launch.messages import Request
 
 CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95}
@@ -114,16 +114,29 @@ class Conversation:
         )
 
 
-def recommended_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling for chat: what the model's ``generation_config.json`` sets, over our own defaults.
+def recommended_sampling(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Sampling for chat: ``given``, over what the model's ``generation_config.json`` sets, over our own defaults.
 
     ``"do_sample": false`` there asks for greedy answers, whatever temperature stands beside it.
+
+    Raises:
+        CheckpointError: the file holds a value that nothing can be sampled with, and that ``given`` does not replace.
     """
+    file = folder / "generation_config.json"
     try:
-        config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
     if not isinstance(config, dict):
         config = {}
     greedy = {"temperature": 0.0} if config.get("do_sample") is False else {}
-    return {**CHAT_DEFAULTS, **{name: config[name] for name in _RECOMMENDED if config.get(name) is not None}, **greedy}
+    given = given or {}
+    found = {name: config[name] for name in _RECOMMENDED if config.get(name) is not None and name not in given}
+    values = {**found, **greedy}
+    for name, value in values.items():
+        try:
+            SamplingParams.from_dict({name: value})
+        except RequestError as error:
+            option = name.replace("_", "-")
+            raise CheckpointError(f"{file}: {error}; correct the file, or give --{option}") from None
+    return {**CHAT_DEFAULTS, **values, **given}

@@ -14,7 +14,7 @@ from typing import Any
 from zlib import crc32
 
 from tpctl.client.engine_client import check_length
-from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import TpctlError, shown
 
@@ -102,7 +102,9 @@ class JobParser:
             entry = _load(line.raw)
             given = entry.get("id", line.number)
             if isinstance(given, bool) or not isinstance(given, str | int):
-                raise _Refused(f"id is {given!r}, but must be a string or a whole number")
+                raise _Refused(f"id is {shown(given)}, but must be a string or a whole number")
+            if isinstance(given, str):
+                check_text(given, "id")
             id = given
             self._check_new(id)
             return self._job(line, id, entry)

@@ -47,8 +47,9 @@ class Results:
             resume: go on with the rows of an interrupted run, if there are any.
 
         Raises:
-            OutputError: the file cannot be written there, or another process writes it.
-            UsageError: an interrupted run is in the way, or was made under other settings.
+            OutputError: the file cannot be written there, another process writes it, or an interrupted run is in the
+                way.
+            UsageError: the interrupted run was made under other settings.
         """
         self._target = target
         self.partial = None if target is None else partial_of(target)
@@ -145,7 +146,7 @@ class Results:
         self._file.seek(0)
         first = self._file.readline()
         if first and not resume:
-            raise UsageError(f"{self.partial} holds the rows of an interrupted run; go on with --resume, or delete it")
+            raise OutputError(f"{self.partial} holds the rows of an interrupted run; go on with --resume, or delete it")
         if not first.endswith(b"\n"):
             self._file.truncate(0)
             with _writing(self.partial):
@@ -154,7 +155,7 @@ class Results:
             return
         found = _parse(first)
         if not isinstance(found, dict) or found.get("tpctl_batch") != _VERSION:
-            raise UsageError(f"{self.partial} was not written by this version of tpctl batch; delete it")
+            raise OutputError(f"{self.partial} was not written by this version of tpctl batch; delete it")
         now = json.loads(json.dumps(header))["settings"]
         for name in now.keys() | found["settings"].keys():
             before = found["settings"].get(name)
@@ -203,8 +204,9 @@ def _writing(path: Path | None) -> Iterator[None]:
         yield
     except OSError as error:
         hint = {
-            errno.ENOSPC: "the disk is full; free some space and go on with --resume",
-            errno.EDQUOT: "the disk quota is used up; free some space and go on with --resume",
+            errno.ENOSPC: "the disk is full; free some space",
+            errno.EDQUOT: "the disk quota is used up; free some space",
+            errno.EFBIG: "files may not be that large here (ulimit -f); allow larger ones",
             errno.ENOENT: "the folder does not exist; make it first"
             if path is None or not path.parent.is_dir()
             else "that folder takes no new files; name another one",

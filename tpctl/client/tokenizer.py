@@ -93,7 +93,7 @@ class Tokenizer:
         Raises:
             RequestError: it holds half a surrogate pair, as bytes that are not UTF-8 become.
         """
-        _check_text(text)
+        check_text(text)
         ids: list[int] = self.backend.encode(text).ids
         bos = self.special_tokens.get("bos_token")
         # Text that begins with a BOS of its own must not get a second one.
@@ -109,7 +109,7 @@ class Tokenizer:
             RequestError: the template refuses these messages, or they hold half a surrogate pair.
         """
         text = self.template.render(messages)
-        _check_text(text)
+        check_text(text)
         # The template writes every control token itself, BOS included.
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         if not ids:
@@ -136,12 +136,17 @@ class Tokenizer:
         self.backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str, what: str = "text") -> None:
+    """Refuse what JSON's ``\\ud800`` and bytes that are not UTF-8 become in Python: half of a surrogate pair.
+
+    Raises:
+        RequestError: ``what`` holds one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the text is not valid Unicode: it holds {text[error.start]!r}, half of a surrogate pair; use UTF-8"
+            f"the {what} is not valid Unicode: it holds {text[error.start]!r}, half of a surrogate pair; use UTF-8"
         ) from None
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tpctl.errors import EngineError
+from tpctl.errors import UsageError
 
 POLICIES = ("fcfs", "makespan")
 
@@ -33,7 +33,7 @@ class EngineConfig:
         enable_prefix_caching: share the KV blocks of equal prefixes.
 
     Raises:
-        EngineError: two settings contradict each other.
+        UsageError: a setting is unknown, does not suit the device, or contradicts another one.
     """
 
     shard_dir: Path
@@ -53,12 +53,28 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.scheduling_policy not in POLICIES:
-            raise EngineError(f"unknown scheduling policy {self.scheduling_policy!r}; use {' or '.join(POLICIES)}")
+            raise UsageError(f"unknown scheduling policy {self.scheduling_policy!r}; use {' or '.join(POLICIES)}")
+        if self.device == "cpu" and self.attention_backend not in ("auto", "sdpa"):
+            raise UsageError(f"--attention-backend {self.attention_backend} needs a GPU; on a CPU use auto or sdpa")
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise EngineError(
+            raise UsageError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "
                 f"{self.max_num_seqs}: a step could not serve every sequence; raise the one or lower the other"
             )
+
+    def longest(self, limit: int) -> int:
+        """Tokens of prompt and answer at most: what is asked for, else ``limit``, which is the model's own.
+
+        Raises:
+            UsageError: more is asked for than the model takes.
+        """
+        if self.max_model_len is None:
+            return limit
+        if not 2 <= self.max_model_len <= limit:
+            raise UsageError(
+                f"--max-model-len {self.max_model_len} is not between 2 and {limit}, the model's own limit"
+            )
+        return self.max_model_len
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps({**asdict(self), "shard_dir": str(self.shard_dir)}), encoding="utf-8")

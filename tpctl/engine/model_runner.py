@@ -85,7 +85,7 @@ class ModelRunner:
         self.model_config = ModelConfig.load(config.shard_dir)
         stored = manifest.tensors(group.rank)[LM_HEAD].dtype
         self.dtype = _run_dtype(config.dtype, _TORCH_NAMES.get(stored, stored), group.device)
-        self.max_model_len = _max_model_len(config.max_model_len, self.model_config)
+        self.max_model_len = config.longest(self.model_config.max_position_embeddings)
         self.plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, self.plan, group.rank)
         self.backend = make_backend(config.attention_backend, group.device.type, self.dtype, heads, config.block_size)
@@ -199,11 +199,14 @@ class ModelRunner:
         block_size, device = self.backend.block_size, self.group.device
         block = kv_bytes_per_block(self.backend.heads, self.model_config.num_layers, block_size, self.dtype)
         where = "its GPU" if device.type == "cuda" else "its part of this machine's memory"
-        free = self._room_for_cache()
-        if self.num_blocks * block > free:
+        free, used = self._room_for_cache(), self.num_blocks * block
+        if used > free:
             raise EngineError(
-                f"rank {self.group.rank} cannot hold a KV cache of {self.num_blocks * block / 2**30:.2f} GiB: {where} "
-                f"has {max(0, free) / 2**30:.2f} GiB left for it; give a lower --kv-cache-memory or leave it out"
+                f"rank {self.group.rank} cannot hold a KV cache of {used / 2**30:.2f} GiB "
+                f"(--kv-cache-memory {self.config.kv_cache_memory / 2**30:.2f} GiB, but no more than "
+                f"{self.config.max_num_seqs} sequences of {self.max_model_len} tokens can use): {where} has "
+                f"{max(0, free) / 2**30:.2f} GiB left for it; lower --kv-cache-memory, --max-num-seqs or "
+                "--max-model-len, or leave the first out"
             )
 
     def _room_for_cache(self) -> int:
@@ -237,12 +240,3 @@ def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
         name = "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _max_model_len(wanted: int | None, config: ModelConfig) -> int:
-    limit = config.max_position_embeddings
-    if wanted is None:
-        return limit
-    if not 2 <= wanted <= limit:
-        raise EngineError(f"--max-model-len {wanted} is not between 2 and {limit}, the model's own limit")
-    return wanted

@@ -211,8 +211,8 @@ class Workers:
         if code is not None and code < 0:
             return f"the launcher was ended by {signal_name(-code)}, and the workers with it"
         tail = _last_line(self._logs / "launcher.log")
-        said = f": {tail}" if tail and code else ""
-        return f"the workers ended (exit code {code}) without saying why{said}; their output is in {self._logs}"
+        said = f": {tail}" if tail and code else " without saying why"
+        return f"the workers ended (exit code {code}){said}; their output is in {self._logs}"
 
     def _rank_log(self, rank: int) -> Path:
         if self._tp_size == 1:

@@ -13,9 +13,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from tpctl.errors import CheckpointError, UnsupportedModelError
+from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.models.specs import ACTIVATIONS, DTYPES, FAMILIES, ROPE_KINDS, FamilySpec
 from tpctl.partition.plan import Geometry
+
+_ROPE_TOP_LEVEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""Fields that transformers 4 kept beside ``rope_scaling``, or in it."""
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,25 @@ class ModelConfig:
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None or not isinstance(model_type, str):
             raise UnsupportedModelError(
-                f"model_type {model_type!r} is not supported; tpctl knows {', '.join(sorted(FAMILIES))}"
+                f"model_type {shown(model_type)} is not supported; tpctl knows {', '.join(sorted(FAMILIES))}"
             )
         architectures = raw.get("architectures") or [family.architecture]
         if not isinstance(architectures, list):
-            raise CheckpointError(f"config.json: architectures is {architectures!r}, but a list is needed")
+            raise CheckpointError(f"config.json: architectures is {shown(architectures)}, but a list is needed")
         if family.architecture not in architectures:
             raise UnsupportedModelError(
-                f"architecture {architectures[0]!r} of model_type {model_type!r} is not supported; "
+                f"architecture {shown(architectures[0])} of model_type {shown(model_type)} is not supported; "
                 f"tpctl runs {family.architecture}"
             )
         if quantization := _mapping(raw, "quantization_config"):
             method = quantization.get("quant_method", "unknown")
             raise UnsupportedModelError(
-                f"the checkpoint is quantised ({method!r}), which is not supported yet; use its unquantised original"
+                f"the checkpoint is quantised ({shown(method)}), which is not supported yet; "
+                "use its unquantised original"
             )
         activation = raw.get("hidden_act", "silu")
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise UnsupportedModelError(f"activation {activation!r} is not supported; tpctl knows silu")
+            raise UnsupportedModelError(f"activation {shown(activation)} is not supported; tpctl knows silu")
 
         num_heads = _positive(raw, "num_attention_heads")
         hidden_size = _positive(raw, "hidden_size")
@@ -152,7 +156,7 @@ def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> i
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, but a positive whole number is needed")
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, but a positive whole number is needed")
     return value
 
 
@@ -161,14 +165,14 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
     if value is None:
         return default
     if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value) or value <= 0:
-        raise CheckpointError(f"config.json: {key} is {value!r}, but a number is needed")
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, but a number is needed")
     return float(value)
 
 
 def _flag(raw: Mapping[str, Any], key: str) -> bool:
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} is {value!r}, but true or false is needed")
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, but true or false is needed")
     return bool(value)
 
 
@@ -176,7 +180,7 @@ def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A copy of the object that the field holds; empty where it is missing or null."""
     value = raw.get(key)
     if value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"config.json: {key} is {value!r}, but an object is needed")
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, but an object is needed")
     return dict(value or {})
 
 
@@ -184,7 +188,7 @@ def _token_ids(raw: Mapping[str, Any], key: str) -> list[int]:
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise CheckpointError(f"config.json: {key} is {value!r}, but a token id or a list of them is needed")
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, but a token id or a list of them is needed")
     return list(ids)
 
 
@@ -193,13 +197,15 @@ def _switch(rule: bool | str, raw: Mapping[str, Any]) -> bool:
 
 
 def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConfig:
-    params = _mapping(raw, "rope_parameters") or _mapping(raw, "rope_scaling")
+    params = _rope_params(raw)
     kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
     params.pop("type", None)
     if kind == "su":  # the name of Phi-3's first release
         kind = "longrope"
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
-        raise UnsupportedModelError(f"RoPE kind {kind!r} is not supported; tpctl knows {', '.join(sorted(ROPE_KINDS))}")
+        raise UnsupportedModelError(
+            f"RoPE kind {shown(kind)} is not supported; tpctl knows {', '.join(sorted(ROPE_KINDS))}"
+        )
     theta = _number(params, "rope_theta", _number(raw, "rope_theta", 10000.0))
     factor = _number(params, "partial_rotary_factor", _number(raw, "partial_rotary_factor", 1.0))
     if factor != 1.0 and not family.partial_rotary:
@@ -208,7 +214,7 @@ def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConf
     original = _positive(
         params, "original_max_position_embeddings", _positive(raw, "original_max_position_embeddings", positions)
     )
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+    for key in _ROPE_TOP_LEVEL:
         params.pop(key, None)
     needed = {
         "linear": ("factor",),
@@ -218,10 +224,32 @@ def _rope(raw: Mapping[str, Any], family: FamilySpec, head_dim: int) -> RopeConf
     }.get(kind, ())
     missing = [name for name in needed if name not in params]
     if missing:
-        raise CheckpointError(f"config.json: RoPE kind {kind!r} needs {missing[0]!r}, which is not there")
+        raise CheckpointError(f"config.json: RoPE kind {shown(kind)} needs {shown(missing[0])}, which is not there")
     rotary_dim = int(head_dim * factor)
     _check_rope(kind, params, needed, rotary_dim)
     return RopeConfig(kind, theta, rotary_dim, positions, original, params)
+
+
+def _rope_params(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The RoPE settings, from whichever layout the file has.
+
+    A file with both must say one thing: transformers 5 lets the older field win, which whoever edited the newer one
+    does not expect.
+    """
+    new, old = _mapping(raw, "rope_parameters"), _mapping(raw, "rope_scaling")
+    if not new or not old:
+        return new or old
+    for params in (new, old):
+        params["rope_type"] = params.pop("rope_type", None) or params.pop("type", None) or "default"
+        params.pop("type", None)
+    for name in sorted(new.keys() | old.keys()):
+        values = [params.get(name, raw.get(name)) for params in (new, old)]
+        if values[0] != values[1] and not (name in _ROPE_TOP_LEVEL and None in values):
+            raise CheckpointError(
+                f"config.json has rope_parameters and rope_scaling, and their {name} differs: {shown(values[0])} and "
+                f"{shown(values[1])}; keep the one that is meant"
+            )
+    return new
 
 
 def _longest(rope: RopeConfig) -> int:
@@ -235,7 +263,7 @@ def _check_rope(kind: str, params: Mapping[str, Any], needed: tuple[str, ...], r
     """Refuse numbers that would make a wrong table, or none."""
     nested = [name for name, value in params.items() if isinstance(value, dict)]
     if nested:
-        raise UnsupportedModelError(f"RoPE parameters by layer type ({nested[0]!r}) are not supported")
+        raise UnsupportedModelError(f"RoPE parameters by layer type ({shown(nested[0])}) are not supported")
     if rotary_dim < 2 or rotary_dim % 2:
         raise CheckpointError(f"config.json: {rotary_dim} rotated dimensions a head do not form pairs")
     optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor")
@@ -267,13 +295,13 @@ def _windows(raw: Mapping[str, Any], family: FamilySpec, num_layers: int) -> tup
     if kinds is None:
         first = raw.get("max_window_layers", num_layers)
         if not isinstance(first, int):
-            raise CheckpointError(f"config.json: max_window_layers is {first!r}, but a whole number is needed")
+            raise CheckpointError(f"config.json: max_window_layers is {shown(first)}, but a whole number is needed")
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
     if not isinstance(kinds, list):
-        raise CheckpointError(f"config.json: layer_types is {kinds!r}, but a list is needed")
+        raise CheckpointError(f"config.json: layer_types is {shown(kinds)}, but a list is needed")
     if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
         raise UnsupportedModelError(
-            f"layer type {unknown[0]!r} is not supported; tpctl knows full and sliding attention"
+            f"layer type {shown(unknown[0])} is not supported; tpctl knows full and sliding attention"
         )
     if len(kinds) != num_layers:
         raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
@@ -283,7 +311,7 @@ def _windows(raw: Mapping[str, Any], family: FamilySpec, num_layers: int) -> tup
 def _dtype(raw: Mapping[str, Any]) -> str:
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
-        raise UnsupportedModelError(f"dtype {dtype!r} is not supported; tpctl knows {', '.join(DTYPES)}")
+        raise UnsupportedModelError(f"dtype {shown(dtype)} is not supported; tpctl knows {', '.join(DTYPES)}")
     return dtype
 
 

@@ -130,8 +130,9 @@ def inspect_shards(
     if verify or source is not None:
         if lost := set(chosen) - set(here) if ranks is not None or not here else ():
             raise ShardFolderError(
-                f"the files of {describe_ranks(lost)} are not in {folder}, so there is nothing to verify; fetch them "
-                "with `tpctl download --local-ranks`, or choose a rank that is here"
+                f"the files of {describe_ranks(lost)} are not in {folder}, so there is nothing to verify; choose a "
+                "rank that is here, fetch them with `tpctl download --local-ranks` where the shards are on the Hub, or "
+                "shard the model again"
             )
         # Only a folder that was fetched in part may lack the tensors that no rank needs.
         extra = not absent or manifest.extra is None or (folder / manifest.extra.parts[0].file).exists()

@@ -44,7 +44,8 @@ def lacking(folder: Path, ranks: Sequence[int], tp_size: int) -> tuple[int, ...]
     if absent := absent_ranks(folder, held):
         raise OutputError(
             f"{folder} lists {describe_ranks(absent)}, whose files are not in it; fetch them with "
-            f"`tpctl download --local-ranks {rank_list(absent)}`, or choose another folder (-o)"
+            f"`tpctl download --local-ranks {rank_list(absent)}` where the shards are on the Hub, cut all ranks anew "
+            "with --force, or choose another folder (-o)"
         )
     missing = tuple(rank for rank in ranks if rank not in held.shards)
     if not missing:
