@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tpctl.kernels.launch import next_power_of_2
-from tpctl.kernels.paged_decode import DecodeConfig, decode_config, fit_config
+from tpctl.kernels.packed_decode_kernels import packed_decode_kernel
+from tpctl.kernels.paged_decode import DecodeConfig, decode_config, fit_config, packed_decode_config
 from tpctl.kernels.paged_decode_kernels import decode_kernel
 from tpctl.kernels.paged_prefill import PrefillConfig, _prefill_kernel, prefill_config
 
@@ -33,13 +34,15 @@ HEADS, KV_HEADS, BLOCK = 8, 2, 128
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*i32", "counters_ptr": "*i32"}
 POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
+PACKED = {"exponents_ptr": "*i16", "k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
 POINTERS |= {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "scale_log2e": "fp32"}
 
 
-def shared_memory(kernel: Any, dtype: str, arch: int, config: Any, **constants: Any) -> int:
+def shared_memory(kernel: Any, dtype: str, arch: int, config: Any, *, packed: bool = False, **constants: Any) -> int:
     """Bytes that ``kernel`` takes, compiled for ``arch`` with pointers and strides as the engine's are."""
     names = kernel.arg_names
-    types = {name: POINTERS.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
+    pointers = POINTERS | (PACKED if packed else {})
+    types = {name: pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
     types = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
     aligned = [name for name in names if name.endswith(("_ptr", "_stride")) and name not in constants]
     source = ASTSource(
@@ -77,7 +80,29 @@ def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig) -> int:
     )
 
 
-def prefill(head_dim: int, dtype: str, arch: int, config: PrefillConfig) -> int:
+def packed_decode(head_dim: int, group: int, arch: int, config: DecodeConfig) -> int:
+    return shared_memory(
+        packed_decode_kernel,
+        "bf16",
+        arch,
+        config,
+        packed=True,
+        NUM_KV_HEADS=KV_HEADS,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=BLOCK,
+        TILE=config.tile,
+        WINDOW=0,
+        AHEAD=config.ahead,
+        BLOCK_M=max(8, next_power_of_2(group)),
+        BLOCK_GROUP=next_power_of_2(group),
+        BLOCK_PARTS=max(2, min(32, 32 * 32 * config.num_warps // (next_power_of_2(group) * head_dim))),
+        STAGES=config.num_stages,
+        PDL=arch >= 90 and config.early,
+    )
+
+
+def prefill(head_dim: int, dtype: str, arch: int, config: PrefillConfig, *, packed: bool = False) -> int:
     return shared_memory(
         _prefill_kernel,
         dtype,
@@ -91,8 +116,10 @@ def prefill(head_dim: int, dtype: str, arch: int, config: PrefillConfig) -> int:
         BLOCK_M=config.block_m,
         TILE=config.tile,
         WINDOW=0,
+        PACKED=packed,
         STAGES=config.num_stages,
         PDL=arch >= 90,
+        packed=packed,
     )
 
 
@@ -117,6 +144,18 @@ def test_attention_fits(arch: int, head_dim: int, dtype: str) -> None:
     for tokens in (256, 16384):
         found = prefill_config(tokens, 1, head_dim, BLOCK, size, limit)
         assert prefill(head_dim, dtype, arch, found) <= limit, found
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", [90, 89, 80])
+def test_packed_attention_fits(arch: int, head_dim: int) -> None:
+    limit = SHARED[arch]
+    tuned = {packed_decode_config(count, KV_HEADS, head_dim, BLOCK, 100, limit, long=long) for count, long in BATCHES}
+    for config in tuned:
+        assert packed_decode(head_dim, 4, arch, config) <= limit, config
+    for tokens in (256, 16384):
+        found = prefill_config(tokens, 1, head_dim, BLOCK, 2, limit)
+        assert prefill(head_dim, "bf16", arch, found, packed=True) <= limit, found
 
 
 BATCHES = [(1, False), (1, True), (8, False), (40, False), (100, False)]

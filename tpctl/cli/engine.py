@@ -82,6 +82,7 @@ def settle(options: EngineOptions, policy: SchedulingPolicy, tp_size: int | None
         max_num_batched_tokens=options.max_num_batched_tokens or max(tokens, options.max_num_seqs or 0),
         block_size=options.block_size,
         kv_cache_memory=memory,
+        kv_cache_dtype=str(options.kv_cache_dtype),
         gpu_memory_utilization=options.gpu_memory_utilization,
         attention_backend=str(options.attention_backend),
         enforce_eager=options.enforce_eager,

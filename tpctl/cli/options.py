@@ -41,6 +41,12 @@ class AttentionBackend(StrEnum):
     flash_attn = "flash-attn"
 
 
+class KvCacheDType(StrEnum):
+    auto = "auto"
+    model = "model"
+    packed = "packed"
+
+
 class SchedulingPolicy(StrEnum):
     fcfs = "fcfs"
     makespan = "makespan"
@@ -85,6 +91,10 @@ class EngineOptions:
             help="KV cache a rank, e.g. 2GiB; no more is taken than all sequences can use. Default: what is free.",
         ),
     ] = None
+    kv_cache_dtype: Annotated[
+        KvCacheDType,
+        typer.Option(help="packed: bfloat16 in 12 bits a value, on GPUs; model: as it is; auto: packed if it can be."),
+    ] = KvCacheDType.auto
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")
     ] = 0.9

@@ -9,6 +9,7 @@ from pathlib import Path
 from tpctl.errors import UsageError
 
 POLICIES = ("fcfs", "makespan")
+KV_CACHE_DTYPES = ("auto", "model", "packed")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
         block_size: tokens in a KV block; ``None`` lets the attention backend choose.
         kv_cache_memory: bytes of KV cache per rank; ``None`` measures what is free.
+        kv_cache_dtype: ``"model"`` (that of activations), ``"packed"`` (bfloat16 in 12 bits, ``kernels.packed_kv``), or
+            ``"auto"``: packed where that can be.
         gpu_memory_utilization: share of a GPU's memory that weights, activations and KV cache may take together.
         attention_backend: ``"auto"`` or a backend's name.
         enforce_eager: capture no CUDA graphs.
@@ -45,6 +48,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 4096
     block_size: int | None = None
     kv_cache_memory: int | None = None
+    kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     attention_backend: str = "auto"
     enforce_eager: bool = False
@@ -56,6 +60,10 @@ class EngineConfig:
             raise UsageError(f"unknown scheduling policy {self.scheduling_policy!r}; use {' or '.join(POLICIES)}")
         if self.device == "cpu" and self.attention_backend not in ("auto", "sdpa"):
             raise UsageError(f"--attention-backend {self.attention_backend} needs a GPU; on a CPU use auto or sdpa")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise UsageError(f"unknown KV cache dtype {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)}")
+        if self.device == "cpu" and self.kv_cache_dtype == "packed":
+            raise UsageError("--kv-cache-dtype packed needs a GPU; on a CPU use auto or model")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "

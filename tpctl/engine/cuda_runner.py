@@ -30,7 +30,6 @@ from tpctl.errors import EngineError
 from tpctl.kernels.launch import has_pdl
 from tpctl.kernels.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling import sample
-from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.attention.paged import PagedBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
@@ -332,9 +331,8 @@ class CudaRunner(ModelRunner):
         lens = [length] * (tokens // length)
         if tokens % length:
             lens.append(tokens % length)
-        heads, block_size = self.backend.heads, self.backend.block_size
-        shape = (1, block_size, heads.num_kv_heads, heads.head_dim)
-        empty = torch.zeros(shape, dtype=self.dtype, device=device)
+        block_size = self.backend.block_size
+        (kv,) = self.backend.allocate(1, 1, self.dtype, device)
         ends = torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device)
         forward = ForwardBatch(
             input_ids=torch.zeros(sum(lens), dtype=torch.int64, device=device),
@@ -349,5 +347,4 @@ class CudaRunner(ModelRunner):
             seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
         )
         with torch.inference_mode():
-            kv = [LayerKV(empty, empty)] * self.model_config.num_layers
-            self._decoder.logits(forward, kv, forward.logits_rows)
+            self._decoder.logits(forward, [kv] * self.model_config.num_layers, forward.logits_rows)

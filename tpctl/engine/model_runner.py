@@ -19,7 +19,6 @@ from tpctl.engine.pacing import Pace
 from tpctl.engine.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduler import ScheduledBatch
 from tpctl.errors import EngineError
-from tpctl.layers.attention.base import kv_bytes_per_block
 from tpctl.layers.attention.select import make_backend
 from tpctl.layers.rotary import RotaryTable
 from tpctl.models.config import ModelConfig
@@ -88,7 +87,15 @@ class ModelRunner:
         self.max_model_len = config.longest(self.model_config.max_position_embeddings)
         self.plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, self.plan, group.rank)
-        self.backend = make_backend(config.attention_backend, group.device.type, self.dtype, heads, config.block_size)
+        self.backend = make_backend(
+            config.attention_backend,
+            group.device.type,
+            self.dtype,
+            heads,
+            config.block_size,
+            kv_cache_dtype=config.kv_cache_dtype,
+            whole_heads=self.model_config.rope.rotary_dim == heads.head_dim,
+        )
         held = manifest.shard(group.rank).nbytes
         # While they are converted, weights are held in either dtype.
         self._check_fits(max(held, held // _STORED_BYTES.get(stored, 2) * self.dtype.itemsize))
@@ -143,12 +150,17 @@ class ModelRunner:
             "dtype": str(self.dtype).removeprefix("torch."),
             "tp_size": self.group.size,
             "attention_backend": self.backend.name,
+            "kv_cache_dtype": self._kv_cache_dtype,
             "block_size": self.backend.block_size,
             "num_blocks": self.num_blocks,
             "max_model_len": self.max_model_len,
             "weight_bytes": self.weight_bytes,
             "timings": self.timings,
         }
+
+    @property
+    def _kv_cache_dtype(self) -> str:
+        return "packed" if getattr(self.backend, "packed", False) else str(self.dtype).removeprefix("torch.")
 
     def device_memory(self) -> int:
         """Bytes of device memory that tensors take, the maximum over the ranks (collective); 0 on a CPU."""
@@ -185,7 +197,7 @@ class ModelRunner:
         if self.config.max_model_len is not None and held < self.max_model_len:
             block_size, layers = self.backend.block_size, self.model_config.num_layers
             blocks = -(-self.max_model_len // block_size)
-            needed = blocks * kv_bytes_per_block(self.backend.heads, layers, block_size, self.dtype)
+            needed = blocks * self.backend.bytes_per_block(layers, self.dtype)
             raise EngineError(
                 f"--max-model-len {self.max_model_len} does not fit: the KV cache holds {held} tokens; "
                 f"give --kv-cache-memory {needed} (bytes a rank) or more, or lower the length"
@@ -196,8 +208,8 @@ class ModelRunner:
         """Refuse a KV cache that was asked for (``--kv-cache-memory``) and that the memory left cannot hold."""
         if self.config.kv_cache_memory is None:
             return
-        block_size, device = self.backend.block_size, self.group.device
-        block = kv_bytes_per_block(self.backend.heads, self.model_config.num_layers, block_size, self.dtype)
+        device = self.group.device
+        block = self.backend.bytes_per_block(self.model_config.num_layers, self.dtype)
         where = "its GPU" if device.type == "cuda" else "its part of this machine's memory"
         free, used = self._room_for_cache(), self.num_blocks * block
         if used > free:
@@ -219,7 +231,7 @@ class ModelRunner:
     def _count_blocks(self, budget: int) -> int:
         block_size = self.backend.block_size
         layers = self.model_config.num_layers
-        block_bytes = kv_bytes_per_block(self.backend.heads, layers, block_size, self.dtype)
+        block_bytes = self.backend.bytes_per_block(layers, self.dtype)
         return count_blocks(budget, block_bytes, block_size, self.max_model_len, self.config.max_num_seqs)
 
     def _lap(self, what: str, started: float) -> None:

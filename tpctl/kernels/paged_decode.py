@@ -13,6 +13,8 @@ computed once a step and serves all layers.
 
 In large batches a program begins with the end of its run, the sequence that the next program goes on with (p0 with s1
 above), so that combining happens while others still read, and most programs end with a whole sequence.
+
+The cache holds keys and values as they are, or packed (`kernels.packed_kv`), which is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import torch
 import triton
 
 from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
+from tpctl.kernels.packed_decode_kernels import packed_decode_kernel
+from tpctl.kernels.packed_kv import row_bytes
 from tpctl.kernels.paged_decode_kernels import decode_kernel, plan_kernel
 
 _LOG2E = 1.4426950408889634
@@ -74,6 +78,27 @@ def decode_config(
     return DecodeConfig(64, num_programs, num_warps=4, num_stages=2)
 
 
+def packed_decode_config(
+    num_seqs: int, num_kv_heads: int, head_dim: int, block_size: int, num_sms: int, limit: int, *, long: bool = False
+) -> DecodeConfig:
+    """The tuned configuration for a packed cache, whose unpacking wants many warps that wait for nobody, made smaller
+    where it takes more than ``limit`` bytes of shared memory."""
+    if num_seqs > 2:
+        # Placed early, such small programs would pile up on few multiprocessors, and equal shares want them spread.
+        per_sm = 8 if num_seqs > 16 else 4
+        programs = min(num_sms * per_sm // num_kv_heads, 4 * num_sms)
+        few = num_seqs <= 16
+        config = DecodeConfig(16, programs, num_warps=1, num_stages=3, early=few, ahead=num_seqs > 64)
+    elif long:
+        config = DecodeConfig(64, num_sms // num_kv_heads, num_warps=4, num_stages=3)
+        # Two buffers of keys and values, and the values that are unpacked.
+        if 64 * (2 * 2 * row_bytes(head_dim) + 2 * head_dim) + 8192 > limit:
+            config = config._replace(num_stages=2)
+    else:
+        config = DecodeConfig(32, num_sms // num_kv_heads, num_warps=1, num_stages=2)
+    return config._replace(tile=min(config.tile, block_size), num_programs=max(1, config.num_programs))
+
+
 def fit_config(config: DecodeConfig, head_dim: int, group: int, itemsize: int, limit: int) -> DecodeConfig:
     """``config`` made smaller where it takes more than ``limit`` bytes of shared memory (wide heads in float32, small
     devices). group: query heads a kv head. itemsize: bytes of an element."""
@@ -116,7 +141,7 @@ class DecodePlan:
 
     num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that
     differ in window need a plan each. long: see `decode_config`. config: overrides the tuned choice. itemsize: bytes of
-    an element of the cache.
+    an element of the cache. packed: the cache is packed.
     """
 
     def __init__(
@@ -132,14 +157,20 @@ class DecodePlan:
         long: bool = False,
         config: DecodeConfig | None = None,
         itemsize: int = 2,
+        packed: bool = False,
     ) -> None:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
         device = scratch.partial.device
         sms, wide = num_multiprocessors(device), head_dim == 128 and block_size >= 128
-        tuned = config or decode_config(num_seqs, num_heads, num_kv_heads, sms, long=long, wide=wide)
-        limit = shared_memory(device)
-        self.config = fit_config(tuned, head_dim, num_heads // num_kv_heads, itemsize, limit)
+        if packed:
+            self.config = config or packed_decode_config(
+                num_seqs, num_kv_heads, head_dim, block_size, sms, shared_memory(device), long=long
+            )
+        else:
+            tuned = config or decode_config(num_seqs, num_heads, num_kv_heads, sms, long=long, wide=wide)
+            limit = shared_memory(device)
+            self.config = fit_config(tuned, head_dim, num_heads // num_kv_heads, itemsize, limit)
         if self.config.num_programs * 2 * num_heads * head_dim > scratch.partial.numel():
             raise ValueError(f"{self.config.num_programs} programs need more scratch than was allocated")
         self.num_seqs = num_seqs
@@ -183,6 +214,7 @@ def paged_decode(
     seq_lens_S: torch.Tensor,
     plan: DecodePlan,
     *,
+    exponents: torch.Tensor | None = None,
     scale: float | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
@@ -190,15 +222,54 @@ def paged_decode(
     """Attention of one query token per sequence over its cached context, the token itself included.
 
     q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a
-    power of two. block_tables: int32 [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the
-    cache; 0 marks a row without work: its output is undefined, and not touched if no row with work follows. plan:
-    updated with these seq_lens; with pdl, at least two kernels before this one.
+    power of two; or, with exponents, packed (`kernels.packed_kv`), and so the plan. block_tables: int32
+    [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 marks a row without work: its output
+    is undefined, and not touched if no row with work follows. plan: updated with these seq_lens; with pdl, at least two
+    kernels before this one.
     scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
     """
     num_seqs, _, head_dim = q_SND.shape
     config = plan.config
     pdl = pdl and config.early
     out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
+    if exponents is not None:
+        packed_decode_kernel[(config.num_programs * plan.num_kv_heads,)](
+            q_SND,
+            k_cache,
+            v_cache,
+            exponents.view(torch.int16),
+            block_tables,
+            seq_lens_S,
+            plan.cu_tiles,
+            plan.first_seq,
+            plan.ahead_seq,
+            plan.scratch.partial,
+            plan.scratch.stats,
+            plan.scratch.counters,
+            out_SND,
+            (head_dim**-0.5 if scale is None else scale) * _LOG2E,
+            num_seqs,
+            config.num_programs,
+            config.min_tiles,
+            block_tables.stride(0),
+            q_SND.stride(0),
+            out_SND.stride(0),
+            NUM_KV_HEADS=plan.num_kv_heads,
+            GROUP=plan.group,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=plan.block_size,
+            TILE=config.tile,
+            WINDOW=plan.window,
+            AHEAD=config.ahead,
+            BLOCK_M=max(8, next_power_of_2(plan.group)),
+            BLOCK_GROUP=next_power_of_2(plan.group),
+            BLOCK_PARTS=plan.block_parts,
+            STAGES=config.num_stages,
+            PDL=pdl,
+            num_warps=config.num_warps,
+            **launch_options(pdl),
+        )
+        return out_SND
     decode_kernel[(config.num_programs * plan.num_kv_heads,)](
         q_SND,
         k_cache,

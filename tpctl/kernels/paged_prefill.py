@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.launch import launch_options, next_power_of_2, shared_memory
+from tpctl.kernels.packed_kv import factor, unpack
 
 _LOG2E = 1.4426950408889634
 
@@ -21,6 +22,7 @@ def _attend(
     q,
     k_cache_ptr,
     v_cache_ptr,
+    exponents_ptr,
     table,
     kv_head,
     length,
@@ -35,6 +37,7 @@ def _attend(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Fold the key tiles [first, last) into the running softmax; MASKED where causality, window or length can cut."""
@@ -47,19 +50,26 @@ def _attend(
         live = token < length
         if BLOCK_SIZE >= TILE:
             block = tl.load(table + token0 // BLOCK_SIZE).to(tl.int64)
+            place = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token0 % BLOCK_SIZE + col
             base = ((block * BLOCK_SIZE + token0 % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
             offsets = base + (col * (NUM_KV_HEADS * HEAD_DIM))[:, None] + d[None, :]
         else:
             block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+            place = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE
             slot = block * BLOCK_SIZE + token % BLOCK_SIZE
             offsets = ((slot * NUM_KV_HEADS + kv_head) * HEAD_DIM)[:, None] + d[None, :]
-        if MASKED:
+        if PACKED:
+            exponents = tl.load(exponents_ptr + place).to(tl.int32)
+            k = _unpacked(k_cache_ptr, place, HEAD_DIM)
+        elif MASKED:
             k = tl.load(k_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
         elif BLOCK_DIM == HEAD_DIM:
             k = tl.load(k_cache_ptr + offsets)
         else:
             k = tl.load(k_cache_ptr + offsets, mask=in_dim, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        score = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
+        if PACKED:
+            score *= factor(exponents & 0xFF)[None, :]
         if MASKED:
             ok = token[None, :] <= q_position[:, None]
             if WINDOW > 0:
@@ -74,7 +84,10 @@ def _attend(
         fade = tl.exp2(top - safe_top)
         weight = weight * fade + tl.sum(p, 1)
         top = new_top
-        if MASKED:
+        if PACKED:
+            v = _unpacked(v_cache_ptr, place, HEAD_DIM)
+            p *= factor((exponents >> 8) & 0xFF)[None, :]
+        elif MASKED:
             v = tl.load(v_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
         elif BLOCK_DIM == HEAD_DIM:
             v = tl.load(v_cache_ptr + offsets)
@@ -84,11 +97,23 @@ def _attend(
     return acc, top, weight
 
 
+@triton.jit
+def _unpacked(cache_ptr, place, HEAD_DIM: tl.constexpr):
+    """Packed rows [TILE] as values [TILE, D], without their factors."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row = cache_ptr + place[:, None] * (HEAD_DIM + HALF) + tl.arange(0, HALF)[None, :]
+    codes = tl.load(row + HEAD_DIM)
+    low = unpack(tl.load(row), codes, False, False)
+    high = unpack(tl.load(row + HALF), codes, True, False)
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (place.shape[0], HEAD_DIM))
+
+
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _prefill_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    exponents_ptr,
     block_tables_ptr,
     query_start_ptr,
     seq_lens_ptr,
@@ -106,6 +131,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -156,12 +182,12 @@ def _prefill_kernel(
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     if WINDOW == 0:
-        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position,
-                                   start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE,
-                                   WINDOW, False, STAGES)  # fmt: skip
-    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, table, kv_head, length, position,
-                               full_end, end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE,
-                               WINDOW, True, STAGES)  # fmt: skip
+        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, exponents_ptr, table, kv_head,
+                                   length, position, start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
+                                   BLOCK_SIZE, TILE, WINDOW, False, PACKED, STAGES)  # fmt: skip
+    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, exponents_ptr, table, kv_head,
+                               length, position, full_end, end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
+                               BLOCK_SIZE, TILE, WINDOW, True, PACKED, STAGES)  # fmt: skip
     result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
     out_offsets = q_row[:, None] * out_stride + head * HEAD_DIM + d[None, :]
     tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -212,6 +238,7 @@ def paged_prefill(
     query_start_loc: torch.Tensor,
     seq_lens_S: torch.Tensor,
     *,
+    exponents: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     out: torch.Tensor | None = None,
@@ -221,13 +248,16 @@ def paged_prefill(
 
     q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1], which may
     be none. Rows before the first sequence's and behind the last one's are not touched.
-    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, the new tokens already written.
+    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, or, with exponents, packed (`kernels.packed_kv`);
+    the new tokens already written.
     block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
     included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
     all). scale: default D ** -0.5. Returns [T, N, D].
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
+    if exponents is not None:
+        block_size, num_kv_heads = num_kv_heads, block_size
     out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format) if out is None else out
     if num_tokens == 0:
         return out_TND
@@ -241,6 +271,7 @@ def paged_prefill(
         q_TND,
         k_cache,
         v_cache,
+        k_cache if exponents is None else exponents.view(torch.int16),
         block_tables,
         query_start_loc,
         seq_lens_S,
@@ -258,6 +289,7 @@ def paged_prefill(
         BLOCK_M=config.block_m,
         TILE=config.tile,
         WINDOW=window or 0,
+        PACKED=exponents is not None,
         STAGES=config.num_stages,
         PDL=pdl,
         num_warps=config.num_warps,

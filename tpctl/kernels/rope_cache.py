@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.launch import launch_options, next_power_of_2
+from tpctl.kernels.packed_kv import largest_exponent, pack
 from tpctl.kernels.runs import as_runs, sum_runs
 
 
@@ -16,6 +17,7 @@ def _rope_cache_kernel(
     q_out_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    exponents_ptr,
     cos_ptr,
     sin_ptr,
     positions_ptr,
@@ -35,6 +37,7 @@ def _rope_cache_kernel(
     HEADS: tl.constexpr,  # heads per program
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,  # 0 when the whole head is rotated
+    PACKED: tl.constexpr,  # KV blocks of so many tokens, packed; 0: not packed
     PDL: tl.constexpr,
 ):
     # A head is [x1 (HALF) | x2 (HALF) | rest]; x1 and x2 rotate into each other, the rest passes through.
@@ -93,16 +96,33 @@ def _rope_cache_kernel(
     v_mask = (is_v & cached)[:, None] & in_half[None, :]
     tl.store(q_row + half[None, :], y1, mask=q_mask)
     tl.store(q_row + HALF + half[None, :], y2, mask=q_mask)
-    tl.store(k_row + half[None, :], y1, mask=k_mask)
-    tl.store(k_row + HALF + half[None, :], y2, mask=k_mask)
-    tl.store(v_row + half[None, :], y1, mask=v_mask)
-    tl.store(v_row + HALF + half[None, :], y2, mask=v_mask)
-    if BLOCK_REST > 0:
-        y3 = tl.where(rotated[:, None], x3.to(dtype), raw3)
-        inside_row = (rest < HEAD_DIM - 2 * HALF)[None, :]
-        tl.store(q_row + 2 * HALF + rest[None, :], y3, mask=is_q[:, None] & inside_row)
-        tl.store(k_row + 2 * HALF + rest[None, :], y3, mask=(is_k & cached)[:, None] & inside_row)
-        tl.store(v_row + 2 * HALF + rest[None, :], y3, mask=(is_v & cached)[:, None] & inside_row)
+    if PACKED > 0:
+        bits1 = y1.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        bits2 = y2.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        largest = largest_exponent(bits1, bits2)
+        value1, code1 = pack(bits1, largest)
+        value2, code2 = pack(bits2, largest)
+        kv_head = head - tl.where(is_k, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
+        place = (slot // PACKED * NUM_KV_HEADS + kv_head) * PACKED + slot % PACKED
+        offsets = place[:, None] * (3 * HALF) + half[None, :]
+        for cache in tl.static_range(2):
+            row = (v_cache_ptr if cache else k_cache_ptr) + offsets
+            mask = v_mask if cache else k_mask
+            tl.store(row, value1.to(tl.uint8), mask=mask)
+            tl.store(row + HALF, value2.to(tl.uint8), mask=mask)
+            tl.store(row + 2 * HALF, (code1 | (code2 << 4)).to(tl.uint8), mask=mask)
+        tl.store(exponents_ptr + place * 2 + is_v.to(tl.int64), largest.to(tl.uint8), mask=(is_k | is_v) & cached)
+    else:
+        tl.store(k_row + half[None, :], y1, mask=k_mask)
+        tl.store(k_row + HALF + half[None, :], y2, mask=k_mask)
+        tl.store(v_row + half[None, :], y1, mask=v_mask)
+        tl.store(v_row + HALF + half[None, :], y2, mask=v_mask)
+        if BLOCK_REST > 0:
+            y3 = tl.where(rotated[:, None], x3.to(dtype), raw3)
+            inside_row = (rest < HEAD_DIM - 2 * HALF)[None, :]
+            tl.store(q_row + 2 * HALF + rest[None, :], y3, mask=is_q[:, None] & inside_row)
+            tl.store(k_row + 2 * HALF + rest[None, :], y3, mask=(is_k & cached)[:, None] & inside_row)
+            tl.store(v_row + 2 * HALF + rest[None, :], y3, mask=(is_v & cached)[:, None] & inside_row)
 
 
 @triton.jit
@@ -126,6 +146,7 @@ def rope_cache(
     slot_mapping_T: torch.Tensor,
     num_heads: int,
     *,
+    exponents: torch.Tensor | None = None,
     q_norm_D: torch.Tensor | None = None,
     k_norm_D: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -136,8 +157,9 @@ def rope_cache(
     """Optional QK-norm, rotary embedding, and the write of keys and values into the paged cache.
 
     qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous, or the runs [S, T, (N + 2K) * D] of
-    `split_linear`, which are summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D],
-    contiguous, in qkv's dtype. cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D.
+    `split_linear`, which are summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D], contiguous, in qkv's
+    dtype; or, with exponents, packed (`kernels.packed_kv`), which takes heads that are rotated whole. cos_sin: two
+    float32 tables [max_position, rotary_dim / 2], rotary_dim <= D.
     positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. q_norm_D,
     k_norm_D: RMSNorm weights [D] of the query and key heads, both or neither (`unit_offset`: Gemma's 1 +
     weight). Rotation is transformers' `rotate_half`, computed in float32 and rounded once. Returns the
@@ -148,6 +170,9 @@ def rope_cache(
     num_kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
     cos, sin = cos_sin
     half = cos.shape[1]
+    block_size = 0
+    if exponents is not None:
+        num_kv_heads, block_size, head_dim = k_cache.shape[1], k_cache.shape[2], 2 * half
     q_TND = qkv_TF.new_empty((num_tokens, num_heads, head_dim)) if out is None else out
     if num_tokens == 0:
         return q_TND
@@ -161,6 +186,7 @@ def rope_cache(
         q_TND,
         k_cache,
         v_cache,
+        cos if exponents is None else exponents,
         cos,
         sin,
         positions_T,
@@ -180,6 +206,7 @@ def rope_cache(
         HEADS=heads,
         BLOCK_HALF=next_power_of_2(half),
         BLOCK_REST=next_power_of_2(rest) if rest > 0 else 0,
+        PACKED=block_size,
         PDL=pdl,
         num_warps=1 if heads <= 4 else 4,
         **launch_options(pdl),

@@ -238,6 +238,7 @@ class CudaDecoder:
             batch.rope_positions,
             batch.slot_mapping,
             attention.heads.num_heads,
+            exponents=kv.exponents,
             q_norm_D=None if q_norm is None else q_norm.weight,
             k_norm_D=None if k_norm is None else k_norm.weight,
             eps=1e-6 if q_norm is None else q_norm.eps,

@@ -8,7 +8,7 @@ for all sequences of a step, so a sequence may read blocks that another one fill
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class LayerKV:
 
     k: Tensor
     v: Tensor
+    exponents: Tensor | None = field(default=None, kw_only=True)
+    """Of a packed cache (``kernels.packed_kv``)."""
 
 
 class AttentionBackend(ABC):
@@ -52,6 +54,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         """Zeroed caches of ``num_blocks`` blocks for every layer."""
+
+    def bytes_per_block(self, num_layers: int, dtype: torch.dtype) -> int:
+        """Bytes that one block of ``allocate``'s caches takes over all layers, keys and values together."""
+        return kv_bytes_per_block(self.heads, num_layers, self.block_size, dtype)
 
     @abstractmethod
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
@@ -69,5 +75,5 @@ class AttentionBackend(ABC):
 
 
 def kv_bytes_per_block(heads: HeadShape, num_layers: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers, keys and values together."""
+    """Bytes that one block takes over all layers, keys and values together, each value as it is."""
     return 2 * num_layers * block_size * heads.num_kv_heads * heads.head_dim * dtype.itemsize

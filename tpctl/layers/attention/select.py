@@ -35,12 +35,21 @@ def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def make_backend(
-    name: str, device_type: str, dtype: torch.dtype, heads: HeadShape, block_size: int | None
+    name: str,
+    device_type: str,
+    dtype: torch.dtype,
+    heads: HeadShape,
+    block_size: int | None,
+    *,
+    kv_cache_dtype: str = "model",
+    whole_heads: bool = True,
 ) -> AttentionBackend:
     """Build the chosen backend (see ``choose_backend``).
 
     Args:
         block_size: tokens in a KV block; ``None`` takes the backend's own choice.
+        kv_cache_dtype: as in ``EngineConfig``.
+        whole_heads: all dimensions of a head are rotated.
 
     Raises:
         EngineError: it does not run here, or not with this block size.
@@ -56,4 +65,25 @@ def make_backend(
     size = block_size or kind.default_block_size
     if size < 1 or (chosen != "sdpa" and (size & (size - 1) or size < 16)):
         raise EngineError(f"--block-size {size} does not suit {chosen}; use a power of two from 16 up")
-    return kind(heads, size)
+    obstacle = _not_packed(chosen, dtype, heads, whole_heads)
+    if kv_cache_dtype == "packed" and obstacle is not None:
+        raise EngineError(f"--kv-cache-dtype packed needs {obstacle}; use auto or model")
+    if kv_cache_dtype == "model" or obstacle is not None:
+        return kind(heads, size)
+    from tpctl.layers.attention.triton import TritonBackend
+
+    return TritonBackend(heads, size, packed=True)
+
+
+def _not_packed(backend: str, dtype: torch.dtype, heads: HeadShape, whole_heads: bool) -> str | None:
+    """What is missing for a packed KV cache (``kernels.packed_kv``); ``None`` if nothing is."""
+    if backend != "triton":
+        return f"--attention-backend triton, not {backend}"
+    if dtype != torch.bfloat16:
+        return f"bfloat16, not {str(dtype).removeprefix('torch.')}"
+    from tpctl.kernels.packed_kv import HEAD_DIMS
+
+    if heads.head_dim not in HEAD_DIMS or not whole_heads:
+        known = ", ".join(map(str, HEAD_DIMS))
+        return f"heads of {known} dimensions, all of them rotated, not {heads.head_dim}"
+    return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tpctl.kernels.launch import has_pdl
+from tpctl.kernels.packed_kv import pack_reference, row_bytes
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.layers.attention.base import HeadShape, LayerKV
@@ -21,8 +22,13 @@ class TritonBackend(PagedBackend):
     default_block_size = 128
     captures_prefill = True
 
-    def __init__(self, heads: HeadShape, block_size: int) -> None:
+    def __init__(self, heads: HeadShape, block_size: int, packed: bool = False) -> None:
+        """Args:
+        packed: keep keys and values in 12 bits each (``kernels.packed_kv``): bfloat16, heads of ``HEAD_DIMS``
+            dimensions that are rotated whole.
+        """
         super().__init__(heads, block_size)
+        self.packed = packed
         self._itemsize = 2
         self._scratch: DecodeScratch | None = None
         self._plans: dict[tuple[int, int | None, bool], DecodePlan] = {}
@@ -30,7 +36,26 @@ class TritonBackend(PagedBackend):
 
     def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         self._itemsize = dtype.itemsize
-        return super().allocate(num_layers, num_blocks, dtype, device)
+        if not self.packed:
+            return super().allocate(num_layers, num_blocks, dtype, device)
+        shape = (num_blocks, self.heads.num_kv_heads, self.block_size)
+        rows = torch.zeros(num_layers, 2, *shape, row_bytes(self.heads.head_dim), dtype=torch.uint8, device=device)
+        exponents = torch.zeros(num_layers, *shape, 2, dtype=torch.uint8, device=device)
+        return [LayerKV(layer[0], layer[1], exponents=largest) for layer, largest in zip(rows, exponents, strict=True)]
+
+    def bytes_per_block(self, num_layers: int, dtype: torch.dtype) -> int:
+        if not self.packed:
+            return super().bytes_per_block(num_layers, dtype)
+        vectors = 2 * num_layers * self.block_size * self.heads.num_kv_heads
+        return vectors * (row_bytes(self.heads.head_dim) + 1)
+
+    def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
+        if kv.exponents is None:
+            super().store(k_TKD, v_TKD, kv, batch)
+            return
+        block, offset = batch.slot_mapping // self.block_size, batch.slot_mapping % self.block_size
+        for index, (new_TKD, cache) in enumerate(((k_TKD, kv.k), (v_TKD, kv.v))):
+            cache[block, :, offset], kv.exponents[block, :, offset, index] = pack_reference(new_TKD.contiguous())
 
     def is_long(self, count: int, longest: int) -> bool:
         return count <= 2 and longest >= LONG_CONTEXT
@@ -62,6 +87,7 @@ class TritonBackend(PagedBackend):
                 window=window,
                 long=long,
                 itemsize=self._itemsize,
+                packed=self.packed,
             )
             self._plans[count, window, long] = plan
         return plan
@@ -78,7 +104,18 @@ class TritonBackend(PagedBackend):
     ) -> None:
         plan = self._plans[q_SND.shape[0], window, batch.long_context]
         pdl = has_pdl(q_SND.device)  # ignored by the kernel for batches that it would slow down
-        paged_decode(q_SND, kv.k, kv.v, tables_SM, lens_S, plan, scale=self.heads.scale, out=out_SND, pdl=pdl)
+        paged_decode(
+            q_SND,
+            kv.k,
+            kv.v,
+            tables_SM,
+            lens_S,
+            plan,
+            exponents=kv.exponents,
+            scale=self.heads.scale,
+            out=out_SND,
+            pdl=pdl,
+        )
 
     def decode_and_prefill(
         self,
@@ -103,7 +140,16 @@ class TritonBackend(PagedBackend):
         self._prefill(q_TND, kv, window, prefill_chunks(batch), out_TND)
 
     def _prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, chunks: PrefillChunks, out_TND: Tensor) -> None:
-        paged_prefill(q_TND, kv.k, kv.v, *chunks, scale=self.heads.scale, window=window, out=out_TND)
+        paged_prefill(
+            q_TND,
+            kv.k,
+            kv.v,
+            *chunks,
+            exponents=kv.exponents,
+            scale=self.heads.scale,
+            window=window,
+            out=out_TND,
+        )
 
 
 @contextmanager

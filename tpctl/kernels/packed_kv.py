@@ -1,0 +1,144 @@
+"""Keys and values of bfloat16 in 12 bits each: less memory to read for every token that is generated.
+
+A vector is what one token leaves in one head: D values. Their exponents lie close together, so each is kept as its
+distance from the largest, in 4 bits instead of 8. Sign and mantissa stay as they are:
+
+    row, 3 D / 2 bytes   | sign and mantissa of value 0 .. D - 1 | codes of 0 and D / 2, 1 and D / 2 + 1, .. |
+    exponents, 2 bytes   | largest exponent of the key | of the value |
+
+A value of code c > 0 is +-(1 + mantissa / 128) 2^(c - 15 + largest - 127), and of code 0 +-(mantissa / 128)
+2^(-14 + largest - 127), as a float's own subnormal numbers are made. So a value is kept exactly unless it is less than
+2^-14 of the largest one's power of two, and then within 2^-22 of that power: bfloat16 itself rounds the largest value
+by 2^-9 of it. Values of less than 2^-126 become 0.
+
+Rows lie by block and head, [num_blocks, K, B, 3 D / 2], exponents [num_blocks, K, B, 2], both bytes: a tile of a head's
+tokens is one piece of memory.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+HEAD_DIMS = (64, 128, 256)
+"""Head dimensions that the kernels take."""
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
+
+# Four values at a time, from four bytes of sign and mantissa ($2) and four of codes ($3). A byte is doubled so that its
+# sign gets to the top of 16 bits, the code is put between, and the product with 2^112 turns the small numbers that come
+# out, exponents 0 to 15, into ones from 2^-14 on. It is exact, and settles code 0.
+_UNPACK = """{{
+.reg .b32 a0, a1, c0, c1, factor, zero;
+mov.b32 factor, 0x77807780;
+mov.b32 zero, 0x80008000;
+prmt.b32 a0, $2, 0, 0x1100;
+prmt.b32 a1, $2, 0, 0x3322;
+prmt.b32 c0, $3, 0, 0x4140;
+prmt.b32 c1, $3, 0, 0x4342;
+shl.b32 c0, c0, {shift};
+shl.b32 c1, c1, {shift};
+{combine}
+fma.rn.bf16x2 $0, a0, factor, zero;
+fma.rn.bf16x2 $1, a1, factor, zero;
+}}"""
+_LOW = tl.constexpr(
+    _UNPACK.format(  # the other half's code stands above: it is masked out
+        shift=7,
+        combine="""and.b32 a0, a0, 0x807f807f;
+and.b32 a1, a1, 0x807f807f;
+lop3.b32 a0, c0, 0x07800780, a0, 0xEA;
+lop3.b32 a1, c1, 0x07800780, a1, 0xEA;""",
+    )
+)
+_HIGH = tl.constexpr(
+    _UNPACK.format(  # the other half's code stands below, where the mantissa is taken: one selection does
+        shift=3,
+        combine="""lop3.b32 a0, a0, c0, 0x7f807f80, 0xD8;
+lop3.b32 a1, a1, c1, 0x7f807f80, 0xD8;""",
+    )
+)
+
+
+@triton.jit
+def unpack(values, codes, HIGH: tl.constexpr, PURE: tl.constexpr):
+    """bfloat16 values of half a vector, without their `factor`. HIGH: which half.
+
+    PURE: the compiler may do this in whatever layout the result is wanted in. Where that is the transposed one of a
+    second operand it would read byte by byte, so there it must not.
+    """
+    if _INTERPRETED:
+        code = (codes >> 4) if HIGH else (codes & 15)
+        wide = values.to(tl.int32)
+        bits = ((wide & 0x80) << 24) | (code.to(tl.int32) << 23) | ((wide & 0x7F) << 16)
+        return bits.to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
+    return tl.inline_asm_elementwise(
+        _HIGH if HIGH else _LOW, "=r,=r,r,r", [values, codes], dtype=tl.bfloat16, is_pure=PURE, pack=4
+    )
+
+
+@triton.jit
+def factor(exponent):
+    """float32: what unpacked values of a vector are to be multiplied by. exponent: its largest, as stored."""
+    return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_exponents(ptr):
+    """uint16 of a key's (low byte) and a value's exponent. Not a `tl.load`: see `_block_of` of the decode kernel."""
+    if _INTERPRETED:
+        return tl.load(ptr).to(tl.uint16, bitcast=True)
+    return tl.inline_asm_elementwise("ld.global.u16 $0, [$1];", "=h,l", [ptr], dtype=tl.uint16, is_pure=True, pack=1)
+
+
+@triton.jit
+def largest_exponent(low, high):
+    """The largest exponent [H] of vectors whose halves have the bits low and high, int32 [H, D / 2]."""
+    return tl.maximum(tl.max((low >> 7) & 0xFF, 1), tl.max((high >> 7) & 0xFF, 1))
+
+
+@triton.jit
+def pack(bits, largest):
+    """Sign and mantissa, and code, of bfloat16 bits, int32 [H, D / 2], in vectors of the largest exponent [H]."""
+    exponent = (bits >> 7) & 0xFF
+    code = exponent - largest[:, None] + 15
+    shift = tl.minimum(tl.maximum(1 - code, 0), 9)
+    mantissa = (bits & 0x7F) | 0x80
+    half = tl.where(shift > 0, (1 << tl.maximum(shift - 1, 0)) - 1 + ((mantissa >> shift) & 1), 0)  # to nearest even
+    small = (mantissa + half) >> shift
+    full = tl.where(code > 0, (code << 7) | (bits & 0x7F), small)
+    full = tl.where(exponent > 0, full, 0)
+    return ((bits >> 8) & 0x80) | (full & 0x7F), full >> 7
+
+
+def row_bytes(head_dim: int) -> int:
+    """Bytes of one packed vector, its exponent aside."""
+    return head_dim + head_dim // 2
+
+
+def pack_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows [..., 3 D / 2] and largest exponents [...], bytes, of bfloat16 vectors [..., D]."""
+    bits = x.view(torch.int16).int() & 0xFFFF
+    exponent, mantissa = (bits >> 7) & 0xFF, (bits & 0x7F) | 0x80
+    largest = exponent.amax(-1, keepdim=True)
+    code = exponent - largest + 15
+    shift = (1 - code).clamp(0, 9)
+    half = torch.where(shift > 0, (1 << (shift - 1).clamp(min=0)) - 1 + ((mantissa >> shift) & 1), 0)
+    full = torch.where(code > 0, (code << 7) | (bits & 0x7F), (mantissa + half) >> shift)
+    full = torch.where(exponent > 0, full, 0)
+    values, codes = ((bits >> 8) & 0x80) | (full & 0x7F), full >> 7
+    low, high = codes.chunk(2, -1)
+    return torch.cat([values, low | (high << 4)], -1).to(torch.uint8), largest.squeeze(-1).to(torch.uint8)
+
+
+def unpack_reference(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """float32 [..., D] of what `pack_reference` gives."""
+    head_dim = rows.shape[-1] * 2 // 3
+    values, codes = rows.int().split([head_dim, head_dim // 2], -1)
+    code = torch.cat([codes & 15, codes >> 4], -1)
+    bits = ((values & 0x80) << 24) | (code << 23) | ((values & 0x7F) << 16)
+    factors = (largest.int() << 23).view(torch.float32)
+    return bits.view(torch.float32) * 2.0**112 * factors[..., None]
