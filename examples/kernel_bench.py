@@ -29,6 +29,7 @@ from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.launch import num_multiprocessors
 from tpctl.kernels.norm import add_rms_norm, rms_norm
+from tpctl.kernels.packed_kv import pack_reference
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.kernels.rope_cache import rope_cache
@@ -161,6 +162,12 @@ def make_cache(lens: list[int], shape: Shape, block_size: int, layers: int):
     return caches, tables, torch.tensor(lens, dtype=torch.int32, device=DEVICE)
 
 
+def packed(caches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same caches packed: keys, values, exponents (`kernels.packed_kv`)."""
+    keys, values = (pack_reference(cache.transpose(1, 2).contiguous()) for cache in caches)
+    return keys[0], values[0], torch.stack([keys[1], values[1]], -1)
+
+
 def mixed_lengths(count: int, low: int, high: int) -> list[int]:
     generator = random.Random(0)
     return [generator.randint(low, high) for _ in range(count)]
@@ -171,7 +178,7 @@ def bench_decode() -> None:
         from flash_attn import flash_attn_with_kvcache
     except ImportError:
         flash_attn_with_kvcache = None
-    row("decode", "batch", "context", "us", "TB/s", "flash-attn")
+    row("decode", "batch", "context", "us", "TB/s", "packed us", "flash-attn")
     cases = [[context] * batch for batch in (1, 32, 256) for context in (512, 4096, 32768)]
     cases += [[1500] * 8, mixed_lengths(32, 100, 2000), mixed_lengths(128, 100, 2000), mixed_lengths(256, 100, 1650)]
     for shape in (QWEN, QWEN.half(), LLAMA, LLAMA.half()):
@@ -187,6 +194,16 @@ def bench_decode() -> None:
             plan.update(seq_lens)
             tables = tables * max(1, 4 // layers)
             ours = graph_us([partial(paged_decode, q, *caches, t, seq_lens, plan, out=out, pdl=True) for t in tables])
+            less = "-"
+            if sum(lens) * layers < 2_000_000:  # packing takes several times the memory
+                k, v, exponents = packed(caches)
+                narrow = DecodePlan(
+                    len(lens), shape.heads, shape.kv_heads, shape.head_dim, 256, scratch, long=long, packed=True
+                )
+                narrow.update(seq_lens)
+                call = partial(paged_decode, q, k, v, exponents=exponents, out=out, pdl=True)
+                us = graph_us([partial(call, block_tables=t, seq_lens_S=seq_lens, plan=narrow) for t in tables])
+                less = f"{us:.1f}"
             theirs = "-"
             if flash_attn_with_kvcache is not None:
                 us = graph_us(
@@ -204,7 +221,7 @@ def bench_decode() -> None:
                 )
                 theirs = f"{us:.1f}"
             row(f"{shape.name} {shape.heads}/{shape.kv_heads} heads", len(lens), sum(lens) // len(lens), f"{ours:.1f}",
-                f"{size / ours / 1e6:.2f}", theirs)  # fmt: skip
+                f"{size / ours / 1e6:.2f}", less, theirs)  # fmt: skip
 
 
 def bench_prefill() -> None:
@@ -212,7 +229,7 @@ def bench_prefill() -> None:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         flash_attn_varlen_func = None
-    row("prefill", "sequences", "tokens each", "us", "TFLOP/s", "flash-attn")
+    row("prefill", "sequences", "tokens each", "us", "TFLOP/s", "packed us", "flash-attn")
     for shape in (QWEN, LLAMA):
         for block_size, seqs, length in ((256, 16, 512), (256, 8, 1024), (64, 8, 1024), (16, 8, 1024), (256, 1, 8192)):
             caches, tables, seq_lens = make_cache([length] * seqs, shape, block_size, 1)
@@ -220,6 +237,10 @@ def bench_prefill() -> None:
             starts = torch.arange(0, seqs * length + 1, length, dtype=torch.int32, device=DEVICE)
             out = torch.empty_like(q)
             ours = graph_us([partial(paged_prefill, q, *caches, tables[0], starts, seq_lens, out=out)] * 4)
+            k, v, exponents = packed(caches)
+            less = graph_us(
+                [partial(paged_prefill, q, k, v, tables[0], starts, seq_lens, exponents=exponents, out=out)] * 4
+            )
             flops = 2 * seqs * length * length * shape.heads * shape.head_dim
             theirs = "-"
             if flash_attn_varlen_func is not None and block_size == 256:
@@ -235,7 +256,8 @@ def bench_prefill() -> None:
                     block_table=tables[0],
                 )
                 theirs = f"{graph_us([call] * 4):.0f}"
-            row(f"{shape.name} block {block_size}", seqs, length, f"{ours:.0f}", f"{flops / ours / 1e6:.0f}", theirs)
+            row(f"{shape.name} block {block_size}", seqs, length, f"{ours:.0f}", f"{flops / ours / 1e6:.0f}",
+                f"{less:.0f}", theirs)  # fmt: skip
 
 
 def bench_small() -> None:

@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from tpctl.kernels.packed_kv import pack_reference, row_bytes, unpack_reference
+from tpctl.kernels.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack_reference
 from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
 from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
+from tpctl.sharding.model_sizes import PACKED_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +39,10 @@ def packed_cache(x_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     """Rows [blocks, K, B, 3 D / 2] and exponents [blocks, K, B] of a plain cache, and the cache that they stand for."""
     rows, largest = pack_reference(x_BSKD.transpose(1, 2).contiguous())
     return rows, largest, unpack_reference(rows, largest).transpose(1, 2).contiguous()
+
+
+def test_the_planner_knows_the_same_heads() -> None:
+    assert PACKED_HEAD_DIMS == HEAD_DIMS
 
 
 def test_what_is_kept() -> None:

@@ -32,7 +32,8 @@ from tpctl.sharding.shard import shard_checkpoint
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("triton", "sdpa", "flash-attn")
+BACKENDS = ("triton", "packed", "sdpa", "flash-attn")
+"""Of attention, each with keys and values as they are; ``packed``: triton with ``kernels.packed_kv``."""
 WAYS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"enforce_eager": True},
@@ -110,9 +111,10 @@ def run(
     defaults: dict[str, Any] = {"kv_cache_memory": 256 << 20, "max_num_seqs": 16, "max_num_batched_tokens": 384}
     if backend == "flash-attn":
         defaults["block_size"] = 256
-    config = EngineConfig(
-        folder, 1, device=DEVICE, dtype="bfloat16", attention_backend=backend, **{**defaults, **WAYS[way], **settings}
-    )
+    defaults |= {"attention_backend": backend, "kv_cache_dtype": "model"}
+    if backend == "packed":
+        defaults |= {"attention_backend": "triton", "kv_cache_dtype": "packed"}
+    config = EngineConfig(folder, 1, device=DEVICE, dtype="bfloat16", **{**defaults, **WAYS[way], **settings})
     engine = Engine(config, TPGroup(0, 1, DEVICE))
     found = Run({})
     found.logits = record(engine, 1024)
@@ -226,7 +228,12 @@ def models_of(name: str, folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     "backend,way",
-    [*(("triton", way) for way in WAYS), ("sdpa", "eager"), ("flash-attn", "graphs"), ("flash-attn", "eager")],
+    [
+        *((name, way) for name in ("triton", "packed") for way in WAYS),
+        ("sdpa", "eager"),
+        ("flash-attn", "graphs"),
+        ("flash-attn", "eager"),
+    ],
 )
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2-window"])
 def test_bfloat16_logits(name: str, backend: str, way: str, tmp_path: Path) -> None:
@@ -238,14 +245,15 @@ def test_bfloat16_logits(name: str, backend: str, way: str, tmp_path: Path) -> N
     assert expected.check(found) < 1.4
 
 
+@pytest.mark.parametrize("other", ["flash-attn", "packed"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen2-window"])
-def test_flash_attention_gives_the_tokens_of_triton(name: str, tmp_path: Path) -> None:
-    skip_without("flash-attn")
+def test_others_give_the_tokens_of_triton(name: str, other: str, tmp_path: Path) -> None:
+    skip_without(other)
     model, rounded = models_of(name, tmp_path)
     waves = prompts_of(517, seed=9)
-    triton, flash = (run(tmp_path / "tp1", waves, backend) for backend in ("triton", "flash-attn"))
+    triton, found = (run(tmp_path / "tp1", waves, backend) for backend in ("triton", other))
     prompts = waves[0] | waves[1]
-    check_pair(triton, flash, prompts, Expected.of(model, rounded, prompts, triton.tokens))
+    check_pair(triton, found, prompts, Expected.of(model, rounded, prompts, triton.tokens))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -262,6 +270,6 @@ def test_bfloat16_logits_of_real_weights(backend: str, demo: ResolvedSource) -> 
     prompts = waves[0] | waves[1]
     expected = Expected.of(model, rounded, prompts, found.tokens)
     assert expected.check(found) < 1.4
-    if backend == "flash-attn":
+    if backend in ("flash-attn", "packed"):
         triton = run(ensure_sharded(demo, 1), waves, "triton", kv_cache_memory=1 << 30)
         check_pair(found, triton, prompts, expected)

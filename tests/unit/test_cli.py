@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.unit.synthetic import make_config
 from tpctl import __version__
 from tpctl.cli import app as app_module
 from tpctl.cli.app import app
-from tpctl.cli.options import AttentionBackend, EngineOptions
+from tpctl.cli.options import AttentionBackend, EngineOptions, KvCacheDType
+from tpctl.engine.config import KV_CACHE_DTYPES, EngineConfig
 from tpctl.errors import EngineError, SourceError, UsageError
 
 LISTING = Path(__file__).parent / "cli.txt"
@@ -222,6 +224,43 @@ def test_the_command_line_knows_every_attention_backend() -> None:
     from tpctl.layers.attention.select import BACKENDS
 
     assert set(AttentionBackend) == {"auto", *BACKENDS}
+    assert tuple(KvCacheDType) == KV_CACHE_DTYPES
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"attention_backend": "triton"}, "--attention-backend triton needs a GPU; on a CPU use auto or sdpa"),
+        ({"kv_cache_dtype": "packed"}, "--kv-cache-dtype packed needs a GPU; on a CPU use auto or model"),
+        ({"kv_cache_dtype": "fp8"}, "unknown KV cache dtype 'fp8'; use auto, model, packed"),
+        ({"scheduling_policy": "sjf"}, "unknown scheduling policy 'sjf'"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "8 is less than --max-num-seqs 9"),
+    ],
+)
+def test_settings_that_no_engine_takes(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        EngineConfig(Path("shards"), 1, **settings)
+
+
+def test_what_a_packed_cache_needs() -> None:
+    """Triton is imported where it is built only, so what it is refused for can be asked anywhere."""
+    import torch
+
+    from tpctl.layers.attention.base import HeadShape
+    from tpctl.layers.attention.select import make_backend
+
+    def refused(backend: str, dtype: torch.dtype, head_dim: int, whole: bool = True) -> str:
+        heads = HeadShape(4, 2, head_dim, 1.0)
+        with pytest.raises(EngineError) as refusal:
+            make_backend(backend, "cuda", dtype, heads, None, kv_cache_dtype="packed", whole_heads=whole)
+        return str(refusal.value)
+
+    assert "needs --attention-backend triton, not sdpa; use auto or model" in refused("sdpa", torch.bfloat16, 64)
+    if find_spec("triton") is not None:
+        assert "needs bfloat16, not float16" in refused("triton", torch.float16, 64)
+        heads = "needs heads of 64, 128, 256 dimensions, all of them rotated, not"
+        assert f"{heads} 80" in refused("triton", torch.bfloat16, 80)
+        assert heads in refused("triton", torch.bfloat16, 128, whole=False)
 
 
 if __name__ == "__main__":

@@ -181,10 +181,13 @@ def test_the_kv_cache_is_the_engines(tmp_path: Path) -> None:
 
     from tpctl.layers.attention.base import HeadShape, kv_bytes_per_block
 
-    report = planned(config_folder(tmp_path / "big", LLAMA_405B), tp_size=3)
-    for rank in report.ranks:
+    big = config_folder(tmp_path / "big", LLAMA_405B)
+    report, cast = planned(big, tp_size=3), planned(big, tp_size=3, dtype="float16")
+    assert (report.kv_cache_dtype, cast.kv_cache_dtype) == ("packed", "float16")
+    for rank, plain in zip(report.ranks, cast.ranks, strict=True):
         heads = HeadShape(rank.query_heads, rank.kv_heads, 128, 1.0)
-        assert rank.kv_bytes_per_token * 16 == kv_bytes_per_block(heads, 126, 16, torch.bfloat16)
+        assert plain.kv_bytes_per_token * 16 == kv_bytes_per_block(heads, 126, 16, torch.float16)
+        assert rank.kv_bytes_per_token * 256 == plain.kv_bytes_per_token * 193  # 12 bits a value, and 8 a vector
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:

@@ -98,9 +98,8 @@ def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pyt
     runner.config = SimpleNamespace(kv_cache_memory=64 * GIB, max_num_seqs=3)
     runner.max_model_len = 2048
     runner.model_config, runner.dtype = SimpleNamespace(num_layers=2), torch.bfloat16
-    heads = SimpleNamespace(num_kv_heads=8, head_dim=128)
-    runner.backend = SimpleNamespace(block_size=256, heads=heads)
     block = 2 * 2 * 8 * 128 * 256 * 2
+    runner.backend = SimpleNamespace(bytes_per_block=lambda layers, dtype: block * layers // 2)
 
     runner.group = SimpleNamespace(rank=1, device=torch.device("cuda"), size=2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB + RESERVE, 80 * GIB))

@@ -94,7 +94,8 @@ def describe(info: dict[str, Any]) -> str:
     """How an engine runs, from what it said of itself when it was ready."""
     where = "GPU" if info["device"] == "cuda" else "CPU"
     sums = f", all-reduce by {info['all_reduce']}" if info.get("all_reduce") else ""
-    return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}{sums}"
+    cache = ", packed KV cache" if info.get("kv_cache_dtype") == "packed" else ""
+    return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}{cache}{sums}"
 
 
 class Interrupts:

@@ -68,7 +68,8 @@ def _print(report: FitReport) -> None:
     )
     console.print(
         f"on GPUs of {_gib(report.gpu_memory)}, {report.utilization:.0%} used: sequences of up to "
-        f"{report.max_model_len} tokens, {report.max_num_batched_tokens} tokens a step, {report.dtype}\n",
+        f"{report.max_model_len} tokens, {report.max_num_batched_tokens} tokens a step, {report.dtype}"
+        f"{', packed KV cache' if report.kv_cache_dtype == 'packed' else ''}\n",
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -100,6 +100,7 @@ class FitReport:
     parameters: int
     source_bytes: int
     dtype: str
+    kv_cache_dtype: str
     exact: bool
     gpu_memory: int
     utilization: float
@@ -149,6 +150,7 @@ def plan_model(
         parameters=sum(prod(shape) for shape in model.source_shapes.values()),
         source_bytes=sum(tensor_nbytes(model.source_dtype(n), s) for n, s in model.source_shapes.items()),
         dtype=config.dtype if dtype == "auto" else dtype,
+        kv_cache_dtype="packed" if model.packs else config.dtype if dtype == "auto" else dtype,
         exact=metadata.tensors is not None,
         gpu_memory=budget.gpu_memory,
         utilization=budget.utilization,

@@ -21,6 +21,9 @@ from tpctl.partition.split import source_shapes
 from tpctl.sharding.parts import assign_parts, part_files
 from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, source_plan, source_splits
 
+PACKED_HEAD_DIMS = (64, 128, 256)
+"""Of heads whose keys and values can be packed (``kernels.packed_kv``, without importing Triton)."""
+
 
 class ModelSizes:
     """The sizes of one model.
@@ -97,8 +100,16 @@ class ModelSizes:
         return {name: shard[first] for name, first in self._in_layer_0.items()}
 
     def kv_bytes_per_token(self, kv_heads: int) -> int:
-        bits = DTYPE_BITS[self._cast or DTYPES[self.config.dtype]]
-        return 2 * self.config.num_layers * kv_heads * self.config.head_dim * bits // 8
+        config, bits = self.config, DTYPE_BITS[self._cast or DTYPES[self.config.dtype]]
+        vector = config.head_dim * 3 // 2 + 1 if self.packs else config.head_dim * bits // 8
+        return 2 * config.num_layers * kv_heads * vector
+
+    @property
+    def packs(self) -> bool:
+        """Whether GPUs keep bfloat16 keys and values in 12 bits (``--kv-cache-dtype auto``)."""
+        config, dtype = self.config, self._cast or DTYPES[self.config.dtype]
+        whole = config.rope.rotary_dim == config.head_dim
+        return dtype == DTYPES["bfloat16"] and config.head_dim in PACKED_HEAD_DIMS and whole
 
     def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
         """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences, when most of them live.
