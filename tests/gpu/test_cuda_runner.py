@@ -100,7 +100,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
     monkeypatch.setattr(cuda_runner, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
     monkeypatch.setattr(Decoder, "optimize", own_memory)
     monkeypatch.setattr(engine, "_make_runner", cuda_runner.CudaRunner)
-    monkeypatch.setattr(model_runner, "make_backend", lambda *args: TritonBackend(args[3], args[4]))
+    monkeypatch.setattr(model_runner, "make_backend", lambda *args, **more: TritonBackend(args[3], args[4]))
     return keys
 
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tpctl.kernels.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack_reference
+from tpctl.kernels.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack_blocks, unpack_reference
 from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
 from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
@@ -164,6 +164,21 @@ def test_prefill(new, heads, kv_heads, head_dim, block_size, window) -> None:
     got = paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents, scale=0.1, window=window)
     want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, scale=0.1, window=window)
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim", "block_size"), [(2, 128, 128), (1, 64, 16), (3, 256, 32)])
+def test_contexts_are_unpacked(kv_heads: int, head_dim: int, block_size: int) -> None:
+    lens = [5, 200, 0, 64]
+    tables, (k, v, exponents), plain = cache_of(lens, kv_heads, head_dim, block_size)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    counts = [-(-length // block_size) for length in lens]
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()[:-1]], dtype=torch.int32, device=DEVICE)
+    out = torch.full((2, sum(counts), block_size, kv_heads, head_dim), 7.0, dtype=DTYPE, device=DEVICE)
+    unpack_blocks(k, v, exponents, tables, seq_lens, starts, max(lens), (out[0], out[1]))
+    for s, count in enumerate(counts):
+        for j in range(count):
+            for side in range(2):
+                assert torch.equal(out[side, int(starts[s]) + j], plain[side][int(tables[s, j])].to(DTYPE))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="on GPUs")

@@ -31,6 +31,7 @@ from tpctl.kernels.launch import has_pdl
 from tpctl.kernels.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling import sample
 from tpctl.layers.attention.paged import PagedBackend
+from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.models.cuda_decoder import PDL_ROWS, CudaDecoder
 
@@ -39,6 +40,8 @@ _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stop
 # weights reading them takes that long, where it has few the latency of its kernels does.
 _PACE, _SMALL_PACE = Pace(rows=256, limit=512, chunks=8), Pace(rows=512, limit=1024, chunks=8)
 _SMALL_LAYER = 64 << 20  # bytes of a rank
+_MOST_UNPACKED = 8
+"""Of a packed KV cache, what a step's prompts read at most unpacked, in steps of the largest size."""
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
 
@@ -289,6 +292,8 @@ class CudaRunner(ModelRunner):
         self.pace = self._find_pace()
         rows, tokens = self._max_rows, config.max_num_batched_tokens
         self._decoder = CudaDecoder(self.model, self._cuda_backend, rows, tokens)
+        if isinstance(self.backend, TritonBackend) and self.backend.packed:
+            self.backend.unpacked_tokens = min(_MOST_UNPACKED * tokens, tokens + self.max_model_len)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()

@@ -114,6 +114,77 @@ def pack(bits, largest):
     return ((bits >> 8) & 0x80) | (full & 0x7F), full >> 7
 
 
+@triton.jit
+def _unpack_blocks_kernel(
+    k_ptr,
+    v_ptr,
+    exponents_ptr,
+    tables_ptr,
+    lens_ptr,
+    starts_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    seq, index, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if index * BLOCK_SIZE >= tl.load(lens_ptr + seq):
+        return
+    HALF: tl.constexpr = HEAD_DIM // 2
+    d = tl.arange(0, HALF)[None, :]
+    block = tl.load(tables_ptr + seq.to(tl.int64) * table_stride + index).to(tl.int64)
+    target = (tl.load(starts_ptr + seq) + index).to(tl.int64)
+    for first in tl.static_range(0, BLOCK_SIZE, ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = (block * NUM_KV_HEADS + head) * BLOCK_SIZE + row
+        to = (((target * BLOCK_SIZE + row) * NUM_KV_HEADS + head) * HEAD_DIM)[:, None] + d
+        for side in tl.static_range(2):
+            source = (v_ptr if side else k_ptr) + (place * (HEAD_DIM + HALF))[:, None] + d
+            out = (v_out_ptr if side else k_out_ptr) + to
+            scale = factor(tl.load(exponents_ptr + place * 2 + side))[:, None]
+            codes = tl.load(source + HEAD_DIM)
+            low = unpack(tl.load(source), codes, False, True).to(tl.float32) * scale
+            high = unpack(tl.load(source + HALF), codes, True, True).to(tl.float32) * scale
+            tl.store(out, low.to(out.dtype.element_ty))
+            tl.store(out + HALF, high.to(out.dtype.element_ty))
+
+
+def unpack_blocks(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    exponents: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens_S: torch.Tensor,
+    starts_S: torch.Tensor,
+    longest: int,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Copy the blocks of some sequences out of a packed cache, as they are without packing.
+
+    k_cache, v_cache, exponents: packed. block_tables: int32 [S, max_blocks]. seq_lens_S: int32 [S], the longest of
+    them `longest`. out: keys and values [n, B, K, D]; block j of sequence s goes to starts_S[s] + j, int32.
+    """
+    _, num_kv_heads, block_size, row = k_cache.shape
+    _unpack_blocks_kernel[(seq_lens_S.shape[0], -(-longest // block_size), num_kv_heads)](
+        k_cache,
+        v_cache,
+        exponents,
+        block_tables,
+        seq_lens_S,
+        starts_S,
+        *out,
+        block_tables.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=row * 2 // 3,
+        BLOCK_SIZE=block_size,
+        ROWS=min(block_size, 32),
+        num_warps=4,
+    )
+
+
 def row_bytes(head_dim: int) -> int:
     """Bytes of one packed vector, its exponent aside."""
     return head_dim + head_dim // 2

@@ -84,11 +84,9 @@ def packed_decode_config(
     """The tuned configuration for a packed cache, whose unpacking wants many warps that wait for nobody, made smaller
     where it takes more than ``limit`` bytes of shared memory."""
     if num_seqs > 2:
-        # Placed early, such small programs would pile up on few multiprocessors, and equal shares want them spread.
         per_sm = 8 if num_seqs > 16 else 4
         programs = min(num_sms * per_sm // num_kv_heads, 4 * num_sms)
-        few = num_seqs <= 16
-        config = DecodeConfig(16, programs, num_warps=1, num_stages=3, early=few, ahead=num_seqs > 64)
+        config = DecodeConfig(16, programs, num_warps=1, num_stages=3, ahead=num_seqs > 64)
     elif long:
         config = DecodeConfig(64, num_sms // num_kv_heads, num_warps=4, num_stages=3)
         # Two buffers of keys and values, and the values that are unpacked.

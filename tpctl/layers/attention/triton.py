@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tpctl.kernels.launch import has_pdl
-from tpctl.kernels.packed_kv import pack_reference, row_bytes
+from tpctl.kernels.packed_kv import pack_reference, row_bytes, unpack_blocks
 from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.paged_prefill import paged_prefill
 from tpctl.layers.attention.base import HeadShape, LayerKV
 from tpctl.layers.attention.paged import PagedBackend, prefill_chunks
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
+
+_MANY_ROWS = 512
+"""Rows of prompts from which unpacking all they read beforehand costs less than in every program that reads it."""
+
+
+class _Contexts(NamedTuple):
+    """Where contexts are unpacked to: each sequence's first block, block tables, the longest one's tokens, memory."""
+
+    starts: Tensor
+    tables: Tensor
+    longest: int
+    out: tuple[Tensor, Tensor]
 
 
 class TritonBackend(PagedBackend):
@@ -29,6 +42,10 @@ class TritonBackend(PagedBackend):
         """
         super().__init__(heads, block_size)
         self.packed = packed
+        self.unpacked_tokens = 0
+        """Of a packed cache: contexts of up to so many tokens together are unpacked before a step's prompts attend to
+        them; beyond, and in captured steps, each program unpacks what it reads. Memory for them is kept."""
+        self._unpacked: tuple[Tensor, Tensor] | None = None
         self._itemsize = 2
         self._scratch: DecodeScratch | None = None
         self._plans: dict[tuple[int, int | None, bool], DecodePlan] = {}
@@ -137,7 +154,31 @@ class TritonBackend(PagedBackend):
             torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:
-        self._prefill(q_TND, kv, window, prefill_chunks(batch), out_TND)
+        chunks = prefill_chunks(batch)
+        if kv.exponents is not None and q_TND.shape[0] >= _MANY_ROWS and (found := self._contexts(batch, chunks)):
+            starts, tables, longest, out = found
+            unpack_blocks(kv.k, kv.v, kv.exponents, chunks.block_tables, chunks.seq_lens_P, starts, longest, out)
+            kv, chunks = LayerKV(*out), chunks._replace(block_tables=tables)
+        self._prefill(q_TND, kv, window, chunks, out_TND)
+
+    def _contexts(self, batch: ForwardBatch, chunks: PrefillChunks) -> _Contexts | None:
+        """Where what a step's prompts read is unpacked to; ``None`` if it is too much. Prepared once a step."""
+        if "contexts" not in batch.scratch:
+            lens = batch.seq_lens[batch.num_decodes :]
+            counts = [-(-length // self.block_size) for length in lens]
+            room = -(-self.unpacked_tokens // self.block_size)
+            batch.scratch["contexts"] = None
+            if sum(counts) <= room:
+                device = chunks.seq_lens_P.device
+                if self._unpacked is None:
+                    shape = (room, self.block_size, self.heads.num_kv_heads, self.heads.head_dim)
+                    keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+                    self._unpacked = keys, values
+                first = torch.tensor([0, *counts[:-1]], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+                tables = first[:, None] + torch.arange(max(counts), dtype=torch.int32, device=device)
+                batch.scratch["contexts"] = _Contexts(first, tables, max(lens), self._unpacked)
+        found: _Contexts | None = batch.scratch["contexts"]
+        return found
 
     def _prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, chunks: PrefillChunks, out_TND: Tensor) -> None:
         paged_prefill(
