@@ -150,9 +150,13 @@ def test_attention_fits(arch: int, head_dim: int, dtype: str) -> None:
 @pytest.mark.parametrize("arch", [90, 89, 80])
 def test_packed_attention_fits(arch: int, head_dim: int) -> None:
     limit = SHARED[arch]
-    tuned = {packed_decode_config(count, KV_HEADS, head_dim, BLOCK, 100, limit, long=long) for count, long in BATCHES}
-    for config in tuned:
-        assert packed_decode(head_dim, 4, arch, config) <= limit, config
+    for group in (2, 4):
+        tuned = {
+            packed_decode_config(count, group * KV_HEADS, KV_HEADS, head_dim, BLOCK, 100, limit, long=long)
+            for count, long in BATCHES
+        }
+        for config in tuned:
+            assert packed_decode(head_dim, group, arch, config) <= limit, config
     for tokens in (256, 16384):
         found = prefill_config(tokens, 1, head_dim, BLOCK, 2, limit)
         assert prefill(head_dim, "bf16", arch, found, packed=True) <= limit, found

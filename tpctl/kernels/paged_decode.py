@@ -79,19 +79,26 @@ def decode_config(
 
 
 def packed_decode_config(
-    num_seqs: int, num_kv_heads: int, head_dim: int, block_size: int, num_sms: int, limit: int, *, long: bool = False
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    num_sms: int,
+    limit: int,
+    *,
+    long: bool = False,
 ) -> DecodeConfig:
     """The tuned configuration for a packed cache, whose unpacking wants many warps that wait for nobody, made smaller
     where it takes more than ``limit`` bytes of shared memory."""
     if num_seqs > 2:
-        per_sm = 8 if num_seqs > 16 else 4
-        programs = min(num_sms * per_sm // num_kv_heads, 4 * num_sms)
+        programs = min(num_sms * (8 if num_seqs > 8 else 4) // num_kv_heads, 4 * num_sms)
         config = DecodeConfig(16, programs, num_warps=1, num_stages=3, ahead=num_seqs > 64)
     elif long:
-        config = DecodeConfig(64, num_sms // num_kv_heads, num_warps=4, num_stages=3)
-        # Two buffers of keys and values, and the values that are unpacked.
-        if 64 * (2 * 2 * row_bytes(head_dim) + 2 * head_dim) + 8192 > limit:
-            config = config._replace(num_stages=2)
+        # Two buffers, where few query heads share what is read, and the values that are unpacked.
+        fits = 64 * (2 * 2 * row_bytes(head_dim) + 2 * head_dim) + 8192 <= limit
+        stages = 3 if fits and num_heads <= 2 * num_kv_heads else 2
+        config = DecodeConfig(64, num_sms // num_kv_heads, num_warps=4, num_stages=stages)
     else:
         config = DecodeConfig(32, num_sms // num_kv_heads, num_warps=1, num_stages=2)
     return config._replace(tile=min(config.tile, block_size), num_programs=max(1, config.num_programs))
@@ -163,7 +170,7 @@ class DecodePlan:
         sms, wide = num_multiprocessors(device), head_dim == 128 and block_size >= 128
         if packed:
             self.config = config or packed_decode_config(
-                num_seqs, num_kv_heads, head_dim, block_size, sms, shared_memory(device), long=long
+                num_seqs, num_heads, num_kv_heads, head_dim, block_size, sms, shared_memory(device), long=long
             )
         else:
             tuned = config or decode_config(num_seqs, num_heads, num_kv_heads, sms, long=long, wide=wide)
