@@ -38,7 +38,7 @@ class LayerKV:
     k: Tensor
     v: Tensor
     exponents: Tensor | None = field(default=None, kw_only=True)
-    """Of a packed cache (``kernels.packed_kv``)."""
+    """Of a packed cache (``kernels.packed_kv``): uint8 [blocks, K, B, 2]; ``k`` and ``v`` are then its rows."""
 
 
 class AttentionBackend(ABC):

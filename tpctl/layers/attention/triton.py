@@ -36,9 +36,11 @@ class TritonBackend(PagedBackend):
     captures_prefill = True
 
     def __init__(self, heads: HeadShape, block_size: int, packed: bool = False) -> None:
-        """Args:
-        packed: keep keys and values in 12 bits each (``kernels.packed_kv``): bfloat16, heads of ``HEAD_DIMS``
-            dimensions that are rotated whole.
+        """A backend for these heads.
+
+        Args:
+            packed: keep keys and values in 12 bits each (``kernels.packed_kv``), which takes bfloat16 and heads of
+                ``HEAD_DIMS`` dimensions that are rotated whole.
         """
         super().__init__(heads, block_size)
         self.packed = packed
