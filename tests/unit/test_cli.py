@@ -20,6 +20,7 @@ from tests.unit.synthetic import make_config
 from tpctl import __version__
 from tpctl.cli import app as app_module
 from tpctl.cli.app import app
+from tpctl.cli.engine import describe
 from tpctl.cli.options import AttentionBackend, EngineOptions, KvCacheDType
 from tpctl.engine.config import KV_CACHE_DTYPES, EngineConfig
 from tpctl.errors import EngineError, SourceError, UsageError
@@ -265,3 +266,11 @@ def test_what_a_packed_cache_needs() -> None:
 
 if __name__ == "__main__":
     print(listing(), end="")
+
+
+def test_an_engine_says_how_it_runs() -> None:
+    info = {"device": "cuda", "tp_size": 2, "dtype": "bfloat16", "attention_backend": "triton"}
+    packed = {"kv_cache_dtype": "packed", "all_reduce": "NCCL"}
+    assert describe(info | packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
+    plain = {"kv_cache_dtype": "bfloat16", "all_reduce": None}
+    assert describe(info | plain) == "tp 2, bfloat16, triton attention on GPU"
