@@ -14,7 +14,7 @@ from tpctl.kernels.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack
 from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
 from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
-from tpctl.sharding.model_sizes import PACKED_HEAD_DIMS
+from tpctl.sharding.model_sizes import MOST_UNPACKED, PACKED_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +42,9 @@ def packed_cache(x_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def test_the_planner_knows_the_same_heads() -> None:
-    assert PACKED_HEAD_DIMS == HEAD_DIMS
+    from tpctl.engine.cuda_runner import _MOST_UNPACKED
+
+    assert (PACKED_HEAD_DIMS, MOST_UNPACKED) == (HEAD_DIMS, _MOST_UNPACKED)
 
 
 def test_what_is_kept() -> None:

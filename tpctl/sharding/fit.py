@@ -206,7 +206,9 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
     for (first, *others), file_bytes in zip(alike.values(), written, strict=True):
         weights, parameters = model.weights(plan, first)
         heads = plan.heads[first]
-        activations = model.activation_bytes(plan, first, budget.max_num_batched_tokens, budget.max_num_seqs)
+        tokens, length = budget.max_num_batched_tokens, budget.max_model_len or model.config.max_position_embeddings
+        activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs)
+        activations += model.unpacked_bytes(len(heads.kv), tokens, length)
         fit = RankFit(
             rank=first,
             parameters=parameters,

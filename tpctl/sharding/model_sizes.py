@@ -24,6 +24,9 @@ from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, source_plan, source_sp
 PACKED_HEAD_DIMS = (64, 128, 256)
 """Of heads whose keys and values can be packed (``kernels.packed_kv``, without importing Triton)."""
 
+MOST_UNPACKED = 8
+"""Steps of the largest size whose contexts are unpacked at most (the engine's own, as above)."""
+
 
 class ModelSizes:
     """The sizes of one model.
@@ -110,6 +113,12 @@ class ModelSizes:
         config, dtype = self.config, self._cast or DTYPES[self.config.dtype]
         whole = config.rope.rotary_dim == config.head_dim
         return dtype == DTYPES["bfloat16"] and config.head_dim in PACKED_HEAD_DIMS and whole
+
+    def unpacked_bytes(self, kv_heads: int, tokens: int, max_model_len: int) -> int:
+        """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is packed."""
+        if not self.packs:
+            return 0
+        return min(MOST_UNPACKED * tokens, tokens + max_model_len) * kv_heads * self.config.head_dim * 2 * 2
 
     def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
         """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences, when most of them live.
