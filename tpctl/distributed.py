@@ -79,7 +79,10 @@ class TPGroup:
         if self.size == 1:
             return x.unsqueeze(0)
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather(list(gathered.unbind(0)), x.contiguous())
+        if x.device.type == "cuda":
+            dist.all_gather_into_tensor(gathered, x.contiguous())
+        else:
+            dist.all_gather(list(gathered.unbind(0)), x.contiguous())
         return gathered
 
     def minimum(self, value: int) -> int:

@@ -15,6 +15,7 @@ from tpctl.engine.pacing import Pace
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
 from tpctl.engine.sequence import Sequence
+from tpctl.kernels.floors import Filters
 from tpctl.kernels.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
 
 pytestmark = pytest.mark.gpu
@@ -32,8 +33,9 @@ class Uncaptured(CapturedSteps):
         self._numbers = torch.full((MixedGraphs.most_numbers(PACE.limit, PACE.chunks),), 7, dtype=torch.int32)
         self._numbers = self._numbers.to(DEVICE)
         self._rows = DecodeInputs.allocate(PACE.limit, 8, DEVICE)
-        for tensor in vars(self._rows).values():
-            tensor.fill_(3)
+        for name, value in vars(self._rows).items():
+            for tensor in value if name == "filters" else [value]:
+                tensor.fill_(3)
 
     def run(
         self, key: Hashable, numbers: list[int], make: Callable[[], tuple[torch.Tensor, Callable[[], None]]]
@@ -52,18 +54,18 @@ class Uncaptured(CapturedSteps):
 def test_packed_rows() -> None:
     seen: list[MixedInputs] = []
     steps = Uncaptured()
-    graphs = MixedGraphs(steps, PACE, seen.append)
+    graphs = MixedGraphs(steps, PACE, lambda inputs, searches: seen.append(inputs))
     # Two decodes, a chunk of 5 tokens behind 30 that ends its prompt, one of 20 that does not, 5 rows of padding.
     slots, positions = [3, 7, *[1] * 5, *[2] * 20], [40, 9, *range(30, 35), *range(20)]
     tokens = [-1, 11, *range(100, 105), *range(200, 220)]
     graphs.run(slots, positions, tokens, 2, [5, 20], [0, 1, 6])
-    assert steps.keys == [("mixed", 32, 32)]
+    assert steps.keys == [("mixed", 32, 32, 0)]
 
     (inputs,) = seen
     assert inputs.num_decodes.tolist() == [2]
     assert inputs.query_start_P1.tolist() == [2, 7, 27, 27, 27]
     assert inputs.seq_lens_P.tolist() == [35, 20, 0, 0]
-    assert inputs.logits_rows.tolist() == [0, 1, 6, *[0] * 29]
+    assert inputs.logits_rows.tolist() == [0, 1, 6, *[31] * 29]
     tables = SlotTables.allocate(10, 8, DEVICE)
     tables.block_tables.copy_(torch.arange(1, 81).view(10, 8))
     sampled = torch.tensor([99, 98], device=DEVICE)
@@ -78,13 +80,13 @@ def test_packed_rows() -> None:
 
 
 def test_decodes_are_padded_to_the_ladder() -> None:
-    seen: list[tuple[DecodeInputs, bool]] = []
+    seen: list[tuple[DecodeInputs, bool, int | None]] = []
     steps = Uncaptured()
-    graphs = DecodeGraphs(steps, 12, lambda inputs, long: seen.append((inputs, long)))
+    graphs = DecodeGraphs(steps, 12, lambda *given: seen.append(given))
     assert graphs.sizes == [1, 2, 4, 8, 12]
-    graphs.run([5, 3, 9], [40, 9, 0], [-1, 11, 12], True)
-    ((inputs, long),) = seen
-    assert (steps.keys, long) == ([(4, True)], True)
+    graphs.run([5, 3, 9], [40, 9, 0], [-1, 11, 12], True, 2)
+    ((inputs, long, searches),) = seen
+    assert (steps.keys, long, searches) == ([(4, True, 2)], True, 2)
     assert inputs.packed.tolist() == [[5, 3, 9, -1], [40, 9, 0, 0], [-1, 11, 12, 0]]
     assert (inputs.block_tables.shape, inputs.keys.shape, inputs.seq_lens.shape) == ((4, 8), (4, 2), (4,))
     assert inputs.block_tables.is_contiguous()
@@ -110,7 +112,7 @@ def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
     ],
 )
 def test_what_is_captured(decodes: int, chunks: list[int], taken: bool) -> None:
-    graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs: None)
+    graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs, searches: None)
     assert graphs.takes(batch(decodes, chunks)) is taken
 
 
@@ -120,7 +122,12 @@ def test_prepared_rows_equal_their_reference() -> None:
     tables = SlotTables(
         torch.randint(1, 99, (slots, blocks), dtype=torch.int32, device=DEVICE),
         torch.randint(-(2**63), 2**63 - 1, (slots,), device=DEVICE),
-        torch.rand(slots, device=DEVICE),
+        Filters(
+            torch.rand(slots, device=DEVICE),
+            torch.randint(0, 50, (slots,), dtype=torch.int32, device=DEVICE),
+            torch.rand(slots, device=DEVICE),
+            torch.rand(slots, device=DEVICE),
+        ),
         torch.randint(0, 5, (slots,), dtype=torch.int32, device=DEVICE),
     )
     sampled = torch.arange(1000, 1000 + rows, device=DEVICE)
@@ -138,7 +145,10 @@ def test_prepared_rows_equal_their_reference() -> None:
     for inputs, prepare in ((got, prepare_decode), (want, prepare_decode_reference)):
         inputs.packed.copy_(packed)
         prepare(inputs, sampled, tables, BLOCK)
-    for name in ("input_ids", "rope_positions", "slot_mapping", "seq_lens", "block_tables", "temperature", "keys"):
+    for name in ("input_ids", "rope_positions", "slot_mapping", "seq_lens", "block_tables", "keys"):
         assert torch.equal(getattr(got, name)[live], getattr(want, name)[live]), name
+    for name, mine, theirs in zip(Filters._fields, got.filters, want.filters, strict=True):
+        assert torch.equal(mine, theirs), name
+    assert not got.filters.temperature[~live].any()  # padding is greedy
     for name in ("slot_mapping", "seq_lens"):  # what keeps padding from doing anything
         assert torch.equal(getattr(got, name), getattr(want, name)), name

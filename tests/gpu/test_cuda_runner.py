@@ -23,6 +23,7 @@ from tpctl.engine.engine import Engine
 from tpctl.engine.gpu_memory import RESERVE, GpuShare
 from tpctl.engine.model_runner import ModelRunner
 from tpctl.engine.pacing import Pace
+from tpctl.engine.sampler import Sampler, SamplingRow
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduler import ScheduledBatch
 from tpctl.errors import EngineError
@@ -30,6 +31,7 @@ from tpctl.launch.messages import Abort, Add, Request
 from tpctl.layers.attention.base import kv_bytes_per_block
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.models.decoder import Decoder
+from tpctl.partition.split import Range
 from tpctl.sharding.shard import shard_checkpoint
 
 pytestmark = [
@@ -162,7 +164,7 @@ def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hash
         assert len(found[id]) == lengths[id]
     decodes = {key for key in replayed if key[0] != "mixed"}  # type: ignore[index]
     assert (len(decodes) > 0) == (way != "eager")
-    assert decodes <= {(size, False) for size in (1, 2, 4, 6)}
+    assert decodes <= {(size, False, 0) for size in (1, 2, 4, 6)}
     assert any(key[0] == "mixed" for key in replayed) == (way == "paced")  # type: ignore[index]
     stats = engine.scheduler.stats
     assert (stats.preemptions > 0) == (way == "tight")
@@ -197,12 +199,15 @@ def test_slots_are_taken_over(tmp_path: Path, replayed: list[Hashable]) -> None:
     assert 0 < len(found["gone"]) < 40
 
 
-def test_log_probabilities_are_sampled_on_the_host(tmp_path: Path, replayed: list[Hashable]) -> None:
+@pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}], ids=["graphs", "eager"])
+def test_log_probabilities_are_sampled_on_the_host(
+    settings: dict[str, Any], tmp_path: Path, replayed: list[Hashable]
+) -> None:
     """Beside requests that the device samples alone, and behind a step whose tokens are not back yet."""
     model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     prompts = prompts_of(5, 20)
-    engine = start(tmp_path / "tp1")
+    engine = start(tmp_path / "tp1", **settings)
     plain = SamplingParams(max_tokens=9, ignore_eos=True)
     engine.apply(Add([Request("0", prompts["0"], plain)]))
     found: dict[str, list[int]] = {id: [] for id in prompts}
@@ -221,10 +226,44 @@ def test_log_probabilities_are_sampled_on_the_host(tmp_path: Path, replayed: lis
         logits = model(torch.tensor([prompts["1"] + found["1"]])).logits[0, len(prompts["1"]) - 1 : -1]
     expected = logits.log_softmax(-1).amax(-1)
     assert len(logprobs) == 3
+    assert ((2, False, None) in replayed) == ("enforce_eager" not in settings)  # up to the logits it is captured
     for (chosen, top), want, token in zip(logprobs, expected.tolist(), found["1"], strict=True):
         assert chosen == pytest.approx(want, abs=1e-4)
         assert top[0] == [token, chosen]
         assert len(top) == 2
+
+
+FILTERED = {
+    "0": SamplingParams(max_tokens=10, ignore_eos=True, top_p=0.5),
+    "1": SamplingParams(temperature=1.5, top_k=9, seed=2, max_tokens=4, ignore_eos=True),
+    "2": SamplingParams(temperature=1.2, top_k=30, top_p=0.9, seed=3, max_tokens=6, ignore_eos=True),
+    "3": SamplingParams(temperature=2.0, min_p=0.3, seed=4, max_tokens=4, ignore_eos=True),
+    "4": SamplingParams(temperature=0.9, top_p=0.7, seed=1, max_tokens=4, ignore_eos=True),
+    "5": SamplingParams(temperature=0.8, seed=5, max_tokens=4, ignore_eos=True),
+}
+
+
+@pytest.mark.parametrize("way", ["graphs", "paced"])
+def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: list[Hashable]) -> None:
+    """The tokens that the CPU's sampler chooses, one request at a time, from whole logits."""
+    model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(3, 17, 36, 9, 50, 9)
+    engine = start(tmp_path / "tp1", scheduling_policy="makespan" if way == "paced" else "fcfs")
+    engine.runner.sampler.sample = None  # nothing asks it
+    found: dict[str, list[int]] = {id: [] for id in prompts}
+    engine.apply(Add([Request(id, ids, FILTERED[id]) for id, ids in prompts.items()]))
+    finish(engine, found)
+    vocab = engine.runner.model_config.vocab_size
+    sampler = Sampler(TPGroup(), [Range(0, vocab)], vocab)
+    for id, ids in prompts.items():
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + found[id]])).logits[0, len(ids) - 1 : -1]
+        rows = [SamplingRow(FILTERED[id], len(ids) + at) for at in range(len(found[id]))]
+        assert found[id] == sampler.sample(logits, rows)[0], id
+        assert len(found[id]) == FILTERED[id].max_tokens
+    assert any(key[0] == "mixed" and key[-1] == 2 for key in replayed) == (way == "paced")  # type: ignore[index]
+    assert {2} <= {key[-1] for key in replayed} <= {0, 1, 2}  # type: ignore[index]
 
 
 def test_the_cache_gets_what_nothing_else_needs(
@@ -240,7 +279,8 @@ def test_the_cache_gets_what_nothing_else_needs(
     assert engine.runner.num_blocks == 6 * 96 // 16  # more would never be used
     later, config = engine.runner._later_bytes, engine.runner.model_config
     tables = 4 * (2 * 6 + engine.runner._max_rows) * 96 // 16
-    assert later > tables + 6 * config.vocab_size * 4  # and the logits of a captured step, and its activations
+    # And the logits of a captured step, its activations, and what sampling with the host's help takes.
+    assert later > tables + 6 * config.vocab_size * 4 + engine.runner.sampler.working_bytes(6)
     block = kv_bytes_per_block(engine.runner.backend.heads, config.num_layers, 16, torch.float32)
     rest = taken + later + RESERVE
     share[0] = GpuShare(80 * gib, rest + 10 * block + block // 2, 1.0)

@@ -36,14 +36,14 @@ def test_time_per_token_needs_all_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(measure, "EngineClient", _Client)
     config: Any = None
     with pytest.raises(EngineError, match="8 prompt tokens and 9 to generate are more than the 16 of --max-model-len"):
-        measure.latency(config, 8, 8, 1)
+        measure.latency(config, 8, 8, 100, 1)
 
 
 def test_time_per_token_leaves_the_first_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "EngineClient", _Client)
     monkeypatch.setattr(measure, "_timed", lambda client, request: 0.5 + 0.01 * (request.sampling.max_tokens - 1))
     config: Any = None
-    figures, _ = measure.latency(config, 8, 5, 3)
+    figures, _ = measure.latency(config, 8, 5, 100, 3)
     assert figures["tpot"].values == pytest.approx([10.0] * 3)
     assert figures["ttft"].values == pytest.approx([500.0] * 3)
 

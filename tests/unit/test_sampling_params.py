@@ -1,4 +1,4 @@
-"""Which settings the sampling kernel serves by itself."""
+"""Which settings a captured step serves by itself, and what finding their tokens takes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from tpctl.engine.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(
-    "settings,plain",
+    "settings,needs_host,searches",
     [
-        ({}, True),
-        ({"temperature": 0.7}, True),
-        ({"temperature": 0.7, "seed": 5, "max_tokens": 9, "ignore_eos": True, "stop_token_ids": (1,)}, True),
-        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, True),  # greedy: the likeliest is always kept
-        ({"temperature": 0.7, "top_k": 5}, False),
-        ({"temperature": 0.7, "top_p": 0.5}, False),
-        ({"temperature": 0.7, "min_p": 0.1}, False),
-        ({"repetition_penalty": 1.1}, False),
-        ({"logprobs": 0}, False),
-        ({"temperature": 0.7, "logprobs": 3}, False),
+        ({}, False, 0),
+        ({"temperature": 0.7}, False, 0),
+        ({"temperature": 0.7, "seed": 5, "max_tokens": 9, "ignore_eos": True, "stop_token_ids": (1,)}, False, 0),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, False, 0),  # greedy: the likeliest is always kept
+        ({"temperature": 0.7, "top_k": 5}, False, 1),
+        ({"temperature": 0.7, "top_p": 0.5}, False, 1),
+        ({"temperature": 0.7, "min_p": 0.1}, False, 1),
+        ({"temperature": 0.7, "top_k": 5, "min_p": 0.1}, False, 1),
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.5}, False, 2),
+        ({"repetition_penalty": 1.1}, True, 0),
+        ({"logprobs": 0}, True, 0),
+        ({"temperature": 0.7, "top_p": 0.5, "logprobs": 3}, True, 1),
     ],
 )
-def test_plain(settings: dict[str, Any], plain: bool) -> None:
-    assert SamplingParams(**settings).plain is plain
+def test_what_samples_a_row(settings: dict[str, Any], needs_host: bool, searches: int) -> None:
+    params = SamplingParams(**settings)
+    assert (params.needs_host, params.searches) == (needs_host, searches)

@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,14 +56,17 @@ class Report:
 
 
 def throughput(
-    config: EngineConfig, workload: str, vocab_size: int, runs: int
+    config: EngineConfig, workload: str, vocab_size: int, runs: int, sampling: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """Generated tokens a second, from handing in all requests to the last token, after one run to warm up."""
+    """Generated tokens a second, from handing in all requests to the last token, after one run to warm up.
+
+    sampling: fields of ``SamplingParams`` in place of the workload's own.
+    """
     rates, times = [], []
     with EngineClient(config) as client:
         info = client.wait_ready()
         for run in range(runs + 1):
-            work = make_workload(workload, vocab_size, shift=run * 13)
+            work = make_workload(workload, vocab_size, run * 13, sampling)
             started = time.perf_counter()
             _drain(client, work.requests)
             seconds = time.perf_counter() - started
@@ -75,7 +79,12 @@ def throughput(
 
 
 def latency(
-    config: EngineConfig, prompt_tokens: int, output_tokens: int, runs: int
+    config: EngineConfig,
+    prompt_tokens: int,
+    output_tokens: int,
+    vocab_size: int,
+    runs: int,
+    sampling: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """One request at a time: time to first token, and time per token after it.
 
@@ -93,15 +102,18 @@ def latency(
                 f"{info['max_model_len']} of --max-model-len; ask for fewer, or raise it"
             )
         for run in range(runs + 1):
-            one = _timed(client, one_request(prompt_tokens, 1, 2 * run))
-            many = _timed(client, one_request(prompt_tokens, output_tokens + 1, 2 * run + 1))
+            one = _timed(client, one_request(prompt_tokens, 1, 2 * run, vocab_size, sampling))
+            longer = one_request(prompt_tokens, output_tokens + 1, 2 * run + 1, vocab_size, sampling)
+            many = _timed(client, longer)
             if run:
                 first.append(one * 1e3)
                 per_token.append((many - one) / output_tokens * 1e3)
     return {"ttft": Figure("ms", first), "tpot": Figure("ms", per_token)}, info
 
 
-def startup(config: EngineConfig, prompt_tokens: int, runs: int) -> tuple[dict[str, Figure], dict[str, Any]]:
+def startup(
+    config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int
+) -> tuple[dict[str, Figure], dict[str, Any]]:
     """From starting the workers to the first token of a prompt; each run starts them anew.
 
     ``before`` is what passed before the first of them: from the start of this process, through its imports, to a model
@@ -114,14 +126,15 @@ def startup(config: EngineConfig, prompt_tokens: int, runs: int) -> tuple[dict[s
         started = time.perf_counter()
         with EngineClient(config) as client:
             info = client.wait_ready()
-            _drain(client, [one_request(prompt_tokens, 1, run)])
+            _drain(client, [one_request(prompt_tokens, 1, run, vocab_size)])
             seconds.append(time.perf_counter() - started)
     figures = {"startup": Figure("s", seconds)}
     return figures if before is None else {**figures, "before": Figure("s", [before])}, info
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on: processor, GPUs and their driver, versions (torch's names CUDA's), date."""
+    """What the figures were taken on: processor, GPUs and their driver, versions (torch's names CUDA's), date; and
+    tpctl's commit, where it runs from a clone."""
     versions: dict[str, str | None] = {}
     for package in ("tpctl", "torch", "triton", "transformers", "flash-attn", "flash-attn-3"):
         try:
@@ -135,6 +148,7 @@ def machine() -> dict[str, Any]:
         "driver": next(iter(_ask_gpus("driver_version")), None),
         "python": platform.python_version(),
         "versions": versions,
+        "commit": _commit(),
     }
 
 
@@ -173,6 +187,15 @@ def _process_age() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
+def _commit() -> str | None:
+    """The commit of the clone that this code lies in, marked where files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    described = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    return next(iter(_lines(described)), None)
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -185,7 +208,11 @@ def _cpu_name() -> str:
 
 def _ask_gpus(field: str) -> list[str]:
     """One answer of nvidia-smi's a GPU; none where there is none."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    return _lines(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"])
+
+
+def _lines(command: list[str]) -> list[str]:
+    """What a command prints; nothing where there is no such command or it fails."""
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

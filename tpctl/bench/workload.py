@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import UsageError
@@ -27,8 +29,10 @@ class Workload:
         return sum(len(request.token_ids) for request in self.requests)
 
 
-def make_workload(name: str, vocab_size: int, shift: int = 0) -> Workload:
+def make_workload(name: str, vocab_size: int, shift: int = 0, sampling: Mapping[str, Any] | None = None) -> Workload:
     """The workload called ``name``, with prompt tokens moved on by ``shift`` (modulo the vocabulary).
+
+    sampling: fields of ``SamplingParams`` in place of the workload's own.
 
     ``nano``: nano-vllm's own benchmark: seed 0, 256 prompts of 100 to 1,024 random tokens below 10,000, then 256
     output lengths of 100 to 1,024, together 133,966 tokens; temperature 0.6. ``short``: 32 prompts of 128 random
@@ -48,6 +52,7 @@ def make_workload(name: str, vocab_size: int, shift: int = 0) -> Workload:
         temperature = 0.0
     else:
         raise UsageError(f"unknown workload {name!r}; known: nano, short")
+    fields = {"temperature": temperature, **(sampling or {})}
     moved = [[(token + shift) % min(vocab_size, 10001) for token in prompt] for prompt in prompts]
     return Workload(
         name,
@@ -55,16 +60,19 @@ def make_workload(name: str, vocab_size: int, shift: int = 0) -> Workload:
             Request(
                 f"{name}-{shift}-{index}",
                 prompt,
-                SamplingParams(temperature=temperature, seed=index, max_tokens=length, ignore_eos=True),
+                SamplingParams(**fields, seed=index, max_tokens=length, ignore_eos=True),
             )
             for index, (prompt, length) in enumerate(zip(moved, lengths, strict=True))
         ],
     )
 
 
-def one_request(prompt_tokens: int, output_tokens: int, shift: int) -> Request:
-    """A single greedy request whose prompt differs with ``shift`` from its first token on."""
+def one_request(
+    prompt_tokens: int, output_tokens: int, shift: int, vocab_size: int, sampling: Mapping[str, Any] | None = None
+) -> Request:
+    """A single request whose prompt differs with ``shift`` from its first token on; greedy unless ``sampling`` (fields
+    of ``SamplingParams``) says otherwise."""
     rng = random.Random(shift)
-    prompt = [rng.randrange(3, 10000) for _ in range(prompt_tokens)]
-    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    prompt = [rng.randrange(3, 10000) % vocab_size for _ in range(prompt_tokens)]
+    params = SamplingParams(**(sampling or {}), seed=shift, max_tokens=output_tokens, ignore_eos=True)
     return Request(f"one-{shift}-{output_tokens}", prompt, params)

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpctl.cli.console import note, status, stderr
-from tpctl.cli.engine import describe, interrupts, prepare
+from tpctl.cli.engine import describe, interrupts, prepare, say_policy
 from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SamplingOptions, SchedulingPolicy, grouped
 from tpctl.cli.streams import NamedFile, is_closed_pipe, stdin_bytes
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError
@@ -85,6 +85,7 @@ def batch(
                 info = client.wait_ready()
             if not silent:
                 note(f"{model} is ready ({describe(info)})")
+            say_policy(scheduling_policy, info)
             parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info["max_model_len"])
             run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
             with (

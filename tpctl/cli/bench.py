@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tpctl.cli.console import print_json, status
-from tpctl.cli.engine import configure, prepare, settle
-from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SchedulingPolicy, grouped
+from tpctl.cli.engine import configure, prepare, say_policy, settle
+from tpctl.cli.options import MODEL_HELP, POLICY, DistributionOptions, EngineOptions, SchedulingPolicy, grouped
 from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,20 +33,25 @@ def throughput(
     workload: Annotated[str, typer.Option(help="nano (256 prompts) or short (32 prompts).")] = "short",
     runs: Runs = 3,
     as_json: AsJson = False,
-    scheduling_policy: Annotated[SchedulingPolicy, POLICY] = SchedulingPolicy.makespan,
+    scheduling_policy: Annotated[SchedulingPolicy | None, POLICY] = None,
     *,
     engine: EngineOptions,
+    sampling: DistributionOptions,
 ) -> None:
-    """Generated tokens a second of a whole workload, handed in at once, after a warm-up run."""
-    from tpctl.bench import measure
-    from tpctl.models.config import ModelConfig
+    """Generated tokens a second of a whole workload, handed in at once, after a warm-up run.
 
-    config, name = _config(model, shape, engine, scheduling_policy)
-    vocab = ModelConfig.load(config.shard_dir).vocab_size
+    Sampling defaults to the workload's own: nano's temperature is 0.6, short is greedy. The scheduling policy is
+    makespan, where it can be had.
+    """
+    from tpctl.bench import measure
+
+    sampling.check()
+    config, name, vocab = _config(model, shape, engine, scheduling_policy or SchedulingPolicy.makespan)
     with status(f"running {workload}"):
-        figures, info = measure.throughput(config, workload, vocab, runs)
-    settings = {"workload": workload, "scheduling_policy": str(scheduling_policy)}
-    _print("throughput", name, figures, info, settings, as_json)
+        figures, info = measure.throughput(config, workload, vocab, runs, sampling.given())
+    say_policy(scheduling_policy, info)
+    settings = {"workload": workload, "sampling": sampling.given()}
+    _print("throughput", name, config, figures, info, settings, as_json)
 
 
 @grouped
@@ -58,15 +64,20 @@ def latency(
     as_json: AsJson = False,
     *,
     engine: EngineOptions,
+    sampling: DistributionOptions,
 ) -> None:
-    """Time to first token and time per token of a single request, after a warm-up."""
+    """Time to first token and time per token of a single request, after a warm-up.
+
+    Greedy unless sampling options are given.
+    """
     from tpctl.bench import measure
 
-    config, name = _config(model, shape, engine)
+    sampling.check()
+    config, name, vocab = _config(model, shape, engine)
     with status("running one request at a time"):
-        figures, info = measure.latency(config, prompt_tokens, output_tokens, runs)
-    settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
-    _print("latency", name, figures, info, settings, as_json)
+        figures, info = measure.latency(config, prompt_tokens, output_tokens, vocab, runs, sampling.given())
+    settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "sampling": sampling.given()}
+    _print("latency", name, config, figures, info, settings, as_json)
 
 
 @grouped
@@ -86,10 +97,10 @@ def startup(
     """
     from tpctl.bench import measure
 
-    config, name = _config(model, shape, engine)
+    config, name, vocab = _config(model, shape, engine)
     with status("starting and stopping"):
-        figures, info = measure.startup(config, prompt_tokens, runs)
-    _print("startup", name, figures, info, {"prompt_tokens": prompt_tokens}, as_json)
+        figures, info = measure.startup(config, prompt_tokens, vocab, runs)
+    _print("startup", name, config, figures, info, {"prompt_tokens": prompt_tokens}, as_json)
 
 
 bench.command("throughput", short_help="Tokens a second of a whole workload.")(throughput)
@@ -102,10 +113,14 @@ def _config(
     shape: str | None,
     options: EngineOptions,
     policy: SchedulingPolicy = SchedulingPolicy.fcfs,
-) -> tuple[EngineConfig, str]:
+) -> tuple[EngineConfig, str, int]:
+    """The engine's configuration, the model's name and how many tokens it knows."""
+    from tpctl.models.config import ModelConfig
+
     if shape is None:
         model = "demo" if model is None else model
-        return prepare(model, options, policy), model
+        config = prepare(model, options, policy)
+        return config, model, ModelConfig.load(config.shard_dir).vocab_size
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
     from tpctl.bench.synthetic import shape_config, synthetic_source
@@ -117,12 +132,13 @@ def _config(
     settings.longest(known.max_position_embeddings)
     with status(f"making random weights of {shape}"):
         source = synthetic_source(shape)
-    return configure(source, options, policy), shape
+    return configure(source, options, policy), shape, known.vocab_size
 
 
 def _print(
     benchmark: str,
     model: str,
+    config: EngineConfig,
     figures: dict[str, Figure],
     info: dict[str, Any],
     settings: dict[str, Any],
@@ -130,7 +146,8 @@ def _print(
 ) -> None:
     from tpctl.bench.measure import Report, machine
 
-    report = Report(benchmark, model, figures, info, machine(), settings)
+    asked = {**asdict(config), "shard_dir": str(config.shard_dir)}
+    report = Report(benchmark, model, figures, info, machine(), {**settings, "engine": asked})
     if as_json:
         print_json(report.to_dict())
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tpctl.cli.console import byte_progress
+from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, EngineOptions, SchedulingPolicy
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import parse_bytes
@@ -96,6 +96,15 @@ def describe(info: dict[str, Any]) -> str:
     sums = f", all-reduce by {info['all_reduce']}" if info.get("all_reduce") else ""
     cache = ", packed KV cache" if info.get("kv_cache_dtype") == "packed" else ""
     return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}{cache}{sums}"
+
+
+def say_policy(asked: SchedulingPolicy | None, info: dict[str, Any]) -> None:
+    """Tell of a scheduling policy that was asked for and cannot be had."""
+    if asked is not None and info["scheduling_policy"] != asked:
+        note(
+            f"--scheduling-policy {asked} needs a GPU with --attention-backend triton and without --enforce-eager; "
+            f"{info['scheduling_policy']} it is"
+        )
 
 
 class Interrupts:

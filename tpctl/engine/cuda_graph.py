@@ -119,18 +119,28 @@ class DecodeGraphs:
     """Captured decode steps of up to ``largest`` rows.
 
     Args:
-        step: computes one decode step from its inputs. The flag is that of ``run``.
+        step: computes one decode step from its inputs. The others are those of ``run``.
     """
 
-    def __init__(self, steps: CapturedSteps, largest: int, step: Callable[[DecodeInputs, bool], None]) -> None:
+    def __init__(
+        self, steps: CapturedSteps, largest: int, step: Callable[[DecodeInputs, bool, int | None], None]
+    ) -> None:
         self.sizes = ladder(largest)
         self._steps = steps
         self._step = step
 
-    def run(self, slots: list[int], positions: list[int], tokens: list[int], long: bool = False) -> None:
+    def run(
+        self,
+        slots: list[int],
+        positions: list[int],
+        tokens: list[int],
+        long: bool = False,
+        searches: int | None = 0,
+    ) -> None:
         """One decode step of these rows; the rows that pad it to a captured size write and sample nothing of use.
 
-        long: the backend plans this step differently, so it has a graph of its own.
+        long: the backend plans this step differently, so it has a graph of its own. searches: so has each way to
+        sample (``ScheduledBatch.searches``; ``None``: the host helps).
         """
         count = len(slots)
         size = self.sizes[bisect_left(self.sizes, count)]
@@ -140,9 +150,9 @@ class DecodeGraphs:
         def make() -> tuple[Tensor, Callable[[], None]]:
             flat, _ = self._steps.numbers([3 * size])
             inputs = self._steps.rows(size, flat)
-            return flat, lambda: self._step(inputs, long)
+            return flat, lambda: self._step(inputs, long, searches)
 
-        self._steps.run((size, long), numbers, make)
+        self._steps.run((size, long, searches), numbers, make)
 
 
 @dataclass(frozen=True)
@@ -170,11 +180,11 @@ class MixedGraphs:
         step: computes one such step from its inputs.
     """
 
-    def __init__(self, steps: CapturedSteps, pace: Pace, step: Callable[[MixedInputs], None]) -> None:
+    def __init__(self, steps: CapturedSteps, pace: Pace, step: Callable[[MixedInputs, int | None], None]) -> None:
         self._steps = steps
         self._pace = pace
         self._step = step
-        self._captured: set[tuple[int, int]] = set()
+        self._captured: set[tuple[int, int, int | None]] = set()
 
     @staticmethod
     def most_numbers(rows: int, chunks: int) -> int:
@@ -191,8 +201,8 @@ class MixedGraphs:
         pace = self._pace
         if not (pace.rows // 2 <= batch.num_tokens <= pace.limit and 0 < batch.num_prefills <= pace.chunks):
             return False
-        size = self._size(batch.num_tokens, len(batch.sampled))
-        return size in self._captured or len(self._captured) < _MOST
+        key = *self._size(batch.num_tokens, len(batch.sampled)), None if batch.needs_host else batch.searches
+        return key in self._captured or len(self._captured) < _MOST
 
     def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:
         """Rows, and rows that are sampled, of the graph for a step."""
@@ -207,34 +217,36 @@ class MixedGraphs:
         num_decodes: int,
         chunks: list[int],
         sampled: list[int],
+        searches: int | None = 0,
     ) -> None:
         """One step.
 
         slots, positions, tokens: of each row, the decodes' first. chunks: how many rows each prefill chunk has.
-        sampled: rows that are sampled.
+        sampled: rows that are sampled. searches: as in ``DecodeGraphs.run``.
         """
         count = len(slots)
         size, picked = self._size(count, len(sampled))
-        self._captured.add((size, picked))
+        self._captured.add((size, picked, searches))
         starts = [num_decodes]
         for chunk in chunks:
             starts.append(starts[-1] + chunk)
         lens = [positions[end - 1] + 1 for end in starts[1:]]
         empty = self._pace.chunks - len(chunks)
         padding = [0] * (size - count)
+        last = size - 1 if count < size else 0  # padding is sampled greedily, in no time
         numbers = [
             *(*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding),
             num_decodes,
             *(*starts, *[count] * empty),
             *(*(end - 1 for end in starts[1:]), *[0] * empty),
             *(*lens, *[0] * empty),
-            *(*sampled, *[0] * (picked - len(sampled))),
+            *(*sampled, *[last] * (picked - len(sampled))),
         ]
 
         def make() -> tuple[Tensor, Callable[[], None]]:
             chunks = self._pace.chunks
             flat, (packed, *others) = self._steps.numbers([3 * size, 1, chunks + 1, chunks, chunks, picked])
             inputs = MixedInputs(self._steps.rows(size, packed), *others)
-            return flat, lambda: self._step(inputs)
+            return flat, lambda: self._step(inputs, searches)
 
-        self._steps.run(("mixed", size, picked), numbers, make)
+        self._steps.run(("mixed", size, picked, searches), numbers, make)

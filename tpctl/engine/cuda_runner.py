@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tpctl.engine.pacing import Pace
 from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
 from tpctl.engine.slots import Slots
 from tpctl.errors import EngineError
+from tpctl.kernels.floors import Filters, sampling_floors
 from tpctl.kernels.launch import has_pdl
 from tpctl.kernels.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling import sample
@@ -81,22 +83,28 @@ class CudaRunner(ModelRunner):
         assert isinstance(self.backend, PagedBackend)
         return self.backend
 
+    @cached_property
+    def _logits(self) -> Tensor:
+        """[rows, V]: where steps leave the logits that are sampled with the host's help."""
+        rows, width = MixedGraphs.most_sampled(self.config.max_num_seqs), self.model.lm_head.weight.shape[0]
+        return torch.empty(rows, width, dtype=self.dtype, device=self.group.device)
+
     def may_overlap(self, batch: ScheduledBatch) -> bool:
-        return batch.plain
+        return not batch.needs_host
 
     def launch(self, batch: ScheduledBatch) -> Launched:
         with torch.inference_mode():
             slots = self._slots.update(batch.items)
-            simple = batch.plain
-            if batch.num_decodes == len(batch.items) and simple and self._graphs is not None:
+            searches = None if batch.needs_host else batch.searches
+            if batch.num_decodes == len(batch.items) and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
-                self._graphs.run(*rows, self._cuda_backend.is_long(len(slots), 1 + max(rows[1])))
-            elif simple and batch.paced and self._mixed is not None and self._mixed.takes(batch):
-                self._mixed.run(*self._mixed_rows(batch, slots))
+                self._graphs.run(*rows, self._cuda_backend.is_long(len(slots), 1 + max(rows[1])), searches)
+            elif batch.paced and self._mixed is not None and self._mixed.takes(batch):
+                self._mixed.run(*self._mixed_rows(batch, slots), searches)
             else:
-                logits = self._eager(batch, slots, simple)
-                if not simple:
-                    return self._sample_on_host(batch, logits)
+                self._eager(batch, slots, searches)
+            if searches is None:
+                return self._sample_on_host(batch)
             self._references = {item.sequence.id: row for row, item in enumerate(batch.sampled)}
             host = self._results[self._turn]
             self._turn = (self._turn + 1) % _RING
@@ -115,12 +123,11 @@ class CudaRunner(ModelRunner):
                 raise EngineError(_LOST_PEER)
         return launched.token_ids, launched.logprobs
 
-    def _sample_on_host(self, batch: ScheduledBatch, logits: Tensor | None) -> Launched:
-        """The general sampler, which reads back as it goes; the next step waits for it."""
+    def _sample_on_host(self, batch: ScheduledBatch) -> Launched:
+        """The general sampler on the step's logits. It reads back as it goes; the next step waits for it."""
         self._references = {}
-        if logits is None:
-            return Launched(batch, [])
-        token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
+        rows = sampling_rows(batch)
+        token_ids, logprobs = self.sampler.sample(self._logits[: len(rows)], rows)
         if self._decoder.lost_peer():
             raise EngineError(_LOST_PEER)
         return Launched(batch, token_ids, logprobs)
@@ -150,11 +157,11 @@ class CudaRunner(ModelRunner):
             seq_lens_S=rows.seq_lens,
         )
 
-    def _decode_step(self, inputs: DecodeInputs, long: bool) -> None:
+    def _decode_step(self, inputs: DecodeInputs, long: bool, searches: int | None) -> None:
         """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
         forward = replace(self._prepared(inputs), long_context=long)
         logits = self._decoder.logits(forward, self.kv, None)
-        self._sample_into(logits, inputs.temperature, inputs.keys)
+        self._sample_into(logits, inputs.filters, inputs.keys, searches)
 
     def _find_pace(self) -> Pace | None:
         """How prompts are computed beside decodes, where that can be captured; the same on every rank."""
@@ -183,7 +190,7 @@ class CudaRunner(ModelRunner):
                 sampled.append(len(rows) - 1)
         return rows, positions, tokens, decodes, [item.num_new_tokens for item in batch.items[decodes:]], sampled
 
-    def _mixed_step(self, inputs: MixedInputs) -> None:
+    def _mixed_step(self, inputs: MixedInputs, searches: int | None) -> None:
         """One step of decodes and prefill chunks, from the packed rows to ``self._sampled``: what a graph captures."""
         rows = inputs.rows
         forward = self._prepared(rows)
@@ -198,39 +205,41 @@ class CudaRunner(ModelRunner):
             ),
         )
         logits = self._decoder.logits(forward, self.kv, picked)
-        self._sample_into(logits, rows.temperature[picked], rows.keys[picked])
+        self._sample_into(logits, rows.filters.rows(picked), rows.keys[picked], searches)
 
-    def _sample_into(self, logits: Tensor, temperature: Tensor, keys: Tensor) -> None:
+    def _sample_into(self, logits: Tensor, filters: Filters, keys: Tensor, searches: int | None) -> None:
+        """Sample into ``self._sampled``, or leave the logits in ``self._logits`` (``searches`` is ``None``)."""
+        if searches is None:
+            self._logits[: logits.shape[0]].copy_(logits)
+            return
         sampler = self.sampler
+        pdl = logits.shape[0] <= PDL_ROWS and has_pdl(logits.device)
+        floors = None
+        if searches:
+            whole, vocab_size = sampler.whole_rows(logits)
+            floors = sampling_floors(whole, filters, vocab_size=vocab_size, both=searches == 2, pdl=pdl)
         scores, ids = sample(
             logits,
-            temperature,
+            filters.temperature,
             keys,
             vocab_start=sampler.first,
             vocab_size=self.model_config.vocab_size,
-            pdl=logits.shape[0] <= PDL_ROWS and has_pdl(logits.device),
+            floors_T=floors,
+            pdl=pdl,
         )
         winner = self._decoder.winner(scores, ids)
         self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids) if winner is None else winner)
 
-    def _eager(self, batch: ScheduledBatch, slots: list[int], simple: bool) -> Tensor | None:
-        """A step with prefill chunks; samples where the device can do it, else returns the logits to sample from."""
+    def _eager(self, batch: ScheduledBatch, slots: list[int], searches: int | None) -> None:
+        """A step with prefill chunks, launched kernel by kernel."""
         forward = self._forward_batch(batch, slots)
-        rows = forward.logits_rows
-        logits = self._decoder.logits(forward, self.kv, rows)
-        if not rows.numel():
-            return None
-        if not simple:
-            return logits
-        sampled = batch.sampled
-        keys = [noise_keys(item.sequence.params.seed, item.end) for item in sampled]
-        temperatures = [item.sequence.params.temperature for item in sampled]
-        self._sample_into(
-            logits,
-            self._to_device(np.array(temperatures, dtype=np.float32)),
-            self._to_device(np.array(keys, dtype=np.int64)),
-        )
-        return None
+        logits = self._decoder.logits(forward, self.kv, forward.logits_rows)
+        if not batch.sampled:
+            return
+        keys = [noise_keys(item.sequence.params.seed, item.end) for item in batch.sampled]
+        at = [slots[row] for row, item in enumerate(batch.items) if item.samples]
+        filters = self._slots.tables.filters.rows(self._to_device(np.array(at, dtype=np.int64)))
+        self._sample_into(logits, filters, self._to_device(np.array(keys, dtype=np.int64)), searches)
 
     def _forward_batch(self, batch: ScheduledBatch, slots: list[int]) -> ForwardBatch:
         items = batch.items
@@ -270,8 +279,8 @@ class CudaRunner(ModelRunner):
         )
 
     def info(self) -> dict[str, Any]:
-        way = "NCCL" if self._decoder.peers is None else "peer memory"
-        return super().info() | {"all_reduce": way if self.group.size > 1 else None}
+        info = super().info()
+        return info if self._decoder.peers is None else info | {"all_reduce": "peer memory"}
 
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
@@ -301,10 +310,14 @@ class CudaRunner(ModelRunner):
         torch.cuda.synchronize(device)
         self._lap("largest step", started)
         activations = torch.cuda.max_memory_allocated(device) - before
-        logits = MixedGraphs.most_sampled(config.max_num_seqs) * self.model.lm_head.weight.shape[0]
+        sampled = MixedGraphs.most_sampled(config.max_num_seqs)
+        logits = sampled * self.model.lm_head.weight.shape[0] * self.dtype.itemsize
+        whole = 0 if self.group.size == 1 else (1 + self.group.size) * logits  # gathered where top-k or top-p is set
         # Of a step of fewer tokens; at most, since logits are counted twice.
-        self._step_bytes = activations * min(rows, tokens) // tokens + logits * self.dtype.itemsize
-        later = self._later_bytes = self._bytes_of_tables() + (0 if config.enforce_eager else self._step_bytes)
+        self._step_bytes = activations * min(rows, tokens) // tokens + logits + whole
+        later = self._bytes_of_tables() + (whole if config.enforce_eager else self._step_bytes)
+        later += logits + self.sampler.working_bytes(config.max_num_seqs)  # sampling with the host's help
+        self._later_bytes = later
         if config.kv_cache_memory is not None:
             return config.kv_cache_memory
         share = self._gpu_share

@@ -26,18 +26,20 @@ def nucleus_floor(scaled_RV: Tensor, params: Sequence[SamplingParams], group: TP
         scaled_RV: this rank's logits divided by the temperature, float32.
         widest: the largest V over the ranks.
     """
+    device = scaled_RV.device
     wanted = min(max([CANDIDATES, *(p.top_k for p in params)]), widest)
     values = _gather_largest(scaled_RV, wanted, group)
     if wanted < widest:  # beyond this many, a rank may hold values that it did not offer
         values = values[:, :wanted]
     total = group.all_gather(scaled_RV.logsumexp(-1)).logsumexp(0)
-    floors = [_floor(values[row], total[row], p) for row, p in enumerate(params)]
-    flat = [row for row, floor in enumerate(floors) if floor is None]
-    if flat and wanted < widest:
+    top_k = torch.tensor([p.top_k for p in params], device=device)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    floors, reached = _floors(values, total, top_k, top_p)
+    flat = (~reached).nonzero().flatten()
+    if len(flat) and wanted < widest:
         whole = _gather_largest(scaled_RV[flat], widest, group)
-        for index, row in enumerate(flat):
-            floors[row] = _floor(whole[index], total[row], params[row])
-    return torch.stack([total.new_tensor(float("-inf")) if floor is None else floor for floor in floors])
+        floors[flat] = _floors(whole, total[flat], top_k[flat], top_p[flat])[0]
+    return floors
 
 
 def min_p_floor(scaled_RV: Tensor, params: Sequence[SamplingParams], group: TPGroup) -> Tensor:
@@ -47,22 +49,25 @@ def min_p_floor(scaled_RV: Tensor, params: Sequence[SamplingParams], group: TPGr
     return largest + torch.tensor(offset, device=largest.device)
 
 
-def _floor(descending: Tensor, total: Tensor, params: SamplingParams) -> Tensor | None:
-    """The floor of one row from its largest values; ``None`` if they do not reach far enough to hold the top-p set.
+def _floors(descending_RC: Tensor, total_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's floor from its largest values, and whether they reach far enough to hold its set; -inf if not.
 
-    ``total`` is the log of the sum of exponentials over the whole row.
+    ``total_R`` is the log of the sum of exponentials over the whole row.
     """
-    k = min(params.top_k or len(descending), len(descending))
-    kept = descending[:k]
-    if params.top_p >= 1.0:
-        return kept[-1] if params.top_k else None
-    mass = kept.double().logsumexp(0) if params.top_k else total.double()
-    reached = torch.cumsum((kept.double() - mass).exp(), 0)
-    enough = (reached >= params.top_p).nonzero()
-    if len(enough):
-        return kept[enough[0, 0]]
+    count = descending_RC.shape[1]
+    limited = top_k_R > 0
+    k = torch.where(limited, top_k_R.clamp(max=count), count).unsqueeze(1)
+    values = descending_RC.double()
+    kept = torch.arange(count, device=values.device) < k
+    values = values.where(kept, float("-inf"))
+    mass = torch.where(limited, values.logsumexp(-1), total_R.double()).unsqueeze(1)
+    enough = kept & (torch.cumsum((values - mass).exp(), -1) >= top_p_R.unsqueeze(1)) & (top_p_R < 1).unsqueeze(1)
+    found = enough.any(-1)
     # With top-k the sum can end a rounding error below 1; without it, the set goes on beyond these values.
-    return kept[-1] if params.top_k else None
+    at = torch.where(found, enough.int().argmax(-1), k.squeeze(1) - 1).unsqueeze(1)
+    floors = descending_RC.gather(1, at).squeeze(1)
+    reached = found | limited
+    return floors.where(reached, float("-inf")), reached
 
 
 def _gather_largest(scaled: Tensor, count: int, group: TPGroup) -> Tensor:

@@ -30,7 +30,8 @@ def report_logprobs(
 
     wanted = max(p.logprobs or 0 for p in params)
     count = min(wanted, widest)
-    tops: list[list[list[float]]] = [[] for _ in params]
+    chances: list[float] = chosen.tolist()
+    tops: list[list[list[float]]] = [[]] * len(params)
     if count:
         mine = torch.full((len(params), count, 2), float("-inf"), dtype=torch.float64, device=logits_RV.device)
         values, ids = logits_RV.topk(min(count, logits_RV.shape[1]), dim=-1)
@@ -39,8 +40,12 @@ def report_logprobs(
         pairs = group.all_gather(mine)
         merged = pairs.permute(1, 0, 2, 3).flatten(1, 2)  # [R, ranks * count, 2], lower ids first among equals
         order = merged[..., 0].sort(dim=-1, descending=True, stable=True).indices[:, :wanted]
-        for row, p in enumerate(params):
-            best = merged[row, order[row, : p.logprobs or 0]]
-            known = [(value, id) for value, id in best.tolist() if value > float("-inf")]
-            tops[row] = [[int(id), float(value - total[row])] for value, id in known]
-    return [[float(chosen[row]), tops[row]] if p.logprobs is not None else None for row, p in enumerate(params)]
+        best = merged.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
+        best[..., 0] -= total.double().unsqueeze(-1)
+        tops = best.tolist()
+    return [
+        None
+        if p.logprobs is None
+        else [chance, [[int(id), value] for value, id in top[: p.logprobs] if value > float("-inf")]]
+        for chance, top, p in zip(chances, tops, params, strict=True)
+    ]

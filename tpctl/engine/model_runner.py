@@ -154,6 +154,8 @@ class ModelRunner:
             "block_size": self.backend.block_size,
             "num_blocks": self.num_blocks,
             "max_model_len": self.max_model_len,
+            "all_reduce": "NCCL" if self.group.device.type == "cuda" and self.group.size > 1 else None,
+            "scheduling_policy": "fcfs" if self.pace is None else "makespan",
             "weight_bytes": self.weight_bytes,
             "timings": self.timings,
         }

@@ -22,6 +22,12 @@ from tpctl.engine.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.partition.split import Range
 
+_BYTES = 96
+"""Of a GPU's memory that one row takes at most while it is sampled, for each token of the vocabulary: where a top-p
+set is so flat that whole rows are sorted."""
+_AT_ONCE = 512 << 20
+"""Bytes that all rows sampled together may take so, or one row if it takes more."""
+
 
 @dataclass(frozen=True)
 class SamplingRow:
@@ -50,6 +56,23 @@ class Sampler:
         reals = [len(piece.clipped(vocab_size)) for piece in slices]
         self.real = reals[group.rank]
         self.widest = max(reals)
+        self._row_bytes = _BYTES * group.size * self.widest
+        self._piece = max(1, _AT_ONCE // self._row_bytes)
+
+    def working_bytes(self, rows: int) -> int:
+        """Bytes of a GPU's memory that ``sample`` takes at most, besides the logits, for so many rows."""
+        return min(rows, self._piece) * self._row_bytes
+
+    def whole_rows(self, logits_RV: Tensor) -> tuple[Tensor, int]:
+        """All ranks' logits [ranks, R, V], padding as -inf, and how many of the ranks * V columns are to be read.
+
+        Launches work on the device alone; with one rank nothing is copied.
+        """
+        if self.group.size == 1:
+            return logits_RV.unsqueeze(0), self.real
+        mine = logits_RV.new_full((len(logits_RV), self.widest), float("-inf"))
+        mine[:, : self.real] = logits_RV[:, : self.real]
+        return self.group.all_gather(mine), self.group.size * self.widest
 
     def sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
         """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
@@ -57,6 +80,18 @@ class Sampler:
         Args:
             logits_RV: this rank's logits in any float dtype, padding columns included.
         """
+        if logits_RV.device.type == "cpu" or len(rows) <= self._piece:
+            return self._sample(logits_RV, rows)
+        token_ids: list[int] = []
+        logprobs: list[Any] = []
+        for start in range(0, len(rows), self._piece):
+            piece = slice(start, start + self._piece)
+            tokens, reported = self._sample(logits_RV[piece], rows[piece])
+            token_ids += tokens
+            logprobs += [None] * len(tokens) if reported is None else reported
+        return token_ids, logprobs if any(entry is not None for entry in logprobs) else None
+
+    def _sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
         # Padding columns are dropped; a rank that holds nothing else keeps one column that can never win.
         logits = logits_RV[:, : max(self.real, 1)]
         if self.real == 0:
@@ -98,15 +133,22 @@ class Sampler:
     def _penalize(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> Tensor:
         """Keskar et al., "CTRL" (2019): seen tokens' logits are divided by the penalty, or multiplied if negative."""
         logits = logits.clone()
+        places: list[int] = []
+        columns: list[int] = []
+        penalties: list[float] = []
         for index, row in enumerate(rows):
             penalty = row.params.repetition_penalty
             if penalty == 1.0:
                 continue
             seen = [token - self.first for token in set(row.history) if 0 <= token - self.first < self.real]
-            if seen:
-                at = torch.tensor(sorted(seen), device=logits.device)
-                values = logits[index, at]
-                logits[index, at] = torch.where(values > 0, values / penalty, values * penalty)
+            places += [index] * len(seen)
+            columns += seen
+            penalties += [penalty] * len(seen)
+        if places:
+            at = torch.tensor(places, device=logits.device), torch.tensor(columns, device=logits.device)
+            penalty_N = torch.tensor(penalties, dtype=logits.dtype, device=logits.device)
+            values = logits[at]
+            logits[at] = torch.where(values > 0, values / penalty_N, values * penalty_N)
         return logits
 
     def _sampled_best(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> tuple[Tensor, Tensor]:

@@ -59,10 +59,17 @@ class SamplingParams:
         return self.temperature == 0
 
     @cached_property
-    def plain(self) -> bool:
-        """Whether the temperature alone shapes the distribution and no log-probabilities are wanted."""
-        filtered = self.top_k or self.top_p < 1 or self.min_p
-        return self.repetition_penalty == 1.0 and (self.greedy or not filtered) and self.logprobs is None
+    def needs_host(self) -> bool:
+        """Whether a GPU's captured step cannot sample it: penalties need the tokens so far, log-probabilities go to
+        the host."""
+        return self.repetition_penalty != 1.0 or self.logprobs is not None
+
+    @cached_property
+    def searches(self) -> int:
+        """How many searches find the tokens that may be sampled (``kernels.floors``): 2 for top-k with top-p."""
+        if self.greedy:
+            return 0
+        return (self.top_k > 0) + (self.top_p < 1) or int(self.min_p > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as a JSON-ready dictionary that ``from_dict`` reads back."""

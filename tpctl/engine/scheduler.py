@@ -68,9 +68,14 @@ class ScheduledBatch:
         return [item for item in self.items if item.samples]
 
     @cached_property
-    def plain(self) -> bool:
-        """Whether every token is sampled plainly (``SamplingParams.plain``)."""
-        return all(item.sequence.params.plain for item in self.sampled)
+    def needs_host(self) -> bool:
+        """Whether any token is sampled with the host's help (``SamplingParams.needs_host``)."""
+        return any(item.sequence.params.needs_host for item in self.sampled)
+
+    @cached_property
+    def searches(self) -> int:
+        """The most searches that any token's filters take (``SamplingParams.searches``)."""
+        return max((item.sequence.params.searches for item in self.sampled), default=0)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from tpctl.engine.noise import seed_state
 from tpctl.engine.scheduler import ScheduledSequence
 from tpctl.engine.sequence import Sequence
+from tpctl.kernels.floors import MAX_TOP_K
 from tpctl.kernels.prepare import SlotTables
 
 
@@ -86,7 +87,11 @@ class Slots:
         hashes = [seed_state(p.seed) for p in params]
         signed = [h - (1 << 64) if h >> 63 else h for h in hashes]
         self.tables.seed_hash[where] = self._send(torch.tensor(signed, dtype=torch.int64))
-        self.tables.temperature[where] = self._send(torch.tensor([p.temperature for p in params]))
+        filters = self.tables.filters
+        filters.temperature[where] = self._send(torch.tensor([p.temperature for p in params]))
+        filters.top_k[where] = self._send(torch.tensor([min(p.top_k, MAX_TOP_K) for p in params], dtype=torch.int32))
+        filters.top_p[where] = self._send(torch.tensor([p.top_p for p in params]))
+        filters.min_p[where] = self._send(torch.tensor([p.min_p for p in params]))
         offsets = torch.tensor([slot.sequence.rope_offset for slot in fresh], dtype=torch.int32)
         self.tables.rope_offset[where] = self._send(offsets)
 

@@ -169,12 +169,15 @@ class PeerBuffer:
     ) -> torch.Tensor:
         """Per row the id with the best score of any rank, the lowest id among equals; -1 once a wait has run out.
 
-        scores_T: float32 [T], NaN as -inf; ids_T: int64 [T] below 2**31; T <= max_rows. Returns int64 [T].
+        scores_T: float32 [T], NaN as -inf; ids_T: int64 [T] below 2**31. Returns int64 [T].
         """
         rows, layout = scores_T.shape[0], self.layout
-        if rows > layout.max_rows:
-            raise ValueError(f"{rows} rows are more than the {layout.max_rows} of this peer buffer")
         out_T = torch.empty_like(ids_T) if out is None else out
+        if rows > layout.max_rows:
+            for start in range(0, rows, layout.max_rows):
+                piece = slice(start, start + layout.max_rows)
+                self.winner(scores_T[piece], ids_T[piece], out=out_T[piece], pdl=pdl)
+            return out_T
         winner_kernel[(triton.cdiv(rows, _WINNER_ROWS),)](
             scores_T,
             ids_T,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tpctl.kernels.floors import Filters
 from tpctl.kernels.launch import next_power_of_2
 
 
@@ -20,13 +21,13 @@ from tpctl.kernels.launch import next_power_of_2
 class SlotTables:
     """Per-slot state on the device, for ``slots`` sequences.
 
-    block_tables: int32 [slots, M]. seed_hash: int64 [slots], SplitMix64 of the seed. temperature: float32 [slots].
+    block_tables: int32 [slots, M]. seed_hash: int64 [slots], SplitMix64 of the seed. filters: [slots].
     rope_offset: int32 [slots].
     """
 
     block_tables: torch.Tensor
     seed_hash: torch.Tensor
-    temperature: torch.Tensor
+    filters: Filters
     rope_offset: torch.Tensor
 
     @staticmethod
@@ -34,7 +35,7 @@ class SlotTables:
         return SlotTables(
             torch.zeros(slots, max_blocks, dtype=torch.int32, device=device),
             torch.zeros(slots, dtype=torch.int64, device=device),
-            torch.zeros(slots, dtype=torch.float32, device=device),
+            Filters.allocate(slots, device),
             torch.zeros(slots, dtype=torch.int32, device=device),
         )
 
@@ -52,7 +53,7 @@ class DecodeInputs:
     slot_mapping: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
-    temperature: torch.Tensor
+    filters: Filters
     keys: torch.Tensor
 
     @staticmethod
@@ -67,14 +68,14 @@ class DecodeInputs:
             slot_mapping=empty(rows),
             seq_lens=empty(rows, dtype=torch.int32),
             block_tables=empty(rows, max_blocks, dtype=torch.int32),
-            temperature=empty(rows, dtype=torch.float32),
+            filters=Filters.allocate(rows, device),
             keys=empty(rows, 2),
         )
 
     def first(self, rows: int, packed: torch.Tensor) -> DecodeInputs:
         """The same memory for fewer rows; ``packed``, [3, rows], has its own."""
-        others = {name: tensor[:rows] for name, tensor in vars(self).items() if name != "packed"}
-        return DecodeInputs(packed=packed, **others)
+        others = {name: value[:rows] for name, value in vars(self).items() if name not in ("packed", "filters")}
+        return DecodeInputs(packed=packed, filters=self.filters.rows(slice(rows)), **others)
 
 
 @triton.jit
@@ -91,14 +92,20 @@ def _prepare_kernel(
     sampled_ptr,
     tables_ptr,
     seed_hash_ptr,
-    slot_temperature_ptr,
     rope_offset_ptr,
+    slot_temperature_ptr,
+    slot_top_k_ptr,
+    slot_top_p_ptr,
+    slot_min_p_ptr,
     input_ids_ptr,
     rope_positions_ptr,
     slot_mapping_ptr,
     seq_lens_ptr,
     out_tables_ptr,
     temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
     keys_ptr,
     rows,
     max_blocks,
@@ -123,7 +130,10 @@ def _prepare_kernel(
     tl.store(rope_positions_ptr + row, tl.where(live, position + offset, 0).to(tl.int64))
     tl.store(slot_mapping_ptr + row, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
     tl.store(seq_lens_ptr + row, tl.where(live, position + 1, 0))
-    tl.store(temperature_ptr + row, tl.load(slot_temperature_ptr + slot))
+    tl.store(temperature_ptr + row, tl.where(live, tl.load(slot_temperature_ptr + slot), 0.0))  # padding is greedy
+    tl.store(top_k_ptr + row, tl.load(slot_top_k_ptr + slot))
+    tl.store(top_p_ptr + row, tl.load(slot_top_p_ptr + slot))
+    tl.store(min_p_ptr + row, tl.load(slot_min_p_ptr + slot))
     # The sampled token takes the next position (see engine.noise.noise_keys).
     seed = tl.load(seed_hash_ptr + slot).to(tl.uint64, bitcast=True)
     mixed = _splitmix64(seed + (position + 1).to(tl.uint64))
@@ -139,14 +149,14 @@ def prepare_decode(inputs: DecodeInputs, sampled: torch.Tensor, slots: SlotTable
         sampled,
         slots.block_tables,
         slots.seed_hash,
-        slots.temperature,
         slots.rope_offset,
+        *slots.filters,
         inputs.input_ids,
         inputs.rope_positions,
         inputs.slot_mapping,
         inputs.seq_lens,
         inputs.block_tables,
-        inputs.temperature,
+        *inputs.filters,
         inputs.keys,
         rows,
         max_blocks,
@@ -168,7 +178,9 @@ def prepare_decode_reference(inputs: DecodeInputs, sampled: torch.Tensor, slots:
         inputs.rope_positions[row] = position + int(slots.rope_offset[slot]) if live else 0
         inputs.slot_mapping[row] = block * block_size + position % block_size if live else -1
         inputs.seq_lens[row] = position + 1 if live else 0
-        inputs.temperature[row] = slots.temperature[slot]
+        for mine, theirs in zip(inputs.filters, slots.filters, strict=True):
+            mine[row] = theirs[slot]
+        inputs.filters.temperature[row] *= live
         mixed = _splitmix64_reference(int(slots.seed_hash[slot]) + position + 1)
         inputs.keys[row] = torch.tensor([mixed & 0xFFFFFFFF, mixed >> 32])
 

@@ -73,6 +73,7 @@ def _block_winner_kernel(
     logits_ptr,
     temperatures_ptr,
     keys_ptr,
+    floors_ptr,
     best_ptr,
     id_ptr,
     logits_stride,
@@ -82,6 +83,7 @@ def _block_winner_kernel(
     num_blocks,
     MAX_W: tl.constexpr,
     FAST: tl.constexpr,
+    FLOORS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -94,6 +96,9 @@ def _block_winner_kernel(
     token = vocab_start + local
     live = (local < width) & (token < vocab_size)
     logit = tl.load(logits_ptr + row * logits_stride + local, mask=live, other=float("-inf")).to(tl.float32)
+    if FLOORS:
+        live &= logit >= tl.load(floors_ptr + row)
+        logit = tl.where(live, logit, float("-inf"))
     temperature = tl.load(temperatures_ptr + row).to(tl.float32)
     if temperature > 0.0:
         key0 = tl.load(keys_ptr + row * 2).to(tl.uint32)
@@ -105,7 +110,10 @@ def _block_winner_kernel(
         its_logit = tl.load(logits_ptr + row * logits_stride + winner - vocab_start, mask=winner < _NONE, other=0.0)
         best = _score(its_logit.to(tl.float32), winner, temperature, key0, key1, MAX_W)
         near = tl.sum((bound >= best - (1e-3 + 1e-6 * tl.abs(top))).to(tl.int32), 0)
-        if near != 1:
+        if top == float("-inf"):  # no token
+            best = top
+            winner = tl.full([], _NONE, tl.int32)
+        elif near != 1:
             score = tl.where(live, _score(logit, token, temperature, key0, key1, MAX_W), float("-inf"))
             best, winner = _best(score, token, live)
     else:
@@ -141,6 +149,7 @@ def sample(
     *,
     vocab_start: int = 0,
     vocab_size: int | None = None,
+    floors_T: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,8 +157,9 @@ def sample(
 
     logits_TV: [T, V_rank], any float dtype, columns contiguous. temperatures_T: float32 [T], 0 for greedy.
     keys_T2: int64 [T, 2] of uint32 values. vocab_start: the global id of column 0. vocab_size: ids at or
-    above it are padding and never win (default: vocab_start + V_rank). Returns scores float32 [T] and ids
-    int64 [T]; a row without any finite candidate scores -inf.
+    above it are padding and never win (default: vocab_start + V_rank). floors_T: float32 [T], the smallest logits that
+    may win (`floors.sampling_floors`). Returns scores float32 [T] and ids int64 [T]; a row without any finite candidate
+    scores -inf.
     """
     rows, width = logits_TV.shape
     if out is None:
@@ -167,6 +177,7 @@ def sample(
         logits_TV,
         temperatures_T,
         keys_T2,
+        temperatures_T if floors_T is None else floors_T,
         best,
         ids,
         logits_TV.stride(0),
@@ -176,6 +187,7 @@ def sample(
         num_blocks,
         MAX_W=MAX_W,
         FAST=_FAST,
+        FLOORS=floors_T is not None,
         BLOCK=_BLOCK,
         PDL=pdl,
         num_warps=4,

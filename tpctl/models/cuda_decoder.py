@@ -81,8 +81,11 @@ class CudaDecoder:
             world = dist.group.WORLD
             assert world is not None
             hidden = weight.shape[1]
+            row = hidden * weight.element_size()
             if self.group.size == 2:
-                max_rows = max(max_rows, min(max_tokens, PEER_PIECE // (hidden * weight.element_size())))
+                max_rows = max(max_rows, min(max_tokens, PEER_PIECE // row))
+            else:
+                max_rows = min(max_rows, max(1, PEER_LIMIT // row))
             self.peers = PeerBuffer.connect(world, max_rows, hidden, weight.dtype, self.group.device)
 
     def logits(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None) -> Tensor:
@@ -98,17 +101,18 @@ class CudaDecoder:
         if self.group.size == 1 and self._small(residual):
             for layer, layer_kv in zip(self.layers, kv, strict=True):
                 self._few_rows(layer, residual, layer_kv, batch)
-            if rows is not None:
-                residual = residual[rows]
-            return self._linear(residual, self.decoder.lm_head.weight, None, final)
+            return self._head(residual, rows, final)
         partial: Tensor | None = None
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             partial = self._block(layer, partial, residual, layer_kv, batch)
         assert partial is not None
-        hidden = self._reduce_add(partial, residual, final)
-        if rows is not None:
-            hidden = hidden[rows]
-        return self._linear(hidden, self.decoder.lm_head.weight, None, None)
+        return self._head(self._reduce_add(partial, residual, final), rows, None)
+
+    def _head(self, x: Tensor, rows: Tensor | None, norm: RMSNorm | None) -> Tensor:
+        """This rank's logits of some rows, or of all; of none where a step samples nothing."""
+        weight = self.decoder.lm_head.weight
+        x = x if rows is None else x[rows]
+        return self._linear(x, weight, None, norm) if len(x) else x.new_empty(0, len(weight))
 
     def winner(self, scores_R: Tensor, ids_R: Tensor) -> Tensor | None:
         """The token id of the best score over the ranks, for each row (-1: some rank has stopped sending); ``None``
