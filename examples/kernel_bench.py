@@ -25,6 +25,7 @@ except ImportError:
     raise SystemExit("this times Triton kernels: it needs the package triton and a CUDA GPU") from None
 
 from tpctl.kernels.activation import silu_and_mul
+from tpctl.kernels.floors import Filters, sampling_floors
 from tpctl.kernels.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.gemv import GemvScratch, pick, small_linear
 from tpctl.kernels.launch import num_multiprocessors
@@ -285,6 +286,11 @@ def bench_small() -> None:
             }
             if rows <= 256:
                 calls["sample"] = partial(sample, logits, temperatures, keys)
+                counts = torch.full((rows,), 20, dtype=torch.int32, device=DEVICE)
+                filters = Filters(temperatures, 0 * counts, 0 * temperatures + 0.95, 0 * temperatures)
+                floors = partial(sampling_floors, logits.unsqueeze(0), vocab_size=shape.vocab)
+                calls["floors of top-p"] = partial(floors, filters, both=False)
+                calls["floors of top-k, then top-p"] = partial(floors, filters._replace(top_k=counts), both=True)
             for name, call in calls.items():
                 times = [graph_us([partial(call, pdl=pdl)] * 20) for pdl in (False, True)]
                 row(f"{shape.name} {name}", rows, *(f"{us:.1f}" for us in times))

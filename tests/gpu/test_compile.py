@@ -1,4 +1,4 @@
-"""Attention kernels compiled for GPUs that are not here: they build, and take no more shared memory than there is.
+"""Kernels compiled for GPUs that are not here: they build, and take no more shared memory than there is.
 
 Needs Triton, which brings its own assembler, and no GPU.
 """
@@ -12,11 +12,15 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tpctl.kernels.launch import next_power_of_2
+from tpctl.kernels.floors import _found_kernel, _weigh_kernel
+from tpctl.kernels.gemv import few_rows, pick
+from tpctl.kernels.gemv_kernels import gemv_kernel, skinny_kernel
+from tpctl.kernels.launch import is_hopper, next_power_of_2
 from tpctl.kernels.packed_decode_kernels import packed_decode_kernel
 from tpctl.kernels.paged_decode import DecodeConfig, decode_config, fit_config, packed_decode_config
 from tpctl.kernels.paged_decode_kernels import decode_kernel
@@ -27,14 +31,19 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 
-SHARED = {90: 232448, 89: 101376, 80: 166912}
-"""Bytes that a program may have: H100, L4 and RTX 4090, A100."""
+SHARED = {90: 232448, 89: 101376, 80: 166912, 86: 101376, 100: 232448, 120: 101376}
+"""Bytes that a program may have: H100, L4 and RTX 4090, A100, A10 and RTX 3090, B200, RTX 5090."""
 
 HEADS, KV_HEADS, BLOCK = 8, 2, 128
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*i32", "counters_ptr": "*i32"}
 POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
 PACKED = {"exponents_ptr": "*i16", "k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
+POINTERS |= {"peers_ptr": "*i64", "epochs_ptr": "*i32", "eps": "fp32"}
+POINTERS |= {
+    f"{name}_ptr": "*fp32" for name in ("temperature", "top_p", "min_p", "weights", "maxima", "targets", "floors")
+}
+POINTERS |= {"top_k_ptr": "*i32", "lows_ptr": "*i32", "counted_ptr": "*i32"}
 POINTERS |= {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "scale_log2e": "fp32"}
 
 
@@ -160,6 +169,62 @@ def test_packed_attention_fits(arch: int, head_dim: int) -> None:
     for tokens in (256, 16384):
         found = prefill_config(tokens, 1, head_dim, BLOCK, 2, limit)
         assert prefill(head_dim, "bf16", arch, found, packed=True) <= limit, found
+
+
+def linear(rows: int, out_features: int, in_features: int, arch: int, *, gated: bool, norm: bool) -> int:
+    config = pick(rows, out_features, in_features, gated=gated)
+    assert config is not None
+    constants: dict[str, Any] = {
+        "IN_FEATURES": in_features,
+        "HAS_BIAS": False,
+        "HAS_RESIDUAL": not gated,
+        "HAS_NORM": norm,
+        "UNIT_OFFSET": False,
+        "ACTIVATION": "silu" if gated else "",
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SPLIT_K": config.split_k,
+        "RANK": 0,
+        "WORLD": 1,
+        "PEERS": 1,
+        "PDL": arch >= 90,
+    }
+    if config.dot:
+        constants |= {"BLOCK_M": max(16, next_power_of_2(rows)), "STAGES": config.num_stages}
+    else:
+        constants |= {"PREFETCH": config.prefetch, "EARLY": config.early}
+    return shared_memory(skinny_kernel if config.dot else gemv_kernel, "bf16", arch, config, **constants)
+
+
+LINEARS = [
+    (14336, 4096, True, True),
+    (3072, 1024, True, False),
+    (128256, 4096, False, True),
+    (1024, 3072, False, False),
+]
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED))
+def test_linears_of_few_rows_fit(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (arch // 10, arch % 10))
+    is_hopper.cache_clear()
+    most = few_rows(torch.device("cuda", 7))
+    is_hopper.cache_clear()
+    assert most == (16 if arch == 90 else 1)
+    assert pick(most + 1, 4096, 4096, most=most) is None
+    for rows in {1, most}:
+        for out_features, in_features, gated, norm in LINEARS:
+            assert linear(rows, out_features, in_features, arch, gated=gated, norm=norm) <= SHARED[arch]
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED))
+def test_the_sampler_fits(arch: int) -> None:
+    config = DecodeConfig(1, 1, num_warps=4, num_stages=1)
+    for dtype, lowest in (("bf16", -(1 << 15)), ("fp32", -(1 << 31))):
+        for second in (False, True):
+            flags: dict[str, Any] = {"LOWEST": lowest, "SECOND": second, "BLOCKS": 64, "PDL": arch >= 90}
+            assert shared_memory(_weigh_kernel, dtype, arch, config, BLOCK=4096, CHUNK=256, **flags) <= SHARED[arch]
+            assert shared_memory(_found_kernel, dtype, arch, config, LAUNCHES=4, LAST=second, **flags) <= SHARED[arch]
 
 
 BATCHES = [(1, False), (1, True), (8, False), (40, False), (100, False)]

@@ -16,6 +16,7 @@ from tpctl.client.engine_client import EngineClient
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.launch.messages import Request
+from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.sharding.shard import shard_checkpoint
 
 pytestmark = [
@@ -41,19 +42,38 @@ def config(folder: Path, tp_size: int, **settings: Any) -> EngineConfig:
 
 
 @pytest.mark.parametrize(
-    "count,dtype", [(1, "bfloat16"), (5, "bfloat16"), (40, "bfloat16"), (1, "float16"), (40, "float16")]
+    "count,dtype,backend,heads",
+    [
+        (1, "bfloat16", "triton", (4, 2)),
+        (5, "bfloat16", "triton", (4, 2)),
+        (40, "bfloat16", "triton", (4, 2)),
+        (1, "float16", "triton", (4, 2)),
+        (40, "float16", "triton", (4, 2)),
+        (40, "bfloat16", "triton", (9, 3)),  # uneven: 6 and 3
+        (1, "bfloat16", "triton", (9, 3)),
+        (40, "bfloat16", "flash-attn", (9, 3)),
+        (40, "bfloat16", "sdpa", (9, 3)),
+    ],
 )
-def test_two_ranks_stay_near_float32(count: int, dtype: str, tmp_path: Path) -> None:
+def test_two_ranks_stay_near_float32(
+    count: int, dtype: str, backend: str, heads: tuple[int, int], tmp_path: Path
+) -> None:
     """In bfloat16: small linears send what they compute, larger ones are cut along their input and summed by the
-    all-reduce; prefill goes through it too. In float16, as on GPUs that do not reach each other, NCCL sums."""
+    all-reduce; prefill goes through it too. In float16, as on GPUs that do not reach each other, and with the sdpa
+    backend NCCL sums."""
+    if backend == "flash-attn" and installed_flash_attention() is None:
+        pytest.skip("flash-attn is not installed")
     shape = {**WIDE, "hidden_size": 512, "head_dim": 128, "intermediate_size": 6144}
+    shape |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     model = make_checkpoint("qwen3", tmp_path / "hf", **shape).cuda()
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2, dtype=dtype)
     prompts = prompts_of(517, tuple(3 + 7 * i % 160 for i in range(count)))
     requests = [Request(str(i), ids, SamplingParams(max_tokens=24, ignore_eos=True)) for i, ids in enumerate(prompts)]
     settings: dict[str, Any] = {"kv_cache_memory": 256 << 20, "max_num_seqs": 40, "max_num_batched_tokens": 4096}
+    settings |= {"attention_backend": backend}
     with EngineClient(EngineConfig(tmp_path / "tp2", 2, device="cuda", **settings)) as client:
-        assert client.wait_ready()["all_reduce"] == ("peer memory" if dtype == "bfloat16" else "NCCL")
+        by_peers = dtype == "bfloat16" and backend != "sdpa"
+        assert client.wait_ready()["all_reduce"] == ("peer memory" if by_peers else "NCCL")
         found = generate(client, requests)
     assert most_behind(model, prompts, [found[str(i)] for i in range(count)]) < 0.25
 
@@ -68,6 +88,9 @@ def test_two_ranks_equal_transformers_in_float32(name: str, tmp_path: Path) -> N
         Request(f"s{i}", ids, SamplingParams(max_tokens=24, temperature=0.8, seed=i, ignore_eos=True, **more))
         for i, (ids, more) in enumerate(zip(prompts, [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1}], strict=False))
     ]
+    sampled.append(
+        Request("both", prompts[4], SamplingParams(max_tokens=24, temperature=0.8, top_k=20, top_p=0.9, seed=4))
+    )
     with EngineClient(config(tmp_path / "tp2", 2)) as client:
         found = generate(client, requests + sampled)
     for ids, request in zip(prompts, requests, strict=True):
@@ -99,10 +122,20 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
     assert found["makespan"] == found["fcfs"]
 
 
+MIX: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 20, "top_p": 0.95},
+    {"temperature": 1.0, "min_p": 0.1},
+]
+HELPED: list[dict[str, Any]] = [{"logprobs": 2}, {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.2}]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        {"kv_cache_memory": 1 << 20, "block_size": 16},  # a third of what 16 sequences take
         {
             "scheduling_policy": "makespan",
             "kv_cache_memory": 256 << 20,
@@ -112,18 +145,24 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
     ],
 )
 def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Every way to sample, shared prefixes, and once so little memory that sequences are preempted."""
     make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128})
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2, dtype="bfloat16")
     rng = random.Random(0)
     count = 2000
-    lengths = [rng.randint(1, 200) for _ in range(count)]
+    prefixes = [[], [], *([rng.randrange(3, 500) for _ in range(80)] for _ in range(3))]
     requests = [
         Request(
             str(i),
-            [rng.randrange(3, 500) for _ in range(length)],
-            SamplingParams(max_tokens=rng.randint(1, 120), temperature=rng.choice([0.0, 0.7]), seed=i, ignore_eos=True),
+            rng.choice(prefixes) + [rng.randrange(3, 500) for _ in range(rng.randint(1, 120))],
+            SamplingParams(
+                max_tokens=rng.randint(1, 120),
+                seed=i,
+                ignore_eos=True,
+                **rng.choice(HELPED if rng.random() < 0.05 else MIX),
+            ),
         )
-        for i, length in enumerate(lengths)
+        for i in range(count)
     ]
     memory, reserved, host = [], [], []
     with EngineClient(config(tmp_path / "tp2", 2, **settings)) as client:
@@ -139,11 +178,13 @@ def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path
                     client.abort([rng.choice(part).id])
             # Its books are checked by the engine itself, which is idle now; a leak would be fatal.
             stats = client.stats()
-            assert (stats["paced_steps"] > 0) == bool(settings)
+            assert (stats["paced_steps"] > 0) == ("scheduling_policy" in settings)
             assert stats["free_blocks"] == stats["num_blocks"]
             memory.append(stats["device_memory"])
             reserved.append(stats["reserved_memory"])
             host.append(host_memory(os.getpid()))
+    assert (stats["preemptions"] > 100) == ("block_size" in settings)
+    assert stats["prefix_cache_hit_tokens"] > 10_000
     assert len(reasons) == count
     assert set(reasons.values()) <= {"length", "abort"}
     assert "abort" in reasons.values()

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.safetensors import NewTensor, build_header, read_header, tensor_nbytes
-from tpctl.engine.gpu_memory import RESERVE
+from tpctl.engine.gpu_memory import reserve
 from tpctl.errors import CheckpointError, PartitionError, UsageError
 from tpctl.models.specs import FAMILIES
 from tpctl.partition.manifest import Manifest
@@ -166,7 +166,7 @@ def test_what_fits_follows_from_the_parts(tmp_path: Path) -> None:
         for rank in report.ranks:
             parts = rank.weight_bytes + rank.activation_bytes + rank.kv_cache_bytes
             assert parts + report.context_bytes + report.reserve_bytes == int(report.gpu_memory * 0.9)
-            assert report.reserve_bytes == RESERVE  # the engine's
+            assert report.reserve_bytes == reserve(126)  # the engine's
         least = min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in report.ranks)
         assert (size.kv_tokens, size.concurrency) == (max(0, least), max(0, least) // 4096)
         enough = planned(folder, tp_size=tp_size, max_model_len=4096, gpu_memory=size.needed + 100)

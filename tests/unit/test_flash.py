@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tests.unit.test_sdpa import CASES, written_out
 from tpctl.errors import EngineError
-from tpctl.layers.attention import flash
+from tpctl.layers.attention import flash, select
 from tpctl.layers.attention.base import HeadShape
 from tpctl.layers.attention.flash import FlashAttentionBackend
+from tpctl.layers.attention.select import choose_backend
 from tpctl.layers.batch import ForwardBatch
 
 HEADS = HeadShape(num_heads=6, num_kv_heads=2, head_dim=16, scale=0.3)
@@ -230,6 +231,16 @@ def test_blocks_of_another_size_are_refused(
     said = f"--block-size {size} is no multiple of {multiple}"
     with pytest.raises(EngineError, match=said):
         FlashAttentionBackend(HEADS, size)
+
+
+@pytest.mark.parametrize("name", ["triton", "flash-attn"])
+def test_backends_of_triton_kernels_need_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "find_spec", lambda package: None)
+    with pytest.raises(EngineError, match=f"'{name}' needs the triton package.* --attention-backend sdpa"):
+        choose_backend(name, "cuda", torch.bfloat16)
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "sdpa"
+    monkeypatch.setattr(select, "find_spec", lambda package: object())
+    assert choose_backend(name, "cuda", torch.bfloat16) == name
 
 
 def test_without_a_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

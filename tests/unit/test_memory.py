@@ -73,6 +73,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: p
     runner: Any = ModelRunner.__new__(ModelRunner)
     runner.group = SimpleNamespace(rank=1, device=torch.device("cuda"), size=1)
     runner.config = SimpleNamespace(gpu_memory_utilization=0.5, kv_cache_memory=None)
+    runner.model_config = SimpleNamespace(num_layers=32)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))
     held = [5 * GIB, 17 * GIB]  # by torch, before and after
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held[0])
@@ -85,6 +86,8 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: p
     # NCCL and loaded kernels take memory too, of which torch knows nothing.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (47 * GIB, 80 * GIB))
     assert runner._kv_budget() == (7 * GIB - RESERVE) // 2
+    runner.model_config.num_layers = 80  # whose graphs are larger
+    assert runner._kv_budget() == (7 * GIB - RESERVE - (48 << 24)) // 2
 
 
 _NO_ROOM = (

@@ -27,7 +27,7 @@ def test_text_names_sizes_costs_and_the_limit(run: Run, tmp_path: Path) -> None:
     assert max(map(len, rows.values())) <= 80
     reserves = result.stdout.splitlines()[-1]
     assert "72.0 GiB (90% of 80.0 GiB)" in reserves
-    assert "1568 MiB for the CUDA context" in reserves and "512 MiB kept for CUDA graphs" in reserves
+    assert "1568 MiB for the CUDA context" in reserves and "2016 MiB kept for CUDA graphs" in reserves
 
 
 def test_json_is_the_report(run: Run, tmp_path: Path) -> None:

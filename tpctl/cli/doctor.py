@@ -47,7 +47,7 @@ def _between_gpus(torch: dict[str, Any]) -> str:
     if len(gpus) < 2:
         return nccl
     if all(len(gpu["peers"]) == len(gpus) - 1 for gpu in gpus):
-        return f"peer memory, {nccl}"
+        return f"peer memory in bfloat16 and float32, {nccl} in float16"
     return f"{nccl}; ranks on GPUs that do not reach each other's memory use nothing else"
 
 

@@ -22,6 +22,7 @@ _RING = 4  # pinned copies of the packed integers: a copy must not be overwritte
 _ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
 _SAMPLED = 64  # and sample a multiple of this many
 _MOST = 48  # such graphs; a job takes about ten
+_MOST_GRAPHS = 192  # of all kinds: what one that has not been replayed for longest makes room for
 
 
 def ladder(largest: int) -> list[int]:
@@ -80,9 +81,13 @@ class CapturedSteps:
         self._sent[turn].synchronize()
         staging = self._staging[turn][: len(numbers)]
         staging.copy_(torch.tensor(numbers, dtype=torch.int32))
-        captured = self._graphs.get(key)
+        captured = self._graphs.pop(key, None)
         if captured is None:
-            captured = self._graphs[key] = self._capture(*make())
+            if len(self._graphs) >= _MOST_GRAPHS:
+                torch.cuda.synchronize(self.device)  # it may still run
+                del self._graphs[next(iter(self._graphs))]
+            captured = self._capture(*make())
+        self._graphs[key] = captured  # the last one now
         graph, target, _ = captured
         target.copy_(staging, non_blocking=True)
         self._sent[turn].record()

@@ -21,7 +21,6 @@ from torch import Tensor
 from tpctl.distributed import TPGroup
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
-from tpctl.engine.gpu_memory import RESERVE
 from tpctl.engine.model_runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.noise import noise_keys
 from tpctl.engine.pacing import Pace
@@ -313,8 +312,8 @@ class CudaRunner(ModelRunner):
         sampled = MixedGraphs.most_sampled(config.max_num_seqs)
         logits = sampled * self.model.lm_head.weight.shape[0] * self.dtype.itemsize
         whole = 0 if self.group.size == 1 else (1 + self.group.size) * logits  # gathered where top-k or top-p is set
-        # Of a step of fewer tokens; at most, since logits are counted twice.
-        self._step_bytes = activations * min(rows, tokens) // tokens + logits + whole
+        # Of a step of other size; at most, since logits are counted twice.
+        self._step_bytes = -(-activations * rows // tokens) + logits + whole
         later = self._bytes_of_tables() + (whole if config.enforce_eager else self._step_bytes)
         later += logits + self.sampler.working_bytes(config.max_num_seqs)  # sampling with the host's help
         self._later_bytes = later
@@ -323,14 +322,14 @@ class CudaRunner(ModelRunner):
         share = self._gpu_share
         assert share is not None
         taken = share.taken(device)
-        budget = share.nbytes - taken - later - RESERVE
+        budget = share.nbytes - taken - later - self._reserve
         if budget <= 0:
             raise EngineError(
                 f"nothing is left for the KV cache: of its GPU's {share.total / 2**30:.1f} GiB rank {self.group.rank} "
                 f"may take {share.nbytes / 2**30:.1f} (--gpu-memory-utilization {share.utilization}), but takes "
                 f"{taken / 2**30:.1f} with {before / 2**30:.1f} of weights and {activations / 2**30:.1f} of "
-                f"activations, and {(later + RESERVE) / 2**30:.1f} for CUDA graphs; raise it, or lower "
-                f"--max-num-batched-tokens or --max-num-seqs"
+                f"activations, and {(later + self._reserve) / 2**30:.1f} for CUDA graphs and sampling; raise it, or "
+                f"lower --max-num-batched-tokens or --max-num-seqs"
             )
         return budget
 

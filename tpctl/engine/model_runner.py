@@ -13,7 +13,7 @@ import torch
 from tpctl.distributed import TPGroup
 from tpctl.engine.batch import build_forward_batch
 from tpctl.engine.config import EngineConfig
-from tpctl.engine.gpu_memory import RESERVE, GpuShare
+from tpctl.engine.gpu_memory import GpuShare, reserve
 from tpctl.engine.memory import CPU_SHARE, available_host_memory, count_blocks
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampler import Sampler, SamplingRow
@@ -161,6 +161,10 @@ class ModelRunner:
         }
 
     @property
+    def _reserve(self) -> int:
+        return reserve(self.model_config.num_layers)
+
+    @property
     def _kv_cache_dtype(self) -> str:
         return "packed" if getattr(self.backend, "packed", False) else str(self.dtype).removeprefix("torch.")
 
@@ -189,7 +193,7 @@ class ModelRunner:
             return self.config.kv_cache_memory
         if self._gpu_share is not None:
             # The reference gathers the keys and values that it reads anew: what is left is for both.
-            left = self._gpu_share.nbytes - self._gpu_share.taken(self.group.device) - RESERVE
+            left = self._gpu_share.nbytes - self._gpu_share.taken(self.group.device) - self._reserve
             return max(left, 0) // 2
         return int(available_host_memory() * CPU_SHARE) // self.group.size
 
@@ -227,7 +231,7 @@ class ModelRunner:
         """Bytes that are free now and that no step will need."""
         device = self.group.device
         if device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0] - RESERVE
+            return torch.cuda.mem_get_info(device)[0] - self._reserve
         return available_host_memory() // self.group.size
 
     def _count_blocks(self, budget: int) -> int:

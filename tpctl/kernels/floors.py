@@ -190,9 +190,9 @@ def _weigh_kernel(
         base = logits_ptr + rank.to(tl.int64) * rank_stride + row * row_stride
         most = tl.minimum(width, vocab_size - rank * width)  # of this rank's columns, those that are tokens
         whole = first + tl.arange(0, BLOCK)
-        value = tl.load(base + whole, mask=whole < most, other=float("-inf"))
-        number = value.to(tl.float32)
-        largest = tl.max(tl.where((number == number) & (_code(value) >= counted), number, float("-inf")), 0)
+        values = tl.load(base + whole, mask=whole < most, other=float("-inf"))
+        numbers = values.to(tl.float32)
+        largest = tl.max(tl.where((numbers == numbers) & (_code(values) >= counted), numbers, float("-inf")), 0)
         tl.store(maxima_ptr + row * num_blocks + block, largest)
 
         threshold = low + (tl.arange(0, 16) << shift)

@@ -20,7 +20,7 @@ import triton
 from tpctl.kernels.activation import Activation, act_and_mul_reference
 from tpctl.kernels.all_reduce import PeerBuffer
 from tpctl.kernels.gemv_kernels import gemv_kernel, skinny_kernel
-from tpctl.kernels.launch import launch_options, next_power_of_2
+from tpctl.kernels.launch import is_hopper, launch_options, next_power_of_2
 from tpctl.kernels.norm import rms_norm_reference
 
 
@@ -65,11 +65,21 @@ _ONE_ROW_GATED: dict[tuple[int, int], GemvConfig] = {
 _MAX_SKINNY_ROWS = 16
 
 
-def pick(rows: int, out_features: int, in_features: int, *, gated: bool = False) -> GemvConfig | None:
+def few_rows(device: torch.device) -> int:
+    """Most rows that the kernels here are for: 16 on Hopper, whose shared memory `skinny_kernel` fills (and on a CPU,
+    in Triton's interpreter); one elsewhere, beyond which cuBLAS does the rest."""
+    return _MAX_SKINNY_ROWS if device.type == "cpu" or is_hopper(device) else 1
+
+
+def pick(
+    rows: int, out_features: int, in_features: int, *, gated: bool = False, most: int = _MAX_SKINNY_ROWS
+) -> GemvConfig | None:
     """The tuned configuration for a linear of [out_features, in_features], or None where cuBLAS is faster.
 
-    With `gated`, out_features counts one half of the merged [gate; up] weight.
+    With `gated`, out_features counts one half of the merged [gate; up] weight. most: what `few_rows` says.
     """
+    if rows > most:
+        return None
     if rows == 1:
         found = (_ONE_ROW_GATED if gated else _ONE_ROW).get((out_features, in_features))
         if found is not None:
@@ -85,17 +95,15 @@ def pick(rows: int, out_features: int, in_features: int, *, gated: bool = False)
         if width <= 1024:
             return GemvConfig(4, min(width, 512), 1, 1)
         return GemvConfig(4, 2048, 1, 4)
-    if rows <= _MAX_SKINNY_ROWS:
-        # Bytes in flight decide: 64 x 256 weights three deep; short outputs are split to busy most of the chip.
-        block_k = 256
-        while block_k > 32 and in_features % block_k:
-            block_k //= 2
-        blocks = -(-out_features // 64)
-        split = 1
-        while not gated and split < 8 and blocks * split * 2 <= 132 and in_features >= 1024 * split:
-            split *= 2
-        return GemvConfig(64, block_k, split, 4, 3, True)
-    return None
+    # Bytes in flight decide: 64 x 256 weights three deep; short outputs are split to busy most of the chip.
+    block_k = 256
+    while block_k > 32 and in_features % block_k:
+        block_k //= 2
+    blocks = -(-out_features // 64)
+    split = 1
+    while not gated and split < 8 and blocks * split * 2 <= 132 and in_features >= 1024 * split:
+        split *= 2
+    return GemvConfig(64, block_k, split, 4, 3, True)
 
 
 @dataclass(frozen=True)
@@ -142,9 +150,10 @@ def small_linear(
     rows, in_features = x_TH.shape
     out_features = weight_OH.shape[0] // 2 if activation else weight_OH.shape[0]
     if config is None:
-        config = pick(rows, out_features, in_features, gated=activation is not None)
+        most = few_rows(x_TH.device)
+        config = pick(rows, out_features, in_features, gated=activation is not None, most=most)
         if config is None:
-            raise ValueError(f"{rows} rows are too many for small_linear; use torch.nn.functional.linear")
+            raise ValueError(f"{rows} rows are more than {most}; use torch.nn.functional.linear")
     if out is None:
         out = x_TH.new_empty((rows, out_features))
     if outlet is not None:

@@ -23,7 +23,7 @@ from tpctl.distributed import TPGroup
 from tpctl.kernels.activation import silu_and_mul
 from tpctl.kernels.all_reduce import PeerBuffer
 from tpctl.kernels.gated_linear import gated_linear, pick_gated
-from tpctl.kernels.gemv import GemvScratch, pick, small_linear
+from tpctl.kernels.gemv import GemvConfig, GemvScratch, few_rows, pick, small_linear
 from tpctl.kernels.launch import has_pdl, is_hopper, num_multiprocessors
 from tpctl.kernels.norm import add_rms_norm, rms_norm
 from tpctl.kernels.rope_cache import rope_cache
@@ -72,6 +72,7 @@ class CudaDecoder:
         self.windows = set(decoder.config.windows)
         self.layers: list[DecoderLayer] = list(decoder.model.layers)
         self._scratch = GemvScratch.allocate(self.group.device)
+        self._few = few_rows(self.group.device)
         self._pdl = False
         self._sums: PeerBuffer | None = None
         self._sends = False  # linears send the sums' addends themselves
@@ -149,7 +150,10 @@ class CudaDecoder:
     def _small(self, x: Tensor) -> bool:
         """Whether a whole block runs on the kernels for few rows."""
         down = self.layers[0].mlp.down_proj
-        return self._takes(x) and pick(x.shape[0], down.out_features, down.in_features) is not None
+        return self._takes(x) and self._pick(x.shape[0], down.out_features, down.in_features) is not None
+
+    def _pick(self, rows: int, out_features: int, in_features: int, *, gated: bool = False) -> GemvConfig | None:
+        return pick(rows, out_features, in_features, gated=gated, most=self._few)
 
     def _few_rows(self, layer: DecoderLayer, residual: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
         """A block on one rank: the residual goes in and comes out in place, normed inside the GEMVs that read it."""
@@ -179,7 +183,7 @@ class CudaDecoder:
     ) -> Tensor:
         """``norm(x) W^T + b``: one launch for few rows, which can send the result to the peers as well."""
         x, norm = self._norm_apart(x, norm)
-        config = pick(x.shape[0], weight.shape[0], x.shape[1]) if self._takes(x) else None
+        config = self._pick(x.shape[0], weight.shape[0], x.shape[1]) if self._takes(x) else None
         if config is None:
             assert outlet is None, "nobody would send what the all-reduce takes for sent"
             x = x if norm is None else rms_norm(x, norm.weight, norm.eps, pdl=self._pdl)
@@ -195,7 +199,7 @@ class CudaDecoder:
         weight, bias = mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
         rows, intermediate = x.shape[0], weight.shape[0] // 2
         if bias is None and self._takes(x):
-            config = pick(rows, intermediate, x.shape[1], gated=True)
+            config = self._pick(rows, intermediate, x.shape[1], gated=True)
             if config is not None:
                 fused = None if norm is None else (norm.weight, norm.eps)
                 return small_linear(
@@ -223,7 +227,7 @@ class CudaDecoder:
 
     def _add(self, weight: Tensor, bias: Tensor | None, x: Tensor, residual: Tensor) -> None:
         """``residual += x W^T + b`` on one rank."""
-        config = pick(x.shape[0], weight.shape[0], x.shape[1])
+        config = self._pick(x.shape[0], weight.shape[0], x.shape[1])
         if config is None:
             residual.add_(F.linear(x, weight, bias))
         else:

@@ -25,7 +25,10 @@ PEER_BYTES = 800 << 20
 """What more than one rank needs on top: NCCL's buffers and the memory that peers write to (810 MiB for two H100s)."""
 
 RESERVE_BYTES = 512 << 20
-"""Left free by the engine for CUDA graphs and fragmentation (its ``gpu_memory.RESERVE``, without importing torch)."""
+"""Left free by the engine for CUDA graphs and fragmentation (its ``gpu_memory.RESERVE``, without importing torch), and
+for each layer beyond 32:"""
+
+RESERVE_BYTES_A_LAYER = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def plan_model(
         max_model_len=length,
         max_num_batched_tokens=budget.max_num_batched_tokens,
         context_bytes=_context_bytes(tp_size),
-        reserve_bytes=RESERVE_BYTES,
+        reserve_bytes=_reserve_bytes(config.num_layers),
         sizes=tuple(sizes),
         limit=limit,
         limit_reason=reason,
@@ -202,6 +205,7 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
     firsts = [ranks[0] for ranks in alike.values()]
     written = model.file_bytes(plan, firsts) if files else [0] * len(firsts)
     share = int(budget.gpu_memory * budget.utilization)
+    reserve = _reserve_bytes(model.config.num_layers)
     found: dict[int, RankFit] = {}
     for (first, *others), file_bytes in zip(alike.values(), written, strict=True):
         weights, parameters = model.weights(plan, first)
@@ -209,6 +213,7 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
         tokens, length = budget.max_num_batched_tokens, budget.max_model_len or model.config.max_position_embeddings
         activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs)
         activations += model.unpacked_bytes(len(heads.kv), tokens, length)
+        activations += model.sampling_bytes(plan, first, budget.max_num_seqs)
         fit = RankFit(
             rank=first,
             parameters=parameters,
@@ -218,10 +223,14 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
             kv_heads=len(heads.kv),
             kv_bytes_per_token=model.kv_bytes_per_token(len(heads.kv)),
             activation_bytes=activations,
-            kv_cache_bytes=share - weights - activations - RESERVE_BYTES - _context_bytes(plan.tp_size),
+            kv_cache_bytes=share - weights - activations - reserve - _context_bytes(plan.tp_size),
         )
         found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
     return [found[rank] for rank in range(plan.tp_size)]
+
+
+def _reserve_bytes(num_layers: int) -> int:
+    return RESERVE_BYTES + RESERVE_BYTES_A_LAYER * max(0, num_layers - 32)
 
 
 def _context_bytes(tp_size: int) -> int:

@@ -24,6 +24,9 @@ from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, source_plan, source_sp
 PACKED_HEAD_DIMS = (64, 128, 256)
 """Of heads whose keys and values can be packed (``kernels.packed_kv``, without importing Triton)."""
 
+SAMPLER_BYTES_A_TOKEN, SAMPLER_BYTES = 96, 512 << 20
+"""What sampling takes for a row and each token of the vocabulary, and at most for rows together (as above)."""
+
 MOST_UNPACKED = 8
 """Steps of the largest size whose contexts are unpacked at most (the engine's own, as above)."""
 
@@ -119,6 +122,15 @@ class ModelSizes:
         if not self.packs:
             return 0
         return min(MOST_UNPACKED * tokens, tokens + max_model_len) * kv_heads * self.config.head_dim * 2 * 2
+
+    def sampling_bytes(self, plan: PartitionPlan, rank: int, seqs: int) -> int:
+        """What the engine keeps for sampling: the logits of a captured step, those that the host has a part in, all
+        ranks' where they are gathered, and what the general sampler takes."""
+        vocab, tp_size = plan.shape(rank, LM_HEAD)[0], plan.tp_size
+        logits = -(-seqs // 64) * 64 * vocab * DTYPE_BITS[self.dtypes[LM_HEAD]] // 8
+        row = SAMPLER_BYTES_A_TOKEN * tp_size * vocab
+        gathered = 0 if tp_size == 1 else (1 + tp_size) * logits
+        return 2 * logits + gathered + min(seqs, max(1, SAMPLER_BYTES // row)) * row
 
     def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
         """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences, when most of them live.

@@ -24,6 +24,11 @@ def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
         if name not in ("auto", "sdpa"):
             raise EngineError(f"attention backend {name!r} needs a GPU; on a CPU use auto or sdpa")
         return "sdpa"
+    if name in ("triton", "flash-attn") and find_spec("triton") is None:
+        raise EngineError(
+            f"attention backend {name!r} needs the triton package, which torch's builds for CUDA bring along: "
+            "pip install triton, or use --attention-backend sdpa"
+        )
     if name == "auto":
         return "triton" if find_spec("triton") is not None else "sdpa"
     if name == "flash-attn" and dtype not in (torch.bfloat16, torch.float16):
