@@ -2,10 +2,11 @@
 
 A floor is the largest t for which the tokens of at least t weigh enough: number k of them where they are counted
 (top-k), a share p of all probability where they are summed (top-p). It is found bit by bit: bits of a number in an
-order-preserving code (`_code`), four at a time, from the highest. A launch weighs, in every block of the vocabulary,
-what reaches each of sixteen thresholds; the next one adds the blocks up, takes the highest threshold that is still
-reached, and divides the step above it into sixteen again. Four launches find the floor of 16-bit logits exactly, eight
+order-preserving code (`_code`), three at a time, from the highest. A launch weighs, in every block of the vocabulary,
+what reaches each of eight thresholds; the next one adds the blocks up, takes the highest threshold that is still
+reached, and divides the step above it into eight again. Six launches find the floor of 16-bit logits exactly, eleven
 that of float32, whatever the distribution looks like, and the host learns nothing of it, so that graphs can hold it.
+A block that holds nothing as high as a threshold is done with at once.
 
 Tokens equal to the floor are all kept, as in `engine.filters`. Sums are taken in the same order every time.
 """
@@ -20,9 +21,9 @@ import triton.language as tl
 
 from tpctl.kernels.launch import launch_options, next_power_of_2
 
-_BLOCK = 4096
-_CHUNK = 256  # of a block, weighed at a time
-_WAYS = 16
+_BITS = 3  # found by a launch
+_WAYS = tl.constexpr(1 << _BITS)
+_FEW_ROWS = 8  # up to which small blocks busy more of the device
 MAX_TOP_K = 1 << 24
 """As far as tokens are counted: no vocabulary has so many."""
 _CODE_BITS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
@@ -100,10 +101,10 @@ def _step_up(
 ):
     """Where the search goes on after the weights of a launch: the new low end, and what must be reached."""
     block = tl.arange(0, BLOCKS)
-    way = tl.arange(0, 16)
+    way = tl.arange(0, _WAYS)
     held = block < num_blocks
     at = row * num_blocks + block
-    weight = tl.load(weights_ptr + at[:, None] * 16 + way[None, :], mask=held[:, None], other=0.0)
+    weight = tl.load(weights_ptr + at[:, None] * _WAYS + way[None, :], mask=held[:, None], other=0.0)
     if by_mass:
         # Each block has weighed relative to its own largest logit.
         largest = tl.load(maxima_ptr + at, mask=held, other=float("-inf"))
@@ -118,14 +119,14 @@ def _step_up(
     return low + (highest << shift), target
 
 
-@triton.jit(do_not_specialize=["launch", "shift"])
+@triton.jit(do_not_specialize=["rows", "launch", "shift", "last_shift"])
 def _weigh_kernel(
     logits_ptr,  # [ranks, rows, width]
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
-    weights_ptr,  # float32 [2, rows, blocks, 16]: written and read in turns
+    weights_ptr,  # float32 [2, rows, blocks, ways]: written and read in turns
     maxima_ptr,  # float32 [rows, blocks]: of what is weighed
     lows_ptr,  # int32 [launches, rows]
     targets_ptr,  # float32 [rows]
@@ -139,10 +140,10 @@ def _weigh_kernel(
     num_blocks,
     launch,  # of this search
     shift,  # bits below those that this launch finds
+    last_shift,  # and the one before
     LOWEST: tl.constexpr,
     SECOND: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -156,16 +157,21 @@ def _weigh_kernel(
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row)
     if _searched(temperature, top_k, top_p, min_p, SECOND):
+        rank = block // blocks_per_rank
+        at = (block % blocks_per_rank) * BLOCK + tl.arange(0, BLOCK)
+        most = tl.minimum(width, vocab_size - rank * width)  # of this rank's columns, those that are tokens
+        base = logits_ptr + rank.to(tl.int64) * rank_stride + row * row_stride
+        value = tl.load(base + at, mask=at < most, other=float("-inf"))
+
         by_mass = (top_k <= 0) | SECOND
         inverse = 1.0 / temperature
-        half = rows.to(tl.int64) * num_blocks * 16
+        half = rows.to(tl.int64) * num_blocks * _WAYS
         low = tl.full([], LOWEST, tl.int32)
         if launch > 0:
             low = tl.load(lows_ptr + (launch - 1) * rows + row)
             target = tl.load(targets_ptr + row, mask=launch > 1, other=0.0)
-            previous = weights_ptr + ((launch - 1) % 2) * half
             low, target = _step_up(
-                previous,
+                weights_ptr + ((launch - 1) % 2) * half,
                 maxima_ptr,
                 low,
                 target,
@@ -175,45 +181,35 @@ def _weigh_kernel(
                 top_p,
                 inverse,
                 by_mass,
-                shift + 4,
+                last_shift,
                 launch == 1,
                 BLOCKS,
             )
             tl.store(targets_ptr + row, target, mask=(block == 0) & (launch == 1))
         tl.store(lows_ptr + launch * rows + row, low, mask=block == 0)
-        counted = tl.full([], LOWEST, tl.int32)
+
+        code = _code(value)
+        number = value.to(tl.float32)
+        seen = (at < most) & (number == number)  # NaN is no token
         if SECOND:
-            counted = tl.load(counted_ptr + row)
-
-        rank = block // blocks_per_rank
-        first = (block % blocks_per_rank) * BLOCK
-        base = logits_ptr + rank.to(tl.int64) * rank_stride + row * row_stride
-        most = tl.minimum(width, vocab_size - rank * width)  # of this rank's columns, those that are tokens
-        whole = first + tl.arange(0, BLOCK)
-        values = tl.load(base + whole, mask=whole < most, other=float("-inf"))
-        numbers = values.to(tl.float32)
-        largest = tl.max(tl.where((numbers == numbers) & (_code(values) >= counted), numbers, float("-inf")), 0)
-        tl.store(maxima_ptr + row * num_blocks + block, largest)
-
-        threshold = low + (tl.arange(0, 16) << shift)
-        reached = tl.zeros([CHUNK, 16], tl.float32)
-        for start in range(first, first + BLOCK, CHUNK):
-            at = start + tl.arange(0, CHUNK)
-            value = tl.load(base + at, mask=at < most, other=float("nan"))
-            number = value.to(tl.float32)
-            code = _code(value)
-            weight = tl.full([CHUNK], 1.0, tl.float32)
+            seen &= code >= tl.load(counted_ptr + row)
+        largest = tl.max(tl.where(seen, number, float("-inf")), 0)
+        tl.store(maxima_ptr + row * num_blocks + block, largest, mask=launch == 0)
+        out = weights_ptr + (launch % 2) * half + (row * num_blocks + block) * _WAYS
+        highest = tl.max(tl.where(seen, code, LOWEST), 0)
+        if (launch > 0) & (highest < low + (1 << shift)):
+            tl.store(out + tl.arange(0, _WAYS), tl.zeros([_WAYS], tl.float32))
+        else:
+            weight = tl.full([BLOCK], 1.0, tl.float32)
             if by_mass:
                 weight = tl.exp((number - largest) * inverse)
-            # NaN is no token; nor is what lies below an earlier floor. -inf less -inf weighs nothing either.
-            weight = tl.where((number == number) & (code >= counted) & (weight == weight), weight, 0.0)
-            reached += tl.where(code[:, None] >= threshold[None, :], weight[:, None], 0.0)
-        total = tl.sum(reached, 0)
-        out = weights_ptr + (launch % 2) * half + (row * num_blocks + block) * 16
-        tl.store(out + tl.arange(0, 16), total)
+                weight = tl.where(weight == weight, weight, 0.0)  # -inf less -inf
+            weight = tl.where(seen, weight, 0.0)
+            for way in tl.static_range(_WAYS):
+                tl.store(out + way, tl.sum(tl.where(code >= low + (way << shift), weight, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _found_kernel(
     logits_ptr,
     temperature_ptr,
@@ -249,7 +245,7 @@ def _found_kernel(
         low = tl.load(counted_ptr + row)
     if _searched(temperature, top_k, top_p, min_p, SECOND) & ((top_k > 0) | (top_p < 1.0)):
         low, _ = _step_up(
-            weights_ptr + ((LAUNCHES - 1) % 2) * rows.to(tl.int64) * num_blocks * 16,
+            weights_ptr + ((LAUNCHES - 1) % 2) * rows.to(tl.int64) * num_blocks * _WAYS,
             maxima_ptr,
             tl.load(lows_ptr + (LAUNCHES - 1) * rows + row),
             tl.load(targets_ptr + row),
@@ -284,11 +280,12 @@ def sampling_floors(
     """
     ranks, rows, width = logits_WRV.shape
     bits = _CODE_BITS[logits_WRV.dtype]
-    launches, lowest = bits // 4, -1 << (bits - 1)
-    blocks_per_rank = triton.cdiv(width, _BLOCK)
+    launches, lowest = triton.cdiv(bits, _BITS), -1 << (bits - 1)
+    block, num_warps = (1024, 4) if rows <= _FEW_ROWS else (8192, 4)
+    blocks_per_rank = triton.cdiv(width, block)
     num_blocks = ranks * blocks_per_rank
     device = logits_WRV.device
-    weights = torch.empty(2, rows, num_blocks, _WAYS, dtype=torch.float32, device=device)
+    weights = torch.empty(2, rows, num_blocks, 1 << _BITS, dtype=torch.float32, device=device)
     maxima = torch.empty(rows, num_blocks, dtype=torch.float32, device=device)
     lows = torch.empty(launches, rows, dtype=torch.int32, device=device)
     targets = torch.empty(rows, dtype=torch.float32, device=device)
@@ -313,11 +310,11 @@ def sampling_floors(
                 blocks_per_rank,
                 num_blocks,
                 launch,
-                bits - 4 * (launch + 1),
-                BLOCK=_BLOCK,
-                CHUNK=_CHUNK,
+                max(0, bits - _BITS * (launch + 1)),
+                bits - _BITS * launch,
+                BLOCK=block,
                 **flags,
-                num_warps=4,
+                num_warps=num_warps,
                 **launch_options(pdl),
             )
         _found_kernel[(rows,)](
