@@ -110,6 +110,26 @@ def test_rows(alone: str) -> None:
     assert found[0]["completion_tokens"] == 8
 
 
+@pytest.mark.parametrize(
+    ("redirected", "answers", "said"),
+    [
+        (">/dev/full", "", "cannot write to standard output: No space left on device; with -o FILE finished rows are"),
+        (">&-", "", "cannot write to standard output: closed; with -o FILE finished rows are kept for --resume"),
+        ("-o /dev/full", "", "cannot write to /dev/full: No space left on device; with -o FILE finished rows are"),
+        ("2>/dev/full", '"completion_tokens": 3', None),  # a log that takes no more ends nothing
+    ],
+)
+def test_streams_that_fail(redirected: str, answers: str, said: str | None, model: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"prompt": "Hello", "max_tokens": 3}])
+    line = f'"{sys.executable}" -m tpctl batch {source} --model "{model}" {" ".join(EXACT)} {redirected}'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == (said is not None)
+    assert answers in done.stdout
+    errors = [text for text in done.stderr.splitlines() if "is ready" not in text]
+    assert len(errors) == (said is not None)  # and none of it twice
+    assert said is None or errors[0].startswith(f"tpctl: {said}")
+
+
 @pytest.mark.parametrize("tp_size", [2, 3])
 def test_the_same_rows_together_and_on_several_ranks(model: str, alone: str, tmp_path: Path, tp_size: int) -> None:
     source, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"

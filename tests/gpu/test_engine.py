@@ -17,7 +17,9 @@ from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampler import Sampler, SamplingRow
 from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.scheduler import Scheduler
 from tpctl.launch.messages import Add, Request
+from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.partition.split import Range
 from tpctl.sharding.shard import shard_checkpoint
@@ -221,6 +223,40 @@ def test_the_general_sampler_takes_no_more_memory_than_is_kept_for_it(more: dict
     taken = torch.cuda.max_memory_allocated() - before
     print(f"{more}: {taken >> 20} MiB of {sampler.working_bytes(len(rows)) >> 20}")
     assert taken <= sampler.working_bytes(len(rows)) <= 512 << 20
+
+
+def test_a_small_packed_cache_stays_near_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that are preempted leave packed blocks behind, which others fill or they find again; a step's prompts
+    read them unpacked before."""
+    unpacked: list[int] = []
+    original = triton_backend.unpack_blocks
+    monkeypatch.setattr(triton_backend, "unpack_blocks", lambda *args: unpacked.append(1) or original(*args))
+    monkeypatch.setattr(Scheduler, "_preempt", counted := _Counted(Scheduler._preempt))
+    model = make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128}).cuda()
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
+    prompts = prompts_of(517, tuple(60 + 11 * i for i in range(12)))
+    vector = 3 * 128 // 2 + 1
+    cache = 700 * 2 * 3 * 2 * vector  # tokens of 3 layers of 2 heads, of 2,200 that are wanted
+    settings: dict[str, Any] = {"max_num_seqs": 12, "max_num_batched_tokens": 2048, "max_model_len": 256}
+    found = run(tmp_path / "tp1", prompts, 60, block_size=16, kv_cache_memory=cache, **settings)
+    assert counted.calls > 3
+    assert unpacked
+    assert most_behind(model, prompts, found) < 0.25
+
+
+class _Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+        self.calls = 0
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        def call(*args: Any) -> Any:
+            self.calls += 1
+            return self.method(instance, *args)
+
+        return call
 
 
 def test_small_cache_gives_the_same_tokens(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from tpctl.kernels.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack
 from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
 from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
+from tpctl.layers.attention import triton as triton_backend
+from tpctl.layers.attention.base import HeadShape, LayerKV
+from tpctl.layers.attention.triton import TritonBackend
+from tpctl.layers.batch import ForwardBatch
 from tpctl.sharding.model_sizes import MOST_UNPACKED, PACKED_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
@@ -183,7 +188,114 @@ def test_contexts_are_unpacked(kv_heads: int, head_dim: int, block_size: int) ->
                 assert torch.equal(out[side, int(starts[s]) + j], plain[side][int(tables[s, j])].to(DTYPE))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="on GPUs")
+@pytest.mark.parametrize("window", [None, 30])
+def test_decodes_computed_ahead(window: int | None) -> None:
+    """More sequences than a plan orders as they come: a run's last one first where it goes on in the next run."""
+    lens = [1 + 13 * s % 47 if s % 11 else 0 for s in range(66)]
+    tables, (k, v, exponents), plain = cache_of(lens, 1, 64, 16)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    q = torch.randn(len(lens), 2, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
+    scratch = DecodeScratch.allocate(len(lens), 2, 64, DEVICE)
+    plan = DecodePlan(len(lens), 2, 1, 64, 16, scratch, window=window, packed=True)
+    assert plan.config.ahead
+    plan.update(seq_lens)
+    got = paged_decode(q, k, v, tables, seq_lens, plan, exponents=exponents, scale=0.1)
+    want = paged_decode_reference(q, *plain, tables, seq_lens, scale=0.1, window=window)
+    live = seq_lens > 0
+    torch.testing.assert_close(got[live], want[live], rtol=2e-2, atol=2e-2 * want.abs().max().item())
+
+
+def test_rope_cache_packs_the_ends_of_the_range() -> None:
+    """Zeros, numbers below the smallest normal one, infinity, and vectors of small numbers alone."""
+    x = torch.zeros(6, 64, dtype=torch.bfloat16)
+    x[1, 3] = 2.0**-126
+    x[2, :3] = torch.tensor([float("inf"), 1.0, -2.0])
+    x[3] = 2.0**-130
+    x[4] = torch.randn(64) * 2.0**-115
+    x[5, :2] = torch.tensor([1.0, -(2.0**-14) * (1 - 2.0**-9)])
+    qkv = torch.cat([torch.zeros(6, 128, dtype=torch.bfloat16), x], 1).to(DEVICE, DTYPE)
+    rows = torch.zeros(2, 1, 1, 16, row_bytes(64), dtype=torch.uint8, device=DEVICE)
+    exponents = torch.zeros(1, 1, 16, 2, dtype=torch.uint8, device=DEVICE)
+    tables = torch.ones(1, 32, device=DEVICE), torch.zeros(1, 32, device=DEVICE)
+    positions, slots = torch.zeros(6, dtype=torch.int64, device=DEVICE), torch.arange(6, device=DEVICE)
+    rope_cache(qkv, rows[0], rows[1], tables, positions, slots, 1, exponents=exponents)
+    want_rows, want_largest = pack_reference(x.to(DEVICE))
+    assert torch.equal(exponents[0, 0, :6, 1], want_largest)
+    assert torch.equal(rows[1, 0, 0, :6], want_rows)
+
+
+def backend_of(kv_heads: int, head_dim: int, block_size: int) -> TritonBackend:
+    return TritonBackend(HeadShape(2 * kv_heads, kv_heads, head_dim, 0.1), block_size, packed=True)
+
+
+def test_memory_is_what_is_counted() -> None:
+    backend = backend_of(3, 64, 32)
+    layers = backend.allocate(2, 7, torch.bfloat16, DEVICE)
+    held = sum(tensor.nbytes for layer in layers for tensor in (layer.k, layer.v, layer.exponents))
+    assert held == 7 * backend.bytes_per_block(2, torch.bfloat16)
+    backend.keep_unpacked(100, 40, DEVICE)  # 4 blocks, and 2 for contexts that fill no whole number of them
+    assert [tensor.shape for tensor in backend._unpacked] == [(6, 32, 3, 64)] * 2
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_prompts_read_what_was_unpacked_for_them(fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside decodes, over prefixes; where contexts are more than there is memory for, programs unpack themselves."""
+    monkeypatch.setattr(triton_backend, "_MANY_ROWS", 1)
+    calls = []
+    monkeypatch.setattr(triton_backend, "unpack_blocks", lambda *args: calls.append(args) or unpack_blocks(*args))
+    lens, new = [9, 40, 70, 33], [1, 1, 30, 20]
+    tables, (k, v, exponents), plain = cache_of(lens, 2, 64, 16)
+    backend = backend_of(2, 64, 16)
+    backend.keep_unpacked(103 if fits else 50, 16, DEVICE)
+    backend._unpacked = tuple(kept.to(DTYPE) for kept in backend._unpacked)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    batch = ForwardBatch(
+        torch.zeros(sum(new), dtype=torch.int64), empty, empty, tables, new, lens, 2, empty, starts, seq_lens
+    )
+    q = torch.randn(sum(new), 4, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
+    kv = LayerKV(k, v, exponents=exponents)
+    backend.begin(batch, {None})
+    for _ in range(2):  # two layers, which share what was prepared
+        got = backend.attend_cached(q, kv, None, batch).view_as(q)
+        want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, scale=0.1)
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+    assert len(calls) == (2 if fits else 0)
+
+
+def test_stored_by_the_readable_decoder() -> None:
+    backend = backend_of(2, 64, 16)
+    (kv,) = backend.allocate(1, 3, torch.bfloat16, DEVICE)
+    x = vectors(2, 2, 64)
+    batch = SimpleNamespace(slot_mapping=torch.tensor([17, -1], device=DEVICE))
+    backend.store(x, -x, kv, batch)
+    rows, largest = pack_reference(x[0].contiguous())
+    assert torch.equal(kv.k[1, :, 1], rows)
+    assert torch.equal(kv.exponents[1, :, 1, 1], largest)
+    kv.k[1, :, 1] = 0
+    assert not kv.k.any()  # -1 is written nowhere
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_prompts_do_not_read_behind_their_ends(block_size: int) -> None:
+    """Old bytes there may stand for infinity. In one case a tile is wider than a block."""
+    lens = [37, 20]
+    tables, (k, v, exponents), _ = cache_of(lens, 2, 64, block_size)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, 20, 40], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(40, 4, 64, device=DEVICE).to(DTYPE)
+    want = paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents)
+    used = torch.zeros(exponents.shape[0], block_size, dtype=torch.bool, device=DEVICE)
+    for s, length in enumerate(lens):
+        for token in range(length):
+            used[int(tables[s, token // block_size]), token % block_size] = True
+    for cache in (k, v, exponents):
+        cache[~used[:, None].expand(cache.shape[:3])] = 255
+    assert torch.equal(paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents), want)
+    assert torch.isfinite(want).all()
+
+
 def test_nothing_but_a_context_counts() -> None:
     """Bytes behind a sequence's end, even those that stand for no number, do not reach its answer."""
     lens = [37, 300]

@@ -10,8 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 from tpctl.kernels.activation import silu_and_mul
+from tpctl.kernels.floors import Filters, sampling_floors
 from tpctl.kernels.gemv import GemvScratch, small_linear
 from tpctl.kernels.norm import add_rms_norm, rms_norm
+from tpctl.kernels.packed_kv import pack_reference
 from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.rope_cache import rope_cache
 from tpctl.kernels.sampling import sample
@@ -29,7 +31,8 @@ def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 class Chain:
-    """A few decoder layers; few rows go through small_linear, with `plain` through torch's linear."""
+    """A few decoder layers; few rows go through small_linear, with `plain` through torch's linear, which is followed by
+    a packed cache; tokens are sampled within top-p."""
 
     def __init__(self, batch: int, plain: bool) -> None:
         self.batch, self.plain = batch, plain
@@ -38,15 +41,24 @@ class Chain:
         self.lm_head = random(VOCAB, HIDDEN, scale=0.1)
         self.norm = 1 + random(HIDDEN, scale=0.1)
         self.caches = [random(batch * 8, BLOCK, KV_HEADS, DIM) for _ in range(2 * LAYERS)]
+        self.exponents: list[torch.Tensor | None] = [None] * LAYERS
+        if plain and not INTERPRET:
+            packed = [pack_reference(cache.transpose(1, 2).contiguous()) for cache in self.caches]
+            self.caches = [rows for rows, _ in packed]
+            largest = [exponents for _, exponents in packed]
+            self.exponents = [torch.stack(pair, -1) for pair in zip(largest[::2], largest[1::2], strict=True)]
         self.tables = torch.randperm(batch * 8).view(batch, 8).int().to(DEVICE)
         self.lens = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
         self.x = random(batch, HIDDEN)
         self.rope = (torch.rand(8 * BLOCK, DIM // 2, device=DEVICE), torch.rand(8 * BLOCK, DIM // 2, device=DEVICE))
         self.scratch = GemvScratch.allocate(DEVICE)
         scratch = DecodeScratch.allocate(batch, HEADS, DIM, DEVICE)
-        self.plan = DecodePlan(batch, HEADS, KV_HEADS, DIM, BLOCK, scratch)
+        packs = self.exponents[0] is not None
+        self.plan = DecodePlan(batch, HEADS, KV_HEADS, DIM, BLOCK, scratch, packed=packs)
         self.keys = torch.randint(0, 2**32, (batch, 2)).to(DEVICE)
-        self.temperatures = torch.full((batch,), 0.7, device=DEVICE)
+        self.filters = Filters.allocate(batch, DEVICE)
+        self.filters.temperature.fill_(0.7)
+        self.filters.top_p.fill_(0.9)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, pdl: bool, gated: bool = False) -> torch.Tensor:
         if self.plain:
@@ -70,12 +82,14 @@ class Chain:
         for layer, (qkv, o, gate_up, down) in enumerate(self.weights):
             k_cache, v_cache = self.caches[2 * layer : 2 * layer + 2]
             rows = self.linear(x, qkv, pdl)
-            q = rope_cache(rows, k_cache, v_cache, self.rope, positions, slots, HEADS, pdl=pdl)
-            a = paged_decode(q, k_cache, v_cache, self.tables, self.lens, self.plan, pdl=pdl)
+            packed = {"exponents": self.exponents[layer], "pdl": pdl}
+            q = rope_cache(rows, k_cache, v_cache, self.rope, positions, slots, HEADS, **packed)
+            a = paged_decode(q, k_cache, v_cache, self.tables, self.lens, self.plan, **packed)
             self.add(a.view(self.batch, -1), o, x, pdl)
             self.add(self.linear(x, gate_up, pdl, gated=True), down, x, pdl)
         logits = self.linear(x, self.lm_head, pdl)
-        return x, sample(logits, self.temperatures, self.keys, pdl=pdl)[1]
+        floors = sampling_floors(logits.unsqueeze(0), self.filters, vocab_size=VOCAB, both=False, pdl=pdl)
+        return x, sample(logits, self.filters.temperature, self.keys, floors_T=floors, pdl=pdl)[1]
 
 
 @pytest.mark.parametrize("plain", [False, True])

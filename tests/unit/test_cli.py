@@ -264,13 +264,13 @@ def test_what_a_packed_cache_needs() -> None:
         assert heads in refused("triton", torch.bfloat16, 128, whole=False)
 
 
-if __name__ == "__main__":
-    print(listing(), end="")
-
-
 def test_an_engine_says_how_it_runs() -> None:
     info = {"device": "cuda", "tp_size": 2, "dtype": "bfloat16", "attention_backend": "triton"}
     packed = {"kv_cache_dtype": "packed", "all_reduce": "NCCL"}
     assert describe(info | packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
     plain = {"kv_cache_dtype": "bfloat16", "all_reduce": None}
     assert describe(info | plain) == "tp 2, bfloat16, triton attention on GPU"
+
+
+if __name__ == "__main__":
+    print(listing(), end="")

@@ -17,7 +17,7 @@ import typer
 
 from tpctl import __version__
 from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
-from tpctl.errors import TpctlError
+from tpctl.errors import OutputError, TpctlError
 
 app = typer.Typer(
     name="tpctl",
@@ -129,6 +129,8 @@ def _run(work: Callable[[], None]) -> int:
         _say("tpctl: aborted")
         return 1
     except TpctlError as error:
+        if isinstance(error, OutputError):
+            settle_stdout()  # which may be what failed
         _say(f"tpctl: {error}")
         return error.exit_code
     except KeyboardInterrupt as error:

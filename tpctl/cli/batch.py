@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -96,13 +95,15 @@ def batch(
                 def step(tally: Tally) -> None:
                     show(tally)
                     if out is not None:
-                        results.emit(out)
+                        with _writing():
+                            results.emit(out)
 
                 tally = run.run(read_lines(stream), parser, step=step, should_stop=lambda: noted)
             stats = {} if tally.interrupted else client.stats()
         with _remains(results):
             if out is not None:
-                results.emit(out, gaps=True)
+                with _writing():
+                    results.emit(out, gaps=True)
             elif not tally.interrupted:
                 results.publish(tally.lines)
         note(_summary(tally, stats))
@@ -176,8 +177,12 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
             file = NamedFile(output, "wb", output)
         except OSError as error:
             raise OutputError(f"cannot write {output}: {error.strerror}") from None
-        with io.BufferedWriter(file) as stream:
+        stream = io.BufferedWriter(file)
+        try:
             yield stream
+        finally:
+            with suppress(OSError):  # what could not be written was said when it was tried
+                stream.close()
 
 
 def _check_kept(prompts: str, stream: IO[bytes], results: Results) -> None:
@@ -231,7 +236,7 @@ def _progress(total: int | None, tp_size: int, *, silent: bool) -> Iterator[Call
 
 
 def _reports(total: int | None) -> Callable[[Tally], None]:
-    """Notes how far a run is, every ``REPORTS`` seconds, for as long as anybody takes the notes."""
+    """Notes how far a run is, every ``REPORTS`` seconds."""
     due = time.monotonic() + REPORTS
 
     def report(tally: Tally) -> None:
@@ -241,10 +246,7 @@ def _reports(total: int | None) -> Callable[[Tally], None]:
         due = time.monotonic() + REPORTS
         of = "" if total is None else f" of {total:,}"
         lines = "line" if (tally.lines if total is None else total) == 1 else "lines"
-        try:
-            note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {_speed(tally)}")
-        except OSError:  # the log's disk is full, or its reader gone: no reason to stop answering
-            due = math.inf
+        note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {_speed(tally)}")
 
     return report
 
@@ -288,8 +290,15 @@ def _remains(results: Results) -> Iterator[None]:
         rows = "1 finished row is" if results.count == 1 else f"{results.count} finished rows are"
         kept = f"{rows} in {results.partial}, go on with --resume"
         raise type(error)(f"{error}; {kept}") from None
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Says of rows that cannot go out one by one how none would be lost."""
+    try:
+        yield
     except OSError as error:
-        if results.partial is not None or is_closed_pipe(error) or error.filename is None:
+        if is_closed_pipe(error) or error.filename is None:
             raise
         raise OutputError(
             f"cannot write to {error.filename}: {error.strerror}; with -o FILE finished rows are kept for --resume"

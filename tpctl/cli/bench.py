@@ -153,7 +153,8 @@ def _print(
         return
     gpus = report.machine["gpus"]
     where = f"{len(gpus)} x {gpus[0]}" if info["device"] == "cuda" and gpus else report.machine["cpu"]
-    print(f"{model}  tp {info['tp_size']}  {info['dtype']}  {info['attention_backend']}  on {where}")
+    cache = "  packed KV cache" if info["kv_cache_dtype"] == "packed" else ""
+    print(f"{model}  tp {info['tp_size']}  {info['dtype']}  {info['attention_backend']}{cache}  on {where}")
     for name, figure in figures.items():
         low, high = figure.spread
         print(

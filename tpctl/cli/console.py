@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -39,8 +39,12 @@ def stdout() -> Console:
 
 
 def note(text: str) -> None:
-    """A line for the person at the terminal: to stderr, unstyled, never mixed with results."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person at the terminal: to stderr, unstyled, never mixed with results.
+
+    Where stderr takes no more (the log's disk is full, its reader gone) the work goes on without.
+    """
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -25,6 +25,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
         if found.torch is not None:
             _print_torch(found.torch)
         print(f"used by default  --device {found.device} --attention-backend {found.attention_backend}")
+        if found.attention_backend == "triton":
+            print("KV cache         packed for bfloat16 with heads of 64, 128 or 256, else as activations are")
     if found.problem is not None:
         raise EngineError(f"torch cannot be used: {found.problem}; reinstall it")
 

@@ -300,8 +300,8 @@ class CudaRunner(ModelRunner):
         self.pace = self._find_pace()
         rows, tokens = self._max_rows, config.max_num_batched_tokens
         self._decoder = CudaDecoder(self.model, self._cuda_backend, rows, tokens)
-        if isinstance(self.backend, TritonBackend) and self.backend.packed:
-            self.backend.unpacked_tokens = min(_MOST_UNPACKED * tokens, tokens + self.max_model_len)
+        if isinstance(self.backend, TritonBackend):
+            self.backend.keep_unpacked(min(_MOST_UNPACKED * tokens, tokens + self.max_model_len), tokens, device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()

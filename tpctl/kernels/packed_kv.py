@@ -9,7 +9,8 @@ distance from the largest, in 4 bits instead of 8. Sign and mantissa stay as the
 A value of code c > 0 is +-(1 + mantissa / 128) 2^(c - 15 + largest - 127), and of code 0 +-(mantissa / 128)
 2^(-14 + largest - 127), as a float's own subnormal numbers are made. So a value is kept exactly unless it is less than
 2^-14 of the largest one's power of two, and then within 2^-22 of that power: bfloat16 itself rounds the largest value
-by 2^-9 of it. Values of less than 2^-126 become 0.
+by up to 2^-8 of it. Values of less than 2^-126 become 0, as do small ones beside a largest of less than 2^-104. Where
+one value is infinite or no number, none of its vector is finite.
 
 Rows lie by block and head, [num_blocks, K, B, 3 D / 2], exponents [num_blocks, K, B, 2], both bytes: a tile of a head's
 tokens is one piece of memory.
@@ -137,7 +138,7 @@ def _unpack_blocks_kernel(
     d = tl.arange(0, HALF)[None, :]
     block = tl.load(tables_ptr + seq.to(tl.int64) * table_stride + index).to(tl.int64)
     target = (tl.load(starts_ptr + seq) + index).to(tl.int64)
-    for first in tl.static_range(0, BLOCK_SIZE, ROWS):
+    for first in range(0, BLOCK_SIZE, ROWS):
         row = first + tl.arange(0, ROWS)
         place = (block * NUM_KV_HEADS + head) * BLOCK_SIZE + row
         to = (((target * BLOCK_SIZE + row) * NUM_KV_HEADS + head) * HEAD_DIM)[:, None] + d

@@ -60,6 +60,8 @@ def _attend(
             offsets = ((slot * NUM_KV_HEADS + kv_head) * HEAD_DIM)[:, None] + d[None, :]
         if PACKED:
             exponents = tl.load(exponents_ptr + place).to(tl.int32)
+            if MASKED:  # an old exponent behind the end may stand for infinity, which is not to be multiplied
+                exponents = tl.where(live, exponents, 0)
             k = _unpacked(k_cache_ptr, place, HEAD_DIM)
         elif MASKED:
             k = tl.load(k_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)

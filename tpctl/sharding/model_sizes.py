@@ -121,7 +121,8 @@ class ModelSizes:
         """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is packed."""
         if not self.packs:
             return 0
-        return min(MOST_UNPACKED * tokens, tokens + max_model_len) * kv_heads * self.config.head_dim * 2 * 2
+        kept = min(MOST_UNPACKED * tokens, tokens + max_model_len) + tokens  # some blocks are not full
+        return kept * kv_heads * self.config.head_dim * 2 * 2
 
     def sampling_bytes(self, plan: PartitionPlan, rank: int, seqs: int) -> int:
         """What the engine keeps for sampling: the logits of a captured step, those that the host has a part in, all

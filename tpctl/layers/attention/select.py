@@ -84,6 +84,8 @@ def _not_packed(backend: str, dtype: torch.dtype, heads: HeadShape, whole_heads:
     """What is missing for a packed KV cache (``kernels.packed_kv``); ``None`` if nothing is."""
     if backend != "triton":
         return f"--attention-backend triton, not {backend}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "a GPU of compute capability 8.0 or more, whose bfloat16 arithmetic it takes"
     if dtype != torch.bfloat16:
         return f"bfloat16, not {str(dtype).removeprefix('torch.')}"
     from tpctl.kernels.packed_kv import HEAD_DIMS

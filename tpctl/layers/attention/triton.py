@@ -44,9 +44,6 @@ class TritonBackend(PagedBackend):
         """
         super().__init__(heads, block_size)
         self.packed = packed
-        self.unpacked_tokens = 0
-        """Of a packed cache: contexts of up to so many tokens together are unpacked before a step's prompts attend to
-        them; beyond, and in captured steps, each program unpacks what it reads. Memory for them is kept."""
         self._unpacked: tuple[Tensor, Tensor] | None = None
         self._itemsize = 2
         self._scratch: DecodeScratch | None = None
@@ -62,6 +59,18 @@ class TritonBackend(PagedBackend):
         exponents = torch.zeros(num_layers, *shape, 2, dtype=torch.uint8, device=device)
         return [LayerKV(layer[0], layer[1], exponents=largest) for layer, largest in zip(rows, exponents, strict=True)]
 
+    def keep_unpacked(self, tokens: int, step: int, device: torch.device) -> None:
+        """Keep memory into which a packed cache's contexts of up to ``tokens`` together are unpacked before the prompts
+        of a large step attend to them; beyond, and in captured steps, each program unpacks what it reads.
+
+        step: new tokens of a step at most, which says how many contexts end with a block that they do not fill.
+        """
+        if self.packed:
+            room = -(-tokens // self.block_size) + -(-step // self.block_size)
+            shape = (room, self.block_size, self.heads.num_kv_heads, self.heads.head_dim)
+            keys, values = torch.empty(2, *shape, dtype=torch.bfloat16, device=device)
+            self._unpacked = keys, values
+
     def bytes_per_block(self, num_layers: int, dtype: torch.dtype) -> int:
         if not self.packed:
             return super().bytes_per_block(num_layers, dtype)
@@ -72,9 +81,12 @@ class TritonBackend(PagedBackend):
         if kv.exponents is None:
             super().store(k_TKD, v_TKD, kv, batch)
             return
-        block, offset = batch.slot_mapping // self.block_size, batch.slot_mapping % self.block_size
+        live = batch.slot_mapping >= 0
+        slots = batch.slot_mapping[live]
+        block, offset = slots // self.block_size, slots % self.block_size
         for index, (new_TKD, cache) in enumerate(((k_TKD, kv.k), (v_TKD, kv.v))):
-            cache[block, :, offset], kv.exponents[block, :, offset, index] = pack_reference(new_TKD.contiguous())
+            rows, largest = pack_reference(new_TKD[live].contiguous())
+            cache[block, :, offset], kv.exponents[block, :, offset, index] = rows, largest
 
     def is_long(self, count: int, longest: int) -> bool:
         return count <= 2 and longest >= LONG_CONTEXT
@@ -168,16 +180,11 @@ class TritonBackend(PagedBackend):
         if "contexts" not in batch.scratch:
             lens = batch.seq_lens[batch.num_decodes :]
             counts = [-(-length // self.block_size) for length in lens]
-            room = -(-self.unpacked_tokens // self.block_size)
             batch.scratch["contexts"] = None
-            if sum(counts) <= room:
-                device = chunks.seq_lens_P.device
-                if self._unpacked is None:
-                    shape = (room, self.block_size, self.heads.num_kv_heads, self.heads.head_dim)
-                    keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
-                    self._unpacked = keys, values
-                first = torch.tensor([0, *counts[:-1]], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-                tables = first[:, None] + torch.arange(max(counts), dtype=torch.int32, device=device)
+            if self._unpacked is not None and sum(counts) <= self._unpacked[0].shape[0]:
+                blocks_P = (chunks.seq_lens_P + (self.block_size - 1)) // self.block_size
+                first = blocks_P.cumsum(0, dtype=torch.int32) - blocks_P
+                tables = first[:, None] + torch.arange(max(counts), dtype=torch.int32, device=first.device)
                 batch.scratch["contexts"] = _Contexts(first, tables, max(lens), self._unpacked)
         found: _Contexts | None = batch.scratch["contexts"]
         return found
