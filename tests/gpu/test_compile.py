@@ -222,9 +222,10 @@ def test_the_sampler_fits(arch: int) -> None:
     config = DecodeConfig(1, 1, num_warps=4, num_stages=1)
     for dtype, lowest in (("bf16", -(1 << 15)), ("fp32", -(1 << 31))):
         for second in (False, True):
-            flags: dict[str, Any] = {"LOWEST": lowest, "SECOND": second, "BLOCKS": 64, "PDL": arch >= 90}
-            assert shared_memory(_weigh_kernel, dtype, arch, config, BLOCK=8192, **flags) <= SHARED[arch]
-            assert shared_memory(_found_kernel, dtype, arch, config, LAUNCHES=4, LAST=second, **flags) <= SHARED[arch]
+            flags: dict[str, Any] = {"LOWEST": lowest, "SECOND": second, "PDL": arch >= 90}
+            flags |= {"CHUNKS": 256, "PARTS": 4}
+            assert shared_memory(_weigh_kernel, dtype, arch, config, CHUNK=2048, **flags) <= SHARED[arch]
+            assert shared_memory(_found_kernel, dtype, arch, config, LAUNCHES=6, LAST=second, **flags) <= SHARED[arch]
 
 
 BATCHES = [(1, False), (1, True), (8, False), (40, False), (100, False)]

@@ -80,6 +80,7 @@ def test_the_ends_of_the_range() -> None:
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_dim"), [(1, 4, 2, 128), (7, 6, 1, 64), (70, 4, 4, 256)])
 @pytest.mark.parametrize("norm", [False, True])
 def test_rope_cache_packs(tokens: int, heads: int, kv_heads: int, head_dim: int, norm: bool) -> None:
+    torch.manual_seed(tokens)
     block_size, blocks = 16, 6
     qkv = vectors(tokens, (heads + 2 * kv_heads) * head_dim, seed=tokens).to(DTYPE)
     angles = torch.rand(200, head_dim // 2, device=DEVICE) * 6
@@ -97,7 +98,7 @@ def test_rope_cache_packs(tokens: int, heads: int, kv_heads: int, head_dim: int,
 
     plain_k, plain_v = torch.zeros(2, blocks, block_size, kv_heads, head_dim, dtype=DTYPE, device=DEVICE)
     wanted_q = rope_cache_reference(qkv, plain_k, plain_v, tables, positions, slots, heads, **weights)
-    torch.testing.assert_close(q, wanted_q)
+    torch.testing.assert_close(q, wanted_q, rtol=2.0**-7, atol=2.0**-8)
     written = torch.zeros(blocks * block_size, dtype=torch.bool, device=DEVICE)
     written[slots[slots >= 0]] = True
     written = written.view(blocks, 1, block_size).expand(shape)

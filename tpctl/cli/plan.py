@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import print_json, stdout
-from tpctl.cli.options import GPU_SEQS, GPU_TOKENS, DType
+from tpctl.cli.options import GPU_SEQS, GPU_TOKENS, DType, KvCacheDType
 from tpctl.cli.units import format_bytes, parse_bytes
 from tpctl.errors import UsageError
 from tpctl.partition.manifest import describe_ranks
@@ -32,6 +32,10 @@ def plan(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = GPU_SEQS,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = GPU_TOKENS,
+    kv_cache_dtype: Annotated[
+        KvCacheDType,
+        typer.Option(help="packed: bfloat16 in 12 bits a value; model: as it is, for other backends than triton."),
+    ] = KvCacheDType.auto,
     dtype: Annotated[DType, typer.Option(help="Cast floats to it; auto: as stored.")] = DType.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
@@ -46,7 +50,14 @@ def plan(
         raise UsageError(
             f"--gpu-memory {gpu_memory} is {format_bytes(memory)}, less than any GPU has; write it like 80GiB"
         )
-    budget = Budget(memory, gpu_memory_utilization, max_model_len, max_num_seqs, max_num_batched_tokens)
+    budget = Budget(
+        memory,
+        gpu_memory_utilization,
+        max_model_len,
+        max_num_seqs,
+        max_num_batched_tokens,
+        kv_cache_dtype=str(kv_cache_dtype),
+    )
     metadata = read_metadata(model, revision=revision, token=token)
     report = plan_model(metadata, budget, tp_size=tp, dtype=dtype.value)
     if json:

@@ -16,7 +16,7 @@ from tpctl.errors import UsageError
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
 from tpctl.partition.plan import PartitionPlan, Shape
-from tpctl.sharding.model_sizes import ModelSizes
+from tpctl.sharding.model_sizes import PACKED_HEAD_DIMS, ModelSizes
 
 CONTEXT_BYTES = 768 << 20
 """What a process takes on a GPU besides tensors: CUDA context, loaded kernels and libraries (755 MiB on an H100)."""
@@ -33,13 +33,14 @@ RESERVE_BYTES_A_LAYER = 16 << 20
 
 @dataclass(frozen=True)
 class Budget:
-    """What a GPU offers and what is asked of it; bytes and tokens."""
+    """What a GPU offers and what is asked of it; bytes and tokens. ``kv_cache_dtype``: as the engine's."""
 
     gpu_memory: int = 80 << 30
     utilization: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def plan_model(
     Raises:
         CheckpointError, UnsupportedModelError: the config or the headers are unsound or unknown.
         PartitionError: ``tp_size`` cannot work.
-        UsageError: ``dtype`` is unknown, or more tokens are asked for than the model allows.
+        UsageError: ``dtype`` is unknown, more tokens are asked for than the model allows, or a packed KV cache that it
+            cannot have.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
@@ -140,7 +142,13 @@ def plan_model(
         raise UsageError(
             f"--max-model-len {length} is more than the model's {config.max_position_embeddings}; use at most that"
         )
-    model = ModelSizes(config, metadata, None if dtype == "auto" else DTYPES[dtype])
+    model = ModelSizes(config, metadata, None if dtype == "auto" else DTYPES[dtype], budget.kv_cache_dtype != "model")
+    if budget.kv_cache_dtype == "packed" and not model.packs:
+        raise UsageError(
+            f"--kv-cache-dtype packed needs bfloat16 and heads of {', '.join(map(str, PACKED_HEAD_DIMS))} dimensions, "
+            f"all of them rotated; this model runs in {config.dtype if dtype == 'auto' else dtype} with heads of "
+            f"{config.head_dim}, use auto or model"
+        )
     budget = replace(budget, max_model_len=length)
     limit, reason = model.limit()
     sizes = [_size(model, budget, tp) for tp in _candidates(config.num_heads, limit - 1, tp_size)]

@@ -34,6 +34,10 @@ MOST_UNPACKED = 8
 class ModelSizes:
     """The sizes of one model.
 
+    Args:
+        cast: safetensors dtype that floats are cast to.
+        may_pack: keys and values may be packed.
+
     Attributes:
         source_shapes: of the checkpoint's tensors, by name.
         dtypes: the safetensors dtype of every stored tensor.
@@ -42,10 +46,11 @@ class ModelSizes:
         CheckpointError: the checkpoint's headers do not fit its config.
     """
 
-    def __init__(self, config: ModelConfig, metadata: ModelMetadata, cast: str | None) -> None:
+    def __init__(self, config: ModelConfig, metadata: ModelMetadata, cast: str | None, may_pack: bool = True) -> None:
         self.config = config
         self._tensors = metadata.tensors
         self._cast = cast
+        self._may_pack = may_pack
         if metadata.tensors is not None:
             shapes = {name: tensor.shape for name, tensor in metadata.tensors.items()}
             source_plan(config, shapes, 1).check_source(shapes, ignored_tensors(config))
@@ -112,10 +117,10 @@ class ModelSizes:
 
     @property
     def packs(self) -> bool:
-        """Whether GPUs keep bfloat16 keys and values in 12 bits (``--kv-cache-dtype auto``)."""
+        """Whether GPUs keep bfloat16 keys and values in 12 bits."""
         config, dtype = self.config, self._cast or DTYPES[self.config.dtype]
         whole = config.rope.rotary_dim == config.head_dim
-        return dtype == DTYPES["bfloat16"] and config.head_dim in PACKED_HEAD_DIMS and whole
+        return self._may_pack and dtype == DTYPES["bfloat16"] and config.head_dim in PACKED_HEAD_DIMS and whole
 
     def unpacked_bytes(self, kv_heads: int, tokens: int, max_model_len: int) -> int:
         """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is packed."""
