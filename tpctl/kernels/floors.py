@@ -23,9 +23,8 @@ from tpctl.kernels.launch import launch_options, next_power_of_2, num_multiproce
 
 _BITS = 3  # found by a launch
 _WAYS = tl.constexpr(1 << _BITS)
-_FEW_ROWS = 8  # up to which small chunks busy more of the device
-_FEW, _MANY = (1024, 4), (2048, 8)  # values of a chunk, warps
-_PROGRAMS = 4  # a multiprocessor
+_CHUNK = 1024  # values
+_PROGRAMS = 8  # a multiprocessor, where there are so many chunks
 _LANE = tl.constexpr(8)  # neighbouring values that are added up first, by one thread
 MAX_TOP_K = 1 << 24
 """As far as tokens are counted: no vocabulary has so many."""
@@ -313,8 +312,7 @@ def sampling_floors(
     ranks, rows, width = logits_WRV.shape
     bits = _CODE_BITS[logits_WRV.dtype]
     launches, lowest = triton.cdiv(bits, _BITS), -1 << (bits - 1)
-    chunk, num_warps = _FEW if rows <= _FEW_ROWS else _MANY
-    chunks_per_rank = triton.cdiv(width, chunk)
+    chunks_per_rank = triton.cdiv(width, _CHUNK)
     num_chunks = ranks * chunks_per_rank
     device = logits_WRV.device
     # Programs a row, each of several chunks: enough to fill the device, and no more.
@@ -326,9 +324,9 @@ def sampling_floors(
     counted = torch.empty(rows, dtype=torch.int32, device=device)
     floors_R = torch.empty(rows, dtype=torch.float32, device=device)
     where = (logits_WRV.stride(0), logits_WRV.stride(1), width, vocab_size)
-    options = {"num_warps": num_warps, **launch_options(pdl)}
+    options = {"num_warps": 4, **launch_options(pdl)}
     _largest_kernel[(num_chunks, rows)](
-        logits_WRV, filters.temperature, maxima, *where, chunks_per_rank, num_chunks, CHUNK=chunk, PDL=pdl, **options
+        logits_WRV, filters.temperature, maxima, *where, chunks_per_rank, num_chunks, CHUNK=_CHUNK, PDL=pdl, **options
     )
     for second in (False, True) if both else (False,):
         flags = {"LOWEST": lowest, "SECOND": second, "PDL": pdl}
@@ -350,7 +348,7 @@ def sampling_floors(
                 launch,
                 max(0, bits - _BITS * (launch + 1)),
                 bits - _BITS * launch,
-                CHUNK=chunk,
+                CHUNK=_CHUNK,
                 **flags,
                 **options,
             )
