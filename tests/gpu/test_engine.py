@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from tests.tiny import LONG_ROPES, make_checkpoint
 from tpctl.distributed import TPGroup
 from tpctl.engine import cuda_graph
