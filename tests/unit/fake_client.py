@@ -65,6 +65,7 @@ class FakeClient:
 
     def wait_ready(self) -> dict[str, Any]:
         ways = {"device": "cpu", "dtype": "float32", "tp_size": 2, "attention_backend": "sdpa"}
+        ways |= {"scheduling_policy": "fcfs"}
         return {"max_model_len": self.max_model_len, **ways}
 
     def submit(self, requests: Iterable[Request]) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.unit.fake_client import FakeClient, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.cli import batch as cli_batch
 from tpctl.cli.app import app
+from tpctl.cli.engine import say_policy
+from tpctl.cli.options import SchedulingPolicy
 from tpctl.cli.streams import NamedFile
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.jobs import Line, read_lines
@@ -100,16 +103,29 @@ def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(
 def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
-    def refuse(text: str) -> None:
-        tries.append(text)
-        raise BrokenPipeError
+    class Full:
+        def write(self, text: str) -> None:
+            tries.append(text)
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cli_batch, "note", refuse)
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(sys, "stderr", Full())
     monkeypatch.setattr(cli_batch, "REPORTS", 0.0)
     report = cli_batch._reports(None)
     report(Tally(lines=1))
     report(Tally(lines=2))
-    assert len(tries) == 1
+    assert [text.split()[0] for text in tries] == ["1", "2"]
+
+
+def test_a_policy_that_cannot_be_had_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, had in ((None, "fcfs"), ("fcfs", "fcfs"), ("makespan", "makespan")):
+        say_policy(asked and SchedulingPolicy(asked), {"scheduling_policy": had})
+    assert capsys.readouterr().err == ""
+    say_policy(SchedulingPolicy.makespan, {"scheduling_policy": "fcfs"})
+    said = capsys.readouterr().err
+    assert said.startswith("--scheduling-policy makespan needs a GPU") and said.endswith("fcfs it is\n")
 
 
 def test_an_interrupted_run_claims_no_preemptions() -> None:
@@ -254,9 +270,9 @@ def test_a_stream_that_takes_no_rows_is_one_line() -> None:
     with Results(None, {}) as results:
         results.add(Line(0, 1, b"a"), {"id": 1, "text": "lost"})
         said = r"^cannot write to /dev/full: No space left on device; with -o FILE finished rows are kept"
-        with pytest.raises(OutputError, match=said), cli_batch._remains(results):
+        with pytest.raises(OutputError, match=said), cli_batch._writing():
             results.emit(NamedFile("/dev/full", "wb", "/dev/full"))
-        with pytest.raises(BrokenPipeError), cli_batch._remains(results):
+        with pytest.raises(BrokenPipeError), cli_batch._writing():
             raise BrokenPipeError(errno.EPIPE, "Broken pipe", "standard output")
 
 
