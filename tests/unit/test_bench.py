@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tpctl.bench import measure
-from tpctl.bench.workload import make_workload
+from tpctl.bench.workload import make_workload, one_request
+from tpctl.cli import bench as cli_bench
 from tpctl.cli.app import app
+from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError, PartitionError, UsageError
 from tpctl.launch.messages import Output
 
@@ -98,3 +101,35 @@ def test_no_weights_are_made_for_what_cannot_run(
     assert isinstance(error, PartitionError if "17" in said else UsageError)
     assert re.search(said, str(error))
     assert not list(tmp_path.iterdir())
+
+
+def test_prompts_stay_within_a_small_vocabulary() -> None:
+    sampling = {"temperature": 0.7, "top_p": 0.9}
+    request = one_request(500, 9, 3, 131, sampling)
+    assert max(request.token_ids) < 131
+    assert (request.sampling.top_p, request.sampling.temperature, request.sampling.max_tokens) == (0.9, 0.7, 9)
+    work = make_workload("short", 131, 5, sampling)
+    assert {(r.sampling.temperature, r.sampling.top_p) for r in work.requests} == {(0.7, 0.9)}
+    assert max(max(r.token_ids) for r in work.requests) < 131
+
+
+def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the scheduling policy in effect; a request's own sampling reaches the engine."""
+    seen: list[Any] = []
+
+    def measured(config: Any, workload: str, vocab_size: int, runs: int, sampling: Any) -> Any:
+        seen.append((workload, vocab_size, runs, sampling))
+        return {"throughput": measure.Figure("tok/s", [1.0])}, {"scheduling_policy": "fcfs"}
+
+    monkeypatch.setattr(measure, "throughput", measured)
+    monkeypatch.setattr(cli_bench, "_config", lambda *args: (EngineConfig(Path("shards"), 1), "tiny", 131))
+    arguments = ["bench", "throughput", "tiny", "--top-k", "5", "--runs", "2", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--scheduling-policy", "makespan"])
+    assert result.exit_code == 0, result.exception
+    report = json.loads(result.stdout)
+    assert seen == [("short", 131, 2, {"top_k": 5})]
+    assert report["settings"]["sampling"] == {"top_k": 5}
+    assert report["settings"]["engine"]["max_num_batched_tokens"] == 4096
+    assert report["engine"]["scheduling_policy"] == "fcfs"
+    assert report["machine"]["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", report["machine"]["commit"])
+    assert "makespan needs a GPU" in result.stderr
