@@ -138,7 +138,7 @@ def test_the_same_rows_together_and_on_several_ranks(model: str, alone: str, tmp
     assert out.read_text() == alone
     ready, done = result.stderr.splitlines()
     assert ready.endswith(f" is ready (tp {tp_size}, float32, sdpa attention on CPU)")
-    assert re.fullmatch(r"7 prompts in .* preemptions, 1 errors", done)
+    assert re.fullmatch(r"7 prompts in .* preemptions, 1 error", done)
     assert result.stdout == ""
 
 

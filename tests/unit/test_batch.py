@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -409,3 +410,45 @@ def test_rows_of_another_input_are_not_dropped(tmp_path: Path, capsys: pytest.Ca
         with pytest.raises(UsageError, match=r"none of the 3 rows in .*partial answers a line of new\.jsonl"):
             cli_batch._check_kept("new.jsonl", io.BytesIO(b"a\nb\n"), results)
     assert out.with_name("out.jsonl.partial").exists()
+
+
+def test_a_stop_says_where_the_rows_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = r"1 finished row is in .*out\.jsonl\.partial, go on with --resume"
+    with Results(tmp_path / "out.jsonl", {}) as results:
+        results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
+        with pytest.raises(KeyboardInterrupt, match=kept), cli_batch._remains(results):
+            raise KeyboardInterrupt
+        with pytest.raises(SystemExit) as stopped, cli_batch._remains(results):
+            raise SystemExit(143)
+        assert stopped.value.code == 143
+        assert re.fullmatch(f"tpctl: stopped; {kept}\n", capsys.readouterr().err)
+
+
+def test_a_resumed_run_names_the_options_that_differ(tmp_path: Path) -> None:
+    settings = {"model": "m", "sampling": {"temperature": 0.0, "seed": 0, "max_tokens": 9}}
+    with Results(tmp_path / "out.jsonl", settings) as results:
+        results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
+    other = {"model": "m", "sampling": {"temperature": 0.0, "seed": 5, "max_tokens": 9, "top_p": 0.5}}
+    with pytest.raises(UsageError, match=r"with --seed 0 \(now 5\), --top-p left out \(now 0\.5\); use"):
+        Results(tmp_path / "out.jsonl", other, resume=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_could_not_be_written_is_not_said_again(tmp_path: Path) -> None:
+    """A file that is closed tries once more what it still holds."""
+    with (
+        pytest.raises(OutputError, match=r"out\.jsonl\.partial: the disk is full; free some space$"),
+        Results(tmp_path / "out.jsonl", {}) as results,
+    ):
+        results._file.close()
+        results._file = io.BufferedRandom(io.FileIO("/dev/full", "r+"))
+        results._file.seek = lambda *place: 0  # type: ignore[method-assign]
+        results.add(Line(1, 2, b"b"), {"id": 2, "text": "x"})
+
+
+@pytest.mark.parametrize(("output", "said"), [("", "-o is empty"), ("/", "/ is a folder; name a file")])
+def test_outputs_without_a_name(output: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    error = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), "-o", output]).exception
+    assert isinstance(error, UsageError | OutputError)
+    assert str(error).startswith(said)

@@ -124,17 +124,19 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size is 0, but a positive whole number is needed"),
+        ({"vocab_size": 10**30}, "vocab_size is 1000000000000000000000000000000, but a positive whole number of less"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1, but a positive number is needed"),
+        ({"hidden_size": 0}, "hidden_size is 0, but a positive whole number of less than 2.31 is needed"),
         ({"num_hidden_layers": "two"}, 'num_hidden_layers is "two"'),
         ({"vocab_size": True}, "vocab_size is true"),
         ({"num_key_value_heads": "2"}, 'num_key_value_heads is "2"'),
         ({"head_dim": 6.0}, r"head_dim is 6\.0"),
         ({"head_dim": None, "hidden_size": 25}, "hidden_size 25 is no multiple of num_attention_heads 4"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, '"llama3" needs "low_freq_factor"'),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor is "2", but a number is needed'),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor is "2", but a positive number is needed'),
         ({"rope_scaling": "linear"}, 'rope_scaling is "linear", but an object is needed'),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN, but a number is needed"),
-        ({"rope_theta": "big"}, 'rope_theta is "big", but a number is needed'),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN, but a positive number is needed"),
+        ({"rope_theta": "big"}, 'rope_theta is "big", but a positive number is needed'),
     ],
 )
 def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: str) -> None:

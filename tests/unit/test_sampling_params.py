@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tpctl.engine.sampling_params import SamplingParams
+from tpctl.errors import RequestError
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,9 @@ from tpctl.engine.sampling_params import SamplingParams
 def test_what_samples_a_row(settings: dict[str, Any], needs_host: bool, searches: int) -> None:
     params = SamplingParams(**settings)
     assert (params.needs_host, params.searches) == (needs_host, searches)
+
+
+@pytest.mark.parametrize("top_k", [-1, 2**31, 2**63])
+def test_a_top_k_that_no_tensor_holds_is_refused(top_k: int) -> None:
+    with pytest.raises(RequestError, match=f"top_k is {top_k}, but must be between 0 and 2.31 - 1"):
+        SamplingParams.from_dict({"top_k": top_k})

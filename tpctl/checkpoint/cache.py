@@ -78,8 +78,11 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while writing to ``folder`` into one line with the next step."""
+def writing(folder: Path, *, chosen: bool = False) -> Iterator[None]:
+    """Turn what the operating system refuses while writing to ``folder`` into one line with the next step.
+
+    chosen: the folder was named with -o, it is not the cache's.
+    """
     try:
         yield
     except OSError as error:
@@ -98,6 +101,8 @@ def writing(folder: Path) -> Iterator[None]:
             errno.ENAMETOOLONG: "the path is too long; set TPCTL_CACHE to a shorter one",
             errno.EIO: "the disk failed (input/output error); set TPCTL_CACHE to another one",
         }.get(error.errno or 0, error.strerror)
+        if chosen:
+            reason = re.sub("set TPCTL_CACHE.*", "choose another folder (-o)", reason or "")
         raise SourceError(f"cannot write to {folder}: {reason}") from None
 
 

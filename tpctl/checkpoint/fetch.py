@@ -52,7 +52,7 @@ def fetch(
         raise SourceError(f"{output} exists and is not empty; choose another folder or remove it")
     size = sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
     require_space(output.absolute(), size, f"a copy of {source.id}")
-    with writing(output):
+    with writing(output, chosen=True):
         temporary = output.with_name(f".{output.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         try:

@@ -143,6 +143,10 @@ def _target(output: str) -> Path | None:
     if output == "-":
         return None
     path = Path(output)
+    if not output:
+        raise UsageError("-o is empty; name a file, or leave it out for stdout")
+    if not path.name:
+        raise OutputError(f"{output} is a folder; name a file to write to")
     if path.is_symlink():
         path = path.resolve()  # the link stays, what it names is replaced
     return None if path.exists() and not path.is_file() and not path.is_dir() else path
@@ -251,14 +255,18 @@ def _reports(total: int | None) -> Callable[[Tally], None]:
     return report
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def _speed(tally: Tally) -> str:
-    errors = f", {tally.errors:,} errors" if tally.errors else ""
+    errors = f", {_count(tally.errors, 'error')}" if tally.errors else ""
     return f"{tally.tokens_per_second:,.0f} tok/s{errors}"
 
 
 def _summary(tally: Tally, stats: dict[str, float]) -> str:
     """What a run did, in one line."""
-    parts = [f"{tally.lines:,} prompts in {tally.seconds:.1f} s"]
+    parts = [f"{_count(tally.lines, 'prompt')} in {tally.seconds:.1f} s"]
     if tally.resumed:
         parts.append(f"{tally.resumed:,} of them answered before")
     parts.append(f"{tally.prompt_tokens:,} tokens in")
@@ -267,7 +275,7 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
     parts.append(f"prefix cache {tally.cached_tokens:,} tokens ({share:.0%})")
     if "preemptions" in stats:  # an interrupted engine is not asked
         parts.append(f"{int(stats['preemptions']):,} preemptions")
-    parts.append(f"{tally.errors:,} errors")
+    parts.append(_count(tally.errors, "error"))
     return ", ".join(parts)
 
 
@@ -284,11 +292,16 @@ def _remains(results: Results) -> Iterator[None]:
     """Adds to an error what became of the rows that were finished before it."""
     try:
         yield
-    except (EngineError, OutputError) as error:
+    except (EngineError, OutputError, KeyboardInterrupt, SystemExit) as error:
         if results.partial is None or not results.count:
             raise
         rows = "1 finished row is" if results.count == 1 else f"{results.count} finished rows are"
         kept = f"{rows} in {results.partial}, go on with --resume"
+        if isinstance(error, SystemExit):  # a signal: there is its exit code, and no message
+            note(f"tpctl: stopped; {kept}")
+            raise
+        if isinstance(error, KeyboardInterrupt):  # the second one
+            raise KeyboardInterrupt(kept) from None
         raise type(error)(f"{error}; {kept}") from None
 
 

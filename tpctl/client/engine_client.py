@@ -225,5 +225,5 @@ def check_length(num_tokens: int, max_model_len: int) -> None:
     if num_tokens >= max_model_len:
         raise RequestError(
             f"the prompt has {num_tokens} tokens, but this engine takes at most {max_model_len - 1}"
-            " (and one to answer with); shorten it, or raise --max-model-len if the model allows"
+            " (and one to answer with); shorten it, or raise --max-model-len, or --kv-cache-memory if that is the limit"
         )

@@ -82,7 +82,11 @@ class Results:
     ) -> None:
         if self.partial is not None and not self.count:
             self.partial.unlink(missing_ok=True)  # nothing in it to go on with
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # what could not be written is tried again here
+            if error is None:
+                raise
 
     @property
     def count(self) -> int:
@@ -158,12 +162,13 @@ class Results:
             raise OutputError(f"{self.partial} was not written by this version of tpctl batch; delete it")
         now = json.loads(json.dumps(header))["settings"]
         for name in now.keys() | found["settings"].keys():
-            before = found["settings"].get(name)
-            if before != now.get(name):
-                raise UsageError(
-                    f"{self.partial} was made with {name} {before}, but now it is {now.get(name)}; "
-                    "use the same, or delete the file"
-                )
+            before, after = found["settings"].get(name), now.get(name)
+            if before != after:
+                if isinstance(before, dict) and isinstance(after, dict):  # sampling options
+                    made = _differing(before, after)
+                else:
+                    made = f"{name} {before}, but now it is {after}"
+                raise UsageError(f"{self.partial} was made with {made}; use the same, or delete the file")
         self._read_rows(len(first))
 
     def _read_rows(self, place: int) -> None:
@@ -188,6 +193,15 @@ class Results:
     def _row(self, index: int) -> bytes:
         self._file.seek(self._places[index] - 1)
         return json.dumps(json.loads(self._file.readline())[2], ensure_ascii=False).encode() + b"\n"
+
+
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The options that differ, as they were and are."""
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return ", ".join(
+        f"--{name.replace('_', '-')} {before.get(name, 'left out')} (now {after.get(name, 'left out')})"
+        for name in names
+    )
 
 
 def _parse(raw: bytes) -> Any:

@@ -43,7 +43,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         temperature = self.temperature
         _check("temperature", temperature, temperature == 0 or 1e-4 <= temperature <= 1e4, "0, or from 0.0001 to 10000")
-        _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps every token)")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "between 0 and 2^31 - 1 (0 keeps every token)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         _check(

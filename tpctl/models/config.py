@@ -155,8 +155,10 @@ def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> i
     value = raw.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} is {shown(value)}, but a positive whole number is needed")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise CheckpointError(
+            f"config.json: {key} is {shown(value)}, but a positive whole number of less than 2^31 is needed"
+        )
     return value
 
 
@@ -165,7 +167,7 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
     if value is None:
         return default
     if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value) or value <= 0:
-        raise CheckpointError(f"config.json: {key} is {shown(value)}, but a number is needed")
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, but a positive number is needed")
     return float(value)
 
 
@@ -184,11 +186,11 @@ def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _token_ids(raw: Mapping[str, Any], key: str) -> list[int]:
+def _token_ids(raw: Mapping[str, Any], key: str, file: str = "config.json") -> list[int]:
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise CheckpointError(f"config.json: {key} is {shown(value)}, but a token id or a list of them is needed")
+        raise CheckpointError(f"{file}: {key} is {shown(value)}, but a token id or a list of them is needed")
     return list(ids)
 
 
@@ -316,4 +318,5 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _eos(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_token_ids(raw, "eos_token_id") + _token_ids(generation, "eos_token_id")))
+    ids = _token_ids(raw, "eos_token_id") + _token_ids(generation, "eos_token_id", "generation_config.json")
+    return tuple(dict.fromkeys(ids))

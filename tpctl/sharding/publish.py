@@ -61,7 +61,7 @@ class PendingFolder:
             try:
                 with readable_errors(path):
                     yield pending
-            except (Exception, KeyboardInterrupt) as error:
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
                 if pending._settle() and isinstance(error, TpctlError | KeyboardInterrupt):
                     kept = "the finished parts are kept, the same command goes on after them"
                     error.args = (f"{error}; {kept}" if str(error) else kept,)
