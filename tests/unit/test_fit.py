@@ -13,6 +13,7 @@ import pytest
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.safetensors import NewTensor, build_header, read_header, tensor_nbytes
+from tpctl.engine import sampler
 from tpctl.engine.gpu_memory import reserve
 from tpctl.errors import CheckpointError, PartitionError, UsageError
 from tpctl.models.specs import FAMILIES
@@ -20,6 +21,7 @@ from tpctl.partition.manifest import Manifest
 from tpctl.partition.plan import StoredTensor
 from tpctl.partition.split import TensorSplit
 from tpctl.sharding.fit import Budget, FitReport, plan_model
+from tpctl.sharding.model_sizes import SAMPLER_BYTES, SAMPLER_BYTES_A_TOKEN
 from tpctl.sharding.shard import shard_checkpoint
 
 LLAMA_405B: dict[str, Any] = {
@@ -167,6 +169,7 @@ def test_what_fits_follows_from_the_parts(tmp_path: Path) -> None:
             parts = rank.weight_bytes + rank.activation_bytes + rank.kv_cache_bytes
             assert parts + report.context_bytes + report.reserve_bytes == int(report.gpu_memory * 0.9)
             assert report.reserve_bytes == reserve(126)  # the engine's
+            assert (SAMPLER_BYTES_A_TOKEN, SAMPLER_BYTES) == (sampler._BYTES, sampler._AT_ONCE)
         least = min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in report.ranks)
         assert (size.kv_tokens, size.concurrency) == (max(0, least), max(0, least) // 4096)
         enough = planned(folder, tp_size=tp_size, max_model_len=4096, gpu_memory=size.needed + 100)

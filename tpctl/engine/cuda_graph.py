@@ -206,7 +206,7 @@ class MixedGraphs:
         pace = self._pace
         if not (pace.rows // 2 <= batch.num_tokens <= pace.limit and 0 < batch.num_prefills <= pace.chunks):
             return False
-        key = *self._size(batch.num_tokens, len(batch.sampled)), None if batch.needs_host else batch.searches
+        key = *self._size(batch.num_tokens, len(batch.sampled)), batch.searches
         return key in self._captured or len(self._captured) < _MOST
 
     def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:

@@ -89,12 +89,12 @@ class CudaRunner(ModelRunner):
         return torch.empty(rows, width, dtype=self.dtype, device=self.group.device)
 
     def may_overlap(self, batch: ScheduledBatch) -> bool:
-        return not batch.needs_host
+        return batch.searches is not None
 
     def launch(self, batch: ScheduledBatch) -> Launched:
         with torch.inference_mode():
             slots = self._slots.update(batch.items)
-            searches = None if batch.needs_host else batch.searches
+            searches = batch.searches
             if batch.num_decodes == len(batch.items) and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
                 self._graphs.run(*rows, self._cuda_backend.is_long(len(slots), 1 + max(rows[1])), searches)

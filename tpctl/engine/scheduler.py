@@ -68,14 +68,11 @@ class ScheduledBatch:
         return [item for item in self.items if item.samples]
 
     @cached_property
-    def needs_host(self) -> bool:
-        """Whether any token is sampled with the host's help (``SamplingParams.needs_host``)."""
-        return any(item.sequence.params.needs_host for item in self.sampled)
-
-    @cached_property
-    def searches(self) -> int:
-        """The most searches that any token's filters take (``SamplingParams.searches``)."""
-        return max((item.sequence.params.searches for item in self.sampled), default=0)
+    def searches(self) -> int | None:
+        """The most searches that any token's filters take (``SamplingParams.searches``); ``None`` if any token is
+        sampled with the host's help (``SamplingParams.needs_host``)."""
+        params = [item.sequence.params for item in self.sampled]
+        return None if any(p.needs_host for p in params) else max((p.searches for p in params), default=0)
 
 
 @dataclass
