@@ -36,7 +36,7 @@ def sampled(cases: list[pytest.Item]) -> list[pytest.Item]:
     Greedy: the case taken next is the one with the most values that are still wanted, and among those the one whose
     pairs of values have been seen least.
     """
-    values = {case: list(case.callspec.indices.items()) for case in cases}  # type: ignore[attr-defined]
+    values = {case: [_value(case, mark) for mark in case.iter_markers("parametrize")] for case in cases}
     held = Counter(value for own in values.values() for value in own)
     wanted = {value: min(_TIMES, count) for value, count in held.items()}
     pairs: Counter[tuple[object, object]] = Counter()
@@ -56,3 +56,10 @@ def sampled(cases: list[pytest.Item]) -> list[pytest.Item]:
             wanted[one] = max(0, wanted[one] - 1)
             pairs.update((one, other) for other in values[best])
     return taken
+
+
+def _value(case: pytest.Item, mark: pytest.Mark) -> tuple[str, str]:
+    """What ``case`` has of one ``parametrize``: its names and their values, those of several names as one."""
+    names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+    params = case.callspec.params  # type: ignore[attr-defined]
+    return str(names), repr([params[name.strip()] for name in names])
