@@ -18,6 +18,10 @@ settings.register_profile("tpctl", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tpctl")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole-grid", action="store_true", help="tests/gpu: every case under Triton's interpreter, too")
+
+
 @pytest.fixture(scope="session")
 def demo() -> ResolvedSource:
     """The demo model's checkpoint, in the cache; the first run on a machine fetches it.

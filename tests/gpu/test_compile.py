@@ -5,7 +5,6 @@ Needs Triton, which brings its own assembler, and no GPU.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.gpu.here import INTERPRET
 from tpctl.kernels.floors import _found_kernel, _weigh_kernel
 from tpctl.kernels.gemv import few_rows, pick
 from tpctl.kernels.gemv_kernels import gemv_kernel, skinny_kernel
@@ -28,7 +28,7 @@ from tpctl.kernels.paged_prefill import PrefillConfig, _prefill_kernel, prefill_
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing"),
 ]
 
 SHARED = {90: 232448, 89: 101376, 80: 166912, 86: 101376, 100: 232448, 120: 101376}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import DEVICE
 from tests.tiny import make_checkpoint
 from tpctl.distributed import TPGroup
 from tpctl.engine.cuda_runner import CudaLaunched, CudaRunner
@@ -31,8 +31,6 @@ from tpctl.partition.manifest import Manifest
 from tpctl.sharding.shard import shard_checkpoint
 
 pytestmark = pytest.mark.gpu
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 MANY, FEW = [1, 1, 19, 1, 13], [1, 1, 4, 1, 3]  # new tokens of each sequence, two of them decodes
 LENGTHS = [21, 3, 19, 17, 13]  # tokens of all
 DECODES = 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import DEVICE
 from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampling_params import SamplingParams
@@ -19,7 +19,6 @@ from tpctl.kernels.floors import Filters
 from tpctl.kernels.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 PACE = Pace(rows=32, limit=64, chunks=4)
 BLOCK = 16
 

@@ -3,7 +3,6 @@ interpreter. Where a graph would be replayed its step is run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import INTERPRET
 from tests.tiny import make_checkpoint
 from tpctl.distributed import TPGroup
 from tpctl.engine import cuda_graph, cuda_runner, engine, model_runner
@@ -36,7 +36,7 @@ from tpctl.sharding.shard import shard_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="GPUs run the whole engine: test_engine"),
+    pytest.mark.skipif(not INTERPRET, reason="GPUs run the whole engine: test_engine"),
 ]
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}

@@ -15,14 +15,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import DEVICE, DTYPES, INTERPRET
 from tpctl.kernels import all_reduce
 from tpctl.kernels.all_reduce import PeerBuffer, PeerLayout, all_reduce_add_rms_norm_reference
 from tpctl.kernels.all_reduce_kernels import EMPTY
 from tpctl.kernels.gemv import GemvConfig, GemvScratch, small_linear
 
 pytestmark = pytest.mark.gpu
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -35,7 +34,7 @@ def test_two_gpus():
     assert done.stdout.count("all-reduce ok") == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Two ranks of one process: what rank 1 will send is put into rank 0's buffer by hand before rank 0 runs."""
     monkeypatch.setattr(all_reduce, "_MAX_POLLS", 3)
@@ -91,7 +90,7 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     assert sorted(sent.tolist()) == [-1] * rows + [torch.tensor(float("inf")).view(torch.int32).item()] * rows
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
     "rows,config",

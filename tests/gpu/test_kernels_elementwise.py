@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
 from tpctl.kernels.activation import act_and_mul, act_and_mul_reference
 from tpctl.kernels.noise import sample_reference
 from tpctl.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -16,14 +15,7 @@ from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
 from tpctl.kernels.sampling import sample
 
 pytestmark = pytest.mark.gpu
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 # Triton's interpreter truncates to bfloat16 instead of rounding.
-DTYPES = [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32]
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
 
 
 def tolerance(dtype: torch.dtype) -> float:

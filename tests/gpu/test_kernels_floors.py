@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 pytest.importorskip("triton")
@@ -11,14 +9,13 @@ pytest.importorskip("triton")
 import torch
 from torch import Tensor
 
+from tests.gpu.here import DEVICE, INTERPRET
 from tpctl.kernels.floors import Filters, sampling_floors, sampling_floors_reference
 from tpctl.kernels.noise import sample_reference
 from tpctl.kernels.sampling import sample
 
 pytestmark = pytest.mark.gpu
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 
 # temperature, top_k, top_p, min_p
 ROWS = [

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import DEVICE, DTYPE, INTERPRET
 from tpctl.kernels.gated_linear import GatedConfig, gated_linear, gated_linear_reference, pick_gated
 from tpctl.kernels.launch import is_hopper
 
 pytestmark = pytest.mark.gpu
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
-DTYPE = torch.float32 if INTERPRET else torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
 from tpctl.kernels.gemv import GemvConfig, GemvScratch, pick, small_linear, small_linear_reference
 
 pytestmark = pytest.mark.gpu
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
-# Triton's interpreter multiplies bfloat16 tiles as integers.
-DTYPES = [torch.float32] if INTERPRET else [torch.bfloat16, torch.float32]
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
 
 
 CONFIGS = [
@@ -32,18 +23,18 @@ CONFIGS = [
     GemvConfig(64, 64, split_k=4, num_stages=2, dot=True),
     None,
 ]
+# rows, output features, input features; a configuration without dot products takes one row.
+SHAPES = [(1, 101, 576), (1, 64, 1024), (5, 70, 320), (16, 130, 96)]
+CASES = [(config, *shape) for config in CONFIGS for shape in SHAPES if shape[0] == 1 or config is None or config.dot]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", ["plain", "bias+residual", "norm", "norm+gated", "all"])
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("rows,out_features,in_features", [(1, 101, 576), (1, 64, 1024), (5, 70, 320), (16, 130, 96)])
-def test_matches_reference(rows, out_features, in_features, config, parts, dtype):
+@pytest.mark.parametrize("config,rows,out_features,in_features", CASES)
+def test_matches_reference(config, rows, out_features, in_features, parts, dtype):
     gated = parts in ("norm+gated", "all")
     if config is None:
         config = pick(rows, out_features, in_features, gated=gated)
-    if rows > 1 and not config.dot:
-        pytest.skip("one row only")
     torch.manual_seed(rows + out_features)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:

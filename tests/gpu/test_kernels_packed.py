@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.here import DEVICE, DTYPE, INTERPRET
 from tpctl.kernels.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack_blocks, unpack_reference
 from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
 from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
@@ -22,11 +22,6 @@ from tpctl.layers.batch import ForwardBatch
 from tpctl.sharding.model_sizes import MOST_UNPACKED, PACKED_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# The interpreter has no bfloat16 of its own; queries and results are float32 there.
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -138,11 +133,17 @@ def cache_of(lens: list[int], kv_heads: int, head_dim: int, block_size: int):
     return tables.to(DEVICE), (k_rows, v_rows, exponents), (k_kept.to(DTYPE), v_kept.to(DTYPE))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size", "window"), SHAPES)
-@pytest.mark.parametrize("lens", [[1], [37], [1500], [5, 200, 64, 3], [0, 90, 130], [33] * 17, [100, 20] * 40])
+def quick(tokens: list[list[int]], work: int) -> list[tuple]:
+    """Each of ``tokens`` beside each shape; under the interpreter those of at most so many tokens x heads."""
+    return [(one, *shape) for one in tokens for shape in SHAPES if not INTERPRET or sum(one) * shape[0] <= work]
+
+
+DECODES = quick([[1], [37], [1500], [5, 200, 64, 3], [0, 90, 130], [33] * 17, [100, 20] * 40], 6000)
+PREFILLS = quick([[1], [70], [3, 40, 1], [200, 5]], 400)
+
+
+@pytest.mark.parametrize(("lens", "heads", "kv_heads", "head_dim", "block_size", "window"), DECODES)
 def test_decode(lens, heads, kv_heads, head_dim, block_size, window) -> None:
-    if INTERPRETED and sum(lens) * heads > 6000:
-        pytest.skip("slow under the interpreter")
     tables, (k, v, exponents), plain = cache_of(lens, kv_heads, head_dim, block_size)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     q = torch.randn(len(lens), heads, head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
@@ -159,11 +160,8 @@ def test_decode(lens, heads, kv_heads, head_dim, block_size, window) -> None:
         assert not scratch.counters.any()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size", "window"), SHAPES)
-@pytest.mark.parametrize("new", [[1], [70], [3, 40, 1], [200, 5]])
+@pytest.mark.parametrize(("new", "heads", "kv_heads", "head_dim", "block_size", "window"), PREFILLS)
 def test_prefill(new, heads, kv_heads, head_dim, block_size, window) -> None:
-    if INTERPRETED and sum(new) * heads > 400:
-        pytest.skip("slow under the interpreter")
     lens = [count + 17 * (number % 3) for number, count in enumerate(new)]
     tables, (k, v, exponents), plain = cache_of(lens, kv_heads, head_dim, block_size)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
