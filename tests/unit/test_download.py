@@ -326,7 +326,12 @@ def test_damaged_bytes_are_refused(hub: Hub, run: Run, tmp_path: Path) -> None:
             {"config.json": b"{}", "pytorch_model.bin": b"pickled"},
             "no safetensors weights, only PyTorch pickles",
         ),
-        ({"config.json": b"{}", "model.Q4.gguf": b"GGUF"}, "holds GGUF files only"),
+        ({"config.json": b"{}", "model.Q4.gguf": b"GGUF"}, "holds GGUF files only (model.Q4.gguf); fetch one"),
+        (
+            {"README.md": b"", "b.Q8.gguf": b"", "a-00001-of-00002.gguf": b"", "a-00002-of-00002.gguf": b""},
+            "(a-00001-of-00002.gguf, b.Q8.gguf); fetch one, as with `hf download org/model "
+            "--include 'a-*-of-00002.gguf' --local-dir .`, and pass it: `tpctl chat ./a-00001-of-00002.gguf`",
+        ),
         ({"config.json": b"{}", "a.safetensors": b"", "b.safetensors": b""}, "nothing says which"),
     ],
 )

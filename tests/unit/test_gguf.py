@@ -1,143 +1,313 @@
-"""The conversion of a GGUF file, against the transformers model that it was written from."""
+"""The conversion of GGUF files: equal to the model they were written from, or refused by name."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tpctl.checkpoint.gguf import _llama3_divisors, convert_gguf
+from tests.unit.gguf_files import (
+    CONTEXT,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    LONG,
+    SHORT,
+    TEMPLATE,
+    TOKENS,
+    Weights,
+    floats,
+    random_weights,
+    stored_tensors,
+    tiny_config,
+    write_file,
+    write_gguf,
+)
+from tpctl.checkpoint.gguf import convert_gguf
 from tpctl.checkpoint.safetensors import read_header
-from tpctl.errors import SourceError
 from tpctl.models.config import ModelConfig
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, LAYERS, THETA = 32, 4, 2, 8, 48, 2, 500000.0
-TOKENS = ["<|im_start|>", "<|im_end|>", *(chr(33 + index) for index in range(90)), "Ġ", "cd", "ab"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-RULE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of a query or key weight's rows: each head's two halves interleaved."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+def convert(path: Path) -> Path:
+    folder = path.with_name("out")
+    folder.mkdir()
+    convert_gguf(path, folder)
+    return folder
 
 
-def write_gguf(path: Path, divisors: list[float] | None) -> dict[str, np.ndarray]:
-    """A tiny Llama in GGUF; returns its weights under their Hugging Face names."""
-    import gguf
-
-    rng = np.random.default_rng(0)
-
-    def random(*shape: int) -> np.ndarray:
-        # Values that bfloat16 holds exactly, so that the comparison can be exact.
-        return (rng.integers(-64, 64, shape) / 64).astype(np.float32)
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(256)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(WIDTH)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_freq_base(THETA)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(TEMPLATE)
-    weights = {"model.embed_tokens.weight": random(len(TOKENS), HIDDEN)}
-    writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"])
-    weights["model.norm.weight"] = random(HIDDEN)
-    writer.add_tensor("output_norm.weight", weights["model.norm.weight"])
-    weights["lm_head.weight"] = random(len(TOKENS), HIDDEN)
-    writer.add_tensor("output.weight", weights["lm_head.weight"])
-    for layer in range(LAYERS):
-        names = {
-            "attn_norm": ("input_layernorm", (HIDDEN,)),
-            "ffn_norm": ("post_attention_layernorm", (HIDDEN,)),
-            "attn_q": ("self_attn.q_proj", (HEADS * HEAD_DIM, HIDDEN)),
-            "attn_k": ("self_attn.k_proj", (KV_HEADS * HEAD_DIM, HIDDEN)),
-            "attn_v": ("self_attn.v_proj", (KV_HEADS * HEAD_DIM, HIDDEN)),
-            "attn_output": ("self_attn.o_proj", (HIDDEN, HEADS * HEAD_DIM)),
-            "ffn_gate": ("mlp.gate_proj", (WIDTH, HIDDEN)),
-            "ffn_up": ("mlp.up_proj", (WIDTH, HIDDEN)),
-            "ffn_down": ("mlp.down_proj", (HIDDEN, WIDTH)),
-        }
-        for name, (target, shape) in names.items():
-            weight = weights[f"model.layers.{layer}.{target}.weight"] = random(*shape)
-            heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name)
-            writer.add_tensor(f"blk.{layer}.{name}.weight", permuted(weight, heads) if heads else weight)
-    if divisors is not None:
-        writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return weights
+def stored_weights(folder: Path) -> Weights:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    found = {}
+    for name, info in read_header(path).tensors.items():
+        assert info.dtype == "BF16"
+        bits = np.frombuffer(data[info.start : info.stop], dtype=np.uint16).astype(np.uint32) << 16
+        found[name] = bits.view(np.float32).reshape(info.shape)
+    return found
 
 
-@pytest.mark.slow
+def assert_equal_weights(found: Weights, expected: Weights) -> None:
+    assert set(found) == set(expected)
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight, err_msg=name)
+
+
 def test_weights_config_tokenizer_and_template_survive(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    divisors = _llama3_divisors(HEAD_DIM // 2, THETA, 8192, **RULE)
-    assert 1.0 in divisors and 8.0 in divisors
-    weights = write_gguf(tmp_path / "tiny.gguf", divisors)
-    (tmp_path / "out").mkdir()
-    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
-    header = read_header(path)
-    assert set(header.tensors) == set(weights)
-    data = path.read_bytes()
-    for name, expected in weights.items():
-        info = header.tensors[name]
-        assert (info.dtype, info.shape) == ("BF16", expected.shape)
-        stored = np.frombuffer(data[info.start : info.stop], dtype=np.uint16).astype(np.uint32) << 16
-        np.testing.assert_array_equal(stored.view(np.float32).reshape(expected.shape), expected, err_msg=name)
-    config = ModelConfig.load(tmp_path / "out")
+    weights = write_gguf(tmp_path / "tiny.gguf")
+    folder = convert(tmp_path / "tiny.gguf")
+    assert_equal_weights(stored_weights(folder), weights)
+    config = ModelConfig.load(folder)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
-    assert (config.rope.kind, config.rope.theta) == ("llama3", THETA)
-    assert config.rope.original_max_position_embeddings == 8192
-    assert {key: config.rope.params[key] for key in RULE} == RULE
+    assert (config.rope.kind, config.rope.theta, config.vocab_size) == ("default", 10000.0, len(TOKENS))
     assert config.eos_token_ids == (1,)
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
-    assert (tmp_path / "out" / "generation_config.json").is_file()
-    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    assert tokenizer.encode("<|im_end|>ab").ids == [1, len(TOKENS) - 1]
+    assert (folder / "chat_template.jinja").read_text() == TEMPLATE
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.encode("<|im_end|>ab").ids == [1, TOKENS.index("ab")]
 
 
-@pytest.mark.parametrize(
-    ("divisors", "cut", "said"),
-    [
-        ([1.0, 2.0, 7.0, 3.0], 0, "its RoPE divisors follow no known rule"),
-        (None, 5000, "damaged or cut short"),
-    ],
-)
-def test_files_that_cannot_be_converted(tmp_path: Path, divisors: list[float] | None, cut: int, said: str) -> None:
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]] = {
+    "llama with biases": ({"attention_bias": True, "mlp_bias": True}, {}, {}),
+    "llama, tied": ({"tie_word_embeddings": True}, {}, {}),
+    "llama 3.1": ({}, {"llama.rope.freq_base": 500000.0}, {"rope_freqs.weight": floats(1, 1, 8, 8)}),
+    "linear": ({}, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {}),
+    "linear, as it was": ({}, {"llama.rope.scale_linear": 4.0}, {}),
+    "mistral": ({"model_type": "mistral"}, {"llama.attention.sliding_window": 16}, {}),
+    "qwen2": ({"model_type": "qwen2"}, {}, {}),
+    "qwen2, yarn": (
+        {"model_type": "qwen2"},
+        {
+            "qwen2.rope.scaling.type": "yarn",
+            "qwen2.rope.scaling.factor": 4.0,
+            "qwen2.rope.scaling.original_context_length": 16,
+        },
+        {},
+    ),
+    "qwen3": ({"model_type": "qwen3", "head_dim": 16}, {}, {}),
+    "phi3": ({"model_type": "phi3"}, {"phi3.attention.sliding_window": 16}, {}),
+    "phi 3.5": (
+        {"model_type": "phi3"},
+        {
+            "phi3.rope.scaling.original_context_length": 16,
+            "phi3.rope.scaling.attn_factor": math.sqrt(1 + math.log(4) / math.log(16)),
+        },
+        {"rope_factors_short.weight": floats(*SHORT), "rope_factors_long.weight": floats(*LONG)},
+    ),
+    "phi 4 mini": (
+        {"model_type": "phi3", "tie_word_embeddings": True},
+        {
+            "phi3.rope.dimension_count": 6,
+            "phi3.rope.scaling.original_context_length": 16,
+            "phi3.rope.scaling.attn_factor": 1.25,
+        },
+        {"rope_factors_short.weight": floats(*SHORT[:3]), "rope_factors_long.weight": floats(*LONG[:3])},
+    ),
+}
+EXPECTED: dict[str, dict[str, Any]] = {
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, tied": {},
+    "llama 3.1": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "original_max_position_embeddings": 8192,
+            **LLAMA3,
+        }
+    },
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "linear, as it was": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"use_sliding_window": False},
+    "qwen2, yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "qwen3": {"attention_bias": False},
+    "phi3": {"sliding_window": 16, "pad_token_id": None},
+    "phi 3.5": {
+        "original_max_position_embeddings": 16,
+        "pad_token_id": None,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": SHORT,
+            "long_factor": LONG,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "phi 4 mini": {
+        "original_max_position_embeddings": 16,
+        "pad_token_id": None,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": SHORT[:3],
+            "long_factor": LONG[:3],
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.25,
+            "partial_rotary_factor": 0.75,
+        },
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_converted_model_computes_what_the_original_does(tmp_path: Path, name: str) -> None:
+    """Against transformers with the config that the model had before it became a GGUF, and all of its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    changes, keys, extra = FAMILIES[name]
+    config = tiny_config(changes.get("model_type", "llama"), **changes)
+    if name == "llama 3.1":
+        extra = {"rope_freqs.weight": llama3_divisors(500000.0)}
+    weights = write_gguf(tmp_path / "tiny.gguf", config, keys=keys, add=extra)
+    folder = convert(tmp_path / "tiny.gguf")
+    assert_equal_weights(stored_weights(folder), weights)
+    expected = {**config, "dtype": "float32", "bos_token_id": 0, "eos_token_id": 1, **EXPECTED[name]}
+    if "rope_parameters" in expected:
+        del expected["rope_theta"]
+    original = AutoModelForCausalLM.from_config(AutoConfig.for_model(**expected)).eval()
+    missing, unused = original.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
+    assert not unused and set(missing) <= {"lm_head.weight"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(model) is type(original)
+    generator = torch.Generator().manual_seed(0)
+    for length in (12, 40):  # before and behind the end of the original context, and of the window
+        ids = torch.randint(len(TOKENS), (1, length), generator=generator)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+    read = ModelConfig.load(folder)
+    assert (read.model_type, read.tie_word_embeddings) == (config["model_type"], config["tie_word_embeddings"])
+
+
+def llama3_divisors(theta: float) -> np.ndarray:
+    """What llama.cpp's converter stores for Llama 3.1, by transformers' own computation."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_theta": theta, "original_max_position_embeddings": 8192, **LLAMA3}
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](
+        AutoConfig.for_model("llama", head_dim=HEAD_DIM, rope_parameters={**rope, "rope_type": "llama3"}), None
+    )[0].numpy()
+    divisors = theta ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM) / scaled
+    assert divisors.min() == pytest.approx(1.0) and divisors.max() == pytest.approx(8.0)
+    return divisors.astype(np.float32)
+
+
+def test_two_conversions_are_equal_to_the_byte(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    first = convert(tmp_path / "tiny.gguf").rename(tmp_path / "first")
+    second = convert(tmp_path / "tiny.gguf")
+    assert sorted(file.name for file in first.iterdir()) == sorted(file.name for file in second.iterdir())
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+def test_a_quantised_tensor_is_what_the_gguf_package_makes_of_it(tmp_path: Path) -> None:
+    """Rounded once more to bfloat16, as torch rounds; in bands whose borders fall within the tensor."""
+    import gguf
+    import torch
+
+    from tpctl.checkpoint.gguf import weights as module
+
+    config = tiny_config(hidden_size=64, head_dim=16)
+    weights = random_weights(config)
+    weights = {name: weight * 1.0625**2 if weight.ndim == 2 else weight for name, weight in weights.items()}
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, divisors)
-    if cut:
-        path.write_bytes(path.read_bytes()[:-cut])
-    (tmp_path / "out").mkdir()
-    with pytest.raises(SourceError) as caught:
-        convert_gguf(path, tmp_path / "out")
-    assert str(caught.value).startswith(f"cannot convert {path}: ") and said in str(caught.value)
-    assert not list((tmp_path / "out").iterdir())
+    write_gguf(path, config, weights=weights)
+    stored = stored_tensors(config, weights)
+    kinds = {"blk.0.attn_q.weight": "Q4_0", "blk.0.ffn_up.weight": "Q8_0", "token_embd.weight": "F16"}
+    packed = {name: gguf.quantize(stored[name], gguf.GGMLQuantizationType[kind]) for name, kind in kinds.items()}
+    reader = gguf.GGUFReader(path)
+    assert len(reader.tensors) == len(stored)
+    _rewrite(path, config, stored, packed, kinds)
+    folder = convert(path)
+    found = stored_weights(folder)
+    small = tmp_path / "small"
+    small.mkdir()
+    original, module._BAND = module._BAND, 100
+    try:
+        module.write_weights(module.GgufModel.read(path), small / "model.safetensors")
+    finally:
+        module._BAND = original
+    assert (small / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    for name, target in (
+        ("blk.0.ffn_up.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj.weight"),
+    ):
+        values = gguf.dequantize(packed[name], gguf.GGMLQuantizationType[kinds[name]]).reshape(stored[name].shape)
+        if name.endswith("attn_q.weight"):
+            values = values.reshape(HEADS, 8, 2, 64).swapaxes(1, 2).reshape(values.shape)
+        expected = torch.from_numpy(values.copy()).to(torch.bfloat16).float().numpy()
+        np.testing.assert_array_equal(found[target], expected, err_msg=name)
 
 
-def test_llama3_divisors_follow_the_published_rule() -> None:
-    # Llama 3.1 8B: head size 128, theta 500000; the values of transformers' _compute_llama3_parameters.
-    divisors = _llama3_divisors(64, 500000.0, 8192, **RULE)
-    assert divisors[0] == 1.0 and divisors[-1] == 8.0
-    wavelength = 2 * math.pi * 500000.0 ** (30 / 64)
-    smooth = (8192 / wavelength - 1.0) / 3.0
-    assert divisors[30] == pytest.approx(1 / ((1 - smooth) / 8 + smooth))
+def _rewrite(path: Path, config: dict[str, Any], stored: Weights, packed: Weights, kinds: dict[str, str]) -> None:
+    import gguf
+
+    from tests.unit.gguf_files import config_keys, tokenizer_keys
+
+    class Writer(gguf.GGUFWriter):
+        def add_tensor(self, name: str, tensor: np.ndarray, **rest: Any) -> None:
+            kind = gguf.GGMLQuantizationType[kinds[name]] if name in kinds else None
+            super().add_tensor(name, packed.get(name, tensor), raw_dtype=kind)
+
+    original, gguf.GGUFWriter = gguf.GGUFWriter, Writer
+    try:
+        write_file(path, {**config_keys(config), **tokenizer_keys()}, stored)
+    finally:
+        gguf.GGUFWriter = original
+
+
+def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    keys = {
+        "general.name": "Tiny Mistral",
+        "general.tags": ["text"],
+        "general.sampling.temp": 0.5,
+        "general.sampling.top_k": 20,
+        "llama.expert_count": 0,
+        "llama.attention.causal": True,
+        "llama.attention.sliding_window": CONTEXT,
+        "llama.attention.head_count_kv": [KV_HEADS] * LAYERS,
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 8.0,
+        "llama.rope.scaling.attn_factor": 1.0,
+        "quantize.imatrix.file": "x.dat",
+        "somebody.else": "who made it",
+        "tokenizer.ggml.fim_pre_token_id": 5,
+        "tokenizer.ggml.eot_token_id": 3,
+        "tokenizer.ggml.eom_token_id": 4,
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "tools",
+    }
+    table = {f"blk.{layer}.attn_rot_embd.weight": floats(*SHORT) for layer in range(LAYERS)}
+    weights = write_gguf(tmp_path / "tiny.gguf", keys=keys, add={"rope_freqs.weight": floats(1, 1, 1, 1), **table})
+    folder = convert(tmp_path / "tiny.gguf")
+    assert_equal_weights(stored_weights(folder), weights)
+    config = ModelConfig.load(folder)
+    assert (config.model_type, config.rope.kind, set(config.windows)) == ("llama", "default", {None})
+    assert config.eos_token_ids == (1, 3, 4)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["top_k"], generation["do_sample"]) == (0.5, 20, True)
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+
+
+def test_a_split_model_is_read_whole_by_any_of_its_files(tmp_path: Path) -> None:
+    weights = write_gguf(tmp_path / "tiny.gguf", parts=3)
+    folder = convert(tmp_path / "tiny-00002-of-00003.gguf")
+    assert_equal_weights(stored_weights(folder), weights)

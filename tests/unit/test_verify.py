@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.safetensors import NewTensor, read_header
-from tpctl.checkpoint.sources import converted_gguf
+from tpctl.checkpoint.sources import converted_gguf, pypi_entry
 from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import MANIFEST, Manifest
 from tpctl.sharding.at_hand import source_at_hand
@@ -169,10 +169,10 @@ def test_the_source_is_at_hand_only_while_it_is_the_same(made: Path, tmp_path: P
     assert source_at_hand(manifest) is None
 
 
-@pytest.mark.parametrize("entry", ["pypi--llm-tiny", "pypi--llm-tiny==0.1.2"])
-def test_a_wheels_model_is_at_hand_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+@pytest.mark.parametrize("wheel", ["llm-tiny", "llm-tiny==0.1.2"])
+def test_a_wheels_model_is_at_hand_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: str) -> None:
     monkeypatch.setenv("TPCTL_CACHE", str(tmp_path))
-    folder = tmp_path / "models" / entry
+    folder = pypi_entry(wheel)
     source = make_checkpoint(folder / "tiny", make_config())
     shard_checkpoint(source, tmp_path / "out", 2, source_id="pypi:llm-tiny", revision="0.1.2")
     manifest = Manifest.load(tmp_path / "out")

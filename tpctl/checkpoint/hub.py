@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from tpctl.checkpoint.cache import readable_bytes, require_space
 from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.gguf import fetch_arguments, listed, model_files
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
@@ -181,9 +182,8 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
     names = remote.names()
     if ranks is not None and MANIFEST not in names:
         raise SourceError(f"{remote.id} is not sharded (it has no {MANIFEST}); leave --local-ranks out")
-    if "config.json" not in names:
-        raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
     tensors = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    check_format(remote)
     if MANIFEST in names:
         # Whatever else lies beside them was copied from the source and is covered by the manifest's digests.
         copied = {name for name in names if "/" not in name and not name.startswith(".")} - set(tensors)
@@ -196,16 +196,31 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
         weights = {"model.safetensors"}
     elif len(tensors) == 1:
         weights = {tensors[0]}
-    elif any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+    elif _pickles(names):
         raise SourceError(
             f"{remote.id} has no safetensors weights, only PyTorch pickles (.bin), which can run code when "
             "opened; look for a safetensors revision (`MODEL@refs/pr/N`) or convert it on a machine you trust"
         )
-    elif gguf := sorted(name for name in names if name.endswith(".gguf")):
-        raise SourceError(f"{remote.id} holds GGUF files only; download {gguf[0]} and pass that file")
     else:
         raise SourceError(f"{remote.id} holds {len(tensors)} safetensors files and no {INDEX}; nothing says which")
     return tuple(file for file in remote.files if file.name in METADATA or file.name in weights)
+
+
+def check_format(remote: RemoteModel) -> None:
+    """Raise ``SourceError`` unless ``remote`` looks like a transformers checkpoint; GGUF files are named."""
+    names = remote.names()
+    safe = any(name.endswith(".safetensors") for name in names)
+    if (gguf := model_files(names)) and not safe and not (_pickles(names) and "config.json" in names):
+        raise SourceError(
+            f"{remote.id} holds GGUF files only ({listed(gguf)}); fetch one, as with `hf download {remote.id} "
+            f"{fetch_arguments(gguf[0])} --local-dir .`, and pass it: `tpctl chat ./{gguf[0]}`"
+        )
+    if "config.json" not in names:
+        raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
+
+
+def _pickles(names: Iterable[str]) -> bool:
+    return any(name.endswith((".bin", ".pth", ".pt")) for name in names)
 
 
 def _shard_files(repo: str, tensors: Sequence[str], ranks: Sequence[int] | None) -> Sequence[str]:

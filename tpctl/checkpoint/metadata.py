@@ -86,7 +86,7 @@ def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadat
 
     names = remote.names()
     if "config.json" not in names:
-        raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
+        hub.check_format(remote)
     fetch = partial(hf_hub_download, remote.id, revision=remote.commit, token=token, etag_timeout=10)
     headers = partial(HfApi(token=token).get_safetensors_metadata, remote.id, revision=remote.commit)
     with explained(remote.id, remote.commit):

