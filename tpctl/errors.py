@@ -7,6 +7,20 @@ line prints the message and exits with the error's ``exit_code``; it never shows
 from __future__ import annotations
 
 import json
+import re
+
+_STEERING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""What a terminal obeys or hides instead of showing it: control characters, marks of direction, half characters."""
+
+
+def printable(text: str) -> str:
+    """``text`` as it can be printed wherever it comes from: one line, and nothing in it steers a terminal.
+
+    What would is written as Python writes it (``\\x1b``).
+    """
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def shorten(text: str, width: int = 40) -> str:
@@ -16,7 +30,10 @@ def shorten(text: str, width: int = 40) -> str:
 
 def shown(value: object) -> str:
     """A value of some JSON, as a message may repeat it."""
-    return shorten(json.dumps(value, ensure_ascii=False, default=repr))
+    try:
+        return shorten(json.dumps(value, ensure_ascii=False, default=repr))
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        return f"a {type(value).__name__}"
 
 
 class TpctlError(Exception):

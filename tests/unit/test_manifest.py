@@ -230,10 +230,10 @@ def test_a_manifest_of_other_tensors_is_refused_by_merge_and_reshard(copy: Path,
     renamed = replace(file, header=file.header.replace("q_proj", "Q_proj"))
     source = replace(manifest.source, files=(renamed, *manifest.source.files[1:]))
     (copy / MANIFEST).write_text(replace(manifest, source=source).text())
-    with pytest.raises(ShardFolderError, match=r"q_proj\.\w+, which no source file has"):
+    with pytest.raises(ShardFolderError, match=r"contradicts itself: the checkpoint has no tensor .*q_proj\.\w+ "):
         merge_shards(copy, out)
     bare = {rank: Shard(shard.parts[:0], {}) for rank, shard in manifest.shards.items()}
     (copy / MANIFEST).write_text(replace(manifest, shards=bare).text())
-    with pytest.raises(ShardFolderError, match="holds no tensor"):
+    with pytest.raises(ShardFolderError, match="was altered"):
         reshard(copy, out, 2)
     assert not out.exists()

@@ -72,7 +72,8 @@ def read_metadata(
 def _local_tensors(folder: Path) -> dict[str, TensorMeta] | None:
     if (folder / MANIFEST).is_file():
         files = Manifest.load(folder).source.files
-        headers = [parse_header(file.header.encode(), file.size, file.name) for file in files]
+        manifest = folder / MANIFEST
+        headers = [parse_header(file.header.encode(), file.size, f"{file.name} in {manifest}") for file in files]
     elif any(folder.glob("*.safetensors")):
         headers = [file.header for file in CheckpointFolder.open(folder).files]
     else:

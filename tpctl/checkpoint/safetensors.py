@@ -10,45 +10,32 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
-from tpctl.errors import CheckpointError
-
-DTYPE_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-"""Bits per element of every dtype that a header may name, in the reference's order, narrow ones first."""
+from tpctl.errors import CheckpointError, shorten, shown
+from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
+from tpctl.partition.records import LONGEST_TEXT
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Dtypes that ``checkpoint.cast`` can cast from."""
+
+_STRUCTURE = (b"{", b"[", b",", b":")
+_NAME = 120
+"""Characters of a tensor's name that a message repeats."""
 
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes that the reference reader accepts."""
+
+MOST_VALUES = 6_000_000
+"""Most brackets, commas and colons in a header, about nine a tensor: what bounds the memory that reading it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +78,19 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     """The number of bytes of a tensor.
 
     Raises:
-        CheckpointError: the dtype is unknown, or the elements do not fill whole bytes.
+        CheckpointError: the dtype is unknown, the elements do not fill whole bytes, or are too many for any file.
     """
     bits = DTYPE_BITS.get(dtype)
     if bits is None:
-        raise CheckpointError(f"dtype {dtype!r} is unknown; safetensors defines {', '.join(sorted(DTYPE_BITS))}")
+        raise CheckpointError(
+            f"dtype {shorten(dtype)!r} is unknown; safetensors defines {', '.join(sorted(DTYPE_BITS))}"
+        )
+    # Looked at before they are multiplied, which takes for ever with numbers that are long enough.
+    if len(shape) > MOST_AXES or any(size > MOST_BYTES for size in shape):
+        raise CheckpointError(f"shape {shown(list(shape))} is none that a tensor can have")
     total = prod(shape) * bits
+    if total > 8 * MOST_BYTES:
+        raise CheckpointError(f"shape {shown(list(shape))} is none that a tensor can have")
     if total % 8:
         raise CheckpointError(f"{prod(shape)} elements of {dtype} do not fill whole bytes")
     return total // 8
@@ -109,6 +103,9 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file cannot be read or breaks the format; the message names file and reason.
     """
     try:
+        mode = path.stat().st_mode
+        if not S_ISREG(mode) and not S_ISDIR(mode):  # reading a pipe would wait for ever
+            raise CheckpointError(f"{path} is no safetensors file: it is a pipe or a device")
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
@@ -144,27 +141,35 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise bad(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+            twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+            raise bad(f"the key {shown(twice)} occurs twice")
         return found
 
+    if sum(map(body.count, _STRUCTURE)) > MOST_VALUES:
+        raise bad(f"it holds more than {MOST_VALUES:,} values")
     try:
         text = body.decode("utf-8")
         entries = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise bad("it is nested too deeply") from None
+    except ValueError as error:
         raise bad(f"no valid JSON ({error})") from None
     if not isinstance(entries, dict) or not text.startswith("{"):
         raise bad("not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad("__metadata__ is not an object of strings")
+    for name in (*entries, *metadata, *metadata.values()):
+        if not name.isascii() and name.encode("utf-8", "replace") != name.encode("utf-8", "surrogatepass"):
+            raise bad(f"{shown(name)} holds half a character")
     base = 8 + len(body)
     tensors = {name: _tensor(name, entry, base, bad) for name, entry in entries.items()}
     reach = base
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
         if info.start != reach:
             kind = "overlaps another tensor" if info.start < reach else "leaves a gap before it"
-            raise bad(f"tensor {info.name} {kind} (begins at byte {info.start - base}, expected {reach - base})")
+            place = f"begins at byte {info.start - base}, expected {reach - base}"
+            raise bad(f"tensor {shorten(info.name, _NAME)} {kind} ({place})")
         reach = info.stop
     if reach > file_size:
         raise CheckpointError(
@@ -175,23 +180,27 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
     return Header(tensors, metadata, text, base)
 
 
-def _tensor(name: str, entry: Any, base: int, bad: Any) -> TensorInfo:
+def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> TensorInfo:
+    if len(name) > LONGEST_TEXT:
+        raise bad(f"the tensor {shorten(name, _NAME)} has a name of {len(name):,} characters")
+    called = f"tensor {shorten(name, _NAME)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise bad(f"tensor {name} does not have exactly dtype, shape and data_offsets")
+        raise bad(f"{called} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad(f"tensor {name} has the unknown dtype {dtype!r}")
+        raise bad(f"{called} has the unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or not all(_natural(size) for size in shape):
-        raise bad(f"tensor {name} has the shape {shape!r}")
+        raise bad(f"{called} has the shape {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(offset) for offset in offsets):
-        raise bad(f"tensor {name} has the offsets {offsets!r}")
+        raise bad(f"{called} has the offsets {shown(offsets)}")
     begin, end = offsets
     try:
         wanted = tensor_nbytes(dtype, shape)
     except CheckpointError as error:
-        raise bad(f"tensor {name}: {error}") from None
-    if end - begin != wanted:
-        raise bad(f"tensor {name} spans {end - begin} bytes, but {dtype} of shape {shape} has {wanted}")
+        raise bad(f"{called}: {error}") from None
+    if max(offsets) > MOST_BYTES or end - begin != wanted:
+        span = shown(end - begin) if max(offsets) <= MOST_BYTES else "more than any file's"
+        raise bad(f"{called} spans {span} bytes, but {dtype} of shape {shown(shape)} has {wanted}")
     return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
 
 

@@ -11,11 +11,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from stat import S_ISFIFO, S_ISREG
 from typing import Any, TypeVar
 
 from tpctl.errors import ShardFolderError
+from tpctl.partition.dtypes import CASTS
+from tpctl.partition.manifest_file import MANIFEST, parse_manifest, read_manifest
 from tpctl.partition.records import (
+    LONGEST_ID,
     CopiedFile,
     Part,
     Shard,
@@ -24,15 +29,20 @@ from tpctl.partition.records import (
     SourceFile,
     digest,
     natural,
+    one_of,
     plain_name,
     shard_from_dict,
     shard_to_dict,
     text,
 )
 
-MANIFEST = "tpctl.json"
+__all__ = ["DIGEST", "FORMAT_VERSION", "MANIFEST", "MOST_RANKS", "Manifest", "describe_ranks", "rank_list"]
+
 FORMAT_VERSION = 1
 DIGEST = "blake3"
+
+MOST_RANKS = 100_000
+"""The largest tensor-parallel size; no model has as many query heads."""
 
 T = TypeVar("T")
 
@@ -62,20 +72,12 @@ class Manifest:
         Raises:
             ShardFolderError: it is missing, altered, or of a format version that this tpctl does not read.
         """
-        path = folder / MANIFEST
-        try:
-            found = path.read_bytes().decode("utf-8")
-            value = json.loads(found)
-        except (FileNotFoundError, NotADirectoryError):
-            if not folder.exists():
-                raise ShardFolderError(f"there is no folder {folder}") from None
-            raise ShardFolderError(
-                f"{folder} has no {MANIFEST}; it is not a shard folder, make one with `tpctl shard`"
-            ) from None
-        except OSError as error:
-            raise ShardFolderError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ShardFolderError(f"{path} is damaged ({error}); shard the model again") from None
+        return cls.parse(read_manifest(folder), folder / MANIFEST)
+
+    @classmethod
+    def parse(cls, raw: bytes, path: Path) -> Manifest:
+        """The manifest whose file at ``path`` holds ``raw``; errors as ``load``."""
+        found, value = parse_manifest(raw, path)
         version = value.get("format_version") if isinstance(value, dict) else None
         if version != FORMAT_VERSION and isinstance(version, int):
             raise ShardFolderError(
@@ -86,7 +88,7 @@ class Manifest:
             manifest = _from_dict(value)
             # The canonical text ends with its own digest, so that equal texts have the right one.
             intact = manifest.text() == found
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             intact = False
         if not intact:
             raise altered
@@ -158,15 +160,17 @@ def rank_list(ranks: Iterable[int]) -> str:
 def _check_part(path: Path, part: Part) -> None:
     again = "shard the model again, or copy the file again"
     try:
-        size = path.stat().st_size
+        stat = path.stat()
+        if S_ISREG(stat.st_mode) and stat.st_size != part.size:  # a folder fails below, a pipe would wait for ever
+            raise ShardFolderError(f"{path} has {stat.st_size} bytes, but {part.size} by the manifest; {again}")
+        if S_ISFIFO(stat.st_mode):
+            raise ShardFolderError(f"{path} is a pipe, not the file of {part.size} bytes of the manifest; {again}")
         with path.open("rb") as file:
             header = file.read(part.header_size)
     except FileNotFoundError:
         raise ShardFolderError(f"{path} is missing ({part.size} bytes by the manifest); {again}") from None
     except OSError as error:
         raise ShardFolderError(f"{path} cannot be read: {error.strerror}") from None
-    if size != part.size:
-        raise ShardFolderError(f"{path} has {size} bytes, but {part.size} by the manifest; {again}")
     if hashlib.sha256(header).hexdigest() != part.header_sha256:
         raise ShardFolderError(f"{path} has another header than the manifest says; {again}")
 
@@ -222,24 +226,26 @@ def _to_dict(manifest: Manifest) -> dict[str, Any]:
 def _from_dict(value: Mapping[str, Any]) -> Manifest:
     """The inverse of ``_to_dict``; errors as ``shard_from_dict``. A right digest does not make a manifest trusted."""
     source = value["source"]
-    tp_size = natural(value["tp_size"], least=1)
+    tp_size = natural(value["tp_size"], least=1, most=MOST_RANKS)
     shards = {natural(int(rank), most=tp_size - 1): shard_from_dict(shard) for rank, shard in value["shards"].items()}
-    if len({frozenset(shard.tensors) for shard in shards.values()}) > 1:
-        raise ValueError("the ranks hold different tensors")
-    return Manifest(
+    if len({frozenset(shard.tensors) for shard in shards.values()}) != 1:
+        raise ValueError("the ranks hold different tensors, or there are none")
+    manifest = Manifest(
         source=Source(
-            text(source["id"]),
+            text(source["id"], LONGEST_ID),
             _optional(text, source["revision"]),
             tuple(
-                SourceFile(plain_name(f["name"]), natural(f["size"]), text(f["header"]), _optional(digest, f["sha256"]))
+                SourceFile(
+                    plain_name(f["name"]), natural(f["size"]), text(f["header"], None), _optional(digest, f["sha256"])
+                )
                 for f in source["files"]
             ),
-            _optional(text, source["index"]),
-            {text(name): text(other) for name, other in source["aliases"].items()},
+            _optional(partial(text, longest=None), source["index"]),
+            {text(name, None): text(other, None) for name, other in source["aliases"].items()},
         ),
         tp_size=tp_size,
         model_type=text(value["model_type"]),
-        dtype=_optional(text, value["dtype"]),
+        dtype=_optional(partial(one_of, CASTS), value["dtype"]),
         max_part_size=natural(value["max_part_size"], least=1),
         compat=_optional(text, value["compat"]),
         shards=shards,
@@ -249,6 +255,14 @@ def _from_dict(value: Mapping[str, Any]) -> Manifest:
             for name, file in value["files"].items()
         },
     )
+    if manifest.extra is not None and len(manifest.extra.parts) != 1:
+        raise ValueError("tensors that no rank needs are in one file")
+    names = [MANIFEST, *manifest.files]
+    names += [part.file for shard in (*shards.values(), *filter(None, [manifest.extra])) for part in shard.parts]
+    for one in (names, [file.name for file in manifest.source.files]):
+        if len(set(one)) != len(one):
+            raise ValueError("a file is listed twice")
+    return manifest
 
 
 def _optional(read: Callable[[Any], T], value: Any) -> T | None:

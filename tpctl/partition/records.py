@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
 from tpctl.partition.plan import Piece, Shape
 from tpctl.partition.split import Rule
+
+LONGEST_TEXT, LONGEST_ID = 1000, 5000
+"""Characters of a name or label, and of a source's id, which may be a path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +130,18 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
 def shard_from_dict(value: Mapping[str, Any]) -> Shard:
     """The inverse of ``shard_to_dict``. Raises ``ValueError``, ``TypeError``, ``KeyError`` or ``AttributeError`` for
     anything that ``shard_to_dict`` does not make: callers trust names, types and ranges of what they get."""
-    parts = tuple(_part(part) for part in value["parts"])
-    return Shard(parts, {text(name): _tensor(entry, len(parts)) for name, entry in value["tensors"].items()})
+    parts = parts_from_list(value["parts"])
+    found = {text(name): tensor_from_dict(entry, len(parts)) for name, entry in value["tensors"].items()}
+    if not parts or not found:
+        raise ValueError("a shard holds nothing")
+    if {tensor.part for tensor in found.values()} != set(range(len(parts))):
+        raise ValueError("a part holds nothing")
+    return Shard(parts, found)
+
+
+def parts_from_list(value: Any) -> tuple[Part, ...]:
+    """A shard's part files; errors as ``shard_from_dict``."""
+    return tuple(_part(part) for part in value)
 
 
 def _part(value: Mapping[str, Any]) -> Part:
@@ -135,11 +150,12 @@ def _part(value: Mapping[str, Any]) -> Part:
     return Part(plain_name(value["file"]), size, header_size, digest(value["header_sha256"]))
 
 
-def _tensor(value: Mapping[str, Any], num_parts: int) -> ShardTensor:
+def tensor_from_dict(value: Mapping[str, Any], num_parts: int) -> ShardTensor:
+    """A stored tensor of a shard of ``num_parts`` part files; errors as ``shard_from_dict``."""
     shape = _shape(value["shape"])
     return ShardTensor(
         natural(value["part"], most=num_parts - 1),
-        text(value["dtype"]),
+        one_of(DTYPE_BITS, value["dtype"]),
         shape,
         digest(value["digest"]),
         Rule(value["rule"]),
@@ -160,8 +176,11 @@ def _piece(value: Mapping[str, Any], whole: Shape) -> Piece:
 
 def _shape(value: Any) -> Shape:
     if not isinstance(value, list):
-        raise TypeError(f"{value!r} is not a list")
-    return tuple(natural(length) for length in value)
+        raise TypeError("a shape is not a list")
+    shape = tuple(natural(length) for length in value)
+    if len(shape) > MOST_AXES or prod(shape) > MOST_BYTES:
+        raise ValueError("a shape is too large")
+    return shape
 
 
 def plain_name(value: Any) -> str:
@@ -172,24 +191,34 @@ def plain_name(value: Any) -> str:
     return name
 
 
-def text(value: Any) -> str:
-    """``value`` if it is a string."""
+def text(value: Any, longest: int | None = LONGEST_TEXT) -> str:
+    """``value`` if it is a string of at most ``longest`` characters, none of them half of one."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a string")
+        raise TypeError(f"a {type(value).__name__} is not a string")
+    if longest is not None and len(value) > longest:
+        raise ValueError(f"a string has {len(value)} characters")
+    value.encode()
     return value
 
 
+def one_of(known: Container[str], value: Any) -> str:
+    """``value`` if it is one of the strings in ``known``."""
+    if text(value) not in known:
+        raise ValueError(f"{value!r} is unknown")
+    return str(value)
+
+
 def natural(value: Any, least: int = 0, most: int | None = None) -> int:
-    """``value`` if it is an integer, not a bool, from ``least`` to ``most``."""
+    """``value`` if it is an integer, not a bool, from ``least`` to ``most`` (or what a file can have, in bytes)."""
     if type(value) is not int:
-        raise TypeError(f"{value!r} is not an integer")
-    if value < least or (most is not None and value > most):
-        raise ValueError(f"{value} is out of range")
+        raise TypeError(f"a {type(value).__name__} is not an integer")
+    if not least <= value <= (MOST_BYTES if most is None else most):
+        raise ValueError("a number is out of range")
     return value
 
 
 def digest(value: Any) -> str:
     """``value`` if it is a digest of 32 bytes in hexadecimal."""
     if not re.fullmatch("[0-9a-f]{64}", text(value)):
-        raise ValueError(f"{value!r} is not a digest")
+        raise ValueError("a digest is none")
     return str(value)

@@ -15,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.checkpoint.safetensors import Header, parse_header, read_header
-from tpctl.errors import ShardFolderError, TpctlError
+from tpctl.errors import CheckpointError, ShardFolderError, TpctlError
 from tpctl.models.config import ModelConfig
 from tpctl.partition.manifest import MANIFEST, Manifest
-from tpctl.partition.records import Part, Shard, shard_from_dict
+from tpctl.partition.manifest_file import read_manifest
+from tpctl.partition.records import CopiedFile, Part, ShardTensor, parts_from_list, plain_name, tensor_from_dict
 from tpctl.sharding.compare import Expected
+from tpctl.sharding.copied import hash_file
 from tpctl.sharding.files import Files, Tally
-from tpctl.sharding.flips import path_of_line, undo_flip, unreadable_line
+from tpctl.sharding.flips import Budget, path_of_line, undo_flip, unreadable_line
 from tpctl.sharding.layout import whole
 from tpctl.sharding.source_plan import source_plan
 from tpctl.sharding.transfer import hash_all
+
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+"""How reading an entry fails that ``partition.records`` does not take."""
 
 
 def load_manifest(folder: Path, *, verify: bool = False) -> Manifest:
@@ -36,20 +41,21 @@ def load_manifest(folder: Path, *, verify: bool = False) -> Manifest:
     Raises:
         ShardFolderError: as ``Manifest.load``.
     """
+    raw = read_manifest(folder)
     try:
-        return Manifest.load(folder)
-    except ShardFolderError:
-        try:
-            raw = (folder / MANIFEST).read_bytes()
-        except OSError:
-            raw = b""
-        place = _find(folder, raw, verify) if raw else None
-        if place is None and not (verify and _is_json(raw)):
-            raise
-        place = place or "everything that other files tell too does fit, so it is in what only the manifest says"
-        raise ShardFolderError(
-            f"{folder / MANIFEST} was altered after it was written: {place}; shard the model again, or copy it again"
-        ) from None
+        return Manifest.parse(raw, folder / MANIFEST)
+    except ShardFolderError as error:
+        failure = error.with_traceback(None)  # which would keep what was parsed
+    try:
+        place = _find(folder, raw, verify)
+    except Exception:  # wrong in a way that nobody foresaw: that is not what the user has to hear
+        place = None
+    if place is None and not (verify and _is_json(raw)):
+        raise failure
+    place = place or "everything that other files tell too does fit, so it is in what only the manifest says"
+    raise ShardFolderError(
+        f"{folder / MANIFEST} was altered after it was written: {place}; shard the model again, or copy it again"
+    )
 
 
 def _is_json(raw: bytes) -> bool:
@@ -62,35 +68,35 @@ def _find(folder: Path, raw: bytes, read: bool) -> str | None:
     lines = raw.split(b"\n")
     short = [n for n, line in enumerate(lines) if b'":{"part":' not in line and len(line) < 2000]
     top = [n for n in short if lines[n][:2] != b"  "]
+    budget = Budget()
     broken = unreadable_line(raw)
     if broken is not None:  # the flip is there or next to it: a bracket shows in the following line only
         near = range(max(0, broken - 1), min(broken + 2, len(lines)))
-        return undo_flip(raw, near) or f"it cannot be read at {path_of_line(lines, broken)} (line {broken + 1})"
+        return undo_flip(raw, near, budget) or f"it cannot be read at {path_of_line(lines, broken)} (line {broken + 1})"
     if b'"format_version":1,' not in raw:  # another version, unless a bit says so by mistake
-        return undo_flip(raw, top)
+        return undo_flip(raw, top, budget)
     return (
         # Sizes that the whole plan hangs on come first: with a wrong one all tensors would look wrong.
-        undo_flip(raw, top)
+        undo_flip(raw, top, budget)
         or _contradiction(folder, json.loads(raw), read)
-        or undo_flip(raw, sorted(range(len(lines)), key=lambda n: len(lines[n])))
+        or undo_flip(raw, sorted(range(len(lines)), key=lambda n: len(lines[n])), budget)
     )
 
 
 def _contradiction(folder: Path, value: Any, read: bool) -> str | None:
     """The first entry of the manifest's JSON that is malformed, or contradicts the folder's other files."""
-    try:
-        found: list[tuple[str, int | None, Any]] = []
-        found += [(f"rank {int(rank)}", int(rank), shard) for rank, shard in value["shards"].items()]
-        found += [("the extra file", None, value["extra"])] if value["extra"] else []
-        expected = _expected(folder, value)
-        for owner, rank, entries in found:
-            for place in _contradictions(folder, owner, rank, entries, expected, read):
-                return place
-        for name, file in value["files"].items():
-            if _altered(folder / name, file):
-                return f"size or digest of {name} do not fit the file"
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
+    found: list[tuple[str, int | None, Any]] = []
+    found += [(f"rank {int(rank)}", int(rank), shard) for rank, shard in value["shards"].items()]
+    found += [("the extra file", None, value["extra"])] if value["extra"] else []
+    expected = _expected(folder, value)
+    for owner, rank, entries in found:
+        if expected is not None and rank is not None and not 0 <= rank < len(expected.shards):
+            return f"there is no {owner} at tp {len(expected.shards)}"
+        for place in _contradictions(folder, owner, rank, entries, expected, read):
+            return place
+    for name, file in value["files"].items():
+        if _altered(folder / plain_name(name), file):
+            return f"size or digest of {name} do not fit the file"
     return None
 
 
@@ -109,17 +115,18 @@ def _contradictions(
     folder: Path, owner: str, rank: int | None, entries: Mapping[str, Any], expected: Expected | None, read: bool
 ) -> Iterator[str]:
     """What of a shard's entries is malformed, or contradicts its part files or ``expected``."""
-    parts = _shard(entries["parts"], {})
-    if parts is None:
+    try:
+        parts = parts_from_list(entries["parts"])
+    except MALFORMED:
         yield f"the list of part files of {owner} is malformed"
         return
-    headers = [_header(folder, part) for part in parts.parts]
-    for part, header in zip(parts.parts, headers, strict=True):
+    headers = [_header(folder, part) for part in parts]
+    for part, header in zip(parts, headers, strict=True):
         if header is not None and _entry(part.file, header) != part:
             yield f"size or header of {part.file} ({owner}) do not fit the file"
     names = {name: n for n, header in enumerate(headers) if header is not None for name in header.tensors}
     wanted: Mapping[str, Any] = names
-    if expected is not None and rank is not None and rank < len(expected.shards):
+    if expected is not None and rank is not None:
         wanted = expected.shards[rank]
     if not wanted:  # neither files nor a plan
         wanted = entries["tensors"]
@@ -127,12 +134,11 @@ def _contradictions(
         if name not in entries["tensors"]:
             yield f"{name} of {owner} is missing"
     for name, fields in entries["tensors"].items():
-        shard = _shard(entries["parts"], {name: fields})
-        if shard is None or name not in wanted:
-            why = "is malformed" if shard is None else "belongs to no tensor of the model"
+        entry = _entry_of(fields, len(parts))
+        if entry is None or name not in wanted:
+            why = "is malformed" if entry is None else "belongs to no tensor of the model"
             yield f"the entry of {name} of {owner} {why}"
             continue
-        entry = shard.tensors[name]
         differ = expected.differing(rank, name, entry) if expected is not None and rank is not None else []
         if (header := headers[entry.part]) is not None:
             info = header.tensors.get(name)
@@ -141,7 +147,7 @@ def _contradictions(
         for field in differ:
             yield f"the {field} of {name} of {owner} {'do' if field == 'pieces' else 'does'} not fit"
         if header is not None and read and not differ:
-            stored = whole(header.tensors[name], folder / parts.parts[entry.part].file, rank, entry.digest)
+            stored = whole(header.tensors[name], folder / parts[entry.part].file, rank, entry.digest)
             try:
                 with Files() as files:
                     hash_all([stored], files, Tally(stored.nbytes, "", None))
@@ -149,10 +155,10 @@ def _contradictions(
                 yield f"the digest of {name} of {owner} is not that of its bytes"
 
 
-def _shard(parts: Any, tensors: Mapping[str, Any]) -> Shard | None:
+def _entry_of(fields: Any, num_parts: int) -> ShardTensor | None:
     try:
-        return shard_from_dict({"parts": parts, "tensors": tensors})
-    except (AttributeError, KeyError, TypeError, ValueError):
+        return tensor_from_dict(fields, num_parts)
+    except MALFORMED:
         return None
 
 
@@ -169,10 +175,7 @@ def _entry(file: str, header: Header) -> Part:
 
 
 def _altered(path: Path, entry: Mapping[str, Any]) -> bool:
-    from blake3 import blake3
-
     try:
-        data = path.read_bytes()
-    except OSError:
+        return hash_file(path, entry["size"]) != CopiedFile(entry["size"], entry["digest"])
+    except CheckpointError:
         return False
-    return (len(data), blake3(data).hexdigest()) != (entry["size"], entry["digest"])

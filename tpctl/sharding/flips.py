@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 
-MOST_HASHED = 16 << 30
-"""Bytes to hash at most while trying, about ten seconds."""
+from tpctl.errors import shorten
+
+SECONDS = 10.0
+"""Of computing that looking for a flip may take: trying every bit of a large manifest would take for ever."""
 
 _MARK, _END, _HEX = b',\n "sha256":"', b'"\n}\n', 64
 _TAIL = len(_MARK) + _HEX + len(_END)
 
 
-def undo_flip(raw: bytes, lines: Iterable[int]) -> str | None:
-    """What the only flipped bit of the manifest ``raw`` belongs to, in words, if it is in one of ``lines`` (from 0)."""
+class Budget:
+    """``SECONDS`` of this process' computing, from now on. A busy machine shortens nothing."""
+
+    def __init__(self) -> None:
+        self._end = time.process_time() + SECONDS
+
+    def spent(self) -> bool:
+        return time.process_time() > self._end
+
+
+def undo_flip(raw: bytes, lines: Iterable[int], budget: Budget) -> str | None:
+    """What the only flipped bit of the manifest ``raw`` belongs to, in words, if it is in one of ``lines`` (from 0) and
+    found before ``budget`` is spent."""
     body, tail = raw[:-_TAIL] + b"\n}\n", raw[-_TAIL:]
     right = _MARK + sha256(body).hexdigest().encode() + _END
     if len(tail) == _TAIL and sum((a ^ b).bit_count() for a, b in zip(tail, right, strict=True)) == 1:
         return "its own sha256 has a flipped bit"
-    recorded, hashed = tail[len(_MARK) : -len(_END)].decode("latin-1"), 0
+    recorded = tail[len(_MARK) : -len(_END)].decode("latin-1")
     starts = [0, *(match.end() for match in re.finditer(b"\n", raw))]
     for number in lines:
         start = starts[number]
@@ -37,7 +51,7 @@ def undo_flip(raw: bytes, lines: Iterable[int]) -> str | None:
             if digest.hexdigest() == recorded:
                 text = (body[:start] + line + rest).split(b"\n")
                 return f"{path_of_line(text, number)} has a flipped bit (byte {start + place} of the file)"
-            if (hashed := hashed + len(rest)) > MOST_HASHED:
+            if budget.spent():
                 return None
     return None
 
@@ -59,7 +73,7 @@ def unreadable_line(raw: bytes) -> int | None:
         return raw.count(b"\n", 0, error.start)
     except json.JSONDecodeError as error:
         return error.doc.count("\n", 0, error.pos)
-    except RecursionError:
+    except (RecursionError, ValueError):
         return 0
     return None
 
@@ -83,4 +97,4 @@ def path_of_line(lines: Sequence[bytes], number: int) -> str:
             return f"the list of part files of rank {rank}" if "parts" in path else f"the entry of rank {rank}"
         case ["extra", "tensors", name]:
             return f"{name} of the extra file"
-    return ".".join(key for key in path if key) or "what stands around its fields"
+    return shorten(".".join(key for key in path if key), 200) or "what stands around its fields"

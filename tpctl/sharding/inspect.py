@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import parse_header, tensor_nbytes
+from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import Manifest, describe_ranks
 from tpctl.partition.records import Shard, ShardTensor
@@ -15,6 +15,7 @@ from tpctl.sharding.compare import verify_source
 from tpctl.sharding.contents import absent_ranks, stray_files
 from tpctl.sharding.damage import load_manifest
 from tpctl.sharding.files import Progress
+from tpctl.sharding.own_plan import own_plan
 from tpctl.sharding.recipe import check_ranks
 from tpctl.sharding.verify import open_shards, verify_digests
 
@@ -117,8 +118,9 @@ def inspect_shards(
         source: a checkpoint folder to compare every element with.
 
     Raises:
-        ShardFolderError: the folder is incomplete, altered, or differs from ``source``; a rank that is to be verified
-            is not here; or, with ``verify``, it holds weight files that are none of its own.
+        ShardFolderError: the folder is incomplete, altered, describes another cut than its config's, or differs from
+            ``source``; a rank that is to be verified is not here; or, with ``verify``, it holds weight files that are
+            none of its own.
         PartitionError: a rank does not exist.
     """
     manifest = load_manifest(folder, verify=verify)
@@ -147,6 +149,7 @@ def inspect_shards(
             )
         left_out = _left_out(manifest, here, absent, extra)
         verified = Verified(here, hashed, compared, None if source is None else str(source), left_out)
+    own = own_plan(folder, manifest)
     sizes = [shard.nbytes for shard in manifest.shards.values()]
     return InspectReport(
         folder=str(folder),
@@ -156,7 +159,7 @@ def inspect_shards(
         tp_size=manifest.tp_size,
         dtype=manifest.dtype,
         compat=manifest.compat,
-        source_shapes=_source_shapes(manifest),
+        source_shapes={name: info.shape for name, info in own.tensors.items()},
         ranks=tuple(_rank(manifest, rank) for rank in chosen),
         absent=absent,
         strays=strays,
@@ -178,12 +181,6 @@ def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], ex
     if manifest.extra is not None and not extra:
         found.append(f"{manifest.extra.parts[0].file} (not here)")
     return tuple(found)
-
-
-def _source_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    files = manifest.source.files
-    headers = (parse_header(file.header.encode(), file.size, file.name) for file in files)
-    return {name: tensor.shape for header in headers for name, tensor in header.tensors.items()}
 
 
 def _rank(manifest: Manifest, rank: int) -> RankReport:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import DTYPE_BITS, TensorInfo
+from tpctl.checkpoint.safetensors import TensorInfo
 from tpctl.errors import CheckpointError
+from tpctl.partition.dtypes import DTYPE_BITS
 from tpctl.partition.plan import Piece, Shape
 from tpctl.partition.split import Range
 

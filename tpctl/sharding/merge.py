@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX
-from tpctl.checkpoint.safetensors import FLOATS, Header, NewTensor, build_header, parse_header
+from tpctl.checkpoint.safetensors import FLOATS, Header, NewTensor, build_header
 from tpctl.errors import ShardFolderError
 from tpctl.partition.manifest import Manifest, describe_ranks, rank_list
-from tpctl.partition.records import SourceFile
 from tpctl.partition.split import Range, Rule
 from tpctl.sharding.copied import copy_file
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.journal import write_synced
 from tpctl.sharding.layout import Region, Stored, whole
+from tpctl.sharding.own_plan import own_plan
 from tpctl.sharding.publish import PendingFolder, refuse_existing
 from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.verify import check_copied, open_extra, open_shards
@@ -52,7 +52,8 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
     shards = open_shards(folder, manifest, range(manifest.tp_size))
     extra = open_extra(folder, manifest)
     check_copied(folder, manifest)
-    headers = {file.name: _header(file, manifest.dtype) for file in manifest.source.files}
+    own = own_plan(folder, manifest)
+    headers = {name: _header(header, manifest.dtype) for name, header in own.headers.items()}
     with PendingFolder.open(out, force=force) as pending:
         pending.clean()
         targets = _targets(headers, manifest.source.aliases, pending.path)
@@ -97,10 +98,8 @@ def require_all_ranks(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _header(file: SourceFile, dtype: str | None) -> Header:
+def _header(header: Header, dtype: str | None) -> Header:
     """The source file's own header, or one for the cast tensors."""
-    body = file.header.encode()
-    header = parse_header(body, file.size, file.name)
     if dtype is None:
         return header
     cast = (

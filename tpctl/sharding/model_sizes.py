@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tpctl.checkpoint.metadata import ModelMetadata
-from tpctl.checkpoint.safetensors import DTYPE_BITS, FLOATS
+from tpctl.checkpoint.safetensors import FLOATS
 from tpctl.errors import PartitionError
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
 from tpctl.models.weights import LM_HEAD, ignored_tensors
+from tpctl.partition.dtypes import DTYPE_BITS
 from tpctl.partition.plan import PartitionPlan, StoredTensor
 from tpctl.partition.split import source_shapes
 from tpctl.sharding.parts import assign_parts, part_files

@@ -11,6 +11,9 @@ from tpctl.checkpoint.safetensors import Header, NewTensor, build_header, tensor
 from tpctl.partition.plan import StoredTensor
 from tpctl.partition.records import Part
 
+EXTRA_FILE = "tpctl-extra.safetensors"
+"""Tensors of the source that no rank needs; a name that serving engines do not look for."""
+
 
 @dataclass(frozen=True)
 class PartFile:
@@ -56,15 +59,20 @@ def assign_parts(
     return parts
 
 
+def part_name(rank: int, index: int) -> str:
+    """The name of ``rank``'s ``index``-th file, as serving engines look for it."""
+    return f"model-rank-{rank}-part-{index}.safetensors"
+
+
 def part_files(
     rank: int, shard: Mapping[str, StoredTensor], dtypes: Mapping[str, str], parts: Mapping[str, int]
 ) -> list[PartFile]:
-    """``rank``'s files, named as serving engines look for them."""
+    """``rank``'s files."""
     return [
         PartFile(
             rank,
             index,
-            f"model-rank-{rank}-part-{index}.safetensors",
+            part_name(rank, index),
             build_header(NewTensor(n, dtypes[n], shard[n].shape) for n in shard if parts[n] == index),
         )
         for index in range(max(parts.values()) + 1)

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import parse_header
-from tpctl.errors import OutputError, ShardFolderError
-from tpctl.models.config import ModelConfig
-from tpctl.models.weights import ignored_tensors
+from tpctl.errors import OutputError
 from tpctl.partition.manifest import Manifest, describe_ranks
-from tpctl.partition.plan import Shape
-from tpctl.partition.records import Source
 from tpctl.sharding.files import Progress
 from tpctl.sharding.merge import require_all_ranks
+from tpctl.sharding.own_plan import own_plan
 from tpctl.sharding.publish import refuse_existing
 from tpctl.sharding.recipe import make_recipe
 from tpctl.sharding.source_plan import source_plan
@@ -51,13 +47,9 @@ def reshard(
     manifest = Manifest.load(folder)
     require_all_ranks(folder, manifest)
     check_copied(folder, manifest)
-    config = ModelConfig.load(folder)
-    shapes = _source_shapes(manifest.source)
-    plan = source_plan(config, shapes, tp_size)
-    plan.check_source(shapes, ignored_tensors(config))
+    own = own_plan(folder, manifest)
+    config, plan = own.config, source_plan(own.config, own.tensors, tp_size)
     shards = open_shards(folder, manifest, range(manifest.tp_size))
-    if missing := [name for name in plan.shards[0] if name not in shards]:
-        raise ShardFolderError(f"{folder} holds no tensor {missing[0]}; shard the model again")
     recipe = make_recipe(
         config,
         plan,
@@ -85,12 +77,3 @@ def _refuse_loss(folder: Path, out: Path, tp_size: int, ranks: Sequence[int] | N
             f"{out} is what is read, and --ranks leaves out {describe_ranks(lost)} of tp {tp_size}, whose weights "
             "would be lost; choose another folder (-o), or leave --ranks out"
         )
-
-
-def _source_shapes(source: Source) -> dict[str, Shape]:
-    """The shapes of the source's tensors, from the headers that the manifest keeps."""
-    return {
-        name: info.shape
-        for file in source.files
-        for name, info in parse_header(file.header.encode(), file.size, file.name).tensors.items()
-    }

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from stat import S_ISDIR
 
 from tpctl.checkpoint.safetensors import Header, NewTensor, TensorInfo, build_header
 from tpctl.errors import CheckpointError, ShardFolderError
@@ -75,23 +76,30 @@ def verify_digests(
 def _headers(folder: Path, shard: Shard, owner: str) -> list[tuple[Header, Path]]:
     """The part files' headers, rebuilt from the manifest and compared with the files byte for byte."""
     found = []
-    for index, part in enumerate(shard.parts):
+    held: list[list[NewTensor]] = [[] for _ in shard.parts]
+    for name, tensor in shard.tensors.items():
+        held[tensor.part].append(NewTensor(name, tensor.dtype, tensor.shape))
+    for part, tensors in zip(shard.parts, held, strict=True):
         path = folder / part.file
-        header = build_header(
-            NewTensor(name, tensor.dtype, tensor.shape)
-            for name, tensor in shard.tensors.items()
-            if tensor.part == index
-        )
-        if (header.size, sha256(header.raw).hexdigest()) != (part.header_size, part.header_sha256):
-            raise ShardFolderError(f"the manifest of {folder} contradicts itself about {part.file}")
+        contradiction = ShardFolderError(f"the manifest of {folder} contradicts itself about {part.file}; {AGAIN}")
         try:
-            size = path.stat().st_size
+            header = build_header(tensors)
+        except CheckpointError:  # elements that do not fill whole bytes
+            raise contradiction from None
+        if (header.size, sha256(header.raw).hexdigest()) != (part.header_size, part.header_sha256):
+            raise contradiction
+        if header.file_size != part.size:
+            raise contradiction
+        try:
+            stat = path.stat()
+            if stat.st_size != part.size and not S_ISDIR(stat.st_mode):  # a pipe too, whose reading would not end
+                raise ShardFolderError(
+                    f"{path} ({owner}) has {stat.st_size} bytes, but {part.size} by the manifest; {AGAIN}"
+                )
             with path.open("rb") as file:
                 raw = file.read(header.size)
         except OSError as error:
             raise ShardFolderError(f"{path} ({owner}) cannot be read: {error.strerror}; {AGAIN}") from None
-        if size != part.size:
-            raise ShardFolderError(f"{path} ({owner}) has {size} bytes, but {part.size} by the manifest; {AGAIN}")
         if raw != header.raw:
             raise ShardFolderError(f"the header of {path} is damaged at {_entry_at(header, raw)} of {owner}; {AGAIN}")
         found.append((header, path))
@@ -111,7 +119,7 @@ def check_copied(folder: Path, manifest: Manifest) -> int:
     total = 0
     for name, wanted in manifest.files.items():
         try:
-            found = hash_file(folder / name)
+            found = hash_file(folder / name, wanted.size)
         except CheckpointError as error:
             raise ShardFolderError(f"{error}; {AGAIN}") from None
         if found != wanted:

@@ -19,13 +19,10 @@ from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.join import check_same_cut, check_same_weights, lacking, piece_name, union
 from tpctl.sharding.journal import Digests, Journal, note_name, write_synced
 from tpctl.sharding.layout import in_shard, whole
-from tpctl.sharding.parts import PartFile, assign_parts, part_files
+from tpctl.sharding.parts import EXTRA_FILE, PartFile, assign_parts, part_files
 from tpctl.sharding.publish import PendingFolder
 from tpctl.sharding.recipe import Recipe
 from tpctl.sharding.transfer import Move, run
-
-EXTRA_FILE = "tpctl-extra.safetensors"
-"""Tensors of the source that no rank needs; a name that serving engines do not look for."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""The element types that a safetensors file may hold (https://github.com/huggingface/safetensors)."""
+
+from __future__ import annotations
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Bits per element of every dtype that a header may name, in the reference's order, narrow ones first."""
+
+CASTS = frozenset({"F32", "BF16", "F16"})
+"""Dtypes that float tensors can be cast to."""
+
+MOST_BYTES = 2**63 - 1
+"""No tensor and no file is larger."""
+
+MOST_AXES = 64
+"""No tensor has more axes, in any library."""
