@@ -53,7 +53,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         if status.st_size > most:
             raise CheckpointError(f"{path} has {status.st_size} bytes, but such a file has at most {most}")
         with path.open("rb") as file:
-            return file.read(most)
+            return file.read(status.st_size)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
     except OSError as error:

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models.config": ("partition",),
     "models.specs": ("partition",),
     "models.weights": ("partition",),
-    "sharding": ("partition", "checkpoint", "models.config", "models.specs", "models.weights"),
+    "sharding": ("partition", "checkpoint", "models.config", "models.foreign", "models.specs", "models.weights"),
     "shared_memory": (),
     "distributed": ("shared_memory",),
     "kernels": (),

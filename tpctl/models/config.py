@@ -134,7 +134,7 @@ def _check_kind(fields: Fields, model_type: str, family: FamilySpec) -> None:
             )
     activation = fields.get("hidden_act")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise UnsupportedModelError(f"activation {shown(activation)} is not supported; tpctl knows silu")
+        raise UnsupportedModelError(f"activation {shown(activation)} is not supported (hidden_act); tpctl knows silu")
 
 
 def _switch(rule: bool | str, fields: Fields) -> bool:

@@ -83,7 +83,7 @@ FAMILIES: dict[str, FamilySpec] = {
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        frozenset({"num_key_value_heads", "head_dim"}),
+        frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
