@@ -36,6 +36,11 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
+def counted(number: int, what: str) -> str:
+    """``1 file``, ``2 files``, ``1,000 files``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 class TpctlError(Exception):
     """Base of every error that is the world's fault, not the program's."""
 
@@ -54,6 +59,14 @@ class SourceError(TpctlError):
 
 class CheckpointError(TpctlError):
     """A checkpoint's files contradict each other, its config, or the safetensors format."""
+
+
+class MixedDtypesError(CheckpointError):
+    """Tensors that are stored as one have several dtypes; a cast makes them equal."""
+
+
+class OverflowedError(CheckpointError):
+    """A value is beyond the range of the dtype that it is cast to."""
 
 
 class UnsupportedModelError(TpctlError):

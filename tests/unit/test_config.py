@@ -84,7 +84,16 @@ def test_the_first_name_of_longrope_and_partial_rotation() -> None:
 def test_windows() -> None:
     assert parse("mistral", sliding_window=16).windows == (16, 16)
     assert parse("mistral", sliding_window=None).windows == (None, None)
-    assert parse("llama", sliding_window=16).windows == (None, None)
+    assert parse("llama", sliding_window=128).windows == (None, None)
+    with pytest.raises(UnsupportedModelError, match="sliding_window is 16, which LlamaForCausalLM does not have"):
+        parse("llama", sliding_window=16)
+    full, sliding = ["full_attention"] * 2, ["sliding_attention"] * 2
+    assert parse("llama", layer_types=full).windows == (None, None)
+    assert parse("mistral", sliding_window=16, layer_types=sliding).windows == (16, 16)
+    with pytest.raises(UnsupportedModelError, match="but MistralForCausalLM has its sliding_window"):
+        parse("mistral", sliding_window=16, layer_types=full)
+    with pytest.raises(CheckpointError, match="names sliding_attention, but no sliding_window is in use"):
+        parse("qwen2", sliding_window=16, layer_types=sliding)
     assert parse("qwen2", sliding_window=16).windows == (None, None)
     assert parse("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=1).windows == (None, 16)
     kinds = ["sliding_attention", "full_attention"]
@@ -96,6 +105,9 @@ def test_end_tokens_come_from_both_files(tmp_path: Path) -> None:
     assert ModelConfig.load(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
     assert ModelConfig.load(tmp_path).eos_token_ids == (2, 7)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 700]}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is 700, but the vocabulary has"):
+        ModelConfig.load(tmp_path)
 
 
 @pytest.mark.parametrize(("field", "value"), [("torch_dtype", "float16"), ("dtype", "torch.float16")])
@@ -124,19 +136,32 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 10**30}, "vocab_size is 1000000000000000000000000000000, but a positive whole number of less"),
-        ({"rms_norm_eps": -1}, "rms_norm_eps is -1, but a positive number is needed"),
-        ({"hidden_size": 0}, "hidden_size is 0, but a positive whole number of less than 2.31 is needed"),
+        ({"vocab_size": 10**30}, "vocab_size is 1000000000000000000000000000000, but a whole number from 1 to 21474"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1, but a number from 1e-30 to 1 is needed"),
+        ({"rms_norm_eps": 1e18}, r"rms_norm_eps is 1e\+18, but a number from 1e-30 to 1 is needed"),
+        ({"rms_norm_eps": 10**400}, "but a number from 1e-30 to 1 is needed"),
+        ({"rope_theta": 1e-9}, r"rope_theta is 1e-09, but a number from 2 to 1e\+18 is needed"),
+        ({"rope_theta": float("inf")}, "rope_theta is Infinity, but a number from 2"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but a whole number from 1 to 10000"),
+        ({"num_attention_heads": 10**6}, "num_attention_heads is 1000000, but a whole number from 1 to 4096"),
+        ({"max_position_embeddings": 2**31 - 1}, "max_position_embeddings is 2147483647, but a whole number from 1 to"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e6}}, "a RoPE factor of 1000000.0 makes 128000000 positions"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "factor is null, but a number from 0.001 to"),
+        ({"eos_token_id": -1}, "config.json: eos_token_id is -1, but the vocabulary has the tokens 0 to 69"),
+        ({"eos_token_id": [2, 70]}, "eos_token_id is 70, but the vocabulary has the tokens 0 to 69"),
+        ({"bos_token_id": 70}, "bos_token_id is 70, but the vocabulary has the tokens 0 to 69"),
+        ({"eos_token_id": 10**30}, "eos_token_id is 1000000000000000000000000000000, but the vocabulary"),
+        ({"hidden_size": 0}, "hidden_size is 0, but a whole number from 1 to 2147483647 is needed"),
         ({"num_hidden_layers": "two"}, 'num_hidden_layers is "two"'),
         ({"vocab_size": True}, "vocab_size is true"),
         ({"num_key_value_heads": "2"}, 'num_key_value_heads is "2"'),
         ({"head_dim": 6.0}, r"head_dim is 6\.0"),
         ({"head_dim": None, "hidden_size": 25}, "hidden_size 25 is no multiple of num_attention_heads 4"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, '"llama3" needs "low_freq_factor"'),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor is "2", but a positive number is needed'),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'factor is "2", but a number from 0.001 to'),
         ({"rope_scaling": "linear"}, 'rope_scaling is "linear", but an object is needed'),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN, but a positive number is needed"),
-        ({"rope_theta": "big"}, 'rope_theta is "big", but a positive number is needed'),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN, but a number from 1e-30 to 1 is needed"),
+        ({"rope_theta": "big"}, 'rope_theta is "big", but a number from 2 to'),
     ],
 )
 def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: str) -> None:
@@ -208,6 +233,114 @@ def test_rope_numbers_that_make_no_table_are_refused(rope: dict[str, object], me
     }
     with pytest.raises(TpctlError, match=re.escape(message)):
         ModelConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0),
+        ("query_pre_attn_scalar", 256),
+        ("logit_scale", 0.0625),
+        ("embedding_multiplier", 12.0),
+        ("logits_scaling", 8.0),
+        ("use_qk_norm", True),
+        ("is_causal", False),
+        ("attention_chunk_size", 8192),
+        ("no_rope_layers", [1, 0]),
+        ("num_local_experts", 8),
+        ("moe_intermediate_size", 768),
+        ("kv_lora_rank", 512),
+        ("rope_condense_ratio", 8),
+        ("per_layer_config", {"0": {"sliding_window": 4}}),
+        ("transformers_weights", "other.safetensors"),
+        ("compression_config", {"format": "float-quantized"}),
+    ],
+)
+def test_fields_of_other_models_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=field if field != "compression_config" else "quantised"):
+        parse(**{field: value})
+
+
+def test_fields_that_say_nothing_are_let_through() -> None:
+    """As configs on the Hub have them, or as engines do not read them."""
+    plain = parse()
+    harmless: dict[str, Any] = {
+
+            "attention_dropout": 0.1,
+            "pretraining_tp": 2,
+            "use_cache": False,
+            "pad_token_id": -1,
+            "auto_map": {"a": "b"}
+        ,
+        "rope_interleaved": False, "is_llama_config": True, "use_mrope": False, "ffn_dim_multiplier": 1.3,
+
+            "final_logit_softcapping": None,
+            "logit_scale": 1,
+            "num_experts": 0,
+            "is_causal": True,
+            "per_layer_config": {}
+        ,
+        "query_pre_attn_scalar": 6, "no_rope_layers": [1, 1], "transformers_weights": "model.safetensors",
+
+            "original_max_position_embeddings": 64,
+            "initializer_range": 0.02,
+            "_name_or_path": "x",
+            "sliding_window": None
+        ,
+    }
+    assert parse(**harmless) == plain
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "outer", "message"),
+    [
+        (
+            "llama",
+            {"rope_type": "llama3", **LLAMA3},
+            32,
+            "original_max_position_embeddings is 64, but the one beside it",
+        ),
+        (
+            "phi3",
+            {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
+            | {"original_max_position_embeddings": 64},
+            None,
+            "is 64, but the one that Phi3ForCausalLM has where the config gives none is 4096",
+        ),
+        (
+            "phi3",
+            {"type": "linear", "factor": 2.0},
+            None,
+            '"linear" is not supported for Phi3ForCausalLM; tpctl knows def',
+        ),
+        ("llama", {"type": "dynamic", "factor": 2.0}, None, '"dynamic" is not supported for LlamaForCausalLM'),
+        (
+            "llama",
+            {"type": "yarn", "factor": 2.0, "attn_factor": 0.7},
+            None,
+            r"RoPE setting attn_factor \(0.7\) is not",
+        ),
+    ],
+)
+def test_rope_settings_that_contradict_or_are_not_known(
+    family: str, rope: dict[str, Any], outer: int | None, message: str
+) -> None:
+    with pytest.raises(TpctlError, match=message):
+        parse(family, rope_scaling=rope, original_max_position_embeddings=... if outer is None else outer)
+
+
+def test_a_linear_factor_extends_the_longest_sequence() -> None:
+    """Vicuna's 16k: 4096 positions, stretched four times; the other fields stay those of Llama 2."""
+    vicuna = parse(max_position_embeddings=4096, rope_scaling={"type": "linear", "factor": 4.0})
+    assert vicuna.max_position_embeddings == 16384
+    assert (vicuna.rope.max_position_embeddings, vicuna.rope.params["factor"]) == (4096, 4.0)
+
+
+def test_a_yarn_factor_may_be_null() -> None:
+    """It is then the ratio of the two lengths, as in transformers."""
+    yarn = {"type": "yarn", "factor": None, "original_max_position_embeddings": 32}
+    assert parse(rope_scaling=yarn).rope.params["factor"] == 4.0
 
 
 def test_a_yarn_factor_extends_the_longest_sequence() -> None:

@@ -107,12 +107,16 @@ def test_layers_of_different_dtypes_are_counted_each(tmp_path: Path) -> None:
     assert next(size for size in report.sizes if size.tp_size == 2).weight_bytes == weights
 
 
-def test_mixed_dtypes_count_as_stored(tmp_path: Path) -> None:
+def test_the_stored_dtype_counts_as_in_the_engine(tmp_path: Path) -> None:
+    """The config says bfloat16; the engine runs, and caches, what the head is stored in."""
     source = make_checkpoint(tmp_path / "source", make_config(), dtype="F32")
     report = planned(source, tp_size=2)
     assert [rank.weight_bytes for rank in report.ranks] == [4 * rank.parameters for rank in report.ranks]
-    # The config says bfloat16, which is what the cache holds.
-    assert report.ranks[0].kv_bytes_per_token == 2 * 2 * 1 * 6 * 2
+    assert (report.dtype, report.kv_cache_dtype) == ("float32", "float32")
+    assert report.ranks[0].kv_bytes_per_token == 2 * 2 * 1 * 6 * 4
+    shard_checkpoint(source, tmp_path / "cast", 2, dtype="bfloat16")
+    cast = planned(tmp_path / "cast", tp_size=2)
+    assert (cast.dtype, cast.ranks[0].weight_bytes) == ("bfloat16", report.ranks[0].weight_bytes // 2)
 
 
 def test_a_405b_config_alone_is_enough(tmp_path: Path) -> None:

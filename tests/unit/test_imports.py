@@ -19,13 +19,14 @@ ROOT = Path(__file__).parent.parent.parent / "tpctl"
 # More special names come first and replace their package's entry.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "json_file": (),
     "children": (),
     "partition": (),
     "checkpoint": ("children", "partition"),
     "models.config": ("partition",),
     "models.specs": ("partition",),
     "models.weights": ("partition",),
-    "sharding": ("partition", "checkpoint", "models.config", "models.specs", "models.weights"),
+    "sharding": ("partition", "checkpoint", "models.config", "models.foreign", "models.specs", "models.weights"),
     "shared_memory": (),
     "distributed": ("shared_memory",),
     "kernels": (),
@@ -48,7 +49,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Modules that may name torch or transformers at all; those with a star only inside functions.
 HEAVY = {"distributed", "shared_memory", "kernels", "layers", "models", "engine", "launch.agent*"}
 LIGHT = (
-    *("models.config", "models.specs", "models.weights", "engine.config", "engine.sampling_params"),
+    *("models.config", "models.fields", "models.foreign", "models.rope", "models.specs", "models.weights"),
+    *("engine.config", "engine.sampling_params"),
     *("engine.scheduler", "engine.pacing", "engine.block_manager", "engine.sequence"),
 )
 
@@ -79,7 +81,7 @@ def test_import_rules(name: str, tree: ast.Module) -> None:
     for target in imported(tree):
         inner = target.removeprefix("tpctl.")
         if inner != target and not (package and within(inner, package)):
-            allowed = ("errors", "__version__", *MAY_IMPORT[key])
+            allowed = ("errors", "json_file", "__version__", *MAY_IMPORT[key])
             assert any(within(inner, prefix) for prefix in allowed), f"{name} must not import {inner}"
         if target.partition(".")[0] in ("torch", "transformers", "triton"):
             assert name not in LIGHT, f"{name} must not import {target}"

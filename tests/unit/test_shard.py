@@ -131,7 +131,7 @@ def test_some_ranks_are_the_same_files_as_in_a_whole_run(tmp_path: Path, source:
 def test_casts_on_the_way_are_torchs(tmp_path: Path, dtype: str, stored: str) -> None:
     source = make_checkpoint(tmp_path / "model", make_config(), dtype=stored)
     plain = shard_checkpoint(source, tmp_path / "plain", 3)
-    report = shard_checkpoint(source, tmp_path / "cast", 3, dtype=dtype)
+    report = shard_checkpoint(source, tmp_path / "cast", 3, dtype=dtype, allow_overflow=True)
     target = getattr(torch, dtype)
     same = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[stored] == target
     assert plain.dtype is None
@@ -192,16 +192,6 @@ def test_a_tied_head_stored_twice_is_stored_once_if_it_is_equal(tmp_path: Path) 
 def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     source = _tied_twice(tmp_path, equal=False)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight; set tie"):
-        shard_checkpoint(source, tmp_path / "out", 2)
-
-
-def test_q_and_k_of_different_dtypes_need_a_cast(tmp_path: Path, source: Path) -> None:
-    path = source / "model-00001-of-00002.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if "k_proj" in name)
-    tensors[name] = tensors[name].float()
-    save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="cannot hold both, cast with --dtype"):
         shard_checkpoint(source, tmp_path / "out", 2)
 
 

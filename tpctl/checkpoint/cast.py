@@ -1,6 +1,7 @@
 """Casts between the float dtypes of checkpoints on raw bytes, bit for bit as torch does them.
 
-Rounding is to nearest, ties to even (from F64 by way of F32); a value too large becomes infinity; NaN stays NaN.
+Rounding is to nearest, ties to even (from F64 by way of F32); a value too large becomes infinity
+(``check_range`` finds those); NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -8,7 +9,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tpctl.errors import OverflowedError
+
 Bytes = NDArray[np.uint8]
+
+LARGEST = {"F16": 65504.0, "BF16": float.fromhex("0x1.fep127"), "F32": float.fromhex("0x1.fffffep127")}
+"""The largest finite value of the dtypes that are cast to."""
+
+_NARROWING = frozenset(
+    {("F64", "F32"), ("F64", "BF16"), ("F64", "F16"), ("F32", "BF16"), ("F32", "F16"), ("BF16", "F16")}
+)
+_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
+_ADVICE = {"F16": "use --dtype bfloat16 or float32", "BF16": "use --dtype float32", "F32": "keep the dtype (auto)"}
 
 
 def cast(data: Bytes, source: str, target: str) -> Bytes:
@@ -29,6 +42,28 @@ def cast(data: Bytes, source: str, target: str) -> Bytes:
         return _to_bfloat16(wide).view(np.uint8)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         return wide.astype("<f2").view(np.uint8)
+
+
+def check_range(data: Bytes, out: Bytes, source: str, target: str, name: str) -> None:
+    """Check that ``cast`` made no finite element of ``data`` infinite in ``out``; what was infinite or NaN may stay so.
+
+    Raises:
+        OverflowedError: it did; the message calls the tensor ``name``.
+    """
+    if (source, target) not in _NARROWING:
+        return
+    bits, magnitude = (out.view("<u4"), 0x7FFFFFFF) if target == "F32" else (out.view("<u2"), 0x7FFF)
+    infinite = (bits & magnitude) == _INFINITY[target]
+    if not infinite.any():
+        return
+    values = data.view("<f8") if source == "F64" else _to_float32(data, source)
+    lost = values[infinite & np.isfinite(values)]
+    if lost.size:
+        raise OverflowedError(
+            f"{name} holds {float(lost[np.argmax(np.abs(lost))]):g}, beyond the range of {_NAMES[target]} "
+            f"(at most {LARGEST[target]:g}); {_ADVICE[target]}, or `tpctl shard --allow-overflow` to make such values "
+            "infinite"
+        )
 
 
 def _to_float32(data: Bytes, source: str) -> NDArray[np.float32]:

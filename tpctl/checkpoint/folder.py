@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import Header, TensorInfo, read_header
-from tpctl.errors import CheckpointError
+from tpctl.errors import CheckpointError, counted, shorten, shown
+from tpctl.json_file import parse_object, read_bytes, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+MERGE_FIRST = "merge it into its base model first (peft: merge_and_unload, save_pretrained) and pass the result"
 WEIGHT_SUFFIXES = frozenset(
     {
         ".safetensors",
@@ -98,6 +100,9 @@ class CheckpointFile:
 class CheckpointFolder:
     """An opened checkpoint: every header read and checked, no data touched.
 
+    ``model.safetensors`` is the whole model where it is there, as for transformers: an index beside it is one that an
+    earlier save left, unless it lists that file alone.
+
     ``index`` is the index file's text, line ends as they are; ``beside`` has the stamps of it and of the small files.
     """
 
@@ -114,26 +119,27 @@ class CheckpointFolder:
             CheckpointError: there are no safetensors files, one is missing or malformed, or two hold one
                 tensor.
         """
+        refuse_adapter(path)
         index = path / INDEX
         text = None
         beside = {file: FileStamp.of(file) for file in _small_files(path)}
-        if index.is_file():
+        if index.is_file() and not stale_index(path):
             beside[index] = FileStamp.of(index)
             text = _read_text(index)
-            names = _indexed(index, text)
+            names = indexed_files(text, str(index))
         elif (path / SINGLE).is_file():
-            names = {SINGLE: None}
+            names = {SINGLE: frozenset()}
         else:
             others = sorted(file.name for file in path.glob("*.safetensors"))
             if len(others) != 1:
                 raise CheckpointError(_nothing(path, others))
-            names = {others[0]: None}
+            names = {others[0]: frozenset()}
         files = []
         for name, tensors in names.items():
             if not (path / name).is_file():
                 raise CheckpointError(f"{path} has no {name}, which its {INDEX} lists; the download is incomplete")
             file = CheckpointFile.open(path / name, name)
-            for tensor in sorted(tensors or ()):
+            for tensor in sorted(tensors):
                 if tensor not in file.header.tensors:
                     raise CheckpointError(f"{INDEX} says that {name} holds {tensor}, but it does not")
             files.append(file)
@@ -184,38 +190,72 @@ def _small_files(folder: Path) -> list[Path]:
 def _read_text(index: Path) -> str:
     """The text of ``index``; without the translation of line ends, since ``merge`` gives it back byte for byte."""
     try:
-        return index.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
+        return read_bytes(index).decode("utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{index} went away while it was read; run again") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{index} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); download it again"
         ) from None
 
 
-def _indexed(index: Path, text: str) -> dict[str, set[str] | None]:
-    """The files that an index lists, each with its tensors."""
-    try:
-        weight_map = json.loads(text)["weight_map"]
-        names: dict[str, set[str] | None] = {}
-        for tensor, name in weight_map.items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{index} lists {name!r}, which is not a file name")
-            held = names.setdefault(name, set())
-            assert held is not None
-            held.add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from None
+def indexed_files(text: str, where: str) -> dict[str, frozenset[str]]:
+    """The files that an index lists, each with its tensors.
+
+    Raises:
+        CheckpointError: ``text``, which ``where`` names, is no index of safetensors files.
+    """
+    weight_map = parse_object(text.encode(), where).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{where} is no index of safetensors files: it has no object weight_map")
+    names: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+            raise CheckpointError(f"{where} lists {shown(name)}, which is not a file name")
+        names.setdefault(name, set()).add(tensor)
     if not names:
-        raise CheckpointError(f"{index} lists no files")
-    return dict(sorted(names.items()))
+        raise CheckpointError(f"{where} lists no files")
+    return {name: frozenset(names[name]) for name in sorted(names)}
+
+
+def stale_index(folder: Path) -> bool:
+    """Whether ``folder`` has ``model.safetensors``, and beside it an index that does not list that file alone."""
+    index = folder / INDEX
+    if not (folder / SINGLE).is_file() or not index.is_file():
+        return False
+    try:
+        return set(indexed_files(_read_text(index), str(index))) != {SINGLE}
+    except CheckpointError:
+        return True
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder that holds an adapter (LoRA), alone or beside a model, which transformers would apply it to.
+
+    Raises:
+        CheckpointError: it does; the message names the base model and what to do.
+    """
+    if not (folder / ADAPTER).is_file() or not any(folder.glob("adapter_model*")):
+        return
+    try:
+        base = read_object(folder / ADAPTER).get("base_model_name_or_path")
+    except CheckpointError:
+        base = None
+    of = f" of {shorten(base, 80)}" if isinstance(base, str) and base else ""
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds a model and an adapter ({ADAPTER}) that changes it; {MERGE_FIRST}, or remove {ADAPTER} "
+            "to use the model without it"
+        )
+    raise CheckpointError(f"{folder} is an adapter ({ADAPTER}), which holds only changes{of}; {MERGE_FIRST}")
 
 
 def _nothing(path: Path, others: list[str]) -> str:
     if not path.is_dir():
         return f"{path} is not a folder"
     if others:
-        return f"{path} holds {len(others)} safetensors files but no {INDEX} to say which belong together"
+        files = counted(len(others), "safetensors file")
+        return f"{path} holds {files} but no {INDEX} to say which belong together"
     if any(path.glob("*.bin")) or any(path.glob("*.pth")):
         return f"{path} holds only PyTorch pickles; convert them to safetensors first"
     return f"{path} holds no safetensors files; it is not a Hugging Face checkpoint"

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tpctl.checkpoint.cache import readable_bytes, require_space
-from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.folder import ADAPTER, INDEX, MERGE_FIRST, SINGLE
 from tpctl.checkpoint.gguf import fetch_arguments, listed, model_files
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
 from tpctl.checkpoint.transfer import Download, Meter, Progress
-from tpctl.errors import SourceError
+from tpctl.errors import SourceError, counted
 from tpctl.partition.manifest import MANIFEST
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def download(
     """
     with explained(remote.id, remote.commit):
         index = None
-        if INDEX in remote.names() and MANIFEST not in remote.names():
+        if INDEX in remote.names() and not {MANIFEST, SINGLE} & remote.names():
             index = _fetch(
                 remote,
                 next(file for file in remote.files if file.name == INDEX),
@@ -182,6 +182,8 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
     names = remote.names()
     if ranks is not None and MANIFEST not in names:
         raise SourceError(f"{remote.id} is not sharded (it has no {MANIFEST}); leave --local-ranks out")
+    if ADAPTER in names and any(name.startswith("adapter_model") for name in names):
+        raise SourceError(f"{remote.id} is an adapter (it has {ADAPTER}); {MERGE_FIRST}")
     tensors = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     check_format(remote)
     if MANIFEST in names:
@@ -192,8 +194,8 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
         weights = {INDEX, *index_files(index)}
         if absent := sorted(weights - names):
             raise SourceError(f"{remote.id} is incomplete: its index lists {absent[0]}, which is not there")
-    elif "model.safetensors" in names:
-        weights = {"model.safetensors"}
+    elif SINGLE in names:
+        weights = {SINGLE}
     elif len(tensors) == 1:
         weights = {tensors[0]}
     elif _pickles(names):
@@ -202,7 +204,8 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
             "opened; look for a safetensors revision (`MODEL@refs/pr/N`) or convert it on a machine you trust"
         )
     else:
-        raise SourceError(f"{remote.id} holds {len(tensors)} safetensors files and no {INDEX}; nothing says which")
+        files = counted(len(tensors), "safetensors file")
+        raise SourceError(f"{remote.id} holds {files} and no {INDEX}; nothing says which")
     return tuple(file for file in remote.files if file.name in METADATA or file.name in weights)
 
 

@@ -6,12 +6,12 @@ Its layout is documented (https://huggingface.co/docs/huggingface_hub/guides/man
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tpctl.checkpoint.folder import INDEX
-from tpctl.errors import SourceError
+from tpctl.checkpoint.folder import INDEX, SINGLE, indexed_files
+from tpctl.errors import CheckpointError, SourceError
+from tpctl.json_file import read_bytes
 from tpctl.partition.manifest import MANIFEST, Manifest
 
 
@@ -45,6 +45,8 @@ def complete(folder: Path, ranks: Sequence[int] | None = None) -> bool:
         shards = Manifest.load(folder)
         wanted = shards.shards if ranks is None else ranks
         return all((folder / name).is_file() for rank in wanted for name in shards.rank_files(rank))
+    if (folder / SINGLE).is_file():
+        return True
     index = folder / INDEX
     if index.is_file():
         return all((folder / name).is_file() for name in index_files(index))
@@ -58,9 +60,9 @@ def index_files(index: Path) -> frozenset[str]:
         SourceError: it is not such an index.
     """
     try:
-        return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise SourceError(f"{index} is not a safetensors index; delete it and download again") from None
+        return frozenset(indexed_files(read_bytes(index).decode("utf-8"), str(index)))
+    except (CheckpointError, FileNotFoundError, UnicodeDecodeError) as error:
+        raise SourceError(f"{index} is not a safetensors index ({error}); delete it and download again") from None
 
 
 def remember(repo: str, revision: str, commit: str) -> None:

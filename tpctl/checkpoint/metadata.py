@@ -33,12 +33,14 @@ class ModelMetadata:
     Attributes:
         folder: where ``config.json`` is; the weights need not be there.
         tensors: of the source checkpoint, by name; ``None`` where there is only a config.
+        cast: the safetensors dtype that its floats were cast to, if these are shards of it.
     """
 
     folder: Path
     id: str
     revision: str | None
     tensors: Mapping[str, TensorMeta] | None
+    cast: str | None = None
 
 
 def read_metadata(
@@ -54,10 +56,10 @@ def read_metadata(
     """
     folder = local_path(model)
     if folder.is_dir() and (folder / "config.json").is_file():
-        return ModelMetadata(folder, model, None, _local_tensors(folder))
+        return _local(folder, model, None)
     if is_local(model):
         source = resolve(model, revision=revision, token=token, notify=notify)
-        return ModelMetadata(source.folder, source.id, source.revision, _local_tensors(source.folder))
+        return _local(source.folder, source.id, source.revision)
     repo, revision = hub_id(model, revision)
     try:
         remote = hub.ask(repo, revision, token)
@@ -65,20 +67,23 @@ def read_metadata(
         copy = cached(repo, revision)
         if copy is None:
             raise
-        return ModelMetadata(copy[0], repo, copy[1], _local_tensors(copy[0]))
+        return _local(copy[0], repo, copy[1])
     return _remote_metadata(remote, token)
 
 
-def _local_tensors(folder: Path) -> dict[str, TensorMeta] | None:
+def _local(folder: Path, id: str, revision: str | None) -> ModelMetadata:
+    cast = None
     if (folder / MANIFEST).is_file():
-        files = Manifest.load(folder).source.files
-        manifest = folder / MANIFEST
-        headers = [parse_header(file.header.encode(), file.size, f"{file.name} in {manifest}") for file in files]
+        path, manifest = folder / MANIFEST, Manifest.load(folder)
+        cast = manifest.dtype
+        files = manifest.source.files
+        headers = [parse_header(file.header.encode(), file.size, f"{file.name} in {path}") for file in files]
     elif any(folder.glob("*.safetensors")):
         headers = [file.header for file in CheckpointFolder.open(folder).files]
     else:
-        return None
-    return {name: TensorMeta(t.dtype, t.shape) for header in headers for name, t in header.tensors.items()}
+        return ModelMetadata(folder, id, revision, None)
+    tensors = {name: TensorMeta(t.dtype, t.shape) for header in headers for name, t in header.tensors.items()}
+    return ModelMetadata(folder, id, revision, tensors, cast)
 
 
 def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadata:

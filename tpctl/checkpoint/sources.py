@@ -21,12 +21,12 @@ from pathlib import Path
 
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.cache import build_once, cache_root, file_name, writing
-from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.folder import INDEX, SINGLE, refuse_adapter, stale_index
 from tpctl.checkpoint.gguf import check_gguf, convert_gguf, listed, model_files, model_name, part_files
 from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.transfer import Progress
-from tpctl.errors import SourceError, shorten
+from tpctl.errors import SourceError, counted, shorten
 from tpctl.partition.manifest import MANIFEST
 
 DEMO = "demo"
@@ -121,9 +121,11 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         SourceError: something is missing; the message says what.
+        CheckpointError: it holds an adapter.
     """
     if (folder / MANIFEST).is_file():
         return
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         if gguf := model_files(path.name for path in folder.iterdir()):
             raise SourceError(
@@ -131,13 +133,13 @@ def check_folder(folder: Path) -> None:
             )
         raise SourceError(f"{folder} has no config.json; a checkpoint folder holds config.json and *.safetensors")
     index = folder / INDEX
-    if index.is_file():
+    if index.is_file() and not stale_index(folder):
         names = sorted(index_files(index))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise SourceError(
-                f"{folder} is incomplete: {len(absent)} of {len(names)} weight files are not there "
-                f"(the first is {absent[0]}); download it again"
+                f"{folder} is incomplete: {len(absent)} of {counted(len(names), 'weight file')} "
+                f"{'is' if len(absent) == 1 else 'are'} not there (the first is {absent[0]}); download it again"
             )
     elif not any(folder.glob("*.safetensors")):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
@@ -150,6 +152,8 @@ def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
         raise SourceError(f"there is no file or folder {model}; MODEL is {FORMS}")
     if path.is_dir():
         check_folder(path)
+        if stale_index(path):
+            notify(f"using {path / SINGLE}, as transformers does; the {INDEX} beside it is of other files")
         return ResolvedSource(path, model, None)
     if path.suffix.lower() == ".safetensors":
         raise SourceError(f"{path} is one weight file; pass its folder, which must hold config.json too")

@@ -79,7 +79,7 @@ def batch(
         policy = scheduling_policy or _policy(prompts, target)
         config = prepare(model, engine, policy)
         with _remains(results), EngineClient(config) as client:
-            tokenizer = Tokenizer(config.shard_dir)
+            tokenizer = Tokenizer(config.text_dir)
             with status(f"loading {model}"):
                 info = client.wait_ready()
             if not silent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -120,7 +119,7 @@ def _config(
     if shape is None:
         model = "demo" if model is None else model
         config = prepare(model, options, policy)
-        return config, model, ModelConfig.load(config.shard_dir).vocab_size
+        return config, model, ModelConfig.load(config.text_dir).vocab_size
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
     from tpctl.bench.synthetic import shape_config, synthetic_source
@@ -146,7 +145,7 @@ def _print(
 ) -> None:
     from tpctl.bench.measure import Report, machine
 
-    asked = {**asdict(config), "shard_dir": str(config.shard_dir)}
+    asked = config.to_dict()
     report = Report(benchmark, model, figures, info, machine(), {**settings, "engine": asked})
     if as_json:
         print_json(report.to_dict())

@@ -60,8 +60,8 @@ def chat(
             raise typer.BadParameter("there is no message: stdin is empty", param_hint="-m")
     config = prepare(model, engine)
     with EngineClient(config) as client:
-        tokenizer = Tokenizer(config.shard_dir)
-        values = {"seed": secrets.randbits(63), **recommended_sampling(config.shard_dir, sampling.given())}
+        tokenizer = Tokenizer(config.text_dir)
+        values = {"seed": secrets.randbits(63), **recommended_sampling(config.text_dir, sampling.given())}
         conversation = Conversation(client, tokenizer, system=system, sampling=values, stop=sampling.stop or ())
         tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
         with status(f"loading {model}"):

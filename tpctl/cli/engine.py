@@ -11,10 +11,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tpctl.cli.console import byte_progress, note
-from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, EngineOptions, SchedulingPolicy
+from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, DType, EngineOptions, SchedulingPolicy
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import parse_bytes
 from tpctl.engine.config import EngineConfig
+from tpctl.errors import MixedDtypesError
 
 if TYPE_CHECKING:
     from tpctl.checkpoint.sources import ResolvedSource
@@ -51,10 +52,15 @@ def configure(
     settings = settle(options, policy, tp_size)
     settings.longest(ModelConfig.load(source.folder).max_position_embeddings)
     with byte_progress("sharding") as progress:
-        folder = ensure_sharded(source, tp_size, progress=progress)
+        try:
+            folder = ensure_sharded(source, tp_size, progress=progress)
+        except MixedDtypesError:  # they cannot be stored as they are, so they are cast here and not by the engine
+            if options.dtype is DType.auto:
+                raise
+            folder = ensure_sharded(source, tp_size, str(options.dtype), progress)
     with byte_progress("verifying") as progress:
         ensure_verified(folder, range(tp_size), progress)
-    return replace(settings, shard_dir=folder)
+    return replace(settings, shard_dir=folder, model_dir=source.folder)
 
 
 def settle(options: EngineOptions, policy: SchedulingPolicy, tp_size: int | None = None) -> EngineConfig:

@@ -10,6 +10,7 @@ import typer
 
 from tpctl.cli.console import byte_progress, print_json
 from tpctl.cli.units import format_bytes
+from tpctl.errors import counted
 
 
 def merge(
@@ -28,4 +29,5 @@ def merge(
         return
     kind = "byte for byte the source" if report.exact else "in the dtype that the shards were cast to"
     print(f"{report.folder}: {report.source}, {kind}")
-    print(f"{len(report.files)} files, {format_bytes(report.nbytes)}, {report.tensors} tensors")
+    files, tensors = counted(len(report.files), "file"), counted(report.tensors, "tensor")
+    print(f"{files}, {format_bytes(report.nbytes)}, {tensors}")

@@ -11,6 +11,7 @@ import typer
 from tpctl.cli.console import byte_progress, print_json
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
+from tpctl.errors import counted
 
 if TYPE_CHECKING:
     from tpctl.sharding.writer import ShardReport
@@ -21,6 +22,9 @@ def shard(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size: the number of shards.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make. Default: ./NAME-tpN")] = None,
     dtype: Annotated[str, typer.Option(help="Cast floats: auto (keep), float32, bfloat16, float16.")] = "auto",
+    allow_overflow: Annotated[
+        bool, typer.Option("--allow-overflow", help="Make values beyond the range of --dtype infinite.")
+    ] = False,
     max_part_size: Annotated[str, typer.Option(help="Most tensor bytes in one file.")] = "5GB",
     ranks: Annotated[
         str | None, typer.Option(help="Write only these ranks, e.g. 0-3; added to the folder if it holds others.")
@@ -51,6 +55,7 @@ def shard(
             source_id=source.id,
             revision=source.revision,
             dtype=dtype,
+            allow_overflow=allow_overflow,
             max_part_size=part_size,
             ranks=wanted,
             compat=compat,
@@ -70,7 +75,8 @@ def print_report(report: ShardReport) -> None:
     total = sum(report.bytes_per_rank.values())
     dtype = f", cast to {report.dtype}" if report.dtype else ""
     print(f"{report.folder}: {report.source} ({report.model_type}) cut for tp {report.tp_size}{dtype}")
-    print(f"{report.files} files, {format_bytes(total)}, {report.tensors_per_rank} tensors a rank")
+    files, tensors = counted(report.files, "file"), counted(report.tensors_per_rank, "tensor")
+    print(f"{files}, {format_bytes(total)}, {tensors} a rank")
     for rank, size in report.bytes_per_rank.items():
         print(f"  rank {rank}  {format_bytes(size)}")
     if report.imbalance > 1.005:

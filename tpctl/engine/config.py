@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tpctl.errors import UsageError
 
@@ -18,6 +19,7 @@ class EngineConfig:
 
     Attributes:
         shard_dir: a shard folder cut for ``tp_size`` ranks.
+        model_dir: the folder that the user gave or that was fetched, if ``shard_dir`` is one of the cache.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: ``"auto"`` (as stored; float16 runs as float32 on a CPU), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         max_model_len: longest prompt plus answer in tokens; ``None`` takes the model's own limit, lowered to what
@@ -54,6 +56,7 @@ class EngineConfig:
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
     enable_prefix_caching: bool = True
+    model_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.scheduling_policy not in POLICIES:
@@ -85,9 +88,21 @@ class EngineConfig:
         return self.max_model_len
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({**asdict(self), "shard_dir": str(self.shard_dir)}), encoding="utf-8")
+        path.write_text(json.dumps(self.to_dict()), encoding="utf-8")
+
+    @property
+    def text_dir(self) -> Path:
+        """Where the front reads tokenizer, template and generation settings. The cache's shards have copies, but a
+        message has to name the file that can be corrected."""
+        return self.model_dir or self.shard_dir
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        paths = {"shard_dir": str(self.shard_dir), "model_dir": None if self.model_dir is None else str(self.model_dir)}
+        return {**asdict(self), **paths}
 
     @classmethod
     def load(cls, path: Path) -> EngineConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**values, "shard_dir": Path(values["shard_dir"])})
+        paths = {name: Path(values[name]) for name in ("shard_dir", "model_dir") if values[name] is not None}
+        return cls(**{**values, **paths})

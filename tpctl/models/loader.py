@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tpctl.errors import ShardFolderError
+from tpctl.errors import OverflowedError, ShardFolderError
 from tpctl.models.decoder import Decoder
 from tpctl.models.weights import EMBEDDING
 
@@ -30,6 +30,7 @@ def load_shard(
 
     Raises:
         ShardFolderError: a tensor is missing, unknown, stored twice, or has another shape than the plan gives it.
+        OverflowedError: a value is beyond the range of the dtype that the model is run in.
     """
     wanted = dict(model.named_parameters(remove_duplicate=False))
     if model.config.tie_word_embeddings:
@@ -49,7 +50,7 @@ def load_shard(
                 f"{name} is {list(tensor.shape)} in the shard but {list(parameter.shape)} by the plan; shard it again"
             )
         converted |= tensor.dtype != parameter.dtype
-        _replace(model, name, tensor.to(parameter.dtype))
+        _replace(model, name, _converted(name, tensor, parameter.dtype))
         filled.add(name)
         total += tensor.numel() * parameter.dtype.itemsize
         del tensor
@@ -77,6 +78,21 @@ def _read(files: Iterable[Path], device: torch.device) -> Iterator[tuple[str, to
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 yield name, file.get_tensor(name)
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` in ``dtype``; what is infinite or no number in the shard stays so."""
+    found = tensor.to(dtype)
+    largest = torch.finfo(dtype).max
+    if tensor.is_floating_point() and torch.finfo(tensor.dtype).max > largest and found.isinf().any():
+        lost = tensor[found.isinf() & tensor.isfinite()]
+        if lost.numel():
+            value, title = float(lost[lost.abs().argmax()]), str(dtype).removeprefix("torch.")
+            raise OverflowedError(
+                f"{name} holds {value:g}, beyond the range of {title} (at most {largest:g}); "
+                "use a --dtype of more range"
+            )
+    return found
 
 
 def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -17,14 +17,14 @@ from tpctl.checkpoint.hub import METADATA
 from tpctl.checkpoint.safetensors import FLOATS
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.models.config import ModelConfig
-from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors
+from tpctl.models.weights import EMBEDDING, LM_HEAD
 from tpctl.partition.manifest import MANIFEST, Manifest
 from tpctl.partition.plan import PartitionPlan, StoredTensor
 from tpctl.partition.records import ShardTensor
 from tpctl.sharding.compat import scales
 from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, in_shard, whole
-from tpctl.sharding.source_plan import source_plan
+from tpctl.sharding.source_plan import checked_source_plan
 from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.verify import open_extra, tensor_infos
 
@@ -52,8 +52,7 @@ def verify_source(
     if (source / MANIFEST).is_file():
         raise CheckpointError(f"{source} holds shards; give --source the checkpoint that {folder} was cut from")
     config, checkpoint = ModelConfig.load(source), CheckpointFolder.open(source)
-    plan = source_plan(config, checkpoint.tensors, manifest.tp_size)
-    plan.check_source(checkpoint.shapes, ignored_tensors(config))
+    plan = checked_source_plan(config, checkpoint.shapes, manifest.tp_size)
     tensors = {name: whole(info, file.path) for name, (file, info) in checkpoint.tensors.items()}
     if manifest.model_type != config.model_type:
         raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")

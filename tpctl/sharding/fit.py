@@ -142,11 +142,13 @@ def plan_model(
         raise UsageError(
             f"--max-model-len {length} is more than the model's {config.max_position_embeddings}; use at most that"
         )
-    model = ModelSizes(config, metadata, None if dtype == "auto" else DTYPES[dtype], budget.kv_cache_dtype != "model")
+    cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
+    model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype != "model")
+    run_dtype = next((name for name, stored in DTYPES.items() if stored == model.dtype), model.dtype)
     if budget.kv_cache_dtype == "packed" and not model.packs:
         raise UsageError(
             f"--kv-cache-dtype packed needs bfloat16 and heads of {', '.join(map(str, PACKED_HEAD_DIMS))} dimensions, "
-            f"all of them rotated; this model runs in {config.dtype if dtype == 'auto' else dtype} with heads of "
+            f"all of them rotated; this model runs in {run_dtype} with heads of "
             f"{config.head_dim}, use auto or model"
         )
     budget = replace(budget, max_model_len=length)
@@ -160,8 +162,8 @@ def plan_model(
         model_type=config.model_type,
         parameters=sum(prod(shape) for shape in model.source_shapes.values()),
         source_bytes=sum(tensor_nbytes(model.source_dtype(n), s) for n, s in model.source_shapes.items()),
-        dtype=config.dtype if dtype == "auto" else dtype,
-        kv_cache_dtype="packed" if model.packs else config.dtype if dtype == "auto" else dtype,
+        dtype=run_dtype,
+        kv_cache_dtype="packed" if model.packs else run_dtype,
         exact=metadata.tensors is not None,
         gpu_memory=budget.gpu_memory,
         utilization=budget.utilization,

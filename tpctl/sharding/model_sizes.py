@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tpctl.checkpoint.metadata import ModelMetadata
-from tpctl.checkpoint.safetensors import FLOATS
 from tpctl.errors import PartitionError
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
-from tpctl.models.weights import LM_HEAD, ignored_tensors
+from tpctl.models.weights import LM_HEAD
 from tpctl.partition.dtypes import DTYPE_BITS
 from tpctl.partition.plan import PartitionPlan, StoredTensor
 from tpctl.partition.split import source_shapes
 from tpctl.sharding.parts import assign_parts, part_files
-from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, source_plan, source_splits
+from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
 
 PACKED_HEAD_DIMS = (64, 128, 256)
 """Of heads whose keys and values can be packed (``kernels.packed_kv``, without importing Triton)."""
@@ -50,14 +49,15 @@ class ModelSizes:
     def __init__(self, config: ModelConfig, metadata: ModelMetadata, cast: str | None, may_pack: bool = True) -> None:
         self.config = config
         self._tensors = metadata.tensors
-        self._cast = cast
         self._may_pack = may_pack
         if metadata.tensors is not None:
-            shapes = {name: tensor.shape for name, tensor in metadata.tensors.items()}
-            source_plan(config, shapes, 1).check_source(shapes, ignored_tensors(config))
+            checked_source_plan(config, {name: tensor.shape for name, tensor in metadata.tensors.items()}, 1)
         splits = source_splits(config, self._tensors or ())
         self.source_shapes = source_shapes(splits)
-        self.dtypes = {split.name: self._stored_dtype(split.blocks[0].source) for split in splits}
+        self.dtypes = {
+            split.name: stored_dtype(split.name, {b.source: self.source_dtype(b.source) for b in split.blocks}, cast)
+            for split in splits
+        }
         self._in_layer_0 = {name: re.sub(r"^model\.layers\.\d+\.", "model.layers.0.", name) for name in self.dtypes}
         self._bits: dict[str, int] = defaultdict(int)  # of one element in every layer together
         self._times: dict[str, int] = defaultdict(int)
@@ -73,9 +73,10 @@ class ModelSizes:
     def source_dtype(self, name: str) -> str:
         return DTYPES[self.config.dtype] if self._tensors is None else self._tensors[name].dtype
 
-    def _stored_dtype(self, source: str) -> str:
-        dtype = self.source_dtype(source)
-        return self._cast if self._cast and dtype in FLOATS else dtype
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype that the engine runs the model in: that of the head, as it takes it from the shards."""
+        return self.dtypes[LM_HEAD]
 
     def limit(self) -> tuple[int, str]:
         """The smallest size that cannot work, and why."""
@@ -112,16 +113,16 @@ class ModelSizes:
         return {name: shard[first] for name, first in self._in_layer_0.items()}
 
     def kv_bytes_per_token(self, kv_heads: int) -> int:
-        config, bits = self.config, DTYPE_BITS[self._cast or DTYPES[self.config.dtype]]
+        config, bits = self.config, DTYPE_BITS[self.dtype]
         vector = config.head_dim * 3 // 2 + 1 if self.packs else config.head_dim * bits // 8
         return 2 * config.num_layers * kv_heads * vector
 
     @property
     def packs(self) -> bool:
         """Whether GPUs keep bfloat16 keys and values in 12 bits."""
-        config, dtype = self.config, self._cast or DTYPES[self.config.dtype]
+        config = self.config
         whole = config.rope.rotary_dim == config.head_dim
-        return self._may_pack and dtype == DTYPES["bfloat16"] and config.head_dim in PACKED_HEAD_DIMS and whole
+        return self._may_pack and self.dtype == DTYPES["bfloat16"] and config.head_dim in PACKED_HEAD_DIMS and whole
 
     def unpacked_bytes(self, kv_heads: int, tokens: int, max_model_len: int) -> int:
         """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is packed."""

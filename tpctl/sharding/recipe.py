@@ -27,6 +27,7 @@ class Recipe:
         inputs: the tensors to read for each stored tensor.
         extra: tensors of the source that no rank needs, kept for ``merge``.
         small_files: the files to copy, with what they must be where that is known.
+        may_overflow: values that a cast takes beyond the range of its dtype become infinite, instead of an error.
         identity: differs whenever what is read differs; a killed run is resumed only under the same one.
     """
 
@@ -43,6 +44,7 @@ class Recipe:
     extra: tuple[Stored, ...]
     small_files: Mapping[Path, CopiedFile | None]
     identity: str
+    may_overflow: bool = False
 
 
 def make_recipe(
@@ -59,6 +61,7 @@ def make_recipe(
     extra: Sequence[Stored],
     small_files: Mapping[Path, CopiedFile | None],
     identity: str,
+    may_overflow: bool = False,
 ) -> Recipe:
     """The recipe for ``plan``, with what another engine needs added where ``compat`` names one.
 
@@ -83,6 +86,7 @@ def make_recipe(
         extra=tuple(extra),
         small_files=small_files,
         identity=identity,
+        may_overflow=may_overflow,
     )
 
 

@@ -8,11 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.checkpoint.folder import CheckpointFolder
-from tpctl.checkpoint.safetensors import FLOATS
 from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.models.config import ModelConfig
 from tpctl.models.specs import DTYPES
-from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors
+from tpctl.models.weights import EMBEDDING, LM_HEAD
 from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.records import Source, SourceFile
@@ -20,7 +19,7 @@ from tpctl.sharding.files import Files, Progress, Tally
 from tpctl.sharding.layout import Stored, whole
 from tpctl.sharding.publish import refuse_existing
 from tpctl.sharding.recipe import make_recipe
-from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, source_plan
+from tpctl.sharding.source_plan import DEFAULT_PART_SIZE, checked_source_plan, stored_dtype
 from tpctl.sharding.transfer import Move, run
 from tpctl.sharding.writer import ShardReport, write_shards
 
@@ -33,6 +32,7 @@ def shard_checkpoint(
     source_id: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    allow_overflow: bool = False,
     max_part_size: int = DEFAULT_PART_SIZE,
     ranks: Sequence[int] | None = None,
     compat: str | None = None,
@@ -48,13 +48,17 @@ def shard_checkpoint(
         source_id: what the manifest names as the source; the folder's name by default.
         revision: the source's revision, for the manifest.
         dtype: cast float tensors to ``float32``, ``bfloat16`` or ``float16``; ``None`` or ``"auto"`` keeps
-            them. max_part_size: most tensor bytes in one file. ranks: the ranks to write; all by default.
-            compat: ``vllm`` or ``sglang``: make a folder that this engine loads too.
+            them. Values that are NaN or infinite in the source stay so.
+        allow_overflow: write values beyond the range of ``dtype`` as infinity.
+        max_part_size: most tensor bytes in one file.
+        ranks: the ranks to write; all by default.
+        compat: ``vllm`` or ``sglang``: make a folder that this engine loads too.
         force: replace ``out`` if it exists. Without it, ``ranks`` are added to a shard folder of the same cut; those
             that it holds already are left alone.
 
     Raises:
         CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown.
+        OverflowedError: a value is beyond the range of ``dtype``. Nothing of the run is kept.
         PartitionError: the model cannot be cut into ``tp_size`` shards.
         OutputError: ``out`` exists and is not to be replaced or added to, or cannot be written.
         UsageError: ``dtype`` is unknown.
@@ -67,13 +71,13 @@ def shard_checkpoint(
     target = _safetensors_dtype(dtype)
     folder = CheckpointFolder.open(source)  # before the config is read, so that a change meanwhile shows
     config = ModelConfig.load(source)
-    plan = source_plan(config, folder.tensors, tp_size)
-    plan.check_source(folder.shapes, ignored_tensors(config))
+    plan = checked_source_plan(config, folder.shapes, tp_size)
     tensors = {name: whole(info, file.path) for name, (file, info) in folder.tensors.items()}
     aliases = _aliases(plan, tensors)
     inputs = {name: _sources(plan, name, tensors) for name in plan.shards[0]}
-    dtypes = {name: _stored_dtype(name, reads, target) for name, reads in inputs.items()}
-    if all(reads[0].dtype == dtypes[name] for name, reads in inputs.items()):
+    found = {name: {one.name: one.dtype for one in reads} for name, reads in inputs.items()}
+    dtypes = {name: stored_dtype(name, sources, target) for name, sources in found.items()}
+    if all(set(sources.values()) == {dtypes[name]} for name, sources in found.items()):
         target = None
     recipe = make_recipe(
         config,
@@ -95,7 +99,8 @@ def shard_checkpoint(
             stored for name, stored in sorted(tensors.items()) if name not in plan.source_shapes and name not in aliases
         ],
         small_files=dict.fromkeys(folder.small_files()),
-        identity=_identity(folder, source_id, revision),
+        identity=_identity(folder, source_id, revision, allow_overflow),
+        may_overflow=allow_overflow,
     )
     check = folder.check_unchanged
     return write_shards(recipe, out, force=force, add=ranks is not None, check=check, progress=progress)
@@ -113,15 +118,6 @@ def _sources(plan: PartitionPlan, name: str, tensors: Mapping[str, Stored]) -> t
     """The checkpoint's tensors that stored tensor ``name`` is made of, in its order."""
     wanted = (piece.source for shard in plan.shards for piece in shard[name].pieces)
     return tuple(tensors[source] for source in dict.fromkeys(wanted))
-
-
-def _stored_dtype(name: str, reads: Sequence[Stored], target: str | None) -> str:
-    found = {stored.dtype: stored.name for stored in reads}
-    if len(found) > 1:
-        (one, first), (other, second) = list(found.items())[:2]
-        raise CheckpointError(f"{first} is {one} but {second} is {other}; {name} cannot hold both, cast with --dtype")
-    dtype = reads[0].dtype
-    return target if target is not None and dtype in FLOATS else dtype
 
 
 def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, str]:
@@ -144,6 +140,6 @@ def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, st
     return {LM_HEAD: EMBEDDING}
 
 
-def _identity(folder: CheckpointFolder, source_id: str | None, revision: str | None) -> str:
+def _identity(folder: CheckpointFolder, source_id: str | None, revision: str | None, allow_overflow: bool) -> str:
     files = [(file.name, file.stamp, file.sha256, file.header.text) for file in folder.files]
-    return sha256(repr([FORMAT_VERSION, source_id, revision, files]).encode()).hexdigest()
+    return sha256(repr([FORMAT_VERSION, source_id, revision, files, allow_overflow]).encode()).hexdigest()

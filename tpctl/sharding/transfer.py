@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tpctl.checkpoint.cast import cast
+from tpctl.checkpoint.cast import cast, check_range
 from tpctl.errors import ShardFolderError
 from tpctl.partition.split import Range
 from tpctl.sharding.files import Bytes, Files, Tally, in_parallel
@@ -46,16 +46,18 @@ class Move:
 
 
 def run(
-    moves: Sequence[Move], files: Files, tally: Tally, *, compare: bool = False
+    moves: Sequence[Move], files: Files, tally: Tally, *, compare: bool = False, may_overflow: bool = True
 ) -> dict[tuple[int | None, str], str]:
     """Carry out ``moves`` and return the BLAKE3 digest of every written tensor, by rank and name.
 
     Args:
         compare: read what the writes say is there and compare, instead of writing.
+        may_overflow: let a cast make values infinite that are not.
 
     Raises:
         ShardFolderError: bytes that were read do not have the expected digest, or differ when comparing.
         CheckpointError: a file ends early.
+        OverflowedError: a value is beyond the range of the dtype that it is cast to.
         OSError: reading or writing failed.
     """
     for stored in {s.path: s for move in moves for s in (*move.reads, *move.writes)}.values():
@@ -65,7 +67,7 @@ def run(
     ordered = sorted(moves, key=lambda move: -move.nbytes)
 
     def task(move: Move) -> None:
-        digests.update(_Mover(files, tally, compare).run(move))
+        digests.update(_Mover(files, tally, compare, may_overflow).run(move))
 
     in_parallel([partial(task, move) for move in ordered], tally)
     return digests
@@ -100,8 +102,8 @@ def _hash(stored: Stored, files: Files, tally: Tally) -> None:
 class _Mover:
     """One thread's buffers and digests for one move."""
 
-    def __init__(self, files: Files, tally: Tally, compare: bool) -> None:
-        self.files, self.tally, self.compare = files, tally, compare
+    def __init__(self, files: Files, tally: Tally, compare: bool, may_overflow: bool) -> None:
+        self.files, self.tally, self.compare, self.may_overflow = files, tally, compare, may_overflow
         self.read_hashes: dict[tuple[int | None, str], Any] = {}
         self.write_hashes: dict[tuple[int | None, str], Any] = {}
 
@@ -139,6 +141,8 @@ class _Mover:
                 for stored, region in reads:
                     self._read(stored, region, band, view, size_in)
                 out = cast(view, dtype_in, dtype_out)
+                if not self.may_overflow:
+                    check_range(view, out, dtype_in, dtype_out, source)
                 for stored, region in writes:
                     self._write(stored, region, band, out, size_out)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpctl.checkpoint.safetensors import NewTensor, build_header
-from tpctl.errors import OutputError, ShardFolderError, TpctlError
+from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlError
 from tpctl.partition.manifest import MANIFEST, Manifest
 from tpctl.partition.plan import StoredTensor
 from tpctl.partition.records import CopiedFile, Shard, ShardTensor
@@ -62,6 +62,7 @@ def write_shards(
     Raises:
         OutputError: ``out`` exists and may be neither replaced nor added to, or cannot be written.
         CheckpointError, ShardFolderError: what is read is damaged.
+        OverflowedError: a value is beyond the range of what it is cast to.
     """
     add = add and not force
     parts = assign_parts(recipe.shards, recipe.dtypes, recipe.max_part_size)
@@ -70,6 +71,9 @@ def write_shards(
         writer = _Writer(replace(recipe, ranks=ranks), pending, parts, progress)
         try:
             manifest = writer.write(add, check)
+        except OverflowedError:  # what is finished would be of no use
+            pending.finished.clear()
+            raise
         except Exception:
             writer.keep_finished(check)
             raise
@@ -185,7 +189,7 @@ class _Writer:
             else:
                 for name in (name for name, part in self.parts.items() if part == index):
                     moves += self._moves(name, files)
-            digests = run(moves, handles, self.tally)
+            digests = run(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
             handles.sync(self.pending.path / file.file for file in files)
         return digests
 

@@ -1,0 +1,141 @@
+"""What a config means that lacks a field, or has null in it: what transformers' configuration class makes of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from tpctl.errors import TpctlError
+from tpctl.models.config import ModelConfig
+from tpctl.models.specs import FAMILIES
+
+BASE: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "intermediate_size": 40,
+    "vocab_size": 40000,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-4,
+    "rope_theta": 5000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "use_sliding_window": True,
+    "sliding_window": 128,
+    "max_window_layers": 1,
+    "bos_token_id": 5,
+    "eos_token_id": [6, 7],
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "layer_types": None,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 64,
+}
+FACTORS = [1.0 + place / 4 for place in range(12)]
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+    "llama3": {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    "longrope": {"rope_scaling": {"type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS}},
+    "new": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
+    "no theta": {"rope_parameters": {"rope_type": "default"}},
+}
+MISSING = "missing"
+
+
+def cases() -> Iterator[tuple[str, str, str, Any]]:
+    for family in FAMILIES:
+        for rope in ROPES:
+            if family == "phi3" and rope in ("linear", "yarn", "llama3"):
+                continue
+            yield family, rope, "", None
+            for key in BASE if rope == "default" else ("rope_theta", "original_max_position_embeddings"):
+                if (family, key) == ("llama", "sliding_window"):
+                    continue
+                yield family, rope, key, MISSING
+                if key != "original_max_position_embeddings" or rope in ("yarn", "llama3", "longrope"):
+                    yield family, rope, key, None
+
+
+def config_of(family: str, rope: str, key: str, value: Any) -> dict[str, Any]:
+    raw = {**BASE, **deepcopy(ROPES[rope]), "model_type": family, "architectures": [FAMILIES[family].architecture]}
+    if family == "llama":
+        del raw["sliding_window"]  # refused
+    if key:
+        raw[key] = value
+    return {name: value for name, value in raw.items() if value is not MISSING}
+
+
+def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """What transformers understands; raises what it raises."""
+    from transformers import CONFIG_MAPPING
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = CONFIG_MAPPING[family](**{key: value for key, value in raw.items() if key != "model_type"})
+        config.standardize_rope_params()  # as its rotary tables do
+    rope, layers = config.rope_parameters, config.num_hidden_layers
+    if rope["rope_theta"] is None or rope.get("original_max_position_embeddings", 1) is None:
+        raise ValueError("no table can be made of this")
+    kinds = config.layer_types if family.startswith("qwen") else ["sliding_attention"] * layers
+    window = None if family == "llama" else config.sliding_window
+    ends = config.eos_token_id
+    attention_bias = {"llama": True, "qwen3": True}.get(family, False) and config.attention_bias
+    return {
+        "hidden_size": config.hidden_size,
+        "num_layers": layers,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "qkv_bias": family == "qwen2" or attention_bias,
+        "o_bias": attention_bias,
+        "mlp_bias": family == "llama" and config.mlp_bias,
+        "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "eos_token_ids": tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        "bos_token_id": config.bos_token_id,
+        "positions": config.max_position_embeddings,
+        "rope": (rope["rope_type"], rope["rope_theta"], rope.get("factor")),
+        "original": rope.get("original_max_position_embeddings", config.max_position_embeddings),
+    }
+
+
+def found(raw: dict[str, Any]) -> dict[str, Any]:
+    config = ModelConfig.from_dict(raw)
+    rope = config.rope
+    names = (
+        *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
+        *("rms_norm_eps", "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "windows", "eos_token_ids"),
+        "bos_token_id",
+    )
+    return {
+        **{name: getattr(config, name) for name in names},
+        "positions": rope.max_position_embeddings,
+        "rope": (rope.kind, rope.theta, rope.params.get("factor")),
+        "original": rope.original_max_position_embeddings,
+    }
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_a_field_that_is_missing_or_null(case: tuple[str, str, str, Any]) -> None:
+    family, rope, key, value = case
+    raw = config_of(family, rope, key, value)
+    try:
+        expected = wanted(family, config_of(family, rope, key, value))
+    except Exception:  # of many kinds, from the depths of its checks
+        with pytest.raises(TpctlError, match=key):
+            ModelConfig.from_dict(raw)
+        return
+    assert found(raw) == expected

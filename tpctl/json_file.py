@@ -1,0 +1,130 @@
+"""JSON files that come with a model, read with limits: no file can take the memory, the stack, or two meanings.
+
+What json (RFC 8259, with Python's ``NaN`` and ``Infinity``, which transformers writes) leaves open is settled here: a
+byte order mark is skipped, a key that occurs twice must say the same thing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from tpctl.errors import CheckpointError, shown
+
+MOST_BYTES = 32 << 20
+"""Longest file. The index of a model with 200,000 tensors has 20 MB; parsed, a file can take 25 times its length."""
+
+MOST_DEPTH = 64
+"""Deepest nesting. What is deeper parses, but ends Python's stack where it is written or walked through."""
+
+MOST_DIGITS = 400
+"""Longest whole number. The largest in use, a tokenizer's "no limit" of 10^30, has 31."""
+
+
+def read_object(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in ``path``; ``default``, if there is one, where no such file is.
+
+    Raises:
+        CheckpointError: the file is missing, too large, no JSON, or no object; the message names it and the reason.
+    """
+    try:
+        raw = read_bytes(path)
+    except FileNotFoundError:
+        if default is not None:
+            return default
+        raise CheckpointError(f"{path} does not exist") from None
+    return parse_object(raw, str(path))
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a small regular file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is larger than ``most``, something else than a file (a pipe would be waited for), or cannot
+            be read.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is no regular file; it cannot be read")
+        if status.st_size > most:
+            raise CheckpointError(f"{path} has {status.st_size} bytes, but such a file has at most {most}")
+        with path.open("rb") as file:
+            return file.read(status.st_size)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that ``raw`` is; ``where`` names it in messages. Errors as ``read_object``."""
+    value = parse(raw, where)
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+        raise CheckpointError(f"{where} holds {kind}, but a JSON object is needed")
+    return value
+
+
+def parse(raw: bytes, where: str) -> Any:
+    """The value that ``raw``, JSON in UTF-8, stands for. Errors as ``read_object``."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_whole)
+        _check_depth(value)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise CheckpointError(
+            f"{where} is not UTF-8 text (byte {error.start} is {byte:#04x}); download it again"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}; correct it, or download it again") from None
+    except RecursionError:
+        raise CheckpointError(f"{where} is nested more than {MOST_DEPTH} levels deep") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not valid: {error}; correct it, or download it again") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for key, value in pairs:
+            if value != found[key] and not (value != value and found[key] != found[key]):
+                raise ValueError(f"{shown(key)} occurs twice, as {shown(value)} and as {shown(found[key])}")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, more than {MOST_DIGITS}")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError beyond ``MOST_DEPTH``, and ValueError for half a surrogate pair, which is no text."""
+    level, depth = [value], 0
+    while level:
+        if depth > MOST_DEPTH:
+            raise RecursionError
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item)
+            elif isinstance(item, dict):
+                for key in item:
+                    _check_text(key)
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level, depth = inner, depth + 1
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text holds {text[error.start]!r}, half of a surrogate pair") from None

@@ -1,0 +1,112 @@
+"""What belongs to other models: fields of a config and names of tensors that the supported families do not have.
+
+transformers would leave such a field unread, and a model that was trained with it would answer wrongly without a word.
+Fields that change no result (dropout, caches, training, generation) are not listed here and may hold anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tpctl.errors import UnsupportedModelError, shown
+
+_EXPERTS, _MLA, _ADAPTER = "a mixture of experts", "latent attention (MLA)", "an adapter (LoRA)"
+
+_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    # Caps, where 0 is none.
+    r".*soft_?cap(ping)?|clip_qkv": (0,),
+    # Scales, where 1 is none.
+    r"(?!ffn_dim_).*_multipliers?|logits?_scal(e|ing)|scale_(emb|depth)": (1,),
+    r"(embed|embedding|residual|attention|softmax)_scale|rope_condense_ratio": (1,),
+    r"query_pre_attn_scalar|dim_model_base": (),
+    # Attention of other kinds.
+    r"(use_)?qk_(layer)?norm|attn_output_gate|attn_temperature_tuning|add_cross_attention|alibi": (),
+    r"attention_chunk_size|no_rope_layer_interval|num_kv_shared_layers": (0,),
+    r"rotary_pct|rotary_percentage|rope_percent|sliding_window_pattern": (0, 1),
+    r"use_bidirectional_attention|is_encoder_decoder|rope_interleaved|cross_attention_layers|no_rope_layers": (),
+    r"is_causal": (True,),
+    # Blocks of other kinds.
+    r"use_parallel_residual|parallel_attn|scale_embedding|per_layer_config": (),
+    r"hidden_activation": ("silu", "swish"),
+    r"num_(local_|routed_)?experts|n_(routed|shared)_experts|num_experts_per_tok|moe_intermediate_size": (0, 1),
+    r"(kv|q)_lora_rank": (0,),
+    # transformers reads the weights from the file that this names.
+    r"transformers_weights": ("model.safetensors",),
+}
+"""Patterns of fields, and their values that change nothing, besides null, false and empty ones."""
+
+_KINDS: Mapping[str, str] = {
+    r".*experts.*|moe_intermediate_size": _EXPERTS,
+    r"(kv|q)_lora_rank": _MLA,
+}
+
+_QUANTISED: Mapping[str, str] = {
+    r".*\.g_idx": "GPTQ",
+    r".*\.(qweight|qzeros|scales)": "AWQ or GPTQ",
+    r".*\.(weight_packed|weight_shape|weight_zero_point|weight_global_scale|input_global_scale)": "compressed-tensors",
+    r".*\.weight_scale_inv": "FP8 in blocks",
+    r".*\.(weight_scale|input_scale|output_scale|[kv]_scale)": "FP8 or compressed-tensors",
+    r".*_proj_(blocks|scales)": "MXFP4",
+    r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB)": "bitsandbytes",
+    r".*\.W_q": "HQQ",
+}
+_OTHERS: Mapping[str, str] = {
+    r".*\.lora_(A|B|magnitude_vector|embedding_A|embedding_B)\b.*": _ADAPTER,
+    r".*\.(experts|block_sparse_moe|shared_experts?)\..*|.*\.mlp\.(gate|router)\.weight": _EXPERTS,
+    r".*\.(kv_a_proj_with_mqa|kv_b_proj|q_a_proj)\..*": _MLA,
+    r"(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|audio_tower)\..*": "a model of images or sound",
+}
+
+
+def check_fields(raw: Mapping[str, Any], architecture: str, head_dim: int) -> None:
+    """Refuse a config with a field that ``architecture`` does not have and that would change its results.
+
+    Raises:
+        UnsupportedModelError: there is one; the message names it.
+    """
+    for key, value in raw.items():
+        neutral = next((values for pattern, values in _FIELDS.items() if re.fullmatch(pattern, key)), None)
+        if neutral is None or _says_nothing(key, value, neutral, head_dim):
+            continue
+        kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, key)), None)
+        what = f"it belongs to {kind}" if kind else "left out, it could change every result"
+        raise UnsupportedModelError(
+            f"config.json: {key} is {shown(value)}, which {architecture} does not have; {what}. "
+            "Correct model_type, or remove the field if it has no meaning"
+        )
+
+
+def _says_nothing(key: str, value: Any, neutral: tuple[Any, ...], head_dim: int) -> bool:
+    if value is None or value in neutral:
+        return True
+    if value is False:
+        return key != "is_causal"
+    if isinstance(value, list | dict) and not value:
+        return True
+    if key == "no_rope_layers":  # 1 for a layer that has RoPE
+        return isinstance(value, list) and all(one == 1 for one in value)
+    return key == "query_pre_attn_scalar" and bool(value == head_dim)
+
+
+def check_tensors(names: Iterable[str]) -> None:
+    """Refuse a checkpoint of which ``names``, tensors that the plan does not know, show what else it is.
+
+    Raises:
+        UnsupportedModelError: it is quantised, an adapter or a model of another kind; the message says what, and names
+            a tensor that shows it.
+    """
+    names = sorted(names)
+    for table in (_QUANTISED, _OTHERS):
+        for pattern, kind in table.items():
+            found = next(filter(re.compile(pattern).fullmatch, names), None)
+            if found is None:
+                continue
+            if table is _QUANTISED:
+                raise UnsupportedModelError(
+                    f"the checkpoint is quantised ({kind}: it holds {found}), which is not supported yet; "
+                    "use its unquantised original"
+                )
+            advice = "; merge it into its base model first" if kind == _ADAPTER else ""
+            raise UnsupportedModelError(f"the checkpoint is {kind} (it holds {found}), which is not supported{advice}")
