@@ -13,7 +13,7 @@ from tests.gpu.here import DEVICE
 from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.sequence import Sequence
 from tpctl.kernels.floors import Filters
 from tpctl.kernels.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference

@@ -25,7 +25,7 @@ from tpctl.engine.model_runner import ModelRunner
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampler import Sampler, SamplingRow
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduler import ScheduledBatch
+from tpctl.engine.scheduled import ScheduledBatch
 from tpctl.errors import EngineError
 from tpctl.launch.messages import Abort, Add, Request
 from tpctl.layers.attention.base import kv_bytes_per_block

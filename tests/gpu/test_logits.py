@@ -24,7 +24,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduler import ScheduledBatch
+from tpctl.engine.scheduled import ScheduledBatch
 from tpctl.launch.messages import Add, Request
 from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.sharding.cache import ensure_sharded

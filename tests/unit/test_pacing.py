@@ -9,7 +9,8 @@ import pytest
 from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.pacing import Pace, leeway, prefill_budget
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduler import ScheduledBatch, Scheduler
+from tpctl.engine.scheduled import ScheduledBatch
+from tpctl.engine.scheduler import Scheduler
 from tpctl.launch.messages import Request
 
 PACE = Pace(rows=64, limit=128, chunks=8)

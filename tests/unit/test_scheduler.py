@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduler import ScheduledBatch, Scheduler
+from tpctl.engine.scheduled import ScheduledBatch
+from tpctl.engine.scheduler import Scheduler
 from tpctl.engine.sequence import Sequence
 from tpctl.launch.messages import Request
 

@@ -15,7 +15,7 @@ from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.model_runner import ModelRunner
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.sequence import Sequence
 from tpctl.sharding.shard import shard_checkpoint
 

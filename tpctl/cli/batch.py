@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpctl.cli.console import note, status, stderr
-from tpctl.cli.engine import describe, interrupts, prepare, say_policy
+from tpctl.cli.engine import describe, interrupts, prepare, say_context, say_policy
 from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SamplingOptions, SchedulingPolicy, grouped
 from tpctl.cli.streams import NamedFile, is_closed_pipe, stdin_bytes
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError
@@ -45,7 +45,8 @@ def batch(
     """Answer every line of a JSONL file: {"id"?, "prompt"} or {"id"?, "messages"}, with sampling fields.
 
     One row a line comes out, in the order of the input: {"id", "text", "finish_reason", "prompt_tokens",
-    "completion_tokens"}, or {"id", "error"} for a line that cannot be run. An id left out is the line number, which
+    "completion_tokens"}, or {"id", "error"} for a line that cannot be run; a "note" says where the context, and not
+    "max_tokens", ended an answer. A field that is null is not given. An id left out is the line number, which
     counts empty lines too; those get no row.
 
     By default answers are greedy (temperature 0) and at most 256 tokens long; line n without a seed gets
@@ -61,7 +62,7 @@ def batch(
     from tpctl.client.results import Results
     from tpctl.client.tokenizer import Tokenizer
 
-    sampling.check()
+    sampling.check(DEFAULTS)
     values = {**DEFAULTS, **sampling.given()}
     stop = sampling.stop or []
     target, silent = _target(output), _is_silent(output)
@@ -85,6 +86,7 @@ def batch(
             if not silent:
                 note(f"{model} is ready ({describe(info)})")
             say_policy(scheduling_policy, info)
+            say_context(info)
             parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info["max_model_len"])
             run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
             with (
@@ -275,6 +277,8 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
     parts.append(f"prefix cache {tally.cached_tokens:,} tokens ({share:.0%})")
     if "preemptions" in stats:  # an interrupted engine is not asked
         parts.append(f"{int(stats['preemptions']):,} preemptions")
+    if tally.cut:
+        parts.append(f"{_count(tally.cut, 'answer')} cut by the end of the context")
     parts.append(_count(tally.errors, "error"))
     return ", ".join(parts)
 

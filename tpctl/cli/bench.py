@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpctl.cli.console import print_json, status
-from tpctl.cli.engine import configure, prepare, say_policy, settle
+from tpctl.cli.engine import configure, prepare, say_context, say_policy, settle
 from tpctl.cli.options import MODEL_HELP, POLICY, DistributionOptions, EngineOptions, SchedulingPolicy, grouped
 from tpctl.errors import UsageError
 
@@ -49,6 +49,7 @@ def throughput(
     with status(f"running {workload}"):
         figures, info = measure.throughput(config, workload, vocab, runs, sampling.given())
     say_policy(scheduling_policy, info)
+    say_context(info)
     settings = {"workload": workload, "sampling": sampling.given()}
     _print("throughput", name, config, figures, info, settings, as_json)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import note, status
-from tpctl.cli.engine import describe, interrupts, prepare
+from tpctl.cli.engine import describe, interrupts, prepare, say_context
 from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
 from tpctl.errors import EngineError, RequestError
 
@@ -66,6 +66,7 @@ def chat(
         tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
         with status(f"loading {model}"):
             info = client.wait_ready()
+        say_context(info)
         if message is not None:
             _answer_once(conversation, message)
         else:
@@ -76,6 +77,8 @@ def _answer_once(conversation: Conversation, message: str) -> None:
     answer = conversation.ask(message, _print)
     if not answer.text.endswith("\n"):
         print()
+    if answer.note is not None and (remark := _remark(answer)):
+        note(remark)
 
 
 def _talk(conversation: Conversation, greeting: str) -> None:
@@ -132,7 +135,7 @@ def _remark(answer: Answer) -> str | None:
     if answer.finish_reason == "abort":
         return "(stopped)"
     if answer.finish_reason == "length":
-        return f"(cut after {answer.completion_tokens} tokens: --max-tokens or the end of the context)"
+        return f"(cut after {answer.completion_tokens} tokens: {answer.note or '--max-tokens'})"
     return None
 
 

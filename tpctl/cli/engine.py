@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, DType, EngineOptions, SchedulingPolicy
 from tpctl.cli.source import supported_source
-from tpctl.cli.units import parse_bytes
+from tpctl.cli.units import format_bytes, parse_bytes
 from tpctl.engine.config import EngineConfig
 from tpctl.errors import MixedDtypesError
 
@@ -110,6 +110,17 @@ def say_policy(asked: SchedulingPolicy | None, info: dict[str, Any]) -> None:
         note(
             f"--scheduling-policy {asked} needs a GPU with --attention-backend triton and without --enforce-eager; "
             f"{info['scheduling_policy']} it is"
+        )
+
+
+def say_context(info: dict[str, Any]) -> None:
+    """Tell of a context that is shorter than the model's, because the KV cache is too small for it."""
+    held, wanted = info["max_model_len"], info.get("wanted_model_len", 0)
+    if held < wanted:
+        more = "--kv-cache-memory" + (" or --gpu-memory-utilization" if info["device"] == "cuda" else "")
+        note(
+            f"the KV cache of {format_bytes(info['kv_cache_bytes'])} a rank holds {held:,} tokens, fewer than the "
+            f"model's {wanted:,}: prompt and answer together are limited to {held:,}; raise {more} if that is too few"
         )
 
 

@@ -7,7 +7,7 @@ Typer as separate options.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
@@ -116,23 +116,33 @@ class DistributionOptions:
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: tokens that occur already become less likely.")
     ] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="-2 to 2, taken from the logit of every token generated before.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="-2 to 2, taken from it as often as the token was generated.")
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """The fields of ``SamplingParams`` that were set, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stop"}
         return {name: value for name, value in values.items() if value is not None}
 
-    def check(self) -> None:
+    def check(self, defaults: Mapping[str, Any] | None = None) -> None:
         """Refuse what no request may ask for, before anything slow begins.
+
+        Args:
+            defaults: fields of ``SamplingParams`` that hold where the options say nothing.
 
         Raises:
             UsageError: a value is out of range; the message names the option.
         """
         from tpctl.engine.sampling_params import SamplingParams
 
+        most = {"max_tokens": 2**31, **(defaults or {}), **self.given()}["max_tokens"]
         for name, value in self.given().items():
             try:
-                SamplingParams.from_dict({name: value})
+                SamplingParams.from_dict({"max_tokens": most, name: value} if name == "min_tokens" else {name: value})
             except RequestError as error:
                 raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
 
@@ -144,13 +154,14 @@ class SamplingOptions(DistributionOptions):
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; the context may end it before.")] = (
         None
     )
+    min_tokens: Annotated[int | None, typer.Option(help="No end of the answer before it has so many tokens.")] = None
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. Repeatable.")
     ] = None
 
-    def check(self) -> None:
-        super().check()
+    def check(self, defaults: Mapping[str, Any] | None = None) -> None:
+        super().check(defaults)
         if "" in (self.stop or ()):
             raise UsageError("--stop is empty; give the text that ends an answer")
 

@@ -14,6 +14,7 @@ from tpctl.client.jobs import BadLine, Job, JobParser, Line
 from tpctl.client.results import Results
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import RequestError
 from tpctl.launch.messages import Output, Request
 
 _POLL = 0.1  # seconds between looks at interruptions and at new lines
@@ -24,13 +25,14 @@ class Tally:
     """What a run has done so far. Times are in seconds, tokens are those of this run alone.
 
     ``lines`` counts the input's lines with text that were dealt with; ``resumed`` of them were answered by an
-    earlier run, ``errors`` became error rows. ``given_up``: numbers of the lines that were under way when the run was
-    interrupted.
+    earlier run, ``errors`` became error rows, and ``cut`` answers ended with the context. ``given_up``: numbers of the
+    lines that were under way when the run was interrupted.
     """
 
     lines: int = 0
     resumed: int = 0
     errors: int = 0
+    cut: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -164,7 +166,10 @@ class Batch:
                 self._fail(item.line, item.id, item.message)
             else:
                 self.tally.prompt_tokens += len(item.token_ids)
-                self._open[str(item.line.index)] = (item, TextStream(self._tokenizer, item.stop))
+                self._open[str(item.line.index)] = (
+                    item,
+                    TextStream(self._tokenizer, item.stop, item.sampling.min_tokens),
+                )
                 requests.append(Request(str(item.line.index), item.token_ids, item.sampling))
         self._client.submit(requests)
         return more
@@ -186,9 +191,17 @@ class Batch:
                 continue
             if stream.stopped_early and output.finish_reason is None:
                 stopped.append(output.id)
+            row = self._row(job, stream)
+            if stream.finish_reason == "length" and output.message is not None:
+                row["note"] = output.message
+                self.tally.cut += 1
+            try:
+                self._results.add(job.line, row)
+            except RequestError as error:
+                self._fail(job.line, job.id, f"line {job.line.number}: {error}")
+                continue
             self.tally.lines += 1
             self.tally.cached_tokens += stream.num_cached_tokens
-            self._results.add(job.line, self._row(job, stream))
         self._client.abort(stopped)
 
     def _row(self, job: Job, stream: TextStream) -> dict[str, Any]:

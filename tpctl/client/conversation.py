@@ -26,7 +26,8 @@ class Answer:
     """One finished turn.
 
     ``finish_reason`` is "stop", "length" or "abort"; token counts are of this turn's whole prompt (the
-    conversation so far), of those of its tokens that the prefix cache held, and of the answer.
+    conversation so far), of those of its tokens that the prefix cache held, and of the answer. ``note`` says what cut a
+    "length", where that was not ``max_tokens``.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    note: str | None = None
 
 
 class Conversation:
@@ -86,9 +88,12 @@ class Conversation:
         token_ids = self._tokenizer.encode_chat(messages)
         room = self._client.wait_ready()["max_model_len"] - len(token_ids)
         check_length(len(token_ids), room + len(token_ids))
-        values = {**self._sampling, "max_tokens": min(self._sampling.get("max_tokens", room), room)}
+        # One token more than there is room for: the engine ends the answer there, and says why.
+        most = min(self._sampling.get("max_tokens", room + 1), room + 1)
+        values = {**self._sampling, "max_tokens": most, "min_tokens": min(self._sampling.get("min_tokens", 0), most)}
         request = Request(f"turn-{next(self._turns)}", token_ids, SamplingParams.from_dict(values))
-        stream = TextStream(self._tokenizer, self._stop)
+        stream = TextStream(self._tokenizer, self._stop, request.sampling.min_tokens)
+        note: str | None = None
         self._client.submit([request])
         asked_to_stop = False
         done = False
@@ -104,6 +109,7 @@ class Conversation:
                 if piece := stream.push(output):
                     show(piece)
                 done = output.finish_reason is not None
+                note = output.message
         self.messages = [*messages, {"role": "assistant", "content": stream.text}]
         return Answer(
             stream.text,
@@ -111,6 +117,7 @@ class Conversation:
             len(token_ids),
             stream.num_cached_tokens,
             len(stream.token_ids),
+            note if stream.finish_reason == "length" else None,
         )
 
 

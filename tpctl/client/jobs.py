@@ -99,7 +99,8 @@ class JobParser:
         """A job, or why the line is none."""
         id: JobId = line.number
         try:
-            entry = _load(line.raw)
+            # A known field that is null is not given.
+            entry = {name: value for name, value in _load(line.raw).items() if value is not None or name not in _FIELDS}
             given = entry.get("id", line.number)
             if isinstance(given, bool) or not isinstance(given, str | int):
                 raise _Refused(f"id is {shown(given)}, but must be a string or a whole number")

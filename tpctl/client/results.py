@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from tpctl.client.jobs import Line
-from tpctl.errors import OutputError, UsageError
+from tpctl.errors import OutputError, RequestError, UsageError
 
 _VERSION = 1
 
@@ -103,8 +103,15 @@ class Results:
 
         Raises:
             OutputError: it cannot be written.
+            RequestError: it holds a number that JSON knows no form of.
         """
-        data = json.dumps([line.index, line.checksum, row], ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            text = json.dumps([line.index, line.checksum, row], ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise RequestError(
+                "the answer's numbers are not finite (NaN or infinity), which JSON has no form for"
+            ) from None
+        data = text.encode("utf-8", "replace") + b"\n"
         with _writing(self.partial):
             place = self._file.seek(0, os.SEEK_END)
             self._file.write(data)
@@ -178,7 +185,7 @@ class Results:
                 break  # cut off in the middle of a row
             index, checksum, row = entry
             # A line that failed is tried again: it may have been corrected, or the failure may have passed.
-            self._note(index, checksum, place if "error" not in row else None)
+            self._note(index, checksum, place if "error" not in row and not _has_nan(raw) else None)
             place += len(raw)
         self._file.truncate(place)
 
@@ -202,6 +209,14 @@ def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         f"--{name.replace('_', '-')} {before.get(name, 'left out')} (now {after.get(name, 'left out')})"
         for name in names
     )
+
+
+def _has_nan(raw: bytes) -> bool:
+    """Whether a row holds NaN or infinity, which earlier versions wrote though JSON knows no such numbers."""
+    found: list[str] = []
+    if b"NaN" in raw or b"Infinity" in raw:  # in a text, most likely
+        json.loads(raw, parse_constant=found.append)
+    return bool(found)
 
 
 def _parse(raw: bytes) -> Any:

@@ -29,7 +29,12 @@ class StopStrings:
         if starts:
             self.found, self._held = True, ""
             return text[: min(starts)]
-        keep = max(self._overlap(text, string) for string in self._strings)
+        return self.skip(piece)
+
+    def skip(self, piece: str) -> str:
+        """The same for text in which no string counts, unless what follows completes one."""
+        text = self._held + piece
+        keep = max((self._overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -56,8 +61,10 @@ class TextStream:
         logprobs: one entry for each of ``token_ids``, as in ``Output``; empty if none were asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        """Begin. ``min_tokens``: as in ``SamplingParams``."""
         self._detokenizer = detokenizer(tokenizer)
+        self._min_tokens = min_tokens
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []
         self.token_ids: list[int] = []
@@ -86,7 +93,8 @@ class TextStream:
                 self.logprobs.append(output.logprobs[position])
             ends = output.finish_reason == "stop" and position + 1 == len(output.token_ids)
             if not ends:  # the token that stopped it is no part of the text
-                shown += self._stop.push(self._detokenizer.push(id))
+                early = len(self.token_ids) <= self._min_tokens
+                shown += (self._stop.skip if early else self._stop.push)(self._detokenizer.push(id))
             if self._stop.found:
                 break
         if self._stop.found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tpctl.engine.scheduler import ScheduledBatch
+from tpctl.engine.scheduled import ScheduledBatch
 from tpctl.layers.batch import ForwardBatch
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceType
 from hashlib import blake2b
 
@@ -42,12 +43,10 @@ class BlockManager:
 
     def match_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks that hold the beginning of ``sequence``; never all of it, since one token must be computed."""
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or sequence.alone:
             return []
         found: list[int] = []
-        digest = self._seed(sequence)
-        for index in range((len(sequence.token_ids) - 1) // self.block_size):
-            digest = self._hash(digest, self._tokens(sequence, index))
+        for digest in self._digests(sequence, (len(sequence.token_ids) - 1) // self.block_size):
             block = self._cached.get(digest)
             if block is None:
                 break
@@ -72,6 +71,7 @@ class BlockManager:
             sequence.block_hash = self._hashes[block] or b""
         sequence.admissions += 1
         sequence.num_hashed_blocks = len(matched)
+        sequence.has_shared = bool(matched)
         sequence.num_computed_tokens = len(matched) * self.block_size
         if sequence.admissions == 1:  # what it finds of itself after a preemption is no hit
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -92,7 +92,7 @@ class BlockManager:
 
     def register(self, sequence: Sequence) -> None:
         """Offer the full blocks whose tokens are known and computed (or about to be, this step) for sharing."""
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or sequence.alone:
             return
         known = min(sequence.num_computed_tokens, len(sequence.token_ids))
         for index in range(sequence.num_hashed_blocks, known // self.block_size):
@@ -105,6 +105,15 @@ class BlockManager:
             if digest not in self._cached:
                 self._cached[digest] = block
                 self._hashes[block] = digest
+
+    def forget(self, sequence: Sequence) -> None:
+        """Let nobody find the blocks of these tokens any more, whoever computed them."""
+        for digest in self._digests(sequence, len(sequence.token_ids) // self.block_size):
+            block = self._cached.pop(digest, None)
+            if block is not None:
+                self._hashes[block] = None
+                if block in self._free:
+                    self._free.move_to_end(block, last=False)
 
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of ``sequence``; its last ones will be evicted first, since prefixes are shared more."""
@@ -147,6 +156,13 @@ class BlockManager:
             self.evictions += 1
         self._users[block] = 1
         return block
+
+    def _digests(self, sequence: Sequence, count: int) -> Iterator[bytes]:
+        """The hashes of a sequence's first ``count`` blocks."""
+        digest = self._seed(sequence)
+        for index in range(count):
+            digest = self._hash(digest, self._tokens(sequence, index))
+            yield digest
 
     def _tokens(self, sequence: Sequence, index: int) -> list[int]:
         return sequence.token_ids[index * self.block_size : (index + 1) * self.block_size]

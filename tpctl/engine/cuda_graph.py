@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tpctl.engine.pacing import Pace
-from tpctl.engine.scheduler import ScheduledBatch
+from tpctl.engine.scheduled import ScheduledBatch
 from tpctl.kernels.prepare import DecodeInputs
 
 _RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent

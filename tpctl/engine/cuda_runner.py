@@ -24,7 +24,7 @@ from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, Mi
 from tpctl.engine.model_runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.noise import noise_keys
 from tpctl.engine.pacing import Pace
-from tpctl.engine.scheduler import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.slots import Slots
 from tpctl.errors import EngineError
 from tpctl.kernels.floors import Filters, sampling_floors
@@ -265,7 +265,7 @@ class CudaRunner(ModelRunner):
         starts_S1 = torch.zeros(len(items) + 1, dtype=torch.int32, device=self.group.device)
         starts_S1[1:] = last_S
         return ForwardBatch(
-            input_ids=torch.where(ids_T < 0, self._sampled[(-1 - ids_T).clamp(min=0)], ids_T),
+            input_ids=torch.where(ids_T < 0, self._sampled[(-1 - ids_T).clamp(min=0)], ids_T).clamp(min=0),
             rope_positions=rope_T,
             slot_mapping=blocks_T * block_size + positions_T % block_size,
             block_tables=tables[slots_S, :width].contiguous(),

@@ -39,6 +39,7 @@ class Engine:
             vocab_size=self.runner.model_config.vocab_size,
             eos_token_ids=self.runner.model_config.eos_token_ids,
             rope_offset=self.runner.rotary.offset,
+            context_full=self.runner.context_full,
             pace=self.runner.pace,
         )
 

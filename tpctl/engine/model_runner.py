@@ -17,7 +17,7 @@ from tpctl.engine.gpu_memory import GpuShare, reserve
 from tpctl.engine.memory import CPU_SHARE, available_host_memory, count_blocks
 from tpctl.engine.pacing import Pace
 from tpctl.engine.sampler import Sampler, SamplingRow
-from tpctl.engine.scheduler import ScheduledBatch
+from tpctl.engine.scheduled import ScheduledBatch
 from tpctl.errors import EngineError
 from tpctl.layers.attention.select import make_backend
 from tpctl.layers.rotary import RotaryTable
@@ -68,6 +68,8 @@ class ModelRunner:
     Attributes:
         num_blocks: KV blocks, the minimum over the ranks.
         max_model_len: what the model, the settings and the KV cache allow, whichever is least.
+        wanted_model_len: the same without the KV cache.
+        context_full: what an answer that ends at ``max_model_len`` is told.
         pace: how prompts are best computed beside decodes; ``None``: as fast as possible.
         timings: seconds that each part of the start took.
     """
@@ -84,7 +86,7 @@ class ModelRunner:
         self.model_config = ModelConfig.load(config.shard_dir)
         stored = manifest.tensors(group.rank)[LM_HEAD].dtype
         self.dtype = _run_dtype(config.dtype, _TORCH_NAMES.get(stored, stored), group.device)
-        self.max_model_len = config.longest(self.model_config.max_position_embeddings)
+        self.max_model_len = self.wanted_model_len = config.longest(self.model_config.max_position_embeddings)
         self.plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, self.plan, group.rank)
         self.backend = make_backend(
@@ -154,6 +156,8 @@ class ModelRunner:
             "block_size": self.backend.block_size,
             "num_blocks": self.num_blocks,
             "max_model_len": self.max_model_len,
+            "wanted_model_len": self.wanted_model_len,
+            "kv_cache_bytes": self.num_blocks * self._block_bytes,
             "all_reduce": "NCCL" if self.group.device.type == "cuda" and self.group.size > 1 else None,
             "scheduling_policy": "fcfs" if self.pace is None else "makespan",
             "weight_bytes": self.weight_bytes,
@@ -163,6 +167,10 @@ class ModelRunner:
     @property
     def _reserve(self) -> int:
         return reserve(self.model_config.num_layers)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.backend.bytes_per_block(self.model_config.num_layers, self.dtype)
 
     @property
     def _kv_cache_dtype(self) -> str:
@@ -201,23 +209,27 @@ class ModelRunner:
         """Lower ``max_model_len`` to what the KV cache holds, unless it was asked for."""
         held = self.num_blocks * self.backend.block_size
         if self.config.max_model_len is not None and held < self.max_model_len:
-            block_size, layers = self.backend.block_size, self.model_config.num_layers
-            blocks = -(-self.max_model_len // block_size)
-            needed = blocks * self.backend.bytes_per_block(layers, self.dtype)
+            blocks = -(-self.max_model_len // self.backend.block_size)
+            needed = blocks * self._block_bytes
             raise EngineError(
                 f"--max-model-len {self.max_model_len} does not fit: the KV cache holds {held} tokens; "
                 f"give --kv-cache-memory {needed} (bytes a rank) or more, or lower the length"
             )
         self.max_model_len = min(self.max_model_len, held)
+        self.context_full = f"prompt and answer fill the context of {self.max_model_len} tokens"
+        if held < self.wanted_model_len:
+            self.context_full = (
+                f"the KV cache holds {held} tokens, fewer than the model's {self.wanted_model_len}; "
+                "raise --kv-cache-memory"
+            )
 
     def _check_cache(self) -> None:
         """Refuse a KV cache that was asked for (``--kv-cache-memory``) and that the memory left cannot hold."""
         if self.config.kv_cache_memory is None:
             return
         device = self.group.device
-        block = self.backend.bytes_per_block(self.model_config.num_layers, self.dtype)
         where = "its GPU" if device.type == "cuda" else "its part of this machine's memory"
-        free, used = self._room_for_cache(), self.num_blocks * block
+        free, used = self._room_for_cache(), self.num_blocks * self._block_bytes
         if used > free:
             raise EngineError(
                 f"rank {self.group.rank} cannot hold a KV cache of {used / 2**30:.2f} GiB "
@@ -236,9 +248,7 @@ class ModelRunner:
 
     def _count_blocks(self, budget: int) -> int:
         block_size = self.backend.block_size
-        layers = self.model_config.num_layers
-        block_bytes = self.backend.bytes_per_block(layers, self.dtype)
-        return count_blocks(budget, block_bytes, block_size, self.max_model_len, self.config.max_num_seqs)
+        return count_blocks(budget, self._block_bytes, block_size, self.max_model_len, self.config.max_num_seqs)
 
     def _lap(self, what: str, started: float) -> None:
         self.timings[what] = round(time.perf_counter() - started, 3)
@@ -246,7 +256,12 @@ class ModelRunner:
 
 def sampling_rows(batch: ScheduledBatch) -> list[SamplingRow]:
     """What the sampler needs for each of ``batch.sampled``; all tokens before must be known."""
-    return [SamplingRow(item.sequence.params, item.end, item.sequence.token_ids) for item in batch.sampled]
+    rows = []
+    for item in batch.sampled:
+        sequence = item.sequence
+        banned = sequence.stop_token_ids if item.num_generated < sequence.params.min_tokens else ()
+        rows.append(SamplingRow(sequence.params, item.end, sequence.token_ids, sequence.num_prompt_tokens, banned))
+    return rows
 
 
 def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:

@@ -8,6 +8,8 @@ travel only where a top-p set is so flat that the ranks' best candidates do not 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from tpctl.engine.filters import min_p_floor, nucleus_floor
 from tpctl.engine.logprobs import report_logprobs
 from tpctl.engine.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.sequence import NOT_FINITE
 from tpctl.partition.split import Range
 
 _BYTES = 96
@@ -33,13 +36,16 @@ _AT_ONCE = 512 << 20
 class SamplingRow:
     """What one row needs besides its logits.
 
-    ``position`` is the place in the sequence that the sampled token will take; ``history`` all tokens before it
-    (read only where a repetition penalty is set).
+    ``position`` is the place in the sequence that the sampled token will take; ``history`` all tokens before it, of
+    which the first ``num_prompt_tokens`` are the prompt's (read only where a penalty is set). ``banned``: tokens that
+    may not come here.
     """
 
     params: SamplingParams
     position: int
     history: SequenceType[int] = ()
+    num_prompt_tokens: int = 0
+    banned: Collection[int] = ()
 
 
 class Sampler:
@@ -77,6 +83,8 @@ class Sampler:
     def sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
         """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
 
+        A row whose scores hold NaN, or whose best one is infinite, gets ``NOT_FINITE``.
+
         Args:
             logits_RV: this rank's logits in any float dtype, padding columns included.
         """
@@ -97,17 +105,21 @@ class Sampler:
         if self.real == 0:
             logits = torch.full_like(logits, float("-inf"))
         params = [row.params for row in rows]
-        if all(p.greedy and p.repetition_penalty == 1.0 and p.logprobs is None for p in params):
+        penalized = [index for index, p in enumerate(params) if p.penalizes]
+        banned = [index for index, row in enumerate(rows) if row.banned]
+        if all(p.greedy and p.logprobs is None for p in params) and not penalized and not banned:
             best, ids = self._local_best(logits)  # float32 would order them alike: spare the copy
-            return self.agree(best, ids).tolist(), None
+            return self._winners(best, ids).tolist(), None
         raw = logits = logits.float()
-        if any(p.repetition_penalty != 1.0 for p in params):
-            logits = self._penalize(logits, rows)
+        if penalized or banned:
+            logits = logits.clone()
+            self._penalize(logits, rows, penalized)
+            self._ban(logits, rows, banned)
         if all(p.greedy for p in params):
             best, ids = self._local_best(logits)
         else:
             best, ids = self._sampled_best(logits, rows)
-        token_ids = self.agree(best, ids)
+        token_ids = self._winners(best, ids)
         tokens: list[int] = token_ids.tolist()
         if all(p.logprobs is None for p in params):
             return tokens, None
@@ -121,6 +133,15 @@ class Sampler:
             index = scores.argmax(-1, keepdim=True)
         return scores.gather(-1, index).squeeze(-1), index.squeeze(-1) + self.first
 
+    def _winners(self, best_R: Tensor, ids_R: Tensor) -> Tensor:
+        """The winning token ids [R] over all ranks, ``NOT_FINITE`` for rows with NaN or without a finite best score.
+
+        A maximum is NaN where any score is. On all ranks one that is not finite then beats those that are.
+        """
+        broken = ~(best_R < float("inf"))
+        ids_R = ids_R.masked_fill(broken | (best_R == float("-inf")), NOT_FINITE)
+        return self.agree(best_R.masked_fill(broken, float("inf")), ids_R)
+
     def agree(self, best_R: Tensor, ids_R: Tensor) -> Tensor:
         """The winning token ids [R] over all ranks; lower ranks hold lower ids, so ties go to the lowest id."""
         if self.group.size == 1:
@@ -130,26 +151,44 @@ class Sampler:
         winner = pairs[..., 0].argmax(0)
         return pairs[winner, torch.arange(len(winner), device=winner.device), 1].long()
 
-    def _penalize(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> Tensor:
-        """Keskar et al., "CTRL" (2019): seen tokens' logits are divided by the penalty, or multiplied if negative."""
-        logits = logits.clone()
+    def _penalize(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> None:
+        """Lower the logits of tokens that came before, in place, in the rows ``which``.
+
+        Repetition (Keskar et al., "CTRL", 2019): of the prompt and the answer, those of tokens seen are divided by the
+        penalty, or multiplied if negative. Then, of the answer alone, the presence penalty and as many frequency
+        penalties as a token occurs are taken away, as OpenAI's API defines them.
+        """
         places: list[int] = []
         columns: list[int] = []
-        penalties: list[float] = []
-        for index, row in enumerate(rows):
-            penalty = row.params.repetition_penalty
-            if penalty == 1.0:
-                continue
-            seen = [token - self.first for token in set(row.history) if 0 <= token - self.first < self.real]
-            places += [index] * len(seen)
-            columns += seen
-            penalties += [penalty] * len(seen)
+        factors: list[float] = []
+        minus: list[float] = []
+        for index in which:
+            row = rows[index]
+            params = row.params
+            counts = Counter(row.history[row.num_prompt_tokens :])
+            for token in set(row.history) if params.repetition_penalty != 1.0 else counts:
+                if 0 <= token - self.first < self.real:
+                    count = counts[token]
+                    places.append(index)
+                    columns.append(token - self.first)
+                    factors.append(params.repetition_penalty)
+                    minus.append(params.frequency_penalty * count + params.presence_penalty * (count > 0))
         if places:
             at = torch.tensor(places, device=logits.device), torch.tensor(columns, device=logits.device)
-            penalty_N = torch.tensor(penalties, dtype=logits.dtype, device=logits.device)
+            factor_N, minus_N = torch.tensor([factors, minus], dtype=logits.dtype, device=logits.device)
             values = logits[at]
-            logits[at] = torch.where(values > 0, values / penalty_N, values * penalty_N)
-        return logits
+            logits[at] = torch.where(values > 0, values / factor_N, values * factor_N) - minus_N
+
+    def _ban(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> None:
+        """Let the banned tokens of the rows ``which`` never win; in place."""
+        pairs = [(index, token - self.first) for index in which for token in rows[index].banned]
+        held = [(index, column) for index, column in pairs if 0 <= column < self.real]
+        if held:
+            places, columns = zip(*held, strict=True)
+            at = torch.tensor(places, device=logits.device), torch.tensor(columns, device=logits.device)
+            values = logits[at]
+            # NaN and infinity stay: they tell that the row is broken.
+            logits[at] = torch.where(values < float("inf"), float("-inf"), values)
 
     def _sampled_best(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> tuple[Tensor, Tensor]:
         device = logits.device
@@ -192,7 +231,7 @@ class Sampler:
 
 
 def _argmax(scores_RV: Tensor, width: int = 256) -> Tensor:
-    """``argmax(-1, keepdim=True)``, the lowest index among equals.
+    """``argmax(-1, keepdim=True)``, the lowest index among equals; NaN counts as the largest.
 
     On CPUs torch finds maxima with vector instructions but their places one element at a time, which takes five times
     as long for float32 and more for bfloat16. So places are sought only among the maxima of runs of ``width``
@@ -208,4 +247,5 @@ def _argmax(scores_RV: Tensor, width: int = 256) -> Tensor:
     if whole == scores_RV.shape[1]:
         return found
     rest = scores_RV[:, whole:].argmax(-1, keepdim=True) + whole
-    return torch.where(scores_RV.gather(1, rest) > scores_RV.gather(1, found), rest, found)
+    last, best = scores_RV.gather(1, rest), scores_RV.gather(1, found)
+    return torch.where((last > best) | last.isnan(), rest, found)

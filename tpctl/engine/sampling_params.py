@@ -21,12 +21,17 @@ class SamplingParams:
         top_k: keep the ``top_k`` likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities first reach ``top_p``; 1 keeps all.
         min_p: keep tokens at least ``min_p`` times as likely as the likeliest; 0 keeps all.
-        repetition_penalty: logits of tokens that already occur are divided (positive) or multiplied (negative) by it.
+        repetition_penalty: logits of tokens that already occur, in the prompt too, are divided (positive) or multiplied
+            (negative) by it.
+        presence_penalty: taken from the logits of every token that was generated before; -2 to 2.
+        frequency_penalty: the same, as often as it was generated.
+        min_tokens: neither end-of-sequence nor stop tokens, nor stop texts, end the answer before it has so many.
         seed: the request's randomness is a function of (seed, position) alone. 63 bits.
         max_tokens: how many tokens to generate at most.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: tokens that end the answer, besides the model's own.
-        logprobs: report the log-probability of the chosen token and of this many likeliest ones; ``None`` reports none.
+        logprobs: report the log-probability of the chosen token and of this many likeliest ones, as the model gives
+            them, before temperature, penalties and filters; ``None`` reports none.
     """
 
     temperature: float = 0.0
@@ -34,8 +39,11 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
     max_tokens: int = 256
+    min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
@@ -49,8 +57,13 @@ class SamplingParams:
         _check(
             "repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "from -2 to 2")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
+        most = self.max_tokens
+        _check("min_tokens", self.min_tokens, self.min_tokens <= most, f"at most {most}, which is max_tokens")
         wanted = self.logprobs
         _check("logprobs", wanted, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
 
@@ -59,10 +72,15 @@ class SamplingParams:
         return self.temperature == 0
 
     @cached_property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @cached_property
     def needs_host(self) -> bool:
         """Whether a GPU's captured step cannot sample it: penalties need the tokens so far, log-probabilities go to
         the host."""
-        return self.repetition_penalty != 1.0 or self.logprobs is not None
+        return self.penalizes or self.logprobs is not None
 
     @cached_property
     def searches(self) -> int:
@@ -92,7 +110,7 @@ class SamplingParams:
 
 
 _FIELDS = {field.name: field for field in fields(SamplingParams)}
-_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty"}
+_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -7,7 +7,11 @@ One step takes a budget of tokens. Running sequences come first, oldest first: a
 prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing.
 With a ``Pace``, prompts may have a smaller budget, and the longest answers are then admitted first.
 When blocks run out, the youngest running sequence is preempted: it gives up its blocks and waits to be computed again
-from its tokens, which prefix caching often makes cheap.
+from its tokens, which prefix caching often makes cheap. So does, once, a sequence that grows beyond the length up to
+which its keys were to be rotated as they are (long RoPE).
+
+A sequence whose scores are not finite ends with "error", and its blocks are found by nobody any more. If it had read
+blocks that another one computed, it is first computed again without them: that one may be to blame.
 
 A step may be started before the results of the one before it are known (``Sequence.num_in_flight``): ``schedule`` and
 ``commit`` then overlap by one step, and a sequence that turns out to have ended costs one wasted row.
@@ -18,61 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.pacing import Pace, Pacer
-from tpctl.engine.sequence import Sequence
+from tpctl.engine.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.sequence import NOT_FINITE, Sequence
+from tpctl.errors import shorten
 from tpctl.launch.messages import Output, Request
-
-
-class ScheduledSequence(NamedTuple):
-    """``num_new_tokens`` of ``sequence``, from token ``start``; ``samples`` when the last one yields a new token."""
-
-    sequence: Sequence
-    start: int
-    num_new_tokens: int
-    samples: bool
-
-    @property
-    def end(self) -> int:
-        """The position that follows: that of the token it samples."""
-        return self.start + self.num_new_tokens
-
-    @property
-    def is_decode(self) -> bool:
-        """One new token that yields the next one. (A prompt's last single token looks the same, and is.)"""
-        return self.samples and self.num_new_tokens == 1
-
-
-@dataclass(frozen=True)
-class ScheduledBatch:
-    """One step's work: decodes first, then prefill chunks. ``paced``: whether prompts had a budget of their own."""
-
-    items: list[ScheduledSequence]
-    num_decodes: int
-    paced: bool = False
-
-    @property
-    def num_prefills(self) -> int:
-        return len(self.items) - self.num_decodes
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(item.num_new_tokens for item in self.items)
-
-    @cached_property
-    def sampled(self) -> list[ScheduledSequence]:
-        """The items that yield a token, in row order."""
-        return [item for item in self.items if item.samples]
-
-    @cached_property
-    def searches(self) -> int | None:
-        """The most searches that any token's filters take (``SamplingParams.searches``); ``None`` if any token is
-        sampled with the host's help (``SamplingParams.needs_host``)."""
-        params = [item.sequence.params for item in self.sampled]
-        return None if any(p.needs_host for p in params) else max((p.searches for p in params), default=0)
 
 
 @dataclass
@@ -109,9 +66,10 @@ class Scheduler:
 
     Args:
         max_model_len: tokens of prompt and answer at most; a sequence that reaches it ends with "length".
+        context_full: what is said of an answer that may have been longer but for ``max_model_len``.
         vocab_size: token ids from this on are refused: no embedding row belongs to them.
         eos_token_ids: tokens that end an answer.
-        rope_offset: gives a sequence's rotary table from the longest it may become.
+        rope_offset: which rotary table rotates all keys of a sequence of so many tokens.
         pace: spread prompts over the steps where that ends all requests sooner (``engine.pacing``).
     """
 
@@ -124,7 +82,8 @@ class Scheduler:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: SequenceType[int] = (),
-        rope_offset: Callable[[int], int] = lambda total_len: 0,
+        rope_offset: Callable[[int], int] = lambda num_tokens: 0,
+        context_full: str | None = None,
         pace: Pace | None = None,
     ) -> None:
         self.blocks = blocks
@@ -134,6 +93,7 @@ class Scheduler:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.rope_offset = rope_offset
+        self.context_full = context_full
         room = blocks.num_blocks * blocks.block_size
         self.pacer = None if pace is None else Pacer(pace, room)
         self.waiting: list[Sequence] = []  # the next to be admitted first
@@ -164,13 +124,18 @@ class Scheduler:
                 f"the prompt holds token id {worst}, but the model knows ids 0 to {self.vocab_size - 1}; "
                 "its tokenizer does not belong to it"
             )
+        elif unknown := [id for id in request.sampling.stop_token_ids if not 0 <= id < self.vocab_size]:
+            message = (
+                f"stop_token_ids holds {shorten(str(unknown[0]))}, but the model knows ids 0 to {self.vocab_size - 1}"
+            )
         elif request.id in self._by_id:
             message = f"request id {request.id!r} is already in use"
         if message is not None:
             return Output(request.id, [], "error", message)
         longest = min(length + request.sampling.max_tokens, self.max_model_len)
         sequence = Sequence(request.id, request.token_ids, request.sampling, longest)
-        sequence.rope_offset = self.rope_offset(longest)
+        if not request.sampling.ignore_eos:
+            sequence.stop_token_ids |= self.eos_token_ids
         sequence.arrival = self._arrivals
         self._arrivals += 1
         if self.pacer is not None:
@@ -219,8 +184,14 @@ class Scheduler:
         outputs = []
         for row, (item, token) in enumerate(zip(batch.sampled, token_ids, strict=True)):
             sequence = item.sequence
+            if sequence.num_stale:
+                sequence.num_stale -= 1
+                continue
             sequence.num_in_flight -= 1
             if sequence.finished:
+                continue
+            if token == NOT_FINITE:
+                outputs += self._take_back(sequence)
                 continue
             sequence.token_ids.append(token)
             self.stats.generated_tokens += 1
@@ -230,8 +201,9 @@ class Scheduler:
                 self.stats.finished += 1
                 if self.pacer is not None:
                     self.pacer.ended(sequence)
+            note = self.context_full if reason == "length" and self._is_cut(sequence) else None
             reported = [logprobs[row]] if logprobs is not None and sequence.params.logprobs is not None else None
-            outputs.append(Output(sequence.id, [token], reason, None, reported, sequence.num_cached_tokens))
+            outputs.append(Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens))
         return outputs
 
     def check_integrity(self) -> None:
@@ -243,10 +215,15 @@ class Scheduler:
     def _schedule_running(self, step: _Step) -> bool:
         """Give running sequences their tokens, oldest first; whether any had to be preempted."""
         preempted = False
+        turned: list[Sequence] = []
         for sequence in list(self.running.values()):
             if step.budget == 0:
                 break
             if sequence.id not in self.running or self._awaits_its_end(sequence):
+                continue
+            if self.rope_offset(sequence.num_tokens) != sequence.rope_offset:
+                self._stop_running(sequence)
+                turned.append(sequence)
                 continue
             tokens = self._room(step, sequence)
             if tokens == 0:
@@ -259,6 +236,7 @@ class Scheduler:
                     break
             else:
                 self._choose(step, sequence, tokens)
+        self.waiting[:0] = turned
         return preempted
 
     def _admit_waiting(self, step: _Step) -> None:
@@ -266,6 +244,7 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.num_in_flight:
                 break  # preempted with a token under way; its id is needed before it can be computed again
+            sequence.rope_offset = self.rope_offset(sequence.num_tokens)
             matched = self.blocks.match_prefix(sequence)
             total = len(sequence.token_ids)
             # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
@@ -304,14 +283,38 @@ class Scheduler:
         return sequence.num_in_flight > 0 and sequence.num_tokens >= sequence.max_num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
-        del self.running[sequence.id]
-        self.blocks.release(sequence)
+        self._stop_running(sequence)
         self.waiting.insert(0, sequence)
         self.stats.preemptions += 1
 
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self.running[sequence.id]
+        self.blocks.release(sequence)
+
+    def _take_back(self, sequence: Sequence) -> list[Output]:
+        """What becomes of a sequence whose next token cannot be chosen."""
+        self.blocks.forget(sequence)
+        if sequence.has_shared and not sequence.alone:
+            sequence.alone = True
+            # Of a token that does not exist a later step has already computed the next one.
+            sequence.num_stale, sequence.num_in_flight = sequence.num_in_flight, 0
+            if sequence.id in self.running:
+                self._stop_running(sequence)
+                self.waiting.insert(0, sequence)
+            return []
+        self._finish(sequence)
+        message = (
+            f"the model's logits are not finite at position {len(sequence.token_ids)}: its weights, or what --dtype "
+            "computes from them, hold NaN or infinity; check the checkpoint, or try --dtype float32"
+        )
+        return [Output(sequence.id, [], "error", message)]
+
+    def _is_cut(self, sequence: Sequence) -> bool:
+        """Whether the context, and not ``max_tokens``, limits it."""
+        return sequence.num_prompt_tokens + sequence.params.max_tokens > self.max_model_len
+
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
-        params = sequence.params
-        if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+        if token in sequence.stop_token_ids:
             return "stop"
         return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tpctl.engine.noise import seed_state
-from tpctl.engine.scheduler import ScheduledSequence
+from tpctl.engine.scheduled import ScheduledSequence
 from tpctl.engine.sequence import Sequence
 from tpctl.kernels.floors import MAX_TOP_K
 from tpctl.kernels.prepare import SlotTables

@@ -11,6 +11,10 @@ token. All arithmetic is on uint32 and wraps:
 
 The winner is the highest score, the lowest id among equals. The hash is exact everywhere; the two logarithms
 agree between devices to a few units in the last place.
+
+Where a logit is NaN, or the highest score infinite, the score is infinite and the id `NOT_FINITE`: among several
+ranks' winners that one wins. A rank whose slice has nothing to choose scores -inf, with that id too, which stands if no
+rank has anything better.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from __future__ import annotations
 import torch
 
 MAX_W = 1.0 - 2.0**-24
+NOT_FINITE = -2
+"""The engine's word for it too (``engine.sequence``). -1 is a peer that was lost."""
 
 
 def _mix_reference(x: torch.Tensor) -> torch.Tensor:
@@ -51,6 +57,7 @@ def sample_reference(
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sampling.sample` in plain torch, on any device: best scores float32 [T] and their token ids int64 [T]."""
+    infinity = float("inf")
     width = logits_TV.shape[1]
     ids = torch.arange(vocab_start, vocab_start + width, device=logits_TV.device)
     logits = logits_TV.float()
@@ -59,8 +66,8 @@ def sample_reference(
     drawn = logits / temperature.where(temperature > 0, torch.ones_like(temperature)) + noise
     scores = torch.where(temperature > 0, drawn, logits)
     if vocab_size is not None:
-        scores = scores.masked_fill(ids[None, :] >= vocab_size, float("-inf"))
-    best = scores.max(dim=1).values
+        scores = scores.masked_fill(ids[None, :] >= vocab_size, -infinity)
+    best = scores.masked_fill(scores.isnan(), infinity).max(dim=1).values
     # torch.max does not promise the first of equals.
     first = torch.where(scores == best[:, None], ids[None, :], torch.iinfo(torch.int64).max).min(dim=1).values
-    return best, torch.where(best > float("-inf"), first, torch.full_like(first, vocab_start))
+    return best, torch.where(best.abs() < infinity, first, NOT_FINITE)

@@ -1,8 +1,9 @@
 """The first kernel of a decode step: from a few numbers per row to everything the layers and the sampler need.
 
 The host sends three int32 per row: the sequence's slot, the position of its new token, and the token itself, or, when
-the step before has not come back yet, -1 - row of that step's sampled tokens, which are still on the device. What does
-not change from step to step (block tables, seeds, temperatures, rotary offsets) lies in per-slot tables.
+the step before has not come back yet, -1 - row of that step's sampled tokens, which are still on the device. (A token
+below 0 there marks a row that has failed: it is read as token 0, and what comes of it is wasted.) What does not change
+from step to step (block tables, seeds, temperatures, rotary offsets) lies in per-slot tables.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _prepare_kernel(
         tl.store(out_tables_ptr + row.to(tl.int64) * max_blocks + at, blocks, mask=at < used)
     block = tl.load(tables_ptr + slot * max_blocks + position // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
     referred = tl.load(sampled_ptr + tl.maximum(-1 - token, 0), mask=token < 0, other=0)
-    tl.store(input_ids_ptr + row, tl.where(token < 0, referred, token.to(tl.int64)))
+    tl.store(input_ids_ptr + row, tl.where(token < 0, tl.maximum(referred, 0), token.to(tl.int64)))
     offset = tl.load(rope_offset_ptr + slot)
     tl.store(rope_positions_ptr + row, tl.where(live, position + offset, 0).to(tl.int64))
     tl.store(slot_mapping_ptr + row, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
@@ -174,7 +175,7 @@ def prepare_decode_reference(inputs: DecodeInputs, sampled: torch.Tensor, slots:
         used = position // block_size + 1 if live else 0
         inputs.block_tables[row, :used] = slots.block_tables[slot, :used]
         block = int(slots.block_tables[slot, position // block_size]) if live else 0
-        inputs.input_ids[row] = token if token >= 0 else sampled[-1 - token]
+        inputs.input_ids[row] = token if token >= 0 else sampled[-1 - token].clamp(min=0)
         inputs.rope_positions[row] = position + int(slots.rope_offset[slot]) if live else 0
         inputs.slot_mapping[row] = block * block_size + position % block_size if live else -1
         inputs.seq_lens[row] = position + 1 if live else 0

@@ -8,12 +8,13 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from tpctl.kernels.launch import launch_options, next_power_of_2
-from tpctl.kernels.noise import MAX_W, sample_reference
+from tpctl.kernels.noise import MAX_W, NOT_FINITE, sample_reference
 
 __all__ = ["sample", "sample_reference"]
 
 _BLOCK = 2048
 _NONE = tl.constexpr(2147483647)  # no token's id
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
 # Triton's interpreter has no device library.
 _FAST = not triton.knobs.runtime.interpret
 
@@ -96,6 +97,7 @@ def _block_winner_kernel(
     token = vocab_start + local
     live = (local < width) & (token < vocab_size)
     logit = tl.load(logits_ptr + row * logits_stride + local, mask=live, other=float("-inf")).to(tl.float32)
+    logit = tl.where(logit == logit, logit, float("inf"))  # so that it passes every floor and wins
     if FLOORS:
         live &= logit >= tl.load(floors_ptr + row)
         logit = tl.where(live, logit, float("-inf"))
@@ -110,7 +112,7 @@ def _block_winner_kernel(
         its_logit = tl.load(logits_ptr + row * logits_stride + winner - vocab_start, mask=winner < _NONE, other=0.0)
         best = _score(its_logit.to(tl.float32), winner, temperature, key0, key1, MAX_W)
         near = tl.sum((bound >= best - (1e-3 + 1e-6 * tl.abs(top))).to(tl.int32), 0)
-        if top == float("-inf"):  # no token
+        if tl.abs(top) == float("inf"):  # no token, or one that is no number
             best = top
             winner = tl.full([], _NONE, tl.int32)
         elif near != 1:
@@ -123,9 +125,7 @@ def _block_winner_kernel(
 
 
 @triton.jit
-def _row_winner_kernel(
-    best_ptr, id_ptr, out_score_ptr, out_id_ptr, num_blocks, vocab_start, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _row_winner_kernel(best_ptr, id_ptr, out_score_ptr, out_id_ptr, num_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -136,8 +136,7 @@ def _row_winner_kernel(
     token = tl.load(id_ptr + row * num_blocks + cols, mask=mask, other=_NONE)
     best = tl.max(score, 0)
     winner = tl.min(tl.where(score == best, token, _NONE), 0)
-    # Nothing to choose (a slice of padding alone, or NaN logits): an id that is still in range.
-    winner = tl.where(winner == _NONE, vocab_start, winner)
+    winner = tl.where(tl.abs(best) < float("inf"), winner, _NOT_FINITE)
     tl.store(out_score_ptr + row, best)
     tl.store(out_id_ptr + row, winner.to(tl.int64))
 
@@ -158,8 +157,8 @@ def sample(
     logits_TV: [T, V_rank], any float dtype, columns contiguous. temperatures_T: float32 [T], 0 for greedy.
     keys_T2: int64 [T, 2] of uint32 values. vocab_start: the global id of column 0. vocab_size: ids at or
     above it are padding and never win (default: vocab_start + V_rank). floors_T: float32 [T], the smallest logits that
-    may win (`floors.sampling_floors`). Returns scores float32 [T] and ids int64 [T]; a row without any finite candidate
-    scores -inf.
+    may win (`floors.sampling_floors`). Returns scores float32 [T] and ids int64 [T]; a row without a finite best score
+    has the id `NOT_FINITE`.
     """
     rows, width = logits_TV.shape
     if out is None:
@@ -199,7 +198,6 @@ def sample(
         scores_T,
         ids_T,
         num_blocks,
-        vocab_start,
         BLOCK=next_power_of_2(num_blocks),
         PDL=pdl,
         num_warps=4,

@@ -58,8 +58,8 @@ class Output(NamedTuple):
     """New tokens of one request.
 
     ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
-    ``message`` explains an error. ``logprobs`` has one entry a token: [log-probability of the chosen token,
-    [[id, log-probability], …]].
+    ``message`` explains an error, or what else than ``max_tokens`` a "length" came from. ``logprobs`` has one entry a
+    token: [log-probability of the chosen token, [[id, log-probability], …]].
     """
 
     id: str

@@ -17,7 +17,8 @@ class RotaryTable:
     """cos and sin of every position, float32 [rows, rotary_dim / 2].
 
     Long RoPE has two sets of frequencies, for sequences up to the length the model was first trained on and for
-    longer ones; the second table lies behind the first. ``offset`` says where a sequence's table begins.
+    longer ones; the second table lies behind the first. ``offset`` says where a sequence's table begins. One that
+    grows beyond that length changes its table, and all of its keys must be rotated anew, as transformers does.
     """
 
     def __init__(self, config: RopeConfig, max_positions: int, device: torch.device | str) -> None:
@@ -38,9 +39,9 @@ class RotaryTable:
         cos, sin = self.cos[rows_T].to(dtype), self.sin[rows_T].to(dtype)
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
-    def offset(self, total_len: int) -> int:
-        """The first row of the table for a sequence that may grow to ``total_len`` tokens."""
-        long = self.config.kind == "longrope" and total_len > self.config.original_max_position_embeddings
+    def offset(self, num_tokens: int) -> int:
+        """The first row of the table that rotates all keys of a sequence of ``num_tokens`` tokens."""
+        long = self.config.kind == "longrope" and num_tokens > self.config.original_max_position_embeddings
         return self.max_positions if long else 0
 
 

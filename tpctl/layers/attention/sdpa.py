@@ -2,6 +2,10 @@
 
 The cache (``sdpa_cache``) is gathered block by block into matrices that batched GEMMs read at full speed.
 
+A decode multiplies with everything in its sequence's last block, and with as many blocks as the longest sequence has;
+what is not its own gets the weight 0. A NaN would survive that: a block is emptied when its first token comes, and for
+blocks that a sequence does not have one is gathered that nothing is ever written to.
+
 The query heads of a group are packed: the G heads that read one KV head become G rows of one matrix, so that each
 key is multiplied with all of them at once and never repeated.
 
@@ -95,11 +99,13 @@ class SdpaBackend(AttentionBackend):
 
     def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         heads = self.heads
-        shape = (num_layers, 2 * heads.num_kv_heads, num_blocks, self.block_size, heads.head_dim)
-        caches = lazy_zeros(shape, dtype, device)
-        half = heads.num_kv_heads
         token = kv_bytes_per_block(heads, num_layers, 1, dtype)
         self._most_kept = min(_MOST_KEPT // token, num_blocks * self.block_size // 4)
+        num_blocks += 1  # the last one stays empty
+        caches = lazy_zeros(
+            (num_layers, 2 * heads.num_kv_heads, num_blocks, self.block_size, heads.head_dim), dtype, device
+        )
+        half = heads.num_kv_heads
         return [
             PagedKV(both[:half], both[half:], both.view(2 * half * num_blocks, -1), as_words(both), num_blocks)
             for both in caches
@@ -107,11 +113,29 @@ class SdpaBackend(AttentionBackend):
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
         assert isinstance(kv, PagedKV)
+        begun = self._begun(kv, batch)
+        if begun is not None:
+            kv.blocks.index_fill_(0, begun, 0)
         cells, rows = self._cells(kv, batch)
         words = as_words(torch.cat((k_TKD, v_TKD), dim=1))
         words = words.view(batch.num_tokens, 2 * self.heads.num_kv_heads, words.shape[1])
         batch.scratch["sdpa.words"] = words  # of this layer, for ``_decode``
         kv.cells.index_copy_(0, cells, (words if rows is None else words[rows]).flatten(0, 1))
+
+    def _begun(self, kv: PagedKV, batch: ForwardBatch) -> Tensor | None:
+        """Rows of ``kv.blocks``: the blocks whose first tokens are among the new ones, and that these do not fill."""
+        if "sdpa.begun" not in batch.scratch:
+            batch.scratch["sdpa.begun"] = None
+            found = []
+            for sequence, (new, length) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
+                filled = length % self.block_size
+                if 0 < filled <= new:
+                    found.append((sequence, length // self.block_size))
+            if found:
+                sequences, blocks = torch.tensor(found, device=batch.block_tables.device).unbind(1)
+                batch.scratch["sdpa.begun"] = kv.rows(batch.block_tables[sequences, blocks])
+        begun: Tensor | None = batch.scratch["sdpa.begun"]
+        return begun
 
     def _cells(self, kv: PagedKV, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
         """Where to write: rows of ``kv.cells``, all heads of a token together; and the rows of T they come from
@@ -230,6 +254,7 @@ class SdpaBackend(AttentionBackend):
         tables_SW = batch.block_tables[index, :width]
         used = torch.arange(width, device=device) < (-(-lens_S // self.block_size)).unsqueeze(1)
         now_SW = tables_SW.masked_fill(~used, -1)
+        tables_SW = tables_SW.masked_fill(~used, kv.num_blocks - 1)
         if before is not None and before.is_followed_by(lens, now_SW):
             kept = _Kept(lens, now_SW, before.layers)
             heads = torch.arange(2 * self.heads.num_kv_heads, device=device) * len(rows)
@@ -241,7 +266,7 @@ class SdpaBackend(AttentionBackend):
         blocks = taken + len(rows) * (width + 1)
         if blocks * self.block_size <= self._most_kept:
             fresh = _Kept(lens, now_SW, {})
-            tables_SW = F.pad(tables_SW, (0, 1))  # room for the tokens to come; what lies there is never looked at
+            tables_SW = F.pad(tables_SW, (0, 1), value=kv.num_blocks - 1)  # room for the tokens to come
             width += 1
         return _Bucket(own, kv.rows(tables_SW.flatten()), len(rows), width, lens_S, fresh)
 

@@ -46,7 +46,7 @@ def as_words(x: Tensor) -> Tensor:
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that take no time and, on a CPU, no memory until they are written: anonymous pages of the kernel's.
 
-    The zeros matter: keys beyond a sequence's end are read, and a NaN there would survive being weighted with 0.
+    The zeros matter: the block that is never written to is read, and a NaN there would survive being weighted with 0.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
