@@ -88,7 +88,7 @@ class Conversation:
         check_length(len(token_ids), room + len(token_ids))
         values = {**self._sampling, "max_tokens": min(self._sampling.get("max_tokens", room), room)}
         request = Request(f"turn-{next(self._turns)}", token_ids, SamplingParams.from_dict(values))
-        stream = TextStream(self._tokenizer, self._stop)
+        stream = TextStream(self._tokenizer, self._stop, token_ids)
         self._client.submit([request])
         asked_to_stop = False
         done = False

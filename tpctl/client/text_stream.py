@@ -56,8 +56,14 @@ class TextStream:
         logprobs: one entry for each of ``token_ids``, as in ``Output``; empty if none were asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = detokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        """Begin.
+
+        Args:
+            stop: texts that end the answer.
+            prompt: the tokens that it follows.
+        """
+        self._detokenizer = detokenizer(tokenizer, prompt)
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []
         self.token_ids: list[int] = []
