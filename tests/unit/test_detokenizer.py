@@ -238,4 +238,6 @@ def test_the_context_has_a_text_and_begins_with_no_byte(kind: str) -> None:
         context = context_of(model, [*ids, model.backend.token_to_id("<|end|>")])
         assert context == ids[len(ids) - len(context) :]
         assert bool(model.decode(context)) == bool(text)
-        assert not (kind == "byte-fallback" and context and len(context) < len(ids) and is_byte_token(model, context[0]))
+        assert not (
+            kind == "byte-fallback" and context and len(context) < len(ids) and is_byte_token(model, context[0])
+        )
