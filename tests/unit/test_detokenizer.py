@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from tpctl.client.detokenizer import decode_in_pieces
+from tpctl.client.detokenizer import context_of, decode_in_pieces, is_byte_token
 from tpctl.client.text_stream import StopStrings, TextStream
+from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.launch.messages import Output
 
@@ -165,3 +166,78 @@ def test_text_stream_shows_the_broken_rest_at_the_end() -> None:
     stream = TextStream(model)
     assert stream.push(Output("a", ids, "length")) == "é\N{REPLACEMENT CHARACTER}"
     assert stream.finish_reason == "length"
+
+
+def behind(model: Tokenizer, prompt: list[int], answer: list[int]) -> str:
+    """The right text of an answer: that of everything, less that of the prompt."""
+    before = model.decode(prompt)
+    whole = model.decode([*prompt, *answer])
+    assert whole.startswith(before)
+    return whole[len(before) :]
+
+
+@KINDS
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("abe é中!\n", max_size=30), share=st.floats(0, 1))
+@example(text="ab be", share=0.5)
+@example(text="中文 é", share=0.4)
+def test_an_answer_is_decoded_behind_its_prompt(kind: str, text: str, share: float) -> None:
+    model = tokenizer(kind)
+    ids = [model.backend.token_to_id("<|end|>"), *model.encode(text)]
+    cut = 1 + round(share * (len(ids) - 1))
+    while cut < len(ids) and model.decode(ids[:cut]).endswith("\N{REPLACEMENT CHARACTER}"):
+        cut += 1  # a prompt is made of whole characters
+    prompt, answer = ids[:cut], ids[cut:]
+    wanted = behind(model, prompt, answer)
+    assert "".join(decode_in_pieces(model, answer, prompt)) == wanted
+    texts = token_texts(model, prompt)
+    assert "".join(texts.push(id) for id in answer) == wanted
+    stream = TextStream(model, [], prompt)
+    stream.push(Output("a", answer, "length"))
+    assert stream.text == wanted
+
+
+@KINDS
+def test_the_first_space_of_an_answer_is_kept(kind: str) -> None:
+    model = tokenizer(kind)
+    token = {"byte-level": "Ġw", "byte-fallback": "▁be", "metaspace": "▁hello"}[kind]
+    word, text = model.backend.token_to_id(token), " " + token[1:]
+    prompt = [model.backend.token_to_id("<|end|>"), *model.encode("a"), model.backend.token_to_id("<|end|>")]
+    stream = TextStream(model, [text], prompt)
+    stream.push(Output("a", [word]))
+    assert (stream.text, stream.finish_reason) == ("", "stop")
+    texts = token_texts(model, prompt)
+    assert (texts.peek(word), texts.push(word), texts.push(word)) == (text, text, text)
+    assert texts.peek(prompt[0]) == "<|end|>"
+    if kind != "byte-level":  # where nothing stands before a word it has none
+        assert "".join(decode_in_pieces(model, [word], prompt[:1])) == text[1:]
+        assert token_texts(model, prompt[:1]).push(word) == text[1:]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+def test_a_character_is_the_text_of_its_last_token(kind: str) -> None:
+    model = tokenizer(kind)
+    prompt, answer = model.encode("a"), model.encode("a中")[-3:]
+    texts = token_texts(model, prompt)
+    assert [texts.push(id) for id in answer] == ["", "", "中"]
+    assert texts.peek(answer[0]) == ""
+    assert texts.peek(model.backend.token_to_id("b")) == "b"
+
+
+def test_broken_bytes_do_not_spoil_the_prompt_before_them() -> None:
+    model = tokenizer("byte-fallback")
+    prompt, broken = model.encode("中"), model.backend.token_to_id("<0xFF>")
+    assert "".join(decode_in_pieces(model, [broken], prompt)) == "\N{REPLACEMENT CHARACTER}"
+
+
+@KINDS
+def test_the_context_has_a_text_and_begins_with_no_byte(kind: str) -> None:
+    model = tokenizer(kind)
+    for text in ("", "a", "ab be a ab be", "中" * 40, "a" + "中" * 40):
+        ids = model.encode(text)
+        context = context_of(model, [*ids, model.backend.token_to_id("<|end|>")])
+        assert context == ids[len(ids) - len(context) :]
+        assert bool(model.decode(context)) == bool(text)
+        assert not (
+            kind == "byte-fallback" and context and len(context) < len(ids) and is_byte_token(model, context[0])
+        )

@@ -13,6 +13,7 @@ from tpctl.client.engine_client import EngineClient
 from tpctl.client.jobs import BadLine, Job, JobParser, Line
 from tpctl.client.results import Results
 from tpctl.client.text_stream import TextStream
+from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError
 from tpctl.launch.messages import Output, Request
@@ -166,10 +167,8 @@ class Batch:
                 self._fail(item.line, item.id, item.message)
             else:
                 self.tally.prompt_tokens += len(item.token_ids)
-                self._open[str(item.line.index)] = (
-                    item,
-                    TextStream(self._tokenizer, item.stop, item.sampling.min_tokens),
-                )
+                stream = TextStream(self._tokenizer, item.stop, item.token_ids, item.sampling.min_tokens)
+                self._open[str(item.line.index)] = (item, stream)
                 requests.append(Request(str(item.line.index), item.token_ids, item.sampling))
         self._client.submit(requests)
         return more
@@ -213,17 +212,16 @@ class Batch:
             "completion_tokens": len(stream.token_ids),
         }
         if job.sampling.logprobs is not None:
-            row["logprobs"] = [
-                {
-                    **self._token(id, chosen),
-                    "top": [self._token(other, value) for other, value in top],
-                }
-                for id, (chosen, top) in zip(stream.token_ids, stream.logprobs, strict=False)
-            ]
+            row["logprobs"] = self._logprobs(job, stream)
         return row
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        return {"id": id, "token": self._tokenizer.decode([id], skip_special=False), "logprob": logprob}
+    def _logprobs(self, job: Job, stream: TextStream) -> list[dict[str, Any]]:
+        texts = token_texts(self._tokenizer, job.token_ids)
+        found = []
+        for id, (chosen, top) in zip(stream.token_ids, stream.logprobs, strict=False):
+            others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in top]
+            found.append({"id": id, "token": texts.push(id), "logprob": chosen, "top": others})
+        return found
 
     def _fail(self, line: Line, id: str | int, message: str) -> None:
         self.tally.lines += 1

@@ -92,7 +92,7 @@ class Conversation:
         most = min(self._sampling.get("max_tokens", room + 1), room + 1)
         values = {**self._sampling, "max_tokens": most, "min_tokens": min(self._sampling.get("min_tokens", 0), most)}
         request = Request(f"turn-{next(self._turns)}", token_ids, SamplingParams.from_dict(values))
-        stream = TextStream(self._tokenizer, self._stop, request.sampling.min_tokens)
+        stream = TextStream(self._tokenizer, self._stop, token_ids, request.sampling.min_tokens)
         note: str | None = None
         self._client.submit([request])
         asked_to_stop = False

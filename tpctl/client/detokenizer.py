@@ -1,15 +1,16 @@
 """Token ids to text, piece by piece, without ever showing half a character.
 
-What comes out in pieces is exactly what decoding all ids at once gives. Two facts make that more than a loop:
-a character may be spread over several tokens, and a token's text may depend on the one before it (the space
-that sentencepiece puts before a word, but not before the first).
+What comes out in pieces is exactly what decoding all ids at once gives, behind the prompt: the text of prompt and
+answer together, less the text of the prompt. Two facts make that more than a loop: a character may be spread over
+several tokens, and a token's text may depend on the one before it. sentencepiece writes a space before every word, and
+decoding leaves out the one that nothing stands before; an answer's first word does stand behind something.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tpctl.client.tokenizer import Tokenizer
@@ -17,6 +18,7 @@ from tpctl.client.tokenizer import Tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LONGEST_WINDOW = 64  # tokens whose text is held back before it counts as broken for good
+_CONTEXT = 4  # tokens of a prompt that its answer is decoded behind; more where those have no text
 
 
 class Detokenizer(Protocol):
@@ -29,11 +31,46 @@ class Detokenizer(Protocol):
         ...
 
 
-def detokenizer(tokenizer: Tokenizer) -> Detokenizer:
-    """The one that fits a tokenizer."""
-    if type(tokenizer.backend.decoder).__name__ == "ByteLevel":
+def detokenizer(tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> Detokenizer:
+    """The one that fits a tokenizer, for the text that follows the tokens ``prompt``."""
+    if is_byte_level(tokenizer):
         return _ByteDetokenizer(tokenizer)
-    return _WindowDetokenizer(tokenizer)
+    return _WindowDetokenizer(tokenizer, prompt)
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether every token is a string of bytes, whatever stands before it."""
+    return type(tokenizer.backend.decoder).__name__ == "ByteLevel"
+
+
+def is_byte_token(tokenizer: Tokenizer, id: int) -> bool:
+    """Whether a token is one byte of sentencepiece's byte fallback."""
+    return _BYTE_TOKEN.fullmatch(tokenizer.backend.id_to_token(id) or "") is not None
+
+
+def context_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of ``prompt`` that what follows is decoded behind: some that have a text.
+
+    They begin with no byte token, since a run of those is decoded as one.
+    """
+    ids: list[int] = []
+    for id in reversed(prompt):
+        if id in tokenizer.special_ids:
+            continue
+        ids.append(id)
+        if len(ids) < _CONTEXT or is_byte_token(tokenizer, id):
+            continue
+        if len(ids) >= _LONGEST_WINDOW or tokenizer.decode(ids[::-1]):
+            break
+    return ids[::-1]
+
+
+def decode_behind(tokenizer: Tokenizer, context: Sequence[int], text: str, ids: Sequence[int]) -> str:
+    """``text``, which ``context`` decodes to, and what ``ids`` add to it."""
+    whole = tokenizer.decode([*context, *ids])
+    if whole.startswith(text):
+        return whole
+    return text + tokenizer.decode(ids)  # byte tokens at the border, of which the new ones spoil the whole run
 
 
 class _ByteDetokenizer:
@@ -48,7 +85,7 @@ class _ByteDetokenizer:
         if id in self._special:
             return ""
         token = self._token(id)
-        return self._utf8.decode(_token_bytes(token)) if token is not None else ""
+        return self._utf8.decode(token_bytes(token)) if token is not None else ""
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -57,15 +94,15 @@ class _ByteDetokenizer:
 class _WindowDetokenizer:
     """For every other decoder: decode the newest tokens behind a few known ones, show what that adds.
 
-    ids    … shown long ago … │ context, shown │ pending, not shown yet
-                              └──── decoded together ─────┘
+    ids    … prompt, shown long ago … │ context, shown │ pending, not shown yet
+                                      └──── decoded together ─────┘
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._special = tokenizer.special_ids
-        self._context: list[int] = []
-        self._context_text = ""
+        self._context = context_of(tokenizer, prompt)
+        self._context_text = tokenizer.decode(self._context) if self._context else ""
         self._pending: list[int] = []
 
     def push(self, id: int) -> str:
@@ -73,9 +110,9 @@ class _WindowDetokenizer:
             return ""
         self._pending.append(id)
         # A run of byte tokens is decoded as one, and one bad byte spoils all of it: wait until it ends.
-        if _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(id) or ""):
+        if is_byte_token(self._tokenizer, id):
             return ""
-        text = self._tokenizer.decode([*self._context, *self._pending])
+        text = self._decoded()
         if text.endswith(_REPLACEMENT) and len(self._pending) < _LONGEST_WINDOW:
             return ""
         return self._show(text)
@@ -83,7 +120,10 @@ class _WindowDetokenizer:
     def finish(self) -> str:
         if not self._pending:
             return ""
-        return self._show(self._tokenizer.decode([*self._context, *self._pending]))
+        return self._show(self._decoded())
+
+    def _decoded(self) -> str:
+        return decode_behind(self._tokenizer, self._context, self._context_text, self._pending)
 
     def _show(self, text: str) -> str:
         piece = text[len(self._context_text) :]
@@ -93,7 +133,7 @@ class _WindowDetokenizer:
         return piece
 
 
-def _token_bytes(token: str) -> bytes:
+def token_bytes(token: str) -> bytes:
     """The bytes of a byte-level token; an added token with other characters stands for itself."""
     try:
         return bytes(_BYTE_OF[char] for char in token)
@@ -114,7 +154,7 @@ def _byte_of() -> dict[str, int]:
 _BYTE_OF = _byte_of()
 
 
-def decode_in_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    """All pieces of a finished answer, one a token and one for the end; joined they are its text."""
-    stream = detokenizer(tokenizer)
+def decode_in_pieces(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> list[str]:
+    """All pieces of a finished answer to ``prompt``, one a token and one for the end; joined they are its text."""
+    stream = detokenizer(tokenizer, prompt)
     return [*(stream.push(id) for id in ids), stream.finish()]

@@ -1,82 +1,146 @@
 """Chat templates: Jinja programs that come with a model and turn messages into the text it was trained on.
 
-The program is somebody else's, so it runs in Jinja's sandbox. What it may use (filters, globals, block trimming) is
-what transformers documents for chat templates; the rendered text must equal transformers' byte for byte.
+The program runs in a process of its own (``template_worker``). Here is what it gets, and what is said when it fails.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-from tpctl.errors import CheckpointError, RequestError
+from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread
+from tpctl.client.template_process import LIMITS, TemplateProcess
+from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-Message = Mapping[str, Any]
-"""``role`` and ``content``, and whatever else a model's template reads."""
+_RESERVED = ("messages", "add_generation_prompt")
+_PROBE = "any text at all"
 
 
 class ChatTemplate:
-    """A compiled template with the model's special tokens bound to it."""
+    """A compiled template with the model's special tokens bound to it.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    Attributes:
+        name: the file it is from, as messages call it.
+        uses: what it reads.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        *,
+        name: str = "of this model",
+        process: TemplateProcess | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         """Compile.
 
         Args:
             special_tokens: names as templates use them (``bos_token``, ``eos_token``, …) and the tokens'
                 text.
+            process: where it runs; by default a process of its own.
+            variables: what it is given with every conversation, as ``render`` may add to.
 
         Raises:
-            CheckpointError: the template is not valid Jinja.
+            CheckpointError: the template is not valid Jinja, or compiling it takes too long or too much memory.
+            UsageError: ``variables`` names one that it does not read.
         """
-        from jinja2 import TemplateSyntaxError
-
-        try:
-            self._template: Template = _environment().from_string(source)
-        except TemplateSyntaxError as error:
-            line = f"line {error.lineno}: {error.message}"
-            raise CheckpointError(f"the model's chat template does not compile, {line}") from None
-        except RecursionError as error:
-            raise CheckpointError(f"the model's chat template does not compile: {error}") from None
+        self.name = name
+        self._source = source
         self._special_tokens = dict(special_tokens)
+        self._process = process or TemplateProcess()
+        answer = self._process.compile(source)
+        if failed := answer.get("failed"):
+            said = f" {LIMITS[failed]}" if failed in LIMITS else f" does not compile, {_line(answer)}"
+            raise CheckpointError(f"the chat template {name}{said}")
+        self.uses = Uses.from_dict(answer)
+        self._given = dict(variables or {})
+        try:
+            self._check_variables(self._given)
+        except RequestError as error:
+            raise UsageError(f"--chat-template-kwargs: {error}") from None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a conversation, ready for the model to go on.
 
+        Args:
+            variables: what the template is given besides, over what it is given every time.
+
         Raises:
-            RequestError: the template refuses these messages (roles that do not alternate, no system role,
-                …).
+            RequestError: the template refuses these messages (roles that do not alternate, no system role, …), fails
+                or takes too much, or does not read a field of them or one of ``variables``.
         """
+        self._check_variables(variables or {})
+        refuse_unread(messages, self.uses)
+        ready = prepared(messages, self.uses, lambda: self._takes_parts)
+        return self._text(ready, add_generation_prompt, variables)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether content may be a list of parts, tried with one."""
+        parts = [{"type": "text", "text": _PROBE}]
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except Exception as error:  # somebody else's program may raise anything
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from None
+            text = self._text([{"role": "user", "content": parts}], True, {})
+        except RequestError:
+            return False
+        return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+    def _text(self, messages: Sequence[Message], add_prompt: bool, variables: Mapping[str, Any] | None) -> str:
+        given = {
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+            **self._given,
+            **(variables or {}),
+            "messages": messages,
+            "add_generation_prompt": add_prompt,
+        }
+        try:
+            answer = self._process.render(self._source, given)
+        except RecursionError:
+            raise RequestError("the messages are nested too deeply") from None
+        match answer.get("failed"):
+            case None:
+                text: str = answer["text"]
+                return text
+            case "refused":
+                raise RequestError(f"the model's chat template refuses these messages: {_line(answer)}")
+            case "length":
+                raise RequestError(f"the chat template {self.name} makes a text of {_line(answer)}")
+            case failed if failed in LIMITS:
+                raise RequestError(f"the chat template {self.name} {LIMITS[failed]}")
+        raise RequestError(f"the chat template {self.name} fails on these messages: {_line(answer)}")
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        for name in variables:
+            if name in _RESERVED:
+                raise RequestError(f"chat_template_kwargs may not set {name!r}, which tpctl sets itself")
+            if name not in self.uses.variables:
+                others = sorted({*self.uses.variables} - {*_RESERVED, *self._special_tokens})
+                read = f"it reads {', '.join(others)}" if others else "it reads none"
+                raise RequestError(f"chat_template_kwargs has {name!r}, which the chat template does not read; {read}")
 
 
-def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+def read_template(folder: Path, tokenizer_config: Mapping[str, Any], shown: str | None = None) -> str | None:
     """A checkpoint folder's template: ``chat_template.jinja``, else the one in ``tokenizer_config.json``.
+
+    Args:
+        shown: what messages call ``folder``.
 
     Raises:
         CheckpointError: the file cannot be read, or is not UTF-8.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from None
+        return read_text(file, f"{shown or folder}/chat_template.jinja")
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several by name; the one for plain chat is called "default"
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -84,42 +148,24 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
     return template if isinstance(template, str) else None
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def template_name(folder: Path, shown: str) -> str:
+    """What messages call the template's file in ``folder``."""
+    return f"{shown}/{'chat_template.jinja' if (folder / 'chat_template.jinja').is_file() else 'tokenizer_config.json'}"
 
-    class Generation(Extension):
-        """``{% generation %}…{% endgeneration %}`` marks an answer, for training; here just its body."""
 
-        tags = {"generation"}  # noqa: RUF012 — as Jinja declares it
+def read_text(file: Path, shown: str) -> str:
+    """The text of a template's file, which messages call ``shown``.
 
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    Raises:
+        CheckpointError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{shown} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{shown} cannot be read: {error}") from None
 
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own filter escapes HTML characters, which a model was never shown.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
+def _line(answer: Mapping[str, Any]) -> str:
+    return shorten(" ".join(str(answer["message"]).split()), 300)

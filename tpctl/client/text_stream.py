@@ -61,9 +61,17 @@ class TextStream:
         logprobs: one entry for each of ``token_ids``, as in ``Output``; empty if none were asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
-        """Begin. ``min_tokens``: as in ``SamplingParams``."""
-        self._detokenizer = detokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
+        """Begin.
+
+        Args:
+            stop: texts that end the answer.
+            prompt: the tokens that it follows.
+            min_tokens: as in ``SamplingParams``.
+        """
+        self._detokenizer = detokenizer(tokenizer, prompt)
         self._min_tokens = min_tokens
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []

@@ -1,0 +1,170 @@
+"""Tokens that a checkpoint adds in other files than ``tokenizer.json``, by transformers' rules for reading them.
+
+``tokenizer_config.json`` lists all added tokens in ``added_tokens_decoder``, and nothing else counts. Where it has no
+such list, ``special_tokens_map.json`` goes over it, and ``added_tokens.json`` holds the list, with no more than ids.
+Named tokens (``bos_token``, …) and ``extra_special_tokens`` (once ``additional_special_tokens``) that are in none of
+the lists come last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpctl.errors import CheckpointError
+from tpctl.errors import shown as _shown
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_LIST = "added_tokens_decoder"
+_NAMED = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """What the files beside ``tokenizer.json`` say.
+
+    Attributes:
+        config: all of ``tokenizer_config.json``.
+        special_tokens: ``bos_token``, ``eos_token``, … and the text of each.
+        shown: what messages call the folder.
+    """
+
+    config: Mapping[str, Any]
+    special_tokens: Mapping[str, str]
+    shown: str
+    _values: Mapping[str, Any]
+    _extra: tuple[Any, ...]
+    _listed: Mapping[str, int] | None
+
+    @classmethod
+    def read(cls, folder: Path, shown: str | None = None) -> TokenFiles:
+        """Read them; each may be missing.
+
+        Raises:
+            CheckpointError: one cannot be read, or holds no JSON object.
+        """
+        name = shown or str(folder)
+        config = read_json(folder / CONFIG, f"{name}/{CONFIG}")
+        values, listed = dict(config), None
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+        if _LIST not in config:
+            special = read_json(folder / SPECIAL_MAP, f"{name}/{SPECIAL_MAP}")
+            values |= {key: value for key, value in special.items() if value is not None}
+            extra = _joined(extra, special.get("extra_special_tokens") or special.get("additional_special_tokens"))
+            listed = read_json(folder / ADDED, f"{name}/{ADDED}")
+        named = {key: value for key, value in values.items() if key.endswith("_token")}
+        if not isinstance(extra, dict | list | None):
+            raise CheckpointError(f"{name}: extra_special_tokens is {_shown(extra)}, but must be a list of tokens")
+        if isinstance(extra, dict):
+            named, extra = {**named, **extra}, ()
+        texts = {key: _text(value) for key, value in named.items()}
+        special_tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
+        return cls(config, special_tokens, name, named, tuple(extra or ()), listed)
+
+    def add_to(self, backend: Tokenizer) -> None:
+        """Add what ``backend`` does not know, and give what it does know the flags that stand here.
+
+        Raises:
+            CheckpointError: an entry is none, or its token cannot have the id that stands beside it.
+        """
+        where = CONFIG if self._listed is None else ADDED
+        try:
+            listed = self._from_config() if self._listed is None else self._from_added()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.shown}/{where} lists tokens that cannot be added: {error!r}") from None
+        try:
+            known = {token.content for token in backend.get_added_tokens_decoder().values()} | set(listed)
+            backend.add_tokens([token for _, token in sorted(listed.values(), key=lambda item: item[0])])
+            backend.add_tokens(self._unlisted(known))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.shown}/{CONFIG} names tokens that cannot be added: {error!r}") from None
+        for text, (id, _) in listed.items():
+            given = backend.token_to_id(text)
+            if text and given != id:
+                raise CheckpointError(
+                    f"{self.shown}/{where} gives {_shown(text)} the id {id}, but behind the tokens of tokenizer.json it "
+                    f"would get {given}; correct one of the two files"
+                )
+
+    def _from_config(self) -> dict[str, tuple[int, AddedToken]]:
+        return {
+            entry["content"]: (int(id), _token(entry, special=entry["content"] in self.special_tokens.values()))
+            for id, entry in (self.config[_LIST] or {}).items()
+        }
+
+    def _from_added(self) -> dict[str, tuple[int, AddedToken]]:
+        from tokenizers import AddedToken
+
+        special = {text for name, text in self.special_tokens.items() if name in _NAMED} | set(map(_text, self._extra))
+        found = {}
+        for text, id in (self._listed or {}).items():
+            if isinstance(id, bool) or not isinstance(id, int):
+                raise TypeError(f"the id of {_shown(text)} is {_shown(id)}")
+            found[text] = (id, AddedToken(text, special=text in special, normalized=text not in special))
+        return found
+
+    def _unlisted(self, known: set[str]) -> list[AddedToken]:
+        from tokenizers import AddedToken
+
+        found = []
+        for value, named in [*((value, True) for value in self._values.values()), *((v, False) for v in self._extra)]:
+            text = _text(value)
+            if not isinstance(text, str) or not text or text in known:
+                continue
+            known.add(text)
+            plain = isinstance(value, str)
+            found.append(
+                AddedToken(text, special=True) if plain else _token(value, special=named or "__type" not in value)
+            )
+        return found
+
+
+def read_json(file: Path, shown: str) -> dict[str, Any]:
+    """The JSON object in ``file``, which messages call ``shown``; empty if there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except RecursionError:
+        raise CheckpointError(f"{shown} cannot be read: it is nested too deeply") from None
+    except OSError as error:
+        raise CheckpointError(f"{shown} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{shown} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{shown} holds no JSON object")
+    return value
+
+
+def _text(value: Any) -> Any:
+    """The text of a token, which is itself or a dictionary's ``content``."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _token(entry: Mapping[str, Any], *, special: bool) -> AddedToken:
+    from tokenizers import AddedToken
+
+    flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
+    if special:
+        flags["special"] = True
+    return AddedToken(entry["content"], **flags)
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Two collections of tokens as one, if both are lists; else the second, as elsewhere in that file."""
+    if not second or not first:
+        return first or second
+    if isinstance(first, list) and isinstance(second, list):
+        return [*first, *(token for token in second if token not in first)]
+    return second

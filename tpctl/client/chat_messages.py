@@ -1,0 +1,139 @@
+"""The messages of a conversation, as a chat template is given them.
+
+A message is a JSON object with a ``role``, a ``content``, and whatever else the model's template reads. What it does not
+read is refused by name, so that nothing somebody wrote is dropped without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpctl.errors import RequestError, shown
+
+Message = Mapping[str, Any]
+"""``role`` and ``content``, and whatever else a model's template reads."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which services and templates keep what a model thought before it answered."""
+
+
+def check_messages(value: Any) -> list[dict[str, Any]]:
+    """``value`` as messages.
+
+    Raises:
+        RequestError: it is no list of them; the message says which one is wrong, and how.
+    """
+    if not isinstance(value, list) or not value:
+        raise RequestError(
+            f'messages is {shown(value)}, but must be a list of {{"role": "…", "content": "…"}}, not empty'
+        )
+    for number, message in enumerate(value, start=1):
+        fields = message if isinstance(message, dict) else {}
+        if not isinstance(fields.get("role"), str):
+            raise RequestError(f"message {number} is {shown(message)}, but must have a string as its role")
+        content = fields.get("content")
+        if isinstance(content, list):
+            _check_parts(number, content)
+        elif not isinstance(content, str) and (content is not None or not _says_else(fields)):
+            raise RequestError(f"message {number} is {shown(message)}, but must have a string as its content")
+    return list(value)
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a template reads.
+
+    Attributes:
+        variables: names that it does not set itself.
+        names: of fields, and all other texts in its expressions, one of which may name a field.
+        whole: whether it shows messages with all their fields, whatever their names.
+        text_arguments: whether it takes the arguments of a tool's call as text, too.
+    """
+
+    variables: Sequence[str]
+    names: frozenset[str]
+    whole: bool
+    text_arguments: bool
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Uses:
+        return cls(found["variables"], frozenset(found["names"]), found["whole"], found["text_arguments"])
+
+    def reads(self, field: str) -> bool:
+        """Whether a field of a message is read under its name, or as what a model thought under another one."""
+        if self.whole or field in ("role", "content") or field in self.names:
+            return True
+        return field in REASONING and any(other in self.names for other in REASONING)
+
+
+def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
+    """Refuse fields that a template does not read.
+
+    Raises:
+        RequestError: a message has such a field.
+    """
+    for number, message in enumerate(messages, start=1):
+        for name, value in message.items():
+            if value is not None and not uses.reads(name):
+                raise RequestError(
+                    f"message {number} has the field {shown(name)}, which the model's chat template does not read; "
+                    "leave it out"
+                )
+
+
+def prepared(messages: Sequence[Message], uses: Uses, takes_parts: Callable[[], bool]) -> list[dict[str, Any]]:
+    """Messages under the names and in the forms that a template reads.
+
+    Fields that are null are left out. What was thought is there under every name for it that the template may read.
+    The arguments of a tool's call, which services write as text, become the object that templates expect. Parts of a
+    content are one text, line by line, where the template takes no parts.
+    """
+    return [_prepared(message, uses, takes_parts) for message in messages]
+
+
+def _prepared(message: Message, uses: Uses, takes_parts: Callable[[], bool]) -> dict[str, Any]:
+    fields = {name: value for name, value in message.items() if value is not None}
+    thought = next((fields[name] for name in REASONING if name in fields), None)
+    if thought is not None:
+        # The first two are there always, as in transformers, for templates that show a message whole.
+        read = {"reasoning_content", "thinking"} | {name for name in REASONING if name in uses.names}
+        fields = {**{name: thought for name in REASONING if name in read}, **fields, "reasoning_content": thought}
+    if isinstance(fields.get("content"), list) and not takes_parts():
+        fields["content"] = "\n".join(part["text"] for part in fields["content"])
+    if isinstance(fields.get("tool_calls"), list) and not uses.text_arguments:
+        fields["tool_calls"] = [_call(call) for call in fields["tool_calls"]]
+    return fields
+
+
+def _call(call: Any) -> Any:
+    """A tool's call with its arguments as an object, if they are the text of one."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call(call["function"])}
+    text = call.get("arguments")
+    if isinstance(text, str) and re.match(r"\s*\{", text):
+        try:
+            return {**call, "arguments": json.loads(text)}
+        except (ValueError, RecursionError):
+            return call
+    return call
+
+
+def _says_else(message: Message) -> bool:
+    return any(message.get(name) for name in ("tool_calls", "function_call", *REASONING))
+
+
+def _check_parts(number: int, parts: list[Any]) -> None:
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            what = f"of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else shown(part)
+            raise RequestError(
+                f"message {number} has a part {what} in its content; tpctl takes text only: "
+                '{"type": "text", "text": "…"}'
+            )

@@ -1,0 +1,127 @@
+"""The command's end of the process in which a chat template runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from tpctl.children import python_environment
+from tpctl.client.template_worker import MEMORY, NO_MEMORY, SECONDS, frame, receive
+from tpctl.errors import EngineError
+
+_PATIENCE = 60.0  # seconds beyond a request's own: for the start, and for a machine that is busy
+
+
+class TemplateProcess:
+    """One process, which is started at once and again whenever a template has ended it.
+
+    Make it early: what it takes to start, a tenth of a second, then passes while other things are done. Threads may
+    share it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._source: str | None = None  # what the process has compiled
+        self._process: subprocess.Popen[bytes] | None = self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone
+            self.close()
+
+    def compile(self, source: str) -> dict[str, Any]:
+        """What a template uses; the worker's answer."""
+        with self._lock:
+            return self._compile(source)
+
+    def render(self, source: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """A template's text; the worker's answer."""
+        with self._lock:
+            if self._source != source and "failed" in (answer := self._compile(source)):
+                return answer
+            return self._ask({"render": variables})
+
+    def close(self) -> None:
+        """End the process. May be called again; a later request starts another one."""
+        process, self._process, self._source = self._process, None, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _compile(self, source: str) -> dict[str, Any]:
+        self._source = None
+        answer = self._ask({"compile": source})
+        if "failed" not in answer:
+            self._source = source
+        return answer
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self._process is None:
+            self._process = self._start()
+        answer = None
+        try:
+            answer = self._exchange(self._process, frame(request))
+        finally:
+            if answer is None:  # it ended, or Ctrl-C came between a request and its answer
+                ended = self._process.poll()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    ended = self._process.wait(1.0 if ended is None else None)
+                self.close()
+        return _end(ended) if answer is None else answer
+
+    @staticmethod
+    def _exchange(process: subprocess.Popen[bytes], data: bytes) -> dict[str, Any] | None:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(data)
+            process.stdin.flush()
+            if select.select([process.stdout], [], [], SECONDS + _PATIENCE)[0]:
+                return receive(process.stdout)
+        return None
+
+    @staticmethod
+    def _start() -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tpctl.client.template_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=python_environment(os.environ),
+                start_new_session=True,  # Ctrl-C at the terminal is for the command
+            )
+        except OSError as error:
+            raise EngineError(f"cannot start {sys.executable} for the chat template: {error.strerror}") from None
+
+
+def _end(code: int | None) -> dict[str, Any]:
+    """What a process that ended without an answer would have said."""
+    if code is None or code == -signal.SIGALRM:
+        return {"failed": "time", "message": ""}
+    if code in (-signal.SIGKILL, NO_MEMORY):  # the first is the kernel's, where a whole machine has none left
+        return {"failed": "memory", "message": ""}
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return {"failed": "error", "message": f"its process ended ({how})"}
+
+
+LIMITS = {"time": f"took more than {SECONDS:.0f} s", "memory": f"took more than {MEMORY >> 20} MB"}
+"""How the limits are named in messages."""

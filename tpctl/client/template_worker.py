@@ -1,0 +1,202 @@
+"""The process in which a chat template runs: ``python -m tpctl.client.template_worker``.
+
+A template is somebody else's program. Jinja's sandbox keeps it from reaching out, but not from multiplying a string to
+gigabytes, or from looping for ever, and nothing can stop it while it does. So it runs here, where the system ends it:
+an alarm after ``SECONDS``, and no more than ``MEMORY`` bytes beside what the interpreter needs.
+
+Requests and answers are JSON objects, each behind its length in four bytes; see ``answer``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS = 10.0
+"""For one request: a real template takes less than a millisecond."""
+MEMORY = 512 << 20
+LONGEST = 1 << 20
+"""Characters of a rendered text, and eight times those of the template and of what it was given."""
+
+NO_MEMORY = 77
+"""Exit code where there is no memory left to say so."""
+
+SIZE = struct.Struct("!I")
+_MESSAGE = 1000  # characters of what a template says of itself
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """What a chat template may use: what transformers documents, so that the text equals transformers' byte for byte."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}…{% endgeneration %}`` marks an answer, for training; here just its body."""
+
+        tags = {"generation"}  # noqa: RUF012 — as Jinja declares it
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own filter escapes HTML characters, which a model was never shown.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = strftime_now
+    return made
+
+
+class Worker:
+    """Holds the template that was compiled last."""
+
+    def __init__(self) -> None:
+        self._environment = environment()
+        self._template: Template | None = None
+        self._length = 0
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Do what is asked.
+
+        Args:
+            request: ``compile``: a template's source; or ``render``: the variables to render it with.
+
+        Returns:
+            ``text``, or what ``Uses`` holds; or ``failed`` ("refused" by the template itself, "memory", "length" or
+            "error") with ``message``.
+        """
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
+        from jinja2.sandbox import SecurityError
+
+        try:
+            if "compile" in request:
+                return self._compile(request["compile"])
+            return self._render(request["render"])
+        except MemoryError:
+            return {"failed": "memory", "message": ""}
+        except TemplateSyntaxError as error:
+            return {"failed": "error", "message": f"line {error.lineno}: {error.message}"[:_MESSAGE]}
+        except (UndefinedError, SecurityError) as error:
+            return {"failed": "error", "message": str(error)[:_MESSAGE]}
+        except TemplateError as error:
+            return {"failed": "refused", "message": str(error)[:_MESSAGE]}
+        except Exception as error:  # somebody else's program may raise anything
+            return {"failed": "error", "message": f"{type(error).__name__}: {error}"[:_MESSAGE]}
+
+    def _compile(self, source: str) -> dict[str, Any]:
+        from tpctl.client.template_uses import uses
+
+        self._template = None
+        found = uses(self._environment.parse(source))
+        self._template = self._environment.from_string(source)
+        self._length = len(source)
+        return found
+
+    def _render(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._template is not None
+        text = self._template.render(variables)
+        longest = LONGEST + 8 * (self._length + sum(map(len, _strings(variables))))
+        if len(text) > longest:
+            return {"failed": "length", "message": f"{len(text):,} characters, more than {longest:,}"}
+        return {"text": text}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def receive(stream: IO[bytes]) -> dict[str, Any] | None:
+    """The next request or answer; ``None`` at the end."""
+    size = stream.read(SIZE.size)
+    if len(size) < SIZE.size:
+        return None
+    (length,) = SIZE.unpack(size)
+    body = stream.read(length)
+    return json.loads(body) if len(body) == length else None
+
+
+def frame(value: Mapping[str, Any]) -> bytes:
+    """A request or an answer as bytes. Half surrogate pairs stay what they are."""
+    body = json.dumps(value).encode()
+    return SIZE.pack(len(body)) + body
+
+
+def _limit_memory() -> None:
+    import resource
+
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        used = 1 << 30  # no Linux
+    for kind, size in ((resource.RLIMIT_AS, used + MEMORY), (resource.RLIMIT_CORE, 0)):
+        _, most = resource.getrlimit(kind)
+        wanted = size if most == resource.RLIM_INFINITY else min(size, most)
+        try:
+            resource.setrlimit(kind, (wanted, wanted))
+        except (OSError, ValueError):  # macOS refuses limits of memory
+            continue
+
+
+def main() -> None:
+    """Answer requests until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this process
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
+    worker = Worker()
+    worker.answer({"compile": "{{ messages | trim }}"})  # imports what compiling needs
+    worker.answer({"render": {"messages": ""}})
+    _limit_memory()
+    try:
+        _serve(worker, requests, answers)
+    except MemoryError:
+        os._exit(NO_MEMORY)
+
+
+def _serve(worker: Worker, requests: IO[bytes], answers: IO[bytes]) -> None:
+    while (request := receive(requests)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        answer = worker.answer(request)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        data = memoryview(frame(answer))
+        while data:
+            data = data[answers.write(data) :]
+
+
+if __name__ == "__main__":
+    main()

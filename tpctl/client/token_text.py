@@ -1,0 +1,85 @@
+"""The text of single tokens where they stand, for the logprobs of an answer's tokens and of those not chosen."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from tpctl.client.detokenizer import context_of, decode_behind, is_byte_level, is_byte_token, token_bytes
+from tpctl.client.tokenizer import Tokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokenTexts(Protocol):
+    """What each token adds to the text before it.
+
+    A character that is spread over several tokens is the text of the last of them, and the others have none; so the
+    texts of an answer's tokens, joined, are the answer. Control tokens, which an answer's text leaves out, are shown
+    as they are written.
+    """
+
+    def peek(self, id: int) -> str:
+        """The text of the token ``id`` if it came next."""
+        ...
+
+    def push(self, id: int) -> str:
+        """The text of the token ``id``, which does come next."""
+        ...
+
+
+def token_texts(tokenizer: Tokenizer, prompt: Sequence[int]) -> TokenTexts:
+    """For the tokens that follow ``prompt``."""
+    return _ByteTexts(tokenizer) if is_byte_level(tokenizer) else _ContextTexts(tokenizer, prompt)
+
+
+class _ByteTexts:
+    """For byte-level BPE: a token's bytes behind those of an unfinished character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def peek(self, id: int) -> str:
+        state = self._utf8.getstate()
+        text = self.push(id)
+        self._utf8.setstate(state)
+        return text
+
+    def push(self, id: int) -> str:
+        token = self._tokenizer.backend.id_to_token(id)
+        if token is None or id in self._tokenizer.special_ids:
+            return token or ""
+        return self._utf8.decode(token_bytes(token))
+
+
+class _ContextTexts:
+    """For every other decoder: decode a token behind those before it, and see what that adds."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._special = tokenizer.special_ids
+        self._context: list[int] = []
+        self._text = ""
+        self._pending: list[int] = []  # bytes of a character that is not finished
+        self._settle(prompt)
+
+    def peek(self, id: int) -> str:
+        if id in self._special:
+            return self._tokenizer.backend.id_to_token(id) or ""
+        text = decode_behind(self._tokenizer, self._context, self._text, [*self._pending, id])[len(self._text) :]
+        unfinished = is_byte_token(self._tokenizer, id) and _REPLACEMENT in text
+        return "" if unfinished else text
+
+    def push(self, id: int) -> str:
+        text = self.peek(id)
+        if id not in self._special:
+            self._pending.append(id)
+            if text:
+                self._settle([*self._context, *self._pending])
+        return text
+
+    def _settle(self, ids: Sequence[int]) -> None:
+        self._context, self._pending = context_of(self._tokenizer, ids), []
+        self._text = self._tokenizer.decode(self._context) if self._context else ""
