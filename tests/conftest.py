@@ -18,6 +18,11 @@ settings.register_profile("tpctl", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tpctl")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-minutes", type=float, help="fuzz for so long with new cases (of tests/fuzz)")
+    parser.addoption("--fuzz-seed", type=int, help="fuzz with the cases of an earlier run, whose seed this is")
+
+
 @pytest.fixture(scope="session")
 def demo() -> ResolvedSource:
     """The demo model's checkpoint, in the cache; the first run on a machine fetches it.
