@@ -7,7 +7,6 @@ import secrets
 import sys
 import time
 
-from tests.fuzz.case import Case
 from tests.fuzz.hunt import Found, Tally, hunt
 from tests.fuzz.runner import SECONDS, Runner
 from tests.fuzz.targets import TARGETS
@@ -51,9 +50,8 @@ def _small(runner: Runner, target: str, cases: int, seed: int, signature: str) -
 
 
 def _print(tallies: dict[str, Tally], seconds: float) -> None:
-    print(
-        f"\n{'target':<12}{'cases':>7}{'exit 0':>8}{'exit 1':>8}{'exit 2':>8}{'worst s':>9}{'worst MB':>10}{'faults':>8}"
-    )
+    titles = "".join(f"{title:>8}" for title in ("exit 0", "exit 1", "exit 2"))
+    print(f"\n{'target':<12}{'cases':>7}{titles}{'worst s':>9}{'worst MB':>10}{'faults':>8}")
     rows = [*tallies.items(), ("all", _sum(list(tallies.values())))]
     for name, tally in rows:
         codes = "".join(f"{tally.codes.get(code, 0):>8}" for code in (0, 1, 2))

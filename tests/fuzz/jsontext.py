@@ -1,4 +1,4 @@
-"""JSON text that ``json.dumps`` would not write: deep nesting, doubled keys, numbers of 5,000 digits, halves of pairs."""
+"""JSON text that ``json.dumps`` would not write: deep nesting, doubled keys, numbers of 5,000 digits."""
 
 from __future__ import annotations
 

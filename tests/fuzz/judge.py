@@ -79,9 +79,9 @@ def _messages(case: Case, outcome: Outcome) -> list[Fault]:
         found.append(Fault("message of several lines", name, outcome.stderr[:500]))
     if outcome.code in (1, 2) and outcome.stdout and not ran:
         found.append(Fault("output before an error", name, outcome.stdout[:200]))
-    if name in _PLAIN_TEXT and "--json" not in outcome.command:
-        if strange := sorted({character for character in outcome.stdout if _steers(character) and character != "\n"}):
-            found.append(Fault("control characters in the output", name, f"{strange} in {outcome.stdout[:300]!r}"))
+    shown = outcome.stdout if name in _PLAIN_TEXT and "--json" not in outcome.command else ""
+    if strange := sorted({character for character in shown if _steers(character) and character != "\n"}):
+        found.append(Fault("control characters in the output", name, f"{strange} in {outcome.stdout[:300]!r}"))
     return found
 
 

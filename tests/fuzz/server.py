@@ -82,7 +82,7 @@ def _prepare(sandbox: Sandbox) -> None:
     import tpctl.sharding.inspect
     import tpctl.sharding.merge
     import tpctl.sharding.reshard
-    import tpctl.sharding.shard  # noqa: F401
+    import tpctl.sharding.shard
 
     # What takes most of a command's time here says nothing of it: the command line's parser is built once, and nothing
     # need be on a disk after the power fails.
