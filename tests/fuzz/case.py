@@ -17,8 +17,8 @@ class Change:
         path: relative to the folder that the commands run in.
         kind: ``"write"`` puts ``content`` there. The others are forms that a name can have: ``"remove"``, ``"folder"``,
             ``"fifo"``, ``"loop"`` (a link to itself), ``"dangling"``, ``"zero"`` (a link to /dev/zero),
-            ``"unreadable"``, ``"cut"`` (to ``size`` bytes), ``"sparse"`` (lengthened to ``size`` bytes), ``"flip"`` (bit
-            ``size``).
+            ``"unreadable"``, ``"cut"`` (to ``size`` bytes), ``"sparse"`` (lengthened to ``size`` bytes),
+            ``"flip"`` (bit ``size``).
         why: what was done to the content, in words.
     """
 

@@ -13,7 +13,7 @@ BOMBS = [
     "{% for i in range(10**9) %}x{% endfor %}",
     "{{ 'x' * 10**9 }}",
     "{{ 'x' * 10**10 }}",
-    "{% set s = namespace(x='x' * 999) %}{% for i in range(60) %}{% set s.x = s.x + s.x %}{% endfor %}{{ s.x | length }}",
+    "{% set s = namespace(x='x' * 999) %}{% for i in range(60) %}{% set s.x = s.x + s.x %}{% endfor %}done",
     "{% set s = namespace(x='xx') %}{% for i in range(40) %}{% set s.x = s.x ~ s.x %}{% endfor %}done",
     "{% set s = namespace(x=[0]) %}{% for i in range(60) %}{% set s.x = s.x + s.x %}{% endfor %}{{ s.x | length }}",
     "{{ [0] * 10**10 }}",
