@@ -67,7 +67,8 @@ def make_base(work: Path, base: str) -> None:
 
 WORDS_CONFIG: dict[str, Any] = {
     "add_bos_token": True,
-    "bos_token": {"content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False},
+    "bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False}
+    | {"rstrip": False, "single_word": False, "special": True},
     "eos_token": "</s>",
     "unk_token": "<unk>",
     "added_tokens_decoder": {"263": {"content": "<end>", "special": True, "lstrip": False, "rstrip": False}},

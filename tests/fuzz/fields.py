@@ -88,7 +88,7 @@ _CONFIG: Fields = {
         "LlamaForCausalLM",
     ],
     "hidden_size": [24, 48, 25, 23, 2**31 - 1],
-    "num_hidden_layers": [1, 2, 3, 2**31 - 1, 100_000],
+    "num_hidden_layers": [1, 2, 3, 2**31 - 1, 10_000],
     "num_attention_heads": [4, 2, 8, 3, 1, 2**31 - 1],
     "num_key_value_heads": [None, 1, 2, 4, 3, 8, 0],
     "head_dim": [None, 6, 8, 0, 5, 2**31 - 1],
@@ -422,6 +422,11 @@ TOKENIZER_CONFIG: Fields = {
     "legacy": [True, False],
     "split_special_tokens": [True],
     "padding_side": ["left", "x"],
+}
+SPECIAL_TOKENS: Fields = {
+    name: TOKENIZER_CONFIG[name]
+    for name in TOKENIZER_CONFIG
+    if name.endswith("_tokens") or name in ("bos_token", "eos_token", "unk_token", "pad_token", "x_token")
 }
 ADDED_TOKENS: Fields = {
     "<tool>": [263, 0, -1, 10**9, 2**32, None, "263", 263.0],
