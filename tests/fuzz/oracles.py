@@ -83,7 +83,7 @@ def _config(model: Path, name: str) -> list[Fault]:
         ours = ModelConfig.load(model)
     except TpctlError as error:
         return [Fault("a config that is refused when read again", name, str(error))]
-    theirs = _quietly(lambda: _read_by_transformers(model, ours))
+    theirs = _quietly(lambda: read_by_transformers(model, ours))
     if theirs is None:
         return []
     return [
@@ -93,7 +93,7 @@ def _config(model: Path, name: str) -> list[Fault]:
     ]
 
 
-def _read_by_transformers(model: Path, ours: Any) -> dict[str, tuple[Any, Any]]:
+def read_by_transformers(model: Path, ours: Any) -> dict[str, tuple[Any, Any]]:
     from transformers import CONFIG_MAPPING
 
     raw = json.loads((model / "config.json").read_text(encoding="utf-8-sig"))

@@ -8,14 +8,18 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from tests.fuzz.case import Case
+from tests.fuzz import oracles
+from tests.fuzz.bases import WORDS
+from tests.fuzz.case import Case, Outcome
 from tests.fuzz.hunt import examine, hunt
 from tests.fuzz.runner import Runner
 from tests.fuzz.sandbox import PYTHON
 from tests.fuzz.targets import BATCH, CHAT, TARGETS, shard_and_prove
+from tpctl.models.config import ModelConfig
 
 CASES = {"options": 120, "jsonl": 120, "template": 60}
 """Cases of a target in a run of all tests; ``_OTHERS`` where it is not named."""
@@ -80,3 +84,42 @@ def test_each_kind_of_fault_is_seen(impatient: Runner, code: str, kind: str) -> 
     """Of a command that has it."""
     _, faults = examine(impatient, Case("config", "llama", (), ((PYTHON, code),)))
     assert kind in [fault.kind for fault in faults]
+
+
+@pytest.mark.slow
+def test_a_wrong_result_is_seen(runner: Runner) -> None:
+    """By each oracle, of a result that was right until one thing in it was changed."""
+
+    def kinds(case: Case, outcomes: list[Outcome]) -> list[str]:
+        return [fault.kind for fault in oracles.check(case, outcomes, runner.work)]
+
+    case = Case("tokenizer", WORDS, (), (BATCH,))
+    (outcome,) = runner.run(case)
+    assert kinds(case, [outcome]) == []
+    outcome.engine["requests"][1]["token_ids"].pop()
+    assert kinds(case, [outcome]) == ["tokens unlike transformers"]
+    rows = (runner.work / "rows.jsonl").read_text().splitlines(keepends=True)
+    for changed, kind in (
+        (rows[:2], "rows are missing"),
+        ([rows[1], rows[0], rows[2]], "row of another id"),
+        ([rows[0].replace('"text"', '"error"'), *rows[1:]], "exit code unlike the rows"),
+        ([rows[0].replace("5", "NaN"), *rows[1:]], "rows that are no JSON"),
+    ):
+        (runner.work / "rows.jsonl").write_text("".join(changed))
+        assert kind in kinds(case, [outcome])
+
+    case = Case("header", "mistral", (), shard_and_prove(2))
+    outcomes = runner.run(case)
+    raw = bytearray((runner.work / "merged" / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (runner.work / "merged" / "model.safetensors").write_bytes(raw)
+    (runner.work / "model" / "model.safetensors").write_bytes(raw[:-1])
+    assert {"safetensors refuses the file", "merged files differ"} <= set(kinds(case, outcomes))
+
+    case = Case("config", "llama", (), (CHAT,))
+    outcomes = runner.run(case)
+    outcomes[0].engine["requests"][0]["sampling"]["top_k"] = 41
+    assert kinds(case, outcomes) == ["sampling unlike generation_config.json"]
+    ours = ModelConfig.load(runner.work / "model")
+    theirs = oracles.read_by_transformers(runner.work / "model", replace(ours, head_dim=7))
+    assert [key for key, (mine, their) in theirs.items() if mine != their] == ["head_dim", "rotary_dim"]
