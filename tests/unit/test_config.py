@@ -266,28 +266,27 @@ def test_fields_that_say_nothing_are_let_through() -> None:
     """As configs on the Hub have them, or as engines do not read them."""
     plain = parse()
     harmless: dict[str, Any] = {
-
-            "attention_dropout": 0.1,
-            "pretraining_tp": 2,
-            "use_cache": False,
-            "pad_token_id": -1,
-            "auto_map": {"a": "b"}
-        ,
-        "rope_interleaved": False, "is_llama_config": True, "use_mrope": False, "ffn_dim_multiplier": 1.3,
-
-            "final_logit_softcapping": None,
-            "logit_scale": 1,
-            "num_experts": 0,
-            "is_causal": True,
-            "per_layer_config": {}
-        ,
-        "query_pre_attn_scalar": 6, "no_rope_layers": [1, 1], "transformers_weights": "model.safetensors",
-
-            "original_max_position_embeddings": 64,
-            "initializer_range": 0.02,
-            "_name_or_path": "x",
-            "sliding_window": None
-        ,
+        "attention_dropout": 0.1,
+        "pretraining_tp": 2,
+        "use_cache": False,
+        "pad_token_id": -1,
+        "auto_map": {"a": "b"},
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "use_mrope": False,
+        "ffn_dim_multiplier": 1.3,
+        "final_logit_softcapping": None,
+        "logit_scale": 1,
+        "num_experts": 0,
+        "is_causal": True,
+        "per_layer_config": {},
+        "query_pre_attn_scalar": 6,
+        "no_rope_layers": [1, 1],
+        "transformers_weights": "model.safetensors",
+        "original_max_position_embeddings": 64,
+        "initializer_range": 0.02,
+        "_name_or_path": "x",
+        "sliding_window": None,
     }
     assert parse(**harmless) == plain
 
