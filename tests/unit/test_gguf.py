@@ -290,8 +290,6 @@ def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
         "quantize.imatrix.file": "x.dat",
         "somebody.else": "who made it",
         "tokenizer.ggml.fim_pre_token_id": 5,
-        "tokenizer.ggml.eot_token_id": 3,
-        "tokenizer.ggml.eom_token_id": 4,
         "tokenizer.chat_templates": ["tool_use"],
         "tokenizer.chat_template.tool_use": "tools",
     }
@@ -301,10 +299,33 @@ def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
     assert_equal_weights(stored_weights(folder), weights)
     config = ModelConfig.load(folder)
     assert (config.model_type, config.rope.kind, set(config.windows)) == ("llama", "default", {None})
-    assert config.eos_token_ids == (1, 3, 4)
     generation = json.loads((folder / "generation_config.json").read_text())
     assert (generation["temperature"], generation["top_k"], generation["do_sample"]) == (0.5, 20, True)
     assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+
+
+def test_every_token_that_ends_an_answer_is_kept(tmp_path: Path) -> None:
+    keys = {"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 4}
+    write_gguf(tmp_path / "tiny.gguf", keys=keys)
+    assert ModelConfig.load(convert(tmp_path / "tiny.gguf")).eos_token_ids == (1, 3, 4)
+
+
+@pytest.mark.parametrize(("pre", "text"), [("smollm", "Ġ 12"), ("llama-bpe", "zab")])
+def test_text_is_split_as_the_models_own_tokenizer_does(tmp_path: Path, pre: str, text: str) -> None:
+    """SmolLM2's makes a token of each digit; Llama 3's needs no merges for a word that is a token."""
+    from tokenizers import Tokenizer
+
+    tokens = [*TOKENS, "zab"]
+    keys = {
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    write_gguf(tmp_path / "tiny.gguf", tiny_config(vocab_size=len(tokens)), keys=keys)
+    tokenizer = Tokenizer.from_file(str(convert(tmp_path / "tiny.gguf") / "tokenizer.json"))
+    expected = {"smollm": ["Ġ", "1", "2"], "llama-bpe": ["zab"]}[pre]
+    assert tokenizer.encode(text.replace("Ġ", "")).tokens == expected
 
 
 def test_a_split_model_is_read_whole_by_any_of_its_files(tmp_path: Path) -> None:
