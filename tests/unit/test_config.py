@@ -170,7 +170,7 @@ def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: 
 
 
 def test_layer_types_of_another_length() -> None:
-    with pytest.raises(CheckpointError, match="layer_types has 1 entries for 2 layers"):
+    with pytest.raises(CheckpointError, match="layer_types has 1 kind for 2 layers"):
         parse("qwen2", sliding_window=4, use_sliding_window=True, layer_types=["full_attention"])
 
 
@@ -211,7 +211,10 @@ def test_junk_in_any_field_is_accepted_or_refused_in_one_line(family: str, chang
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "short_factor has 1 numbers, but 8"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
+            "short_factor has 1 number, but a head has 8 rotated pairs",
+        ),
         (
             {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
             "low_freq_factor 4 must be below high_freq_factor 4",
@@ -266,28 +269,27 @@ def test_fields_that_say_nothing_are_let_through() -> None:
     """As configs on the Hub have them, or as engines do not read them."""
     plain = parse()
     harmless: dict[str, Any] = {
-
-            "attention_dropout": 0.1,
-            "pretraining_tp": 2,
-            "use_cache": False,
-            "pad_token_id": -1,
-            "auto_map": {"a": "b"}
-        ,
-        "rope_interleaved": False, "is_llama_config": True, "use_mrope": False, "ffn_dim_multiplier": 1.3,
-
-            "final_logit_softcapping": None,
-            "logit_scale": 1,
-            "num_experts": 0,
-            "is_causal": True,
-            "per_layer_config": {}
-        ,
-        "query_pre_attn_scalar": 6, "no_rope_layers": [1, 1], "transformers_weights": "model.safetensors",
-
-            "original_max_position_embeddings": 64,
-            "initializer_range": 0.02,
-            "_name_or_path": "x",
-            "sliding_window": None
-        ,
+        "attention_dropout": 0.1,
+        "pretraining_tp": 2,
+        "use_cache": False,
+        "pad_token_id": -1,
+        "auto_map": {"a": "b"},
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "use_mrope": False,
+        "ffn_dim_multiplier": 1.3,
+        "final_logit_softcapping": None,
+        "logit_scale": 1,
+        "num_experts": 0,
+        "is_causal": True,
+        "per_layer_config": {},
+        "query_pre_attn_scalar": 6,
+        "no_rope_layers": [1, 1],
+        "transformers_weights": "model.safetensors",
+        "original_max_position_embeddings": 64,
+        "initializer_range": 0.02,
+        "_name_or_path": "x",
+        "sliding_window": None,
     }
     assert parse(**harmless) == plain
 

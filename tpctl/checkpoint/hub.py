@@ -181,10 +181,7 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
     names = remote.names()
     if ranks is not None and MANIFEST not in names:
         raise SourceError(f"{remote.id} is not sharded (it has no {MANIFEST}); leave --local-ranks out")
-    if ADAPTER in names and any(name.startswith("adapter_model") for name in names):
-        raise SourceError(f"{remote.id} is an adapter (it has {ADAPTER}); {MERGE_FIRST}")
-    if "config.json" not in names:
-        raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
+    check_model(remote)
     tensors = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if MANIFEST in names:
         # Whatever else lies beside them was copied from the source and is covered by the manifest's digests.
@@ -209,6 +206,15 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
         files = counted(len(tensors), "safetensors file")
         raise SourceError(f"{remote.id} holds {files} and no {INDEX}; nothing says which")
     return tuple(file for file in remote.files if file.name in METADATA or file.name in weights)
+
+
+def check_model(remote: RemoteModel) -> None:
+    """Raise ``SourceError`` unless ``remote`` has a config, and no adapter (LoRA) that transformers would apply."""
+    names = remote.names()
+    if ADAPTER in names and any(name.startswith("adapter_model") for name in names):
+        raise SourceError(f"{remote.id} holds an adapter ({ADAPTER}); {MERGE_FIRST}")
+    if "config.json" not in names:
+        raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
 
 
 def _shard_files(repo: str, tensors: Sequence[str], ranks: Sequence[int] | None) -> Sequence[str]:

@@ -89,9 +89,8 @@ def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadat
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
+    hub.check_model(remote)
     names = remote.names()
-    if "config.json" not in names:
-        raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")
     fetch = partial(hf_hub_download, remote.id, revision=remote.commit, token=token, etag_timeout=10)
     headers = partial(HfApi(token=token).get_safetensors_metadata, remote.id, revision=remote.commit)
     with explained(remote.id, remote.commit):
