@@ -82,7 +82,7 @@ def parse(raw: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{where} is not valid JSON: {error}; correct it, or download it again") from None
     except RecursionError:
-        raise CheckpointError(f"{where} is nested more than {MOST_DEPTH} levels deep") from None
+        raise CheckpointError(f"{where} is nested more than {MOST_DEPTH} levels deep; download it again") from None
     except ValueError as error:
         raise CheckpointError(f"{where} is not valid: {error}; correct it, or download it again") from None
     return value

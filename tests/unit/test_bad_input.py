@@ -25,7 +25,7 @@ import pytest
 from tests.unit.hub_server import Hub, Refusal, serving
 from tests.unit.synthetic import make_checkpoint, make_config
 from tests.unit.test_download import environment, files
-from tpctl.checkpoint.safetensors import read_header
+from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.cli import app as app_module
 from tpctl.sharding.shard import shard_checkpoint
 
@@ -76,6 +76,23 @@ def prepare(folder: Path) -> None:
     (folder / "pickles" / "config.json").write_text(json.dumps(make_config()))
     (folder / "pickles" / "pytorch_model.bin").touch()
     (folder / "empty").mkdir()
+    other_kinds(model, folder)
+
+
+def other_kinds(model: Path, folder: Path) -> None:
+    """Checkpoints that are something else than they seem."""
+    wide = Path(shutil.copytree(model, folder / "wide")) / "model.safetensors"
+    header = read_header(wide)
+    data = bytearray(header.file_size - header.size)
+    data[200:202] = b"\x89\x47"  # 70144 in bfloat16
+    wide.write_bytes(header.raw + data)
+    tensor = NewTensor("model.layers.0.self_attn.q_proj.qweight", "I32", (3, 24))
+    make_checkpoint(folder / "awq", make_config(), extra=[tensor])
+    capped = Path(shutil.copytree(model, folder / "capped"))
+    (capped / "config.json").write_text(json.dumps(make_config(final_logit_softcapping=30.0)))
+    (folder / "lora").mkdir()
+    (folder / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (folder / "lora" / "adapter_model.safetensors").touch()
 
 
 LOCAL = {
@@ -86,6 +103,10 @@ LOCAL = {
     "no ranks": "shard model --tp 0",
     "no number": "shard model --tp two",
     "config.json of another model": "shard narrow --tp 2",
+    "a field of another architecture": "shard capped --tp 2",
+    "quantised weights that no config tells of": "shard awq --tp 2",
+    "an adapter": "shard lora --tp 2",
+    "a value beyond the range of a cast": "shard wide --tp 2 --dtype float16",
     "a truncated weight file": "shard short --tp 2",
     "a shard folder to be cut": "shard shards --tp 4",
     "a rank that does not exist": "shard model --tp 2 --ranks 5",

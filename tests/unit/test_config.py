@@ -170,7 +170,7 @@ def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: 
 
 
 def test_layer_types_of_another_length() -> None:
-    with pytest.raises(CheckpointError, match="layer_types has 1 entries for 2 layers"):
+    with pytest.raises(CheckpointError, match="layer_types has 1 kind for 2 layers"):
         parse("qwen2", sliding_window=4, use_sliding_window=True, layer_types=["full_attention"])
 
 
@@ -211,7 +211,10 @@ def test_junk_in_any_field_is_accepted_or_refused_in_one_line(family: str, chang
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "short_factor has 1 numbers, but 8"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
+            "short_factor has 1 number, but a head has 8 rotated pairs",
+        ),
         (
             {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
             "low_freq_factor 4 must be below high_freq_factor 4",

@@ -13,7 +13,10 @@ from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.cli.engine import configure
 from tpctl.cli.options import Device, DType, EngineOptions
-from tpctl.errors import MixedDtypesError, OverflowedError
+from tpctl.client.conversation import recommended_sampling
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.engine.config import EngineConfig
+from tpctl.errors import CheckpointError, MixedDtypesError, OverflowedError
 from tpctl.models.loader import _converted
 from tpctl.partition.manifest import Manifest
 from tpctl.sharding.fit import Budget, plan_model
@@ -51,6 +54,16 @@ def test_mixed_dtypes_take_the_cast_that_chat_is_given(tmp_path: Path, monkeypat
     config = configure(found, EngineOptions(device=Device.cpu, dtype=DType.float32))
     assert Manifest.load(config.shard_dir).dtype == "F32"
     assert config.text_dir == source
+    # What the front says of a file names the user's, not the copy in the cache.
+    (source / "tokenizer.json").write_text("{")
+    (source / "generation_config.json").write_text('{"temperature": -1}')
+    config = configure(found, EngineOptions(device=Device.cpu, dtype=DType.float32))
+    with pytest.raises(CheckpointError, match=f"^{source / 'tokenizer.json'} is not a tokenizer"):
+        Tokenizer(config.text_dir)
+    with pytest.raises(CheckpointError, match=f"^{source / 'generation_config.json'}: temperature"):
+        recommended_sampling(config.text_dir)
+    config.save(tmp_path / "engine.json")
+    assert EngineConfig.load(tmp_path / "engine.json") == config
 
 
 def with_value(folder: Path, tensor: str, value: float, dtype: torch.dtype) -> Path:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config, read_tensors, source_shapes
 from tpctl.checkpoint.folder import INDEX, SINGLE, CheckpointFolder
+from tpctl.checkpoint.hub import RemoteFile, RemoteModel, needed_files
 from tpctl.checkpoint.hub_cache import index_files
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.safetensors import NewTensor
@@ -112,7 +113,7 @@ def test_an_adapter_is_called_one(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (folder / "adapter_model.safetensors").touch()
-    message = "lora is an adapter .* only changes of org/base; merge it into its base model first"
+    message = "lora is an adapter .* only changes to org/base; merge it into its base model first"
     for read in (resolve, read_metadata):
         with pytest.raises(CheckpointError, match=message):
             read(str(folder))
@@ -126,6 +127,16 @@ def test_an_adapter_is_called_one(tmp_path: Path) -> None:
     shutil.copy(folder / "adapter_model.safetensors", whole)
     with pytest.raises(CheckpointError, match=r"holds a model and an adapter \(adapter_config.json\) that changes it"):
         resolve(str(whole))
+
+
+def test_a_repository_is_judged_as_a_folder_is() -> None:
+    def repository(*names: str) -> RemoteModel:
+        return RemoteModel("org/x", "0" * 40, tuple(RemoteFile(name, 1, None) for name in ("config.json", *names)))
+
+    both = needed_files(repository(SINGLE, INDEX, "model-00001-of-00001.safetensors"), None)
+    assert [file.name for file in both] == ["config.json", SINGLE]
+    with pytest.raises(SourceError, match=r"org/x holds an adapter \(adapter_config.json\); merge it into its base"):
+        needed_files(repository("adapter_config.json", "adapter_model.safetensors"), None)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_folders_are_returned_as_they_are(tmp_path: Path) -> None:
             {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'},
             "1 of 1 weight file is not there (the first is x.safetensors)",
         ),
-        ({"config.json": b"{}", "model.safetensors.index.json": b"["}, "is not a safetensors index"),
+        ({"config.json": b"{}", "model.safetensors.index.json": b"["}, "index.json is not valid JSON: Expecting value"),
     ],
 )
 def test_folders_that_are_no_model(tmp_path: Path, make: dict[str, bytes], said: str) -> None:

@@ -241,13 +241,13 @@ def refuse_adapter(folder: Path) -> None:
         base = read_object(folder / ADAPTER).get("base_model_name_or_path")
     except CheckpointError:
         base = None
-    of = f" of {shorten(base, 80)}" if isinstance(base, str) and base else ""
+    to = f" to {shorten(base, 80)}" if isinstance(base, str) and base else ""
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         raise CheckpointError(
             f"{folder} holds a model and an adapter ({ADAPTER}) that changes it; {MERGE_FIRST}, or remove {ADAPTER} "
             "to use the model without it"
         )
-    raise CheckpointError(f"{folder} is an adapter ({ADAPTER}), which holds only changes{of}; {MERGE_FIRST}")
+    raise CheckpointError(f"{folder} is an adapter ({ADAPTER}), which holds only changes{to}; {MERGE_FIRST}")
 
 
 def _nothing(path: Path, others: list[str]) -> str:

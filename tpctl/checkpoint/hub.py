@@ -182,10 +182,8 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
     names = remote.names()
     if ranks is not None and MANIFEST not in names:
         raise SourceError(f"{remote.id} is not sharded (it has no {MANIFEST}); leave --local-ranks out")
-    if ADAPTER in names and any(name.startswith("adapter_model") for name in names):
-        raise SourceError(f"{remote.id} is an adapter (it has {ADAPTER}); {MERGE_FIRST}")
+    check_model(remote)
     tensors = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    check_format(remote)
     if MANIFEST in names:
         # Whatever else lies beside them was copied from the source and is covered by the manifest's digests.
         copied = {name for name in names if "/" not in name and not name.startswith(".")} - set(tensors)
@@ -209,9 +207,14 @@ def needed_files(remote: RemoteModel, index: Path | None, ranks: Sequence[int] |
     return tuple(file for file in remote.files if file.name in METADATA or file.name in weights)
 
 
-def check_format(remote: RemoteModel) -> None:
-    """Raise ``SourceError`` unless ``remote`` looks like a transformers checkpoint; GGUF files are named."""
+def check_model(remote: RemoteModel) -> None:
+    """Raise ``SourceError`` unless ``remote`` looks like a transformers checkpoint.
+
+    GGUF files are named, and an adapter (LoRA) that transformers would apply is refused.
+    """
     names = remote.names()
+    if ADAPTER in names and any(name.startswith("adapter_model") for name in names):
+        raise SourceError(f"{remote.id} holds an adapter ({ADAPTER}); {MERGE_FIRST}")
     safe = any(name.endswith(".safetensors") for name in names)
     if (gguf := model_files(names)) and not safe and not (_pickles(names) and "config.json" in names):
         raise SourceError(

@@ -61,8 +61,10 @@ def index_files(index: Path) -> frozenset[str]:
     """
     try:
         return frozenset(indexed_files(read_bytes(index).decode("utf-8"), str(index)))
-    except (CheckpointError, FileNotFoundError, UnicodeDecodeError) as error:
-        raise SourceError(f"{index} is not a safetensors index ({error}); delete it and download again") from None
+    except CheckpointError as error:
+        raise SourceError(str(error)) from None
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise SourceError(f"{index} is not a safetensors index; delete it and download again") from None
 
 
 def remember(repo: str, revision: str, commit: str) -> None:

@@ -90,9 +90,8 @@ def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadat
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
+    hub.check_model(remote)
     names = remote.names()
-    if "config.json" not in names:
-        hub.check_format(remote)
     fetch = partial(hf_hub_download, remote.id, revision=remote.commit, token=token, etag_timeout=10)
     headers = partial(HfApi(token=token).get_safetensors_metadata, remote.id, revision=remote.commit)
     with explained(remote.id, remote.commit):

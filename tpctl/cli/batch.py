@@ -202,11 +202,13 @@ def _check_kept(prompts: str, stream: IO[bytes], results: Results) -> None:
     stream.seek(0)
     if not matching:
         raise UsageError(
-            f"none of the {kept} rows in {results.partial} answers a line of {prompts}; "
+            f"none of the {_count(kept, 'row')} in {results.partial} answers a line of {prompts}; "
             "give the input that they were made from, or delete the file"
         )
     if matching < kept:
-        note(f"{kept - matching} of the {kept} rows in {results.partial} answer no line of {prompts} any more")
+        note(
+            f"{kept - matching} of the {_count(kept, 'row')} in {results.partial} answer no line of {prompts} any more"
+        )
 
 
 def _is_silent(output: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import CheckpointError, RequestError
+from tpctl.json_file import read_object
 from tpctl.launch.messages import Request
 
 CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95}
@@ -127,15 +127,11 @@ def recommended_sampling(folder: Path, given: Mapping[str, Any] | None = None) -
     ``"do_sample": false`` there asks for greedy answers, whatever temperature stands beside it.
 
     Raises:
-        CheckpointError: the file holds a value that nothing can be sampled with, and that ``given`` does not replace.
+        CheckpointError: the file is no JSON object, or holds a value that nothing can be sampled with and that
+            ``given`` does not replace.
     """
     file = folder / "generation_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    if not isinstance(config, dict):
-        config = {}
+    config = read_object(file, default={})
     greedy = {"temperature": 0.0} if config.get("do_sample") is False else {}
     given = given or {}
     found = {name: config[name] for name in _RECOMMENDED if config.get(name) is not None and name not in given}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpctl.errors import CheckpointError, UnsupportedModelError, shown
+from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
 from tpctl.json_file import read_object
 from tpctl.models.fields import Fields
 from tpctl.models.foreign import check_fields
@@ -181,7 +181,9 @@ def _layer_kinds(fields: Fields, num_layers: int) -> list[str] | None:
             f"layer type {shown(unknown[0])} is not supported; tpctl knows full and sliding attention"
         )
     if len(kinds) != num_layers:
-        raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
+        raise CheckpointError(
+            f"config.json: layer_types has {counted(len(kinds), 'kind')} for {counted(num_layers, 'layer')}"
+        )
     return kinds
 
 

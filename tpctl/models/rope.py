@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpctl.errors import CheckpointError, UnsupportedModelError, shown
+from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
 from tpctl.models.fields import Fields
 from tpctl.models.specs import MOST_POSITIONS, FamilySpec
 
@@ -174,7 +174,7 @@ def _check(kind: str, params: Fields, pairs: int) -> None:
 def _check_list(name: str, params: Fields, pairs: int) -> None:
     value = params.get(name)
     if not isinstance(value, list) or len(value) != pairs:
-        held = len(value) if isinstance(value, list) else shown(value)
-        raise CheckpointError(f"config.json: {name} has {held} numbers, but {pairs} are rotated pairs of a head")
+        held = f"has {counted(len(value), 'number')}" if isinstance(value, list) else f"is {shown(value)}"
+        raise CheckpointError(f"config.json: {name} {held}, but a head has {counted(pairs, 'rotated pair')}")
     for number in value:
         params.within({name: number}).number(name, least=1e-3, most=1e6)

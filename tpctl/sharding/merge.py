@@ -11,6 +11,7 @@ from pathlib import Path
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.safetensors import FLOATS, Header, NewTensor, build_header
 from tpctl.errors import ShardFolderError
+from tpctl.json_file import parse_object
 from tpctl.partition.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.split import Range, Rule
 from tpctl.sharding.copied import copy_file
@@ -158,7 +159,9 @@ def _index(text: str, headers: Mapping[str, Header], dtype: str | None) -> str:
     """The source's index; with the total size of the cast tensors where they were cast."""
     if dtype is None:
         return text
-    index = json.loads(text)
+    index = parse_object(text.encode(), "the source's index")
     tensors = (info for header in headers.values() for info in header.tensors.values())
-    index.setdefault("metadata", {})["total_size"] = sum(info.nbytes for info in tensors)
+    held = index.get("metadata")
+    total = sum(info.nbytes for info in tensors)
+    index["metadata"] = {**(held if isinstance(held, dict) else {}), "total_size": total}
     return json.dumps(index, indent=2) + "\n"
