@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import make_checkpoint
+from tests.tiny import make_broken
 from tpctl.distributed import TPGroup
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
@@ -77,9 +77,7 @@ def test_greedy_rows_are_looked_at_whole(place: int, dtype: torch.dtype) -> None
 
 
 def make_shards(folder: Path, tp_size: int, broken: int) -> Path:
-    model = make_checkpoint("llama2", folder / "hf")
-    model.model.embed_tokens.weight.data[broken] = NAN
-    model.save_pretrained(folder / "hf")
+    make_broken("llama2", folder / "hf", broken)
     shard_checkpoint(folder / "hf", folder / "shards", tp_size)
     return folder / "shards"
 
