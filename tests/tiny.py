@@ -47,7 +47,7 @@ def _long_rope(pairs: int) -> dict[str, Any]:
     }
 
 
-LONG_ROPES = {pairs: _long_rope(pairs) for pairs in (3, 4, 24, 32)}
+LONG_ROPES = {pairs: _long_rope(pairs) for pairs in (3, 4, 8, 24, 32)}
 """By half the rotated dimensions of a head."""
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,3 +102,10 @@ def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
             parameter.normal_(0.0, 0.15) if parameter.ndim > 1 else parameter.normal_(0.5, 0.3)
     model.save_pretrained(folder)
     return model
+
+
+def make_broken(name: str, folder: Path, token: int, **changes: Any) -> None:
+    """The same, but for the embedding of ``token``, which is NaN: prompts that hold it have no finite logits."""
+    model = make_checkpoint(name, folder, **{"tie_word_embeddings": False, **changes})
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    model.save_pretrained(folder)

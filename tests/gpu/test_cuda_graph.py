@@ -67,9 +67,10 @@ def test_packed_rows() -> None:
     assert inputs.logits_rows.tolist() == [0, 1, 6, *[31] * 29]
     tables = SlotTables.allocate(10, 8, DEVICE)
     tables.block_tables.copy_(torch.arange(1, 81).view(10, 8))
-    sampled = torch.tensor([99, 98], device=DEVICE)
-    prepare_decode(inputs.rows, sampled, tables, BLOCK)
-    assert inputs.rows.input_ids[:27].tolist() == [99, *tokens[1:]]
+    for last, read in ((99, 99), (-2, 0)):  # a row that has failed is read as a token that there is
+        sampled = torch.tensor([last, 98], device=DEVICE)
+        prepare_decode(inputs.rows, sampled, tables, BLOCK)
+        assert inputs.rows.input_ids[:27].tolist() == [read, *tokens[1:]]
     assert inputs.rows.slot_mapping[27:].tolist() == [-1] * 5
     assert inputs.rows.slot_mapping[2:7].tolist() == [(9 + at // BLOCK) * BLOCK + at % BLOCK for at in range(30, 35)]
     # The last row of a chunk has all of its blocks.

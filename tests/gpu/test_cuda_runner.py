@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.gpu.here import INTERPRET
-from tests.tiny import make_checkpoint
+from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
 from tpctl.distributed import TPGroup
 from tpctl.engine import cuda_graph, cuda_runner, engine, model_runner
 from tpctl.engine.config import EngineConfig
@@ -264,6 +265,83 @@ def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: l
         assert len(found[id]) == FILTERED[id].max_tokens
     assert any(key[0] == "mixed" and key[-1] == 2 for key in replayed) == (way == "paced")  # type: ignore[index]
     assert {2} <= {key[-1] for key in replayed} <= {0, 1, 2}  # type: ignore[index]
+
+
+BROKEN = 130
+
+
+@pytest.mark.parametrize("helped", [False, True])
+@pytest.mark.parametrize("way", ["graphs", "eager", "paced"])
+def test_rows_that_are_not_finite_end_and_others_go_on(
+    way: str, helped: bool, tmp_path: Path, replayed: list[Hashable]
+) -> None:
+    """In every kind of step, sampled in every way; the step after, which is under way already, is wasted on them."""
+    make_broken("qwen3", tmp_path / "hf", BROKEN, **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = {id: [token % BROKEN for token in ids] for id, ids in prompts_of(3, 17, 36, 9, 50, 9).items()}
+    more = {"logprobs": 2, "presence_penalty": 0.1, "min_tokens": 2} if helped else {}
+    params = {id: replace(FILTERED[id], **more) for id in prompts}
+    settings: dict[str, Any] = {
+        "graphs": {},
+        "eager": {"enforce_eager": True},
+        "paced": {"scheduling_policy": "makespan"},
+    }[way]
+    clean = [Request(id, ids, params[id]) for id, ids in prompts.items()]
+    want: dict[str, list[int]] = {id: [] for id in prompts}
+    engine = start(tmp_path / "tp1", **settings)
+    engine.apply(Add(clean))
+    finish(engine, want)
+    engine = start(tmp_path / "tp1", **settings)
+    if not helped:
+        engine.runner.sampler.sample = None  # nothing asks it
+    broken = [
+        Request("broken 0", [*prompts["2"][:34], BROKEN], params["0"]),
+        Request("broken 2", [*prompts["2"], BROKEN, 7], params["2"]),
+        Request("broken 5", [BROKEN], params["5"]),
+    ]
+    engine.apply(Add([broken[0], *clean[:3], broken[1], *clean[3:], broken[2]]))
+    found: dict[str, list[int]] = {id: [] for id in [*prompts, "broken 0", "broken 2", "broken 5"]}
+    errors: dict[str, str | None] = {}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.id] += output.token_ids
+            if output.finish_reason == "error":
+                errors[output.id] = output.message
+    engine.scheduler.check_integrity()
+    assert {id: found[id] for id in prompts} == want
+    assert sorted(errors) == ["broken 0", "broken 2", "broken 5"]
+    for request in broken:
+        assert found[request.id] == []
+        assert f"not finite at position {len(request.token_ids)}: " in (errors[request.id] or "")
+
+
+@pytest.mark.parametrize("way", ["graphs", "eager", "paced", "tight"])
+def test_long_rope_changes_its_table_between_steps_that_overlap(
+    way: str, tmp_path: Path, replayed: list[Hashable]
+) -> None:
+    shape = {**SHAPE, "rope_parameters": LONG_ROPES[8]}
+    model = make_checkpoint("phi3-long-rope", tmp_path / "hf", **{k: v for k, v in shape.items() if k != "head_dim"})
+    model.generation_config.eos_token_id = None
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(3, 22, 23, 24, 25, 40)
+    prompts["1"] = prompts["5"][:22]
+    bytes_a_block = 2 * 2 * 2 * 16 * 16 * 4
+    settings: dict[str, Any] = {
+        "graphs": {},
+        "eager": {"enforce_eager": True},
+        "paced": {"scheduling_policy": "makespan"},
+        "tight": {"kv_cache_memory": 7 * bytes_a_block},
+    }[way]
+    engine = start(tmp_path / "tp1", **settings)
+    params = SamplingParams(max_tokens=26, ignore_eos=True)
+    engine.apply(Add([Request(id, ids, params) for id, ids in prompts.items()]))
+    found: dict[str, list[int]] = {id: [] for id in prompts}
+    finish(engine, found)
+    for id, prompt in prompts.items():
+        ids = torch.tensor([prompt])
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=26, do_sample=False)
+        assert found[id] == answer[0, len(prompt) :].tolist(), id
+    assert (engine.scheduler.stats.preemptions > 0) == (way == "tight")
 
 
 def test_the_cache_gets_what_nothing_else_needs(

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.tiny import LONG_ROPES, make_checkpoint
+from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
 from tpctl.distributed import TPGroup
 from tpctl.engine import cuda_graph
 from tpctl.engine.config import EngineConfig
@@ -169,6 +169,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 1.2, "top_k": 40, "top_p": 0.9},
     {"temperature": 1.5, "min_p": 0.2},
     {"temperature": 0.8, "top_p": 0.7, "repetition_penalty": 1.3},
+    {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": -0.3},
     {"logprobs": 3},
 ]
 
@@ -178,7 +179,7 @@ def test_every_way_to_sample(helped: bool, tmp_path: Path) -> None:
     """In graphs, kernel by kernel, and as the CPU's sampler chooses from the logits of transformers."""
     model = make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "vocab_size": 9001}).cuda()
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    ways = SAMPLING if helped else SAMPLING[:-2]
+    ways = SAMPLING if helped else SAMPLING[:-3]
     prompts = prompts_of(9001, tuple(3 + 17 * i % 130 for i in range(3 * len(ways))))
     params = [
         SamplingParams(**ways[i % len(ways)], max_tokens=10 + 3 * i % 20, seed=i, ignore_eos=True)
@@ -207,8 +208,65 @@ def test_every_way_to_sample(helped: bool, tmp_path: Path) -> None:
         whole = ids + tokens_of
         with torch.no_grad():
             logits = model(torch.tensor([whole], device="cuda")).logits[0, len(ids) - 1 : -1].float().cpu()
-        rows = [SamplingRow(p, len(ids) + at, whole[: len(ids) + at]) for at in range(len(tokens_of))]
+        rows = [SamplingRow(p, len(ids) + at, whole[: len(ids) + at], len(ids)) for at in range(len(tokens_of))]
         assert tokens_of == sampler.sample(logits, rows)[0], p
+
+
+@pytest.mark.parametrize("way", ["graphs", "eager", "makespan"])
+@pytest.mark.parametrize("name", ["phi3-long-rope", "phi4-mini"])
+def test_long_rope_equals_generate_across_its_border(name: str, way: str, tmp_path: Path) -> None:
+    model = make_checkpoint(name, tmp_path / "hf", **{**WIDE, **CHANGES[name]}).cuda()
+    model.generation_config.eos_token_id = None
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(517, (3, 17, 22, 23, 24, 25, 40))
+    prompts[1] = prompts[6][:17]  # a shared prefix, of which each table has its own blocks
+    settings: dict[str, Any] = {"enforce_eager": way == "eager", "block_size": 16, "attention_backend": "triton"}
+    if way == "makespan":
+        settings["scheduling_policy"] = "makespan"
+    found = run(tmp_path / "tp1", prompts, 40, **settings)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt], device="cuda")
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert tokens == answer[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["graphs", "eager", "makespan"])
+def test_rows_that_are_not_finite_end_and_others_go_on(way: str, dtype: str, tmp_path: Path) -> None:
+    """Sampled in every way; in bfloat16 the KV cache is packed."""
+    broken, vocab = 700, 9001
+    make_broken("qwen3", tmp_path / "hf", broken, **{**WIDE, "head_dim": 128, "vocab_size": vocab})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype=dtype)
+    prompts = [[t if t != broken else 3 for t in ids] for ids in prompts_of(vocab, tuple(20 + i for i in range(48)))]
+    prompts[24:] = [prompts[0][:16] + ids for ids in prompts[24:]]  # a shared prefix
+    requests = [
+        Request(str(i), ids, SamplingParams(**SAMPLING[i % 6], max_tokens=6 + i % 9, seed=i, ignore_eos=True))
+        for i, ids in enumerate(prompts)
+    ]
+    bad = [Request(f"bad {r.id}", [*r.token_ids[:18], broken, 5], r.sampling) for r in requests[::3]]
+    settings: dict[str, Any] = {"enforce_eager": way == "eager", "block_size": 16, "max_num_seqs": 64}
+    if way == "makespan":
+        settings["scheduling_policy"] = "makespan"
+    config = EngineConfig(tmp_path / "tp1", 1, device="cuda", kv_cache_memory=64 << 20, **settings)
+    engine = Engine(config, TPGroup(0, 1, "cuda"))
+    engine.runner.sampler.sample = None  # type: ignore[assignment]
+    results = []
+    for group in (requests, [*bad[:8], *requests, *bad[8:]], requests):
+        engine.apply(Add(group))
+        found: dict[str, list[int]] = {}
+        errors: dict[str, str | None] = {}
+        while engine.has_work:
+            for output in engine.step():
+                found.setdefault(output.id, []).extend(output.token_ids)
+                if output.finish_reason == "error":
+                    errors[output.id] = output.message
+        engine.scheduler.check_integrity()
+        assert sorted(errors) == sorted(request.id for request in group if request.id.startswith("bad"))
+        assert all(message is not None and "not finite at position 20: " in message for message in errors.values())
+        results.append({request.id: found[request.id] for request in requests})
+        assert all(len(found[r.id]) == r.sampling.max_tokens for r in requests)
+    if dtype == "float32":
+        assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.parametrize("more", [{}, {"top_p": 0.999}, {"top_k": 50, "top_p": 0.9}])

@@ -70,6 +70,7 @@ def test_two_ends_in_turn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
             assert error(got, want) < (1e-6 if dtype is torch.float32 else 8e-3)
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
         scores, ids = torch.randn(2, rows), torch.randint(0, 1000, (2, rows))
+        scores[call % 2, 0], ids[call % 2, 0] = float("inf"), -2  # a row that is not finite, on one rank
         plane[layout.first_word :][:rows] = scores[1].to(DEVICE).view(torch.int32)
         plane[layout.first_word + 256 :][:rows] = ids[1].int().to(DEVICE)
         chosen = ends[0].winner(scores[0].to(DEVICE), ids[0].to(DEVICE))

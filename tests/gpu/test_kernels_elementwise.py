@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
 from tpctl.kernels.activation import act_and_mul, act_and_mul_reference
-from tpctl.kernels.noise import sample_reference
+from tpctl.kernels.noise import NOT_FINITE, sample_reference
 from tpctl.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
 from tpctl.kernels.sampling import sample
@@ -133,8 +133,8 @@ def test_sampling_edges():
     keys = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
     assert sample(logits, greedy, keys)[1].tolist() == [0, 40, 0]  # ties go to the lowest id
     score, token = sample(logits, greedy, keys, vocab_start=200, vocab_size=200)  # padding alone
-    assert token.tolist() == [200] * 3
-    assert torch.isinf(score).all()
+    assert token.tolist() == [NOT_FINITE] * 3
+    assert score.tolist() == [float("-inf")] * 3
 
 
 def test_sampling_of_rows_with_few_candidates():
@@ -146,8 +146,33 @@ def test_sampling_of_rows_with_few_candidates():
     score, token = sample(logits, torch.ones(4, device=DEVICE), keys)
     want_score, want_token = sample_reference(logits.cpu(), torch.ones(4), keys.cpu())
     assert token.tolist() == want_token.tolist()
-    assert token[:3].tolist() == [0, 0, 4321]
-    assert torch.allclose(score[2:].cpu(), want_score[2:], rtol=1e-5)
+    assert token[:3].tolist() == [NOT_FINITE, NOT_FINITE, 4321]
+    assert torch.allclose(score.cpu(), want_score, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("floor", [None, float("-inf"), 0.5])
+def test_sampling_of_rows_that_are_not_finite(floor, temperature, dtype):
+    """One NaN or infinity in whatever block of a row, and it has no token on any rank; -inf is a logit like others."""
+    logits = torch.randn(7, 5000)
+    logits[1, 4321] = logits[2, 0] = logits[3, 4999] = float("nan")
+    logits[4, 2500] = float("inf")
+    logits[5, ::2] = float("-inf")
+    logits[6] = float("-inf")
+    logits = logits.to(DEVICE, dtype)
+    temperatures = torch.full((7,), temperature, device=DEVICE)
+    keys = torch.randint(0, 2**32, (7, 2)).to(DEVICE)
+    floors = None if floor is None else torch.full((7,), floor, device=DEVICE)
+    score, token = sample(logits, temperatures, keys, floors_T=floors)
+    assert token[1:5].tolist() == [NOT_FINITE] * 4
+    assert score[1:5].tolist() == [float("inf")] * 4  # which beats every other rank's
+    assert (score[6], token[6]) == (float("-inf"), NOT_FINITE)  # which does not
+    want = sample_reference(logits.cpu(), temperatures.cpu(), keys.cpu())[1]
+    assert token[[0, 5]].tolist() == want[[0, 5]].tolist()
+    # Padding is not looked at.
+    logits[0, 4000:] = float("nan")
+    assert sample(logits, temperatures, keys, vocab_size=4000)[1][0] >= 0
 
 
 def test_sampling_frequencies():

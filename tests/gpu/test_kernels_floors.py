@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.gpu.here import DEVICE, INTERPRET
 from tpctl.kernels.floors import Filters, sampling_floors, sampling_floors_reference
-from tpctl.kernels.noise import sample_reference
+from tpctl.kernels.noise import NOT_FINITE, sample_reference
 from tpctl.kernels.sampling import sample
 
 pytestmark = pytest.mark.gpu
@@ -97,6 +97,21 @@ def test_ties_infinities_and_nan() -> None:
         assert floors[3] == (3.0 if rows[0][2] < 1 else float("-inf"))
 
 
+def test_rows_that_are_not_finite_pass_their_floors() -> None:
+    """Whatever a floor is made of them."""
+    logits = torch.randn(1, 4, 4500, device=DEVICE)
+    logits[0, 1, 4400] = float("nan")
+    logits[0, 2, 4400] = float("inf")
+    logits[0, 3] = float("nan")
+    keys = torch.randint(0, 2**32, (4, 2), device=DEVICE)
+    for row in ((1.0, 3, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (1.0, 3, 0.5, 0.0), (1.0, 0, 1.0, 0.1), (1.0, 3, 0.5, 0.1)):
+        given = filters([row] * 4)
+        floors = sampling_floors(logits, given, vocab_size=4500, both=True)
+        ids = sample(logits[0], given.temperature, keys, floors_T=floors)[1].tolist()
+        assert ids[0] >= 0
+        assert ids[1:] == [NOT_FINITE] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_only_what_reaches_its_floor_is_sampled(dtype: torch.dtype) -> None:
     rows, width = 12 if INTERPRET else 64, 6000
@@ -113,4 +128,4 @@ def test_only_what_reaches_its_floor_is_sampled(dtype: torch.dtype) -> None:
     # A slice that holds none of them scores lower than every other.
     low = torch.full((rows, 300), -20.0, dtype=dtype, device=DEVICE)
     scores, ids = sample(low, given.temperature, keys, vocab_start=7, floors_T=floors)
-    assert torch.all(scores == float("-inf")) and torch.all(ids == 7)
+    assert torch.all(scores == float("-inf")) and torch.all(ids == NOT_FINITE)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.gpu.test_engine import WIDE, most_behind, prompts_of
-from tests.tiny import make_checkpoint
+from tests.tiny import make_broken, make_checkpoint
 from tpctl.client.engine_client import EngineClient
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.sampling_params import SamplingParams
@@ -120,6 +120,25 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
             paced = client.stats()["paced_steps"]
             assert paced > 20 if policy == "makespan" else paced == 0
     assert found["makespan"] == found["fcfs"]
+
+
+def test_rows_that_are_not_finite_end_on_both_ranks(tmp_path: Path) -> None:
+    """By peer memory and, in float16, by NCCL."""
+    broken = 300
+    make_broken("qwen3", tmp_path / "hf", broken, **{**WIDE, "head_dim": 128})
+    prompts = [[token if token != broken else 3 for token in ids] for ids in prompts_of(517)]
+    requests = [
+        Request(f"{i} {j}", ids, SamplingParams(max_tokens=9, seed=i, ignore_eos=True, **more))
+        for i, ids in enumerate(prompts)
+        for j, more in enumerate([*MIX, *HELPED])
+    ]
+    bad = [Request(f"bad {r.id}", [*r.token_ids[:16], broken], r.sampling) for r in requests]
+    for dtype in ("bfloat16", "float16"):
+        shard_checkpoint(tmp_path / "hf", tmp_path / dtype, 2, dtype=dtype)
+        with EngineClient(config(tmp_path / dtype, 2, block_size=16, kv_cache_memory=64 << 20)) as client:
+            found = generate(client, [*bad[::2], *requests, *bad[1::2]])
+        assert all(len(found[request.id]) == 9 for request in requests)
+        assert all(found[request.id] == [] for request in bad)
 
 
 MIX: list[dict[str, Any]] = [

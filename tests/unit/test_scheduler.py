@@ -12,8 +12,8 @@ from tpctl.engine.block_manager import BlockManager
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.engine.scheduled import ScheduledBatch
 from tpctl.engine.scheduler import Scheduler
-from tpctl.engine.sequence import Sequence
-from tpctl.launch.messages import Request
+from tpctl.engine.sequence import NOT_FINITE, Sequence
+from tpctl.launch.messages import Output, Request
 
 
 def next_token(tokens: list[int]) -> int:
@@ -21,23 +21,36 @@ def next_token(tokens: list[int]) -> int:
     return (sum((i + 1) * t for i, t in enumerate(tokens)) * 31 + len(tokens)) % 50 + 3
 
 
+BROKEN = 60
+"""A token that ``next_token`` never gives. Whatever is computed together with it becomes NaN."""
+
+
 class Cache:
-    """Pretends to be the KV cache: remembers which token every slot was written for, and checks every read."""
+    """Pretends to be the KV cache: remembers which token every slot was written for, by which rotary table and whether
+    it is NaN, and checks every read."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.block_size = scheduler.blocks.block_size
-        self.slots: dict[int, int] = {}
+        self.rope_offset = scheduler.rope_offset
+        self.slots: dict[int, tuple[int, int, bool]] = {}
 
     def run(self, batch: ScheduledBatch, known: dict[str, list[int]]) -> list[int]:
         for item in batch.items:
-            for at in range(item.start, item.end):
-                self.slots[self._slot(item.sequence, at)] = known[item.sequence.id][at]
+            sequence = item.sequence
+            new = known[sequence.id][item.start : item.end]
+            if item.samples:
+                assert sequence.rope_offset == self.rope_offset(item.end)
+            for at, token in enumerate(new, item.start):
+                self.slots[self._slot(sequence, at)] = token, sequence.rope_offset, BROKEN in new
         sampled = []
         for item in batch.items:
-            read = [self.slots[self._slot(item.sequence, at)] for at in range(item.end)]
+            found = [self.slots[self._slot(item.sequence, at)] for at in range(item.end)]
+            assert {offset for _, offset, _ in found} == {item.sequence.rope_offset}
+            read = [token for token, _, _ in found]
             assert read == known[item.sequence.id][: item.end], f"{item.sequence} reads another sequence's keys"
             if item.samples:
-                sampled.append(next_token(read))
+                broken = any(broken for _, _, broken in found)
+                sampled.append(NOT_FINITE if broken else next_token(read))
         return sampled
 
     def _slot(self, sequence: Sequence, at: int) -> int:
@@ -90,6 +103,7 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
             pending.append((batch, sampled))
         if pending and (not overlap or len(pending) > 1 or batch is None):
             for output in scheduler.commit(*pending.pop(0)):
+                assert BROKEN not in known[output.id] or output.finish_reason == "error"
                 found[output.id] += output.token_ids
         scheduler.check_integrity()
     else:
@@ -105,21 +119,30 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
     overlap=st.booleans(),
     budget=st.integers(8, 40),
     abort=st.booleans(),
+    border=st.sampled_from([5, 12, 16, 17, 1000]),
+    broken=st.booleans(),
 )
-def test_batched_equals_alone(seed: int, num_blocks: int, overlap: bool, budget: int, abort: bool) -> None:
+def test_batched_equals_alone(
+    seed: int, num_blocks: int, overlap: bool, budget: int, abort: bool, border: int, broken: bool
+) -> None:
     rng = random.Random(seed)
     scheduler = make(num_blocks, budget=budget)
+    scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
     prefix = [rng.randrange(3, 9) for _ in range(9)]
     requests = []
     for index in range(12):
         shared = prefix[: rng.choice([0, 0, 4, 9])]
         prompt = (shared + [rng.randrange(3, 9) for _ in range(rng.randint(1, 14))])[: scheduler.max_model_len - 1]
+        if broken and rng.random() < 0.3:
+            prompt[rng.randrange(len(prompt))] = BROKEN
         params = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=rng.random() < 0.5)
         requests.append(Request(str(index), prompt, params))
     aborts = {rng.randrange(20): str(rng.randrange(12)) for _ in range(3)} if abort else {}
     found = drive(scheduler, requests, overlap, aborts)
     for request in requests:
         expected = alone(request.token_ids, request.sampling, scheduler.max_model_len)
+        if BROKEN in request.token_ids:
+            expected = []
         if request.id in aborts.values():
             assert found[request.id] == expected[: len(found[request.id])]
         else:
@@ -167,14 +190,14 @@ def test_next_turn_of_a_chat_computes_only_what_is_new() -> None:
 
 
 def test_tables_of_different_rotary_offsets_are_not_shared() -> None:
-    scheduler = make(num_blocks=40)
-    scheduler.rope_offset = lambda total: 64 if total > 20 else 0
-    prompt = [5] * 9
-    scheduler.add(Request("short", prompt, SamplingParams(max_tokens=1)))
-    scheduler.add(Request("long", prompt, SamplingParams(max_tokens=40)))
+    scheduler = make(num_blocks=40, budget=100)
+    scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > 20 else 0
+    for index, length in enumerate((9, 21, 9, 22)):
+        scheduler.add(Request(str(index), [5] * length, SamplingParams(max_tokens=40)))
     batch = scheduler.schedule()
     assert batch is not None
-    assert [item.num_new_tokens for item in batch.items] == [9, 9]
+    found = {item.sequence.id: (item.num_new_tokens, item.sequence.rope_offset) for item in batch.items}
+    assert found == {"0": (9, 0), "1": (21, 64), "2": (1, 0), "3": (2, 64)}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +216,35 @@ def test_impossible_requests_are_refused(prompt: list[int], message: str) -> Non
     assert output.finish_reason == "error"
     assert message in (output.message or "")
     assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("token", [1000, -1, 10**30])
+def test_stop_tokens_that_the_model_does_not_know_are_refused(token: int) -> None:
+    scheduler = make(num_blocks=40)
+    output = scheduler.add(Request("x", [5], SamplingParams(stop_token_ids=(999, 0, token))))
+    assert output == Output("x", [], "error", f"stop_token_ids holds {token}, but the model knows ids 0 to 999")
+    assert scheduler.add(Request("x", [5], SamplingParams(stop_token_ids=(999, 0)))) is None
+
+
+def test_an_answer_that_the_context_cuts_says_so() -> None:
+    for max_tokens, note in ((55, "full"), (54, None), (1000, "full")):
+        scheduler = make(num_blocks=40)
+        scheduler.context_full = "full"
+        scheduler.add(Request("x", [5] * 10, SamplingParams(max_tokens=max_tokens, ignore_eos=True)))
+        while scheduler.has_work:
+            batch = scheduler.schedule()
+            assert batch is not None
+            (output,) = scheduler.commit(batch, [9])
+        assert (len(batch.items[0].sequence.token_ids), output.finish_reason, output.message) == (64, "length", note)
+
+
+def test_a_sequence_that_crosses_the_border_is_computed_again_once() -> None:
+    for overlap in (False, True):
+        scheduler = make(num_blocks=40)
+        scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > 12 else 0
+        drive(scheduler, [Request("x", [5] * 9, SamplingParams(max_tokens=20, ignore_eos=True))], overlap, {})
+        # 9 of the prompt and 3 more, then all 13 anew, and one each for 15 of the 16 that follow.
+        assert (scheduler.stats.computed_tokens, scheduler.stats.preemptions) == (9 + 3 + 13 + 15, 0)
 
 
 def test_integrity_check_finds_a_leak() -> None:
