@@ -48,11 +48,12 @@ def load_manifest(folder: Path, *, verify: bool = False) -> Manifest:
         failure = error.with_traceback(None)  # which would keep what was parsed
     try:
         place = _find(folder, raw, verify)
-    except Exception:  # wrong in a way that nobody foresaw: that is not what the user has to hear
+        if place is None and verify and _is_json(raw):
+            place = "everything that other files tell too does fit, so it is in what only the manifest says"
+    except Exception:  # wrong in a way that nobody foresaw, or nested too deeply
         place = None
-    if place is None and not (verify and _is_json(raw)):
+    if place is None:
         raise failure
-    place = place or "everything that other files tell too does fit, so it is in what only the manifest says"
     raise ShardFolderError(
         f"{folder / MANIFEST} was altered after it was written: {place}; shard the model again, or copy it again"
     )
@@ -85,18 +86,21 @@ def _find(folder: Path, raw: bytes, read: bool) -> str | None:
 
 def _contradiction(folder: Path, value: Any, read: bool) -> str | None:
     """The first entry of the manifest's JSON that is malformed, or contradicts the folder's other files."""
-    found: list[tuple[str, int | None, Any]] = []
-    found += [(f"rank {int(rank)}", int(rank), shard) for rank, shard in value["shards"].items()]
-    found += [("the extra file", None, value["extra"])] if value["extra"] else []
-    expected = _expected(folder, value)
-    for owner, rank, entries in found:
-        if expected is not None and rank is not None and not 0 <= rank < len(expected.shards):
-            return f"there is no {owner} at tp {len(expected.shards)}"
-        for place in _contradictions(folder, owner, rank, entries, expected, read):
-            return place
-    for name, file in value["files"].items():
-        if _altered(folder / plain_name(name), file):
-            return f"size or digest of {name} do not fit the file"
+    try:
+        found: list[tuple[str, int | None, Any]] = []
+        found += [(f"rank {int(rank)}", int(rank), shard) for rank, shard in value["shards"].items()]
+        found += [("the extra file", None, value["extra"])] if value["extra"] else []
+        expected = _expected(folder, value)
+        for owner, rank, entries in found:
+            if expected is not None and rank is not None and not 0 <= rank < len(expected.shards):
+                return f"there is no {owner} at tp {len(expected.shards)}"
+            for place in _contradictions(folder, owner, rank, entries, expected, read):
+                return place
+        for name, file in value["files"].items():
+            if _altered(folder / plain_name(name), file):
+                return f"size or digest of {name} do not fit the file"
+    except (*MALFORMED, TpctlError):
+        return None
     return None
 
 
