@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tpctl.errors import EngineError, ShardFolderError
-from tpctl.launch.failure import RankFailure, explain, parse_error, read_error_file, read_report, root_cause
 from tpctl.launch.environment import available_cores
+from tpctl.launch.failure import RankFailure, explain, parse_error, read_error_file, read_report, root_cause
 from tpctl.launch.torchrun import _last_line
 
 KILLED = RankFailure(2, -signal.SIGKILL, None, 105.0)

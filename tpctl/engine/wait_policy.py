@@ -27,8 +27,8 @@ from pathlib import Path
 _SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _LOOK = 0.1  # seconds between looks at the waiting time, while there is work
 _CROWDED = 0.1  # seconds waited for a core in a second, summed over the threads, from which cores count as wanted
-_QUIET = 0.2  # seconds without waiting before threads spin again, at first; doubles with every relapse
-_LONGEST_QUIET = 5.0  # seconds
+_QUIET = 0.25  # seconds without waiting before threads spin again, at first; doubles with every relapse
+_LONGEST_QUIET = 4.0  # seconds; after so many of spinning without a relapse the next one counts as the first
 _WATCHED = 8  # threads whose waiting is read; more would tell the same
 _MOST_IDLE = 16  # threads of the idle team; where more cores than that are to spare, nobody fights for one
 _OTHER_RUNTIMES = re.compile(r"/lib(iomp5|omp)\b[^/]*\.so")
@@ -56,9 +56,9 @@ class SpinJudge:
             self.spin, self._quiet = False, 0.0
         else:
             self._quiet += elapsed
-            if self._quiet >= _LONGEST_QUIET:
-                self._needed = _QUIET
             self.spin = self._quiet >= self._needed
+            if self._quiet >= self._needed + _LONGEST_QUIET:
+                self._needed = _QUIET
         return self.spin
 
 
@@ -139,9 +139,9 @@ def watch_waiting(threads: int) -> WaitPolicy | None:
 def waiting_time(tasks: Path = Path("/proc/self/task")) -> float:
     """Seconds that the process's first threads have been ready to run without a core; 0 where the kernel keeps none."""
     total = 0
-    for name in sorted(os.listdir(tasks), key=int)[:_WATCHED]:
+    for task in sorted(tasks.iterdir(), key=lambda task: int(task.name))[:_WATCHED]:
         try:
-            total += int((tasks / name / "schedstat").read_text().split()[1])
+            total += int((task / "schedstat").read_text().split()[1])
         except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel has no such file
             continue
     return total / 1e9

@@ -35,8 +35,6 @@ class RankWatch:
         """In a rank: tell the agent which process it is."""
         about = [int(os.environ["RANK"]), os.getpid(), os.environ.get("TORCHELASTIC_ERROR_FILE", "")]
         os.write(self._to_agent, json.dumps(about).encode() + b"\n")  # below PIPE_BUF, so never mixed with another's
-        os.close(self._to_agent)
-        os.close(self._from_ranks)
 
     def add(self, failures: list[RankFailure]) -> None:
         """Put ends into the report of which nothing is known yet."""
@@ -48,17 +46,14 @@ class RankWatch:
                 write_report(self._report, self._failures)
 
     def _listen(self) -> None:
-        with open(self._from_ranks, encoding="utf-8") as lines:
+        with os.fdopen(self._from_ranks, encoding="utf-8") as lines:
             for line in lines:
                 rank, pid, error_file = json.loads(line)
-                process = next((child for child in multiprocessing.active_children() if child.pid == pid), None)
-                await_end = threading.Thread(target=self._await_end, args=(rank, pid, process, Path(error_file)))
-                await_end.daemon = True
-                await_end.start()
+                arguments = (rank, pid, Path(error_file))
+                threading.Thread(target=self._await_end, args=arguments, daemon=True).start()
 
-    def _await_end(
-        self, rank: int, pid: int, process: multiprocessing.process.BaseProcess | None, error_file: Path
-    ) -> None:
+    def _await_end(self, rank: int, pid: int, error_file: Path) -> None:
+        process = _child(pid)
         code: int | None
         try:
             # WNOWAIT leaves the child to torchrun, whose it is.
@@ -71,3 +66,13 @@ class RankWatch:
             code = process.exitcode if process is not None else 0
         if code:
             self.add([RankFailure(rank, code, read_error_file(error_file), time.time())])
+
+
+def _child(pid: int) -> multiprocessing.process.BaseProcess | None:
+    """The forked process of this id; ``None`` if it has ended and torchrun has taken note."""
+    for _ in range(100):  # the child may be quicker than the call that forked it
+        for child in multiprocessing.active_children():
+            if child.pid == pid:
+                return child
+        time.sleep(_PAUSE)
+    return None
