@@ -79,7 +79,8 @@ def serve(config: EngineConfig, path: Path, what: str) -> None:
         channel.send(Fatal("no room for a KV cache"))
         sys.exit(1)
     info = {"max_model_len": config.max_model_len or 64, "device": config.device, "tp_size": config.tp_size}
-    channel.send(Ready(info | {"omp": os.environ["OMP_NUM_THREADS"], "stdin": sys.stdin.read()}))
+    environment = {"omp": os.environ["OMP_NUM_THREADS"], "environ": dict(os.environ)}
+    channel.send(Ready(info | environment | {"stdin": sys.stdin.read()}))
     steps = 0
     try:
         while True:
@@ -108,6 +109,8 @@ def serve(config: EngineConfig, path: Path, what: str) -> None:
                         steps += 1
                         last = step + 1 == request.sampling.max_tokens
                         channel.send(Outputs([Output(request.id, [start + step], "length" if last else None)]))
+                    if what == "answer-and-die":
+                        os.kill(os.getpid(), signal.SIGKILL)
     except ChannelClosed:
         os._exit(1)
 

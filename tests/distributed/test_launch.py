@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 from tpctl.client.engine_client import EngineClient
 from tpctl.engine.config import EngineConfig
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.errors import EngineError, RequestError, ShardFolderError
+from tpctl.errors import EngineError, RequestError, ShardFolderError, TpctlError
+from tpctl.launch import torchrun
 from tpctl.launch.channel import Channel
 from tpctl.launch.messages import Output, Request
 from tpctl.launch.torchrun import Workers
@@ -241,6 +243,127 @@ def test_close_ends_workers_that_do_not_listen(pids: Path, fault: str) -> None:
         client.wait_ready()
         found = processes(pids, 2)
     assert_gone(found)
+
+
+def test_the_end_of_the_agent_by_another_signal_is_told_as_its_own(pids: Path) -> None:
+    with start(2, pids) as client:
+        client.wait_ready()
+        os.kill(processes(pids, 2)[-1], signal.SIGTERM)  # it ends the ranks, which report that they were ended
+        with pytest.raises(EngineError, match="the launcher was ended by SIGTERM"):
+            client.outputs()
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_an_end_while_nobody_waits_is_told_at_once(pids: Path, tp_size: int) -> None:
+    told: queue.SimpleQueue[TpctlError] = queue.SimpleQueue()
+    with start(tp_size, pids) as client:
+        client.on_failure(told.put)
+        client.wait_ready()
+        processes(pids, tp_size)
+        assert client.failure_now() is None
+        os.kill(int((pids / f"{tp_size - 1}").read_text().split()[0]), signal.SIGKILL)
+        reason = told.get(timeout=PATIENCE)
+        assert str(reason).startswith(f"rank {tp_size - 1} was killed (SIGKILL)")
+        assert client.failure_now() is reason
+        client.on_failure(told.put)  # here and now
+        assert told.get_nowait() is reason
+        with pytest.raises(EngineError) as caught:
+            client.submit([request("late")])
+            client.outputs()
+        assert caught.value is reason
+    assert told.empty()
+
+
+def test_an_end_that_was_asked_for_is_no_failure(pids: Path) -> None:
+    told: queue.SimpleQueue[TpctlError] = queue.SimpleQueue()
+    with start(1, pids) as client:
+        client.on_failure(told.put)
+        client.wait_ready()
+    assert told.empty()
+    assert client.failure_now() is None
+
+
+def test_tokens_from_before_the_end_are_handed_out_after_it(pids: Path) -> None:
+    told: queue.SimpleQueue[TpctlError] = queue.SimpleQueue()
+    with start(1, pids, "answer-and-die") as client:
+        client.on_failure(told.put)
+        client.submit([request("a")])
+        told.get(timeout=PATIENCE)
+        assert [token for output in finish(client) for token in output.token_ids] == [3, 4, 5]
+        with pytest.raises(EngineError, match="rank 0 was killed"):
+            client.outputs()
+
+
+def test_a_reason_that_comes_late_is_waited_for(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a busy machine, whose agent gets no time to look at its ranks: here it is stopped meanwhile."""
+    monkeypatch.setattr(torchrun, "_PATIENCE", 0.1)
+    with start(2, pids) as client:
+        client.wait_ready()
+        *ranks, agent = processes(pids, 2)
+        os.kill(agent, signal.SIGSTOP)
+        os.kill(int((pids / "0").read_text().split()[0]), signal.SIGKILL)
+        time.sleep(1)
+        assert client.failure_now() is None
+        os.kill(agent, signal.SIGCONT)
+        with pytest.raises(EngineError, match=r"rank 0 was killed \(SIGKILL\)"):
+            client.outputs()
+        assert_gone([*ranks, agent])
+
+
+SURROUNDING = {
+    "PET_NNODES": "2",
+    "PET_NPROC_PER_NODE": "5",
+    "PET_RDZV_BACKEND": "etcd",
+    "PET_NODE_RANK": "1",
+    "RANK": "7",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "7",
+    "LOCAL_WORLD_SIZE": "8",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "198.51.100.1",
+    "MASTER_PORT": "1",
+    "ROLE_RANK": "7",
+    "ROLE_WORLD_SIZE": "16",
+    "TORCHELASTIC_RUN_ID": "theirs",
+    "TORCHELASTIC_USE_AGENT_STORE": "theirs",
+    "TORCHELASTIC_ERROR_FILE": "/dev/full",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "x",
+    "TORCH_DISTRIBUTED_DEBUG": "loud",
+    "TORCH_DIST_INIT_BARRIER": "x",
+    "GLOO_SOCKET_IFNAME": "eth99",
+    "SLURM_PROCID": "7",
+    "OMPI_COMM_WORLD_RANK": "7",
+    "PMI_RANK": "7",
+    "LOGLEVEL": "loud",
+    "PYTHONINSPECT": "1",
+    "PYTHONOPTIMIZE": "2",
+    "PYTHON_EXEC": "/bin/false",
+}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_launcher_around_the_command_is_not_heard(pids: Path, tp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SURROUNDING.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    with start(tp_size, pids) as client:
+        found = client.wait_ready()["environ"]
+    assert {name for name, value in SURROUNDING.items() if found.get(name) == value} == set()
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_WORLD_SIZE"]) == ("0", str(tp_size), str(tp_size))
+    assert found["MASTER_ADDR"] == "127.0.0.1"
+    assert found["NCCL_DEBUG"] == "WARN"
+
+
+def test_ranks_that_cannot_reach_each_other_are_not_started(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    with pytest.raises(EngineError, match=r"127.0.0.1 cannot be reached \(Network is unreachable\); bring it up"):
+        start(2, pids)
+    assert engine_folders(pids) == []
+    with start(1, pids) as client:  # one rank talks to nobody
+        client.wait_ready()
 
 
 def test_close_while_starting(pids: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tpctl.errors import EngineError, ShardFolderError
+from tpctl.launch.environment import available_cores
 from tpctl.launch.failure import RankFailure, explain, parse_error, read_error_file, read_report, root_cause
-from tpctl.launch.torchrun import _cores, _last_line
+from tpctl.launch.torchrun import _last_line
 
 KILLED = RankFailure(2, -signal.SIGKILL, None, 105.0)
 RAISED = RankFailure(1, 1, "ValueError: bad weights", 104.0)
@@ -79,13 +80,13 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_cores_respect_a_containers_quota(tmp_path: Path) -> None:
-    available = _cores(tmp_path / "none")
+    available = available_cores(tmp_path / "none")
     assert available >= 1
     for text, expected in [("max 100000", available), ("50000 100000", 1), ("100000 100000", 1)]:
         (tmp_path / "cpu.max").write_text(text + "\n")
-        assert _cores(tmp_path / "cpu.max") == expected
+        assert available_cores(tmp_path / "cpu.max") == expected
     (tmp_path / "cpu.max").write_text("99900000 100000")
-    assert _cores(tmp_path / "cpu.max") == available
+    assert available_cores(tmp_path / "cpu.max") == available
 
 
 def test_the_last_line_is_the_last_exception(tmp_path: Path) -> None:

@@ -71,10 +71,14 @@ def settle(options: EngineOptions, policy: SchedulingPolicy, tp_size: int | None
 
     Raises:
         UsageError: an option is wrong, or does not suit this machine or another option.
+        EngineError: several ranks are asked for, and cannot reach each other.
     """
     from tpctl.launch.device import choose_device
+    from tpctl.launch.loopback import require_loopback
 
     tp_size = tp_size or options.tp or 1
+    if tp_size > 1:
+        require_loopback()
     device = choose_device(options.device, tp_size)
     seqs, tokens = (CPU_SEQS, CPU_TOKENS) if device == "cpu" else (GPU_SEQS, GPU_TOKENS)
     memory = None if options.kv_cache_memory is None else parse_bytes(options.kv_cache_memory, "GiB")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from tpctl.engine.config import EngineConfig
-from tpctl.errors import RequestError, TpctlError
+from tpctl.errors import EngineError, RequestError, TpctlError
 from tpctl.launch.channel import Channel, ChannelClosed
 from tpctl.launch.messages import (
     Abort,
@@ -62,7 +62,10 @@ class EngineClient:
         self._info: dict[str, Any] | None = None
         self._channel: Channel | None = None
         self._early: list[Output] = []
-        self._error: TpctlError | None = None
+        self._error: TpctlError | None = None  # raised by every call, once what rank 0 had said before is taken out
+        self._failure: TpctlError | None = None  # the same, from the moment the reader knows it
+        self._told: list[Callable[[TpctlError], None]] = []
+        self._lock = threading.Lock()  # of the two above
         self._closed = False
         self._workers = Workers(config, module, env)
         self._reader = threading.Thread(target=self._receive, daemon=True)
@@ -89,7 +92,8 @@ class EngineClient:
         while self._info is None:
             message = self._next(self._deadline - time.monotonic())
             if message is None:
-                raise self._fail(self._workers.late(self._start_timeout))
+                self._error = self._workers.late(self._start_timeout)
+                raise self._error
             if isinstance(message, Ready):
                 self._info = message.info
         return self._info
@@ -149,6 +153,20 @@ class EngineClient:
             if isinstance(message, Outputs):
                 self._early += message.outputs
 
+    def failure_now(self) -> TpctlError | None:
+        """Why the engine has ended, if it has without being asked to; does not wait."""
+        return self._failure
+
+    def on_failure(self, callback: Callable[[TpctlError], None]) -> None:
+        """Have ``callback`` called with the reason once, when the engine ends without being asked to: by the thread
+        that finds out, also while nobody waits for an answer; here and now if it has ended."""
+        with self._lock:
+            failure = self._failure
+            if failure is None:
+                self._told.append(callback)
+        if failure is not None:
+            callback(failure)
+
     def close(self) -> None:
         """End every process of the engine. Takes up to a few seconds; may be called again."""
         if self._closed:
@@ -166,22 +184,39 @@ class EngineClient:
             self._channel.close()
 
     def _receive(self) -> None:
-        """Thread: everything rank 0 says goes to the inbox, then, whatever happens, ``None``."""
+        """Thread: everything rank 0 says goes to the inbox, then, when it ends, ``None`` behind the reason."""
+        fatal: str | None = None
         try:
-            while not self._closed:
+            while not (self._closed or self._workers.failed):
                 channel = self._workers.accept(timeout=1.0)
-                if channel is not None:
-                    self._channel = channel
-                    while True:
-                        self._inbox.put(channel.receive())
-                if self._workers.exited:
-                    break
+                if channel is None:
+                    continue
+                self._channel = channel
+                while fatal is None:
+                    message = channel.receive()
+                    if isinstance(message, Fatal):
+                        fatal = message.message
+                    else:
+                        self._inbox.put(message)
+                break
         except ChannelClosed:
             pass
         except Exception as error:  # a garbled message can fail in any way while it is read
-            self._inbox.put(Fatal(f"rank 0 sent a message that cannot be read: {error!r}"))
+            fatal = f"rank 0 sent a message that cannot be read: {error!r}"
+            if self._channel is not None:
+                self._channel.close()  # rank 0 ends when nobody listens
         finally:
+            if not self._closed:
+                self._fail(self._workers.failure(fatal))
             self._inbox.put(None)
+
+    def _fail(self, reason: TpctlError) -> None:
+        with self._lock:
+            self._failure = reason
+            told, self._told = self._told, []
+        if not self._closed:
+            for callback in told:
+                callback(reason)
 
     def _next(self, timeout: float | None) -> Message | None:
         """The next message, or ``None`` after ``timeout`` seconds."""
@@ -192,9 +227,8 @@ class EngineClient:
         except queue.Empty:
             return None
         if message is None:
-            raise self._fail(self._workers.failure())
-        if isinstance(message, Fatal):
-            raise self._fail(self._workers.failure(message.message))
+            self._error = self._failure or EngineError("the engine is closed")
+            raise self._error
         return message
 
     def _send(self, message: Message) -> None:
@@ -208,10 +242,6 @@ class EngineClient:
                 received = self._next(None)
                 if isinstance(received, Outputs):
                     self._early += received.outputs
-
-    def _fail(self, error: TpctlError) -> TpctlError:
-        self._error = error
-        return error
 
 
 def check_length(num_tokens: int, max_model_len: int) -> None:

@@ -28,17 +28,22 @@ from tpctl.distributed import TPGroup  # noqa: E402
 from tpctl.engine.config import EngineConfig  # noqa: E402
 from tpctl.engine.engine import Engine  # noqa: E402
 from tpctl.engine.feed import Follower, Leader  # noqa: E402
+from tpctl.engine.wait_policy import WaitPolicy, watch_waiting  # noqa: E402
 from tpctl.errors import TpctlError  # noqa: E402
 from tpctl.launch.messages import Fatal, GetStats, Outputs, Ready, Stats, Stop  # noqa: E402
 
 
-def serve(engine: Engine, feed: Leader | Follower) -> None:
+def serve(engine: Engine, feed: Leader | Follower, policy: WaitPolicy | None = None) -> None:
     """Apply messages and compute steps until Stop."""
     while True:
         outputs = []
         idle = not engine.has_work
+        if idle and policy is not None:
+            policy.rest()
         messages = feed.next(wait=idle)
         if idle:
+            if policy is not None:
+                policy.work()
             # What an idle engine holds (the model, compiled kernels, CUDA graphs) stays: a collection that visits it
             # takes as long as two or three steps.
             gc.freeze()
@@ -74,6 +79,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     gc.freeze()  # imports leave some hundred thousand objects that no collection need visit
     config = EngineConfig.load(args.config)
+    policy = watch_waiting(torch.get_num_threads()) if config.device == "cpu" else None
     group = TPGroup.from_environment(config.device)
     channel = lifeline.connect(args.socket) if group.rank == 0 else None
     try:
@@ -83,7 +89,7 @@ def main() -> None:
         timings = engine.runner.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))
-        serve(engine, feed)
+        serve(engine, feed, policy)
     except TpctlError as error:
         # A failure that a sentence explains: the command line shows that, not a traceback.
         if channel is not None:

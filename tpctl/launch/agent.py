@@ -11,7 +11,6 @@ command line itself: this is the one module of the package that imports torch.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -19,8 +18,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from tpctl.launch.failure import is_consequence, read_error_file
+from tpctl.launch.failure import RankFailure, is_consequence, read_error_file
 from tpctl.launch.lifeline import PARENT_PID, tie_to_parent
+from tpctl.launch.rank_watch import RankWatch
 
 _LINGER = 1.0  # seconds; the agent looks at its ranks ten times a second
 
@@ -36,31 +36,26 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    watch = RankWatch(Path(sys.argv[1]))
     arguments = parse_args(sys.argv[2:])  # type: ignore[no-untyped-call]
     try:
-        if not (sys.platform == "linux" and _run_forked(arguments)):
+        if not (sys.platform == "linux" and _run_forked(arguments, watch)):
             arguments.module = True
             run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        report = [
-            {
-                "rank": rank,
-                "exit_code": failure.exitcode,
-                "message": read_error_file(Path(failure.error_file)),
-                "timestamp": failure.timestamp,
-            }
-            for rank, failure in error.failures.items()
-        ]
-        part = Path(sys.argv[1] + ".part")
-        part.write_text(json.dumps(report), encoding="utf-8")
-        part.replace(sys.argv[1])
+        watch.add(
+            [
+                RankFailure(rank, ended.exitcode, read_error_file(Path(ended.error_file)), ended.timestamp)
+                for rank, ended in error.failures.items()
+            ]
+        )
         return 1
     except SignalException as error:
         return 128 + error.sigval
     return 0
 
 
-def _run_forked(arguments: Namespace) -> bool:
+def _run_forked(arguments: Namespace, watch: RankWatch) -> bool:
     """What ``torch.distributed.run.run`` does, with forked ranks: they find everything imported.
 
     Returns:
@@ -78,7 +73,7 @@ def _run_forked(arguments: Namespace) -> bool:
     config.start_method = "fork"
     if not _forks_well():
         return False
-    elastic_launch(config, _rank)(module, argv)
+    elastic_launch(config, _rank)(watch, module, argv)
     return True
 
 
@@ -92,11 +87,12 @@ def _forks_well() -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def _rank(module: str, argv: list[str]) -> None:
+def _rank(watch: RankWatch, module: str, argv: list[str]) -> None:
     """One rank: the module's ``main()`` in a process that has forgotten the agent's signal handlers."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     tie_to_parent()
+    watch.announce()
     sys.argv = [module, *argv]
     try:
         importlib.import_module(module).main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tpctl import errors
@@ -31,7 +31,7 @@ class RankFailure:
         rank: its global rank.
         exit_code: the exit status; below 0 the negative number of the signal that killed it.
         message: the exception as "Kind: text", if one was recorded.
-        timestamp: when, in seconds since the epoch; whole seconds only.
+        timestamp: when, in seconds since the epoch; whole seconds where torchrun told it.
     """
 
     rank: int
@@ -46,6 +46,13 @@ def read_report(path: Path) -> list[RankFailure]:
         return [RankFailure(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return []
+
+
+def write_report(path: Path, failures: list[RankFailure]) -> None:
+    """Write what ``read_report`` reads; whoever reads meanwhile finds the last one, or this one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps([asdict(failure) for failure in failures]), encoding="utf-8")
+    part.replace(path)
 
 
 def read_error_file(path: Path) -> str | None:
@@ -65,6 +72,16 @@ def root_cause(failures: list[RankFailure]) -> RankFailure | None:
     lost connection may carry an earlier second.
     """
     return min(failures, key=lambda failure: (_doubt(failure), failure.timestamp, failure.rank), default=None)
+
+
+def is_sure(failure: RankFailure) -> bool:
+    """Whether this end, the first that is known, cannot be the consequence of another one."""
+    return _doubt(failure) <= 1
+
+
+def was_asked_to_end(failure: RankFailure) -> bool:
+    """Whether a rank ended as torchrun ends ranks when another one has failed, or when it is ended itself."""
+    return failure.exit_code == -signal.SIGTERM
 
 
 def is_consequence(text: str) -> bool:

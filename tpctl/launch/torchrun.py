@@ -23,20 +23,28 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tpctl.children import python_environment
 from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError, TpctlError
-from tpctl.launch.bytecode import bytecode_environment
 from tpctl.launch.channel import Channel
-from tpctl.launch.failure import RankFailure, explain, read_error_file, read_report, root_cause, signal_name
-from tpctl.launch.lifeline import PARENT_PID
-from tpctl.launch.processes import MARK, kill_marked
+from tpctl.launch.environment import worker_environment
+from tpctl.launch.failure import (
+    RankFailure,
+    explain,
+    is_sure,
+    read_error_file,
+    read_report,
+    root_cause,
+    signal_name,
+    was_asked_to_end,
+)
+from tpctl.launch.loopback import require_loopback
+from tpctl.launch.processes import kill_marked
 from tpctl.launch.run_folder import RunFolder
 
 WORKER = "tpctl.engine.worker"
-# glibc returns large freed blocks to the kernel at once and takes them back, page by page and zeroed, at the next call.
-# On a CPU that cost a layer's activations more than the arithmetic on them. 32 MiB is the largest value it accepts.
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+_LOOK = 0.05  # seconds
+_PATIENCE = 10.0  # seconds for a better reason, once a rank's end is known that may be the consequence of another's
+_FROZEN = 120.0  # seconds without any sign from a launcher whose rank 0 hung up; torchrun itself gives ranks 30 to end
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 
 
@@ -54,8 +62,11 @@ class Workers:
             env: variables for the workers beside this process's own.
 
         Raises:
-            EngineError: the interpreter could not be started, or there is no place for temporary files.
+            EngineError: the interpreter could not be started, there is no place for temporary files, or ranks could
+                not reach each other.
         """
+        if config.tp_size > 1:
+            require_loopback()
         self._tp_size = config.tp_size
         self._keep_folder = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -71,7 +82,8 @@ class Workers:
         self._process: subprocess.Popen[bytes] | None = None
         self._start_error: OSError | None = None
         started = threading.Event()
-        command, variables = self._command(module), self._environment(env or {})
+        command = self._command(module)
+        variables = worker_environment(os.environ, env or {}, self._tp_size, self._folder)
         # The kernel ties a child to the thread that started it, so this thread stays as long as the child.
         threading.Thread(target=self._run, args=(command, variables, started), daemon=True).start()
         started.wait()
@@ -83,11 +95,16 @@ class Workers:
     def exited(self) -> bool:
         return self._exited.is_set()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a rank has ended in a failure, or all of them in any way."""
+        return self.exited or bool(self._failures())
+
     def accept(self, timeout: float) -> Channel | None:
-        """Wait for rank 0 to connect: its channel; ``None`` after ``timeout`` s or once the workers end."""
+        """Wait for rank 0 to connect: its channel; ``None`` after ``timeout`` s or once a rank has failed."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            gone = self.exited
+            gone = self.failed
             try:
                 readable, _, _ = select.select([self._listener], [], [], 0 if gone else min(left, 0.1))
                 if readable:
@@ -98,20 +115,24 @@ class Workers:
                 return None
         return None
 
-    def failure(self, reported: str | None = None, patience: float = 10.0) -> TpctlError:
+    def failure(self, reported: str | None = None) -> TpctlError:
         """Why the workers ended. Call it when rank 0 hung up or said ``Fatal``; it ends what is left.
+
+        It waits for the reason, and not for a time: a busy machine may take long to end a process and to say so.
 
         Args:
             reported: what rank 0 said of it; used where the ranks left no record.
-            patience: seconds to let torchrun notice, end the other ranks and write its report.
         """
-        if not self._exited.wait(patience):
-            self._end(polite=2.0)
+        self._await_reason(reported is not None)
+        exited = self.exited
+        self._end(polite=1.0)
         failures = self._failures()
         cause = root_cause(failures)
         error: TpctlError
-        if cause is None:
-            error = EngineError(reported or self._unexplained())
+        if exited and (cause is None or was_asked_to_end(cause)) and (number := self._launcher_signal()):
+            error = EngineError(f"the launcher was ended by {signal_name(number)}, and the workers with it")
+        elif cause is None:
+            error = EngineError(reported or self._unexplained(exited))
         elif reported is not None and cause.rank == 0 and cause.message is None and cause.exit_code > 0:
             error = EngineError(reported)
         else:
@@ -179,26 +200,26 @@ class Workers:
             return [sys.executable, "-m", *worker]
         return [
             *(sys.executable, "-m", "tpctl.launch.agent", str(self._folder / "report.json")),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", self._folder.name),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", self._folder.name),
             *("--local-addr", "127.0.0.1", "--max-restarts", "0"),
             *("--nproc-per-node", str(self._tp_size), "--log-dir", str(self._logs), "--redirects", "3"),
             *worker,
         ]
 
-    def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        threads = str(max(1, _cores() // self._tp_size))
-        defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY}
-        env = python_environment({**defaults, **os.environ, **more})
-        env |= bytecode_environment(env)
-        if sys.platform == "linux":
-            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: do not depend on what its name resolves to
-        env |= {PARENT_PID: str(os.getpid()), MARK: str(self._folder)}
-        if self._tp_size == 1:
-            # Port 0 lets the store choose; nobody else has to find it.
-            env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-            env |= {"TORCHELASTIC_ERROR_FILE": str(self._folder / "error.json")}
-        return env
+    def _await_reason(self, reported: bool) -> None:
+        """Until it is known why the workers end, or nothing more will be known."""
+        started = time.monotonic()
+        patient_until = started + (_PATIENCE if reported else _FROZEN)
+        hinted = False
+        while not self._exited.wait(_LOOK) and time.monotonic() < patient_until:
+            failures = self._failures()
+            cause = root_cause(failures)
+            if cause is None:
+                continue
+            if is_sure(cause) or (len(failures) == self._tp_size and not was_asked_to_end(cause)):
+                return
+            if not hinted:
+                hinted, patient_until = True, time.monotonic() + _PATIENCE
 
     def _failures(self) -> list[RankFailure]:
         if self._tp_size > 1:
@@ -206,10 +227,17 @@ class Workers:
         code = self._process.returncode if self._process is not None else None
         return [RankFailure(0, code, read_error_file(self._folder / "error.json"))] if code else []
 
-    def _unexplained(self) -> str:
+    def _launcher_signal(self) -> int:
+        """The signal that ended the process started here; 0 if none did. The agent reports one as shells do."""
         code = self._process.returncode if self._process is not None else None
-        if code is not None and code < 0:
-            return f"the launcher was ended by {signal_name(-code)}, and the workers with it"
+        if code is None or self._tp_size == 1:
+            return 0
+        return -code if code < 0 else max(0, code - 128)
+
+    def _unexplained(self, exited: bool) -> str:
+        if not exited:
+            return f"rank 0 hung up, and its launcher said nothing of it; the workers' output is in {self._logs}"
+        code = self._process.returncode if self._process is not None else None
         tail = _last_line(self._logs / "launcher.log")
         said = f": {tail}" if tail and code else " without saying why"
         return f"the workers ended (exit code {code}){said}; their output is in {self._logs}"
@@ -228,16 +256,6 @@ class Workers:
                 process.kill()
                 self._exited.wait(5)
         kill_marked(str(self._folder), timeout=5)
-
-
-def _cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """CPU cores this process may use: its affinity, and in a container its quota (cgroup v2's ``cpu.max``)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cpu_max.read_text().split()
-        return max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return count
 
 
 def _last_line(log: Path, window: int = 8192) -> str | None:

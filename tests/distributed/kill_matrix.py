@@ -1,0 +1,244 @@
+"""Kill each process of an engine in each phase of its life: what is said, when, and who is left?
+
+    python -m tests.distributed.kill_matrix [--load 10] [--model demo] [--targets rank0 …] [--phases idle …]
+
+At tp 2 on the CPU, with real weights. A *front* process runs the engine as ``chat`` and ``batch`` do; parent is that
+process, agent is torchrun. ``--load`` runs so many spinning processes meanwhile. Seconds count from the kill until the
+reason is said and no process of the engine is left. Exits with 1 if a cell is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+TARGETS = ("parent", "agent", "rank0", "rank1")
+PHASES = ("loading", "idle", "prefill", "decode")
+REASONS = {
+    "agent": "the launcher was ended by SIGKILL",
+    "rank0": "rank 0 was killed (SIGKILL)",
+    "rank1": "rank 1 was killed (SIGKILL)",
+}
+LIMIT = 15.0  # seconds from the kill to the end of everything
+_PATIENCE = 300.0  # seconds for a phase to be reached on a busy machine
+_PROMPT = 1900  # tokens; computing them takes longer than the kill
+_RANK = re.compile(r"/attempt_0/(\d+)/std")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a kill led to.
+
+    Attributes:
+        reason: what the front said; empty if it was the one that was killed.
+        seconds: from the kill until the reason was said and no process was left.
+        orphans: processes of the engine that were left after ``LIMIT`` seconds.
+        held: whether the phase lasted until the kill.
+    """
+
+    target: str
+    phase: str
+    reason: str
+    seconds: float
+    orphans: int
+    held: bool
+
+    @property
+    def right(self) -> bool:
+        said = self.reason.startswith(REASONS[self.target]) if self.target in REASONS else not self.reason
+        return said and self.held and not self.orphans and self.seconds <= LIMIT
+
+
+def front(folder: Path, phase: str) -> None:
+    """The process that is called parent: goes as far as ``phase``, says so, and says how the engine ended."""
+    from tpctl.bench.workload import one_request
+    from tpctl.client.engine_client import EngineClient
+    from tpctl.engine.config import EngineConfig
+    from tpctl.errors import TpctlError
+
+    def say(event: str, **more: Any) -> None:
+        print(json.dumps({"event": event, **more}), flush=True)
+
+    with EngineClient(EngineConfig(folder, 2)) as client:
+        # An engine that is idle has nobody who waits for it: the reason must come by itself.
+        ended = threading.Event()
+        client.on_failure(lambda error: (say("reason", text=str(error)), ended.set()))
+        say("started")
+        try:
+            client.wait_ready()
+            say("ready")
+            if phase == "idle":
+                ended.wait()
+            client.submit([one_request(_PROMPT if phase == "prefill" else 16, 2 if phase == "prefill" else 1000, 0, 9)])
+            say("submitted")
+            while True:
+                for output in client.outputs():
+                    say("tokens", count=len(output.token_ids))
+        except TpctlError:
+            ended.wait()
+
+
+def run_cell(folder: Path, target: str, phase: str) -> Cell:
+    with tempfile.TemporaryDirectory(prefix="kill-") as scratch:
+        command = [sys.executable, "-m", "tests.distributed.kill_matrix", "--front", str(folder), phase]
+        env = {**os.environ, "TMPDIR": scratch}
+        parent = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert parent.stdout is not None
+        events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(parent.stdout, events), daemon=True).start()
+        try:
+            _reach(events, phase)
+            victim = parent.pid if target == "parent" else _until(lambda: find(scratch, target))
+            if phase == "prefill":
+                time.sleep(0.1)  # the request is on its way
+            before = _drain(events)
+            os.kill(victim, signal.SIGKILL)
+            started = time.monotonic()
+            reason, seen = _reason(events, started)
+            while processes(scratch) and time.monotonic() < started + LIMIT:
+                time.sleep(0.02)
+            seconds = time.monotonic() - started
+            late = {"loading": "ready", "idle": "submitted", "prefill": "tokens"}.get(phase)
+            held = late not in [event["event"] for event in before + seen]
+            return Cell(target, phase, reason, seconds, len(processes(scratch)), held)
+        finally:
+            parent.kill()
+            parent.wait()
+            for pid in processes(scratch):
+                os.kill(pid, signal.SIGKILL)
+
+
+def processes(scratch: str) -> list[int]:
+    """Ids of the live processes of an engine whose folder lies in ``scratch``."""
+    needle = f"TPCTL_RUN={scratch}/".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if needle in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def find(scratch: str, target: str) -> int | None:
+    """The agent's or a rank's id: a rank is one that writes into that rank's log."""
+    ranks: dict[int, str] = {}
+    for pid in processes(scratch):
+        try:
+            log = _RANK.search(os.readlink(f"/proc/{pid}/fd/2"))  # noqa: PTH115 — the link, whatever it leads to
+        except OSError:
+            continue
+        ranks[pid] = f"rank{log[1]}" if log else "agent"
+    return next((pid for pid, name in sorted(ranks.items()) if name == target), None)
+
+
+@contextmanager
+def load(count: int) -> Iterator[None]:
+    """So many processes that do nothing but spin."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
+def _read(stream: IO[str], events: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+    for line in stream:
+        events.put(json.loads(line))
+    events.put(None)
+
+
+def _reach(events: queue.SimpleQueue[dict[str, Any] | None], phase: str) -> None:
+    wanted = {"loading": "started", "idle": "ready", "prefill": "submitted", "decode": "tokens"}[phase]
+    while True:
+        event = events.get(timeout=_PATIENCE)
+        assert event is not None, f"the front ended before it was {phase}"
+        assert event["event"] != "reason", event
+        if event["event"] == wanted:
+            return
+
+
+def _drain(events: queue.SimpleQueue[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    found = []
+    while not events.empty():
+        event = events.get()
+        if event is not None:
+            found.append(event)
+    return found
+
+
+def _reason(events: queue.SimpleQueue[dict[str, Any] | None], started: float) -> tuple[str, list[dict[str, Any]]]:
+    """What the front says of the end, and what it said before."""
+    seen: list[dict[str, Any]] = []
+    while (left := started + LIMIT - time.monotonic()) > 0:
+        try:
+            event = events.get(timeout=left)
+        except queue.Empty:
+            break
+        if event is None:
+            break
+        if event["event"] == "reason":
+            return event["text"], seen
+        seen.append(event)
+    return "", seen
+
+
+def _until(ask: Callable[[], int | None]) -> int:
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        if (found := ask()) is not None:
+            return found
+        time.sleep(0.01)
+    raise AssertionError("the process did not appear")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", type=int, default=0)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--front", nargs=2, metavar=("FOLDER", "PHASE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.front:
+        front(Path(args.front[0]), args.front[1])
+        return
+
+    from tpctl.checkpoint.sources import resolve
+    from tpctl.sharding.cache import ensure_sharded
+
+    folder = ensure_sharded(resolve(args.model), 2)
+    wrong = 0
+    with load(args.load):
+        print(f"load average {os.getloadavg()[0]:.1f}, {args.load} of them spinning for this\n")
+        print("| killed | while | reason | s | orphans | |\n|---|---|---|---|---|---|", flush=True)
+        for target in args.targets:
+            for phase in args.phases:
+                cell = run_cell(folder, target, phase)
+                wrong += not cell.right
+                mark = "right" if cell.right else "WRONG" if cell.held else "phase passed"
+                said = cell.reason or "(none to say)"
+                print(f"| {target} | {phase} | {said} | {cell.seconds:.1f} | {cell.orphans} | {mark} |", flush=True)
+    print(f"\nload average at the end {os.getloadavg()[0]:.1f}; {wrong} wrong")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

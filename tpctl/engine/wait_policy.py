@@ -1,0 +1,164 @@
+"""How long OpenMP's threads spin for their next piece of work: long while cores are free, hardly when they are not.
+
+GCC's runtime (libgomp, which torch's Linux builds bring) lets a thread that has nothing to do spin for some
+milliseconds before it sleeps. On a free core that saves a wake-up per operator. Where another process wants the core,
+spinning uses up the time slice in which the thread it waits for should run: a step then takes ten to fifty times as
+long. ``OMP_WAIT_POLICY=passive`` avoids that, and costs a quarter of the speed on a quiet machine.
+
+The time cannot be set while a process runs, but "if there are more OpenMP threads than available CPUs, 1000 and 100
+spins are used" (GNU libgomp manual, ``GOMP_SPINCOUNT``). So a thread that keeps a team of idle threads makes all others
+of the process spin for a microsecond, and its end makes them spin as before. No result depends on it: the number of
+threads that share an operator stays.
+
+Whether cores are wanted is read from the time that this process's threads have been ready to run and did not
+(``/proc/.../schedstat``, Documentation/scheduler/sched-stats.rst).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+_SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_LOOK = 0.1  # seconds between looks at the waiting time, while there is work
+_CROWDED = 0.1  # seconds waited for a core in a second, summed over the threads, from which cores count as wanted
+_QUIET = 0.25  # seconds without waiting before threads spin again, at first; doubles with every relapse
+_LONGEST_QUIET = 4.0  # seconds; after so many of spinning without a relapse the next one counts as the first
+_WATCHED = 8  # threads whose waiting is read; more would tell the same
+_MOST_IDLE = 16  # threads of the idle team; where more cores than that are to spare, nobody fights for one
+_OTHER_RUNTIMES = re.compile(r"/lib(iomp5|omp)\b[^/]*\.so")
+_LIBGOMP = re.compile(r"/\S*/libgomp[^/\s]*\.so[^/\s]*")
+
+
+class SpinJudge:
+    """From the waiting time of each look to whether threads may spin. Starts with no."""
+
+    def __init__(self) -> None:
+        self.spin = False
+        self._quiet = 0.0
+        self._needed = _QUIET
+
+    def look(self, waited: float, elapsed: float) -> bool:
+        """Whether to spin from now on.
+
+        Args:
+            waited: seconds that threads were ready and had no core, since the last look.
+            elapsed: seconds since the last look.
+        """
+        if waited > _CROWDED * elapsed:
+            if self.spin:
+                self._needed = min(2 * self._needed, _LONGEST_QUIET)
+            self.spin, self._quiet = False, 0.0
+        else:
+            self._quiet += elapsed
+            self.spin = self._quiet >= self._needed
+            if self._quiet >= self._needed + _LONGEST_QUIET:
+                self._needed = _QUIET
+        return self.spin
+
+
+class WaitPolicy:
+    """Watches this process while it works and holds the idle team when its threads should not spin."""
+
+    def __init__(self, libgomp: ctypes.CDLL, team: int) -> None:
+        self._working = threading.Event()
+        self._working.set()
+        self._holder = _Holder(libgomp, team)
+        threading.Thread(target=self._watch, daemon=True, name="tpctl-spin").start()
+
+    def work(self) -> None:
+        """A step may follow."""
+        self._working.set()
+
+    def rest(self) -> None:
+        """Nothing to do until ``work``: nothing is watched meanwhile."""
+        self._working.clear()
+
+    def _watch(self) -> None:
+        judge = SpinJudge()
+        while True:
+            if not self._working.is_set():
+                self._working.wait()
+            waited, started = waiting_time(), time.monotonic()
+            time.sleep(_LOOK)
+            spin = judge.look(waiting_time() - waited, time.monotonic() - started)
+            if spin:
+                self._holder.release()
+            else:
+                self._holder.hold()
+
+
+class _Holder:
+    """A thread that has an idle OpenMP team of its own, for as long as it is held."""
+
+    def __init__(self, libgomp: ctypes.CDLL, team: int) -> None:
+        self._libgomp = libgomp
+        self._team = team
+        self._release: threading.Event | None = None
+        self.hold()
+
+    def hold(self) -> None:
+        if self._release is None:
+            self._release = threading.Event()
+            threading.Thread(target=self._keep, args=(self._release,), daemon=True, name="tpctl-idle-team").start()
+
+    def release(self) -> None:
+        if self._release is not None:
+            self._release.set()
+            self._release = None
+
+    def _keep(self, release: threading.Event) -> None:
+        # A parallel region that does nothing: any function of one ignored argument will do. Its threads are kept for
+        # the next region until the thread that started it ends.
+        nothing = ctypes.cast(self._libgomp.omp_get_thread_num, ctypes.c_void_p)
+        self._libgomp.GOMP_parallel(nothing, None, ctypes.c_uint(self._team), ctypes.c_uint(0))
+        release.wait()
+
+
+def watch_waiting(threads: int) -> WaitPolicy | None:
+    """Start watching, for a process whose operators run on ``threads`` threads.
+
+    Returns:
+        ``None`` where there is nothing to decide: one thread, a user who has decided (``OMP_WAIT_POLICY``,
+        ``GOMP_SPINCOUNT``), another OpenMP runtime, a system without ``/proc``, or cores to spare.
+    """
+    if sys.platform != "linux" or threads < 2 or any(os.environ.get(name) for name in _SET_BY_USER):
+        return None
+    team = len(os.sched_getaffinity(0)) - threads + 2  # with the working threads one more than there are cores
+    libgomp = _libgomp()
+    if libgomp is None or not 2 <= team <= _MOST_IDLE or not waiting_time():
+        return None
+    return WaitPolicy(libgomp, team)
+
+
+def waiting_time(tasks: Path = Path("/proc/self/task")) -> float:
+    """Seconds that the process's first threads have been ready to run without a core; 0 where the kernel keeps none."""
+    total = 0
+    for task in sorted(tasks.iterdir(), key=lambda task: int(task.name))[:_WATCHED]:
+        try:
+            total += int((task / "schedstat").read_text().split()[1])
+        except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel has no such file
+            continue
+    return total / 1e9
+
+
+def _libgomp() -> ctypes.CDLL | None:
+    """The runtime that this process has loaded, if it is GCC's and there is one."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    found = set(_LIBGOMP.findall(mapped))
+    if len(found) != 1 or _OTHER_RUNTIMES.search(mapped):
+        return None
+    try:
+        library = ctypes.CDLL(found.pop())
+        library.GOMP_parallel.restype = None
+        return library if hasattr(library, "omp_get_thread_num") else None
+    except (OSError, AttributeError):
+        return None
