@@ -8,6 +8,15 @@ from __future__ import annotations
 
 import json
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+_TURNS = {code: f"\\u{code:04x}" for code in (*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def printable(text: str) -> str:
+    """``text`` as a terminal may be shown it, whoever wrote it: control characters, and those that turn the direction
+    of writing, become escapes. Tabs and newlines stay."""
+    return text.translate(_CONTROLS | _TURNS)
+
 
 def shorten(text: str, width: int = 40) -> str:
     """What somebody gave, as a message may repeat it: ``width`` characters of ``text`` at most."""

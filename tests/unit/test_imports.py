@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "engine.sampling_params": (),
     "launch": ("children", "checkpoint.cache", "engine.config", "engine.sampling_params"),
     "engine": ("partition", "distributed", "kernels", "layers", "models", "launch"),
-    "client": ("engine.config", "engine.sampling_params", "launch"),
+    "client": ("children", "engine.config", "engine.sampling_params", "launch"),
     "bench": (
         *("partition", "checkpoint", "models.config", "models.weights"),
         *("engine.config", "engine.sampling_params", "launch", "client"),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, print_json
+from tpctl.cli.console import byte_progress, print_json, say
 from tpctl.cli.units import format_bytes
 
 
@@ -27,5 +27,5 @@ def merge(
         print_json(asdict(report))
         return
     kind = "byte for byte the source" if report.exact else "in the dtype that the shards were cast to"
-    print(f"{report.folder}: {report.source}, {kind}")
-    print(f"{len(report.files)} files, {format_bytes(report.nbytes)}, {report.tensors} tensors")
+    say(f"{report.folder}: {report.source}, {kind}")
+    say(f"{len(report.files)} files, {format_bytes(report.nbytes)}, {report.tensors} tensors")

@@ -1,7 +1,7 @@
 """The messages of a conversation, as a chat template is given them.
 
-A message is a JSON object with a ``role``, a ``content``, and whatever else the model's template reads. What it does not
-read is refused by name, so that nothing somebody wrote is dropped without a word.
+A message is a JSON object with a ``role``, a ``content``, and whatever else the model's template reads. What it does
+not read is refused by name, so that nothing somebody wrote is dropped without a word.
 """
 
 from __future__ import annotations

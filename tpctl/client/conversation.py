@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpctl.client.engine_client import EngineClient, check_length
+from tpctl.client.engine_client import EngineClient
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
@@ -85,7 +85,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         token_ids = self._tokenizer.encode_chat(messages)
         room = self._client.wait_ready()["max_model_len"] - len(token_ids)
-        check_length(len(token_ids), room + len(token_ids))
+        self._check_room(len(token_ids), room)
         values = {**self._sampling, "max_tokens": min(self._sampling.get("max_tokens", room), room)}
         request = Request(f"turn-{next(self._turns)}", token_ids, SamplingParams.from_dict(values))
         stream = TextStream(self._tokenizer, self._stop, token_ids)
@@ -113,11 +113,35 @@ class Conversation:
             len(stream.token_ids),
         )
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to forget."""
+        return any(message["role"] != "system" for message in self.messages)
 
-def recommended_sampling(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _check_room(self, num_tokens: int, room: int) -> None:
+        if room > 0:
+            return
+        most = num_tokens + room - 1
+        if self.begun:
+            what, so = "the conversation has", "/reset begins a new one;"
+        else:
+            what = "the message has" if self._system is None else "the system prompt and the message have"
+            so = "shorten it," if self._system is None else "shorten them,"
+        raise RequestError(
+            f"{what} {num_tokens} tokens with what the chat template adds, but at most {most} leave room for an "
+            f"answer; {so} or raise --max-model-len, or --kv-cache-memory if that is the limit"
+        )
+
+
+def recommended_sampling(
+    folder: Path, given: Mapping[str, Any] | None = None, shown: str | None = None
+) -> dict[str, Any]:
     """Sampling for chat: ``given``, over what the model's ``generation_config.json`` sets, over our own defaults.
 
     ``"do_sample": false`` there asks for greedy answers, whatever temperature stands beside it.
+
+    Args:
+        shown: what messages call ``folder``, where it is a copy that its user does not know.
 
     Raises:
         CheckpointError: the file holds a value that nothing can be sampled with, and that ``given`` does not replace.
@@ -125,7 +149,7 @@ def recommended_sampling(folder: Path, given: Mapping[str, Any] | None = None) -
     file = folder / "generation_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = {}
     if not isinstance(config, dict):
         config = {}
@@ -138,5 +162,6 @@ def recommended_sampling(folder: Path, given: Mapping[str, Any] | None = None) -
             SamplingParams.from_dict({name: value})
         except RequestError as error:
             option = name.replace("_", "-")
-            raise CheckpointError(f"{file}: {error}; correct the file, or give --{option}") from None
+            name = f"{shown or folder}/{file.name}"
+            raise CheckpointError(f"{name}: {error}; correct the file, or give --{option}") from None
     return {**CHAT_DEFAULTS, **values, **given}
