@@ -58,16 +58,25 @@ class TemplateAtHand:
             found["chat_template_kwargs"] = self._variables
         return found
 
-    def look(self, source: ResolvedSource, messages: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def look(
+        self, source: ResolvedSource, messages: Sequence[Mapping[str, Any]] | None, *, demanded: bool = True
+    ) -> None:
         """Compile the template, and try it with ``messages``.
 
+        Args:
+            demanded: whether nothing goes without one.
+
         Raises:
-            CheckpointError: it does not compile.
+            CheckpointError: there is none, or it does not compile.
             RequestError: it refuses the messages, or fails.
-            UsageError: there is none, or it does not read a variable that was given.
+            UsageError: it does not read a variable that was given.
         """
+        from tpctl.client.template import no_template
+
         self.shown = source.id
         self._find(source.folder, source.id)
+        if self._template is None and demanded:
+            raise no_template(source.id)
         if self._template is not None and messages is not None:
             self._template.render(messages)
 
@@ -108,7 +117,7 @@ def look_ahead(at_hand: TemplateAtHand, source: ResolvedSource, *, needed: bool)
     from tpctl.client.template import TemplateRefusal
 
     try:
-        at_hand.look(source, GREETING if needed else None)
+        at_hand.look(source, GREETING if needed else None, demanded=False)
     except TemplateRefusal:
         return
     except RequestError as error:

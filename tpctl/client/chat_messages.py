@@ -78,7 +78,7 @@ def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
     """
     for number, message in enumerate(messages, start=1):
         for name, value in message.items():
-            if value is not None and not uses.reads(name):
+            if value not in (None, "", [], {}) and not uses.reads(name):
                 raise RequestError(
                     f"message {number} has the field {shown(name)}, which the model's chat template does not read; "
                     "leave it out"

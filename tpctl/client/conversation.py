@@ -123,7 +123,7 @@ class Conversation:
             return
         most = num_tokens + room - 1
         if self.begun:
-            what, so = "the conversation has", "/reset begins a new one;"
+            what, so = "the conversation has", "begin a new one with /reset,"
         else:
             what = "the message has" if self._system is None else "the system prompt and the message have"
             so = "shorten it," if self._system is None else "shorten them,"

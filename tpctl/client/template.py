@@ -174,6 +174,14 @@ def template_name(folder: Path, shown: str) -> str:
     return f"{shown}/{'chat_template.jinja' if (folder / 'chat_template.jinja').is_file() else 'tokenizer_config.json'}"
 
 
+def no_template(shown: str) -> CheckpointError:
+    """What to say of a model that has none."""
+    return CheckpointError(
+        f"{shown} has no chat template, as base models do not; use an instruct model, --chat-template FILE,"
+        ' or `tpctl batch` with {"prompt": …} lines'
+    )
+
+
 def read_text(file: Path, shown: str) -> str:
     """The text of a template's file, which messages call ``shown``.
 

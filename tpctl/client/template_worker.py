@@ -95,8 +95,7 @@ class Worker:
             ``texts`` (of several, those that fail are null), or what ``Uses`` holds; or ``failed`` ("refused" by the
             template itself, "memory", "length" or "error") with ``message``.
         """
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
-        from jinja2.sandbox import SecurityError
+        from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
 
         try:
             if "compile" in request:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tpctl.client.added_tokens import TokenFiles
 from tpctl.client.chat_messages import Message
 from tpctl.client.panics import guarded
-from tpctl.client.template import ChatTemplate, read_template, template_name
+from tpctl.client.template import ChatTemplate, no_template, read_template, template_name
 from tpctl.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -92,10 +92,7 @@ class Tokenizer:
             raise self._template_error
         if self._template is None:
             if self._template_source is None:
-                raise CheckpointError(
-                    f"{Path(self._shown).name} has no chat template, as base models do not; use an instruct model,"
-                    ' --chat-template FILE, or `tpctl batch` with {"prompt": …} lines'
-                )
+                raise no_template(self._shown)
             try:
                 self._template = ChatTemplate(self._template_source, self.special_tokens, name=self._template_name)
             except CheckpointError as error:
