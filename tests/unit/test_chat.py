@@ -121,7 +121,7 @@ def fake_engine(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.Monkey
     """The commands with neither a model nor workers."""
     client = FakeClient(tokenizer)
 
-    def prepare(model: str, options: EngineOptions, policy: str = "fcfs") -> EngineConfig:
+    def prepare(model: str, options: EngineOptions, policy: str = "fcfs", look: object = None) -> EngineConfig:
         client.policies.append(policy)
         return EngineConfig(tmp_path / "model", 1)
 

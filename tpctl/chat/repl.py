@@ -60,8 +60,6 @@ class Repl:
                 self._answer(lambda show, should_stop: self._conversation.ask(line, show, should_stop))
         except (RequestError, OutputError) as error:
             self._screen.note(f"tpctl: {error}")
-            if not line.startswith("/") and self._conversation.turns:  # else a new one would go no better
-                self._screen.note("(/reset begins a new conversation)")
 
     def _answer_anew(self) -> None:
         if self._conversation.turns and self._conversation.sampling.get("temperature", 0) == 0:

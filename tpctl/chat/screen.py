@@ -153,7 +153,7 @@ class Shown:
 
 
 def _wrapped(line: str, width: int, indent: int) -> list[str]:
-    rows = []
+    rows: list[str] = []
     while breaks := break_points(line, width - indent if rows else width):
         rows.append(line[: breaks[0]].rstrip())
         line = line[breaks[0] :]

@@ -13,7 +13,8 @@ import typer
 
 from tpctl.cli.console import note, status
 from tpctl.cli.engine import describe, prepare, say_context
-from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
+from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, TemplateOptions, grouped
+from tpctl.cli.template import GREETING, TemplateAtHand
 
 if TYPE_CHECKING:
     from tpctl.chat.prompt import Prompt
@@ -39,6 +40,7 @@ def chat(
     *,
     engine: EngineOptions,
     sampling: SamplingOptions,
+    template: TemplateOptions,
 ) -> None:
     """Chat with a model. It is downloaded and sharded first if need be.
 
@@ -47,7 +49,6 @@ def chat(
     """
     from tpctl.client.conversation import Conversation, recommended_sampling
     from tpctl.client.engine_client import EngineClient
-    from tpctl.client.tokenizer import Tokenizer
 
     sampling.check()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with the text, not on reading
@@ -58,12 +59,16 @@ def chat(
         message = sys.stdin.read().strip()
         if not message:
             raise typer.BadParameter("there is no message: stdin is empty", param_hint="-m")
-    config = prepare(model, engine)
+    at_hand = TemplateAtHand(template)
+    first = {"role": "user", "content": message} if message is not None else GREETING[0]
+    begun = [first] if system is None else [{"role": "system", "content": system}, first]
+    config = prepare(model, engine, look=lambda source: at_hand.look(source, begun))
     if config.device == "cpu" and engine.max_num_batched_tokens is None:
         config = replace(config, max_num_batched_tokens=max(CPU_CHUNK, config.max_num_seqs))
     with EngineClient(config) as client:
-        tokenizer = Tokenizer(config.text_dir)
-        values = {"seed": secrets.randbits(63), **recommended_sampling(config.text_dir, sampling.given())}
+        tokenizer = at_hand.tokenizer(config.text_dir)
+        recommended = recommended_sampling(config.text_dir, sampling.given(), at_hand.shown)
+        values = {"seed": secrets.randbits(63), **recommended}
         conversation = Conversation(client, tokenizer, system=system, sampling=values, stop=sampling.stop or ())
         tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
         if message is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpctl.client.engine_client import EngineClient, check_length
+from tpctl.client.engine_client import EngineClient
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
@@ -28,8 +28,8 @@ class Answer:
 
     ``finish_reason`` is "stop", "length" or "abort"; token counts are of this turn's whole prompt (the
     conversation so far), of those of its tokens that the prefix cache held, and of the answer. ``note`` says what cut a
-    "length", where that was not ``max_tokens``. Seconds are counted from the request to the first token (``None``: there was
-    none) and to the last.
+    "length", where that was not ``max_tokens``. Seconds are counted from the request to the first
+    token (``None``: there was none) and to the last.
     """
 
     text: str
@@ -194,7 +194,7 @@ class Conversation:
     ) -> Answer:
         token_ids = self._tokenizer.encode_chat(messages)
         room = self.max_model_len - len(token_ids)
-        check_length(len(token_ids), room + len(token_ids))
+        self._check_room(len(token_ids), room)
         # One token more than there is room for: the engine ends the answer there, and says why.
         most = min(sampling.get("max_tokens", room + 1), room + 1)
         values = {**sampling, "max_tokens": most, "min_tokens": min(sampling.get("min_tokens", 0), most)}
@@ -232,11 +232,30 @@ class Conversation:
             time.monotonic() - started,
         )
 
+    def _check_room(self, num_tokens: int, room: int) -> None:
+        if room > 0:
+            return
+        most = num_tokens + room - 1
+        if self.turns:
+            what, so = "the conversation has", "begin a new one with /reset,"
+        else:
+            what = "the message has" if self._system is None else "the system prompt and the message have"
+            so = "shorten it," if self._system is None else "shorten them,"
+        raise RequestError(
+            f"{what} {num_tokens} tokens with what the chat template adds, but at most {most} leave room for an "
+            f"answer; {so} or raise --max-model-len, or --kv-cache-memory if that is the limit"
+        )
 
-def recommended_sampling(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+
+def recommended_sampling(
+    folder: Path, given: Mapping[str, Any] | None = None, shown: str | None = None
+) -> dict[str, Any]:
     """Sampling for chat: ``given``, over what the model's ``generation_config.json`` sets, over our own defaults.
 
     ``"do_sample": false`` there asks for greedy answers, whatever temperature stands beside it.
+
+    Args:
+        shown: what messages call ``folder``, where it is a copy that its user does not know.
 
     Raises:
         CheckpointError: the file is no JSON object, or holds a value that nothing can be sampled with and that
@@ -253,5 +272,6 @@ def recommended_sampling(folder: Path, given: Mapping[str, Any] | None = None) -
             SamplingParams.from_dict({name: value})
         except RequestError as error:
             option = name.replace("_", "-")
-            raise CheckpointError(f"{file}: {error}; correct the file, or give --{option}") from None
+            name = f"{shown or folder}/{file.name}"
+            raise CheckpointError(f"{name}: {error}; correct the file, or give --{option}") from None
     return {**CHAT_DEFAULTS, **values, **given}
