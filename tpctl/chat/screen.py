@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tpctl.chat.wrap import WORD, break_points
+from tpctl.errors import printable
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -107,6 +108,7 @@ class Screen:
         Args:
             indent: how far what a window is too narrow for is moved to the right.
         """
+        text = printable(text)
         if sys.stderr.isatty():
             width = Console(stderr=True).width
             text = "\n".join(row for line in text.splitlines() for row in _wrapped(line, width, indent))
