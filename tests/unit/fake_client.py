@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tpctl.client.jobs import JobParser
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import EngineError
+from tpctl.errors import EngineError, TpctlError
 from tpctl.launch.messages import Output, Request
 
 TEMPLATE = (
@@ -44,6 +44,7 @@ class FakeClient:
         most_open: requests that were under way at once, at most.
         policies: scheduling policies that engines were asked for.
         dies_after: calls of ``outputs`` until the engine "fails".
+        told: who wants to know when it does.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_model_len: int = 64, dies_after: int | None = None) -> None:
@@ -56,6 +57,8 @@ class FakeClient:
         self.aborted: list[str] = []
         self.most_open = 0
         self.policies: list[str] = []
+        self.told: list[Callable[[TpctlError], None]] = []
+        self.failure: TpctlError | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +94,17 @@ class FakeClient:
             if outputs[-1].finish_reason is not None:
                 del self._open[id]
         return outputs
+
+    def failure_now(self) -> TpctlError | None:
+        return self.failure
+
+    def on_failure(self, callback: Callable[[TpctlError], None]) -> None:
+        self.told.append(callback)
+
+    def fail(self, reason: TpctlError) -> None:
+        self.failure = reason
+        for callback in self.told:
+            callback(reason)
 
     def abort(self, ids: Iterable[str]) -> None:
         for id in list(ids):

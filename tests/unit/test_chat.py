@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
-from tpctl.cli.app import app
+from tpctl.cli.app import app, main
 from tpctl.cli.engine import interrupts
 from tpctl.cli.options import EngineOptions
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
@@ -47,7 +47,7 @@ def test_the_whole_conversation_is_submitted_every_turn(tokenizer: Tokenizer) ->
 def test_an_answer_may_fill_the_context_unless_told_otherwise(tokenizer: Tokenizer) -> None:
     conversation, client, shown = begin(tokenizer)
     conversation.ask("hi", shown.append)
-    assert client.requests[0].sampling.max_tokens == 64 - 8
+    assert client.requests[0].sampling.max_tokens == 64 - 8 + 1  # one too many, for the engine to say what ended it
     conversation, client, shown = begin(tokenizer, sampling={"max_tokens": 2, "temperature": 0.5})
     answer = conversation.ask("hi", shown.append)
     assert (answer.text, answer.finish_reason) == ("<[", "length")
@@ -121,7 +121,7 @@ def fake_engine(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.Monkey
     """The commands with neither a model nor workers."""
     client = FakeClient(tokenizer)
 
-    def prepare(model: str, options: EngineOptions, policy: str = "fcfs") -> EngineConfig:
+    def prepare(model: str, options: EngineOptions, policy: str = "fcfs", look: object = None) -> EngineConfig:
         client.policies.append(policy)
         return EngineConfig(tmp_path / "model", 1)
 
@@ -173,46 +173,70 @@ def test_a_base_model_is_told_apart(fake_engine: FakeClient, tmp_path: Path) -> 
     assert "no chat template" in str(result.exception)
 
 
-def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = iter(["", "/help", "/what", "hi", "forbidden", "/reset", "yo", "/exit", "never"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+class Lines:
+    """Stands in for who types: lines, and exceptions that keys raise."""
+
+    def __init__(self, *events: Any) -> None:
+        self.left = list(events)
+
+    def read(self) -> str:
+        event = self.left.pop(0)
+        if not isinstance(event, str):
+            raise event
+        return event
+
+    def fail(self, error: TpctlError) -> None:
+        self.left.insert(0, error)
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, lines: Lines) -> int | str | None:
+    """The exit code of a chat in which ``lines`` are typed."""
+    monkeypatch.setattr("tpctl.cli.chat.make_prompt", lambda: lines)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     with pytest.raises(SystemExit) as ended:
         app(["chat"])
-    assert ended.value.code == 0
+    return ended.value.code
+
+
+def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines("", "/help", "/what", "hi", "forbidden", "/reset now", "/reset", "yo", "/exit", "never")
+    assert talk(monkeypatch, lines) == 0
     captured = capsys.readouterr()
     assert captured.out == "<[u]hi[a]>\n<[u]yo[a]>\n"
     assert "is ready (tp 2, float32, sdpa attention on CPU). /help" in captured.err
     assert "there is no command /what" in captured.err
     assert "refuses these messages: not that" in captured.err
-    assert next(lines) == "never"
+    assert "/reset takes no argument (given: now); write /reset alone" in captured.err
+    assert lines.left == ["never"]
 
 
-@pytest.mark.parametrize(
-    ("events", "answers"),
-    [
-        ([KeyboardInterrupt, KeyboardInterrupt, "hi"], 0),
-        ([KeyboardInterrupt, "hi", KeyboardInterrupt, "hi", EOFError, "hi"], 2),
-    ],
-)
-def test_the_second_interrupt_in_a_row_ends_the_chat(
-    fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, events: list[Any], answers: int
+def test_ctrl_c_between_two_messages_does_not_end_the_chat_and_ctrl_d_does(
+    fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = list(events)
+    lines = Lines(KeyboardInterrupt(), "hi", KeyboardInterrupt(), "hi", EOFError(), "hi")
+    assert talk(monkeypatch, lines) == 0
+    assert len(fake_engine.requests) == 2
+    assert lines.left == ["hi"]
 
-    def read(prompt: str) -> str:
-        event = left.pop(0)
-        if not isinstance(event, str):
-            raise event
-        return event
 
-    monkeypatch.setattr("builtins.input", read)
+def test_an_engine_that_dies_while_nobody_types_ends_the_chat_with_the_reason(
+    fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dying(Lines):
+        def read(self) -> str:
+            if len(self.left) == 1:
+                fake_engine.fail(EngineError("rank 1 was killed (SIGKILL)"))
+            return super().read()
+
+    lines = Dying("hi", "lost")
+    monkeypatch.setattr("tpctl.cli.chat.make_prompt", lambda: lines)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.argv", ["tpctl", "chat"])
     with pytest.raises(SystemExit) as ended:
-        app(["chat"])
-    assert ended.value.code == 0
-    assert len(fake_engine.requests) == answers
-    assert left == ["hi"]
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "tpctl: rank 1 was killed (SIGKILL)"
+    assert lines.left == ["lost"]
 
 
 def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "engine.sampling_params": (),
     "launch": ("children", "checkpoint.cache", "engine.config", "engine.sampling_params"),
     "engine": ("partition", "distributed", "kernels", "layers", "models", "launch"),
-    "client": ("engine.config", "engine.sampling_params", "launch"),
+    "client": ("children", "engine.config", "engine.sampling_params", "launch"),
+    "chat": ("client", "engine.sampling_params"),
     "bench": (
         *("partition", "checkpoint", "models.config", "models.weights"),
         *("engine.config", "engine.sampling_params", "launch", "client"),
@@ -118,7 +119,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 def test_the_client_never_imports_torch() -> None:
     """All that chat and batch use in the parent process, tokenizer and template included."""
-    names = [name for name, _ in modules() if name.partition(".")[0] in ("cli", "client", "launch", "sharding")]
+    names = [name for name, _ in modules() if name.partition(".")[0] in ("cli", "chat", "client", "launch", "sharding")]
     names = [f"tpctl.{name}" for name in names if name != "launch.agent"]
     code = f"import {', '.join(names)}, tokenizers, jinja2, sys\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

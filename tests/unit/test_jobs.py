@@ -67,7 +67,7 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),
         (b'{"prompt": "\\ud800"}', r"not valid Unicode: it holds '\ud800', half of a surrogate pair"),
         (b'{"messages": [{"role": "user", "content": "a\\udfff"}]}', r"it holds '\udfff', half of a surrogate"),
-        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: id, "),
+        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: chat_template_kwargs, id, "),
         ({"prompt": "a", "temperature": "hot"}, 'temperature is "hot", but must be a number'),
         ({"prompt": "a", "max_tokens": "5"}, 'max_tokens is "5", but must be a whole number'),
         ({"prompt": "a", "ignore_eos": None}, "ignore_eos is null, but must be true or false"),

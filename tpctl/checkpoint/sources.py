@@ -26,7 +26,7 @@ from tpctl.checkpoint.gguf import check_gguf, convert_gguf, listed, model_files,
 from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.transfer import Progress
-from tpctl.errors import SourceError, counted, shorten
+from tpctl.errors import SourceError, counted, printable, shorten
 from tpctl.partition.manifest import MANIFEST
 
 DEMO = "demo"
@@ -62,7 +62,7 @@ Notify = Callable[[str], None]
 
 
 def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def resolve(

@@ -17,7 +17,7 @@ import typer
 
 from tpctl import __version__
 from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
-from tpctl.errors import OutputError, TpctlError
+from tpctl.errors import OutputError, TpctlError, printable
 
 app = typer.Typer(
     name="tpctl",
@@ -148,7 +148,7 @@ def _run(work: Callable[[], None]) -> int:
 
 def _say(text: str) -> None:
     with suppress(OSError):  # a full disk, or a reader that is gone: the exit code has to do
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,17 @@ import typer
 
 from tpctl.cli.console import note, status, stderr
 from tpctl.cli.engine import describe, interrupts, prepare, say_context, say_policy
-from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SamplingOptions, SchedulingPolicy, grouped
+from tpctl.cli.options import (
+    MODEL_HELP,
+    POLICY,
+    EngineOptions,
+    SamplingOptions,
+    SchedulingPolicy,
+    TemplateOptions,
+    grouped,
+)
 from tpctl.cli.streams import NamedFile, is_closed_pipe, stdin_bytes
+from tpctl.cli.template import TemplateAtHand, look_ahead
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +35,9 @@ if TYPE_CHECKING:
 
 REPORTS = 60.0
 """Seconds between lines about progress where stderr is no terminal."""
+
+TOGETHER = 32
+"""Lines of a file that are read at once, so that their conversations are rendered at the cost of one."""
 
 DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256, "seed": 0}
 
@@ -41,8 +53,11 @@ def batch(
     *,
     engine: EngineOptions,
     sampling: SamplingOptions,
+    template: TemplateOptions,
 ) -> None:
     """Answer every line of a JSONL file: {"id"?, "prompt"} or {"id"?, "messages"}, with sampling fields.
+
+    Messages may hold whatever the model's chat template reads; "chat_template_kwargs" of a line adds to the option.
 
     One row a line comes out, in the order of the input: {"id", "text", "finish_reason", "prompt_tokens",
     "completion_tokens"}, or {"id", "error"} for a line that cannot be run; a "note" says where the context, and not
@@ -60,7 +75,6 @@ def batch(
     from tpctl.client.engine_client import EngineClient
     from tpctl.client.jobs import JobParser, read_lines
     from tpctl.client.results import Results
-    from tpctl.client.tokenizer import Tokenizer
 
     sampling.check(DEFAULTS)
     values = {**DEFAULTS, **sampling.given()}
@@ -70,7 +84,9 @@ def batch(
         raise UsageError("--resume needs a file to go on with; name it with -o")
     if target is not None:
         _check_target(target, prompts, resume=resume, force=force)
+    at_hand = TemplateAtHand(template)
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
+    settings["template"] = at_hand.settings
     with (
         _opened(prompts, count=not silent) as (stream, total),
         Results(target, settings, resume=resume) as results,
@@ -78,9 +94,10 @@ def batch(
     ):
         _check_kept(prompts, stream, results)
         policy = scheduling_policy or _policy(prompts, target)
-        config = prepare(model, engine, policy)
+        needed = _mentions(stream, b'"messages"') and not _mentions(stream, b'"chat_template_kwargs"')
+        config = prepare(model, engine, policy, lambda source: look_ahead(at_hand, source, needed=needed))
         with _remains(results), EngineClient(config) as client:
-            tokenizer = Tokenizer(config.text_dir)
+            tokenizer = at_hand.tokenizer(config.text_dir)
             with status(f"loading {model}"):
                 info = client.wait_ready()
             if not silent:
@@ -100,7 +117,8 @@ def batch(
                         with _writing():
                             results.emit(out)
 
-                tally = run.run(read_lines(stream), parser, step=step, should_stop=lambda: noted)
+                together = TOGETHER if _is_file(stream) else 1
+                tally = run.run(read_lines(stream), parser, together=together, step=step, should_stop=lambda: noted)
             stats = {} if tally.interrupted else client.stats()
         with _remains(results):
             if out is not None:
@@ -134,10 +152,24 @@ def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | Non
         raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
     with stream:
         total = None
-        if count and stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        if count and _is_file(stream):
             total = sum(1 for line in stream if line.strip())
             stream.seek(0)
         yield stream, total
+
+
+def _is_file(stream: IO[bytes]) -> bool:
+    return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+
+
+def _mentions(stream: IO[bytes], word: bytes) -> bool:
+    """Whether a line of a file holds ``word``; a pipe cannot be asked."""
+    if not _is_file(stream):
+        return False
+    place = stream.tell()
+    found = any(word in line for line in stream)
+    stream.seek(place)
+    return found
 
 
 def _target(output: str) -> Path | None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tpctl.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -44,7 +46,12 @@ def note(text: str) -> None:
     Where stderr takes no more (the log's disk is full, its reader gone) the work goes on without.
     """
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def say(text: str = "") -> None:
+    """A line of a result for people: to stdout, without what a name in somebody's file could do to a terminal."""
+    print(printable(text))
 
 
 def print_json(value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +21,23 @@ if TYPE_CHECKING:
     from tpctl.checkpoint.sources import ResolvedSource
 
 
-def prepare(model: str, options: EngineOptions, policy: SchedulingPolicy = SchedulingPolicy.fcfs) -> EngineConfig:
+def prepare(
+    model: str,
+    options: EngineOptions,
+    policy: SchedulingPolicy = SchedulingPolicy.fcfs,
+    look: Callable[[ResolvedSource], object] = lambda source: None,
+) -> EngineConfig:
     """Find the model and ``configure`` an engine for it. What cannot work is refused before anything is fetched.
+
+    Args:
+        look: sees the model's files before its weights are read, and raises if they cannot be used.
 
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
     settings = settle(options, policy)
     source = supported_source(model, options.tp, check=lambda config: settings.longest(config.max_position_embeddings))
+    look(source)
     return configure(source, options, policy)
 
 

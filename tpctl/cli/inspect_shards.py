@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, note, print_json, stdout
+from tpctl.cli.console import byte_progress, note, print_json, say, stdout
 from tpctl.cli.units import format_bytes
 from tpctl.partition.manifest import describe_ranks
 
@@ -62,38 +62,38 @@ def _print(report: InspectReport, detail: bool) -> None:
     revision = f"@{report.revision}" if report.revision else ""
     dtype = f", cast to {report.dtype}" if report.dtype else ""
     source = f"{report.source}{revision} ({report.model_type})"
-    print(f"{report.folder}: {source} cut for tp {report.tp_size}{dtype}")
-    print()
+    say(f"{report.folder}: {source} cut for tp {report.tp_size}{dtype}")
+    say()
     for rank in report.ranks:
         files = f"{len(rank.files)} file{'s' if len(rank.files) > 1 else ''}"
         size = format_bytes(rank.nbytes)
         absent = "  not here" if rank.rank in report.absent else ""
-        print(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}{absent}")
+        say(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}{absent}")
     if report.imbalance > 1.005:
-        print(
+        say(
             f"uneven: the largest rank holds {report.imbalance - 1:.1%} more than the mean, "
             f"and every step waits for it: about {report.imbalance - 1:.1%} longer than with an even cut"
         )
     if report.replicated_bytes:
-        print(f"copies: {format_bytes(report.replicated_bytes)} are held by more than one rank")
+        say(f"copies: {format_bytes(report.replicated_bytes)} are held by more than one rank")
     if report.absent:
-        print(f"not here: the files of {describe_ranks(report.absent)}; what is said of them is the manifest's word")
+        say(f"not here: the files of {describe_ranks(report.absent)}; what is said of them is the manifest's word")
     if report.strays:
-        print(f"stray: {', '.join(report.strays)} (not in the manifest; an engine may load what lies there, remove it)")
-    print()
+        say(f"stray: {', '.join(report.strays)} (not in the manifest; an engine may load what lies there, remove it)")
+    say()
     if detail:
         for tensor in report.ranks[0].tensors:
-            print(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}  {tensor.file}")
-            print(f"    {_pieces(tensor)}")
+            say(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}  {tensor.file}")
+            say(f"    {_pieces(tensor)}")
     else:
         _draw(report)
     if report.verified is not None:
         if report.verified.hashed_bytes:
-            print(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
+            say(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
         if report.verified.compared_bytes:
-            print(f"verified: {format_bytes(report.verified.compared_bytes)} equal {report.verified.source}")
+            say(f"verified: {format_bytes(report.verified.compared_bytes)} equal {report.verified.source}")
         if report.verified.left_out:
-            print(f"not verified: {'; '.join(report.verified.left_out)}")
+            say(f"not verified: {'; '.join(report.verified.left_out)}")
 
 
 def _draw(report: InspectReport) -> None:
@@ -104,7 +104,7 @@ def _draw(report: InspectReport) -> None:
 
     head_dim = ModelConfig.load(Path(report.folder)).head_dim
     stdout().print(draw(kinds(report), head_dim), soft_wrap=True)
-    print()
+    say()
 
 
 def _shape(tensor: TensorReport) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, print_json
+from tpctl.cli.console import byte_progress, print_json, say
 from tpctl.cli.units import format_bytes
 from tpctl.errors import counted
 
@@ -28,6 +28,6 @@ def merge(
         print_json(asdict(report))
         return
     kind = "byte for byte the source" if report.exact else "in the dtype that the shards were cast to"
-    print(f"{report.folder}: {report.source}, {kind}")
+    say(f"{report.folder}: {report.source}, {kind}")
     files, tensors = counted(len(report.files), "file"), counted(report.tensors, "tensor")
-    print(f"{files}, {format_bytes(report.nbytes)}, {tensors}")
+    say(f"{files}, {format_bytes(report.nbytes)}, {tensors}")

@@ -7,15 +7,17 @@ Typer as separate options.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from tpctl.errors import RequestError, UsageError
+from tpctl.errors import RequestError, UsageError, shown
 
 CPU_SEQS, CPU_TOKENS = 64, 4096
 GPU_SEQS, GPU_TOKENS = 512, 16384
@@ -164,6 +166,35 @@ class SamplingOptions(DistributionOptions):
         super().check(defaults)
         if "" in (self.stop or ()):
             raise UsageError("--stop is empty; give the text that ends an answer")
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """The chat template, if not the model's, and what it is given."""
+
+    chat_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Jinja file to use in place of the model's chat template.")
+    ] = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Variables that the template reads, e.g. '{\"enable_thinking\": false}'."),
+    ] = None
+
+    def variables(self) -> dict[str, Any]:
+        """The variables by name.
+
+        Raises:
+            UsageError: they are no JSON object.
+        """
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            value = json.loads(self.chat_template_kwargs)
+        except (ValueError, RecursionError):
+            value = self.chat_template_kwargs
+        if not isinstance(value, dict):
+            raise UsageError(f"--chat-template-kwargs is {shown(value)}, but must be a JSON object")
+        return value
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:

@@ -59,6 +59,8 @@ def take_streams() -> None:
     A stream that the shell closed (``<&-``) fails when it is used, as its number would if the command were in C;
     Python alone would ignore what is written to it. Nobody can be told of a closed stderr. A character that the
     terminal cannot show becomes a "?".
+
+    ``sys.stderr`` becomes a file of its own beside number 2, so that what a library writes there can be kept apart.
     """
     for number, name, unusable in ((0, "stdin", os.O_WRONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
@@ -69,8 +71,10 @@ def take_streams() -> None:
         raw = NamedFile(1, "wb", "standard output")
         encoding = None if sys.stdout is None else sys.stdout.encoding
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "replace", line_buffering=raw.isatty())
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 — for as long as the process runs
+    if sys.stderr is None or sys.stderr is sys.__stderr__:
+        encoding = None if sys.stderr is None else sys.stderr.encoding
+        own = io.BufferedWriter(io.FileIO(os.dup(2), "wb"))
+        sys.stderr = io.TextIOWrapper(own, encoding, line_buffering=True, write_through=True)
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="replace")
 

@@ -89,8 +89,8 @@ class TokenFiles:
             given = backend.token_to_id(text)
             if text and given != id:
                 raise CheckpointError(
-                    f"{self.shown}/{where} gives {_shown(text)} the id {id}, but behind the tokens of tokenizer.json it "
-                    f"would get {given}; correct one of the two files"
+                    f"{self.shown}/{where} gives {_shown(text)} the id {id}, but behind the tokens of tokenizer.json "
+                    f"it would get {given}; correct one of the two files"
                 )
 
     def _from_config(self) -> dict[str, tuple[int, AddedToken]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from tpctl.client.results import Results
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import RequestError
+from tpctl.errors import RequestError, TpctlError
 from tpctl.launch.messages import Output, Request
 
 _POLL = 0.1  # seconds between looks at interruptions and at new lines
@@ -51,12 +52,15 @@ class Tally:
 
 
 class _Feed:
-    """A thread that parses and tokenizes lines ahead, so that a slow input does not hold up answers."""
+    """A thread that parses and tokenizes lines ahead, so that a slow input does not hold up answers.
 
-    def __init__(self, lines: Iterable[Line], parser: JobParser, results: Results, ahead: int) -> None:
+    It waits for ``together`` lines before it parses them.
+    """
+
+    def __init__(self, lines: Iterable[Line], parser: JobParser, results: Results, ahead: int, together: int) -> None:
         self._queue: queue.Queue[Job | BadLine | Line | BaseException | None] = queue.Queue(ahead)
         self._stop = threading.Event()
-        threading.Thread(target=self._run, args=(lines, parser, results), daemon=True).start()
+        threading.Thread(target=self._run, args=(iter(lines), parser, results, together), daemon=True).start()
 
     def take(self, wait: bool) -> Job | BadLine | Line | None:
         """What comes next: a ``Line`` if it was answered before, ``None`` at the end.
@@ -72,13 +76,15 @@ class _Feed:
     def stop(self) -> None:
         self._stop.set()
 
-    def _run(self, lines: Iterable[Line], parser: JobParser, results: Results) -> None:
+    def _run(self, lines: Iterator[Line], parser: JobParser, results: Results, together: int) -> None:
         try:
-            for line in lines:
-                parsed = parser.parse(line)
-                self._put(line if isinstance(parsed, Job) and results.has(line) else parsed)
-                if self._stop.is_set():
-                    return
+            while group := list(itertools.islice(lines, together)):
+                parser.ahead(group)
+                for line in group:
+                    parsed = parser.parse(line)
+                    self._put(line if isinstance(parsed, Job) and results.has(line) else parsed)
+                    if self._stop.is_set():
+                        return
             self._put(None)
         except BaseException as error:  # whatever it is, the thread that waits must hear of it
             self._put(error)
@@ -117,12 +123,14 @@ class Batch:
         lines: Iterable[Line],
         parser: JobParser,
         *,
+        together: int = 1,
         step: Callable[[Tally], None] = lambda tally: None,
         should_stop: Callable[[], object] = lambda: False,
     ) -> Tally:
         """Answer every line.
 
         Args:
+            together: lines that are read before any of them is answered, which saves time where all are there.
             step: called after every few answers and whenever nothing happened for a moment.
             should_stop: asked often; once true, what is under way is given up and the run ends.
 
@@ -131,7 +139,7 @@ class Batch:
             EngineError: the workers failed. Rows that finished are kept in both cases.
         """
         self.tally = Tally(started=time.monotonic())
-        feed = _Feed(lines, parser, self._results, ahead=self._window)
+        feed = _Feed(lines, parser, self._results, self._window, together)
         more = True
         try:
             while more or self._open:
@@ -180,7 +188,13 @@ class Batch:
                 continue  # the last words of one that a stop string ended
             job, stream = self._open[output.id]
             before = len(stream.token_ids)
-            stream.push(output)
+            try:
+                stream.push(output)
+            except TpctlError as error:  # the tokenizer cannot decode this answer; others go on
+                del self._open[output.id]
+                self._fail(job.line, job.id, f"line {job.line.number}: {error}")
+                stopped.append(output.id)
+                continue
             self.tally.completion_tokens += len(stream.token_ids) - before
             if stream.finish_reason is None:
                 continue

@@ -1,7 +1,7 @@
 """The messages of a conversation, as a chat template is given them.
 
-A message is a JSON object with a ``role``, a ``content``, and whatever else the model's template reads. What it does not
-read is refused by name, so that nothing somebody wrote is dropped without a word.
+A message is a JSON object with a ``role``, a ``content``, and whatever else the model's template reads. What it does
+not read is refused by name, so that nothing somebody wrote is dropped without a word.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
     """
     for number, message in enumerate(messages, start=1):
         for name, value in message.items():
-            if value is not None and not uses.reads(name):
+            if value not in (None, "", [], {}) and not uses.reads(name):
                 raise RequestError(
                     f"message {number} has the field {shown(name)}, which the model's chat template does not read; "
                     "leave it out"

@@ -2,6 +2,7 @@
 
 {"prompt": "Once upon"}
 {"id": "q7", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 20, "stop": ["\\n"]}
+{"messages": [{"role": "user", "content": "Why?"}], "chat_template_kwargs": {"enable_thinking": false}}
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from hashlib import blake2b
 from typing import Any
 from zlib import crc32
 
+from tpctl.client.chat_messages import check_messages
 from tpctl.client.engine_client import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import TpctlError, shown
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
-_FIELDS = frozenset({"id", "prompt", "messages", "stop"}) | _SAMPLING_FIELDS
+_FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | _SAMPLING_FIELDS
 
 JobId = str | int
 
@@ -94,6 +96,24 @@ class JobParser:
         self._stop = tuple(stop)
         self._max_model_len = max_model_len
         self._seen: set[bytes] = set()
+        self._rendered: dict[int, str] = {}
+
+    def ahead(self, lines: Sequence[Line]) -> None:
+        """Render the conversations of lines that will be parsed next, together: faster than one by one."""
+        found = {}
+        for line in lines if len(lines) > 1 else ():
+            try:
+                entry = _load(line.raw)
+                if entry.get("messages") and "prompt" not in entry and self._tokenizer.has_chat_template:
+                    found[line.index] = (check_messages(entry["messages"]), _variables(entry))
+            except (_Refused, TpctlError):
+                continue  # ``parse`` says why
+        if len(found) > 1:
+            try:
+                texts = self._tokenizer.template.render_all(list(found.values()))
+            except TpctlError:
+                return
+            self._rendered = {i: text for i, text in zip(found, texts, strict=True) if text is not None}
 
     def parse(self, line: Line) -> Job | BadLine:
         """A job, or why the line is none."""
@@ -122,16 +142,21 @@ class JobParser:
         seed = (self._sampling["seed"] + line.number - 1) % 2**63
         sampling = SamplingParams.from_dict({**self._sampling, "seed": seed, **own})
         stop = _stop(entry["stop"]) if "stop" in entry else self._stop
-        token_ids = self._tokenize(entry)
+        token_ids = self._tokenize(line, entry)
         check_length(len(token_ids), self._max_model_len)
         return Job(line, id, token_ids, sampling, stop)
 
-    def _tokenize(self, entry: Mapping[str, Any]) -> list[int]:
+    def _tokenize(self, line: Line, entry: Mapping[str, Any]) -> list[int]:
         if ("prompt" in entry) == ("messages" in entry):
             has = 'both "prompt" and' if "prompt" in entry else 'neither "prompt" nor'
             raise _Refused(f'has {has} "messages"; give one of them')
         if "messages" in entry:
-            return self._tokenizer.encode_chat(_messages(entry["messages"]))
+            text = self._rendered.pop(line.index, None)
+            if text is not None:
+                return self._tokenizer.encode_rendered(text)
+            return self._tokenizer.encode_chat(check_messages(entry["messages"]), _variables(entry))
+        if entry.get("chat_template_kwargs") is not None:
+            raise _Refused('has chat_template_kwargs, which are for "messages", with a "prompt"; leave them out')
         prompt = entry["prompt"]
         if not isinstance(prompt, str):
             raise _Refused(f"prompt is {shown(prompt)}, but must be a string")
@@ -167,15 +192,12 @@ def _load(raw: bytes) -> dict[str, Any]:
     return entry
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise _Refused(f'messages is {shown(value)}, but must be a list of {{"role": "…", "content": "…"}}, not empty')
-    for number, message in enumerate(value, start=1):
-        texts = message if isinstance(message, dict) else {}
-        for name in ("role", "content"):
-            if not isinstance(texts.get(name), str):
-                raise _Refused(f"message {number} is {shown(message)}, but must have a string as its {name}")
-    return list(value)
+def _variables(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the line gives the chat template besides; null is nothing."""
+    value = entry.get("chat_template_kwargs")
+    if not isinstance(value, dict | None):
+        raise _Refused(f"chat_template_kwargs is {shown(value)}, but must be a JSON object")
+    return dict(value or {})
 
 
 def _stop(value: Any) -> tuple[str, ...]:

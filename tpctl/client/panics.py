@@ -1,4 +1,4 @@
-"""Calls into libraries in Rust, whose failures are of every kind: exceptions, and panics, which are no ``Exception``."""
+"""Calls into libraries in Rust: they fail with exceptions of all kinds, and with panics, which are no ``Exception``."""
 
 from __future__ import annotations
 

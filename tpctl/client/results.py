@@ -170,8 +170,10 @@ class Results:
         now = json.loads(json.dumps(header))["settings"]
         for name in now.keys() | found["settings"].keys():
             before, after = found["settings"].get(name), now.get(name)
+            if isinstance(before, dict) or isinstance(after, dict):  # options by name; earlier versions had fewer
+                before, after = before or {}, after or {}
             if before != after:
-                if isinstance(before, dict) and isinstance(after, dict):  # sampling options
+                if isinstance(before, dict):
                     made = _differing(before, after)
                 else:
                     made = f"{name} {before}, but now it is {after}"

@@ -18,6 +18,10 @@ _RESERVED = ("messages", "add_generation_prompt")
 _PROBE = "any text at all"
 
 
+class TemplateRefusal(RequestError):
+    """The template itself refuses the messages, with ``raise_exception``."""
+
+
 class ChatTemplate:
     """A compiled template with the model's special tokens bound to it.
 
@@ -56,9 +60,9 @@ class ChatTemplate:
             said = f" {LIMITS[failed]}" if failed in LIMITS else f" does not compile, {_line(answer)}"
             raise CheckpointError(f"the chat template {name}{said}")
         self.uses = Uses.from_dict(answer)
-        self._given = dict(variables or {})
+        self._common = {"tools": None, "documents": None, **special_tokens, **(variables or {})}
         try:
-            self._check_variables(self._given)
+            self._check_variables(variables or {})
         except RequestError as error:
             raise UsageError(f"--chat-template-kwargs: {error}") from None
 
@@ -78,41 +82,58 @@ class ChatTemplate:
             RequestError: the template refuses these messages (roles that do not alternate, no system role, …), fails
                 or takes too much, or does not read a field of them or one of ``variables``.
         """
+        return self._text(self._inputs(messages, variables, add_generation_prompt))
+
+    def render_all(self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any]]]) -> list[str | None]:
+        """The texts of several conversations and their variables, as ``render`` makes them, at the cost of one.
+
+        Where one fails there is ``None``; where one takes too much, for all.
+        """
+        inputs: list[dict[str, Any] | None] = []
+        for messages, variables in conversations:
+            try:
+                inputs.append(self._inputs(messages, variables, True))
+            except RequestError:
+                inputs.append(None)
+        ready = [own for own in inputs if own is not None]
+        try:
+            answer = self._process.render(self._source, self._common, ready)
+        except RecursionError:
+            answer = {}
+        texts = iter(answer.get("texts") or [None] * len(ready))
+        return [None if own is None else next(texts) for own in inputs]
+
+    def _inputs(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None, add_prompt: bool
+    ) -> dict[str, Any]:
+        """Variables of one conversation."""
         self._check_variables(variables or {})
         refuse_unread(messages, self.uses)
         ready = prepared(messages, self.uses, lambda: self._takes_parts)
-        return self._text(ready, add_generation_prompt, variables)
+        return {**(variables or {}), "messages": ready, "add_generation_prompt": add_prompt}
 
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether content may be a list of parts, tried with one."""
         parts = [{"type": "text", "text": _PROBE}]
         try:
-            text = self._text([{"role": "user", "content": parts}], True, {})
+            messages = [{"role": "user", "content": parts}]
+            text = self._text({"messages": messages, "add_generation_prompt": True})
         except RequestError:
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
-    def _text(self, messages: Sequence[Message], add_prompt: bool, variables: Mapping[str, Any] | None) -> str:
-        given = {
-            "tools": None,
-            "documents": None,
-            **self._special_tokens,
-            **self._given,
-            **(variables or {}),
-            "messages": messages,
-            "add_generation_prompt": add_prompt,
-        }
+    def _text(self, own: Mapping[str, Any]) -> str:
         try:
-            answer = self._process.render(self._source, given)
+            answer = self._process.render(self._source, self._common, [own])
         except RecursionError:
             raise RequestError("the messages are nested too deeply") from None
         match answer.get("failed"):
             case None:
-                text: str = answer["text"]
+                text: str = answer["texts"][0]
                 return text
             case "refused":
-                raise RequestError(f"the model's chat template refuses these messages: {_line(answer)}")
+                raise TemplateRefusal(f"the model's chat template refuses these messages: {_line(answer)}")
             case "length":
                 raise RequestError(f"the chat template {self.name} makes a text of {_line(answer)}")
             case failed if failed in LIMITS:
@@ -151,6 +172,14 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any], shown: str 
 def template_name(folder: Path, shown: str) -> str:
     """What messages call the template's file in ``folder``."""
     return f"{shown}/{'chat_template.jinja' if (folder / 'chat_template.jinja').is_file() else 'tokenizer_config.json'}"
+
+
+def no_template(shown: str) -> CheckpointError:
+    """What to say of a model that has none."""
+    return CheckpointError(
+        f"{shown} has no chat template, as base models do not; use an instruct model, --chat-template FILE,"
+        ' or `tpctl batch` with {"prompt": …} lines'
+    )
 
 
 def read_text(file: Path, shown: str) -> str:

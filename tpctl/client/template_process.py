@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,12 +49,14 @@ class TemplateProcess:
         with self._lock:
             return self._compile(source)
 
-    def render(self, source: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """A template's text; the worker's answer."""
+    def render(
+        self, source: str, variables: Mapping[str, Any], each: Sequence[Mapping[str, Any]] = ({},)
+    ) -> dict[str, Any]:
+        """A template's texts, one for each of ``each``; the worker's answer, which is of all of them or of none."""
         with self._lock:
             if self._source != source and "failed" in (answer := self._compile(source)):
                 return answer
-            return self._ask({"render": variables})
+            return self._ask({"render": variables, "each": each})
 
     def close(self) -> None:
         """End the process. May be called again; a later request starts another one."""

@@ -35,13 +35,13 @@ def _messages(tree: nodes.Template) -> set[str]:
     """Variables that may hold messages: what comes of ``messages`` by assignments, loops and calls of macros."""
     found = {"messages"}
     while True:
-        more = set()
-        for node in tree.find_all((nodes.Assign, nodes.For)):
-            value = node.node if isinstance(node, nodes.Assign) else node.iter
+        more: set[str] = set()
+        bound: list[tuple[nodes.Node, nodes.Node]] = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
+        bound += [(loop.target, loop.iter) for loop in tree.find_all(nodes.For)]
+        for target, value in bound:
             if found & _bases(value):
-                more |= {name.name for name in node.target.find_all(nodes.Name)}
-                if isinstance(node.target, nodes.Name):
-                    more.add(node.target.name)
+                names = [target] if isinstance(target, nodes.Name) else target.find_all(nodes.Name)
+                more |= {name.name for name in names}
         for call in tree.find_all(nodes.Call):
             if any(found & _bases(argument) for argument in [*call.args, *(pair.value for pair in call.kwargs)]):
                 more |= {name.name for macro in tree.find_all(nodes.Macro) for name in macro.args}

@@ -37,7 +37,7 @@ _MESSAGE = 1000  # characters of what a template says of itself
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """What a chat template may use: what transformers documents, so that the text equals transformers' byte for byte."""
+    """What transformers lets chat templates use, so that the text equals transformers' byte for byte."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -88,19 +88,22 @@ class Worker:
         """Do what is asked.
 
         Args:
-            request: ``compile``: a template's source; or ``render``: the variables to render it with.
+            request: ``compile``: a template's source; or ``render``: the variables to render it with, and ``each``: for
+                every text to make, variables of its own.
 
         Returns:
-            ``text``, or what ``Uses`` holds; or ``failed`` ("refused" by the template itself, "memory", "length" or
-            "error") with ``message``.
+            ``texts`` (of several, those that fail are null), or what ``Uses`` holds; or ``failed`` ("refused" by the
+            template itself, "memory", "length" or "error") with ``message``.
         """
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
-        from jinja2.sandbox import SecurityError
+        from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
 
         try:
             if "compile" in request:
                 return self._compile(request["compile"])
-            return self._render(request["render"])
+            each = [{**request["render"], **own} for own in request["each"]]
+            return {"texts": [self._render(each[0])] if len(each) == 1 else list(map(self._tried, each))}
+        except _TooLong as error:
+            return {"failed": "length", "message": str(error)}
         except MemoryError:
             return {"failed": "memory", "message": ""}
         except TemplateSyntaxError as error:
@@ -121,13 +124,24 @@ class Worker:
         self._length = len(source)
         return found
 
-    def _render(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+    def _render(self, variables: Mapping[str, Any]) -> str:
         assert self._template is not None
         text = self._template.render(variables)
         longest = LONGEST + 8 * (self._length + sum(map(len, _strings(variables))))
         if len(text) > longest:
-            return {"failed": "length", "message": f"{len(text):,} characters, more than {longest:,}"}
-        return {"text": text}
+            raise _TooLong(f"{len(text):,} characters, more than {longest:,}")
+        return text
+
+    def _tried(self, variables: Mapping[str, Any]) -> str | None:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            return self._render(variables)
+        except Exception:
+            return None  # whoever wants to know why asks for it alone
+
+
+class _TooLong(Exception):
+    """A text that no conversation of that length becomes."""
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -180,7 +194,7 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
     worker = Worker()
     worker.answer({"compile": "{{ messages | trim }}"})  # imports what compiling needs
-    worker.answer({"render": {"messages": ""}})
+    worker.answer({"render": {}, "each": [{"messages": ""}]})
     _limit_memory()
     try:
         _serve(worker, requests, answers)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tpctl.client.added_tokens import TokenFiles
 from tpctl.client.chat_messages import Message
 from tpctl.client.panics import guarded
-from tpctl.client.template import ChatTemplate, read_template, template_name
+from tpctl.client.template import ChatTemplate, no_template, read_template, template_name
 from tpctl.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Tokenizer:
         self._template = template
         self._template_source = read_template(folder, files.config, self._shown) if template is None else None
         self._template_name = template_name(folder, self._shown)
+        self._template_error: CheckpointError | None = None
         guarded(
             lambda: files.add_to(self.backend),
             lambda said: CheckpointError(f"{self._shown}: the tokens it adds cannot be added: {said}"),
@@ -87,13 +88,16 @@ class Tokenizer:
         Raises:
             CheckpointError: the model has none, or one that does not compile.
         """
+        if self._template_error is not None:
+            raise self._template_error
         if self._template is None:
             if self._template_source is None:
-                raise CheckpointError(
-                    f"{Path(self._shown).name} has no chat template, as base models do not; use an instruct model,"
-                    ' --chat-template FILE, or `tpctl batch` with {"prompt": …} lines'
-                )
-            self._template = ChatTemplate(self._template_source, self.special_tokens, name=self._template_name)
+                raise no_template(self._shown)
+            try:
+                self._template = ChatTemplate(self._template_source, self.special_tokens, name=self._template_name)
+            except CheckpointError as error:
+                self._template_error = error  # a second try would take as long, and fail as well
+                raise
         return self._template
 
     def encode(self, text: str) -> list[int]:
