@@ -82,7 +82,7 @@ def test_folders_are_returned_as_they_are(tmp_path: Path) -> None:
         ({"config.json": b"{}", "model.bin": b""}, "weights, only PyTorch pickles"),
         (
             {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'},
-            "1 of 1 weight files are not there (the first is x.safetensors)",
+            "1 of 1 weight file is not there (the first is x.safetensors)",
         ),
         ({"config.json": b"{}", "model.safetensors.index.json": b"["}, "is not a safetensors index"),
     ],

@@ -26,7 +26,7 @@ from tpctl.checkpoint.gguf import check_gguf, convert_gguf
 from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.transfer import Progress
-from tpctl.errors import SourceError, shorten
+from tpctl.errors import SourceError, counted, printable, shorten
 from tpctl.partition.manifest import MANIFEST
 
 DEMO = "demo"
@@ -60,7 +60,7 @@ Notify = Callable[[str], None]
 
 
 def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def resolve(
@@ -132,8 +132,8 @@ def check_folder(folder: Path) -> None:
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise SourceError(
-                f"{folder} is incomplete: {len(absent)} of {len(names)} weight files are not there "
-                f"(the first is {absent[0]}); download it again"
+                f"{folder} is incomplete: {len(absent)} of {counted(len(names), 'weight file')} "
+                f"{'is' if len(absent) == 1 else 'are'} not there (the first is {absent[0]}); download it again"
             )
     elif not any(folder.glob("*.safetensors")):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
@@ -147,6 +147,8 @@ def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
     if path.is_dir():
         check_folder(path)
         return ResolvedSource(path, model, None)
+    if not path.is_file():
+        raise SourceError(f"{path} is a pipe or a device, no model; MODEL is {FORMS}")
     if path.suffix.lower() == ".safetensors":
         raise SourceError(f"{path} is one weight file; pass its folder, which must hold config.json too")
     check_gguf(path)

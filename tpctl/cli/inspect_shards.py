@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, note, print_json, stdout
+from tpctl.cli.console import byte_progress, line, note, print_json, stdout
 from tpctl.cli.units import format_bytes
+from tpctl.errors import counted, printable
 from tpctl.partition.manifest import describe_ranks
 
 if TYPE_CHECKING:
@@ -55,45 +56,46 @@ def inspect_shards(
     else:
         _print(report, detail=rank is not None)
     if verify and origin is None:
-        note(f"not compared: {manifest.source.id} is not at hand; --source MODEL compares every element with it")
+        name = printable(manifest.source.id)
+        note(f"not compared: {name} is not at hand; --source MODEL compares every element with it")
 
 
 def _print(report: InspectReport, detail: bool) -> None:
     revision = f"@{report.revision}" if report.revision else ""
     dtype = f", cast to {report.dtype}" if report.dtype else ""
     source = f"{report.source}{revision} ({report.model_type})"
-    print(f"{report.folder}: {source} cut for tp {report.tp_size}{dtype}")
-    print()
+    line(f"{report.folder}: {source} cut for tp {report.tp_size}{dtype}")
+    line()
     for rank in report.ranks:
-        files = f"{len(rank.files)} file{'s' if len(rank.files) > 1 else ''}"
+        files = counted(len(rank.files), "file")
         size = format_bytes(rank.nbytes)
         absent = "  not here" if rank.rank in report.absent else ""
-        print(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}{absent}")
+        line(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}{absent}")
     if report.imbalance > 1.005:
-        print(
+        line(
             f"uneven: the largest rank holds {report.imbalance - 1:.1%} more than the mean, "
             f"and every step waits for it: about {report.imbalance - 1:.1%} longer than with an even cut"
         )
     if report.replicated_bytes:
-        print(f"copies: {format_bytes(report.replicated_bytes)} are held by more than one rank")
+        line(f"copies: {format_bytes(report.replicated_bytes)} are held by more than one rank")
     if report.absent:
-        print(f"not here: the files of {describe_ranks(report.absent)}; what is said of them is the manifest's word")
+        line(f"not here: the files of {describe_ranks(report.absent)}; what is said of them is the manifest's word")
     if report.strays:
-        print(f"stray: {', '.join(report.strays)} (not in the manifest; an engine may load what lies there, remove it)")
-    print()
+        line(f"stray: {', '.join(report.strays)} (not in the manifest; an engine may load what lies there, remove it)")
+    line()
     if detail:
         for tensor in report.ranks[0].tensors:
-            print(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}  {tensor.file}")
-            print(f"    {_pieces(tensor)}")
+            line(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}  {tensor.file}")
+            line(f"    {_pieces(tensor)}")
     else:
         _draw(report)
     if report.verified is not None:
         if report.verified.hashed_bytes:
-            print(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
+            line(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
         if report.verified.compared_bytes:
-            print(f"verified: {format_bytes(report.verified.compared_bytes)} equal {report.verified.source}")
+            line(f"verified: {format_bytes(report.verified.compared_bytes)} equal {report.verified.source}")
         if report.verified.left_out:
-            print(f"not verified: {'; '.join(report.verified.left_out)}")
+            line(f"not verified: {'; '.join(report.verified.left_out)}")
 
 
 def _draw(report: InspectReport) -> None:
@@ -104,7 +106,7 @@ def _draw(report: InspectReport) -> None:
 
     head_dim = ModelConfig.load(Path(report.folder)).head_dim
     stdout().print(draw(kinds(report), head_dim), soft_wrap=True)
-    print()
+    line()
 
 
 def _shape(tensor: TensorReport) -> str:
@@ -114,7 +116,8 @@ def _shape(tensor: TensorReport) -> str:
 def _pieces(tensor: TensorReport) -> str:
     if tensor.fill:
         return f"the constant {tensor.fill}, which another engine expects"
-    padding = f" + {tensor.padding // max(1, tensor.shape[-1])} rows of zeros" if tensor.padding else ""
+    rows = tensor.padding // max(1, tensor.shape[-1])
+    padding = f" + {counted(rows, 'row')} of zeros" if tensor.padding else ""
     return " + ".join(_piece(piece, tensor.dim) for piece in tensor.pieces) + padding
 
 

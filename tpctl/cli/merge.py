@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, print_json
+from tpctl.cli.console import byte_progress, line, print_json
 from tpctl.cli.units import format_bytes
+from tpctl.errors import counted
 
 
 def merge(
@@ -27,5 +28,5 @@ def merge(
         print_json(asdict(report))
         return
     kind = "byte for byte the source" if report.exact else "in the dtype that the shards were cast to"
-    print(f"{report.folder}: {report.source}, {kind}")
-    print(f"{len(report.files)} files, {format_bytes(report.nbytes)}, {report.tensors} tensors")
+    line(f"{report.folder}: {report.source}, {kind}")
+    line(f"{counted(len(report.files), 'file')}, {format_bytes(report.nbytes)}, {counted(report.tensors, 'tensor')}")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, print_json
+from tpctl.cli.console import byte_progress, line, print_json
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
+from tpctl.errors import counted
 
 if TYPE_CHECKING:
     from tpctl.sharding.writer import ShardReport
@@ -69,17 +70,17 @@ def print_report(report: ShardReport) -> None:
 
     total = sum(report.bytes_per_rank.values())
     dtype = f", cast to {report.dtype}" if report.dtype else ""
-    print(f"{report.folder}: {report.source} ({report.model_type}) cut for tp {report.tp_size}{dtype}")
-    print(f"{report.files} files, {format_bytes(total)}, {report.tensors_per_rank} tensors a rank")
+    line(f"{report.folder}: {report.source} ({report.model_type}) cut for tp {report.tp_size}{dtype}")
+    line(f"{counted(report.files, 'file')}, {format_bytes(total)}, {counted(report.tensors_per_rank, 'tensor')} a rank")
     for rank, size in report.bytes_per_rank.items():
-        print(f"  rank {rank}  {format_bytes(size)}")
+        line(f"  rank {rank}  {format_bytes(size)}")
     if report.imbalance > 1.005:
-        print(f"the largest rank holds {report.imbalance - 1:.1%} more than the mean")
+        line(f"the largest rank holds {report.imbalance - 1:.1%} more than the mean")
     if report.missing_ranks:
         missing, ranks = describe_ranks(report.missing_ranks), rank_list(report.missing_ranks)
-        print(f"missing of tp {report.tp_size}: {missing}; add with --ranks {ranks} and the same folder")
+        line(f"missing of tp {report.tp_size}: {missing}; add with --ranks {ranks} and the same folder")
     if report.dropped_bytes:
         left = format_bytes(report.dropped_bytes)
-        print(f"dropped: {left} that an unfinished run left, of another source, revision or set of options")
+        line(f"dropped: {left} that an unfinished run left, of another source, revision or set of options")
     if report.resumed_bytes:
-        print(f"resumed: {format_bytes(report.resumed_bytes)} were complete already")
+        line(f"resumed: {format_bytes(report.resumed_bytes)} were complete already")
