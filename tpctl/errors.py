@@ -23,6 +23,16 @@ def printable(text: str) -> str:
     return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def json_printable(text: str) -> str:
+    """``printable`` for a line of JSON, which stays the same JSON."""
+
+    def escaped(match: re.Match[str]) -> str:
+        units = match[0].encode("utf-16-be", "surrogatepass").hex()
+        return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
+
+    return _STEERING.sub(escaped, text)
+
+
 def shorten(text: str, width: int = 40) -> str:
     """What somebody gave, as a message may repeat it: ``width`` characters of ``text`` at most."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -220,36 +220,32 @@ def test_reshard_refuses_too_many_ranks_and_an_existing_target(tmp_path: Path, s
         merge_shards(tmp_path / "n", tmp_path / "model")
 
 
-def test_a_shard_folder_may_be_resharded_onto_itself(tmp_path: Path, source: Path) -> None:
-    shard_checkpoint(source, tmp_path / "n", 2)
-    shard_checkpoint(source, tmp_path / "four", 4)
-    reshard(tmp_path / "n", tmp_path / "n", 4, force=True)
-    assert folder_bytes(tmp_path / "n") == folder_bytes(tmp_path / "four")
-
-
-def test_resharding_onto_itself_loses_no_rank(tmp_path: Path, source: Path) -> None:
-    shard_checkpoint(source, tmp_path / "n", 2)
-    before = folder_bytes(tmp_path / "n")
-    (tmp_path / "link").symlink_to("n")
-    for out in (tmp_path / "n", tmp_path / "link"):
-        with pytest.raises(OutputError, match=r"--ranks leaves out ranks 1-3 of tp 4.*choose another folder"):
-            reshard(tmp_path / "n", out, 4, ranks=[0], force=True)
-    assert folder_bytes(tmp_path / "n") == before
-    reshard(tmp_path / "n", tmp_path / "n", 3, ranks=[0, 1, 2], force=True)
-    merge_shards(tmp_path / "n", tmp_path / "merged")
-    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
-
-
-def test_a_folder_that_holds_what_is_read_is_not_replaced(tmp_path: Path, source: Path) -> None:
-    shard_checkpoint(source, source / "two", 2)
-    before = folder_bytes(source / "two")
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("model/two", "two is .*two itself, which is read"),
+        ("link", "link is .*two itself, which is read"),
+        ("model/two/below", "below is inside .*two, which is read"),
+        ("link/below", "below is inside .*two, which is read"),
+        ("model", "model holds the source .*two itself"),
+        ("linked-model", "linked-model holds the source .*two itself"),
+    ],
+)
+def test_what_is_read_is_not_written_to(tmp_path: Path, source: Path, place: str, said: str, force: bool) -> None:
+    shards = source / "two"
+    shard_checkpoint(source, shards, 2)
+    (tmp_path / "link").symlink_to(shards)
+    (tmp_path / "linked-model").symlink_to(source)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for run in (
-        lambda: merge_shards(source / "two", source, force=True),
-        lambda: reshard(source / "two", source, 3, force=True),
+        lambda: merge_shards(shards, tmp_path / place, force=force),
+        lambda: reshard(shards, tmp_path / place, 3, force=force),
+        lambda: reshard(shards, tmp_path / place, 3, ranks=[0], force=force),
     ):
-        with pytest.raises(OutputError, match=r"model holds the source .*two itself; choose another folder"):
+        with pytest.raises(OutputError, match=f"{said}; choose another folder"):
             run()
-    assert folder_bytes(source / "two") == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

@@ -51,6 +51,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (shop / "wrong" / "config.json").write_text(json.dumps(make_config(intermediate_size=41)))
     (shop / "latin" / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"\xe9": 1}}')
     (shop / "notjson" / "config.json").write_text("{")
+    (shop / "loop").symlink_to("loop")
+    (shop / "prompts.jsonl").write_text('{"prompt": "x"}')
+    os.mkfifo(shop / "pipe")
+    shutil.copytree(shop / "two", shop / "pipes")
+    shutil.copytree(shop / "model", shop / "piped")
+    for path in (
+        shop / "pipes" / "model-rank-0-part-0.safetensors",
+        shop / "piped" / "tpctl.json",
+    ):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
     return shop
 
 
@@ -70,9 +81,18 @@ def _handlers() -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
 
 
+WRITERS = (
+    "shard model --tp 2 -o",
+    "shard model --tp 2 --ranks 0 -o",
+    "shard model --tp 2 --force -o",
+    "merge two -o",
+    "reshard two --tp 3 -o",
+    "download model -o",
+    "inspect-shards two --html",
+)
 TABLE = [
     # shard: the source
     ("shard nowhere --tp 2", 1, "'nowhere' is no model: no such file or folder here; MODEL is a Hub id (org/name)"),
@@ -81,7 +101,7 @@ TABLE = [
     ("shard file --tp 2", 1, "file is no model: a file must be a .gguf, which begins with the letters GGUF"),
     ("shard pickles --tp 2", 1, "no *.safetensors weights, only PyTorch pickles (.bin)"),
     ("shard cut --tp 2", 1, "model-00002-of-00002.safetensors is truncated: its tensors end at byte"),
-    ("shard incomplete --tp 2", 1, "1 of 2 weight files are not there (the first is model-00002-of-00002.safetensors)"),
+    ("shard incomplete --tp 2", 1, "1 of 2 weight files is not there (the first is model-00002-of-00002.safetensors)"),
     ("shard latin --tp 2", 1, "model.safetensors.index.json is not a safetensors index"),
     ("shard bloom --tp 2", 1, 'model_type "bloom" is not supported; tpctl knows'),
     ("shard quantised --tp 2", 1, 'the checkpoint is quantised ("gptq"), which is not supported yet'),
@@ -124,12 +144,27 @@ TABLE = [
     ("reshard some --tp 2 -o x", 1, "but all are needed; add ranks 1-2"),
     ("reshard flipped --tp 3 -o x", 1, "of rank 1 is damaged"),
     ("reshard two --tp 4 -o model", 1, "model exists already; use --force"),
-    (
-        "reshard two --tp 4 --ranks 0 -o two --force",
-        1,
-        "--ranks leaves out ranks 1-3 of tp 4, whose weights would be lost",
+    ("reshard two --tp 4 --ranks 0 -o two --force", 1, "two is two itself, which is read; choose another folder (-o)"),
+    ("reshard two --tp 4 --ranks 0 -o two", 1, "two is two itself, which is read; choose another folder (-o)"),
+    ("reshard two --tp 3 -o two/below", 1, "two/below is inside two, which is read; choose another folder (-o)"),
+    ("merge two -o two --force", 1, "two is two itself, which is read; choose another folder (-o)"),
+    ("merge two -o . --force", 1, ". holds the source two itself; choose another folder (-o)"),
+    # links that lead back to themselves, and what is no file
+    *(
+        (f"{command} loop{below}", 1, f"loop{below} is a link that leads back to itself; choose another place")
+        for command in WRITERS
+        for below in ("", "/x")
     ),
-    ("reshard two --tp 4 --ranks 0 -o two", 1, "two holds ranks cut with tp size 2, but 4 is asked for"),
+    ("batch prompts.jsonl -o loop", 1, "loop is a link that leads back to itself; choose another place (-o)"),
+    ("batch loop", 1, "cannot read loop: Too many levels of symbolic links"),
+    ("shard ./loop --tp 2", 1, "cannot look at ./loop: Too many levels of symbolic links; MODEL is"),
+    ("plan loop", 1, "cannot look at loop: Too many levels of symbolic links; MODEL is"),
+    ("upload loop org/name", 1, "there is no folder loop"),
+    ("inspect-shards loop", 1, "loop/tpctl.json cannot be read: Too many levels of symbolic links"),
+    ("shard ./pipe --tp 2", 1, "pipe is a pipe or a device, no model; MODEL is"),
+    ("inspect-shards piped", 1, "piped/tpctl.json is a folder, a pipe or a device, not a manifest"),
+    ("merge pipes -o x", 1, "model-rank-0-part-0.safetensors (rank 0) has 0 bytes, but"),
+    ("upload pipes org/name", 1, "model-rank-0-part-0.safetensors is a pipe, not the file of"),
     ("reshard two --tp 4 --ranks 7 -o x", 1, "rank 7 does not exist at tp 4; ranks are 0 to 3"),
     ("reshard two --tp 3 -o x --compat vllm", 1, "vllm loads only even splits"),
     # inspect-shards, plan, download, upload

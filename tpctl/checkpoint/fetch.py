@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.cache import require_space, writing
+from tpctl.checkpoint.outputs import resolved
 from tpctl.checkpoint.sources import Notify, ResolvedSource, hub_id, is_local, resolve, to_stderr
 from tpctl.checkpoint.transfer import Progress
 from tpctl.errors import SourceError
@@ -39,6 +40,7 @@ def fetch(
             progress=progress,
             notify=notify,
         )
+    resolved(output)
     if not is_local(model):
         repo, revision = hub_id(model, revision)
         _refuse_foreign(output)

@@ -18,7 +18,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any
 
-from tpctl.errors import CheckpointError, shorten, shown
+from tpctl.errors import CheckpointError, counted, shorten, shown
 from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
 from tpctl.partition.records import LONGEST_TEXT
 
@@ -121,7 +121,9 @@ def read_header(path: Path) -> Header:
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
     """The header's length in bytes from a file's first eight; ``file_size`` bounds it. Errors as ``read_header``."""
     if len(prefix) < 8:
-        raise CheckpointError(f"{where} is no safetensors file: it has {file_size} bytes, at least 8 are needed")
+        raise CheckpointError(
+            f"{where} is no safetensors file: it has {counted(file_size, 'byte')}, at least 8 are needed"
+        )
     length: int = struct.unpack("<Q", prefix)[0]
     if length > MAX_HEADER:
         raise CheckpointError(f"{where} is no safetensors file: its header would be {length} bytes long")

@@ -155,6 +155,8 @@ def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
         if stale_index(path):
             notify(f"using {path / SINGLE}, as transformers does; the {INDEX} beside it is of other files")
         return ResolvedSource(path, model, None)
+    if not path.is_file():
+        raise SourceError(f"{path} is a pipe or a device, no model; MODEL is {FORMS}")
     if path.suffix.lower() == ".safetensors":
         raise SourceError(f"{path} is one weight file; pass its folder, which must hold config.json too")
     check_gguf(path)

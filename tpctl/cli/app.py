@@ -17,7 +17,10 @@ import typer
 
 from tpctl import __version__
 from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
-from tpctl.errors import OutputError, TpctlError, printable
+from tpctl.errors import OutputError, TpctlError, printable, shorten
+
+LONGEST = 4000
+"""Characters of a message, whatever it repeats of a file."""
 
 app = typer.Typer(
     name="tpctl",
@@ -123,7 +126,7 @@ def _run(work: Callable[[], None]) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except _UsageError as error:
         text = error.format_message()
-        _say(text if "\n" in text else f"tpctl: {_explain(error)}")  # no arguments at all: the help page
+        _say(text if "\n" in text else printable(f"tpctl: {_explain(error)}"))  # no arguments at all: the help page
         return int(error.exit_code)
     except (typer.Abort, EOFError):
         _say("tpctl: aborted")
@@ -131,17 +134,17 @@ def _run(work: Callable[[], None]) -> int:
     except TpctlError as error:
         if isinstance(error, OutputError):
             settle_stdout()  # which may be what failed
-        _say(f"tpctl: {error}")
+        _say(printable(shorten(f"tpctl: {error}", LONGEST)))
         return error.exit_code
     except KeyboardInterrupt as error:
-        _say("; ".join(["tpctl: interrupted", *map(str, error.args)]))
+        _say(printable("; ".join(["tpctl: interrupted", *map(str, error.args)])))
         return 130
     except OSError as error:  # no command foresaw it, but it is the system's refusal, not a bug
         settle_stdout()  # which may be what failed
         if is_closed_pipe(error):
             return CLOSED_PIPE
         what = error.strerror or " ".join(str(error).split())
-        _say(f"tpctl: {error.filename or 'input or output failed'}: {what}")
+        _say(printable(f"tpctl: {error.filename or 'input or output failed'}: {what}"))
         return 1
     return 0
 

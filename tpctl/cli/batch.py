@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpctl.checkpoint.outputs import resolved
 from tpctl.cli.console import note, status, stderr
 from tpctl.cli.engine import describe, interrupts, prepare, say_context, say_policy
 from tpctl.cli.options import (
@@ -182,7 +183,7 @@ def _target(output: str) -> Path | None:
     if not path.name:
         raise OutputError(f"{output} is a folder; name a file to write to")
     if path.is_symlink():
-        path = path.resolve()  # the link stays, what it names is replaced
+        path = resolved(path)  # the link stays, what it names is replaced
     return None if path.exists() and not path.is_file() and not path.is_dir() else path
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tpctl.errors import printable
+from tpctl.errors import json_printable, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ class Progress(Protocol):
 def stderr() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def stdout() -> Console:
@@ -37,7 +37,13 @@ def stdout() -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # ``main`` knows what to do
 
-    return Output(highlight=False)
+    return Output(highlight=False, markup=False, emoji=False)  # names may hold [brackets] and :colons:
+
+
+def say(text: str = "") -> None:
+    """A line of a report on stdout. What it says comes from files that others made, so nothing in it steers the
+    terminal."""
+    print(printable(text))
 
 
 def note(text: str) -> None:
@@ -46,16 +52,13 @@ def note(text: str) -> None:
     Where stderr takes no more (the log's disk is full, its reader gone) the work goes on without.
     """
     with suppress(OSError):
-        print(printable(text), file=sys.stderr, flush=True)
-
-
-def say(text: str = "") -> None:
-    """A line of a result for people: to stdout, without what a name in somebody's file could do to a terminal."""
-    print(printable(text))
+        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """``value`` on stdout. What a terminal would obey is escaped, which leaves the value what it is."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print("\n".join(json_printable(row) for row in text.split("\n")))
 
 
 @contextmanager
@@ -72,8 +75,8 @@ def byte_progress(title: str) -> Iterator[Progress]:
             nonlocal bar, task
             if bar is None or task is None:
                 bar = stack.enter_context(_byte_bar())
-                task = bar.add_task(title, total=None)
-            bar.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
+                task = bar.add_task(printable(title), total=None)
+            bar.update(task, completed=done, total=total, description=printable(f"{title} {what}".rstrip()))
 
         yield update
 
@@ -83,7 +86,7 @@ def _byte_bar() -> Bar:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -98,5 +101,7 @@ def status(text: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    with stderr().status(text):
+    from rich.text import Text
+
+    with stderr().status(Text(printable(text))):
         yield

@@ -11,6 +11,7 @@ import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say, stdout
 from tpctl.cli.units import format_bytes
+from tpctl.errors import counted, printable
 from tpctl.partition.manifest import describe_ranks
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def inspect_shards(
     else:
         _print(report, detail=rank is not None)
     if verify and origin is None:
-        note(f"not compared: {manifest.source.id} is not at hand; --source MODEL compares every element with it")
+        name = printable(manifest.source.id)
+        note(f"not compared: {name} is not at hand; --source MODEL compares every element with it")
 
 
 def _print(report: InspectReport, detail: bool) -> None:
@@ -65,7 +67,7 @@ def _print(report: InspectReport, detail: bool) -> None:
     say(f"{report.folder}: {source} cut for tp {report.tp_size}{dtype}")
     say()
     for rank in report.ranks:
-        files = f"{len(rank.files)} file{'s' if len(rank.files) > 1 else ''}"
+        files = counted(len(rank.files), "file")
         size = format_bytes(rank.nbytes)
         absent = "  not here" if rank.rank in report.absent else ""
         say(f"rank {rank.rank:<3} {rank.parameters:>16,} parameters  {size:>10}  {files}{absent}")
@@ -114,7 +116,8 @@ def _shape(tensor: TensorReport) -> str:
 def _pieces(tensor: TensorReport) -> str:
     if tensor.fill:
         return f"the constant {tensor.fill}, which another engine expects"
-    padding = f" + {tensor.padding // max(1, tensor.shape[-1])} rows of zeros" if tensor.padding else ""
+    rows = tensor.padding // max(1, tensor.shape[-1])
+    padding = f" + {counted(rows, 'row')} of zeros" if tensor.padding else ""
     return " + ".join(_piece(piece, tensor.dim) for piece in tensor.pieces) + padding
 
 

@@ -11,7 +11,7 @@ from threading import Event, Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from tpctl.errors import CheckpointError
+from tpctl.errors import CheckpointError, counted
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in total, and what is being done."""
@@ -53,7 +53,10 @@ class Files:
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read at byte {offset}: {error.strerror}") from None
             if not got:
-                raise CheckpointError(f"{path} ends at byte {offset}, {len(view)} bytes too early; it was truncated")
+                raise CheckpointError(
+                    f"{path} ends at byte {offset}, {counted(len(view), 'byte')} too early: it was cut while it was "
+                    "read; fetch or copy it again, and run the command again"
+                )
             view, offset = view[got:], offset + got
 
     def write(self, path: Path, data: Bytes, offset: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.outputs import refuse_overlap
 from tpctl.checkpoint.safetensors import FLOATS, Header, NewTensor, build_header
 from tpctl.errors import ShardFolderError
 from tpctl.json_file import parse_object
@@ -44,10 +45,10 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
 
     Raises:
         ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
-        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+        OutputError: ``out`` exists and ``force`` is not given, is not apart from ``folder``, or cannot be written.
     """
-    if not (out.exists() and out.resolve() == folder.resolve()):
-        refuse_existing(out, force, [folder])
+    refuse_overlap(out, folder)
+    refuse_existing(out, force)
     manifest = Manifest.load(folder)
     require_all_ranks(folder, manifest)
     shards = open_shards(folder, manifest, range(manifest.tp_size))

@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tpctl.errors import ShardFolderError
+from tpctl.checkpoint.outputs import resolved
+from tpctl.errors import ShardFolderError, printable
 from tpctl.models.config import ModelConfig
 from tpctl.partition.manifest import describe_ranks
 from tpctl.sharding.inspect import InspectReport
@@ -51,6 +52,7 @@ def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
     Raises:
         ShardFolderError: ``path`` cannot be written, or is a file that is no page.
     """
+    resolved(path, "--html")
     if path.exists() and path.suffix.lower() not in (".html", ".htm"):  # a slip must not cost a manifest or weights
         raise ShardFolderError(f"{path} exists and is no .html file; choose another file for --html")
     try:
@@ -64,8 +66,8 @@ def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
 def render(report: InspectReport, config: ModelConfig) -> str:
     """The page's HTML."""
     found = kinds(report)
-    revision = f" at revision {report.revision}" if report.revision else ""
-    title = f"{report.source}, cut for {report.tp_size} rank{'s' if report.tp_size > 1 else ''}"
+    revision = f" at revision {printable(report.revision)}" if report.revision else ""
+    title = f"{printable(report.source)}, cut for {report.tp_size} rank{'s' if report.tp_size > 1 else ''}"
     total = sum(rank.nbytes for rank in report.ranks)
     parts = {
         "title": escape(title),
@@ -84,9 +86,9 @@ def render(report: InspectReport, config: ModelConfig) -> str:
         "balance": _balance(report, found),
         "ranks": _rank_rows(report, found, config),
         "kinds": "".join(_kind(kind) for kind in found),
-        "footer": escape(f"Made by tpctl inspect-shards from {Path(report.folder).name}/tpctl.json."),
-        # "</" would end the script element early, whatever string it is in.
-        "data": json.dumps(_data(report, found), separators=(",", ":")).replace("</", "<\\/"),
+        "footer": escape(f"Made by tpctl inspect-shards from {printable(Path(report.folder).name)}/tpctl.json."),
+        # "</script" would end the script element early, "<!--" keep it from ending, whatever string they are in.
+        "data": json.dumps(_data(report, found), separators=(",", ":")).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _template("page.html"))
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from tpctl.errors import counted, printable
 from tpctl.sharding.picture_kinds import Band, Kind, SourcePicture, count
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def draw_kind(kind: Kind, head_dim: int) -> list[Text]:
 
     marks = " ".join(word for word, there in (("UNEVEN", kind.uneven), ("COPIES", _copied(kind))) if there)
     lines = [
-        Text.assemble((kind.title, "bold"), "  ", count(kind.layers), "  ", (marks, "bold red")),
+        Text.assemble((printable(kind.title), "bold"), "  ", count(kind.layers), "  ", (marks, "bold red")),
         Text(f"  {RULES[kind.rule]}"),
     ]
     boxes = [_box(source, kind.dim) for source in kind.sources]
@@ -100,7 +101,7 @@ def _box(source: SourcePicture, dim: int) -> list[Text]:
     else:
         rows = [_upright(source.bands, width, line) for line in range(HEIGHT)]
     frame = [Text("┌" + "─" * width + "┐"), *(Text("│") + row + Text("│") for row in rows)]
-    return [Text(caption.ljust(width + 2)), *frame, Text("└" + "─" * width + "┘")]
+    return [Text(printable(caption).ljust(width + 2)), *frame, Text("└" + "─" * width + "┘")]
 
 
 def _down(bands: Sequence[Band], height: int, width: int) -> list[Text]:
@@ -152,7 +153,7 @@ def _stored(kind: Kind, head_dim: int) -> list[Text]:
     lines = []
     for index, rank in enumerate(kind.ranks):
         rows = kind.padded_rows(index)
-        notes = [f" + {rows} rows of zeros"] if rows else []
+        notes = [f" + {counted(rows, 'row')} of zeros"] if rows else []
         if kind.rule == "qkv":
             query, kv = ((b - a) // head_dim for _, a, b in kind.pieces[index][:2])
             notes.append(f"  ({query} query, {kv} KV heads)")

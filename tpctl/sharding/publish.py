@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tpctl.checkpoint.locks import exclusive
+from tpctl.checkpoint.outputs import resolved
 from tpctl.errors import OutputError, TpctlError
 from tpctl.partition.manifest import MANIFEST
 from tpctl.sharding.exchange import fsync_folder, recover, replace_folder
@@ -45,7 +46,7 @@ class PendingFolder:
             OutputError: ``target`` exists and ``force`` is not given, or the folder cannot be made.
         """
         refuse_existing(target, force, add=piece is not None)
-        target = target.resolve()  # what a link leads to is replaced, not the link
+        target = resolved(target)  # what a link leads to is replaced, not the link
         name = target.name if piece is None else f"{target.name}.{piece}"
         path = target.parent / f".{name}.tpctl-partial"
         with ExitStack() as held:
@@ -150,6 +151,7 @@ def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = (), add
     Raises:
         OutputError: it may not.
     """
+    resolved(target)
     if not target.exists():
         return
     if not target.is_dir():

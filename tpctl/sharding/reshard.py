@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from tpctl.errors import OutputError
-from tpctl.partition.manifest import Manifest, describe_ranks
+from tpctl.checkpoint.outputs import refuse_overlap
+from tpctl.partition.manifest import Manifest
 from tpctl.sharding.files import Progress
 from tpctl.sharding.merge import require_all_ranks
 from tpctl.sharding.own_plan import own_plan
@@ -36,14 +36,15 @@ def reshard(
 
     Args:
         max_part_size: most tensor bytes in one file; as in ``folder`` by default.
-        ranks, compat, force: as in ``shard_checkpoint``. ``out`` may be ``folder`` itself, if every rank is written.
+        ranks, compat, force: as in ``shard_checkpoint``.
 
     Raises:
         ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
         PartitionError: the model cannot be cut into ``tp_size`` shards.
-        OutputError: ``out`` exists and ``force`` is not given, or cannot be written.
+        OutputError: ``out`` exists and ``force`` is not given, is not apart from ``folder``, or cannot be written.
     """
-    _refuse_loss(folder, out, tp_size, ranks, force)
+    refuse_overlap(out, folder)
+    refuse_existing(out, force, add=ranks is not None)
     manifest = Manifest.load(folder)
     require_all_ranks(folder, manifest)
     check_copied(folder, manifest)
@@ -66,14 +67,3 @@ def reshard(
     )
     # What is read is checked against its digests on the way, so a change meanwhile cannot go unseen.
     return write_shards(recipe, out, force=force, add=ranks is not None, check=lambda: None, progress=progress)
-
-
-def _refuse_loss(folder: Path, out: Path, tp_size: int, ranks: Sequence[int] | None, force: bool) -> None:
-    """Raise ``OutputError`` if replacing ``out`` would remove shards of ``folder`` that are not written anew."""
-    if not force or out.resolve() != folder.resolve():
-        refuse_existing(out, force, [folder], add=ranks is not None)
-    elif ranks is not None and (lost := set(range(tp_size)) - set(ranks)):
-        raise OutputError(
-            f"{out} is what is read, and --ranks leaves out {describe_ranks(lost)} of tp {tp_size}, whose weights "
-            "would be lost; choose another folder (-o), or leave --ranks out"
-        )

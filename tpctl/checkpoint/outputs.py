@@ -1,0 +1,37 @@
+"""Where results may go: a place that exists or can be made, and that is none of what is read."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from tpctl.errors import OutputError
+
+
+def resolved(path: Path, option: str = "-o") -> Path:
+    """``path`` with its links followed; nothing need be there.
+
+    Raises:
+        OutputError: a link in it leads back to itself.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OutputError(f"{path} is a link that leads back to itself; choose another place ({option})") from None
+    return path.resolve()
+
+
+def refuse_overlap(output: Path, source: Path) -> None:
+    """Raise unless ``output`` is apart from the folder ``source``, which is read: neither it, nor in it, nor around it.
+
+    Raises:
+        OutputError: it is not.
+    """
+    out, read = resolved(output), resolved(source)
+    if out == read:
+        raise OutputError(f"{output} is {source} itself, which is read; choose another folder (-o)")
+    if out.is_relative_to(read):
+        raise OutputError(f"{output} is inside {source}, which is read; choose another folder (-o)")
+    if read.is_relative_to(out):
+        raise OutputError(f"{output} holds the source {source} itself; choose another folder (-o)")
