@@ -36,7 +36,7 @@ def _messages(tree: nodes.Template) -> set[str]:
     found = {"messages"}
     while True:
         more: set[str] = set()
-        bound = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
+        bound: list[tuple[nodes.Node, nodes.Node]] = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
         bound += [(loop.target, loop.iter) for loop in tree.find_all(nodes.For)]
         for target, value in bound:
             if found & _bases(value):
