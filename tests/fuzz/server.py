@@ -115,6 +115,7 @@ def main() -> None:
             answers.write(struct.pack("<Q", len(raw)) + raw)
             answers.flush()
 
+        send(None)
         while head := cases.read(8):
             for outcome in sandbox.run(pickle.loads(cases.read(struct.unpack("<Q", head)[0]))):
                 send(outcome)

@@ -21,9 +21,9 @@ from tests.fuzz.sandbox import PYTHON
 from tests.fuzz.targets import BATCH, CHAT, TARGETS, shard_and_prove
 from tpctl.models.config import ModelConfig
 
-CASES = {"options": 120, "jsonl": 120, "template": 60}
+CASES = {"config": 90, "index": 60, "manifest": 40, "template": 40}
 """Cases of a target in a run of all tests; ``_OTHERS`` where it is not named."""
-_OTHERS = 90
+_OTHERS = 80
 _ROUND = 100
 
 
