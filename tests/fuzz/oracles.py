@@ -234,7 +234,8 @@ def _rows(case: Case, outcome: Outcome, work: Path) -> list[Fault]:
                 "error" not in row and row["id"] != job.get("id", number)
             ):
                 found.append(Fault("row of another id", name, f"{row['id']!r} for {line[:100]!r}"))
-            if set(job) == {"prompt"} and case.base == "llama" and case.target == "jsonl" and job["prompt"].isascii():
+            plain = set(job) == {"prompt"} and b'"id"' not in given  # whose number may be another line's id
+            if plain and case.base == "llama" and case.target == "jsonl" and job["prompt"].isascii():
                 found += _answer(job["prompt"], row)
     return found
 

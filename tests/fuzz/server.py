@@ -101,6 +101,7 @@ def main() -> None:
         XDG_CACHE_HOME=str(home / "home" / ".cache"),
         HF_HOME=str(home / "home" / "hf"),
         HF_HUB_OFFLINE="1",
+        PIP_NO_INDEX="1",
         TMPDIR=str(home / "tmp"),
         TOKENIZERS_PARALLELISM="false",
         COLUMNS="200",
