@@ -216,7 +216,9 @@ def option_cases(draw: Draw) -> Case:
             st.sampled_from([[option, value], [f"{option}={value}"] if option.startswith("--") else [option + value]])
         )
     if not draw(st.integers(0, 19)):
-        del words[draw(st.integers(len(name.split()), len(words) - 1))]
+        first = len(name.split()) + (NEEDED[name][0] == "model")  # without MODEL the demo would be fetched
+        if first < len(words):
+            del words[draw(st.integers(first, len(words) - 1))]
     if not draw(st.integers(0, 19)):
         words.append(draw(st.sampled_from(["--nothing", "-", "--", "-x", "extra", "--help", "", "--version", "-o"])))
     stdin = draw(st.sampled_from([b"", b"hi\n", b'{"prompt": "x"}\n', b"\xff\x00", b"a\nb\n/exit\n"]))

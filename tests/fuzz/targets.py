@@ -184,12 +184,14 @@ def template_cases(draw: Draw) -> Case:
 
 @st.composite
 def line_cases(draw: Draw) -> Case:
-    """The lines of a batch file."""
+    """The lines of a batch file. Who gives a pipe wants it to be waited for."""
     content, why = draw(line_files())
     base = draw(st.sampled_from(["llama", WORDS]))
     if draw(st.integers(0, 3)):
         change = (
-            Change("lines.jsonl", content=content, why=why) if draw(st.integers(0, 19)) else draw(forms("lines.jsonl"))
+            Change("lines.jsonl", content=content, why=why)
+            if draw(st.integers(0, 19))
+            else draw(forms("lines.jsonl", "fifo"))
         )
         return Case("jsonl", base, (change,), (BATCH,))
     return Case("jsonl", base, (), (("batch", "-", "--model", "model"),), stdin=content)
