@@ -35,12 +35,13 @@ class Runner:
     """Cases in, outcomes out.
 
     Attributes:
+        seconds: what a command may take.
         work: the folder of the last case's commands, as they left it.
         cases: how many were run.
     """
 
     def __init__(self, seconds: float = SECONDS) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         memory = Path("/dev/shm")  # thousands of small files are made and removed
         place = memory if os.access(memory, os.W_OK) else None
         self._folder = Path(tempfile.mkdtemp(prefix="tpctl-fuzz-", dir=place)).resolve()
@@ -74,11 +75,11 @@ class Runner:
         while True:
             begun = time.monotonic()
             try:
-                outcome = self._receive(begun + self._seconds)
+                outcome = self._receive(begun + self.seconds)
             except TimeoutError:
                 place = self._stack()
                 self._end()
-                failure = f"took more than {self._seconds:.0f} s"
+                failure = f"took more than {self.seconds:.0f} s"
                 return [*outcomes, self._lost(case, outcomes, failure, place, time.monotonic() - begun)]
             except EOFError:
                 failure = self._death()
