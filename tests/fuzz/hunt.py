@@ -20,6 +20,13 @@ class Found(AssertionError):
     """A fault. Each signature has a class of its own, since hypothesis makes one example small for each class."""
 
 
+class _Enough(BaseException):
+    """Not to be caught by hypothesis: cases that hang are not made small at half a minute each."""
+
+
+_HANGS = 2
+
+
 @cache
 def _class_of(signature: str) -> type[Found]:
     return type("Found", (Found,), {"__doc__": signature})
@@ -75,6 +82,8 @@ def hunt(
         Found: a fault; several are in an ``ExceptionGroup``.
     """
 
+    hangs = 0
+
     @settings(
         max_examples=cases,
         derandomize=seed is None,
@@ -91,6 +100,12 @@ def hunt(
         note(case, outcomes, faults)
         for fault in faults:
             if raising and only in (None, fault.signature):
-                raise _class_of(fault.signature)(f"{fault.signature}: {fault.said}\n{case}")
+                nonlocal hangs
+                hangs += outcomes[-1].seconds > runner.seconds
+                said = f"{fault.signature}: {fault.said}\n{case}"
+                raise _Enough(said) if hangs > _HANGS else _class_of(fault.signature)(said)
 
-    (run if seed is None else hypothesis.seed(seed)(run))()
+    try:
+        (run if seed is None else hypothesis.seed(seed)(run))()
+    except _Enough as last:
+        raise Found(str(last)) from None

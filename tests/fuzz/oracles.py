@@ -229,12 +229,12 @@ def _rows(case: Case, outcome: Outcome, work: Path) -> list[Fault]:
             if "cannot be used" in str(said):
                 found.append(Fault("error row that nobody foresaw", said.split(": ")[2][:40], repr(said)[:400]))
         with contextlib.suppress(ValueError, RecursionError, AttributeError, KeyError):
-            job = json.loads(line)
-            if row["id"] not in (job.get("id", number), number) or (
-                "error" not in row and row["id"] != job.get("id", number)
-            ):
+            job = json.loads(line.decode("utf-8-sig"))
+            id = number if job.get("id") is None else job["id"]
+            if row["id"] not in ((id, number) if "error" in row else (id,)):
                 found.append(Fault("row of another id", name, f"{row['id']!r} for {line[:100]!r}"))
-            if set(job) == {"prompt"} and case.base == "llama" and case.target == "jsonl" and job["prompt"].isascii():
+            plain = set(job) == {"prompt"} and b'"id"' not in given  # whose number may be another line's id
+            if plain and case.base == "llama" and case.target == "jsonl" and job["prompt"].isascii():
                 found += _answer(job["prompt"], row)
     return found
 

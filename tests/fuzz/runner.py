@@ -24,6 +24,9 @@ from tests.fuzz.case import Case, Outcome
 SECONDS = 30.0
 """What a command may take."""
 
+_START = 120.0
+"""Seconds that a process may take until it is ready for cases."""
+
 _CASES = 1000
 """After so many a process is replaced: what libraries keep must not be taken for the memory of a case."""
 
@@ -32,12 +35,13 @@ class Runner:
     """Cases in, outcomes out.
 
     Attributes:
+        seconds: what a command may take.
         work: the folder of the last case's commands, as they left it.
         cases: how many were run.
     """
 
     def __init__(self, seconds: float = SECONDS) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         memory = Path("/dev/shm")  # thousands of small files are made and removed
         place = memory if os.access(memory, os.W_OK) else None
         self._folder = Path(tempfile.mkdtemp(prefix="tpctl-fuzz-", dir=place)).resolve()
@@ -71,11 +75,11 @@ class Runner:
         while True:
             begun = time.monotonic()
             try:
-                outcome = self._receive(begun + self._seconds)
+                outcome = self._receive(begun + self.seconds)
             except TimeoutError:
                 place = self._stack()
                 self._end()
-                failure = f"took more than {self._seconds:.0f} s"
+                failure = f"took more than {self.seconds:.0f} s"
                 return [*outcomes, self._lost(case, outcomes, failure, place, time.monotonic() - begun)]
             except EOFError:
                 failure = self._death()
@@ -107,6 +111,7 @@ class Runner:
         self._cases = os.fdopen(self_in, "wb")
         self._answers = self_out
         self._here = 0
+        self._receive(time.monotonic() + _START)  # it is ready
 
     def _receive(self, until: float) -> Any:
         return pickle.loads(self._read(struct.unpack("<Q", self._read(8, until))[0], until))
@@ -114,9 +119,7 @@ class Runner:
     def _read(self, count: int, until: float) -> bytes:
         parts = b""
         while len(parts) < count:
-            # The first case also waits for the process to start.
-            slack = 60.0 if self._here == 1 else 0.0
-            if not select.select([self._answers], [], [], max(0.0, until + slack - time.monotonic()))[0]:
+            if not select.select([self._answers], [], [], max(0.0, until - time.monotonic()))[0]:
                 raise TimeoutError
             part = os.read(self._answers, count - len(parts))
             if not part:

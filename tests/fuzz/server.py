@@ -101,6 +101,7 @@ def main() -> None:
         XDG_CACHE_HOME=str(home / "home" / ".cache"),
         HF_HOME=str(home / "home" / "hf"),
         HF_HUB_OFFLINE="1",
+        PIP_NO_INDEX="1",
         TMPDIR=str(home / "tmp"),
         TOKENIZERS_PARALLELISM="false",
         COLUMNS="200",
@@ -115,6 +116,7 @@ def main() -> None:
             answers.write(struct.pack("<Q", len(raw)) + raw)
             answers.flush()
 
+        send(None)
         while head := cases.read(8):
             for outcome in sandbox.run(pickle.loads(cases.read(struct.unpack("<Q", head)[0]))):
                 send(outcome)

@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.fuzz import fields
+from tests.fuzz import fields, token_fields
 from tests.fuzz.bases import (
     GENERATION,
     INDEXED,
     SHARDS,
     TEMPLATE,
-    VOCAB,
     WORDS,
     WORDS_CONFIG,
     config_of,
     words_tokenizer,
 )
 from tests.fuzz.case import Case, Change
+from tests.fuzz.commands import BATCH, CHAT, PLAN, PROVE, Command, shard_and_prove
+from tests.fuzz.headers import header_cases
 from tests.fuzz.jsontext import seal
 from tests.fuzz.lines import line_files
-from tests.fuzz.mutations import Draw, broken_bytes, forms, json_bytes, json_files, json_values
+from tests.fuzz.mutations import Draw, broken_bytes, forms, json_files, json_values
 from tests.fuzz.options import option_cases
 from tests.fuzz.templates import template_texts
 from tests.unit.synthetic import source_shapes
-from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.models.specs import FAMILIES
-
-Command = tuple[str, ...]
-PROVE: tuple[Command, ...] = (
-    ("inspect-shards", "out", "--verify", "--source", "model"),
-    ("merge", "out", "-o", "merged"),
-)
-"""What shows that shards in ``out`` are right."""
-CHAT: Command = ("chat", "model", "-m", "hi", "--seed", "1")
-BATCH: Command = ("batch", "lines.jsonl", "--model", "model", "-o", "rows.jsonl")
-PLAN: Command = ("plan", "model", "--json")
-
-
-def shard_and_prove(tp: int, *more: str) -> tuple[Command, ...]:
-    return (("shard", "model", "--tp", str(tp), "-o", "out", *more), *PROVE)
 
 
 @st.composite
@@ -89,97 +74,6 @@ def index_cases(draw: Draw) -> Case:
         changes.append(draw(forms(f"model/{draw(st.sampled_from(files))}")))
     commands = draw(st.sampled_from([shard_and_prove(2), (PLAN,), (CHAT,)]))
     return Case("index", INDEXED, tuple(changes), commands)
-
-
-@st.composite
-def header_cases(draw: Draw) -> Case:
-    """A safetensors file: its length field, the header's JSON, what that says of the data, and the data's end."""
-    header = _header()
-    body = json.loads(header.text)
-    path = "model/model.safetensors"
-    data = header.file_size - header.size
-    way = draw(st.integers(0, 9))
-    if way == 0:
-        changes: tuple[Change, ...] = (draw(forms(path)),)
-    elif way == 1:
-        changes = (
-            Change(
-                path,
-                "cut",
-                size=draw(
-                    st.sampled_from([0, 1, 7, 8, 9, header.size, header.size + 1]) | st.integers(0, header.file_size)
-                ),
-            ),
-        )
-    elif way == 2:
-        changes = (Change(path, "flip", size=draw(st.integers(0, 8 * header.size - 1))),)
-    elif way == 3:
-        length = draw(st.sampled_from(fields.LENGTHS) | st.integers(0, 2**64 - 1))
-        changes = (
-            Change(path, content=struct.pack("<Q", length) + header.raw[8:] + bytes(data), why=f"length {length}"),
-        )
-    else:
-        if way <= 6:
-            text, why = draw(_headers(body))
-        elif way == 7:
-            value, why = draw(json_values(body, {"__metadata__": fields.METADATA}))
-            text = draw(json_bytes(value))
-        else:
-            text, why = draw(_other_headers(body))
-        if not draw(st.integers(0, 9)):
-            text, how = draw(broken_bytes(text))
-            why += f"; {how}"
-        grown = data + draw(st.sampled_from([0, 0, 0, -1, 1, 8]))
-        changes = (
-            Change(
-                path,
-                content=struct.pack("<Q", len(text)) + text + bytes(range(256)) * (grown // 256) + bytes(grown % 256),
-                why=why,
-            ),
-        )
-    commands = draw(
-        st.sampled_from([shard_and_prove(2), shard_and_prove(3, "--dtype", "float32")[:1], (PLAN,), (CHAT,)])
-    )
-    return Case("header", "llama", changes, commands)
-
-
-@st.composite
-def _headers(draw: Draw, body: dict[str, Any]) -> tuple[bytes, str]:
-    """A header in which one or two tensors say something else of themselves."""
-    said = []
-    for _ in range(draw(st.integers(1, 2))):
-        name = draw(st.sampled_from(sorted(body)))
-        key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-        body[name] = {**body[name], key: draw(st.sampled_from(fields.TENSORS[key]))}
-        if not draw(st.integers(0, 2)):
-            first, last = (
-                body[name].get("data_offsets")
-                if isinstance(body[name].get("data_offsets"), list) and len(body[name]["data_offsets"]) == 2
-                else (0, 0)
-            )
-            body[name]["data_offsets"] = (
-                draw(st.sampled_from([[first, first], [last, first], [first, last - 1], [first + 2, last], [0, last]]))
-                if isinstance(first, int) and isinstance(last, int)
-                else [0, 0]
-            )
-        said.append(f"{name} {key} = {body[name][key]}")
-    return draw(json_bytes(body)), "; ".join(said)
-
-
-@st.composite
-def _other_headers(draw: Draw, body: dict[str, Any]) -> tuple[bytes, str]:
-    """A header that says the same in other words."""
-    names = draw(st.sampled_from([sorted(body), sorted(body, reverse=True), list(body)]))
-    value = {name: body[name] for name in names}
-    if draw(st.booleans()):
-        value["__metadata__"] = draw(st.sampled_from(fields.METADATA))
-    text: bytes = draw(json_bytes(value))
-    return text + b" " * draw(st.integers(0, 9)), "in other words"
-
-
-@cache
-def _header() -> Any:
-    return build_header([NewTensor(name, "BF16", shape) for name, shape in source_shapes(config_of("llama")).items()])
 
 
 @st.composite
@@ -248,13 +142,13 @@ def tokenizer_cases(draw: Draw) -> Case:
         )
     )
     known: dict[str, tuple[Any, Mapping[str, Any]]] = {
-        "tokenizer.json": (words_tokenizer(), fields.TOKENIZER),
-        "tokenizer_config.json": (WORDS_CONFIG, fields.TOKENIZER_CONFIG),
+        "tokenizer.json": (words_tokenizer(), token_fields.TOKENIZER),
+        "tokenizer_config.json": (WORDS_CONFIG, token_fields.TOKENIZER_CONFIG),
         "special_tokens_map.json": (
             {"bos_token": "<s>", "additional_special_tokens": ["<x>"]},
-            fields.TOKENIZER_CONFIG,
+            token_fields.SPECIAL_TOKENS,
         ),
-        "added_tokens.json": ({"<tool>": 263}, fields.ADDED_TOKENS),
+        "added_tokens.json": ({"<tool>": 263}, token_fields.ADDED_TOKENS),
     }
     change = draw(json_files(f"model/{path}", *known[path]))
     changes: tuple[Change, ...] = (change,)
@@ -290,12 +184,14 @@ def template_cases(draw: Draw) -> Case:
 
 @st.composite
 def line_cases(draw: Draw) -> Case:
-    """The lines of a batch file."""
+    """The lines of a batch file. Who gives a pipe wants it to be waited for."""
     content, why = draw(line_files())
     base = draw(st.sampled_from(["llama", WORDS]))
     if draw(st.integers(0, 3)):
         change = (
-            Change("lines.jsonl", content=content, why=why) if draw(st.integers(0, 19)) else draw(forms("lines.jsonl"))
+            Change("lines.jsonl", content=content, why=why)
+            if draw(st.integers(0, 19))
+            else draw(forms("lines.jsonl", "fifo"))
         )
         return Case("jsonl", base, (change,), (BATCH,))
     return Case("jsonl", base, (), (("batch", "-", "--model", "model"),), stdin=content)
@@ -311,4 +207,3 @@ TARGETS: dict[str, st.SearchStrategy[Case]] = {
     "jsonl": line_cases(),
     "options": option_cases(),
 }
-assert VOCAB

@@ -180,7 +180,7 @@ _SMALL = [
 @st.composite
 def template_texts(draw: Draw) -> tuple[str, str]:
     """A template, and what it is."""
-    way = draw(st.integers(0, 15))
+    way = draw(st.integers(0, 19))
     if way == 0:
         return draw(st.sampled_from(BOMBS)), "a bomb"
     if way <= 4:

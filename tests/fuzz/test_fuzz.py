@@ -15,15 +15,16 @@ import pytest
 from tests.fuzz import oracles
 from tests.fuzz.bases import WORDS
 from tests.fuzz.case import Case, Outcome
+from tests.fuzz.commands import BATCH, CHAT, shard_and_prove
 from tests.fuzz.hunt import examine, hunt
 from tests.fuzz.runner import Runner
 from tests.fuzz.sandbox import PYTHON
-from tests.fuzz.targets import BATCH, CHAT, TARGETS, shard_and_prove
+from tests.fuzz.targets import TARGETS
 from tpctl.models.config import ModelConfig
 
-CASES = {"options": 120, "jsonl": 120, "template": 60}
+CASES = {"config": 90, "index": 60, "manifest": 40, "template": 40}
 """Cases of a target in a run of all tests; ``_OTHERS`` where it is not named."""
-_OTHERS = 90
+_OTHERS = 80
 _ROUND = 100
 
 

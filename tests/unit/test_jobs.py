@@ -10,8 +10,10 @@ import pytest
 
 from tests.unit.fake_client import job_parser as parser
 from tests.unit.fake_client import write_tokenizer
-from tpctl.client.jobs import BadLine, Job, Line, read_lines
+from tpctl.client import jobs
+from tpctl.client.jobs import BadLine, Job, Line, bounded_lines, read_lines
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import SourceError
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,11 @@ def test_ids_that_hash_alike_are_not_duplicates(tokenizer: Tokenizer, first: obj
 def test_blank_lines_count_as_lines_but_make_no_rows() -> None:
     lines = list(read_lines(io.BytesIO(b"\n  \na\n\nb")))
     assert [(line.index, line.number) for line in lines] == [(0, 3), (1, 5)]
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LONGEST_LINE", 1 << 20)
+    longest = b"a" * ((1 << 20) - 1) + b"\n"
+    assert list(bounded_lines(io.BytesIO(longest + b"\nb"), "x")) == [longest, b"\n", b"b"]
+    with pytest.raises(SourceError, match=r"^line 2 of /dev/zero is longer than 1 MiB; a batch file has one request a"):
+        list(bounded_lines(io.BytesIO(b"\n" + bytes(2 << 20)), "/dev/zero"))

@@ -74,10 +74,11 @@ def batch(
     """
     from tpctl.client.batch import Batch
     from tpctl.client.engine_client import EngineClient
-    from tpctl.client.jobs import JobParser, read_lines
+    from tpctl.client.jobs import JobParser, bounded_lines, read_lines
     from tpctl.client.results import Results
 
     sampling.check(DEFAULTS)
+    shown = "standard input" if prompts == "-" else prompts
     values = {**DEFAULTS, **sampling.given()}
     stop = sampling.stop or []
     target, silent = _target(output), _is_silent(output)
@@ -119,7 +120,8 @@ def batch(
                             results.emit(out)
 
                 together = TOGETHER if _is_file(stream) else 1
-                tally = run.run(read_lines(stream), parser, together=together, step=step, should_stop=lambda: noted)
+                lines = read_lines(bounded_lines(stream, shown))
+                tally = run.run(lines, parser, together=together, step=step, should_stop=lambda: noted)
             stats = {} if tally.interrupted else client.stats()
         with _remains(results):
             if out is not None:
@@ -154,7 +156,9 @@ def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | Non
     with stream:
         total = None
         if count and _is_file(stream):
-            total = sum(1 for line in stream if line.strip())
+            from tpctl.client.jobs import bounded_lines
+
+            total = sum(1 for line in bounded_lines(stream, prompts) if line.strip())
             stream.seek(0)
         yield stream, total
 
@@ -226,12 +230,12 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
 
 def _check_kept(prompts: str, stream: IO[bytes], results: Results) -> None:
     """Before a run goes on: whether the rows it finds answer the lines it is given; a pipe cannot be asked."""
-    from tpctl.client.jobs import read_lines
+    from tpctl.client.jobs import bounded_lines, read_lines
 
     kept = results.count
     if not kept or not stream.seekable():
         return
-    matching = sum(results.has(line) for line in read_lines(stream))
+    matching = sum(results.has(line) for line in read_lines(bounded_lines(stream, prompts)))
     stream.seek(0)
     if not matching:
         raise UsageError(
@@ -331,7 +335,7 @@ def _remains(results: Results) -> Iterator[None]:
     """Adds to an error what became of the rows that were finished before it."""
     try:
         yield
-    except (EngineError, OutputError, KeyboardInterrupt, SystemExit) as error:
+    except (EngineError, OutputError, SourceError, KeyboardInterrupt, SystemExit) as error:
         if results.partial is None or not results.count:
             raise
         rows = "1 finished row is" if results.count == 1 else f"{results.count} finished rows are"

@@ -11,17 +11,21 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from typing import Any
+from itertools import count
+from typing import IO, Any
 from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.engine_client import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.engine.sampling_params import SamplingParams
-from tpctl.errors import TpctlError, shown
+from tpctl.errors import SourceError, TpctlError, shown
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 _FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | _SAMPLING_FIELDS
+
+LONGEST_LINE = 16 << 20
+"""Bytes; the texts of the longest contexts that models have take a third of it."""
 
 JobId = str | int
 
@@ -58,6 +62,23 @@ class BadLine:
     line: Line
     id: JobId
     message: str
+
+
+def bounded_lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
+    """The lines of a file, their ends included; what has none, as a device that never ends, must not fill the memory.
+
+    Raises:
+        SourceError: a line of ``name`` is longer than ``LONGEST_LINE``.
+    """
+    for number in count(1):
+        line = stream.readline(LONGEST_LINE + 1)
+        if len(line) > LONGEST_LINE:
+            raise SourceError(
+                f"line {number} of {name} is longer than {LONGEST_LINE >> 20} MiB; a batch file has one request a line"
+            )
+        if not line:
+            return
+        yield line
 
 
 def read_lines(stream: Iterable[bytes]) -> Iterator[Line]:
