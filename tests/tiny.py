@@ -104,8 +104,11 @@ def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
     return model
 
 
-def make_broken(name: str, folder: Path, token: int, **changes: Any) -> None:
-    """The same, but for the embedding of ``token``, which is NaN: prompts that hold it have no finite logits."""
+def make_broken(name: str, folder: Path, token: int, *, sampled: bool = False, **changes: Any) -> None:
+    """The same, but for the embedding of ``token``, which is NaN: prompts that hold it have no finite logits. Unless
+    it is to be ``sampled`` its own logit is 0, so that it seldom is."""
     model = make_checkpoint(name, folder, **{"tie_word_embeddings": False, **changes})
     model.model.embed_tokens.weight.data[token] = float("nan")
+    if not sampled:
+        model.lm_head.weight.data[token] = 0.0
     model.save_pretrained(folder)

@@ -43,6 +43,7 @@ class FakeClient:
         aborted: ids, in the order in which they were aborted.
         most_open: requests that were under way at once, at most.
         policies: scheduling policies that engines were asked for.
+        context_full: what answers are told that end with the context.
         dies_after: calls of ``outputs`` until the engine "fails".
         told: who wants to know when it does.
     """
@@ -56,6 +57,7 @@ class FakeClient:
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.most_open = 0
+        self.context_full: str | None = None
         self.policies: list[str] = []
         self.told: list[Callable[[TpctlError], None]] = []
         self.failure: TpctlError | None = None
@@ -119,8 +121,13 @@ class FakeClient:
         token = rest.pop(0)
         answered = len(self._tokenizer.encode(f"<{self._tokenizer.decode(request.token_ids)}>")) - len(rest) + 1
         reason = "stop" if not rest else "length" if answered >= request.sampling.max_tokens else None
+        full = self.context_full is not None and len(request.token_ids) + answered >= self.max_model_len
+        if full:
+            reason = "length"
         logprobs = [[-0.5, [[token, -0.5]]]] if request.sampling.logprobs is not None else None
-        return Output(request.id, [token], reason, None, logprobs, num_cached_tokens=1)
+        if request.token_ids == self._tokenizer.encode("nan"):
+            logprobs = [[float("nan"), []]]
+        return Output(request.id, [token], reason, self.context_full if full else None, logprobs, num_cached_tokens=1)
 
 
 def job_parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:

@@ -22,14 +22,16 @@ from tests.unit.fake_client import FakeClient, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.cli import batch as cli_batch
 from tpctl.cli.app import app
-from tpctl.cli.engine import say_policy
+from tpctl.cli.engine import say_context, say_policy
 from tpctl.cli.options import SchedulingPolicy
 from tpctl.cli.streams import NamedFile
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.jobs import Line, read_lines
 from tpctl.client.results import Results
+from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, OutputError, UsageError
+from tpctl.launch.messages import Output
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,71 @@ def test_stop_strings_and_lengths_and_logprobs(tokenizer: Tokenizer, tmp_path: P
     assert (second["text"], second["finish_reason"], second["completion_tokens"]) == ("<a", "length", 2)
     assert [entry["token"] for entry in second["logprobs"]] == ["<", "a"]
     assert second["logprobs"][0]["top"][0]["logprob"] == -0.5
+
+
+def test_a_row_that_json_has_no_form_for_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    tally, _ = run(tokenizer, '{"prompt": "a"}\n{"prompt": "nan", "logprobs": 0}\n', out)
+    assert (tally.lines, tally.errors) == (2, 1)
+    first, second = rows(out)
+    assert first["text"] == "<a>"
+    assert second == {
+        "id": 2,
+        "error": "line 2: the answer's numbers are not finite (NaN or infinity), which JSON has no form for",
+    }
+
+
+def test_rows_of_an_earlier_version_that_json_has_no_form_for_are_made_anew(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    lines = [b'{"prompt": "a"}', b'{"prompt": "NaN"}']
+    with Results(out, {"model": "m"}) as results:
+        for index, line in enumerate(lines):
+            results.add(Line(index, index + 1, line), {"id": index + 1, "text": "NaN", "logprobs": 7})
+        partial = results.partial
+    assert partial is not None
+    partial.write_text(partial.read_text().replace("7}", "NaN}", 1))
+    tally, _ = run(tokenizer, "\n".join(line.decode() for line in lines), out, resume=True)
+    assert tally.resumed == 1
+    assert [row["text"] for row in rows(out)] == ["<a>", "NaN"]
+
+
+def test_answers_that_the_context_cuts_have_a_note(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    fake = FakeClient(tokenizer, max_model_len=12)
+    fake.context_full = "the KV cache holds 12 tokens"
+    client: Any = fake
+    lines = [{"prompt": "abcdefgh"}, {"prompt": "ab"}, {"prompt": "abcdefgh", "max_tokens": 2}]
+    with Results(tmp_path / "out.jsonl", {}) as results:
+        source = read_lines(io.BytesIO("\n".join(map(json.dumps, lines)).encode()))
+        tally = Batch(client, tokenizer, results, 3).run(source, parser(tokenizer))
+        results.publish(3)
+    found = [(row["text"], row["finish_reason"], row.get("note")) for row in rows(tmp_path / "out.jsonl")]
+    assert found == [("<abc", "length", fake.context_full), ("<ab>", "stop", None), ("<a", "length", None)]
+    assert "1 answer cut by the end of the context" in cli_batch._summary(tally, {})
+
+
+def test_a_context_that_the_kv_cache_shortens_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    info = {"device": "cpu", "max_model_len": 64, "wanted_model_len": 64, "kv_cache_bytes": 1_500_000}
+    say_context({})
+    say_context(info)
+    assert capsys.readouterr().err == ""
+    say_context({**info, "wanted_model_len": 8192})
+    assert " ".join(capsys.readouterr().err.split()) == (
+        "the KV cache of 1.5 MB a rank holds 64 tokens, fewer than the model's 8,192: prompt and answer together are "
+        "limited to 64; raise --kv-cache-memory if that is too few"
+    )
+
+
+def test_stop_strings_do_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
+    def read(text: str, stop: list[str], min_tokens: int) -> tuple[str, bool]:
+        stream = TextStream(tokenizer, stop, min_tokens)
+        shown = "".join(stream.push(Output("a", [id])) for id in tokenizer.encode(text))
+        return shown + stream.push(Output("a", [], "length")), stream.stopped_early
+
+    for min_tokens, want in ((0, "a"), (2, "a"), (3, "abcda"), (6, "abcda"), (7, "abcdabcd")):
+        assert read("abcdabcd", ["bc"], min_tokens) == (want, min_tokens < 7)
+    assert read("aaa", ["aa"], 2) == ("a", True)  # it may begin before
 
 
 def test_an_engine_that_dies_leaves_rows_to_go_on_with(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -13,7 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
+<<<<<<< HEAD
 from tpctl.cli.app import app, main
+=======
+from tpctl.cli import chat as chat_command
+from tpctl.cli.app import app
+>>>>>>> engine
 from tpctl.cli.engine import interrupts
 from tpctl.cli.options import EngineOptions
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
@@ -47,11 +52,27 @@ def test_the_whole_conversation_is_submitted_every_turn(tokenizer: Tokenizer) ->
 def test_an_answer_may_fill_the_context_unless_told_otherwise(tokenizer: Tokenizer) -> None:
     conversation, client, shown = begin(tokenizer)
     conversation.ask("hi", shown.append)
+<<<<<<< HEAD
     assert client.requests[0].sampling.max_tokens == 64 - 8 + 1  # one too many, for the engine to say what ended it
+=======
+    assert client.requests[0].sampling.max_tokens == 64 - 8 + 1  # one more than fits: the engine says what cut it
+>>>>>>> engine
     conversation, client, shown = begin(tokenizer, sampling={"max_tokens": 2, "temperature": 0.5})
     answer = conversation.ask("hi", shown.append)
     assert (answer.text, answer.finish_reason) == ("<[", "length")
     assert client.requests[0].sampling.temperature == 0.5
+    assert (answer.note, chat_command._remark(answer)) == (None, "(cut after 2 tokens: --max-tokens)")
+
+
+def test_an_answer_that_the_context_cuts_says_so(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation, client, _ = begin(tokenizer, sampling={"min_tokens": 1000, "max_tokens": 2000})
+    client.max_model_len, client.context_full = 12, "the KV cache holds 12 tokens"
+    chat_command._answer_once(conversation, "hi")
+    sampling = client.requests[0].sampling
+    assert (sampling.max_tokens, sampling.min_tokens) == (5, 5)
+    said = capsys.readouterr()
+    assert said.out == "<[u]\n"
+    assert said.err == "(cut after 4 tokens: the KV cache holds 12 tokens)\n"
 
 
 def test_a_stop_string_ends_the_answer_and_the_request(tokenizer: Tokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ from tests.unit.fake_client import write_tokenizer
 from tpctl.client import jobs
 from tpctl.client.jobs import BadLine, Job, Line, bounded_lines, read_lines
 from tpctl.client.tokenizer import Tokenizer
+<<<<<<< HEAD
 from tpctl.errors import SourceError
+=======
+from tpctl.engine.sampling_params import SamplingParams
+>>>>>>> engine
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +74,24 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),
         (b'{"prompt": "\\ud800"}', r"not valid Unicode: it holds '\ud800', half of a surrogate pair"),
         (b'{"messages": [{"role": "user", "content": "a\\udfff"}]}', r"it holds '\udfff', half of a surrogate"),
+<<<<<<< HEAD
         ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: chat_template_kwargs, id, "),
+=======
+        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: frequency_penalty, id, "),
+        ({"prompt": "a", "colour": None}, "unknown field 'colour'; known: "),
+>>>>>>> engine
         ({"prompt": "a", "temperature": "hot"}, 'temperature is "hot", but must be a number'),
         ({"prompt": "a", "max_tokens": "5"}, 'max_tokens is "5", but must be a whole number'),
-        ({"prompt": "a", "ignore_eos": None}, "ignore_eos is null, but must be true or false"),
+        ({"prompt": "a", "ignore_eos": 1}, "ignore_eos is 1, but must be true or false"),
+        ({"prompt": None}, 'has neither "prompt" nor "messages"; give one of them'),
+        ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty is 2.5, but must be from -2 to 2"),
+        ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty is -3.0, but must be from -2 to 2"),
+        ({"prompt": "a", "min_tokens": -1}, "min_tokens is -1, but must be at least 0"),
+        ({"prompt": "a", "min_tokens": 31}, "min_tokens is 31, but must be at most 30, which is max_tokens"),
         ({"prompt": "a", "stop_token_ids": ["x"]}, 'stop_token_ids is ["x"], but must be a list of whole numbers'),
         ({"prompt": "a", "top_p": 2}, "top_p is 2.0, but must be above 0 and at most 1"),
         ({"prompt": "a", "stop": ["b", ""]}, 'stop is ["b", ""], but must be a string or a list of strings'),
         ({"prompt": "a", "id": "\ud800"}, "the id is not valid Unicode"),
-        ({"prompt": "a", "id": None}, "id is null, but must be a string or a whole number"),
         ({"prompt": "a", "id": 1.5}, "id is 1.5, but must be a string or a whole number"),
     ],
 )
@@ -88,6 +102,17 @@ def test_a_bad_line_says_what_and_where(tokenizer: Tokenizer, entry: object, mes
     assert bad.message.startswith("line 7: ")
     assert message in bad.message
     assert "\n" not in bad.message
+
+
+def test_null_means_not_given(tokenizer: Tokenizer) -> None:
+    names = ["id", "messages", "stop", *(field.name for field in fields(SamplingParams))]
+    job = parse(tokenizer, {"prompt": "a", **dict.fromkeys(names)}, temperature=0.5)
+    plain = parse(tokenizer, {"prompt": "a"}, temperature=0.5)
+    assert isinstance(job, Job)
+    assert isinstance(plain, Job)
+    assert (job.id, job.token_ids, job.sampling, job.stop) == (7, plain.token_ids, plain.sampling, plain.stop)
+    chat = parse(tokenizer, {"messages": [{"role": "user", "content": "a"}], "prompt": None})
+    assert isinstance(chat, Job)
 
 
 def test_duplicate_ids(tokenizer: Tokenizer) -> None:

@@ -129,6 +129,58 @@ def test_repetition_penalty_and_logprobs() -> None:
     assert [pair[0] for pair in logprobs[0][1]] == [10, 20]
 
 
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_presence_and_frequency_penalties_count_what_was_generated(tp_size: int) -> None:
+    """logit - count * frequency - (count > 0) * presence, of the answer's tokens, after the repetition penalty."""
+    prompt, answer = [10, 20, 20], [30, 30, 30, 20, 299]
+    logits = torch.zeros(1, VOCAB)
+    for token, value in ((10, 3.0), (20, 3.2), (30, 4.0), (299, 3.5), (50, 2.9)):
+        logits[0, token] = value
+
+    def best(**way: float) -> int:
+        row = SamplingRow(SamplingParams(**way), 8, [*prompt, *answer], len(prompt))  # type: ignore[arg-type]
+        return sample(logits, [row], tp_size)[0][0]
+
+    assert best() == 30
+    assert best(frequency_penalty=0.2) == 30  # 3.4 against 299's 3.3
+    assert best(frequency_penalty=0.3) == 299  # 3.1 against 3.2
+    assert best(presence_penalty=0.6) == 30  # all of the answer alike
+    assert best(presence_penalty=1.2) == 10  # 30 falls to 2.8
+    assert best(presence_penalty=0.4, frequency_penalty=0.3) == 10
+    assert best(repetition_penalty=1.3, presence_penalty=0.1) == 30  # 2.98 against 2.9, of 50
+    assert best(repetition_penalty=1.3, presence_penalty=0.2) == 50
+    assert best(frequency_penalty=-2.0) == 30
+
+
+def test_penalties_equal_their_definition_by_ranks() -> None:
+    torch.manual_seed(3)
+    params = SamplingParams(1.1, seed=4, repetition_penalty=1.2, presence_penalty=-0.7, frequency_penalty=0.3)
+    history = torch.randint(0, VOCAB, (90,)).tolist()
+    rows = [SamplingRow(params, position, history, 30) for position in range(40)]
+    logits = torch.randn(40, VOCAB)
+    changed = logits.clone()
+    for token in set(history):
+        seen = changed[:, token]
+        changed[:, token] = torch.where(seen > 0, seen / 1.2, seen * 1.2)
+        count = history[30:].count(token)
+        changed[:, token] -= 0.3 * count - 0.7 * (count > 0)
+    plain = [SamplingRow(SamplingParams(1.1, seed=4), position) for position in range(40)]
+    want, _ = sample(changed, plain, 1)
+    assert sample(logits, rows, 1)[0] == want == sample(logits, rows, 3)[0]
+
+
+@pytest.mark.parametrize("params", [p for p in MIXED if p.top_k != 290], ids=str)
+def test_banned_tokens_are_never_sampled(params: SamplingParams) -> None:
+    logits = torch.randn(50, VOCAB)
+    banned = logits.topk(3).indices.tolist()
+    rows = [SamplingRow(params, position, [1, 2], 1, frozenset(banned[position])) for position in range(50)]
+    tokens, logprobs = sample(logits, rows, 3)
+    assert all(token not in never for token, never in zip(tokens, banned, strict=True))
+    if params.logprobs:  # what the model says, whatever may come
+        assert logprobs is not None
+        assert all([id for id, _ in entry[1]] == never for entry, never in zip(logprobs, banned, strict=True))
+
+
 def test_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[1, 40] = logits[1, 200] = 1.0

@@ -128,7 +128,8 @@ def say_policy(asked: SchedulingPolicy | None, info: dict[str, Any]) -> None:
 
 def say_context(info: dict[str, Any]) -> None:
     """Tell of a context that is shorter than the model's, because the KV cache is too small for it."""
-    held, wanted = info["max_model_len"], info.get("wanted_model_len", 0)
+    held = info.get("max_model_len", 0)
+    wanted = info.get("wanted_model_len", held)
     if held < wanted:
         more = "--kv-cache-memory" + (" or --gpu-memory-utilization" if info["device"] == "cuda" else "")
         note(
