@@ -13,12 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
-<<<<<<< HEAD
-from tpctl.cli.app import app, main
-=======
 from tpctl.cli import chat as chat_command
-from tpctl.cli.app import app
->>>>>>> engine
+from tpctl.cli.app import app, main
 from tpctl.cli.engine import interrupts
 from tpctl.cli.options import EngineOptions
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
@@ -52,11 +48,7 @@ def test_the_whole_conversation_is_submitted_every_turn(tokenizer: Tokenizer) ->
 def test_an_answer_may_fill_the_context_unless_told_otherwise(tokenizer: Tokenizer) -> None:
     conversation, client, shown = begin(tokenizer)
     conversation.ask("hi", shown.append)
-<<<<<<< HEAD
     assert client.requests[0].sampling.max_tokens == 64 - 8 + 1  # one too many, for the engine to say what ended it
-=======
-    assert client.requests[0].sampling.max_tokens == 64 - 8 + 1  # one more than fits: the engine says what cut it
->>>>>>> engine
     conversation, client, shown = begin(tokenizer, sampling={"max_tokens": 2, "temperature": 0.5})
     answer = conversation.ask("hi", shown.append)
     assert (answer.text, answer.finish_reason) == ("<[", "length")

@@ -14,11 +14,8 @@ from tests.unit.fake_client import write_tokenizer
 from tpctl.client import jobs
 from tpctl.client.jobs import BadLine, Job, Line, bounded_lines, read_lines
 from tpctl.client.tokenizer import Tokenizer
-<<<<<<< HEAD
-from tpctl.errors import SourceError
-=======
 from tpctl.engine.sampling_params import SamplingParams
->>>>>>> engine
+from tpctl.errors import SourceError
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +71,8 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),
         (b'{"prompt": "\\ud800"}', r"not valid Unicode: it holds '\ud800', half of a surrogate pair"),
         (b'{"messages": [{"role": "user", "content": "a\\udfff"}]}', r"it holds '\udfff', half of a surrogate"),
-<<<<<<< HEAD
-        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: chat_template_kwargs, id, "),
-=======
-        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: frequency_penalty, id, "),
+        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: chat_template_kwargs, frequency_penalty, id, "),
         ({"prompt": "a", "colour": None}, "unknown field 'colour'; known: "),
->>>>>>> engine
         ({"prompt": "a", "temperature": "hot"}, 'temperature is "hot", but must be a number'),
         ({"prompt": "a", "max_tokens": "5"}, 'max_tokens is "5", but must be a whole number'),
         ({"prompt": "a", "ignore_eos": 1}, "ignore_eos is 1, but must be true or false"),
