@@ -7,6 +7,7 @@ needs no process group: its collectives return their input.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -110,6 +111,11 @@ class TPGroup:
     def barrier(self) -> None:
         """Wait until every rank is here (host side)."""
         self.minimum(0)
+
+    @property
+    def let_spin(self) -> Callable[[bool], None] | None:
+        """Says whether this rank may spin while it waits for others; ``None`` where that is not ours to say."""
+        return None if self._shared is None else self._shared.let_spin
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():

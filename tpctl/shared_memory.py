@@ -59,7 +59,13 @@ class SharedMemory:
         self._views: dict[tuple[int, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A rank that waits on a core that another rank needs only delays what it waits for.
-        self._spins = _SPINS if size <= cores else 0
+        self._most_spins = _SPINS if size <= cores else 0
+        self._spins, self._yields = self._most_spins, _YIELDS
+
+    def let_spin(self, spin: bool) -> None:
+        """Whether to look for the other ranks before sleeping. Where other processes want the cores, a rank that
+        spins or yields has used up its time when the one it waits for is ready, and then waits for a core itself."""
+        self._spins, self._yields = (self._most_spins, _YIELDS) if spin else (0, 0)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum ``x`` over the ranks, in place; every rank gets the same bits. bfloat16 is rounded once."""
@@ -127,7 +133,7 @@ class SharedMemory:
         for _ in range(self._spins):
             if counts[peer] >= count:
                 return
-        for _ in range(_YIELDS):
+        for _ in range(self._yields):
             if counts[peer] >= count:
                 return
             os.sched_yield()

@@ -42,6 +42,18 @@ def test_a_rank_that_never_comes() -> None:
         lonely.all_reduce(torch.ones(4))
 
 
+@pytest.mark.parametrize(("spin", "yields"), [(True, 300), (False, 0)])
+def test_a_rank_that_may_not_spin_sleeps_at_once(spin: bool, yields: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    yielded: list[int] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: yielded.append(1))
+    lonely = SharedMemory(mmap(-1, required_bytes(2)), rank=0, size=2, timeout=0.01)
+    lonely.let_spin(False)
+    lonely.let_spin(spin)
+    with pytest.raises(EngineError):
+        lonely.all_reduce(torch.ones(4))
+    assert len(yielded) == yields
+
+
 class _Talk:
     """What ``connect`` needs of a process group, between threads."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch  # brings the OpenMP runtime into this process
 
 from tpctl.engine import wait_policy
-from tpctl.engine.wait_policy import SpinJudge, _Holder, _libgomp, waiting_time, watch_waiting
+from tpctl.engine.wait_policy import IdleTeam, SpinJudge, WaitPolicy, _idle_team, _libgomp, waiting_time, watch_waiting
 
 assert torch.__version__
 needs_libgomp = pytest.mark.skipif(_libgomp() is None, reason="torch was built with another OpenMP runtime")
@@ -64,35 +65,53 @@ def test_a_team_is_held_and_let_go() -> None:
     libgomp = _libgomp()
     assert libgomp is not None
     before = len(threads())
-    holder = _Holder(libgomp, 3)
-    await_threads(before + 3)
-    holder.hold()
-    holder.release()
-    await_threads(before)
-    holder.hold()
-    await_threads(before + 3)
-    holder.release()
-    await_threads(before)
+    team = IdleTeam(libgomp, 3)
+    for _ in range(2):
+        team.hold()
+        team.hold()
+        await_threads(before + 3)
+        team.release()
+        team.release()
+        await_threads(before)
 
 
 @needs_libgomp
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_a_user_who_has_decided_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert _idle_team(8) is not None
     monkeypatch.setenv(name, "1")
-    assert watch_waiting(2) is None
+    assert _idle_team(8) is None
+    assert watch_waiting(8) is None
 
 
 @needs_libgomp
-def test_the_team_makes_one_thread_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    teams: list[int] = []
-    monkeypatch.setattr(wait_policy, "WaitPolicy", lambda libgomp, team: teams.append(team))
-    monkeypatch.setattr(wait_policy, "waiting_time", lambda: 1.0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for count in (8, 4, 1):
-        watch_waiting(count)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    watch_waiting(32)  # cores to spare
-    assert teams == [2, 6]
+@pytest.mark.parametrize(
+    ("cores", "threads", "size"), [(8, 8, 2), (8, 4, 6), (2, 1, None), (64, 32, None), (4, 8, None)]
+)
+def test_the_team_makes_one_thread_more_than_cores(
+    cores: int, threads: int, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    team = _idle_team(threads)
+    assert (team and team._size) == size
+
+
+def test_ranks_are_told_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, True, True, False])
+    monkeypatch.setattr(SpinJudge, "look", lambda judge, waited, elapsed: next(answers))
+    told: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def tell(spin: bool) -> None:
+        told.put(spin)
+        if told.qsize() == 5:
+            policy.rest()
+
+    monkeypatch.setattr(wait_policy, "_LOOK", 0.01)
+    policy = WaitPolicy(None, tell)
+    while told.qsize() < 5:
+        time.sleep(0.01)
+    assert [told.get() for _ in range(5)] == [False, False, True, True, False]
 
 
 def test_waiting_time_is_that_of_all_threads_in_seconds(tmp_path: Path) -> None:

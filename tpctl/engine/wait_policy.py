@@ -1,14 +1,15 @@
-"""How long OpenMP's threads spin for their next piece of work: long while cores are free, hardly when they are not.
+"""How long threads and ranks spin for what they wait for: long while cores are free, not at all when they are not.
 
-GCC's runtime (libgomp, which torch's Linux builds bring) lets a thread that has nothing to do spin for some
+GCC's OpenMP runtime (libgomp, which torch's Linux builds bring) lets a thread that has nothing to do spin for some
 milliseconds before it sleeps. On a free core that saves a wake-up per operator. Where another process wants the core,
 spinning uses up the time slice in which the thread it waits for should run: a step then takes ten to fifty times as
 long. ``OMP_WAIT_POLICY=passive`` avoids that, and costs a quarter of the speed on a quiet machine.
 
 The time cannot be set while a process runs, but "if there are more OpenMP threads than available CPUs, 1000 and 100
-spins are used" (GNU libgomp manual, ``GOMP_SPINCOUNT``). So a thread that keeps a team of idle threads makes all others
-of the process spin for a microsecond, and its end makes them spin as before. No result depends on it: the number of
-threads that share an operator stays.
+spins are used" (GNU libgomp manual, ``GOMP_SPINCOUNT``; 100 where no policy is set). So a thread that keeps a team of
+idle threads makes all others of the process spin for a microsecond, and its end makes them spin as before. Ranks that
+wait for each other (``shared_memory``) are told. No result depends on it: the number of threads that share an operator
+stays.
 
 Whether cores are wanted is read from the time that this process's threads have been ready to run and did not
 (``/proc/.../schedstat``, Documentation/scheduler/sched-stats.rst).
@@ -19,9 +20,9 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -63,12 +64,14 @@ class SpinJudge:
 
 
 class WaitPolicy:
-    """Watches this process while it works and holds the idle team when its threads should not spin."""
+    """Watches this process while it works, and has its threads spin or not."""
 
-    def __init__(self, libgomp: ctypes.CDLL, team: int) -> None:
+    def __init__(self, team: IdleTeam | None, tell: Callable[[bool], None] | None) -> None:
+        self._team = team
+        self._tell = tell
         self._working = threading.Event()
         self._working.set()
-        self._holder = _Holder(libgomp, team)
+        self._apply(False)
         threading.Thread(target=self._watch, daemon=True, name="tpctl-spin").start()
 
     def work(self) -> None:
@@ -82,25 +85,29 @@ class WaitPolicy:
     def _watch(self) -> None:
         judge = SpinJudge()
         while True:
-            if not self._working.is_set():
-                self._working.wait()
+            self._working.wait()
             waited, started = waiting_time(), time.monotonic()
             time.sleep(_LOOK)
-            spin = judge.look(waiting_time() - waited, time.monotonic() - started)
-            if spin:
-                self._holder.release()
-            else:
-                self._holder.hold()
+            self._apply(judge.look(waiting_time() - waited, time.monotonic() - started))
+
+    def _apply(self, spin: bool) -> None:
+        if self._team is not None:
+            self._team.release() if spin else self._team.hold()
+        if self._tell is not None:
+            self._tell(spin)
 
 
-class _Holder:
-    """A thread that has an idle OpenMP team of its own, for as long as it is held."""
+class IdleTeam:
+    """Idle OpenMP threads that exist while they are held. One thread may call the methods.
 
-    def __init__(self, libgomp: ctypes.CDLL, team: int) -> None:
+    Args:
+        size: threads of the team; one of them is no thread that OpenMP counts.
+    """
+
+    def __init__(self, libgomp: ctypes.CDLL, size: int) -> None:
         self._libgomp = libgomp
-        self._team = team
+        self._size = size
         self._release: threading.Event | None = None
-        self.hold()
 
     def hold(self) -> None:
         if self._release is None:
@@ -116,30 +123,42 @@ class _Holder:
         # A parallel region that does nothing: any function of one ignored argument will do. Its threads are kept for
         # the next region until the thread that started it ends.
         nothing = ctypes.cast(self._libgomp.omp_get_thread_num, ctypes.c_void_p)
-        self._libgomp.GOMP_parallel(nothing, None, ctypes.c_uint(self._team), ctypes.c_uint(0))
+        self._libgomp.GOMP_parallel(nothing, None, ctypes.c_uint(self._size), ctypes.c_uint(0))
         release.wait()
 
 
-def watch_waiting(threads: int) -> WaitPolicy | None:
+def watch_waiting(threads: int, tell: Callable[[bool], None] | None = None) -> WaitPolicy | None:
     """Start watching, for a process whose operators run on ``threads`` threads.
 
+    Args:
+        tell: called with whether other waiting, too, may spin: first with no.
+
     Returns:
-        ``None`` where there is nothing to decide: one thread, a user who has decided (``OMP_WAIT_POLICY``,
-        ``GOMP_SPINCOUNT``), another OpenMP runtime, a system without ``/proc``, or cores to spare.
+        ``None`` where there is nothing to decide, or the kernel does not say how long threads wait.
     """
-    if sys.platform != "linux" or threads < 2 or any(os.environ.get(name) for name in _SET_BY_USER):
+    team = _idle_team(threads)
+    if (team is None and tell is None) or not waiting_time():
         return None
-    team = len(os.sched_getaffinity(0)) - threads + 2  # with the working threads one more than there are cores
+    return WaitPolicy(team, tell)
+
+
+def _idle_team(threads: int) -> IdleTeam | None:
+    """One that makes more OpenMP threads than cores of ``threads``; ``None`` for one thread, for a user who has decided
+    (``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT``), with another OpenMP runtime, or where there are cores to spare."""
+    if threads < 2 or any(os.environ.get(name) for name in _SET_BY_USER):
+        return None
     libgomp = _libgomp()
-    if libgomp is None or not 2 <= team <= _MOST_IDLE or not waiting_time():
+    if libgomp is None:
         return None
-    return WaitPolicy(libgomp, team)
+    size = len(os.sched_getaffinity(0)) - threads + 2
+    return IdleTeam(libgomp, size) if 2 <= size <= _MOST_IDLE else None
 
 
 def waiting_time(tasks: Path = Path("/proc/self/task")) -> float:
     """Seconds that the process's first threads have been ready to run without a core; 0 where the kernel keeps none."""
     total = 0
-    for task in sorted(tasks.iterdir(), key=lambda task: int(task.name))[:_WATCHED]:
+    found = sorted(tasks.iterdir(), key=lambda task: int(task.name)) if tasks.is_dir() else []
+    for task in found[:_WATCHED]:
         try:
             total += int((task / "schedstat").read_text().split()[1])
         except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel has no such file

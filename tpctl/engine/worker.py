@@ -79,8 +79,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     gc.freeze()  # imports leave some hundred thousand objects that no collection need visit
     config = EngineConfig.load(args.config)
-    policy = watch_waiting(torch.get_num_threads()) if config.device == "cpu" else None
     group = TPGroup.from_environment(config.device)
+    policy = watch_waiting(torch.get_num_threads(), group.let_spin) if config.device == "cpu" else None
     channel = lifeline.connect(args.socket) if group.rank == 0 else None
     try:
         joined = time.perf_counter()
