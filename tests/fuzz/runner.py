@@ -27,6 +27,9 @@ SECONDS = 30.0
 _START = 120.0
 """Seconds that a process may take until it is ready for cases."""
 
+_MUCH = 700_000_000
+"""Bytes of memory after which a process is not used again."""
+
 _CASES = 1000
 """After so many a process is replaced: what libraries keep must not be taken for the memory of a case."""
 
@@ -86,6 +89,8 @@ class Runner:
                 self._end()
                 return [*outcomes, self._lost(case, outcomes, failure, "", time.monotonic() - begun)]
             if outcome is None:
+                if any(done.failure is not None or done.peak > _MUCH for done in outcomes):
+                    self._end()  # what an exception keeps alive must not be taken for the memory of the next case
                 return outcomes
             outcomes.append(outcome)
 
