@@ -39,8 +39,8 @@ def shorten(text: str, width: int = 40) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """``"1 file"``, ``"2 files"``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    """``1 file``, ``2 files``, ``1,000 files``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def shown(value: object) -> str:

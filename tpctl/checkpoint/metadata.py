@@ -84,7 +84,9 @@ def _local_tensors(folder: Path) -> dict[str, TensorMeta] | None:
 def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadata:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+    disable_progress_bars()  # which would be drawn where stderr is no terminal too
     names = remote.names()
     if "config.json" not in names:
         raise SourceError(f"{remote.id} has no config.json; it is not a transformers checkpoint")

@@ -68,12 +68,13 @@ def batch(
     target, silent = _target(output), _is_silent(output)
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")
+    _refuse_own_input(prompts, output)
     if target is not None:
         _check_target(target, prompts, resume=resume, force=force)
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
     with (
         _opened(prompts, count=not silent) as (stream, total),
-        Results(target, settings, resume=resume) as results,
+        Results(target, settings, resume=resume, force=force) as results,
         _stream(output, target) as out,
     ):
         _check_kept(prompts, stream, results)
@@ -127,6 +128,8 @@ def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | Non
         with stdin_bytes() as stream:
             yield stream, None
         return
+    if _is_pipe(prompts):
+        note(f"waiting for somebody to write to {prompts}")
     try:
         stream = Path(prompts).open("rb")  # noqa: SIM115 — closed below
     except OSError as error:
@@ -153,18 +156,48 @@ def _target(output: str) -> Path | None:
     return None if path.exists() and not path.is_file() and not path.is_dir() else path
 
 
+def _is_pipe(path: str) -> bool:
+    """Whether ``path`` is a named pipe, whose opening waits for its other end; one that is open already does not."""
+    return Path(path).is_fifo() and not path.startswith(("/dev/", "/proc/"))
+
+
 def _policy(prompts: str, target: Path | None) -> SchedulingPolicy:
     return SchedulingPolicy.makespan if target is not None and Path(prompts).is_file() else SchedulingPolicy.fcfs
 
 
+def _refuse_own_input(prompts: str, output: str) -> None:
+    """Refuse to read and write one file, by whatever names: it would be lost, or never end."""
+    from tpctl.client.results import partial_of
+
+    read = _identity(0 if prompts == "-" else Path(prompts))
+    if read is None:
+        return
+    written: list[tuple[int | Path, str]] = [(1, "standard output")]
+    if output != "-":
+        kept = partial_of(Path(output)) if Path(output).name else Path(output)
+        written = [(Path(output), output), (kept, f"{output}.partial, where rows are kept")]
+    for place, name in written:
+        if _identity(place) == read:
+            source = "standard input" if prompts == "-" else prompts
+            also = "" if name == source else f", as {name}"
+            raise UsageError(f"{source} is input and output at once{also}; name another file with -o")
+
+
+def _identity(place: int | Path) -> tuple[int, int] | None:
+    """Which file or pipe is open as number ``place``, or at that path; devices may be read and written at once."""
+    try:
+        found = os.fstat(place) if isinstance(place, int) else place.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode) else None
+
+
 def _check_target(target: Path, prompts: str, *, resume: bool, force: bool) -> None:
-    """Refuse to read and write one file, and to replace answers that nobody gave up."""
+    """Refuse to replace answers that nobody gave up."""
     from tpctl.client.results import partial_of
 
     if not target.is_file():
         return
-    if Path(prompts).exists() and target.samefile(prompts):
-        raise UsageError(f"{prompts} is input and output at once; name another file with -o")
     going_on = resume and partial_of(target).exists()
     if target.stat().st_size and not force and not going_on:
         raise OutputError(f"{target} exists already; use --force to replace it, or name another file with -o")
@@ -178,6 +211,8 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
     elif output == "-":
         yield sys.stdout.buffer
     else:
+        if _is_pipe(output):
+            note(f"waiting for somebody to read {output}")
         try:
             file = NamedFile(output, "wb", output)
         except OSError as error:
@@ -185,9 +220,12 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
         stream = io.BufferedWriter(file)
         try:
             yield stream
-        finally:
+        except BaseException:
             with suppress(OSError):  # what could not be written was said when it was tried
                 stream.close()
+            raise
+        with _writing():
+            stream.close()
 
 
 def _check_kept(prompts: str, stream: IO[bytes], results: Results) -> None:
@@ -314,6 +352,8 @@ def _writing() -> Iterator[None]:
     except OSError as error:
         if is_closed_pipe(error) or error.filename is None:
             raise
-        raise OutputError(
-            f"cannot write to {error.filename}: {error.strerror}; with -o FILE finished rows are kept for --resume"
-        ) from None
+        if error.filename == "standard output":
+            instead = "with -o FILE finished rows are kept for --resume"
+        else:
+            instead = "name a file on a disk with -o, beside which finished rows are kept for --resume"
+        raise OutputError(f"cannot write to {error.filename}: {error.strerror}; {instead}") from None
