@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from tpctl.cli import batch as cli_batch
+from tpctl.cli.places import refuse_own_input
 from tpctl.cli.streams import NamedFile
 from tpctl.client.jobs import Line
 from tpctl.client.results import Results, partial_of
@@ -54,9 +55,9 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_one_file_is_not_read_and_written(prompts: Path, source: str, output: str, said: str) -> None:
     before = prompts.read_bytes()
     with pytest.raises(UsageError, match=re.escape(said)):
-        cli_batch._refuse_own_input(source, output)
+        refuse_own_input(source, output)
     assert prompts.read_bytes() == before
-    cli_batch._refuse_own_input(source, "new.jsonl")
+    refuse_own_input(source, "new.jsonl")
 
 
 @contextlib.contextmanager
@@ -77,12 +78,12 @@ def test_nor_is_it_by_redirection(prompts: Path, capfd: pytest.CaptureFixture[st
         stream_is(1, prompts, os.O_WRONLY | os.O_APPEND),
         pytest.raises(UsageError, match="at once, as standard output; name"),
     ):
-        cli_batch._refuse_own_input("p.jsonl", "-")
+        refuse_own_input("p.jsonl", "-")
     with (
         stream_is(0, prompts, os.O_RDONLY),
         pytest.raises(UsageError, match=r"standard input is .* at once, as p\.jsonl; name"),
     ):
-        cli_batch._refuse_own_input("-", "p.jsonl")
+        refuse_own_input("-", "p.jsonl")
 
 
 @pytest.mark.parametrize("before", [None, "old\n"])

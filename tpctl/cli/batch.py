@@ -18,6 +18,7 @@ from tpctl.checkpoint.outputs import resolved
 from tpctl.cli.console import note, status, stderr
 from tpctl.cli.engine import describe, interrupts, prepare, say_policy
 from tpctl.cli.options import MODEL_HELP, POLICY, EngineOptions, SamplingOptions, SchedulingPolicy, grouped
+from tpctl.cli.places import is_pipe, refuse_own_input
 from tpctl.cli.streams import NamedFile, is_closed_pipe, stdin_bytes
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError
 
@@ -68,7 +69,7 @@ def batch(
     target, silent = _target(output), _is_silent(output)
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")
-    _refuse_own_input(prompts, output)
+    refuse_own_input(prompts, output)
     if target is not None:
         _check_target(target, prompts, resume=resume, force=force)
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
@@ -128,7 +129,7 @@ def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | Non
         with stdin_bytes() as stream:
             yield stream, None
         return
-    if _is_pipe(prompts):
+    if is_pipe(prompts):
         note(f"waiting for somebody to write to {prompts}")
     try:
         stream = Path(prompts).open("rb")  # noqa: SIM115 — closed below
@@ -156,40 +157,8 @@ def _target(output: str) -> Path | None:
     return None if path.exists() and not path.is_file() and not path.is_dir() else path
 
 
-def _is_pipe(path: str) -> bool:
-    """Whether ``path`` is a named pipe, whose opening waits for its other end; one that is open already does not."""
-    return Path(path).is_fifo() and not path.startswith(("/dev/", "/proc/"))
-
-
 def _policy(prompts: str, target: Path | None) -> SchedulingPolicy:
     return SchedulingPolicy.makespan if target is not None and Path(prompts).is_file() else SchedulingPolicy.fcfs
-
-
-def _refuse_own_input(prompts: str, output: str) -> None:
-    """Refuse to read and write one file, by whatever names: it would be lost, or never end."""
-    from tpctl.client.results import partial_of
-
-    read = _identity(0 if prompts == "-" else Path(prompts))
-    if read is None:
-        return
-    written: list[tuple[int | Path, str]] = [(1, "standard output")]
-    if output != "-":
-        kept = partial_of(Path(output)) if Path(output).name else Path(output)
-        written = [(Path(output), output), (kept, f"{output}.partial, where rows are kept")]
-    for place, name in written:
-        if _identity(place) == read:
-            source = "standard input" if prompts == "-" else prompts
-            also = "" if name == source else f", as {name}"
-            raise UsageError(f"{source} is input and output at once{also}; name another file with -o")
-
-
-def _identity(place: int | Path) -> tuple[int, int] | None:
-    """Which file or pipe is open as number ``place``, or at that path; devices may be read and written at once."""
-    try:
-        found = os.fstat(place) if isinstance(place, int) else place.stat()
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode) else None
 
 
 def _check_target(target: Path, prompts: str, *, resume: bool, force: bool) -> None:
@@ -211,7 +180,7 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
     elif output == "-":
         yield sys.stdout.buffer
     else:
-        if _is_pipe(output):
+        if is_pipe(output):
             note(f"waiting for somebody to read {output}")
         try:
             file = NamedFile(output, "wb", output)
