@@ -337,7 +337,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_stream_that_takes_no_rows_is_one_line() -> None:
     with Results(None, {}) as results:
         results.add(Line(0, 1, b"a"), {"id": 1, "text": "lost"})
-        said = r"^cannot write to /dev/full: No space left on device; with -o FILE finished rows are kept"
+        said = r"^cannot write to /dev/full: No space left on device; name a file on a disk with -o, beside which"
         with pytest.raises(OutputError, match=said), cli_batch._writing():
             results.emit(NamedFile("/dev/full", "wb", "/dev/full"))
         with pytest.raises(BrokenPipeError), cli_batch._writing():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from pathlib import Path
 
 from tpctl.errors import OutputError
@@ -20,6 +22,26 @@ def resolved(path: Path, option: str = "-o") -> Path:
         if error.errno == errno.ELOOP:
             raise OutputError(f"{path} is a link that leads back to itself; choose another place ({option})") from None
     return path.resolve()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` to the file ``path``, which keeps what it held unless all of it is on disk. A device gets it at
+    once."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            file.write(data)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def refuse_overlap(output: Path, source: Path) -> None:

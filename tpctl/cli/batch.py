@@ -26,6 +26,7 @@ from tpctl.cli.options import (
     TemplateOptions,
     grouped,
 )
+from tpctl.cli.places import is_pipe, refuse_own_input
 from tpctl.cli.streams import NamedFile, is_closed_pipe, stdin_bytes
 from tpctl.cli.template import TemplateAtHand, look_ahead
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError
@@ -84,6 +85,7 @@ def batch(
     target, silent = _target(output), _is_silent(output)
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")
+    refuse_own_input(prompts, output)
     if target is not None:
         _check_target(target, prompts, resume=resume, force=force)
     at_hand = TemplateAtHand(template)
@@ -91,7 +93,7 @@ def batch(
     settings["template"] = at_hand.settings
     with (
         _opened(prompts, count=not silent) as (stream, total),
-        Results(target, settings, resume=resume) as results,
+        Results(target, settings, resume=resume, force=force) as results,
         _stream(output, target) as out,
     ):
         _check_kept(prompts, stream, results)
@@ -149,6 +151,8 @@ def _opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | Non
         with stdin_bytes() as stream:
             yield stream, None
         return
+    if is_pipe(prompts):
+        note(f"waiting for somebody to write to {prompts}")
     try:
         stream = Path(prompts).open("rb")  # noqa: SIM115 — closed below
     except OSError as error:
@@ -196,13 +200,11 @@ def _policy(prompts: str, target: Path | None) -> SchedulingPolicy:
 
 
 def _check_target(target: Path, prompts: str, *, resume: bool, force: bool) -> None:
-    """Refuse to read and write one file, and to replace answers that nobody gave up."""
+    """Refuse to replace answers that nobody gave up."""
     from tpctl.client.results import partial_of
 
     if not target.is_file():
         return
-    if Path(prompts).exists() and target.samefile(prompts):
-        raise UsageError(f"{prompts} is input and output at once; name another file with -o")
     going_on = resume and partial_of(target).exists()
     if target.stat().st_size and not force and not going_on:
         raise OutputError(f"{target} exists already; use --force to replace it, or name another file with -o")
@@ -216,6 +218,8 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
     elif output == "-":
         yield sys.stdout.buffer
     else:
+        if is_pipe(output):
+            note(f"waiting for somebody to read {output}")
         try:
             file = NamedFile(output, "wb", output)
         except OSError as error:
@@ -223,9 +227,12 @@ def _stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
         stream = io.BufferedWriter(file)
         try:
             yield stream
-        finally:
+        except BaseException:
             with suppress(OSError):  # what could not be written was said when it was tried
                 stream.close()
+            raise
+        with _writing():
+            stream.close()
 
 
 def _check_kept(prompts: str, stream: IO[bytes], results: Results) -> None:
@@ -356,6 +363,8 @@ def _writing() -> Iterator[None]:
     except OSError as error:
         if is_closed_pipe(error) or error.filename is None:
             raise
-        raise OutputError(
-            f"cannot write to {error.filename}: {error.strerror}; with -o FILE finished rows are kept for --resume"
-        ) from None
+        if error.filename == "standard output":
+            instead = "with -o FILE finished rows are kept for --resume"
+        else:
+            instead = "name a file on a disk with -o, beside which finished rows are kept for --resume"
+        raise OutputError(f"cannot write to {error.filename}: {error.strerror}; {instead}") from None

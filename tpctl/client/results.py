@@ -38,13 +38,16 @@ class Results:
         partial: the file that keeps finished rows until all are there; ``None`` when they go to a stream.
     """
 
-    def __init__(self, target: Path | None, settings: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self, target: Path | None, settings: Mapping[str, Any], *, resume: bool = False, force: bool = False
+    ) -> None:
         """Open.
 
         Args:
             target: the file to publish; ``None`` keeps rows in an unnamed file for ``emit``.
             settings: what the answers depend on besides their lines; a run resumes only under the same ones.
             resume: go on with the rows of an interrupted run, if there are any.
+            force: a ``target`` that has content now is to be replaced.
 
         Raises:
             OutputError: the file cannot be written there, another process writes it, or an interrupted run is in the
@@ -56,7 +59,8 @@ class Results:
         self._places = array("Q")  # by index: 1 + offset of the row, 0 for none
         self._checksums = array("I")
         self._emitted = 0
-        header = {"tpctl_batch": _VERSION, "settings": dict(settings)}
+        self._found = None if target is None else _state(target)  # what publishing replaces
+        header = {"tpctl_batch": _VERSION, "settings": dict(settings), "replaces": force}
         self._file: IO[bytes]
         if self.partial is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 — closed by __exit__
@@ -69,7 +73,7 @@ class Results:
                 # What others may not read stays so on the way; its owner must be able to go on.
                 self.partial.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
         try:
-            self._take_over(header, resume)
+            self._take_over(header, resume, force)
         except BaseException:
             self._file.close()
             raise
@@ -130,9 +134,21 @@ class Results:
         """Put the rows of the first ``count`` lines into the target, in order, all at once.
 
         Raises:
-            OutputError: it cannot be written; the partial file stays.
+            OutputError: it cannot be written, or another has been put there meanwhile; the partial file stays, or
+                where its folder is gone, a copy of it.
         """
         assert self._target is not None and self.partial is not None
+        if _state(self._target) not in (None, self._found):
+            what = "appeared" if self._found is None else "changed"
+            raise OutputError(
+                f"{self._target} {what} while this ran, and is left as it is; move it away, or replace it with "
+                "--resume --force"
+            )
+        if not self._target.parent.is_dir():
+            raise OutputError(
+                f"the folder of {self._target} is gone; make it again and go on with --resume, after "
+                f"`mv {self._rescued()} {self.partial}`, which holds the finished rows"
+            )
         temporary = self._target.with_name(f".{self._target.name}.publishing")
         with _writing(self._target):
             try:
@@ -146,9 +162,18 @@ class Results:
                 temporary.replace(self._target)
             finally:
                 temporary.unlink(missing_ok=True)
-            self.partial.unlink()
+            self.partial.unlink(missing_ok=True)
 
-    def _take_over(self, header: Mapping[str, Any], resume: bool) -> None:
+    def _rescued(self) -> Path:
+        """A copy of the partial file, which is open but has no name any more."""
+        assert self.partial is not None
+        with _writing(None):
+            self._file.seek(0)
+            with tempfile.NamedTemporaryFile(prefix=f"{self.partial.name}.", delete=False) as copy:
+                shutil.copyfileobj(self._file, copy)
+            return Path(copy.name)
+
+    def _take_over(self, header: Mapping[str, Any], resume: bool, force: bool) -> None:
         """Lock the partial file, and read what an interrupted run left in it."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,6 +192,11 @@ class Results:
         found = _parse(first)
         if not isinstance(found, dict) or found.get("tpctl_batch") != _VERSION:
             raise OutputError(f"{self.partial} was not written by this version of tpctl batch; delete it")
+        if self._found is not None and not (force or found.get("replaces")):
+            raise OutputError(
+                f"{self._target} appeared after the run began that {self.partial} is of; move it away, or replace it "
+                "with --resume --force"
+            )
         now = json.loads(json.dumps(header))["settings"]
         for name in now.keys() | found["settings"].keys():
             before, after = found["settings"].get(name), now.get(name)
@@ -202,6 +232,15 @@ class Results:
     def _row(self, index: int) -> bytes:
         self._file.seek(self._places[index] - 1)
         return json.dumps(json.loads(self._file.readline())[2], ensure_ascii=False).encode() + b"\n"
+
+
+def _state(target: Path) -> tuple[int, int, int] | None:
+    """What tells a file with content from another one; ``None``: there is none."""
+    try:
+        stat = target.stat()
+    except OSError:
+        return None
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat.st_size else None
 
 
 def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

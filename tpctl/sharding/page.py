@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tpctl.checkpoint.outputs import resolved
+from tpctl.checkpoint.outputs import resolved, write_whole
 from tpctl.errors import ShardFolderError, printable
 from tpctl.models.config import ModelConfig
 from tpctl.partition.manifest import describe_ranks
@@ -55,8 +55,9 @@ def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
     resolved(path, "--html")
     if path.exists() and path.suffix.lower() not in (".html", ".htm"):  # a slip must not cost a manifest or weights
         raise ShardFolderError(f"{path} exists and is no .html file; choose another file for --html")
+    text = render(report, config).encode()
     try:
-        path.write_text(render(report, config), encoding="utf-8")
+        write_whole(resolved(path, "--html"), text)
     except OSError as error:
         gone = error.errno == errno.ENOENT and not path.absolute().parent.is_dir()
         reason = "its folder does not exist" if gone else error.strerror
