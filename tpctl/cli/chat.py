@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import io
+import os
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpctl.cli.console import note, status
-from tpctl.cli.engine import describe, interrupts, prepare
+from tpctl.cli.console import status
+from tpctl.cli.engine import describe, prepare
 from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
-from tpctl.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
-    from tpctl.client.conversation import Answer, Conversation
+    from tpctl.chat.prompt import Prompt
+    from tpctl.client.conversation import Conversation
+    from tpctl.client.engine_client import EngineClient
 
-HELP = """/help    this list
-/reset   forget the conversation
-/exit    end (as Ctrl-D does)
-Ctrl-C stops an answer, and ends the chat when pressed again"""
-_HISTORY_LINES = 1000
-# What a model prints must not steer the terminal: no control characters but tab and newline.
-_CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in (9, 10)), *range(127, 160)])
+CPU_CHUNK = 256
+"""Tokens of a step on a CPU, where nothing else is asked for. Ctrl-C waits for no step, but the next message does, and
+here steps of thousands of tokens take no less time than as many in steps of this size."""
 
 
 @grouped
@@ -36,6 +33,9 @@ def chat(
         str | None,
         typer.Option("-m", "--message", help="Say this, print the answer to stdout and end."),
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Show answers as the model writes them, not Markdown.")
+    ] = False,
     *,
     engine: EngineOptions,
     sampling: SamplingOptions,
@@ -59,17 +59,19 @@ def chat(
         if not message:
             raise typer.BadParameter("there is no message: stdin is empty", param_hint="-m")
     config = prepare(model, engine)
+    if config.device == "cpu" and engine.max_num_batched_tokens is None:
+        config = replace(config, max_num_batched_tokens=max(CPU_CHUNK, config.max_num_seqs))
     with EngineClient(config) as client:
         tokenizer = Tokenizer(config.shard_dir)
         values = {"seed": secrets.randbits(63), **recommended_sampling(config.shard_dir, sampling.given())}
         conversation = Conversation(client, tokenizer, system=system, sampling=values, stop=sampling.stop or ())
         tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
-        with status(f"loading {model}"):
-            info = client.wait_ready()
         if message is not None:
+            with status(f"loading {model}"):
+                client.wait_ready()
             _answer_once(conversation, message)
         else:
-            _talk(conversation, f"{model} is ready ({describe(info)}).")
+            _talk(client, conversation, model, plain=plain)
 
 
 def _answer_once(conversation: Conversation, message: str) -> None:
@@ -78,85 +80,34 @@ def _answer_once(conversation: Conversation, message: str) -> None:
         print()
 
 
-def _talk(conversation: Conversation, greeting: str) -> None:
-    note(f"{greeting} /help shows the commands, Ctrl-D ends.")
-    stopped = False  # the last thing that happened was a Ctrl-C; another one ends the chat
-    with _line_editing():
-        while True:
-            try:
-                line = input(">>> ").strip()
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print()
-                if stopped:
-                    return
-                stopped = True
-                note("(Ctrl-C again, or Ctrl-D, ends the chat)")
-                continue
-            stopped = False
-            if not line:
-                continue
-            if line.startswith("/"):
-                if line in ("/exit", "/quit"):
-                    return
-                if line == "/reset":
-                    conversation.reset()
-                elif line == "/help":
-                    note(HELP)
-                else:
-                    note(f"there is no command {line.split()[0]}; /help shows them")
-                continue
-            try:
-                stopped = _turn(conversation, line)
-            except RequestError as error:
-                note(f"tpctl: {error}\n(/reset begins a new conversation)")
-
-
-def _turn(conversation: Conversation, line: str) -> bool:
-    """Show the answer to ``line``; whether it was stopped."""
-    with interrupts() as noted:
-        try:
-            answer = conversation.ask(line, _print, lambda: noted)
-        except EngineError:
-            print()  # the error begins a line of its own
-            raise
-    print()
-    if remark := _remark(answer):
-        note(remark)
-    return bool(noted)
-
-
-def _remark(answer: Answer) -> str | None:
-    if answer.finish_reason == "abort":
-        return "(stopped)"
-    if answer.finish_reason == "length":
-        return f"(cut after {answer.completion_tokens} tokens: --max-tokens or the end of the context)"
-    return None
-
-
 def _print(piece: str) -> None:
-    sys.stdout.write(piece.translate(_CONTROLS) if sys.stdout.isatty() else piece)
+    from tpctl.chat.screen import safe
+
+    sys.stdout.write(safe(piece))
     sys.stdout.flush()
 
 
-@contextmanager
-def _line_editing() -> Iterator[None]:
-    """Arrow keys and a history of prompts, kept from one chat to the next, where the system has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
+def _talk(client: EngineClient, conversation: Conversation, model: str, *, plain: bool) -> None:
+    from tpctl.chat.repl import Repl
+    from tpctl.chat.screen import Screen
+    from tpctl.chat.terminal import quiet
+
+    screen = Screen(plain=plain)
+    with quiet(), status(f"loading {model}"):
+        info = client.wait_ready()
+    screen.note(f"{model} is ready ({describe(info)}). /help shows the commands, Ctrl-D ends.")
+    Repl(client, conversation, screen, make_prompt(), model).run()
+
+
+def make_prompt() -> Prompt:
+    """What asks for messages, for the terminal that this is."""
+    from tpctl.chat.prompt import LinePrompt, TerminalPrompt
+
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        return LinePrompt()
+    from tpctl.chat.commands import completions
+    from tpctl.chat.history import ChatHistory
     from tpctl.checkpoint.cache import cache_root
 
-    history = cache_root() / "chat_history"
-    with suppress(OSError):
-        readline.read_history_file(history)
-    try:
-        yield
-    finally:
-        readline.set_history_length(_HISTORY_LINES)
-        with suppress(OSError):
-            readline.write_history_file(history)
+    # Earlier versions kept lines of readline's in ``chat_history``.
+    return TerminalPrompt(completions, ChatHistory(cache_root() / "chat_messages", cache_root() / "chat_history"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import CheckpointError, RequestError
-from tpctl.launch.messages import Request
+from tpctl.launch.messages import Output, Request
 
 CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95}
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -26,7 +27,8 @@ class Answer:
     """One finished turn.
 
     ``finish_reason`` is "stop", "length" or "abort"; token counts are of this turn's whole prompt (the
-    conversation so far), of those of its tokens that the prefix cache held, and of the answer.
+    conversation so far), of those of its tokens that the prefix cache held, and of the answer. Seconds are counted from
+    the request to the first token (``None``: there was none) and to the last.
     """
 
     text: str
@@ -34,6 +36,15 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    seconds_to_first: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of those behind the first, which waits for the prompt; ``None`` where there are none."""
+        if self.seconds_to_first is None or self.completion_tokens < 2:
+            return None
+        return (self.completion_tokens - 1) / max(self.seconds - self.seconds_to_first, 1e-9)
 
 
 class Conversation:
@@ -62,55 +73,156 @@ class Conversation:
         self._system = system
         self._sampling = dict(sampling or {})
         self._stop = tuple(stop)
-        self._turns = itertools.count()
+        self._requests = itertools.count()
         self.messages: list[dict[str, str]] = []
         self.reset()
 
+    @property
+    def system(self) -> str | None:
+        return self._system
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The fields of ``SamplingParams`` that are set; without ``max_tokens`` an answer may fill the context."""
+        return self._sampling
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self._stop
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The messages but for the system prompt: the user's and the model's in turn."""
+        return self.messages[len(self._opening()) :]
+
     def reset(self) -> None:
         """Forget all messages but the system prompt."""
-        self.messages = [{"role": "system", "content": self._system}] if self._system is not None else []
+        self.messages = self._opening()
+
+    def set_system(self, text: str | None) -> None:
+        """Use another system prompt from now on, or none.
+
+        Raises:
+            RequestError: the model's template takes none, or not this one.
+        """
+        opening = [] if text is None else [{"role": "system", "content": text}]
+        messages = [*opening, *self.turns]
+        self._tokenizer.encode_chat([*messages, {"role": "user", "content": "?"}])
+        self._system, self.messages = text, messages
+
+    def set_sampling(self, name: str, value: Any) -> None:
+        """Set a field of ``SamplingParams``; ``None`` returns it to its default.
+
+        Raises:
+            RequestError: there is no such field, or the value is not one for it, or not beside the others.
+        """
+        values = {key: old for key, old in self._sampling.items() if key != name}
+        if value is not None:
+            values[name] = value
+        SamplingParams.from_dict({"max_tokens": self.max_model_len, **values})
+        self._sampling = values
+
+    def set_stop(self, stop: Sequence[str]) -> None:
+        """The texts that end an answer."""
+        self._stop = tuple(stop)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the conversation at most."""
+        limit: int = self._client.wait_ready()["max_model_len"]
+        return limit
+
+    def restore(
+        self, system: str | None, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any], stop: Sequence[str]
+    ) -> None:
+        """Go on from where another conversation was.
+
+        Raises:
+            RequestError: the model's template refuses the messages, or a field of ``sampling`` is wrong.
+        """
+        SamplingParams.from_dict({"max_tokens": self.max_model_len, **sampling})
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        messages = [*opening, *(dict(turn) for turn in turns)]
+        self._tokenizer.encode_chat([*messages, {"role": "user", "content": "?"}])
+        self._system, self.messages = system, messages
+        self._sampling, self._stop = dict(sampling), tuple(stop)
 
     def ask(self, text: str, show: Callable[[str], None], should_stop: Callable[[], object] = lambda: False) -> Answer:
         """Say ``text`` and wait for the answer, which becomes part of the conversation (also if cut short).
 
+        Where it is stopped before it begins, ``text`` is taken back: else the next message would wait for it.
+
         Args:
             show: called with each new piece of the answer.
-            should_stop: asked often; once true, the answer ends.
+            should_stop: asked often; once true, the answer ends at once. The engine gives the request up after the
+                step that it is at.
 
         Raises:
             RequestError: the conversation is too long, or the template refuses it; ``text`` is forgotten
                 then.
             EngineError: the workers failed.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        return self._answer([*self.messages, {"role": "user", "content": text}], self._sampling, show, should_stop)
+
+    def regenerate(self, show: Callable[[str], None], should_stop: Callable[[], object] = lambda: False) -> Answer:
+        """Another answer to the last message, in place of the one it got.
+
+        Where answers are sampled, the seed becomes the next one: the same would say the same.
+
+        Raises:
+            RequestError: there is no answer yet; else as ``ask``. The old answer stays then.
+            EngineError: the workers failed.
+        """
+        if not self.turns:
+            raise RequestError("there is no answer yet that could be made anew; say something first")
+        sampling = {**self._sampling, "seed": (self._sampling.get("seed", 0) + 1) % 2**63}
+        answer = self._answer(self.messages[:-1], sampling, show, should_stop)
+        self._sampling = sampling
+        return answer
+
+    def _opening(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self._system}] if self._system is not None else []
+
+    def _answer(
+        self,
+        messages: list[dict[str, str]],
+        sampling: Mapping[str, Any],
+        show: Callable[[str], None],
+        should_stop: Callable[[], object],
+    ) -> Answer:
         token_ids = self._tokenizer.encode_chat(messages)
-        room = self._client.wait_ready()["max_model_len"] - len(token_ids)
+        room = self.max_model_len - len(token_ids)
         check_length(len(token_ids), room + len(token_ids))
-        values = {**self._sampling, "max_tokens": min(self._sampling.get("max_tokens", room), room)}
-        request = Request(f"turn-{next(self._turns)}", token_ids, SamplingParams.from_dict(values))
+        values = {**sampling, "max_tokens": min(sampling.get("max_tokens", room), room)}
+        request = Request(f"turn-{next(self._requests)}", token_ids, SamplingParams.from_dict(values))
         stream = TextStream(self._tokenizer, self._stop)
+        started = time.monotonic()
+        first: float | None = None
         self._client.submit([request])
-        asked_to_stop = False
-        done = False
-        while not done:
-            if not asked_to_stop and (stream.stopped_early or should_stop()):
-                asked_to_stop = True
-                self._client.abort([request.id])
-            for output in self._client.outputs(timeout=_POLL):
-                if output.id != request.id:
-                    continue
+        while stream.finish_reason is None:
+            outputs = [output for output in self._client.outputs(timeout=_POLL) if output.id == request.id]
+            for output in outputs:
                 if output.finish_reason == "error":
                     raise RequestError(output.message or "the engine refused the request")
+                if output.token_ids and first is None:
+                    first = time.monotonic() - started
                 if piece := stream.push(output):
                     show(piece)
-                done = output.finish_reason is not None
-        self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+            ended = bool(outputs) and outputs[-1].finish_reason is not None
+            if not ended and (stream.stopped_early or should_stop()):
+                self._client.abort([request.id])  # and nobody waits for that, which may take the rest of a long step
+                if piece := stream.push(Output(request.id, [], "abort")):
+                    show(piece)
+        if stream.token_ids or stream.finish_reason != "abort":
+            self.messages = [*messages, {"role": "assistant", "content": stream.text}]
         return Answer(
             stream.text,
-            stream.finish_reason or "abort",
+            stream.finish_reason,
             len(token_ids),
             stream.num_cached_tokens,
             len(stream.token_ids),
+            first,
+            time.monotonic() - started,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -64,6 +64,8 @@ class EngineClient:
         self._early: list[Output] = []
         self._error: TpctlError | None = None
         self._closed = False
+        self._on_failure: list[Callable[[TpctlError], None]] = []
+        self._lock = threading.Lock()
         self._workers = Workers(config, module, env)
         self._reader = threading.Thread(target=self._receive, daemon=True)
         self._reader.start()
@@ -149,6 +151,18 @@ class EngineClient:
             if isinstance(message, Outputs):
                 self._early += message.outputs
 
+    def failure_now(self) -> TpctlError | None:
+        """Why the workers ended, if they have; waits for nothing."""
+        return self._error
+
+    def on_failure(self, callback: Callable[[TpctlError], None]) -> None:
+        """Have ``callback`` called once when the workers have failed, by another thread; at once if they have."""
+        with self._lock:
+            if self._error is None:
+                self._on_failure.append(callback)
+                return
+        callback(self._error)
+
     def close(self) -> None:
         """End every process of the engine. Takes up to a few seconds; may be called again."""
         if self._closed:
@@ -182,6 +196,8 @@ class EngineClient:
             self._inbox.put(Fatal(f"rank 0 sent a message that cannot be read: {error!r}"))
         finally:
             self._inbox.put(None)
+            if not self._closed:
+                self._fail(self._workers.failure())
 
     def _next(self, timeout: float | None) -> Message | None:
         """The next message, or ``None`` after ``timeout`` seconds."""
@@ -210,7 +226,13 @@ class EngineClient:
                     self._early += received.outputs
 
     def _fail(self, error: TpctlError) -> TpctlError:
-        self._error = error
+        with self._lock:
+            if self._error is not None:
+                return self._error
+            self._error = error
+            told, self._on_failure = self._on_failure, []
+        for callback in told:
+            callback(error)
         return error
 
 

@@ -1,0 +1,166 @@
+"""What a chat shows: answers on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol
+
+from rich.cells import cell_len
+from rich.console import Console
+
+from tpctl.chat.wrap import WORD, break_points
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+# What a model prints must not steer the terminal: no control characters but tab and newline.
+_CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in (9, 10)), *range(127, 160)])
+
+
+class Stream(Protocol):
+    """Shows one answer as it comes."""
+
+    def push(self, piece: str) -> None: ...
+
+    def close(self) -> None:
+        """The answer has ended; the next thing shown begins a line."""
+        ...
+
+
+class RawStream:
+    """Every piece as it comes, for files and pipes."""
+
+    def push(self, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.push("\n")
+
+
+class PlainStream:
+    """The text as it is, for a terminal, with line breaks between words where it is wider than the window.
+
+    A word is shown once its end is known.
+    """
+
+    def __init__(self, width: Callable[[], int]) -> None:
+        self._width = width
+        self._column = 0
+        self._word = ""
+
+    def push(self, piece: str) -> None:
+        *lines, rest = (self._word + piece).split("\n")
+        out = "".join(self._placed(line, whole=True) + self._new_line() for line in lines)
+        out += self._placed(rest, whole=False)
+        sys.stdout.write(out)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.push("\n")
+
+    def _new_line(self) -> str:
+        self._column = 0
+        return "\n"
+
+    def _placed(self, line: str, *, whole: bool) -> str:
+        """``line`` with breaks, but for its last word unless the line is ``whole``, or the word fills a line."""
+        words = [match[0] for match in WORD.finditer(line)]
+        self._word = ""
+        if words and not whole and cell_len(words[-1]) <= self._width():
+            self._word = words.pop()
+        out = ""
+        for word in words:
+            if self._column and self._column + cell_len(word.rstrip()) > self._width():
+                out += self._new_line()
+            out += word
+            self._column += cell_len(word.expandtabs(8))
+        return out
+
+
+class Screen:
+    """The terminal, or what stands in for it.
+
+    Args:
+        plain: show answers as the model writes them, not as the Markdown that they may be.
+    """
+
+    def __init__(self, *, plain: bool = False) -> None:
+        self._plain = plain
+        self._console = Console(highlight=False)
+
+    def stream(self) -> Stream:
+        """What shows the next answer."""
+        if not sys.stdout.isatty() or self._console.is_dumb_terminal:
+            return RawStream()
+        if self._plain:
+            return PlainStream(lambda: max(self._console.width - 1, 1))
+        from tpctl.chat.markdown_stream import MarkdownStream
+
+        return MarkdownStream(self._console)
+
+    def note(self, text: str, indent: int = 0) -> None:
+        """Lines for the person at the terminal, never mixed with answers.
+
+        Args:
+            indent: how far what a window is too narrow for is moved to the right.
+        """
+        if sys.stderr.isatty():
+            width = Console(stderr=True).width
+            text = "\n".join(row for line in text.splitlines() for row in _wrapped(line, width, indent))
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[Callable[[], None]]:
+        """A spinner on stderr, where that is a terminal; yields what ends it, at the latest when the block does."""
+        shown: list[Status] = []
+        if sys.stderr.isatty():
+            shown.append(Console(stderr=True, highlight=False).status(text))
+            shown[0].start()
+
+        def end() -> None:
+            while shown:
+                shown.pop().stop()
+
+        try:
+            yield end
+        finally:
+            end()
+
+
+class Shown:
+    """An answer on its way to the screen: a spinner until its first piece, then a stream."""
+
+    def __init__(self, screen: Screen, end_waiting: Callable[[], None]) -> None:
+        self._stream = screen.stream()
+        self._end_waiting = end_waiting
+        self.begun = False
+
+    def __call__(self, piece: str) -> None:
+        if not self.begun:
+            self._end_waiting()
+            self.begun = True
+        self._stream.push(safe(piece))
+
+    def close(self) -> None:
+        """The answer has ended, or failed."""
+        self._end_waiting()
+        if self.begun:
+            self._stream.close()
+
+
+def _wrapped(line: str, width: int, indent: int) -> list[str]:
+    rows = []
+    while breaks := break_points(line, width - indent if rows else width):
+        rows.append(line[: breaks[0]].rstrip())
+        line = line[breaks[0] :]
+    rows.append(line)
+    return [rows[0], *(" " * indent + row for row in rows[1:])]
+
+
+def safe(piece: str) -> str:
+    """What a model wrote, as stdout may have it."""
+    return piece.translate(_CONTROLS) if sys.stdout.isatty() else piece
