@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tpctl.client.jobs import JobParser
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import EngineError
+from tpctl.errors import EngineError, TpctlError
 from tpctl.launch.messages import Output, Request
 
 TEMPLATE = (
@@ -44,6 +44,7 @@ class FakeClient:
         most_open: requests that were under way at once, at most.
         policies: scheduling policies that engines were asked for.
         dies_after: calls of ``outputs`` until the engine "fails".
+        told: whom ``fail`` tells.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_model_len: int = 64, dies_after: int | None = None) -> None:
@@ -56,6 +57,8 @@ class FakeClient:
         self.aborted: list[str] = []
         self.most_open = 0
         self.policies: list[str] = []
+        self.failure: TpctlError | None = None
+        self.told: list[Callable[[TpctlError], None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -98,6 +101,18 @@ class FakeClient:
             if self._open.pop(id, None) is not None:
                 self._ended.append(Output(id, [], "abort"))
 
+    def on_failure(self, callback: Callable[[TpctlError], None]) -> None:
+        self.told.append(callback)
+
+    def failure_now(self) -> TpctlError | None:
+        return self.failure
+
+    def fail(self, error: TpctlError) -> None:
+        """As when the workers die while nobody waits for an answer."""
+        self.failure = error
+        for callback in self.told:
+            callback(error)
+
     def stats(self) -> dict[str, float]:
         return {"preemptions": 3}
 
@@ -107,6 +122,27 @@ class FakeClient:
         reason = "stop" if not rest else "length" if answered >= request.sampling.max_tokens else None
         logprobs = [[-0.5, [[token, -0.5]]]] if request.sampling.logprobs is not None else None
         return Output(request.id, [token], reason, None, logprobs, num_cached_tokens=1)
+
+
+class ScriptedPrompt:
+    """Somebody at a terminal, who types ``left``; an exception there is raised."""
+
+    def __init__(self, *lines: str | BaseException) -> None:
+        self.left = list(lines)
+        self.error: TpctlError | None = None
+
+    def read(self) -> str:
+        if self.error is not None:
+            raise self.error
+        if not self.left:
+            raise EOFError
+        line = self.left.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def fail(self, error: TpctlError) -> None:
+        self.error = error
 
 
 def job_parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.unit.fake_client import FakeClient, write_tokenizer
+from tests.unit.fake_client import FakeClient, ScriptedPrompt, write_tokenizer
 from tpctl.cli.app import app
 from tpctl.cli.engine import interrupts
 from tpctl.cli.options import EngineOptions
@@ -174,8 +174,8 @@ def test_a_base_model_is_told_apart(fake_engine: FakeClient, tmp_path: Path) -> 
 
 
 def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = iter(["", "/help", "/what", "hi", "forbidden", "/reset", "yo", "/exit", "never"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    prompt = ScriptedPrompt("", "/what", "hi", "forbidden", "/reset", "yo", "/exit", "never")
+    monkeypatch.setattr("tpctl.cli.chat.make_prompt", lambda: prompt)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     with pytest.raises(SystemExit) as ended:
         app(["chat"])
@@ -185,34 +185,7 @@ def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "is ready (tp 2, float32, sdpa attention on CPU). /help" in captured.err
     assert "there is no command /what" in captured.err
     assert "refuses these messages: not that" in captured.err
-    assert next(lines) == "never"
-
-
-@pytest.mark.parametrize(
-    ("events", "answers"),
-    [
-        ([KeyboardInterrupt, KeyboardInterrupt, "hi"], 0),
-        ([KeyboardInterrupt, "hi", KeyboardInterrupt, "hi", EOFError, "hi"], 2),
-    ],
-)
-def test_the_second_interrupt_in_a_row_ends_the_chat(
-    fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, events: list[Any], answers: int
-) -> None:
-    left = list(events)
-
-    def read(prompt: str) -> str:
-        event = left.pop(0)
-        if not isinstance(event, str):
-            raise event
-        return event
-
-    monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    with pytest.raises(SystemExit) as ended:
-        app(["chat"])
-    assert ended.value.code == 0
-    assert len(fake_engine.requests) == answers
-    assert left == ["hi"]
+    assert prompt.left == ["never"]
 
 
 def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "launch": ("children", "checkpoint.cache", "engine.config", "engine.sampling_params"),
     "engine": ("partition", "distributed", "kernels", "layers", "models", "launch"),
     "client": ("engine.config", "engine.sampling_params", "launch"),
+    "chat": ("client", "engine.sampling_params"),
     "bench": (
         *("partition", "checkpoint", "models.config", "models.weights"),
         *("engine.config", "engine.sampling_params", "launch", "client"),
@@ -99,6 +100,7 @@ try:
 except SystemExit as ended:
     assert not ended.code, ended.code
 heavy = {"torch", "transformers", "numpy", "huggingface_hub", "jinja2", "tokenizers"} & set(sys.modules)
+heavy |= {"prompt_toolkit", "markdown_it"} & set(sys.modules)
 assert not heavy, heavy
 """
 
@@ -116,7 +118,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 def test_the_client_never_imports_torch() -> None:
     """All that chat and batch use in the parent process, tokenizer and template included."""
-    names = [name for name, _ in modules() if name.partition(".")[0] in ("cli", "client", "launch", "sharding")]
+    names = [name for name, _ in modules() if name.partition(".")[0] in ("chat", "cli", "client", "launch", "sharding")]
     names = [f"tpctl.{name}" for name in names if name != "launch.agent"]
     code = f"import {', '.join(names)}, tokenizers, jinja2, sys\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -60,11 +60,9 @@ class Repl:
                 self._answer(lambda show, should_stop: self._conversation.ask(line, show, should_stop))
         except (RequestError, OutputError) as error:
             self._screen.note(f"tpctl: {error}")
-            if not line.startswith("/") and self._conversation.turns:  # else a new one would go no better
-                self._screen.note("(/reset begins a new conversation)")
 
     def _answer_anew(self) -> None:
-        if self._conversation.turns and self._conversation.sampling.get("temperature", 0) == 0:
+        if self._conversation.begun and self._conversation.sampling.get("temperature", 0) == 0:
             self._screen.note("(temperature is 0, so the answer will be the same; /set temperature 0.7 makes it vary)")
         self._answer(self._conversation.regenerate)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpctl.client.engine_client import EngineClient, check_length
+from tpctl.client.engine_client import EngineClient
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.sampling_params import SamplingParams
@@ -173,7 +173,7 @@ class Conversation:
             RequestError: there is no answer yet; else as ``ask``. The old answer stays then.
             EngineError: the workers failed.
         """
-        if not self.turns:
+        if not self.begun:
             raise RequestError("there is no answer yet that could be made anew; say something first")
         sampling = {**self._sampling, "seed": (self._sampling.get("seed", 0) + 1) % 2**63}
         answer = self._answer(self.messages[:-1], sampling, show, should_stop)
@@ -192,7 +192,7 @@ class Conversation:
     ) -> Answer:
         token_ids = self._tokenizer.encode_chat(messages)
         room = self.max_model_len - len(token_ids)
-        check_length(len(token_ids), room + len(token_ids))
+        self._check_room(len(token_ids), room)
         values = {**sampling, "max_tokens": min(sampling.get("max_tokens", room), room)}
         request = Request(f"turn-{next(self._requests)}", token_ids, SamplingParams.from_dict(values))
         stream = TextStream(self._tokenizer, self._stop)
@@ -223,6 +223,25 @@ class Conversation:
             len(stream.token_ids),
             first,
             time.monotonic() - started,
+        )
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to forget."""
+        return any(message["role"] != "system" for message in self.messages)
+
+    def _check_room(self, num_tokens: int, room: int) -> None:
+        if room > 0:
+            return
+        most = num_tokens + room - 1
+        if self.begun:
+            what, so = "the conversation has", "begin a new one with /reset,"
+        else:
+            what = "the message has" if self._system is None else "the system prompt and the message have"
+            so = "shorten it," if self._system is None else "shorten them,"
+        raise RequestError(
+            f"{what} {num_tokens} tokens with what the chat template adds, but at most {most} leave room for an "
+            f"answer; {so} or raise --max-model-len, or --kv-cache-memory if that is the limit"
         )
 
 
