@@ -211,7 +211,7 @@ def test_one_answer_from_two_ranks(model: str) -> None:
 def test_a_prompt_longer_than_the_model_allows(model: str) -> None:
     result = tpctl("chat", model, "--max-model-len", "32", "-m", "why? " * 40, *EXACT)
     assert result.returncode == 1
-    assert re.fullmatch(r"tpctl: the prompt has \d+ tokens, but this engine takes at most 31 .*\n", result.stderr)
+    assert re.fullmatch(r"tpctl: the message has \d+ tokens .* at most 31 leave room for .*\n", result.stderr)
 
 
 def test_talking_at_a_terminal(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

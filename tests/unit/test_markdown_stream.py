@@ -4,6 +4,7 @@ edge. A small terminal of our own says what stands there."""
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tpctl.chat.markdown_stream import MarkdownStream
-from tpctl.chat.screen import PlainStream, safe
+from tpctl.chat.screen import PlainStream, console, safe
 from tpctl.chat.wrap import break_points
 
 
@@ -74,8 +75,8 @@ class Terminal(io.StringIO):
 
 def shown(pieces: Iterable[str], width: int = 40, height: int = 12) -> list[str]:
     terminal = Terminal(width, height)
-    console = Console(file=terminal, width=width, height=height, force_terminal=True, highlight=False)
-    stream = MarkdownStream(console, interval=0)
+    screen = Console(file=terminal, width=width, height=height, force_terminal=True, highlight=False)
+    stream = MarkdownStream(screen, interval=0)
     for piece in pieces:
         stream.push(piece)
     stream.close()
@@ -177,7 +178,7 @@ def test_a_document_in_pieces(seed: int) -> None:
     "text",
     [
         "```\n" + "".join(f"line {n}\n" for n in range(60)) + "```\nend",
-        "```py\n" + "".join(f"x{n} = '''\n" for n in range(450)),  # never closed
+        "```py\n" + "".join(f"x{n} = '''\n" for n in range(300)),  # never closed
         "word " * 400,
         "| a |\n|---|\n" + "".join(f"| {n} |\n" for n in range(40)),
         "".join(f"- item {n}\n" for n in range(60)),
@@ -204,9 +205,9 @@ def test_rows_that_stay_are_not_painted_again() -> None:
 
 def test_paintings_are_no_closer_than_the_interval() -> None:
     terminal = Terminal(40, 12)
-    console = Console(file=terminal, width=40, height=12, force_terminal=True)
+    screen = Console(file=terminal, width=40, height=12, force_terminal=True)
     now = 0.0
-    stream = MarkdownStream(console, interval=1, clock=lambda: now)
+    stream = MarkdownStream(screen, interval=1, clock=lambda: now)
     stream.push("a")
     now = 0.5
     stream.push("b")
@@ -219,13 +220,13 @@ def test_paintings_are_no_closer_than_the_interval() -> None:
 def test_a_narrower_window_is_painted_over_whole() -> None:
     """The terminal has wrapped a row of 36 cells into two of 20: they are gone, and nothing above them is."""
     terminal = Terminal(40, 12)
-    console = Console(file=terminal, width=40, height=12, force_terminal=True)
-    stream = MarkdownStream(console, interval=0)
+    screen = Console(file=terminal, width=40, height=12, force_terminal=True)
+    stream = MarkdownStream(screen, interval=0)
     stream.push("above\n\n" + "abcde " * 6)
     assert terminal.rows == ["above", "", "abcde " * 5 + "abcde"]
     terminal.rows[2:] = ["abcde abcde abcde ab", "cde abcde abcde"]
     terminal.row, terminal.width = 3, 20
-    console.width = 20
+    screen.width = 20
     stream.push("fg")
     assert [row.rstrip() for row in terminal.rows] == ["above", "", "abcde abcde abcde", "abcde abcde abcde", "fg"]
 
@@ -234,8 +235,8 @@ def test_a_model_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert safe("a\x1b[2Jb\x07\x9bc\r\n\td") == "a[2Jbc\n\td"
     written = io.StringIO()
-    console = Console(file=written, width=40, height=12, force_terminal=True)
-    stream = MarkdownStream(console, interval=0)
+    screen = Console(file=written, width=40, height=12, force_terminal=True)
+    stream = MarkdownStream(screen, interval=0)
     stream.push("[good.example](http://bad.example)")
     stream.close()
     assert "\x1b]" not in written.getvalue()  # a link of the terminal's, which shows only its text
@@ -267,3 +268,15 @@ def test_plain_text_breaks_between_words(capsys: pytest.CaptureFixture[str]) -> 
         stream.push(piece)
     stream.close()
     assert capsys.readouterr().out == "Some words \n**as** \nthey are\n  xyz \nabcdefghijklmnopq 中\n文中文中文\n"
+
+
+def test_the_size_is_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that of ``COLUMNS``, which a window that is resized does not change."""
+    monkeypatch.setenv("COLUMNS", "33")
+    monkeypatch.setenv("LINES", "11")
+    sizes = [os.terminal_size((80, 24)), os.terminal_size((50, 20))]
+    monkeypatch.setattr("os.get_terminal_size", lambda *descriptor: sizes[0])
+    found = console()
+    assert (found.width, found.height) == (80, 24)
+    del sizes[0]
+    assert (found.width, found.height) == (50, 20)

@@ -24,7 +24,7 @@ from rich.text import Text
 from tpctl.chat.markdown import FENCE_STYLE, ChatMarkdown, fence_line, highlighted, parse
 from tpctl.chat.painter import Painter
 
-_MOST_CODE = 200
+_MOST_CODE = 80
 """Lines of an open block of code that are looked at to colour the next one; beyond, the older half is let go."""
 
 _BLANK_END = re.compile(r"(?:\s|\x1b\[[0-9;]*m)*$")

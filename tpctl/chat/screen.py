@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -89,6 +90,16 @@ def _words(line: str) -> list[str]:
     return [match[0] for match in WORD.finditer(line)]
 
 
+def console(*, stderr: bool = False) -> Console:
+    """rich's, for stdout unless told otherwise, which asks the window for its size each time.
+
+    It takes the size from ``COLUMNS`` and ``LINES`` where these are set (as every program that has loaded readline sets
+    them for its children), and a window that is resized does not change them.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return Console(stderr=stderr, highlight=False, _environ=environment)
+
+
 class Screen:
     """The terminal, or what stands in for it.
 
@@ -98,7 +109,7 @@ class Screen:
 
     def __init__(self, *, plain: bool = False) -> None:
         self._plain = plain
-        self._console = Console(highlight=False)
+        self._console = console()
 
     def stream(self) -> Stream:
         """What shows the next answer."""
@@ -117,7 +128,7 @@ class Screen:
             indent: how far what a window is too narrow for is moved to the right.
         """
         if sys.stderr.isatty():
-            width = Console(stderr=True).width
+            width = console(stderr=True).width
             text = "\n".join(row for line in text.splitlines() for row in _wrapped(line, width, indent))
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
@@ -127,7 +138,7 @@ class Screen:
         """A spinner on stderr, where that is a terminal; yields what ends it, at the latest when the block does."""
         shown: list[Status] = []
         if sys.stderr.isatty():
-            shown.append(Console(stderr=True, highlight=False).status(text))
+            shown.append(console(stderr=True).status(text))
             shown[0].start()
 
         def end() -> None:
@@ -162,7 +173,7 @@ class Shown:
 
 
 def _wrapped(line: str, width: int, indent: int) -> list[str]:
-    rows = []
+    rows: list[str] = []
     while breaks := break_points(line, width - indent if rows else width):
         rows.append(line[: breaks[0]].rstrip())
         line = line[breaks[0] :]
