@@ -133,3 +133,24 @@ class FakeClient:
 def job_parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:
     """What reads lines for the tests of batch."""
     return JobParser(tokenizer, sampling={"max_tokens": 30, **sampling}, stop=["default"], max_model_len=64)
+
+
+class ScriptedPrompt:
+    """Somebody at a terminal, who types ``left``; an exception there is raised."""
+
+    def __init__(self, *lines: str | BaseException) -> None:
+        self.left = list(lines)
+        self.error: TpctlError | None = None
+
+    def read(self) -> str:
+        if self.error is not None:
+            raise self.error
+        if not self.left:
+            raise EOFError
+        line = self.left.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def fail(self, error: TpctlError) -> None:
+        self.error = error

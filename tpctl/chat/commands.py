@@ -189,6 +189,6 @@ COMMANDS = (
 
 KEYS = [
     ("Enter", 'send; Alt+Enter, Ctrl-J, or Enter behind """: a new line'),
-    ("Ctrl-C", "stop an answer, or clear a line; twice on an empty one: end"),
+    ("Ctrl-C", "stop an answer or clear a line; on an empty one twice: end"),
     ("Ctrl-D", "end"),
 ]

@@ -55,8 +55,7 @@ class _CodeBlock(CodeBlock):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = str(self.text).rstrip("\n")
         yield Text(fence_line(self.lexer_name), style=FENCE_STYLE)
-        for parts in highlighted(code, self.lexer_name, options.max_width):
-            yield from parts
+        yield from highlighted(code, self.lexer_name, options.max_width)
         yield Text(fence_line(), style=FENCE_STYLE)
 
 
@@ -88,14 +87,14 @@ def fence_line(lexer: str = "text") -> str:
     return "```" + ("" if lexer == "text" else lexer)
 
 
-def highlighted(code: str, lexer: str, width: int) -> list[list[Text]]:
-    """The lines of ``code`` in colour, each in the parts that ``width`` makes of it."""
+def highlighted(code: str, lexer: str, width: int, last: int = 0) -> list[Text]:
+    """The lines of ``code`` in colour, in the parts that ``width`` makes of them; the ``last`` lines, or (0) all."""
     text = Syntax("", lexer, theme=_THEME, background_color="default").highlight(code)
-    lines = []
-    for line in text.split("\n", allow_blank=True)[: code.count("\n") + 1]:
+    rows: list[Text] = []
+    for line in text.split("\n", allow_blank=True)[: code.count("\n") + 1][-last:]:
         line.expand_tabs(4)
-        lines.append([*line.divide(break_points(line.plain, width))])
-    return lines
+        rows += line.divide(break_points(line.plain, width))
+    return rows
 
 
 def _kept(token: Token) -> Token:

@@ -24,7 +24,7 @@ from rich.text import Text
 from tpctl.chat.markdown import FENCE_STYLE, ChatMarkdown, fence_line, highlighted, parse
 from tpctl.chat.painter import Painter
 
-_MOST_CODE = 400
+_MOST_CODE = 80
 """Lines of an open block of code that are looked at to colour the next one; beyond, the older half is let go."""
 
 _BLANK_END = re.compile(r"(?:\s|\x1b\[[0-9;]*m)*$")
@@ -127,8 +127,8 @@ class MarkdownStream:
         """The last ``count`` lines."""
         if not count:
             return []
-        lines = highlighted("\n".join(code.lines), code.lexer, self._painter.width)
-        return [row for line in lines[-count:] for part in line for row in self._rows(part)]
+        lines = highlighted("\n".join(code.lines), code.lexer, self._painter.width, count)
+        return [row for line in lines for row in self._rows(line)]
 
     def _open_rows(self) -> list[str]:
         """The open block as it looks now."""

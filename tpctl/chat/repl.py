@@ -62,7 +62,7 @@ class Repl:
             self._screen.note(f"tpctl: {error}")
 
     def _answer_anew(self) -> None:
-        if self._conversation.turns and self._conversation.sampling.get("temperature", 0) == 0:
+        if self._conversation.begun and self._conversation.sampling.get("temperature", 0) == 0:
             self._screen.note("(temperature is 0, so the answer will be the same; /set temperature 0.7 makes it vary)")
         self._answer(self._conversation.regenerate)
 
@@ -78,14 +78,8 @@ class Repl:
         if answer.finish_reason == "abort":
             taken_back = "" if answer.completion_tokens else ": nothing was said yet"
             self._screen.note(f"(stopped{taken_back})")
-        elif remark := cut(answer):
-            self._screen.note(remark)
+        elif answer.finish_reason == "length":
+            why = "--max-tokens or the end of the context"
+            self._screen.note(f"(cut after {answer.completion_tokens} tokens: {why})")
         elif not shown.begun:
             self._screen.note("(the answer is empty)")
-
-
-def cut(answer: Answer) -> str | None:
-    """What cut an answer short, unless it ended by itself or was stopped."""
-    if answer.finish_reason != "length":
-        return None
-    return f"(cut after {answer.completion_tokens} tokens: {answer.note or '--max-tokens'})"

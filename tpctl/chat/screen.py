@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,6 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tpctl.chat.wrap import WORD, break_points
-from tpctl.errors import printable
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -44,18 +44,26 @@ class RawStream:
 class PlainStream:
     """The text as it is, for a terminal, with line breaks between words where it is wider than the window.
 
-    A word is shown once its end is known.
+    A word is shown once its end is known, or it fills a line.
     """
 
     def __init__(self, width: Callable[[], int]) -> None:
         self._width = width
         self._column = 0
-        self._word = ""
+        self._word = ""  # the last one, which may go on
+        self._broken = False  # what follows belongs to a word that is longer than a line
 
     def push(self, piece: str) -> None:
         *lines, rest = (self._word + piece).split("\n")
-        out = "".join(self._placed(line, whole=True) + self._new_line() for line in lines)
-        out += self._placed(rest, whole=False)
+        out = ""
+        for line in lines:
+            out += "".join(map(self._placed, _words(line))) + self._new_line()
+        *words, last = _words(rest) or [""]
+        out += "".join(map(self._placed, words))
+        self._word = last
+        if cell_len(last) > self._width():
+            out += self._placed(last)
+            self._word, self._broken = "", True
         sys.stdout.write(out)
         sys.stdout.flush()
 
@@ -63,22 +71,33 @@ class PlainStream:
         self.push("\n")
 
     def _new_line(self) -> str:
-        self._column = 0
+        self._column, self._broken = 0, False
         return "\n"
 
-    def _placed(self, line: str, *, whole: bool) -> str:
-        """``line`` with breaks, but for its last word unless the line is ``whole``, or the word fills a line."""
-        words = [match[0] for match in WORD.finditer(line)]
-        self._word = ""
-        if words and not whole and cell_len(words[-1]) <= self._width():
-            self._word = words.pop()
-        out = ""
-        for word in words:
-            if self._column and self._column + cell_len(word.rstrip()) > self._width():
-                out += self._new_line()
-            out += word
-            self._column += cell_len(word.expandtabs(8))
+    def _placed(self, word: str) -> str:
+        """``word``, on a new line if it does not fit the one there is."""
+        width, size = self._width(), cell_len(word.rstrip())
+        broken, self._broken = self._broken, False
+        fits = broken or not self._column or self._column + size <= width
+        out = ("" if fits else self._new_line()) + word
+        self._column += cell_len(word.expandtabs(8))
+        if broken or size > width:
+            self._column %= width  # the terminal has gone on by itself
         return out
+
+
+def _words(line: str) -> list[str]:
+    return [match[0] for match in WORD.finditer(line)]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """rich's, for stdout unless told otherwise, which asks the window for its size each time.
+
+    It takes the size from ``COLUMNS`` and ``LINES`` where these are set (as every program that has loaded readline sets
+    them for its children), and a window that is resized does not change them.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return Console(stderr=stderr, highlight=False, _environ=environment)
 
 
 class Screen:
@@ -90,7 +109,7 @@ class Screen:
 
     def __init__(self, *, plain: bool = False) -> None:
         self._plain = plain
-        self._console = Console(highlight=False)
+        self._console = console()
 
     def stream(self) -> Stream:
         """What shows the next answer."""
@@ -108,9 +127,8 @@ class Screen:
         Args:
             indent: how far what a window is too narrow for is moved to the right.
         """
-        text = printable(text)
         if sys.stderr.isatty():
-            width = Console(stderr=True).width
+            width = console(stderr=True).width
             text = "\n".join(row for line in text.splitlines() for row in _wrapped(line, width, indent))
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
@@ -120,7 +138,7 @@ class Screen:
         """A spinner on stderr, where that is a terminal; yields what ends it, at the latest when the block does."""
         shown: list[Status] = []
         if sys.stderr.isatty():
-            shown.append(Console(stderr=True, highlight=False).status(text))
+            shown.append(console(stderr=True).status(text))
             shown[0].start()
 
         def end() -> None:

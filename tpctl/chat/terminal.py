@@ -14,7 +14,10 @@ _LOCAL = 3  # index of the local modes in what ``tcgetattr`` gives
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show nothing of what is typed meanwhile. It is kept, for whoever reads next; Ctrl-C interrupts as always."""
+    """Show nothing of what is typed meanwhile. It is kept for whoever reads next; Ctrl-C interrupts, and discards it.
+
+    Enter reaches the reader as Ctrl-J, a new line, so that nothing is sent that nobody has seen.
+    """
     try:
         before = termios.tcgetattr(sys.stdin.fileno())
     except (termios.error, OSError, ValueError):  # no terminal

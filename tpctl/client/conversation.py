@@ -97,6 +97,11 @@ class Conversation:
         """The messages but for the system prompt: the user's and the model's in turn."""
         return self.messages[len(self._opening()) :]
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to forget."""
+        return bool(self.turns)
+
     def reset(self) -> None:
         """Forget all messages but the system prompt."""
         self.messages = self._opening()

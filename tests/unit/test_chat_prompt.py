@@ -1,0 +1,138 @@
+"""What is typed at the prompt, key by key; lines where the terminal cannot do that; and the history."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input import PipeInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from tpctl.chat import history as history_module
+from tpctl.chat.commands import completions
+from tpctl.chat.history import ChatHistory
+from tpctl.chat.prompt import LinePrompt, TerminalPrompt, is_open
+from tpctl.errors import EngineError
+
+PASTE = "\x1b[200~one\r\ntwo\rthree\nfour 中文\r\nfive\x1b[201~"
+
+
+@pytest.fixture
+def keyboard() -> Iterator[PipeInput]:
+    with create_pipe_input() as keyboard:
+        yield keyboard
+
+
+@pytest.fixture
+def prompt(keyboard: PipeInput) -> TerminalPrompt:
+    return TerminalPrompt(completions, InMemoryHistory(["before"]), input=keyboard, output=DummyOutput())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("hello\r", "hello"),
+        (f"{PASTE}\r", "one\ntwo\nthree\nfour 中文\nfive"),
+        ("one\x1b\rtwo\r", "one\ntwo"),  # Alt+Enter, as a terminal sends it, and Esc Enter
+        ("one\ntwo\r", "one\ntwo"),  # Ctrl-J
+        ('"""one\rtwo\r"""\r', "one\ntwo"),
+        ('"""one"""\r', "one"),
+        ("half\x03whole\r", "whole"),  # Ctrl-C clears
+        ("\x03\x03x\r", EOFError),  # twice where nothing is
+        ("\x03a\x03\x03b\r", "b"),  # but not with something typed between
+        ("\x04", EOFError),
+        ("ab\x01\x04\r", "b"),  # Ctrl-D deletes where something is
+        ("/sys\tS\r", "/system S"),
+        ("/load /nowhere/at/\t\r", "/load /nowhere/at/"),
+        ("\x1b[A again\r", "before again"),
+        ("\r", ""),
+    ],
+)
+def test_keys(keyboard: PipeInput, prompt: TerminalPrompt, keys: str, message: str | type[BaseException]) -> None:
+    keyboard.send_text(keys)
+    if isinstance(message, str):
+        assert prompt.read() == message
+    else:
+        with pytest.raises(message):
+            prompt.read()
+
+
+def test_a_failure_ends_the_prompt_and_keeps_what_is_typed(
+    keyboard: PipeInput, prompt: TerminalPrompt, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keyboard.send_text("half a thought")
+    buffer: Any = prompt._session.default_buffer
+    buffer.on_text_changed += lambda _: buffer.text == "half a thought" and prompt.fail(EngineError("rank 1 is gone"))
+    for _ in range(2):  # and again, where it is asked again
+        with pytest.raises(EngineError, match="rank 1 is gone"):
+            prompt.read()
+    assert next(iter(prompt._session.history.load_history_strings())) == "half a thought"
+    assert capsys.readouterr().err == "(what was being typed is kept: the Up key of the next chat brings it back)\n"
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], LinePrompt]]:
+    """A prompt whose stdin gives these bytes, then ends."""
+    read, write = os.pipe()
+    with os.fdopen(read) as stdin, os.fdopen(write, "wb", buffering=0) as typed:
+        monkeypatch.setattr("sys.stdin", stdin)
+
+        def make(data: bytes) -> LinePrompt:
+            typed.write(data)
+            typed.close()
+            return LinePrompt()
+
+        yield make
+
+
+def test_lines(lines: Callable[[bytes], LinePrompt], capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = lines(b'one\n two \n"""a\nb"""\n\xff\nlast')
+    assert [prompt.read() for _ in range(5)] == ["one", "two", "a\nb", "\udcff", "last"]
+    with pytest.raises(EOFError):
+        prompt.read()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ">>> >>> >>> ... >>> >>> >>> "
+
+
+def test_a_failure_ends_waiting_for_a_line(lines: Callable[[bytes], LinePrompt]) -> None:
+    prompt = lines(b"")
+    prompt.fail(EngineError("rank 1 is gone"))
+    with pytest.raises(EngineError, match="rank 1 is gone"):
+        prompt.read()
+
+
+@pytest.mark.parametrize(
+    ("text", "open"), [('"""a', True), ('"""', True), ('""""', True), ('"""a"""', False), ('a """', False), ("", False)]
+)
+def test_is_open(text: str, open: bool) -> None:
+    assert is_open(text) == open
+
+
+def test_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "MOST", 3)
+    file, readline = tmp_path / "cache" / "messages", tmp_path / "readline"
+    readline.write_text("old one\n\nold two\n")
+    history = ChatHistory(file, readline)
+    assert file.stat().st_mode & 0o777 == 0o600
+    history.store_string("new\nof two lines 中文")
+    history.store_string("half \udcff")
+    kept = ["half ?", "new\nof two lines 中文", "old two"]
+    assert list(ChatHistory(file, readline).load_history_strings()) == kept
+    for number in range(3):
+        history.store_string(str(number))
+    assert file.read_text().count("# ") == 7
+    assert list(ChatHistory(file).load_history_strings()) == ["2", "1", "0"]
+    assert file.read_text().count("# ") == 3  # the older ones have gone
+    assert [entry.name for entry in file.parent.iterdir()] == ["messages"]
+
+
+def test_no_place_for_a_history_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    history = ChatHistory(tmp_path / "file" / "messages")
+    history.store_string("x")
+    assert list(history.load_history_strings()) == []
