@@ -3,7 +3,9 @@ its own."""
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import deserialize
 from safetensors.numpy import save, save_file
 
 from tpctl.checkpoint.safetensors import (
-    DTYPE_BITS,
     MAX_HEADER,
     NewTensor,
     build_header,
@@ -24,6 +26,7 @@ from tpctl.checkpoint.safetensors import (
     tensor_nbytes,
 )
 from tpctl.errors import CheckpointError
+from tpctl.partition.dtypes import DTYPE_BITS
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8, "BOOL": np.bool_}
 
@@ -70,7 +73,7 @@ BAD: list[tuple[str, Any, bytes, str]] = [
     ("not UTF-8", b'{"\xff":1}', b"", "no valid JSON"),
     ("a list", [], b"", "not a JSON object"),
     ("leading space", b' {"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x", "not a JSON object"),
-    ("deep nesting", b'{"a":' + b"[" * 100_000, b"", "no valid JSON"),
+    ("deep nesting", b'{"a":' + b"[" * 100_000, b"", "it is nested too deeply"),
     ("duplicate key", b'{"a":1,"a":2}', b"", '"a" occurs twice'),
     ("metadata of numbers", {"__metadata__": {"x": 1}}, b"", "not an object of strings"),
     ("entry is no object", {"a": 3}, b"", "exactly dtype, shape and data_offsets"),
@@ -144,3 +147,77 @@ def test_sizes_of_every_dtype() -> None:
         assert tensor_nbytes(dtype, (8, 3)) == 3 * bits
     with pytest.raises(CheckpointError, match="'F12' is unknown"):
         tensor_nbytes("F12", (1,))
+
+
+HOSTILE = {
+    "a shape whose product takes for ever": (
+        {"a": entry("U8", [10**4000] * 60, [0, 1])},
+        "none that a tensor can have",
+    ),
+    "more axes than any tensor": ({"a": entry("U8", [1] * 100_000, [0, 1])}, "is none that a tensor can have"),
+    "a product beyond 2^63": ({"a": entry("U8", [2**62, 2**62], [0, 1])}, "is none that a tensor can have"),
+    "beyond 2^64, where it wraps to the right size": (
+        {"a": entry("U8", [2**32, 2**32 + 1], [0, 2**32])},
+        "is none that a tensor can have",
+    ),
+    "offsets beyond any file": ({"a": entry("U8", [1], [10**4000, 10**4000 + 1])}, "spans more than any file's bytes"),
+    "a number of too many digits": (b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b"]}}", "no valid JSON"),
+    "a huge name": ({"n" * 100_000: entry("U8", [1], [0, 1])}, "has a name of 100,000 characters"),
+    "a name repeated among many": (
+        b"{" + b"".join(b'"%d":1,' % n for n in range(200_000)) + b'"7":1}',
+        'the key "7" occurs twice',
+    ),
+    "half a character": (b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', "half a character"),
+    "half a character in metadata": (b'{"__metadata__":{"a":"\\udfff"}}', "half a character"),
+    "a long list as a dtype": ({"a": {**entry(), "dtype": ["x"] * 10**5}}, "has the unknown dtype"),
+    "nesting as a shape": (
+        b'{"a":{"dtype":"U8","shape":' + b"[" * 300 + b"]" * 300 + b',"data_offsets":[0,1]}}',
+        "has the shape",
+    ),
+    "many values": (b"[" + b"{}," * 7_000_000 + b"{}]", "holds more than 6,000,000 values"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_headers_are_one_short_line_at_once(tmp_path: Path, what: str) -> None:
+    entries, said = HOSTILE[what]
+    path = write(tmp_path / "x.safetensors", entries, b"1")
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 500 and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="it is a pipe or a device"):
+        read_header(tmp_path / "pipe.safetensors")
+
+
+VALID = {"a": entry("F32", (2,), (0, 8)), "b": entry("BF16", (0,), (8, 8)), "__metadata__": {"format": "pt"}}
+odd = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 9),
+    st.sampled_from([2**63, 10**30, 1.5, float("nan"), "F99", "", [], {}, [8, 0], "\ud800"]),
+)
+
+
+@given(data=st.data())
+def test_a_changed_header_is_refused_or_read_as_the_reference_reads_it(data: st.DataObject) -> None:
+    header = copy.deepcopy(VALID)
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from([*sorted(header), "new"]))
+        if name in header and isinstance(header[name], dict) and data.draw(st.booleans()):
+            header[name][data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "x"]))] = data.draw(odd)
+        else:
+            header[name] = data.draw(odd)
+    body = json.dumps(header).encode()
+    raw = struct.pack("<Q", len(body)) + body + b"12345678"
+    try:
+        found = parse_header(body, len(raw), "x")
+    except CheckpointError as error:
+        assert len(str(error)) < 600
+        return
+    theirs = deserialize(raw)
+    assert {name: list(info.shape) for name, info in found.tensors.items()} == {n: t["shape"] for n, t in theirs}

@@ -11,6 +11,7 @@ from pathlib import Path
 from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlError
 from tpctl.partition.manifest import MANIFEST, Manifest
+from tpctl.partition.manifest_file import check_size
 from tpctl.partition.plan import StoredTensor
 from tpctl.partition.records import CopiedFile, Shard, ShardTensor
 from tpctl.partition.split import Rule
@@ -23,6 +24,9 @@ from tpctl.sharding.parts import EXTRA_FILE, PartFile, assign_parts, part_files
 from tpctl.sharding.publish import PendingFolder
 from tpctl.sharding.recipe import Recipe
 from tpctl.sharding.transfer import Move, run
+
+MANY = 20_000
+"""Tensors of all ranks whose manifest may be too large to be read again."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ class _Writer:
         copied = self.copy_small_files()
         if add and target.exists():  # refused before the work, if it can be; looked at again after it
             check_same_cut(target, Manifest.load(target), self.draft(copied))
+        if len(self.parts) * len(self.recipe.ranks) > MANY:  # else it is refused when all is done
+            check_size(self.draft(copied).text())
         digests = self.write_parts()
         check()
         with self.pending.alone():
@@ -130,7 +136,7 @@ class _Writer:
             if add and target.exists():
                 manifest = self.join(manifest, copied)
                 check()
-            write_synced(self.pending.path / MANIFEST, manifest.text().encode())
+            write_synced(self.pending.path / MANIFEST, check_size(manifest.text()).encode())
             self.pending.clean({MANIFEST, *copied, *_part_names(manifest)})
             self.pending.publish()
         if len(manifest.shards) == manifest.tp_size:
