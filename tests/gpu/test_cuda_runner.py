@@ -270,12 +270,12 @@ def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: l
 BROKEN = 100
 
 
-@pytest.mark.parametrize("helped", [False, True])
-@pytest.mark.parametrize("way", ["graphs", "eager", "paced"])
+@pytest.mark.parametrize("way,helped", [("graphs", False), ("eager", True), ("paced", True)])
 def test_rows_that_are_not_finite_end_and_others_go_on(
     way: str, helped: bool, tmp_path: Path, replayed: list[Hashable]
 ) -> None:
-    """In every kind of step, sampled in every way; the step after, which is under way already, is wasted on them."""
+    """In every kind of step; the one after, which is under way already, is wasted on them. test_engine has all ways to
+    sample in each."""
     make_broken("qwen3", tmp_path / "hf", BROKEN, **SHAPE)
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     prompts = {
@@ -318,7 +318,7 @@ def test_rows_that_are_not_finite_end_and_others_go_on(
         assert f"not finite at position {len(request.token_ids)}: " in (errors[request.id] or "")
 
 
-@pytest.mark.parametrize("way", ["graphs", "eager", "paced", "tight"])
+@pytest.mark.parametrize("way", ["graphs", "paced"])
 def test_long_rope_changes_its_table_between_steps_that_overlap(
     way: str, tmp_path: Path, replayed: list[Hashable]
 ) -> None:
@@ -326,25 +326,17 @@ def test_long_rope_changes_its_table_between_steps_that_overlap(
     model = make_checkpoint("phi3-long-rope", tmp_path / "hf", **{k: v for k, v in shape.items() if k != "head_dim"})
     model.generation_config.eos_token_id = None
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    prompts = prompts_of(3, 22, 23, 24, 25, 40)
+    prompts = prompts_of(20, 22, 23, 24, 25, 40)
     prompts["1"] = prompts["5"][:22]
-    bytes_a_block = 2 * 2 * 2 * 16 * 16 * 4
-    settings: dict[str, Any] = {
-        "graphs": {},
-        "eager": {"enforce_eager": True},
-        "paced": {"scheduling_policy": "makespan"},
-        "tight": {"kv_cache_memory": 7 * bytes_a_block},
-    }[way]
-    engine = start(tmp_path / "tp1", **settings)
-    params = SamplingParams(max_tokens=26, ignore_eos=True)
+    engine = start(tmp_path / "tp1", scheduling_policy="makespan" if way == "paced" else "fcfs")
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
     engine.apply(Add([Request(id, ids, params) for id, ids in prompts.items()]))
     found: dict[str, list[int]] = {id: [] for id in prompts}
     finish(engine, found)
     for id, prompt in prompts.items():
         ids = torch.tensor([prompt])
-        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=26, do_sample=False)
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert found[id] == answer[0, len(prompt) :].tolist(), id
-    assert (engine.scheduler.stats.preemptions > 0) == (way == "tight")
 
 
 def test_the_cache_gets_what_nothing_else_needs(
