@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
-from tpctl.cli import chat as chat_command
+from tpctl.chat.repl import cut
 from tpctl.cli.app import app, main
 from tpctl.cli.engine import interrupts
 from tpctl.cli.options import EngineOptions
@@ -53,7 +53,7 @@ def test_an_answer_may_fill_the_context_unless_told_otherwise(tokenizer: Tokeniz
     answer = conversation.ask("hi", shown.append)
     assert (answer.text, answer.finish_reason) == ("<[", "length")
     assert client.requests[0].sampling.temperature == 0.5
-    assert (answer.note, chat_command._remark(answer)) == (None, "(cut after 2 tokens: --max-tokens)")
+    assert (answer.note, cut(answer)) == (None, "(cut after 2 tokens: --max-tokens)")
 
 
 def test_an_answer_that_the_context_cuts_says_so(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:

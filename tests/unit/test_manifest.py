@@ -225,7 +225,7 @@ def test_ranks_are_described_in_runs(ranks: list[int], text: str) -> None:
 
 def test_a_manifest_of_other_tensors_is_refused_by_merge_and_reshard(copy: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(copy)
-    out = tmp_path / "out"
+    out = tmp_path.with_name(f"{tmp_path.name}-out")
     file = manifest.source.files[0]
     renamed = replace(file, header=file.header.replace("q_proj", "Q_proj"))
     source = replace(manifest.source, files=(renamed, *manifest.source.files[1:]))

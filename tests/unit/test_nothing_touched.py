@@ -106,7 +106,7 @@ TABLE = [
     ("shard bloom --tp 2", 1, 'model_type "bloom" is not supported; tpctl knows'),
     ("shard quantised --tp 2", 1, 'the checkpoint is quantised ("gptq"), which is not supported yet'),
     ("shard wrong --tp 2", 1, "40 x 24 in the checkpoint but 41 x 24 by config"),
-    ("shard notjson --tp 2", 1, "notjson/config.json cannot be read as JSON"),
+    ("shard notjson --tp 2", 1, "notjson/config.json is not valid JSON"),
     ("shard two --tp 3", 1, "two is cut into shards already; use `tpctl reshard two --tp 3 -o FOLDER`"),
     ("shard model --tp 2 --revision main", 1, "--revision main is for models on the Hub, but model is not one"),
     # shard: the cut

@@ -78,8 +78,14 @@ class Repl:
         if answer.finish_reason == "abort":
             taken_back = "" if answer.completion_tokens else ": nothing was said yet"
             self._screen.note(f"(stopped{taken_back})")
-        elif answer.finish_reason == "length":
-            why = "--max-tokens or the end of the context"
-            self._screen.note(f"(cut after {answer.completion_tokens} tokens: {why})")
+        elif remark := cut(answer):
+            self._screen.note(remark)
         elif not shown.begun:
             self._screen.note("(the answer is empty)")
+
+
+def cut(answer: Answer) -> str | None:
+    """What cut an answer short, unless it ended by itself or was stopped."""
+    if answer.finish_reason != "length":
+        return None
+    return f"(cut after {answer.completion_tokens} tokens: {answer.note or '--max-tokens'})"

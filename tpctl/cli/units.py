@@ -41,7 +41,7 @@ def parse_bytes(text: str, unit: str = "GB") -> int:
     count = int(size)
     if not match[2] and count < _LEAST_BARE:
         number = text.strip()
-        raise UsageError(f"{number} would be {counted(count, 'byte')}; write it with a unit, like {number}{unit}")
+        raise UsageError(f"{number} would be {number} byte{'' if number == '1' else 's'}; write it with a unit, like {number}{unit}")
     return count
 
 
