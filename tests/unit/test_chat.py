@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, write_tokenizer
 from tpctl.chat.repl import cut
+from tpctl.cli import chat as chat_command
 from tpctl.cli.app import app, main
 from tpctl.cli.engine import interrupts
 from tpctl.cli.options import EngineOptions
