@@ -35,7 +35,7 @@ USERS = [
     *("CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "MKL_NUM_THREADS"),
     *("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONHASHSEED", "PYTHONUNBUFFERED"),
-    *("TPCTL_CPU_COLLECTIVES", "HF_HOME", "HOME", "PATH", "LC_ALL", "MALLOC_TRIM_THRESHOLD_"),
+    *("TPCTL_CPU_COLLECTIVES", "HF_HOME", "HOME", "PATH", "LC_ALL", "MALLOC_TRIM_THRESHOLD_", "RES_OPTIONS"),
 ]
 
 
@@ -64,6 +64,10 @@ def test_a_variable_of_the_user_wins(name: str, tp_size: int) -> None:
 
 def test_an_empty_variable_is_not_given() -> None:
     assert environment({"OMP_NUM_THREADS": ""})["OMP_NUM_THREADS"] != ""
+
+
+def test_name_servers_that_do_not_answer_are_not_waited_for() -> None:
+    assert environment({})["RES_OPTIONS"] == "timeout:1 attempts:1"
 
 
 def test_what_the_caller_wants_is_there_whatever_it_is_called() -> None:

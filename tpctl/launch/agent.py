@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import socket
 import sys
 import time
 from argparse import Namespace
@@ -28,6 +29,10 @@ _LINGER = 1.0  # seconds; the agent looks at its ranks ten times a second
 def main() -> int:
     tie_to_parent()
     os.environ[PARENT_PID] = str(os.getpid())  # the workers' parent is this process
+
+    # torchrun asks for this host's full name with every event that it logs nowhere. A name server that does not answer
+    # costs ten seconds each time.
+    socket.getfqdn = lambda name="": name or socket.gethostname()
 
     # torch then counts GPUs without initialising CUDA, which no process may do before it forks.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

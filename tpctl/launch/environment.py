@@ -15,6 +15,9 @@ from tpctl.launch.processes import MARK
 # glibc returns large freed blocks to the kernel at once and takes them back, page by page and zeroed, at the next call.
 # On a CPU that cost a layer's activations more than the arithmetic on them. 32 MiB is the largest value it accepts.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+# torch asks name servers what this host's addresses are called, to put it into messages. One that does not answer would
+# cost ten seconds a question (resolv.conf(5)).
+_HASTY_RESOLVER = {"RES_OPTIONS": "timeout:1 attempts:1"}
 
 
 def worker_environment(base: Mapping[str, str], more: Mapping[str, str], tp_size: int, folder: Path) -> dict[str, str]:
@@ -26,7 +29,7 @@ def worker_environment(base: Mapping[str, str], more: Mapping[str, str], tp_size
         folder: the engine's, in which a single rank leaves its error and by which its processes are found.
     """
     threads = str(max(1, available_cores() // tp_size))
-    defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY}
+    defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY, **_HASTY_RESOLVER}
     given = {name: value for name, value in base.items() if value or name not in defaults}
     env = {**python_environment({**defaults, **given}), **more}
     env |= bytecode_environment(env)
