@@ -36,7 +36,7 @@ def read_manifest(folder: Path) -> bytes:
                 f"{path} has {stat.st_size:,} bytes, but no manifest has more than {LARGEST:,}; shard the model again"
             )
         with path.open("rb") as file:
-            raw = file.read(LARGEST + 1)
+            raw = file.read(stat.st_size)
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
             raise ShardFolderError(f"there is no folder {folder}") from None
