@@ -77,9 +77,12 @@ def index_files(index: Path) -> frozenset[str]:
         SourceError: it is not such an index.
     """
     try:
-        return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise SourceError(f"{index} is not a safetensors index; delete it and download again") from None
+        names = frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if all(isinstance(name, str) and name and "\0" not in name for name in names):
+            return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise SourceError(f"{index} is not a safetensors index; delete it and download again")
 
 
 def remember(repo: str, revision: str, commit: str) -> None:
