@@ -8,15 +8,19 @@ import fcntl
 import os
 import shutil
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
-from tpctl.errors import OutputError
+from tpctl.errors import OutputError, TpctlError
 from tpctl.partition.manifest import Manifest
 from tpctl.sharding import exchange, publish, writer
+from tpctl.sharding.merge import merge_shards
+from tpctl.sharding.reshard import reshard
 from tpctl.sharding.shard import shard_checkpoint
 
 
@@ -196,6 +200,66 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
         return real(self)
 
     monkeypatch.setattr(writer._Writer, "write_parts", meanwhile)
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="appeared while this ran"):
         shard_checkpoint(source, out, 2)
     assert names(out) == ["letter.txt"]
+
+
+RUNS: dict[str, Callable[[Path, Path, Callable[..., None]], object]] = {
+    "shard": lambda place, out, told: shard_checkpoint(
+        place / "model", out, 2, max_part_size=6000, progress=lambda *done: told(*done)
+    ),
+    "merge": lambda place, out, told: merge_shards(place / "shards", out, progress=lambda *done: told(*done)),
+    "reshard": lambda place, out, told: reshard(place / "shards", out, 3, progress=lambda *done: told(*done)),
+}
+
+
+def half_way(command: str, place: Path, out: Path, change: Callable[[], object]) -> str:
+    """The message of ``command``, while which ``change`` happens."""
+    changed = False
+
+    def told(done: int, total: int, what: str = "") -> None:
+        nonlocal changed
+        if done > total // 2 and not changed:
+            changed = True
+            change()
+
+    with pytest.raises(TpctlError) as caught:
+        RUNS[command](place, out, told)
+    assert changed
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_a_target_that_appears_meanwhile_is_left(tmp_path: Path, source: Path, command: str) -> None:
+    shard_checkpoint(source, tmp_path / "shards", 2)
+    out = tmp_path / "out"
+    for appear in (lambda: out.write_text("x"), lambda: (out.mkdir(), (out / "letter").write_text("x"))):
+        said = half_way(command, tmp_path, out, appear)
+        assert "out appeared while this ran, and is left as it is; move it away, or choose another folder" in said
+        assert "x" in (out.read_text() if out.is_file() else (out / "letter").read_text())
+        out.unlink() if out.is_file() else shutil.rmtree(out)
+    shard_checkpoint(source, tmp_path / "calm", 2, max_part_size=6000)
+    if command == "shard":  # what was finished is used
+        assert "the finished parts are kept" in said
+        assert shard_checkpoint(source, out, 2, max_part_size=6000).resumed_bytes
+        assert folder_bytes(out) == folder_bytes(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("command", RUNS)
+@pytest.mark.parametrize("gone", ["below", "below/.out.tpctl-partial"])
+def test_a_target_that_vanishes_meanwhile_is_said(tmp_path: Path, source: Path, command: str, gone: str) -> None:
+    shard_checkpoint(source, tmp_path / "shards", 2)
+    (tmp_path / "below").mkdir()
+    said = half_way(command, tmp_path, tmp_path / "below" / "out", lambda: shutil.rmtree(tmp_path / gone))
+    assert f"{tmp_path / gone} vanished while this ran, with all that was written" in said
+    assert "kept" not in said
+
+
+def test_a_source_that_is_cut_meanwhile_is_said(tmp_path: Path, source: Path) -> None:
+    shard_checkpoint(source, tmp_path / "shards", 2)
+    for command, name in {"shard": "model/model-00002-of-00002", "merge": "shards/model-rank-1-part-0"}.items():
+        path = tmp_path / f"{name}.safetensors"
+        said = half_way(command, tmp_path, tmp_path / "out", partial(os.truncate, path, 1000))
+        assert f"{path.name} ends at byte" in said or f"{path.name} changed while it was read" in said
+        assert "run" in said.rpartition(";")[2] and not (tmp_path / "out").exists()

@@ -185,7 +185,7 @@ def test_a_source_that_shrinks_meanwhile_is_noticed(tmp_path: Path, source: Path
         for path in source.glob("*.safetensors"):
             os.truncate(path, 100)
 
-    with pytest.raises(CheckpointError, match=r"too early: it was cut while it was read|changed while it was read"):
+    with pytest.raises(CheckpointError, match=r"too early: it was cut while|changed while it was read"):
         shard_checkpoint(source, tmp_path / "out", 2, progress=cut)
     assert not (tmp_path / "out").exists()
 

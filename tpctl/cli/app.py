@@ -77,7 +77,7 @@ def _explain(error: Any) -> str:
     """A usage error of Typer's in one line: what is wrong, the value that was given, and where to look."""
     text = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
     if (given := _given(getattr(getattr(error, "param", None), "opts", ()))) is not None and repr(given) not in text:
-        text += f" (given: {given})"
+        text += f" (given: {' '.join(given.split())})"
     where = error.ctx.command_path if error.ctx is not None else "tpctl"
     return f"{text[0].lower()}{text[1:]}; see `{where} --help`"
 

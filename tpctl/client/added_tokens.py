@@ -132,6 +132,8 @@ def read_json(file: Path, shown: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or holds something else.
     """
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{shown} is no regular file; it cannot be read")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

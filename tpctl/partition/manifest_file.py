@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -37,7 +36,7 @@ def read_manifest(folder: Path) -> bytes:
                 f"{path} has {stat.st_size:,} bytes, but no manifest has more than {LARGEST:,}; shard the model again"
             )
         with path.open("rb") as file:
-            raw = file.read(min(os.fstat(file.fileno()).st_size, LARGEST) + 1)  # a buffer is taken for all asked for
+            raw = file.read(stat.st_size)
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
             raise ShardFolderError(f"there is no folder {folder}") from None

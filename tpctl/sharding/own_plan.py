@@ -121,7 +121,7 @@ def _check_index(path: Path, index: str | None, headers: Mapping[str, Header]) -
             raise _contradicts(path, f"the source has {len(headers)} files and no {INDEX}")
         return
     try:
-        weight_map = json.loads(index)["weight_map"]
+        weight_map = json.loads(index.removeprefix("\ufeff"))["weight_map"]
         sound = set(weight_map.values()) == set(headers) and all(
             name in headers[file].tensors for name, file in weight_map.items()
         )

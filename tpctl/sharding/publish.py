@@ -60,7 +60,7 @@ class PendingFolder:
                 path.mkdir(exist_ok=True)
             pending = cls(target, path, force, None if piece is None else _lock(target, target.name))
             try:
-                with readable_errors(path):
+                with readable_errors(path, made=True):
                     yield pending
             except (Exception, KeyboardInterrupt, SystemExit) as error:
                 if pending._settle() and isinstance(error, TpctlError | KeyboardInterrupt):
@@ -101,7 +101,15 @@ class PendingFolder:
         Raises:
             OutputError: a run without ``force`` finds a ``target`` that was not there when it began.
         """
-        refuse_existing(self.target, self._force, add=self._lock is not None)
+        try:
+            refuse_existing(self.target, self._force, add=self._lock is not None)
+        except OutputError:
+            if self._force:
+                raise
+            raise OutputError(
+                f"{self.target} appeared while this ran, and is left as it is; move it away, or choose another folder "
+                "(-o)"
+            ) from None
         fsync_folder(self.path)
         old = None
         if self.target.exists():
@@ -138,7 +146,7 @@ class PendingFolder:
                 shutil.rmtree(self.path)
             else:
                 self.clean(self.finished)
-        return bool(self.finished)
+        return bool(self.finished) and self.path.is_dir()
 
 
 def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = (), add: bool = False) -> None:
@@ -169,8 +177,12 @@ def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = (), add
 
 
 @contextmanager
-def readable_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into one clear ``OutputError``."""
+def readable_errors(path: Path, *, made: bool = False) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one clear ``OutputError``.
+
+    Args:
+        made: ``path`` was there when this began.
+    """
     try:
         yield
     except OSError as error:
@@ -187,6 +199,12 @@ def readable_errors(path: Path) -> Iterator[None]:
             ) from None
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise OutputError(f"{where} is no folder, so nothing can be made there; choose another (-o)") from None
+        if error.errno == errno.ENOENT and made and not path.is_dir():
+            gone = path if path.parent.is_dir() else path.parent
+            raise OutputError(
+                f"{gone} vanished while this ran, with all that was written; see what removes it, and run the command "
+                "again"
+            ) from None
         if error.errno == errno.ENOENT:  # a folder that takes no files, as in /proc
             raise OutputError(f"nothing can be made in {path.parent} ({error.strerror}); choose another (-o)") from None
         raise OutputError(f"{where}: {error.strerror or error}; nothing was published") from None
