@@ -64,7 +64,7 @@ class Outcome:
         peak: most bytes of memory of the process, or of a process that it started.
         changed: names below the case's folder that appeared, went or differ.
         outside: what was written elsewhere, each with what was done.
-        notes: what else is against the rules (torch imported, a process left behind).
+        notes: what else is against the rules (torch imported).
         engine: the configuration that an engine was started with, and the requests that it was given.
     """
 

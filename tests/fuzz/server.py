@@ -6,6 +6,7 @@ Commands that start an engine get one without processes, which answers with the 
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import pickle
@@ -94,6 +95,7 @@ def _prepare(sandbox: Sandbox) -> None:
 
 def main() -> None:
     folder, pristine, source, target = sys.argv[1:]
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a case that hangs must not outlive the run
     home = Path(folder)
     os.environ.update(
         HOME=str(home / "home"),
