@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tpctl.errors import UsageError, counted, shorten
+from tpctl.errors import UsageError, shorten
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": (1000 if kind == "B" else 1024) ** power
@@ -41,7 +41,8 @@ def parse_bytes(text: str, unit: str = "GB") -> int:
     count = int(size)
     if not match[2] and count < _LEAST_BARE:
         number = text.strip()
-        raise UsageError(f"{number} would be {counted(count, 'byte')}; write it with a unit, like {number}{unit}")
+        unit_of = "byte" if number == "1" else "bytes"
+        raise UsageError(f"{number} would be {number} {unit_of}; write it with a unit, like {number}{unit}")
     return count
 
 
