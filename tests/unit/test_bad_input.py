@@ -76,6 +76,7 @@ def prepare(folder: Path) -> None:
     (folder / "pickles" / "config.json").write_text(json.dumps(make_config()))
     (folder / "pickles" / "pytorch_model.bin").touch()
     (folder / "empty").mkdir()
+<<<<<<< HEAD
     other_kinds(model, folder)
 
 
@@ -93,6 +94,9 @@ def other_kinds(model: Path, folder: Path) -> None:
     (folder / "lora").mkdir()
     (folder / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (folder / "lora" / "adapter_model.safetensors").touch()
+=======
+    (folder / "loop").symlink_to("loop")
+>>>>>>> files
 
 
 LOCAL = {
@@ -122,6 +126,8 @@ LOCAL = {
     "a rank that was not cut": "reshard rank0 --tp 3 -o out",
     "damaged data, resharding": "reshard flipped --tp 3 -o out",
     "a rank that was not cut, merging": "merge rank0 -o out",
+    "an output that is what is read": "merge shards -o shards --force",
+    "a link to itself as the output": "merge shards -o loop",
     "damaged data, merging": "merge flipped -o out",
     "a part that is not there, merging": "merge some -o out",
     "not a shard folder": "inspect-shards model",

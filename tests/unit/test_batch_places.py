@@ -182,3 +182,14 @@ def test_an_output_whose_end_cannot_be_written_fails(tmp_path: Path) -> None:
     ):
         assert stream is not None
         stream.write(b"row\n")
+
+
+def test_a_link_to_a_pipe_is_a_stream(prompts: Path) -> None:
+    """As /dev/stdout is, whose link leads to a name that is none."""
+    Path("out-pipe").symlink_to("pipe")
+    reads, writes = os.pipe()
+    for name in ("pipe", "out-pipe", f"/dev/fd/{writes}", "/dev/null"):
+        assert cli_batch._target(name) is None
+    assert cli_batch._target("link") == prompts.resolve()
+    os.close(reads)
+    os.close(writes)

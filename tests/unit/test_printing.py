@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.cli.app import LONGEST, main
-from tpctl.cli.console import byte_progress, line, note, print_json, status
+from tpctl.cli.console import byte_progress, note, print_json, say, status
 from tpctl.errors import counted, json_printable, printable, shown
 
 
@@ -31,7 +31,7 @@ def test_json_stays_what_it_is(value: object) -> None:
 
 
 def test_notes_lines_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    line("a\x1b[2J\nb")
+    say("a\x1b[2J\nb")
     note("first\x07\nsecond")
     print_json({"a": "\x9b"})
     out, err = capsys.readouterr()

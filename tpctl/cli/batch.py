@@ -190,9 +190,9 @@ def _target(output: str) -> Path | None:
         raise UsageError("-o is empty; name a file, or leave it out for stdout")
     if not path.name:
         raise OutputError(f"{output} is a folder; name a file to write to")
-    if path.is_symlink():
-        path = resolved(path)  # the link stays, what it names is replaced
-    return None if path.exists() and not path.is_file() and not path.is_dir() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return None
+    return resolved(path) if path.is_symlink() else path  # the link stays, what it names is replaced
 
 
 def _policy(prompts: str, target: Path | None) -> SchedulingPolicy:
@@ -317,14 +317,18 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
     parts = [f"{_count(tally.lines, 'prompt')} in {tally.seconds:.1f} s"]
     if tally.resumed:
         parts.append(f"{tally.resumed:,} of them answered before")
-    parts.append(f"{tally.prompt_tokens:,} tokens in")
+    parts.append(f"{_count(tally.prompt_tokens, 'token')} in")
     parts.append(f"{tally.completion_tokens:,} out ({tally.tokens_per_second:,.1f} tok/s)")
     share = tally.cached_tokens / max(1, tally.prompt_tokens)
-    parts.append(f"prefix cache {tally.cached_tokens:,} tokens ({share:.0%})")
+    parts.append(f"prefix cache {_count(tally.cached_tokens, 'token')} ({share:.0%})")
     if "preemptions" in stats:  # an interrupted engine is not asked
+<<<<<<< HEAD
         parts.append(f"{int(stats['preemptions']):,} preemptions")
     if tally.cut:
         parts.append(f"{_count(tally.cut, 'answer')} cut by the end of the context")
+=======
+        parts.append(_count(int(stats["preemptions"]), "preemption"))
+>>>>>>> files
     parts.append(_count(tally.errors, "error"))
     return ", ".join(parts)
 
