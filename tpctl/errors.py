@@ -10,13 +10,13 @@ import json
 import re
 
 _STEERING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 """What a terminal obeys or hides instead of showing it: control characters, marks of direction, half characters."""
 
 
 def printable(text: str) -> str:
-    """``text`` as it can be printed wherever it comes from: nothing in it steers a terminal. Tabs and newlines stay.
+    """``text`` as it can be printed wherever it comes from: nothing in it steers a terminal, and it is one line.
 
     What would is written as Python writes it (``\\x1b``).
     """

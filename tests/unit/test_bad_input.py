@@ -76,8 +76,8 @@ def prepare(folder: Path) -> None:
     (folder / "pickles" / "config.json").write_text(json.dumps(make_config()))
     (folder / "pickles" / "pytorch_model.bin").touch()
     (folder / "empty").mkdir()
-<<<<<<< HEAD
     other_kinds(model, folder)
+    (folder / "loop").symlink_to("loop")
 
 
 def other_kinds(model: Path, folder: Path) -> None:
@@ -94,9 +94,6 @@ def other_kinds(model: Path, folder: Path) -> None:
     (folder / "lora").mkdir()
     (folder / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (folder / "lora" / "adapter_model.safetensors").touch()
-=======
-    (folder / "loop").symlink_to("loop")
->>>>>>> files
 
 
 LOCAL = {

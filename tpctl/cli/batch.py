@@ -322,13 +322,9 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
     share = tally.cached_tokens / max(1, tally.prompt_tokens)
     parts.append(f"prefix cache {_count(tally.cached_tokens, 'token')} ({share:.0%})")
     if "preemptions" in stats:  # an interrupted engine is not asked
-<<<<<<< HEAD
-        parts.append(f"{int(stats['preemptions']):,} preemptions")
+        parts.append(_count(int(stats["preemptions"]), "preemption"))
     if tally.cut:
         parts.append(f"{_count(tally.cut, 'answer')} cut by the end of the context")
-=======
-        parts.append(_count(int(stats["preemptions"]), "preemption"))
->>>>>>> files
     parts.append(_count(tally.errors, "error"))
     return ", ".join(parts)
 

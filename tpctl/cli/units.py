@@ -41,14 +41,8 @@ def parse_bytes(text: str, unit: str = "GB") -> int:
     count = int(size)
     if not match[2] and count < _LEAST_BARE:
         number = text.strip()
-<<<<<<< HEAD
-        raise UsageError(
-            f"{number} would be {number} byte{'' if number == '1' else 's'}; write it with a unit, like {number}{unit}"
-        )
-=======
         unit_of = "byte" if number == "1" else "bytes"
         raise UsageError(f"{number} would be {number} {unit_of}; write it with a unit, like {number}{unit}")
->>>>>>> files
     return count
 
 
