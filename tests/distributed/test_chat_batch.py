@@ -21,7 +21,7 @@ from tpctl.checkpoint.sources import resolve
 
 pytestmark = pytest.mark.slow
 PATIENCE = 240.0  # seconds that anything may take on a busy machine
-EXACT = ("--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "64MiB")
+EXACT = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory", "64MiB")
 
 
 @pytest.fixture(scope="module")
