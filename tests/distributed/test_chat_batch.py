@@ -209,7 +209,7 @@ def test_one_answer_from_two_ranks(model: str) -> None:
 
 
 def test_a_prompt_longer_than_the_model_allows(model: str) -> None:
-    result = tpctl("chat", model, "--max-model-len", "32", "-m", "why? " * 40, *EXACT)
+    result = tpctl("chat", model, "-m", "why? " * 40, *EXACT, "--max-model-len", "32")
     assert result.returncode == 1
     assert re.fullmatch(r"tpctl: the prompt has \d+ tokens, but this engine takes at most 31 .*\n", result.stderr)
 
