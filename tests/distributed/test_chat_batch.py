@@ -21,7 +21,7 @@ from tpctl.checkpoint.sources import resolve
 
 pytestmark = pytest.mark.slow
 PATIENCE = 240.0  # seconds that anything may take on a busy machine
-EXACT = ("--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "64MiB")
+EXACT = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory", "64MiB")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_one_answer_from_two_ranks(model: str) -> None:
 
 
 def test_a_prompt_longer_than_the_model_allows(model: str) -> None:
-    result = tpctl("chat", model, "--max-model-len", "32", "-m", "why? " * 40, *EXACT)
+    result = tpctl("chat", model, "-m", "why? " * 40, *EXACT, "--max-model-len", "32")
     assert result.returncode == 1
     assert re.fullmatch(r"tpctl: the message has \d+ tokens .*, but at most 31 leave room .*\n", result.stderr)
 
