@@ -27,8 +27,8 @@ from pathlib import Path
 
 _SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _LOOK = 0.1  # seconds between looks at the waiting time, while there is work
-# Seconds waited for a core in a second, summed over the threads, from which cores count as wanted. On two cores 0.1 with
-# nothing else running; beside one spinning process 1.0 for threads that spin, 0.4 for threads that do not.
+# Seconds waited for a core in a second, summed over the threads, from which cores count as wanted. On two cores about
+# 0.1 with nothing else running; beside one spinning process 1.0 for threads that spin, 0.4 for threads that do not.
 _CROWDED = 0.25
 _QUIET = 0.25  # seconds without waiting before threads spin, at first; doubles with every relapse
 _LONGEST_QUIET = 4.0  # seconds; after so many of spinning without a relapse the next one counts as the first
