@@ -234,7 +234,7 @@ def main() -> None:
                 cell = run_cell(folder, target, phase)
                 wrong += not cell.right
                 mark = "right" if cell.right else "WRONG" if cell.held else "phase passed"
-                said = cell.reason or "(none to say)"
+                said = cell.reason.partition(",")[0] or "(none to say)"
                 print(f"| {target} | {phase} | {said} | {cell.seconds:.1f} | {cell.orphans} | {mark} |", flush=True)
     print(f"\nload average at the end {os.getloadavg()[0]:.1f}; {wrong} wrong")
     sys.exit(1 if wrong else 0)

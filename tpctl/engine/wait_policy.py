@@ -27,8 +27,10 @@ from pathlib import Path
 
 _SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _LOOK = 0.1  # seconds between looks at the waiting time, while there is work
-_CROWDED = 0.1  # seconds waited for a core in a second, summed over the threads, from which cores count as wanted
-_QUIET = 0.25  # seconds without waiting before threads spin again, at first; doubles with every relapse
+# Seconds waited for a core in a second, summed over the threads, from which cores count as wanted. On two cores about
+# 0.1 with nothing else running; beside one spinning process 1.0 for threads that spin, 0.4 for threads that do not.
+_CROWDED = 0.25
+_QUIET = 0.25  # seconds without waiting before threads spin, at first; doubles with every relapse
 _LONGEST_QUIET = 4.0  # seconds; after so many of spinning without a relapse the next one counts as the first
 _WATCHED = 8  # threads whose waiting is read; more would tell the same
 _MOST_IDLE = 16  # threads of the idle team; where more cores than that are to spare, nobody fights for one
@@ -155,10 +157,12 @@ def _idle_team(threads: int) -> IdleTeam | None:
 
 
 def waiting_time(tasks: Path = Path("/proc/self/task")) -> float:
-    """Seconds that the process's first threads have been ready to run without a core; 0 where the kernel keeps none."""
+    """Seconds that the process's first other threads have been ready to run without a core; 0 where the kernel does not
+    say."""
     total = 0
-    found = sorted(tasks.iterdir(), key=lambda task: int(task.name)) if tasks.is_dir() else []
-    for task in found[:_WATCHED]:
+    found = sorted(int(task.name) for task in tasks.iterdir()) if tasks.is_dir() else []
+    own = threading.get_native_id()  # who only looks does no work that could be late
+    for task in [tasks / str(number) for number in found if number != own][:_WATCHED]:
         try:
             total += int((task / "schedstat").read_text().split()[1])
         except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel has no such file
