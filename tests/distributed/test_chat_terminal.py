@@ -33,7 +33,8 @@ class Window:
     def __init__(self, folder: Path, *command: str) -> None:
         self._socket = str(folder / "tmux")
         self._paste = folder / "paste"
-        line = f'{shlex.join(command)}; echo "[ended: $?]"; exec sleep 3600'
+        # Ctrl-C is for the program: the shell, which gets it too, must not end of it.
+        line = f"trap : INT; {shlex.join(command)}; echo '[ended: '$?']'; exec sleep 3600"
         self.tmux("-f", os.devnull, "new-session", "-d", "-x", "80", "-y", "24", line)
 
     def tmux(self, *arguments: str) -> str:
