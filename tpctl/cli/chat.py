@@ -13,16 +13,12 @@ import typer
 
 from tpctl.cli.console import status
 from tpctl.cli.engine import describe, prepare
-from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, grouped
+from tpctl.cli.options import CHAT_CPU_TOKENS, MODEL_HELP, EngineOptions, SamplingOptions, grouped
 
 if TYPE_CHECKING:
     from tpctl.chat.prompt import Prompt
     from tpctl.client.conversation import Conversation
     from tpctl.client.engine_client import EngineClient
-
-CPU_CHUNK = 256
-"""Tokens of a step on a CPU, where nothing else is asked for. Ctrl-C waits for no step, but the next message does, and
-here steps of thousands of tokens take no less time than as many in steps of this size."""
 
 
 @grouped
@@ -60,7 +56,7 @@ def chat(
             raise typer.BadParameter("there is no message: stdin is empty", param_hint="-m")
     config = prepare(model, engine)
     if config.device == "cpu" and engine.max_num_batched_tokens is None:
-        config = replace(config, max_num_batched_tokens=max(CPU_CHUNK, config.max_num_seqs))
+        config = replace(config, max_num_batched_tokens=max(CHAT_CPU_TOKENS, config.max_num_seqs))
     with EngineClient(config) as client:
         tokenizer = Tokenizer(config.shard_dir)
         values = {"seed": secrets.randbits(63), **recommended_sampling(config.shard_dir, sampling.given())}
