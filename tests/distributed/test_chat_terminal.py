@@ -33,7 +33,8 @@ class Window:
     def __init__(self, folder: Path, *command: str) -> None:
         self._socket = str(folder / "tmux")
         self._paste = folder / "paste"
-        line = f'{shlex.join(command)}; echo "[ended: $?]"; exec sleep 3600'
+        # Ctrl-C is for the program: the shell, which gets it too, must not end of it.
+        line = f"trap : INT; {shlex.join(command)}; echo '[ended: '$?']'; exec sleep 3600"
         self.tmux("-f", os.devnull, "new-session", "-d", "-x", "80", "-y", "24", line)
 
     def tmux(self, *arguments: str) -> str:
@@ -140,7 +141,8 @@ def test_an_answer_in_a_window_that_changes_its_width(window: Window) -> None:
     window.resize(70, 24)
     time.sleep(2)
     window.type("", "C-c")
-    shown = window.until(rf"^\(stopped\)\n>>> {ASK}")
+    window.until(rf"^\(stopped\)\n>>> {ASK}")
+    shown = window.tmux("capture-pane", "-p", "-S", "-")  # with what has left the window
     assert shown.count("Tell a very long story") == 1
     answer = shown.rpartition("about a dragon.\n")[2].partition("\n(stopped)")[0].split()
     pairs = [" ".join(answer[start : start + 6]) for start in range(len(answer) - 5)]

@@ -16,12 +16,13 @@ from tests.unit.fake_client import FakeClient, write_tokenizer
 from tpctl.chat.repl import cut
 from tpctl.cli import chat as chat_command
 from tpctl.cli.app import app, main
-from tpctl.cli.engine import interrupts
-from tpctl.cli.options import EngineOptions
+from tpctl.cli.engine import interrupts, settle
+from tpctl.cli.options import EngineOptions, SchedulingPolicy
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.engine.config import EngineConfig
 from tpctl.errors import CheckpointError, EngineError, RequestError, TpctlError, UsageError
+from tpctl.launch.messages import Output
 
 
 @pytest.fixture
@@ -83,6 +84,23 @@ def test_a_stopped_answer_stays_in_the_conversation(tokenizer: Tokenizer) -> Non
     assert conversation.messages[-1] == {"role": "assistant", "content": "<[u"}
 
 
+def test_nobody_waits_until_the_engine_has_given_a_request_up(tokenizer: Tokenizer) -> None:
+    """It may be in the middle of a long step; what it says later of that request is no part of the next answer."""
+    conversation, client, shown = begin(tokenizer)
+    outputs, late = client.outputs, [Output("turn-0", [65]), Output("turn-0", [], "abort")]
+
+    def computing(timeout: float | None = None) -> list[Output]:
+        assert client.aborted == [], "waited for the abort"
+        return []
+
+    client.outputs = computing
+    answer = conversation.ask("long", shown.append, lambda: True)
+    assert (answer.text, answer.finish_reason, client.aborted) == ("", "abort", ["turn-0"])
+    assert conversation.messages == []  # or the next message would have to wait for this one
+    client.outputs = lambda timeout: [*late, *outputs(timeout)]
+    assert conversation.ask("hi", shown.append).text == "".join(shown) == "<[u]hi[a]>"
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("x" * 80, "86 tokens.* 63 "), ("forbidden", "not that"), ("refuse", "")]
 )
@@ -97,8 +115,6 @@ def test_a_refused_message_is_forgotten(tokenizer: Tokenizer, text: str, message
 
 
 def _error(client: FakeClient) -> Any:
-    from tpctl.launch.messages import Output
-
     return Output(client.requests[-1].id, [], "error", "the engine refuses")
 
 
@@ -155,6 +171,21 @@ def test_one_message_prints_the_answer_and_nothing_else(fake_engine: FakeClient)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "<[s]S[u]h\n", "")
     sampling = fake_engine.requests[0].sampling
     assert (sampling.seed, sampling.temperature, sampling.max_tokens) == (4, 0.7, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [([], 256), (["--max-num-batched-tokens", "999"], 999), (["--max-num-seqs", "300"], 300)],
+)
+def test_a_chat_on_a_cpu_takes_small_steps(
+    fake_engine: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], tokens: int
+) -> None:
+    configs: list[EngineConfig] = []
+    monkeypatch.setattr("tpctl.cli.chat.prepare", lambda model, options, look: settle(options, SchedulingPolicy.fcfs))
+    monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config: configs.append(config) or fake_engine)
+    monkeypatch.setattr("tpctl.client.tokenizer.Tokenizer", lambda *given: Tokenizer(tmp_path / "model"))
+    assert invoke("chat", "-m", "hi", "--device", "cpu", *options).exit_code == 0
+    assert [config.max_num_batched_tokens for config in configs] == [tokens]
 
 
 def test_a_message_from_a_pipe(fake_engine: FakeClient) -> None:

@@ -32,6 +32,12 @@ def prompt(keyboard: PipeInput) -> TerminalPrompt:
     return TerminalPrompt(completions, InMemoryHistory(["before"]), input=keyboard, output=DummyOutput())
 
 
+def type_at(prompt: TerminalPrompt, keyboard: PipeInput, keys: str) -> None:
+    """Type once the prompt is there."""
+    before: Any = prompt
+    before._fail_if_failed = lambda: keyboard.send_text(keys)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -53,12 +59,20 @@ def prompt(keyboard: PipeInput) -> TerminalPrompt:
     ],
 )
 def test_keys(keyboard: PipeInput, prompt: TerminalPrompt, keys: str, message: str | type[BaseException]) -> None:
-    keyboard.send_text(keys)
+    type_at(prompt, keyboard, keys)
     if isinstance(message, str):
         assert prompt.read() == message
     else:
         with pytest.raises(message):
             prompt.read()
+
+
+def test_enter_before_there_is_a_prompt_sends_nothing(keyboard: PipeInput, prompt: TerminalPrompt) -> None:
+    keyboard.send_text("early\r")
+    type_at(prompt, keyboard, "first\rtoo early\r")
+    assert prompt.read() == "early\nfirst"
+    type_at(prompt, keyboard, "second\r")
+    assert prompt.read() == "too early\nsecond"
 
 
 def test_a_failure_ends_the_prompt_and_keeps_what_is_typed(

@@ -90,6 +90,7 @@ class TerminalPrompt:
         self._warned = False
         if self._error is not None:
             raise self._error
+        self._send_nothing_unseen()
         try:
             text = self._session.prompt(pre_run=self._fail_if_failed)
         except TpctlError:
@@ -108,6 +109,21 @@ class TerminalPrompt:
         app = self._session.app
         if self._error is not None and app.is_running and not app.is_done:
             app.exit(exception=self._error)
+
+    def _send_nothing_unseen(self) -> None:
+        """Let each Enter that was pressed before there is a prompt begin a new line: nobody saw what it would send."""
+        from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+        from prompt_toolkit.key_binding.key_processor import KeyPress
+        from prompt_toolkit.keys import Keys
+
+        input = self._session.input
+        early = get_typeahead(input)
+        with input.raw_mode():
+            while select.select([input.fileno()], [], [], 0)[0] and (keys := input.read_keys()):
+                early += keys
+        early += input.flush_keys()
+        new_line = KeyPress(Keys.ControlJ, "\n")
+        store_typeahead(input, [new_line if key.key == Keys.ControlM else key for key in early])
 
     def _placeholder(self) -> FormattedText:
         from prompt_toolkit.formatted_text import FormattedText

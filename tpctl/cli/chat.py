@@ -13,17 +13,20 @@ import typer
 
 from tpctl.cli.console import note, status
 from tpctl.cli.engine import describe, prepare, say_context
-from tpctl.cli.options import MODEL_HELP, EngineOptions, SamplingOptions, TemplateOptions, grouped
+from tpctl.cli.options import (
+    CHAT_CPU_TOKENS,
+    MODEL_HELP,
+    EngineOptions,
+    SamplingOptions,
+    TemplateOptions,
+    grouped,
+)
 from tpctl.cli.template import GREETING, TemplateAtHand
 
 if TYPE_CHECKING:
     from tpctl.chat.prompt import Prompt
     from tpctl.client.conversation import Conversation
     from tpctl.client.engine_client import EngineClient
-
-CPU_CHUNK = 256
-"""Tokens of a step on a CPU, where nothing else is asked for. Ctrl-C waits for no step, but the next message does, and
-here steps of thousands of tokens take no less time than as many in steps of this size."""
 
 
 @grouped
@@ -64,7 +67,7 @@ def chat(
     begun = [first] if system is None else [{"role": "system", "content": system}, first]
     config = prepare(model, engine, look=lambda source: at_hand.look(source, begun))
     if config.device == "cpu" and engine.max_num_batched_tokens is None:
-        config = replace(config, max_num_batched_tokens=max(CPU_CHUNK, config.max_num_seqs))
+        config = replace(config, max_num_batched_tokens=max(CHAT_CPU_TOKENS, config.max_num_seqs))
     with EngineClient(config) as client:
         tokenizer = at_hand.tokenizer(config.text_dir)
         recommended = recommended_sampling(config.text_dir, sampling.given(), at_hand.shown)

@@ -22,6 +22,9 @@ from tpctl.errors import RequestError, UsageError, shown
 CPU_SEQS, CPU_TOKENS = 64, 4096
 GPU_SEQS, GPU_TOKENS = 512, 16384
 """Sequences and tokens of a step where nothing else is asked for."""
+CHAT_CPU_TOKENS = 256
+"""The same for a chat on a CPU. Its Ctrl-C waits for no step, but the next message does; and there a prompt takes no
+less time in steps of thousands of tokens than in steps of this size."""
 
 
 class Device(StrEnum):
@@ -82,7 +85,11 @@ class EngineOptions:
     ] = None
     max_num_batched_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Tokens computed in one step. Default: {CPU_TOKENS} on a CPU, {GPU_TOKENS} on GPUs."),
+        typer.Option(
+            min=1,
+            help=f"Tokens computed in one step. Default: {CPU_TOKENS} on a CPU ({CHAT_CPU_TOKENS} in a chat), "
+            f"{GPU_TOKENS} on GPUs.",
+        ),
     ] = None
     block_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a KV block. Default: the attention backend's.")
