@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tests.processes import with_variable
+
 TARGETS = ("parent", "agent", "rank0", "rank1")
 PHASES = ("loading", "idle", "prefill", "decode")
 REASONS = {
@@ -124,15 +126,7 @@ def run_cell(folder: Path, target: str, phase: str) -> Cell:
 
 def processes(scratch: str) -> list[int]:
     """Ids of the live processes of an engine whose folder lies in ``scratch``."""
-    needle = f"TPCTL_RUN={scratch}/".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if needle in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+    return with_variable(f"TPCTL_RUN={scratch}/")
 
 
 def find(scratch: str, target: str) -> int | None:

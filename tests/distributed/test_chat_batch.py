@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.processes import with_variable
 from tpctl.checkpoint.sources import resolve
 
 pytestmark = pytest.mark.slow
@@ -48,15 +49,7 @@ def rows(text: str) -> list[dict[str, Any]]:
 
 def workers_of(parent: int) -> list[int]:
     """Ids of the live worker processes that a command started."""
-    needle = f"TPCTL_PARENT_PID={parent}".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if needle in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+    return with_variable(f"TPCTL_PARENT_PID={parent}")
 
 
 def children_of(parent: int) -> list[int]:

@@ -183,7 +183,7 @@ def test_a_chat_on_a_cpu_takes_small_steps(
     configs: list[EngineConfig] = []
     monkeypatch.setattr("tpctl.cli.chat.prepare", lambda model, options, look: settle(options, SchedulingPolicy.fcfs))
     monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config: configs.append(config) or fake_engine)
-    monkeypatch.setattr("tpctl.client.tokenizer.Tokenizer", lambda *given: Tokenizer(tmp_path / "model"))
+    monkeypatch.setattr("tpctl.client.tokenizer.Tokenizer", lambda *given, **named: Tokenizer(tmp_path / "model"))
     assert invoke("chat", "-m", "hi", "--device", "cpu", *options).exit_code == 0
     assert [config.max_num_batched_tokens for config in configs] == [tokens]
 

@@ -243,3 +243,8 @@ def build_header(tensors: Iterable[NewTensor], metadata: Mapping[str, str] | Non
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
     return parse_header(body, 8 + len(body) + offset, "new file")
+
+
+def dtype_after_cast(dtype: str, target: str | None) -> str:
+    """The dtype of a tensor of ``dtype`` where floats are cast to ``target``; ``None`` keeps them."""
+    return target if target is not None and dtype in FLOATS else dtype

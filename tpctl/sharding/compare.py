@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
-from tpctl.checkpoint.safetensors import FLOATS
+from tpctl.checkpoint.safetensors import dtype_after_cast
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.models.config import ModelConfig
 from tpctl.models.weights import EMBEDDING, LM_HEAD
@@ -113,7 +113,9 @@ def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: M
                 f"{name} of rank {rank} is not cut as the source's config.json asks for: its {field} {verb} "
                 f"{_brief(entry, field, entry.fill)} by the manifest, {_brief(stored, field, planned)} by the plan"
             )
-        dtypes = {_cast(tensors[piece.source].dtype, manifest.dtype) for piece in stored.pieces} or {entry.dtype}
+        dtypes = {dtype_after_cast(tensors[piece.source].dtype, manifest.dtype) for piece in stored.pieces} or {
+            entry.dtype
+        }
         if dtypes != {entry.dtype}:
             raise ShardFolderError(
                 f"{name} of rank {rank} is {entry.dtype} by the manifest, but {', '.join(sorted(dtypes))} by the source"
@@ -128,10 +130,6 @@ def _brief(record: ShardTensor | StoredTensor, field: str, fill: int) -> str:
     dim = record.dim
     parts = (f"{p.source}[{p.start[dim]}:{p.start[dim] + p.shape[dim]}]" for p in record.pieces)
     return " + ".join(parts) or "none"
-
-
-def _cast(dtype: str, target: str | None) -> str:
-    return target if target is not None and dtype in FLOATS else dtype
 
 
 def _moves(

@@ -6,13 +6,12 @@ right only where it describes the cut that tpctl makes of this model, so nothing
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpctl.checkpoint.folder import INDEX
-from tpctl.checkpoint.safetensors import FLOATS, Header, TensorInfo, parse_header
+from tpctl.checkpoint.folder import INDEX, indexed_files
+from tpctl.checkpoint.safetensors import Header, TensorInfo, dtype_after_cast, parse_header
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
 from tpctl.models.config import ModelConfig
 from tpctl.models.weights import EMBEDDING, LM_HEAD, ignored_tensors
@@ -96,7 +95,9 @@ def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: M
             for field in expected.differing(rank, name, entry):
                 verb = "are" if field == "pieces" else "is"
                 raise _contradicts(path, f"the {field} of {name} of rank {rank} {verb} not what config.json leads to")
-            dtypes = {_cast(tensors[piece.source].dtype, manifest.dtype) for piece in entry.pieces} or {entry.dtype}
+            dtypes = {dtype_after_cast(tensors[piece.source].dtype, manifest.dtype) for piece in entry.pieces} or {
+                entry.dtype
+            }
             if dtypes != {entry.dtype}:
                 made = ", ".join(sorted(dtypes))
                 raise _contradicts(path, f"{name} of rank {rank} is {entry.dtype}, but made of {made}")
@@ -121,13 +122,10 @@ def _check_index(path: Path, index: str | None, headers: Mapping[str, Header]) -
             raise _contradicts(path, f"the source has {len(headers)} files and no {INDEX}")
         return
     try:
-        weight_map = json.loads(index.removeprefix("\ufeff"))["weight_map"]
-        sound = set(weight_map.values()) == set(headers) and all(
-            name in headers[file].tensors for name, file in weight_map.items()
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        sound = False
-    if not sound:
+        listed = indexed_files(index, INDEX)
+    except CheckpointError:
+        listed = {}
+    if listed.keys() != headers.keys() or any(not listed[name] <= headers[name].tensors.keys() for name in listed):
         raise _contradicts(path, f"the source's {INDEX} does not fit its files")
 
 
@@ -142,10 +140,6 @@ def _check_names(path: Path, manifest: Manifest) -> None:
         raise _contradicts(path, f"it lists the source's {INDEX} as a copied file")
     if manifest.extra is not None and manifest.extra.parts[0].file != EXTRA_FILE:
         raise _contradicts(path, "the extra file has another name than tpctl gives")
-
-
-def _cast(dtype: str, target: str | None) -> str:
-    return target if target is not None and dtype in FLOATS else dtype
 
 
 def _short(name: str) -> str:

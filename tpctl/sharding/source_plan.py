@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from tpctl.checkpoint.safetensors import FLOATS
+from tpctl.checkpoint.safetensors import FLOATS, dtype_after_cast
 from tpctl.errors import CheckpointError, MixedDtypesError
 from tpctl.models.config import ModelConfig
 from tpctl.models.foreign import check_tensors
@@ -67,7 +67,7 @@ def stored_dtype(name: str, sources: Mapping[str, str], target: str | None) -> s
         MixedDtypesError: they differ, and a cast would make them equal.
         CheckpointError: they differ, and none would.
     """
-    kept = {source: target if target is not None and dtype in FLOATS else dtype for source, dtype in sources.items()}
+    kept = {source: dtype_after_cast(dtype, target) for source, dtype in sources.items()}
     if len(set(kept.values())) == 1:
         return next(iter(kept.values()))
     (first, one), (second, other) = list({dtype: source for source, dtype in kept.items()}.items())[:2]
