@@ -108,7 +108,11 @@ def test_rows(alone: str) -> None:
     [
         (">/dev/full", "", "cannot write to standard output: No space left on device; with -o FILE finished rows are"),
         (">&-", "", "cannot write to standard output: closed; with -o FILE finished rows are kept for --resume"),
-        ("-o /dev/full", "", "cannot write to /dev/full: No space left on device; with -o FILE finished rows are"),
+        (
+            "-o /dev/full",
+            "",
+            "cannot write to /dev/full: No space left on device; name a file on a disk with -o",
+        ),
         ("2>/dev/full", '"completion_tokens": 3', None),  # a log that takes no more ends nothing
     ],
 )

@@ -73,7 +73,8 @@ def take_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "replace", line_buffering=raw.isatty())
     if sys.stderr is None or sys.stderr is sys.__stderr__:
         encoding = None if sys.stderr is None else sys.stderr.encoding
-        own = io.BufferedWriter(io.FileIO(os.dup(2), "wb"))
+        # Without a buffer: what could not be written would be tried again at the end, and change the exit code.
+        own: Any = io.FileIO(os.dup(2), "wb")
         sys.stderr = io.TextIOWrapper(own, encoding, line_buffering=True, write_through=True)
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="replace")
