@@ -23,22 +23,25 @@ MOST_DIGITS = 400
 """Longest whole number. The largest in use, a tokenizer's "no limit" of 10^30, has 31."""
 
 
-def read_object(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_object(path: Path, *, default: dict[str, Any] | None = None, where: str | None = None) -> dict[str, Any]:
     """The JSON object in ``path``; ``default``, if there is one, where no such file is.
+
+    Args:
+        where: what messages call the file, if not ``path``.
 
     Raises:
         CheckpointError: the file is missing, too large, no JSON, or no object; the message names it and the reason.
     """
     try:
-        raw = read_bytes(path)
+        raw = read_bytes(path, where=where)
     except FileNotFoundError:
         if default is not None:
             return default
-        raise CheckpointError(f"{path} does not exist") from None
-    return parse_object(raw, str(path))
+        raise CheckpointError(f"{where or path} does not exist") from None
+    return parse_object(raw, where or str(path))
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path, most: int = MOST_BYTES, *, where: str | None = None) -> bytes:
     """The bytes of a small regular file.
 
     Raises:
@@ -49,15 +52,15 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is no regular file; it cannot be read")
+            raise CheckpointError(f"{where or path} is no regular file; it cannot be read")
         if status.st_size > most:
-            raise CheckpointError(f"{path} has {status.st_size} bytes, but such a file has at most {most}")
+            raise CheckpointError(f"{where or path} has {status.st_size} bytes, but such a file has at most {most}")
         with path.open("rb") as file:
             return file.read(status.st_size)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{where or path} cannot be read: {error.strerror}") from None
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from tests.unit.test_tokenizer import make
+from tpctl.client.added_tokens import CONFIG, SPECIAL_MAP
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError
 
@@ -101,9 +102,10 @@ def test_they_are_what_transformers_makes_of_them(what: str, tmp_path: Path) -> 
     [
         ({"added_tokens.json": {"<tool>": 300}}, r'mine/added_tokens\.json gives "<tool>" the id 300, .* get 260'),
         ({"added_tokens.json": {"<tool>": "a"}}, r"mine/added_tokens\.json lists tokens that cannot be added"),
-        ({"added_tokens.json": [1]}, r"mine/added_tokens\.json holds no JSON object"),
-        ({"special_tokens_map.json": 5}, r"mine/special_tokens_map\.json holds no JSON object"),
+        ({"added_tokens.json": [1]}, r"mine/added_tokens\.json holds a list, but a JSON object is needed"),
+        ({"special_tokens_map.json": 5}, r"mine/special_tokens_map\.json holds a number, but a JSON object is needed"),
         ({"tokenizer_config.json": {"extra_special_tokens": 5}}, "extra_special_tokens is 5, but must be a list"),
+        ({"tokenizer_config.json": {"split_special_tokens": "yes"}}, 'split_special_tokens is "yes", but must be true'),
         (
             {"tokenizer_config.json": {"added_tokens_decoder": {"261": TOOL}}},
             r'mine/tokenizer_config\.json gives "<tool>" the id 261, .* get 260',
@@ -116,8 +118,19 @@ def test_what_cannot_be_added_is_one_line(tmp_path: Path, files: dict[str, Any],
         Tokenizer(folder, shown="mine")
 
 
+@pytest.mark.parametrize(("file", "split"), [(CONFIG, False), (CONFIG, True), (SPECIAL_MAP, True)])
+def test_special_tokens_are_split_where_a_file_says_so(tmp_path: Path, file: str, split: bool) -> None:
+    added = {"bos_token": "<s>", "extra_special_tokens": ["<tool>"]}
+    folder = write(tmp_path, {CONFIG: added, file: {**added, "split_special_tokens": split}})
+    reference, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    assert ours.encode("a <tool> b</s>") == reference.encode("a <tool> b</s>")
+    assert (FIRST in ours.encode("a <tool> b")) is not split
+    rendered = reference.encode("<s>a<|im_end|>", add_special_tokens=False)
+    assert ours.encode_rendered("<s>a<|im_end|>") == rendered and (len(rendered) > 3) is split
+
+
 def test_a_file_that_is_nested_too_deeply(tmp_path: Path) -> None:
     folder = make(tmp_path, BOS)
     (folder / "special_tokens_map.json").write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json cannot be read: it is nested too deeply"):
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json is nested more than 64 levels deep"):
         Tokenizer(folder)

@@ -193,6 +193,8 @@ def test_a_message_from_a_pipe(fake_engine: FakeClient) -> None:
     empty = invoke("chat", stdin=" \n")
     assert empty.exit_code == 2
     assert "stdin is empty" in empty.stderr
+    endless = invoke("chat", stdin="y\n" * (9 << 20))
+    assert endless.exit_code == 2 and "stdin has more than 16777216 characters" in endless.stderr
 
 
 @pytest.mark.parametrize(("arguments", "stdin"), [(["-m", "a\udcff"], b""), ([], b"a\xff")])

@@ -17,6 +17,7 @@ from tpctl.checkpoint.hub_cache import cached, remember
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.hub_settings import check_importable, check_settings, check_token
 from tpctl.checkpoint.sources import resolve
+from tpctl.checkpoint.upload import upload_folder
 from tpctl.errors import SourceError
 
 VARIABLES = {
@@ -61,6 +62,21 @@ def test_settings_that_work_are_let_through(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     check_settings("hf_y ")
     check_importable()
+
+
+@pytest.mark.parametrize("name", ["revision", "message"])
+def test_what_is_sent_to_the_hub_is_text(tmp_path: Path, name: str) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes(b"{}")
+    for asked in (lambda: check_settings(**{name: "a\udc80"}), lambda: upload(tmp_path, name)):
+        with pytest.raises(SourceError, match=rf"--{name} holds '\\udc80', which is no text in UTF-8"):
+            asked()
+    with pytest.raises(SourceError, match="--revision holds"):
+        hub.ask("org/model", "a\udc80", None, 1)
+
+
+def upload(folder: Path, option: str) -> None:
+    upload_folder(folder, "org/model", **{option: "a\udc80"})
 
 
 def test_a_token_is_not_repeated() -> None:

@@ -75,7 +75,7 @@ def ask(repo: str, revision: str | None, token: str | None, seconds: float | Non
         SourceError: the Hub refuses (unknown, private, gated, too many requests, its own failure), or a variable or
             token cannot be used.
     """
-    check_settings(token)
+    check_settings(token, revision=revision)
     from huggingface_hub import HfApi, get_token
 
     if token is None and (stored := get_token()) is not None:

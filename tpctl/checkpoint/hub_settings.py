@@ -19,8 +19,11 @@ PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
-def check_settings(token: str | None = None) -> None:
+def check_settings(token: str | None = None, **options: str | None) -> None:
     """Look at the Hub's variables, and at ``token`` (of ``--token``), before anything else reads them.
+
+    Args:
+        options: the values of other options that are sent to the Hub, by their names.
 
     Raises:
         SourceError: one cannot be used; the message names it.
@@ -30,6 +33,9 @@ def check_settings(token: str | None = None) -> None:
     for name, value in given:
         if value is not None:
             check_token(name, value)
+    for name, value in options.items():
+        if value is not None:
+            _check_text(f"--{name}", value)
     for name in (*PROXIES, *map(str.lower, PROXIES)):
         if value := os.environ.get(name):
             _check_proxy(name, value)
@@ -53,6 +59,13 @@ def check_token(name: str, value: str) -> None:
         if not "!" <= character <= "~":
             shown = "a space or a line's end" if character.isspace() else f"{character!r} (U+{ord(character):04X})"
             raise SourceError(f"{name} holds {shown}, which no Hub token has; copy the token again")
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{name} holds {value[error.start]!r}, which is no text in UTF-8; write it again") from None
 
 
 def _check_timeout(name: str, value: str) -> None:

@@ -47,7 +47,7 @@ def upload_folder(
         Manifest.load(folder).check_files(folder)
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
 
-    check_settings(token)
+    check_settings(token, revision=revision, message=message)
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from tpctl.client.conversation import Conversation
     from tpctl.client.engine_client import EngineClient
 
+MOST_PIPED = 16 << 20
+"""Characters of a message on stdin at most: several times what any model's context holds."""
+
 
 @grouped
 def chat(
@@ -59,7 +62,11 @@ def chat(
     if message is not None and not message.strip():
         raise typer.BadParameter("the message is empty", param_hint="-m")
     if message is None and not sys.stdin.isatty():
-        message = sys.stdin.read().strip()
+        message = sys.stdin.read(MOST_PIPED + 1).strip()
+        if len(message) > MOST_PIPED:
+            raise typer.BadParameter(
+                f"stdin has more than {MOST_PIPED} characters, which are no message", param_hint="-m"
+            )
         if not message:
             raise typer.BadParameter("there is no message: stdin is empty", param_hint="-m")
     at_hand = TemplateAtHand(template)

@@ -8,7 +8,6 @@ the lists come last.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpctl.errors import CheckpointError
 from tpctl.errors import shown as _shown
+from tpctl.json_file import read_object
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -33,11 +33,13 @@ class TokenFiles:
     Attributes:
         config: all of ``tokenizer_config.json``.
         special_tokens: ``bos_token``, ``eos_token``, … and the text of each.
+        split_special_tokens: whether special tokens in a text are taken apart, as other text is.
         shown: what messages call the folder.
     """
 
     config: Mapping[str, Any]
     special_tokens: Mapping[str, str]
+    split_special_tokens: bool
     shown: str
     _values: Mapping[str, Any]
     _extra: tuple[Any, ...]
@@ -51,14 +53,17 @@ class TokenFiles:
             CheckpointError: one cannot be read, or holds no JSON object.
         """
         name = shown or str(folder)
-        config = read_json(folder / CONFIG, f"{name}/{CONFIG}")
+        config = _object(folder, CONFIG, name)
         values, listed = dict(config), None
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
         if _LIST not in config:
-            special = read_json(folder / SPECIAL_MAP, f"{name}/{SPECIAL_MAP}")
+            special = _object(folder, SPECIAL_MAP, name)
             values |= {key: value for key, value in special.items() if value is not None}
             extra = _joined(extra, special.get("extra_special_tokens") or special.get("additional_special_tokens"))
-            listed = read_json(folder / ADDED, f"{name}/{ADDED}")
+            listed = _object(folder, ADDED, name)
+        split = values.get("split_special_tokens", False)
+        if not isinstance(split, bool):
+            raise CheckpointError(f"{name}: split_special_tokens is {_shown(split)}, but must be true or false")
         named = {key: value for key, value in values.items() if key.endswith("_token")}
         if not isinstance(extra, dict | list | None):
             raise CheckpointError(f"{name}: extra_special_tokens is {_shown(extra)}, but must be a list of tokens")
@@ -66,7 +71,7 @@ class TokenFiles:
             named, extra = {**named, **extra}, ()
         texts = {key: _text(value) for key, value in named.items()}
         special_tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
-        return cls(config, special_tokens, name, named, tuple(extra or ()), listed)
+        return cls(config, special_tokens, split, name, named, tuple(extra or ()), listed)
 
     def add_to(self, backend: Tokenizer) -> None:
         """Add what ``backend`` does not know, and give what it does know the flags that stand here.
@@ -126,27 +131,9 @@ class TokenFiles:
         return found
 
 
-def read_json(file: Path, shown: str) -> dict[str, Any]:
-    """The JSON object in ``file``, which messages call ``shown``; empty if there is no such file.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    if file.exists() and not file.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{shown} is no regular file; it cannot be read")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except RecursionError:
-        raise CheckpointError(f"{shown} cannot be read: it is nested too deeply") from None
-    except OSError as error:
-        raise CheckpointError(f"{shown} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{shown} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{shown} holds no JSON object")
-    return value
+def _object(folder: Path, file: str, shown: str) -> dict[str, Any]:
+    """What stands in ``file``, which may be missing."""
+    return read_object(folder / file, default={}, where=f"{shown}/{file}")
 
 
 def _text(value: Any) -> Any:

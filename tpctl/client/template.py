@@ -17,6 +17,9 @@ from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
 _RESERVED = ("messages", "add_generation_prompt")
 _PROBE = "any text at all"
 
+MOST_BYTES = 1 << 20
+"""Longest template. The longest in use have 30 KB."""
+
 
 class TemplateRefusal(RequestError):
     """The template itself refuses the messages, with ``raise_exception``."""
@@ -186,10 +189,14 @@ def read_text(file: Path, shown: str) -> str:
     """The text of a template's file, which messages call ``shown``.
 
     Raises:
-        CheckpointError: it cannot be read, or is not UTF-8.
+        CheckpointError: it cannot be read, is longer than ``MOST_BYTES``, or is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            raw = stream.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise CheckpointError(f"{shown} has more than {MOST_BYTES} bytes, which no chat template needs")
+        return raw.decode("utf-8")
     except OSError as error:
         raise CheckpointError(f"{shown} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 FILE = "tokenizer.json"
+MOST_BYTES = 256 << 20
+"""Longest ``tokenizer.json``. The largest in use, of 260,000 tokens, have 34 MB; read, they take several times that."""
 
 
 class Tokenizer:
@@ -53,6 +55,8 @@ class Tokenizer:
                 f"{self._shown} has no tokenizer.json, so text cannot be turned into tokens;"
                 " add the file from the model's page"
             )
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise CheckpointError(f"{self._file} has {size} bytes, but a tokenizer has at most {MOST_BYTES}")
         self.backend: Backend = guarded(
             lambda: Backend.from_file(str(file)),
             lambda said: CheckpointError(f"{self._file} is not a tokenizer this version can read: {said}"),
@@ -61,6 +65,8 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         files = TokenFiles.read(folder, self._shown)
+        # What is written like a control token is then text, even where the chat template wrote it.
+        self.backend.encode_special_tokens = files.split_special_tokens
         self.special_tokens = files.special_tokens
         self._template = template
         self._template_source = read_template(folder, files.config, self._shown) if template is None else None
