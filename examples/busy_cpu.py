@@ -26,14 +26,14 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from tpctl.arch.config import ModelConfig
 from tpctl.bench.measure import machine
 from tpctl.bench.workload import one_request
 from tpctl.checkpoint.sources import resolve
 from tpctl.client.engine_client import EngineClient
-from tpctl.engine.config import EngineConfig
-from tpctl.launch.messages import Request
-from tpctl.models.config import ModelConfig
 from tpctl.sharding.cache import ensure_sharded
+from tpctl.wire.messages import Request
+from tpctl.wire.settings import EngineConfig
 
 PROMPT, ANSWER, LONG_PROMPT = 64, 32, 1000  # tokens
 

@@ -23,12 +23,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from tpctl.arch.config import ModelConfig
 from tpctl.bench.measure import machine, throughput
 from tpctl.bench.workload import make_workload
 from tpctl.checkpoint.sources import resolve
-from tpctl.engine.config import EngineConfig
-from tpctl.models.config import ModelConfig
 from tpctl.sharding.cache import ensure_sharded
+from tpctl.wire.settings import EngineConfig
 
 DTYPES = ("bfloat16", "float32")
 ATTENTION = {"bfloat16": "eager", "float32": "sdpa"}  # the faster of the two for each, on the machines tried

@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 from tpctl.bench.synthetic import synthetic_source
 from tpctl.bench.workload import make_workload
 from tpctl.distributed import TPGroup
-from tpctl.engine.config import POLICIES, EngineConfig
 from tpctl.engine.engine import Engine
-from tpctl.launch.messages import Add
 from tpctl.sharding.cache import ensure_sharded
+from tpctl.wire.messages import Add
+from tpctl.wire.settings import POLICIES, EngineConfig
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 512)
 

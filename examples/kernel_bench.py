@@ -24,18 +24,18 @@ try:
 except ImportError:
     raise SystemExit("this times Triton kernels: it needs the package triton and a CUDA GPU") from None
 
-from tpctl.kernels.activation import silu_and_mul
-from tpctl.kernels.floors import Filters, sampling_floors
-from tpctl.kernels.gated_linear import gated_linear, pick_gated
-from tpctl.kernels.gemv import GemvScratch, pick, small_linear
-from tpctl.kernels.launch import num_multiprocessors
-from tpctl.kernels.norm import add_rms_norm, rms_norm
-from tpctl.kernels.packed_kv import pack_reference
-from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
-from tpctl.kernels.paged_prefill import paged_prefill
-from tpctl.kernels.rope_cache import rope_cache
-from tpctl.kernels.sampling import sample
-from tpctl.kernels.split_linear import pick_splits, split_linear
+from tpctl.kernels.attention.packed_kv import pack_reference
+from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
+from tpctl.kernels.attention.paged_prefill import paged_prefill
+from tpctl.kernels.attention.rope_cache import rope_cache
+from tpctl.kernels.common.activation import silu_and_mul
+from tpctl.kernels.common.launch import num_multiprocessors
+from tpctl.kernels.common.norm import add_rms_norm, rms_norm
+from tpctl.kernels.linear.gated_linear import gated_linear, pick_gated
+from tpctl.kernels.linear.gemv import GemvScratch, pick, small_linear
+from tpctl.kernels.linear.split_linear import pick_splits, split_linear
+from tpctl.kernels.sampling.floors import Filters, sampling_floors
+from tpctl.kernels.sampling.sampling import sample
 
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda")
@@ -422,7 +422,7 @@ def bench_all_reduce() -> None:
     """All-reduce alone and fused with addition and norm, beside NCCL; run under torchrun."""
     import torch.distributed as dist
 
-    from tpctl.kernels.all_reduce import PeerBuffer
+    from tpctl.kernels.collective.all_reduce import PeerBuffer
 
     rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(rank)

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from tpctl.bench.synthetic import synthetic_source
 from tpctl.errors import TpctlError
+from tpctl.manifest.manifest import Manifest
 from tpctl.models import device_loader
-from tpctl.partition.manifest import Manifest
 from tpctl.sharding.cache import ensure_sharded
 
 DEVICE = torch.device("cuda")

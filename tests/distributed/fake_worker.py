@@ -14,11 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import ShardFolderError
-from tpctl.launch.channel import ChannelClosed
 from tpctl.launch.lifeline import connect, tie_to_parent
-from tpctl.launch.messages import Abort, Add, Fatal, GetStats, Output, Outputs, Ready, Stats, Stop
+from tpctl.wire.channel import ChannelClosed
+from tpctl.wire.messages import Abort, Add, Fatal, GetStats, Output, Outputs, Ready, Stats, Stop
+from tpctl.wire.settings import EngineConfig
 
 
 def own_rank() -> int:

@@ -69,8 +69,8 @@ def front(folder: Path, phase: str) -> None:
     """The process that is called parent: goes as far as ``phase``, says so, and says how the engine ended."""
     from tpctl.bench.workload import one_request
     from tpctl.client.engine_client import EngineClient
-    from tpctl.engine.config import EngineConfig
     from tpctl.errors import TpctlError
+    from tpctl.wire.settings import EngineConfig
 
     def say(event: str, **more: Any) -> None:
         print(json.dumps({"event": event, **more}), flush=True)

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from tpctl.client.engine_client import EngineClient
-from tpctl.engine.config import EngineConfig
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import EngineError, RequestError, ShardFolderError, TpctlError
 from tpctl.launch import torchrun
-from tpctl.launch.channel import Channel
-from tpctl.launch.messages import Output, Request
 from tpctl.launch.torchrun import Workers
+from tpctl.wire.channel import Channel
+from tpctl.wire.messages import Output, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 HERE = Path(__file__).parent
 PYTHON_PATH = os.pathsep.join([str(HERE.parent.parent), str(HERE)])

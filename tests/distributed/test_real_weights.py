@@ -18,11 +18,11 @@ from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.distributed import TPGroup
-from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.launch.messages import Add, Output, Request
 from tpctl.sharding.cache import ensure_sharded
+from tpctl.wire.messages import Add, Output, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.synthetic import make_checkpoint, make_config
-from tpctl.models.specs import FAMILIES
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.arch.families import FAMILIES
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 VOCAB = 264
 SHARDS, INDEXED, WORDS = "shards", "indexed", "words"

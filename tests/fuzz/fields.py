@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpctl.models.specs import FAMILIES
+from tpctl.arch.families import FAMILIES
 
 Fields = dict[str, list[Any]]
 

@@ -76,8 +76,8 @@ def _headers(model: Path, name: str) -> list[Fault]:
 
 def _config(model: Path, name: str) -> list[Fault]:
     """Every number that tpctl reads from a config is the one that transformers reads, where that takes it."""
+    from tpctl.arch.config import ModelConfig
     from tpctl.errors import TpctlError
-    from tpctl.models.config import ModelConfig
 
     try:
         ours = ModelConfig.load(model)

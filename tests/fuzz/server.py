@@ -22,7 +22,7 @@ import typer
 
 from tests.fuzz.sandbox import Sandbox
 from tests.unit.fake_client import FakeClient
-from tpctl.launch.messages import Output, Request
+from tpctl.wire.messages import Output, Request
 
 ANSWER = 5
 """Tokens of the prompt that an answer repeats, at most."""
@@ -79,11 +79,11 @@ def _prepare(sandbox: Sandbox) -> None:
     import tpctl.client.batch
     import tpctl.client.conversation
     import tpctl.client.engine_client
-    import tpctl.sharding.fit
-    import tpctl.sharding.inspect
-    import tpctl.sharding.merge
-    import tpctl.sharding.reshard
-    import tpctl.sharding.shard
+    import tpctl.planning.fit
+    import tpctl.sharding.cutting.merge
+    import tpctl.sharding.cutting.reshard
+    import tpctl.sharding.cutting.shard
+    import tpctl.sharding.showing.inspect
 
     # What takes most of a command's time here says nothing of it: the command line's parser is built once, and nothing
     # need be on a disk after the power fails.

@@ -29,7 +29,7 @@ from tests.fuzz.mutations import Draw, broken_bytes, forms, json_files, json_val
 from tests.fuzz.options import option_cases
 from tests.fuzz.templates import template_texts
 from tests.unit.synthetic import source_shapes
-from tpctl.models.specs import FAMILIES
+from tpctl.arch.families import FAMILIES
 
 
 @st.composite

@@ -20,7 +20,7 @@ from tests.fuzz.hunt import examine, hunt
 from tests.fuzz.runner import Runner
 from tests.fuzz.sandbox import PYTHON
 from tests.fuzz.targets import TARGETS
-from tpctl.models.config import ModelConfig
+from tpctl.arch.config import ModelConfig
 
 CASES = {"config": 90, "index": 60, "manifest": 40, "template": 40}
 """Cases of a target in a run of all tests; ``_OTHERS`` where it is not named."""

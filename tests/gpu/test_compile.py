@@ -17,14 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.gpu.here import INTERPRET
-from tpctl.kernels.floors import _found_kernel, _weigh_kernel
-from tpctl.kernels.gemv import few_rows, pick
-from tpctl.kernels.gemv_kernels import gemv_kernel, skinny_kernel
-from tpctl.kernels.launch import is_hopper, next_power_of_2
-from tpctl.kernels.packed_decode_kernels import packed_decode_kernel
-from tpctl.kernels.paged_decode import DecodeConfig, decode_config, fit_config, packed_decode_config
-from tpctl.kernels.paged_decode_kernels import decode_kernel
-from tpctl.kernels.paged_prefill import PrefillConfig, _prefill_kernel, prefill_config
+from tpctl.kernels.attention.packed_decode_kernels import packed_decode_kernel
+from tpctl.kernels.attention.paged_decode import DecodeConfig, decode_config, fit_config, packed_decode_config
+from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
+from tpctl.kernels.attention.paged_prefill import PrefillConfig, _prefill_kernel, prefill_config
+from tpctl.kernels.common.launch import is_hopper, next_power_of_2
+from tpctl.kernels.linear.gemv import few_rows, pick
+from tpctl.kernels.linear.gemv_kernels import gemv_kernel, skinny_kernel
+from tpctl.kernels.sampling.floors import _found_kernel, _weigh_kernel
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,21 +14,21 @@ pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE
 from tests.tiny import make_checkpoint
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.splits import build_plan
 from tpctl.distributed import TPGroup
-from tpctl.engine.cuda_runner import CudaLaunched, CudaRunner
-from tpctl.engine.model_runner import RotaryTable, head_shape
+from tpctl.engine.runners.cuda import CudaLaunched, CudaRunner
+from tpctl.engine.runners.runner import RotaryTable, head_shape
 from tpctl.errors import EngineError
-from tpctl.kernels import gated_linear
+from tpctl.kernels.linear import gated_linear
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
+from tpctl.manifest.manifest import Manifest
 from tpctl.models import cuda_decoder
-from tpctl.models.config import ModelConfig
 from tpctl.models.cuda_decoder import CudaDecoder
 from tpctl.models.decoder import Decoder
 from tpctl.models.loader import load_shard
-from tpctl.models.weights import build_plan
-from tpctl.partition.manifest import Manifest
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 pytestmark = pytest.mark.gpu
 MANY, FEW = [1, 1, 19, 1, 13], [1, 1, 4, 1, 3]  # new tokens of each sequence, two of them decodes

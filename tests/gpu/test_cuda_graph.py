@@ -10,13 +10,13 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE
-from tpctl.engine.cuda_graph import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
-from tpctl.engine.pacing import Pace
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.sequence import Sequence
-from tpctl.kernels.floors import Filters
-from tpctl.kernels.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
+from tpctl.engine.scheduling.pacing import Pace
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduling.sequence import Sequence
+from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
+from tpctl.kernels.sampling.floors import Filters
+from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
+from tpctl.wire.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
 PACE = Pace(rows=32, limit=64, chunks=4)

@@ -18,22 +18,25 @@ pytest.importorskip("triton")
 from tests.gpu.here import INTERPRET
 from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
 from tpctl.distributed import TPGroup
-from tpctl.engine import cuda_graph, cuda_runner, engine, model_runner
-from tpctl.engine.config import EngineConfig
+from tpctl.engine import engine
 from tpctl.engine.engine import Engine
-from tpctl.engine.gpu_memory import RESERVE, GpuShare
-from tpctl.engine.model_runner import ModelRunner
-from tpctl.engine.pacing import Pace
-from tpctl.engine.sampler import Sampler, SamplingRow
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduled import ScheduledBatch
+from tpctl.engine.memory.gpu import RESERVE, GpuShare
+from tpctl.engine.runners import cuda as cuda_runner
+from tpctl.engine.runners import runner as model_runner
+from tpctl.engine.runners.runner import ModelRunner
+from tpctl.engine.sampling.sampler import Sampler, SamplingRow
+from tpctl.engine.scheduling.pacing import Pace
+from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.engine.steps import graphs as cuda_graph
 from tpctl.errors import EngineError
-from tpctl.launch.messages import Abort, Add, Request
 from tpctl.layers.attention.base import kv_bytes_per_block
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.models.decoder import Decoder
 from tpctl.partition.split import Range
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.messages import Abort, Add, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 pytestmark = [
     pytest.mark.gpu,

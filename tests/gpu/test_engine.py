@@ -14,17 +14,17 @@ pytest.importorskip("triton")
 
 from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
 from tpctl.distributed import TPGroup
-from tpctl.engine import cuda_graph
-from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
-from tpctl.engine.sampler import Sampler, SamplingRow
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduler import Scheduler
-from tpctl.launch.messages import Add, Request
+from tpctl.engine.sampling.sampler import Sampler, SamplingRow
+from tpctl.engine.scheduling.scheduler import Scheduler
+from tpctl.engine.steps import graphs as cuda_graph
 from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.partition.split import Range
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.messages import Add, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -130,8 +130,8 @@ def test_weights_are_converted_as_they_would_have_been_stored(tmp_path: Path) ->
 @pytest.mark.parametrize("seqs", [40, 140])
 def test_large_batches_stay_near_float32(seqs: int, tmp_path: Path) -> None:
     """Batches whose linears are cut along their input, at 40 sequences also with gate_up and SiLU in one launch."""
-    from tpctl.kernels.gated_linear import pick_gated
-    from tpctl.kernels.split_linear import pick_splits
+    from tpctl.kernels.linear.gated_linear import pick_gated
+    from tpctl.kernels.linear.split_linear import pick_splits
 
     shape = {**WIDE, "hidden_size": 512, "head_dim": 128, "intermediate_size": 3072}
     assert (pick_splits(seqs, 1024, 512), pick_splits(seqs, 512, 512), pick_splits(seqs, 512, 3072)) == (2, 4, 4)
@@ -337,8 +337,8 @@ def test_prompts_beside_decodes_give_the_same_tokens(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured steps of both, at a pace; against one kernel after the other, prompts first."""
-    from tpctl.engine import cuda_runner
-    from tpctl.engine.cuda_graph import MixedGraphs
+    from tpctl.engine.runners import cuda as cuda_runner
+    from tpctl.engine.steps.graphs import MixedGraphs
 
     monkeypatch.setattr(cuda_runner, "_SMALL_LAYER", 0)  # the pace of larger models
     replayed: list[tuple[int, int]] = []
@@ -370,7 +370,7 @@ def test_prompts_beside_decodes_give_the_same_tokens(
 @pytest.mark.parametrize("seqs", [64, 700])
 def test_everything_captured_stays_within_the_share(seqs: int, tmp_path: Path) -> None:
     """What the KV cache leaves is enough for all graphs: the ladder of decodes, and as many others as are kept."""
-    from tpctl.engine.cuda_graph import _MOST
+    from tpctl.engine.steps.graphs import _MOST
 
     shape = {**WIDE, "hidden_size": 512, "vocab_size": 48_000, "max_position_embeddings": 32768}
     make_checkpoint("llama3", tmp_path / "hf", **shape)

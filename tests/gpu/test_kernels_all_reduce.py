@@ -16,10 +16,10 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET
-from tpctl.kernels import all_reduce
-from tpctl.kernels.all_reduce import PeerBuffer, PeerLayout, all_reduce_add_rms_norm_reference
-from tpctl.kernels.all_reduce_kernels import EMPTY
-from tpctl.kernels.gemv import GemvConfig, GemvScratch, small_linear
+from tpctl.kernels.collective import all_reduce
+from tpctl.kernels.collective.all_reduce import PeerBuffer, PeerLayout, all_reduce_add_rms_norm_reference
+from tpctl.kernels.collective.all_reduce_kernels import EMPTY
+from tpctl.kernels.linear.gemv import GemvConfig, GemvScratch, small_linear
 
 pytestmark = pytest.mark.gpu
 

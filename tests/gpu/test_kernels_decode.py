@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tpctl.kernels.launch import is_hopper
-from tpctl.kernels.paged_decode import (
+from tpctl.kernels.attention.paged_decode import (
     DecodeConfig,
     DecodePlan,
     DecodeScratch,
@@ -17,7 +16,8 @@ from tpctl.kernels.paged_decode import (
     paged_decode,
     paged_decode_reference,
 )
-from tpctl.kernels.paged_decode_kernels import decode_kernel
+from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
+from tpctl.kernels.common.launch import is_hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -129,7 +129,7 @@ def test_programs_placed_early_cannot_pile_up_on_a_multiprocessor(heads, kv_head
         def __getitem__(self, grid):
             return lambda *args, **kwargs: compiled.append(decode_kernel[grid](*args, **kwargs))
 
-    monkeypatch.setattr("tpctl.kernels.paged_decode.decode_kernel", Spy())
+    monkeypatch.setattr("tpctl.kernels.attention.paged_decode.decode_kernel", Spy())
     lens = [300] * 70
     k_cache, v_cache, tables = make_cache(lens, kv_heads, 128, 128, torch.bfloat16)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)

@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tpctl.kernels.activation import act_and_mul, act_and_mul_reference
-from tpctl.kernels.noise import NOT_FINITE, sample_reference
-from tpctl.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
-from tpctl.kernels.sampling import sample
+from tpctl.kernels.attention.rope_cache import rope_cache, rope_cache_reference
+from tpctl.kernels.common.activation import act_and_mul, act_and_mul_reference
+from tpctl.kernels.common.noise import NOT_FINITE, sample_reference
+from tpctl.kernels.common.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from tpctl.kernels.sampling.sampling import sample
 
 pytestmark = pytest.mark.gpu
 # Triton's interpreter truncates to bfloat16 instead of rounding.

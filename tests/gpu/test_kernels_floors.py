@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.gpu.here import DEVICE, INTERPRET
-from tpctl.kernels.floors import Filters, sampling_floors, sampling_floors_reference
-from tpctl.kernels.noise import NOT_FINITE, sample_reference
-from tpctl.kernels.sampling import sample
+from tpctl.kernels.common.noise import NOT_FINITE, sample_reference
+from tpctl.kernels.sampling.floors import Filters, sampling_floors, sampling_floors_reference
+from tpctl.kernels.sampling.sampling import sample
 
 pytestmark = pytest.mark.gpu
 

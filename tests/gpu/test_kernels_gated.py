@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
-from tpctl.kernels.gated_linear import GatedConfig, gated_linear, gated_linear_reference, pick_gated
-from tpctl.kernels.launch import is_hopper
+from tpctl.kernels.common.launch import is_hopper
+from tpctl.kernels.linear.gated_linear import GatedConfig, gated_linear, gated_linear_reference, pick_gated
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tpctl.kernels.gemv import GemvConfig, GemvScratch, pick, small_linear, small_linear_reference
+from tpctl.kernels.linear.gemv import GemvConfig, GemvScratch, pick, small_linear, small_linear_reference
 
 pytestmark = pytest.mark.gpu
 

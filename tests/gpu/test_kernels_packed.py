@@ -11,15 +11,15 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
-from tpctl.kernels.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack_blocks, unpack_reference
-from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
-from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
-from tpctl.kernels.rope_cache import rope_cache, rope_cache_reference
+from tpctl.kernels.attention.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack_blocks, unpack_reference
+from tpctl.kernels.attention.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
+from tpctl.kernels.attention.paged_prefill import paged_prefill, paged_prefill_reference
+from tpctl.kernels.attention.rope_cache import rope_cache, rope_cache_reference
 from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.base import HeadShape, LayerKV
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch
-from tpctl.sharding.model_sizes import MOST_UNPACKED, PACKED_HEAD_DIMS
+from tpctl.planning.model_sizes import MOST_UNPACKED, PACKED_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +42,7 @@ def packed_cache(x_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def test_the_planner_knows_the_same_heads() -> None:
-    from tpctl.engine.cuda_runner import _MOST_UNPACKED
+    from tpctl.engine.runners.cuda import _MOST_UNPACKED
 
     assert (PACKED_HEAD_DIMS, MOST_UNPACKED) == (HEAD_DIMS, _MOST_UNPACKED)
 

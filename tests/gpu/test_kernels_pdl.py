@@ -8,14 +8,14 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
-from tpctl.kernels.activation import silu_and_mul
-from tpctl.kernels.floors import Filters, sampling_floors
-from tpctl.kernels.gemv import GemvScratch, small_linear
-from tpctl.kernels.norm import add_rms_norm, rms_norm
-from tpctl.kernels.packed_kv import pack_reference
-from tpctl.kernels.paged_decode import DecodePlan, DecodeScratch, paged_decode
-from tpctl.kernels.rope_cache import rope_cache
-from tpctl.kernels.sampling import sample
+from tpctl.kernels.attention.packed_kv import pack_reference
+from tpctl.kernels.attention.paged_decode import DecodePlan, DecodeScratch, paged_decode
+from tpctl.kernels.attention.rope_cache import rope_cache
+from tpctl.kernels.common.activation import silu_and_mul
+from tpctl.kernels.common.norm import add_rms_norm, rms_norm
+from tpctl.kernels.linear.gemv import GemvScratch, small_linear
+from tpctl.kernels.sampling.floors import Filters, sampling_floors
+from tpctl.kernels.sampling.sampling import sample
 
 pytestmark = pytest.mark.gpu
 HEADS, KV_HEADS, HIDDEN, INTER, VOCAB, LAYERS = 4, 2, 256, 512, 3000, 6

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tpctl.kernels.paged_prefill import paged_prefill, paged_prefill_reference
+from tpctl.kernels.attention.paged_prefill import paged_prefill, paged_prefill_reference
 
 pytestmark = pytest.mark.gpu
 

@@ -21,14 +21,14 @@ from tests.gpu.test_engine import CHANGES, WIDE
 from tests.tiny import make_checkpoint
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.distributed import TPGroup
-from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduled import ScheduledBatch
-from tpctl.launch.messages import Add, Request
+from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.sharding.cache import ensure_sharded
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.messages import Add, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,10 +9,10 @@ from tests.gpu.test_two_gpus import generate
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.engine.config import EngineConfig
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.launch.messages import Request
 from tpctl.sharding.cache import ensure_sharded
+from tpctl.wire.messages import Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.gpu
 

@@ -13,11 +13,11 @@ import torch
 from tests.gpu.test_engine import WIDE, most_behind, prompts_of
 from tests.tiny import make_broken, make_checkpoint
 from tpctl.client.engine_client import EngineClient
-from tpctl.engine.config import EngineConfig
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.launch.messages import Request
 from tpctl.layers.attention.flash import installed_flash_attention
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.messages import Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tpctl.client.jobs import JobParser
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, TpctlError
-from tpctl.launch.messages import Output, Request
+from tpctl.wire.messages import Output, Request
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role[0] }}]{{ message.content }}{% endfor %}"

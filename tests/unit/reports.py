@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.splits import build_plan
 from tpctl.checkpoint.safetensors import tensor_nbytes
-from tpctl.models.config import ModelConfig
-from tpctl.models.weights import build_plan
 from tpctl.partition.plan import StoredTensor
-from tpctl.sharding.inspect import InspectReport, PieceReport, RankReport, TensorReport
+from tpctl.sharding.showing.inspect import InspectReport, PieceReport, RankReport, TensorReport
 
 
 def make_report(

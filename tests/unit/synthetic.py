@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.families import FAMILIES
+from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
 from tpctl.checkpoint.safetensors import NewTensor, build_header
-from tpctl.models.config import ModelConfig
-from tpctl.models.specs import FAMILIES
-from tpctl.models.weights import EMBEDDING, LM_HEAD, build_plan
 
 BASE: dict[str, Any] = {
     "hidden_size": 24,

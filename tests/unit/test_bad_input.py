@@ -27,7 +27,7 @@ from tests.unit.synthetic import make_checkpoint, make_config
 from tests.unit.test_download import environment, files
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.cli import app as app_module
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "bad-input.md"
 PART = "model-rank-1-part-0.safetensors"

@@ -31,7 +31,7 @@ from tpctl.client.results import Results
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, OutputError, UsageError
-from tpctl.launch.messages import Output
+from tpctl.wire.messages import Output
 
 
 @pytest.fixture(scope="module")

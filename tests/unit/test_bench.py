@@ -14,9 +14,9 @@ from tpctl.bench import measure
 from tpctl.bench.workload import make_workload, one_request
 from tpctl.cli import bench as cli_bench
 from tpctl.cli.app import app
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError, PartitionError, UsageError
-from tpctl.launch.messages import Output
+from tpctl.wire.messages import Output
+from tpctl.wire.settings import EngineConfig
 
 
 class _Client:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tpctl.engine.config import EngineConfig
 from tpctl.launch import bytecode
 from tpctl.launch.bytecode import bytecode_environment
 from tpctl.launch.torchrun import Workers
+from tpctl.wire.settings import EngineConfig
 
 
 @pytest.fixture

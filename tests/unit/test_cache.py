@@ -12,10 +12,10 @@ import pytest
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import OutputError, ShardFolderError
-from tpctl.partition.manifest import Manifest
+from tpctl.manifest.manifest import Manifest
 from tpctl.sharding import cache
 from tpctl.sharding.cache import ensure_sharded
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tpctl.launch.channel import Channel, ChannelClosed
-from tpctl.launch.messages import Abort, Fatal, Stop
+from tpctl.wire.channel import Channel, ChannelClosed
+from tpctl.wire.messages import Abort, Fatal, Stop
 
 
 @pytest.fixture

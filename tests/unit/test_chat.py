@@ -20,9 +20,9 @@ from tpctl.cli.engine import interrupts, settle
 from tpctl.cli.options import EngineOptions, SchedulingPolicy
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import CheckpointError, EngineError, RequestError, TpctlError, UsageError
-from tpctl.launch.messages import Output
+from tpctl.wire.messages import Output
+from tpctl.wire.settings import EngineConfig
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from tpctl.chat.repl import Repl
 from tpctl.chat.screen import Screen
 from tpctl.client.conversation import Answer, Conversation
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import EngineError, RequestError
-from tpctl.launch.messages import Output
+from tpctl.wire.messages import Output
+from tpctl.wire.sampling import SamplingParams
 
 
 class Chat:

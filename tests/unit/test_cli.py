@@ -22,8 +22,8 @@ from tpctl.cli import app as app_module
 from tpctl.cli.app import app
 from tpctl.cli.engine import describe
 from tpctl.cli.options import AttentionBackend, EngineOptions, KvCacheDType
-from tpctl.engine.config import KV_CACHE_DTYPES, EngineConfig
 from tpctl.errors import EngineError, SourceError, UsageError
+from tpctl.wire.settings import KV_CACHE_DTYPES, EngineConfig
 
 LISTING = Path(__file__).parent / "cli.txt"
 
@@ -198,7 +198,7 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
     from tpctl.checkpoint.sources import ResolvedSource
     from tpctl.cli.engine import prepare
     from tpctl.cli.options import Device, DType, SchedulingPolicy
-    from tpctl.engine.config import POLICIES
+    from tpctl.wire.settings import POLICIES
 
     source = ResolvedSource(tmp_path, "m", None)
     (tmp_path / "config.json").write_text(json.dumps(make_config()))
@@ -206,7 +206,7 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
     monkeypatch.setattr(
         "tpctl.sharding.cache.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
     )
-    monkeypatch.setattr("tpctl.sharding.verified.ensure_verified", lambda folder, ranks, progress: None)
+    monkeypatch.setattr("tpctl.sharding.proving.verified.ensure_verified", lambda folder, ranks, progress: None)
     options = EngineOptions(
         tp=3, device=Device.cpu, dtype=DType.float32, kv_cache_memory="2GiB", block_size=32, enforce_eager=True
     )

@@ -11,13 +11,13 @@ import pytest
 from blake3 import blake3
 
 from tests.unit.synthetic import make_checkpoint, make_config
+from tpctl.arch.families import FAMILIES
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import CheckpointError, ShardFolderError
-from tpctl.models.specs import FAMILIES
-from tpctl.partition.manifest import MANIFEST, Manifest
-from tpctl.partition.records import CopiedFile, Shard, ShardTensor
-from tpctl.sharding.inspect import inspect_shards
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.manifest.records import CopiedFile, Shard, ShardTensor
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.showing.inspect import inspect_shards
 
 TABLE = NewTensor("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (3,))
 QKV = "model.layers.0.self_attn.qkv_proj.weight"

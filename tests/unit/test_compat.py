@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.errors import PartitionError, UsageError
-from tpctl.sharding.inspect import inspect_shards
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.reshard import reshard
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.showing.inspect import inspect_shards
 
 SCALES = {
     f"model.layers.{layer}.self_attn.attn.{name}"

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_config
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.families import FAMILIES
 from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError
-from tpctl.models.config import ModelConfig
-from tpctl.models.specs import FAMILIES
 
 
 def parse(family: str = "llama", **changes: Any) -> ModelConfig:

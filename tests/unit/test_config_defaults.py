@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.families import FAMILIES
 from tpctl.errors import TpctlError
-from tpctl.models.config import ModelConfig
-from tpctl.models.specs import FAMILIES
 
 BASE: dict[str, Any] = {
     "hidden_size": 96,

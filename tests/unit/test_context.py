@@ -10,12 +10,12 @@ import torch
 
 from tests.tiny import make_checkpoint
 from tpctl.distributed import TPGroup
-from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import EngineError
-from tpctl.launch.messages import Add, Output, Request
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.messages import Add, Output, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 BLOCK = 4 * 2 * 3 * 8 * 8 * 4
 """Bytes of 4 tokens: keys and values of 3 layers of 8 heads of 8 dimensions, in float32."""

@@ -19,17 +19,17 @@ import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.errors import OutputError
-from tpctl.partition.manifest import Manifest
-from tpctl.sharding import writer
-from tpctl.sharding.publish import PendingFolder
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import Manifest
+from tpctl.sharding.cutting import writer
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.publishing.pending import PendingFolder
 
 PARTS = 200_000
 RUN = """
 import sys
 import time
 from pathlib import Path
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
 slowly = lambda done, total, what="": time.sleep(0.0005)
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 report = shard_checkpoint(source, out, 3, max_part_size=200_000, force=True, progress=slowly)

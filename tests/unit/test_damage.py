@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.errors import ShardFolderError
-from tpctl.partition.manifest import MANIFEST, Manifest
-from tpctl.sharding.inspect import inspect_shards
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.showing.inspect import inspect_shards
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tpctl.client.detokenizer import context_of, decode_in_pieces, is_byte_token
 from tpctl.client.text_stream import StopStrings, TextStream
 from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.launch.messages import Output
+from tpctl.wire.messages import Output
 
 SPECIAL = AddedToken("<|end|>", special=True, normalized=False)
 PLAIN_ADDED = AddedToken("<think it over>", normalized=False)

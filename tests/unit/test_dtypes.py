@@ -15,13 +15,13 @@ from tpctl.cli.engine import configure
 from tpctl.cli.options import Device, DType, EngineOptions
 from tpctl.client.conversation import recommended_sampling
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import CheckpointError, MixedDtypesError, OverflowedError
+from tpctl.manifest.manifest import Manifest
 from tpctl.models.loader import _converted
-from tpctl.partition.manifest import Manifest
-from tpctl.sharding.fit import Budget, plan_model
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.planning.fit import Budget, plan_model
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.settings import EngineConfig
 
 
 def test_q_and_k_of_different_dtypes_need_a_cast(tmp_path: Path) -> None:

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config
+from tpctl.arch.families import FAMILIES
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.safetensors import NewTensor, build_header, read_header, tensor_nbytes
-from tpctl.engine import sampler
-from tpctl.engine.gpu_memory import reserve
+from tpctl.engine.memory.gpu import reserve
+from tpctl.engine.sampling import sampler
 from tpctl.errors import CheckpointError, PartitionError, UsageError
-from tpctl.models.specs import FAMILIES
-from tpctl.partition.manifest import Manifest
+from tpctl.manifest.manifest import Manifest
 from tpctl.partition.plan import StoredTensor
 from tpctl.partition.split import TensorSplit
-from tpctl.sharding.fit import Budget, FitReport, plan_model
-from tpctl.sharding.model_sizes import SAMPLER_BYTES, SAMPLER_BYTES_A_TOKEN
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.planning.fit import Budget, FitReport, plan_model
+from tpctl.planning.model_sizes import SAMPLER_BYTES, SAMPLER_BYTES_A_TOKEN
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 LLAMA_405B: dict[str, Any] = {
     "model_type": "llama",
@@ -78,7 +78,7 @@ def test_bytes_of_several_parts_are_what_sharding_writes(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every part has a header of its own, so where parts end shows in the bytes."""
-    monkeypatch.setattr("tpctl.sharding.model_sizes.DEFAULT_PART_SIZE", 3000)
+    monkeypatch.setattr("tpctl.planning.model_sizes.DEFAULT_PART_SIZE", 3000)
     source = make_checkpoint(tmp_path / "source", make_config(family))
     for tp_size in (1, 3):
         written = shard_checkpoint(source, tmp_path / f"tp{tp_size}", tp_size, max_part_size=3000)
@@ -228,7 +228,7 @@ def test_more_memory_never_holds_less(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_running_engine_allocates_what_was_planned(tmp_path: Path) -> None:
     from tpctl.client.engine_client import EngineClient
-    from tpctl.engine.config import EngineConfig
+    from tpctl.wire.settings import EngineConfig
 
     config = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54)
     source = make_checkpoint(tmp_path / "source", config)

@@ -17,9 +17,9 @@ from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.safetensors import NewTensor
 from tpctl.checkpoint.sources import resolve
 from tpctl.errors import CheckpointError, SourceError, TpctlError
-from tpctl.sharding.fit import Budget, plan_model
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.planning.fit import Budget, plan_model
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 
 @pytest.mark.parametrize("files", [1, 3])

@@ -28,9 +28,9 @@ from tests.unit.gguf_files import (
     write_file,
     write_gguf,
 )
+from tpctl.arch.config import ModelConfig
 from tpctl.checkpoint.gguf import convert_gguf
 from tpctl.checkpoint.safetensors import read_header
-from tpctl.models.config import ModelConfig
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 

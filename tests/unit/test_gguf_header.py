@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from tests.unit.gguf_files import LAYERS, tiny_config, write_gguf
 from tests.unit.synthetic import source_shapes
+from tpctl.arch.families import FAMILIES
 from tpctl.checkpoint.gguf.block_types import BLOCK_TYPES
 from tpctl.checkpoint.gguf.config import ARCHITECTURES, Architecture
 from tpctl.checkpoint.gguf.header import GgufError, read_gguf_header
 from tpctl.checkpoint.gguf.model import GgufModel
 from tpctl.checkpoint.gguf.tensors import match_tensors
 from tpctl.errors import SourceError
-from tpctl.models.specs import FAMILIES
 
 HUGE = 2**63
 

@@ -14,8 +14,8 @@ from tests.unit.fake_client import write_tokenizer
 from tpctl.client import jobs
 from tpctl.client.jobs import BadLine, Job, Line, bounded_lines, read_lines
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import SourceError
+from tpctl.wire.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")

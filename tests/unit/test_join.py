@@ -21,19 +21,19 @@ from tpctl.checkpoint.folder import CheckpointFile
 from tpctl.checkpoint.locks import exclusive
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import CheckpointError, OutputError
-from tpctl.partition.manifest import Manifest
-from tpctl.sharding import join, writer
-from tpctl.sharding.join import piece_name
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.publish import PendingFolder
-from tpctl.sharding.reshard import reshard
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import Manifest
+from tpctl.sharding.cutting import join, writer
+from tpctl.sharding.cutting.join import piece_name
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.publishing.pending import PendingFolder
 
 TABLE = NewTensor("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", (3,))
 RUN = """
 import sys, time
 from pathlib import Path
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
 ranks = [int(rank) for rank in sys.argv[3].split(",")]
 slowly = lambda done, total, what="": time.sleep(0.0005)
 shard_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), 4, max_part_size=3000, ranks=ranks, progress=slowly)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.unit.synthetic import make_config
+from tpctl.arch.config import ModelConfig
 from tpctl.errors import CheckpointError
 from tpctl.json_file import MOST_BYTES, parse, read_object
-from tpctl.models.config import ModelConfig
 
 
 @pytest.mark.parametrize(

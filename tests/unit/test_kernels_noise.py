@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tpctl.kernels.noise import gumbel_reference, noise_hash_reference, sample_reference
+from tpctl.kernels.common.noise import gumbel_reference, noise_hash_reference, sample_reference
 
 
 def mix(x: int) -> int:

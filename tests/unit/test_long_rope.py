@@ -11,11 +11,11 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 from tpctl.distributed import TPGroup
-from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.launch.messages import Add, Request
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.messages import Add, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 BORDER = 24
 """``original_max_position_embeddings`` of the tiny checkpoints."""

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.errors import ShardFolderError
-from tpctl.partition import manifest as module
-from tpctl.partition.manifest import MANIFEST, Manifest, describe_ranks
-from tpctl.partition.records import Shard
+from tpctl.manifest import manifest as module
+from tpctl.manifest.manifest import MANIFEST, Manifest, describe_ranks
+from tpctl.manifest.records import Shard
 from tpctl.partition.split import Rule
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.reshard import reshard
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 
 @pytest.fixture(scope="module")

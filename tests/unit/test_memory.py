@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tpctl.engine.gpu_memory import RESERVE, GpuShare
-from tpctl.engine.memory import available_host_memory
-from tpctl.engine.model_runner import Beside, ModelRunner
+from tpctl.engine.memory.gpu import RESERVE, GpuShare
+from tpctl.engine.memory.host import available_host_memory
+from tpctl.engine.runners.runner import Beside, ModelRunner
 from tpctl.errors import EngineError
 
 GIB = 1 << 30
@@ -113,7 +113,7 @@ def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pyt
         runner._check_cache()
 
     runner.group = SimpleNamespace(rank=0, device=torch.device("cpu"), size=2)
-    monkeypatch.setattr("tpctl.engine.model_runner.available_host_memory", lambda: 8 * GIB)
+    monkeypatch.setattr("tpctl.engine.runners.runner.available_host_memory", lambda: 8 * GIB)
     runner.num_blocks = 4 * GIB // block
     runner._check_cache()
     runner.num_blocks *= 2

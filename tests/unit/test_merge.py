@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, read_tensors
+from tpctl.arch.families import FAMILIES
+from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.cast import cast
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import OutputError, PartitionError, ShardFolderError
-from tpctl.models.specs import FAMILIES
-from tpctl.models.weights import EMBEDDING, LM_HEAD
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.reshard import reshard
-from tpctl.sharding.shard import shard_checkpoint
-from tpctl.sharding.writer import _Writer
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.cutting.writer import _Writer
 
 
 @st.composite

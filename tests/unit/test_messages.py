@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.launch.messages import (
+from tpctl.wire.messages import (
     Abort,
     Add,
     Fatal,
@@ -24,6 +23,7 @@ from tpctl.launch.messages import (
     from_wire,
     to_wire,
 )
+from tpctl.wire.sampling import SamplingParams
 
 ids = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)
 sampling = st.builds(

@@ -10,14 +10,14 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import FAMILIES, make_checkpoint
 from tpctl.distributed import TPGroup
-from tpctl.engine.batch import build_forward_batch
-from tpctl.engine.block_manager import BlockManager
-from tpctl.engine.config import EngineConfig
-from tpctl.engine.model_runner import ModelRunner
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.sequence import Sequence
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.engine.runners.runner import ModelRunner
+from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduling.sequence import Sequence
+from tpctl.engine.steps.batch import build_forward_batch
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 CHUNKS = (5, 1, 9, 1, 1, 3)  # a prompt computed in pieces: prefill, decode, prefill over a cached prefix, …
 

@@ -12,15 +12,15 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import make_broken
 from tpctl.distributed import TPGroup
-from tpctl.engine.config import EngineConfig
 from tpctl.engine.engine import Engine
-from tpctl.engine.sampler import Sampler, SamplingRow
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.sequence import NOT_FINITE
-from tpctl.kernels import noise
-from tpctl.launch.messages import Abort, Add, Output, Request
+from tpctl.engine.sampling.sampler import Sampler, SamplingRow
+from tpctl.engine.scheduling.sequence import NOT_FINITE
+from tpctl.kernels.common import noise
 from tpctl.partition.split import Range, Vocab
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.messages import Abort, Add, Output, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 NAN, INF = float("nan"), float("inf")
 VOCAB = 131

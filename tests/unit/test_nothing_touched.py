@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.cli.app import main
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 
 @pytest.fixture(scope="module")

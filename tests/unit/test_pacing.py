@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from tpctl.engine.block_manager import BlockManager
-from tpctl.engine.pacing import Pace, leeway, prefill_budget
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduled import ScheduledBatch
-from tpctl.engine.scheduler import Scheduler
-from tpctl.launch.messages import Request
+from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.pacing import Pace, leeway, prefill_budget
+from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.engine.scheduling.scheduler import Scheduler
+from tpctl.wire.messages import Request
+from tpctl.wire.sampling import SamplingParams
 
 PACE = Pace(rows=64, limit=128, chunks=8)
 EOS = 7

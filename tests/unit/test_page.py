@@ -15,9 +15,9 @@ import pytest
 
 from tests.unit.reports import make_report
 from tests.unit.synthetic import make_config
+from tpctl.arch.families import FAMILIES
 from tpctl.errors import ShardFolderError
-from tpctl.models.specs import FAMILIES
-from tpctl.sharding.page import render, write_page
+from tpctl.sharding.showing.page import render, write_page
 
 LLAMA_70B: dict[str, Any] = {
     "model_type": "llama",

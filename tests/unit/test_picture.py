@@ -10,9 +10,9 @@ from rich.console import Console
 
 from tests.unit.reports import make_report
 from tests.unit.synthetic import make_config
-from tpctl.models.specs import FAMILIES
-from tpctl.sharding.picture import NAMES, draw
-from tpctl.sharding.picture_kinds import Kind, kinds
+from tpctl.arch.families import FAMILIES
+from tpctl.sharding.showing.kinds import Kind, kinds
+from tpctl.sharding.showing.picture import NAMES, draw
 
 NINE = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54, num_hidden_layers=4)
 

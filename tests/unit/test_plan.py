@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_config
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.families import FAMILIES
+from tpctl.arch.splits import LM_HEAD, build_plan, ignored_tensors
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.models.config import ModelConfig
-from tpctl.models.specs import FAMILIES
-from tpctl.models.weights import LM_HEAD, build_plan, ignored_tensors
 from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.split import Rule
 

@@ -76,7 +76,7 @@ def test_planning_imports_nothing_heavy(tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "big", LLAMA_405B)
     code = (
         "import sys; from tpctl.checkpoint.metadata import read_metadata; "
-        "from tpctl.sharding.fit import Budget, plan_model; "
+        "from tpctl.planning.fit import Budget, plan_model; "
         f"plan_model(read_metadata({str(folder)!r}), Budget()); "
         "print(sorted({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
     )

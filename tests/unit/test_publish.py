@@ -17,11 +17,13 @@ import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.errors import OutputError, TpctlError
-from tpctl.partition.manifest import Manifest
-from tpctl.sharding import exchange, publish, writer
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.reshard import reshard
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import Manifest
+from tpctl.sharding.cutting import writer
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.publishing import exchange
+from tpctl.sharding.publishing import pending as publish
 
 
 @pytest.fixture

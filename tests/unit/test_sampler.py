@@ -7,10 +7,10 @@ import torch
 
 from tests.ranks import run_ranks
 from tpctl.distributed import TPGroup
-from tpctl.engine.noise import gumbel_noise, noise_keys
-from tpctl.engine.sampler import Sampler, SamplingRow
-from tpctl.engine.sampling_params import SamplingParams
+from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
+from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.partition.split import Range, Vocab
+from tpctl.wire.sampling import SamplingParams
 
 VOCAB = 300
 

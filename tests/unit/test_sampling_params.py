@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tpctl.cli.options import DistributionOptions, SamplingOptions
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.sequence import Sequence
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.errors import RequestError, UsageError
+from tpctl.wire.sampling import SamplingParams
 
 
 @pytest.mark.parametrize(

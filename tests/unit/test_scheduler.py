@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpctl.engine.block_manager import BlockManager
-from tpctl.engine.sampling_params import SamplingParams
-from tpctl.engine.scheduled import ScheduledBatch
-from tpctl.engine.scheduler import Scheduler
-from tpctl.engine.sequence import NOT_FINITE, Sequence
-from tpctl.launch.messages import Output, Request
+from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.engine.scheduling.scheduler import Scheduler
+from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
+from tpctl.wire.messages import Output, Request
+from tpctl.wire.sampling import SamplingParams
 
 
 def next_token(tokens: list[int]) -> int:

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, read_tensors
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import (
     CheckpointError,
@@ -23,11 +25,9 @@ from tpctl.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from tpctl.models.config import ModelConfig
-from tpctl.models.weights import EMBEDDING, LM_HEAD, build_plan
-from tpctl.partition.manifest import Manifest
-from tpctl.sharding import transfer
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import Manifest
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.moving import transfer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.cli.shard import print_report
-from tpctl.sharding.writer import ShardReport
+from tpctl.sharding.cutting.writer import ShardReport
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from tpctl.errors import (
     CheckpointError,
     OutputError,
 )
-from tpctl.sharding import files as sharding_files
-from tpctl.sharding import writer
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.reshard import reshard
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting import writer
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.moving import files as sharding_files
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.unit.synthetic import make_config
-from tpctl.models.config import ModelConfig
-from tpctl.models.weights import EMBEDDING, LM_HEAD, build_plan
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
 from tpctl.partition.plan import PartitionPlan
 
 Array = NDArray[np.float64]

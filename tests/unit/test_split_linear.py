@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tpctl.kernels.split_linear import pick_splits, split_linear
+from tpctl.kernels.linear.split_linear import pick_splits, split_linear
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])

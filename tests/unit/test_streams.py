@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.cli.streams import NamedFile
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 COMMANDS = [
     "--help",

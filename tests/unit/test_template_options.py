@@ -23,8 +23,8 @@ from tpctl.cli.console import note, say
 from tpctl.client.conversation import Conversation, recommended_sampling
 from tpctl.client.jobs import BadLine, Line
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import CheckpointError, RequestError, TpctlError, UsageError, printable
+from tpctl.wire.settings import EngineConfig
 
 THINKS = "{{ messages[-1].content }}{{ '+' if think else '-' }}{{ messages[-1].reasoning_content }}"
 

@@ -17,20 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
+from tpctl.arch.config import ModelConfig
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.cli.app import main
 from tpctl.errors import ShardFolderError, TpctlError
-from tpctl.models.config import ModelConfig
-from tpctl.partition import manifest as module
-from tpctl.partition import manifest_file
-from tpctl.partition.manifest import MANIFEST, Manifest
-from tpctl.sharding import writer
-from tpctl.sharding.damage import load_manifest
-from tpctl.sharding.inspect import inspect_shards
-from tpctl.sharding.merge import merge_shards
-from tpctl.sharding.page import render
-from tpctl.sharding.reshard import reshard
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest import file as manifest_file
+from tpctl.manifest import manifest as module
+from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.sharding.cutting import writer
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.proving.damage import load_manifest
+from tpctl.sharding.showing.inspect import inspect_shards
+from tpctl.sharding.showing.page import render
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_nesting_is_refused_at_once(place: Path) -> None:
         (place / "crafted" / MANIFEST).write_text(text)
         for verify in (False, True):
             with (
-                mock.patch("tpctl.sharding.damage.undo_flip", side_effect=AssertionError("looked for a flip")),
+                mock.patch("tpctl.sharding.proving.damage.undo_flip", side_effect=AssertionError("looked for a flip")),
                 pytest.raises(ShardFolderError, match=r"is damaged \(it is nested too deeply\); shard the model again"),
             ):
                 load_manifest(place / "crafted", verify=verify)

@@ -12,8 +12,8 @@ from tests.unit.hub_server import Hub, Refusal, serving
 from tests.unit.synthetic import make_checkpoint, make_config
 from tests.unit.test_download import Run, failed, files
 from tests.unit.test_download import run as run  # the fixture
-from tpctl.partition.manifest import Manifest
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import Manifest
+from tpctl.sharding.cutting.shard import shard_checkpoint
 
 
 @pytest.fixture

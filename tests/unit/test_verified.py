@@ -13,9 +13,9 @@ from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.cli.engine import configure, prepare
 from tpctl.cli.options import Device, EngineOptions
 from tpctl.errors import ShardFolderError
-from tpctl.sharding import verified
-from tpctl.sharding.shard import shard_checkpoint
-from tpctl.sharding.transfer import hash_all
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.moving.transfer import hash_all
+from tpctl.sharding.proving import verified
 
 OPTIONS = EngineOptions(device=Device.cpu, tp=2)
 PART = "model-rank-1-part-0.safetensors"

@@ -15,10 +15,10 @@ from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.checkpoint.sources import converted_gguf, pypi_entry
 from tpctl.errors import ShardFolderError
-from tpctl.partition.manifest import MANIFEST, Manifest
-from tpctl.sharding.at_hand import source_at_hand
-from tpctl.sharding.inspect import inspect_shards
-from tpctl.sharding.shard import shard_checkpoint
+from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.proving.at_hand import source_at_hand
+from tpctl.sharding.showing.inspect import inspect_shards
 
 TABLE = NewTensor("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (3,))
 

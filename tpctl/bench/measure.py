@@ -15,9 +15,9 @@ from typing import Any
 
 from tpctl.bench.workload import make_workload, one_request
 from tpctl.client.engine_client import EngineClient
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError
-from tpctl.launch.messages import Request
+from tpctl.wire.messages import Request
+from tpctl.wire.settings import EngineConfig
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.splits import weight_splits
 from tpctl.checkpoint.cache import cache_root, locked
 from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import UsageError
-from tpctl.models.config import ModelConfig
-from tpctl.models.weights import weight_splits
 from tpctl.partition.split import source_shapes
 
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import UsageError
-from tpctl.launch.messages import Request
+from tpctl.wire.messages import Request
+from tpctl.wire.sampling import SamplingParams
 
 
 @dataclass(frozen=True)

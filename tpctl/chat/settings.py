@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from tpctl.client.conversation import Conversation
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import RequestError, shown
+from tpctl.wire.sampling import SamplingParams
 
 _HIDDEN = ("logprobs",)  # a chat does not show them
 NAMES = (*(field.name for field in fields(SamplingParams) if field.name not in _HIDDEN), "stop")

@@ -26,7 +26,7 @@ from tpctl.checkpoint.hub_settings import check_settings, check_token
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
 from tpctl.checkpoint.transfer import Download, Meter, Progress
 from tpctl.errors import SourceError, counted
-from tpctl.partition.manifest import MANIFEST
+from tpctl.manifest.manifest import MANIFEST
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from tpctl.checkpoint.folder import INDEX, SINGLE, indexed_files
 from tpctl.checkpoint.hub_settings import check_importable
 from tpctl.errors import CheckpointError, SourceError
 from tpctl.json_file import read_bytes
-from tpctl.partition.manifest import MANIFEST, Manifest
+from tpctl.manifest.manifest import MANIFEST, Manifest
 
 
 def repository(repo: str) -> Path:

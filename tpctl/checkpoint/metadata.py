@@ -15,7 +15,7 @@ from tpctl.checkpoint.retry import FILE_SECONDS, patiently
 from tpctl.checkpoint.safetensors import parse_header
 from tpctl.checkpoint.sources import Notify, hub_id, is_local, local_path, resolve, to_stderr
 from tpctl.errors import SourceError
-from tpctl.partition.manifest import MANIFEST, Manifest
+from tpctl.manifest.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from tpctl.errors import CheckpointError, counted, shorten, shown
+from tpctl.manifest.records import LONGEST_TEXT
 from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
-from tpctl.partition.records import LONGEST_TEXT
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Dtypes that ``checkpoint.cast`` can cast from."""

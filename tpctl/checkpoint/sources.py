@@ -27,7 +27,7 @@ from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.transfer import Progress
 from tpctl.errors import SourceError, counted, printable, shorten
-from tpctl.partition.manifest import MANIFEST
+from tpctl.manifest.manifest import MANIFEST
 
 DEMO = "demo"
 DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -9,7 +9,7 @@ from tpctl.checkpoint.hub_errors import explained
 from tpctl.checkpoint.hub_settings import check_settings
 from tpctl.checkpoint.sources import HUB_ID, check_folder
 from tpctl.errors import SourceError
-from tpctl.partition.manifest import MANIFEST, Manifest
+from tpctl.manifest.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
     from tpctl.bench.measure import Figure
-    from tpctl.engine.config import EngineConfig
+    from tpctl.wire.settings import EngineConfig
 
 bench = typer.Typer(help="Measure speed on a real model, or on random weights of a known shape.", no_args_is_help=True)
 
@@ -115,7 +115,7 @@ def _config(
     policy: SchedulingPolicy = SchedulingPolicy.fcfs,
 ) -> tuple[EngineConfig, str, int]:
     """The engine's configuration, the model's name and how many tokens it knows."""
-    from tpctl.models.config import ModelConfig
+    from tpctl.arch.config import ModelConfig
 
     if shape is None:
         model = "demo" if model is None else model
@@ -123,8 +123,8 @@ def _config(
         return config, model, ModelConfig.load(config.text_dir).vocab_size
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
+    from tpctl.arch.splits import build_plan
     from tpctl.bench.synthetic import shape_config, synthetic_source
-    from tpctl.models.weights import build_plan
 
     known = shape_config(shape)
     settings = settle(options, policy)

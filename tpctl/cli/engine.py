@@ -14,8 +14,8 @@ from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, DType, EngineOptions, SchedulingPolicy
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import format_bytes, parse_bytes
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import MixedDtypesError
+from tpctl.wire.settings import EngineConfig
 
 if TYPE_CHECKING:
     from tpctl.checkpoint.sources import ResolvedSource
@@ -49,10 +49,10 @@ def configure(
     Raises:
         TpctlError: the model cannot be sharded, its shards are damaged, or it cannot be run in this way.
     """
-    from tpctl.models.config import ModelConfig
-    from tpctl.partition.manifest import MANIFEST, Manifest
+    from tpctl.arch.config import ModelConfig
+    from tpctl.manifest.manifest import MANIFEST, Manifest
     from tpctl.sharding.cache import ensure_sharded
-    from tpctl.sharding.verified import ensure_verified
+    from tpctl.sharding.proving.verified import ensure_verified
 
     tp_size = options.tp
     if tp_size is None:

@@ -12,10 +12,10 @@ import typer
 from tpctl.cli.console import byte_progress, note, print_json, say, stdout
 from tpctl.cli.units import format_bytes
 from tpctl.errors import counted, printable
-from tpctl.partition.manifest import describe_ranks
+from tpctl.manifest.manifest import describe_ranks
 
 if TYPE_CHECKING:
-    from tpctl.sharding.inspect import InspectReport, PieceReport, TensorReport
+    from tpctl.sharding.showing.inspect import InspectReport, PieceReport, TensorReport
 
 
 def inspect_shards(
@@ -31,12 +31,12 @@ def inspect_shards(
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
     """Show what each rank of a shard folder holds and how every weight was cut; --verify proves it."""
+    from tpctl.arch.config import ModelConfig
     from tpctl.checkpoint.sources import resolve
-    from tpctl.models.config import ModelConfig
-    from tpctl.sharding.at_hand import source_at_hand
-    from tpctl.sharding.damage import load_manifest
-    from tpctl.sharding.inspect import inspect_shards as inspect
-    from tpctl.sharding.page import write_page
+    from tpctl.sharding.proving.at_hand import source_at_hand
+    from tpctl.sharding.proving.damage import load_manifest
+    from tpctl.sharding.showing.inspect import inspect_shards as inspect
+    from tpctl.sharding.showing.page import write_page
 
     manifest = load_manifest(folder, verify=verify)
     origin = None
@@ -100,9 +100,9 @@ def _print(report: InspectReport, detail: bool) -> None:
 
 def _draw(report: InspectReport) -> None:
     """Every kind of weight once, as a picture: layers that are cut alike share it."""
-    from tpctl.models.config import ModelConfig
-    from tpctl.sharding.picture import draw
-    from tpctl.sharding.picture_kinds import kinds
+    from tpctl.arch.config import ModelConfig
+    from tpctl.sharding.showing.kinds import kinds
+    from tpctl.sharding.showing.picture import draw
 
     head_dim = ModelConfig.load(Path(report.folder)).head_dim
     stdout().print(draw(kinds(report), head_dim), soft_wrap=True)

@@ -20,7 +20,7 @@ def merge(
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Put shards together again: the Hugging Face checkpoint they were cut from, byte for byte."""
-    from tpctl.sharding.merge import merge_shards
+    from tpctl.sharding.cutting.merge import merge_shards
 
     with byte_progress("merging") as progress:
         report = merge_shards(folder, output, force=force, progress=progress)

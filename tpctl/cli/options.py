@@ -146,7 +146,7 @@ class DistributionOptions:
         Raises:
             UsageError: a value is out of range; the message names the option.
         """
-        from tpctl.engine.sampling_params import SamplingParams
+        from tpctl.wire.sampling import SamplingParams
 
         most = {"max_tokens": 2**31, **(defaults or {}), **self.given()}["max_tokens"]
         for name, value in self.given().items():

@@ -11,10 +11,10 @@ from tpctl.cli.console import print_json, stdout
 from tpctl.cli.options import GPU_SEQS, GPU_TOKENS, DType, KvCacheDType
 from tpctl.cli.units import format_bytes, parse_bytes
 from tpctl.errors import UsageError
-from tpctl.partition.manifest import describe_ranks
+from tpctl.manifest.manifest import describe_ranks
 
 if TYPE_CHECKING:
-    from tpctl.sharding.fit import FitReport, RankFit
+    from tpctl.planning.fit import FitReport, RankFit
 
 LEAST_GPU = 1 << 30
 """Bytes: less is a unit mistaken or forgotten."""
@@ -43,7 +43,7 @@ def plan(
 ) -> None:
     """Say which tensor-parallel sizes work, what each costs, and what fits; reads headers, never weights."""
     from tpctl.checkpoint.metadata import read_metadata
-    from tpctl.sharding.fit import Budget, plan_model
+    from tpctl.planning.fit import Budget, plan_model
 
     memory = parse_bytes(gpu_memory, "GiB")
     if memory < LEAST_GPU:

@@ -32,7 +32,7 @@ def reshard(
     """Cut shards anew for another number of ranks, equal to sharding the source at that size."""
     part_size = None if max_part_size is None else parse_bytes(max_part_size)
     wanted = parse_ranks(ranks)
-    from tpctl.sharding.reshard import reshard as run
+    from tpctl.sharding.cutting.reshard import reshard as run
 
     with byte_progress("resharding") as progress:
         report = run(

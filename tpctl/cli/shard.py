@@ -14,7 +14,7 @@ from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
 from tpctl.errors import counted
 
 if TYPE_CHECKING:
-    from tpctl.sharding.writer import ShardReport
+    from tpctl.sharding.cutting.writer import ShardReport
 
 
 def shard(
@@ -40,8 +40,8 @@ def shard(
     """Cut a checkpoint into shards: one set of safetensors files a rank, with a manifest that proves them."""
     part_size, wanted = parse_bytes(max_part_size), parse_ranks(ranks)
     from tpctl.checkpoint.cache import file_name
-    from tpctl.sharding.publish import refuse_existing
-    from tpctl.sharding.shard import shard_checkpoint
+    from tpctl.sharding.cutting.shard import shard_checkpoint
+    from tpctl.sharding.publishing.pending import refuse_existing
 
     if output is not None:
         refuse_existing(output, force, add=wanted is not None)
@@ -70,7 +70,7 @@ def shard(
 
 def print_report(report: ShardReport) -> None:
     """What was written, as text."""
-    from tpctl.partition.manifest import describe_ranks, rank_list
+    from tpctl.manifest.manifest import describe_ranks, rank_list
 
     total = sum(report.bytes_per_rank.values())
     dtype = f", cast to {report.dtype}" if report.dtype else ""

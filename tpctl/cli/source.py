@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from tpctl.cli.console import byte_progress
 
 if TYPE_CHECKING:
+    from tpctl.arch.config import ModelConfig
     from tpctl.checkpoint.sources import ResolvedSource
-    from tpctl.models.config import ModelConfig
 
 
 def supported_source(
@@ -36,8 +36,8 @@ def supported_source(
 
     config = _config_folder(model, revision, token)
     if config is not None:
-        from tpctl.models.config import ModelConfig
-        from tpctl.models.weights import build_plan
+        from tpctl.arch.config import ModelConfig
+        from tpctl.arch.splits import build_plan
 
         found = ModelConfig.load(config)
         build_plan(found, tp_size or 1)
@@ -51,7 +51,7 @@ def _config_folder(model: str, revision: str | None, token: str | None) -> Path 
     from tpctl.checkpoint.hub_cache import cached
     from tpctl.checkpoint.metadata import read_metadata
     from tpctl.checkpoint.sources import hub_id, is_local, local_path
-    from tpctl.partition.manifest import MANIFEST
+    from tpctl.manifest.manifest import MANIFEST
 
     folder = local_path(model)
     if (folder / MANIFEST).is_file():

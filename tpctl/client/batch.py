@@ -17,7 +17,7 @@ from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError, TpctlError
-from tpctl.launch.messages import Output, Request
+from tpctl.wire.messages import Output, Request
 
 _POLL = 0.1  # seconds between looks at interruptions and at new lines
 

@@ -12,10 +12,10 @@ from typing import Any
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import CheckpointError, RequestError
 from tpctl.json_file import read_object
-from tpctl.launch.messages import Output, Request
+from tpctl.wire.messages import Output, Request
+from tpctl.wire.sampling import SamplingParams
 
 CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95}
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

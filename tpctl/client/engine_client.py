@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError, RequestError, TpctlError
-from tpctl.launch.channel import Channel, ChannelClosed
-from tpctl.launch.messages import (
+from tpctl.launch.torchrun import WORKER, Workers
+from tpctl.wire.channel import Channel, ChannelClosed
+from tpctl.wire.messages import (
     Abort,
     Add,
     Fatal,
@@ -25,7 +25,7 @@ from tpctl.launch.messages import (
     Stats,
     Stop,
 )
-from tpctl.launch.torchrun import WORKER, Workers
+from tpctl.wire.settings import EngineConfig
 
 START_TIMEOUT = 1800.0  # seconds; weights from a slow network disk take their time
 

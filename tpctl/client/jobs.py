@@ -18,8 +18,8 @@ from zlib import crc32
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.engine_client import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
-from tpctl.engine.sampling_params import SamplingParams
 from tpctl.errors import SourceError, TpctlError, shown
+from tpctl.wire.sampling import SamplingParams
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 _FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | _SAMPLING_FIELDS

@@ -7,7 +7,7 @@ from typing import Any
 
 from tpctl.client.detokenizer import detokenizer
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.launch.messages import Output
+from tpctl.wire.messages import Output
 
 
 class StopStrings:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from tpctl.distributed import TPGroup
-from tpctl.engine.block_manager import BlockManager
-from tpctl.engine.config import EngineConfig
-from tpctl.engine.model_runner import Launched, ModelRunner
-from tpctl.engine.scheduler import Scheduler
-from tpctl.launch.messages import Abort, Add, Message, Output
+from tpctl.engine.runners.runner import Launched, ModelRunner
+from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.layers.attention.select import choose_backend
+from tpctl.wire.messages import Abort, Add, Message, Output
+from tpctl.wire.settings import EngineConfig
 
 
 class Engine:
@@ -113,7 +113,7 @@ def _make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
     # Whether the backend suits the dtype is for the runner to say, which knows what "auto" means there.
     backend = choose_backend(config.attention_backend, group.device.type, torch.bfloat16)
     if group.device.type == "cuda" and backend != "sdpa":
-        from tpctl.engine.cuda_runner import CudaRunner
+        from tpctl.engine.runners.cuda import CudaRunner
 
         return CudaRunner(config, group)
     return ModelRunner(config, group)

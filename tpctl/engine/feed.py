@@ -17,8 +17,8 @@ import threading
 from typing import Any
 
 from tpctl.distributed import TPGroup
-from tpctl.launch.channel import Channel
-from tpctl.launch.messages import Message, from_wire
+from tpctl.wire.channel import Channel
+from tpctl.wire.messages import Message, from_wire
 
 _LENGTH = struct.Struct(">I")
 _JOIN_TIMEOUT = 60.0  # seconds for the other ranks to connect

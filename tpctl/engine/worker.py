@@ -25,12 +25,12 @@ import torch  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
 from tpctl.distributed import TPGroup  # noqa: E402
-from tpctl.engine.config import EngineConfig  # noqa: E402
 from tpctl.engine.engine import Engine  # noqa: E402
 from tpctl.engine.feed import Follower, Leader  # noqa: E402
 from tpctl.engine.wait_policy import WaitPolicy, watch_waiting  # noqa: E402
 from tpctl.errors import TpctlError  # noqa: E402
-from tpctl.launch.messages import Fatal, GetStats, Outputs, Ready, Stats, Stop  # noqa: E402
+from tpctl.wire.messages import Fatal, GetStats, Outputs, Ready, Stats, Stop  # noqa: E402
+from tpctl.wire.settings import EngineConfig  # noqa: E402
 
 
 def serve(engine: Engine, feed: Leader | Follower, policy: WaitPolicy | None = None) -> None:
@@ -68,7 +68,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def preload(argv: list[str]) -> None:
     """Import what this engine's ranks will need beyond this module; initialises no device."""
     if EngineConfig.load(parse_arguments(argv).config).device == "cuda" and find_spec("triton") is not None:
-        import tpctl.engine.cuda_runner
+        import tpctl.engine.runners.cuda
         import tpctl.layers.attention.triton  # noqa: F401
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from tpctl.launch.channel import Channel
+from tpctl.wire.channel import Channel
 
 PARENT_PID = "TPCTL_PARENT_PID"
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

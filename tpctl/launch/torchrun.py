@@ -23,9 +23,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tpctl.engine.config import EngineConfig
 from tpctl.errors import EngineError, TpctlError
-from tpctl.launch.channel import Channel
 from tpctl.launch.environment import worker_environment
 from tpctl.launch.failure import (
     RankFailure,
@@ -40,6 +38,8 @@ from tpctl.launch.failure import (
 from tpctl.launch.loopback import require_loopback
 from tpctl.launch.processes import kill_marked
 from tpctl.launch.run_folder import RunFolder
+from tpctl.wire.channel import Channel
+from tpctl.wire.settings import EngineConfig
 
 WORKER = "tpctl.engine.worker"
 _LOOK = 0.05  # seconds

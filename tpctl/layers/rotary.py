@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tpctl.models.config import RopeConfig
+from tpctl.arch.config import RopeConfig
 
 
 class RotaryTable:

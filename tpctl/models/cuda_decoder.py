@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
-from tpctl.kernels.activation import silu_and_mul
-from tpctl.kernels.all_reduce import PeerBuffer
-from tpctl.kernels.gated_linear import gated_linear, pick_gated
-from tpctl.kernels.gemv import GemvConfig, GemvScratch, few_rows, pick, small_linear
-from tpctl.kernels.launch import has_pdl, is_hopper, num_multiprocessors
-from tpctl.kernels.norm import add_rms_norm, rms_norm
-from tpctl.kernels.rope_cache import rope_cache
-from tpctl.kernels.split_linear import pick_splits, split_linear
+from tpctl.kernels.attention.rope_cache import rope_cache
+from tpctl.kernels.collective.all_reduce import PeerBuffer
+from tpctl.kernels.common.activation import silu_and_mul
+from tpctl.kernels.common.launch import has_pdl, is_hopper, num_multiprocessors
+from tpctl.kernels.common.norm import add_rms_norm, rms_norm
+from tpctl.kernels.linear.gated_linear import gated_linear, pick_gated
+from tpctl.kernels.linear.gemv import GemvConfig, GemvScratch, few_rows, pick, small_linear
+from tpctl.kernels.linear.split_linear import pick_splits, split_linear
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.attention.paged import PagedBackend

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from tpctl.arch.config import ModelConfig
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, HeadShape, LayerKV
@@ -25,7 +26,6 @@ from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpctl.layers.linear import GatedParallelLinear, ReplicatedLinear, RowParallelLinear
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
-from tpctl.models.config import ModelConfig
 from tpctl.partition.plan import PartitionPlan
 
 

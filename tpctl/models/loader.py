@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from tpctl.arch.splits import EMBEDDING
 from tpctl.errors import OverflowedError, ShardFolderError
 from tpctl.models.decoder import Decoder
-from tpctl.models.weights import EMBEDDING
 
 
 def load_shard(

@@ -9,11 +9,11 @@ from tpctl.checkpoint.cache import cache_root, file_name, locked
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import ShardFolderError
-from tpctl.partition.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from tpctl.sharding.files import Progress
-from tpctl.sharding.shard import shard_checkpoint
-from tpctl.sharding.verified import remember_verified
-from tpctl.sharding.verify import check_copied
+from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.moving.files import Progress
+from tpctl.sharding.proving.verified import remember_verified
+from tpctl.sharding.proving.verify import check_copied
 
 
 def ensure_sharded(

@@ -88,7 +88,7 @@ def _not_packed(backend: str, dtype: torch.dtype, heads: HeadShape, whole_heads:
         return "a GPU of compute capability 8.0 or more, whose bfloat16 arithmetic it takes"
     if dtype != torch.bfloat16:
         return f"bfloat16, not {str(dtype).removeprefix('torch.')}"
-    from tpctl.kernels.packed_kv import HEAD_DIMS
+    from tpctl.kernels.attention.packed_kv import HEAD_DIMS
 
     if heads.head_dim not in HEAD_DIMS or not whole_heads:
         known = ", ".join(map(str, HEAD_DIMS))

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tpctl.kernels.launch import has_pdl
-from tpctl.kernels.packed_kv import pack_reference, row_bytes, unpack_blocks
-from tpctl.kernels.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
-from tpctl.kernels.paged_prefill import paged_prefill
+from tpctl.kernels.attention.packed_kv import pack_reference, row_bytes, unpack_blocks
+from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
+from tpctl.kernels.attention.paged_prefill import paged_prefill
+from tpctl.kernels.common.launch import has_pdl
 from tpctl.layers.attention.base import HeadShape, LayerKV
 from tpctl.layers.attention.paged import PagedBackend, prefill_chunks
 from tpctl.layers.batch import ForwardBatch, PrefillChunks

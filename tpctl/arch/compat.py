@@ -1,0 +1,55 @@
+"""What other engines need of a shard folder that they load with ``load_format="sharded_state"``.
+
+Stored names, row order and file names are theirs already. Neither engine takes an uneven split. vLLM (0.32)
+also wants four scales a layer, which are 1 where nothing is quantised; SGLang (0.5.23) refuses them.
+"""
+
+from __future__ import annotations
+
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.splits import build_plan
+from tpctl.errors import PartitionError, UsageError
+from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.split import Rule
+
+ENGINES = ("vllm", "sglang")
+_VLLM_SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
+
+
+def check_compat(engine: str, config: ModelConfig, plan: PartitionPlan) -> None:
+    """Check that ``engine`` is known and can load what ``plan`` makes.
+
+    Raises:
+        UsageError: the engine is unknown.
+        PartitionError: the split is uneven; the message names the sizes that are not.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"--compat {engine} is unknown; use {' or '.join(ENGINES)}")
+    if (uneven := _uneven(plan)) is not None:
+        even = [tp for tp in range(1, config.num_heads + 1) if _is_even(config, tp)]
+        raise PartitionError(
+            f"{engine} loads only even splits, but at tp {plan.tp_size} the ranks' {uneven} differ in shape; "
+            f"use --tp {', '.join(map(str, even))}"
+        )
+
+
+def scales(engine: str | None, config: ModelConfig) -> tuple[StoredTensor, ...]:
+    """The scalars of value 1 (F32) that ``engine`` expects on every rank, beyond the model's weights."""
+    if engine != "vllm":
+        return ()
+    names = (
+        f"model.layers.{layer}.self_attn.attn.{scale}" for layer in range(config.num_layers) for scale in _VLLM_SCALES
+    )
+    return tuple(StoredTensor(name, Rule.REPLICATED, 0, (), ()) for name in names)
+
+
+def _is_even(config: ModelConfig, tp_size: int) -> bool:
+    if config.num_heads % tp_size or config.intermediate_size % tp_size:
+        return False
+    return _uneven(build_plan(config, tp_size)) is None
+
+
+def _uneven(plan: PartitionPlan) -> str | None:
+    """A stored tensor whose shape is not the same on every rank."""
+    first = plan.shards[0]
+    return next((name for name in first if any(s[name].shape != first[name].shape for s in plan.shards)), None)

@@ -1,0 +1,77 @@
+"""The partition plan of a checkpoint as it is stored, and into what parts it is cut by default.
+
+Apart from ``shard``, so that planning a model loads nothing that moves bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.families import DTYPES
+from tpctl.arch.foreign import check_tensors
+from tpctl.arch.splits import EMBEDDING, LM_HEAD, ignored_tensors, weight_splits
+from tpctl.checkpoint.safetensors import FLOATS, dtype_after_cast
+from tpctl.errors import CheckpointError, MixedDtypesError
+from tpctl.partition.plan import PartitionPlan, Shape
+from tpctl.partition.split import TensorSplit
+
+DEFAULT_PART_SIZE = 5 * 10**9
+"""Bytes of tensors in one part file, as Hugging Face checkpoints have it."""
+
+
+def source_splits(config: ModelConfig, names: Iterable[str]) -> list[TensorSplit]:
+    """The split of every stored tensor, for a checkpoint that holds tensors ``names``.
+
+    With tied embeddings a checkpoint may keep the one copy under the head's name; the head is then read from there.
+    """
+    splits, held = list(weight_splits(config)), set(names)
+    if config.tie_word_embeddings and LM_HEAD in held and EMBEDDING not in held:
+        head = splits[-1]
+        splits[-1] = replace(head, blocks=tuple(replace(block, source=LM_HEAD) for block in head.blocks))
+    return splits
+
+
+def source_plan(config: ModelConfig, names: Iterable[str], tp_size: int) -> PartitionPlan:
+    """The partition plan for a checkpoint that holds tensors ``names`` (see ``source_splits``).
+
+    Raises:
+        PartitionError: the model cannot be cut into ``tp_size`` shards.
+    """
+    return PartitionPlan.build(config.geometry, source_splits(config, names), tp_size)
+
+
+def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_size: int) -> PartitionPlan:
+    """The partition plan for a checkpoint with tensors of ``shapes``, every one of which it uses.
+
+    Raises:
+        PartitionError: as ``source_plan``.
+        UnsupportedModelError: the tensors are those of a quantised model, an adapter or another architecture.
+        CheckpointError: a tensor is missing, of another shape, or unknown.
+    """
+    plan, ignored = source_plan(config, shapes, tp_size), ignored_tensors(config)
+    check_tensors(shapes.keys() - plan.source_shapes.keys() - set(ignored))
+    plan.check_source(shapes, ignored)
+    return plan
+
+
+def stored_dtype(name: str, sources: Mapping[str, str], target: str | None) -> str:
+    """The safetensors dtype of stored tensor ``name``.
+
+    Args:
+        sources: the dtypes of the tensors that it is made of, by their names.
+        target: what floats are cast to; ``None`` keeps them.
+
+    Raises:
+        MixedDtypesError: they differ, and a cast would make them equal.
+        CheckpointError: they differ, and none would.
+    """
+    kept = {source: dtype_after_cast(dtype, target) for source, dtype in sources.items()}
+    if len(set(kept.values())) == 1:
+        return next(iter(kept.values()))
+    (first, one), (second, other) = list({dtype: source for source, dtype in kept.items()}.items())[:2]
+    differ = f"{one} is {first} but {other} is {second}; {name} cannot hold both"
+    if set(kept.values()) <= FLOATS:
+        raise MixedDtypesError(f"{differ}, cast with --dtype {', '.join(DTYPES)}")
+    raise CheckpointError(f"{differ}, and they cannot be cast")

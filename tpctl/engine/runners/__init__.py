@@ -1,0 +1,1 @@
+"""Running steps: anywhere, and on GPUs ahead of time."""

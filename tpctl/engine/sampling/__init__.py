@@ -1,0 +1,1 @@
+"""Choosing tokens over a divided vocabulary."""

@@ -1,0 +1,51 @@
+"""Log-probabilities of the model's own distribution (before temperature, penalties and filters)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+from tpctl.wire.sampling import SamplingParams
+
+
+def report_logprobs(
+    logits_RV: Tensor, chosen_R: Tensor, first: int, widest: int, params: Sequence[SamplingParams], group: TPGroup
+) -> list[Any]:
+    """One entry a row: ``[log-probability of the chosen token, [[token id, log-probability], …]]``, or ``None``.
+
+    Args:
+        logits_RV: this rank's raw logits, float32, for the tokens from ``first`` on.
+        chosen_R: the chosen token ids, global.
+        widest: the largest V over the ranks.
+    """
+    total = group.all_gather(logits_RV.logsumexp(-1)).logsumexp(0)
+    local = chosen_R - first
+    held = (local >= 0) & (local < logits_RV.shape[1])
+    mine = logits_RV.gather(-1, local.clamp(0, logits_RV.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
+    chosen = group.all_reduce_max(torch.where(held, mine, float("-inf"))) - total
+
+    wanted = max(p.logprobs or 0 for p in params)
+    count = min(wanted, widest)
+    chances: list[float] = chosen.tolist()
+    tops: list[list[list[float]]] = [[]] * len(params)
+    if count:
+        mine = torch.full((len(params), count, 2), float("-inf"), dtype=torch.float64, device=logits_RV.device)
+        values, ids = logits_RV.topk(min(count, logits_RV.shape[1]), dim=-1)
+        mine[:, : values.shape[1], 0] = values.double()
+        mine[:, : values.shape[1], 1] = (ids + first).double()
+        pairs = group.all_gather(mine)
+        merged = pairs.permute(1, 0, 2, 3).flatten(1, 2)  # [R, ranks * count, 2], lower ids first among equals
+        order = merged[..., 0].sort(dim=-1, descending=True, stable=True).indices[:, :wanted]
+        best = merged.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
+        best[..., 0] -= total.double().unsqueeze(-1)
+        tops = best.tolist()
+    return [
+        None
+        if p.logprobs is None
+        else [chance, [[int(id), value] for value, id in top[: p.logprobs] if value > float("-inf")]]
+        for chance, top, p in zip(chances, tops, params, strict=True)
+    ]

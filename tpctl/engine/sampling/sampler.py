@@ -1,0 +1,251 @@
+"""Chooses the next token of each row from logits that are spread over the ranks.
+
+Every rank works on its own slice of the vocabulary: it divides by the temperature, drops what top-k, top-p and min-p
+exclude, adds Gumbel noise and takes its best token (the largest of logits plus Gumbel noise is a sample of their
+softmax). One small all-gather of (score, token id) then picks the winner, the same on every rank. Whole rows of logits
+travel only where a top-p set is so flat that the ranks' best candidates do not hold it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
+from tpctl.engine.sampling.logprobs import report_logprobs
+from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
+from tpctl.engine.scheduling.sequence import NOT_FINITE
+from tpctl.partition.split import Range
+from tpctl.wire.sampling import SamplingParams
+
+_BYTES = 96
+"""Of a GPU's memory that one row takes at most while it is sampled, for each token of the vocabulary: where a top-p
+set is so flat that whole rows are sorted."""
+_AT_ONCE = 512 << 20
+"""Bytes that all rows sampled together may take so, or one row if it takes more."""
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What one row needs besides its logits.
+
+    ``position`` is the place in the sequence that the sampled token will take; ``history`` all tokens before it, of
+    which the first ``num_prompt_tokens`` are the prompt's (read only where a penalty is set). ``banned``: tokens that
+    may not come here.
+    """
+
+    params: SamplingParams
+    position: int
+    history: SequenceType[int] = ()
+    num_prompt_tokens: int = 0
+    banned: Collection[int] = ()
+
+
+class Sampler:
+    """Samples from this rank's slice of the vocabulary.
+
+    Args:
+        slices: every rank's rows of the padded vocabulary.
+        vocab_size: how many of all rows are real tokens.
+    """
+
+    def __init__(self, group: TPGroup, slices: SequenceType[Range], vocab_size: int) -> None:
+        self.group = group
+        self.first = slices[group.rank].start
+        reals = [len(piece.clipped(vocab_size)) for piece in slices]
+        self.real = reals[group.rank]
+        self.widest = max(reals)
+        self._row_bytes = _BYTES * group.size * self.widest
+        self._piece = max(1, _AT_ONCE // self._row_bytes)
+
+    def working_bytes(self, rows: int) -> int:
+        """Bytes of a GPU's memory that ``sample`` takes at most, besides the logits, for so many rows."""
+        return min(rows, self._piece) * self._row_bytes
+
+    def whole_rows(self, logits_RV: Tensor) -> tuple[Tensor, int]:
+        """All ranks' logits [ranks, R, V], padding as -inf, and how many of the ranks * V columns are to be read.
+
+        Launches work on the device alone; with one rank nothing is copied.
+        """
+        if self.group.size == 1:
+            return logits_RV.unsqueeze(0), self.real
+        mine = logits_RV.new_full((len(logits_RV), self.widest), float("-inf"))
+        mine[:, : self.real] = logits_RV[:, : self.real]
+        return self.group.all_gather(mine), self.group.size * self.widest
+
+    def sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
+        """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
+
+        A row whose scores hold NaN, or whose best one is infinite, gets ``NOT_FINITE``.
+
+        Args:
+            logits_RV: this rank's logits in any float dtype, padding columns included.
+        """
+        if logits_RV.device.type == "cpu" or len(rows) <= self._piece:
+            return self._sample(logits_RV, rows)
+        token_ids: list[int] = []
+        logprobs: list[Any] = []
+        for start in range(0, len(rows), self._piece):
+            piece = slice(start, start + self._piece)
+            tokens, reported = self._sample(logits_RV[piece], rows[piece])
+            token_ids += tokens
+            logprobs += [None] * len(tokens) if reported is None else reported
+        return token_ids, logprobs if any(entry is not None for entry in logprobs) else None
+
+    def _sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
+        # Padding columns are dropped; a rank that holds nothing else keeps one column that can never win.
+        logits = logits_RV[:, : max(self.real, 1)]
+        if self.real == 0:
+            logits = torch.full_like(logits, float("-inf"))
+        params = [row.params for row in rows]
+        penalized = [index for index, p in enumerate(params) if p.penalizes]
+        banned = [index for index, row in enumerate(rows) if row.banned]
+        if all(p.greedy and p.logprobs is None for p in params) and not penalized and not banned:
+            best, ids = self._local_best(logits)  # float32 would order them alike: spare the copy
+            return self._winners(best, ids).tolist(), None
+        raw = logits = logits.float()
+        if penalized or banned:
+            logits = logits.clone()
+            self._penalize(logits, rows, penalized)
+            self._ban(logits, rows, banned)
+        if all(p.greedy for p in params):
+            best, ids = self._local_best(logits)
+        else:
+            best, ids = self._sampled_best(logits, rows)
+        token_ids = self._winners(best, ids)
+        tokens: list[int] = token_ids.tolist()
+        if all(p.logprobs is None for p in params):
+            return tokens, None
+        return tokens, report_logprobs(raw, token_ids, self.first, self.widest, params, self.group)
+
+    def _local_best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The best score of each row and its token id, the lowest id among equals."""
+        if scores.device.type == "cpu":
+            index = _argmax(scores)
+        else:
+            index = scores.argmax(-1, keepdim=True)
+        return scores.gather(-1, index).squeeze(-1), index.squeeze(-1) + self.first
+
+    def _winners(self, best_R: Tensor, ids_R: Tensor) -> Tensor:
+        """The winning token ids [R] over all ranks, ``NOT_FINITE`` for rows with NaN or without a finite best score.
+
+        A maximum is NaN where any score is. On all ranks one that is not finite then beats those that are.
+        """
+        broken = ~(best_R < float("inf"))
+        ids_R = ids_R.masked_fill(broken | (best_R == float("-inf")), NOT_FINITE)
+        return self.agree(best_R.masked_fill(broken, float("inf")), ids_R)
+
+    def agree(self, best_R: Tensor, ids_R: Tensor) -> Tensor:
+        """The winning token ids [R] over all ranks; lower ranks hold lower ids, so ties go to the lowest id."""
+        if self.group.size == 1:
+            return ids_R
+        # float64 holds a float32 score and a token id exactly, so that one gather carries both.
+        pairs = self.group.all_gather(torch.stack([best_R.double(), ids_R.double()], dim=-1))
+        winner = pairs[..., 0].argmax(0)
+        return pairs[winner, torch.arange(len(winner), device=winner.device), 1].long()
+
+    def _penalize(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> None:
+        """Lower the logits of tokens that came before, in place, in the rows ``which``.
+
+        Repetition (Keskar et al., "CTRL", 2019): of the prompt and the answer, those of tokens seen are divided by the
+        penalty, or multiplied if negative. Then, of the answer alone, the presence penalty and as many frequency
+        penalties as a token occurs are taken away, as OpenAI's API defines them.
+        """
+        places: list[int] = []
+        columns: list[int] = []
+        factors: list[float] = []
+        minus: list[float] = []
+        for index in which:
+            row = rows[index]
+            params = row.params
+            counts = Counter(row.history[row.num_prompt_tokens :])
+            for token in set(row.history) if params.repetition_penalty != 1.0 else counts:
+                if 0 <= token - self.first < self.real:
+                    count = counts[token]
+                    places.append(index)
+                    columns.append(token - self.first)
+                    factors.append(params.repetition_penalty)
+                    minus.append(params.frequency_penalty * count + params.presence_penalty * (count > 0))
+        if places:
+            at = torch.tensor(places, device=logits.device), torch.tensor(columns, device=logits.device)
+            factor_N, minus_N = torch.tensor([factors, minus], dtype=logits.dtype, device=logits.device)
+            values = logits[at]
+            logits[at] = torch.where(values > 0, values / factor_N, values * factor_N) - minus_N
+
+    def _ban(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> None:
+        """Let the banned tokens of the rows ``which`` never win; in place."""
+        pairs = [(index, token - self.first) for index in which for token in rows[index].banned]
+        held = [(index, column) for index, column in pairs if 0 <= column < self.real]
+        if held:
+            places, columns = zip(*held, strict=True)
+            at = torch.tensor(places, device=logits.device), torch.tensor(columns, device=logits.device)
+            values = logits[at]
+            # NaN and infinity stay: they tell that the row is broken.
+            logits[at] = torch.where(values < float("inf"), float("-inf"), values)
+
+    def _sampled_best(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> tuple[Tensor, Tensor]:
+        device = logits.device
+        params = [row.params for row in rows]
+        # Greedy rows keep their logits as scores: temperature 1 and no noise.
+        temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device).unsqueeze(1)
+        scaled = logits / temperature
+        floor = torch.full((len(rows),), float("-inf"), device=device)
+        nucleus = [i for i, p in enumerate(params) if not p.greedy and (p.top_k or p.top_p < 1)]
+        if nucleus:
+            at = torch.tensor(nucleus, device=device)
+            floor[at] = nucleus_floor(scaled[at], [params[i] for i in nucleus], self.group, self.widest)
+        if any(p.min_p and not p.greedy for p in params):
+            floor = torch.maximum(floor, min_p_floor(scaled, params, self.group))
+
+        best, ids = self._local_best(scaled)
+        keys = torch.tensor([noise_keys(row.params.seed, row.position) for row in rows], device=device)
+        # Few tokens pass a nucleus, so noise is drawn for those alone; other rows draw it for the whole slice.
+        kept_counts = (scaled[nucleus] >= floor[nucleus].unsqueeze(1)).sum(-1) if nucleus else None
+        narrow = set(nucleus)
+        wide = [i for i, p in enumerate(params) if not p.greedy and i not in narrow]
+        if nucleus and kept_counts is not None:
+            at = torch.tensor(nucleus, device=device)
+            width = max(1, int(kept_counts.max()))
+            values, index = scaled[at].topk(min(width, scaled.shape[1]), dim=-1)
+            best[at], ids[at] = self._noisy_best(values, index + self.first, keys[at], floor[at])
+        if wide:
+            at = torch.tensor(wide, device=device)
+            all_ids = torch.arange(self.first, self.first + scaled.shape[1], device=device)
+            best[at], ids[at] = self._noisy_best(scaled[at], all_ids.expand(len(wide), -1), keys[at], floor[at])
+        return best, ids
+
+    @staticmethod
+    def _noisy_best(values: Tensor, ids: Tensor, keys: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of ``values`` plus noise among those that reach ``floor``; -inf where none does."""
+        scores = values + gumbel_noise(keys, ids)
+        scores.masked_fill_(values < floor.unsqueeze(1), float("-inf"))
+        index = scores.argmax(-1, keepdim=True)
+        return scores.gather(-1, index).squeeze(-1), ids.gather(-1, index).squeeze(-1)
+
+
+def _argmax(scores_RV: Tensor, width: int = 256) -> Tensor:
+    """``argmax(-1, keepdim=True)``, the lowest index among equals; NaN counts as the largest.
+
+    On CPUs torch finds maxima with vector instructions but their places one element at a time, which takes five times
+    as long for float32 and more for bfloat16. So places are sought only among the maxima of runs of ``width``
+    columns, and then within one run.
+    """
+    whole = scores_RV.shape[1] // width * width
+    runs = scores_RV[:, :whole].reshape(len(scores_RV), -1, width)
+    if runs.shape[1] < 2:
+        return scores_RV.argmax(-1, keepdim=True)
+    run = runs.amax(-1).argmax(-1, keepdim=True)
+    inside = runs.take_along_dim(run.unsqueeze(-1), 1).squeeze(1).argmax(-1, keepdim=True)
+    found = run * width + inside
+    if whole == scores_RV.shape[1]:
+        return found
+    rest = scores_RV[:, whole:].argmax(-1, keepdim=True) + whole
+    last, best = scores_RV.gather(1, rest), scores_RV.gather(1, found)
+    return torch.where((last > best) | last.isnan(), rest, found)

@@ -1,0 +1,67 @@
+"""What one step computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from tpctl.engine.scheduling.sequence import Sequence
+
+
+class ScheduledSequence(NamedTuple):
+    """``num_new_tokens`` of ``sequence``, from token ``start``; ``samples`` when the last one yields a new token."""
+
+    sequence: Sequence
+    start: int
+    num_new_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """The position that follows: that of the token it samples."""
+        return self.start + self.num_new_tokens
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that were generated before the one it samples."""
+        return self.end - self.sequence.num_prompt_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """One new token that yields the next one. (A prompt's last single token looks the same, and is.)"""
+        return self.samples and self.num_new_tokens == 1
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """One step's work: decodes first, then prefill chunks. ``paced``: whether prompts had a budget of their own."""
+
+    items: list[ScheduledSequence]
+    num_decodes: int
+    paced: bool = False
+
+    @property
+    def num_prefills(self) -> int:
+        return len(self.items) - self.num_decodes
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.items)
+
+    @cached_property
+    def sampled(self) -> list[ScheduledSequence]:
+        """The items that yield a token, in row order."""
+        return [item for item in self.items if item.samples]
+
+    @cached_property
+    def searches(self) -> int | None:
+        """The most searches that any token's filters take (``SamplingParams.searches``); ``None`` if any token is
+        sampled with the host's help: ``SamplingParams.needs_host``, or it may not be one that ends the answer yet."""
+        most = 0
+        for item in self.sampled:
+            params = item.sequence.params
+            if params.needs_host or item.num_generated < params.min_tokens:
+                return None
+            most = max(most, params.searches)
+        return most

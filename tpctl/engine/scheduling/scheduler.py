@@ -1,0 +1,327 @@
+"""Decides, step by step, which sequences compute how many tokens.
+
+Deterministic and free of torch: every rank runs its own copy on the same requests and reaches the same decisions, so
+no schedule ever travels between ranks.
+
+One step takes a budget of tokens. Running sequences come first, oldest first: a decode needs one token, an unfinished
+prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing.
+With a ``Pace``, prompts may have a smaller budget, and the longest answers are then admitted first.
+When blocks run out, the youngest running sequence is preempted: it gives up its blocks and waits to be computed again
+from its tokens, which prefix caching often makes cheap. So does, once, a sequence that grows beyond the length up to
+which its keys were to be rotated as they are (long RoPE).
+
+A sequence whose scores are not finite ends with "error", and its blocks are found by nobody any more. If it had read
+blocks that another one computed, it is first computed again without them: that one may be to blame.
+
+A step may be started before the results of the one before it are known (``Sequence.num_in_flight``): ``schedule`` and
+``commit`` then overlap by one step, and a sequence that turns out to have ended costs one wasted row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.pacing import Pace, Pacer
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
+from tpctl.errors import shorten
+from tpctl.wire.messages import Output, Request
+
+
+@dataclass
+class SchedulerStats:
+    """Counters since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+    paced_steps: int = 0
+
+
+@dataclass
+class _Step:
+    """What a step has left (tokens in all and of prompts, parts of prompts) and has chosen so far."""
+
+    budget: int
+    prefill: int
+    chunks: int
+    items: list[ScheduledSequence] = field(default_factory=list)
+    chosen: set[str] = field(default_factory=set)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether part of a prompt can be added."""
+        return self.budget > 0 and self.prefill > 0 and self.chunks > 0
+
+
+class Scheduler:
+    """Policy over a block manager.
+
+    Args:
+        max_model_len: tokens of prompt and answer at most; a sequence that reaches it ends with "length".
+        context_full: what is said of an answer that may have been longer but for ``max_model_len``.
+        vocab_size: token ids from this on are refused: no embedding row belongs to them.
+        eos_token_ids: tokens that end an answer.
+        rope_offset: which rotary table rotates all keys of a sequence of so many tokens.
+        pace: spread prompts over the steps where that ends all requests sooner (``engine.pacing``).
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: SequenceType[int] = (),
+        rope_offset: Callable[[int], int] = lambda num_tokens: 0,
+        context_full: str | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.rope_offset = rope_offset
+        self.context_full = context_full
+        room = blocks.num_blocks * blocks.block_size
+        self.pacer = None if pace is None else Pacer(pace, room)
+        self.waiting: list[Sequence] = []  # the next to be admitted first
+        self.running: dict[str, Sequence] = {}  # by id, oldest admission first
+        self.stats = SchedulerStats()
+        self._by_id: dict[str, Sequence] = {}
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._by_id)
+
+    def add(self, request: Request) -> Output | None:
+        """Queue a request; an ``Output`` with "error" if it cannot be served."""
+        length = len(request.token_ids)
+        message = None
+        if not length:
+            message = "the prompt is empty"
+        elif length >= self.max_model_len:
+            message = (
+                f"the prompt has {length} tokens, but at most {self.max_model_len - 1} leave room for an answer "
+                f"within --max-model-len {self.max_model_len}; shorten it or raise the limit"
+            )
+        elif not 0 <= min(request.token_ids) <= max(request.token_ids) < self.vocab_size:
+            worst = max(request.token_ids, key=lambda token: abs(token - self.vocab_size // 2))
+            message = (
+                f"the prompt holds token id {worst}, but the model knows ids 0 to {self.vocab_size - 1}; "
+                "its tokenizer does not belong to it"
+            )
+        elif unknown := [id for id in request.sampling.stop_token_ids if not 0 <= id < self.vocab_size]:
+            message = (
+                f"stop_token_ids holds {shorten(str(unknown[0]))}, but the model knows ids 0 to {self.vocab_size - 1}"
+            )
+        elif request.id in self._by_id:
+            message = f"request id {request.id!r} is already in use"
+        if message is not None:
+            return Output(request.id, [], "error", message)
+        longest = min(length + request.sampling.max_tokens, self.max_model_len)
+        sequence = Sequence(request.id, request.token_ids, request.sampling, longest)
+        if not request.sampling.ignore_eos:
+            sequence.stop_token_ids |= self.eos_token_ids
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        if self.pacer is not None:
+            self.pacer.arrived(self.stats.steps, longest - length)
+        self._by_id[request.id] = sequence
+        self.waiting.append(sequence)
+        self.stats.prompt_tokens += length
+        return None
+
+    def abort(self, id: str) -> Output | None:
+        """End a request early; ``None`` if it has already ended."""
+        sequence = self._by_id.get(id)
+        if sequence is None:
+            return None
+        self._finish(sequence)
+        return Output(id, [], "abort")
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Choose the next step's work; ``None`` when nothing can be computed now."""
+        budget = self.max_num_batched_tokens
+        paced = None if self.pacer is None else self.pacer.budget(self.stats.steps, self.running.values(), self.waiting)
+        step = _Step(budget, *(paced or (budget, budget)))
+        preempted = self._schedule_running(step)
+        if not preempted:
+            self._admit_waiting(step)
+        if not step.items:
+            return None
+        items = [item for item in step.items if item.is_decode]
+        num_decodes = len(items)
+        if num_decodes < len(step.items):
+            items += [item for item in step.items if not item.is_decode]
+        batch = ScheduledBatch(items, num_decodes, paced is not None)
+        self.stats.steps += 1
+        self.stats.computed_tokens += batch.num_tokens
+        self.stats.paced_steps += batch.paced
+        return batch
+
+    def commit(
+        self, batch: ScheduledBatch, token_ids: SequenceType[int], logprobs: SequenceType[Any] | None = None
+    ) -> list[Output]:
+        """Take in the tokens that a step sampled, one for each of ``batch.sampled``.
+
+        Returns:
+            What is new for each request that is still wanted.
+        """
+        outputs = []
+        for row, (item, token) in enumerate(zip(batch.sampled, token_ids, strict=True)):
+            sequence = item.sequence
+            if sequence.num_stale:
+                sequence.num_stale -= 1
+                continue
+            sequence.num_in_flight -= 1
+            if sequence.finished:
+                continue
+            if token == NOT_FINITE:
+                outputs += self._take_back(sequence)
+                continue
+            sequence.token_ids.append(token)
+            self.stats.generated_tokens += 1
+            reason = self._finish_reason(sequence, token)
+            if reason is not None:
+                self._finish(sequence)
+                self.stats.finished += 1
+                if self.pacer is not None:
+                    self.pacer.ended(sequence)
+            note = self.context_full if reason == "length" and self._is_cut(sequence) else None
+            reported = [logprobs[row]] if logprobs is not None and sequence.params.logprobs is not None else None
+            outputs.append(Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens))
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Check the block manager's books against the sequences (see ``BlockManager.check_integrity``)."""
+        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
+        assert set(self._by_id) == set(self.running) | {s.id for s in self.waiting}, "a request is lost"
+        self.blocks.check_integrity(list(self.running.values()))
+
+    def _schedule_running(self, step: _Step) -> bool:
+        """Give running sequences their tokens, oldest first; whether any had to be preempted."""
+        preempted = False
+        turned: list[Sequence] = []
+        for sequence in list(self.running.values()):
+            if step.budget == 0:
+                break
+            if sequence.id not in self.running or self._awaits_its_end(sequence):
+                continue
+            if self.rope_offset(sequence.num_tokens) != sequence.rope_offset:
+                self._stop_running(sequence)
+                turned.append(sequence)
+                continue
+            tokens = self._room(step, sequence)
+            if tokens == 0:
+                continue
+            while not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
+                victim = next(s for s in reversed(self.running.values()) if s.id not in step.chosen)
+                self._preempt(victim)
+                preempted = True
+                if victim is sequence:
+                    break
+            else:
+                self._choose(step, sequence, tokens)
+        self.waiting[:0] = turned
+        return preempted
+
+    def _admit_waiting(self, step: _Step) -> None:
+        while self.waiting and step.has_room and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if sequence.num_in_flight:
+                break  # preempted with a token under way; its id is needed before it can be computed again
+            sequence.rope_offset = self.rope_offset(sequence.num_tokens)
+            matched = self.blocks.match_prefix(sequence)
+            total = len(sequence.token_ids)
+            # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
+            # admitting does not lead straight to preempting.
+            reserve = len(self.running)
+            if not self.blocks.admit(sequence, matched, total, reserve):
+                break
+            del self.waiting[0]
+            self.running[sequence.id] = sequence
+            self._choose(step, sequence, self._room(step, sequence))
+
+    def _room(self, step: _Step, sequence: Sequence) -> int:
+        """How many of a sequence's uncomputed tokens the step has room for."""
+        tokens = sequence.num_uncomputed_tokens
+        if tokens <= 1:
+            return min(tokens, step.budget)
+        return min(tokens, step.budget, step.prefill) if step.chunks else 0
+
+    def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
+        start = sequence.num_computed_tokens
+        samples = start + tokens == sequence.num_tokens
+        step.items.append(ScheduledSequence(sequence, start, tokens, samples))
+        step.chosen.add(sequence.id)
+        step.budget -= tokens
+        if not samples or tokens > 1:
+            step.prefill -= tokens
+            step.chunks -= 1
+        sequence.num_computed_tokens = start + tokens
+        sequence.num_in_flight += samples
+        # Shared from now on, before it is computed: in every layer all keys of a step are stored before any sequence
+        # of the step reads them.
+        self.blocks.register(sequence)
+
+    def _awaits_its_end(self, sequence: Sequence) -> bool:
+        """Whether a token in flight is known to be its last, so that no further step should be started for it."""
+        return sequence.num_in_flight > 0 and sequence.num_tokens >= sequence.max_num_tokens
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop_running(sequence)
+        self.waiting.insert(0, sequence)
+        self.stats.preemptions += 1
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self.running[sequence.id]
+        self.blocks.release(sequence)
+
+    def _take_back(self, sequence: Sequence) -> list[Output]:
+        """What becomes of a sequence whose next token cannot be chosen."""
+        self.blocks.forget(sequence)
+        if sequence.has_shared and not sequence.alone:
+            sequence.alone = True
+            # Of a token that does not exist a later step has already computed the next one.
+            sequence.num_stale, sequence.num_in_flight = sequence.num_in_flight, 0
+            if sequence.id in self.running:
+                self._stop_running(sequence)
+                self.waiting.insert(0, sequence)
+            return []
+        self._finish(sequence)
+        message = (
+            f"the model's logits are not finite at position {len(sequence.token_ids)}: its weights, or what --dtype "
+            "computes from them, hold NaN or infinity; check the checkpoint, or try --dtype float32"
+        )
+        return [Output(sequence.id, [], "error", message)]
+
+    def _is_cut(self, sequence: Sequence) -> bool:
+        """Whether the context, and not ``max_tokens``, limits it."""
+        return sequence.num_prompt_tokens + sequence.params.max_tokens > self.max_model_len
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
+        if token in sequence.stop_token_ids:
+            return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        del self._by_id[sequence.id]
+        if self.running.pop(sequence.id, None) is not None:
+            self.blocks.release(sequence)
+        else:
+            self.waiting.remove(sequence)

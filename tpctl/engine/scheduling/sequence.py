@@ -1,0 +1,66 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+from tpctl.wire.sampling import SamplingParams
+
+NOT_FINITE = -2
+"""What stands for the token of a row whose scores are NaN, or whose best one is infinite (``kernels.noise``)."""
+
+
+class Sequence:
+    """A prompt and the tokens generated so far.
+
+    Three counts say how far it has come:
+
+        token_ids                 tokens whose ids this process knows: the prompt, then what was sampled
+        num_in_flight             tokens sampled by steps whose results have not come back yet
+        num_computed_tokens       tokens whose keys and values are in the cache once all started steps end
+
+    ``num_stale`` more tokens are under way that nobody waits for any more.
+
+    Attributes:
+        block_table: ids of its KV blocks, in order.
+        num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
+        has_shared: whether, when it was last given blocks, any were found in the prefix cache.
+        alone: share no blocks, neither found nor offered.
+        admissions: how often it was given blocks anew; tells a block table from the one before a preemption.
+        arrival: how many sequences came before.
+        max_num_tokens: most tokens of prompt and answer together.
+        rope_offset: where the rotary table begins that its keys are rotated by (see ``RotaryTable``).
+        stop_token_ids: tokens that end it.
+        num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
+    """
+
+    def __init__(self, id: str, token_ids: list[int], params: SamplingParams, max_num_tokens: int) -> None:
+        self.id = id
+        self.token_ids = list(token_ids)
+        self.num_prompt_tokens = len(token_ids)
+        self.params = params
+        self.arrival = 0
+        self.max_num_tokens = max_num_tokens
+        self.num_in_flight = 0
+        self.num_stale = 0
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.block_table: list[int] = []
+        self.num_hashed_blocks = 0
+        self.has_shared = False
+        self.alone = False
+        self.admissions = 0
+        self.block_hash = b""
+        self.rope_offset = 0
+        self.stop_token_ids: frozenset[int] = frozenset(params.stop_token_ids)
+        self.finished = False
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.id!r}, {len(self.token_ids)} tokens, {self.num_computed_tokens} computed)"
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens that exist, known or in flight."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens

@@ -1,0 +1,257 @@
+"""CUDA graphs of whole steps, from the host's packed integers to the sampled token ids.
+
+A graph's shapes are fixed, so a batch of decodes is padded to the next of a ladder of sizes, and a step of decodes and
+prefill chunks to a number of rows in which the two share freely. Each graph is captured when it is first needed, which
+costs the time of a few steps then and none at start-up.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpctl.engine.scheduling.pacing import Pace
+from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.kernels.sampling.prepare import DecodeInputs
+
+_RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent
+_ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
+_SAMPLED = 64  # and sample a multiple of this many
+_MOST = 48  # such graphs; a job takes about ten
+_MOST_GRAPHS = 192  # of all kinds: what one that has not been replayed for longest makes room for
+
+
+def ladder(largest: int) -> list[int]:
+    """The sizes that are captured: 1, 2, 4, 8, then steps of about an eighth, up to ``largest``."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < largest:
+        step = max(8, 1 << (sizes[-1].bit_length() - 3))
+        sizes.append(sizes[-1] + step)
+    return sorted({min(size, largest) for size in sizes})
+
+
+class CapturedSteps:
+    """Steps captured by key, in the same memory and on the same inputs: one runs at a time.
+
+    Args:
+        nbytes: what the largest step's activations take.
+        sampled: int64 [rows], the token ids of the last step, which the next one reads; a step may be run to warm up
+            without changing them. No step has more rows.
+        most: int32 numbers that a step is given at most.
+        max_blocks: width of the block tables.
+    """
+
+    def __init__(self, nbytes: int, sampled: Tensor, most: int, max_blocks: int) -> None:
+        self.device = sampled.device
+        self._sampled = sampled
+        self._numbers = torch.zeros(most, dtype=torch.int32, device=self.device)
+        self._rows = DecodeInputs.allocate(sampled.shape[0], max_blocks, self.device)
+        # With each graph where its numbers go, and the step, which holds what it reads.
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]] = {}
+        # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has worked on.
+        self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._nbytes = nbytes
+        self._memory: torch.cuda.CUDAGraph | None = None
+        self._staging = [torch.zeros(most, dtype=torch.int32).pin_memory() for _ in range(_RING)]
+        self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def numbers(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Where a step's numbers go, int32 and all zero, whole and in parts of these sizes."""
+        flat = self._numbers[: sum(sizes)].zero_()
+        return flat, list(torch.split(flat, sizes))
+
+    def rows(self, count: int, packed: Tensor) -> DecodeInputs:
+        """What a step of ``count`` rows reads, all of them padding so far; ``packed``, [3 * count], is from
+        ``numbers``."""
+        packed[:count].fill_(-1)
+        return self._rows.first(count, packed.view(3, count))
+
+    def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
+        """Send ``numbers`` and replay the step of this key.
+
+        make: for a new key, where its numbers go (int32, on the device) and the step that reads them there, which must
+            not synchronise with the host.
+        """
+        turn, self._turn = self._turn, (self._turn + 1) % _RING
+        self._sent[turn].synchronize()
+        staging = self._staging[turn][: len(numbers)]
+        staging.copy_(torch.tensor(numbers, dtype=torch.int32))
+        captured = self._graphs.pop(key, None)
+        if captured is None:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                torch.cuda.synchronize(self.device)  # it may still run
+                del self._graphs[next(iter(self._graphs))]
+            captured = self._capture(*make())
+        self._graphs[key] = captured  # the last one now
+        graph, target, _ = captured
+        target.copy_(staging, non_blocking=True)
+        self._sent[turn].record()
+        graph.replay()
+
+    def _reserve(self) -> torch.cuda.CUDAGraph:
+        """A graph that is never run, for its pool: one piece of memory, which every capture takes parts of and gives
+        back. Left to itself a pool grows by a piece for each step that is larger than those before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._side):
+            torch.empty(self._nbytes, dtype=torch.uint8, device=self.device)[:1].zero_()
+        return graph
+
+    def _capture(
+        self, target: Tensor, step: Callable[[], None]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]:
+        # Once outside the graph, on rows that are all padding: kernels are compiled and workspaces made.
+        current = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            last = self._sampled.clone()
+            step()
+            self._sampled.copy_(last)
+        current.wait_stream(self._side)
+        if self._memory is None:
+            self._memory = self._reserve()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory.pool(), stream=self._side):
+            step()
+        return graph, target, step
+
+
+class DecodeGraphs:
+    """Captured decode steps of up to ``largest`` rows.
+
+    Args:
+        step: computes one decode step from its inputs. The others are those of ``run``.
+    """
+
+    def __init__(
+        self, steps: CapturedSteps, largest: int, step: Callable[[DecodeInputs, bool, int | None], None]
+    ) -> None:
+        self.sizes = ladder(largest)
+        self._steps = steps
+        self._step = step
+
+    def run(
+        self,
+        slots: list[int],
+        positions: list[int],
+        tokens: list[int],
+        long: bool = False,
+        searches: int | None = 0,
+    ) -> None:
+        """One decode step of these rows; the rows that pad it to a captured size write and sample nothing of use.
+
+        long: the backend plans this step differently, so it has a graph of its own. searches: so has each way to
+        sample (``ScheduledBatch.searches``; ``None``: the host helps).
+        """
+        count = len(slots)
+        size = self.sizes[bisect_left(self.sizes, count)]
+        padding = [0] * (size - count)
+        numbers = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding]
+
+        def make() -> tuple[Tensor, Callable[[], None]]:
+            flat, _ = self._steps.numbers([3 * size])
+            inputs = self._steps.rows(size, flat)
+            return flat, lambda: self._step(inputs, long, searches)
+
+        self._steps.run((size, long, searches), numbers, make)
+
+
+@dataclass(frozen=True)
+class MixedInputs:
+    """What a captured step of decodes and prefill chunks reads: parts of its numbers, and what is made of them.
+
+    rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
+    query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
+    last_row_P: [P], the last row of each chunk, whose block table is complete. seq_lens_P: [P], tokens up to a chunk's
+    last. logits_rows: [R], rows that are sampled.
+    """
+
+    rows: DecodeInputs
+    num_decodes: Tensor
+    query_start_P1: Tensor
+    last_row_P: Tensor
+    seq_lens_P: Tensor
+    logits_rows: Tensor
+
+
+class MixedGraphs:
+    """Captured steps of decodes and prefill chunks together, as large as ``pace`` makes them.
+
+    Args:
+        step: computes one such step from its inputs.
+    """
+
+    def __init__(self, steps: CapturedSteps, pace: Pace, step: Callable[[MixedInputs, int | None], None]) -> None:
+        self._steps = steps
+        self._pace = pace
+        self._step = step
+        self._captured: set[tuple[int, int, int | None]] = set()
+
+    @staticmethod
+    def most_numbers(rows: int, chunks: int) -> int:
+        """int32 numbers that a step of ``rows`` is given at most."""
+        return 4 * rows + 3 * chunks + 2
+
+    @staticmethod
+    def most_sampled(max_num_seqs: int) -> int:
+        """Rows that a step samples at most, those that pad them included."""
+        return -(-max_num_seqs // _SAMPLED) * _SAMPLED
+
+    def takes(self, batch: ScheduledBatch) -> bool:
+        """Whether a step has a graph: neither larger than the limit nor so small that padding would cost much."""
+        pace = self._pace
+        if not (pace.rows // 2 <= batch.num_tokens <= pace.limit and 0 < batch.num_prefills <= pace.chunks):
+            return False
+        key = *self._size(batch.num_tokens, len(batch.sampled)), batch.searches
+        return key in self._captured or len(self._captured) < _MOST
+
+    def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:
+        """Rows, and rows that are sampled, of the graph for a step."""
+        rows = max(self._pace.rows, -(-num_tokens // _ROWS) * _ROWS)
+        return rows, min(rows, self.most_sampled(max(num_sampled, 1)))
+
+    def run(
+        self,
+        slots: list[int],
+        positions: list[int],
+        tokens: list[int],
+        num_decodes: int,
+        chunks: list[int],
+        sampled: list[int],
+        searches: int | None = 0,
+    ) -> None:
+        """One step.
+
+        slots, positions, tokens: of each row, the decodes' first. chunks: how many rows each prefill chunk has.
+        sampled: rows that are sampled. searches: as in ``DecodeGraphs.run``.
+        """
+        count = len(slots)
+        size, picked = self._size(count, len(sampled))
+        self._captured.add((size, picked, searches))
+        starts = [num_decodes]
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk)
+        lens = [positions[end - 1] + 1 for end in starts[1:]]
+        empty = self._pace.chunks - len(chunks)
+        padding = [0] * (size - count)
+        last = size - 1 if count < size else 0  # padding is sampled greedily, in no time
+        numbers = [
+            *(*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding),
+            num_decodes,
+            *(*starts, *[count] * empty),
+            *(*(end - 1 for end in starts[1:]), *[0] * empty),
+            *(*lens, *[0] * empty),
+            *(*sampled, *[last] * (picked - len(sampled))),
+        ]
+
+        def make() -> tuple[Tensor, Callable[[], None]]:
+            chunks = self._pace.chunks
+            flat, (packed, *others) = self._steps.numbers([3 * size, 1, chunks + 1, chunks, chunks, picked])
+            inputs = MixedInputs(self._steps.rows(size, packed), *others)
+            return flat, lambda: self._step(inputs, searches)
+
+        self._steps.run(("mixed", size, picked, searches), numbers, make)

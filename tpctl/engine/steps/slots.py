@@ -1,0 +1,101 @@
+"""Where a sequence's state lies on the device.
+
+Block tables change little from step to step, so each sequence keeps a row ("slot") of a table on the device, and a
+step sends only the blocks that are new. Slots are given out when a sequence is first computed and taken back when they
+run out and their sequences have ended or been preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from tpctl.engine.sampling.noise import seed_state
+from tpctl.engine.scheduling.scheduled import ScheduledSequence
+from tpctl.engine.scheduling.sequence import Sequence
+from tpctl.kernels.sampling.floors import MAX_TOP_K
+from tpctl.kernels.sampling.prepare import SlotTables
+
+
+@dataclass
+class _Slot:
+    index: int
+    sequence: Sequence
+    admission: int
+    written: int = 0  # blocks of its table that are on the device
+
+    @property
+    def stale(self) -> bool:
+        return self.sequence.finished or self.sequence.admissions != self.admission or not self.sequence.block_table
+
+
+class Slots:
+    """Slots for ``count`` sequences of at most ``max_blocks`` blocks."""
+
+    def __init__(self, count: int, max_blocks: int, device: torch.device) -> None:
+        self.device = device
+        self.max_blocks = max_blocks
+        self.tables = SlotTables.allocate(count, max_blocks, device)
+        self._free = list(range(count))
+        self._held: dict[str, _Slot] = {}
+
+    def update(self, items: Iterable[ScheduledSequence]) -> list[int]:
+        """The slot of each item's sequence, its block table and sampling state on the device once the queued copies
+        have run."""
+        found, fresh = [], []
+        cells: list[int] = []
+        blocks: list[int] = []
+        for item in items:
+            sequence = item.sequence
+            slot = self._held.get(sequence.id)
+            if slot is None or slot.sequence is not sequence or slot.admission != sequence.admissions:
+                slot = self._take(sequence)
+                fresh.append(slot)
+            table = sequence.block_table
+            if slot.written < len(table):
+                first = slot.index * self.max_blocks + slot.written
+                cells.extend(range(first, first + len(table) - slot.written))
+                blocks.extend(table[slot.written :])
+                slot.written = len(table)
+            found.append(slot.index)
+        if fresh:
+            self._send_state(fresh)
+        if cells:
+            both = self._send(torch.tensor([cells, blocks], dtype=torch.int32))
+            self.tables.block_tables.view(-1).index_copy_(0, both[0].long(), both[1])
+        return found
+
+    def _take(self, sequence: Sequence) -> _Slot:
+        old = self._held.pop(sequence.id, None)
+        if old is not None:
+            self._free.append(old.index)
+        if not self._free:
+            for id, slot in list(self._held.items()):
+                if slot.stale:
+                    del self._held[id]
+                    self._free.append(slot.index)
+        slot = _Slot(self._free.pop(), sequence, sequence.admissions)
+        self._held[sequence.id] = slot
+        return slot
+
+    def _send_state(self, fresh: list[_Slot]) -> None:
+        """What a sequence's sampling and rotation need, once."""
+        where = self._send(torch.tensor([slot.index for slot in fresh]))
+        params = [slot.sequence.params for slot in fresh]
+        hashes = [seed_state(p.seed) for p in params]
+        signed = [h - (1 << 64) if h >> 63 else h for h in hashes]
+        self.tables.seed_hash[where] = self._send(torch.tensor(signed, dtype=torch.int64))
+        filters = self.tables.filters
+        filters.temperature[where] = self._send(torch.tensor([p.temperature for p in params]))
+        filters.top_k[where] = self._send(torch.tensor([min(p.top_k, MAX_TOP_K) for p in params], dtype=torch.int32))
+        filters.top_p[where] = self._send(torch.tensor([p.top_p for p in params]))
+        filters.min_p[where] = self._send(torch.tensor([p.min_p for p in params]))
+        offsets = torch.tensor([slot.sequence.rope_offset for slot in fresh], dtype=torch.int32)
+        self.tables.rope_offset[where] = self._send(offsets)
+
+    def _send(self, host: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)

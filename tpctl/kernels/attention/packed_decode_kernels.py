@@ -1,0 +1,204 @@
+"""The device code of `paged_decode` for a packed cache: as `decode_kernel`, but for how a tile is read and multiplied.
+
+A query group is the narrow side of both products, keys [TILE, D] times queries [D, M] and values [D, TILE] times
+weights [TILE, M]: M is 8 where `decode_kernel` pads to 16, and half as much arithmetic is left beside the unpacking.
+One warp a program needs no barriers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tpctl.kernels.attention.packed_kv import factor, load_exponents, unpack
+from tpctl.kernels.attention.paged_decode_kernels import _block_of, _combine
+from tpctl.kernels.common.prefetch import prefetch
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_programs", "min_tiles", "table_stride"])
+def packed_decode_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    exponents_ptr,
+    block_tables_ptr,
+    seq_lens_ptr,
+    cu_tiles_ptr,
+    first_seq_ptr,
+    ahead_seq_ptr,
+    partial_ptr,
+    stats_ptr,
+    counters_ptr,
+    out_ptr,
+    scale_log2e,
+    num_seqs,
+    num_programs,
+    min_tiles,
+    table_stride,
+    q_stride,
+    out_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0) // NUM_KV_HEADS
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    HALF: tl.constexpr = HEAD_DIM // 2
+    ROW: tl.constexpr = HEAD_DIM + HALF
+    m = tl.arange(0, BLOCK_M)  # the group's query heads, padded to what a dot needs
+    d = tl.arange(0, HALF)
+    col = tl.arange(0, TILE)
+    q_mask = (m < GROUP)[None, :]
+    head_offsets = (kv_head * GROUP + m)[None, :] * HEAD_DIM + d[:, None]
+    tile_offsets = col[:, None] * ROW + d[None, :]
+
+    total = tl.load(cu_tiles_ptr + num_seqs)
+    first_seq = tl.load(first_seq_ptr + program)
+    share = tl.maximum(tl.cdiv(total, num_programs), min_tiles)
+    run_start = program * share
+    run_end = tl.minimum(run_start + share, total)
+    seq = first_seq
+    if AHEAD:  # the run's last sequence, where it goes on in the next run, comes before all others
+        ahead_seq = tl.load(ahead_seq_ptr + program)
+        seq = tl.where(ahead_seq < 0, seq, ahead_seq)
+    seq_start = tl.load(cu_tiles_ptr + seq)
+    seq_end = tl.load(cu_tiles_ptr + seq + 1)
+    length = tl.load(seq_lens_ptr + seq)
+    tile = run_start
+    ahead = False
+    if AHEAD:
+        ahead = ahead_seq >= 0
+        tile = tl.where(ahead, seq_start, tile)
+    stop = tl.where(ahead, tile, run_end)  # where what is left of the run ends
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if run_start < run_end:
+            _prefetch(k_cache_ptr, v_cache_ptr, block_tables_ptr + seq.to(tl.int64) * table_stride, length, kv_head,
+                      tile - seq_start, NUM_KV_HEADS, ROW, BLOCK_SIZE, TILE, WINDOW)  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+    while ahead | (tile < stop):
+        q_row = q_ptr + seq.to(tl.int64) * q_stride + head_offsets
+        q_low = tl.load(q_row, mask=q_mask, other=0.0)
+        q_high = tl.load(q_row + HALF, mask=q_mask, other=0.0)
+        table = block_tables_ptr + seq.to(tl.int64) * table_stride
+        window_start = 0
+        if WINDOW > 0:
+            window_start = tl.maximum(length - WINDOW, 0)
+        first_token = (window_start // TILE + tile - seq_start) * TILE
+        last = tl.minimum(run_end, seq_end)
+
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        weight = tl.zeros([BLOCK_M], tl.float32)
+        acc_low = tl.zeros([HALF, BLOCK_M], tl.float32)
+        acc_high = tl.zeros([HALF, BLOCK_M], tl.float32)
+        # The next tile's place and exponents are read a tile ahead, so that its loads can be asked for before this
+        # tile's are used.
+        place = (_block_of(table, first_token, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
+        next_place = place + first_token % BLOCK_SIZE
+        next_exponents = load_exponents(exponents_ptr + next_place + col)
+        for i in tl.range(0, last - tile, num_stages=STAGES):
+            token0 = first_token + i * TILE
+            token = token0 + col
+            offsets = next_place * ROW + tile_offsets
+            exponents = next_exponents
+            place = (_block_of(table, token0 + TILE, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
+            next_place = place + (token0 + TILE) % BLOCK_SIZE
+            next_exponents = load_exponents(exponents_ptr + next_place + col)
+
+            low = tl.load(k_cache_ptr + offsets)
+            high = tl.load(k_cache_ptr + offsets + HALF)
+            codes = tl.load(k_cache_ptr + offsets + HEAD_DIM)
+            k_low = unpack(low, codes, False, True)
+            score = tl.dot(k_low, q_low.to(k_low.dtype), input_precision="ieee")
+            score = tl.dot(unpack(high, codes, True, True), q_high.to(k_low.dtype), score, input_precision="ieee")
+            score *= (factor(exponents & 0xFF) * scale_log2e)[:, None]
+            ok = token < length
+            if WINDOW > 0:
+                ok &= token >= window_start
+            score = tl.where(ok[:, None], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 0))
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(score - safe_top[None, :])
+            fade = tl.exp2(top - safe_top)
+            weight = weight * fade + tl.sum(p, 0)
+            top = new_top
+            low = tl.load(v_cache_ptr + offsets)
+            high = tl.load(v_cache_ptr + offsets + HALF)
+            codes = tl.load(v_cache_ptr + offsets + HEAD_DIM)
+            # A token beyond the length weighs nothing, whatever its bytes say.
+            p = tl.where(ok[:, None], p * factor((exponents >> 8) & 0xFF)[:, None], 0.0)
+            v_low = unpack(low, codes, False, False)
+            p = p.to(v_low.dtype)
+            acc_low = tl.dot(tl.trans(v_low), p, acc_low * fade[None, :], input_precision="ieee")
+            v_high = unpack(high, codes, True, False)
+            acc_high = tl.dot(tl.trans(v_high), p, acc_high * fade[None, :], input_precision="ieee")
+
+        out_row = out_ptr + seq.to(tl.int64) * out_stride
+        if (tile == seq_start) & (last == seq_end):
+            norm = (1.0 / tl.where(weight > 0.0, weight, 1.0))[None, :]
+            tl.store(out_row + head_offsets, (acc_low * norm).to(out_ptr.dtype.element_ty), mask=q_mask)
+            tl.store(out_row + head_offsets + HALF, (acc_high * norm).to(out_ptr.dtype.element_ty), mask=q_mask)
+        else:
+            slot = program * 2 + (tile != run_start).to(tl.int32)
+            slot_row = (slot * NUM_KV_HEADS + kv_head) * GROUP + m
+            partial = partial_ptr + slot_row[None, :] * HEAD_DIM + d[:, None]
+            tl.store(partial, acc_low, mask=q_mask)
+            tl.store(partial + HALF, acc_high, mask=q_mask)
+            tl.store(stats_ptr + slot_row * 2, top, mask=m < GROUP)
+            tl.store(stats_ptr + slot_row * 2 + 1, weight, mask=m < GROUP)
+            first_part = seq_start // share
+            num_parts = (seq_end - 1) // share - first_part + 1
+            tl.debug_barrier()
+            counter = counters_ptr + seq * NUM_KV_HEADS + kv_head
+            done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if done == num_parts - 1:
+                tl.store(counter, 0)
+                first_slot = (seq_start != first_part * share).to(tl.int32)
+                _combine(partial_ptr, stats_ptr, out_row, kv_head, first_part, num_parts, first_slot, NUM_KV_HEADS,
+                         GROUP, HEAD_DIM, HEAD_DIM, BLOCK_GROUP, BLOCK_PARTS)  # fmt: skip
+        tile = last
+        seq += 1
+        seq_start = last
+        if AHEAD:
+            tile = tl.where(ahead, run_start, tile)
+            seq = tl.where(ahead, first_seq, seq)
+            seq_start = tl.load(cu_tiles_ptr + seq)
+            ahead = tl.full([], False, tl.int1)
+        more = seq < num_seqs
+        seq_end = tl.load(cu_tiles_ptr + seq + 1, mask=more, other=0)
+        length = tl.load(seq_lens_ptr + seq, mask=more, other=0)
+
+
+@triton.jit
+def _prefetch(
+    k_cache_ptr,
+    v_cache_ptr,
+    table,
+    length,
+    kv_head,
+    tile,
+    NUM_KV_HEADS: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Ask the L2 cache for a tile while the predecessor still runs; where it writes, the L2 cache stays coherent."""
+    first_token = tile * TILE
+    if WINDOW > 0:
+        first_token += tl.maximum(length - WINDOW, 0) // TILE * TILE
+    token = first_token + tl.arange(0, TILE)
+    block = tl.load(table + token // BLOCK_SIZE, mask=token < length, other=0).to(tl.int64)
+    row = ((block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) * ROW
+    for line in tl.static_range((ROW + 127) // 128):
+        prefetch(k_cache_ptr + row + line * 128)
+        prefetch(v_cache_ptr + row + line * 128)

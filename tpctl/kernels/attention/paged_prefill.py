@@ -1,0 +1,339 @@
+"""Causal attention of new tokens over a paged KV cache, sequences of any length packed in one batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tpctl.kernels.attention.packed_kv import factor, unpack
+from tpctl.kernels.common.launch import launch_options, next_power_of_2, shared_memory
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _attend(
+    acc,
+    top,
+    weight,
+    q,
+    k_cache_ptr,
+    v_cache_ptr,
+    exponents_ptr,
+    table,
+    kv_head,
+    length,
+    q_position,
+    first,
+    last,
+    scale_log2e,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Fold the key tiles [first, last) into the running softmax; MASKED where causality, window or length can cut."""
+    d = tl.arange(0, BLOCK_DIM)
+    col = tl.arange(0, TILE)
+    in_dim = (d < HEAD_DIM)[None, :]
+    for tile in tl.range(first, last, num_stages=STAGES):
+        token0 = tile * TILE
+        token = token0 + col
+        live = token < length
+        if BLOCK_SIZE >= TILE:
+            block = tl.load(table + token0 // BLOCK_SIZE).to(tl.int64)
+            place = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token0 % BLOCK_SIZE + col
+            base = ((block * BLOCK_SIZE + token0 % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+            offsets = base + (col * (NUM_KV_HEADS * HEAD_DIM))[:, None] + d[None, :]
+        else:
+            block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+            place = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE
+            slot = block * BLOCK_SIZE + token % BLOCK_SIZE
+            offsets = ((slot * NUM_KV_HEADS + kv_head) * HEAD_DIM)[:, None] + d[None, :]
+        if PACKED:
+            exponents = tl.load(exponents_ptr + place).to(tl.int32)
+            if MASKED:  # an old exponent behind the end may stand for infinity, which is not to be multiplied
+                exponents = tl.where(live, exponents, 0)
+            k = _unpacked(k_cache_ptr, place, HEAD_DIM)
+        elif MASKED:
+            k = tl.load(k_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
+        elif BLOCK_DIM == HEAD_DIM:
+            k = tl.load(k_cache_ptr + offsets)
+        else:
+            k = tl.load(k_cache_ptr + offsets, mask=in_dim, other=0.0)
+        score = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
+        if PACKED:
+            score *= factor(exponents & 0xFF)[None, :]
+        if MASKED:
+            ok = token[None, :] <= q_position[:, None]
+            if WINDOW > 0:
+                ok &= token[None, :] > q_position[:, None] - WINDOW
+            score = tl.where(ok, score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1) * scale_log2e)
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        else:
+            new_top = tl.maximum(top, tl.max(score, 1) * scale_log2e)
+            safe_top = new_top
+        p = tl.exp2(score * scale_log2e - safe_top[:, None])
+        fade = tl.exp2(top - safe_top)
+        weight = weight * fade + tl.sum(p, 1)
+        top = new_top
+        if PACKED:
+            v = _unpacked(v_cache_ptr, place, HEAD_DIM)
+            p *= factor((exponents >> 8) & 0xFF)[None, :]
+        elif MASKED:
+            v = tl.load(v_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
+        elif BLOCK_DIM == HEAD_DIM:
+            v = tl.load(v_cache_ptr + offsets)
+        else:
+            v = tl.load(v_cache_ptr + offsets, mask=in_dim, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, top, weight
+
+
+@triton.jit
+def _unpacked(cache_ptr, place, HEAD_DIM: tl.constexpr):
+    """Packed rows [TILE] as values [TILE, D], without their factors."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row = cache_ptr + place[:, None] * (HEAD_DIM + HALF) + tl.arange(0, HALF)[None, :]
+    codes = tl.load(row + HEAD_DIM)
+    low = unpack(tl.load(row), codes, False, False)
+    high = unpack(tl.load(row + HALF), codes, True, False)
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (place.shape[0], HEAD_DIM))
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+def _prefill_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    exponents_ptr,
+    block_tables_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    scale_log2e,
+    num_seqs,
+    table_stride,
+    q_stride,
+    out_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0)
+    slot = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    # Sequence s owns the slots from query_start[s] // BLOCK_M + s on: enough for its tiles, known without a
+    # host count, and increasing in s. Find the last s that starts at or before this slot.
+    low = slot * 0
+    high = low + num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // BLOCK_M + middle <= slot:
+            low = middle
+        else:
+            high = middle
+    seq = low
+    q_start = tl.load(query_start_ptr + seq)
+    q_len = tl.load(query_start_ptr + seq + 1) - q_start
+    index = slot - (q_start // BLOCK_M + seq)
+    if (index < 0) | (index * BLOCK_M >= q_len):  # before the first sequence; beyond its tiles
+        return
+    # The last rows see the most keys; start them first.
+    index = tl.cdiv(q_len, BLOCK_M) - 1 - index
+    length = tl.load(seq_lens_ptr + seq)
+    m = index * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_DIM)
+    q_mask = (m < q_len)[:, None] & (d < HEAD_DIM)[None, :]
+    q_row = (q_start + m).to(tl.int64)
+    q = tl.load(q_ptr + q_row[:, None] * q_stride + head * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+    context = length - q_len
+    position = context + m
+    table = block_tables_ptr + seq.to(tl.int64) * table_stride
+    kv_head = head // GROUP
+
+    # Tiles below the diagonal need no mask, unless a window cuts them on the left.
+    first_position = context + index * BLOCK_M
+    end = (tl.minimum(first_position + BLOCK_M, length) - 1) // TILE + 1
+    start = 0
+    full_end = (first_position + 1) // TILE
+    if WINDOW > 0:
+        start = tl.maximum(first_position - WINDOW + 1, 0) // TILE
+        full_end = start
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    if WINDOW == 0:
+        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, exponents_ptr, table, kv_head,
+                                   length, position, start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
+                                   BLOCK_SIZE, TILE, WINDOW, False, PACKED, STAGES)  # fmt: skip
+    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, exponents_ptr, table, kv_head,
+                               length, position, full_end, end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
+                               BLOCK_SIZE, TILE, WINDOW, True, PACKED, STAGES)  # fmt: skip
+    result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
+    out_offsets = q_row[:, None] * out_stride + head * HEAD_DIM + d[None, :]
+    tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+class PrefillConfig(NamedTuple):
+    """block_m: queries a program. tile: keys at a time. num_stages: tiles in flight."""
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_config(
+    num_tokens: int, num_seqs: int, head_dim: int, block_size: int, itemsize: int, limit: int
+) -> PrefillConfig:
+    """The tuned configuration for new tokens of so many sequences, made smaller where it takes more than ``limit``
+    bytes of shared memory (wide heads, small devices). itemsize: bytes of an element."""
+    if itemsize == 4:
+        config = PrefillConfig(32, 32, 4, 1)
+    elif num_tokens <= max(512, 64 * num_seqs):  # short chunks: do not pad them far
+        config = PrefillConfig(64, 64, 4, 2)
+    else:
+        config = PrefillConfig(128, 64 if block_size < 128 else 128, 8, 2)
+
+    def taken() -> int:  # queries, and keys and values of the tiles in flight
+        rows = config.block_m + 2 * config.num_stages * config.tile
+        return rows * next_power_of_2(head_dim) * itemsize
+
+    while taken() > limit:
+        if config.tile > 32:
+            config = config._replace(tile=config.tile // 2)
+        elif config.num_stages > 1:
+            config = config._replace(num_stages=config.num_stages - 1)
+        elif config.block_m > 16:
+            config = config._replace(block_m=config.block_m // 2)
+        else:
+            break
+    return config
+
+
+def paged_prefill(
+    q_TND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens_S: torch.Tensor,
+    *,
+    exponents: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Causal attention of each sequence's new tokens over its cached prefix and themselves.
+
+    q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1], which may
+    be none. Rows before the first sequence's and behind the last one's are not touched.
+    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, or, with exponents, packed (`kernels.packed_kv`);
+    the new tokens already written.
+    block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
+    included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
+    all). scale: default D ** -0.5. Returns [T, N, D].
+    """
+    num_tokens, num_heads, head_dim = q_TND.shape
+    block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
+    if exponents is not None:
+        block_size, num_kv_heads = num_kv_heads, block_size
+    out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format) if out is None else out
+    if num_tokens == 0:
+        return out_TND
+    num_seqs = seq_lens_S.shape[0]
+    config = prefill_config(
+        num_tokens, num_seqs, head_dim, block_size, q_TND.element_size(), shared_memory(q_TND.device)
+    )
+    # One slot per full tile, and one more per sequence.
+    slots = num_tokens // config.block_m + num_seqs
+    _prefill_kernel[(num_heads, slots)](
+        q_TND,
+        k_cache,
+        v_cache,
+        k_cache if exponents is None else exponents.view(torch.int16),
+        block_tables,
+        query_start_loc,
+        seq_lens_S,
+        out_TND,
+        (head_dim**-0.5 if scale is None else scale) * _LOG2E,
+        num_seqs,
+        block_tables.stride(0),
+        q_TND.stride(0),
+        out_TND.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=next_power_of_2(head_dim),
+        BLOCK_SIZE=block_size,
+        BLOCK_M=config.block_m,
+        TILE=config.tile,
+        WINDOW=window or 0,
+        PACKED=exponents is not None,
+        STAGES=config.num_stages,
+        PDL=pdl,
+        num_warps=config.num_warps,
+        **launch_options(pdl),
+    )
+    return out_TND
+
+
+def paged_prefill_reference(
+    q_TND: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens_S: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`paged_prefill` in plain torch, one sequence at a time, computed in float32 (float64 for float64)."""
+    num_heads, head_dim = q_TND.shape[1:]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    wide = torch.promote_types(q_TND.dtype, torch.float32)
+    out_TND = torch.zeros_like(q_TND)
+    starts = query_start_loc.tolist()
+    for s, length in enumerate(seq_lens_S.tolist()):
+        rows = slice(starts[s], starts[s + 1])
+        q_len = starts[s + 1] - starts[s]
+        blocks = block_tables[s, : -(-length // block_size)].long()
+        k, v = (
+            cache[blocks]
+            .reshape(-1, num_kv_heads, head_dim)[:length]
+            .to(wide)
+            .repeat_interleave(num_heads // num_kv_heads, dim=1)
+            for cache in (k_cache, v_cache)
+        )
+        scores = torch.einsum("qnd,tnd->nqt", q_TND[rows].to(wide), k)
+        position = torch.arange(length - q_len, length, device=q_TND.device)[:, None]
+        key = torch.arange(length, device=q_TND.device)[None, :]
+        seen = key <= position
+        if window:
+            seen &= key > position - window
+        scores = (scores * (head_dim**-0.5 if scale is None else scale)).masked_fill(~seen, float("-inf"))
+        out_TND[rows] = torch.einsum("nqt,tnd->qnd", scores.softmax(-1), v).to(q_TND.dtype)
+    return out_TND

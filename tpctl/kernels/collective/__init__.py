@@ -1,0 +1,1 @@
+"""Sums over ranks through peer memory."""

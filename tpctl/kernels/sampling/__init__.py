@@ -1,0 +1,1 @@
+"""From logits to tokens, and the next step's inputs, without the host."""

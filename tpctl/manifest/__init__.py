@@ -1,0 +1,1 @@
+"""The shard folder's JSON."""

@@ -1,0 +1,1 @@
+"""What a model would take, from headers alone."""

@@ -1,0 +1,1 @@
+"""From one folder to another: shard, reshard, merge."""

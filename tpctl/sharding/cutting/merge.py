@@ -1,0 +1,168 @@
+"""Puts shards together again: the Hugging Face checkpoint that they were cut from, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.outputs import refuse_overlap
+from tpctl.checkpoint.safetensors import FLOATS, Header, NewTensor, build_header
+from tpctl.errors import ShardFolderError
+from tpctl.json_file import parse_object
+from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
+from tpctl.partition.split import Range, Rule
+from tpctl.sharding.moving.copied import copy_file
+from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.layout import Region, Stored, whole
+from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.proving.own_plan import own_plan
+from tpctl.sharding.proving.verify import check_copied, open_extra, open_shards
+from tpctl.sharding.publishing.journal import write_synced
+from tpctl.sharding.publishing.pending import PendingFolder, refuse_existing
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written; ``exact`` is false where the shards were cast, so that the source's bytes are gone."""
+
+    folder: str
+    source: str
+    tensors: int
+    nbytes: int
+    files: tuple[str, ...]
+    exact: bool
+
+
+def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Progress | None = None) -> MergeReport:
+    """Write the checkpoint that the shard folder ``folder`` was cut from to ``out``.
+
+    Files, their layout, tensors, names and dtypes are the source's; every byte read is checked against its
+    digest. Shards that were cast give the same checkpoint in the dtype they have.
+
+    Raises:
+        ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
+        OutputError: ``out`` exists and ``force`` is not given, is not apart from ``folder``, or cannot be written.
+    """
+    refuse_overlap(out, folder)
+    refuse_existing(out, force)
+    manifest = Manifest.load(folder)
+    require_all_ranks(folder, manifest)
+    shards = open_shards(folder, manifest, range(manifest.tp_size))
+    extra = open_extra(folder, manifest)
+    check_copied(folder, manifest)
+    own = own_plan(folder, manifest)
+    headers = {name: _header(header, manifest.dtype) for name, header in own.headers.items()}
+    with PendingFolder.open(out, force=force) as pending:
+        pending.clean()
+        targets = _targets(headers, manifest.source.aliases, pending.path)
+        _check_cover(shards.values(), extra, targets)
+        moves = [move for held in shards.values() for move in _moves(held, targets, manifest)]
+        moves += [Move((one,), targets[one.name], digest=False) for one in extra]
+        total = sum(header.file_size for header in headers.values())
+        pending.check_space(total + sum(file.size for file in manifest.files.values()))
+        with Files() as files:
+            for name, header in headers.items():
+                path = pending.path / name
+                path.write_bytes(header.raw)
+                os.truncate(path, header.file_size)
+                files.open(path, os.O_RDWR)
+            run(moves, files, Tally(sum(move.nbytes for move in moves), "", progress))
+            files.sync(pending.path / name for name in headers)
+        for name, wanted in manifest.files.items():
+            if copy_file(folder / name, pending.path / name) != wanted:
+                raise ShardFolderError(f"{folder / name} was altered after it was copied; shard the model again")
+        if manifest.source.index is not None:
+            index = _index(manifest.source.index, headers, manifest.dtype)
+            write_synced(pending.path / INDEX, index.encode())
+        pending.publish()
+    return MergeReport(
+        folder=str(out),
+        source=manifest.source.id,
+        tensors=sum(len(header.tensors) for header in headers.values()),
+        nbytes=total,
+        files=tuple(headers),
+        exact=manifest.dtype is None,
+    )
+
+
+def require_all_ranks(folder: Path, manifest: Manifest) -> None:
+    """Raise ``ShardFolderError`` unless the folder holds every rank."""
+    missing = [rank for rank in range(manifest.tp_size) if rank not in manifest.shards]
+    if missing:
+        raise ShardFolderError(
+            f"{folder} holds {describe_ranks(manifest.shards)} of tp {manifest.tp_size}, but all are needed; "
+            f"add {describe_ranks(missing)}: `tpctl shard MODEL --tp {manifest.tp_size} "
+            f"--ranks {rank_list(missing)} -o {folder}`"
+        )
+
+
+def _header(header: Header, dtype: str | None) -> Header:
+    """The source file's own header, or one for the cast tensors."""
+    if dtype is None:
+        return header
+    cast = (
+        NewTensor(name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
+        for name, info in header.tensors.items()
+    )
+    return build_header(cast, header.metadata)
+
+
+def _targets(headers: Mapping[str, Header], aliases: Mapping[str, str], folder: Path) -> dict[str, tuple[Stored, ...]]:
+    """Where each logical tensor is to be written: once, or once more under an alias."""
+    found: dict[str, tuple[Stored, ...]] = {}
+    for file, header in headers.items():
+        for name, info in header.tensors.items():
+            target, source = whole(info, folder / file), aliases.get(name, name)
+            regions = tuple(replace(region, source=source) for region in target.regions)
+            found[source] = (*found.get(source, ()), replace(target, regions=regions))
+    return found
+
+
+def _moves(held: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]], manifest: Manifest) -> list[Move]:
+    """The moves that read ``held``, one stored tensor of all ranks."""
+    sources = dict.fromkeys(region.source for one in held for region in one.regions)
+    writes = tuple(target for source in sources for target in targets[source])
+    rule = manifest.tensors(0)[held[0].name].rule
+    if rule in (Rule.ROW, Rule.REPLICATED):
+        return [Move(tuple(held), writes, digest=False)]
+    # The ranks' rows are apart (or equal, for copied KV heads), so each rank's part is written on its own.
+    return [Move((one,), writes, digest=False) for one in held]
+
+
+def _check_cover(
+    shards: Iterable[Sequence[Stored]], extra: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]]
+) -> None:
+    """Raise unless the shards hold every element of every target, and nothing else."""
+    regions: dict[str, list[Region]] = {}
+    for one in (*(one for held in shards for one in held), *extra):
+        for region in one.regions:
+            regions.setdefault(region.source, []).append(region)
+    if unknown := [name for name in (*regions, *(one.name for one in extra)) if name not in targets]:
+        raise ShardFolderError(f"the shards hold {unknown[0]}, which no source file has; shard the model again")
+    for name, (target, *_) in targets.items():
+        [wanted] = target.regions
+        found = regions.get(name, [])
+        strips = [r.rows for r in found if r.cols == wanted.cols] or [r.cols for r in found if r.rows == wanted.rows]
+        goal = wanted.rows if any(r.cols == wanted.cols for r in found) else wanted.cols
+        reach = goal.start
+        for strip in sorted(strips, key=lambda strip: strip.start):
+            if strip.start <= reach:
+                reach = max(reach, strip.stop)
+        if Range(goal.start, reach) != goal:
+            raise ShardFolderError(f"the shards hold {reach} of {goal.stop} entries of {name}; shard the model again")
+
+
+def _index(text: str, headers: Mapping[str, Header], dtype: str | None) -> str:
+    """The source's index; with the total size of the cast tensors where they were cast."""
+    if dtype is None:
+        return text
+    index = parse_object(text.encode(), "the source's index")
+    tensors = (info for header in headers.values() for info in header.tensors.values())
+    held = index.get("metadata")
+    total = sum(info.nbytes for info in tensors)
+    index["metadata"] = {**(held if isinstance(held, dict) else {}), "total_size": total}
+    return json.dumps(index, indent=2) + "\n"

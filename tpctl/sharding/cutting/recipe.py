@@ -1,0 +1,100 @@
+"""What a shard folder is to contain, decided before a byte of it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpctl.arch.compat import check_compat, scales
+from tpctl.arch.config import ModelConfig
+from tpctl.errors import PartitionError
+from tpctl.manifest.records import CopiedFile, Source
+from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.sharding.moving.layout import Stored
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a shard folder's content, except the tensors' bytes.
+
+    Attributes:
+        shards: the stored tensors of every rank, by name.
+        fills: the value of stored tensors that are not made of pieces.
+        ranks: the ranks to write.
+        dtypes: the safetensors dtype of each stored tensor.
+        dtype: what floats were cast to on the way from the source, for the manifest.
+        inputs: the tensors to read for each stored tensor.
+        extra: tensors of the source that no rank needs, kept for ``merge``.
+        small_files: the files to copy, with what they must be where that is known.
+        may_overflow: values that a cast takes beyond the range of its dtype become infinite, instead of an error.
+        identity: differs whenever what is read differs; a killed run is resumed only under the same one.
+    """
+
+    shards: tuple[Mapping[str, StoredTensor], ...]
+    fills: Mapping[str, int]
+    ranks: tuple[int, ...]
+    source: Source
+    model_type: str
+    dtype: str | None
+    max_part_size: int
+    compat: str | None
+    dtypes: Mapping[str, str]
+    inputs: Mapping[str, tuple[Stored, ...]]
+    extra: tuple[Stored, ...]
+    small_files: Mapping[Path, CopiedFile | None]
+    identity: str
+    may_overflow: bool = False
+
+
+def make_recipe(
+    config: ModelConfig,
+    plan: PartitionPlan,
+    *,
+    source: Source,
+    dtype: str | None,
+    max_part_size: int,
+    ranks: Sequence[int] | None,
+    compat: str | None,
+    dtypes: Mapping[str, str],
+    inputs: Mapping[str, tuple[Stored, ...]],
+    extra: Sequence[Stored],
+    small_files: Mapping[Path, CopiedFile | None],
+    identity: str,
+    may_overflow: bool = False,
+) -> Recipe:
+    """The recipe for ``plan``, with what another engine needs added where ``compat`` names one.
+
+    Raises:
+        PartitionError: a rank does not exist, or ``compat`` does not take this split.
+        UsageError: ``compat`` is unknown.
+    """
+    if compat is not None:
+        check_compat(compat, config, plan)
+    ones = {one.name: one for one in scales(compat, config)}
+    return Recipe(
+        shards=tuple({**shard, **ones} for shard in plan.shards),
+        fills=dict.fromkeys(ones, 1),
+        ranks=check_ranks(ranks, plan.tp_size),
+        source=source,
+        model_type=config.model_type,
+        dtype=dtype,
+        max_part_size=max_part_size,
+        compat=compat,
+        dtypes={**dtypes, **dict.fromkeys(ones, "F32")},
+        inputs={**inputs, **dict.fromkeys(ones, ())},
+        extra=tuple(extra),
+        small_files=small_files,
+        identity=identity,
+        may_overflow=may_overflow,
+    )
+
+
+def check_ranks(ranks: Sequence[int] | None, tp_size: int) -> tuple[int, ...]:
+    """``ranks`` in order without repetition; all of them by default. Raises ``PartitionError`` for one too large."""
+    if ranks is None:
+        return tuple(range(tp_size))
+    for rank in ranks:
+        if not 0 <= rank < tp_size:
+            raise PartitionError(f"rank {rank} does not exist at tp {tp_size}; ranks are 0 to {tp_size - 1}")
+    return tuple(sorted(set(ranks)))

@@ -1,0 +1,69 @@
+"""Cuts a shard folder anew for another number of ranks, from the shards alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from tpctl.arch.source_plan import source_plan
+from tpctl.checkpoint.outputs import refuse_overlap
+from tpctl.manifest.manifest import Manifest
+from tpctl.sharding.cutting.merge import require_all_ranks
+from tpctl.sharding.cutting.recipe import make_recipe
+from tpctl.sharding.cutting.writer import ShardReport, write_shards
+from tpctl.sharding.moving.files import Progress
+from tpctl.sharding.proving.own_plan import own_plan
+from tpctl.sharding.proving.verify import check_copied, open_extra, open_shards
+from tpctl.sharding.publishing.pending import refuse_existing
+
+
+def reshard(
+    folder: Path,
+    out: Path,
+    tp_size: int,
+    *,
+    max_part_size: int | None = None,
+    ranks: Sequence[int] | None = None,
+    compat: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ShardReport:
+    """Cut the shards in ``folder`` for ``tp_size`` ranks and publish them as ``out``.
+
+    The result is byte for byte what ``shard_checkpoint`` makes of the source at ``tp_size``. Every byte read
+    is checked against its digest.
+
+    Args:
+        max_part_size: most tensor bytes in one file; as in ``folder`` by default.
+        ranks, compat, force: as in ``shard_checkpoint``.
+
+    Raises:
+        ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
+        PartitionError: the model cannot be cut into ``tp_size`` shards.
+        OutputError: ``out`` exists and ``force`` is not given, is not apart from ``folder``, or cannot be written.
+    """
+    refuse_overlap(out, folder)
+    refuse_existing(out, force, add=ranks is not None)
+    manifest = Manifest.load(folder)
+    require_all_ranks(folder, manifest)
+    check_copied(folder, manifest)
+    own = own_plan(folder, manifest)
+    config, plan = own.config, source_plan(own.config, own.tensors, tp_size)
+    shards = open_shards(folder, manifest, range(manifest.tp_size))
+    recipe = make_recipe(
+        config,
+        plan,
+        source=manifest.source,
+        dtype=manifest.dtype,
+        max_part_size=max_part_size or manifest.max_part_size,
+        ranks=ranks,
+        compat=compat or manifest.compat,
+        dtypes={name: manifest.tensors(0)[name].dtype for name in plan.shards[0]},
+        inputs={name: shards[name] for name in plan.shards[0]},
+        extra=open_extra(folder, manifest),
+        small_files={folder / name: manifest.files[name] for name in sorted(manifest.files)},
+        identity=sha256(manifest.text().encode()).hexdigest(),
+    )
+    # What is read is checked against its digests on the way, so a change meanwhile cannot go unseen.
+    return write_shards(recipe, out, force=force, add=ranks is not None, check=lambda: None, progress=progress)

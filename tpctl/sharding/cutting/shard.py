@@ -1,0 +1,145 @@
+"""Cuts a checkpoint folder into a shard folder, as bytes and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.families import DTYPES
+from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, stored_dtype
+from tpctl.arch.splits import EMBEDDING, LM_HEAD
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.errors import CheckpointError, ShardFolderError, UsageError
+from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
+from tpctl.manifest.records import Source, SourceFile
+from tpctl.partition.plan import PartitionPlan
+from tpctl.sharding.cutting.recipe import make_recipe
+from tpctl.sharding.cutting.writer import ShardReport, write_shards
+from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.layout import Stored, whole
+from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.publishing.pending import refuse_existing
+
+
+def shard_checkpoint(
+    source: Path,
+    out: Path,
+    tp_size: int,
+    *,
+    source_id: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    allow_overflow: bool = False,
+    max_part_size: int = DEFAULT_PART_SIZE,
+    ranks: Sequence[int] | None = None,
+    compat: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ShardReport:
+    """Cut the checkpoint in ``source`` into ``tp_size`` shards and publish them as the folder ``out``.
+
+    The config, the plan and every header are checked before a byte of data is read. Memory use does not
+    depend on the model's size. ``out`` appears whole or not at all.
+
+    Args:
+        source_id: what the manifest names as the source; the folder's name by default.
+        revision: the source's revision, for the manifest.
+        dtype: cast float tensors to ``float32``, ``bfloat16`` or ``float16``; ``None`` or ``"auto"`` keeps
+            them. Values that are NaN or infinite in the source stay so.
+        allow_overflow: write values beyond the range of ``dtype`` as infinity.
+        max_part_size: most tensor bytes in one file.
+        ranks: the ranks to write; all by default.
+        compat: ``vllm`` or ``sglang``: make a folder that this engine loads too.
+        force: replace ``out`` if it exists. Without it, ``ranks`` are added to a shard folder of the same cut; those
+            that it holds already are left alone.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown.
+        OverflowedError: a value is beyond the range of ``dtype``. Nothing of the run is kept.
+        PartitionError: the model cannot be cut into ``tp_size`` shards.
+        OutputError: ``out`` exists and is not to be replaced or added to, or cannot be written.
+        UsageError: ``dtype`` is unknown.
+    """
+    if (source / MANIFEST).is_file():
+        raise ShardFolderError(
+            f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size} -o FOLDER`"
+        )
+    refuse_existing(out, force, [source], add=ranks is not None)
+    target = _safetensors_dtype(dtype)
+    folder = CheckpointFolder.open(source)  # before the config is read, so that a change meanwhile shows
+    config = ModelConfig.load(source)
+    plan = checked_source_plan(config, folder.shapes, tp_size)
+    tensors = {name: whole(info, file.path) for name, (file, info) in folder.tensors.items()}
+    aliases = _aliases(plan, tensors)
+    inputs = {name: _sources(plan, name, tensors) for name in plan.shards[0]}
+    found = {name: {one.name: one.dtype for one in reads} for name, reads in inputs.items()}
+    dtypes = {name: stored_dtype(name, sources, target) for name, sources in found.items()}
+    if all(set(sources.values()) == {dtypes[name]} for name, sources in found.items()):
+        target = None
+    recipe = make_recipe(
+        config,
+        plan,
+        source=Source(
+            source_id or source.resolve().name,
+            revision,
+            tuple(SourceFile(f.name, f.size, f.header.text, f.sha256) for f in folder.files),
+            folder.index,
+            aliases,
+        ),
+        dtype=target,
+        max_part_size=max_part_size,
+        ranks=ranks,
+        compat=compat,
+        dtypes=dtypes,
+        inputs=inputs,
+        extra=[
+            stored for name, stored in sorted(tensors.items()) if name not in plan.source_shapes and name not in aliases
+        ],
+        small_files=dict.fromkeys(folder.small_files()),
+        identity=_identity(folder, source_id, revision, allow_overflow),
+        may_overflow=allow_overflow,
+    )
+    check = folder.check_unchanged
+    return write_shards(recipe, out, force=force, add=ranks is not None, check=check, progress=progress)
+
+
+def _safetensors_dtype(dtype: str | None) -> str | None:
+    if dtype is None or dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _sources(plan: PartitionPlan, name: str, tensors: Mapping[str, Stored]) -> tuple[Stored, ...]:
+    """The checkpoint's tensors that stored tensor ``name`` is made of, in its order."""
+    wanted = (piece.source for shard in plan.shards for piece in shard[name].pieces)
+    return tuple(tensors[source] for source in dict.fromkeys(wanted))
+
+
+def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """A tied head that the checkpoint stores a second time, after checking that it equals the embedding."""
+    if LM_HEAD in plan.source_shapes or LM_HEAD not in tensors:
+        return {}
+    head, embedding = tensors[LM_HEAD], tensors[EMBEDDING]
+    differ = CheckpointError(
+        f"config.json ties the embeddings, but {LM_HEAD} differs from {EMBEDDING}; "
+        "set tie_word_embeddings to false if the head is its own"
+    )
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        raise differ
+    as_head = replace(head, regions=tuple(replace(region, source=EMBEDDING) for region in head.regions))
+    try:
+        with Files() as files:
+            run([Move((embedding,), (as_head,))], files, Tally(0, "", None), compare=True)
+    except ShardFolderError:
+        raise differ from None
+    return {LM_HEAD: EMBEDDING}
+
+
+def _identity(folder: CheckpointFolder, source_id: str | None, revision: str | None, allow_overflow: bool) -> str:
+    files = [(file.name, file.stamp, file.sha256, file.header.text) for file in folder.files]
+    return sha256(repr([FORMAT_VERSION, source_id, revision, files, allow_overflow]).encode()).hexdigest()

@@ -1,0 +1,56 @@
+"""Whether the checkpoint that shards were cut from is still on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.hub_cache import cached
+from tpctl.checkpoint.sources import HUB_ID, SOURCE_RECORD, converted_gguf, local_path, pypi_entry
+from tpctl.errors import CheckpointError, SourceError
+from tpctl.manifest.manifest import Manifest
+
+
+def source_at_hand(manifest: Manifest) -> Path | None:
+    """The folder that the shards were cut from, if it is on this machine and still has the same headers."""
+    found = _local_copy(manifest.source.id, manifest.source.revision)
+    if found is None:
+        return None
+    try:
+        files = CheckpointFolder.open(found).files
+    except CheckpointError:
+        return None
+    known = [(file.name, file.size, file.header) for file in manifest.source.files]
+    return found if [(file.name, file.size, file.header.text) for file in files] == known else None
+
+
+def _local_copy(name: str, revision: str | None) -> Path | None:
+    if name.startswith("pypi:"):
+        return _from_wheel(name.removeprefix("pypi:"), revision)
+    try:
+        path = local_path(name)
+    except SourceError:
+        return None
+    if path.is_dir():
+        return path
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        folder = converted_gguf(path)
+        return folder if folder.is_dir() else None
+    if HUB_ID.fullmatch(name):
+        copy = cached(name, revision)
+        return None if copy is None else copy[0]
+    return None
+
+
+def _from_wheel(name: str, version: str | None) -> Path | None:
+    """The converted checkpoint of the wheel ``name`` at ``version``, which may have been asked for by its version."""
+    for requirement in (name, f"{name}=={version}"):
+        entry = pypi_entry(requirement)
+        try:
+            record = json.loads((entry / SOURCE_RECORD).read_text(encoding="utf-8"))
+            if record["revision"] == version and (entry / record["folder"]).is_dir():
+                return entry / str(record["folder"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None

@@ -1,0 +1,213 @@
+"""Compares a shard folder with the checkpoint that it was cut from, element by element.
+
+Nothing of the manifest is believed: the plan is made anew from the source's own ``config.json``, the manifest has to
+say the same, and the bytes in the shards have to be what this plan takes from the source. A manifest that was forged
+together with its shards (heads swapped, digests right) is thus found too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from tpctl.arch.compat import scales
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import checked_source_plan
+from tpctl.arch.splits import EMBEDDING, LM_HEAD
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.hub import METADATA
+from tpctl.checkpoint.safetensors import dtype_after_cast
+from tpctl.errors import CheckpointError, ShardFolderError
+from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.manifest.records import ShardTensor
+from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.layout import Stored, in_shard, whole
+from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.proving.verify import open_extra, tensor_infos
+
+BLOCK_BYTES = 1 << 20
+
+
+def verify_source(
+    folder: Path,
+    manifest: Manifest,
+    ranks: Sequence[int],
+    source: Path,
+    *,
+    extra: bool = True,
+    progress: Progress | None = None,
+) -> int:
+    """Compare every element of ``ranks``' shards with the checkpoint in ``source``; the number of bytes.
+
+    Padding, tensors that no rank needs (where ``extra`` says that their file is here) and copied files are compared
+    as well, and no tensor may be missing or be one too many.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: ``source`` is unsound, or belongs to another model.
+        ShardFolderError: something differs; the message names tensor, rank and place, or the file.
+    """
+    if (source / MANIFEST).is_file():
+        raise CheckpointError(f"{source} holds shards; give --source the checkpoint that {folder} was cut from")
+    config, checkpoint = ModelConfig.load(source), CheckpointFolder.open(source)
+    plan = checked_source_plan(config, checkpoint.shapes, manifest.tp_size)
+    tensors = {name: whole(info, file.path) for name, (file, info) in checkpoint.tensors.items()}
+    if manifest.model_type != config.model_type:
+        raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
+    expected = Expected.of(config, plan, manifest.compat)
+    for rank in manifest.shards:
+        _check_entries(manifest, rank, expected, tensors)
+    moves = _moves(folder, manifest, ranks, expected, tensors)
+    moves += _other_moves(folder, manifest, plan, tensors, extra)
+    total = sum(move.nbytes for move in moves)
+    with Files() as files:
+        run(moves, files, Tally(total, "", progress), compare=True)
+    return total + _compare_copied(folder, manifest, checkpoint)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the ranks of a shard folder hold if it is cut by ``plan``.
+
+    Attributes:
+        shards: each rank's stored tensors by name, constants of another engine included.
+        fills: the value of those that are made of no source tensor and are not zero.
+    """
+
+    shards: tuple[Mapping[str, StoredTensor], ...]
+    fills: Mapping[str, int]
+
+    @classmethod
+    def of(cls, config: ModelConfig, plan: PartitionPlan, compat: str | None) -> Expected:
+        """By ``plan``, and by what the engine ``compat`` wants beside it."""
+        ones = {one.name: one for one in scales(compat, config)}
+        return cls(tuple({**shard, **ones} for shard in plan.shards), dict.fromkeys(ones, 1))
+
+    def differing(self, rank: int, name: str, entry: ShardTensor) -> list[str]:
+        """The fields of a manifest's ``entry`` that differ; part, dtype and digest are none of the plan's."""
+        wanted = self.shards[rank][name]
+        pairs = {
+            "rule": (entry.rule, wanted.rule),
+            "dim": (entry.dim, wanted.dim),
+            "shape": (entry.shape, wanted.shape),
+            "pieces": (entry.pieces, wanted.pieces),
+            "fill": (entry.fill, self.fills.get(name, 0)),
+        }
+        return [field for field, (found, planned) in pairs.items() if found != planned]
+
+
+def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: Mapping[str, Stored]) -> None:
+    """Raise unless the manifest describes exactly the tensors of ``rank`` that the plan makes of the source."""
+    held, wanted = manifest.tensors(rank), expected.shards[rank]
+    if missing := [name for name in wanted if name not in held]:
+        raise ShardFolderError(f"rank {rank} lacks {missing[0]}, which the source's config.json asks for")
+    if more := [name for name in held if name not in wanted]:
+        raise ShardFolderError(f"rank {rank} holds {more[0]}, which the source's config.json does not ask for")
+    for name, stored in wanted.items():
+        entry = held[name]
+        for field in expected.differing(rank, name, entry):
+            verb, planned = "are" if field == "pieces" else "is", expected.fills.get(name, 0)
+            raise ShardFolderError(
+                f"{name} of rank {rank} is not cut as the source's config.json asks for: its {field} {verb} "
+                f"{_brief(entry, field, entry.fill)} by the manifest, {_brief(stored, field, planned)} by the plan"
+            )
+        dtypes = {dtype_after_cast(tensors[piece.source].dtype, manifest.dtype) for piece in stored.pieces} or {
+            entry.dtype
+        }
+        if dtypes != {entry.dtype}:
+            raise ShardFolderError(
+                f"{name} of rank {rank} is {entry.dtype} by the manifest, but {', '.join(sorted(dtypes))} by the source"
+            )
+
+
+def _brief(record: ShardTensor | StoredTensor, field: str, fill: int) -> str:
+    if field == "fill":
+        return str(fill)
+    if field != "pieces":
+        return str(getattr(record, field))
+    dim = record.dim
+    parts = (f"{p.source}[{p.start[dim]}:{p.start[dim] + p.shape[dim]}]" for p in record.pieces)
+    return " + ".join(parts) or "none"
+
+
+def _moves(
+    folder: Path,
+    manifest: Manifest,
+    ranks: Sequence[int],
+    expected: Expected,
+    tensors: Mapping[str, Stored],
+) -> list[Move]:
+    """One comparison for each stored tensor: what the plan reads of the source, against what the ranks have."""
+    found: dict[str, list[Stored]] = {}
+    for rank in ranks:
+        for name, (info, path) in tensor_infos(folder, manifest, rank).items():
+            pieces, fill = expected.shards[rank][name].pieces, expected.fills.get(name, 0)
+            found.setdefault(name, []).append(in_shard(info, pieces, path, rank, fill=fill))
+    moves = []
+    for held in found.values():
+        sources = dict.fromkeys(region.source for one in held for region in one.regions)
+        moves.append(Move(tuple(tensors[name] for name in sources), tuple(held)))
+    return moves
+
+
+def _other_moves(
+    folder: Path, manifest: Manifest, plan: PartitionPlan, tensors: Mapping[str, Stored], here: bool
+) -> list[Move]:
+    """Comparisons of the tensors that no rank holds: those in the extra file, and a tied head's second copy."""
+    rest = {name for name in tensors if name not in plan.source_shapes}
+    aliases = dict(manifest.source.aliases)
+    if aliases != ({LM_HEAD: EMBEDDING} if LM_HEAD in rest else {}):
+        raise ShardFolderError(f"the manifest's aliases {aliases} are not the source's second copies of tensors")
+    listed = set() if manifest.extra is None else set(manifest.extra.tensors)
+    if wrong := sorted(listed ^ (rest - set(aliases))):
+        which = "lacks" if wrong[0] in rest else "has, beyond the source's,"
+        raise ShardFolderError(f"{folder} {which} the tensor {wrong[0]}, which no rank needs")
+    moves = []
+    for one in open_extra(folder, manifest) if here else ():
+        if one.dtype != tensors[one.name].dtype or one.shape != tensors[one.name].shape:
+            raise ShardFolderError(f"{one.name} is {one.dtype} {one.shape}, which the source's is not")
+        moves.append(Move((tensors[one.name],), (one,)))
+    for name, original in aliases.items():
+        copy = tensors[name]
+        if copy.shape != tensors[original].shape:
+            raise CheckpointError(
+                f"{name} and {original} differ in shape in the source, so one is no copy of the other"
+            )
+        regions = tuple(replace(region, source=original) for region in copy.regions)
+        moves.append(Move((tensors[original],), (replace(copy, regions=regions),)))
+    return moves
+
+
+def _compare_copied(folder: Path, manifest: Manifest, checkpoint: CheckpointFolder) -> int:
+    """Compare the copied files with the source's, byte for byte; their bytes.
+
+    A file that lies beside the source now need not have been there when it was cut, unless something reads it.
+    """
+    known = {path.name for path in checkpoint.small_files()}
+    if lost := sorted((known & METADATA) - set(manifest.files)):
+        raise ShardFolderError(f"{folder} lacks {lost[0]}, which {checkpoint.path} has")
+    total = 0
+    for name in manifest.files:
+        if name not in known:
+            raise ShardFolderError(f"{folder / name} is not in {checkpoint.path}")
+        if not _equal(folder / name, checkpoint.path / name):
+            raise ShardFolderError(f"{folder / name} differs from {checkpoint.path / name}")
+        total += (folder / name).stat().st_size
+    return total
+
+
+def _equal(one: Path, other: Path) -> bool:
+    try:
+        with one.open("rb") as first, other.open("rb") as second:
+            return all(a == b for a, b in zip(_blocks(first), _blocks(second), strict=True))
+    except ValueError:  # one is longer
+        return False
+    except OSError as error:
+        raise ShardFolderError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(BLOCK_BYTES):
+        yield block

@@ -1,0 +1,150 @@
+"""Holds what a manifest says against the plan that follows from its own config and its source's headers.
+
+A manifest that comes from anywhere may list any pieces of any tensors. What merge, reshard and inspect do with it is
+right only where it describes the cut that tpctl makes of this model, so nothing else is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpctl.arch.compat import ENGINES
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import source_plan
+from tpctl.arch.splits import EMBEDDING, LM_HEAD, ignored_tensors
+from tpctl.checkpoint.folder import INDEX, indexed_files
+from tpctl.checkpoint.safetensors import Header, TensorInfo, dtype_after_cast, parse_header
+from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
+from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.partition.plan import PartitionPlan
+from tpctl.sharding.moving.parts import EXTRA_FILE, part_name
+from tpctl.sharding.proving.compare import Expected
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class OwnPlan:
+    """What a shard folder was cut from, and by which plan.
+
+    Attributes:
+        headers: of the source's files, by name.
+        tensors: the source's, by name.
+    """
+
+    config: ModelConfig
+    headers: Mapping[str, Header]
+    tensors: Mapping[str, TensorInfo]
+    plan: PartitionPlan
+
+
+def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
+    """The plan of ``folder``'s own config, after checking that its ``manifest`` describes nothing else.
+
+    Raises:
+        ShardFolderError: the manifest contradicts itself or the plan.
+        CheckpointError, UnsupportedModelError, PartitionError: the config is unsound, or cannot be cut so.
+    """
+    path = folder / MANIFEST
+    try:
+        headers = source_headers(manifest)
+    except CheckpointError as error:
+        raise _contradicts(path, str(error)) from None
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        if twice := tensors.keys() & header.tensors.keys():
+            raise _contradicts(path, f"the source's tensor {_short(min(twice))} is in {file} and in another file")
+        tensors.update(header.tensors)
+    config = ModelConfig.load(folder)
+    try:
+        plan = source_plan(config, tensors, manifest.tp_size)
+        plan.check_source({name: info.shape for name, info in tensors.items()}, ignored_tensors(config))
+    except TpctlError as error:
+        raise _contradicts(path, str(error)) from None
+    if manifest.model_type != config.model_type:
+        raise _contradicts(
+            path, f"it is of a {_short(manifest.model_type)} model, config.json of a {config.model_type}"
+        )
+    if manifest.compat not in (None, *ENGINES):
+        raise _contradicts(path, f"the engine {_short(manifest.compat or '')} is unknown")
+    _check_shards(path, manifest, Expected.of(config, plan, manifest.compat), tensors)
+    _check_rest(path, manifest, set(tensors) - set(plan.source_shapes), tensors)
+    _check_index(path, manifest.source.index, headers)
+    _check_names(path, manifest)
+    return OwnPlan(config, headers, tensors, plan)
+
+
+def source_headers(manifest: Manifest) -> dict[str, Header]:
+    """The headers of the source's files, by name. Raises ``CheckpointError`` if one is none."""
+    return {file.name: parse_header(file.header.encode(), file.size, file.name) for file in manifest.source.files}
+
+
+def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: Mapping[str, TensorInfo]) -> None:
+    for rank, shard in manifest.shards.items():
+        wanted = expected.shards[rank]
+        if [part.file for part in shard.parts] != [part_name(rank, index) for index in range(len(shard.parts))]:
+            raise _contradicts(path, f"the files of rank {rank} have other names than tpctl gives")
+        if other := sorted(wanted.keys() ^ shard.tensors.keys()):
+            which = "lacks" if other[0] in wanted else "has, beyond the model's,"
+            raise _contradicts(path, f"rank {rank} {which} the tensor {_short(other[0])}")
+        if list(wanted) != list(shard.tensors):
+            raise _contradicts(path, f"the tensors of rank {rank} are in another order than the model's")
+        for name, entry in shard.tensors.items():
+            for field in expected.differing(rank, name, entry):
+                verb = "are" if field == "pieces" else "is"
+                raise _contradicts(path, f"the {field} of {name} of rank {rank} {verb} not what config.json leads to")
+            dtypes = {dtype_after_cast(tensors[piece.source].dtype, manifest.dtype) for piece in entry.pieces} or {
+                entry.dtype
+            }
+            if dtypes != {entry.dtype}:
+                made = ", ".join(sorted(dtypes))
+                raise _contradicts(path, f"{name} of rank {rank} is {entry.dtype}, but made of {made}")
+
+
+def _check_rest(path: Path, manifest: Manifest, rest: set[str], tensors: Mapping[str, TensorInfo]) -> None:
+    """What of the source no rank holds: a tied head's second copy, and the tensors of the extra file."""
+    aliases = {LM_HEAD: EMBEDDING} if LM_HEAD in rest else {}
+    if dict(manifest.source.aliases) != aliases:
+        raise _contradicts(path, "its aliases are not the source's second copies of tensors")
+    extra = {} if manifest.extra is None else manifest.extra.tensors
+    if other := sorted(extra.keys() ^ (rest - aliases.keys())):
+        raise _contradicts(path, f"{_short(other[0])} is in one of the source and the extra file only")
+    for name, entry in extra.items():
+        if (entry.dtype, entry.shape) != (tensors[name].dtype, tensors[name].shape):
+            raise _contradicts(path, f"{_short(name)} of the extra file is not as in the source")
+
+
+def _check_index(path: Path, index: str | None, headers: Mapping[str, Header]) -> None:
+    if index is None:
+        if len(headers) != 1:
+            raise _contradicts(path, f"the source has {len(headers)} files and no {INDEX}")
+        return
+    try:
+        listed = indexed_files(index, INDEX)
+    except CheckpointError:
+        listed = {}
+    if listed.keys() != headers.keys() or any(not listed[name] <= headers[name].tensors.keys() for name in listed):
+        raise _contradicts(path, f"the source's {INDEX} does not fit its files")
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    """What ``merge`` writes side by side must not have one name, and must be a checkpoint."""
+    if CONFIG not in manifest.files:
+        raise _contradicts(path, f"it lists no {CONFIG}")
+    for file in manifest.source.files:
+        if not file.name.endswith(".safetensors") or file.name in manifest.files:
+            raise _contradicts(path, f"the source's weights cannot be in {_short(file.name)}")
+    if INDEX in manifest.files:
+        raise _contradicts(path, f"it lists the source's {INDEX} as a copied file")
+    if manifest.extra is not None and manifest.extra.parts[0].file != EXTRA_FILE:
+        raise _contradicts(path, "the extra file has another name than tpctl gives")
+
+
+def _short(name: str) -> str:
+    return shorten(name, 120)
+
+
+def _contradicts(path: Path, why: str) -> ShardFolderError:
+    return ShardFolderError(f"{path} contradicts itself: {why}; shard the model again")

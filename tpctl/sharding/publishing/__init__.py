@@ -1,0 +1,1 @@
+"""How a folder appears whole, or not at all."""

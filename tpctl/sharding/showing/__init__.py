@@ -1,0 +1,1 @@
+"""How a cut looks, as text and as a page."""

@@ -1,0 +1,232 @@
+"""What a shard folder holds and how it was cut, as data to print or draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from tpctl.checkpoint.safetensors import tensor_nbytes
+from tpctl.errors import ShardFolderError
+from tpctl.manifest.manifest import Manifest, describe_ranks
+from tpctl.manifest.records import Shard, ShardTensor
+from tpctl.sharding.cutting.recipe import check_ranks
+from tpctl.sharding.moving.contents import absent_ranks, stray_files
+from tpctl.sharding.moving.files import Progress
+from tpctl.sharding.proving.compare import verify_source
+from tpctl.sharding.proving.damage import load_manifest
+from tpctl.sharding.proving.own_plan import own_plan
+from tpctl.sharding.proving.verify import open_shards, verify_digests
+
+
+@dataclass(frozen=True)
+class PieceReport:
+    """A rectangle of a source tensor: half-open index ranges by axis."""
+
+    source: str
+    label: str
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One rank's stored tensor. ``padding`` counts the elements that come from no source; they are ``fill``."""
+
+    name: str
+    file: str
+    rule: str
+    dim: int
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    padding: int
+    fill: int
+    pieces: tuple[PieceReport, ...]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank's shard."""
+
+    rank: int
+    files: tuple[str, ...]
+    nbytes: int
+    parameters: int
+    tensors: tuple[TensorReport, ...]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in order.
+
+    Attributes:
+        ranks: those whose files were read.
+        hashed_bytes: bytes that match their digests; 0 where only ``source`` was asked for.
+        compared_bytes: bytes that equal ``source``; 0 where there is none at hand.
+        left_out: what was not looked at, in words, each with the reason.
+    """
+
+    ranks: tuple[int, ...]
+    hashed_bytes: int
+    compared_bytes: int
+    source: str | None
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """A shard folder, as its manifest describes it.
+
+    Attributes:
+        ranks: those asked for; by default all that the manifest lists.
+        absent: the listed ranks whose files are not in the folder (as after ``download --local-ranks``).
+        strays: weight files and indexes in the folder that the manifest does not list.
+        imbalance: the largest rank's bytes over the mean; steps wait for that rank.
+    """
+
+    folder: str
+    source: str
+    revision: str | None
+    model_type: str
+    tp_size: int
+    dtype: str | None
+    compat: str | None
+    source_shapes: dict[str, tuple[int, ...]]
+    ranks: tuple[RankReport, ...]
+    absent: tuple[int, ...]
+    strays: tuple[str, ...]
+    imbalance: float
+    replicated_bytes: int
+    verified: Verified | None
+
+
+def inspect_shards(
+    folder: Path,
+    *,
+    ranks: Sequence[int] | None = None,
+    verify: bool = False,
+    source: Path | None = None,
+    progress: Progress | None = None,
+) -> InspectReport:
+    """Describe the shard folder; sizes and headers of the files that are here are always checked.
+
+    Args:
+        ranks: the ranks to describe and verify; by default all that the manifest lists, of which those are verified
+            whose files are here.
+        verify: hash every byte and compare with the manifest.
+        source: a checkpoint folder to compare every element with.
+
+    Raises:
+        ShardFolderError: the folder is incomplete, altered, describes another cut than its config's, or differs from
+            ``source``; a rank that is to be verified is not here; or, with ``verify``, it holds weight files that are
+            none of its own.
+        PartitionError: a rank does not exist.
+    """
+    manifest = load_manifest(folder, verify=verify)
+    chosen = tuple(manifest.shards) if ranks is None else check_ranks(ranks, manifest.tp_size)
+    absent, strays = absent_ranks(folder, manifest), stray_files(folder, manifest)
+    here = tuple(rank for rank in chosen if rank not in absent)
+    open_shards(folder, manifest, here)
+    verified = None
+    if verify or source is not None:
+        if lost := set(chosen) - set(here) if ranks is not None or not here else ():
+            raise ShardFolderError(
+                f"the files of {describe_ranks(lost)} are not in {folder}, so there is nothing to verify; choose a "
+                "rank that is here, fetch them with `tpctl download --local-ranks` where the shards are on the Hub, or "
+                "shard the model again"
+            )
+        # Only a folder that was fetched in part may lack the tensors that no rank needs.
+        extra = not absent or manifest.extra is None or (folder / manifest.extra.parts[0].file).exists()
+        hashed = verify_digests(folder, manifest, here, extra=extra, progress=progress) if verify else 0
+        compared = 0
+        if source is not None:
+            compared = verify_source(folder, manifest, here, source, extra=extra, progress=progress)
+        if strays and verify:
+            raise ShardFolderError(
+                f"{folder} holds {', '.join(strays)}, which its manifest does not list and an engine may load; "
+                "everything else is in order, remove what does not belong there"
+            )
+        left_out = _left_out(manifest, here, absent, extra)
+        verified = Verified(here, hashed, compared, None if source is None else str(source), left_out)
+    own = own_plan(folder, manifest)
+    sizes = [shard.nbytes for shard in manifest.shards.values()]
+    return InspectReport(
+        folder=str(folder),
+        source=manifest.source.id,
+        revision=manifest.source.revision,
+        model_type=manifest.model_type,
+        tp_size=manifest.tp_size,
+        dtype=manifest.dtype,
+        compat=manifest.compat,
+        source_shapes={name: info.shape for name, info in own.tensors.items()},
+        ranks=tuple(_rank(manifest, rank) for rank in chosen),
+        absent=absent,
+        strays=strays,
+        imbalance=max(sizes) * len(sizes) / sum(sizes),
+        replicated_bytes=_replicated(manifest),
+        verified=verified,
+    )
+
+
+def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], extra: bool) -> tuple[str, ...]:
+    """What was not verified, by reason."""
+    all_ranks = set(range(manifest.tp_size))
+    reasons = {
+        "not cut into this folder": all_ranks - set(manifest.shards),
+        "files are not here": set(absent),
+        "not asked for": set(manifest.shards) - set(absent) - set(done),
+    }
+    found = [f"{describe_ranks(ranks)} ({reason})" for reason, ranks in reasons.items() if ranks]
+    if manifest.extra is not None and not extra:
+        found.append(f"{manifest.extra.parts[0].file} (not here)")
+    return tuple(found)
+
+
+def _rank(manifest: Manifest, rank: int) -> RankReport:
+    shard = manifest.shard(rank)
+    tensors = tuple(_tensor(name, tensor, shard) for name, tensor in shard.tensors.items())
+    return RankReport(
+        rank=rank,
+        files=tuple(part.file for part in shard.parts),
+        nbytes=shard.nbytes,
+        parameters=sum(prod(tensor.shape) for tensor in shard.tensors.values()),
+        tensors=tensors,
+    )
+
+
+def _tensor(name: str, tensor: ShardTensor, shard: Shard) -> TensorReport:
+    pieces = tuple(
+        PieceReport(
+            piece.source,
+            piece.label,
+            tuple((first, first + size) for first, size in zip(piece.start, piece.shape, strict=True)),
+        )
+        for piece in tensor.pieces
+    )
+    return TensorReport(
+        name=name,
+        file=shard.parts[tensor.part].file,
+        rule=tensor.rule.value,
+        dim=tensor.dim,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        nbytes=tensor_nbytes(tensor.dtype, tensor.shape),
+        padding=prod(tensor.shape) - sum(piece.numel for piece in tensor.pieces),
+        fill=tensor.fill,
+        pieces=pieces,
+    )
+
+
+def _replicated(manifest: Manifest) -> int:
+    """Bytes that ranks hold beyond the first copy of an element."""
+    seen: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
+    extra = 0
+    for shard in manifest.shards.values():
+        for tensor in shard.tensors.values():
+            for piece in tensor.pieces:
+                key = (piece.source, piece.start, piece.shape)
+                if key in seen:
+                    extra += tensor_nbytes(tensor.dtype, piece.shape)
+                seen.add(key)
+    return extra

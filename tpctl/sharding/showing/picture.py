@@ -1,0 +1,170 @@
+"""How weights are cut, drawn with characters: every matrix as a box whose cells name the rank that holds them.
+
+    self_attn.qkv_proj  layers 0-29
+      column-parallel: output rows divided in whole heads
+      q [576, 576]              k [192, 576]              v [192, 576]
+      ┌────────────────────┐    ┌────────────────────┐    ┌────────────────────┐
+      │ 0000000000000000000│    │ 0000000000000000000│    │ 0000000000000000000│
+      │ 0000000000000000000│    │ 0000000000000000000│    │ 0000000000000000000│
+      │ 1111111111111111111│    │ 1111111111111111111│    │ 1111111111111111111│
+      └────────────────────┘    └────────────────────┘    └────────────────────┘
+
+Boxes show proportions along the cut axis, not sizes against each other. Cells held by several ranks alternate
+between their names. Without colour the names alone carry the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from tpctl.errors import counted, printable
+from tpctl.sharding.showing.kinds import Band, Kind, SourcePicture, count
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
+
+RULES = {
+    "replicated": "whole on every rank",
+    "column": "column-parallel: output rows divided",
+    "merged-column": "column-parallel: output rows divided, gate and up alike",
+    "qkv": "column-parallel: output rows divided in whole heads",
+    "row": "row-parallel: input columns divided, results summed",
+    "vocab": "rows of the vocabulary divided",
+}
+"""What each rule does, in a line."""
+
+NAMES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "bright_yellow")
+WIDTH, HEIGHT, MOST = 22, 6, 12
+"""Cells of a box across and down; a box grows to one line a band, up to ``MOST`` lines."""
+
+
+def draw(found: Sequence[Kind], head_dim: int) -> Group:
+    """Every kind as a picture, for a rich console; ``head_dim`` tells how many heads a rank's rows are."""
+    from rich.console import Group
+    from rich.text import Text
+
+    blocks: list[Text] = [_legend(found)]
+    for kind in found:
+        blocks += [Text(), *draw_kind(kind, head_dim)]
+    return Group(*blocks)
+
+
+def draw_kind(kind: Kind, head_dim: int) -> list[Text]:
+    """One kind: a heading, its sources side by side, and what each rank stores."""
+    from rich.text import Text
+
+    marks = " ".join(word for word, there in (("UNEVEN", kind.uneven), ("COPIES", _copied(kind))) if there)
+    lines = [
+        Text.assemble((printable(kind.title), "bold"), "  ", count(kind.layers), "  ", (marks, "bold red")),
+        Text(f"  {RULES[kind.rule]}"),
+    ]
+    boxes = [_box(source, kind.dim) for source in kind.sources]
+    for row in range(max(map(len, boxes))):
+        cells = [box[row] if row < len(box) else Text(" " * len(box[0])) for box in boxes]
+        lines.append(Text("  ") + Text("   ").join(cells))
+    return [*lines, *_stored(kind, head_dim)]
+
+
+def _copied(kind: Kind) -> bool:
+    """Whether ranks hold copies where the rule divides."""
+    return kind.rule != "replicated" and kind.copies > 1
+
+
+def _legend(found: Sequence[Kind]) -> Text:
+    from rich.text import Text
+
+    ranks = found[0].ranks
+    text = Text("ranks ")
+    for rank in ranks[: len(NAMES)]:
+        text.append(f" {NAMES[min(rank, len(NAMES) - 1)]} ", style=_style(rank))
+    if ranks[-1] >= len(NAMES):
+        text.append(f" (from {len(NAMES) - 1} on drawn as {NAMES[-1]})")
+    if any(not band.ranks for kind in found for source in kind.sources for band in source.bands):
+        text.append("  · not in this folder")
+    return text
+
+
+def _box(source: SourcePicture, dim: int) -> list[Text]:
+    """A source tensor: its caption, and a frame around its bands, which lie across or upright by ``dim``."""
+    from rich.text import Text
+
+    name = source.label or source.name.rsplit(".", 2)[-2]
+    caption = f"{name} [{', '.join(map(str, source.shape))}]"
+    width = max(WIDTH, len(caption) - 2)
+    if dim == 0:
+        height = 1 if len(source.shape) == 1 else min(max(HEIGHT, len(source.bands)), MOST)
+        rows = [_upright(source.bands, width, 0)] if height == 1 else _down(source.bands, height, width)
+    else:
+        rows = [_upright(source.bands, width, line) for line in range(HEIGHT)]
+    frame = [Text("┌" + "─" * width + "┐"), *(Text("│") + row + Text("│") for row in rows)]
+    return [Text(printable(caption).ljust(width + 2)), *frame, Text("└" + "─" * width + "┘")]
+
+
+def _down(bands: Sequence[Band], height: int, width: int) -> list[Text]:
+    lines = []
+    for band, share in zip(bands, _shares([band.stop - band.start for band in bands], height), strict=True):
+        lines += [_cells(band, width, line) for line in range(share)]
+    return lines
+
+
+def _upright(bands: Sequence[Band], width: int, line: int) -> Text:
+    from rich.text import Text
+
+    shares = _shares([band.stop - band.start for band in bands], width)
+    return Text().join(_cells(band, share, line) for band, share in zip(bands, shares, strict=True))
+
+
+def _cells(band: Band, width: int, line: int) -> Text:
+    """``width`` cells of ``band``; ranks that share it alternate."""
+    from rich.text import Text
+
+    if not band.ranks:
+        return Text("·" * width)
+    text = Text()
+    for cell in range(width):
+        rank = band.ranks[(cell + line) % len(band.ranks)]
+        text.append(NAMES[min(rank, len(NAMES) - 1)], style=_style(rank))
+    return text
+
+
+def _shares(sizes: Sequence[int], total: int) -> list[int]:
+    """``total`` cells dealt in proportion to ``sizes``: at least one each while there are enough."""
+    edges, done, whole = [0], 0, sum(sizes)
+    for size in sizes:
+        done += size
+        edges.append(round(total * done / whole))
+    shares = [stop - start for start, stop in pairwise(edges)]
+    while 0 in shares and max(shares) > 1:
+        shares[shares.index(max(shares))] -= 1
+        shares[shares.index(0)] += 1
+    return shares
+
+
+def _stored(kind: Kind, head_dim: int) -> list[Text]:
+    """What each rank stores."""
+    from rich.text import Text
+
+    if kind.rule == "replicated":
+        return []
+    lines = []
+    for index, rank in enumerate(kind.ranks):
+        rows = kind.padded_rows(index)
+        notes = [f" + {counted(rows, 'row')} of zeros"] if rows else []
+        if kind.rule == "qkv":
+            query, kv = ((b - a) // head_dim for _, a, b in kind.pieces[index][:2])
+            notes.append(f"  ({query} query, {kv} KV heads)")
+        shape = ", ".join(map(str, kind.shapes[index]))
+        held = f" stores [{shape}]: {kind.ranges(index) or 'nothing'}{''.join(notes)}"
+        lines.append(Text.assemble("  ", (f"{rank}", _style(rank)), held))
+    if len(lines) > MOST:
+        more = len(lines) - MOST
+        lines = [*lines[: MOST - 1], Text(f"  … and {more} more"), lines[-1]]
+    return lines
+
+
+def _style(rank: int) -> str:
+    return f"black on {COLOURS[rank % len(COLOURS)]}"

@@ -1,0 +1,72 @@
+"""Length-framed JSON messages over a stream socket: four bytes of length, big-endian, then UTF-8 JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+
+from tpctl.wire.messages import Message, from_wire, to_wire
+
+_LENGTH = struct.Struct(">I")
+
+
+class ChannelClosed(Exception):
+    """The other side is gone."""
+
+
+class Channel:
+    """One end of a connection. Any thread may send; one thread at a time may receive."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._send_lock = threading.Lock()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def send(self, message: Message) -> None:
+        """Send one message.
+
+        Raises:
+            ChannelClosed: the other side is gone.
+        """
+        data = json.dumps(to_wire(message), separators=(",", ":")).encode()
+        try:
+            with self._send_lock:
+                self._sock.sendall(_LENGTH.pack(len(data)) + data)
+        except OSError as error:
+            raise ChannelClosed(str(error)) from None
+
+    def receive(self) -> Message:
+        """Wait for one message.
+
+        Raises:
+            ChannelClosed: the other side is gone.
+        """
+        return from_wire(json.loads(self.receive_json()))
+
+    def receive_json(self) -> bytes:
+        """Wait for one message and leave it as it came, to be passed on."""
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return self._read(length)
+
+    def close(self) -> None:
+        # shutdown wakes a thread that is blocked in receive; close alone does not.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                part = self._sock.recv(min(size - len(data), 1 << 20))
+            except OSError as error:
+                raise ChannelClosed(str(error)) from None
+            if not part:
+                raise ChannelClosed("end of stream")
+            data += part
+        return bytes(data)

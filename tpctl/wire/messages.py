@@ -1,0 +1,148 @@
+"""What the command line and rank 0 say to each other: small frozen records, sent as JSON (``channel``).
+
+    command line -> rank 0      Add, Abort, GetStats, Stop
+    rank 0 -> command line      Ready, Outputs, Stats, Fatal
+
+Add and Abort travel on from rank 0 to every other rank, tagged with the step at which all of them apply it.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from tpctl.wire.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to complete. ``id`` is unique among the requests of an engine's life."""
+
+    id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Add:
+    requests: list[Request]
+
+
+@dataclass(frozen=True)
+class Abort:
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class GetStats:
+    pass
+
+
+@dataclass(frozen=True)
+class Stop:
+    pass
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine can take requests. ``info`` has sizes, device, dtype, backend and start-up seconds."""
+
+    info: dict[str, Any]
+
+
+class Output(NamedTuple):
+    """New tokens of one request.
+
+    ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
+    ``message`` explains an error, or what else than ``max_tokens`` a "length" came from. ``logprobs`` has one entry a
+    token: [log-probability of the chosen token, [[id, log-probability], …]].
+    """
+
+    id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    message: str | None = None
+    logprobs: list[Any] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    outputs: list[Output]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters since the engine started: steps, tokens, preemptions, prefix-cache hits, evictions."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """The engine cannot go on; the workers are about to exit."""
+
+    message: str
+
+
+Message = Add | Abort | GetStats | Stop | Ready | Outputs | Stats | Fatal
+
+
+def to_wire(message: Message) -> list[Any]:
+    """A JSON-ready form: the record's name, then its fields."""
+    if isinstance(message, Add):
+        body: Any = [[r.id, _packed(r.token_ids), r.sampling.to_dict()] for r in message.requests]
+    elif isinstance(message, Outputs):
+        body = message.outputs
+    else:
+        body = asdict(message)
+    return [type(message).__name__, body]
+
+
+def from_wire(wire: list[Any]) -> Message:
+    """The message that ``to_wire`` took apart.
+
+    Raises:
+        ValueError: not such a form.
+    """
+    name, body = wire
+    read = _READERS.get(name)
+    if read is None:
+        raise ValueError(f"unknown message {name!r}")
+    return read(body)
+
+
+def _read_add(body: Any) -> Add:
+    return Add([Request(id, _unpacked(packed), SamplingParams.from_dict(sampling)) for id, packed, sampling in body])
+
+
+def _packed(token_ids: list[int]) -> str:
+    """Token ids as the base64 of little-endian int64, which takes each side less than half of the time of a list."""
+    return b64encode(_little_endian(array("q", token_ids)).tobytes()).decode()
+
+
+def _unpacked(packed: str) -> list[int]:
+    return _little_endian(array("q", b64decode(packed, validate=True))).tolist()
+
+
+def _little_endian(values: array[int]) -> array[int]:
+    """To or from it, in place."""
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+_READERS: dict[str, Callable[[Any], Message]] = {
+    "Add": _read_add,
+    "Outputs": lambda body: Outputs([Output(*fields) for fields in body]),
+    "Abort": lambda body: Abort(**body),
+    "GetStats": lambda body: GetStats(),
+    "Stop": lambda body: Stop(),
+    "Ready": lambda body: Ready(**body),
+    "Stats": lambda body: Stats(**body),
+    "Fatal": lambda body: Fatal(**body),
+}
