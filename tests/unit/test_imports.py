@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,45 +16,23 @@ from tests.unit.test_cli import commands
 from tpctl.cli.app import app
 
 ROOT = Path(__file__).parent.parent.parent / "tpctl"
-# A module may import those whose dotted names begin with one of these, besides its own package and errors.
-# More special names come first and replace their package's entry.
-MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "errors": (),
-    "json_file": (),
-    "children": (),
-    "partition": (),
-    "checkpoint": ("children", "partition"),
-    "models.config": ("partition",),
-    "models.specs": ("partition",),
-    "models.weights": ("partition",),
-    "sharding": ("partition", "checkpoint", "models.config", "models.foreign", "models.specs", "models.weights"),
-    "shared_memory": (),
-    "distributed": ("shared_memory",),
-    "kernels": (),
-    "layers": ("partition", "distributed", "kernels", "models.config"),
-    "models": ("partition", "distributed", "kernels", "layers"),
-    "engine.config": (),
-    "engine.sampling_params": (),
-    "launch": ("children", "checkpoint.cache", "engine.config", "engine.sampling_params"),
-    "engine": ("partition", "distributed", "kernels", "layers", "models", "launch"),
-    "client": ("children", "engine.config", "engine.sampling_params", "launch"),
-    "chat": ("client", "engine.sampling_params"),
-    "bench": (
-        *("partition", "checkpoint", "models.config", "models.weights"),
-        *("engine.config", "engine.sampling_params", "launch", "client"),
-    ),
-    "cli": ("",),
-    "start": ("cli",),
-    "__main__": ("start",),
-    "": (),
-}
+DOCUMENT = ROOT.parent / "docs" / "architecture.md"
+_ROW = re.compile(r"^\| `([a-z_.]+)` \|.*\| ([^|]*?) ?\|$")
+
+
+def rules() -> dict[str, tuple[str, ...]]:
+    """What each room may import besides itself and ``errors``: the table of docs/architecture.md, in its order."""
+    table: dict[str, tuple[str, ...]] = {}
+    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
+        if row := _ROW.match(line):
+            table[row[1]] = ("",) if row[2] == "everything" else tuple(re.findall(r"`([a-z_.]+)`", row[2]))
+    return table
+
+
+MAY_IMPORT = {**rules(), "start": ("cli",), "__main__": ("start",), "": ()}
 # Modules that may name torch or transformers at all; those with a star only inside functions.
 HEAVY = {"distributed", "shared_memory", "kernels", "layers", "models", "engine", "launch.agent*"}
-LIGHT = (
-    *("models.config", "models.fields", "models.foreign", "models.rope", "models.specs", "models.weights"),
-    *("engine.config", "engine.sampling_params"),
-    *("engine.scheduler", "engine.pacing", "engine.block_manager", "engine.sequence"),
-)
+LIGHT = ("engine.scheduling",)
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -75,20 +54,57 @@ def within(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(prefix + ".")
 
 
-@pytest.mark.parametrize(("name", "tree"), [pytest.param(*module, id=module[0] or "tpctl") for module in modules()])
-def test_import_rules(name: str, tree: ast.Module) -> None:
-    key = next(key for key in sorted(MAY_IMPORT, key=len, reverse=True) if within(name, key))
-    package = name.partition(".")[0]
+def room(name: str) -> str:
+    """The room that a module, or what is imported of it, belongs to: the most special name that holds it."""
+    return next(key for key in sorted(MAY_IMPORT, key=len, reverse=True) if within(name, key))
+
+
+def test_rooms_stand_above_those_that_know_them() -> None:
+    names = list(rules())
+    assert len(names) > 30
+    for place, name in enumerate(names[:-1]):
+        above = names[:place]
+        for known in MAY_IMPORT[name]:
+            assert any(within(known, one) or within(one, known) for one in above), f"{name} knows {known}, below it"
+
+
+def test_every_folder_is_a_room() -> None:
+    """A new package must find its place in the table. ``kernels`` is only a shelf, and two share their parent's row."""
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.rglob("__init__.py")} - {""}
+    assert {name for name in folders if room(name) != name} == {"kernels", "checkpoint.gguf", "layers.attention"}
+
+
+def test_every_grant_is_used() -> None:
+    used = {(room(name), target.removeprefix("tpctl.")) for name, tree in modules() for target in imported(tree)}
+    for name, granted in rules().items():
+        for known in granted:
+            assert any(own == name and within(target, known) for own, target in used), f"{name} uses no {known}"
+
+
+PACKAGES = sorted({name.partition(".")[0] for name, _ in modules()})
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_rules(package: str) -> None:
+    for name, tree in modules():
+        if name.partition(".")[0] == package:
+            _check(name, tree)
+
+
+def _check(name: str, tree: ast.Module) -> None:
+    own = room(name)
     for target in imported(tree):
         inner = target.removeprefix("tpctl.")
-        if inner != target and not (package and within(inner, package)):
-            allowed = ("errors", "json_file", "__version__", *MAY_IMPORT[key])
-            assert any(within(inner, prefix) for prefix in allowed), f"{name} must not import {inner}"
+        if inner != target and room(inner) != own:
+            allowed = ("errors", "__version__", *MAY_IMPORT[own])
+            # `checkpoint.cache` grants one module of a room, `kernels` all rooms in it.
+            granted = any(within(inner, one) for one in allowed)
+            assert granted, f"{name} must not import {inner}"
         if target.partition(".")[0] in ("torch", "transformers", "triton"):
-            assert name not in LIGHT, f"{name} must not import {target}"
+            assert not any(within(name, light) for light in LIGHT), f"{name} must not import {target}"
             heavy = [prefix for prefix in HEAVY if within(name, prefix.rstrip("*"))]
             assert heavy, f"{name} must not import {target}"
-    if any(within(name, prefix.rstrip("*")) for prefix in HEAVY if prefix.endswith("*")):
+    if any(f"{name}*" == prefix for prefix in HEAVY):
         outer = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
         assert not [target for target in imported(outer) if target.partition(".")[0] in ("torch", "transformers")]
 

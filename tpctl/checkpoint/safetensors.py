@@ -22,9 +22,6 @@ from tpctl.errors import CheckpointError, counted, shorten, shown
 from tpctl.manifest.records import LONGEST_TEXT
 from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""Dtypes that ``checkpoint.cast`` can cast from."""
-
 _STRUCTURE = (b"{", b"[", b",", b":")
 _NAME = 120
 """Characters of a tensor's name that a message repeats."""
@@ -243,8 +240,3 @@ def build_header(tensors: Iterable[NewTensor], metadata: Mapping[str, str] | Non
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
     return parse_header(body, 8 + len(body) + offset, "new file")
-
-
-def dtype_after_cast(dtype: str, target: str | None) -> str:
-    """The dtype of a tensor of ``dtype`` where floats are cast to ``target``; ``None`` keeps them."""
-    return target if target is not None and dtype in FLOATS else dtype

@@ -1,4 +1,4 @@
-"""The element types that a safetensors file may hold (https://github.com/huggingface/safetensors)."""
+"""The element types that a safetensors file may hold (https://github.com/huggingface/safetensors), and casts."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ DTYPE_BITS = {
 }
 """Bits per element of every dtype that a header may name, in the reference's order, narrow ones first."""
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Dtypes that can be cast from."""
+
 CASTS = frozenset({"F32", "BF16", "F16"})
 """Dtypes that float tensors can be cast to."""
 
@@ -34,3 +37,8 @@ MOST_BYTES = 2**63 - 1
 
 MOST_AXES = 64
 """No tensor has more axes, in any library."""
+
+
+def dtype_after_cast(dtype: str, target: str | None) -> str:
+    """The dtype of a tensor of ``dtype`` where floats are cast to ``target``; ``None`` keeps them."""
+    return target if target is not None and dtype in FLOATS else dtype

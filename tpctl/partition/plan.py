@@ -202,3 +202,13 @@ def _check_cover(name: str, source: str, wanted: Range, held: Sequence[tuple[int
 
 def _dims(shape: Sequence[int]) -> str:
     return " x ".join(str(n) for n in shape) or "a scalar"
+
+
+def check_ranks(ranks: Sequence[int] | None, tp_size: int) -> tuple[int, ...]:
+    """``ranks`` in order without repetition; all of them by default. Raises ``PartitionError`` for one too large."""
+    if ranks is None:
+        return tuple(range(tp_size))
+    for rank in ranks:
+        if not 0 <= rank < tp_size:
+            raise PartitionError(f"rank {rank} does not exist at tp {tp_size}; ranks are 0 to {tp_size - 1}")
+    return tuple(sorted(set(ranks)))

@@ -12,8 +12,8 @@ from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.moving.files import Progress
+from tpctl.sharding.moving.opened import check_copied
 from tpctl.sharding.proving.verified import remember_verified
-from tpctl.sharding.proving.verify import check_copied
 
 
 def ensure_sharded(

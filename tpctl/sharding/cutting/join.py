@@ -17,8 +17,8 @@ from tpctl.sharding.moving.contents import absent_ranks
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import Files, Progress, Tally
 from tpctl.sharding.moving.layout import Stored
+from tpctl.sharding.moving.opened import open_extra, open_shards
 from tpctl.sharding.moving.transfer import Move, run
-from tpctl.sharding.proving.verify import open_extra, open_shards
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 _ELSE = "use --force to replace the folder, or choose another one (-o)"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from tpctl.arch.compat import check_compat, scales
 from tpctl.arch.config import ModelConfig
-from tpctl.errors import PartitionError
 from tpctl.manifest.records import CopiedFile, Source
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.plan import PartitionPlan, StoredTensor, check_ranks
 from tpctl.sharding.moving.layout import Stored
 
 
@@ -88,13 +87,3 @@ def make_recipe(
         identity=identity,
         may_overflow=may_overflow,
     )
-
-
-def check_ranks(ranks: Sequence[int] | None, tp_size: int) -> tuple[int, ...]:
-    """``ranks`` in order without repetition; all of them by default. Raises ``PartitionError`` for one too large."""
-    if ranks is None:
-        return tuple(range(tp_size))
-    for rank in ranks:
-        if not 0 <= rank < tp_size:
-            raise PartitionError(f"rank {rank} does not exist at tp {tp_size}; ranks are 0 to {tp_size - 1}")
-    return tuple(sorted(set(ranks)))

@@ -8,25 +8,25 @@ together with its shards (heads swapped, digests right) is thus found too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from tpctl.arch.compat import scales
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import checked_source_plan
 from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
-from tpctl.checkpoint.safetensors import dtype_after_cast
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import ShardTensor
+from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import Files, Progress, Tally
 from tpctl.sharding.moving.layout import Stored, in_shard, whole
+from tpctl.sharding.moving.opened import open_extra, tensor_infos
 from tpctl.sharding.moving.transfer import Move, run
-from tpctl.sharding.proving.verify import open_extra, tensor_infos
 
 BLOCK_BYTES = 1 << 20
 
@@ -65,37 +65,6 @@ def verify_source(
     with Files() as files:
         run(moves, files, Tally(total, "", progress), compare=True)
     return total + _compare_copied(folder, manifest, checkpoint)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the ranks of a shard folder hold if it is cut by ``plan``.
-
-    Attributes:
-        shards: each rank's stored tensors by name, constants of another engine included.
-        fills: the value of those that are made of no source tensor and are not zero.
-    """
-
-    shards: tuple[Mapping[str, StoredTensor], ...]
-    fills: Mapping[str, int]
-
-    @classmethod
-    def of(cls, config: ModelConfig, plan: PartitionPlan, compat: str | None) -> Expected:
-        """By ``plan``, and by what the engine ``compat`` wants beside it."""
-        ones = {one.name: one for one in scales(compat, config)}
-        return cls(tuple({**shard, **ones} for shard in plan.shards), dict.fromkeys(ones, 1))
-
-    def differing(self, rank: int, name: str, entry: ShardTensor) -> list[str]:
-        """The fields of a manifest's ``entry`` that differ; part, dtype and digest are none of the plan's."""
-        wanted = self.shards[rank][name]
-        pairs = {
-            "rule": (entry.rule, wanted.rule),
-            "dim": (entry.dim, wanted.dim),
-            "shape": (entry.shape, wanted.shape),
-            "pieces": (entry.pieces, wanted.pieces),
-            "fill": (entry.fill, self.fills.get(name, 0)),
-        }
-        return [field for field, (found, planned) in pairs.items() if found != planned]
 
 
 def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: Mapping[str, Stored]) -> None:

@@ -22,10 +22,10 @@ from tpctl.manifest.file import read_manifest
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import CopiedFile, Part, ShardTensor, parts_from_list, plain_name, tensor_from_dict
 from tpctl.sharding.moving.copied import hash_file
+from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import whole
 from tpctl.sharding.moving.transfer import hash_all
-from tpctl.sharding.proving.compare import Expected
 from tpctl.sharding.proving.flips import Budget, path_of_line, undo_flip, unreadable_line
 
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)

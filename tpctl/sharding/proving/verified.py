@@ -18,8 +18,8 @@ from tpctl.checkpoint.cache import cache_root, file_name
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.opened import AGAIN, open_shards
 from tpctl.sharding.moving.transfer import hash_all
-from tpctl.sharding.proving.verify import AGAIN, open_shards
 
 
 def ensure_verified(folder: Path, ranks: Sequence[int], progress: Progress | None = None) -> None:

@@ -11,13 +11,14 @@ from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import Manifest, describe_ranks
 from tpctl.manifest.records import Shard, ShardTensor
-from tpctl.sharding.cutting.recipe import check_ranks
+from tpctl.partition.plan import check_ranks
 from tpctl.sharding.moving.contents import absent_ranks, stray_files
 from tpctl.sharding.moving.files import Progress
+from tpctl.sharding.moving.opened import open_shards
+from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.proving.compare import verify_source
 from tpctl.sharding.proving.damage import load_manifest
-from tpctl.sharding.proving.own_plan import own_plan
-from tpctl.sharding.proving.verify import open_shards, verify_digests
+from tpctl.sharding.proving.verify import verify_digests
 
 
 @dataclass(frozen=True)

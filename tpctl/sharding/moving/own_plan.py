@@ -15,12 +15,13 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import source_plan
 from tpctl.arch.splits import EMBEDDING, LM_HEAD, ignored_tensors
 from tpctl.checkpoint.folder import INDEX, indexed_files
-from tpctl.checkpoint.safetensors import Header, TensorInfo, dtype_after_cast, parse_header
+from tpctl.checkpoint.safetensors import Header, TensorInfo, parse_header
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
 from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.plan import PartitionPlan
+from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.parts import EXTRA_FILE, part_name
-from tpctl.sharding.proving.compare import Expected
 
 CONFIG = "config.json"
 
