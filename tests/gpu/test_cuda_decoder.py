@@ -12,10 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from tpctl.models.cuda_decoder import CudaDecoder
+
 from tests.gpu.here import DEVICE
 from tests.tiny import make_checkpoint
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import build_plan
+from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.cuda import CudaLaunched, CudaRunner
 from tpctl.engine.runners.runner import RotaryTable, head_shape
@@ -25,7 +27,6 @@ from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.manifest.manifest import Manifest
 from tpctl.models import cuda_decoder
-from tpctl.models.cuda_decoder import CudaDecoder
 from tpctl.models.decoder import Decoder
 from tpctl.models.loader import load_shard
 from tpctl.sharding.cutting.shard import shard_checkpoint

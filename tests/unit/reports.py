@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import build_plan
+from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.partition.plan import StoredTensor
 from tpctl.sharding.showing.inspect import InspectReport, PieceReport, RankReport, TensorReport

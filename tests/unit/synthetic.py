@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
+from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.safetensors import NewTensor, build_header
 
 BASE: dict[str, Any] = {

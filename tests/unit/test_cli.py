@@ -247,11 +247,11 @@ def test_what_a_packed_cache_needs() -> None:
     """Triton is imported where it is built only, so what it is refused for can be asked anywhere."""
     import torch
 
-    from tpctl.layers.attention.base import HeadShape
+    from tpctl.layers.attention.base import AttentionSpec
     from tpctl.layers.attention.select import make_backend
 
     def refused(backend: str, dtype: torch.dtype, head_dim: int, whole: bool = True) -> str:
-        heads = HeadShape(4, 2, head_dim, 1.0)
+        heads = [AttentionSpec(4, 2, head_dim, 1.0)]
         with pytest.raises(EngineError) as refusal:
             make_backend(backend, "cuda", dtype, heads, None, kv_cache_dtype="packed", whole_heads=whole)
         return str(refusal.value)

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, read_tensors
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.families import FAMILIES
-from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.cast import cast
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.safetensors import NewTensor, read_header

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, read_tensors
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
+from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import (
     CheckpointError,

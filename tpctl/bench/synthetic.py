@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import weight_splits
 from tpctl.checkpoint.cache import cache_root, locked
 from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.checkpoint.sources import ResolvedSource
@@ -106,7 +105,7 @@ def synthetic_source(shape: str) -> ResolvedSource:
 def _write(config: dict[str, Any], parsed: ModelConfig, folder: Path) -> None:
     """Weights first, ``config.json`` last: a folder that has one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = [NewTensor(name, "BF16", shape) for name, shape in source_shapes(weight_splits(parsed)).items()]
+    tensors = [NewTensor(name, "BF16", shape) for name, shape in source_shapes(parsed.blueprint.splits()).items()]
     files: list[list[NewTensor]] = [[]]
     for tensor in tensors:
         if sum(t.nbytes for t in files[-1]) + tensor.nbytes > _FILE_BYTES:

@@ -123,7 +123,7 @@ def _config(
         return config, model, ModelConfig.load(config.text_dir).vocab_size
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
-    from tpctl.arch.splits import build_plan
+    from tpctl.arch.source_plan import build_plan
     from tpctl.bench.synthetic import shape_config, synthetic_source
 
     known = shape_config(shape)

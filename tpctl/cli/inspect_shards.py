@@ -104,8 +104,8 @@ def _draw(report: InspectReport) -> None:
     from tpctl.sharding.showing.kinds import kinds
     from tpctl.sharding.showing.picture import draw
 
-    head_dim = ModelConfig.load(Path(report.folder)).head_dim
-    stdout().print(draw(kinds(report), head_dim), soft_wrap=True)
+    blueprint = ModelConfig.load(Path(report.folder)).blueprint
+    stdout().print(draw(kinds(report), blueprint), soft_wrap=True)
     say()
 
 

@@ -37,7 +37,7 @@ def supported_source(
     config = _config_folder(model, revision, token)
     if config is not None:
         from tpctl.arch.config import ModelConfig
-        from tpctl.arch.splits import build_plan
+        from tpctl.arch.source_plan import build_plan
 
         found = ModelConfig.load(config)
         build_plan(found, tp_size or 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tpctl.distributed import TPGroup
-from tpctl.engine.runners.runner import Launched, ModelRunner
+from tpctl.engine.runners.runner import Launched, ModelRunner, make_plain_runner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.layers.attention.select import choose_backend
@@ -28,18 +28,19 @@ class Engine:
 
     def __init__(self, config: EngineConfig, group: TPGroup) -> None:
         self.config = config
-        self.runner = _make_runner(config, group)
+        self.runner = make_runner(config, group)
         self._pending: Launched | None = None
-        blocks = BlockManager(self.runner.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
+        model, memory = self.runner.loaded.config, self.runner.memory
+        blocks = BlockManager(memory.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=self.runner.max_model_len,
-            vocab_size=self.runner.model_config.vocab_size,
-            eos_token_ids=self.runner.model_config.eos_token_ids,
-            rope_offset=self.runner.rotary.offset,
-            context_full=self.runner.context_full,
+            max_model_len=memory.max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            rope_offset=self.runner.rope_offset,
+            context_full=memory.context_full,
             pace=self.runner.pace,
         )
 
@@ -109,11 +110,16 @@ class Engine:
         }
 
 
-def _make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
+def make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
+    """The runner for the device and the attention backend (collective).
+
+    Raises:
+        EngineError: the settings do not fit the model or the memory.
+    """
     # Whether the backend suits the dtype is for the runner to say, which knows what "auto" means there.
     backend = choose_backend(config.attention_backend, group.device.type, torch.bfloat16)
     if group.device.type == "cuda" and backend != "sdpa":
-        from tpctl.engine.runners.cuda import CudaRunner
+        from tpctl.engine.runners.cuda import make_cuda_runner
 
-        return CudaRunner(config, group)
-    return ModelRunner(config, group)
+        return make_cuda_runner(config, group)
+    return make_plain_runner(config, group)

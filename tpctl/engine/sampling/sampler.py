@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpctl.accounting import rows_at_once, sampler_bytes
 from tpctl.distributed import TPGroup
 from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
 from tpctl.engine.sampling.logprobs import report_logprobs
@@ -24,12 +25,6 @@ from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.scheduling.sequence import NOT_FINITE
 from tpctl.partition.split import Range
 from tpctl.wire.sampling import SamplingParams
-
-_BYTES = 96
-"""Of a GPU's memory that one row takes at most while it is sampled, for each token of the vocabulary: where a top-p
-set is so flat that whole rows are sorted."""
-_AT_ONCE = 512 << 20
-"""Bytes that all rows sampled together may take so, or one row if it takes more."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +57,12 @@ class Sampler:
         reals = [len(piece.clipped(vocab_size)) for piece in slices]
         self.real = reals[group.rank]
         self.widest = max(reals)
-        self._row_bytes = _BYTES * group.size * self.widest
-        self._piece = max(1, _AT_ONCE // self._row_bytes)
+        self._vocab = group.size * self.widest
+        self._piece = rows_at_once(self._vocab)
 
     def working_bytes(self, rows: int) -> int:
         """Bytes of a GPU's memory that ``sample`` takes at most, besides the logits, for so many rows."""
-        return min(rows, self._piece) * self._row_bytes
+        return sampler_bytes(rows, self._vocab)
 
     def whole_rows(self, logits_RV: Tensor) -> tuple[Tensor, int]:
         """All ranks' logits [ranks, R, V], padding as -inf, and how many of the ranks * V columns are to be read.

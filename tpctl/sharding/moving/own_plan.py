@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.compat import ENGINES
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import source_plan
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, ignored_tensors
 from tpctl.checkpoint.folder import INDEX, indexed_files
 from tpctl.checkpoint.safetensors import Header, TensorInfo, parse_header
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
@@ -61,7 +61,7 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     config = ModelConfig.load(folder)
     try:
         plan = source_plan(config, tensors, manifest.tp_size)
-        plan.check_source({name: info.shape for name, info in tensors.items()}, ignored_tensors(config))
+        plan.check_source({name: info.shape for name, info in tensors.items()}, config.blueprint.ignored())
     except TpctlError as error:
         raise _contradicts(path, str(error)) from None
     if manifest.model_type != config.model_type:

@@ -70,22 +70,23 @@ def render(report: InspectReport, config: ModelConfig) -> str:
     revision = f" at revision {printable(report.revision)}" if report.revision else ""
     title = f"{printable(report.source)}, cut for {report.tp_size} rank{'s' if report.tp_size > 1 else ''}"
     total = sum(rank.nbytes for rank in report.ranks)
+    heads = config.blueprint.blocks[0].attention
     parts = {
         "title": escape(title),
         "css": _template("page.css"),
         "js": _template("page.js"),
         "summary": escape(
-            f"A {report.model_type} model{revision} with {config.num_layers} blocks (layers), {config.num_heads} query "
-            f"and {config.num_kv_heads} KV heads, in {_bytes(total)} of shards. This page shows which rank holds which "
+            f"A {report.model_type} model{revision} with {config.num_layers} blocks (layers), {heads.num_heads} query "
+            f"and {heads.num_kv_heads} KV heads, in {_bytes(total)} of shards. This page shows which rank holds which "
             "part of every weight, and why it was cut that way."
         ),
         "legend": _legend(report),
         "column": column_example(),
         "row": row_example(),
         "layers": str(config.num_layers),
-        "flow": block_flow(config, found),
+        "flow": block_flow(config.blueprint, found),
         "balance": _balance(report, found),
-        "ranks": _rank_rows(report, found, config),
+        "ranks": _rank_rows(report, found, heads.head_dim),
         "kinds": "".join(_kind(kind) for kind in found),
         "footer": escape(f"Made by tpctl inspect-shards from {printable(Path(report.folder).name)}/tpctl.json."),
         # "</script" would end the script element early, "<!--" keep it from ending, whatever string they are in.
@@ -128,12 +129,12 @@ def _copied(kind: Kind) -> bool:
     return kind.rule != "replicated" and kind.copies > 1
 
 
-def _rank_rows(report: InspectReport, found: Sequence[Kind], config: ModelConfig) -> str:
+def _rank_rows(report: InspectReport, found: Sequence[Kind], head_dim: int) -> str:
     largest = max(rank.nbytes for rank in report.ranks)
     qkv = next(kind for kind in found if kind.rule == "qkv")
     rows = []
     for index, rank in enumerate(report.ranks):
-        query, kv = ((stop - start) // config.head_dim for _, start, stop in qkv.pieces[index][:2])
+        query, kv = ((stop - start) // head_dim for _, start, stop in qkv.pieces[index][:2])
         share = 100 * rank.nbytes / largest
         rows.append(
             f"<tr><td><span class='chip'{_colour(rank.rank)}>{rank.rank}</span></td><td>{rank.parameters:,}</td>"

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from tpctl.arch.blueprint import Blueprint
 from tpctl.errors import counted, printable
 from tpctl.sharding.showing.kinds import Band, Kind, SourcePicture, count
 
@@ -42,18 +43,18 @@ WIDTH, HEIGHT, MOST = 22, 6, 12
 """Cells of a box across and down; a box grows to one line a band, up to ``MOST`` lines."""
 
 
-def draw(found: Sequence[Kind], head_dim: int) -> Group:
-    """Every kind as a picture, for a rich console; ``head_dim`` tells how many heads a rank's rows are."""
+def draw(found: Sequence[Kind], blueprint: Blueprint) -> Group:
+    """Every kind as a picture, for a rich console; ``blueprint`` tells how many heads a rank's rows are."""
     from rich.console import Group
     from rich.text import Text
 
     blocks: list[Text] = [_legend(found)]
     for kind in found:
-        blocks += [Text(), *draw_kind(kind, head_dim)]
+        blocks += [Text(), *draw_kind(kind, blueprint)]
     return Group(*blocks)
 
 
-def draw_kind(kind: Kind, head_dim: int) -> list[Text]:
+def draw_kind(kind: Kind, blueprint: Blueprint) -> list[Text]:
     """One kind: a heading, its sources side by side, and what each rank stores."""
     from rich.text import Text
 
@@ -66,7 +67,7 @@ def draw_kind(kind: Kind, head_dim: int) -> list[Text]:
     for row in range(max(map(len, boxes))):
         cells = [box[row] if row < len(box) else Text(" " * len(box[0])) for box in boxes]
         lines.append(Text("  ") + Text("   ").join(cells))
-    return [*lines, *_stored(kind, head_dim)]
+    return [*lines, *_stored(kind, blueprint)]
 
 
 def _copied(kind: Kind) -> bool:
@@ -144,7 +145,7 @@ def _shares(sizes: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _stored(kind: Kind, head_dim: int) -> list[Text]:
+def _stored(kind: Kind, blueprint: Blueprint) -> list[Text]:
     """What each rank stores."""
     from rich.text import Text
 
@@ -155,6 +156,7 @@ def _stored(kind: Kind, head_dim: int) -> list[Text]:
         rows = kind.padded_rows(index)
         notes = [f" + {counted(rows, 'row')} of zeros"] if rows else []
         if kind.rule == "qkv":
+            head_dim = blueprint.blocks[kind.layers[0]].attention.head_dim
             query, kv = ((b - a) // head_dim for _, a, b in kind.pieces[index][:2])
             notes.append(f"  ({query} query, {kv} KV heads)")
         shape = ", ".join(map(str, kind.shapes[index]))
