@@ -1,7 +1,7 @@
 """Times tpctl's Triton kernels on one GPU, beside torch (cuBLAS, and flash-attn where it is installed).
 
-    python examples/kernel_bench.py [linear] [decode] [prefill] [small] [step] [launch]
-    torchrun --nproc-per-node 2 examples/kernel_bench.py all_reduce
+    python benchmarks/kernel_bench.py [linear] [decode] [prefill] [small] [step] [launch]
+    torchrun --nproc-per-node 2 benchmarks/kernel_bench.py all_reduce
 
 Every figure is the median of several replays of a CUDA graph whose launches rotate through more memory than
 the L2 cache holds. TB/s counts weights (linear, step) or keys and values (decode), read once.

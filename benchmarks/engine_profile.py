@@ -1,7 +1,7 @@
 """Where an engine's time goes on GPUs: the ``nano`` workload by step, and by kernel at some batch sizes.
 
-    python examples/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48]
-    torchrun --nproc-per-node 2 examples/engine_profile.py llama-3.1-8b
+    python benchmarks/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48]
+    torchrun --nproc-per-node 2 benchmarks/engine_profile.py llama-3.1-8b
 
 The engine runs in this process, or each rank's in one of torchrun's (rank 0 reports), without client and workers. The
 first pass warms up and captures the CUDA graphs. The second times every step by the number of sequences it decodes.

@@ -1,6 +1,6 @@
 """Times ``cp``, ``tpctl shard`` and the obvious script on a synthetic Llama checkpoint, with the memory of each.
 
-    python examples/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench
+    python benchmarks/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench
 
 The checkpoint has a real model's layer shapes and random bytes. Each line is the median of three runs, one
 child process a run, on the same disk, the source read once before so that all find it equally warm. "x cp"

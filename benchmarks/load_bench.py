@@ -1,6 +1,6 @@
 """Times ways of getting one rank's shard files onto a GPU, page cache warm, one process a run.
 
-    python examples/load_bench.py llama-3.1-8b [--tp 2] [--runs 3]
+    python benchmarks/load_bench.py llama-3.1-8b [--tp 2] [--runs 3]
 
 A run starts its clock when CUDA is ready and stops it when the last byte is there, so that what a way has to pin, map
 or allocate first counts. Every way must bring the same bytes: their sum is compared.
