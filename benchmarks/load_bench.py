@@ -71,7 +71,7 @@ def library(files: list[Path]) -> dict[str, Tensor]:
 
 def registered(files: list[Path]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    runtime = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for path in files:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
