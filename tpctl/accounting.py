@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 RESERVE = 512 << 20
 """Left of a GPU for what is not counted: the graphs themselves (with 28 layers 0.7 MiB each for decodes, 4 to 7 with
-prompts; see docs/performance.md), kernels that are loaded later, fragmentation."""
+prompts; docs/log/2026-11-26-loading-and-memory.md), kernels that are loaded later, fragmentation."""
 
 _LAYERS, _MORE = 32, 16 << 20
 

@@ -1,4 +1,4 @@
-"""Loads one rank's shard files straight onto a GPU (other ways, timed: ``examples/load_bench.py``).
+"""Loads one rank's shard files straight onto a GPU (other ways, timed: ``benchmarks/load_bench.py``).
 
 Threads read pieces of the files into pinned host memory and hand each to the copy engine, two pieces in flight per
 thread, so that reading and copying overlap. Tensors land where they stay; nothing passes through pageable memory.

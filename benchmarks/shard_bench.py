@@ -1,6 +1,6 @@
 """Times ``cp``, ``tpctl shard`` and the obvious script on a synthetic Llama checkpoint, with the memory of each.
 
-    python examples/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench
+    python benchmarks/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench
 
 The checkpoint has a real model's layer shapes and random bytes. Each line is the median of three runs, one
 child process a run, on the same disk, the source read once before so that all find it equally warm. "x cp"
@@ -120,7 +120,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
             groups.append([])
         groups[-1].append(tensor)
     names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    index = {"metadata": {}, "weight_map": {t.name: n for n, g in zip(names, groups, strict=True) for t in g}}
+    whole = {"metadata": {}, "weight_map": {t.name: n for n, g in zip(names, groups, strict=True) for t in g}}
     rng = np.random.default_rng(0)
     for name, group in zip(names, groups, strict=True):
         header = build_header(group)
@@ -130,7 +130,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
             while left:
                 file.write(rng.bytes(min(left, 1 << 26)))
                 left -= min(left, 1 << 26)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(whole))
     (folder / "config.json").write_text(json.dumps(config))
     return layers
 

@@ -1,7 +1,7 @@
 """Times tpctl's Triton kernels on one GPU, beside torch (cuBLAS, and flash-attn where it is installed).
 
-    python examples/kernel_bench.py [linear] [decode] [prefill] [small] [step] [launch]
-    torchrun --nproc-per-node 2 examples/kernel_bench.py all_reduce
+    python benchmarks/kernel_bench.py [linear] [decode] [prefill] [small] [step] [launch]
+    torchrun --nproc-per-node 2 benchmarks/kernel_bench.py all_reduce
 
 Every figure is the median of several replays of a CUDA graph whose launches rotate through more memory than
 the L2 cache holds. TB/s counts weights (linear, step) or keys and values (decode), read once.
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     graph.replay()
     torch.cuda.synchronize()
     start.record()
@@ -98,7 +99,7 @@ def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
     torch.cuda.synchronize()
     # The same count on every rank of a collective, whatever each has measured.
     inner = 10 if "LOCAL_RANK" in os.environ else max(1, min(50, int(5 / max(start.elapsed_time(stop), 1e-3))))
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start.record()
         for _ in range(inner):
@@ -129,21 +130,25 @@ def bench_linear() -> None:
             for rows in (1, 4, 16, 32):
                 x = torch.randn(rows, in_features, device=DEVICE, dtype=BF16)
                 out = torch.empty(rows, out_features, device=DEVICE, dtype=BF16)
-                plain = graph_us([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in many])
+                plain = graph_us([partial(torch.nn.functional.linear, x, w) for w in many])
                 if pick(rows, out_features, in_features, gated=gated) is None:
                     row(f"{shape.name} {name} {weight_rows}x{in_features}", rows, "-", "-", f"{plain:.1f}")
                     continue
-                options = {"residual_TO": out} if name in ("o", "down") else {"norm": (x[0], 1e-6)}
+                options: dict[str, Any] = {"residual_TO": out} if name in ("o", "down") else {"norm": (x[0], 1e-6)}
                 if gated:
                     options["activation"] = "silu"
-                fused = graph_us(
-                    [lambda w=w, x=x, o=out, k=options: small_linear(x, w, scratch, out=o, pdl=True, **k) for w in many]
-                )
+                fused = graph_us([partial(small_linear, x, w, scratch, out=out, pdl=True, **options) for w in many])
                 rate = f"{size / fused / 1e6:.2f}"
                 row(f"{shape.name} {name} {weight_rows}x{in_features}", rows, f"{fused:.1f}", rate, f"{plain:.1f}")
 
 
-def make_cache(lens: list[int], shape: Shape, block_size: int, layers: int):
+KV = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, each [num_blocks, B, K, D]."""
+
+
+def make_cache(
+    lens: list[int], shape: Shape, block_size: int, layers: int
+) -> tuple[KV, list[torch.Tensor], torch.Tensor]:
     """Caches that hold `layers` batches of these lengths, a shuffled block table for each, and the lengths."""
     counts = [-(-length // block_size) for length in lens]
     total = sum(counts)
@@ -156,14 +161,12 @@ def make_cache(lens: list[int], shape: Shape, block_size: int, layers: int):
             table[i, :count] = blocks[start : start + count]
             start += count
         tables.append(table.to(DEVICE))
-    caches = [
-        torch.randn(total * layers, block_size, shape.kv_heads, shape.head_dim, device=DEVICE, dtype=BF16)
-        for _ in range(2)
-    ]
-    return caches, tables, torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    size = (total * layers, block_size, shape.kv_heads, shape.head_dim)
+    keys, values = (torch.randn(size, device=DEVICE, dtype=BF16) for _ in range(2))
+    return (keys, values), tables, torch.tensor(lens, dtype=torch.int32, device=DEVICE)
 
 
-def packed(caches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def packed(caches: KV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same caches packed: keys, values, exponents (`kernels.packed_kv`)."""
     keys, values = (pack_reference(cache.transpose(1, 2).contiguous()) for cache in caches)
     return keys[0], values[0], torch.stack([keys[1], values[1]], -1)
@@ -274,11 +277,11 @@ def bench_small() -> None:
             qkv = torch.randn(rows, (shape.heads + 2 * shape.kv_heads) * 128, device=DEVICE, dtype=BF16)
             positions = torch.arange(rows, device=DEVICE) % 4096
             slots = torch.randperm(8192, device=DEVICE)[:rows]
-            norms = {"q_norm_D": weight[:128], "k_norm_D": weight[:128]} if shape.qk_norm else {}
+            norms: dict[str, Any] = {"q_norm_D": weight[:128], "k_norm_D": weight[:128]} if shape.qk_norm else {}
             logits = torch.randn(min(rows, 256), shape.vocab, device=DEVICE, dtype=BF16)
             temperatures = torch.full((rows,), 0.6, device=DEVICE)
             keys = torch.randint(0, 2**32, (rows, 2), device=DEVICE)
-            calls = {
+            calls: dict[str, Callable[..., object]] = {
                 "rms_norm": partial(rms_norm, x, weight, 1e-6, out=normed),
                 "add_rms_norm": partial(add_rms_norm, x, residual, weight, 1e-6, out=normed),
                 "silu_and_mul": partial(silu_and_mul, gate_up),
@@ -314,7 +317,7 @@ class Step:
         }
         self.bytes = sum(w.numel() * 2 for ws in self.weights.values() for w in ws)
         self.norm = torch.rand(shape.hidden, device=DEVICE, dtype=BF16)
-        self.qk = {}
+        self.qk: dict[str, Any] = {}
         if shape.qk_norm:
             self.qk = {"q_norm_D": self.norm[: shape.head_dim], "k_norm_D": self.norm[: shape.head_dim]}
         self.caches, self.tables, self.lens = make_cache(lens, shape, 256, shape.layers)
@@ -329,7 +332,9 @@ class Step:
         self.temperatures = torch.full((self.batch,), 0.6, device=DEVICE)
         self.keys = torch.randint(0, 2**32, (self.batch, 2), device=DEVICE)
 
-    def linear(self, name: str, layer: int, x: torch.Tensor, delta: torch.Tensor | None):
+    def linear(
+        self, name: str, layer: int, x: torch.Tensor, delta: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The linear `name` with its norm, activation or addition; returns (result, what is still to be added to x)."""
         weight = self.weights[name][layer]
         adds, gated = name in ("o", "down"), name == "gate_up"
@@ -340,17 +345,16 @@ class Step:
             splits = pick_splits(x.shape[0], *weight.shape)
             return x, torch.nn.functional.linear(x, weight) if splits == 1 else split_linear(x, weight, splits)
         if config is not None and delta is None:
-            options = {"activation": "silu"} if gated else {}
+            options: dict[str, Any] = {"activation": "silu"} if gated else {}
             return small_linear(x, weight, self.scratch, norm=(self.norm, 1e-6), pdl=name in self.pdl, **options), None
         if delta is not None:
             x = add_rms_norm(delta, self.x, self.norm, 1e-6, pdl="norm" in self.pdl)
         else:
             x = rms_norm(x, self.norm, 1e-6, pdl="norm" in self.pdl)
-        config = (
-            pick_gated(x.shape[0], weight.shape[0] // 2, x.shape[1], num_multiprocessors(DEVICE)) if gated else None
-        )
-        if config is not None:
-            return gated_linear(x, weight, config, pdl="gate_up" in self.pdl), None
+        if gated:
+            tiles = pick_gated(x.shape[0], weight.shape[0] // 2, x.shape[1], num_multiprocessors(DEVICE))
+            if tiles is not None:
+                return gated_linear(x, weight, tiles, pdl="gate_up" in self.pdl), None
         y = torch.nn.functional.linear(x, weight)
         return (silu_and_mul(y, pdl="silu" in self.pdl) if gated else y), None
 
@@ -400,7 +404,7 @@ def bench_launch() -> None:
     caches, tables, seq_lens = make_cache([200], QWEN, 256, 1)
     q = torch.randn(1, 16, 128, device=DEVICE, dtype=BF16)
     plan = DecodePlan(1, 16, 8, 128, 256, DecodeScratch.allocate(1, 16, 128, DEVICE))
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "rms_norm": lambda: rms_norm(x, weight[0], 1e-6, out=out),
         "small_linear": lambda: small_linear(x, weight, scratch, out=out),
         "paged_decode": lambda: paged_decode(q, *caches, tables[0], seq_lens, plan, out=q),
@@ -429,7 +433,9 @@ def bench_all_reduce() -> None:
     device = torch.device("cuda", rank)
     dist.init_process_group("nccl", device_id=device)
     hidden = 4096
-    peers = PeerBuffer.connect(dist.group.WORLD, 1024, hidden, BF16, device)
+    world = dist.group.WORLD
+    assert world is not None  # the line above made it
+    peers = PeerBuffer.connect(world, 1024, hidden, BF16, device)
     weight = torch.rand(hidden, device=device, dtype=BF16)
     if rank == 0:
         row(f"all-reduce, {dist.get_world_size()} GPUs, us", "rows", "KiB", "alone", "+ norm", "+ norm, pdl",
@@ -440,11 +446,11 @@ def bench_all_reduce() -> None:
         residual, out = torch.zeros_like(x), torch.empty_like(x)
         fused = peers.all_reduce_add_rms_norm
 
-        def nccl_norm(x=x, residual=residual, out=out) -> None:
+        def nccl_norm(x: torch.Tensor = x, residual: torch.Tensor = residual, out: torch.Tensor = out) -> None:
             dist.all_reduce(x)
             add_rms_norm(x, residual, weight, 1e-6, out=out)
 
-        calls = [
+        calls: list[Callable[[], object]] = [
             lambda: peers.all_reduce(x, out=out),  # noqa: B023
             lambda: fused(x, residual, weight, 1e-6, out=out),  # noqa: B023
             lambda: fused(x, residual, weight, 1e-6, out=out, pdl=True),  # noqa: B023

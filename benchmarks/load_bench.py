@@ -1,6 +1,6 @@
 """Times ways of getting one rank's shard files onto a GPU, page cache warm, one process a run.
 
-    python examples/load_bench.py llama-3.1-8b [--tp 2] [--runs 3]
+    python benchmarks/load_bench.py llama-3.1-8b [--tp 2] [--runs 3]
 
 A run starts its clock when CUDA is ready and stops it when the last byte is there, so that what a way has to pin, map
 or allocate first counts. Every way must bring the same bytes: their sum is compared.
@@ -71,7 +71,7 @@ def library(files: list[Path]) -> dict[str, Tensor]:
 
 def registered(files: list[Path]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    runtime = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for path in files:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

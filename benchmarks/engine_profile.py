@@ -1,7 +1,7 @@
 """Where an engine's time goes on GPUs: the ``nano`` workload by step, and by kernel at some batch sizes.
 
-    python examples/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48]
-    torchrun --nproc-per-node 2 examples/engine_profile.py llama-3.1-8b
+    python benchmarks/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48]
+    torchrun --nproc-per-node 2 benchmarks/engine_profile.py llama-3.1-8b
 
 The engine runs in this process, or each rank's in one of torchrun's (rank 0 reports), without client and workers. The
 first pass warms up and captures the CUDA graphs. The second times every step by the number of sequences it decodes.
@@ -66,8 +66,8 @@ def run(engine: Engine, shift: int) -> None:
 
 def show(prof: profile, steps: int, wall: float, title: str) -> None:
     sums: dict[str, list[float]] = defaultdict(list)
-    for event in prof.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+    for event in prof.events():  # type: ignore[no-untyped-call]
+        if event.device_type.name == "CUDA":
             sums[event.name].append(event.device_time)
     total = sum(sum(times) for times in sums.values())
     print(f"{title}: {wall / steps * 1e3:.3f} ms a step, {total / steps / 1e3:.3f} in kernels")

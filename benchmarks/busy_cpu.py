@@ -1,6 +1,6 @@
 """Speed on a CPU that other processes use as well: beside 0, 1, 2 … spinning processes, at each TP size.
 
-    python examples/busy_cpu.py [--model demo] [--tp 1 2] [--busy 0 1 2] [--runs 3] [--settings VARIABLE=VALUE …]
+    python benchmarks/busy_cpu.py [--model demo] [--tp 1 2] [--busy 0 1 2] [--runs 3] [--settings VARIABLE=VALUE …]
 
 Each row is an environment for the workers: tpctl's defaults, and what ``--settings`` names (OMP_WAIT_POLICY=passive
 unless told otherwise). In every round the rows take turns, each with workers started anew, so that a machine that is

@@ -1,0 +1,55 @@
+"""The programs of examples/, run as a reader runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tpctl.checkpoint.sources import ResolvedSource
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+
+
+def test_every_example_has_a_test() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {name.removeprefix("test_") for name in globals()} & names
+
+
+def test_split_a_linear() -> None:
+    done = run("split_a_linear.py", "--tp", "3")
+    assert done.returncode == 0, done.stderr
+    [difference] = re.findall(r"largest difference to the whole layer: (\S+)", done.stdout)
+    assert float(difference) < 1e-5
+    assert len(re.findall(r"^rank \d: query heads", done.stdout, re.MULTILINE)) == 3
+
+
+def test_engine_client(demo: ResolvedSource) -> None:
+    model = os.environ.get("TPCTL_TEST_MODEL")
+    done = run("engine_client.py", *(("--model", model) if model else ()))
+    assert done.returncode == 0, done.stderr
+    assert re.search("[A-Za-z]{3}", done.stdout)
+
+
+def test_vllm_sharded_state(demo: ResolvedSource) -> None:
+    """Where vLLM is not installed it is asked all the same, and what it said is shown."""
+    done = run("vllm_sharded_state.py", str(demo.folder), "--tp", "1", "--vllm", sys.executable)
+    if find_spec("vllm"):
+        assert done.returncode == 0, done.stderr
+        assert "tp 1, from the shards: the same tokens" in done.stdout
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"vLLM failed on {demo.folder} at tp 1:")
+        assert "No module named 'vllm'" in done.stderr
