@@ -65,6 +65,7 @@ class CudaRunner(ModelRunner):
         self._paged = paged(loaded)
         settings, device = loaded.settings, loaded.group.device
         self._compute = compute
+        self.steps = steps
         rows, blocks = largest_rows(settings, pace), table_width(loaded, memory.max_model_len)
         # More slots than can run: a step may still compute a sequence that has ended, beside its successor.
         self._slots = Slots(2 * settings.max_num_seqs, blocks, device)
