@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.unit.fake_client import FakeClient, write_tokenizer
+from tests.unit.fake_client import FakeClient, engine_info, engine_stats, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.cli import batch as cli_batch
 from tpctl.cli.app import app
@@ -124,16 +125,16 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.
 
 def test_a_policy_that_cannot_be_had_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     for asked, had in ((None, "fcfs"), ("fcfs", "fcfs"), ("makespan", "makespan")):
-        say_policy(asked and SchedulingPolicy(asked), {"scheduling_policy": had})
+        say_policy(asked and SchedulingPolicy(asked), engine_info(scheduling_policy=had))
     assert capsys.readouterr().err == ""
-    say_policy(SchedulingPolicy.makespan, {"scheduling_policy": "fcfs"})
+    say_policy(SchedulingPolicy.makespan, engine_info(scheduling_policy="fcfs"))
     said = capsys.readouterr().err
     assert said.startswith("--scheduling-policy makespan needs a GPU") and said.endswith("fcfs it is\n")
 
 
 def test_an_interrupted_run_claims_no_preemptions() -> None:
-    assert "preemptions" not in cli_batch._summary(Tally(lines=1), {})
-    assert "3 preemptions" in cli_batch._summary(Tally(lines=1), {"preemptions": 3})
+    assert "preemptions" not in cli_batch._summary(Tally(lines=1), None)
+    assert "3 preemptions" in cli_batch._summary(Tally(lines=1), engine_stats(preemptions=3))
 
 
 def test_rows_come_in_the_order_of_the_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -213,15 +214,14 @@ def test_answers_that_the_context_cuts_have_a_note(tokenizer: Tokenizer, tmp_pat
         results.publish(3)
     found = [(row["text"], row["finish_reason"], row.get("note")) for row in rows(tmp_path / "out.jsonl")]
     assert found == [("<abc", "length", fake.context_full), ("<ab>", "stop", None), ("<a", "length", None)]
-    assert "1 answer cut by the end of the context" in cli_batch._summary(tally, {})
+    assert "1 answer cut by the end of the context" in cli_batch._summary(tally, None)
 
 
 def test_a_context_that_the_kv_cache_shortens_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    info = {"device": "cpu", "max_model_len": 64, "wanted_model_len": 64, "kv_cache_bytes": 1_500_000}
-    say_context({})
+    info = engine_info(kv_cache_bytes=1_500_000)
     say_context(info)
     assert capsys.readouterr().err == ""
-    say_context({**info, "wanted_model_len": 8192})
+    say_context(replace(info, wanted_model_len=8192))
     assert " ".join(capsys.readouterr().err.split()) == (
         "the KV cache of 1.5 MB a rank holds 64 tokens, fewer than the model's 8,192: prompt and answer together are "
         "limited to 64; raise --kv-cache-memory if that is too few"

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.unit.fake_client import engine_info
 from tests.unit.synthetic import make_config
 from tpctl import __version__
 from tpctl.cli import app as app_module
@@ -265,11 +267,10 @@ def test_what_a_packed_cache_needs() -> None:
 
 
 def test_an_engine_says_how_it_runs() -> None:
-    info = {"device": "cuda", "tp_size": 2, "dtype": "bfloat16", "attention_backend": "triton"}
-    packed = {"kv_cache_dtype": "packed", "all_reduce": "NCCL"}
-    assert describe(info | packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
-    plain = {"kv_cache_dtype": "bfloat16", "all_reduce": None}
-    assert describe(info | plain) == "tp 2, bfloat16, triton attention on GPU"
+    plain = engine_info(device="cuda", dtype="bfloat16", attention_backend="triton", kv_cache_dtype="bfloat16")
+    packed = replace(plain, kv_cache_dtype="packed", all_reduce="NCCL")
+    assert describe(packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
+    assert describe(plain) == "tp 2, bfloat16, triton attention on GPU"
 
 
 if __name__ == "__main__":

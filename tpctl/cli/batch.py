@@ -34,6 +34,7 @@ from tpctl.errors import EngineError, OutputError, SourceError, UsageError
 if TYPE_CHECKING:
     from tpctl.client.batch import Tally
     from tpctl.client.results import Results
+    from tpctl.wire.report import EngineStats
 
 REPORTS = 60.0
 """Seconds between lines about progress where stderr is no terminal."""
@@ -108,7 +109,7 @@ def batch(
                 note(f"{model} is ready ({describe(info)})")
             say_policy(scheduling_policy, info)
             say_context(info)
-            parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info["max_model_len"])
+            parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info.max_model_len)
             run = Batch(client, tokenizer, results, window=4 * config.max_num_seqs)
             with (
                 _progress(total, config.tp_size, silent=silent) as show,
@@ -124,7 +125,7 @@ def batch(
                 together = TOGETHER if _is_file(stream) else 1
                 lines = read_lines(bounded_lines(stream, shown))
                 tally = run.run(lines, parser, together=together, step=step, should_stop=lambda: noted)
-            stats = {} if tally.interrupted else client.stats()
+            stats = None if tally.interrupted else client.stats()
         with _remains(results):
             if out is not None:
                 with _writing():
@@ -312,7 +313,7 @@ def _speed(tally: Tally) -> str:
     return f"{tally.tokens_per_second:,.0f} tok/s{errors}"
 
 
-def _summary(tally: Tally, stats: dict[str, float]) -> str:
+def _summary(tally: Tally, stats: EngineStats | None) -> str:
     """What a run did, in one line."""
     parts = [f"{_count(tally.lines, 'prompt')} in {tally.seconds:.1f} s"]
     if tally.resumed:
@@ -321,8 +322,8 @@ def _summary(tally: Tally, stats: dict[str, float]) -> str:
     parts.append(f"{tally.completion_tokens:,} out ({tally.tokens_per_second:,.1f} tok/s)")
     share = tally.cached_tokens / max(1, tally.prompt_tokens)
     parts.append(f"prefix cache {_count(tally.cached_tokens, 'token')} ({share:.0%})")
-    if "preemptions" in stats:  # an interrupted engine is not asked
-        parts.append(_count(int(stats["preemptions"]), "preemption"))
+    if stats is not None:  # an interrupted engine is not asked
+        parts.append(_count(stats.preemptions, "preemption"))
     if tally.cut:
         parts.append(f"{_count(tally.cut, 'answer')} cut by the end of the context")
     parts.append(_count(tally.errors, "error"))

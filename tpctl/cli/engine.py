@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, DType, EngineOptions, SchedulingPolicy
 from tpctl.cli.source import supported_source
 from tpctl.cli.units import format_bytes, parse_bytes
 from tpctl.errors import MixedDtypesError
+from tpctl.wire.report import EngineInfo
 from tpctl.wire.settings import EngineConfig
 
 if TYPE_CHECKING:
@@ -109,31 +110,30 @@ def settle(options: EngineOptions, policy: SchedulingPolicy, tp_size: int | None
     )
 
 
-def describe(info: dict[str, Any]) -> str:
+def describe(info: EngineInfo) -> str:
     """How an engine runs, from what it said of itself when it was ready."""
-    where = "GPU" if info["device"] == "cuda" else "CPU"
-    sums = f", all-reduce by {info['all_reduce']}" if info.get("all_reduce") else ""
-    cache = ", packed KV cache" if info.get("kv_cache_dtype") == "packed" else ""
-    return f"tp {info['tp_size']}, {info['dtype']}, {info['attention_backend']} attention on {where}{cache}{sums}"
+    where = "GPU" if info.device == "cuda" else "CPU"
+    sums = f", all-reduce by {info.all_reduce}" if info.all_reduce else ""
+    cache = ", packed KV cache" if info.kv_cache_dtype == "packed" else ""
+    return f"tp {info.tp_size}, {info.dtype}, {info.attention_backend} attention on {where}{cache}{sums}"
 
 
-def say_policy(asked: SchedulingPolicy | None, info: dict[str, Any]) -> None:
+def say_policy(asked: SchedulingPolicy | None, info: EngineInfo) -> None:
     """Tell of a scheduling policy that was asked for and cannot be had."""
-    if asked is not None and info["scheduling_policy"] != asked:
+    if asked is not None and info.scheduling_policy != asked:
         note(
             f"--scheduling-policy {asked} needs a GPU with --attention-backend triton and without --enforce-eager; "
-            f"{info['scheduling_policy']} it is"
+            f"{info.scheduling_policy} it is"
         )
 
 
-def say_context(info: dict[str, Any]) -> None:
+def say_context(info: EngineInfo) -> None:
     """Tell of a context that is shorter than the model's, because the KV cache is too small for it."""
-    held = info.get("max_model_len", 0)
-    wanted = info.get("wanted_model_len", held)
+    held, wanted = info.max_model_len, info.wanted_model_len
     if held < wanted:
-        more = "--kv-cache-memory" + (" or --gpu-memory-utilization" if info["device"] == "cuda" else "")
+        more = "--kv-cache-memory" + (" or --gpu-memory-utilization" if info.device == "cuda" else "")
         note(
-            f"the KV cache of {format_bytes(info['kv_cache_bytes'])} a rank holds {held:,} tokens, fewer than the "
+            f"the KV cache of {format_bytes(info.kv_cache_bytes)} a rank holds {held:,} tokens, fewer than the "
             f"model's {wanted:,}: prompt and answer together are limited to {held:,}; raise {more} if that is too few"
         )
 

@@ -232,9 +232,9 @@ class Batch:
     def _logprobs(self, job: Job, stream: TextStream) -> list[dict[str, Any]]:
         texts = token_texts(self._tokenizer, job.token_ids)
         found = []
-        for id, (chosen, top) in zip(stream.token_ids, stream.logprobs, strict=False):
-            others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in top]
-            found.append({"id": id, "token": texts.push(id), "logprob": chosen, "top": others})
+        for id, at in zip(stream.token_ids, stream.logprobs, strict=False):
+            others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in at.top]
+            found.append({"id": id, "token": texts.push(id), "logprob": at.logprob, "top": others})
         return found
 
     def _fail(self, line: Line, id: str | int, message: str) -> None:

@@ -136,8 +136,7 @@ class Conversation:
     @property
     def max_model_len(self) -> int:
         """Tokens of the conversation at most."""
-        limit: int = self._client.wait_ready()["max_model_len"]
-        return limit
+        return self._client.wait_ready().max_model_len
 
     def restore(
         self, system: str | None, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any], stop: Sequence[str]

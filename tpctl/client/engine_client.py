@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tpctl.errors import EngineError, RequestError, TpctlError
 from tpctl.launch.torchrun import WORKER, Workers
@@ -25,6 +25,7 @@ from tpctl.wire.messages import (
     Stats,
     Stop,
 )
+from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
 START_TIMEOUT = 1800.0  # seconds; weights from a slow network disk take their time
@@ -59,7 +60,7 @@ class EngineClient:
         self._start_timeout = start_timeout
         self._deadline = time.monotonic() + start_timeout
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: rank 0 hung up
-        self._info: dict[str, Any] | None = None
+        self._info: EngineInfo | None = None
         self._channel: Channel | None = None
         self._early: list[Output] = []
         self._error: TpctlError | None = None  # raised by every call, once what rank 0 had said before is taken out
@@ -79,11 +80,11 @@ class EngineClient:
     ) -> None:
         self.close()
 
-    def wait_ready(self) -> dict[str, Any]:
+    def wait_ready(self) -> EngineInfo:
         """Wait until the engine takes requests.
 
         Returns:
-            What it told about itself: ``max_model_len``, ``num_blocks``, ``device``, ``timings``, …
+            What it told about itself.
 
         Raises:
             EngineError: the workers failed (or another ``TpctlError`` that one of them raised), or took too
@@ -107,7 +108,7 @@ class EngineClient:
             EngineError: the workers failed.
         """
         requests = list(requests)
-        limit = self.wait_ready()["max_model_len"]
+        limit = self.wait_ready().max_model_len
         for request in requests:
             check_length(len(request.token_ids), limit)
         if requests:
@@ -139,7 +140,7 @@ class EngineClient:
         if ids:
             self._send(Abort(ids))
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> EngineStats:
         """The engine's counters since it started.
 
         Raises:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from tpctl.layers.rotary import RotaryTable
 from tpctl.manifest.manifest import Manifest
 from tpctl.models.decoder import Decoder, head_shape
 from tpctl.models.loader import load_shard
+from tpctl.wire.report import EngineInfo, TokenLogprob
 from tpctl.wire.settings import EngineConfig
 
 _TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
@@ -38,7 +38,7 @@ class Launched:
 
     batch: ScheduledBatch
     token_ids: list[int]
-    logprobs: list[Any] | None = None
+    logprobs: list[TokenLogprob | None] | None = None
 
 
 class Beside:
@@ -137,7 +137,7 @@ class ModelRunner:
             token_ids, logprobs = self.sampler.sample(self.model.logits(hidden), sampling_rows(batch))
             return Launched(batch, token_ids, logprobs)
 
-    def collect(self, launched: Launched) -> tuple[list[int], list[Any] | None]:
+    def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
         """Wait for a step: the token ids of its ``batch.sampled``, and log-probabilities where any are wanted."""
         return launched.token_ids, launched.logprobs
 
@@ -145,24 +145,25 @@ class ModelRunner:
         """Whether the next step can be started before this one's tokens are known on the host."""
         return False
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> EngineInfo:
         """What ``Ready`` reports of this rank."""
-        return {
-            "device": self.group.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "tp_size": self.group.size,
-            "attention_backend": self.backend.name,
-            "kv_cache_dtype": self._kv_cache_dtype,
-            "block_size": self.backend.block_size,
-            "num_blocks": self.num_blocks,
-            "max_model_len": self.max_model_len,
-            "wanted_model_len": self.wanted_model_len,
-            "kv_cache_bytes": self.num_blocks * self._block_bytes,
-            "all_reduce": "NCCL" if self.group.device.type == "cuda" and self.group.size > 1 else None,
-            "scheduling_policy": "fcfs" if self.pace is None else "makespan",
-            "weight_bytes": self.weight_bytes,
-            "timings": self.timings,
-        }
+        return EngineInfo(
+            device=self.group.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            tp_size=self.group.size,
+            attention_backend=self.backend.name,
+            kv_cache_dtype=self._kv_cache_dtype,
+            block_size=self.backend.block_size,
+            num_blocks=self.num_blocks,
+            max_model_len=self.max_model_len,
+            wanted_model_len=self.wanted_model_len,
+            kv_cache_bytes=self.num_blocks * self._block_bytes,
+            all_reduce="NCCL" if self.group.device.type == "cuda" and self.group.size > 1 else None,
+            scheduling_policy="fcfs" if self.pace is None else "makespan",
+            weight_bytes=self.weight_bytes,
+            timings=self.timings,
+            max_num_seqs=self.config.max_num_seqs,
+        )
 
     @property
     def _reserve(self) -> int:
