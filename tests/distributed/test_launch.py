@@ -130,6 +130,23 @@ def test_outputs_that_arrive_before_the_stats_are_kept(pids: Path) -> None:
         assert finish(client)[-1].finish_reason == "length"
 
 
+def test_consumers_share_an_engine_and_its_end(pids: Path) -> None:
+    with start(1, pids, "endless") as client:
+        busy, left = client.mailbox(), client.mailbox()
+        for mailbox in (busy, left):
+            mailbox.submit([request("a")])
+        left.close()
+        assert busy.outputs() == [Output("a", [3])]  # and nothing of the other one's abort
+        assert client.outputs(timeout=0.05) == []
+        assert client.stats().steps == 0
+        os.kill(processes(pids, 1)[0], signal.SIGKILL)
+        for mailbox in (busy, client.mailbox()):
+            with pytest.raises(EngineError, match="SIGKILL"):
+                mailbox.outputs()
+        with pytest.raises(EngineError, match="SIGKILL"):
+            client.stats()
+
+
 def test_too_long_a_prompt_is_refused_with_both_numbers(pids: Path) -> None:
     with start(1, pids) as client:
         with pytest.raises(RequestError, match=r"70 tokens.* 63 "):

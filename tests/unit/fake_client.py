@@ -102,6 +102,9 @@ class FakeClient:
     def wait_ready(self) -> EngineInfo:
         return engine_info(max_model_len=self.max_model_len, wanted_model_len=self.max_model_len)
 
+    def mailbox(self) -> FakeMailbox:
+        return FakeMailbox(self)
+
     def submit(self, requests: Iterable[Request]) -> None:
         for request in requests:
             self.requests.append(request)
@@ -157,6 +160,37 @@ class FakeClient:
         if request.token_ids == self._tokenizer.encode("nan"):
             logprobs = [TokenLogprob(float("nan"), [])]
         return Output(request.id, [token], reason, self.context_full if full else None, logprobs, num_cached_tokens=1)
+
+
+class FakeMailbox:
+    """A consumer's share of a ``FakeClient``, with ``Mailbox``'s methods."""
+
+    def __init__(self, client: FakeClient) -> None:
+        self._client = client
+        self._ids: set[str] = set()
+        self._open: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort(sorted(self._open))
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        requests = list(requests)
+        self._ids |= {request.id for request in requests}
+        self._open |= {request.id for request in requests}
+        self._client.submit(requests)
+
+    def outputs(self, timeout: float | None = None) -> list[Output]:
+        outputs = [output for output in self._client.outputs(timeout) if output.id in self._ids]
+        self._open -= {output.id for output in outputs if output.finish_reason is not None}
+        return outputs
+
+    def abort(self, ids: Iterable[str]) -> None:
+        ids = list(ids)
+        self._open -= set(ids)
+        self._client.abort(ids)
 
 
 def job_parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:
