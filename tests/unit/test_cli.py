@@ -23,9 +23,9 @@ from tpctl import __version__
 from tpctl.cli import app as app_module
 from tpctl.cli.app import app
 from tpctl.cli.engine import describe
-from tpctl.cli.options import AttentionBackend, EngineOptions, KvCacheDType
+from tpctl.cli.options import AttentionBackend, Device, DType, EngineOptions, KvCacheDType
 from tpctl.errors import EngineError, SourceError, UsageError
-from tpctl.wire.settings import KV_CACHE_DTYPES, EngineConfig
+from tpctl.wire.settings import ATTENTION_BACKENDS, DEVICES, DTYPES, KV_CACHE_DTYPES, EngineConfig
 
 LISTING = Path(__file__).parent / "cli.txt"
 
@@ -199,16 +199,16 @@ def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tpctl.checkpoint.sources import ResolvedSource
     from tpctl.cli.engine import prepare
-    from tpctl.cli.options import Device, DType, SchedulingPolicy
+    from tpctl.cli.options import SchedulingPolicy
     from tpctl.wire.settings import POLICIES
 
     source = ResolvedSource(tmp_path, "m", None)
     (tmp_path / "config.json").write_text(json.dumps(make_config()))
-    monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size, check: source)
+    monkeypatch.setattr("tpctl.client.prepare.supported_source", lambda model, tp_size, **given: source)
     monkeypatch.setattr(
-        "tpctl.sharding.cache.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
+        "tpctl.client.prepare.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
     )
-    monkeypatch.setattr("tpctl.sharding.proving.verified.ensure_verified", lambda folder, ranks, progress: None)
+    monkeypatch.setattr("tpctl.client.prepare.ensure_verified", lambda folder, ranks, progress: None)
     options = EngineOptions(
         tp=3, device=Device.cpu, dtype=DType.float32, kv_cache_memory="2GiB", block_size=32, enforce_eager=True
     )
@@ -227,7 +227,9 @@ def test_the_command_line_knows_every_attention_backend() -> None:
     from tpctl.layers.attention.select import BACKENDS
 
     assert set(AttentionBackend) == {"auto", *BACKENDS}
-    assert tuple(KvCacheDType) == KV_CACHE_DTYPES
+    for options, known in ((AttentionBackend, ATTENTION_BACKENDS), (KvCacheDType, KV_CACHE_DTYPES), (DType, DTYPES)):
+        assert tuple(options) == known
+    assert tuple(Device) == DEVICES
 
 
 @pytest.mark.parametrize(

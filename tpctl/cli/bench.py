@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpctl.cli.console import print_json, status
-from tpctl.cli.engine import configure, prepare, say_context, say_policy, settle
+from tpctl.cli.console import byte_progress, print_json, status
+from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
 from tpctl.cli.options import MODEL_HELP, POLICY, DistributionOptions, EngineOptions, SchedulingPolicy, grouped
 from tpctl.errors import UsageError
 
@@ -125,14 +125,15 @@ def _config(
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
     from tpctl.arch.splits import build_plan
     from tpctl.bench.synthetic import shape_config, synthetic_source
+    from tpctl.client.prepare import configure
 
-    known = shape_config(shape)
-    settings = settle(options, policy)
-    build_plan(known, settings.tp_size)
+    known, args = shape_config(shape), engine_args(options, policy)
+    settings = args.settle()
+    build_plan(known, args.tp or 1)
     settings.longest(known.max_position_embeddings)
     with status(f"making random weights of {shape}"):
         source = synthetic_source(shape)
-    return configure(source, options, policy), shape, known.vocab_size
+    return configure(source, args, progress=byte_progress), shape, known.vocab_size
 
 
 def _print(
