@@ -125,7 +125,7 @@ class Batch:
         parser: JobParser,
         *,
         together: int = 1,
-        step: Callable[[Tally], None] = lambda tally: None,
+        step: Callable[[Tally], object] = lambda tally: None,
         should_stop: Callable[[], object] = lambda: False,
     ) -> Tally:
         """Answer every line.
