@@ -34,6 +34,7 @@ from tpctl.models.decoder import Decoder
 from tpctl.partition.split import Range
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Abort, Add, Request
+from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
 
@@ -216,7 +217,7 @@ def test_log_probabilities_are_sampled_on_the_host(
     plain = SamplingParams(max_tokens=9, ignore_eos=True)
     engine.apply(Add([Request("0", prompts["0"], plain)]))
     found: dict[str, list[int]] = {id: [] for id in prompts}
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
     for step in range(40):
         if step == 3:
             wanted = SamplingParams(max_tokens=3, logprobs=2, ignore_eos=True)
@@ -234,7 +235,7 @@ def test_log_probabilities_are_sampled_on_the_host(
     assert ((2, False, None) in replayed) == ("enforce_eager" not in settings)  # up to the logits it is captured
     for (chosen, top), want, token in zip(logprobs, expected.tolist(), found["1"], strict=True):
         assert chosen == pytest.approx(want, abs=1e-4)
-        assert top[0] == [token, chosen]
+        assert top[0] == (token, chosen)
         assert len(top) == 2
 
 

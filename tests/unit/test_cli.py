@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.unit.fake_client import engine_info
 from tests.unit.synthetic import make_config
 from tpctl import __version__
 from tpctl.cli import app as app_module
 from tpctl.cli.app import app
 from tpctl.cli.engine import describe
-from tpctl.cli.options import AttentionBackend, EngineOptions, KvCacheDType
+from tpctl.cli.options import AttentionBackend, Device, DType, EngineOptions, KvCacheDType
 from tpctl.errors import EngineError, SourceError, UsageError
-from tpctl.wire.settings import KV_CACHE_DTYPES, EngineConfig
+from tpctl.wire.settings import ATTENTION_BACKENDS, DEVICES, DTYPES, KV_CACHE_DTYPES, EngineConfig
 
 LISTING = Path(__file__).parent / "cli.txt"
 
@@ -197,16 +199,16 @@ def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tpctl.checkpoint.sources import ResolvedSource
     from tpctl.cli.engine import prepare
-    from tpctl.cli.options import Device, DType, SchedulingPolicy
+    from tpctl.cli.options import SchedulingPolicy
     from tpctl.wire.settings import POLICIES
 
     source = ResolvedSource(tmp_path, "m", None)
     (tmp_path / "config.json").write_text(json.dumps(make_config()))
-    monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size, check: source)
+    monkeypatch.setattr("tpctl.client.prepare.supported_source", lambda model, tp_size, **given: source)
     monkeypatch.setattr(
-        "tpctl.sharding.cache.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
+        "tpctl.client.prepare.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
     )
-    monkeypatch.setattr("tpctl.sharding.proving.verified.ensure_verified", lambda folder, ranks, progress: None)
+    monkeypatch.setattr("tpctl.client.prepare.ensure_verified", lambda folder, ranks, progress: None)
     options = EngineOptions(
         tp=3, device=Device.cpu, dtype=DType.float32, kv_cache_memory="2GiB", block_size=32, enforce_eager=True
     )
@@ -225,7 +227,9 @@ def test_the_command_line_knows_every_attention_backend() -> None:
     from tpctl.layers.attention.select import BACKENDS
 
     assert set(AttentionBackend) == {"auto", *BACKENDS}
-    assert tuple(KvCacheDType) == KV_CACHE_DTYPES
+    for options, known in ((AttentionBackend, ATTENTION_BACKENDS), (KvCacheDType, KV_CACHE_DTYPES), (DType, DTYPES)):
+        assert tuple(options) == known
+    assert tuple(Device) == DEVICES
 
 
 @pytest.mark.parametrize(
@@ -265,11 +269,10 @@ def test_what_a_packed_cache_needs() -> None:
 
 
 def test_an_engine_says_how_it_runs() -> None:
-    info = {"device": "cuda", "tp_size": 2, "dtype": "bfloat16", "attention_backend": "triton"}
-    packed = {"kv_cache_dtype": "packed", "all_reduce": "NCCL"}
-    assert describe(info | packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
-    plain = {"kv_cache_dtype": "bfloat16", "all_reduce": None}
-    assert describe(info | plain) == "tp 2, bfloat16, triton attention on GPU"
+    plain = engine_info(device="cuda", dtype="bfloat16", attention_backend="triton", kv_cache_dtype="bfloat16")
+    packed = replace(plain, kv_cache_dtype="packed", all_reduce="NCCL")
+    assert describe(packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
+    assert describe(plain) == "tp 2, bfloat16, triton attention on GPU"
 
 
 if __name__ == "__main__":

@@ -235,6 +235,6 @@ def test_a_running_engine_allocates_what_was_planned(tmp_path: Path) -> None:
     budget = 100_000
     with EngineClient(EngineConfig(tmp_path / "shards", 2, kv_cache_memory=budget, block_size=16)) as engine:
         info = engine.wait_ready()
-    assert info["weight_bytes"] == ranks[0].weight_bytes  # rank 0 reports itself
+    assert info.weight_bytes == ranks[0].weight_bytes  # rank 0 reports itself
     tokens = min(budget // rank.kv_bytes_per_token for rank in ranks)
-    assert info["num_blocks"] == tokens // info["block_size"]
+    assert info.num_blocks == tokens // info.block_size

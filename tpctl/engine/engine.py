@@ -6,8 +6,6 @@ and samples the same tokens; only rank 0's outputs are sent anywhere.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tpctl.distributed import TPGroup
@@ -16,6 +14,7 @@ from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.layers.attention.select import choose_backend
 from tpctl.wire.messages import Abort, Add, Message, Output
+from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
 
@@ -82,32 +81,32 @@ class Engine:
         token_ids, logprobs = self.runner.collect(launched)
         return self.scheduler.commit(launched.batch, token_ids, logprobs)
 
-    def info(self) -> dict[str, Any]:
-        return {**self.runner.info(), "max_num_seqs": self.config.max_num_seqs}
+    def info(self) -> EngineInfo:
+        return self.runner.info()
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start, and how many KV blocks are free, by name.
+    def stats(self) -> EngineStats:
+        """Counters since the start, and how many KV blocks are free.
 
         When nothing is being computed, the block manager's books are checked on the way.
         """
         scheduler, blocks = self.scheduler.stats, self.scheduler.blocks
         if not self.has_work:
             self.scheduler.check_integrity()
-        return {
-            "steps": scheduler.steps,
-            "prompt_tokens": scheduler.prompt_tokens,
-            "computed_tokens": scheduler.computed_tokens,
-            "generated_tokens": scheduler.generated_tokens,
-            "preemptions": scheduler.preemptions,
-            "paced_steps": scheduler.paced_steps,
-            "prefix_cache_queried_tokens": blocks.queried_tokens,
-            "prefix_cache_hit_tokens": blocks.hit_tokens,
-            "evictions": blocks.evictions,
-            "num_blocks": blocks.num_blocks,
-            "free_blocks": blocks.num_free_blocks,
-            "device_memory": self.runner.device_memory(),
-            "reserved_memory": self.runner.reserved_memory(),
-        }
+        return EngineStats(
+            steps=scheduler.steps,
+            prompt_tokens=scheduler.prompt_tokens,
+            computed_tokens=scheduler.computed_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            preemptions=scheduler.preemptions,
+            paced_steps=scheduler.paced_steps,
+            prefix_cache_queried_tokens=blocks.queried_tokens,
+            prefix_cache_hit_tokens=blocks.hit_tokens,
+            evictions=blocks.evictions,
+            num_blocks=blocks.num_blocks,
+            free_blocks=blocks.num_free_blocks,
+            device_memory=self.runner.device_memory(),
+            reserved_memory=self.runner.reserved_memory(),
+        )
 
 
 def make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:

@@ -37,6 +37,7 @@ from tpctl.kernels.sampling.sampling import sample
 from tpctl.layers.attention.paged import PagedBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 from tpctl.layers.compute_cuda import CudaCompute, connect_peers
+from tpctl.wire.report import EngineInfo, TokenLogprob
 from tpctl.wire.settings import EngineConfig
 
 _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
@@ -113,7 +114,7 @@ class CudaRunner(ModelRunner):
             launched.ready.record()
             return launched
 
-    def collect(self, launched: Launched) -> tuple[list[int], list[Any] | None]:
+    def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
         if isinstance(launched, CudaLaunched):
             assert launched.host is not None
             launched.ready.synchronize()
@@ -265,9 +266,9 @@ class CudaRunner(ModelRunner):
             seq_lens_S=ends_S.int(),
         )
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> EngineInfo:
         info = super().info()
-        return info if self._compute.peers is None else info | {"all_reduce": "peer memory"}
+        return info if self._compute.peers is None else replace(info, all_reduce="peer memory")
 
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)

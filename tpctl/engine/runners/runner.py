@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.steps.batch import build_forward_batch
 from tpctl.layers.compute import Compute
 from tpctl.layers.rotary import rotary_offset
+from tpctl.wire.report import EngineInfo, TokenLogprob
 from tpctl.wire.settings import EngineConfig
 
 
@@ -26,7 +26,7 @@ class Launched:
 
     batch: ScheduledBatch
     token_ids: list[int]
-    logprobs: list[Any] | None = None
+    logprobs: list[TokenLogprob | None] | None = None
 
 
 class ModelRunner:
@@ -62,7 +62,7 @@ class ModelRunner:
             token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
             return Launched(batch, token_ids, logprobs)
 
-    def collect(self, launched: Launched) -> tuple[list[int], list[Any] | None]:
+    def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
         """Wait for a step: the token ids of its ``batch.sampled``, and log-probabilities where any are wanted."""
         return launched.token_ids, launched.logprobs
 
@@ -70,26 +70,27 @@ class ModelRunner:
         """Whether the next step can be started before this one's tokens are known on the host."""
         return False
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> EngineInfo:
         """What ``Ready`` reports of this rank."""
         loaded, memory, device = self.loaded, self.memory, self.group.device.type
         dtype = str(loaded.dtype).removeprefix("torch.")
-        return {
-            "device": device,
-            "dtype": dtype,
-            "tp_size": self.group.size,
-            "attention_backend": self.backend.name,
-            "kv_cache_dtype": "packed" if self.backend.packed else dtype,
-            "block_size": self.backend.block_size,
-            "num_blocks": memory.num_blocks,
-            "max_model_len": memory.max_model_len,
-            "wanted_model_len": loaded.wanted_len,
-            "kv_cache_bytes": memory.num_blocks * loaded.block_bytes,
-            "all_reduce": "NCCL" if device == "cuda" and self.group.size > 1 else None,
-            "scheduling_policy": "fcfs" if self.pace is None else "makespan",
-            "weight_bytes": loaded.weight_bytes,
-            "timings": loaded.timings,
-        }
+        return EngineInfo(
+            device=device,
+            dtype=dtype,
+            tp_size=self.group.size,
+            attention_backend=self.backend.name,
+            kv_cache_dtype="packed" if self.backend.packed else dtype,
+            block_size=self.backend.block_size,
+            num_blocks=memory.num_blocks,
+            max_model_len=memory.max_model_len,
+            wanted_model_len=loaded.wanted_len,
+            kv_cache_bytes=memory.num_blocks * loaded.block_bytes,
+            all_reduce="NCCL" if device == "cuda" and self.group.size > 1 else None,
+            scheduling_policy="fcfs" if self.pace is None else "makespan",
+            weight_bytes=loaded.weight_bytes,
+            timings=loaded.timings,
+            max_num_seqs=loaded.settings.max_num_seqs,
+        )
 
     def device_memory(self) -> int:
         """Bytes of device memory that tensors take, the maximum over the ranks (collective); 0 on a CPU."""

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from tpctl.engine.sampling.logprobs import report_logprobs
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.scheduling.sequence import NOT_FINITE
 from tpctl.partition.split import Range
+from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 
 
@@ -75,7 +75,9 @@ class Sampler:
         mine[:, : self.real] = logits_RV[:, : self.real]
         return self.group.all_gather(mine), self.group.size * self.widest
 
-    def sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
+    def sample(
+        self, logits_RV: Tensor, rows: SequenceType[SamplingRow]
+    ) -> tuple[list[int], list[TokenLogprob | None] | None]:
         """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
 
         A row whose scores hold NaN, or whose best one is infinite, gets ``NOT_FINITE``.
@@ -86,7 +88,7 @@ class Sampler:
         if logits_RV.device.type == "cpu" or len(rows) <= self._piece:
             return self._sample(logits_RV, rows)
         token_ids: list[int] = []
-        logprobs: list[Any] = []
+        logprobs: list[TokenLogprob | None] = []
         for start in range(0, len(rows), self._piece):
             piece = slice(start, start + self._piece)
             tokens, reported = self._sample(logits_RV[piece], rows[piece])
@@ -94,7 +96,9 @@ class Sampler:
             logprobs += [None] * len(tokens) if reported is None else reported
         return token_ids, logprobs if any(entry is not None for entry in logprobs) else None
 
-    def _sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
+    def _sample(
+        self, logits_RV: Tensor, rows: SequenceType[SamplingRow]
+    ) -> tuple[list[int], list[TokenLogprob | None] | None]:
         # Padding columns are dropped; a rank that holds nothing else keeps one column that can never win.
         logits = logits_RV[:, : max(self.real, 1)]
         if self.real == 0:
