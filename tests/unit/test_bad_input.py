@@ -25,7 +25,7 @@ import pytest
 from tests.unit.hub_server import Hub, Refusal, serving
 from tests.unit.synthetic import make_checkpoint, make_config
 from tests.unit.test_download import environment, files
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.cli import app as app_module
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
@@ -87,7 +87,7 @@ def other_kinds(model: Path, folder: Path) -> None:
     data = bytearray(header.file_size - header.size)
     data[200:202] = b"\x89\x47"  # 70144 in bfloat16
     wide.write_bytes(header.raw + data)
-    tensor = NewTensor("model.layers.0.self_attn.q_proj.qweight", "I32", (3, 24))
+    tensor = TensorSpec("model.layers.0.self_attn.q_proj.qweight", "I32", (3, 24))
     make_checkpoint(folder / "awq", make_config(), extra=[tensor])
     capped = Path(shutil.copytree(model, folder / "capped"))
     (capped / "config.json").write_text(json.dumps(make_config(final_logit_softcapping=30.0)))

@@ -19,7 +19,7 @@ import pytest
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.checkpoint.folder import CheckpointFile
 from tpctl.checkpoint.locks import exclusive
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.errors import CheckpointError, OutputError
 from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting import join, writer
@@ -29,7 +29,7 @@ from tpctl.sharding.cutting.reshard import reshard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.publishing.pending import PendingFolder
 
-TABLE = NewTensor("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", (3,))
+TABLE = TensorSpec("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", (3,))
 RUN = """
 import sys, time
 from pathlib import Path

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.arch.blueprint import Blueprint
-from tpctl.arch.dtypes import DTYPES
 from tpctl.arch.families import FAMILIES
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import read_object
+from tpctl.partition.dtypes import DTYPES
 
 
 @dataclass(frozen=True)

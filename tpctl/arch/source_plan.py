@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.dtypes import DTYPES
 from tpctl.arch.foreign import check_tensors
 from tpctl.errors import CheckpointError, MixedDtypesError
-from tpctl.partition.dtypes import FLOATS, dtype_after_cast
+from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import TensorSplit
 

@@ -36,7 +36,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class PlannedTensor:
     """A tensor of one rank's shard: the disjoint ``pieces`` that fill it; what no piece covers is zero."""
 
     name: str
@@ -62,7 +62,7 @@ class PartitionPlan:
     tp_size: int
     splits: tuple[TensorSplit, ...]
     source_shapes: Mapping[str, Shape]
-    shards: tuple[Mapping[str, StoredTensor], ...]
+    shards: tuple[Mapping[str, PlannedTensor], ...]
 
     @classmethod
     def build(cls, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
@@ -71,7 +71,7 @@ class PartitionPlan:
         Raises:
             PartitionError: the model cannot be cut into ``tp_size`` shards.
         """
-        shards: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in range(tp_size))
+        shards: tuple[dict[str, PlannedTensor], ...] = tuple({} for _ in range(tp_size))
         cuts: dict[tuple[Cut, int], tuple[Range, ...]] = {}  # layers are cut alike
         for split in splits:
             for part in split.parts:
@@ -94,7 +94,7 @@ class PartitionPlan:
         part = next(split.parts[0] for split in self.splits if split.rule is Rule.VOCAB)
         return part.cut.ranges(part.length, self.tp_size)
 
-    def pieces(self) -> Iterator[tuple[int, StoredTensor, Piece]]:
+    def pieces(self) -> Iterator[tuple[int, PlannedTensor, Piece]]:
         """Every piece of the plan as (rank, stored tensor, piece)."""
         for rank, shard in enumerate(self.shards):
             for stored in shard.values():
@@ -150,7 +150,7 @@ class PartitionPlan:
             )
 
 
-def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[StoredTensor]:
+def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[PlannedTensor]:
     """Each rank's stored tensor for ``split``, in rank order; ``cuts`` are the ranks' ranges of each part."""
     dim = split.dim
     for rank in range(tp_size):
@@ -164,7 +164,7 @@ def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> I
                 start[dim], at[dim] = part.offset + real.start, along
                 pieces.append(Piece(part.source, tuple(start), shape, tuple(at), part.label))
             along += len(held)
-        yield StoredTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
+        yield PlannedTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
 
 
 def _check_cover(name: str, source: str, wanted: Range, held: Sequence[tuple[int, Range]]) -> None:

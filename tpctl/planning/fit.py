@@ -12,10 +12,10 @@ from math import prod
 
 from tpctl.accounting import PACKED_HEAD_DIMS, reserve
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.dtypes import DTYPES
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.errors import UsageError
+from tpctl.partition.dtypes import DTYPES
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.planning.model_sizes import ModelSizes
 

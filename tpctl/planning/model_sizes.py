@@ -19,12 +19,11 @@ from tpctl.accounting import (
 )
 from tpctl.arch.blueprint import Block
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.dtypes import DTYPES
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.errors import PartitionError
-from tpctl.partition.dtypes import DTYPE_BITS
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import source_shapes
 from tpctl.sharding.moving.parts import assign_parts, part_files
 
@@ -121,7 +120,7 @@ class ModelSizes:
         files = (part_files(rank, shard, self.dtypes, parts) for rank, shard in zip(ranks, shards, strict=True))
         return [sum(file.header.file_size for file in found) for found in files]
 
-    def _all_layers(self, shard: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    def _all_layers(self, shard: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
         """A shard of a small plan with every layer's names; the pieces stay those of the first of its sort."""
         return {name: shard[first] for name, first in self._stands_for.items()}
 

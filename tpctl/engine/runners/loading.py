@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.dtypes import DTYPES
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare
@@ -24,6 +23,7 @@ from tpctl.layers.rotary import RotaryTable, rotary_tables
 from tpctl.manifest.manifest import Manifest
 from tpctl.models.decoder import Decoder
 from tpctl.models.loader import load_shard
+from tpctl.partition.dtypes import DTYPES
 from tpctl.wire.settings import EngineConfig
 
 _TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}

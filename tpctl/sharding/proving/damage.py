@@ -20,7 +20,7 @@ from tpctl.checkpoint.safetensors import Header, parse_header, read_header
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError
 from tpctl.manifest.file import read_manifest
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import CopiedFile, Part, ShardTensor, parts_from_list, plain_name, tensor_from_dict
+from tpctl.manifest.records import CopiedFile, ManifestTensor, Part, parts_from_list, plain_name, tensor_from_dict
 from tpctl.sharding.moving.copied import hash_file
 from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import Files, Tally
@@ -159,7 +159,7 @@ def _contradictions(
                 yield f"the digest of {name} of {owner} is not that of its bytes"
 
 
-def _entry_of(fields: Any, num_parts: int) -> ShardTensor | None:
+def _entry_of(fields: Any, num_parts: int) -> ManifestTensor | None:
     try:
         return tensor_from_dict(fields, num_parts)
     except MALFORMED:
