@@ -12,7 +12,7 @@ from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
-from tpctl.checkpoint.safetensors import parse_header
+from tpctl.checkpoint.safetensors import source_headers
 from tpctl.checkpoint.sources import Notify, hub_id, is_local, local_path, resolve, to_stderr
 from tpctl.errors import SourceError
 from tpctl.manifest.manifest import MANIFEST, Manifest
@@ -74,10 +74,9 @@ def read_metadata(
 def _local(folder: Path, id: str, revision: str | None) -> ModelMetadata:
     cast = None
     if (folder / MANIFEST).is_file():
-        path, manifest = folder / MANIFEST, Manifest.load(folder)
+        manifest = Manifest.load(folder)
         cast = manifest.dtype
-        files = manifest.source.files
-        headers = [parse_header(file.header.encode(), file.size, f"{file.name} in {path}") for file in files]
+        headers = list(source_headers(manifest.source.files, folder / MANIFEST).values())
     elif any(folder.glob("*.safetensors")):
         headers = [file.header for file in CheckpointFolder.open(folder).files]
     else:

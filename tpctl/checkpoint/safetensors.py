@@ -19,7 +19,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from tpctl.errors import CheckpointError, counted, shorten, shown
-from tpctl.manifest.records import LONGEST_TEXT
+from tpctl.manifest.records import LONGEST_TEXT, SourceFile
 from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
 
 _STRUCTURE = (b"{", b"[", b",", b":")
@@ -177,6 +177,16 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
     if reach < file_size:
         raise bad(f"its tensors end at byte {reach}, but the file has {file_size}")
     return Header(tensors, metadata, text, base)
+
+
+def source_headers(files: Iterable[SourceFile], manifest: Path | None = None) -> dict[str, Header]:
+    """The headers of a shard folder's source, by file; a message names the ``manifest`` that they stand in.
+
+    Raises:
+        CheckpointError: one breaks the format.
+    """
+    within = "" if manifest is None else f" in {manifest}"
+    return {file.name: parse_header(file.header.encode(), file.size, file.name + within) for file in files}
 
 
 def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> TensorInfo:
