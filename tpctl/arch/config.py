@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpctl.arch.families import ACTIVATIONS, DTYPES, FAMILIES, MOST_HEADS, MOST_LAYERS, FamilySpec
+from tpctl.arch.families import ACTIVATIONS, FAMILIES, MOST_HEADS, MOST_LAYERS, FamilySpec
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
 from tpctl.arch.rope import RopeConfig as RopeConfig
 from tpctl.arch.rope import read_rope
 from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
 from tpctl.json_file import read_object
+from tpctl.partition.dtypes import DTYPES
 from tpctl.partition.plan import Geometry
 
 

@@ -145,5 +145,3 @@ FAMILIES: dict[str, FamilySpec] = {
 }
 
 ACTIVATIONS = frozenset({"silu", "swish"})
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""torch's dtype names that a model can be run in, and their names in safetensors headers."""

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.arch.foreign import check_tensors
 from tpctl.arch.splits import EMBEDDING, LM_HEAD, ignored_tensors, weight_splits
 from tpctl.errors import CheckpointError, MixedDtypesError
-from tpctl.partition.dtypes import FLOATS, dtype_after_cast
+from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import TensorSplit
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from tpctl.checkpoint.safetensors import read_header
 from tpctl.errors import CheckpointError, ShardFolderError
+from tpctl.partition.dtypes import DTYPES
 
 PIECE = 4 << 20
 """Bytes read and copied at a time. Larger ones lose more in pinning (about 1 ms a MiB) than they save in handling."""
 
 THREADS = 8
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES: dict[str, torch.dtype] = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
 from tpctl.arch.splits import LM_HEAD
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.errors import PartitionError
-from tpctl.partition.dtypes import DTYPE_BITS
+from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
 from tpctl.partition.plan import PartitionPlan, StoredTensor
 from tpctl.partition.split import source_shapes
 from tpctl.sharding.moving.parts import assign_parts, part_files

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.arch.splits import LM_HEAD, build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare, reserve
@@ -26,10 +25,8 @@ from tpctl.layers.rotary import RotaryTable
 from tpctl.manifest.manifest import Manifest
 from tpctl.models.decoder import Decoder, head_shape
 from tpctl.models.loader import load_shard
+from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
 from tpctl.wire.settings import EngineConfig
-
-_TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
-_STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass
@@ -85,7 +82,7 @@ class ModelRunner:
         manifest.check_files(config.shard_dir, [group.rank])
         self.model_config = ModelConfig.load(config.shard_dir)
         stored = manifest.tensors(group.rank)[LM_HEAD].dtype
-        self.dtype = _run_dtype(config.dtype, _TORCH_NAMES.get(stored, stored), group.device)
+        self.dtype = _run_dtype(config.dtype, TORCH_NAMES.get(stored, stored), group.device)
         self.max_model_len = self.wanted_model_len = config.longest(self.model_config.max_position_embeddings)
         self.plan = build_plan(self.model_config, config.tp_size)
         heads = head_shape(self.model_config, self.plan, group.rank)
@@ -100,7 +97,7 @@ class ModelRunner:
         )
         held = manifest.shard(group.rank).nbytes
         # While they are converted, weights are held in either dtype.
-        self._check_fits(max(held, held // _STORED_BYTES.get(stored, 2) * self.dtype.itemsize))
+        self._check_fits(max(held, held * 8 // DTYPE_BITS[stored] * self.dtype.itemsize))
         warm = Beside(self._warm_up)
 
         started = time.perf_counter()

@@ -8,13 +8,13 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, stored_dtype
 from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.manifest.records import Source, SourceFile
+from tpctl.partition.dtypes import DTYPES
 from tpctl.partition.plan import PartitionPlan
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
