@@ -23,8 +23,9 @@ from tpctl.checkpoint.gguf import fetch_arguments, listed, model_files
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.hub_settings import check_settings, check_token
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
-from tpctl.checkpoint.transfer import Download, Meter, Progress
+from tpctl.checkpoint.transfer import Download, Meter
 from tpctl.errors import SourceError, counted
 from tpctl.manifest.manifest import MANIFEST
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS, DType, EngineOptions, SchedulingPolicy
 from tpctl.cli.source import supported_source
-from tpctl.cli.units import format_bytes, parse_bytes
-from tpctl.errors import MixedDtypesError
+from tpctl.cli.units import parse_bytes
+from tpctl.errors import MixedDtypesError, format_bytes
 from tpctl.wire.settings import EngineConfig
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import OutputError, ShardFolderError
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.manifest.records import Source
 from tpctl.sharding.moving.contents import absent_ranks
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import Stored
 from tpctl.sharding.moving.opened import open_extra, open_shards
 from tpctl.sharding.moving.transfer import Move, run

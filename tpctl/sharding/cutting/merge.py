@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.outputs import refuse_overlap
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.safetensors import Header, NewTensor, build_header
 from tpctl.errors import ShardFolderError
 from tpctl.json_file import parse_object
@@ -17,7 +18,7 @@ from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.dtypes import FLOATS
 from tpctl.partition.split import Range, Rule
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import Region, Stored, whole
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan

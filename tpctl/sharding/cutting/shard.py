@@ -11,6 +11,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, stored_dtype
 from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.manifest.records import Source, SourceFile
@@ -18,7 +19,7 @@ from tpctl.partition.dtypes import DTYPES
 from tpctl.partition.plan import PartitionPlan
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import Stored, whole
 from tpctl.sharding.moving.transfer import Move, run
 from tpctl.sharding.publishing.pending import refuse_existing

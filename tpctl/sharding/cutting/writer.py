@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlError
 from tpctl.manifest.file import check_size
@@ -18,7 +19,7 @@ from tpctl.partition.split import Rule
 from tpctl.sharding.cutting.join import check_same_cut, check_same_weights, lacking, piece_name, union
 from tpctl.sharding.cutting.recipe import Recipe
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import in_shard, whole
 from tpctl.sharding.moving.parts import EXTRA_FILE, PartFile, assign_parts, part_files
 from tpctl.sharding.moving.transfer import Move, run

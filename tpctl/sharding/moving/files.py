@@ -11,10 +11,8 @@ from threading import Event, Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import CheckpointError, counted
-
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in total, and what is being done."""
 
 Bytes = NDArray[np.uint8]
 

@@ -17,13 +17,14 @@ from tpctl.arch.source_plan import checked_source_plan
 from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import ShardTensor
 from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, StoredTensor
 from tpctl.sharding.moving.expected import Expected
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import Stored, in_shard, whole
 from tpctl.sharding.moving.opened import open_extra, tensor_infos
 from tpctl.sharding.moving.transfer import Move, run

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.checkpoint.cache import cache_root, file_name
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.opened import AGAIN, open_shards
 from tpctl.sharding.moving.transfer import hash_all
 

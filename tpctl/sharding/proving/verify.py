@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.manifest.manifest import Manifest
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.transfer import hash_all
 
