@@ -20,10 +20,6 @@ RULE_TEXTS = {
         "whole on every rank",
         "Small and needed whole by everyone, so every rank has a copy.",
     ),
-    Rule.COLUMN: RuleText(
-        "column-parallel: output rows divided",
-        "Column-parallel: each rank computes its own share of the outputs.",
-    ),
     Rule.MERGED_COLUMN: RuleText(
         "column-parallel: output rows divided, gate and up alike",
         "Column-parallel. Gate and up are cut at the same places and stored as one matrix, so that one product gives "
