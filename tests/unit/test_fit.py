@@ -18,7 +18,7 @@ from tpctl.engine.memory.gpu import reserve
 from tpctl.engine.sampling import sampler
 from tpctl.errors import CheckpointError, PartitionError, UsageError
 from tpctl.manifest.manifest import Manifest
-from tpctl.partition.plan import StoredTensor
+from tpctl.partition.plan import PlannedTensor
 from tpctl.partition.split import TensorSplit
 from tpctl.planning.fit import Budget, FitReport, plan_model
 from tpctl.planning.model_sizes import SAMPLER_BYTES, SAMPLER_BYTES_A_TOKEN
@@ -141,7 +141,7 @@ def test_planning_cuts_one_layer_a_size_however_many_there_are(
     calls: list[str] = []
     cut = plan._cut
 
-    def counting(split: TensorSplit, *rest: Any) -> Iterator[StoredTensor]:
+    def counting(split: TensorSplit, *rest: Any) -> Iterator[PlannedTensor]:
         calls.append(split.name)
         return cut(split, *rest)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.splits import build_plan
 from tpctl.errors import PartitionError, UsageError
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import Rule
 
 ENGINES = ("vllm", "sglang")
@@ -33,14 +33,14 @@ def check_compat(engine: str, config: ModelConfig, plan: PartitionPlan) -> None:
         )
 
 
-def scales(engine: str | None, config: ModelConfig) -> tuple[StoredTensor, ...]:
+def scales(engine: str | None, config: ModelConfig) -> tuple[PlannedTensor, ...]:
     """The scalars of value 1 (F32) that ``engine`` expects on every rank, beyond the model's weights."""
     if engine != "vllm":
         return ()
     names = (
         f"model.layers.{layer}.self_attn.attn.{scale}" for layer in range(config.num_layers) for scale in _VLLM_SCALES
     )
-    return tuple(StoredTensor(name, Rule.REPLICATED, 0, (), ()) for name in names)
+    return tuple(PlannedTensor(name, Rule.REPLICATED, 0, (), ()) for name in names)
 
 
 def _is_even(config: ModelConfig, tp_size: int) -> bool:

@@ -36,7 +36,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class PlannedTensor:
     """A tensor of one rank's shard: the disjoint ``pieces`` that fill it; what no piece covers is zero."""
 
     name: str
@@ -74,7 +74,7 @@ class PartitionPlan:
     heads: tuple[HeadShare, ...]
     splits: tuple[TensorSplit, ...]
     source_shapes: Mapping[str, Shape]
-    shards: tuple[Mapping[str, StoredTensor], ...]
+    shards: tuple[Mapping[str, PlannedTensor], ...]
 
     @classmethod
     def build(cls, geometry: Geometry, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
@@ -84,7 +84,7 @@ class PartitionPlan:
             PartitionError: the model cannot be cut into ``tp_size`` shards.
         """
         heads = split_heads(geometry.num_heads, geometry.num_kv_heads, tp_size)
-        shards: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in range(tp_size))
+        shards: tuple[dict[str, PlannedTensor], ...] = tuple({} for _ in range(tp_size))
         cuts: dict[tuple[Cut, int], tuple[Range, ...]] = {}  # layers are cut alike
         for split in splits:
             for block in split.blocks:
@@ -110,7 +110,7 @@ class PartitionPlan:
                 return block.cut.ranges(block.length, self.tp_size)
         return (Range(0, self.geometry.vocab_size),) * self.tp_size
 
-    def pieces(self) -> Iterator[tuple[int, StoredTensor, Piece]]:
+    def pieces(self) -> Iterator[tuple[int, PlannedTensor, Piece]]:
         """Every piece of the plan as (rank, stored tensor, piece)."""
         for rank, shard in enumerate(self.shards):
             for stored in shard.values():
@@ -166,7 +166,7 @@ class PartitionPlan:
             )
 
 
-def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[StoredTensor]:
+def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[PlannedTensor]:
     """Each rank's stored tensor for ``split``, in rank order; ``cuts`` are the ranks' ranges of each block."""
     dim = split.dim
     for rank in range(tp_size):
@@ -180,7 +180,7 @@ def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> I
                 start[dim], at[dim] = block.offset + real.start, along
                 pieces.append(Piece(block.source, tuple(start), shape, tuple(at), block.label))
             along += len(held)
-        yield StoredTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
+        yield PlannedTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
 
 
 def _check_cover(name: str, source: str, wanted: Range, held: Sequence[tuple[int, Range]]) -> None:

@@ -16,7 +16,7 @@ from tpctl.arch.splits import LM_HEAD
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.errors import PartitionError
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import source_shapes
 from tpctl.sharding.moving.parts import assign_parts, part_files
 
@@ -107,7 +107,7 @@ class ModelSizes:
         files = (part_files(rank, shard, self.dtypes, parts) for rank, shard in zip(ranks, shards, strict=True))
         return [sum(file.header.file_size for file in found) for found in files]
 
-    def _all_layers(self, shard: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    def _all_layers(self, shard: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
         """A shard of the one-layer plan with every layer's names; the pieces stay those of the first."""
         return {name: shard[first] for name, first in self._in_layer_0.items()}
 

@@ -14,7 +14,7 @@ from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlEr
 from tpctl.manifest.file import check_size
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import CopiedFile, Shard, ShardTensor
-from tpctl.partition.plan import StoredTensor
+from tpctl.partition.plan import PlannedTensor
 from tpctl.partition.split import Rule
 from tpctl.sharding.cutting.join import check_same_cut, check_same_weights, lacking, piece_name, union
 from tpctl.sharding.cutting.recipe import Recipe
@@ -276,7 +276,7 @@ class _Writer:
     def _entries(self, rank: int, digests: Mapping[tuple[int | None, str], str]) -> dict[str, ShardTensor]:
         return {name: self._entry(stored, digests[rank, name]) for name, stored in self.recipe.shards[rank].items()}
 
-    def _entry(self, stored: StoredTensor, digest: str) -> ShardTensor:
+    def _entry(self, stored: PlannedTensor, digest: str) -> ShardTensor:
         return ShardTensor(
             part=self.parts[stored.name],
             dtype=self.recipe.dtypes[stored.name],

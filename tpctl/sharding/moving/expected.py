@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tpctl.arch.compat import scales
 from tpctl.arch.config import ModelConfig
 from tpctl.manifest.records import ShardTensor
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Expected:
         fills: the value of those that are made of no source tensor and are not zero.
     """
 
-    shards: tuple[Mapping[str, StoredTensor], ...]
+    shards: tuple[Mapping[str, PlannedTensor], ...]
     fills: Mapping[str, int]
 
     @classmethod

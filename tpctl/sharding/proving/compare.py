@@ -22,7 +22,7 @@ from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import ShardTensor
 from tpctl.partition.dtypes import dtype_after_cast
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import Stored, in_shard, whole
@@ -92,7 +92,7 @@ def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: M
             )
 
 
-def _brief(record: ShardTensor | StoredTensor, field: str, fill: int) -> str:
+def _brief(record: ShardTensor | PlannedTensor, field: str, fill: int) -> str:
     if field == "fill":
         return str(fill)
     if field != "pieces":
