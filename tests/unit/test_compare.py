@@ -15,7 +15,7 @@ from tpctl.arch.families import FAMILIES
 from tpctl.checkpoint.safetensors import NewTensor, read_header
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import CopiedFile, Shard, ShardTensor
+from tpctl.manifest.records import CopiedFile, ManifestTensor, Shard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.inspect import inspect_shards
 
@@ -38,7 +38,7 @@ def out(source: Path, tmp_path: Path) -> Path:
 
 def with_tensor(manifest: Manifest, rank: int, name: str, **changes: object) -> Manifest:
     shard = manifest.shard(rank)
-    tensor: ShardTensor = replace(shard.tensors[name], **changes)  # type: ignore[arg-type]
+    tensor: ManifestTensor = replace(shard.tensors[name], **changes)  # type: ignore[arg-type]
     shards = {**manifest.shards, rank: replace(shard, tensors={**shard.tensors, name: tensor})}
     return replace(manifest, shards=shards)
 

@@ -13,7 +13,7 @@ from tpctl.checkpoint.safetensors import NewTensor, build_header
 from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlError
 from tpctl.manifest.file import check_size
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import CopiedFile, Shard, ShardTensor
+from tpctl.manifest.records import CopiedFile, ManifestTensor, Shard
 from tpctl.partition.plan import PlannedTensor
 from tpctl.partition.split import Rule
 from tpctl.sharding.cutting.join import check_same_cut, check_same_weights, lacking, piece_name, union
@@ -253,7 +253,7 @@ class _Writer:
         extra = None
         if recipe.extra:
             entries = {
-                s.name: ShardTensor(0, s.dtype, s.shape, digests[None, s.name], Rule.REPLICATED, 0, ())
+                s.name: ManifestTensor(0, s.dtype, s.shape, digests[None, s.name], Rule.REPLICATED, 0, ())
                 for s in recipe.extra
             }
             extra = Shard((files[-1].entry,), entries)
@@ -273,11 +273,11 @@ class _Writer:
             files=copied,
         )
 
-    def _entries(self, rank: int, digests: Mapping[tuple[int | None, str], str]) -> dict[str, ShardTensor]:
+    def _entries(self, rank: int, digests: Mapping[tuple[int | None, str], str]) -> dict[str, ManifestTensor]:
         return {name: self._entry(stored, digests[rank, name]) for name, stored in self.recipe.shards[rank].items()}
 
-    def _entry(self, stored: PlannedTensor, digest: str) -> ShardTensor:
-        return ShardTensor(
+    def _entry(self, stored: PlannedTensor, digest: str) -> ManifestTensor:
+        return ManifestTensor(
             part=self.parts[stored.name],
             dtype=self.recipe.dtypes[stored.name],
             shape=stored.shape,

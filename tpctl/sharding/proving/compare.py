@@ -20,7 +20,7 @@ from tpctl.checkpoint.hub import METADATA
 from tpctl.checkpoint.progress import Progress
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import ShardTensor
+from tpctl.manifest.records import ManifestTensor
 from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.sharding.moving.expected import Expected
@@ -92,7 +92,7 @@ def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: M
             )
 
 
-def _brief(record: ShardTensor | PlannedTensor, field: str, fill: int) -> str:
+def _brief(record: ManifestTensor | PlannedTensor, field: str, fill: int) -> str:
     if field == "fill":
         return str(fill)
     if field != "pieces":

@@ -22,8 +22,8 @@ from tpctl.manifest.file import read_manifest
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import (
     CopiedFile,
+    ManifestTensor,
     Part,
-    ShardTensor,
     SourceFile,
     parts_from_list,
     plain_name,
@@ -168,7 +168,7 @@ def _contradictions(
                 yield f"the digest of {name} of {owner} is not that of its bytes"
 
 
-def _entry_of(fields: Any, num_parts: int) -> ShardTensor | None:
+def _entry_of(fields: Any, num_parts: int) -> ManifestTensor | None:
     try:
         return tensor_from_dict(fields, num_parts)
     except MALFORMED:
