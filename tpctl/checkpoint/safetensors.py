@@ -36,7 +36,7 @@ MOST_VALUES = 6_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
+class FileTensor:
     """One tensor of a file; ``start`` and ``stop`` are byte offsets from the beginning of the file."""
 
     name: str
@@ -54,7 +54,7 @@ class TensorInfo:
 class Header:
     """A parsed header. ``text`` is its JSON as stored, padding included; ``size`` counts the length field too."""
 
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, FileTensor]
     metadata: Mapping[str, str]
     text: str
     size: int
@@ -189,7 +189,7 @@ def source_headers(files: Iterable[SourceFile], manifest: Path | None = None) ->
     return {file.name: parse_header(file.header.encode(), file.size, file.name + within) for file in files}
 
 
-def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> TensorInfo:
+def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> FileTensor:
     if len(name) > LONGEST_TEXT:
         raise bad(f"the tensor {shorten(name, _NAME)} has a name of {len(name):,} characters")
     called = f"tensor {shorten(name, _NAME)}"
@@ -210,7 +210,7 @@ def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointErr
     if max(offsets) > MOST_BYTES or end - begin != wanted:
         span = shown(end - begin) if max(offsets) <= MOST_BYTES else "more than any file's"
         raise bad(f"{called} spans {span} bytes, but {dtype} of shape {shown(shape)} has {wanted}")
-    return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
+    return FileTensor(name, dtype, tuple(shape), base + begin, base + end)
 
 
 def _natural(value: Any) -> bool:
