@@ -22,7 +22,7 @@ from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import Region, Stored, whole
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 from tpctl.sharding.publishing.journal import write_synced
 from tpctl.sharding.publishing.pending import PendingFolder, refuse_existing
 
@@ -72,7 +72,7 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
                 path.write_bytes(header.raw)
                 os.truncate(path, header.file_size)
                 files.open(path, os.O_RDWR)
-            run(moves, files, Tally(sum(move.nbytes for move in moves), "", progress))
+            move_all(moves, files, Tally(sum(move.nbytes for move in moves), "", progress))
             files.sync(pending.path / name for name in headers)
         for name, wanted in manifest.files.items():
             if copy_file(folder / name, pending.path / name) != wanted:

@@ -22,7 +22,7 @@ from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import Files, Tally
 from tpctl.sharding.moving.layout import in_shard, whole
 from tpctl.sharding.moving.parts import EXTRA_FILE, PartFile, assign_parts, part_files
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 from tpctl.sharding.publishing.journal import Digests, Journal, note_name, write_synced
 from tpctl.sharding.publishing.pending import PendingFolder
 
@@ -196,7 +196,7 @@ class _Writer:
             else:
                 for name in (name for name, part in self.parts.items() if part == index):
                     moves += self._moves(name, files)
-            digests = run(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
+            digests = move_all(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
             handles.sync(self.pending.path / file.file for file in files)
         return digests
 

@@ -45,7 +45,7 @@ class Move:
         return sum(stored.nbytes for stored in self.writes)
 
 
-def run(
+def move_all(
     moves: Sequence[Move], files: Files, tally: Tally, *, compare: bool = False, may_overflow: bool = True
 ) -> dict[tuple[int | None, str], str]:
     """Carry out ``moves`` and return the BLAKE3 digest of every written tensor, by rank and name.
