@@ -16,7 +16,7 @@ from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.manifest.records import Source
 from tpctl.sharding.moving.contents import absent_ranks
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import Stored
 from tpctl.sharding.moving.opened import open_extra, open_shards
 from tpctl.sharding.moving.transfer import Move, move_all
@@ -109,7 +109,7 @@ def check_same_weights(
     moves += [Move((stored,), (kept[stored.name],)) for stored in extra if stored.name in kept]
     try:
         with Files() as files:
-            move_all(moves, files, Tally(sum(move.nbytes for move in moves), "", progress), compare=True)
+            move_all(moves, files, ByteCounter(sum(move.nbytes for move in moves), "", progress), compare=True)
     except ShardFolderError as error:
         raise OutputError(f"{folder} holds ranks that this source does not give ({error}); {_ELSE}") from None
 

@@ -18,7 +18,7 @@ from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.dtypes import FLOATS
 from tpctl.partition.split import Range, Rule
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import Region, Stored, whole
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan
@@ -72,7 +72,7 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
                 path.write_bytes(header.raw)
                 os.truncate(path, header.file_size)
                 files.open(path, os.O_RDWR)
-            move_all(moves, files, Tally(sum(move.nbytes for move in moves), "", progress))
+            move_all(moves, files, ByteCounter(sum(move.nbytes for move in moves), "", progress))
             files.sync(pending.path / name for name in headers)
         for name, wanted in manifest.files.items():
             if copy_file(folder / name, pending.path / name) != wanted:

@@ -19,7 +19,7 @@ from tpctl.partition.split import Rule
 from tpctl.sharding.cutting.join import check_same_cut, check_same_weights, lacking, piece_name, union
 from tpctl.sharding.cutting.recipe import Recipe
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import in_shard, whole
 from tpctl.sharding.moving.parts import EXTRA_FILE, PartFile, assign_parts, part_files
 from tpctl.sharding.moving.transfer import Move, move_all
@@ -119,7 +119,7 @@ class _Writer:
         self.journal = Journal(pending.path, repr([recipe.identity, recipe.shards, recipe.fills]), files)
         self.done: dict[int, Digests] = {}
         self.resumed = self.dropped = 0
-        self.tally = Tally(sum(file.header.file_size - file.header.size for file in files), "", progress)
+        self.tally = ByteCounter(sum(file.header.file_size - file.header.size for file in files), "", progress)
 
     def write(self, add: bool, check: Callable[[], None]) -> Manifest:
         """Write and publish the folder; its manifest. Arguments as in ``write_shards``."""

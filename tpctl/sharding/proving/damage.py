@@ -31,7 +31,7 @@ from tpctl.manifest.records import (
 )
 from tpctl.sharding.moving.copied import hash_file
 from tpctl.sharding.moving.expected import Expected
-from tpctl.sharding.moving.files import Files, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import whole
 from tpctl.sharding.moving.transfer import hash_all
 from tpctl.sharding.proving.flips import Budget, path_of_line, undo_flip, unreadable_line
@@ -163,7 +163,7 @@ def _contradictions(
             stored = whole(header.tensors[name], folder / parts[entry.part].file, rank, entry.digest)
             try:
                 with Files() as files:
-                    hash_all([stored], files, Tally(stored.nbytes, "", None))
+                    hash_all([stored], files, ByteCounter(stored.nbytes, "", None))
             except ShardFolderError:
                 yield f"the digest of {name} of {owner} is not that of its bytes"
 
