@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.unit.synthetic import make_checkpoint, make_config
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 PART = "model-rank-1-part-0.safetensors"
@@ -83,7 +83,7 @@ def other_kinds(model: Path, folder: Path) -> None:
     data = bytearray(header.file_size - header.size)
     data[200:202] = b"\x89\x47"  # 70144 in bfloat16
     wide.write_bytes(header.raw + data)
-    tensor = NewTensor("model.layers.0.self_attn.q_proj.qweight", "I32", (3, 24))
+    tensor = TensorSpec("model.layers.0.self_attn.q_proj.qweight", "I32", (3, 24))
     make_checkpoint(folder / "awq", make_config(), extra=[tensor])
     capped = Path(shutil.copytree(model, folder / "capped"))
     (capped / "config.json").write_text(json.dumps(make_config(final_logit_softcapping=30.0)))

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.arch.families import FAMILIES
 from tpctl.checkpoint.metadata import read_metadata
-from tpctl.checkpoint.safetensors import NewTensor, build_header, read_header, tensor_nbytes
+from tpctl.checkpoint.safetensors import TensorSpec, build_header, read_header, tensor_nbytes
 from tpctl.engine.memory.gpu import reserve
 from tpctl.engine.sampling import sampler
 from tpctl.errors import CheckpointError, PartitionError, UsageError
@@ -93,7 +93,7 @@ def test_layers_of_different_dtypes_are_counted_each(tmp_path: Path) -> None:
     path = source / "model.safetensors"
     infos, raw = read_header(path).tensors, path.read_bytes()
     wide = {name for name in infos if name.startswith("model.layers.1.mlp.")}
-    header = build_header(NewTensor(n, "F32" if n in wide else t.dtype, t.shape) for n, t in infos.items())
+    header = build_header(TensorSpec(n, "F32" if n in wide else t.dtype, t.shape) for n, t in infos.items())
     data = (raw[infos[n].start : infos[n].stop] * (2 if n in wide else 1) for n in header.tensors)
     path.write_bytes(header.raw + b"".join(data))
     written = shard_checkpoint(source, tmp_path / "out", 2)

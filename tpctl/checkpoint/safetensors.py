@@ -218,8 +218,8 @@ def _natural(value: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class NewTensor:
-    """A tensor to be written."""
+class TensorSpec:
+    """What a tensor is, wherever its bytes may be: one to be written, or of a model that is not here."""
 
     name: str
     dtype: str
@@ -230,7 +230,7 @@ class NewTensor:
         return tensor_nbytes(self.dtype, self.shape)
 
 
-def build_header(tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> Header:
+def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> Header:
     """The header of a file that will hold ``tensors``, so that it can be written before any data.
 
     Tensors are laid out as the reference writer does, widest dtype first and then by name, which keeps every

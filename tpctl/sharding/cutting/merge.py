@@ -11,7 +11,7 @@ from pathlib import Path
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.outputs import refuse_overlap
 from tpctl.checkpoint.progress import Progress
-from tpctl.checkpoint.safetensors import Header, NewTensor, build_header
+from tpctl.checkpoint.safetensors import Header, TensorSpec, build_header
 from tpctl.errors import ShardFolderError
 from tpctl.json_file import parse_object
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
@@ -107,7 +107,7 @@ def _header(header: Header, dtype: str | None) -> Header:
     if dtype is None:
         return header
     cast = (
-        NewTensor(name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
+        TensorSpec(name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
         for name, info in header.tensors.items()
     )
     return build_header(cast, header.metadata)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpctl.checkpoint.progress import Progress
-from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
 from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlError
 from tpctl.manifest.file import check_size
 from tpctl.manifest.manifest import MANIFEST, Manifest
@@ -111,7 +111,7 @@ class _Writer:
         self.recipe, self.pending, self.parts, self.progress = recipe, pending, parts, progress
         files = [f for rank in recipe.ranks for f in part_files(rank, recipe.shards[rank], recipe.dtypes, parts)]
         if recipe.extra:
-            header = build_header(NewTensor(stored.name, stored.dtype, stored.shape) for stored in recipe.extra)
+            header = build_header(TensorSpec(stored.name, stored.dtype, stored.shape) for stored in recipe.extra)
             files.append(PartFile(None, max(parts.values()) + 1, EXTRA_FILE, header))
         self.files: dict[int, list[PartFile]] = {}
         for file in files:

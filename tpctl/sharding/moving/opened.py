@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from stat import S_ISDIR
 
-from tpctl.checkpoint.safetensors import FileTensor, Header, NewTensor, build_header
+from tpctl.checkpoint.safetensors import FileTensor, Header, TensorSpec, build_header
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import Manifest
 from tpctl.manifest.records import Shard
@@ -70,9 +70,9 @@ def check_copied(folder: Path, manifest: Manifest) -> int:
 def _headers(folder: Path, shard: Shard, owner: str) -> list[tuple[Header, Path]]:
     """The part files' headers, rebuilt from the manifest and compared with the files byte for byte."""
     found = []
-    held: list[list[NewTensor]] = [[] for _ in shard.parts]
+    held: list[list[TensorSpec]] = [[] for _ in shard.parts]
     for name, tensor in shard.tensors.items():
-        held[tensor.part].append(NewTensor(name, tensor.dtype, tensor.shape))
+        held[tensor.part].append(TensorSpec(name, tensor.dtype, tensor.shape))
     for part, tensors in zip(shard.parts, held, strict=True):
         path = folder / part.file
         contradiction = ShardFolderError(f"the manifest of {folder} contradicts itself about {part.file}; {AGAIN}")

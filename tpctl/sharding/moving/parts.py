@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import Header, NewTensor, build_header, tensor_nbytes
+from tpctl.checkpoint.safetensors import Header, TensorSpec, build_header, tensor_nbytes
 from tpctl.manifest.records import Part
 from tpctl.partition.plan import PlannedTensor
 
@@ -73,7 +73,7 @@ def part_files(
             rank,
             index,
             part_name(rank, index),
-            build_header(NewTensor(n, dtypes[n], shard[n].shape) for n in shard if parts[n] == index),
+            build_header(TensorSpec(n, dtypes[n], shard[n].shape) for n in shard if parts[n] == index),
         )
         for index in range(max(parts.values()) + 1)
     ]
