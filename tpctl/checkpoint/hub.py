@@ -271,7 +271,7 @@ def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Mete
 
     blob = _blob(remote, file, token, local_dir)
     if blob is not None:
-        blob.run(meter)
+        blob.fetch(meter)
         meter = Meter(0, None)  # huggingface_hub finds the file there and has nothing left to do but its records
     fetch = partial(
         hf_hub_download,

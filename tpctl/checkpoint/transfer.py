@@ -74,7 +74,7 @@ class Download:
                 return min(path.stat().st_size, self.size)
         return 0
 
-    def run(self, meter: Meter) -> None:
+    def fetch(self, meter: Meter) -> None:
         """Fetch what is missing, check it and put it in place.
 
         Raises:
