@@ -89,53 +89,6 @@ def test_names_that_are_no_paths_are_one_line(command: list[str], model: str, sa
     assert said in str(result.exception)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("shard x --tp 0", "'--tp': input should be greater than or equal to 1 (given: 0); see `tpctl shard --help`"),
-        ("shard x --tp=two", "'--tp': "),
-        ("plan x --tp 0", "(given: 0)"),
-        ("reshard x --tp 0 -o y", "(given: 0)"),
-        ("chat x --tp 0", "(given: 0)"),
-        ("batch x --tp -3", "(given: -3)"),
-        ("bench throughput x --tp 0", "(given: 0); see `tpctl bench throughput --help`"),
-        ("bench latency --runs 0", "'--runs'"),
-        (
-            "batch x --scheduling-policy sjf",
-            "policy': 'sjf' is not one of 'fcfs', 'makespan'; see `tpctl batch",
-        ),
-        ("inspect-shards x --rank -1", "'--rank'"),
-        ("plan x --max-model-len 0", "'--max-model-len'"),
-        ("plan x --max-num-seqs 1.5", "(given: 1.5)"),
-        ("plan x --gpu-memory-utilization 3", "(given: 3)"),
-        ("plan x --gpu-memory 80", "write it with a unit, like 80GiB"),
-        ("plan x --gpu-memory 80000000", "--gpu-memory 80000000 is 80.0 MB"),
-        ("chat x -m hi --block-size 0", "'--block-size'"),
-        ("chat x -m hi --kv-cache-memory 2", "write it with a unit, like 2GiB"),
-        ("shard x --tp 2 --max-part-size 5", "write it with a unit, like 5GB"),
-        ("shard x --tp 2 --ranks 3-1", "'3-1' is no list of ranks"),
-        ("chat x --max-tokens 0", "--max-tokens is 0, but must be"),
-        ("chat x --top-p 2", "--top-p is 2.0, but must be"),
-        ("batch x --temperature -1", "--temperature is -1.0, but must be"),
-        ("batch x --seed -1", "--seed is -1, but must be"),
-        ("chat x -m hi --attention-backend flash", "'flash' is not one of 'auto', 'sdpa', 'triton', 'flash-attn'"),
-        ("chat x --stop=", "--stop is empty"),
-        ("shard x", "issing option '--tp'; see `tpctl shard --help`"),
-        ("shard x --nope", "no such option: --nope"),
-    ],
-)
-def test_wrong_options_are_one_line(
-    arguments: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["tpctl", *arguments.split()])
-    monkeypatch.setattr("signal.signal", lambda number, handler: None)
-    with pytest.raises(SystemExit) as ended:
-        app_module.main()
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("tpctl: ") and said.lower() in err.lower()
-
-
 def test_the_list_of_commands_is_not_cut_short() -> None:
     shown = run("--help").stdout
     assert "inspect-shards  Show, and prove, how every weight was cut.\n" in shown

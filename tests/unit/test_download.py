@@ -277,7 +277,7 @@ def test_two_runs_that_fetch_the_same_file(hub: Hub, tmp_path: Path) -> None:
     def fetch() -> None:
         meter = Meter(len(WEIGHTS), None)
         try:
-            Download(url, {}, tmp_path / "file", len(WEIGHTS), digest).run(meter)
+            Download(url, {}, tmp_path / "file", len(WEIGHTS), digest).fetch(meter)
         except BaseException as error:
             errors.append(error)
         received.append(meter.done)

@@ -19,7 +19,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from tpctl.errors import CheckpointError, counted, shorten, shown
-from tpctl.manifest.records import LONGEST_TEXT
+from tpctl.manifest.records import LONGEST_TEXT, SourceFile
 from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
 
 _STRUCTURE = (b"{", b"[", b",", b":")
@@ -179,6 +179,16 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
     return Header(tensors, metadata, text, base)
 
 
+def source_headers(files: Iterable[SourceFile], manifest: Path | None = None) -> dict[str, Header]:
+    """The headers of a shard folder's source, by file; a message names the ``manifest`` that they stand in.
+
+    Raises:
+        CheckpointError: one breaks the format.
+    """
+    within = "" if manifest is None else f" in {manifest}"
+    return {file.name: parse_header(file.header.encode(), file.size, file.name + within) for file in files}
+
+
 def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> FileTensor:
     if len(name) > LONGEST_TEXT:
         raise bad(f"the tensor {shorten(name, _NAME)} has a name of {len(name):,} characters")
@@ -209,7 +219,7 @@ def _natural(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to be written."""
+    """What a tensor is, wherever its bytes may be: one to be written, or of a model that is not here."""
 
     name: str
     dtype: str

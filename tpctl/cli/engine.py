@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import EngineOptions, SchedulingPolicy
-from tpctl.cli.units import format_bytes, parse_bytes
+from tpctl.cli.units import parse_bytes
+from tpctl.errors import format_bytes
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.settings import CPU_TOKENS, EngineConfig
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say, stdout
-from tpctl.cli.units import format_bytes
-from tpctl.errors import counted, printable
+from tpctl.errors import counted, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import typer
 
 from tpctl.cli.console import print_json, stdout
 from tpctl.cli.options import DType, KvCacheDType
-from tpctl.cli.units import format_bytes, parse_bytes
-from tpctl.errors import UsageError
+from tpctl.cli.units import parse_bytes
+from tpctl.errors import UsageError, format_bytes
 from tpctl.manifest.manifest import describe_ranks
 from tpctl.wire.settings import GPU_SEQS, GPU_TOKENS
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, print_json, say
-from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
-from tpctl.errors import counted
+from tpctl.cli.units import parse_bytes, parse_ranks
+from tpctl.errors import counted, format_bytes
 
 if TYPE_CHECKING:
     from tpctl.sharding.cutting.writer import ShardReport

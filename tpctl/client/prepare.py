@@ -16,8 +16,8 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.metadata import read_metadata
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import ResolvedSource, hub_id, is_local, local_path, resolve
-from tpctl.checkpoint.transfer import Progress
 from tpctl.errors import MixedDtypesError, UsageError, shown
 from tpctl.launch.device import choose_device
 from tpctl.launch.loopback import require_loopback

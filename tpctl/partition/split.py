@@ -34,7 +34,6 @@ class Rule(StrEnum):
     """How a stored tensor is cut; the names of the layers that hold it."""
 
     REPLICATED = "replicated"
-    COLUMN = "column"
     MERGED_COLUMN = "merged-column"
     QKV = "qkv"
     ROW = "row"

@@ -15,7 +15,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.errors import UsageError
-from tpctl.partition.dtypes import DTYPES
+from tpctl.partition.dtypes import DTYPES, TORCH_NAMES
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.planning.model_sizes import ModelSizes
 
@@ -139,7 +139,7 @@ def plan_model(
         )
     cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
     model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype != "model")
-    run_dtype = next((name for name, stored in DTYPES.items() if stored == model.dtype), model.dtype)
+    run_dtype = TORCH_NAMES.get(model.dtype, model.dtype)
     if budget.kv_cache_dtype == "packed" and not model.packs:
         raise UsageError(
             f"--kv-cache-dtype packed needs bfloat16 and heads of {', '.join(map(str, PACKED_HEAD_DIMS))} dimensions, "

@@ -23,11 +23,8 @@ from tpctl.layers.rotary import RotaryTable, rotary_tables
 from tpctl.manifest.manifest import Manifest
 from tpctl.models.decoder import Decoder
 from tpctl.models.loader import load_shard
-from tpctl.partition.dtypes import DTYPES
+from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
 from tpctl.wire.settings import EngineConfig
-
-_TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
-_STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 class Timings(dict[str, float]):
@@ -85,7 +82,7 @@ def load(
     config = ModelConfig.load(folder)
     made_of = config.blueprint
     stored = manifest.tensors(group.rank)[made_of.head].dtype
-    dtype = _run_dtype(settings.dtype, _TORCH_NAMES.get(stored, stored), group.device)
+    dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
     plan = build_plan(config, settings.tp_size)
     attentions = [block.attention for block in made_of.blocks]
@@ -100,7 +97,7 @@ def load(
     )
     held = manifest.shard(group.rank).nbytes
     # While they are converted, weights are held in either dtype.
-    share = _share(settings, group, max(held, held // _STORED_BYTES.get(stored, 2) * dtype.itemsize))
+    share = _share(settings, group, max(held, held * 8 // DTYPE_BITS[stored] * dtype.itemsize))
     warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
 
     timings, started = Timings(), time.perf_counter()

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.safetensors import TensorSpec, build_header
 from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlError
 from tpctl.manifest.file import check_size
@@ -18,10 +19,10 @@ from tpctl.partition.split import Rule
 from tpctl.sharding.cutting.join import check_same_cut, check_same_weights, lacking, piece_name, union
 from tpctl.sharding.cutting.recipe import Recipe
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import in_shard, whole
 from tpctl.sharding.moving.parts import EXTRA_FILE, PartFile, assign_parts, part_files
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 from tpctl.sharding.publishing.journal import Digests, Journal, note_name, write_synced
 from tpctl.sharding.publishing.pending import PendingFolder
 
@@ -118,7 +119,7 @@ class _Writer:
         self.journal = Journal(pending.path, repr([recipe.identity, recipe.shards, recipe.fills]), files)
         self.done: dict[int, Digests] = {}
         self.resumed = self.dropped = 0
-        self.tally = Tally(sum(file.header.file_size - file.header.size for file in files), "", progress)
+        self.tally = ByteCounter(sum(file.header.file_size - file.header.size for file in files), "", progress)
 
     def write(self, add: bool, check: Callable[[], None]) -> Manifest:
         """Write and publish the folder; its manifest. Arguments as in ``write_shards``."""
@@ -195,7 +196,7 @@ class _Writer:
             else:
                 for name in (name for name, part in self.parts.items() if part == index):
                     moves += self._moves(name, files)
-            digests = run(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
+            digests = move_all(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
             handles.sync(self.pending.path / file.file for file in files)
         return digests
 

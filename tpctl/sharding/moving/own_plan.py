@@ -15,7 +15,7 @@ from tpctl.arch.compat import ENGINES
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.folder import INDEX, indexed_files
-from tpctl.checkpoint.safetensors import FileTensor, Header, parse_header
+from tpctl.checkpoint.safetensors import FileTensor, Header, source_headers
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.partition.dtypes import dtype_after_cast
@@ -50,7 +50,7 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     """
     path = folder / MANIFEST
     try:
-        headers = source_headers(manifest)
+        headers = source_headers(manifest.source.files)
     except CheckpointError as error:
         raise _contradicts(path, str(error)) from None
     tensors: dict[str, FileTensor] = {}
@@ -75,11 +75,6 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     _check_index(path, manifest.source.index, headers)
     _check_names(path, manifest)
     return OwnPlan(config, headers, tensors, plan)
-
-
-def source_headers(manifest: Manifest) -> dict[str, Header]:
-    """The headers of the source's files, by name. Raises ``CheckpointError`` if one is none."""
-    return {file.name: parse_header(file.header.encode(), file.size, file.name) for file in manifest.source.files}
 
 
 def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: Mapping[str, FileTensor]) -> None:

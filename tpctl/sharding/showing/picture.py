@@ -21,21 +21,13 @@ from typing import TYPE_CHECKING
 
 from tpctl.arch.blueprint import Blueprint
 from tpctl.errors import counted, printable
+from tpctl.partition.split import Rule
 from tpctl.sharding.showing.kinds import Band, Kind, SourcePicture, count
+from tpctl.sharding.showing.rules import RULE_TEXTS
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
-
-RULES = {
-    "replicated": "whole on every rank",
-    "column": "column-parallel: output rows divided",
-    "merged-column": "column-parallel: output rows divided, gate and up alike",
-    "qkv": "column-parallel: output rows divided in whole heads",
-    "row": "row-parallel: input columns divided, results summed",
-    "vocab": "rows of the vocabulary divided",
-}
-"""What each rule does, in a line."""
 
 NAMES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "bright_yellow")
@@ -58,21 +50,16 @@ def draw_kind(kind: Kind, blueprint: Blueprint) -> list[Text]:
     """One kind: a heading, its sources side by side, and what each rank stores."""
     from rich.text import Text
 
-    marks = " ".join(word for word, there in (("UNEVEN", kind.uneven), ("COPIES", _copied(kind))) if there)
+    marks = " ".join(word for word, there in (("UNEVEN", kind.uneven), ("COPIES", kind.copied)) if there)
     lines = [
         Text.assemble((printable(kind.title), "bold"), "  ", count(kind.layers), "  ", (marks, "bold red")),
-        Text(f"  {RULES[kind.rule]}"),
+        Text(f"  {RULE_TEXTS[Rule(kind.rule)].line}"),
     ]
     boxes = [_box(source, kind.dim) for source in kind.sources]
     for row in range(max(map(len, boxes))):
         cells = [box[row] if row < len(box) else Text(" " * len(box[0])) for box in boxes]
         lines.append(Text("  ") + Text("   ").join(cells))
     return [*lines, *_stored(kind, blueprint)]
-
-
-def _copied(kind: Kind) -> bool:
-    """Whether ranks hold copies where the rule divides."""
-    return kind.rule != "replicated" and kind.copies > 1
 
 
 def _legend(found: Sequence[Kind]) -> Text:
