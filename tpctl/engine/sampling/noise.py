@@ -2,7 +2,7 @@
 
 A sampled token then depends neither on the other requests of its batch nor on how many ranks share the vocabulary,
 and every rank can draw the noise of its own slice. Seed and position give a row two 32-bit keys here; the noise that
-keys and token ids give is defined in ``kernels.noise``, which the GPU's sampling kernel follows too.
+keys and token ids give is defined in ``kernels.common.noise``, which the GPU's sampling kernel follows too.
 """
 
 from __future__ import annotations
