@@ -29,6 +29,7 @@ def described(config: ModelConfig) -> SimpleNamespace:
         fused=len({part.source for part in attention.qkv.parts}) == 1,
         windows=blueprint.windows,
         rope=attention.rope,
+        dtype=config.dtype,
         eos_token_ids=config.eos_token_ids,
         bos_token_id=config.bos_token_id,
         max_position_embeddings=config.max_position_embeddings,

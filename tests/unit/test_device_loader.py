@@ -123,7 +123,7 @@ def test_every_byte_lands_where_its_tensor_is(device: torch.device, tmp_path: Pa
 def test_what_was_stored_is_let_go_as_it_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model: Any = nn.Sequential(*(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16) for _ in range(6)))
-    model.config = SimpleNamespace(tie_word_embeddings=False)
+    model.made_of = SimpleNamespace(tied=False)
     stored = {f"{layer}.weight": torch.randn(8, 8) for layer in range(6)}
     wanted = {name: tensor.bfloat16() for name, tensor in stored.items()}
     alive = [weakref.ref(tensor) for tensor in stored.values()]
