@@ -135,8 +135,8 @@ def main() -> None:
     for run in range(args.runs):
         for dtype in args.dtype:
             for tp, folder in shards.items():
-                figures, _ = throughput(EngineConfig(folder, tp, dtype=dtype), "short", vocab, 1)
-                note(f"tpctl, tp {tp}", dtype, figures["throughput"].median)
+                measured = throughput(EngineConfig(folder, tp, dtype=dtype), "short", vocab, 1)
+                note(f"tpctl, tp {tp}", dtype, measured.figures["throughput"].median)
             rate = peer_in_its_own_process(source.folder, dtype, run * 100)
             note(f"transformers, {ATTENTION[dtype]} attention", dtype, rate)
             if args.vllm:

@@ -34,7 +34,7 @@ _BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 512)
 
 
 def add_work(engine: Engine, shift: int) -> int:
-    work = make_workload("nano", engine.runner.model_config.vocab_size, shift)
+    work = make_workload("nano", engine.runner.loaded.config.vocab_size, shift)
     engine.apply(Add(work.requests))
     return work.output_tokens
 
@@ -130,7 +130,7 @@ def report(args: argparse.Namespace, group: TPGroup) -> None:
             scheduling_policy=args.scheduling_policy,
         )
         engine = Engine(config, group)
-        print(f"== {shape}, {torch.cuda.get_device_name()}, {engine.runner.timings}")
+        print(f"== {shape}, {torch.cuda.get_device_name()}, {engine.runner.loaded.timings}")
         for shift in (0, 13):
             run(engine, shift)
         if args.at:

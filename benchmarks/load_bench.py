@@ -79,7 +79,7 @@ def registered(files: list[Path]) -> dict[str, Tensor]:
             code = runtime.cudaHostRegister(whole.data_ptr(), whole.numel(), READ_ONLY)
             if int(code) != 0:
                 raise SystemExit(f"CUDA does not register a mapped file here ({code})")
-            for name, tensor, offset in device_loader._allocate(file.fileno(), path, DEVICE):
+            for name, tensor, offset in device_loader._allocate(path, DEVICE):
                 tensor.view(-1).view(torch.uint8).copy_(whole[offset : offset + tensor.nbytes], non_blocking=True)
                 found[name] = tensor
             torch.cuda.synchronize()

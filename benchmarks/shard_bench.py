@@ -71,7 +71,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     """Write the checkpoint unless it is there; the number of its layers."""
     import numpy as np
 
-    from tpctl.checkpoint.safetensors import NewTensor, build_header
+    from tpctl.checkpoint.safetensors import TensorSpec, build_header
 
     layer = {
         "input_layernorm.weight": (HIDDEN,),
@@ -111,10 +111,10 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
         return layers
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tensors = [NewTensor(name, "BF16", shape) for name, shape in ends.items()]
+    tensors = [TensorSpec(name, "BF16", shape) for name, shape in ends.items()]
     for index in range(layers):
-        tensors += [NewTensor(f"model.layers.{index}.{name}", "BF16", shape) for name, shape in layer.items()]
-    groups: list[list[NewTensor]] = [[]]
+        tensors += [TensorSpec(f"model.layers.{index}.{name}", "BF16", shape) for name, shape in layer.items()]
+    groups: list[list[TensorSpec]] = [[]]
     for tensor in tensors:
         if sum(t.nbytes for t in groups[-1]) + tensor.nbytes > 5e9:
             groups.append([])

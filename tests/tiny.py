@@ -47,7 +47,7 @@ def _long_rope(pairs: int) -> dict[str, Any]:
     }
 
 
-LONG_ROPES = {pairs: _long_rope(pairs) for pairs in (3, 4, 8, 24, 32)}
+LONG_ROPES = {pairs: _long_rope(pairs) for pairs in (3, 4, 8, 12, 24, 32)}
 """By half the rotated dimensions of a head."""
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -108,10 +108,6 @@ class TPGroup:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait until every rank is here (host side)."""
-        self.minimum(0)
-
     @property
     def let_spin(self) -> Callable[[bool], None] | None:
         """Says whether this rank may spin while it waits for others; ``None`` where that is not ours to say."""

@@ -51,6 +51,15 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def format_bytes(count: float) -> str:
+    """``count`` bytes in decimal units, as disks and the Hub state them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
 class TpctlError(Exception):
     """Base of every error that is the world's fault, not the program's."""
 

@@ -7,6 +7,7 @@ imports torch only for ``record``, as the real worker does.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from tpctl.errors import ShardFolderError
 from tpctl.launch.lifeline import connect, tie_to_parent
 from tpctl.wire.channel import ChannelClosed
 from tpctl.wire.messages import Abort, Add, Fatal, GetStats, Output, Outputs, Ready, Stats, Stop
+from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
 
@@ -73,14 +75,36 @@ def main() -> None:
     serve(config, arguments.socket, what)
 
 
+def info(config: EngineConfig) -> EngineInfo:
+    longest = config.max_model_len or 64
+    return EngineInfo(
+        device=config.device,
+        dtype="float32",
+        tp_size=config.tp_size,
+        attention_backend="none",
+        kv_cache_dtype="float32",
+        block_size=16,
+        num_blocks=4,
+        max_model_len=longest,
+        wanted_model_len=longest,
+        kv_cache_bytes=0,
+        all_reduce=None,
+        scheduling_policy="fcfs",
+        weight_bytes=0,
+        timings={},
+        max_num_seqs=config.max_num_seqs,
+    )
+
+
 def serve(config: EngineConfig, path: Path, what: str) -> None:
     channel = connect(path)
     if what == "fatal":
         channel.send(Fatal("no room for a KV cache"))
         sys.exit(1)
-    info = {"max_model_len": config.max_model_len or 64, "device": config.device, "tp_size": config.tp_size}
-    environment = {"omp": os.environ["OMP_NUM_THREADS"], "environ": dict(os.environ)}
-    channel.send(Ready(info | environment | {"stdin": sys.stdin.read()}))
+    if folder := os.environ.get("FAKE_WORKER_PIDS"):
+        surroundings = {"environ": dict(os.environ), "stdin": sys.stdin.read()}
+        Path(folder).with_name("surroundings.json").write_text(json.dumps(surroundings))
+    channel.send(Ready(info(config)))
     steps = 0
     try:
         while True:
@@ -91,7 +115,7 @@ def serve(config: EngineConfig, path: Path, what: str) -> None:
                 (path.parent / "stop").touch()  # for the other ranks
                 return
             if isinstance(message, GetStats):
-                channel.send(Stats({"steps": steps}))
+                channel.send(Stats(EngineStats(steps, *[0] * 12)))
             if isinstance(message, Abort):
                 channel.send(Outputs([Output(id, [], "abort") for id in message.ids]))
             if isinstance(message, Add):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import queue
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +89,12 @@ def engine_folders(pids: Path) -> list[Path]:
     return list(pids.parent.glob("tpctl-*"))
 
 
+def surroundings(pids: Path) -> dict[str, Any]:
+    """What rank 0 found itself in: its environment, and what it could read from stdin."""
+    found: dict[str, Any] = json.loads((pids.parent / "surroundings.json").read_text())
+    return found
+
+
 def request(name: str, max_tokens: int = 3) -> Request:
     return Request(name, [1, 2], SamplingParams(max_tokens=max_tokens))
 
@@ -105,11 +113,12 @@ def test_answers_and_leaves_nothing(pids: Path, tp_size: int) -> None:
         found = processes(pids, tp_size)
         client.submit([request("a")])
         assert [token for output in finish(client) for token in output.token_ids] == [3, 4, 5]
-        assert client.stats() == {"steps": 3}
+        assert client.stats().steps == 3
         assert len(engine_folders(pids)) == 1
-    assert info["tp_size"] == tp_size
-    assert info["stdin"] == ""
-    assert int(info["omp"]) == max(1, len(os.sched_getaffinity(0)) // tp_size)
+    assert info.tp_size == tp_size
+    found_there = surroundings(pids)
+    assert found_there["stdin"] == ""
+    assert int(found_there["environ"]["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // tp_size)
     assert_gone(found)
     assert engine_folders(pids) == []
 
@@ -117,8 +126,25 @@ def test_answers_and_leaves_nothing(pids: Path, tp_size: int) -> None:
 def test_outputs_that_arrive_before_the_stats_are_kept(pids: Path) -> None:
     with start(1, pids) as client:
         client.submit([request("a")])
-        assert client.stats() == {"steps": 3}
+        assert client.stats().steps == 3
         assert finish(client)[-1].finish_reason == "length"
+
+
+def test_consumers_share_an_engine_and_its_end(pids: Path) -> None:
+    with start(1, pids, "endless") as client:
+        busy, left = client.mailbox(), client.mailbox()
+        for mailbox in (busy, left):
+            mailbox.submit([request("a")])
+        left.close()
+        assert busy.outputs() == [Output("a", [3])]  # and nothing of the other one's abort
+        assert client.outputs(timeout=0.05) == []
+        assert client.stats().steps == 0
+        os.kill(processes(pids, 1)[0], signal.SIGKILL)
+        for mailbox in (busy, client.mailbox()):
+            with pytest.raises(EngineError, match="SIGKILL"):
+                mailbox.outputs()
+        with pytest.raises(EngineError, match="SIGKILL"):
+            client.stats()
 
 
 def test_too_long_a_prompt_is_refused_with_both_numbers(pids: Path) -> None:
@@ -347,7 +373,8 @@ def test_a_launcher_around_the_command_is_not_heard(pids: Path, tp_size: int, mo
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     with start(tp_size, pids) as client:
-        found = client.wait_ready()["environ"]
+        client.wait_ready()
+    found = surroundings(pids)["environ"]
     assert {name for name, value in SURROUNDING.items() if found.get(name) == value} == set()
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_WORLD_SIZE"]) == ("0", str(tp_size), str(tp_size))
     assert found["MASTER_ADDR"] == "127.0.0.1"
@@ -384,6 +411,7 @@ def test_a_temporary_folder_with_a_long_path(pids: Path, tmp_path: Path, monkeyp
 PARENT = """
 import sys
 from pathlib import Path
+from typing import Any
 from test_launch import start
 with start(int(sys.argv[1]), Path(sys.argv[2])) as client:
     client.wait_ready()

@@ -21,6 +21,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.sharding.cache import ensure_sharded
 from tpctl.wire.messages import Add, Output, Request
+from tpctl.wire.report import EngineStats
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
 
@@ -117,7 +118,7 @@ def run_in_threads(config: EngineConfig, groups: Sequence[Sequence[Request]]) ->
     return first
 
 
-def run_in_processes(config: EngineConfig, groups: Sequence[Sequence[Request]]) -> tuple[Tokens, dict[str, float]]:
+def run_in_processes(config: EngineConfig, groups: Sequence[Sequence[Request]]) -> tuple[Tokens, EngineStats]:
     tokens: Tokens = {}
     with EngineClient(config) as client:
         for requests in groups:
@@ -153,10 +154,10 @@ def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
     # 12 blocks of 16 tokens, 480 KiB each on rank 0: room for three of the eight answers.
     tokens, stats = run_in_processes(engine_config(demo, 2, kv_cache_memory=6 << 20), [greedy_requests(prompts)])
     assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
-    assert stats["num_blocks"] == stats["free_blocks"] == 12
-    assert stats["preemptions"] > 0
-    assert stats["evictions"] > 0
-    assert stats["generated_tokens"] == len(prompts) * GREEDY_LENGTH
+    assert stats.num_blocks == stats.free_blocks == 12
+    assert stats.preemptions > 0
+    assert stats.evictions > 0
+    assert stats.generated_tokens == len(prompts) * GREEDY_LENGTH
 
 
 @pytest.mark.parametrize("tp_size", [5, 9])
@@ -165,7 +166,7 @@ def test_greedy_tokens_of_more_processes_than_kv_heads_equal_transformers(
 ) -> None:
     tokens, stats = run_in_processes(engine_config(demo, tp_size), [greedy_requests(prompts)])
     assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
-    assert stats["generated_tokens"] == len(prompts) * GREEDY_LENGTH
+    assert stats.generated_tokens == len(prompts) * GREEDY_LENGTH
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3])

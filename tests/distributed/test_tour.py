@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_bad_input import local_answer
+from tests.unit.bad_input import local_answer
 from tpctl.checkpoint.sources import ResolvedSource
 
 README = Path(__file__).parent.parent.parent / "README.md"

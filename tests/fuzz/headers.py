@@ -15,7 +15,7 @@ from tests.fuzz.case import Case, Change
 from tests.fuzz.commands import CHAT, PLAN, shard_and_prove
 from tests.fuzz.mutations import Draw, broken_bytes, forms, json_bytes, json_values
 from tests.unit.synthetic import source_shapes
-from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
 
 
 @st.composite
@@ -87,7 +87,7 @@ def _other_headers(draw: Draw, body: dict[str, Any]) -> tuple[bytes, str]:
 
 @cache
 def _header() -> Any:
-    return build_header([NewTensor(name, "BF16", shape) for name, shape in source_shapes(config_of("llama")).items()])
+    return build_header([TensorSpec(name, "BF16", shape) for name, shape in source_shapes(config_of("llama")).items()])
 
 
 @cache

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.described import described
 from tests.fuzz.case import Case, Outcome
 from tests.fuzz.judge import Fault
 
@@ -80,7 +81,7 @@ def _config(model: Path, name: str) -> list[Fault]:
     from tpctl.errors import TpctlError
 
     try:
-        ours = ModelConfig.load(model)
+        ours = described(ModelConfig.load(model))
     except TpctlError as error:
         return [Fault("a config that is refused when read again", name, str(error))]
     theirs = _quietly(lambda: read_by_transformers(model, ours))
@@ -110,9 +111,9 @@ def read_by_transformers(model: Path, ours: Any) -> dict[str, tuple[Any, Any]]:
         "rms_norm_eps": (ours.rms_norm_eps, config.rms_norm_eps),
         "tie_word_embeddings": (ours.tie_word_embeddings, bool(config.tie_word_embeddings)),
     }
-    if isinstance(ours.family.qkv_bias, str):
-        found["attention_bias"] = (ours.qkv_bias, bool(config.attention_bias))
-    if isinstance(ours.family.mlp_bias, str):
+    if ours.model_type in ("llama", "qwen3"):
+        found["attention_bias"] = (ours.o_bias, bool(config.attention_bias))
+    if ours.model_type == "llama":
         found["mlp_bias"] = (ours.mlp_bias, bool(config.mlp_bias))
     found["windows"] = (ours.windows, _windows(config, ours))
     rope = config.rope_parameters
@@ -138,9 +139,9 @@ def _windows(config: Any, ours: Any) -> tuple[int | None, ...]:
     """Each layer's sliding window as the model class of transformers applies it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if ours.family.window == "none":
+    if ours.model_type == "llama":
         return (None,) * ours.num_layers
-    if ours.family.window == "always" or not kinds:
+    if ours.model_type in ("mistral", "phi3") or not kinds:
         return (window,) * ours.num_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 

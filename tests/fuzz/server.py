@@ -23,6 +23,7 @@ import typer
 from tests.fuzz.sandbox import Sandbox
 from tests.unit.fake_client import FakeClient
 from tpctl.wire.messages import Output, Request
+from tpctl.wire.report import TokenLogprob
 
 ANSWER = 5
 """Tokens of the prompt that an answer repeats, at most."""
@@ -55,7 +56,7 @@ def echo_engine(record: dict[str, Any]) -> type[FakeClient]:
             for request in self._waiting:
                 answer = list(request.token_ids[: min(ANSWER, request.sampling.max_tokens)])
                 asked = request.sampling.logprobs is not None
-                logprobs = [[-0.5, [[token, -0.5]]] for token in answer] if asked else None
+                logprobs = [TokenLogprob(-0.5, [(token, -0.5)]) for token in answer] if asked else None
                 ended.append(Output(request.id, answer, "length", None, logprobs, num_cached_tokens=0))
             self._waiting = []
             return ended

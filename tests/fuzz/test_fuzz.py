@@ -8,10 +8,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
+from tests.described import described
 from tests.fuzz import oracles
 from tests.fuzz.bases import WORDS
 from tests.fuzz.case import Case, Outcome
@@ -121,6 +121,7 @@ def test_a_wrong_result_is_seen(runner: Runner) -> None:
     outcomes = runner.run(case)
     outcomes[0].engine["requests"][0]["sampling"]["top_k"] = 41
     assert kinds(case, outcomes) == ["sampling unlike generation_config.json"]
-    ours = ModelConfig.load(runner.work / "model")
-    theirs = oracles.read_by_transformers(runner.work / "model", replace(ours, head_dim=7))
+    ours = described(ModelConfig.load(runner.work / "model"))
+    ours.head_dim = 7
+    theirs = oracles.read_by_transformers(runner.work / "model", ours)
     assert [key for key, (mine, their) in theirs.items() if mine != their] == ["head_dim", "rotary_dim"]

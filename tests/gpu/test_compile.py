@@ -23,7 +23,7 @@ from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
 from tpctl.kernels.attention.paged_prefill import PrefillConfig, _prefill_kernel, prefill_config
 from tpctl.kernels.common.launch import is_hopper, next_power_of_2
 from tpctl.kernels.linear.gemv import few_rows, pick
-from tpctl.kernels.linear.gemv_kernels import gemv_kernel, skinny_kernel
+from tpctl.kernels.linear.gemv_kernels import small_linear_kernel
 from tpctl.kernels.sampling.floors import _found_kernel, _weigh_kernel
 
 pytestmark = [
@@ -189,11 +189,9 @@ def linear(rows: int, out_features: int, in_features: int, arch: int, *, gated: 
         "PEERS": 1,
         "PDL": arch >= 90,
     }
-    if config.dot:
-        constants |= {"BLOCK_M": max(16, next_power_of_2(rows)), "STAGES": config.num_stages}
-    else:
-        constants |= {"PREFETCH": config.prefetch, "EARLY": config.early}
-    return shared_memory(skinny_kernel if config.dot else gemv_kernel, "bf16", arch, config, **constants)
+    constants |= {"BLOCK_M": max(16, next_power_of_2(rows)) if config.dot else 1, "DOT": config.dot}
+    constants |= {"STAGES": config.num_stages, "PREFETCH": config.prefetch, "EARLY": config.early}
+    return shared_memory(small_linear_kernel, "bf16", arch, config, **constants)
 
 
 LINEARS = [

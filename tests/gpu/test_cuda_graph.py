@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE
+from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
@@ -19,6 +20,7 @@ from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables, prepare_dec
 from tpctl.wire.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
+DIRECT, TWO_FLOORS = SamplingPath.DIRECT, SamplingPath.TWO_FLOORS
 PACE = Pace(rows=32, limit=64, chunks=4)
 BLOCK = 16
 
@@ -53,12 +55,12 @@ class Uncaptured(CapturedSteps):
 def test_packed_rows() -> None:
     seen: list[MixedInputs] = []
     steps = Uncaptured()
-    graphs = MixedGraphs(steps, PACE, lambda inputs, searches: seen.append(inputs))
+    graphs = MixedGraphs(steps, PACE, lambda inputs, path: seen.append(inputs))
     # Two decodes, a chunk of 5 tokens behind 30 that ends its prompt, one of 20 that does not, 5 rows of padding.
     slots, positions = [3, 7, *[1] * 5, *[2] * 20], [40, 9, *range(30, 35), *range(20)]
     tokens = [-1, 11, *range(100, 105), *range(200, 220)]
     graphs.run(slots, positions, tokens, 2, [5, 20], [0, 1, 6])
-    assert steps.keys == [("mixed", 32, 32, 0)]
+    assert steps.keys == [("mixed", 32, 32, DIRECT)]
 
     (inputs,) = seen
     assert inputs.num_decodes.tolist() == [2]
@@ -80,13 +82,13 @@ def test_packed_rows() -> None:
 
 
 def test_decodes_are_padded_to_the_ladder() -> None:
-    seen: list[tuple[DecodeInputs, bool, int | None]] = []
+    seen: list[tuple[DecodeInputs, bool, SamplingPath]] = []
     steps = Uncaptured()
     graphs = DecodeGraphs(steps, 12, lambda *given: seen.append(given))
     assert graphs.sizes == [1, 2, 4, 8, 12]
-    graphs.run([5, 3, 9], [40, 9, 0], [-1, 11, 12], True, 2)
-    ((inputs, long, searches),) = seen
-    assert (steps.keys, long, searches) == ([(4, True, 2)], True, 2)
+    graphs.run([5, 3, 9], [40, 9, 0], [-1, 11, 12], True, TWO_FLOORS)
+    ((inputs, long, path),) = seen
+    assert (steps.keys, long, path) == ([(4, True, TWO_FLOORS)], True, TWO_FLOORS)
     assert inputs.packed.tolist() == [[5, 3, 9, -1], [40, 9, 0, 0], [-1, 11, 12, 0]]
     assert (inputs.block_tables.shape, inputs.keys.shape, inputs.seq_lens.shape) == ((4, 8), (4, 2), (4,))
     assert inputs.block_tables.is_contiguous()
@@ -112,7 +114,7 @@ def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
     ],
 )
 def test_what_is_captured(decodes: int, chunks: list[int], taken: bool) -> None:
-    graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs, searches: None)
+    graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs, path: None)
     assert graphs.takes(batch(decodes, chunks)) is taken
 
 

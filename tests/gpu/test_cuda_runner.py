@@ -17,24 +17,24 @@ pytest.importorskip("triton")
 
 from tests.gpu.here import INTERPRET
 from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
+from tpctl.accounting import RESERVE
 from tpctl.distributed import TPGroup
 from tpctl.engine import engine
 from tpctl.engine.engine import Engine
-from tpctl.engine.memory.gpu import RESERVE, GpuShare
+from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import runner as model_runner
-from tpctl.engine.runners.runner import ModelRunner
+from tpctl.engine.runners import loading
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.steps import graphs as cuda_graph
 from tpctl.errors import EngineError
-from tpctl.layers.attention.base import kv_bytes_per_block
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.models.decoder import Decoder
 from tpctl.partition.split import Range
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Abort, Add, Request
+from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
 
@@ -59,10 +59,11 @@ class Event:
         pass
 
 
-def own_memory(model: Decoder) -> None:
+def own_memory(model: Decoder) -> Decoder:
     """On a CPU weights are views of a file, or packed; on GPUs they have their own memory, aligned."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    return model
 
 
 class Done(cuda_runner.CudaLaunched):
@@ -104,9 +105,10 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
     monkeypatch.setattr(torch.cuda, "current_stream", Event)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(cuda_runner, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
-    monkeypatch.setattr(Decoder, "optimize", own_memory)
-    monkeypatch.setattr(engine, "_make_runner", cuda_runner.CudaRunner)
-    monkeypatch.setattr(model_runner, "make_backend", lambda *args, **more: TritonBackend(args[3], args[4]))
+    use = Decoder.use
+    monkeypatch.setattr(Decoder, "use", lambda self, compute: use(own_memory(self), compute))
+    monkeypatch.setattr(engine, "make_runner", cuda_runner.make_cuda_runner)
+    monkeypatch.setattr(loading, "make_backend", lambda *args, **more: TritonBackend(args[3], args[4]))
     return keys
 
 
@@ -215,7 +217,7 @@ def test_log_probabilities_are_sampled_on_the_host(
     plain = SamplingParams(max_tokens=9, ignore_eos=True)
     engine.apply(Add([Request("0", prompts["0"], plain)]))
     found: dict[str, list[int]] = {id: [] for id in prompts}
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
     for step in range(40):
         if step == 3:
             wanted = SamplingParams(max_tokens=3, logprobs=2, ignore_eos=True)
@@ -233,7 +235,7 @@ def test_log_probabilities_are_sampled_on_the_host(
     assert ((2, False, None) in replayed) == ("enforce_eager" not in settings)  # up to the logits it is captured
     for (chosen, top), want, token in zip(logprobs, expected.tolist(), found["1"], strict=True):
         assert chosen == pytest.approx(want, abs=1e-4)
-        assert top[0] == [token, chosen]
+        assert top[0] == (token, chosen)
         assert len(top) == 2
 
 
@@ -258,7 +260,7 @@ def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: l
     found: dict[str, list[int]] = {id: [] for id in prompts}
     engine.apply(Add([Request(id, ids, FILTERED[id]) for id, ids in prompts.items()]))
     finish(engine, found)
-    vocab = engine.runner.model_config.vocab_size
+    vocab = engine.runner.loaded.config.vocab_size
     sampler = Sampler(TPGroup(), [Range(0, vocab)], vocab)
     for id, ids in prompts.items():
         with torch.no_grad():
@@ -349,18 +351,19 @@ def test_the_cache_gets_what_nothing_else_needs(
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     gib = 1 << 30
     share, taken = [GpuShare(80 * gib, 79 * gib, 0.5)], 3 * gib
-    monkeypatch.setattr(ModelRunner, "_check_fits", lambda self, nbytes: setattr(self, "_gpu_share", share[0]))
+    monkeypatch.setattr(loading, "_share", lambda settings, group, nbytes: share[0])
     monkeypatch.setattr(GpuShare, "taken", lambda self, device: taken)
     engine = start(tmp_path / "tp1", kv_cache_memory=None)
-    assert engine.runner.num_blocks == 6 * 96 // 16  # more would never be used
-    later, config = engine.runner._later_bytes, engine.runner.model_config
-    tables = 4 * (2 * 6 + engine.runner._max_rows) * 96 // 16
+    runner: Any = engine.runner
+    assert runner.memory.num_blocks == 6 * 96 // 16  # more would never be used
+    later, config = runner.steps.later, runner.loaded.config
+    tables = 4 * (2 * 6 + cuda_runner.largest_rows(runner.loaded.settings, runner.pace)) * 96 // 16
     # And the logits of a captured step, its activations, and what sampling with the host's help takes.
-    assert later > tables + 6 * config.vocab_size * 4 + engine.runner.sampler.working_bytes(6)
-    block = kv_bytes_per_block(engine.runner.backend.heads, config.num_layers, 16, torch.float32)
+    assert later > tables + 6 * config.vocab_size * 4 + runner.sampler.working_bytes(6)
+    block = runner.loaded.block_bytes
     rest = taken + later + RESERVE
     share[0] = GpuShare(80 * gib, rest + 10 * block + block // 2, 1.0)
-    assert start(tmp_path / "tp1", kv_cache_memory=None).runner.num_blocks == 10
+    assert start(tmp_path / "tp1", kv_cache_memory=None).runner.memory.num_blocks == 10
     share[0] = GpuShare(80 * gib, rest, 1.0)
     with pytest.raises(EngineError, match=r"nothing is left for the KV cache: of .* 80\.0 GiB rank 0 may take 3\.5"):
         start(tmp_path / "tp1", kv_cache_memory=None)

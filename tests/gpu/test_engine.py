@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
+from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.steps import graphs as cuda_graph
@@ -26,6 +27,7 @@ from tpctl.wire.messages import Add, Request
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
 
+DIRECT, TWO_FLOORS, HOST = SamplingPath.DIRECT, SamplingPath.TWO_FLOORS, SamplingPath.HOST
 pytestmark = pytest.mark.gpu
 
 WIDE: dict[str, Any] = {
@@ -393,8 +395,8 @@ def test_everything_captured_stays_within_the_share(seqs: int, tmp_path: Path) -
     started = torch.cuda.memory_reserved() - reserved
     with torch.inference_mode():
         for size in runner._graphs.sizes:
-            for long, searches in ((False, 0), (True, 0), (False, 2), (False, None)):
-                runner._graphs.run([0] * size, [0] * size, [5] * size, long, searches)
+            for long, path in ((False, DIRECT), (True, DIRECT), (False, TWO_FLOORS), (False, HOST)):
+                runner._graphs.run([0] * size, [0] * size, [5] * size, long, path)
         pace = runner.pace
         sizes = [(rows, seqs - 64 * less) for less in range(3) for rows in range(pace.limit, pace.rows - 1, -16)]
         for rows, sampled in [(rows, sampled) for rows, sampled in sizes if 0 < sampled <= rows][:_MOST]:
@@ -407,7 +409,7 @@ def test_everything_captured_stays_within_the_share(seqs: int, tmp_path: Path) -
     held = torch.cuda.memory_reserved() - reserved
     print(f"{started >> 20} MiB when started, {held - started >> 20} more for graphs, of {share >> 20}")
     assert share // 2 < started < held < share
-    assert held - started < runner._later_bytes + (128 << 20)
+    assert held - started < runner.steps.later + (128 << 20)
     if "PYTEST_XDIST_WORKER" not in os.environ:  # nobody else is at work there: graphs and kernels count too
         taken = free - torch.cuda.mem_get_info()[0]
         print(f"{len(runner._graphs._steps._graphs)} graphs; {taken >> 20} MiB of the GPU taken in all")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +12,14 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
-from tpctl.kernels.attention.packed_kv import HEAD_DIMS, pack_reference, row_bytes, unpack_blocks, unpack_reference
+from tpctl.kernels.attention.packed_kv import pack_reference, row_bytes, unpack_blocks, unpack_reference
 from tpctl.kernels.attention.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
 from tpctl.kernels.attention.paged_prefill import paged_prefill, paged_prefill_reference
 from tpctl.kernels.attention.rope_cache import rope_cache, rope_cache_reference
 from tpctl.layers.attention import triton as triton_backend
-from tpctl.layers.attention.base import HeadShape, LayerKV
+from tpctl.layers.attention.base import AttentionSpec, LayerKV
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch
-from tpctl.planning.model_sizes import MOST_UNPACKED, PACKED_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 
@@ -39,12 +39,6 @@ def packed_cache(x_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     """Rows [blocks, K, B, 3 D / 2] and exponents [blocks, K, B] of a plain cache, and the cache that they stand for."""
     rows, largest = pack_reference(x_BSKD.transpose(1, 2).contiguous())
     return rows, largest, unpack_reference(rows, largest).transpose(1, 2).contiguous()
-
-
-def test_the_planner_knows_the_same_heads() -> None:
-    from tpctl.engine.runners.cuda import _MOST_UNPACKED
-
-    assert (PACKED_HEAD_DIMS, MOST_UNPACKED) == (HEAD_DIMS, _MOST_UNPACKED)
 
 
 def test_what_is_kept() -> None:
@@ -223,17 +217,17 @@ def test_rope_cache_packs_the_ends_of_the_range() -> None:
     assert torch.equal(rows[1, 0, 0, :6], want_rows)
 
 
-def backend_of(kv_heads: int, head_dim: int, block_size: int) -> TritonBackend:
-    return TritonBackend(HeadShape(2 * kv_heads, kv_heads, head_dim, 0.1), block_size, packed=True)
+def backend_of(kv_heads: int, head_dim: int, block_size: int, layers: int = 2) -> TritonBackend:
+    return TritonBackend([AttentionSpec(2 * kv_heads, kv_heads, head_dim, 0.1)] * layers, block_size, packed=True)
 
 
 def test_memory_is_what_is_counted() -> None:
     backend = backend_of(3, 64, 32)
-    layers = backend.allocate(2, 7, torch.bfloat16, DEVICE)
+    layers = backend.allocate(7, torch.bfloat16, DEVICE)
     held = sum(tensor.nbytes for layer in layers for tensor in (layer.k, layer.v, layer.exponents))
-    assert held == 7 * backend.bytes_per_block(2, torch.bfloat16)
-    backend.keep_unpacked(100, 40, DEVICE)  # 4 blocks, and 2 for contexts that fill no whole number of them
-    assert [tensor.shape for tensor in backend._unpacked] == [(6, 32, 3, 64)] * 2
+    assert held == 7 * backend.bytes_per_block(torch.bfloat16)
+    backend.reserve(40, 60, DEVICE)  # 4 blocks, and 2 for contexts that fill no whole number of them
+    assert [tensor.shape for tensor in backend._unpacked_for(backend.layers[0])] == [(6, 32, 3, 64)] * 2
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -245,7 +239,7 @@ def test_prompts_read_what_was_unpacked_for_them(fits: bool, monkeypatch: pytest
     lens, new = [9, 40, 70, 33], [1, 1, 30, 20]
     tables, (k, v, exponents), plain = cache_of(lens, 2, 64, 16)
     backend = backend_of(2, 64, 16)
-    backend.keep_unpacked(103 if fits else 50, 16, DEVICE)
+    backend.reserve(16, 87 if fits else 34, DEVICE)
     backend._unpacked = tuple(kept.to(DTYPE) for kept in backend._unpacked)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
@@ -254,21 +248,21 @@ def test_prompts_read_what_was_unpacked_for_them(fits: bool, monkeypatch: pytest
         torch.zeros(sum(new), dtype=torch.int64), empty, empty, tables, new, lens, 2, empty, starts, seq_lens
     )
     q = torch.randn(sum(new), 4, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
-    kv = LayerKV(k, v, exponents=exponents)
-    backend.begin(batch, {None})
+    kv = LayerKV(backend.layers[0], k, v, exponents=exponents)
+    plan = backend.begin(batch)
     for _ in range(2):  # two layers, which share what was prepared
-        got = backend.attend_cached(q, kv, None, batch).view_as(q)
+        got = backend.attend_cached(q, kv, plan).view_as(q)
         want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, scale=0.1)
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
     assert len(calls) == (2 if fits else 0)
 
 
 def test_stored_by_the_readable_decoder() -> None:
-    backend = backend_of(2, 64, 16)
-    (kv,) = backend.allocate(1, 3, torch.bfloat16, DEVICE)
+    backend = backend_of(2, 64, 16, layers=1)
+    (kv,) = backend.allocate(3, torch.bfloat16, DEVICE)
     x = vectors(2, 2, 64)
-    batch = SimpleNamespace(slot_mapping=torch.tensor([17, -1], device=DEVICE))
-    backend.store(x, -x, kv, batch)
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(slot_mapping=torch.tensor([17, -1], device=DEVICE)))
+    backend.store(x, -x, kv, plan)
     rows, largest = pack_reference(x[0].contiguous())
     assert torch.equal(kv.k[1, :, 1], rows)
     assert torch.equal(kv.exponents[1, :, 1, 1], largest)

@@ -79,8 +79,8 @@ def record(engine: Engine, rows: int) -> dict[tuple[str, int], Tensor]:
     They are copied where the sampler reads them, which a captured step does again whenever it is replayed.
     """
     runner: Any = engine.runner
-    vocab = runner.model_config.vocab_size
-    tape = torch.zeros(rows, runner.plan.vocab_slices[0].stop, dtype=runner.dtype, device=DEVICE)
+    vocab = runner.loaded.config.vocab_size
+    tape = torch.zeros(rows, runner.model.lm_head.out_features, dtype=runner.loaded.dtype, device=DEVICE)
     found: dict[tuple[str, int], Tensor] = {}
 
     def taped(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -73,7 +73,7 @@ def test_two_ranks_stay_near_float32(
     settings |= {"attention_backend": backend}
     with EngineClient(EngineConfig(tmp_path / "tp2", 2, device="cuda", **settings)) as client:
         by_peers = dtype == "bfloat16" and backend != "sdpa"
-        assert client.wait_ready()["all_reduce"] == ("peer memory" if by_peers else "NCCL")
+        assert client.wait_ready().all_reduce == ("peer memory" if by_peers else "NCCL")
         found = generate(client, requests)
     assert most_behind(model, prompts, [found[str(i)] for i in range(count)]) < 0.25
 
@@ -117,7 +117,7 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
     for policy in ("fcfs", "makespan"):
         with EngineClient(config(tmp_path / "tp2", 2, scheduling_policy=policy, **settings)) as client:
             found[policy] = generate(client, requests)
-            paced = client.stats()["paced_steps"]
+            paced = client.stats().paced_steps
             assert paced > 20 if policy == "makespan" else paced == 0
     assert found["makespan"] == found["fcfs"]
 
@@ -198,13 +198,13 @@ def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path
                     client.abort([rng.choice(part).id])
             # Its books are checked by the engine itself, which is idle now; a leak would be fatal.
             stats = client.stats()
-            assert (stats["paced_steps"] > 0) == ("scheduling_policy" in settings)
-            assert stats["free_blocks"] == stats["num_blocks"]
-            memory.append(stats["device_memory"])
-            reserved.append(stats["reserved_memory"])
+            assert (stats.paced_steps > 0) == ("scheduling_policy" in settings)
+            assert stats.free_blocks == stats.num_blocks
+            memory.append(stats.device_memory)
+            reserved.append(stats.reserved_memory)
             host.append(host_memory(os.getpid()))
-    assert (stats["preemptions"] > 100) == ("scheduling_policy" not in settings)
-    assert stats["prefix_cache_hit_tokens"] > 10_000
+    assert (stats.preemptions > 100) == ("scheduling_policy" not in settings)
+    assert stats.prefix_cache_hit_tokens > 10_000
     assert len(reasons) == count
     assert set(reasons.values()) <= {"length", "abort"}
     assert "abort" in reasons.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from tpctl.client.jobs import JobParser
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, TpctlError
 from tpctl.wire.messages import Output, Request
+from tpctl.wire.report import EngineInfo, EngineStats, TokenLogprob
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role[0] }}]{{ message.content }}{% endfor %}"
@@ -33,6 +35,35 @@ def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> Path:
     config = {"eos_token": "</s>"} | ({"chat_template": template} if template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+INFO = EngineInfo(
+    device="cpu",
+    dtype="float32",
+    tp_size=2,
+    attention_backend="sdpa",
+    kv_cache_dtype="float32",
+    block_size=16,
+    num_blocks=64,
+    max_model_len=64,
+    wanted_model_len=64,
+    kv_cache_bytes=1 << 20,
+    all_reduce=None,
+    scheduling_policy="fcfs",
+    weight_bytes=1 << 20,
+    timings={},
+    max_num_seqs=8,
+)
+
+
+def engine_info(**changes: Any) -> EngineInfo:
+    """What a small engine of two ranks on a CPU would say of itself."""
+    return replace(INFO, **changes)
+
+
+def engine_stats(**counters: int) -> EngineStats:
+    """Counters that are 0, but for some."""
+    return EngineStats(**{field.name: counters.pop(field.name, 0) for field in fields(EngineStats)}, **counters)
 
 
 class FakeClient:
@@ -68,10 +99,11 @@ class FakeClient:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def wait_ready(self) -> dict[str, Any]:
-        ways = {"device": "cpu", "dtype": "float32", "tp_size": 2, "attention_backend": "sdpa"}
-        ways |= {"scheduling_policy": "fcfs"}
-        return {"max_model_len": self.max_model_len, **ways}
+    def wait_ready(self) -> EngineInfo:
+        return engine_info(max_model_len=self.max_model_len, wanted_model_len=self.max_model_len)
+
+    def mailbox(self) -> FakeMailbox:
+        return FakeMailbox(self)
 
     def submit(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -114,8 +146,8 @@ class FakeClient:
             if self._open.pop(id, None) is not None:
                 self._ended.append(Output(id, [], "abort"))
 
-    def stats(self) -> dict[str, float]:
-        return {"preemptions": 3}
+    def stats(self) -> EngineStats:
+        return engine_stats(preemptions=3)
 
     def _next(self, request: Request, rest: list[int]) -> Output:
         token = rest.pop(0)
@@ -124,10 +156,41 @@ class FakeClient:
         full = self.context_full is not None and len(request.token_ids) + answered >= self.max_model_len
         if full:
             reason = "length"
-        logprobs = [[-0.5, [[token, -0.5]]]] if request.sampling.logprobs is not None else None
+        logprobs = [TokenLogprob(-0.5, [(token, -0.5)])] if request.sampling.logprobs is not None else None
         if request.token_ids == self._tokenizer.encode("nan"):
-            logprobs = [[float("nan"), []]]
+            logprobs = [TokenLogprob(float("nan"), [])]
         return Output(request.id, [token], reason, self.context_full if full else None, logprobs, num_cached_tokens=1)
+
+
+class FakeMailbox:
+    """A consumer's share of a ``FakeClient``, with ``Mailbox``'s methods."""
+
+    def __init__(self, client: FakeClient) -> None:
+        self._client = client
+        self._ids: set[str] = set()
+        self._open: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort(sorted(self._open))
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        requests = list(requests)
+        self._ids |= {request.id for request in requests}
+        self._open |= {request.id for request in requests}
+        self._client.submit(requests)
+
+    def outputs(self, timeout: float | None = None) -> list[Output]:
+        outputs = [output for output in self._client.outputs(timeout) if output.id in self._ids]
+        self._open -= {output.id for output in outputs if output.finish_reason is not None}
+        return outputs
+
+    def abort(self, ids: Iterable[str]) -> None:
+        ids = list(ids)
+        self._open -= set(ids)
+        self._client.abort(ids)
 
 
 def job_parser(tokenizer: Tokenizer, **sampling: Any) -> JobParser:

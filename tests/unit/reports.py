@@ -7,9 +7,9 @@ from math import prod
 from typing import Any
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import build_plan
+from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.safetensors import tensor_nbytes
-from tpctl.partition.plan import StoredTensor
+from tpctl.partition.plan import PlannedTensor
 from tpctl.sharding.showing.inspect import InspectReport, PieceReport, RankReport, TensorReport
 
 
@@ -51,7 +51,7 @@ def make_report(
     return report, model
 
 
-def _tensor(stored: StoredTensor, rank: int) -> TensorReport:
+def _tensor(stored: PlannedTensor, rank: int) -> TensorReport:
     pieces = tuple(
         PieceReport(
             piece.source,

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
-from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.arch.source_plan import build_plan
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
 
 BASE: dict[str, Any] = {
     "hidden_size": 24,
@@ -49,13 +50,13 @@ def make_checkpoint(
     files: int = 1,
     seed: int = 0,
     tied_name: str = EMBEDDING,
-    extra: Sequence[NewTensor] = (),
+    extra: Sequence[TensorSpec] = (),
 ) -> Path:
     """Write a checkpoint of random bytes, in ``files`` files, with a tokenizer and a licence beside it."""
     folder.mkdir(parents=True)
-    tensors = [NewTensor(name, dtype, shape) for name, shape in source_shapes(config).items()]
+    tensors = [TensorSpec(name, dtype, shape) for name, shape in source_shapes(config).items()]
     if config["tie_word_embeddings"] and tied_name == LM_HEAD:
-        tensors = [NewTensor(LM_HEAD, t.dtype, t.shape) if t.name == EMBEDDING else t for t in tensors]
+        tensors = [TensorSpec(LM_HEAD, t.dtype, t.shape) if t.name == EMBEDDING else t for t in tensors]
     tensors += extra
     rng = np.random.default_rng(seed)
     groups = [tensors[index::files] for index in range(files)]

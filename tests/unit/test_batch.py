@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.unit.fake_client import FakeClient, write_tokenizer
+from tests.unit.fake_client import FakeClient, engine_info, engine_stats, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
 from tpctl.cli import batch as cli_batch
+from tpctl.cli import batch_report, places
 from tpctl.cli.app import app
+from tpctl.cli.console import note
 from tpctl.cli.engine import say_context, say_policy
 from tpctl.cli.options import SchedulingPolicy
 from tpctl.cli.streams import NamedFile
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.jobs import Line, read_lines
 from tpctl.client.results import Results
+from tpctl.client.resume import check_target, remains
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, OutputError, UsageError
@@ -89,7 +93,7 @@ def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     tally = Tally(lines=12_000, errors=3, completion_tokens=120_000, started=1000.0)
-    with cli_batch._progress(50_000, 1, silent=False) as show:
+    with batch_report.progress(50_000, 1, silent=False) as show:
         for now[0] in (1001.0, 1059.0, 1060.0, 1061.0, 1119.0, 1121.0):
             show(tally)
     assert capsys.readouterr().err == (
@@ -97,7 +101,7 @@ def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(
         "12,000 of 50,000 lines after 121 s, 992 tok/s, 3 errors\n"
     )
     now[0] = 2000.0
-    with cli_batch._progress(None, 1, silent=False) as show:
+    with batch_report.progress(None, 1, silent=False) as show:
         now[0] = 2060.0
         show(Tally(lines=1, started=2050.0))
     assert capsys.readouterr().err == "1 line after 10 s, 0 tok/s\n"
@@ -115,8 +119,8 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.
             pass
 
     monkeypatch.setattr(sys, "stderr", Full())
-    monkeypatch.setattr(cli_batch, "REPORTS", 0.0)
-    report = cli_batch._reports(None)
+    monkeypatch.setattr(batch_report, "REPORTS", 0.0)
+    report = batch_report._reports(None)
     report(Tally(lines=1))
     report(Tally(lines=2))
     assert [text.split()[0] for text in tries] == ["1", "2"]
@@ -124,16 +128,16 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.
 
 def test_a_policy_that_cannot_be_had_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     for asked, had in ((None, "fcfs"), ("fcfs", "fcfs"), ("makespan", "makespan")):
-        say_policy(asked and SchedulingPolicy(asked), {"scheduling_policy": had})
+        say_policy(asked and SchedulingPolicy(asked), engine_info(scheduling_policy=had))
     assert capsys.readouterr().err == ""
-    say_policy(SchedulingPolicy.makespan, {"scheduling_policy": "fcfs"})
+    say_policy(SchedulingPolicy.makespan, engine_info(scheduling_policy="fcfs"))
     said = capsys.readouterr().err
     assert said.startswith("--scheduling-policy makespan needs a GPU") and said.endswith("fcfs it is\n")
 
 
 def test_an_interrupted_run_claims_no_preemptions() -> None:
-    assert "preemptions" not in cli_batch._summary(Tally(lines=1), {})
-    assert "3 preemptions" in cli_batch._summary(Tally(lines=1), {"preemptions": 3})
+    assert "preemptions" not in batch_report.summary(Tally(lines=1), None)
+    assert "3 preemptions" in batch_report.summary(Tally(lines=1), engine_stats(preemptions=3))
 
 
 def test_rows_come_in_the_order_of_the_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -213,15 +217,14 @@ def test_answers_that_the_context_cuts_have_a_note(tokenizer: Tokenizer, tmp_pat
         results.publish(3)
     found = [(row["text"], row["finish_reason"], row.get("note")) for row in rows(tmp_path / "out.jsonl")]
     assert found == [("<abc", "length", fake.context_full), ("<ab>", "stop", None), ("<a", "length", None)]
-    assert "1 answer cut by the end of the context" in cli_batch._summary(tally, {})
+    assert "1 answer cut by the end of the context" in batch_report.summary(tally, None)
 
 
 def test_a_context_that_the_kv_cache_shortens_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    info = {"device": "cpu", "max_model_len": 64, "wanted_model_len": 64, "kv_cache_bytes": 1_500_000}
-    say_context({})
+    info = engine_info(kv_cache_bytes=1_500_000)
     say_context(info)
     assert capsys.readouterr().err == ""
-    say_context({**info, "wanted_model_len": 8192})
+    say_context(replace(info, wanted_model_len=8192))
     assert " ".join(capsys.readouterr().err.split()) == (
         "the KV cache of 1.5 MB a rank holds 64 tokens, fewer than the model's 8,192: prompt and answer together are "
         "limited to 64; raise --kv-cache-memory if that is too few"
@@ -328,7 +331,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             pytest.raises(
                 OutputError, match=r"^full; 1 finished row is in .*out\.jsonl\.partial, go on with --resume$"
             ),
-            cli_batch._remains(results),
+            remains(results, note),
         ):
             raise OutputError("full")
 
@@ -338,9 +341,9 @@ def test_a_stream_that_takes_no_rows_is_one_line() -> None:
     with Results(None, {}) as results:
         results.add(Line(0, 1, b"a"), {"id": 1, "text": "lost"})
         said = r"^cannot write to /dev/full: No space left on device; name a file on a disk with -o, beside which"
-        with pytest.raises(OutputError, match=said), cli_batch._writing():
+        with pytest.raises(OutputError, match=said), places.writing():
             results.emit(NamedFile("/dev/full", "wb", "/dev/full"))
-        with pytest.raises(BrokenPipeError), cli_batch._writing():
+        with pytest.raises(BrokenPipeError), places.writing():
             raise BrokenPipeError(errno.EPIPE, "Broken pipe", "standard output")
 
 
@@ -418,25 +421,25 @@ def test_finished_answers_are_replaced_only_when_told(tmp_path: Path) -> None:
     out.write_text('{"id": 1, "text": "dear"}\n')
     for more in ([], ["--resume"]):
         with pytest.raises(OutputError, match=r"out\.jsonl exists already; use --force to replace it"):
-            cli_batch._check_target(out, str(prompts), resume=bool(more), force=False)
+            check_target(out, resume=bool(more), force=False)
         result = tpctl("batch", str(prompts), "-o", str(out), *more)
         assert isinstance(result.exception, OutputError)
     assert "dear" in out.read_text()
-    cli_batch._check_target(out, str(prompts), resume=False, force=True)
+    check_target(out, resume=False, force=True)
     out.with_name("out.jsonl.partial").write_text("rows of a run that was started with --force")
-    cli_batch._check_target(out, str(prompts), resume=True, force=False)
+    check_target(out, resume=True, force=False)
     out.write_text("")  # as mktemp makes it
-    cli_batch._check_target(out, str(prompts), resume=False, force=False)
+    check_target(out, resume=False, force=False)
 
 
 def test_pipes_and_devices_are_written_to_and_never_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    assert cli_batch._target(str(pipe)) is None
-    assert cli_batch._target("/dev/null") is None
-    assert cli_batch._target("-") is None
+    assert places.target_of(str(pipe)) is None
+    assert places.target_of("/dev/null") is None
+    assert places.target_of("-") is None
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with cli_batch._stream(str(pipe), None) as out, Results(None, {}) as results:
+    with places.output_stream(str(pipe), None) as out, Results(None, {}) as results:
         assert out is not None
         results.add(Line(0, 1, b"a"), {"id": 1, "text": "x"})
         results.emit(out)
@@ -452,7 +455,7 @@ def test_a_link_and_the_files_mode_stay(tokenizer: Tokenizer, tmp_path: Path) ->
     real.write_text("")
     real.chmod(0o600)
     link.symlink_to(real)
-    target = cli_batch._target(str(link))
+    target = places.target_of(str(link))
     run(tokenizer, '{"prompt": "a"}', target)
     assert link.is_symlink()
     assert rows(real)[0]["text"] == "<a>"
@@ -483,9 +486,9 @@ def test_a_stop_says_where_the_rows_are(tmp_path: Path, capsys: pytest.CaptureFi
     kept = r"1 finished row is in .*out\.jsonl\.partial, go on with --resume"
     with Results(tmp_path / "out.jsonl", {}) as results:
         results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
-        with pytest.raises(KeyboardInterrupt, match=kept), cli_batch._remains(results):
+        with pytest.raises(KeyboardInterrupt, match=kept), remains(results, note):
             raise KeyboardInterrupt
-        with pytest.raises(SystemExit) as stopped, cli_batch._remains(results):
+        with pytest.raises(SystemExit) as stopped, remains(results, note):
             raise SystemExit(143)
         assert stopped.value.code == 143
         assert re.fullmatch(f"tpctl: stopped; {kept}\n", capsys.readouterr().err)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from tpctl.cli import batch as cli_batch
+from tpctl.cli import places
 from tpctl.cli.places import refuse_own_input
 from tpctl.cli.streams import NamedFile
 from tpctl.client.jobs import Line
@@ -153,7 +153,7 @@ def test_a_pipe_says_what_it_waits_for(prompts: Path, capsys: pytest.CaptureFixt
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(Path("pipe").read_bytes()))
     reader.start()
-    with cli_batch._stream("pipe", None) as stream:
+    with places.output_stream("pipe", None) as stream:
         assert stream is not None
         stream.write(b"row\n")
     reader.join()
@@ -161,7 +161,7 @@ def test_a_pipe_says_what_it_waits_for(prompts: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "waiting for somebody to read pipe\n"
     writer = threading.Thread(target=lambda: Path("pipe").write_bytes(b"{}\n"))
     writer.start()
-    with cli_batch._opened("pipe", count=True) as (source, total):
+    with places.opened("pipe", count=True) as (source, total):
         assert (source.read(), total) == (b"{}\n", None)
     writer.join()
     assert capsys.readouterr().err == "waiting for somebody to write to pipe\n"
@@ -178,7 +178,7 @@ def test_an_output_whose_end_cannot_be_written_fails(tmp_path: Path) -> None:
     with (
         mock.patch.object(NamedFile, "close", full, create=True),
         pytest.raises(OutputError, match="No space left"),
-        cli_batch._stream(str(tmp_path / "device"), None) as stream,
+        places.output_stream(str(tmp_path / "device"), None) as stream,
     ):
         assert stream is not None
         stream.write(b"row\n")
@@ -189,7 +189,7 @@ def test_a_link_to_a_pipe_is_a_stream(prompts: Path) -> None:
     Path("out-pipe").symlink_to("pipe")
     reads, writes = os.pipe()
     for name in ("pipe", "out-pipe", f"/dev/fd/{writes}", "/dev/null"):
-        assert cli_batch._target(name) is None
-    assert cli_batch._target("link") == prompts.resolve()
+        assert places.target_of(name) is None
+    assert places.target_of("link") == prompts.resolve()
     os.close(reads)
     os.close(writes)

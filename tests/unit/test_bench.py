@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.unit.fake_client import engine_info, engine_stats
 from tpctl.bench import measure
 from tpctl.bench.workload import make_workload, one_request
 from tpctl.cli import bench as cli_bench
 from tpctl.cli.app import app
 from tpctl.errors import EngineError, PartitionError, UsageError
 from tpctl.wire.messages import Output
+from tpctl.wire.report import EngineInfo
 from tpctl.wire.settings import EngineConfig
 
 
@@ -31,8 +33,8 @@ class _Client:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def wait_ready(self) -> dict[str, Any]:
-        return {"max_model_len": 16}
+    def wait_ready(self) -> EngineInfo:
+        return engine_info(max_model_len=16)
 
 
 def test_time_per_token_needs_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +48,7 @@ def test_time_per_token_leaves_the_first_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(measure, "EngineClient", _Client)
     monkeypatch.setattr(measure, "_timed", lambda client, request: 0.5 + 0.01 * (request.sampling.max_tokens - 1))
     config: Any = None
-    figures, _ = measure.latency(config, 8, 5, 100, 3)
+    figures = measure.latency(config, 8, 5, 100, 3).figures
     assert figures["tpot"].values == pytest.approx([10.0] * 3)
     assert figures["ttft"].values == pytest.approx([500.0] * 3)
 
@@ -119,7 +121,8 @@ def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsy
 
     def measured(config: Any, workload: str, vocab_size: int, runs: int, sampling: Any) -> Any:
         seen.append((workload, vocab_size, runs, sampling))
-        return {"throughput": measure.Figure("tok/s", [1.0])}, {"scheduling_policy": "fcfs"}
+        figures = {"throughput": measure.Figure("tok/s", [1.0])}
+        return measure.Measured(figures, engine_info(), engine_stats(steps=7))
 
     monkeypatch.setattr(measure, "throughput", measured)
     monkeypatch.setattr(cli_bench, "_config", lambda *args: (EngineConfig(Path("shards"), 1), "tiny", 131))
@@ -131,5 +134,8 @@ def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsy
     assert report["settings"]["sampling"] == {"top_k": 5}
     assert report["settings"]["engine"]["max_num_batched_tokens"] == 4096
     assert report["engine"]["scheduling_policy"] == "fcfs"
+    assert list(report) == ["benchmark", "model", "figures", "engine", "machine", "settings"]
+    assert list(report["engine"])[-2:] == ["max_num_seqs", "stats"]
+    assert report["engine"]["stats"]["steps"] == 7
     assert report["machine"]["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", report["machine"]["commit"])
     assert "makespan needs a GPU" in result.stderr

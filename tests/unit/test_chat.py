@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from tests.unit.fake_client import FakeClient, write_tokenizer
 from tpctl.chat.repl import cut
 from tpctl.cli import chat as chat_command
 from tpctl.cli.app import app, main
-from tpctl.cli.engine import interrupts, settle
-from tpctl.cli.options import EngineOptions, SchedulingPolicy
+from tpctl.cli.engine import engine_args, interrupts
+from tpctl.cli.options import EngineOptions
 from tpctl.client.conversation import CHAT_DEFAULTS, Conversation, recommended_sampling
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError, EngineError, RequestError, TpctlError, UsageError
@@ -151,7 +152,9 @@ def fake_engine(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.Monkey
     """The commands with neither a model nor workers."""
     client = FakeClient(tokenizer)
 
-    def prepare(model: str, options: EngineOptions, policy: str = "fcfs", look: object = None) -> EngineConfig:
+    def prepare(
+        model: str, options: EngineOptions, policy: str = "fcfs", look: object = None, **more: int
+    ) -> EngineConfig:
         client.policies.append(policy)
         return EngineConfig(tmp_path / "model", 1)
 
@@ -181,7 +184,11 @@ def test_a_chat_on_a_cpu_takes_small_steps(
     fake_engine: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], tokens: int
 ) -> None:
     configs: list[EngineConfig] = []
-    monkeypatch.setattr("tpctl.cli.chat.prepare", lambda model, options, look: settle(options, SchedulingPolicy.fcfs))
+
+    def settled(model: str, options: EngineOptions, look: object, cpu_tokens: int) -> EngineConfig:
+        return EngineConfig(tmp_path, 1, **asdict(engine_args(options, cpu_tokens=cpu_tokens).settle()))
+
+    monkeypatch.setattr("tpctl.cli.chat.prepare", settled)
     monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config: configs.append(config) or fake_engine)
     monkeypatch.setattr("tpctl.client.tokenizer.Tokenizer", lambda *given, **named: Tokenizer(tmp_path / "model"))
     assert invoke("chat", "-m", "hi", "--device", "cpu", *options).exit_code == 0

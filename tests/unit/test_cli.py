@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.unit.fake_client import engine_info
 from tests.unit.synthetic import make_config
 from tpctl import __version__
 from tpctl.cli import app as app_module
 from tpctl.cli.app import app
 from tpctl.cli.engine import describe
-from tpctl.cli.options import AttentionBackend, EngineOptions, KvCacheDType
+from tpctl.cli.options import AttentionBackend, Device, DType, EngineOptions, KvCacheDType
 from tpctl.errors import EngineError, SourceError, UsageError
-from tpctl.wire.settings import KV_CACHE_DTYPES, EngineConfig
+from tpctl.wire.settings import ATTENTION_BACKENDS, DEVICES, DTYPES, KV_CACHE_DTYPES, EngineConfig
 
 LISTING = Path(__file__).parent / "cli.txt"
 
@@ -85,53 +87,6 @@ def test_names_that_are_no_paths_are_one_line(command: list[str], model: str, sa
     result = CliRunner().invoke(app_module.app, [*command, model])
     assert isinstance(result.exception, SourceError)
     assert said in str(result.exception)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("shard x --tp 0", "'--tp': input should be greater than or equal to 1 (given: 0); see `tpctl shard --help`"),
-        ("shard x --tp=two", "'--tp': "),
-        ("plan x --tp 0", "(given: 0)"),
-        ("reshard x --tp 0 -o y", "(given: 0)"),
-        ("chat x --tp 0", "(given: 0)"),
-        ("batch x --tp -3", "(given: -3)"),
-        ("bench throughput x --tp 0", "(given: 0); see `tpctl bench throughput --help`"),
-        ("bench latency --runs 0", "'--runs'"),
-        (
-            "batch x --scheduling-policy sjf",
-            "policy': 'sjf' is not one of 'fcfs', 'makespan'; see `tpctl batch",
-        ),
-        ("inspect-shards x --rank -1", "'--rank'"),
-        ("plan x --max-model-len 0", "'--max-model-len'"),
-        ("plan x --max-num-seqs 1.5", "(given: 1.5)"),
-        ("plan x --gpu-memory-utilization 3", "(given: 3)"),
-        ("plan x --gpu-memory 80", "write it with a unit, like 80GiB"),
-        ("plan x --gpu-memory 80000000", "--gpu-memory 80000000 is 80.0 MB"),
-        ("chat x -m hi --block-size 0", "'--block-size'"),
-        ("chat x -m hi --kv-cache-memory 2", "write it with a unit, like 2GiB"),
-        ("shard x --tp 2 --max-part-size 5", "write it with a unit, like 5GB"),
-        ("shard x --tp 2 --ranks 3-1", "'3-1' is no list of ranks"),
-        ("chat x --max-tokens 0", "--max-tokens is 0, but must be"),
-        ("chat x --top-p 2", "--top-p is 2.0, but must be"),
-        ("batch x --temperature -1", "--temperature is -1.0, but must be"),
-        ("batch x --seed -1", "--seed is -1, but must be"),
-        ("chat x -m hi --attention-backend flash", "'flash' is not one of 'auto', 'sdpa', 'triton', 'flash-attn'"),
-        ("chat x --stop=", "--stop is empty"),
-        ("shard x", "issing option '--tp'; see `tpctl shard --help`"),
-        ("shard x --nope", "no such option: --nope"),
-    ],
-)
-def test_wrong_options_are_one_line(
-    arguments: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["tpctl", *arguments.split()])
-    monkeypatch.setattr("signal.signal", lambda number, handler: None)
-    with pytest.raises(SystemExit) as ended:
-        app_module.main()
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("tpctl: ") and said.lower() in err.lower()
 
 
 def test_the_list_of_commands_is_not_cut_short() -> None:
@@ -197,16 +152,16 @@ def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tpctl.checkpoint.sources import ResolvedSource
     from tpctl.cli.engine import prepare
-    from tpctl.cli.options import Device, DType, SchedulingPolicy
+    from tpctl.cli.options import SchedulingPolicy
     from tpctl.wire.settings import POLICIES
 
     source = ResolvedSource(tmp_path, "m", None)
     (tmp_path / "config.json").write_text(json.dumps(make_config()))
-    monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size, check: source)
+    monkeypatch.setattr("tpctl.client.prepare.supported_source", lambda model, tp_size, **given: source)
     monkeypatch.setattr(
-        "tpctl.sharding.cache.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
+        "tpctl.client.prepare.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
     )
-    monkeypatch.setattr("tpctl.sharding.proving.verified.ensure_verified", lambda folder, ranks, progress: None)
+    monkeypatch.setattr("tpctl.client.prepare.ensure_verified", lambda folder, ranks, progress: None)
     options = EngineOptions(
         tp=3, device=Device.cpu, dtype=DType.float32, kv_cache_memory="2GiB", block_size=32, enforce_eager=True
     )
@@ -225,7 +180,9 @@ def test_the_command_line_knows_every_attention_backend() -> None:
     from tpctl.layers.attention.select import BACKENDS
 
     assert set(AttentionBackend) == {"auto", *BACKENDS}
-    assert tuple(KvCacheDType) == KV_CACHE_DTYPES
+    for options, known in ((AttentionBackend, ATTENTION_BACKENDS), (KvCacheDType, KV_CACHE_DTYPES), (DType, DTYPES)):
+        assert tuple(options) == known
+    assert tuple(Device) == DEVICES
 
 
 @pytest.mark.parametrize(
@@ -247,11 +204,11 @@ def test_what_a_packed_cache_needs() -> None:
     """Triton is imported where it is built only, so what it is refused for can be asked anywhere."""
     import torch
 
-    from tpctl.layers.attention.base import HeadShape
+    from tpctl.layers.attention.base import AttentionSpec
     from tpctl.layers.attention.select import make_backend
 
     def refused(backend: str, dtype: torch.dtype, head_dim: int, whole: bool = True) -> str:
-        heads = HeadShape(4, 2, head_dim, 1.0)
+        heads = [AttentionSpec(4, 2, head_dim, 1.0)]
         with pytest.raises(EngineError) as refusal:
             make_backend(backend, "cuda", dtype, heads, None, kv_cache_dtype="packed", whole_heads=whole)
         return str(refusal.value)
@@ -265,11 +222,10 @@ def test_what_a_packed_cache_needs() -> None:
 
 
 def test_an_engine_says_how_it_runs() -> None:
-    info = {"device": "cuda", "tp_size": 2, "dtype": "bfloat16", "attention_backend": "triton"}
-    packed = {"kv_cache_dtype": "packed", "all_reduce": "NCCL"}
-    assert describe(info | packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
-    plain = {"kv_cache_dtype": "bfloat16", "all_reduce": None}
-    assert describe(info | plain) == "tp 2, bfloat16, triton attention on GPU"
+    plain = engine_info(device="cuda", dtype="bfloat16", attention_backend="triton", kv_cache_dtype="bfloat16")
+    packed = replace(plain, kv_cache_dtype="packed", all_reduce="NCCL")
+    assert describe(packed) == "tp 2, bfloat16, triton attention on GPU, packed KV cache, all-reduce by NCCL"
+    assert describe(plain) == "tp 2, bfloat16, triton attention on GPU"
 
 
 if __name__ == "__main__":

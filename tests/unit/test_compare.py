@@ -12,14 +12,14 @@ from blake3 import blake3
 
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.arch.families import FAMILIES
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import CopiedFile, Shard, ShardTensor
+from tpctl.manifest.records import CopiedFile, ManifestTensor, Shard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.inspect import inspect_shards
 
-TABLE = NewTensor("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (3,))
+TABLE = TensorSpec("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (3,))
 QKV = "model.layers.0.self_attn.qkv_proj.weight"
 
 
@@ -38,7 +38,7 @@ def out(source: Path, tmp_path: Path) -> Path:
 
 def with_tensor(manifest: Manifest, rank: int, name: str, **changes: object) -> Manifest:
     shard = manifest.shard(rank)
-    tensor: ShardTensor = replace(shard.tensors[name], **changes)  # type: ignore[arg-type]
+    tensor: ManifestTensor = replace(shard.tensors[name], **changes)  # type: ignore[arg-type]
     shards = {**manifest.shards, rank: replace(shard, tensors={**shard.tensors, name: tensor})}
     return replace(manifest, shards=shards)
 
@@ -133,7 +133,7 @@ def test_tensors_missing_or_too_many(out: Path, source: Path) -> None:
             tensors = {(n if n != name else new or ""): t for n, t in shard.tensors.items() if n != name or new}
             if new:
                 tensors = {**tensors, name: shard.tensors[name]}
-            header = build_header(NewTensor(n, t.dtype, t.shape) for n, t in tensors.items())
+            header = build_header(TensorSpec(n, t.dtype, t.shape) for n, t in tensors.items())
             data = b"".join(
                 raw[infos[n if n != new else name].start : infos[n if n != new else name].stop] for n in header.tensors
             )

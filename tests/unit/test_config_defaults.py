@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.described import described
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
 from tpctl.errors import TpctlError
@@ -113,7 +114,7 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def found(raw: dict[str, Any]) -> dict[str, Any]:
-    config = ModelConfig.from_dict(raw)
+    config = described(ModelConfig.from_dict(raw))
     rope = config.rope
     names = (
         *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),

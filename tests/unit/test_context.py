@@ -47,7 +47,7 @@ def answer(engine: Engine, **params: Any) -> tuple[list[int], Output]:
 def test_a_context_that_the_kv_cache_shortens(shards: Path) -> None:
     engine = start(shards, kv_cache_memory=8 * BLOCK + BLOCK // 2)
     info = engine.info()
-    assert (info["max_model_len"], info["wanted_model_len"], info["kv_cache_bytes"]) == (32, 128, 8 * BLOCK)
+    assert (info.max_model_len, info.wanted_model_len, info.kv_cache_bytes) == (32, 128, 8 * BLOCK)
     tokens, last = answer(engine, max_tokens=100, ignore_eos=True)
     assert (len(tokens), last.finish_reason) == (22, "length")
     assert last.message == "the KV cache holds 32 tokens, fewer than the model's 128; raise --kv-cache-memory"
@@ -57,7 +57,7 @@ def test_a_context_that_the_kv_cache_shortens(shards: Path) -> None:
 
 def test_the_end_of_the_models_own_context(shards: Path) -> None:
     engine = start(shards, kv_cache_memory=32 * BLOCK)
-    assert (engine.info()["max_model_len"], engine.info()["wanted_model_len"]) == (128, 128)
+    assert (engine.info().max_model_len, engine.info().wanted_model_len) == (128, 128)
     assert answer(engine, max_tokens=1000, ignore_eos=True)[1].message == (
         "prompt and answer fill the context of 128 tokens"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +13,18 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from tpctl.client.detokenizer import context_of, decode_in_pieces, is_byte_token
+from tpctl.client.detokenizer import context_of, detokenizer, is_byte_token
 from tpctl.client.text_stream import StopStrings, TextStream
 from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.messages import Output
+
+
+def decode_in_pieces(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> list[str]:
+    """All pieces of a finished answer to ``prompt``, one a token and one for the end; joined they are its text."""
+    stream = detokenizer(tokenizer, prompt)
+    return [*(stream.push(id) for id in ids), stream.finish()]
+
 
 SPECIAL = AddedToken("<|end|>", special=True, normalized=False)
 PLAIN_ADDED = AddedToken("<think it over>", normalized=False)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tpctl.checkpoint.safetensors import read_header
 from tpctl.errors import ShardFolderError
 from tpctl.models import device_loader, loader
 from tpctl.models.device_loader import load_files
@@ -122,7 +123,7 @@ def test_every_byte_lands_where_its_tensor_is(device: torch.device, tmp_path: Pa
 def test_what_was_stored_is_let_go_as_it_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model: Any = nn.Sequential(*(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16) for _ in range(6)))
-    model.config = SimpleNamespace(tie_word_embeddings=False)
+    model.made_of = SimpleNamespace(tied=False)
     stored = {f"{layer}.weight": torch.randn(8, 8) for layer in range(6)}
     wanted = {name: tensor.bfloat16() for name, tensor in stored.items()}
     alive = [weakref.ref(tensor) for tensor in stored.values()]
@@ -148,20 +149,33 @@ def test_a_file_that_ends_early(device: torch.device, tmp_path: Path, lost: int)
     path = tmp_path / "x.safetensors"
     save_file(tensors(0), path)
     os.truncate(path, path.stat().st_size - lost)
+    with pytest.raises(ShardFolderError, match="is truncated: its tensors end at"):
+        load_files([path], device)
+
+
+@pytest.mark.parametrize("lost", [1, 70 * KIB])
+def test_a_file_that_loses_its_end_once_its_header_was_read(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(tensors(0), path)
+    header = read_header(path)
+    monkeypatch.setattr(device_loader, "read_header", lambda path: header)
+    os.truncate(path, path.stat().st_size - lost)
     with pytest.raises(ShardFolderError, match="ends before its header says; shard it again"):
         load_files([path], device)
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "size", "said"),
     [
-        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "w in x.safetensors is F8_E4M3"),
-        ({"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 10]}, r"w in x.safetensors has 10 bytes for .*2, 3"),
+        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, 4, "w in x.safetensors is F8_E4M3"),
+        ({"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 10]}, 10, r"w spans 10 bytes, but BF16 of .*2, 3"),
     ],
 )
-def test_what_cannot_be_run(device: torch.device, tmp_path: Path, entry: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_run(device: torch.device, tmp_path: Path, entry: dict[str, Any], size: int, said: str) -> None:
     header = json.dumps({"w": entry}).encode()
     path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
     with pytest.raises(ShardFolderError, match=said):
         load_files([path], device)

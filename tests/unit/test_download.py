@@ -22,7 +22,7 @@ import pytest
 from tests.unit.hub_server import Hub, Refusal, serving
 from tpctl.checkpoint.cache import require_space
 from tpctl.checkpoint.hub import _in_threads
-from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
 from tpctl.errors import SourceError
 
 WEIGHTS = bytes(range(256)) * 12_000
@@ -277,7 +277,7 @@ def test_two_runs_that_fetch_the_same_file(hub: Hub, tmp_path: Path) -> None:
     def fetch() -> None:
         meter = Meter(len(WEIGHTS), None)
         try:
-            Download(url, {}, tmp_path / "file", len(WEIGHTS), digest).run(meter)
+            Download(url, {}, tmp_path / "file", len(WEIGHTS), digest).fetch(meter)
         except BaseException as error:
             errors.append(error)
         received.append(meter.done)
@@ -388,7 +388,7 @@ def test_what_cannot_run_is_refused_before_its_weights(
         "vocab_size": 64,
         "max_position_embeddings": 64,
     }
-    header = build_header([NewTensor("model.norm.weight", "U8", (len(WEIGHTS),))])
+    header = build_header([TensorSpec("model.norm.weight", "U8", (len(WEIGHTS),))])
     files = {"config.json": json.dumps({**known, **config}).encode(), "model.safetensors": header.raw + WEIGHTS}
     hub.add("org/model", {**MODEL, **files})
     assert message in failed(run("shard", "org/model", *options))

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.sources import ResolvedSource
-from tpctl.cli.engine import configure
-from tpctl.cli.options import Device, DType, EngineOptions
 from tpctl.client.conversation import recommended_sampling
+from tpctl.client.prepare import EngineArgs, configure
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError, MixedDtypesError, OverflowedError
 from tpctl.manifest.manifest import Manifest
@@ -50,14 +49,14 @@ def test_mixed_dtypes_take_the_cast_that_chat_is_given(tmp_path: Path, monkeypat
     save_file({**tensors, name: tensors[name].float()}, source / "model.safetensors")
     found = ResolvedSource(source, "model", None)
     with pytest.raises(MixedDtypesError, match="cast with --dtype"):
-        configure(found, EngineOptions(device=Device.cpu))
-    config = configure(found, EngineOptions(device=Device.cpu, dtype=DType.float32))
+        configure(found, EngineArgs(device="cpu"))
+    config = configure(found, EngineArgs(device="cpu", dtype="float32"))
     assert Manifest.load(config.shard_dir).dtype == "F32"
     assert config.text_dir == source
     # What the front says of a file names the user's, not the copy in the cache.
     (source / "tokenizer.json").write_text("{")
     (source / "generation_config.json").write_text('{"temperature": -1}')
-    config = configure(found, EngineOptions(device=Device.cpu, dtype=DType.float32))
+    config = configure(found, EngineArgs(device="cpu", dtype="float32"))
     with pytest.raises(CheckpointError, match=f"^{source / 'tokenizer.json'} is not a tokenizer"):
         Tokenizer(config.text_dir)
     with pytest.raises(CheckpointError, match=f"^{source / 'generation_config.json'}: temperature"):

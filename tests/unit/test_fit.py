@@ -11,17 +11,15 @@ from typing import Any
 import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config
+from tpctl.accounting import reserve
 from tpctl.arch.families import FAMILIES
 from tpctl.checkpoint.metadata import read_metadata
-from tpctl.checkpoint.safetensors import NewTensor, build_header, read_header, tensor_nbytes
-from tpctl.engine.memory.gpu import reserve
-from tpctl.engine.sampling import sampler
+from tpctl.checkpoint.safetensors import TensorSpec, build_header, read_header, tensor_nbytes
 from tpctl.errors import CheckpointError, PartitionError, UsageError
 from tpctl.manifest.manifest import Manifest
-from tpctl.partition.plan import StoredTensor
+from tpctl.partition.plan import PlannedTensor
 from tpctl.partition.split import TensorSplit
 from tpctl.planning.fit import Budget, FitReport, plan_model
-from tpctl.planning.model_sizes import SAMPLER_BYTES, SAMPLER_BYTES_A_TOKEN
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 LLAMA_405B: dict[str, Any] = {
@@ -93,7 +91,7 @@ def test_layers_of_different_dtypes_are_counted_each(tmp_path: Path) -> None:
     path = source / "model.safetensors"
     infos, raw = read_header(path).tensors, path.read_bytes()
     wide = {name for name in infos if name.startswith("model.layers.1.mlp.")}
-    header = build_header(NewTensor(n, "F32" if n in wide else t.dtype, t.shape) for n, t in infos.items())
+    header = build_header(TensorSpec(n, "F32" if n in wide else t.dtype, t.shape) for n, t in infos.items())
     data = (raw[infos[n].start : infos[n].stop] * (2 if n in wide else 1) for n in header.tensors)
     path.write_bytes(header.raw + b"".join(data))
     written = shard_checkpoint(source, tmp_path / "out", 2)
@@ -141,7 +139,7 @@ def test_planning_cuts_one_layer_a_size_however_many_there_are(
     calls: list[str] = []
     cut = plan._cut
 
-    def counting(split: TensorSplit, *rest: Any) -> Iterator[StoredTensor]:
+    def counting(split: TensorSplit, *rest: Any) -> Iterator[PlannedTensor]:
         calls.append(split.name)
         return cut(split, *rest)
 
@@ -173,7 +171,6 @@ def test_what_fits_follows_from_the_parts(tmp_path: Path) -> None:
             parts = rank.weight_bytes + rank.activation_bytes + rank.kv_cache_bytes
             assert parts + report.context_bytes + report.reserve_bytes == int(report.gpu_memory * 0.9)
             assert report.reserve_bytes == reserve(126)  # the engine's
-            assert (SAMPLER_BYTES_A_TOKEN, SAMPLER_BYTES) == (sampler._BYTES, sampler._AT_ONCE)
         least = min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in report.ranks)
         assert (size.kv_tokens, size.concurrency) == (max(0, least), max(0, least) // 4096)
         enough = planned(folder, tp_size=tp_size, max_model_len=4096, gpu_memory=size.needed + 100)
@@ -186,14 +183,15 @@ def test_what_fits_follows_from_the_parts(tmp_path: Path) -> None:
 def test_the_kv_cache_is_the_engines(tmp_path: Path) -> None:
     import torch
 
-    from tpctl.layers.attention.base import HeadShape, kv_bytes_per_block
+    from tpctl.layers.attention.base import AttentionSpec
+    from tpctl.layers.attention.sdpa import SdpaBackend
 
     big = config_folder(tmp_path / "big", LLAMA_405B)
     report, cast = planned(big, tp_size=3), planned(big, tp_size=3, dtype="float16")
     assert (report.kv_cache_dtype, cast.kv_cache_dtype) == ("packed", "float16")
     for rank, plain in zip(report.ranks, cast.ranks, strict=True):
-        heads = HeadShape(rank.query_heads, rank.kv_heads, 128, 1.0)
-        assert plain.kv_bytes_per_token * 16 == kv_bytes_per_block(heads, 126, 16, torch.float16)
+        layers = [AttentionSpec(rank.query_heads, rank.kv_heads, 128, 1.0)] * 126
+        assert plain.kv_bytes_per_token * 16 == SdpaBackend(layers, 16).bytes_per_block(torch.float16)
         unpacked = 9 * 16384  # tokens: of 8 steps, less than a step and a context of 131,072; and for part blocks
         assert rank.activation_bytes - plain.activation_bytes == unpacked * rank.kv_heads * 128 * 2 * 2
         assert rank.kv_bytes_per_token * 256 == plain.kv_bytes_per_token * 193  # 12 bits a value, and 8 a vector
@@ -237,6 +235,6 @@ def test_a_running_engine_allocates_what_was_planned(tmp_path: Path) -> None:
     budget = 100_000
     with EngineClient(EngineConfig(tmp_path / "shards", 2, kv_cache_memory=budget, block_size=16)) as engine:
         info = engine.wait_ready()
-    assert info["weight_bytes"] == ranks[0].weight_bytes  # rank 0 reports itself
+    assert info.weight_bytes == ranks[0].weight_bytes  # rank 0 reports itself
     tokens = min(budget // rank.kv_bytes_per_token for rank in ranks)
-    assert info["num_blocks"] == tokens // info["block_size"]
+    assert info.num_blocks == tokens // info.block_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch import Tensor
 from tests.unit.test_sdpa import CASES, written_out
 from tpctl.errors import EngineError
 from tpctl.layers.attention import flash, select
-from tpctl.layers.attention.base import HeadShape
+from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.flash import FlashAttentionBackend
 from tpctl.layers.attention.select import choose_backend
 from tpctl.layers.batch import ForwardBatch
 
-HEADS = HeadShape(num_heads=6, num_kv_heads=2, head_dim=16, scale=0.3)
+HEADS = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=16, scale=0.3)
 Window = tuple[int, int]
 
 
@@ -188,10 +189,11 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_attention_equals_attention_written_out(case: str, window: int | None, version: str) -> None:
     torch.manual_seed(0)
     lengths, block = CASES[case], 256 if version == "fa2" else 16
-    backend = FlashAttentionBackend(HEADS, block)
+    spec = replace(HEADS, window=window)
+    backend = FlashAttentionBackend([spec, spec], block)
     counts = [-(-length // block) for _, length in lengths]
     ids = torch.randperm(sum(counts) + 3)[: sum(counts)].int()
-    kv = backend.allocate(2, sum(counts) + 3, torch.float32, torch.device("cpu"))[1]
+    kv = backend.allocate(sum(counts) + 3, torch.float32, torch.device("cpu"))[1]
     tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     queries, expected, slots = [], [], []
     for row, (own, (new, length)) in enumerate(zip(ids.split(counts), lengths, strict=True)):
@@ -202,9 +204,7 @@ def test_attention_equals_attention_written_out(case: str, window: int | None, v
         kv.k.view(-1, 2, 16)[places], kv.v.view(-1, 2, 16)[places] = k, v
         queries.append(q[length - new :])
         slots.append(places[length - new :])
-        expected += [
-            written_out(q[at], k[: at + 1], v[: at + 1], window, HEADS.scale) for at in range(length - new, length)
-        ]
+        expected += [written_out(q[at], k[: at + 1], v[: at + 1], spec) for at in range(length - new, length)]
     news = torch.tensor([new for new, _ in lengths])
     forward = ForwardBatch(
         input_ids=torch.zeros(int(news.sum()), dtype=torch.int64),
@@ -218,8 +218,7 @@ def test_attention_equals_attention_written_out(case: str, window: int | None, v
         query_start_S1=torch.cat([torch.zeros(1, dtype=torch.int64), news.cumsum(0)]).int(),
         seq_lens_S=torch.tensor([length for _, length in lengths], dtype=torch.int32),
     )
-    backend.begin(forward, {window})
-    found = backend.attend_cached(torch.cat(queries), kv, window, forward)
+    found = backend.attend_cached(torch.cat(queries), kv, backend.begin(forward))
     torch.testing.assert_close(found.double(), torch.stack(expected).flatten(1), rtol=1e-5, atol=1e-5)
 
 
@@ -230,7 +229,7 @@ def test_blocks_of_another_size_are_refused(
     monkeypatch.setattr(flash, "installed_flash_attention", lambda: kind)
     said = f"--block-size {size} is no multiple of {multiple}"
     with pytest.raises(EngineError, match=said):
-        FlashAttentionBackend(HEADS, size)
+        FlashAttentionBackend([HEADS], size)
 
 
 @pytest.mark.parametrize("name", ["triton", "flash-attn"])
@@ -246,4 +245,4 @@ def test_backends_of_triton_kernels_need_triton(name: str, monkeypatch: pytest.M
 def test_without_a_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "installed_flash_attention", lambda: None)
     with pytest.raises(EngineError, match="pip install flash-attn"):
-        FlashAttentionBackend(HEADS, 256)
+        FlashAttentionBackend([HEADS], 256)

@@ -14,7 +14,7 @@ from tpctl.checkpoint.folder import INDEX, SINGLE, CheckpointFolder
 from tpctl.checkpoint.hub import RemoteFile, RemoteModel, needed_files
 from tpctl.checkpoint.hub_cache import index_files
 from tpctl.checkpoint.metadata import read_metadata
-from tpctl.checkpoint.safetensors import NewTensor
+from tpctl.checkpoint.safetensors import TensorSpec
 from tpctl.checkpoint.sources import resolve
 from tpctl.errors import CheckpointError, SourceError, TpctlError
 from tpctl.planning.fit import Budget, plan_model
@@ -161,7 +161,7 @@ def test_a_repository_is_judged_as_a_folder_is() -> None:
 )
 def test_tensors_that_show_another_kind_of_model(tmp_path: Path, tensor: str, message: str) -> None:
     config = make_config()
-    folder = make_checkpoint(tmp_path / "c", config, dtype="F16", extra=[NewTensor(tensor, "I32", (2,))])
+    folder = make_checkpoint(tmp_path / "c", config, dtype="F16", extra=[TensorSpec(tensor, "I32", (2,))])
     with pytest.raises(TpctlError, match=message):
         shard_checkpoint(folder, tmp_path / "out", 2)
     with pytest.raises(TpctlError, match=message):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.described import described
 from tests.unit.gguf_files import (
     CONTEXT,
     HEAD_DIM,
@@ -65,7 +66,7 @@ def test_weights_config_tokenizer_and_template_survive(tmp_path: Path) -> None:
     weights = write_gguf(tmp_path / "tiny.gguf")
     folder = convert(tmp_path / "tiny.gguf")
     assert_equal_weights(stored_weights(folder), weights)
-    config = ModelConfig.load(folder)
+    config = described(ModelConfig.load(folder))
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
     assert (config.rope.kind, config.rope.theta, config.vocab_size) == ("default", 10000.0, len(TOKENS))
     assert config.eos_token_ids == (1,)
@@ -191,7 +192,7 @@ def test_the_converted_model_computes_what_the_original_does(tmp_path: Path, nam
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
     read = ModelConfig.load(folder)
-    assert (read.model_type, read.tie_word_embeddings) == (config["model_type"], config["tie_word_embeddings"])
+    assert (read.model_type, read.blueprint.tied) == (config["model_type"], config["tie_word_embeddings"])
 
 
 def llama3_divisors(theta: float) -> np.ndarray:
@@ -297,7 +298,7 @@ def test_settings_that_change_nothing_are_taken(tmp_path: Path) -> None:
     weights = write_gguf(tmp_path / "tiny.gguf", keys=keys, add={"rope_freqs.weight": floats(1, 1, 1, 1), **table})
     folder = convert(tmp_path / "tiny.gguf")
     assert_equal_weights(stored_weights(folder), weights)
-    config = ModelConfig.load(folder)
+    config = described(ModelConfig.load(folder))
     assert (config.model_type, config.rope.kind, set(config.windows)) == ("llama", "default", {None})
     generation = json.loads((folder / "generation_config.json").read_text())
     assert (generation["temperature"], generation["top_k"], generation["do_sample"]) == (0.5, 20, True)

@@ -19,7 +19,7 @@ import pytest
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.checkpoint.folder import CheckpointFile
 from tpctl.checkpoint.locks import exclusive
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.errors import CheckpointError, OutputError
 from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting import join, writer
@@ -29,7 +29,7 @@ from tpctl.sharding.cutting.reshard import reshard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.publishing.pending import PendingFolder
 
-TABLE = NewTensor("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", (3,))
+TABLE = TensorSpec("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", (3,))
 RUN = """
 import sys, time
 from pathlib import Path
@@ -238,7 +238,7 @@ def test_sources_that_the_hub_vouches_for_are_not_compared(
     known = {"model-00001-of-00002.safetensors": "a" * 64, "model-00002-of-00002.safetensors": "b" * 64}
     monkeypatch.setattr(CheckpointFile, "sha256", property(lambda file: known[file.name]))
     add(source, tmp_path / "out", [0, 1])
-    monkeypatch.setattr(join, "run", lambda *_, **__: pytest.fail("compared"))
+    monkeypatch.setattr(join, "move_all", lambda *_, **__: pytest.fail("compared"))
     add(source, tmp_path / "out", [2])
     known["model-00002-of-00002.safetensors"] = "c" * 64
     with pytest.raises(OutputError, match="another model-00002-of-00002"):
@@ -282,7 +282,7 @@ def test_a_source_that_changes_while_ranks_are_compared_is_noticed(
 ) -> None:
     add(source, tmp_path / "out", [0, 1])
     before = folder_bytes(tmp_path / "out")
-    monkeypatch.setattr(join, "run", lambda *_, **__: other_weights(source))
+    monkeypatch.setattr(join, "move_all", lambda *_, **__: other_weights(source))
     with pytest.raises(CheckpointError, match="changed while it was read"):
         add(source, tmp_path / "out", [2, 3])
     assert folder_bytes(tmp_path / "out") == before

@@ -86,9 +86,9 @@ def test_greedy_tokens_equal_generate_across_the_border(
     tokens, stats = run(folder, tp_size, [requests(), requests("again ")], **settings)
     assert [tokens[str(index)] for index in range(len(PROMPTS))] == expected
     assert [tokens[f"again {index}"] for index in range(len(PROMPTS))] == expected
-    assert (stats["preemptions"] > 0) == ("kv_cache_memory" in settings)
+    assert (stats.preemptions > 0) == ("kv_cache_memory" in settings)
     if "enable_prefix_caching" not in settings:
-        assert stats["prefix_cache_hit_tokens"] > 0
+        assert stats.prefix_cache_hit_tokens > 0
 
 
 def test_tokens_do_not_depend_on_max_tokens(made: tuple[Path, list[list[int]]]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tpctl.engine.memory.gpu import RESERVE, GpuShare
+from tpctl.accounting import RESERVE
+from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
-from tpctl.engine.runners.runner import Beside, ModelRunner
+from tpctl.engine.runners.loading import Beside
+from tpctl.engine.runners.memory_plan import check_cache, plain_budget
 from tpctl.errors import EngineError
 
 GIB = 1 << 30
@@ -69,25 +71,35 @@ def test_what_others_hold_counts_against_the_share(free: int, utilization: float
     assert GpuShare(80 * GIB, free * GIB, utilization).nbytes == expected * GIB
 
 
+def loaded(
+    *, device: str, size: int = 1, rank: int = 1, layers: int = 32, share: GpuShare | None = None, **settings: Any
+) -> Any:
+    given = {"kv_cache_memory": None, "max_model_len": None, "max_num_seqs": 3, **settings}
+    return SimpleNamespace(
+        group=SimpleNamespace(rank=rank, device=torch.device(device), size=size),
+        settings=SimpleNamespace(**given),
+        config=SimpleNamespace(num_layers=layers),
+        share=share,
+    )
+
+
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner: Any = ModelRunner.__new__(ModelRunner)
-    runner.group = SimpleNamespace(rank=1, device=torch.device("cuda"), size=1)
-    runner.config = SimpleNamespace(gpu_memory_utilization=0.5, kv_cache_memory=None)
-    runner.model_config = SimpleNamespace(num_layers=32)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))
     held = [5 * GIB, 17 * GIB]  # by torch, before and after
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held[0])
     said = r"rank 1 holds 20\.0 GiB .* 60\.0 of 80\.0 GiB free, 20\.0 of them within --gpu-memory-utilization 0\.5;"
+    share = GpuShare.of(torch.device("cuda"), 0.5)
     with pytest.raises(EngineError, match=said):
-        runner._check_fits(20 * GIB)
-    runner._check_fits(19 * GIB)
+        share.check_weights(1, 20 * GIB)
+    share.check_weights(1, 19 * GIB)
     held.pop(0)
-    assert runner._kv_budget() == (8 * GIB - RESERVE) // 2  # not what the host has
+    assert plain_budget(loaded(device="cuda", share=share)) == (8 * GIB - RESERVE) // 2  # not what the host has
     # NCCL and loaded kernels take memory too, of which torch knows nothing.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (47 * GIB, 80 * GIB))
-    assert runner._kv_budget() == (7 * GIB - RESERVE) // 2
-    runner.model_config.num_layers = 80  # whose graphs are larger
-    assert runner._kv_budget() == (7 * GIB - RESERVE - (48 << 24)) // 2
+    assert plain_budget(loaded(device="cuda", share=share)) == (7 * GIB - RESERVE) // 2
+    large = loaded(device="cuda", share=share, layers=80)  # whose graphs are larger
+    assert plain_budget(large) == (7 * GIB - RESERVE - (48 << 24)) // 2
+    assert plain_budget(loaded(device="cuda", kv_cache_memory=5)) == 5
 
 
 _NO_ROOM = (
@@ -97,32 +109,18 @@ _NO_ROOM = (
 
 
 def test_a_cache_that_was_asked_for_and_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner: Any = ModelRunner.__new__(ModelRunner)
-    runner.config = SimpleNamespace(kv_cache_memory=64 * GIB, max_num_seqs=3)
-    runner.max_model_len = 2048
-    runner.model_config, runner.dtype = SimpleNamespace(num_layers=2), torch.bfloat16
+    asked = {"kv_cache_memory": 64 * GIB, "layers": 2, "size": 2}
     block = 2 * 2 * 8 * 128 * 256 * 2
-    runner.backend = SimpleNamespace(bytes_per_block=lambda layers, dtype: block * layers // 2)
-
-    runner.group = SimpleNamespace(rank=1, device=torch.device("cuda"), size=2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB + RESERVE, 80 * GIB))
-    runner.num_blocks = 4 * GIB // block
-    runner._check_cache()
-    runner.num_blocks += 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB + RESERVE, 80 * GIB))
+    check_cache(loaded(device="cuda", **asked), 4 * GIB, 2048, GIB)
     with pytest.raises(EngineError, match=_NO_ROOM):
-        runner._check_cache()
-
-    runner.group = SimpleNamespace(rank=0, device=torch.device("cpu"), size=2)
-    monkeypatch.setattr("tpctl.engine.runners.runner.available_host_memory", lambda: 8 * GIB)
-    runner.num_blocks = 4 * GIB // block
-    runner._check_cache()
-    runner.num_blocks *= 2
+        check_cache(loaded(device="cuda", **asked), 4 * GIB + block, 2048, GIB)
+    monkeypatch.setattr("tpctl.engine.runners.memory_plan.available_host_memory", lambda: 8 * GIB)
+    check_cache(loaded(device="cpu", rank=0, **asked), 4 * GIB, 2048, 0)
     with pytest.raises(
         EngineError, match=r"rank 0 .* of 8\.00 GiB .*: its part of this machine.s memory has 4\.00 GiB"
     ):
-        runner._check_cache()
-    runner.config.kv_cache_memory = None  # what is found to be free is not checked again
-    runner._check_cache()
+        check_cache(loaded(device="cpu", rank=0, **asked), 8 * GIB, 2048, 0)
 
 
 def test_what_fails_beside_the_loading_is_raised_when_it_is_waited_for() -> None:

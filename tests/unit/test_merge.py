@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, read_tensors
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.families import FAMILIES
-from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.cast import cast
 from tpctl.checkpoint.folder import INDEX
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.errors import OutputError, PartitionError, ShardFolderError
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
@@ -113,8 +113,8 @@ def source(tmp_path: Path) -> Path:
 
 def test_tensors_that_no_rank_needs_come_back_too(tmp_path: Path) -> None:
     config = make_config(tie_word_embeddings=True)
-    table = NewTensor("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", (3,))
-    head = NewTensor(LM_HEAD, "BF16", (70, 24))
+    table = TensorSpec("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", (3,))
+    head = TensorSpec(LM_HEAD, "BF16", (70, 24))
     source = make_checkpoint(tmp_path / "model", config, extra=[table, head])
     path = source / "model.safetensors"
     header, data = read_header(path), bytearray(path.read_bytes())

@@ -23,6 +23,7 @@ from tpctl.wire.messages import (
     from_wire,
     to_wire,
 )
+from tpctl.wire.report import EngineInfo, EngineStats, TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 
 ids = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)
@@ -41,16 +42,17 @@ outputs = st.builds(
     token_ids=ids,
     finish_reason=st.none() | st.sampled_from(["stop", "length", "abort", "error"]),
     message=st.none() | st.text(),
-    logprobs=st.none() | st.just([[-0.5, [[7, -0.5], [9, -1.25]]]]),
+    logprobs=st.none() | st.just([TokenLogprob(-0.5, [(7, -0.5), (9, -1.25)])]),
     num_cached_tokens=st.integers(0, 9),
 )
+infos = st.builds(EngineInfo, timings=st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=3))
 messages = st.one_of(
     st.builds(Add, st.lists(st.builds(Request, st.text(), ids, sampling), max_size=3)),
     st.builds(Abort, st.lists(st.text(), max_size=3)),
     st.sampled_from([GetStats(), Stop()]),
-    st.builds(Ready, st.dictionaries(st.text(), st.integers() | st.text())),
+    st.builds(Ready, infos),
     st.builds(Outputs, st.lists(outputs, max_size=3)),
-    st.builds(Stats, st.dictionaries(st.text(), st.floats(allow_nan=False))),
+    st.builds(Stats, st.from_type(EngineStats)),
     st.builds(Fatal, st.text()),
 )
 

@@ -9,8 +9,9 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import FAMILIES, make_checkpoint
+from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
-from tpctl.engine.runners.runner import ModelRunner
+from tpctl.engine.engine import make_runner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
@@ -32,11 +33,11 @@ def _logits(folder: Path, tp_size: int, prompts: list[list[int]]) -> torch.Tenso
 
     def rank(group: TPGroup) -> torch.Tensor:
         config = EngineConfig(folder, tp_size, kv_cache_memory=1 << 22, block_size=4, max_num_seqs=8)
-        runner = ModelRunner(config, group)
-        blocks = BlockManager(runner.num_blocks, 4, enable_prefix_caching=False)
+        runner = make_runner(config, group)
+        blocks = BlockManager(runner.memory.num_blocks, 4, enable_prefix_caching=False)
         sequences = [Sequence(str(i), ids, SamplingParams(), 256) for i, ids in enumerate(prompts)]
         for sequence in sequences:
-            sequence.rope_offset = runner.rotary.offset(len(sequence.token_ids))
+            sequence.rope_offset = runner.rope_offset(len(sequence.token_ids))
         found, start, length = [], 0, len(prompts[0])
         while start < length:
             size = min(CHUNKS[len(found) % len(CHUNKS)], length - start)
@@ -44,15 +45,15 @@ def _logits(folder: Path, tp_size: int, prompts: list[list[int]]) -> torch.Tenso
                 assert blocks.grow(sequence, start + size)
             items = [ScheduledSequence(sequence, start, size, size == 1) for sequence in sequences]
             forward = build_forward_batch(ScheduledBatch(items, len(items) if size == 1 else 0), 4, group.device)
-            hidden = runner.model(forward, runner.kv)
-            found.append(runner.model.logits(hidden).view(len(prompts), size, -1))
+            found.append(runner.model(forward, runner.kv).view(len(prompts), size, -1))
             start += size
         whole = torch.cat(found, dim=1)
-        width = max(len(piece) for piece in runner.plan.vocab_slices)
+        vocab_slices = build_plan(runner.loaded.config, tp_size).vocab_slices
+        width = max(map(len, vocab_slices))
         padded = torch.nn.functional.pad(whole, (0, width - whole.shape[-1]))
         gathered = group.all_gather(padded)
-        slices = [gathered[r, ..., : len(piece)] for r, piece in enumerate(runner.plan.vocab_slices)]
-        return torch.cat(slices, dim=-1)[..., : runner.model_config.vocab_size]
+        slices = [gathered[r, ..., : len(piece)] for r, piece in enumerate(vocab_slices)]
+        return torch.cat(slices, dim=-1)[..., : runner.loaded.config.vocab_size]
 
     with torch.inference_mode():
         results = run_ranks(tp_size, lambda group: torch.inference_mode()(rank)(group))

@@ -26,7 +26,7 @@ def picture(config: dict[str, Any], tp_size: int, **options: Any) -> str:
     report, model = make_report(config, tp_size, **options)
     console = Console(width=120, color_system=None)
     with console.capture() as capture:
-        console.print(draw(kinds(report), model.head_dim))
+        console.print(draw(kinds(report), model.blueprint))
     return capture.get()
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_config
+from tpctl.arch.blueprint import LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
-from tpctl.arch.splits import LM_HEAD, build_plan, ignored_tensors
+from tpctl.arch.source_plan import build_plan
 from tpctl.errors import CheckpointError, PartitionError
 from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.split import Rule
@@ -44,23 +45,24 @@ def models(draw: st.DrawFn) -> tuple[ModelConfig, int]:
 def test_every_source_element_is_held_by_the_right_number_of_ranks(model: tuple[ModelConfig, int]) -> None:
     config, tp = model
     plan = build_plan(config, tp)
+    attention = config.blueprint.blocks[0].attention
     copies = {name: np.zeros(shape, int) for name, shape in plan.source_shapes.items()}
     for _, stored, piece in plan.pieces():
         window = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
         before = copies[piece.source][window]
         assert before.shape == piece.shape, (stored.name, "reaches outside its source")
         copies[piece.source][window] += 1
-    kv = {source for s in plan.splits if s.rule is Rule.QKV for b in s.blocks[1:] for source in [b.source]}
+    kv = {source for s in plan.splits if s.rule is Rule.QKV for p in s.parts[1:] for source in [p.source]}
     for split in plan.splits:
-        for block in split.blocks:
-            rows = copies[block.source].take(range(block.offset, block.offset + block.length), axis=split.dim)
+        for part in split.parts:
+            rows = copies[part.source].take(range(part.offset, part.offset + part.length), axis=split.dim)
             if split.rule is Rule.REPLICATED:
                 assert (rows == tp).all(), split.name
-            elif block.source in kv and block.label in ("k", "v"):
-                held = np.zeros(config.num_kv_heads, int)
-                for share in plan.heads:
+            elif part.source in kv and part.label in ("k", "v"):
+                held = np.zeros(attention.num_kv_heads, int)
+                for share in attention.shares(tp):
                     held[share.kv.start : share.kv.stop] += 1
-                wanted = np.repeat(held, config.head_dim)
+                wanted = np.repeat(held, attention.head_dim)
                 assert (rows.reshape(len(wanted), -1) == wanted[:, None]).all(), split.name
             else:
                 assert (rows == 1).all(), split.name
@@ -115,7 +117,7 @@ def test_an_unknown_tensor_is_refused_and_a_known_useless_one_is_not() -> None:
     with pytest.raises(CheckpointError, match=r"does not use: model\.vision\.weight"):
         plan.check_source({**plan.source_shapes, "model.vision.weight": (1,)})
     useless = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    plan.check_source({**plan.source_shapes, useless: (3,)}, ignored_tensors(config))
+    plan.check_source({**plan.source_shapes, useless: (3,)}, config.blueprint.ignored())
 
 
 def test_too_many_ranks_for_the_intermediate_size() -> None:

@@ -19,7 +19,7 @@ from safetensors.numpy import save, save_file
 
 from tpctl.checkpoint.safetensors import (
     MAX_HEADER,
-    NewTensor,
+    TensorSpec,
     build_header,
     parse_header,
     read_header,
@@ -50,7 +50,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 def test_built_headers_are_the_reference_writers(tensors: dict[str, tuple[str, list[int]]]) -> None:
     arrays = {name: np.zeros(shape, NUMPY[dtype]) for name, (dtype, shape) in tensors.items()}
     theirs = save(arrays)
-    ours = build_header(NewTensor(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items())
+    ours = build_header(TensorSpec(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items())
     assert theirs[: ours.size] == ours.raw
     assert len(theirs) == ours.file_size
 
@@ -131,7 +131,7 @@ def test_a_missing_file_and_a_folder_are_errors_of_the_checkpoint(tmp_path: Path
 
 @given(flip=st.integers(0, 8 * 100))
 def test_no_flipped_header_bit_raises_anything_but_a_checkpoint_error(flip: int) -> None:
-    header = build_header([NewTensor("weight", "F32", (2, 3)), NewTensor("bias", "BF16", (3,))])
+    header = build_header([TensorSpec("weight", "F32", (2, 3)), TensorSpec("bias", "BF16", (3,))])
     body = bytearray(header.raw[8:])
     place = (flip // 8) % len(body)
     body[place] ^= 1 << (flip % 8)

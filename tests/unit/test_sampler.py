@@ -125,8 +125,8 @@ def test_repetition_penalty_and_logprobs() -> None:
     assert tokens == [20]  # 3.0 / 1.5 falls below 2.5
     assert logprobs is not None
     expected = logits[0].log_softmax(-1)
-    assert logprobs[0][0] == pytest.approx(float(expected[20]), abs=1e-5)
-    assert [pair[0] for pair in logprobs[0][1]] == [10, 20]
+    assert logprobs[0].logprob == pytest.approx(float(expected[20]), abs=1e-5)
+    assert [pair[0] for pair in logprobs[0].top] == [10, 20]
 
 
 @pytest.mark.parametrize("tp_size", [1, 3])
@@ -178,7 +178,7 @@ def test_banned_tokens_are_never_sampled(params: SamplingParams) -> None:
     assert all(token not in never for token, never in zip(tokens, banned, strict=True))
     if params.logprobs:  # what the model says, whatever may come
         assert logprobs is not None
-        assert all([id for id, _ in entry[1]] == never for entry, never in zip(logprobs, banned, strict=True))
+        assert all([id for id, _ in entry.top] == never for entry, never in zip(logprobs, banned, strict=True))
 
 
 def test_ties_go_to_the_lowest_id() -> None:

@@ -7,35 +7,49 @@ from typing import Any
 import pytest
 
 from tpctl.cli.options import DistributionOptions, SamplingOptions
+from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.errors import RequestError, UsageError
 from tpctl.wire.sampling import SamplingParams
 
+DIRECT, ONE, TWO, HOST = SamplingPath.DIRECT, SamplingPath.ONE_FLOOR, SamplingPath.TWO_FLOORS, SamplingPath.HOST
+
 
 @pytest.mark.parametrize(
-    "settings,needs_host,searches",
+    ("settings", "path"),
     [
-        ({}, False, 0),
-        ({"temperature": 0.7}, False, 0),
-        ({"temperature": 0.7, "seed": 5, "max_tokens": 9, "ignore_eos": True, "stop_token_ids": (1,)}, False, 0),
-        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, False, 0),  # greedy: the likeliest is always kept
-        ({"temperature": 0.7, "top_k": 5}, False, 1),
-        ({"temperature": 0.7, "top_p": 0.5}, False, 1),
-        ({"temperature": 0.7, "min_p": 0.1}, False, 1),
-        ({"temperature": 0.7, "top_k": 5, "min_p": 0.1}, False, 1),
-        ({"temperature": 0.7, "top_k": 5, "top_p": 0.5}, False, 2),
-        ({"repetition_penalty": 1.1}, True, 0),
-        ({"presence_penalty": -1.0}, True, 0),
-        ({"frequency_penalty": 0.1}, True, 0),
-        ({"min_tokens": 3}, False, 0),  # the first three tokens only: ScheduledBatch.searches
-        ({"logprobs": 0}, True, 0),
-        ({"temperature": 0.7, "top_p": 0.5, "logprobs": 3}, True, 1),
+        ({}, DIRECT),
+        ({"temperature": 0.7}, DIRECT),
+        ({"temperature": 0.7, "seed": 5, "max_tokens": 9, "ignore_eos": True, "stop_token_ids": (1,)}, DIRECT),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, DIRECT),  # greedy: the likeliest is always kept
+        ({"temperature": 0.7, "top_k": 5}, ONE),
+        ({"temperature": 0.7, "top_p": 0.5}, ONE),
+        ({"temperature": 0.7, "min_p": 0.1}, ONE),
+        ({"temperature": 0.7, "top_k": 5, "min_p": 0.1}, ONE),
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.5}, TWO),
+        ({"repetition_penalty": 1.1}, HOST),
+        ({"presence_penalty": -1.0}, HOST),
+        ({"frequency_penalty": 0.1}, HOST),
+        ({"logprobs": 0}, HOST),
+        ({"temperature": 0.7, "top_p": 0.5, "logprobs": 3}, HOST),
     ],
 )
-def test_what_samples_a_row(settings: dict[str, Any], needs_host: bool, searches: int) -> None:
-    params = SamplingParams(**settings)
-    assert (params.needs_host, params.searches) == (needs_host, searches)
+def test_what_samples_a_row(settings: dict[str, Any], path: SamplingPath) -> None:
+    assert SamplingPath.of(batch_of(settings)) is path
+
+
+def test_what_samples_rows_together() -> None:
+    top_k, both = {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_k": 5, "top_p": 0.5}
+    assert SamplingPath.of(batch_of({}, top_k)) is ONE
+    assert SamplingPath.of(batch_of(both, top_k, {})) is TWO
+    assert SamplingPath.of(batch_of({}, both, {"logprobs": 1})) is HOST
+    assert SamplingPath.of(ScheduledBatch([], 0)) is DIRECT
+
+
+def batch_of(*settings: dict[str, Any]) -> ScheduledBatch:
+    rows = [Sequence(str(i), [5, 6], SamplingParams(**given), 99) for i, given in enumerate(settings)]
+    return ScheduledBatch([ScheduledSequence(sequence, 1, 1, True) for sequence in rows], len(rows))
 
 
 @pytest.mark.parametrize("top_k", [-1, 2**31, 2**63])
@@ -46,8 +60,8 @@ def test_a_top_k_that_no_tensor_holds_is_refused(top_k: int) -> None:
 
 def test_tokens_that_may_not_end_an_answer_yet_need_the_host() -> None:
     sequence = Sequence("a", [5, 6], SamplingParams(min_tokens=2, temperature=0.7, top_k=3), 99)
-    found = [ScheduledBatch([ScheduledSequence(sequence, at, 1, True)], 1).searches for at in range(1, 5)]
-    assert found == [None, None, 1, 1]
+    found = [SamplingPath.of(ScheduledBatch([ScheduledSequence(sequence, at, 1, True)], 1)) for at in range(1, 5)]
+    assert found == [HOST, HOST, ONE, ONE]
 
 
 def test_options_are_checked_together() -> None:

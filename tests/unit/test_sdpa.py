@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tpctl.layers.attention import sdpa
-from tpctl.layers.attention.base import HeadShape
+from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.batch import ForwardBatch
 
@@ -23,26 +23,26 @@ CASES: dict[str, list[tuple[int, int]]] = {  # (new tokens, tokens in all) of ea
 }
 
 
-def written_out(q_ND: Tensor, k_LKD: Tensor, v_LKD: Tensor, window: int | None, scale: float) -> Tensor:
+def written_out(q_ND: Tensor, k_LKD: Tensor, v_LKD: Tensor, spec: AttentionSpec) -> Tensor:
     """[N, D]: the last token of the L over the keys that it may see."""
-    first = 0 if window is None else max(0, len(k_LKD) - window)
+    first = 0 if spec.window is None else max(0, len(k_LKD) - spec.window)
     group = q_ND.shape[0] // k_LKD.shape[1]
     heads = []
     for head, q_D in enumerate(q_ND.double()):
         keys, values = k_LKD[first:, head // group].double(), v_LKD[first:, head // group].double()
-        heads.append(((keys @ q_D) * scale).softmax(0) @ values)
+        scores = (keys @ q_D) * spec.scale
+        scores = scores if spec.softcap is None else (scores / spec.softcap).tanh() * spec.softcap
+        heads.append(scores.softmax(0) @ values)
     return torch.stack(heads)
 
 
-def attend(
-    lengths: list[tuple[int, int]], heads: HeadShape, window: int | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def attend(lengths: list[tuple[int, int]], heads: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What the backend computes for random tokens, stored in two steps (prefix, then new), and what it should."""
     torch.manual_seed(0)
-    backend = SdpaBackend(heads, BLOCK)
+    backend = SdpaBackend([heads, heads], BLOCK)
     counts = [-(-length // BLOCK) for _, length in lengths]
     ids = torch.randperm(sum(counts) + 3)[: sum(counts)].int()
-    kv = backend.allocate(2, sum(counts) + 3, dtype, torch.device("cpu"))[1]
+    kv = backend.allocate(sum(counts) + 3, dtype, torch.device("cpu"))[1]
     tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, own in enumerate(ids.split(counts)):
         tables[row, : len(own)] = own
@@ -69,34 +69,37 @@ def attend(
         return forward, list(tokens.split(sizes, dim=1))
 
     prefix, (_, k, v) = batch([(0, length - new) for new, length in lengths])
-    backend.store(k, v, kv, prefix)
+    backend.store(k, v, kv, backend.begin(prefix))
     forward, (q, k, v) = batch([(length - new, length) for new, length in lengths])
-    backend.store(k, v, kv, forward)
-    found = backend.attend(q, k, v, kv, window, forward)
+    plan = backend.begin(forward)
+    backend.store(k, v, kv, plan)
+    found = backend.attend(q, k, v, kv, plan)
     expected = []
     for x, (new, length) in zip(total, lengths, strict=True):
         q_all, k_all, v_all = x.to(dtype).split(sizes, dim=1)
         for at in range(length - new, length):
-            expected.append(written_out(q_all[at], k_all[: at + 1], v_all[: at + 1], window, heads.scale))
+            expected.append(written_out(q_all[at], k_all[: at + 1], v_all[: at + 1], heads))
     return found, torch.stack(expected).flatten(1)
 
 
 @pytest.mark.parametrize("most_scores", [1 << 23, 2000])  # 2,000: fewer sequences and queries at a time
-@pytest.mark.parametrize("window", [None, 1, 20, 100])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (1, None), (20, None), (100, None), (None, 2.0), (20, 0.5)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_attention_equals_attention_written_out(
-    case: str, window: int | None, most_scores: int, monkeypatch: pytest.MonkeyPatch
+    case: str, window: int | None, softcap: float | None, most_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sdpa, "_MOST_SCORES", most_scores)
-    heads = HeadShape(num_heads=6, num_kv_heads=2, head_dim=12, scale=1 / math.sqrt(12))
-    found, expected = attend(CASES[case], heads, window, torch.float32)
+    heads = AttentionSpec(6, 2, 12, 1 / math.sqrt(12), window, softcap)
+    found, expected = attend(CASES[case], heads, torch.float32)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [3, 6, 8, 64])  # rows of 6, 12, 16 and 128 bytes
 def test_rows_of_any_width_are_stored_whole(head_dim: int) -> None:
-    heads = HeadShape(num_heads=3, num_kv_heads=3, head_dim=head_dim, scale=0.3)
-    found, expected = attend(CASES["all together"], heads, None, torch.bfloat16)
+    heads = AttentionSpec(num_heads=3, num_kv_heads=3, head_dim=head_dim, scale=0.3)
+    found, expected = attend(CASES["all together"], heads, torch.bfloat16)
     torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
 
 
@@ -112,6 +115,6 @@ def test_the_scores_held_at_once_stay_bounded_when_the_context_grows(monkeypatch
         return scores
 
     monkeypatch.setattr(torch, "baddbmm", watched)
-    heads = HeadShape(num_heads=4, num_kv_heads=2, head_dim=4, scale=0.5)
-    attend([(200, 300)] * 3, heads, None, torch.float32)
+    heads = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=4, scale=0.5)
+    attend([(200, 300)] * 3, heads, torch.float32)
     assert 0 < widest <= 20_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from tests.unit.test_sdpa import BLOCK, written_out
 from tpctl.layers.attention import sdpa
-from tpctl.layers.attention.base import HeadShape
+from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.batch import ForwardBatch
 
-HEADS = HeadShape(num_heads=6, num_kv_heads=2, head_dim=12, scale=1 / math.sqrt(12))
+HEADS = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=12, scale=1 / math.sqrt(12))
 SIZES = [HEADS.num_heads, HEADS.num_kv_heads, HEADS.num_kv_heads]
 LAYERS = 2
 
@@ -24,9 +25,9 @@ class Server:
 
     def __init__(self, window: int | None = None) -> None:
         torch.manual_seed(0)
-        self.window = window
-        self.backend = SdpaBackend(HEADS, BLOCK)
-        self.kv = self.backend.allocate(LAYERS, 64, torch.float32, torch.device("cpu"))
+        self.spec = replace(HEADS, window=window)
+        self.backend = SdpaBackend([self.spec] * LAYERS, BLOCK)
+        self.kv = self.backend.allocate(64, torch.float32, torch.device("cpu"))
         self.free = torch.randperm(64).tolist()
         self.tokens: dict[str, Tensor] = {}  # [layers, L, N + 2 K, D]
         self.blocks: dict[str, list[int]] = {}
@@ -60,19 +61,20 @@ class Server:
             num_decodes=sum(count == 1 for count in new.values()),
             logits_rows=torch.zeros(0, dtype=torch.int64),
         )
+        plan = self.backend.begin(batch)
         for layer, kv in enumerate(self.kv):
             fresh = [self.tokens[name][layer, starts[name] :] for name in new]
             q, k, v = torch.cat(fresh).split(SIZES, dim=1)
-            self.backend.store(k, v, kv, batch)
-            found = self.backend.attend(q, k, v, kv, self.window, batch)
+            self.backend.store(k, v, kv, plan)
+            found = self.backend.attend(q, k, v, kv, plan)
             expected = []
             for name, start in starts.items():
                 q_all, k_all, v_all = self.tokens[name][layer].split(SIZES, dim=1)
                 for at in range(start, len(q_all)):
                     own = slice(0, at + 1)
-                    expected.append(written_out(q_all[at], k_all[own], v_all[own], self.window, HEADS.scale))
+                    expected.append(written_out(q_all[at], k_all[own], v_all[own], self.spec))
             torch.testing.assert_close(found.double(), torch.stack(expected).flatten(1), rtol=1e-5, atol=1e-5)
-        return [bucket.cells is not None for bucket in batch.scratch["sdpa.buckets"]]
+        return [bucket.cells is not None for bucket in plan.buckets or ()]
 
     def end(self, name: str) -> None:
         self.free += reversed(self.blocks.pop(name))  # the next to be given away are those it had last

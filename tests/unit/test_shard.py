@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, read_tensors
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.arch.source_plan import build_plan
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.errors import (
     CheckpointError,
     OutputError,
@@ -149,7 +150,7 @@ def test_casts_on_the_way_are_torchs(tmp_path: Path, dtype: str, stored: str) ->
 
 
 def test_integers_are_not_cast(tmp_path: Path) -> None:
-    table = NewTensor("model.layers.0.self_attn.rotary_emb.inv_freq", "I64", (3,))
+    table = TensorSpec("model.layers.0.self_attn.rotary_emb.inv_freq", "I64", (3,))
     source = make_checkpoint(tmp_path / "model", make_config(), extra=[table])
     shard_checkpoint(source, tmp_path / "out", 2, dtype="float32")
     extra = Manifest.load(tmp_path / "out").extra
@@ -172,7 +173,7 @@ def test_tied_checkpoints_store_the_one_copy_under_either_name(tmp_path: Path, n
 
 def _tied_twice(tmp_path: Path, *, equal: bool) -> Path:
     config = make_config(tie_word_embeddings=True)
-    source = make_checkpoint(tmp_path / "model", config, extra=[NewTensor(LM_HEAD, "BF16", (70, 24))])
+    source = make_checkpoint(tmp_path / "model", config, extra=[TensorSpec(LM_HEAD, "BF16", (70, 24))])
     path = source / "model.safetensors"
     header, data = read_header(path), bytearray(path.read_bytes())
     head, embedding = header.tensors[LM_HEAD], header.tensors[EMBEDDING]

@@ -102,29 +102,3 @@ def test_what_an_earlier_run_left_is_told(capsys: pytest.CaptureFixture[str]) ->
     assert "resumed: 40 B were complete already" in capsys.readouterr().out
     print_report(replace(report, dropped_bytes=50))
     assert "dropped: 50 B that an unfinished run left, of another source, revision" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["shard", "model", "--tp", "7"], 1, "tensor-parallel size 7 does not fit 6 query heads; use --tp 1 to 6"),
-        (["shard", "model", "--tp", "2", "--max-part-size", "big"], 2, "'big' is no size"),
-        (["shard", "model", "--tp", "2", "--dtype", "int4"], 2, "dtype 'int4' is unknown"),
-        (["shard", "model", "--tp", "2", "--ranks", "2"], 1, "rank 2 does not exist at tp 2; ranks are 0 to 1"),
-        (["shard", "model", "--tp", "2", "-o", "model"], 1, "model exists already; use --force"),
-        (["shard", "model", "--tp", "4", "--compat", "vllm"], 1, "vllm loads only even splits"),
-        (["shard", "model", "--tp", "2", "--compat", "x"], 2, "--compat x is unknown; use vllm or sglang"),
-        (["inspect-shards", "model"], 1, "model has no tpctl.json; it is not a shard folder"),
-        (["merge", "model", "-o", "x"], 1, "it is not a shard folder, make one with `tpctl shard`"),
-        (["reshard", "nowhere", "--tp", "2", "-o", "x"], 1, "there is no folder nowhere"),
-    ],
-)
-def test_bad_input_is_one_line_and_an_exit_code(
-    source: Path, tmp_path: Path, arguments: list[str], code: int, message: str
-) -> None:
-    done = tpctl(*arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.startswith("tpctl: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

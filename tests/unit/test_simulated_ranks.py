@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden, Q/K query and KV heads, D head size, I intermediate,
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.described import described
 from tests.unit.synthetic import make_config
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, build_plan
+from tpctl.arch.source_plan import build_plan
 from tpctl.partition.plan import PartitionPlan
+from tpctl.partition.split import split_heads
 
 Array = NDArray[np.float64]
 ATTENTION = "model.layers.0.self_attn"
 MLP = "model.layers.0.mlp"
 
 
-def make(seed: int, tp: int, **changes: Any) -> tuple[ModelConfig, PartitionPlan, dict[str, Array]]:
+def make(seed: int, tp: int, **changes: Any) -> tuple[SimpleNamespace, PartitionPlan, dict[str, Array]]:
     """A model, its plan and random source weights."""
     config = ModelConfig.from_dict(make_config(num_hidden_layers=1, **changes))
     plan = build_plan(config, tp)
     rng = np.random.default_rng(seed)
-    return config, plan, {name: rng.standard_normal(shape) for name, shape in plan.source_shapes.items()}
+    return described(config), plan, {name: rng.standard_normal(shape) for name, shape in plan.source_shapes.items()}
 
 
 def stored(plan: PartitionPlan, weights: dict[str, Array], rank: int, name: str) -> Array:
@@ -53,15 +57,15 @@ def attend(q_TQD: Array, k_TKD: Array, v_TKD: Array) -> Array:
     return out.reshape(len(q_TQD), -1)
 
 
-def qkv_sources(config: ModelConfig, weights: dict[str, Array], kind: str) -> list[Array]:
+def qkv_sources(config: SimpleNamespace, weights: dict[str, Array], kind: str) -> list[Array]:
     """The whole q, k and v, from separate or fused source tensors."""
     sizes = [config.num_heads * config.head_dim] + [config.num_kv_heads * config.head_dim] * 2
-    if config.family.fused:
+    if config.fused:
         return np.split(weights[f"{ATTENTION}.qkv_proj.{kind}"], np.cumsum(sizes)[:2])
     return [weights[f"{ATTENTION}.{label}_proj.{kind}"] for label in "qkv"]
 
 
-def whole_attention(config: ModelConfig, weights: dict[str, Array], x: Array, bias: bool) -> Array:
+def whole_attention(config: SimpleNamespace, weights: dict[str, Array], x: Array, bias: bool) -> Array:
     outs = [x @ w.T for w in qkv_sources(config, weights, "weight")]
     if bias:
         outs = [o + b for o, b in zip(outs, qkv_sources(config, weights, "bias"), strict=True)]
@@ -71,10 +75,10 @@ def whole_attention(config: ModelConfig, weights: dict[str, Array], x: Array, bi
 
 
 def rank_attention(
-    config: ModelConfig, plan: PartitionPlan, weights: dict[str, Array], x: Array, rank: int, bias: bool
+    config: SimpleNamespace, plan: PartitionPlan, weights: dict[str, Array], x: Array, rank: int, bias: bool
 ) -> Array:
     """One rank's partial sum; the row-parallel bias is added by rank 0 alone."""
-    share = plan.heads[rank]
+    share = split_heads(config.num_heads, config.num_kv_heads, plan.tp_size)[rank]
     sizes = [len(share.query) * config.head_dim] + [len(share.kv) * config.head_dim] * 2
     out = x @ stored(plan, weights, rank, f"{ATTENTION}.qkv_proj.weight").T
     if bias:
@@ -137,7 +141,7 @@ def test_mlp_of_all_ranks_sums_to_the_whole(seed: int, tp: int, width: int, fami
         return (gate / (1 + np.exp(-gate)) * up) @ down_w.T + (0 if down_b is None else down_b)
 
     def source(kind: str) -> Array:
-        if config.family.fused:
+        if config.fused:
             return weights[f"{MLP}.gate_up_proj.{kind}"]
         return np.concatenate([weights[f"{MLP}.gate_proj.{kind}"], weights[f"{MLP}.up_proj.{kind}"]])
 

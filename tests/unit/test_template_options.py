@@ -35,7 +35,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fa
     made: list[FakeClient] = []
     folder = write_tokenizer(tmp_path / "model")
 
-    def prepare(model: str, options: object, policy: str = "fcfs", look: Any = None) -> EngineConfig:
+    def prepare(model: str, options: object, policy: str = "fcfs", look: Any = None, **more: int) -> EngineConfig:
         look(ResolvedSource(folder, "org/name", None))
         return EngineConfig(folder, 1)
 

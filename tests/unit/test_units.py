@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
-from tpctl.errors import UsageError
+from tpctl.cli.units import parse_bytes, parse_ranks
+from tpctl.errors import UsageError, format_bytes
 
 
 @pytest.mark.parametrize(

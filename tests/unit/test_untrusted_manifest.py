@@ -74,11 +74,11 @@ def every_use(place: Path, folder: Path) -> dict[str, Exception | None]:
 
     def merge() -> None:
         merge_shards(folder, place / "out")
-        assert folder_bytes(place / "out") == folder_bytes(place / "whole")
+        assert folder_bytes(place / "out") == listed(folder, folder_bytes(place / "whole"))
 
     def again() -> None:
         reshard(folder, place / "out", 3)
-        made, right = folder_bytes(place / "out"), folder_bytes(place / "three")
+        made, right = folder_bytes(place / "out"), listed(folder, folder_bytes(place / "three"))
         assert {**made, MANIFEST: b""} == {**right, MANIFEST: b""}
 
     def inspect(verify: bool = False) -> None:
@@ -107,6 +107,12 @@ def every_use(place: Path, folder: Path) -> dict[str, Exception | None]:
             shutil.rmtree(place / "out", ignore_errors=True)
     assert not list(place.glob(".*"))
     return found
+
+
+def listed(folder: Path, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without files that the manifest lists no more, and that no model needs: what it does not list is not moved."""
+    kept = json.loads((folder / MANIFEST).read_text())["files"]
+    return {name: data for name, data in files.items() if name != "LICENSE" or name in kept}
 
 
 def test_the_true_manifest_passes(place: Path) -> None:

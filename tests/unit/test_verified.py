@@ -10,14 +10,13 @@ import pytest
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.checkpoint.safetensors import read_header
 from tpctl.checkpoint.sources import ResolvedSource
-from tpctl.cli.engine import configure, prepare
-from tpctl.cli.options import Device, EngineOptions
+from tpctl.client.prepare import EngineArgs, configure, prepare
 from tpctl.errors import ShardFolderError
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.moving.transfer import hash_all
 from tpctl.sharding.proving import verified
 
-OPTIONS = EngineOptions(device=Device.cpu, tp=2)
+OPTIONS = EngineArgs(device="cpu", tp=2)
 PART = "model-rank-1-part-0.safetensors"
 
 
@@ -58,7 +57,7 @@ def flip(path: Path) -> str:
 def test_a_flipped_bit_is_found_by_tensor_and_rank(
     hashed: list[int], given: ResolvedSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tpctl.cli.engine.supported_source", lambda model, tp_size, check: given)
+    monkeypatch.setattr("tpctl.client.prepare.supported_source", lambda model, tp_size, **options: given)
     name = flip(given.folder / PART)
     for _ in range(2):  # a failure is not remembered as good
         with pytest.raises(ShardFolderError, match="is damaged") as caught:

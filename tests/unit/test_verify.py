@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import make_checkpoint, make_config
-from tpctl.checkpoint.safetensors import NewTensor, read_header
+from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.checkpoint.sources import converted_gguf, pypi_entry
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
@@ -20,7 +20,7 @@ from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.proving.at_hand import source_at_hand
 from tpctl.sharding.showing.inspect import inspect_shards
 
-TABLE = NewTensor("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (3,))
+TABLE = TensorSpec("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (3,))
 
 
 @pytest.fixture(scope="module")

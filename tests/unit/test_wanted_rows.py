@@ -10,7 +10,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 from tpctl.distributed import TPGroup
-from tpctl.engine.runners.runner import ModelRunner
+from tpctl.engine.engine import make_runner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
@@ -27,8 +27,8 @@ def test_wanted_rows_equal_those_of_all_rows(tmp_path: Path, tp_size: int, wante
     shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size)
 
     def rank(group: TPGroup) -> None:
-        runner = ModelRunner(EngineConfig(tmp_path / "shards", tp_size, kv_cache_memory=1 << 22, block_size=4), group)
-        blocks = BlockManager(runner.num_blocks, 4, enable_prefix_caching=False)
+        runner = make_runner(EngineConfig(tmp_path / "shards", tp_size, kv_cache_memory=1 << 22, block_size=4), group)
+        blocks = BlockManager(runner.memory.num_blocks, 4, enable_prefix_caching=False)
         sequences = [Sequence(str(i), list(range(3, 3 + n)), SamplingParams(), 256) for i, n in enumerate((5, 6))]
         for sequence in sequences:
             assert blocks.grow(sequence, len(sequence.token_ids))

@@ -7,9 +7,9 @@ also wants four scales a layer, which are 1 where nothing is quantised; SGLang (
 from __future__ import annotations
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import build_plan
+from tpctl.arch.source_plan import build_plan
 from tpctl.errors import PartitionError, UsageError
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import Rule
 
 ENGINES = ("vllm", "sglang")
@@ -26,25 +26,27 @@ def check_compat(engine: str, config: ModelConfig, plan: PartitionPlan) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--compat {engine} is unknown; use {' or '.join(ENGINES)}")
     if (uneven := _uneven(plan)) is not None:
-        even = [tp for tp in range(1, config.num_heads + 1) if _is_even(config, tp)]
+        even = [tp for tp in range(1, config.blueprint.max_tp + 1) if _is_even(config, tp)]
         raise PartitionError(
             f"{engine} loads only even splits, but at tp {plan.tp_size} the ranks' {uneven} differ in shape; "
             f"use --tp {', '.join(map(str, even))}"
         )
 
 
-def scales(engine: str | None, config: ModelConfig) -> tuple[StoredTensor, ...]:
+def scales(engine: str | None, config: ModelConfig) -> tuple[PlannedTensor, ...]:
     """The scalars of value 1 (F32) that ``engine`` expects on every rank, beyond the model's weights."""
     if engine != "vllm":
         return ()
     names = (
-        f"model.layers.{layer}.self_attn.attn.{scale}" for layer in range(config.num_layers) for scale in _VLLM_SCALES
+        f"{config.blueprint.prefix.format(layer)}self_attn.attn.{scale}"
+        for layer in range(config.num_layers)
+        for scale in _VLLM_SCALES
     )
-    return tuple(StoredTensor(name, Rule.REPLICATED, 0, (), ()) for name in names)
+    return tuple(PlannedTensor(name, Rule.REPLICATED, 0, (), ()) for name in names)
 
 
 def _is_even(config: ModelConfig, tp_size: int) -> bool:
-    if config.num_heads % tp_size or config.intermediate_size % tp_size:
+    if any(block.attention.num_heads % tp_size or block.mlp.down.inputs % tp_size for block in config.blueprint.blocks):
         return False
     return _uneven(build_plan(config, tp_size)) is None
 

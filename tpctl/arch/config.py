@@ -1,8 +1,8 @@
-"""``config.json`` read strictly into frozen dataclasses, without torch or transformers.
+"""``config.json`` read strictly into a blueprint, without torch or transformers.
 
 Every field means what the family's configuration class in transformers 5 makes of it, also where it is missing or null
-(``models.fields``, ``models.specs``). Unknown architectures, activations and RoPE kinds are refused by name, and so
-are fields that would change a result and that the family does not have (``models.foreign``).
+(``arch.fields``, ``arch.families``). Unknown architectures, activations and RoPE kinds are refused by name, and so are
+fields that would change a result and that the family does not have (``arch.foreign``).
 """
 
 from __future__ import annotations
@@ -12,47 +12,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpctl.arch.families import ACTIVATIONS, DTYPES, FAMILIES, MOST_HEADS, MOST_LAYERS, FamilySpec
+from tpctl.arch.blueprint import Blueprint
+from tpctl.arch.families import FAMILIES
+from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
-from tpctl.arch.rope import RopeConfig as RopeConfig
-from tpctl.arch.rope import read_rope
-from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
+from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import read_object
-from tpctl.partition.plan import Geometry
+from tpctl.partition.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything about a checkpoint that tpctl needs to cut and run it.
 
-    ``windows`` has one entry a layer: the sliding window in tokens (the token itself counted), or ``None``.
+    ``max_position_embeddings`` is the longest sequence that every layer takes.
     """
 
     model_type: str
-    family: FamilySpec
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rms_norm_eps: float
+    family: Family
+    blueprint: Blueprint
     max_position_embeddings: int
-    rope: RopeConfig
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    windows: tuple[int | None, ...]
     dtype: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
 
     @property
-    def geometry(self) -> Geometry:
-        return Geometry(self.num_heads, self.num_kv_heads, self.head_dim, self.vocab_size)
+    def num_layers(self) -> int:
+        return len(self.blueprint.blocks)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.blueprint.vocab_size
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
@@ -78,44 +69,22 @@ class ModelConfig:
             )
         fields = Fields(raw, family.defaults, family.nullable)
         _check_kind(fields, model_type, family)
-        num_heads = fields.whole("num_attention_heads", most=MOST_HEADS)
-        hidden_size = fields.whole("hidden_size")
-        num_layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
-        vocab_size = fields.whole("vocab_size")
-        head_dim = fields.optional_whole("head_dim")
-        if head_dim is None and hidden_size % num_heads:
-            raise CheckpointError(
-                f"config.json has no head_dim, and hidden_size {hidden_size} is no multiple of "
-                f"num_attention_heads {num_heads}"
-            )
-        head_dim = head_dim or hidden_size // num_heads
-        check_fields(raw, family.architecture, head_dim)
-        rope = read_rope(fields, family, head_dim)
+        sizes = Sizes.read(fields)
+        foreign = {key: value for key, value in raw.items() if key not in family.own}
+        check_fields(foreign, family.architecture, sizes.head_dim)
+        blueprint = family.describe(fields, sizes)
         return cls(
             model_type=model_type,
             family=family,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=fields.optional_whole("num_key_value_heads", most=MOST_HEADS) or num_heads,
-            head_dim=head_dim,
-            intermediate_size=fields.whole("intermediate_size"),
-            vocab_size=vocab_size,
-            rms_norm_eps=fields.number("rms_norm_eps", least=1e-30, most=1),
-            max_position_embeddings=rope.longest,
-            rope=rope,
-            tie_word_embeddings=fields.flag("tie_word_embeddings"),
-            qkv_bias=_switch(family.qkv_bias, fields),
-            o_bias=_switch(family.o_bias, fields),
-            mlp_bias=_switch(family.mlp_bias, fields),
-            windows=_windows(fields, family, num_layers, rope.longest),
+            blueprint=blueprint,
+            max_position_embeddings=min(block.attention.rope.longest for block in blueprint.blocks),
             dtype=_dtype(fields),
-            eos_token_ids=_eos(fields, Fields(generation or {}, file="generation_config.json"), vocab_size),
-            bos_token_id=next(iter(_ids(fields, "bos_token_id", vocab_size)), None),
+            eos_token_ids=_eos(fields, Fields(generation or {}, file="generation_config.json"), sizes.vocab_size),
+            bos_token_id=next(iter(_ids(fields, "bos_token_id", sizes.vocab_size)), None),
         )
 
 
-def _check_kind(fields: Fields, model_type: str, family: FamilySpec) -> None:
+def _check_kind(fields: Fields, model_type: str, family: Family) -> None:
     """Refuse what the family's decoder cannot run, whatever its sizes are."""
     architectures = fields.get("architectures") or [family.architecture]
     if not isinstance(architectures, list):
@@ -132,59 +101,6 @@ def _check_kind(fields: Fields, model_type: str, family: FamilySpec) -> None:
                 f"the checkpoint is quantised ({shown(method)}), which is not supported yet; "
                 "use its unquantised original"
             )
-    activation = fields.get("hidden_act")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise UnsupportedModelError(f"activation {shown(activation)} is not supported (hidden_act); tpctl knows silu")
-
-
-def _switch(rule: bool | str, fields: Fields) -> bool:
-    return fields.flag(rule) if isinstance(rule, str) else rule
-
-
-def _windows(fields: Fields, family: FamilySpec, num_layers: int, longest: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window."""
-    kinds = _layer_kinds(fields, num_layers)
-    used = family.window != "layers" or fields.flag("use_sliding_window")
-    window = fields.optional_whole("sliding_window") if used else None
-    if family.window == "layers" and kinds is None:
-        first = fields.whole("max_window_layers", least=0) if window is not None else 0
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    if family.window == "none" and window is not None:
-        # transformers masks nothing by it, but its cache drops what lies further back, once an answer is generated.
-        if window < longest:
-            raise UnsupportedModelError(
-                f"config.json: sliding_window is {window}, which {family.architecture} does not have, and engines "
-                f"differ in what they make of it; set it to null, or to the model's {longest} positions or more"
-            )
-        window = None
-    if kinds is None:
-        return (window,) * num_layers
-    if window is None and "sliding_attention" in kinds:
-        raise CheckpointError("config.json: layer_types names sliding_attention, but no sliding_window is in use")
-    if window is not None and family.window == "always" and "full_attention" in kinds:
-        raise UnsupportedModelError(
-            f"config.json: layer_types names full_attention, but {family.architecture} has its sliding_window "
-            f"({window}) in every layer; remove layer_types, or correct model_type"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _layer_kinds(fields: Fields, num_layers: int) -> list[str] | None:
-    kinds = fields.get("layer_types")
-    if kinds is None:
-        return None
-    if not isinstance(kinds, list):
-        raise fields.wrong("layer_types", "a list")
-    if unknown := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
-        raise UnsupportedModelError(
-            f"layer type {shown(unknown[0])} is not supported; tpctl knows full and sliding attention"
-        )
-    if len(kinds) != num_layers:
-        raise CheckpointError(
-            f"config.json: layer_types has {counted(len(kinds), 'kind')} for {counted(num_layers, 'layer')}"
-        )
-    return kinds
 
 
 def _dtype(fields: Fields) -> str:

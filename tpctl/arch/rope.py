@@ -10,9 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpctl.arch.families import MOST_POSITIONS, FamilySpec
 from tpctl.arch.fields import Fields
 from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
+
+MOST_POSITIONS = 2**25
+"""Longest sequence that a config may promise; the longest that is published has 10^7 tokens."""
+
+ROPE_KINDS = {kind: kind for kind in ("default", "linear", "llama3", "yarn", "longrope")}
+"""The kinds there are, by the names that a config gives them."""
 
 _TOP_LEVEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Fields that transformers 4 kept beside ``rope_scaling``, or in it."""
@@ -54,8 +59,19 @@ class RopeConfig:
         return self.max_position_embeddings
 
 
-def read_rope(fields: Fields, family: FamilySpec, head_dim: int) -> RopeConfig:
+def read_rope(
+    fields: Fields,
+    architecture: str,
+    head_dim: int,
+    *,
+    kinds: Mapping[str, str] = ROPE_KINDS,
+    partial: bool = False,
+) -> RopeConfig:
     """The RoPE settings of a config with heads of ``head_dim`` dimensions.
+
+    Args:
+        kinds: those that the family takes, by the names that it gives them.
+        partial: a head's rotated dimensions may be fewer than all (``partial_rotary_factor``).
 
     Raises:
         CheckpointError: a number is missing, wrong, or contradicts another one.
@@ -64,20 +80,17 @@ def read_rope(fields: Fields, family: FamilySpec, head_dim: int) -> RopeConfig:
     raw = _params(fields)
     kind = raw.pop("rope_type", None) or raw.get("type") or "default"
     raw.pop("type", None)
-    if isinstance(kind, str):
-        kind = family.rope_names.get(kind, kind)
-    if not isinstance(kind, str) or kind not in family.rope_kinds:
-        known = ", ".join(sorted(family.rope_kinds))
-        raise UnsupportedModelError(
-            f"RoPE kind {shown(kind)} is not supported for {family.architecture}; tpctl knows {known}"
-        )
+    if not isinstance(kind, str) or kind not in kinds:
+        known = ", ".join(sorted(set(kinds.values())))
+        raise UnsupportedModelError(f"RoPE kind {shown(kind)} is not supported for {architecture}; tpctl knows {known}")
+    kind = kinds[kind]
     params = fields.within(raw)
     theta = (params if "rope_theta" in params else fields).number("rope_theta", least=2, most=1e18)
-    rotary_dim = int(head_dim * _share(fields, params, family))
+    rotary_dim = int(head_dim * _share(fields, params, architecture, partial))
     if rotary_dim < 2 or rotary_dim % 2:
         raise CheckpointError(f"config.json: {rotary_dim} rotated dimensions a head do not form pairs")
     positions = fields.whole("max_position_embeddings", most=MOST_POSITIONS)
-    original = _original(fields, params, family, positions) if kind in _STRETCHED else positions
+    original = _original(fields, params, architecture, positions) if kind in _STRETCHED else positions
     if kind == "yarn" and raw.get("factor", ...) is None:
         raw["factor"] = positions / original
     for key in _TOP_LEVEL:
@@ -114,26 +127,26 @@ def _params(fields: Fields) -> dict[str, Any]:
     return new
 
 
-def _share(fields: Fields, params: Fields, family: FamilySpec) -> float:
+def _share(fields: Fields, params: Fields, architecture: str, partial: bool) -> float:
     """The share of a head's dimensions that is rotated."""
     key = "partial_rotary_factor"
     holder = params if key in params else fields
-    if holder.get(key) is None and not family.partial_rotary:
+    if holder.get(key) is None and not partial:
         return 1.0
     share = holder.number(key, least=1e-6, most=1)
-    if share != 1 and not family.partial_rotary:
-        raise UnsupportedModelError(f"{key} {share} is not supported for {family.architecture}")
+    if share != 1 and not partial:
+        raise UnsupportedModelError(f"{key} {share} is not supported for {architecture}")
     return share
 
 
-def _original(fields: Fields, params: Fields, family: FamilySpec, positions: int) -> int:
+def _original(fields: Fields, params: Fields, architecture: str, positions: int) -> int:
     """The length before it was stretched. transformers lets the field beside the RoPE settings win over that in them,
     also where it is only its class's default; tpctl wants them equal."""
     key = "original_max_position_embeddings"
     inner = params.whole(key, most=MOST_POSITIONS) if key in params else None
-    outer = fields.whole(key, most=MOST_POSITIONS) if key in fields or key in family.defaults else None
+    outer = fields.whole(key, most=MOST_POSITIONS) if key in fields or key in fields.defaults else None
     if inner is not None and outer is not None and inner != outer:
-        where = "beside it" if key in fields else f"that {family.architecture} has where the config gives none"
+        where = "beside it" if key in fields else f"that {architecture} has where the config gives none"
         raise CheckpointError(
             f"config.json: the RoPE settings' {key} is {inner}, but the one {where} is {outer}; write the one that is "
             "meant into both places"

@@ -1,19 +1,14 @@
-"""The partition plan of a checkpoint as it is stored, and into what parts it is cut by default.
-
-Apart from ``shard``, so that planning a model loads nothing that moves bytes.
-"""
+"""The partition plan of a model, and of a checkpoint as it is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.arch.foreign import check_tensors
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, ignored_tensors, weight_splits
 from tpctl.errors import CheckpointError, MixedDtypesError
-from tpctl.partition.dtypes import FLOATS, dtype_after_cast
+from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import TensorSplit
 
@@ -21,15 +16,25 @@ DEFAULT_PART_SIZE = 5 * 10**9
 """Bytes of tensors in one part file, as Hugging Face checkpoints have it."""
 
 
+def build_plan(config: ModelConfig, tp_size: int) -> PartitionPlan:
+    """The partition plan of a model for ``tp_size`` ranks.
+
+    Raises:
+        PartitionError: the model cannot be cut into that many shards.
+    """
+    return _plan(config, tuple(config.blueprint.splits()), tp_size)
+
+
 def source_splits(config: ModelConfig, names: Iterable[str]) -> list[TensorSplit]:
     """The split of every stored tensor, for a checkpoint that holds tensors ``names``.
 
     With tied embeddings a checkpoint may keep the one copy under the head's name; the head is then read from there.
     """
-    splits, held = list(weight_splits(config)), set(names)
-    if config.tie_word_embeddings and LM_HEAD in held and EMBEDDING not in held:
+    blueprint, held = config.blueprint, set(names)
+    splits = list(blueprint.splits())
+    if blueprint.tied and blueprint.head in held and blueprint.embedding not in held:
         head = splits[-1]
-        splits[-1] = replace(head, blocks=tuple(replace(block, source=LM_HEAD) for block in head.blocks))
+        splits[-1] = replace(head, parts=tuple(replace(part, source=blueprint.head) for part in head.parts))
     return splits
 
 
@@ -39,7 +44,7 @@ def source_plan(config: ModelConfig, names: Iterable[str], tp_size: int) -> Part
     Raises:
         PartitionError: the model cannot be cut into ``tp_size`` shards.
     """
-    return PartitionPlan.build(config.geometry, source_splits(config, names), tp_size)
+    return _plan(config, source_splits(config, names), tp_size)
 
 
 def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_size: int) -> PartitionPlan:
@@ -50,7 +55,7 @@ def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_siz
         UnsupportedModelError: the tensors are those of a quantised model, an adapter or another architecture.
         CheckpointError: a tensor is missing, of another shape, or unknown.
     """
-    plan, ignored = source_plan(config, shapes, tp_size), ignored_tensors(config)
+    plan, ignored = source_plan(config, shapes, tp_size), config.blueprint.ignored()
     check_tensors(shapes.keys() - plan.source_shapes.keys() - set(ignored))
     plan.check_source(shapes, ignored)
     return plan
@@ -75,3 +80,9 @@ def stored_dtype(name: str, sources: Mapping[str, str], target: str | None) -> s
     if set(kept.values()) <= FLOATS:
         raise MixedDtypesError(f"{differ}, cast with --dtype {', '.join(DTYPES)}")
     raise CheckpointError(f"{differ}, and they cannot be cast")
+
+
+def _plan(config: ModelConfig, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
+    for layer in config.blueprint.alike:  # said first, in words of heads
+        config.blueprint.blocks[layer].attention.shares(tp_size)
+    return PartitionPlan.build(splits, tp_size)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tpctl.bench.workload import make_workload, one_request
 from tpctl.client.engine_client import EngineClient
 from tpctl.errors import EngineError
 from tpctl.wire.messages import Request
+from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
 
@@ -37,27 +38,45 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The figures of a benchmark, how the engine ran, and its counters at the end where they tell something."""
+
+    figures: dict[str, Figure]
+    engine: EngineInfo
+    stats: EngineStats | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """One benchmark: what was measured, on what, with what."""
 
     benchmark: str
     model: str
     figures: dict[str, Figure]
-    engine: dict[str, Any]
+    engine: EngineInfo
     machine: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
+    stats: EngineStats | None = None
 
     def to_dict(self) -> dict[str, Any]:
         figures = {
             name: {"unit": f.unit, "median": f.median, "min": f.spread[0], "max": f.spread[1], "values": f.values}
             for name, f in self.figures.items()
         }
-        return {**self.__dict__, "figures": figures}
+        stats = {} if self.stats is None else {"stats": asdict(self.stats)}
+        return {
+            "benchmark": self.benchmark,
+            "model": self.model,
+            "figures": figures,
+            "engine": {**asdict(self.engine), **stats},
+            "machine": self.machine,
+            "settings": self.settings,
+        }
 
 
 def throughput(
     config: EngineConfig, workload: str, vocab_size: int, runs: int, sampling: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Figure], dict[str, Any]]:
+) -> Measured:
     """Generated tokens a second, from handing in all requests to the last token, after one run to warm up.
 
     sampling: fields of ``SamplingParams`` in place of the workload's own.
@@ -75,7 +94,7 @@ def throughput(
                 times.append(seconds)
         stats = client.stats()
     figures = {"throughput": Figure("tok/s", rates), "duration": Figure("s", times)}
-    return figures, {**info, "stats": stats}
+    return Measured(figures, info, stats)
 
 
 def latency(
@@ -85,7 +104,7 @@ def latency(
     vocab_size: int,
     runs: int,
     sampling: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Figure], dict[str, Any]]:
+) -> Measured:
     """One request at a time: time to first token, and time per token after it.
 
     TPOT is (time of ``output_tokens`` + 1 tokens - time of one token) / ``output_tokens``.
@@ -96,10 +115,10 @@ def latency(
     first, per_token = [], []
     with EngineClient(config) as client:
         info = client.wait_ready()
-        if prompt_tokens + output_tokens + 1 > info["max_model_len"]:
+        if prompt_tokens + output_tokens + 1 > info.max_model_len:
             raise EngineError(
                 f"{prompt_tokens} prompt tokens and {output_tokens + 1} to generate are more than the "
-                f"{info['max_model_len']} of --max-model-len; ask for fewer, or raise it"
+                f"{info.max_model_len} of --max-model-len; ask for fewer, or raise it"
             )
         for run in range(runs + 1):
             one = _timed(client, one_request(prompt_tokens, 1, 2 * run, vocab_size, sampling))
@@ -108,12 +127,10 @@ def latency(
             if run:
                 first.append(one * 1e3)
                 per_token.append((many - one) / output_tokens * 1e3)
-    return {"ttft": Figure("ms", first), "tpot": Figure("ms", per_token)}, info
+    return Measured({"ttft": Figure("ms", first), "tpot": Figure("ms", per_token)}, info)
 
 
-def startup(
-    config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int
-) -> tuple[dict[str, Figure], dict[str, Any]]:
+def startup(config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int) -> Measured:
     """From starting the workers to the first token of a prompt; each run starts them anew.
 
     ``before`` is what passed before the first of them: from the start of this process, through its imports, to a model
@@ -121,7 +138,6 @@ def startup(
     """
     before = _process_age()
     seconds = []
-    info: dict[str, Any] = {}
     for run in range(runs):
         started = time.perf_counter()
         with EngineClient(config) as client:
@@ -129,7 +145,7 @@ def startup(
             _drain(client, [one_request(prompt_tokens, 1, run, vocab_size)])
             seconds.append(time.perf_counter() - started)
     figures = {"startup": Figure("s", seconds)}
-    return figures if before is None else {**figures, "before": Figure("s", [before])}, info
+    return Measured(figures if before is None else {**figures, "before": Figure("s", [before])}, info)
 
 
 def machine() -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.splits import weight_splits
 from tpctl.checkpoint.cache import cache_root, locked
-from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import UsageError
 from tpctl.partition.split import source_shapes
@@ -106,8 +105,8 @@ def synthetic_source(shape: str) -> ResolvedSource:
 def _write(config: dict[str, Any], parsed: ModelConfig, folder: Path) -> None:
     """Weights first, ``config.json`` last: a folder that has one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = [NewTensor(name, "BF16", shape) for name, shape in source_shapes(weight_splits(parsed)).items()]
-    files: list[list[NewTensor]] = [[]]
+    tensors = [TensorSpec(name, "BF16", shape) for name, shape in source_shapes(parsed.blueprint.splits()).items()]
+    files: list[list[TensorSpec]] = [[]]
     for tensor in tensors:
         if sum(t.nbytes for t in files[-1]) + tensor.nbytes > _FILE_BYTES:
             files.append([])
@@ -129,7 +128,7 @@ def _random_block() -> np.ndarray[Any, np.dtype[np.uint16]]:
     return (values.view(np.uint32) >> 16).astype(np.uint16)  # truncated to bfloat16, which is random enough
 
 
-def _write_file(path: Path, tensors: list[NewTensor], block: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
+def _write_file(path: Path, tensors: list[TensorSpec], block: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
     header = build_header(tensors)
     one = np.full(1 << 16, 0x3F80, dtype=np.uint16)  # 1.0
     with path.open("wb") as file:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpctl.errors import OverflowedError
+from tpctl.partition.dtypes import TORCH_NAMES
 
 Bytes = NDArray[np.uint8]
 
@@ -19,7 +20,6 @@ LARGEST = {"F16": 65504.0, "BF16": float.fromhex("0x1.fep127"), "F32": float.fro
 _NARROWING = frozenset(
     {("F64", "F32"), ("F64", "BF16"), ("F64", "F16"), ("F32", "BF16"), ("F32", "F16"), ("BF16", "F16")}
 )
-_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 _ADVICE = {"F16": "use --dtype bfloat16 or float32", "BF16": "use --dtype float32", "F32": "keep the dtype (auto)"}
 
@@ -60,7 +60,7 @@ def check_range(data: Bytes, out: Bytes, source: str, target: str, name: str) ->
     lost = values[infinite & np.isfinite(values)]
     if lost.size:
         raise OverflowedError(
-            f"{name} holds {float(lost[np.argmax(np.abs(lost))]):g}, beyond the range of {_NAMES[target]} "
+            f"{name} holds {float(lost[np.argmax(np.abs(lost))]):g}, beyond the range of {TORCH_NAMES[target]} "
             f"(at most {LARGEST[target]:g}); {_ADVICE[target]}, or `tpctl shard --allow-overflow` to make such values "
             "infinite"
         )

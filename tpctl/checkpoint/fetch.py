@@ -9,8 +9,8 @@ from pathlib import Path
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.cache import require_space, writing
 from tpctl.checkpoint.outputs import resolved
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import Notify, ResolvedSource, hub_id, is_local, resolve, to_stderr
-from tpctl.checkpoint.transfer import Progress
 from tpctl.errors import SourceError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import Header, TensorInfo, read_header
+from tpctl.checkpoint.safetensors import FileTensor, Header, read_header
 from tpctl.errors import CheckpointError, counted, shorten, shown
 from tpctl.json_file import parse_object, read_bytes, read_object
 
@@ -148,9 +148,9 @@ class CheckpointFolder:
         return folder
 
     @cached_property
-    def tensors(self) -> Mapping[str, tuple[CheckpointFile, TensorInfo]]:
+    def tensors(self) -> Mapping[str, tuple[CheckpointFile, FileTensor]]:
         """Every tensor by name, with the file that holds it."""
-        found: dict[str, tuple[CheckpointFile, TensorInfo]] = {}
+        found: dict[str, tuple[CheckpointFile, FileTensor]] = {}
         for file in self.files:
             for name, info in file.header.tensors.items():
                 if name in found:

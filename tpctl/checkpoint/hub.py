@@ -23,8 +23,9 @@ from tpctl.checkpoint.gguf import fetch_arguments, listed, model_files
 from tpctl.checkpoint.hub_cache import index_files, remember, repository
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.hub_settings import check_settings, check_token
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
-from tpctl.checkpoint.transfer import Download, Meter, Progress
+from tpctl.checkpoint.transfer import Download, Meter
 from tpctl.errors import SourceError, counted
 from tpctl.manifest.manifest import MANIFEST
 
@@ -270,7 +271,7 @@ def _fetch(remote: RemoteModel, file: RemoteFile, token: str | None, meter: Mete
 
     blob = _blob(remote, file, token, local_dir)
     if blob is not None:
-        blob.run(meter)
+        blob.fetch(meter)
         meter = Meter(0, None)  # huggingface_hub finds the file there and has nothing left to do but its records
     fetch = partial(
         hf_hub_download,

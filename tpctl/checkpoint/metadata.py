@@ -12,18 +12,10 @@ from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
-from tpctl.checkpoint.safetensors import parse_header
+from tpctl.checkpoint.safetensors import TensorSpec, source_headers
 from tpctl.checkpoint.sources import Notify, hub_id, is_local, local_path, resolve, to_stderr
 from tpctl.errors import SourceError
 from tpctl.manifest.manifest import MANIFEST, Manifest
-
-
-@dataclass(frozen=True)
-class TensorMeta:
-    """A tensor of a checkpoint: its safetensors dtype and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class ModelMetadata:
     folder: Path
     id: str
     revision: str | None
-    tensors: Mapping[str, TensorMeta] | None
+    tensors: Mapping[str, TensorSpec] | None
     cast: str | None = None
 
 
@@ -74,15 +66,14 @@ def read_metadata(
 def _local(folder: Path, id: str, revision: str | None) -> ModelMetadata:
     cast = None
     if (folder / MANIFEST).is_file():
-        path, manifest = folder / MANIFEST, Manifest.load(folder)
+        manifest = Manifest.load(folder)
         cast = manifest.dtype
-        files = manifest.source.files
-        headers = [parse_header(file.header.encode(), file.size, f"{file.name} in {path}") for file in files]
+        headers = list(source_headers(manifest.source.files, folder / MANIFEST).values())
     elif any(folder.glob("*.safetensors")):
         headers = [file.header for file in CheckpointFolder.open(folder).files]
     else:
         return ModelMetadata(folder, id, revision, None)
-    tensors = {name: TensorMeta(t.dtype, t.shape) for header in headers for name, t in header.tensors.items()}
+    tensors = {name: TensorSpec(name, t.dtype, t.shape) for header in headers for name, t in header.tensors.items()}
     return ModelMetadata(folder, id, revision, tensors, cast)
 
 
@@ -109,7 +100,7 @@ def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadat
         except SafetensorsParsingError as error:
             raise SourceError(f"{remote.id} has a damaged weight file: {error}") from None
     tensors = {
-        name: TensorMeta(info.dtype, tuple(info.shape))
+        name: TensorSpec(name, info.dtype, tuple(info.shape))
         for file in found.files_metadata.values()
         for name, info in file.tensors.items()
     }

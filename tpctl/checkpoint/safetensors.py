@@ -19,7 +19,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from tpctl.errors import CheckpointError, counted, shorten, shown
-from tpctl.manifest.records import LONGEST_TEXT
+from tpctl.manifest.records import LONGEST_TEXT, SourceFile
 from tpctl.partition.dtypes import DTYPE_BITS, MOST_AXES, MOST_BYTES
 
 _STRUCTURE = (b"{", b"[", b",", b":")
@@ -36,7 +36,7 @@ MOST_VALUES = 6_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
+class FileTensor:
     """One tensor of a file; ``start`` and ``stop`` are byte offsets from the beginning of the file."""
 
     name: str
@@ -54,7 +54,7 @@ class TensorInfo:
 class Header:
     """A parsed header. ``text`` is its JSON as stored, padding included; ``size`` counts the length field too."""
 
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, FileTensor]
     metadata: Mapping[str, str]
     text: str
     size: int
@@ -179,7 +179,17 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
     return Header(tensors, metadata, text, base)
 
 
-def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> TensorInfo:
+def source_headers(files: Iterable[SourceFile], manifest: Path | None = None) -> dict[str, Header]:
+    """The headers of a shard folder's source, by file; a message names the ``manifest`` that they stand in.
+
+    Raises:
+        CheckpointError: one breaks the format.
+    """
+    within = "" if manifest is None else f" in {manifest}"
+    return {file.name: parse_header(file.header.encode(), file.size, file.name + within) for file in files}
+
+
+def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> FileTensor:
     if len(name) > LONGEST_TEXT:
         raise bad(f"the tensor {shorten(name, _NAME)} has a name of {len(name):,} characters")
     called = f"tensor {shorten(name, _NAME)}"
@@ -200,7 +210,7 @@ def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointErr
     if max(offsets) > MOST_BYTES or end - begin != wanted:
         span = shown(end - begin) if max(offsets) <= MOST_BYTES else "more than any file's"
         raise bad(f"{called} spans {span} bytes, but {dtype} of shape {shown(shape)} has {wanted}")
-    return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
+    return FileTensor(name, dtype, tuple(shape), base + begin, base + end)
 
 
 def _natural(value: Any) -> bool:
@@ -208,8 +218,8 @@ def _natural(value: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class NewTensor:
-    """A tensor to be written."""
+class TensorSpec:
+    """What a tensor is, wherever its bytes may be: one to be written, or of a model that is not here."""
 
     name: str
     dtype: str
@@ -220,7 +230,7 @@ class NewTensor:
         return tensor_nbytes(self.dtype, self.shape)
 
 
-def build_header(tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> Header:
+def build_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> Header:
     """The header of a file that will hold ``tensors``, so that it can be written before any data.
 
     Tensors are laid out as the reference writer does, widest dtype first and then by name, which keeps every

@@ -25,7 +25,7 @@ from tpctl.checkpoint.folder import INDEX, SINGLE, refuse_adapter, stale_index
 from tpctl.checkpoint.gguf import check_gguf, convert_gguf, listed, model_files, model_name, part_files
 from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
-from tpctl.checkpoint.transfer import Progress
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import SourceError, counted, printable, shorten
 from tpctl.manifest.manifest import MANIFEST
 

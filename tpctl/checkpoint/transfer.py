@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
 
 from tpctl.checkpoint.hub_errors import is_transport_error, retry_after
 from tpctl.checkpoint.locks import exclusive
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import SourceError
 
 ATTEMPTS = 5
@@ -24,12 +24,6 @@ ATTEMPTS = 5
 
 LONGEST_WAIT = 60
 """Seconds that a Hub that sees too many requests may ask us to wait; beyond it the user decides."""
-
-
-class Progress(Protocol):
-    """Told how far a piece of work has come; ``done`` and ``total`` are bytes."""
-
-    def __call__(self, done: int, total: int, what: str = "") -> None: ...
 
 
 class Meter:
@@ -80,7 +74,7 @@ class Download:
                 return min(path.stat().st_size, self.size)
         return 0
 
-    def run(self, meter: Meter) -> None:
+    def fetch(self, meter: Meter) -> None:
         """Fetch what is missing, check it and put it in place.
 
         Raises:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpctl.cli.console import print_json, status
-from tpctl.cli.engine import configure, prepare, say_context, say_policy, settle
+from tpctl.cli.console import byte_progress, print_json, status
+from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
 from tpctl.cli.options import MODEL_HELP, POLICY, DistributionOptions, EngineOptions, SchedulingPolicy, grouped
 from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from tpctl.bench.measure import Figure
+    from tpctl.bench.measure import Measured
     from tpctl.wire.settings import EngineConfig
 
 bench = typer.Typer(help="Measure speed on a real model, or on random weights of a known shape.", no_args_is_help=True)
@@ -47,11 +47,11 @@ def throughput(
     sampling.check()
     config, name, vocab = _config(model, shape, engine, scheduling_policy or SchedulingPolicy.makespan)
     with status(f"running {workload}"):
-        figures, info = measure.throughput(config, workload, vocab, runs, sampling.given())
-    say_policy(scheduling_policy, info)
-    say_context(info)
+        measured = measure.throughput(config, workload, vocab, runs, sampling.given())
+    say_policy(scheduling_policy, measured.engine)
+    say_context(measured.engine)
     settings = {"workload": workload, "sampling": sampling.given()}
-    _print("throughput", name, config, figures, info, settings, as_json)
+    _print("throughput", name, config, measured, settings, as_json)
 
 
 @grouped
@@ -75,9 +75,9 @@ def latency(
     sampling.check()
     config, name, vocab = _config(model, shape, engine)
     with status("running one request at a time"):
-        figures, info = measure.latency(config, prompt_tokens, output_tokens, vocab, runs, sampling.given())
+        measured = measure.latency(config, prompt_tokens, output_tokens, vocab, runs, sampling.given())
     settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "sampling": sampling.given()}
-    _print("latency", name, config, figures, info, settings, as_json)
+    _print("latency", name, config, measured, settings, as_json)
 
 
 @grouped
@@ -99,8 +99,8 @@ def startup(
 
     config, name, vocab = _config(model, shape, engine)
     with status("starting and stopping"):
-        figures, info = measure.startup(config, prompt_tokens, vocab, runs)
-    _print("startup", name, config, figures, info, {"prompt_tokens": prompt_tokens}, as_json)
+        measured = measure.startup(config, prompt_tokens, vocab, runs)
+    _print("startup", name, config, measured, {"prompt_tokens": prompt_tokens}, as_json)
 
 
 bench.command("throughput", short_help="Tokens a second of a whole workload.")(throughput)
@@ -123,39 +123,39 @@ def _config(
         return config, model, ModelConfig.load(config.text_dir).vocab_size
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
-    from tpctl.arch.splits import build_plan
+    from tpctl.arch.source_plan import build_plan
     from tpctl.bench.synthetic import shape_config, synthetic_source
+    from tpctl.client.prepare import configure
 
-    known = shape_config(shape)
-    settings = settle(options, policy)
-    build_plan(known, settings.tp_size)
+    known, args = shape_config(shape), engine_args(options, policy)
+    settings = args.settle()
+    build_plan(known, args.tp or 1)
     settings.longest(known.max_position_embeddings)
     with status(f"making random weights of {shape}"):
         source = synthetic_source(shape)
-    return configure(source, options, policy), shape, known.vocab_size
+    return configure(source, args, progress=byte_progress), shape, known.vocab_size
 
 
 def _print(
     benchmark: str,
     model: str,
     config: EngineConfig,
-    figures: dict[str, Figure],
-    info: dict[str, Any],
+    measured: Measured,
     settings: dict[str, Any],
     as_json: bool,
 ) -> None:
     from tpctl.bench.measure import Report, machine
 
-    asked = config.to_dict()
-    report = Report(benchmark, model, figures, info, machine(), {**settings, "engine": asked})
+    asked, info = {**settings, "engine": config.to_dict()}, measured.engine
+    report = Report(benchmark, model, measured.figures, info, machine(), asked, measured.stats)
     if as_json:
         print_json(report.to_dict())
         return
     gpus = report.machine["gpus"]
-    where = f"{len(gpus)} x {gpus[0]}" if info["device"] == "cuda" and gpus else report.machine["cpu"]
-    cache = "  packed KV cache" if info["kv_cache_dtype"] == "packed" else ""
-    print(f"{model}  tp {info['tp_size']}  {info['dtype']}  {info['attention_backend']}{cache}  on {where}")
-    for name, figure in figures.items():
+    where = f"{len(gpus)} x {gpus[0]}" if info.device == "cuda" and gpus else report.machine["cpu"]
+    cache = "  packed KV cache" if info.kv_cache_dtype == "packed" else ""
+    print(f"{model}  tp {info.tp_size}  {info.dtype}  {info.attention_backend}{cache}  on {where}")
+    for name, figure in measured.figures.items():
         low, high = figure.spread
         print(
             f"  {name:<12} {figure.median:10.2f} {figure.unit:<6} ({low:.2f} to {high:.2f}, {len(figure.values)} runs)"

@@ -6,7 +6,6 @@ import io
 import os
 import secrets
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -72,9 +71,7 @@ def chat(
     at_hand = TemplateAtHand(template)
     first = {"role": "user", "content": message} if message is not None else GREETING[0]
     begun = [first] if system is None else [{"role": "system", "content": system}, first]
-    config = prepare(model, engine, look=lambda source: at_hand.look(source, begun))
-    if config.device == "cpu" and engine.max_num_batched_tokens is None:
-        config = replace(config, max_num_batched_tokens=max(CHAT_CPU_TOKENS, config.max_num_seqs))
+    config = prepare(model, engine, look=lambda source: at_hand.look(source, begun), cpu_tokens=CHAT_CPU_TOKENS)
     with EngineClient(config) as client:
         tokenizer = at_hand.tokenizer(config.text_dir)
         recommended = recommended_sampling(config.text_dir, sampling.given(), at_hand.shown)

@@ -8,20 +8,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import json_printable, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
-
-
-class Progress(Protocol):
-    """Told how far a piece of work has come. ``total`` is in the unit named when it was opened."""
-
-    def __call__(self, done: int, total: int, what: str = "") -> None: ...
 
 
 def stderr() -> Console:

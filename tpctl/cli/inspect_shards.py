@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say, stdout
-from tpctl.cli.units import format_bytes
-from tpctl.errors import counted, printable
+from tpctl.errors import counted, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 
 if TYPE_CHECKING:
@@ -104,8 +103,8 @@ def _draw(report: InspectReport) -> None:
     from tpctl.sharding.showing.kinds import kinds
     from tpctl.sharding.showing.picture import draw
 
-    head_dim = ModelConfig.load(Path(report.folder)).head_dim
-    stdout().print(draw(kinds(report), head_dim), soft_wrap=True)
+    blueprint = ModelConfig.load(Path(report.folder)).blueprint
+    stdout().print(draw(kinds(report), blueprint), soft_wrap=True)
     say()
 
 

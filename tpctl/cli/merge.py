@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, print_json, say
-from tpctl.cli.units import format_bytes
-from tpctl.errors import counted
+from tpctl.errors import counted, format_bytes
 
 
 def merge(

@@ -18,13 +18,11 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from tpctl.errors import RequestError, UsageError, shown
+from tpctl.wire.settings import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS
 
-CPU_SEQS, CPU_TOKENS = 64, 4096
-GPU_SEQS, GPU_TOKENS = 512, 16384
-"""Sequences and tokens of a step where nothing else is asked for."""
 CHAT_CPU_TOKENS = 256
-"""The same for a chat on a CPU. Its Ctrl-C waits for no step, but the next message does; and there a prompt takes no
-less time in steps of thousands of tokens than in steps of this size."""
+"""Tokens of a step of a chat on a CPU. Its Ctrl-C waits for no step, but the next message does; and there a prompt
+takes no less time in steps of thousands of tokens than in steps of this size."""
 
 
 class Device(StrEnum):

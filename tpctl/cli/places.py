@@ -1,12 +1,20 @@
-"""What the names of a batch's input and output lead to."""
+"""What the names of a batch's input and output lead to, and how they are read and written."""
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from tpctl.errors import UsageError
+from tpctl.checkpoint.outputs import resolved
+from tpctl.cli.console import note
+from tpctl.cli.streams import NamedFile, is_closed_pipe, stdin_bytes
+from tpctl.errors import OutputError, SourceError, UsageError
 
 
 def refuse_own_input(prompts: str, output: str) -> None:
@@ -39,3 +47,94 @@ def _identity(place: int | Path) -> tuple[int, int] | None:
 def is_pipe(path: str) -> bool:
     """Whether ``path`` is a named pipe, whose opening waits for its other end; one that is open already does not."""
     return Path(path).is_fifo() and not path.startswith(("/dev/", "/proc/"))
+
+
+def target_of(output: str) -> Path | None:
+    """The file that rows are collected for; ``None`` where they go out one by one: to stdout, a pipe or a device."""
+    if output == "-":
+        return None
+    path = Path(output)
+    if not output:
+        raise UsageError("-o is empty; name a file, or leave it out for stdout")
+    if not path.name:
+        raise OutputError(f"{output} is a folder; name a file to write to")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return None
+    return resolved(path) if path.is_symlink() else path  # the link stays, what it names is replaced
+
+
+@contextmanager
+def opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | None]]:
+    """The input, and how many lines with text it has, if that is asked for and can be counted."""
+    from tpctl.client.jobs import bounded_lines
+
+    if prompts == "-":
+        with stdin_bytes() as stream:
+            yield stream, None
+        return
+    if is_pipe(prompts):
+        note(f"waiting for somebody to write to {prompts}")
+    try:
+        stream = Path(prompts).open("rb")  # noqa: SIM115 — closed below
+    except OSError as error:
+        raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
+    with stream:
+        total = None
+        if count and is_file(stream):
+            total = sum(1 for line in bounded_lines(stream, prompts) if line.strip())
+            stream.seek(0)
+        yield stream, total
+
+
+@contextmanager
+def output_stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None]:
+    """Where rows go at once, if they do."""
+    if target is not None:
+        yield None
+    elif output == "-":
+        yield sys.stdout.buffer
+    else:
+        if is_pipe(output):
+            note(f"waiting for somebody to read {output}")
+        try:
+            file = NamedFile(output, "wb", output)
+        except OSError as error:
+            raise OutputError(f"cannot write {output}: {error.strerror}") from None
+        stream = io.BufferedWriter(file)
+        try:
+            yield stream
+        except BaseException:
+            with suppress(OSError):  # what could not be written was said when it was tried
+                stream.close()
+            raise
+        with writing():
+            stream.close()
+
+
+def mentions(stream: IO[bytes], word: bytes) -> bool:
+    """Whether a line of a file holds ``word``; a pipe cannot be asked."""
+    if not is_file(stream):
+        return False
+    place = stream.tell()
+    found = any(word in line for line in stream)
+    stream.seek(place)
+    return found
+
+
+def is_file(stream: IO[bytes]) -> bool:
+    return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Says of rows that cannot go out one by one how none would be lost."""
+    try:
+        yield
+    except OSError as error:
+        if is_closed_pipe(error) or error.filename is None:
+            raise
+        if error.filename == "standard output":
+            instead = "with -o FILE finished rows are kept for --resume"
+        else:
+            instead = "name a file on a disk with -o, beside which finished rows are kept for --resume"
+        raise OutputError(f"cannot write to {error.filename}: {error.strerror}; {instead}") from None

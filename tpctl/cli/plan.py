@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import print_json, stdout
-from tpctl.cli.options import GPU_SEQS, GPU_TOKENS, DType, KvCacheDType
-from tpctl.cli.units import format_bytes, parse_bytes
-from tpctl.errors import UsageError
+from tpctl.cli.options import DType, KvCacheDType
+from tpctl.cli.units import parse_bytes
+from tpctl.errors import UsageError, format_bytes
 from tpctl.manifest.manifest import describe_ranks
+from tpctl.wire.settings import GPU_SEQS, GPU_TOKENS
 
 if TYPE_CHECKING:
     from tpctl.planning.fit import FitReport, RankFit

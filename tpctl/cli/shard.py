@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, print_json, say
-from tpctl.cli.source import supported_source
-from tpctl.cli.units import format_bytes, parse_bytes, parse_ranks
-from tpctl.errors import counted
+from tpctl.cli.units import parse_bytes, parse_ranks
+from tpctl.errors import counted, format_bytes
 
 if TYPE_CHECKING:
     from tpctl.sharding.cutting.writer import ShardReport
@@ -40,12 +39,13 @@ def shard(
     """Cut a checkpoint into shards: one set of safetensors files a rank, with a manifest that proves them."""
     part_size, wanted = parse_bytes(max_part_size), parse_ranks(ranks)
     from tpctl.checkpoint.cache import file_name
+    from tpctl.client.prepare import supported_source
     from tpctl.sharding.cutting.shard import shard_checkpoint
     from tpctl.sharding.publishing.pending import refuse_existing
 
     if output is not None:
         refuse_existing(output, force, add=wanted is not None)
-    source = supported_source(model, tp, revision=revision, token=token)
+    source = supported_source(model, tp, revision=revision, token=token, progress=byte_progress)
     out = output or Path(f"{file_name(Path(source.id).name)}-tp{tp}")
     with byte_progress("sharding") as progress:
         report = shard_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tpctl.errors import UsageError, shorten
+from tpctl.errors import UsageError, format_bytes, shorten
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": (1000 if kind == "B" else 1024) ** power
@@ -44,15 +44,6 @@ def parse_bytes(text: str, unit: str = "GB") -> int:
         unit_of = "byte" if number == "1" else "bytes"
         raise UsageError(f"{number} would be {number} {unit_of}; write it with a unit, like {number}{unit}")
     return count
-
-
-def format_bytes(count: float) -> str:
-    """``count`` bytes in decimal units, as disks and the Hub state them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def parse_ranks(text: str | None) -> list[int] | None:

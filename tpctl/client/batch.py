@@ -13,6 +13,7 @@ from typing import Any
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.jobs import BadLine, Job, JobParser, Line
 from tpctl.client.results import Results
+from tpctl.client.router import Mailbox
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ class Batch:
         parser: JobParser,
         *,
         together: int = 1,
-        step: Callable[[Tally], None] = lambda tally: None,
+        step: Callable[[Tally], object] = lambda tally: None,
         should_stop: Callable[[], object] = lambda: False,
     ) -> Tally:
         """Answer every line.
@@ -139,24 +140,25 @@ class Batch:
             EngineError: the workers failed. Rows that finished are kept in both cases.
         """
         self.tally = Tally(started=time.monotonic())
+        self._open = {}
         feed = _Feed(lines, parser, self._results, self._window, together)
         more = True
         try:
-            while more or self._open:
-                if should_stop():
-                    self.tally.interrupted = True
-                    self.tally.given_up = sorted(job.line.number for job, _ in self._open.values())
-                    self._client.abort(self._open)
-                    break
-                more = more and self._fill(feed)
-                if self._open:
-                    self._take(self._client.outputs(timeout=_POLL))
-                step(self.tally)
+            with self._client.mailbox() as mailbox:  # which aborts what is under way at its end
+                while more or self._open:
+                    if should_stop():
+                        self.tally.interrupted = True
+                        self.tally.given_up = sorted(job.line.number for job, _ in self._open.values())
+                        break
+                    more = more and self._fill(feed, mailbox)
+                    if self._open:
+                        mailbox.abort(self._take(mailbox.outputs(timeout=_POLL)))
+                    step(self.tally)
         finally:
             feed.stop()
         return self.tally
 
-    def _fill(self, feed: _Feed) -> bool:
+    def _fill(self, feed: _Feed, mailbox: Mailbox) -> bool:
         """Hand in jobs until the window is full or none is ready; whether more may come."""
         requests: list[Request] = []
         more = True
@@ -178,10 +180,11 @@ class Batch:
                 stream = TextStream(self._tokenizer, item.stop, item.token_ids, item.sampling.min_tokens)
                 self._open[str(item.line.index)] = (item, stream)
                 requests.append(Request(str(item.line.index), item.token_ids, item.sampling))
-        self._client.submit(requests)
+        mailbox.submit(requests)
         return more
 
-    def _take(self, outputs: list[Output]) -> None:
+    def _take(self, outputs: list[Output]) -> list[str]:
+        """Take in what came; ids of requests that have ended and of which the engine does not know that."""
         stopped = []
         for output in outputs:
             if output.id not in self._open:
@@ -215,7 +218,7 @@ class Batch:
                 continue
             self.tally.lines += 1
             self.tally.cached_tokens += stream.num_cached_tokens
-        self._client.abort(stopped)
+        return stopped
 
     def _row(self, job: Job, stream: TextStream) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -232,9 +235,9 @@ class Batch:
     def _logprobs(self, job: Job, stream: TextStream) -> list[dict[str, Any]]:
         texts = token_texts(self._tokenizer, job.token_ids)
         found = []
-        for id, (chosen, top) in zip(stream.token_ids, stream.logprobs, strict=False):
-            others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in top]
-            found.append({"id": id, "token": texts.push(id), "logprob": chosen, "top": others})
+        for id, at in zip(stream.token_ids, stream.logprobs, strict=False):
+            others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in at.top]
+            found.append({"id": id, "token": texts.push(id), "logprob": at.logprob, "top": others})
         return found
 
     def _fail(self, line: Line, id: str | int, message: str) -> None:

@@ -136,8 +136,7 @@ class Conversation:
     @property
     def max_model_len(self) -> int:
         """Tokens of the conversation at most."""
-        limit: int = self._client.wait_ready()["max_model_len"]
-        return limit
+        return self._client.wait_ready().max_model_len
 
     def restore(
         self, system: str | None, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any], stop: Sequence[str]
@@ -208,22 +207,19 @@ class Conversation:
         note: str | None = None
         started = time.monotonic()
         first: float | None = None
-        self._client.submit([request])
-        while stream.finish_reason is None:
-            outputs = [output for output in self._client.outputs(timeout=_POLL) if output.id == request.id]
-            for output in outputs:
-                if output.finish_reason == "error":
-                    raise RequestError(output.message or "the engine refused the request")
-                if output.token_ids and first is None:
-                    first = time.monotonic() - started
-                if piece := stream.push(output):
-                    show(piece)
-                note = output.message
-            ended = bool(outputs) and outputs[-1].finish_reason is not None
-            if not ended and (stream.stopped_early or should_stop()):
-                self._client.abort([request.id])  # and nobody waits for that, which may take the rest of a long step
-                if piece := stream.push(Output(request.id, [], "abort")):
-                    show(piece)
+        with self._client.mailbox() as mailbox:
+            mailbox.submit([request])
+            while stream.finish_reason is None:
+                # Closing the mailbox aborts it, and nobody waits for that, which may take the rest of a long step.
+                given_up = [Output(request.id, [], "abort")] if should_stop() else None
+                for output in given_up or mailbox.outputs(timeout=_POLL):
+                    if output.finish_reason == "error":
+                        raise RequestError(output.message or "the engine refused the request")
+                    if output.token_ids and first is None:
+                        first = time.monotonic() - started
+                    if piece := stream.push(output):
+                        show(piece)
+                    note = output.message
         if stream.token_ids or stream.finish_reason != "abort":
             self.messages = [*messages, {"role": "assistant", "content": stream.text}]
         return Answer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from tpctl.client.tokenizer import Tokenizer
@@ -152,9 +152,3 @@ def _byte_of() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of()
-
-
-def decode_in_pieces(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> list[str]:
-    """All pieces of a finished answer to ``prompt``, one a token and one for the end; joined they are its text."""
-    stream = detokenizer(tokenizer, prompt)
-    return [*(stream.push(id) for id in ids), stream.finish()]

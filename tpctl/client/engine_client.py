@@ -1,4 +1,4 @@
-"""The command line's side of a running engine: start the workers, hand in requests, take out tokens."""
+"""The front's side of a running engine: start the workers, hand in requests, take out tokens."""
 
 from __future__ import annotations
 
@@ -7,24 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from tpctl.errors import EngineError, RequestError, TpctlError
+from tpctl.client.router import Mailbox, Router
+from tpctl.errors import EngineError, TpctlError
 from tpctl.launch.torchrun import WORKER, Workers
 from tpctl.wire.channel import Channel, ChannelClosed
-from tpctl.wire.messages import (
-    Abort,
-    Add,
-    Fatal,
-    GetStats,
-    Message,
-    Output,
-    Outputs,
-    Ready,
-    Request,
-    Stats,
-    Stop,
-)
+from tpctl.wire.messages import Fatal, GetStats, Message, Output, Outputs, Ready, Request, Stats, Stop
+from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
 START_TIMEOUT = 1800.0  # seconds; weights from a slow network disk take their time
@@ -34,8 +24,9 @@ class EngineClient:
     """One engine and its workers.
 
     The constructor starts the workers and returns at once, so that the caller can tokenize while they load.
-    Use it as a context manager: leaving it ends every process. One thread at a time may call the methods that
-    wait.
+    Use it as a context manager: leaving it ends every process. Any thread may call any method. Consumers that share
+    the engine take a ``mailbox`` each; ``submit``, ``outputs`` and ``abort`` are those of a first one, for a program
+    that needs no other.
     """
 
     def __init__(
@@ -58,18 +49,20 @@ class EngineClient:
         """
         self._start_timeout = start_timeout
         self._deadline = time.monotonic() + start_timeout
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: rank 0 hung up
-        self._info: dict[str, Any] | None = None
+        self._info: EngineInfo | None = None
+        self._ready = threading.Event()  # or ended
+        self._ended = threading.Event()
         self._channel: Channel | None = None
-        self._early: list[Output] = []
-        self._error: TpctlError | None = None  # raised by every call, once what rank 0 had said before is taken out
-        self._failure: TpctlError | None = None  # the same, from the moment the reader knows it
+        self._stats: queue.SimpleQueue[EngineStats | None] = queue.SimpleQueue()  # None: rank 0 hung up
+        self._stats_lock = threading.Lock()  # held by who waits for an answer
+        self._failure: TpctlError | None = None
         self._told: list[Callable[[TpctlError], None]] = []
         self._lock = threading.Lock()  # of the two above
         self._closed = False
+        self._router = Router(self._send, lambda: self.wait_ready().max_model_len)
+        self._own = self._router.mailbox()
         self._workers = Workers(config, module, env)
-        self._reader = threading.Thread(target=self._receive, daemon=True)
-        self._reader.start()
+        threading.Thread(target=self._receive, daemon=True).start()
 
     def __enter__(self) -> Self:
         return self
@@ -79,79 +72,50 @@ class EngineClient:
     ) -> None:
         self.close()
 
-    def wait_ready(self) -> dict[str, Any]:
+    def wait_ready(self) -> EngineInfo:
         """Wait until the engine takes requests.
 
         Returns:
-            What it told about itself: ``max_model_len``, ``num_blocks``, ``device``, ``timings``, …
+            What it told about itself.
 
         Raises:
             EngineError: the workers failed (or another ``TpctlError`` that one of them raised), or took too
                 long.
         """
-        while self._info is None:
-            message = self._next(self._deadline - time.monotonic())
-            if message is None:
-                self._error = self._workers.late(self._start_timeout)
-                raise self._error
-            if isinstance(message, Ready):
-                self._info = message.info
+        if not self._ready.wait(max(0.0, self._deadline - time.monotonic())):
+            raise self._workers.late(self._start_timeout)
+        if self._info is None:
+            raise self._reason()
         return self._info
 
-    def submit(self, requests: Iterable[Request]) -> None:
-        """Hand in requests; ``outputs`` will carry their tokens.
+    def mailbox(self) -> Mailbox:
+        """A consumer's own way to the engine, beside that of others."""
+        return self._router.mailbox()
 
-        Raises:
-            RequestError: a prompt is empty or longer than the model takes; none of the requests was handed
-                in.
-            EngineError: the workers failed.
-        """
-        requests = list(requests)
-        limit = self.wait_ready()["max_model_len"]
-        for request in requests:
-            check_length(len(request.token_ids), limit)
-        if requests:
-            self._send(Add(requests))
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Hand in requests, as ``Mailbox.submit``; ``outputs`` will carry their tokens."""
+        self._own.submit(requests)
 
     def outputs(self, timeout: float | None = None) -> list[Output]:
-        """Wait for new tokens of any request.
-
-        Returns:
-            At least one output, or none after ``timeout`` seconds.
-
-        Raises:
-            EngineError: the workers failed.
-        """
-        if self._early:
-            early, self._early = self._early, []
-            return early
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            message = self._next(None if deadline is None else deadline - time.monotonic())
-            if message is None:
-                return []
-            if isinstance(message, Outputs) and message.outputs:
-                return message.outputs
+        """Wait for new tokens of what was handed in here, as ``Mailbox.outputs``."""
+        return self._own.outputs(timeout)
 
     def abort(self, ids: Iterable[str]) -> None:
-        """Ask that requests end; each one's last output has the finish reason "abort". Skips unknown ids."""
-        ids = list(ids)
-        if ids:
-            self._send(Abort(ids))
+        """Ask that requests of this mailbox end, as ``Mailbox.abort``."""
+        self._own.abort(ids)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> EngineStats:
         """The engine's counters since it started.
 
         Raises:
             EngineError: the workers failed.
         """
-        self._send(GetStats())
-        while True:
-            message = self._next(None)
-            if isinstance(message, Stats):
-                return message.values
-            if isinstance(message, Outputs):
-                self._early += message.outputs
+        with self._stats_lock:
+            self._send(GetStats())
+            stats = self._stats.get()
+        if stats is None:
+            raise self._reason()
+        return stats
 
     def failure_now(self) -> TpctlError | None:
         """Why the engine has ended, if it has without being asked to; does not wait."""
@@ -173,7 +137,7 @@ class EngineClient:
             return
         self._closed = True
         polite = 0.0
-        if self._info is not None and self._error is None and self._channel is not None:
+        if self._info is not None and self._failure is None and self._channel is not None:
             try:
                 self._channel.send(Stop())
                 polite = 3.0
@@ -184,7 +148,7 @@ class EngineClient:
             self._channel.close()
 
     def _receive(self) -> None:
-        """Thread: everything rank 0 says goes to the inbox, then, when it ends, ``None`` behind the reason."""
+        """Thread: hands on everything that rank 0 says and then, when it ends, the reason."""
         fatal: str | None = None
         try:
             while not (self._closed or self._workers.failed):
@@ -194,10 +158,15 @@ class EngineClient:
                 self._channel = channel
                 while fatal is None:
                     message = channel.receive()
-                    if isinstance(message, Fatal):
+                    if isinstance(message, Outputs):
+                        self._router.deliver(message.outputs)
+                    elif isinstance(message, Fatal):
                         fatal = message.message
-                    else:
-                        self._inbox.put(message)
+                    elif isinstance(message, Ready):
+                        self._info = message.info
+                        self._ready.set()
+                    elif isinstance(message, Stats):
+                        self._stats.put(message.values)
                 break
         except ChannelClosed:
             pass
@@ -208,7 +177,10 @@ class EngineClient:
         finally:
             if not self._closed:
                 self._fail(self._workers.failure(fatal))
-            self._inbox.put(None)
+            self._router.fail(self._reason())
+            self._ended.set()
+            self._ready.set()
+            self._stats.put(None)
 
     def _fail(self, reason: TpctlError) -> None:
         with self._lock:
@@ -218,18 +190,9 @@ class EngineClient:
             for callback in told:
                 callback(reason)
 
-    def _next(self, timeout: float | None) -> Message | None:
-        """The next message, or ``None`` after ``timeout`` seconds."""
-        if self._error is not None:
-            raise self._error
-        try:
-            message = self._inbox.get(timeout=None if timeout is None else max(0.0, timeout))
-        except queue.Empty:
-            return None
-        if message is None:
-            self._error = self._failure or EngineError("the engine is closed")
-            raise self._error
-        return message
+    def _reason(self) -> TpctlError:
+        """Why nothing can be asked of the engine any more."""
+        return self._failure or EngineError("the engine is closed")
 
     def _send(self, message: Message) -> None:
         self.wait_ready()
@@ -237,23 +200,5 @@ class EngineClient:
         try:
             self._channel.send(message)
         except ChannelClosed:
-            # Why it is closed stands in the inbox, behind what was said before.
-            while True:
-                received = self._next(None)
-                if isinstance(received, Outputs):
-                    self._early += received.outputs
-
-
-def check_length(num_tokens: int, max_model_len: int) -> None:
-    """Refuse a prompt that leaves no room for an answer.
-
-    Raises:
-        RequestError: it is empty, or as long as the longest sequence or longer.
-    """
-    if num_tokens == 0:
-        raise RequestError("the prompt is empty; give it at least one token")
-    if num_tokens >= max_model_len:
-        raise RequestError(
-            f"the prompt has {num_tokens} tokens, but this engine takes at most {max_model_len - 1}"
-            " (and one to answer with); shorten it, or raise --max-model-len, or --kv-cache-memory if that is the limit"
-        )
+            self._ended.wait()  # the reader is about to learn why
+            raise self._reason() from None

@@ -16,7 +16,7 @@ from typing import IO, Any
 from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
-from tpctl.client.engine_client import check_length
+from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.errors import SourceError, TpctlError, shown
 from tpctl.wire.sampling import SamplingParams

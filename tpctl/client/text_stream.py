@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tpctl.client.detokenizer import detokenizer
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.messages import Output
+from tpctl.wire.report import TokenLogprob
 
 
 class StopStrings:
@@ -58,7 +58,7 @@ class TextStream:
         token_ids: the tokens behind it, with the end-of-sequence token if there was one.
         finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found.
         num_cached_tokens: prompt tokens that the prefix cache spared.
-        logprobs: one entry for each of ``token_ids``, as in ``Output``; empty if none were asked for.
+        logprobs: one entry for each of ``token_ids``; empty if none were asked for.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TextStream:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.num_cached_tokens = 0
-        self.logprobs: list[Any] = []
+        self.logprobs: list[TokenLogprob] = []
 
     @property
     def text(self) -> str:

@@ -6,16 +6,15 @@ and samples the same tokens; only rank 0's outputs are sent anywhere.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tpctl.distributed import TPGroup
-from tpctl.engine.runners.runner import Launched, ModelRunner
+from tpctl.engine.runners.runner import Launched, ModelRunner, make_plain_runner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.layers.attention.select import choose_backend
 from tpctl.wire.messages import Abort, Add, Message, Output
+from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
 
@@ -28,18 +27,19 @@ class Engine:
 
     def __init__(self, config: EngineConfig, group: TPGroup) -> None:
         self.config = config
-        self.runner = _make_runner(config, group)
+        self.runner = make_runner(config, group)
         self._pending: Launched | None = None
-        blocks = BlockManager(self.runner.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
+        model, memory = self.runner.loaded.config, self.runner.memory
+        blocks = BlockManager(memory.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=self.runner.max_model_len,
-            vocab_size=self.runner.model_config.vocab_size,
-            eos_token_ids=self.runner.model_config.eos_token_ids,
-            rope_offset=self.runner.rotary.offset,
-            context_full=self.runner.context_full,
+            max_model_len=memory.max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            rope_offset=self.runner.rope_offset,
+            context_full=memory.context_full,
             pace=self.runner.pace,
         )
 
@@ -81,39 +81,44 @@ class Engine:
         token_ids, logprobs = self.runner.collect(launched)
         return self.scheduler.commit(launched.batch, token_ids, logprobs)
 
-    def info(self) -> dict[str, Any]:
-        return {**self.runner.info(), "max_num_seqs": self.config.max_num_seqs}
+    def info(self) -> EngineInfo:
+        return self.runner.info()
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start, and how many KV blocks are free, by name.
+    def stats(self) -> EngineStats:
+        """Counters since the start, and how many KV blocks are free.
 
         When nothing is being computed, the block manager's books are checked on the way.
         """
         scheduler, blocks = self.scheduler.stats, self.scheduler.blocks
         if not self.has_work:
             self.scheduler.check_integrity()
-        return {
-            "steps": scheduler.steps,
-            "prompt_tokens": scheduler.prompt_tokens,
-            "computed_tokens": scheduler.computed_tokens,
-            "generated_tokens": scheduler.generated_tokens,
-            "preemptions": scheduler.preemptions,
-            "paced_steps": scheduler.paced_steps,
-            "prefix_cache_queried_tokens": blocks.queried_tokens,
-            "prefix_cache_hit_tokens": blocks.hit_tokens,
-            "evictions": blocks.evictions,
-            "num_blocks": blocks.num_blocks,
-            "free_blocks": blocks.num_free_blocks,
-            "device_memory": self.runner.device_memory(),
-            "reserved_memory": self.runner.reserved_memory(),
-        }
+        return EngineStats(
+            steps=scheduler.steps,
+            prompt_tokens=scheduler.prompt_tokens,
+            computed_tokens=scheduler.computed_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            preemptions=scheduler.preemptions,
+            paced_steps=scheduler.paced_steps,
+            prefix_cache_queried_tokens=blocks.queried_tokens,
+            prefix_cache_hit_tokens=blocks.hit_tokens,
+            evictions=blocks.evictions,
+            num_blocks=blocks.num_blocks,
+            free_blocks=blocks.num_free_blocks,
+            device_memory=self.runner.device_memory(),
+            reserved_memory=self.runner.reserved_memory(),
+        )
 
 
-def _make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
+def make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
+    """The runner for the device and the attention backend (collective).
+
+    Raises:
+        EngineError: the settings do not fit the model or the memory.
+    """
     # Whether the backend suits the dtype is for the runner to say, which knows what "auto" means there.
     backend = choose_backend(config.attention_backend, group.device.type, torch.bfloat16)
     if group.device.type == "cuda" and backend != "sdpa":
-        from tpctl.engine.runners.cuda import CudaRunner
+        from tpctl.engine.runners.cuda import make_cuda_runner
 
-        return CudaRunner(config, group)
-    return ModelRunner(config, group)
+        return make_cuda_runner(config, group)
+    return make_plain_runner(config, group)

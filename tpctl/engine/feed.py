@@ -12,15 +12,13 @@ import os
 import queue
 import secrets
 import socket
-import struct
 import threading
 from typing import Any
 
 from tpctl.distributed import TPGroup
-from tpctl.wire.channel import Channel
+from tpctl.wire.channel import Channel, ChannelClosed
 from tpctl.wire.messages import Message, from_wire
 
-_LENGTH = struct.Struct(">I")
 _JOIN_TIMEOUT = 60.0  # seconds for the other ranks to connect
 _HELLO_TIMEOUT = 5.0  # seconds for a connection to name the secret
 
@@ -41,9 +39,8 @@ class Leader:
             arrived.append(self._inbox.get())
         if self._followers:
             data = b"[" + b",".join(text for _, text in arrived) + b"]"
-            frame = _LENGTH.pack(len(data)) + data
             for follower in self._followers:
-                follower.sendall(frame)
+                follower.send_json(data)
         return [message for message, _ in arrived]
 
     def send(self, message: Message) -> None:
@@ -67,23 +64,17 @@ class Follower:
 
     def next(self, wait: bool) -> list[Message]:
         """The messages that rank 0 applies at the same step. Rank 0 decides whether to wait."""
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        return [from_wire(wire) for wire in json.loads(self._read(length))]
+        try:
+            frame = self._leader.receive_json()
+        except ChannelClosed:
+            os._exit(1)  # rank 0 is gone
+        return [from_wire(wire) for wire in json.loads(frame)]
 
     def send(self, message: Message) -> None:
         """Followers compute the same outputs as rank 0, which alone reports them."""
 
-    def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = self._leader.recv(size - len(data))
-            if not part:
-                os._exit(1)  # rank 0 is gone
-            data += part
-        return data
 
-
-def _accept_followers(group: TPGroup) -> list[socket.socket]:
+def _accept_followers(group: TPGroup) -> list[Channel]:
     """Listen, tell the group where and with which secret, and wait for every other rank."""
     if group.size == 1:
         return []
@@ -93,14 +84,14 @@ def _accept_followers(group: TPGroup) -> list[socket.socket]:
         server.settimeout(_JOIN_TIMEOUT)
         address = "127.0.0.1" if _is_local(host) else host
         group.broadcast_text(json.dumps([address, server.getsockname()[1], token]))
-        followers: list[socket.socket] = []
+        followers: list[Channel] = []
         while len(followers) < group.size - 1:
             connection, _ = server.accept()
             connection.settimeout(_HELLO_TIMEOUT)
             if secrets.compare_digest(_hello(connection, len(token)), token.encode()):
                 connection.settimeout(None)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                followers.append(connection)
+                followers.append(Channel(connection))
             else:
                 connection.close()
     return followers
@@ -114,13 +105,13 @@ def _hello(connection: socket.socket, length: int) -> bytes:
         return b""
 
 
-def _connect_to_leader(group: TPGroup) -> socket.socket:
+def _connect_to_leader(group: TPGroup) -> Channel:
     where: list[Any] = json.loads(group.broadcast_text(""))
     address, port, token = where
     connection = socket.create_connection((address, port), timeout=_JOIN_TIMEOUT)
     connection.sendall(token.encode())
     connection.settimeout(None)
-    return connection
+    return Channel(connection)
 
 
 def _is_local(host: str) -> bool:

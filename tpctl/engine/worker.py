@@ -86,7 +86,7 @@ def main() -> None:
         joined = time.perf_counter()
         engine = Engine(config, group)
         feed = Leader(group, channel) if channel is not None else Follower(group)
-        timings = engine.runner.timings
+        timings = engine.runner.loaded.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))
         serve(engine, feed, policy)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpctl.arch.blueprint import Activation
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` for rows [gate; up]: [T, 2 I] -> [T, I].
 
-    Shazeer, "GLU Variants Improve Transformer" (2020), with SiLU as the gate.
+def act_and_mul(gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+    """``activation(gate) * up`` for rows [gate; up]: [T, 2 I] -> [T, I].
+
+    Shazeer, "GLU Variants Improve Transformer" (2020).
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    acted = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return acted.mul_(up)

@@ -11,8 +11,8 @@ Shape letters used in ``layers`` and ``engine``:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -46,7 +46,6 @@ class ForwardBatch:
         long_context: whether the backend called this step long (``PagedBackend.is_long``).
         chunks: set in a captured step of decodes and prefill chunks, whose split must not be part of the graph: every
             row then counts as a decode, with a length of 0 in ``seq_lens_S`` where it belongs to one of these chunks.
-        scratch: what a backend or layer prepares once a step and uses in every layer.
     """
 
     input_ids: Tensor
@@ -61,7 +60,6 @@ class ForwardBatch:
     seq_lens_S: Tensor | None = None
     long_context: bool = False
     chunks: PrefillChunks | None = None
-    scratch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

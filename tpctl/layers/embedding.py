@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpctl.distributed import TPGroup
-from tpctl.layers.gemm import Gemm, make_gemm
+from tpctl.layers.linear import ColumnParallelLinear
+from tpctl.layers.norm import RMSNorm
 from tpctl.partition.split import Range
 
 
@@ -16,45 +17,50 @@ class VocabParallelEmbedding(nn.Module):
 
     Args:
         vocab: this rank's rows of the padded vocabulary.
+        scale: what a row is multiplied by, rounded to the weight's dtype (Gemma's root of the hidden size).
     """
 
-    def __init__(self, vocab: Range, hidden_size: int, group: TPGroup, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        vocab: Range,
+        hidden_size: int,
+        group: TPGroup,
+        dtype: torch.dtype | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.vocab = vocab
         self.group = group
+        self.scale = scale if dtype is None else float(torch.tensor(scale, dtype=dtype, device="cpu"))
         self.weight = nn.Parameter(torch.empty(len(vocab), hidden_size, dtype=dtype), requires_grad=False)
-
-    def local(self, input_ids: Tensor) -> Tensor:
-        """int64 [T] -> [T, H]: this rank's summand."""
-        if self.group.size == 1:
-            return F.embedding(input_ids, self.weight)
-        local = input_ids - self.vocab.start
-        held = (local >= 0) & (local < len(self.vocab))
-        return F.embedding(local.mul_(held), self.weight).mul_(held.unsqueeze(-1))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [T] -> [T, H]."""
-        return self.group.all_reduce(self.local(input_ids))
+        """int64 [T] -> [T, H]: this rank's summand."""
+        if self.group.size == 1:
+            rows = F.embedding(input_ids, self.weight)
+        else:
+            local = input_ids - self.vocab.start
+            held = (local >= 0) & (local < len(self.vocab))
+            rows = F.embedding(local.mul_(held), self.weight).mul_(held.unsqueeze(-1))
+        return rows if self.scale == 1.0 else rows.mul_(self.scale)
 
 
-class ParallelLMHead(nn.Module):
-    """The output projection: each rank gives the logits of its rows of the vocabulary.
+class ParallelLMHead(ColumnParallelLinear):
+    """The output projection: each rank gives the logits of its rows of the vocabulary, [R, V] in the model's dtype;
+    columns past the real vocabulary are padding.
 
-    ``tied`` shares the embedding's parameter, which the shard then stores once, under this layer's name.
+    Args:
+        softcap: a logit l becomes softcap * tanh(l / softcap).
     """
 
-    def __init__(self, vocab: Range, hidden_size: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.vocab = vocab
-        self.weight = nn.Parameter(torch.empty(len(vocab), hidden_size, dtype=dtype), requires_grad=False)
-        self._gemm: Gemm | None = None
+    def __init__(
+        self, vocab: Range, hidden_size: int, dtype: torch.dtype | None = None, *, softcap: float | None = None
+    ) -> None:
+        super().__init__(hidden_size, len(vocab), False, dtype)
+        self.softcap = softcap
 
-    def optimize(self) -> None:
-        """Pack a copy of the weight for the device's fastest GEMM; a tied embedding still needs the plain rows."""
-        self._gemm = make_gemm(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[R, H] -> [R, V] in the model's dtype; columns past the real vocabulary are padding."""
-        if self._gemm is not None:
-            return self._gemm(x, None)
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """[R, H] -> [R, V]."""
+        logits = super().forward(x, norm)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -5,25 +5,30 @@ Every rank holds a slice of ``W`` [out, in] that the partition plan cut; the cla
     ReplicatedLinear          the whole W            y is the whole output
     ColumnParallelLinear      rows of W              y is this rank's slice of the output features
     MergedColumnParallelLinear  rows of several W's, stacked: one GEMM instead of one each
-    GatedParallelLinear       rows of W_gate, W_up   y is this rank's slice of silu(gate) * up
+    GatedParallelLinear       rows of W_gate, W_up   y is this rank's slice of activation(gate) * up
     QKVParallelLinear         rows of W_q, W_k, W_v in whole heads, stacked likewise
     RowParallelLinear         columns of W           y is a partial sum: adding up the ranks gives the output
 
 A column-parallel layer followed by a row-parallel one needs no communication in between: what the first leaves
 distributed over the features is just what the second wants as its input. One all-reduce ends the pair.
+
+How the product is computed is the ``Weight``'s matter (``layers.weights``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpctl.arch.blueprint import Activation
 from tpctl.distributed import TPGroup
-from tpctl.layers.activation import silu_and_mul
-from tpctl.layers.gemm import GatedGemm, Gemm, make_gated_gemm, make_gemm
+from tpctl.layers.norm import RMSNorm
+from tpctl.layers.weights.dense import DenseWeight, Weight
+
+if TYPE_CHECKING:
+    from tpctl.layers.compute import Compute
 
 
 class ReplicatedLinear(nn.Module):
@@ -41,25 +46,32 @@ class ReplicatedLinear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._gemm: Gemm | None = None
+        self._matrix: Weight | None = None
 
-    def optimize(self) -> None:
-        """Called once, after loading: pack the weight for the device's fastest GEMM where that pays.
+    @property
+    def matrix(self) -> Weight:
+        """What multiplies: the device's own once ``use`` was called."""
+        return DenseWeight(self.weight) if self._matrix is None else self._matrix
 
-        The packed copy replaces the parameter, so that memory holds the weight once.
+    def use(self, compute: Compute) -> None:
+        """Called once, after loading: let the device have the weight in its own form.
+
+        A copy in another form replaces the parameter, so that memory holds the weight once.
         """
-        self._gemm = make_gemm(self.weight)
-        if self._gemm is not None:
-            self._drop_weight()
+        self._matrix = self._made_by(compute)
+        if not isinstance(self._matrix, DenseWeight):
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
-    def _drop_weight(self) -> None:
-        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+    def _made_by(self, compute: Compute) -> Weight:
+        return compute.weight(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x``: [T, in_features] -> [T, out_features]."""
-        if self._gemm is not None:
-            return self._gemm(x, self.bias)
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """``x``: [T, in_features], ``norm`` still to be applied -> [T, out_features]."""
+        return self.matrix.linear(x, self.bias, norm)
+
+    def runs(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """The same, or runs of the input apart, [S, T, out_features], for kernels that add them up as they read."""
+        return self.matrix.runs(x, self.bias, norm)
 
 
 class ColumnParallelLinear(ReplicatedLinear):
@@ -67,36 +79,33 @@ class ColumnParallelLinear(ReplicatedLinear):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel weights stacked into one; ``output_sizes`` are their slices on this rank."""
-
-    def __init__(
-        self, in_features: int, output_sizes: Sequence[int], bias: bool = False, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(in_features, sum(output_sizes), bias, dtype)
-        self.output_sizes = tuple(output_sizes)
+    """Several column-parallel weights stacked into one."""
 
 
 class GatedParallelLinear(MergedColumnParallelLinear):
-    """Gate and up projections of a gated MLP, stacked, with the gating: ``silu(gate) * up``.
+    """Gate and up projections of a gated MLP, stacked, with the gating: ``activation(gate) * up``.
 
     Args:
         width: this rank's share of the MLP.
     """
 
-    def __init__(self, in_features: int, width: int, bias: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__(in_features, (width, width), bias, dtype)
-        self._gated: GatedGemm | None = None
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        activation: Activation = "silu",
+    ) -> None:
+        super().__init__(in_features, 2 * width, bias, dtype)
+        self.activation = activation
 
-    def optimize(self) -> None:
-        self._gated = make_gated_gemm(self.weight, self.bias)
-        if self._gated is not None:
-            self._drop_weight()
+    def _made_by(self, compute: Compute) -> Weight:
+        return compute.weight(self.weight, gated=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """``x``: [T, in_features] -> [T, width]."""
-        if self._gated is not None:
-            return self._gated(x)
-        return silu_and_mul(super().forward(x))
+        return self.matrix.gated(x, self.bias, self.activation, norm)
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):
@@ -116,8 +125,7 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        super().__init__(in_features, sizes, bias, dtype)
+        super().__init__(in_features, (num_heads + 2 * num_kv_heads) * head_dim, bias, dtype)
 
 
 class RowParallelLinear(ReplicatedLinear):
@@ -132,12 +140,19 @@ class RowParallelLinear(ReplicatedLinear):
         super().__init__(in_features, out_features, bias, dtype)
         self.group = group
 
-    def partial(self, x: Tensor) -> Tensor:
-        """This rank's partial sum, [T, out_features]; the caller adds the ranks up (see ``RMSNorm.reduce_add``)."""
-        bias = self.bias if self.group.rank == 0 else None
-        if self._gemm is not None:
-            return self._gemm(x, bias)
-        return F.linear(x, self.weight, bias)
+    @property
+    def summand(self) -> Tensor | None:
+        """The bias that this rank adds."""
+        return self.bias if self.group.rank == 0 else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.group.all_reduce(self.partial(x))
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's partial sum, [T, out_features] or runs of it; the caller adds the ranks up."""
+        return self.matrix.partial(x, self.summand)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """On one rank: add the output to ``residual`` [T, out_features] in place."""
+        self.matrix.add_to(residual, x, self.summand)
+
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """The whole output on every rank."""
+        return self.group.all_reduce(self.matrix.linear(x, self.summand, norm))

@@ -1,22 +1,25 @@
-"""Root mean square normalisation, alone and fused with what comes before it in a decoder block."""
+"""Root mean square normalisation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from tpctl.distributed import TPGroup
+from tpctl.arch import blueprint
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """``x / rms(x) * weight`` over the last axis, in float32; rounded to ``x``'s dtype before the weight is applied.
 
-    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the rounding is that of Llama's reference.
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the rounding is that of Llama's reference. With
+    ``unit_offset`` the factor is 1 + weight, and the product is rounded, as in Gemma's.
     """
     wide = x.float()
     # The length is one pass over the row, where square and mean are two.
     length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    if unit_offset:
+        return (wide * scale).mul_(weight.float() + 1).to(x.dtype)
     if wide is x:
         return (x * scale).mul_(weight)
     return wide.mul_(scale).to(x.dtype).mul_(weight)
@@ -25,19 +28,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class RMSNorm(nn.Module):
     """RMSNorm whose weight [size] is replicated."""
 
-    def __init__(self, size: int, eps: float, group: TPGroup, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, size: int, eps: float, dtype: torch.dtype | None = None, *, unit_offset: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
         self.eps = eps
-        self.group = group
+        self.unit_offset = unit_offset
+
+    @classmethod
+    def of(cls, made_of: blueprint.Norm, dtype: torch.dtype | None = None) -> RMSNorm:
+        return cls(made_of.size, made_of.eps, dtype, unit_offset=made_of.unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def reduce_add(self, partial: Tensor, residual: Tensor) -> Tensor:
-        """All-reduce ``partial`` over the ranks, add it to ``residual`` in place, and normalise the sum.
-
-        The three belong together: each reads and writes the same [T, H] rows, and on a GPU one kernel does them all.
-        """
-        residual.add_(self.group.all_reduce(partial))
-        return rms_norm(residual, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)

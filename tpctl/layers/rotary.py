@@ -6,11 +6,12 @@ Su et al., "RoFormer" (2021). Pairs are (i, i + rotary_dim / 2), as in Hugging F
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tpctl.arch.config import RopeConfig
+from tpctl.arch.rope import RopeConfig
 
 
 class RotaryTable:
@@ -43,6 +44,28 @@ class RotaryTable:
         """The first row of the table that rotates all keys of a sequence of ``num_tokens`` tokens."""
         long = self.config.kind == "longrope" and num_tokens > self.config.original_max_position_embeddings
         return self.max_positions if long else 0
+
+
+def rotary_tables(
+    ropes: Sequence[RopeConfig], max_positions: int, device: torch.device | str
+) -> tuple[RotaryTable, ...]:
+    """Each layer's table; layers that rotate alike share one."""
+    tables: list[RotaryTable] = []
+    found = []
+    for rope in ropes:
+        table = next((table for table in tables if table.config == rope), None)
+        if table is None:
+            table = RotaryTable(rope, max_positions, device)
+            tables.append(table)
+        found.append(table)
+    return tuple(found)
+
+
+def rotary_offset(tables: Sequence[RotaryTable], num_tokens: int) -> int:
+    """The row of every layer's table at which the one for a sequence of ``num_tokens`` tokens begins."""
+    offsets = {table.offset(num_tokens) for table in tables}
+    assert len(offsets) == 1, "long RoPE is the same in every layer"
+    return offsets.pop()
 
 
 def inverse_frequencies(config: RopeConfig, factor: str = "") -> Tensor:

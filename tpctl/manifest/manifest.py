@@ -21,9 +21,9 @@ from tpctl.manifest.file import MANIFEST, parse_manifest, read_manifest
 from tpctl.manifest.records import (
     LONGEST_ID,
     CopiedFile,
+    ManifestTensor,
     Part,
     Shard,
-    ShardTensor,
     Source,
     SourceFile,
     digest,
@@ -115,7 +115,7 @@ class Manifest:
         """The names of ``rank``'s part files, in order; errors as ``shard``."""
         return [part.file for part in self.shard(rank).parts]
 
-    def tensors(self, rank: int) -> Mapping[str, ShardTensor]:
+    def tensors(self, rank: int) -> Mapping[str, ManifestTensor]:
         """``rank``'s tensors by name; errors as ``shard``."""
         return self.shard(rank).tensors
 

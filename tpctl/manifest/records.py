@@ -54,7 +54,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardTensor:
+class ManifestTensor:
     """A stored tensor: where it is, its BLAKE3 digest, and the pieces of source tensors that fill it.
 
     What no piece covers is ``fill``: zero for a padded vocabulary, one for a scale that a serving engine expects.
@@ -75,7 +75,7 @@ class Shard:
     """One rank's part files and the tensors in them, by name."""
 
     parts: tuple[Part, ...]
-    tensors: Mapping[str, ShardTensor]
+    tensors: Mapping[str, ManifestTensor]
 
     @property
     def nbytes(self) -> int:
@@ -150,10 +150,10 @@ def _part(value: Mapping[str, Any]) -> Part:
     return Part(plain_name(value["file"]), size, header_size, digest(value["header_sha256"]))
 
 
-def tensor_from_dict(value: Mapping[str, Any], num_parts: int) -> ShardTensor:
+def tensor_from_dict(value: Mapping[str, Any], num_parts: int) -> ManifestTensor:
     """A stored tensor of a shard of ``num_parts`` part files; errors as ``shard_from_dict``."""
     shape = _shape(value["shape"])
-    return ShardTensor(
+    return ManifestTensor(
         natural(value["part"], most=num_parts - 1),
         one_of(DTYPE_BITS, value["dtype"]),
         shape,

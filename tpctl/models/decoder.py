@@ -1,112 +1,105 @@
-"""The decoder that every supported family is an instance of, built from ``ModelConfig`` and the partition plan.
+"""The decoder that every supported family is an instance of, built from a blueprint and the partition plan.
 
 One block, with its two all-reduces (column-parallel in, row-parallel out, twice):
 
-    residual ─┬───────────────────────────────────(+)─┬──────────────────────────────────(+)──
-              └ norm ─ qkv_proj ─ attention ─ o_proj ─┘└ norm ─ gate_up ─ silu*up ─ down_proj ┘
-                       column      heads      row  all-reduce   column             row    all-reduce
+    residual ─┬───────────────────────────────────(+)─┬─────────────────────────────────(+)──
+              └ norm ─ qkv_proj ─ attention ─ o_proj ─┘└ norm ─ gate_up ─ act*up ─ down_proj ┘
+                       column      heads      row  all-reduce   column            row    all-reduce
 
-In code each all-reduce sits in the norm that follows it (``RMSNorm.reduce_add``), since reducing, adding to the
-residual and normalising are one pass over the same rows. A block therefore takes and returns partial sums.
+The residual stream takes each all-reduce together with the addition and the norm around it, and the linears multiply
+as their device does best (``layers.compute``): this is the only forward pass there is, on CPUs and GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tpctl.arch.config import ModelConfig
+from tpctl.arch import blueprint
+from tpctl.arch.blueprint import Blueprint
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.attention import Attention
-from tpctl.layers.attention.base import AttentionBackend, HeadShape, LayerKV
+from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV
 from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.compute import Compute
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpctl.layers.linear import GatedParallelLinear, ReplicatedLinear, RowParallelLinear
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
+from tpctl.layers.stream import ResidualStream, Rows
 from tpctl.partition.plan import PartitionPlan
 
 
-def head_shape(config: ModelConfig, plan: PartitionPlan, rank: int) -> HeadShape:
-    """The attention heads that ``rank`` holds."""
-    share = plan.heads[rank]
-    return HeadShape(len(share.query), len(share.kv), config.head_dim, config.head_dim**-0.5)
-
-
 class MLP(nn.Module):
-    """Gated MLP: merged gate and up (column-parallel), SiLU, down (row-parallel)."""
+    """Gated MLP: merged gate and up (column-parallel), activation, down (row-parallel).
 
-    def __init__(
-        self, hidden_size: int, width: int, group: TPGroup, bias: bool, dtype: torch.dtype | None = None
-    ) -> None:
+    ``down_proj`` is left to the residual stream that its sum is added to.
+    """
+
+    def __init__(self, made_of: blueprint.Gated, width: int, group: TPGroup, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.gate_up_proj = GatedParallelLinear(hidden_size, width, bias, dtype)
-        self.down_proj = RowParallelLinear(width, hidden_size, group, bias, dtype)
+        hidden = made_of.gate_up.inputs
+        self.gate_up_proj = GatedParallelLinear(hidden, width, made_of.gate_up.bias, dtype, made_of.activation)
+        self.down_proj = RowParallelLinear(width, hidden, group, made_of.down.bias, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] -> this rank's partial sum [T, H]."""
-        return self.down_proj.partial(self.gate_up_proj(x))
+    def forward(self, rows: Rows) -> Tensor:
+        """Normed [T, H] -> [T, I], what ``down_proj`` takes."""
+        return self.gate_up_proj(*rows)  # type: ignore[no-any-return]
+
+
+class _Norms(NamedTuple):
+    """A block's norms, by their places; their names as modules are those of the checkpoint."""
+
+    before_attention: RMSNorm
+    after_attention: RMSNorm | None
+    before_mlp: RMSNorm
+    after_mlp: RMSNorm | None
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP with their norms; takes and returns partial sums, and updates the residual in place."""
+    """Attention and MLP with their norms, each added to the residual stream."""
 
     def __init__(
         self,
-        config: ModelConfig,
-        plan: PartitionPlan,
-        layer: int,
-        backend: AttentionBackend,
+        made_of: blueprint.Block,
+        width: int,
+        backend: AttentionBackend[Any],
         rotary: RotaryTable,
         group: TPGroup,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        width = plan.shape(group.rank, f"model.layers.{layer}.mlp.down_proj.weight")[1]
-        self.input_layernorm = RMSNorm(hidden, eps, group, dtype)
-        self.self_attn = Attention(
-            hidden,
-            backend,
-            rotary,
-            group,
-            window=config.windows[layer],
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            qk_norm_eps=eps if config.family.qk_norm else None,
-            dtype=dtype,
-        )
-        self.post_attention_layernorm = RMSNorm(hidden, eps, group, dtype)
-        self.mlp = MLP(hidden, width, group, config.mlp_bias, dtype)
+        norms = (made_of.before_attention, made_of.after_attention, made_of.before_mlp, made_of.after_mlp)
+        self.norms = _Norms(*(self._norm(norm, dtype) for norm in norms))  # type: ignore[arg-type]
+        self.self_attn = Attention(made_of.attention, backend, rotary, group, dtype)
+        self.mlp = MLP(made_of.mlp, width, group, dtype)
 
-    def forward(
-        self,
-        partial: Tensor | None,
-        residual: Tensor,
-        kv: LayerKV,
-        batch: ForwardBatch,
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """This block's sums, not yet reduced, and the residual that they belong to.
+    def _norm(self, made_of: blueprint.Norm | None, dtype: torch.dtype) -> RMSNorm | None:
+        if made_of is None:
+            return None
+        norm = RMSNorm.of(made_of, dtype)
+        self.add_module(made_of.name, norm)
+        return norm
+
+    def forward(self, stream: ResidualStream, kv: LayerKV, plan: AttentionPlan, rows: Tensor | None = None) -> None:
+        """Add this block's two sums to ``stream``.
 
         Args:
-            partial: the previous block's sums, [T, H]; ``None`` in the first block.
-            residual: [T, H], which ``partial`` is added to in place.
-            rows: int64 [R], the only rows of T that are still wanted; ``None``: all. The keys and values of the
-                others are stored all the same.
-
-        Returns:
-            Two times [R, H].
+            rows: int64 [R], the only rows of T that are still wanted behind attention; ``None``: all. The keys and
+                values of the others are stored all the same.
         """
-        norm = self.input_layernorm
-        x = norm(residual) if partial is None else norm.reduce_add(partial, residual)
-        partial = self.self_attn(x, kv, batch, rows)
+        norms = self.norms
+        attended = self.self_attn(stream.normed(norms.before_attention), kv, plan)
         if rows is not None:
-            residual = residual[rows]
-        x = self.post_attention_layernorm.reduce_add(partial, residual)
-        return self.mlp(x), residual
+            stream.keep(rows)
+            attended = attended[rows]
+            if not len(rows):
+                return
+        stream.add(self.self_attn.o_proj, attended, norms.after_attention)
+        stream.add(self.mlp.down_proj, self.mlp(stream.normed(norms.before_mlp)), norms.after_mlp)
 
 
 class Backbone(nn.Module):
@@ -122,57 +115,69 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer; parameter names are those of the shard folder."""
+    """A decoder-only transformer; parameter names are those of the shard folder.
+
+    Args:
+        rotaries: each layer's table; layers that rotate alike share one.
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
+        made_of: Blueprint,
         plan: PartitionPlan,
-        backend: AttentionBackend,
-        rotary: RotaryTable,
+        backend: AttentionBackend[Any],
+        rotaries: Sequence[RotaryTable],
         group: TPGroup,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.config = config
-        vocab = plan.vocab_slices[group.rank]
+        self.made_of = made_of
+        self.backend = backend
+        self.compute = Compute(group)
+        vocab, hidden = plan.vocab_slices[group.rank], made_of.hidden_size
+        layers = []
+        for layer, (block, rotary) in enumerate(zip(made_of.blocks, rotaries, strict=True)):
+            width = plan.shape(group.rank, f"{made_of.prefix.format(layer)}{block.mlp.down.name}.weight")[1]
+            layers.append(DecoderLayer(block, width, backend, rotary, group, dtype))
         self.model = Backbone(
-            VocabParallelEmbedding(vocab, config.hidden_size, group, dtype),
-            (DecoderLayer(config, plan, layer, backend, rotary, group, dtype) for layer in range(config.num_layers)),
-            RMSNorm(config.hidden_size, config.rms_norm_eps, group, dtype),
+            VocabParallelEmbedding(vocab, hidden, group, dtype, scale=made_of.embedding_scale),
+            layers,
+            RMSNorm.of(made_of.norm, dtype),
         )
-        self.lm_head = ParallelLMHead(vocab, config.hidden_size, dtype)
-        if config.tie_word_embeddings:
+        self.lm_head = ParallelLMHead(vocab, hidden, dtype, softcap=made_of.logit_softcap)
+        if made_of.tied:
             self.tie()
 
     def tie(self) -> None:
         """Let the embedding read the head's parameter: the shard stores the tied weight once, as ``lm_head``."""
         self.model.embed_tokens.weight = self.lm_head.weight
 
-    def forward(self, batch: ForwardBatch, kv: list[LayerKV], rows: Tensor | None = None) -> Tensor:
-        """Final hidden states, normed, the same on every rank.
+    def use(self, compute: Compute) -> None:
+        """Once, after loading: compute as ``compute`` does, with the weights in its own form."""
+        self.compute = compute
+        for module in self.modules():
+            if isinstance(module, ReplicatedLinear):
+                module.use(compute)
+
+    def forward(self, batch: ForwardBatch, kv: Sequence[LayerKV], rows: Tensor | None = None) -> Tensor:
+        """This rank's slice of the logits, in the model's dtype.
 
         Args:
-            rows: int64 [R], the only rows of T that are wanted; the last block then spares the others what follows
-                its attention. ``None``: all.
+            rows: int64 [R], rows of T whose logits are wanted; ``None``: all. Fewer than T of them spare the last block
+                what follows its attention for the others.
 
         Returns:
-            [T, H] or [R, H].
+            [T, V] or [R, V].
         """
-        residual: Tensor = self.model.embed_tokens(batch.input_ids)
-        partial: Tensor | None = None
+        plan = self.backend.begin(batch)
+        stream = self.compute.begin(self.model.embed_tokens(batch.input_ids), batch)
+        early = rows is not None and len(rows) < batch.num_tokens
         last = len(kv) - 1
         for index, (layer, layer_kv) in enumerate(zip(self.model.layers, kv, strict=True)):
-            partial, residual = layer(partial, residual, layer_kv, batch, rows if index == last else None)
-        assert partial is not None
-        return self.model.norm.reduce_add(partial, residual)
-
-    def logits(self, hidden_RH: Tensor) -> Tensor:
-        """[R, H] -> this rank's slice of the logits [R, V], in the model's dtype."""
-        return self.lm_head(hidden_RH)  # type: ignore[no-any-return]
-
-    def optimize(self) -> None:
-        """Once, after loading: pack weights for the device."""
-        for module in self.modules():
-            if isinstance(module, ReplicatedLinear | ParallelLMHead):
-                module.optimize()
+            layer(stream, layer_kv, plan, rows if early and index == last else None)
+        if rows is not None and not len(rows):
+            return self.lm_head.weight.new_empty(0, self.lm_head.out_features)
+        final = stream.normed(self.model.norm)
+        if rows is not None and not early:
+            final = final._replace(x=final.x[rows])
+        return self.lm_head(*final)  # type: ignore[no-any-return]

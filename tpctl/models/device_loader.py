@@ -6,11 +6,8 @@ thread, so that reading and copying overlap. Tensors land where they stay; nothi
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import queue
-import struct
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,14 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tpctl.errors import ShardFolderError
+from tpctl.checkpoint.safetensors import read_header
+from tpctl.errors import CheckpointError, ShardFolderError
+from tpctl.partition.dtypes import DTYPES
 
 PIECE = 4 << 20
 """Bytes read and copied at a time. Larger ones lose more in pinning (about 1 ms a MiB) than they save in handling."""
 
 THREADS = 8
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES: dict[str, torch.dtype] = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def load_files(files: Iterable[Path], device: torch.device) -> dict[str, Tensor]
     """Every tensor of ``files`` on ``device``, in its stored dtype.
 
     Raises:
-        ShardFolderError: a file ends early or has a dtype that cannot be run.
+        ShardFolderError: a file is no safetensors file, ends early or has a dtype that cannot be run.
     """
     tensors: dict[str, Tensor] = {}
     pieces: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
@@ -51,7 +50,7 @@ def load_files(files: Iterable[Path], device: torch.device) -> dict[str, Tensor]
         for path in files:
             fd = os.open(path, os.O_RDONLY)
             opened.append(fd)
-            for name, tensor, offset in _allocate(fd, path, device):
+            for name, tensor, offset in _allocate(path, device):
                 tensors[name] = tensor
                 flat = tensor.view(-1).view(torch.uint8)
                 for start in range(0, flat.numel(), PIECE):
@@ -63,20 +62,17 @@ def load_files(files: Iterable[Path], device: torch.device) -> dict[str, Tensor]
     return tensors
 
 
-def _allocate(fd: int, path: Path, device: torch.device) -> Iterable[tuple[str, Tensor, int]]:
+def _allocate(path: Path, device: torch.device) -> Iterable[tuple[str, Tensor, int]]:
     """(name, empty tensor, offset of its bytes in the file) of each tensor in a safetensors file."""
-    (size,) = struct.unpack("<Q", os.pread(fd, 8, 0))
-    header = json.loads(os.pread(fd, size, 8))
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = _DTYPES.get(entry["dtype"])
+    try:
+        header = read_header(path)
+    except CheckpointError as error:
+        raise ShardFolderError(str(error)) from None
+    for name, info in header.tensors.items():
+        dtype = _DTYPES.get(info.dtype)
         if dtype is None:
-            raise ShardFolderError(f"{name} in {path.name} is {entry['dtype']}, which cannot be run; shard it as BF16")
-        begin, end = entry["data_offsets"]
-        if end - begin != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ShardFolderError(f"{name} in {path.name} has {end - begin} bytes for shape {entry['shape']}")
-        yield name, torch.empty(entry["shape"], dtype=dtype, device=device), 8 + size + begin
+            raise ShardFolderError(f"{name} in {path.name} is {info.dtype}, which cannot be run; shard it as BF16")
+        yield name, torch.empty(info.shape, dtype=dtype, device=device), info.start
 
 
 def _copy_all(pieces: queue.SimpleQueue[_Piece], device: torch.device) -> None:

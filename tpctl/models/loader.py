@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tpctl.arch.splits import EMBEDDING
 from tpctl.errors import OverflowedError, ShardFolderError
 from tpctl.models.decoder import Decoder
 
@@ -33,8 +32,8 @@ def load_shard(
         OverflowedError: a value is beyond the range of the dtype that the model is run in.
     """
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    if model.config.tie_word_embeddings:
-        del wanted[EMBEDDING]  # the head's parameter serves both
+    if model.made_of.tied:
+        del wanted[model.made_of.embedding]  # the head's parameter serves both
     filled: set[str] = set()
     total, converted = 0, False
     for name, tensor in _read(files, device):
@@ -56,7 +55,7 @@ def load_shard(
         del tensor
     if converted and device.type == "cuda":
         torch.cuda.empty_cache()  # what they were stored in is the KV cache's now
-    if model.config.tie_word_embeddings:
+    if model.made_of.tied:
         model.tie()
     missing = sorted(wanted.keys() - filled)
     if missing:

@@ -29,7 +29,12 @@ DTYPE_BITS = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Dtypes that can be cast from."""
 
-CASTS = frozenset({"F32", "BF16", "F16"})
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""torch's dtype names that a model can be run in, and their names in safetensors headers."""
+
+TORCH_NAMES = {stored: name for name, stored in DTYPES.items()}
+
+CASTS = frozenset(TORCH_NAMES)
 """Dtypes that float tensors can be cast to."""
 
 MOST_BYTES = 2**63 - 1

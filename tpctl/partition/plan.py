@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.split import Cut, HeadShare, Range, Rule, TensorSplit, source_shapes, split_heads
+from tpctl.partition.split import Cut, Range, Rule, TensorSplit, source_shapes
 
 Shape = tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class PlannedTensor:
     """A tensor of one rank's shard: the disjoint ``pieces`` that fill it; what no piece covers is zero."""
 
     name: str
@@ -56,44 +56,31 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """The sizes of a model that decide how it can be cut."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-
-@dataclass(frozen=True)
 class PartitionPlan:
     """How one model is cut into ``tp_size`` shards. Build it with ``PartitionPlan.build``."""
 
     tp_size: int
-    geometry: Geometry
-    heads: tuple[HeadShare, ...]
     splits: tuple[TensorSplit, ...]
     source_shapes: Mapping[str, Shape]
-    shards: tuple[Mapping[str, StoredTensor], ...]
+    shards: tuple[Mapping[str, PlannedTensor], ...]
 
     @classmethod
-    def build(cls, geometry: Geometry, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
+    def build(cls, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
         """Cut every tensor of ``splits`` over ``tp_size`` ranks and check the result (see ``check``).
 
         Raises:
             PartitionError: the model cannot be cut into ``tp_size`` shards.
         """
-        heads = split_heads(geometry.num_heads, geometry.num_kv_heads, tp_size)
-        shards: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in range(tp_size))
+        shards: tuple[dict[str, PlannedTensor], ...] = tuple({} for _ in range(tp_size))
         cuts: dict[tuple[Cut, int], tuple[Range, ...]] = {}  # layers are cut alike
         for split in splits:
-            for block in split.blocks:
-                if (block.cut, block.length) not in cuts:
-                    cuts[block.cut, block.length] = block.cut.ranges(block.length, tp_size)
-            held = [cuts[block.cut, block.length] for block in split.blocks]
+            for part in split.parts:
+                if (part.cut, part.length) not in cuts:
+                    cuts[part.cut, part.length] = part.cut.ranges(part.length, tp_size)
+            held = [cuts[part.cut, part.length] for part in split.parts]
             for rank, stored in enumerate(_cut(split, held, tp_size)):
                 shards[rank][split.name] = stored
-        plan = cls(tp_size, geometry, heads, tuple(splits), source_shapes(splits), shards)
+        plan = cls(tp_size, tuple(splits), source_shapes(splits), shards)
         plan.check()
         return plan
 
@@ -104,13 +91,10 @@ class PartitionPlan:
     @property
     def vocab_slices(self) -> tuple[Range, ...]:
         """The rows of the padded vocabulary that each rank holds."""
-        for split in self.splits:
-            if split.rule is Rule.VOCAB:
-                block = split.blocks[0]
-                return block.cut.ranges(block.length, self.tp_size)
-        return (Range(0, self.geometry.vocab_size),) * self.tp_size
+        part = next(split.parts[0] for split in self.splits if split.rule is Rule.VOCAB)
+        return part.cut.ranges(part.length, self.tp_size)
 
-    def pieces(self) -> Iterator[tuple[int, StoredTensor, Piece]]:
+    def pieces(self) -> Iterator[tuple[int, PlannedTensor, Piece]]:
         """Every piece of the plan as (rank, stored tensor, piece)."""
         for rank, shard in enumerate(self.shards):
             for stored in shard.values():
@@ -130,9 +114,9 @@ class PartitionPlan:
                     start = piece.start[split.dim]
                     found = per_source.setdefault(piece.source, [])
                     found.append((rank, Range(start, start + piece.shape[split.dim])))
-            for block in split.blocks:
-                wanted = Range(block.offset, block.offset + block.length)
-                _check_cover(split.name, block.source, wanted, per_source.get(block.source, []))
+            for part in split.parts:
+                wanted = Range(part.offset, part.offset + part.length)
+                _check_cover(split.name, part.source, wanted, per_source.get(part.source, []))
 
     def check_source(self, shapes: Mapping[str, Shape], ignored: Sequence[str] = ()) -> None:
         """Check a checkpoint's tensor shapes against the plan before a byte of data is read.
@@ -166,21 +150,21 @@ class PartitionPlan:
             )
 
 
-def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[StoredTensor]:
-    """Each rank's stored tensor for ``split``, in rank order; ``cuts`` are the ranks' ranges of each block."""
+def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[PlannedTensor]:
+    """Each rank's stored tensor for ``split``, in rank order; ``cuts`` are the ranks' ranges of each part."""
     dim = split.dim
     for rank in range(tp_size):
         pieces, along = [], 0
-        for block, ranges in zip(split.blocks, cuts, strict=True):
+        for part, ranges in zip(split.parts, cuts, strict=True):
             held = ranges[rank]
-            real = held.clipped(block.length)
+            real = held.clipped(part.length)
             if len(real):
                 shape = split.shape(len(real))
                 start, at = [0] * len(shape), [0] * len(shape)
-                start[dim], at[dim] = block.offset + real.start, along
-                pieces.append(Piece(block.source, tuple(start), shape, tuple(at), block.label))
+                start[dim], at[dim] = part.offset + real.start, along
+                pieces.append(Piece(part.source, tuple(start), shape, tuple(at), part.label))
             along += len(held)
-        yield StoredTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
+        yield PlannedTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
 
 
 def _check_cover(name: str, source: str, wanted: Range, held: Sequence[tuple[int, Range]]) -> None:

@@ -34,7 +34,6 @@ class Rule(StrEnum):
     """How a stored tensor is cut; the names of the layers that hold it."""
 
     REPLICATED = "replicated"
-    COLUMN = "column"
     MERGED_COLUMN = "merged-column"
     QKV = "qkv"
     ROW = "row"
@@ -204,10 +203,10 @@ class Vocab:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Part:
     """``length`` consecutive entries of a source tensor's cut axis, from ``offset``, dealt to the ranks by ``cut``.
 
-    A fused source (Phi-3's ``qkv_proj``) is several blocks of one tensor; ``label`` says which this is ("q", "gate").
+    A fused source (Phi-3's ``qkv_proj``) is several parts of one tensor; ``label`` says which this is ("q", "gate").
     """
 
     source: str
@@ -219,14 +218,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class TensorSplit:
-    """One stored tensor: its blocks are cut along ``dim`` and each rank's pieces stacked, in order, along ``dim``.
+    """One stored tensor: its parts are cut along ``dim`` and each rank's pieces stacked, in order, along ``dim``.
 
     ``other`` is the length of the axis that is not cut, or ``None`` for a one-dimensional tensor.
     """
 
     name: str
     rule: Rule
-    blocks: tuple[Block, ...]
+    parts: tuple[Part, ...]
     dim: int = 0
     other: int | None = None
 
@@ -241,9 +240,9 @@ def source_shapes(splits: Iterable[TensorSplit]) -> dict[str, tuple[int, ...]]:
     """The shape that each source tensor must have for ``splits`` to read it whole."""
     shapes: dict[str, tuple[int, ...]] = {}
     for split in splits:
-        for block in split.blocks:
-            end = block.offset + block.length
-            known = shapes.get(block.source)
+        for part in split.parts:
+            end = part.offset + part.length
+            known = shapes.get(part.source)
             along = end if known is None else max(end, known[split.dim])
-            shapes[block.source] = split.shape(along)
+            shapes[part.source] = split.shape(along)
     return shapes

@@ -10,25 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from tpctl.accounting import PACKED_HEAD_DIMS, reserve
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.errors import UsageError
+from tpctl.partition.dtypes import DTYPES, TORCH_NAMES
 from tpctl.partition.plan import PartitionPlan, Shape
-from tpctl.planning.model_sizes import PACKED_HEAD_DIMS, ModelSizes
+from tpctl.planning.model_sizes import ModelSizes
 
 CONTEXT_BYTES = 768 << 20
 """What a process takes on a GPU besides tensors: CUDA context, loaded kernels and libraries (755 MiB on an H100)."""
 
 PEER_BYTES = 800 << 20
 """What more than one rank needs on top: NCCL's buffers and the memory that peers write to (810 MiB for two H100s)."""
-
-RESERVE_BYTES = 512 << 20
-"""Left free by the engine for CUDA graphs and fragmentation (its ``gpu_memory.RESERVE``, without importing torch), and
-for each layer beyond 32:"""
-
-RESERVE_BYTES_A_LAYER = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -144,16 +139,16 @@ def plan_model(
         )
     cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
     model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype != "model")
-    run_dtype = next((name for name, stored in DTYPES.items() if stored == model.dtype), model.dtype)
+    run_dtype = TORCH_NAMES.get(model.dtype, model.dtype)
     if budget.kv_cache_dtype == "packed" and not model.packs:
         raise UsageError(
             f"--kv-cache-dtype packed needs bfloat16 and heads of {', '.join(map(str, PACKED_HEAD_DIMS))} dimensions, "
             f"all of them rotated; this model runs in {run_dtype} with heads of "
-            f"{config.head_dim}, use auto or model"
+            f"{config.blueprint.blocks[0].attention.head_dim}, use auto or model"
         )
     budget = replace(budget, max_model_len=length)
     limit, reason = model.limit()
-    sizes = [_size(model, budget, tp) for tp in _candidates(config.num_heads, limit - 1, tp_size)]
+    sizes = [_size(model, budget, tp) for tp in _candidates(config.blueprint.max_tp, limit - 1, tp_size)]
     if tp_size is None:
         tp_size = next((size.tp_size for size in sizes if size.concurrency), sizes[-1].tp_size)
     return FitReport(
@@ -170,12 +165,12 @@ def plan_model(
         max_model_len=length,
         max_num_batched_tokens=budget.max_num_batched_tokens,
         context_bytes=_context_bytes(tp_size),
-        reserve_bytes=_reserve_bytes(config.num_layers),
+        reserve_bytes=reserve(config.num_layers),
         sizes=tuple(sizes),
         limit=limit,
         limit_reason=reason,
         tp_size=tp_size,
-        ranks=tuple(_ranks(model, budget, model.plan_of_one_layer(tp_size), files=True)),
+        ranks=tuple(_ranks(model, budget, model.small_plan(tp_size), files=True)),
     )
 
 
@@ -186,7 +181,7 @@ def _candidates(num_heads: int, largest: int, wanted: int | None) -> list[int]:
 
 
 def _size(model: ModelSizes, budget: Budget, tp_size: int) -> SizeFit:
-    ranks = _ranks(model, budget, model.plan_of_one_layer(tp_size))
+    ranks = _ranks(model, budget, model.small_plan(tp_size))
     sizes = [rank.weight_bytes for rank in ranks]
     length = budget.max_model_len or 1
     tokens = max(0, min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in ranks))
@@ -197,7 +192,7 @@ def _size(model: ModelSizes, budget: Budget, tp_size: int) -> SizeFit:
         tp_size=tp_size,
         verdict="even" if even else "uneven",
         imbalance=max(sizes) * tp_size / sum(sizes),
-        kv_copies=sum(rank.kv_heads for rank in ranks) / model.config.num_kv_heads,
+        kv_copies=sum(rank.kv_heads for rank in ranks) / model.heads(1, 0)[1],
         weight_bytes=max(sizes),
         kv_bytes_per_token=max(rank.kv_bytes_per_token for rank in ranks),
         kv_tokens=tokens,
@@ -208,39 +203,35 @@ def _size(model: ModelSizes, budget: Budget, tp_size: int) -> SizeFit:
 
 
 def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: bool = False) -> list[RankFit]:
-    """Every rank's numbers, from the plan of one layer; file sizes are left at 0 unless ``files`` asks for them."""
+    """Every rank's numbers, from a small plan; file sizes are left at 0 unless ``files`` asks for them."""
     alike: dict[tuple[Shape, ...], list[int]] = {}  # most ranks hold the same, which is counted once
     for rank, shard in enumerate(plan.shards):
         alike.setdefault(tuple(stored.shape for stored in shard.values()), []).append(rank)
     firsts = [ranks[0] for ranks in alike.values()]
     written = model.file_bytes(plan, firsts) if files else [0] * len(firsts)
     share = int(budget.gpu_memory * budget.utilization)
-    reserve = _reserve_bytes(model.config.num_layers)
+    reserved = reserve(model.config.num_layers)
     found: dict[int, RankFit] = {}
     for (first, *others), file_bytes in zip(alike.values(), written, strict=True):
         weights, parameters = model.weights(plan, first)
-        heads = plan.heads[first]
+        query_heads, kv_heads = model.heads(plan.tp_size, first)
         tokens, length = budget.max_num_batched_tokens, budget.max_model_len or model.config.max_position_embeddings
         activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs)
-        activations += model.unpacked_bytes(len(heads.kv), tokens, length)
+        activations += model.unpacked_bytes(plan.tp_size, first, tokens, length)
         activations += model.sampling_bytes(plan, first, budget.max_num_seqs)
         fit = RankFit(
             rank=first,
             parameters=parameters,
             weight_bytes=weights,
             file_bytes=file_bytes,
-            query_heads=len(heads.query),
-            kv_heads=len(heads.kv),
-            kv_bytes_per_token=model.kv_bytes_per_token(len(heads.kv)),
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            kv_bytes_per_token=model.kv_bytes_per_token(plan.tp_size, first),
             activation_bytes=activations,
-            kv_cache_bytes=share - weights - activations - reserve - _context_bytes(plan.tp_size),
+            kv_cache_bytes=share - weights - activations - reserved - _context_bytes(plan.tp_size),
         )
         found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
     return [found[rank] for rank in range(plan.tp_size)]
-
-
-def _reserve_bytes(num_layers: int) -> int:
-    return RESERVE_BYTES + RESERVE_BYTES_A_LAYER * max(0, num_layers - 32)
 
 
 def _context_bytes(tp_size: int) -> int:

@@ -1,34 +1,31 @@
 """How large a model's tensors are on each rank: weights exactly, the KV cache by token, activations by estimate.
 
-Layers are cut alike, so one layer's plan stands for all of them; only their dtypes may differ.
+A plan with one layer of each sort stands for all layers that are cut alike; only their dtypes may differ.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from tpctl.accounting import (
+    PACKED_HEAD_DIMS,
+    gathered_logits,
+    kv_bytes_per_token,
+    sampled_rows,
+    sampler_bytes,
+    unpacked_tokens,
+)
+from tpctl.arch.blueprint import Block
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
-from tpctl.arch.splits import LM_HEAD
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.errors import PartitionError
-from tpctl.partition.dtypes import DTYPE_BITS
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import source_shapes
 from tpctl.sharding.moving.parts import assign_parts, part_files
-
-PACKED_HEAD_DIMS = (64, 128, 256)
-"""Of heads whose keys and values can be packed (``kernels.packed_kv``, without importing Triton)."""
-
-SAMPLER_BYTES_A_TOKEN, SAMPLER_BYTES = 96, 512 << 20
-"""What sampling takes for a row and each token of the vocabulary, and at most for rows together (as above)."""
-
-MOST_UNPACKED = 8
-"""Steps of the largest size whose contexts are unpacked at most (the engine's own, as above)."""
 
 
 class ModelSizes:
@@ -55,20 +52,35 @@ class ModelSizes:
         splits = source_splits(config, self._tensors or ())
         self.source_shapes = source_shapes(splits)
         self.dtypes = {
-            split.name: stored_dtype(split.name, {b.source: self.source_dtype(b.source) for b in split.blocks}, cast)
+            split.name: stored_dtype(
+                split.name, {part.source: self.source_dtype(part.source) for part in split.parts}, cast
+            )
             for split in splits
         }
-        self._in_layer_0 = {name: re.sub(r"^model\.layers\.\d+\.", "model.layers.0.", name) for name in self.dtypes}
-        self._bits: dict[str, int] = defaultdict(int)  # of one element in every layer together
+        self._stands_for = self._stand_ins(split.name for split in splits)
+        self._bits: dict[str, int] = defaultdict(int)  # of one element in all layers that a name stands for
         self._times: dict[str, int] = defaultdict(int)
-        for name, first in self._in_layer_0.items():
+        for name, first in self._stands_for.items():
             self._bits[first] += DTYPE_BITS[self.dtypes[name]]
             self._times[first] += 1
 
-    def plan_of_one_layer(self, tp_size: int) -> PartitionPlan:
-        """The plan with the first layer alone. Raises ``PartitionError`` if the model cannot be cut so."""
-        config = replace(self.config, num_layers=1, windows=self.config.windows[:1])
-        return source_plan(config, self._tensors or (), tp_size)
+    def small_plan(self, tp_size: int) -> PartitionPlan:
+        """The plan with one layer of each sort. Raises ``PartitionError`` if the model cannot be cut so."""
+        blueprint = self.config.blueprint
+        blocks = tuple(blueprint.blocks[layer] for layer in blueprint.alike)
+        return source_plan(
+            replace(self.config, blueprint=replace(blueprint, blocks=blocks)), self._tensors or (), tp_size
+        )
+
+    def _stand_ins(self, names: Iterable[str]) -> dict[str, str]:
+        """For each stored tensor the one of ``small_plan`` that is cut like it."""
+        blueprint = self.config.blueprint
+        found = {name: name for name in names}
+        for sort, layers in enumerate(blueprint.alike.values()):
+            for layer in layers:
+                prefix, small = blueprint.prefix.format(layer), blueprint.prefix.format(sort)
+                found |= {prefix + split.name: small + split.name for split in blueprint.blocks[layer].splits}
+        return found
 
     def source_dtype(self, name: str) -> str:
         return DTYPES[self.config.dtype] if self._tensors is None else self._tensors[name].dtype
@@ -76,15 +88,15 @@ class ModelSizes:
     @property
     def dtype(self) -> str:
         """The safetensors dtype that the engine runs the model in: that of the head, as it takes it from the shards."""
-        return self.dtypes[LM_HEAD]
+        return self.dtypes[self.config.blueprint.head]
 
     def limit(self) -> tuple[int, str]:
         """The smallest size that cannot work, and why."""
-        largest = self.config.num_heads
+        largest = self.config.blueprint.max_tp
         reason = f"a query head is not divided, and there are {largest}"
         while True:
             try:
-                self.plan_of_one_layer(largest)
+                self.small_plan(largest)
                 return largest + 1, reason
             except PartitionError as error:
                 if largest == 1:
@@ -92,7 +104,7 @@ class ModelSizes:
                 largest, reason = largest - 1, str(error)
 
     def weights(self, plan: PartitionPlan, rank: int) -> tuple[int, int]:
-        """Bytes and parameters of all layers on ``rank`` of the one-layer ``plan``."""
+        """Bytes and parameters of all layers on ``rank`` of ``plan``, a small one."""
         shard = plan.shards[rank].items()
         nbytes = sum(stored.numel * self._bits[name] for name, stored in shard) // 8
         return nbytes, sum(stored.numel * self._times[name] for name, stored in shard)
@@ -101,44 +113,45 @@ class ModelSizes:
         """Bytes of the part files of ``ranks``, headers included, as ``tpctl shard`` writes them by default.
 
         Args:
-            ranks: one of each sort that the one-layer ``plan`` has, since together they decide where a part ends.
+            ranks: one of each sort that ``plan``, a small one, has, since together they decide where a part ends.
         """
         shards = [self._all_layers(plan.shards[rank]) for rank in ranks]
         parts = assign_parts(shards, self.dtypes, DEFAULT_PART_SIZE)
         files = (part_files(rank, shard, self.dtypes, parts) for rank, shard in zip(ranks, shards, strict=True))
         return [sum(file.header.file_size for file in found) for found in files]
 
-    def _all_layers(self, shard: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """A shard of the one-layer plan with every layer's names; the pieces stay those of the first."""
-        return {name: shard[first] for name, first in self._in_layer_0.items()}
+    def _all_layers(self, shard: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
+        """A shard of a small plan with every layer's names; the pieces stay those of the first of its sort."""
+        return {name: shard[first] for name, first in self._stands_for.items()}
 
-    def kv_bytes_per_token(self, kv_heads: int) -> int:
-        config, bits = self.config, DTYPE_BITS[self.dtype]
-        vector = config.head_dim * 3 // 2 + 1 if self.packs else config.head_dim * bits // 8
-        return 2 * config.num_layers * kv_heads * vector
+    def heads(self, tp_size: int, rank: int) -> tuple[int, int]:
+        """Query and KV heads of ``rank``, of the layer where it has most."""
+        shares = [block.attention.shares(tp_size)[rank] for block in self._sorts()]
+        return max(len(share.query) for share in shares), max(len(share.kv) for share in shares)
+
+    def kv_bytes_per_token(self, tp_size: int, rank: int) -> int:
+        return kv_bytes_per_token(self._kv_heads(tp_size, rank), self._itemsize, packed=self.packs)
 
     @property
     def packs(self) -> bool:
         """Whether GPUs keep bfloat16 keys and values in 12 bits."""
-        config = self.config
-        whole = config.rope.rotary_dim == config.head_dim
-        return self._may_pack and self.dtype == DTYPES["bfloat16"] and config.head_dim in PACKED_HEAD_DIMS and whole
+        whole = all(one.attention.rope.rotary_dim == one.attention.head_dim for one in self._sorts())
+        fits = all(one.attention.head_dim in PACKED_HEAD_DIMS for one in self._sorts())
+        return self._may_pack and self.dtype == DTYPES["bfloat16"] and fits and whole
 
-    def unpacked_bytes(self, kv_heads: int, tokens: int, max_model_len: int) -> int:
+    def unpacked_bytes(self, tp_size: int, rank: int, tokens: int, max_model_len: int) -> int:
         """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is packed."""
         if not self.packs:
             return 0
-        kept = min(MOST_UNPACKED * tokens, tokens + max_model_len) + tokens  # some blocks are not full
-        return kept * kv_heads * self.config.head_dim * 2 * 2
+        kept = unpacked_tokens(tokens, max_model_len) + tokens  # some blocks are not full
+        return kept * max(heads * dim for heads, dim in self._kv_heads(tp_size, rank)) * 2 * 2
 
     def sampling_bytes(self, plan: PartitionPlan, rank: int, seqs: int) -> int:
         """What the engine keeps for sampling: the logits of a captured step, those that the host has a part in, all
         ranks' where they are gathered, and what the general sampler takes."""
-        vocab, tp_size = plan.shape(rank, LM_HEAD)[0], plan.tp_size
-        logits = -(-seqs // 64) * 64 * vocab * DTYPE_BITS[self.dtypes[LM_HEAD]] // 8
-        row = SAMPLER_BYTES_A_TOKEN * tp_size * vocab
-        gathered = 0 if tp_size == 1 else (1 + tp_size) * logits
-        return 2 * logits + gathered + min(seqs, max(1, SAMPLER_BYTES // row)) * row
+        vocab, tp_size = plan.shape(rank, self.config.blueprint.head)[0], plan.tp_size
+        logits = sampled_rows(seqs) * vocab * self._itemsize
+        return 2 * logits + gathered_logits(logits, tp_size) + sampler_bytes(seqs, tp_size * vocab)
 
     def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
         """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences, when most of them live.
@@ -146,12 +159,30 @@ class ModelSizes:
         That is in the MLP: residual, its input and its partial sum [T, H], gate and up [T, 2W], their product [T,
         W]; or at the end, when each sequence's logits [R, V] are there in the model's dtype and twice in float32.
         """
-        config = self.config
-        size = DTYPE_BITS[self.dtypes[LM_HEAD]] // 8
-        width = plan.shape(rank, "model.layers.0.mlp.down_proj.weight")[1]
-        heads = plan.heads[rank]
-        attention = (2 * len(heads.query) + 2 * len(heads.kv)) * config.head_dim
-        block = tokens * size * (3 * config.hidden_size + max(3 * width, attention))
-        rows, vocab = min(seqs, tokens), plan.shape(rank, LM_HEAD)[0]
-        head = tokens * size * 2 * config.hidden_size + rows * vocab * (size + 2 * 4)
-        return max(block, head)
+        blueprint, size = self.config.blueprint, self._itemsize
+        widest = 0
+        for block in self._sorts():
+            attention, share = block.attention, block.attention.shares(plan.tp_size)[rank]
+            width = len(block.mlp.down.input_cut.ranges(block.mlp.down.inputs, plan.tp_size)[rank])
+            heads = (2 * len(share.query) + 2 * len(share.kv)) * attention.head_dim
+            widest = max(widest, 3 * width, heads)
+        step = tokens * size * (3 * blueprint.hidden_size + widest)
+        rows, vocab = min(seqs, tokens), plan.shape(rank, blueprint.head)[0]
+        head = tokens * size * 2 * blueprint.hidden_size + rows * vocab * (size + 2 * 4)
+        return max(step, head)
+
+    @property
+    def _itemsize(self) -> int:
+        return DTYPE_BITS[self.dtype] // 8
+
+    def _sorts(self) -> list[Block]:
+        """One block of each sort."""
+        return [self.config.blueprint.blocks[layer] for layer in self.config.blueprint.alike]
+
+    def _kv_heads(self, tp_size: int, rank: int) -> list[tuple[int, int]]:
+        """KV heads of ``rank`` and their dimensions, of each layer."""
+        found = []
+        for first, layers in self.config.blueprint.alike.items():
+            attention = self.config.blueprint.blocks[first].attention
+            found += [(len(attention.shares(tp_size)[rank].kv), attention.head_dim)] * len(layers)
+        return found

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tpctl.checkpoint.cache import cache_root, file_name, locked
 from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from tpctl.sharding.cutting.shard import shard_checkpoint
-from tpctl.sharding.moving.files import Progress
 from tpctl.sharding.moving.opened import check_copied
 from tpctl.sharding.proving.verified import remember_verified
 

@@ -1,4 +1,4 @@
-"""Length-framed JSON messages over a stream socket: four bytes of length, big-endian, then UTF-8 JSON."""
+"""Length-framed JSON over a stream socket: four bytes of length, big-endian, then UTF-8."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Channel:
         Raises:
             ChannelClosed: the other side is gone.
         """
-        data = json.dumps(to_wire(message), separators=(",", ":")).encode()
+        self.send_json(json.dumps(to_wire(message), separators=(",", ":")).encode())
+
+    def send_json(self, data: bytes) -> None:
+        """Send JSON that is made already. Raises as ``send``."""
         try:
             with self._send_lock:
                 self._sock.sendall(_LENGTH.pack(len(data)) + data)
@@ -49,7 +52,7 @@ class Channel:
         return from_wire(json.loads(self.receive_json()))
 
     def receive_json(self) -> bytes:
-        """Wait for one message and leave it as it came, to be passed on."""
+        """Wait for what one ``send`` or ``send_json`` sent, and leave it as it came. Raises as ``receive``."""
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
         return self._read(length)
 

@@ -12,9 +12,10 @@ import sys
 from array import array
 from base64 import b64decode, b64encode
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from tpctl.wire.report import EngineInfo, EngineStats, TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 
 
@@ -49,9 +50,9 @@ class Stop:
 
 @dataclass(frozen=True)
 class Ready:
-    """The engine can take requests. ``info`` has sizes, device, dtype, backend and start-up seconds."""
+    """The engine can take requests."""
 
-    info: dict[str, Any]
+    info: EngineInfo
 
 
 class Output(NamedTuple):
@@ -59,14 +60,14 @@ class Output(NamedTuple):
 
     ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
     ``message`` explains an error, or what else than ``max_tokens`` a "length" came from. ``logprobs`` has one entry a
-    token: [log-probability of the chosen token, [[id, log-probability], …]].
+    token, where they were asked for.
     """
 
     id: str
     token_ids: list[int]
     finish_reason: str | None = None
     message: str | None = None
-    logprobs: list[Any] | None = None
+    logprobs: list[TokenLogprob] | None = None
     num_cached_tokens: int = 0
 
 
@@ -77,9 +78,9 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Stats:
-    """Counters since the engine started: steps, tokens, preemptions, prefix-cache hits, evictions."""
+    """The answer to ``GetStats``."""
 
-    values: dict[str, float] = field(default_factory=dict)
+    values: EngineStats
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,19 @@ def _read_add(body: Any) -> Add:
     return Add([Request(id, _unpacked(packed), SamplingParams.from_dict(sampling)) for id, packed, sampling in body])
 
 
+def _read_output(
+    id: str,
+    token_ids: list[int],
+    finish_reason: str | None,
+    message: str | None,
+    logprobs: list[Any] | None,
+    num_cached_tokens: int,
+) -> Output:
+    if logprobs is not None:
+        logprobs = [TokenLogprob(value, [(other, chance) for other, chance in top]) for value, top in logprobs]
+    return Output(id, token_ids, finish_reason, message, logprobs, num_cached_tokens)
+
+
 def _packed(token_ids: list[int]) -> str:
     """Token ids as the base64 of little-endian int64, which takes each side less than half of the time of a list."""
     return b64encode(_little_endian(array("q", token_ids)).tobytes()).decode()
@@ -138,11 +152,11 @@ def _little_endian(values: array[int]) -> array[int]:
 
 _READERS: dict[str, Callable[[Any], Message]] = {
     "Add": _read_add,
-    "Outputs": lambda body: Outputs([Output(*fields) for fields in body]),
+    "Outputs": lambda body: Outputs([_read_output(*fields) for fields in body]),
     "Abort": lambda body: Abort(**body),
     "GetStats": lambda body: GetStats(),
     "Stop": lambda body: Stop(),
-    "Ready": lambda body: Ready(**body),
-    "Stats": lambda body: Stats(**body),
+    "Ready": lambda body: Ready(EngineInfo(**body["info"])),
+    "Stats": lambda body: Stats(EngineStats(**body["values"])),
     "Fatal": lambda body: Fatal(**body),
 }

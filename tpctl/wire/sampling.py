@@ -76,19 +76,6 @@ class SamplingParams:
         """Whether logits depend on the tokens before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    @cached_property
-    def needs_host(self) -> bool:
-        """Whether a GPU's captured step cannot sample it: penalties need the tokens so far, log-probabilities go to
-        the host."""
-        return self.penalizes or self.logprobs is not None
-
-    @cached_property
-    def searches(self) -> int:
-        """How many searches find the tokens that may be sampled (``kernels.floors``): 2 for top-k with top-p."""
-        if self.greedy:
-            return 0
-        return (self.top_k > 0) + (self.top_p < 1) or int(self.min_p > 0)
-
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as a JSON-ready dictionary that ``from_dict`` reads back."""
         values = ((field.name, getattr(self, field.name), field.default) for field in _FIELDS.values())

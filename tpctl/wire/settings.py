@@ -9,17 +9,22 @@ from typing import Any
 
 from tpctl.errors import UsageError
 
+DEVICES = ("cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "sdpa", "triton", "flash-attn")
 POLICIES = ("fcfs", "makespan")
 KV_CACHE_DTYPES = ("auto", "model", "packed")
 
+CPU_SEQS, CPU_TOKENS = 64, 4096
+GPU_SEQS, GPU_TOKENS = 512, 16384
+"""Sequences and tokens of a step where nothing else is asked for."""
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """Settings of one engine.
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How an engine computes, whichever model and shards it is given.
 
     Attributes:
-        shard_dir: a shard folder cut for ``tp_size`` ranks.
-        model_dir: the folder that the user gave or that was fetched, if ``shard_dir`` is one of the cache.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: ``"auto"`` (as stored; float16 runs as float32 on a CPU), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         max_model_len: longest prompt plus answer in tokens; ``None`` takes the model's own limit, lowered to what
@@ -41,13 +46,11 @@ class EngineConfig:
         UsageError: a setting is unknown, does not suit the device, or contradicts another one.
     """
 
-    shard_dir: Path
-    tp_size: int
     device: str = "cpu"
     dtype: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 4096
+    max_num_seqs: int = CPU_SEQS
+    max_num_batched_tokens: int = CPU_TOKENS
     block_size: int | None = None
     kv_cache_memory: int | None = None
     kv_cache_dtype: str = "auto"
@@ -56,9 +59,12 @@ class EngineConfig:
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
     enable_prefix_caching: bool = True
-    model_dir: Path | None = None
 
     def __post_init__(self) -> None:
+        for what, known in (("device", DEVICES), ("dtype", DTYPES), ("attention backend", ATTENTION_BACKENDS)):
+            value = getattr(self, what.replace(" ", "_"))
+            if value not in known:
+                raise UsageError(f"unknown {what} {value!r}; use {', '.join(known)}")
         if self.scheduling_policy not in POLICIES:
             raise UsageError(f"unknown scheduling policy {self.scheduling_policy!r}; use {' or '.join(POLICIES)}")
         if self.device == "cpu" and self.attention_backend not in ("auto", "sdpa"):
@@ -87,6 +93,20 @@ class EngineConfig:
             )
         return self.max_model_len
 
+
+@dataclass(frozen=True)
+class EngineConfig(EngineSettings):
+    """One engine: its shards, and the settings it runs with.
+
+    Attributes:
+        shard_dir: a shard folder cut for ``tp_size`` ranks.
+        model_dir: the folder that the user gave or that was fetched, if ``shard_dir`` is one of the cache.
+    """
+
+    shard_dir: Path
+    tp_size: int
+    model_dir: Path | None = None
+
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_dict()), encoding="utf-8")
 
@@ -98,8 +118,10 @@ class EngineConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
-        paths = {"shard_dir": str(self.shard_dir), "model_dir": None if self.model_dir is None else str(self.model_dir)}
-        return {**asdict(self), **paths}
+        values = asdict(self)
+        first = {"shard_dir": str(values.pop("shard_dir")), "tp_size": values.pop("tp_size")}
+        folder = values.pop("model_dir")
+        return {**first, **values, "model_dir": None if folder is None else str(folder)}
 
     @classmethod
     def load(cls, path: Path) -> EngineConfig:

@@ -11,7 +11,7 @@ from tpctl.checkpoint.gguf.block_types import BLOCK_TYPES
 from tpctl.checkpoint.gguf.header import GgufError
 from tpctl.checkpoint.gguf.model import GgufModel
 from tpctl.checkpoint.gguf.tensors import Weight
-from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ def write_weights(model: GgufModel, path: Path) -> None:
         OSError: as the file system says.
     """
     check_types(model)
-    header = build_header((NewTensor(weight.name, "BF16", weight.shape) for weight in model.weights), {"format": "pt"})
+    header = build_header((TensorSpec(weight.name, "BF16", weight.shape) for weight in model.weights), {"format": "pt"})
     weights = {weight.name: weight for weight in model.weights}
     sources: dict[Path, IO[bytes]] = {}
     try:

@@ -6,18 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tpctl.accounting import RESERVE
 from tpctl.errors import EngineError
-
-RESERVE = 512 << 20
-"""Bytes left for what is not counted: the graphs themselves (with 28 layers 0.7 MiB each for decodes, 4 to 7 with
-prompts; docs/log/2026-11-26-loading-and-memory.md), kernels that are loaded later, fragmentation."""
-
-_LAYERS, _MORE = 32, 16 << 20
-
-
-def reserve(num_layers: int) -> int:
-    """``RESERVE``, and more for models of more than 32 layers, whose graphs are larger."""
-    return RESERVE + _MORE * max(0, num_layers - _LAYERS)
 
 
 @dataclass(frozen=True)

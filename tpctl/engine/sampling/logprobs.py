@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
+from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 
 
 def report_logprobs(
     logits_RV: Tensor, chosen_R: Tensor, first: int, widest: int, params: Sequence[SamplingParams], group: TPGroup
-) -> list[Any]:
-    """One entry a row: ``[log-probability of the chosen token, [[token id, log-probability], …]]``, or ``None``.
+) -> list[TokenLogprob | None]:
+    """One entry a row; ``None`` for one that wants none.
 
     Args:
         logits_RV: this rank's raw logits, float32, for the tokens from ``first`` on.
@@ -46,6 +46,6 @@ def report_logprobs(
     return [
         None
         if p.logprobs is None
-        else [chance, [[int(id), value] for value, id in top[: p.logprobs] if value > float("-inf")]]
+        else TokenLogprob(chance, [(int(id), value) for value, id in top[: p.logprobs] if value > float("-inf")])
         for chance, top, p in zip(chances, tops, params, strict=True)
     ]

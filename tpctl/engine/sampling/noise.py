@@ -2,32 +2,31 @@
 
 A sampled token then depends neither on the other requests of its batch nor on how many ranks share the vocabulary,
 and every rank can draw the noise of its own slice. Seed and position give a row two 32-bit keys here; the noise that
-keys and token ids give is defined in ``kernels.noise``, which the GPU's sampling kernel follows too.
+keys and token ids give is defined in ``kernels.common.noise``, which the GPU's sampling kernel follows too.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from tpctl.kernels.common.noise import gumbel_reference, noise_hash_reference
+from tpctl.kernels.common.noise import gumbel_reference, noise_hash_reference, splitmix64
 
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 def noise_keys(seed: int, position: int) -> tuple[int, int]:
-    """Two 32-bit keys for the token at ``position``: SplitMix64 (Steele et al., 2014) of seed and position."""
+    """Two 32-bit keys for the token at ``position``: SplitMix64 of seed and position."""
     return keys_of_state(seed_state(seed), position)
 
 
 def seed_state(seed: int) -> int:
     """What a seed contributes to the keys of every position: 64 bits."""
-    return _splitmix64(seed)
+    return splitmix64(seed)
 
 
 def keys_of_state(state: int, position: int) -> tuple[int, int]:
     """``noise_keys`` from a seed's ``seed_state``."""
-    mixed = _splitmix64((state + position) & _MASK64)
+    mixed = splitmix64(state + position)
     return mixed & _MASK32, mixed >> 32
 
 
@@ -39,10 +38,3 @@ def gumbel_noise(keys_R2: Tensor, token_ids: Tensor) -> Tensor:
         token_ids: int64 [V], or [R, C] for candidates that differ by row.
     """
     return gumbel_reference(noise_hash_reference(token_ids, keys_R2[:, :1], keys_R2[:, 1:]))
-
-
-def _splitmix64(state: int) -> int:
-    z = (state + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)

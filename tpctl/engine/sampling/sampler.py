@@ -12,24 +12,19 @@ from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tpctl.accounting import rows_at_once, sampler_bytes
 from tpctl.distributed import TPGroup
 from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
 from tpctl.engine.sampling.logprobs import report_logprobs
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.scheduling.sequence import NOT_FINITE
 from tpctl.partition.split import Range
+from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
-
-_BYTES = 96
-"""Of a GPU's memory that one row takes at most while it is sampled, for each token of the vocabulary: where a top-p
-set is so flat that whole rows are sorted."""
-_AT_ONCE = 512 << 20
-"""Bytes that all rows sampled together may take so, or one row if it takes more."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +57,12 @@ class Sampler:
         reals = [len(piece.clipped(vocab_size)) for piece in slices]
         self.real = reals[group.rank]
         self.widest = max(reals)
-        self._row_bytes = _BYTES * group.size * self.widest
-        self._piece = max(1, _AT_ONCE // self._row_bytes)
+        self._vocab = group.size * self.widest
+        self._piece = rows_at_once(self._vocab)
 
     def working_bytes(self, rows: int) -> int:
         """Bytes of a GPU's memory that ``sample`` takes at most, besides the logits, for so many rows."""
-        return min(rows, self._piece) * self._row_bytes
+        return sampler_bytes(rows, self._vocab)
 
     def whole_rows(self, logits_RV: Tensor) -> tuple[Tensor, int]:
         """All ranks' logits [ranks, R, V], padding as -inf, and how many of the ranks * V columns are to be read.
@@ -80,7 +75,9 @@ class Sampler:
         mine[:, : self.real] = logits_RV[:, : self.real]
         return self.group.all_gather(mine), self.group.size * self.widest
 
-    def sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
+    def sample(
+        self, logits_RV: Tensor, rows: SequenceType[SamplingRow]
+    ) -> tuple[list[int], list[TokenLogprob | None] | None]:
         """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
 
         A row whose scores hold NaN, or whose best one is infinite, gets ``NOT_FINITE``.
@@ -91,7 +88,7 @@ class Sampler:
         if logits_RV.device.type == "cpu" or len(rows) <= self._piece:
             return self._sample(logits_RV, rows)
         token_ids: list[int] = []
-        logprobs: list[Any] = []
+        logprobs: list[TokenLogprob | None] = []
         for start in range(0, len(rows), self._piece):
             piece = slice(start, start + self._piece)
             tokens, reported = self._sample(logits_RV[piece], rows[piece])
@@ -99,7 +96,9 @@ class Sampler:
             logprobs += [None] * len(tokens) if reported is None else reported
         return token_ids, logprobs if any(entry is not None for entry in logprobs) else None
 
-    def _sample(self, logits_RV: Tensor, rows: SequenceType[SamplingRow]) -> tuple[list[int], list[Any] | None]:
+    def _sample(
+        self, logits_RV: Tensor, rows: SequenceType[SamplingRow]
+    ) -> tuple[list[int], list[TokenLogprob | None] | None]:
         # Padding columns are dropped; a rank that holds nothing else keeps one column that can never win.
         logits = logits_RV[:, : max(self.real, 1)]
         if self.real == 0:

@@ -53,15 +53,3 @@ class ScheduledBatch:
     def sampled(self) -> list[ScheduledSequence]:
         """The items that yield a token, in row order."""
         return [item for item in self.items if item.samples]
-
-    @cached_property
-    def searches(self) -> int | None:
-        """The most searches that any token's filters take (``SamplingParams.searches``); ``None`` if any token is
-        sampled with the host's help: ``SamplingParams.needs_host``, or it may not be one that ends the answer yet."""
-        most = 0
-        for item in self.sampled:
-            params = item.sequence.params
-            if params.needs_host or item.num_generated < params.min_tokens:
-                return None
-            most = max(most, params.searches)
-        return most

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
-from typing import Any
 
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.pacing import Pace, Pacer
@@ -30,6 +29,7 @@ from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
 from tpctl.errors import shorten
 from tpctl.wire.messages import Output, Request
+from tpctl.wire.report import TokenLogprob
 
 
 @dataclass
@@ -174,7 +174,10 @@ class Scheduler:
         return batch
 
     def commit(
-        self, batch: ScheduledBatch, token_ids: SequenceType[int], logprobs: SequenceType[Any] | None = None
+        self,
+        batch: ScheduledBatch,
+        token_ids: SequenceType[int],
+        logprobs: SequenceType[TokenLogprob | None] | None = None,
     ) -> list[Output]:
         """Take in the tokens that a step sampled, one for each of ``batch.sampled``.
 
@@ -202,7 +205,8 @@ class Scheduler:
                 if self.pacer is not None:
                     self.pacer.ended(sequence)
             note = self.context_full if reason == "length" and self._is_cut(sequence) else None
-            reported = [logprobs[row]] if logprobs is not None and sequence.params.logprobs is not None else None
+            logprob = None if logprobs is None else logprobs[row]
+            reported = None if logprob is None else [logprob]
             outputs.append(Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens))
         return outputs
 

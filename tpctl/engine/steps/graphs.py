@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpctl.accounting import sampled_rows
+from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.kernels.sampling.prepare import DecodeInputs
 
 _RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent
 _ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
-_SAMPLED = 64  # and sample a multiple of this many
 _MOST = 48  # such graphs; a job takes about ten
 _MOST_GRAPHS = 192  # of all kinds: what one that has not been replayed for longest makes room for
 
@@ -128,7 +129,7 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, steps: CapturedSteps, largest: int, step: Callable[[DecodeInputs, bool, int | None], None]
+        self, steps: CapturedSteps, largest: int, step: Callable[[DecodeInputs, bool, SamplingPath], None]
     ) -> None:
         self.sizes = ladder(largest)
         self._steps = steps
@@ -140,12 +141,12 @@ class DecodeGraphs:
         positions: list[int],
         tokens: list[int],
         long: bool = False,
-        searches: int | None = 0,
+        path: SamplingPath = SamplingPath.DIRECT,
     ) -> None:
         """One decode step of these rows; the rows that pad it to a captured size write and sample nothing of use.
 
-        long: the backend plans this step differently, so it has a graph of its own. searches: so has each way to
-        sample (``ScheduledBatch.searches``; ``None``: the host helps).
+        long: the backend plans this step differently, so it has a graph of its own. path: so has each way to
+        sample.
         """
         count = len(slots)
         size = self.sizes[bisect_left(self.sizes, count)]
@@ -155,9 +156,9 @@ class DecodeGraphs:
         def make() -> tuple[Tensor, Callable[[], None]]:
             flat, _ = self._steps.numbers([3 * size])
             inputs = self._steps.rows(size, flat)
-            return flat, lambda: self._step(inputs, long, searches)
+            return flat, lambda: self._step(inputs, long, path)
 
-        self._steps.run((size, long, searches), numbers, make)
+        self._steps.run((size, long, path), numbers, make)
 
 
 @dataclass(frozen=True)
@@ -185,34 +186,29 @@ class MixedGraphs:
         step: computes one such step from its inputs.
     """
 
-    def __init__(self, steps: CapturedSteps, pace: Pace, step: Callable[[MixedInputs, int | None], None]) -> None:
+    def __init__(self, steps: CapturedSteps, pace: Pace, step: Callable[[MixedInputs, SamplingPath], None]) -> None:
         self._steps = steps
         self._pace = pace
         self._step = step
-        self._captured: set[tuple[int, int, int | None]] = set()
+        self._captured: set[tuple[int, int, SamplingPath]] = set()
 
     @staticmethod
     def most_numbers(rows: int, chunks: int) -> int:
         """int32 numbers that a step of ``rows`` is given at most."""
         return 4 * rows + 3 * chunks + 2
 
-    @staticmethod
-    def most_sampled(max_num_seqs: int) -> int:
-        """Rows that a step samples at most, those that pad them included."""
-        return -(-max_num_seqs // _SAMPLED) * _SAMPLED
-
     def takes(self, batch: ScheduledBatch) -> bool:
         """Whether a step has a graph: neither larger than the limit nor so small that padding would cost much."""
         pace = self._pace
         if not (pace.rows // 2 <= batch.num_tokens <= pace.limit and 0 < batch.num_prefills <= pace.chunks):
             return False
-        key = *self._size(batch.num_tokens, len(batch.sampled)), batch.searches
+        key = *self._size(batch.num_tokens, len(batch.sampled)), SamplingPath.of(batch)
         return key in self._captured or len(self._captured) < _MOST
 
     def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:
         """Rows, and rows that are sampled, of the graph for a step."""
         rows = max(self._pace.rows, -(-num_tokens // _ROWS) * _ROWS)
-        return rows, min(rows, self.most_sampled(max(num_sampled, 1)))
+        return rows, min(rows, sampled_rows(max(num_sampled, 1)))
 
     def run(
         self,
@@ -222,16 +218,16 @@ class MixedGraphs:
         num_decodes: int,
         chunks: list[int],
         sampled: list[int],
-        searches: int | None = 0,
+        path: SamplingPath = SamplingPath.DIRECT,
     ) -> None:
         """One step.
 
         slots, positions, tokens: of each row, the decodes' first. chunks: how many rows each prefill chunk has.
-        sampled: rows that are sampled. searches: as in ``DecodeGraphs.run``.
+        sampled: rows that are sampled. path: as in ``DecodeGraphs.run``.
         """
         count = len(slots)
         size, picked = self._size(count, len(sampled))
-        self._captured.add((size, picked, searches))
+        self._captured.add((size, picked, path))
         starts = [num_decodes]
         for chunk in chunks:
             starts.append(starts[-1] + chunk)
@@ -252,6 +248,6 @@ class MixedGraphs:
             chunks = self._pace.chunks
             flat, (packed, *others) = self._steps.numbers([3 * size, 1, chunks + 1, chunks, chunks, picked])
             inputs = MixedInputs(self._steps.rows(size, packed), *others)
-            return flat, lambda: self._step(inputs, searches)
+            return flat, lambda: self._step(inputs, path)
 
-        self._steps.run(("mixed", size, picked, searches), numbers, make)
+        self._steps.run(("mixed", size, picked, path), numbers, make)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.packed_kv import factor, load_exponents, unpack
-from tpctl.kernels.attention.paged_decode_kernels import _block_of, _combine
+from tpctl.kernels.attention.tile_runs import block_of, first_run, leave_partial, next_run, window_of
 from tpctl.kernels.common.prefetch import prefetch
 
 
@@ -61,23 +61,9 @@ def packed_decode_kernel(
     head_offsets = (kv_head * GROUP + m)[None, :] * HEAD_DIM + d[:, None]
     tile_offsets = col[:, None] * ROW + d[None, :]
 
-    total = tl.load(cu_tiles_ptr + num_seqs)
-    first_seq = tl.load(first_seq_ptr + program)
-    share = tl.maximum(tl.cdiv(total, num_programs), min_tiles)
-    run_start = program * share
-    run_end = tl.minimum(run_start + share, total)
-    seq = first_seq
-    if AHEAD:  # the run's last sequence, where it goes on in the next run, comes before all others
-        ahead_seq = tl.load(ahead_seq_ptr + program)
-        seq = tl.where(ahead_seq < 0, seq, ahead_seq)
-    seq_start = tl.load(cu_tiles_ptr + seq)
-    seq_end = tl.load(cu_tiles_ptr + seq + 1)
-    length = tl.load(seq_lens_ptr + seq)
-    tile = run_start
-    ahead = False
-    if AHEAD:
-        ahead = ahead_seq >= 0
-        tile = tl.where(ahead, seq_start, tile)
+    share, run_start, run_end, first_seq, ahead, seq, seq_start, seq_end, length, tile = first_run(
+        cu_tiles_ptr, first_seq_ptr, ahead_seq_ptr, seq_lens_ptr, program, num_seqs, num_programs, min_tiles, AHEAD
+    )
     stop = tl.where(ahead, tile, run_end)  # where what is left of the run ends
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -90,10 +76,8 @@ def packed_decode_kernel(
         q_low = tl.load(q_row, mask=q_mask, other=0.0)
         q_high = tl.load(q_row + HALF, mask=q_mask, other=0.0)
         table = block_tables_ptr + seq.to(tl.int64) * table_stride
-        window_start = 0
-        if WINDOW > 0:
-            window_start = tl.maximum(length - WINDOW, 0)
-        first_token = (window_start // TILE + tile - seq_start) * TILE
+        window_start, window_tile = window_of(length, TILE, WINDOW)
+        first_token = (window_tile + tile - seq_start) * TILE
         last = tl.minimum(run_end, seq_end)
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -102,7 +86,7 @@ def packed_decode_kernel(
         acc_high = tl.zeros([HALF, BLOCK_M], tl.float32)
         # The next tile's place and exponents are read a tile ahead, so that its loads can be asked for before this
         # tile's are used.
-        place = (_block_of(table, first_token, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
+        place = (block_of(table, first_token, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
         next_place = place + first_token % BLOCK_SIZE
         next_exponents = load_exponents(exponents_ptr + next_place + col)
         for i in tl.range(0, last - tile, num_stages=STAGES):
@@ -110,7 +94,7 @@ def packed_decode_kernel(
             token = token0 + col
             offsets = next_place * ROW + tile_offsets
             exponents = next_exponents
-            place = (_block_of(table, token0 + TILE, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
+            place = (block_of(table, token0 + TILE, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
             next_place = place + (token0 + TILE) % BLOCK_SIZE
             next_exponents = load_exponents(exponents_ptr + next_place + col)
 
@@ -153,29 +137,14 @@ def packed_decode_kernel(
             partial = partial_ptr + slot_row[None, :] * HEAD_DIM + d[:, None]
             tl.store(partial, acc_low, mask=q_mask)
             tl.store(partial + HALF, acc_high, mask=q_mask)
-            tl.store(stats_ptr + slot_row * 2, top, mask=m < GROUP)
-            tl.store(stats_ptr + slot_row * 2 + 1, weight, mask=m < GROUP)
-            first_part = seq_start // share
-            num_parts = (seq_end - 1) // share - first_part + 1
-            tl.debug_barrier()
-            counter = counters_ptr + seq * NUM_KV_HEADS + kv_head
-            done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-            if done == num_parts - 1:
-                tl.store(counter, 0)
-                first_slot = (seq_start != first_part * share).to(tl.int32)
-                _combine(partial_ptr, stats_ptr, out_row, kv_head, first_part, num_parts, first_slot, NUM_KV_HEADS,
-                         GROUP, HEAD_DIM, HEAD_DIM, BLOCK_GROUP, BLOCK_PARTS)  # fmt: skip
-        tile = last
-        seq += 1
-        seq_start = last
+            leave_partial(partial_ptr, stats_ptr, counters_ptr, out_row, slot_row, top, weight, m, seq, seq_start,
+                          seq_end, share, kv_head, NUM_KV_HEADS, GROUP, HEAD_DIM, HEAD_DIM, BLOCK_GROUP,
+                          BLOCK_PARTS)  # fmt: skip
+        seq, seq_start, seq_end, length, tile = next_run(
+            cu_tiles_ptr, seq_lens_ptr, seq, ahead, last, run_start, first_seq, num_seqs, AHEAD
+        )
         if AHEAD:
-            tile = tl.where(ahead, run_start, tile)
-            seq = tl.where(ahead, first_seq, seq)
-            seq_start = tl.load(cu_tiles_ptr + seq)
             ahead = tl.full([], False, tl.int1)
-        more = seq < num_seqs
-        seq_end = tl.load(cu_tiles_ptr + seq + 1, mask=more, other=0)
-        length = tl.load(seq_lens_ptr + seq, mask=more, other=0)
 
 
 @triton.jit

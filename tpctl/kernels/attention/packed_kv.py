@@ -24,9 +24,6 @@ import torch
 import triton
 import triton.language as tl
 
-HEAD_DIMS = (64, 128, 256)
-"""Head dimensions that the kernels take."""
-
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
 # Four values at a time, from four bytes of sign and mantissa ($2) and four of codes ($3). A byte is doubled so that its

@@ -27,7 +27,8 @@ import triton
 
 from tpctl.kernels.attention.packed_decode_kernels import packed_decode_kernel
 from tpctl.kernels.attention.packed_kv import row_bytes
-from tpctl.kernels.attention.paged_decode_kernels import decode_kernel, plan_kernel
+from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
+from tpctl.kernels.attention.tile_runs import plan_kernel
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
 
 _LOG2E = 1.4426950408889634
@@ -237,48 +238,8 @@ def paged_decode(
     config = plan.config
     pdl = pdl and config.early
     out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
-    if exponents is not None:
-        packed_decode_kernel[(config.num_programs * plan.num_kv_heads,)](
-            q_SND,
-            k_cache,
-            v_cache,
-            exponents.view(torch.int16),
-            block_tables,
-            seq_lens_S,
-            plan.cu_tiles,
-            plan.first_seq,
-            plan.ahead_seq,
-            plan.scratch.partial,
-            plan.scratch.stats,
-            plan.scratch.counters,
-            out_SND,
-            (head_dim**-0.5 if scale is None else scale) * _LOG2E,
-            num_seqs,
-            config.num_programs,
-            config.min_tiles,
-            block_tables.stride(0),
-            q_SND.stride(0),
-            out_SND.stride(0),
-            NUM_KV_HEADS=plan.num_kv_heads,
-            GROUP=plan.group,
-            HEAD_DIM=head_dim,
-            BLOCK_SIZE=plan.block_size,
-            TILE=config.tile,
-            WINDOW=plan.window,
-            AHEAD=config.ahead,
-            BLOCK_M=max(8, next_power_of_2(plan.group)),
-            BLOCK_GROUP=next_power_of_2(plan.group),
-            BLOCK_PARTS=plan.block_parts,
-            STAGES=config.num_stages,
-            PDL=pdl,
-            num_warps=config.num_warps,
-            **launch_options(pdl),
-        )
-        return out_SND
-    decode_kernel[(config.num_programs * plan.num_kv_heads,)](
-        q_SND,
-        k_cache,
-        v_cache,
+    grid = (config.num_programs * plan.num_kv_heads,)
+    args = (
         block_tables,
         seq_lens_S,
         plan.cu_tiles,
@@ -295,22 +256,29 @@ def paged_decode(
         block_tables.stride(0),
         q_SND.stride(0),
         out_SND.stride(0),
-        NUM_KV_HEADS=plan.num_kv_heads,
-        GROUP=plan.group,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=next_power_of_2(head_dim),
-        BLOCK_SIZE=plan.block_size,
-        TILE=config.tile,
-        WINDOW=plan.window,
-        AHEAD=config.ahead,
-        BLOCK_M=max(16, next_power_of_2(plan.group)),
-        BLOCK_GROUP=next_power_of_2(plan.group),
-        BLOCK_PARTS=plan.block_parts,
-        STAGES=config.num_stages,
-        PDL=pdl,
-        num_warps=config.num_warps,
-        **launch_options(pdl),
     )
+    group = next_power_of_2(plan.group)
+    flags = {
+        "NUM_KV_HEADS": plan.num_kv_heads,
+        "GROUP": plan.group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": plan.block_size,
+        "TILE": config.tile,
+        "WINDOW": plan.window,
+        "AHEAD": config.ahead,
+        "BLOCK_GROUP": group,
+        "BLOCK_PARTS": plan.block_parts,
+        "STAGES": config.num_stages,
+        "PDL": pdl,
+        "num_warps": config.num_warps,
+        **launch_options(pdl),
+    }
+    if exponents is not None:
+        packed = exponents.view(torch.int16)
+        packed_decode_kernel[grid](q_SND, k_cache, v_cache, packed, *args, BLOCK_M=max(8, group), **flags)
+    else:
+        block_dim = next_power_of_2(head_dim)
+        decode_kernel[grid](q_SND, k_cache, v_cache, *args, BLOCK_DIM=block_dim, BLOCK_M=max(16, group), **flags)
     return out_SND
 
 

@@ -49,3 +49,13 @@ def num_multiprocessors(device: torch.device) -> int:
 def next_power_of_2(value: int) -> int:
     """The least power of two that is at least `value` (value >= 1)."""
     return 1 << (value - 1).bit_length()
+
+
+EARLY_ROWS = 512
+"""Largest batch whose kernels use programmatic dependent launch."""
+
+
+def early_launch(rows: int, device: torch.device) -> bool:
+    """Whether a step of so many rows launches its kernels early: their starts then hide behind the ends of those before
+    them, and many rows leave nothing to hide."""
+    return rows <= EARLY_ROWS and has_pdl(device)

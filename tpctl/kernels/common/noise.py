@@ -26,6 +26,15 @@ NOT_FINITE = -2
 """The engine's word for it too (``engine.sequence``). -1 is a peer that was lost."""
 
 
+def splitmix64(state: int) -> int:
+    """SplitMix64 (Steele et al., 2014) of 64 bits, from which a row's keys are made."""
+    mask = 0xFFFFFFFFFFFFFFFF
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
 def _mix_reference(x: torch.Tensor) -> torch.Tensor:
     """mix() on uint32 values held in int64."""
     mask = 0xFFFFFFFF

@@ -1,8 +1,8 @@
 """Linear layers for a handful of rows, with what stands before and after them fused in.
 
 At such batches a linear layer only streams its weights, so cuBLAS's tiles gain nothing and every extra launch
-costs. One row runs on the CUDA cores (`gemv_kernel`), a few on the tensor cores with the weights as the wide
-operand (`skinny_kernel`). `pick` says which, with tuned parameters, or that cuBLAS is faster.
+costs. One row runs on the CUDA cores, a few on the tensor cores with the weights as the wide operand. `pick` says
+which, with tuned parameters, or that cuBLAS is faster.
 
 A fused RMSNorm is applied to the sums: its scale is one number a row, so x * norm_weight goes into the
 products and the squares of x are summed on the way. That rounds less than norm-then-multiply does, so results
@@ -21,7 +21,7 @@ from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import Activation, act_and_mul_reference
 from tpctl.kernels.common.launch import is_hopper, launch_options, next_power_of_2
 from tpctl.kernels.common.norm import rms_norm_reference
-from tpctl.kernels.linear.gemv_kernels import gemv_kernel, skinny_kernel
+from tpctl.kernels.linear.gemv_kernels import small_linear_kernel
 
 
 class GemvConfig(NamedTuple):
@@ -66,8 +66,8 @@ _MAX_SKINNY_ROWS = 16
 
 
 def few_rows(device: torch.device) -> int:
-    """Most rows that the kernels here are for: 16 on Hopper, whose shared memory `skinny_kernel` fills (and on a CPU,
-    in Triton's interpreter); one elsewhere, beyond which cuBLAS does the rest."""
+    """Most rows that the kernels here are for: 16 on Hopper, whose shared memory they fill (and on a CPU, in Triton's
+    interpreter); one elsewhere, beyond which cuBLAS does the rest."""
     return _MAX_SKINNY_ROWS if device.type == "cpu" or is_hopper(device) else 1
 
 
@@ -154,6 +154,8 @@ def small_linear(
         config = pick(rows, out_features, in_features, gated=activation is not None, most=most)
         if config is None:
             raise ValueError(f"{rows} rows are more than {most}; use torch.nn.functional.linear")
+    if rows != 1 and not config.dot:
+        raise ValueError(f"a configuration without dot takes one row, got {rows}")
     if out is None:
         out = x_TH.new_empty((rows, out_features))
     if outlet is not None:
@@ -191,9 +193,14 @@ def small_linear(
         "HAS_NORM": norm is not None,
         "UNIT_OFFSET": unit_offset,
         "ACTIVATION": activation or "",
+        "BLOCK_M": max(16, next_power_of_2(rows)) if config.dot else 1,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k,
+        "DOT": config.dot,
+        "STAGES": config.num_stages,
+        "PREFETCH": config.prefetch,
+        "EARLY": config.early,
         "RANK": outlet.rank if outlet is not None else 0,
         "WORLD": outlet.world if outlet is not None else 1,
         "PEERS": next_power_of_2(outlet.world) if outlet is not None else 1,
@@ -202,13 +209,7 @@ def small_linear(
         **launch_options(pdl),
     }
     grid = (triton.cdiv(out_features, config.block_n), config.split_k)
-    if config.dot:
-        block_m = max(16, next_power_of_2(rows))
-        skinny_kernel[grid](*args, BLOCK_M=block_m, STAGES=config.num_stages, **flags)
-    else:
-        if rows != 1:
-            raise ValueError(f"a configuration without dot takes one row, got {rows}")
-        gemv_kernel[grid](*args, PREFETCH=config.prefetch, EARLY=config.early, **flags)
+    small_linear_kernel[grid](*args, **flags)
     return out
 
 

@@ -145,8 +145,119 @@ def _start(
     tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def _weights(w_row, up_row, k, mask, ACTIVATION: tl.constexpr):
+    """The tile at columns k of [N, 1] rows of weights, and of those of the up half."""
+    w = tl.load(w_row + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    up = w
+    if ACTIVATION != "":
+        up = tl.load(up_row + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    return w, up
+
+
+@triton.jit
+def _norm_factor(norm_ptr, k, IN_FEATURES: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    factor = tl.load(norm_ptr + k, mask=k < IN_FEATURES, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        factor += 1.0
+    return factor
+
+
+@triton.jit
+def _sum_one_row(
+    x_ptr,
+    w_row,  # [N, 1], and the same of the up half
+    up_row,
+    norm_ptr,
+    w_next,  # the first tiles
+    up_next,
+    n_ok,
+    k0,
+    IN_FEATURES: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Products of x's one row with N rows of weights, on the CUDA cores: [1, N] of the gate, [1, N] of the up half, and
+    the sum of x's squares, a scalar."""
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up_acc = acc
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for i in tl.static_range(TILES):
+        k = k0 + i * BLOCK_K
+        w = w_next.to(tl.float32)
+        up = up_next.to(tl.float32)
+        if i + 1 < TILES:
+            mask = n_ok[:, None] & (k + BLOCK_K < IN_FEATURES)[None, :]
+            w_next, up_next = _weights(w_row, up_row, k + BLOCK_K, mask, ACTIVATION)
+        x = tl.load(x_ptr + k, mask=k < IN_FEATURES, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += x * x
+            x *= _norm_factor(norm_ptr, k, IN_FEATURES, UNIT_OFFSET)
+        acc += w * x[None, :]
+        if ACTIVATION != "":
+            up_acc += up * x[None, :]
+    total = tl.sum(acc, 1)[None, :]
+    up_total = total
+    if ACTIVATION != "":
+        up_total = tl.sum(up_acc, 1)[None, :]
+    return total, up_total, tl.sum(squares, 0)
+
+
+@triton.jit
+def _sum_few_rows(
+    x_rows,  # [M, 1]
+    w_rows,  # [N, 1]
+    norm_ptr,
+    m,
+    k0,
+    rows,
+    out_features,
+    IN_FEATURES: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,  # no tile reaches beyond the input
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The same of M rows, [M, N] and [M], on the tensor cores with the weights as the wide operand."""
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up_acc = acc
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        k = k0 + i * BLOCK_K
+        x_mask = (m < rows)[:, None]
+        if WHOLE:
+            w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
+        else:
+            x_mask &= (k < IN_FEATURES)[None, :]
+            w = tl.load(w_rows + k[None, :], mask=(k < IN_FEATURES)[None, :], other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
+        if HAS_NORM:
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            x = (wide * _norm_factor(norm_ptr, k, IN_FEATURES, UNIT_OFFSET)[None, :]).to(x.dtype)
+        x_KM = tl.trans(x)
+        acc = tl.dot(w, x_KM, acc, input_precision="ieee")
+        if ACTIVATION != "":
+            up_rows = w_rows + out_features.to(tl.int64) * IN_FEATURES
+            if WHOLE:
+                up = tl.load(up_rows + k[None, :], eviction_policy="evict_first")
+            else:
+                up = tl.load(up_rows + k[None, :], mask=(k < IN_FEATURES)[None, :], other=0.0)
+            up_acc = tl.dot(up, x_KM, up_acc, input_precision="ieee")
+    return tl.trans(acc), tl.trans(up_acc), squares
+
+
 @triton.jit(do_not_specialize=["rows"])
-def gemv_kernel(
+def small_linear_kernel(
     x_ptr,
     w_ptr,
     out_ptr,
@@ -171,120 +282,16 @@ def gemv_kernel(
     HAS_NORM: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     ACTIVATION: tl.constexpr,  # "" for none; else w is [gate; up]
+    BLOCK_M: tl.constexpr,  # 1 without DOT
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    EARLY: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,  # with DOT
+    PREFETCH: tl.constexpr,  # without DOT
+    EARLY: tl.constexpr,  # without DOT
     RANK: tl.constexpr,
     WORLD: tl.constexpr,  # 1: the result is not sent anywhere
-    PEERS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    TILES: tl.constexpr = (IN_FEATURES + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K)
-    block = tl.program_id(0)
-    split = tl.program_id(1)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k0 = split * (TILES * BLOCK_K) + tl.arange(0, BLOCK_K)
-    n_ok = n < out_features
-    w_row = w_ptr + n.to(tl.int64)[:, None] * IN_FEATURES
-    up_row = w_row
-    if ACTIVATION != "":
-        up_row = w_row + out_features.to(tl.int64) * IN_FEATURES
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up_acc = acc
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    mask = n_ok[:, None] & (k0 < IN_FEATURES)[None, :]
-    w_next = tl.load(w_row + k0[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-    up_next = w_next
-    if ACTIVATION != "":
-        up_next = tl.load(up_row + k0[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-    m = tl.arange(0, 1)
-    targets = m
-    if WORLD > 1:
-        targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
-    if PDL:
-        # ptxas unpacks the first tile, for which it has to be there, before it lets the dependents start, unless a
-        # branch (always taken) is in between. Which of the two is faster was measured (docs/kernel-notes.md).
-        if EARLY:
-            if rows > 0:
-                _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
-        else:
-            _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
-    epoch = m
-    if WORLD > 1:
-        epoch = tl.load(epochs_ptr + m) + 1
-    for i in tl.static_range(TILES):
-        k = k0 + i * BLOCK_K
-        k_ok = k < IN_FEATURES
-        w = w_next.to(tl.float32)
-        up = up_next.to(tl.float32)
-        if i + 1 < TILES:
-            mask = n_ok[:, None] & (k + BLOCK_K < IN_FEATURES)[None, :]
-            w_next = tl.load(w_row + (k + BLOCK_K)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-            if ACTIVATION != "":
-                up_next = tl.load(up_row + (k + BLOCK_K)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += x * x
-            factor = tl.load(norm_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
-            if UNIT_OFFSET:
-                factor += 1.0
-            x *= factor
-        acc += w * x[None, :]
-        if ACTIVATION != "":
-            up_acc += up * x[None, :]
-    total = tl.sum(acc, 1)[None, :]
-    up_total = total
-    if ACTIVATION != "":
-        up_total = tl.sum(up_acc, 1)[None, :]
-    if SPLIT_K == 1:
-        scale = tl.full([1], 1.0, tl.float32)
-        if HAS_NORM:
-            scale = tl.rsqrt(tl.sum(squares, 0) / IN_FEATURES + eps) * scale
-        _finish(total, up_total, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
-                residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
-                WORLD)  # fmt: skip
-    else:
-        _finish_split(total, up_total, m, n, block, split, rows, out_features, x_ptr, out_ptr, bias_ptr, residual_ptr,
-                      partial_ptr, counters_ptr, x_stride, out_stride, residual_stride, eps, epoch, targets, row_words,
-                      plane_words, IN_FEATURES, HAS_BIAS, HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, 1, RANK,
-                      WORLD)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows"])
-def skinny_kernel(
-    x_ptr,
-    w_ptr,
-    out_ptr,
-    bias_ptr,
-    residual_ptr,
-    norm_ptr,
-    partial_ptr,
-    counters_ptr,
-    peers_ptr,
-    epochs_ptr,
-    rows,
-    out_features,
-    x_stride,
-    out_stride,
-    residual_stride,
-    row_words,
-    plane_words,
-    eps,
-    IN_FEATURES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    RANK: tl.constexpr,
-    WORLD: tl.constexpr,
     PEERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -294,58 +301,58 @@ def skinny_kernel(
     m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k0 = split * (TILES * BLOCK_K) + tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + m[:, None] * x_stride
-    # Rows past the end read the last one again: no mask on the weights' loads, and _finish drops the results.
-    n_safe = tl.minimum(n, out_features - 1).to(tl.int64)
-    w_rows = w_ptr + n_safe[:, None] * IN_FEATURES
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up_acc = acc
-    squares = tl.zeros([BLOCK_M], tl.float32)
+    if DOT:
+        x_rows = x_ptr + m[:, None] * x_stride
+        # Rows past the end read the last one again: no mask on the weights' loads, and _finish drops the results.
+        n_safe = tl.minimum(n, out_features - 1).to(tl.int64)
+        w_rows = w_ptr + n_safe[:, None] * IN_FEATURES
+    else:  # one row's program reads its first weights while it waits for x
+        n_ok = n < out_features
+        w_row = w_ptr + n.to(tl.int64)[:, None] * IN_FEATURES
+        up_row = w_row
+        if ACTIVATION != "":
+            up_row = w_row + out_features.to(tl.int64) * IN_FEATURES
+        first_mask = n_ok[:, None] & (k0 < IN_FEATURES)[None, :]
+        w_first, up_first = _weights(w_row, up_row, k0, first_mask, ACTIVATION)
     targets = m
     if WORLD > 1:
         targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if DOT:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        # ptxas unpacks the first tile, for which it has to be there, before it lets the dependents start, unless a
+        # branch (always taken) is in between. Which of the two is faster was measured (docs/kernel-notes.md).
+        elif EARLY:
+            if rows > 0:
+                _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
+        else:
+            _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
     epoch = m
     if WORLD > 1:
-        epoch = tl.load(epochs_ptr + m, mask=m < rows, other=0) + 1
-    for i in tl.range(0, TILES, num_stages=STAGES):
-        k = k0 + i * BLOCK_K
-        x_mask = (m < rows)[:, None]
-        if IN_FEATURES % (BLOCK_K * SPLIT_K) == 0:
-            w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
+        if DOT:
+            epoch = tl.load(epochs_ptr + m, mask=m < rows, other=0) + 1
         else:
-            x_mask &= (k < IN_FEATURES)[None, :]
-            w = tl.load(w_rows + k[None, :], mask=(k < IN_FEATURES)[None, :], other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
-        if HAS_NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            factor = tl.load(norm_ptr + k, mask=k < IN_FEATURES, other=0.0).to(tl.float32)
-            if UNIT_OFFSET:
-                factor += 1.0
-            x = (wide * factor[None, :]).to(x.dtype)
-        x_KM = tl.trans(x)
-        acc = tl.dot(w, x_KM, acc, input_precision="ieee")
-        if ACTIVATION != "":
-            up_rows = w_rows + out_features.to(tl.int64) * IN_FEATURES
-            if IN_FEATURES % (BLOCK_K * SPLIT_K) == 0:
-                up = tl.load(up_rows + k[None, :], eviction_policy="evict_first")
-            else:
-                up = tl.load(up_rows + k[None, :], mask=(k < IN_FEATURES)[None, :], other=0.0)
-            up_acc = tl.dot(up, x_KM, up_acc, input_precision="ieee")
-    acc = tl.trans(acc)
-    up_acc = tl.trans(up_acc)
+            epoch = tl.load(epochs_ptr + m) + 1
+    if DOT:
+        acc, up, squares = _sum_few_rows(
+            x_rows, w_rows, norm_ptr, m, k0, rows, out_features, IN_FEATURES, HAS_NORM, UNIT_OFFSET, ACTIVATION,
+            BLOCK_M, BLOCK_N, BLOCK_K, IN_FEATURES % (BLOCK_K * SPLIT_K) == 0, TILES, STAGES
+        )  # fmt: skip
+    else:
+        acc, up, squares = _sum_one_row(
+            x_ptr, w_row, up_row, norm_ptr, w_first, up_first, n_ok, k0, IN_FEATURES, HAS_NORM, UNIT_OFFSET,
+            ACTIVATION, BLOCK_N, BLOCK_K, TILES
+        )  # fmt: skip
     if SPLIT_K == 1:
         scale = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_NORM:
-            scale = tl.rsqrt(squares / IN_FEATURES + eps)
-        _finish(acc, up_acc, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
+            scale = tl.rsqrt(squares / IN_FEATURES + eps) * scale
+        _finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
                 residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
                 WORLD)  # fmt: skip
     else:
-        _finish_split(acc, up_acc, m, n, block, split, rows, out_features, x_ptr, out_ptr, bias_ptr, residual_ptr,
+        _finish_split(acc, up, m, n, block, split, rows, out_features, x_ptr, out_ptr, bias_ptr, residual_ptr,
                       partial_ptr, counters_ptr, x_stride, out_stride, residual_stride, eps, epoch, targets, row_words,
                       plane_words, IN_FEATURES, HAS_BIAS, HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, BLOCK_M,
                       RANK, WORLD)  # fmt: skip

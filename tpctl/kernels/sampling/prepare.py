@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.common.launch import next_power_of_2
+from tpctl.kernels.common.noise import splitmix64
 from tpctl.kernels.sampling.floors import Filters
 
 
@@ -182,13 +183,5 @@ def prepare_decode_reference(inputs: DecodeInputs, sampled: torch.Tensor, slots:
         for mine, theirs in zip(inputs.filters, slots.filters, strict=True):
             mine[row] = theirs[slot]
         inputs.filters.temperature[row] *= live
-        mixed = _splitmix64_reference(int(slots.seed_hash[slot]) + position + 1)
+        mixed = splitmix64(int(slots.seed_hash[slot]) + position + 1)
         inputs.keys[row] = torch.tensor([mixed & 0xFFFFFFFF, mixed >> 32])
-
-
-def _splitmix64_reference(state: int) -> int:
-    mask = 0xFFFFFFFFFFFFFFFF
-    z = (state + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)

@@ -1,74 +1,62 @@
-"""The attention layer: fused QKV projection, optional QK-norm, RoPE, the paged cache, output projection."""
+"""The attention layer: fused QKV projection, then what the backend does with its heads, and the output projection."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tpctl.arch import blueprint
 from tpctl.distributed import TPGroup
-from tpctl.layers.attention.base import AttentionBackend, LayerKV
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
+from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.linear import QKVParallelLinear, RowParallelLinear
 from tpctl.layers.norm import RMSNorm
-from tpctl.layers.rotary import RotaryTable, apply_rotary
+from tpctl.layers.rotary import RotaryTable
+from tpctl.layers.stream import Rows
+
+
+def attention_spec(attention: blueprint.Attention, rank: int, tp_size: int) -> AttentionSpec:
+    """What ``rank`` computes of a layer."""
+    share = attention.shares(tp_size)[rank]
+    return AttentionSpec(
+        num_heads=len(share.query),
+        num_kv_heads=len(share.kv),
+        head_dim=attention.head_dim,
+        scale=attention.scale,
+        window=attention.window,
+        softcap=attention.softcap,
+    )
 
 
 class Attention(nn.Module):
     """One rank's heads of one attention layer.
 
     Between the column-parallel ``qkv_proj`` and the row-parallel ``o_proj`` every rank works on its own heads alone.
+    ``o_proj`` is left to the residual stream that its sum is added to.
     """
 
     def __init__(
         self,
-        hidden_size: int,
-        backend: AttentionBackend,
+        made_of: blueprint.Attention,
+        backend: AttentionBackend[Any],
         rotary: RotaryTable,
         group: TPGroup,
-        *,
-        window: int | None = None,
-        qkv_bias: bool = False,
-        o_bias: bool = False,
-        qk_norm_eps: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        heads = backend.heads
-        self.heads = heads
+        spec = attention_spec(made_of, group.rank, group.size)
+        hidden = made_of.qkv.inputs
         self.backend = backend
-        self.rotary = rotary
-        self.window = window
         self.qkv_proj = QKVParallelLinear(
-            hidden_size, heads.num_heads, heads.num_kv_heads, heads.head_dim, qkv_bias, dtype
+            hidden, spec.num_heads, spec.num_kv_heads, spec.head_dim, made_of.qkv.bias, dtype
         )
-        self.o_proj = RowParallelLinear(heads.num_heads * heads.head_dim, hidden_size, group, o_bias, dtype)
-        self.q_norm = self.k_norm = None
-        if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(heads.head_dim, qk_norm_eps, group, dtype)
-            self.k_norm = RMSNorm(heads.head_dim, qk_norm_eps, group, dtype)
+        self.o_proj = RowParallelLinear(spec.num_heads * spec.head_dim, hidden, group, made_of.out.bias, dtype)
+        self.q_norm = None if made_of.q_norm is None else RMSNorm.of(made_of.q_norm, dtype)
+        self.k_norm = None if made_of.k_norm is None else RMSNorm.of(made_of.k_norm, dtype)
+        self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm)
 
-    def forward(self, x: Tensor, kv: LayerKV, batch: ForwardBatch, rows: Tensor | None = None) -> Tensor:
-        """[T, H] -> this rank's partial sum: [T, H], or [R, H] of the wanted ``rows`` of T."""
-        q_TND, k_TKD, v_TKD = self._project(x, batch)
-        self.backend.store(k_TKD, v_TKD, kv, batch)
-        attended = self.backend.attend(q_TND, k_TKD, v_TKD, kv, self.window, batch)
-        return self.o_proj.partial(attended if rows is None else attended[rows])
-
-    def _project(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, N, D] and keys [T, K, D], normed and rotated, and values [T, K, D]."""
-        heads = self.heads
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, heads.head_dim)
-        rotated_heads = heads.num_heads + heads.num_kv_heads
-        qk, v = qkv[:, :rotated_heads], qkv[:, rotated_heads:]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, : heads.num_heads]), self.k_norm(qk[:, heads.num_heads :])], dim=1)
-        cos, sin = self._angles(batch, qk.dtype)
-        qk = apply_rotary(qk, cos, sin)
-        return qk[:, : heads.num_heads], qk[:, heads.num_heads :], v
-
-    def _angles(self, batch: ForwardBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The rotary factors of the step's positions: looked up by the first layer, used by all."""
-        found: tuple[Tensor, Tensor] | None = batch.scratch.get("rotary")
-        if found is None:
-            found = batch.scratch["rotary"] = self.rotary.angles(batch.rope_positions, dtype)
-        return found
+    def forward(self, rows: Rows, kv: LayerKV, plan: AttentionPlan) -> Tensor:
+        """Normed [T, H] -> [T, N * D], what ``o_proj`` takes."""
+        return self.backend.run(self.qkv_proj.runs(*rows), self.prepare, kv, plan)

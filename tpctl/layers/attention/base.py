@@ -8,22 +8,35 @@ for all sequences of a step, so a sequence may read blocks that another one fill
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from tpctl.accounting import kv_bytes_per_token
+from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.rotary import RotaryTable
 
 
 @dataclass(frozen=True)
-class HeadShape:
-    """This rank's attention heads. ``scale`` multiplies the scores before the softmax."""
+class AttentionSpec:
+    """One layer's attention on this rank.
+
+    Attributes:
+        scale: multiplies the scores.
+        window: limits a token to that many keys, its own included.
+        softcap: a scaled score s becomes softcap * tanh(s / softcap) before the softmax.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def group(self) -> int:
@@ -35,45 +48,75 @@ class HeadShape:
 class LayerKV:
     """One layer's keys and values, in the layout of the backend that allocated them."""
 
+    spec: AttentionSpec
     k: Tensor
     v: Tensor
     exponents: Tensor | None = field(default=None, kw_only=True)
-    """Of a packed cache (``kernels.packed_kv``): uint8 [blocks, K, B, 2]; ``k`` and ``v`` are then its rows."""
+    """Of a packed cache (``kernels.attention.packed_kv``): uint8 [blocks, K, B, 2]; ``k`` and ``v`` are its rows."""
 
 
-class AttentionBackend(ABC):
-    """Attention for one rank's heads."""
+@dataclass
+class AttentionPlan:
+    """A step, with what its layers share. Backends add what they prepare once a step."""
+
+    batch: ForwardBatch
+    _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    def angles(self, rotary: RotaryTable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The rotary factors of the step's tokens, looked up by the first layer of those that share a table."""
+        found = self._angles.get(id(rotary))
+        if found is None:
+            found = self._angles[id(rotary)] = rotary.angles(self.batch.rope_positions, dtype)
+        return found
+
+
+PlanT = TypeVar("PlanT", bound=AttentionPlan)
+
+
+class AttentionBackend(ABC, Generic[PlanT]):
+    """Attention of one rank.
+
+    Args:
+        layers: what each layer computes.
+    """
 
     name: str
     default_block_size: int
 
-    def __init__(self, heads: HeadShape, block_size: int) -> None:
-        self.heads = heads
+    def __init__(self, layers: Sequence[AttentionSpec], block_size: int) -> None:
+        self.layers = tuple(layers)
         self.block_size = block_size
 
+    @property
+    def packed(self) -> bool:
+        """Whether keys and values are kept in 12 bits each."""
+        return False
+
     @abstractmethod
-    def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
+    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         """Zeroed caches of ``num_blocks`` blocks for every layer."""
 
-    def bytes_per_block(self, num_layers: int, dtype: torch.dtype) -> int:
+    def bytes_per_block(self, dtype: torch.dtype) -> int:
         """Bytes that one block of ``allocate``'s caches takes over all layers, keys and values together."""
-        return kv_bytes_per_block(self.heads, num_layers, self.block_size, dtype)
+        heads = ((spec.num_kv_heads, spec.head_dim) for spec in self.layers)
+        return self.block_size * kv_bytes_per_token(heads, dtype.itemsize, packed=self.packed)
 
     @abstractmethod
-    def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
+    def begin(self, batch: ForwardBatch) -> PlanT:
+        """Once a step, before the first layer. Its device work may be captured in a graph."""
+
+    def run(self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT) -> Tensor:
+        """[T, N * D]: attention of one layer, from what its projection gives, [T, (N + 2 K) * D]."""
+        angles = plan.angles(prepare.rotary, qkv.dtype)
+        q_TND, k_TKD, v_TKD = prepare(qkv, kv.spec.num_heads, kv.spec.num_kv_heads, angles)
+        self.store(k_TKD, v_TKD, kv, plan)
+        return self.attend(q_TND, k_TKD, v_TKD, kv, plan)
+
+    @abstractmethod
+    def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
         """Write the new keys and values to their slots; a slot of -1 is written nowhere."""
 
     @abstractmethod
-    def attend(
-        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch
-    ) -> Tensor:
-        """[T, N * D]: softmax(q k^T * scale) v for every new token over its sequence's keys so far.
-
-        ``window`` limits a token to that many keys, its own included. ``k_TKD`` and ``v_TKD`` are what ``store`` was
-        given.
-        """
-
-
-def kv_bytes_per_block(heads: HeadShape, num_layers: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers, keys and values together, each value as it is."""
-    return 2 * num_layers * block_size * heads.num_kv_heads * heads.head_dim * dtype.itemsize
+    def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> Tensor:
+        """[T, N * D]: softmax(q k^T * scale) v for every new token over its sequence's keys so far. ``k_TKD`` and
+        ``v_TKD`` are what ``store`` was given."""

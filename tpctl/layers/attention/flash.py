@@ -6,15 +6,17 @@ of 256 tokens; FlashAttention-3 of 16.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from tpctl.errors import EngineError
-from tpctl.layers.attention.base import HeadShape, LayerKV
-from tpctl.layers.attention.paged import PagedBackend, prefill_chunks
+from tpctl.layers.attention.base import AttentionSpec, LayerKV
+from tpctl.layers.attention.paged import PagedBackend, PagedPlan
 from tpctl.layers.batch import ForwardBatch
 
 
@@ -26,12 +28,22 @@ def installed_flash_attention() -> str | None:
     return "fa2" if find_spec("flash_attn_2_cuda") is not None else None
 
 
-class FlashAttentionBackend(PagedBackend):
+@dataclass
+class FlashPlan(PagedPlan):
+    """A step."""
+
+    @cached_property
+    def key_ends(self) -> Tensor:
+        """int32 [P + 1]: where the keys of each prefill chunk begin, counted together, and where the last end."""
+        return _running_sum(self.prefill_chunks.seq_lens_P)
+
+
+class FlashAttentionBackend(PagedBackend[FlashPlan]):
     name = "flash-attn"
     default_block_size = 256
 
-    def __init__(self, heads: HeadShape, block_size: int) -> None:
-        super().__init__(heads, block_size)
+    def __init__(self, layers: Sequence[AttentionSpec], block_size: int) -> None:
+        super().__init__(layers, block_size)
         self.version = installed_flash_attention()
         multiple = 16 if self.version == "fa3" else 256
         if block_size % multiple:
@@ -41,18 +53,12 @@ class FlashAttentionBackend(PagedBackend):
             )
         self._varlen, self._cached = _functions(self.version)
 
-    def begin(self, batch: ForwardBatch, windows: set[int | None]) -> None:
-        """Nothing to plan: the package divides the work by shapes alone."""
+    def begin(self, batch: ForwardBatch) -> FlashPlan:
+        """The package divides the work by shapes alone."""
+        return FlashPlan(batch)
 
     def decode(
-        self,
-        q_SND: Tensor,
-        kv: LayerKV,
-        tables_SM: Tensor,
-        lens_S: Tensor,
-        window: int | None,
-        batch: ForwardBatch,
-        out_SND: Tensor,
+        self, q_SND: Tensor, kv: LayerKV, tables_SM: Tensor, lens_S: Tensor, plan: FlashPlan, out_SND: Tensor
     ) -> None:
         tables = {"page_table" if self.version == "fa3" else "block_table": tables_SM}
         # FA3 chooses its number of splits on the host unless it is fixed, and then cannot be captured.
@@ -62,16 +68,17 @@ class FlashAttentionBackend(PagedBackend):
             kv.k,
             kv.v,
             cache_seqlens=lens_S,
-            softmax_scale=self.heads.scale,
+            softmax_scale=kv.spec.scale,
             causal=True,
-            window_size=_window(window),
+            window_size=_window(kv.spec.window),
             **tables,
             **splits,
         )
         out_SND.copy_(out.squeeze(1))
 
-    def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:
-        tables, starts, lens = prefill_chunks(batch)
+    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: FlashPlan, out_TND: Tensor) -> None:
+        tables, starts, lens = plan.prefill_chunks
+        batch = plan.batch
         decodes = batch.num_decodes
         longest_query, longest = max(batch.query_lens[decodes:]), max(batch.seq_lens[decodes:])
         if self.version == "fa3":
@@ -83,25 +90,22 @@ class FlashAttentionBackend(PagedBackend):
                 page_table=tables,
                 cu_seqlens_q=starts,
                 max_seqlen_q=longest_query,
-                softmax_scale=self.heads.scale,
+                softmax_scale=kv.spec.scale,
                 causal=True,
-                window_size=_window(window),
+                window_size=_window(kv.spec.window),
             )
         else:
-            ends = batch.scratch.get("flash.ends")
-            if ends is None:
-                ends = batch.scratch["flash.ends"] = _running_sum(lens)
             out = self._varlen(
                 q_TND,
                 kv.k,
                 kv.v,
                 starts,
-                ends,
+                plan.key_ends,
                 longest_query,
                 longest,
-                softmax_scale=self.heads.scale,
+                softmax_scale=kv.spec.scale,
                 causal=True,
-                window_size=_window(window),
+                window_size=_window(kv.spec.window),
                 block_table=tables,
             )
         out_TND.copy_(out)

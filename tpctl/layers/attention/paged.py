@@ -1,21 +1,42 @@
 """What the GPU backends share: the cache layout [blocks, B, K, D], and a step split into decodes and prefill chunks.
 
 A subclass gives two kernels: attention of one new token per sequence over its block table, and attention of several
-new tokens over a cached prefix and, causally, over themselves. Keys and values are in the cache before either runs.
+new tokens over a cached prefix and, causally, over themselves. Keys and values are in the cache before either runs:
+one kernel norms and rotates heads and writes them there.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from tpctl.layers.attention.base import AttentionBackend, LayerKV
-from tpctl.layers.batch import ForwardBatch, PrefillChunks
+from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV, PlanT
+from tpctl.layers.attention.heads import HeadPreparation
+from tpctl.layers.batch import PrefillChunks
 
 
-class PagedBackend(AttentionBackend):
+@dataclass
+class PagedPlan(AttentionPlan):
+    """A step on a GPU."""
+
+    @cached_property
+    def prefill_chunks(self) -> PrefillChunks:
+        """The sequences after the decodes, query starts from 0."""
+        batch = self.batch
+        assert batch.seq_lens_S is not None
+        assert batch.query_start_S1 is not None
+        decodes = batch.num_decodes
+        starts = batch.query_start_S1[decodes:] - decodes
+        return PrefillChunks(batch.block_tables[decodes:], starts, batch.seq_lens_S[decodes:])
+
+
+class PagedBackend(AttentionBackend[PlanT]):
     """A backend whose kernels read the paged cache in place.
 
     Attributes:
@@ -24,31 +45,53 @@ class PagedBackend(AttentionBackend):
 
     captures_prefill = False
 
-    def allocate(self, num_layers: int, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        shape = (num_layers, 2, num_blocks, self.block_size, self.heads.num_kv_heads, self.heads.head_dim)
-        caches = torch.zeros(shape, dtype=dtype, device=device)
-        return [LayerKV(layer[0], layer[1]) for layer in caches]
+    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
+        shapes = [(2, num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim) for spec in self.layers]
+        caches = zeros(shapes, dtype, device)
+        return [LayerKV(spec, *cache) for spec, cache in zip(self.layers, caches, strict=True)]
 
-    def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, batch: ForwardBatch) -> None:
+    def run(self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT) -> Tensor:
+        """As of ``AttentionBackend``; ``qkv`` may also be runs [S, T, (N + 2 K) * D] that add up to it."""
+        from tpctl.kernels.attention.rope_cache import rope_cache
+        from tpctl.kernels.common.launch import early_launch
+
+        batch, q_norm, k_norm = plan.batch, prepare.q_norm, prepare.k_norm
+        q_TND = rope_cache(
+            qkv,
+            kv.k,
+            kv.v,
+            (prepare.rotary.cos, prepare.rotary.sin),
+            batch.rope_positions,
+            batch.slot_mapping,
+            kv.spec.num_heads,
+            exponents=kv.exponents,
+            q_norm_D=None if q_norm is None else q_norm.weight,
+            k_norm_D=None if k_norm is None else k_norm.weight,
+            eps=1e-6 if q_norm is None else q_norm.eps,
+            unit_offset=q_norm is not None and q_norm.unit_offset,
+            pdl=early_launch(batch.num_tokens, qkv.device),
+        )
+        return self.attend_cached(q_TND, kv, plan)
+
+    def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
         for new_TKD, cache in ((k_TKD, kv.k), (v_TKD, kv.v)):
-            cache.view(-1, *new_TKD.shape[1:]).index_copy_(0, batch.slot_mapping, new_TKD)
+            cache.view(-1, *new_TKD.shape[1:]).index_copy_(0, plan.batch.slot_mapping, new_TKD)
 
-    def attend(
-        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch
-    ) -> Tensor:
-        return self.attend_cached(q_TND.contiguous(), kv, window, batch)
+    def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> Tensor:
+        return self.attend_cached(q_TND.contiguous(), kv, plan)
 
-    def attend_cached(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch) -> Tensor:
+    def attend_cached(self, q_TND: Tensor, kv: LayerKV, plan: PlanT) -> Tensor:
         """[T, N * D]: as ``attend``, when the new keys and values are already in the cache."""
+        batch = plan.batch
         assert batch.seq_lens_S is not None
         decodes, out_TND = batch.num_decodes, torch.empty_like(q_TND)
         if batch.chunks is not None:
-            self.decode_and_prefill(q_TND, kv, window, batch, batch.chunks, out_TND)
+            self.decode_and_prefill(q_TND, kv, plan, batch.chunks, out_TND)
         elif decodes:
             tables, lens = batch.block_tables[:decodes], batch.seq_lens_S[:decodes]
-            self.decode(q_TND[:decodes], kv, tables, lens, window, batch, out_TND[:decodes])
+            self.decode(q_TND[:decodes], kv, tables, lens, plan, out_TND[:decodes])
         if decodes < batch.num_tokens:
-            self.prefill(q_TND[decodes:], kv, window, batch, out_TND[decodes:])
+            self.prefill(q_TND[decodes:], kv, plan, out_TND[decodes:])
         return out_TND.view(batch.num_tokens, -1)
 
     def is_long(self, count: int, longest: int) -> bool:
@@ -58,48 +101,28 @@ class PagedBackend(AttentionBackend):
         """
         return False
 
+    def reserve(self, step: int, max_model_len: int, device: torch.device) -> None:
+        """Once, before the memory for the cache is measured: take what steps of up to ``step`` tokens will need."""
+
     def decode_and_prefill(
-        self,
-        q_TND: Tensor,
-        kv: LayerKV,
-        window: int | None,
-        batch: ForwardBatch,
-        chunks: PrefillChunks,
-        out_TND: Tensor,
+        self, q_TND: Tensor, kv: LayerKV, plan: PlanT, chunks: PrefillChunks, out_TND: Tensor
     ) -> None:
         """Decodes and prefill chunks of a captured step at once (``ForwardBatch.chunks``) into ``out_TND``."""
         raise NotImplementedError
 
     @abstractmethod
-    def begin(self, batch: ForwardBatch, windows: set[int | None]) -> None:
-        """Once a step, before the first layer: plan the decodes. Its device work may be captured in a graph."""
-
-    @abstractmethod
     def decode(
-        self,
-        q_SND: Tensor,
-        kv: LayerKV,
-        tables_SM: Tensor,
-        lens_S: Tensor,
-        window: int | None,
-        batch: ForwardBatch,
-        out_SND: Tensor,
+        self, q_SND: Tensor, kv: LayerKV, tables_SM: Tensor, lens_S: Tensor, plan: PlanT, out_SND: Tensor
     ) -> None:
         """One new token per sequence into ``out_SND``. A length of 0 marks a row without work, its output unused."""
 
     @abstractmethod
-    def prefill(self, q_TND: Tensor, kv: LayerKV, window: int | None, batch: ForwardBatch, out_TND: Tensor) -> None:
+    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: PlanT, out_TND: Tensor) -> None:
         """The new tokens of the sequences after the decodes into ``out_TND``."""
 
 
-def prefill_chunks(batch: ForwardBatch) -> PrefillChunks:
-    """The sequences after the decodes, query starts from 0; prepared once a step."""
-    found: PrefillChunks | None = batch.scratch.get("prefill")
-    if found is None:
-        assert batch.seq_lens_S is not None
-        assert batch.query_start_S1 is not None
-        decodes = batch.num_decodes
-        starts = batch.query_start_S1[decodes:] - decodes
-        found = PrefillChunks(batch.block_tables[decodes:], starts, batch.seq_lens_S[decodes:])
-        batch.scratch["prefill"] = found
-    return found
+def zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tensors of zeros that are one piece of memory, of which the allocator rounds up nothing but the whole."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = torch.split(torch.zeros(sum(sizes), dtype=dtype, device=device), sizes)
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

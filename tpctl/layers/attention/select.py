@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
+from tpctl.accounting import PACKED_HEAD_DIMS
 from tpctl.errors import EngineError
-from tpctl.layers.attention.base import AttentionBackend, HeadShape
+from tpctl.layers.attention.base import AttentionBackend, AttentionSpec
 
 BACKENDS = ("flash-attn", "triton", "sdpa")
 
@@ -43,24 +46,29 @@ def make_backend(
     name: str,
     device_type: str,
     dtype: torch.dtype,
-    heads: HeadShape,
+    layers: Sequence[AttentionSpec],
     block_size: int | None,
     *,
     kv_cache_dtype: str = "model",
     whole_heads: bool = True,
-) -> AttentionBackend:
+) -> AttentionBackend[Any]:
     """Build the chosen backend (see ``choose_backend``).
 
     Args:
+        layers: what each layer computes.
         block_size: tokens in a KV block; ``None`` takes the backend's own choice.
         kv_cache_dtype: as in ``EngineConfig``.
-        whole_heads: all dimensions of a head are rotated.
+        whole_heads: all dimensions of a head are rotated, in every layer.
 
     Raises:
         EngineError: it does not run here, or not with this block size.
     """
-    kind: type[AttentionBackend]
+    kind: type[AttentionBackend[Any]]
     chosen = choose_backend(name, device_type, dtype)
+    if any(spec.softcap is not None for spec in layers) and chosen != "sdpa":
+        if name != "auto":
+            raise EngineError(f"{chosen} caps no attention scores, as this model does; use --attention-backend sdpa")
+        chosen = "sdpa"
     if chosen == "flash-attn":
         from tpctl.layers.attention.flash import FlashAttentionBackend as kind
     elif chosen == "triton":
@@ -70,17 +78,17 @@ def make_backend(
     size = block_size or kind.default_block_size
     if size < 1 or (chosen != "sdpa" and (size & (size - 1) or size < 16)):
         raise EngineError(f"--block-size {size} does not suit {chosen}; use a power of two from 16 up")
-    obstacle = _not_packed(chosen, dtype, heads, whole_heads)
+    obstacle = _not_packed(chosen, dtype, layers, whole_heads)
     if kv_cache_dtype == "packed" and obstacle is not None:
         raise EngineError(f"--kv-cache-dtype packed needs {obstacle}; use auto or model")
     if kv_cache_dtype == "model" or obstacle is not None:
-        return kind(heads, size)
+        return kind(layers, size)
     from tpctl.layers.attention.triton import TritonBackend
 
-    return TritonBackend(heads, size, packed=True)
+    return TritonBackend(layers, size, packed=True)
 
 
-def _not_packed(backend: str, dtype: torch.dtype, heads: HeadShape, whole_heads: bool) -> str | None:
+def _not_packed(backend: str, dtype: torch.dtype, layers: Sequence[AttentionSpec], whole_heads: bool) -> str | None:
     """What is missing for a packed KV cache (``kernels.packed_kv``); ``None`` if nothing is."""
     if backend != "triton":
         return f"--attention-backend triton, not {backend}"
@@ -88,9 +96,8 @@ def _not_packed(backend: str, dtype: torch.dtype, heads: HeadShape, whole_heads:
         return "a GPU of compute capability 8.0 or more, whose bfloat16 arithmetic it takes"
     if dtype != torch.bfloat16:
         return f"bfloat16, not {str(dtype).removeprefix('torch.')}"
-    from tpctl.kernels.attention.packed_kv import HEAD_DIMS
-
-    if heads.head_dim not in HEAD_DIMS or not whole_heads:
-        known = ", ".join(map(str, HEAD_DIMS))
-        return f"heads of {known} dimensions, all of them rotated, not {heads.head_dim}"
+    others = [spec.head_dim for spec in layers if spec.head_dim not in PACKED_HEAD_DIMS]
+    if others or not whole_heads:
+        known = ", ".join(map(str, PACKED_HEAD_DIMS))
+        return f"heads of {known} dimensions, all of them rotated, not {[*others, layers[0].head_dim][0]}"
     return None

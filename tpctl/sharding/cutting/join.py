@@ -10,15 +10,16 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import OutputError, ShardFolderError
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.manifest.records import Source
 from tpctl.sharding.moving.contents import absent_ranks
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import Stored
 from tpctl.sharding.moving.opened import open_extra, open_shards
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 _ELSE = "use --force to replace the folder, or choose another one (-o)"
@@ -108,7 +109,7 @@ def check_same_weights(
     moves += [Move((stored,), (kept[stored.name],)) for stored in extra if stored.name in kept]
     try:
         with Files() as files:
-            run(moves, files, Tally(sum(move.nbytes for move in moves), "", progress), compare=True)
+            move_all(moves, files, ByteCounter(sum(move.nbytes for move in moves), "", progress), compare=True)
     except ShardFolderError as error:
         raise OutputError(f"{folder} holds ranks that this source does not give ({error}); {_ELSE}") from None
 

@@ -10,18 +10,19 @@ from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.outputs import refuse_overlap
-from tpctl.checkpoint.safetensors import Header, NewTensor, build_header
+from tpctl.checkpoint.progress import Progress
+from tpctl.checkpoint.safetensors import Header, TensorSpec, build_header
 from tpctl.errors import ShardFolderError
 from tpctl.json_file import parse_object
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.dtypes import FLOATS
 from tpctl.partition.split import Range, Rule
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import Region, Stored, whole
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 from tpctl.sharding.publishing.journal import write_synced
 from tpctl.sharding.publishing.pending import PendingFolder, refuse_existing
 
@@ -71,7 +72,7 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
                 path.write_bytes(header.raw)
                 os.truncate(path, header.file_size)
                 files.open(path, os.O_RDWR)
-            run(moves, files, Tally(sum(move.nbytes for move in moves), "", progress))
+            move_all(moves, files, ByteCounter(sum(move.nbytes for move in moves), "", progress))
             files.sync(pending.path / name for name in headers)
         for name, wanted in manifest.files.items():
             if copy_file(folder / name, pending.path / name) != wanted:
@@ -106,7 +107,7 @@ def _header(header: Header, dtype: str | None) -> Header:
     if dtype is None:
         return header
     cast = (
-        NewTensor(name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
+        TensorSpec(name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
         for name, info in header.tensors.items()
     )
     return build_header(cast, header.metadata)

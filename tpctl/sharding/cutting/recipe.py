@@ -9,7 +9,7 @@ from pathlib import Path
 from tpctl.arch.compat import check_compat, scales
 from tpctl.arch.config import ModelConfig
 from tpctl.manifest.records import CopiedFile, Source
-from tpctl.partition.plan import PartitionPlan, StoredTensor, check_ranks
+from tpctl.partition.plan import PartitionPlan, PlannedTensor, check_ranks
 from tpctl.sharding.moving.layout import Stored
 
 
@@ -30,7 +30,7 @@ class Recipe:
         identity: differs whenever what is read differs; a killed run is resumed only under the same one.
     """
 
-    shards: tuple[Mapping[str, StoredTensor], ...]
+    shards: tuple[Mapping[str, PlannedTensor], ...]
     fills: Mapping[str, int]
     ranks: tuple[int, ...]
     source: Source

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.outputs import refuse_overlap
+from tpctl.checkpoint.progress import Progress
 from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting.merge import require_all_ranks
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
-from tpctl.sharding.moving.files import Progress
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.publishing.pending import refuse_existing

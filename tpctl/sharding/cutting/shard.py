@@ -7,20 +7,21 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import DTYPES
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, stored_dtype
-from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.manifest.records import Source, SourceFile
+from tpctl.partition.dtypes import DTYPES
 from tpctl.partition.plan import PartitionPlan
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import Stored, whole
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 from tpctl.sharding.publishing.pending import refuse_existing
 
 
@@ -134,7 +135,7 @@ def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, st
     as_head = replace(head, regions=tuple(replace(region, source=EMBEDDING) for region in head.regions))
     try:
         with Files() as files:
-            run([Move((embedding,), (as_head,))], files, Tally(0, "", None), compare=True)
+            move_all([Move((embedding,), (as_head,))], files, ByteCounter(0, "", None), compare=True)
     except ShardFolderError:
         raise differ from None
     return {LM_HEAD: EMBEDDING}

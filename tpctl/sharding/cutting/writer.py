@@ -8,20 +8,21 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import NewTensor, build_header
+from tpctl.checkpoint.progress import Progress
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
 from tpctl.errors import OutputError, OverflowedError, ShardFolderError, TpctlError
 from tpctl.manifest.file import check_size
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import CopiedFile, Shard, ShardTensor
-from tpctl.partition.plan import StoredTensor
+from tpctl.manifest.records import CopiedFile, ManifestTensor, Shard
+from tpctl.partition.plan import PlannedTensor
 from tpctl.partition.split import Rule
 from tpctl.sharding.cutting.join import check_same_cut, check_same_weights, lacking, piece_name, union
 from tpctl.sharding.cutting.recipe import Recipe
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import in_shard, whole
 from tpctl.sharding.moving.parts import EXTRA_FILE, PartFile, assign_parts, part_files
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 from tpctl.sharding.publishing.journal import Digests, Journal, note_name, write_synced
 from tpctl.sharding.publishing.pending import PendingFolder
 
@@ -110,7 +111,7 @@ class _Writer:
         self.recipe, self.pending, self.parts, self.progress = recipe, pending, parts, progress
         files = [f for rank in recipe.ranks for f in part_files(rank, recipe.shards[rank], recipe.dtypes, parts)]
         if recipe.extra:
-            header = build_header(NewTensor(stored.name, stored.dtype, stored.shape) for stored in recipe.extra)
+            header = build_header(TensorSpec(stored.name, stored.dtype, stored.shape) for stored in recipe.extra)
             files.append(PartFile(None, max(parts.values()) + 1, EXTRA_FILE, header))
         self.files: dict[int, list[PartFile]] = {}
         for file in files:
@@ -118,7 +119,7 @@ class _Writer:
         self.journal = Journal(pending.path, repr([recipe.identity, recipe.shards, recipe.fills]), files)
         self.done: dict[int, Digests] = {}
         self.resumed = self.dropped = 0
-        self.tally = Tally(sum(file.header.file_size - file.header.size for file in files), "", progress)
+        self.tally = ByteCounter(sum(file.header.file_size - file.header.size for file in files), "", progress)
 
     def write(self, add: bool, check: Callable[[], None]) -> Manifest:
         """Write and publish the folder; its manifest. Arguments as in ``write_shards``."""
@@ -195,7 +196,7 @@ class _Writer:
             else:
                 for name in (name for name, part in self.parts.items() if part == index):
                     moves += self._moves(name, files)
-            digests = run(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
+            digests = move_all(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
             handles.sync(self.pending.path / file.file for file in files)
         return digests
 
@@ -252,7 +253,7 @@ class _Writer:
         extra = None
         if recipe.extra:
             entries = {
-                s.name: ShardTensor(0, s.dtype, s.shape, digests[None, s.name], Rule.REPLICATED, 0, ())
+                s.name: ManifestTensor(0, s.dtype, s.shape, digests[None, s.name], Rule.REPLICATED, 0, ())
                 for s in recipe.extra
             }
             extra = Shard((files[-1].entry,), entries)
@@ -272,11 +273,11 @@ class _Writer:
             files=copied,
         )
 
-    def _entries(self, rank: int, digests: Mapping[tuple[int | None, str], str]) -> dict[str, ShardTensor]:
+    def _entries(self, rank: int, digests: Mapping[tuple[int | None, str], str]) -> dict[str, ManifestTensor]:
         return {name: self._entry(stored, digests[rank, name]) for name, stored in self.recipe.shards[rank].items()}
 
-    def _entry(self, stored: StoredTensor, digest: str) -> ShardTensor:
-        return ShardTensor(
+    def _entry(self, stored: PlannedTensor, digest: str) -> ManifestTensor:
+        return ManifestTensor(
             part=self.parts[stored.name],
             dtype=self.recipe.dtypes[stored.name],
             shape=stored.shape,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tpctl.arch.compat import scales
 from tpctl.arch.config import ModelConfig
-from tpctl.manifest.records import ShardTensor
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.manifest.records import ManifestTensor
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Expected:
         fills: the value of those that are made of no source tensor and are not zero.
     """
 
-    shards: tuple[Mapping[str, StoredTensor], ...]
+    shards: tuple[Mapping[str, PlannedTensor], ...]
     fills: Mapping[str, int]
 
     @classmethod
@@ -29,7 +29,7 @@ class Expected:
         ones = {one.name: one for one in scales(compat, config)}
         return cls(tuple({**shard, **ones} for shard in plan.shards), dict.fromkeys(ones, 1))
 
-    def differing(self, rank: int, name: str, entry: ShardTensor) -> list[str]:
+    def differing(self, rank: int, name: str, entry: ManifestTensor) -> list[str]:
         """The fields of a manifest's ``entry`` that differ; part, dtype and digest are none of the plan's."""
         wanted = self.shards[rank][name]
         pairs = {

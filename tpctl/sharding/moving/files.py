@@ -11,10 +11,8 @@ from threading import Event, Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import CheckpointError, counted
-
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in total, and what is being done."""
 
 Bytes = NDArray[np.uint8]
 
@@ -71,7 +69,7 @@ class Files:
             os.fsync(self._open[path])
 
 
-class Tally:
+class ByteCounter:
     """Counts bytes for several threads and tells ``progress``; ``stop`` ends the others when one fails."""
 
     def __init__(self, total: int, what: str, progress: Progress | None) -> None:
@@ -101,7 +99,7 @@ class Stopped(Exception):
     """Raised inside a worker because another one failed."""
 
 
-def in_parallel(tasks: Sequence[Callable[[], None]], tally: Tally) -> None:
+def in_parallel(tasks: Sequence[Callable[[], None]], tally: ByteCounter) -> None:
     """Run ``tasks`` in order on a few threads; the first failure stops the others and is raised."""
 
     def work(task: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import TensorInfo
+from tpctl.checkpoint.safetensors import FileTensor
 from tpctl.errors import CheckpointError
 from tpctl.partition.dtypes import DTYPE_BITS
 from tpctl.partition.plan import Piece, Shape
@@ -76,7 +76,7 @@ def item_size(dtype: str, name: str) -> int:
     return bits // 8
 
 
-def whole(info: TensorInfo, path: Path, rank: int | None = None, digest: str | None = None) -> Stored:
+def whole(info: FileTensor, path: Path, rank: int | None = None, digest: str | None = None) -> Stored:
     """The tensor of that header entry, stored whole in ``path``."""
     rows = info.shape[0] if info.shape else 1
     region = Region(info.name, Range(0, rows), Range(0, width(info.shape)), info.start)
@@ -84,7 +84,7 @@ def whole(info: TensorInfo, path: Path, rank: int | None = None, digest: str | N
 
 
 def in_shard(
-    info: TensorInfo,
+    info: FileTensor,
     pieces: Iterable[Piece],
     path: Path,
     rank: int,

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from stat import S_ISDIR
 
-from tpctl.checkpoint.safetensors import Header, NewTensor, TensorInfo, build_header
+from tpctl.checkpoint.safetensors import FileTensor, Header, TensorSpec, build_header
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import Manifest
 from tpctl.manifest.records import Shard
@@ -35,7 +35,7 @@ def open_shards(folder: Path, manifest: Manifest, ranks: Sequence[int]) -> dict[
     return {name: tuple(held) for name, held in found.items()}
 
 
-def tensor_infos(folder: Path, manifest: Manifest, rank: int) -> dict[str, tuple[TensorInfo, Path]]:
+def tensor_infos(folder: Path, manifest: Manifest, rank: int) -> dict[str, tuple[FileTensor, Path]]:
     """The header entry and the file of every tensor of ``rank``; errors as ``open_shards``."""
     shard = manifest.shard(rank)
     headers = _headers(folder, shard, f"rank {rank}")
@@ -70,9 +70,9 @@ def check_copied(folder: Path, manifest: Manifest) -> int:
 def _headers(folder: Path, shard: Shard, owner: str) -> list[tuple[Header, Path]]:
     """The part files' headers, rebuilt from the manifest and compared with the files byte for byte."""
     found = []
-    held: list[list[NewTensor]] = [[] for _ in shard.parts]
+    held: list[list[TensorSpec]] = [[] for _ in shard.parts]
     for name, tensor in shard.tensors.items():
-        held[tensor.part].append(NewTensor(name, tensor.dtype, tensor.shape))
+        held[tensor.part].append(TensorSpec(name, tensor.dtype, tensor.shape))
     for part, tensors in zip(shard.parts, held, strict=True):
         path = folder / part.file
         contradiction = ShardFolderError(f"the manifest of {folder} contradicts itself about {part.file}; {AGAIN}")

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.compat import ENGINES
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import source_plan
-from tpctl.arch.splits import EMBEDDING, LM_HEAD, ignored_tensors
 from tpctl.checkpoint.folder import INDEX, indexed_files
-from tpctl.checkpoint.safetensors import Header, TensorInfo, parse_header
+from tpctl.checkpoint.safetensors import FileTensor, Header, source_headers
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.partition.dtypes import dtype_after_cast
@@ -37,7 +37,7 @@ class OwnPlan:
 
     config: ModelConfig
     headers: Mapping[str, Header]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, FileTensor]
     plan: PartitionPlan
 
 
@@ -50,10 +50,10 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     """
     path = folder / MANIFEST
     try:
-        headers = source_headers(manifest)
+        headers = source_headers(manifest.source.files)
     except CheckpointError as error:
         raise _contradicts(path, str(error)) from None
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, FileTensor] = {}
     for file, header in headers.items():
         if twice := tensors.keys() & header.tensors.keys():
             raise _contradicts(path, f"the source's tensor {_short(min(twice))} is in {file} and in another file")
@@ -61,7 +61,7 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     config = ModelConfig.load(folder)
     try:
         plan = source_plan(config, tensors, manifest.tp_size)
-        plan.check_source({name: info.shape for name, info in tensors.items()}, ignored_tensors(config))
+        plan.check_source({name: info.shape for name, info in tensors.items()}, config.blueprint.ignored())
     except TpctlError as error:
         raise _contradicts(path, str(error)) from None
     if manifest.model_type != config.model_type:
@@ -77,12 +77,7 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     return OwnPlan(config, headers, tensors, plan)
 
 
-def source_headers(manifest: Manifest) -> dict[str, Header]:
-    """The headers of the source's files, by name. Raises ``CheckpointError`` if one is none."""
-    return {file.name: parse_header(file.header.encode(), file.size, file.name) for file in manifest.source.files}
-
-
-def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: Mapping[str, FileTensor]) -> None:
     for rank, shard in manifest.shards.items():
         wanted = expected.shards[rank]
         if [part.file for part in shard.parts] != [part_name(rank, index) for index in range(len(shard.parts))]:
@@ -104,7 +99,7 @@ def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: M
                 raise _contradicts(path, f"{name} of rank {rank} is {entry.dtype}, but made of {made}")
 
 
-def _check_rest(path: Path, manifest: Manifest, rest: set[str], tensors: Mapping[str, TensorInfo]) -> None:
+def _check_rest(path: Path, manifest: Manifest, rest: set[str], tensors: Mapping[str, FileTensor]) -> None:
     """What of the source no rank holds: a tied head's second copy, and the tensors of the extra file."""
     aliases = {LM_HEAD: EMBEDDING} if LM_HEAD in rest else {}
     if dict(manifest.source.aliases) != aliases:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from tpctl.checkpoint.safetensors import Header, NewTensor, build_header, tensor_nbytes
+from tpctl.checkpoint.safetensors import Header, TensorSpec, build_header, tensor_nbytes
 from tpctl.manifest.records import Part
-from tpctl.partition.plan import StoredTensor
+from tpctl.partition.plan import PlannedTensor
 
 EXTRA_FILE = "tpctl-extra.safetensors"
 """Tensors of the source that no rank needs; a name that serving engines do not look for."""
@@ -41,7 +41,7 @@ class PartFile:
 
 
 def assign_parts(
-    shards: Sequence[Mapping[str, StoredTensor]], dtypes: Mapping[str, str], max_part_size: int
+    shards: Sequence[Mapping[str, PlannedTensor]], dtypes: Mapping[str, str], max_part_size: int
 ) -> dict[str, int]:
     """The part that each stored tensor belongs to, the same on every rank.
 
@@ -65,7 +65,7 @@ def part_name(rank: int, index: int) -> str:
 
 
 def part_files(
-    rank: int, shard: Mapping[str, StoredTensor], dtypes: Mapping[str, str], parts: Mapping[str, int]
+    rank: int, shard: Mapping[str, PlannedTensor], dtypes: Mapping[str, str], parts: Mapping[str, int]
 ) -> list[PartFile]:
     """``rank``'s files."""
     return [
@@ -73,7 +73,7 @@ def part_files(
             rank,
             index,
             part_name(rank, index),
-            build_header(NewTensor(n, dtypes[n], shard[n].shape) for n in shard if parts[n] == index),
+            build_header(TensorSpec(n, dtypes[n], shard[n].shape) for n in shard if parts[n] == index),
         )
         for index in range(max(parts.values()) + 1)
     ]

@@ -24,7 +24,7 @@ import numpy as np
 from tpctl.checkpoint.cast import cast, check_range
 from tpctl.errors import ShardFolderError
 from tpctl.partition.split import Range
-from tpctl.sharding.moving.files import Bytes, Files, Tally, in_parallel
+from tpctl.sharding.moving.files import ByteCounter, Bytes, Files, in_parallel
 from tpctl.sharding.moving.layout import Region, Stored, item_size
 
 BAND_BYTES = 1 << 20
@@ -45,8 +45,8 @@ class Move:
         return sum(stored.nbytes for stored in self.writes)
 
 
-def run(
-    moves: Sequence[Move], files: Files, tally: Tally, *, compare: bool = False, may_overflow: bool = True
+def move_all(
+    moves: Sequence[Move], files: Files, tally: ByteCounter, *, compare: bool = False, may_overflow: bool = True
 ) -> dict[tuple[int | None, str], str]:
     """Carry out ``moves`` and return the BLAKE3 digest of every written tensor, by rank and name.
 
@@ -73,7 +73,7 @@ def run(
     return digests
 
 
-def hash_all(tensors: Sequence[Stored], files: Files, tally: Tally) -> None:
+def hash_all(tensors: Sequence[Stored], files: Files, tally: ByteCounter) -> None:
     """Read every byte of ``tensors`` and compare the digests.
 
     Raises:
@@ -86,7 +86,7 @@ def hash_all(tensors: Sequence[Stored], files: Files, tally: Tally) -> None:
     in_parallel([partial(_hash, stored, files, tally) for stored in ordered], tally)
 
 
-def _hash(stored: Stored, files: Files, tally: Tally) -> None:
+def _hash(stored: Stored, files: Files, tally: ByteCounter) -> None:
     from blake3 import blake3
 
     digest, buffer = blake3(), np.empty(min(BAND_BYTES, stored.nbytes), np.uint8)
@@ -102,7 +102,7 @@ def _hash(stored: Stored, files: Files, tally: Tally) -> None:
 class _Mover:
     """One thread's buffers and digests for one move."""
 
-    def __init__(self, files: Files, tally: Tally, compare: bool, may_overflow: bool) -> None:
+    def __init__(self, files: Files, tally: ByteCounter, compare: bool, may_overflow: bool) -> None:
         self.files, self.tally, self.compare, self.may_overflow = files, tally, compare, may_overflow
         self.read_hashes: dict[tuple[int | None, str], Any] = {}
         self.write_hashes: dict[tuple[int | None, str], Any] = {}

@@ -12,21 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import checked_source_plan
-from tpctl.arch.splits import EMBEDDING, LM_HEAD
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import ShardTensor
+from tpctl.manifest.records import ManifestTensor
 from tpctl.partition.dtypes import dtype_after_cast
-from tpctl.partition.plan import PartitionPlan, StoredTensor
+from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.sharding.moving.expected import Expected
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import Stored, in_shard, whole
 from tpctl.sharding.moving.opened import open_extra, tensor_infos
-from tpctl.sharding.moving.transfer import Move, run
+from tpctl.sharding.moving.transfer import Move, move_all
 
 BLOCK_BYTES = 1 << 20
 
@@ -63,7 +64,7 @@ def verify_source(
     moves += _other_moves(folder, manifest, plan, tensors, extra)
     total = sum(move.nbytes for move in moves)
     with Files() as files:
-        run(moves, files, Tally(total, "", progress), compare=True)
+        move_all(moves, files, ByteCounter(total, "", progress), compare=True)
     return total + _compare_copied(folder, manifest, checkpoint)
 
 
@@ -91,7 +92,7 @@ def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: M
             )
 
 
-def _brief(record: ShardTensor | StoredTensor, field: str, fill: int) -> str:
+def _brief(record: ManifestTensor | PlannedTensor, field: str, fill: int) -> str:
     if field == "fill":
         return str(fill)
     if field != "pieces":

@@ -16,14 +16,22 @@ from typing import Any
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import source_plan
-from tpctl.checkpoint.safetensors import Header, parse_header, read_header
+from tpctl.checkpoint.safetensors import Header, read_header, source_headers
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError
 from tpctl.manifest.file import read_manifest
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.manifest.records import CopiedFile, Part, ShardTensor, parts_from_list, plain_name, tensor_from_dict
+from tpctl.manifest.records import (
+    CopiedFile,
+    ManifestTensor,
+    Part,
+    SourceFile,
+    parts_from_list,
+    plain_name,
+    tensor_from_dict,
+)
 from tpctl.sharding.moving.copied import hash_file
 from tpctl.sharding.moving.expected import Expected
-from tpctl.sharding.moving.files import Files, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import whole
 from tpctl.sharding.moving.transfer import hash_all
 from tpctl.sharding.proving.flips import Budget, path_of_line, undo_flip, unreadable_line
@@ -107,9 +115,10 @@ def _contradiction(folder: Path, value: Any, read: bool) -> str | None:
 def _expected(folder: Path, value: Mapping[str, Any]) -> Expected | None:
     """What the plan of the folder's own config says, if there is one."""
     try:
-        headers = [parse_header(f["header"].encode(), f["size"], f["name"]) for f in value["source"]["files"]]
+        files = [SourceFile(file["name"], file["size"], file["header"]) for file in value["source"]["files"]]
+        names = {name for header in source_headers(files).values() for name in header.tensors}
         config = ModelConfig.load(folder)
-        plan = source_plan(config, {name for header in headers for name in header.tensors}, value["tp_size"])
+        plan = source_plan(config, names, value["tp_size"])
         return Expected.of(config, plan, value["compat"])
     except TpctlError:
         return None
@@ -154,12 +163,12 @@ def _contradictions(
             stored = whole(header.tensors[name], folder / parts[entry.part].file, rank, entry.digest)
             try:
                 with Files() as files:
-                    hash_all([stored], files, Tally(stored.nbytes, "", None))
+                    hash_all([stored], files, ByteCounter(stored.nbytes, "", None))
             except ShardFolderError:
                 yield f"the digest of {name} of {owner} is not that of its bytes"
 
 
-def _entry_of(fields: Any, num_parts: int) -> ShardTensor | None:
+def _entry_of(fields: Any, num_parts: int) -> ManifestTensor | None:
     try:
         return tensor_from_dict(fields, num_parts)
     except MALFORMED:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.checkpoint.cache import cache_root, file_name
+from tpctl.checkpoint.progress import Progress
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.opened import AGAIN, open_shards
 from tpctl.sharding.moving.transfer import hash_all
 
@@ -38,7 +39,7 @@ def ensure_verified(folder: Path, ranks: Sequence[int], progress: Progress | Non
     stored = [one for held in open_shards(folder, manifest, ranks).values() for one in held]
     try:
         with Files() as files:
-            hash_all(stored, files, Tally(sum(one.nbytes for one in stored), "", progress))
+            hash_all(stored, files, ByteCounter(sum(one.nbytes for one in stored), "", progress))
     except ShardFolderError as error:
         if folder.is_relative_to(cache_root()):  # nobody asked for it by name, so say where it is
             step = f"remove {folder}, it is made again when it is needed"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.manifest.manifest import Manifest
-from tpctl.sharding.moving.files import Files, Progress, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.transfer import hash_all
 
@@ -25,5 +26,5 @@ def verify_digests(
     stored += open_extra(folder, manifest) if extra else ()
     copied = check_copied(folder, manifest)
     with Files() as files:
-        hash_all(stored, files, Tally(sum(one.nbytes for one in stored), "", progress))
+        hash_all(stored, files, ByteCounter(sum(one.nbytes for one in stored), "", progress))
     return copied + sum(one.nbytes for one in stored)

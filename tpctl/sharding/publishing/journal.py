@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tpctl.errors import TpctlError
-from tpctl.sharding.moving.files import Files, Tally
+from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.layout import Stored, whole
 from tpctl.sharding.moving.parts import PartFile
 from tpctl.sharding.moving.transfer import hash_all
@@ -35,7 +35,7 @@ class Journal:
         rows = [[rank, name, digest] for (rank, name), digest in digests.items()]
         write_synced(self._path(index), json.dumps({"job": self.job, "digests": rows}).encode())
 
-    def recall(self, index: int, files: Sequence[PartFile], tally: Tally) -> Digests | None:
+    def recall(self, index: int, files: Sequence[PartFile], tally: ByteCounter) -> Digests | None:
         """The digests of part ``index`` if an earlier run completed it and its ``files`` are still intact."""
         try:
             notes = json.loads(self._path(index).read_bytes())

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import Manifest, describe_ranks
-from tpctl.manifest.records import Shard, ShardTensor
+from tpctl.manifest.records import ManifestTensor, Shard
 from tpctl.partition.plan import check_ranks
 from tpctl.sharding.moving.contents import absent_ranks, stray_files
-from tpctl.sharding.moving.files import Progress
 from tpctl.sharding.moving.opened import open_shards
 from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.proving.compare import verify_source
@@ -196,7 +196,7 @@ def _rank(manifest: Manifest, rank: int) -> RankReport:
     )
 
 
-def _tensor(name: str, tensor: ShardTensor, shard: Shard) -> TensorReport:
+def _tensor(name: str, tensor: ManifestTensor, shard: Shard) -> TensorReport:
     pieces = tuple(
         PieceReport(
             piece.source,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from tpctl.partition.split import Rule
 from tpctl.sharding.showing.inspect import InspectReport, TensorReport
 
 
@@ -70,6 +71,11 @@ class Kind:
     def copies(self) -> int:
         """The most ranks that hold one element."""
         return max(len(band.ranks) for source in self.sources for band in source.bands)
+
+    @property
+    def copied(self) -> bool:
+        """Whether ranks hold copies where the rule divides."""
+        return self.rule != Rule.REPLICATED and self.copies > 1
 
     @property
     def uneven(self) -> bool:

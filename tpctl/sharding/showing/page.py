@@ -17,33 +17,14 @@ from typing import Any
 
 from tpctl.arch.config import ModelConfig
 from tpctl.checkpoint.outputs import resolved, write_whole
-from tpctl.errors import ShardFolderError, printable
+from tpctl.errors import ShardFolderError, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
+from tpctl.partition.split import Rule
 from tpctl.sharding.showing.inspect import InspectReport
 from tpctl.sharding.showing.kinds import Kind, count, kinds, layer_of, pattern
 from tpctl.sharding.showing.page_flow import block_flow, column_example, row_example
 from tpctl.sharding.showing.page_svg import figure, hue
-
-EXPLAINED = {
-    "replicated": "Small and needed whole by everyone, so every rank has a copy.",
-    "column": "Column-parallel: each rank computes its own share of the outputs.",
-    "merged-column": (
-        "Column-parallel. Gate and up are cut at the same places and stored as one matrix, so that one product gives "
-        "both, and a rank can multiply SiLU(gate) with up entry by entry on its own."
-    ),
-    "qkv": (
-        "Column-parallel, in whole attention heads. Each rank stores its query heads, then the key and the value heads "
-        "that they read, as one matrix. A head is never divided."
-    ),
-    "row": (
-        "Row-parallel: each rank takes the inputs that it computed itself and gets a part of every output. The "
-        "all-reduce that follows adds the parts."
-    ),
-    "vocab": (
-        "Divided by tokens of the vocabulary, which is padded with zero rows to a multiple of 64. As the embedding, a "
-        "rank looks up the tokens it has and the results are summed; as the output head, it scores its own tokens."
-    ),
-}
+from tpctl.sharding.showing.rules import RULE_TEXTS
 
 
 def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
@@ -70,22 +51,23 @@ def render(report: InspectReport, config: ModelConfig) -> str:
     revision = f" at revision {printable(report.revision)}" if report.revision else ""
     title = f"{printable(report.source)}, cut for {report.tp_size} rank{'s' if report.tp_size > 1 else ''}"
     total = sum(rank.nbytes for rank in report.ranks)
+    heads = config.blueprint.blocks[0].attention
     parts = {
         "title": escape(title),
         "css": _template("page.css"),
         "js": _template("page.js"),
         "summary": escape(
-            f"A {report.model_type} model{revision} with {config.num_layers} blocks (layers), {config.num_heads} query "
-            f"and {config.num_kv_heads} KV heads, in {_bytes(total)} of shards. This page shows which rank holds which "
-            "part of every weight, and why it was cut that way."
+            f"A {report.model_type} model{revision} with {config.num_layers} blocks (layers), {heads.num_heads} query "
+            f"and {heads.num_kv_heads} KV heads, in {format_bytes(total)} of shards. This page shows which rank "
+            "holds which part of every weight, and why it was cut that way."
         ),
         "legend": _legend(report),
         "column": column_example(),
         "row": row_example(),
         "layers": str(config.num_layers),
-        "flow": block_flow(config, found),
+        "flow": block_flow(config.blueprint, found),
         "balance": _balance(report, found),
-        "ranks": _rank_rows(report, found, config),
+        "ranks": _rank_rows(report, found, heads.head_dim),
         "kinds": "".join(_kind(kind) for kind in found),
         "footer": escape(f"Made by tpctl inspect-shards from {printable(Path(report.folder).name)}/tpctl.json."),
         # "</script" would end the script element early, "<!--" keep it from ending, whatever string they are in.
@@ -114,8 +96,8 @@ def _balance(report: InspectReport, found: Sequence[Kind]) -> str:
     elif report.tp_size > 1:
         lines.append("The split is even: every rank holds the same amount and none waits for another.")
     if report.replicated_bytes:
-        kv = ", and KV heads, since there are more ranks than those" if any(map(_copied, found)) else ""
-        lines.append(f"{_bytes(report.replicated_bytes)} are copies: norms, which every rank needs whole{kv}.")
+        kv = ", and KV heads, since there are more ranks than those" if any(kind.copied for kind in found) else ""
+        lines.append(f"{format_bytes(report.replicated_bytes)} are copies: norms, which every rank needs whole{kv}.")
     if report.absent:
         lines.append(
             f"The files of {describe_ranks(report.absent)} are not in this folder; its manifest describes them."
@@ -123,21 +105,17 @@ def _balance(report: InspectReport, found: Sequence[Kind]) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
-def _copied(kind: Kind) -> bool:
-    """Whether ranks hold copies where the rule divides."""
-    return kind.rule != "replicated" and kind.copies > 1
-
-
-def _rank_rows(report: InspectReport, found: Sequence[Kind], config: ModelConfig) -> str:
+def _rank_rows(report: InspectReport, found: Sequence[Kind], head_dim: int) -> str:
     largest = max(rank.nbytes for rank in report.ranks)
     qkv = next(kind for kind in found if kind.rule == "qkv")
     rows = []
     for index, rank in enumerate(report.ranks):
-        query, kv = ((stop - start) // config.head_dim for _, start, stop in qkv.pieces[index][:2])
+        query, kv = ((stop - start) // head_dim for _, start, stop in qkv.pieces[index][:2])
         share = 100 * rank.nbytes / largest
         rows.append(
             f"<tr><td><span class='chip'{_colour(rank.rank)}>{rank.rank}</span></td><td>{rank.parameters:,}</td>"
-            f"<td>{_bytes(rank.nbytes)}</td><td class='meter'><i{_colour(rank.rank, f'width:{share:.1f}%')}></i></td>"
+            f"<td>{format_bytes(rank.nbytes)}</td>"
+            f"<td class='meter'><i{_colour(rank.rank, f'width:{share:.1f}%')}></i></td>"
             f"<td>{query} / {kv}</td><td>{len(rank.files)}</td></tr>"
         )
     return "".join(rows)
@@ -149,8 +127,8 @@ def _kind(kind: Kind) -> str:
         tags.append(f"<span class='tag'>{layers}</span>")
     if kind.uneven:
         tags.append("<span class='tag mark'>uneven</span>")
-    explained = EXPLAINED[kind.rule]
-    if _copied(kind):
+    explained = RULE_TEXTS[Rule(kind.rule)].paragraph
+    if kind.copied:
         explained += " There are fewer KV heads than ranks: piled up like cards are copies, each of them whole."
         tags.append(f"<span class='tag mark'>KV heads on {kind.copies} ranks</span>")
     return (
@@ -191,12 +169,3 @@ def _parts(report: InspectReport) -> Mapping[tuple[str, int | None], int]:
 
 def _colour(rank: int, style: str = "") -> str:
     return f' data-r="{rank}" style="--h:{hue(rank)};{style}"'
-
-
-def _bytes(count: float) -> str:
-    """In decimal units, as the command prints them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

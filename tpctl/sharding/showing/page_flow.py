@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tpctl.arch.config import ModelConfig
-from tpctl.sharding.showing.kinds import Kind
+from tpctl.arch.blueprint import Blueprint, Linear
+from tpctl.sharding.showing.kinds import Kind, pattern
 from tpctl.sharding.showing.page_svg import Svg, cells
 
 LANES = 4
@@ -43,15 +43,19 @@ def row_example() -> str:
     return svg.render("the same product with the columns of the matrix divided between two ranks")
 
 
-def block_flow(config: ModelConfig, found: Sequence[Kind]) -> str:
-    """The way of a hidden state through one decoder block: a lane a rank, a bar where all ranks hold the same."""
-    return _Flow(config, {kind.title: kind for kind in found}).draw()
+_ACTIVATIONS = {"silu": "SiLU", "gelu_tanh": "GELU"}
+
+
+def block_flow(blueprint: Blueprint, found: Sequence[Kind]) -> str:
+    """The way of a hidden state through the first decoder block: a lane a rank, a bar where all ranks hold the same."""
+    return _Flow(blueprint, found).draw()
 
 
 class _Flow:
-    def __init__(self, config: ModelConfig, found: dict[str, Kind]) -> None:
-        self._config, self._kinds = config, found
-        ranks = found["self_attn.qkv_proj"].ranks
+    def __init__(self, blueprint: Blueprint, found: Sequence[Kind]) -> None:
+        self._blueprint, self._block = blueprint, blueprint.blocks[0]
+        self._kinds = {kind.name: kind for kind in found if not kind.layers or kind.layers[0] == 0}
+        ranks = self._kind(self._block.attention.qkv).ranks
         self._shown = list(range(len(ranks)))[:LANES]
         self._ranks = ranks
         self._lane = max(150.0, 432.0 / len(self._shown))  # up to two ranks fit a telephone's width
@@ -59,7 +63,7 @@ class _Flow:
         self._svg, self._y = Svg(), 0.0
 
     def draw(self) -> str:
-        hidden = self._config.hidden_size
+        hidden, block = self._blueprint.hidden_size, self._block
         total = f"{hidden:,} partial sums a token, added over the ranks; all get the total"
         for lane, index in enumerate(self._shown):
             rank = self._ranks[index]
@@ -67,22 +71,29 @@ class _Flow:
         self._y = 24
         self._bar("bar", "hidden state", f"{hidden:,} numbers a token, the same on every rank")
         self._lanes("step", lambda i: ("RMSNorm", "the whole vector"), "Cheap, so every rank does it.")
-        self._lanes("weight", self._weight("self_attn.qkv_proj", "qkv"), "Column-parallel: own heads' q, k, v.")
+        self._lanes("weight", self._weight(block.attention.qkv), "Column-parallel: own heads' q, k, v.")
         self._lanes("step", self._heads, self._attention_note())
-        self._lanes("weight", self._weight("self_attn.o_proj", "o"), "Row-parallel: inputs are own heads.")
+        self._lanes("weight", self._weight(block.attention.out, "o"), "Row-parallel: inputs are own heads.")
         self._bar("reduce", "all-reduce 1", total)
-        self._bar("bar", "added to the hidden state")
+        self._added(block.after_attention is not None)
         self._lanes("step", lambda i: ("RMSNorm", "the whole vector"), "")
-        self._lanes("weight", self._weight("mlp.gate_up_proj", "gate, up"), "Column-parallel: own share of the width.")
+        self._lanes("weight", self._weight(block.mlp.gate_up), "Column-parallel: own share of the width.")
         self._lanes("step", self._activation, "Entry by entry, no exchange.")
-        self._lanes("weight", self._weight("mlp.down_proj", "down"), "Row-parallel: inputs are own share.")
+        self._lanes("weight", self._weight(block.mlp.down, "down"), "Row-parallel: inputs are own share.")
         self._bar("reduce", "all-reduce 2", total)
-        self._bar("bar", "added to the hidden state, on to the next block", last=True)
+        self._added(block.after_mlp is not None, ", on to the next block")
         if len(self._ranks) > len(self._shown):
             more = len(self._ranks) - len(self._shown)
             ranks = "rank does" if more == 1 else "ranks do"
             self._svg.text(0, self._y + 14, f"{more} more {ranks} the same beside these", "note")
         return self._svg.render("the way through one decoder block with its two all-reduces")
+
+    def _added(self, normed: bool, onwards: str = "") -> None:
+        first = "through one more RMSNorm, " if normed else ""
+        self._bar("bar", f"{first}added to the hidden state{onwards}", last=bool(onwards))
+
+    def _kind(self, linear: Linear) -> Kind:
+        return self._kinds[pattern(f"{self._blueprint.prefix.format(0)}{linear.name}.weight")]
 
     def _bar(self, kind: str, title: str, detail: str = "", last: bool = False) -> None:
         height = 40 if detail else 28
@@ -112,8 +123,9 @@ class _Flow:
             self._svg.line(x, self._y + 1, x, self._y + 13)
         self._y += 17
 
-    def _weight(self, title: str, short: str) -> Content:
-        kind = self._kinds[title]
+    def _weight(self, linear: Linear, short: str = "") -> Content:
+        kind = self._kind(linear)
+        short = short or linear.name.rpartition(".")[2].removesuffix("_proj").replace("_", ", ")
         return lambda i: (f"{short} weight", " × ".join(f"{size:,}" for size in kind.shapes[i]))
 
     def _heads(self, index: int) -> tuple[str, str]:
@@ -121,13 +133,15 @@ class _Flow:
         return "attention", f"{query} query, {kv} KV head{'s' if kv > 1 else ''}"
 
     def _attention_note(self) -> str:
-        if self._kinds["self_attn.qkv_proj"].copies > 1:
+        if self._kind(self._block.attention.qkv).copies > 1:
             return "No exchange: who needs a KV head has a copy."
         return "No exchange: a head needs no other."
 
     def _head_counts(self, index: int) -> tuple[int, int]:
-        query, kv = ((stop - start) for _, start, stop in self._kinds["self_attn.qkv_proj"].pieces[index][:2])
-        return query // self._config.head_dim, kv // self._config.head_dim
+        attention = self._block.attention
+        query, kv = ((stop - start) for _, start, stop in self._kind(attention.qkv).pieces[index][:2])
+        return query // attention.head_dim, kv // attention.head_dim
 
     def _activation(self, index: int) -> tuple[str, str]:
-        return "SiLU(gate) · up", f"{self._kinds['mlp.down_proj'].shapes[index][1]:,} numbers"
+        mlp = self._block.mlp
+        return f"{_ACTIVATIONS[mlp.activation]}(gate) · up", f"{self._kind(mlp.down).shapes[index][1]:,} numbers"

@@ -19,22 +19,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from tpctl.arch.blueprint import Blueprint
 from tpctl.errors import counted, printable
+from tpctl.partition.split import Rule
 from tpctl.sharding.showing.kinds import Band, Kind, SourcePicture, count
+from tpctl.sharding.showing.rules import RULE_TEXTS
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
-
-RULES = {
-    "replicated": "whole on every rank",
-    "column": "column-parallel: output rows divided",
-    "merged-column": "column-parallel: output rows divided, gate and up alike",
-    "qkv": "column-parallel: output rows divided in whole heads",
-    "row": "row-parallel: input columns divided, results summed",
-    "vocab": "rows of the vocabulary divided",
-}
-"""What each rule does, in a line."""
 
 NAMES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "bright_yellow")
@@ -42,36 +35,31 @@ WIDTH, HEIGHT, MOST = 22, 6, 12
 """Cells of a box across and down; a box grows to one line a band, up to ``MOST`` lines."""
 
 
-def draw(found: Sequence[Kind], head_dim: int) -> Group:
-    """Every kind as a picture, for a rich console; ``head_dim`` tells how many heads a rank's rows are."""
+def draw(found: Sequence[Kind], blueprint: Blueprint) -> Group:
+    """Every kind as a picture, for a rich console; ``blueprint`` tells how many heads a rank's rows are."""
     from rich.console import Group
     from rich.text import Text
 
     blocks: list[Text] = [_legend(found)]
     for kind in found:
-        blocks += [Text(), *draw_kind(kind, head_dim)]
+        blocks += [Text(), *draw_kind(kind, blueprint)]
     return Group(*blocks)
 
 
-def draw_kind(kind: Kind, head_dim: int) -> list[Text]:
+def draw_kind(kind: Kind, blueprint: Blueprint) -> list[Text]:
     """One kind: a heading, its sources side by side, and what each rank stores."""
     from rich.text import Text
 
-    marks = " ".join(word for word, there in (("UNEVEN", kind.uneven), ("COPIES", _copied(kind))) if there)
+    marks = " ".join(word for word, there in (("UNEVEN", kind.uneven), ("COPIES", kind.copied)) if there)
     lines = [
         Text.assemble((printable(kind.title), "bold"), "  ", count(kind.layers), "  ", (marks, "bold red")),
-        Text(f"  {RULES[kind.rule]}"),
+        Text(f"  {RULE_TEXTS[Rule(kind.rule)].line}"),
     ]
     boxes = [_box(source, kind.dim) for source in kind.sources]
     for row in range(max(map(len, boxes))):
         cells = [box[row] if row < len(box) else Text(" " * len(box[0])) for box in boxes]
         lines.append(Text("  ") + Text("   ").join(cells))
-    return [*lines, *_stored(kind, head_dim)]
-
-
-def _copied(kind: Kind) -> bool:
-    """Whether ranks hold copies where the rule divides."""
-    return kind.rule != "replicated" and kind.copies > 1
+    return [*lines, *_stored(kind, blueprint)]
 
 
 def _legend(found: Sequence[Kind]) -> Text:
@@ -144,7 +132,7 @@ def _shares(sizes: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _stored(kind: Kind, head_dim: int) -> list[Text]:
+def _stored(kind: Kind, blueprint: Blueprint) -> list[Text]:
     """What each rank stores."""
     from rich.text import Text
 
@@ -155,6 +143,7 @@ def _stored(kind: Kind, head_dim: int) -> list[Text]:
         rows = kind.padded_rows(index)
         notes = [f" + {counted(rows, 'row')} of zeros"] if rows else []
         if kind.rule == "qkv":
+            head_dim = blueprint.blocks[kind.layers[0]].attention.head_dim
             query, kv = ((b - a) // head_dim for _, a, b in kind.pieces[index][:2])
             notes.append(f"  ({query} query, {kv} KV heads)")
         shape = ", ".join(map(str, kind.shapes[index]))

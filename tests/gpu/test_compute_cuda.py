@@ -1,0 +1,230 @@
+"""The forward pass with fused kernels computes what it does in plain torch, with every way of running a linear."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from tests.gpu.here import DEVICE
+from tests.tiny import LONG_ROPES, make_checkpoint
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import build_plan
+from tpctl.distributed import TPGroup
+from tpctl.engine.runners.cuda import CudaLaunched, CudaRunner
+from tpctl.errors import EngineError
+from tpctl.kernels.linear import gated_linear
+from tpctl.layers.attention.attention import attention_spec
+from tpctl.layers.attention.base import AttentionBackend, LayerKV
+from tpctl.layers.attention.sdpa import SdpaBackend
+from tpctl.layers.attention.triton import TritonBackend
+from tpctl.layers.batch import ForwardBatch, PrefillChunks
+from tpctl.layers.compute import Compute
+from tpctl.layers.compute_cuda import CudaCompute
+from tpctl.layers.norm import RMSNorm
+from tpctl.layers.rotary import rotary_tables
+from tpctl.layers.weights import kernels
+from tpctl.layers.weights.dense import DenseWeight, Weight
+from tpctl.layers.weights.kernels import GpuFacts, KernelWeight
+from tpctl.manifest.manifest import Manifest
+from tpctl.models.decoder import Decoder
+from tpctl.models.loader import load_shard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+
+pytestmark = pytest.mark.gpu
+MANY, FEW = [1, 1, 19, 1, 13], [1, 1, 4, 1, 3]  # new tokens of each sequence, two of them decodes
+LENGTHS = [21, 3, 19, 17, 13]  # tokens of all
+DECODES, BLOCK, BLOCKS = 2, 16, 9
+SHAPE: dict[str, Any] = {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 2}
+ROPES: dict[str, Any] = {"phi4-mini": {"rope_parameters": LONG_ROPES[12] | {"partial_rotary_factor": 0.75}}}
+TABLES = torch.tensor([[1, 2], [3, 0], [4, 5], [6, 7], [8, 0]], dtype=torch.int32)
+# Float32 is left to cuBLAS; here it stands for bfloat16, which the interpreter gets wrong.
+HOPPER = GpuFacts(hopper=True, multiprocessors=4, few_rows=16, wide=True)
+
+
+class FirstOfTwo(TPGroup):
+    """Rank 0 of two whose other one holds the same."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        assert x.dim() == 2, "runs of a linear are not for NCCL"
+        return x.mul_(2)
+
+
+class Plain(Compute):
+    """Weights in plain torch, also on a CPU."""
+
+    def weight(self, weight: Tensor, *, gated: bool = False) -> Weight:
+        return DenseWeight(weight)
+
+
+def build(
+    folder: Path, kind: Callable[..., AttentionBackend[Any]], group: TPGroup, compute: Compute
+) -> tuple[Decoder, AttentionBackend[Any]]:
+    manifest, config = Manifest.load(folder), ModelConfig.load(folder)
+    made_of = config.blueprint
+    attentions = [block.attention for block in made_of.blocks]
+    backend = kind([attention_spec(attention, 0, group.size) for attention in attentions], BLOCK)
+    rotaries = rotary_tables([attention.rope for attention in attentions], 128, DEVICE)
+    with torch.device("meta"):
+        model = Decoder(made_of, build_plan(config, group.size), backend, rotaries, group, torch.float32)
+    constants = {name for name, tensor in manifest.tensors(0).items() if tensor.fill}
+    load_shard(model, [folder / name for name in manifest.rank_files(0)], DEVICE, constants)
+    for parameter in model.parameters():  # on a CPU views of a file; on GPUs their own memory, aligned
+        parameter.data = parameter.data.clone()
+    model.eval()
+    model.use(compute)
+    return model, backend
+
+
+def make_batch(ids: Tensor, new: list[int], lengths: list[int]) -> ForwardBatch:
+    """The last ``new`` tokens of sequences of ``lengths`` tokens."""
+    positions = torch.cat([torch.arange(length - count, length) for count, length in zip(new, lengths, strict=True)])
+    sequence = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new))
+    ends = torch.tensor(new).cumsum(0)
+    return ForwardBatch(
+        input_ids=ids.to(DEVICE),
+        rope_positions=positions.to(DEVICE),
+        slot_mapping=(TABLES[sequence, positions // BLOCK].long() * BLOCK + positions % BLOCK).to(DEVICE),
+        block_tables=TABLES.to(DEVICE),
+        query_lens=new,
+        seq_lens=lengths,
+        num_decodes=DECODES,
+        logits_rows=(ends - 1).to(DEVICE),
+        query_start_S1=torch.cat([torch.zeros(1), ends]).int().to(DEVICE),
+        seq_lens_S=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+    )
+
+
+def as_captured(batch: ForwardBatch, new: list[int]) -> ForwardBatch:
+    """Every token a row, without work for the decode kernel where it belongs to a chunk; one chunk is empty."""
+    ends = torch.tensor(new).cumsum(0)
+    starts, padding = [0, *ends.tolist()], torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    sequence = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new)).to(DEVICE)
+    seen = (batch.rope_positions + 1) * (sequence < DECODES)
+    return dataclasses.replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, padding]),
+        rope_positions=torch.cat([batch.rope_positions, padding]),
+        slot_mapping=torch.cat([batch.slot_mapping, padding - 1]),
+        block_tables=batch.block_tables[torch.cat([sequence, padding])],
+        query_lens=[],
+        seq_lens=[],
+        num_decodes=sum(new) + 3,
+        query_start_S1=None,
+        seq_lens_S=torch.cat([seen, padding]).int(),
+        chunks=PrefillChunks(
+            torch.cat([batch.block_tables[DECODES:], batch.block_tables[:1]]),
+            torch.tensor([*starts[DECODES:], starts[-1]], dtype=torch.int32, device=DEVICE),
+            torch.tensor([*LENGTHS[DECODES:], 0], dtype=torch.int32, device=DEVICE),
+        ),
+    )
+
+
+def stored(kv: LayerKV) -> list[Tensor]:
+    """Keys and values, [blocks, B, K, D] whatever the backend's layout is."""
+    if kv.k.shape[0] == BLOCKS:
+        return [kv.k, kv.v]
+    return [side.permute(1, 2, 0, 3)[:BLOCKS] for side in (kv.k, kv.v)]
+
+
+@pytest.mark.parametrize(
+    "name,intermediate,tp_size,new,used",
+    [
+        ("qwen3", 256, 1, MANY, {"split_linear", "gated_linear"}),
+        ("llama3", 320, 1, MANY, {"split_linear"}),  # a stride of 80 fills too little of a tile of 128
+        ("llama-biases", 256, 1, MANY, set()),
+        ("qwen3", 512, 2, MANY, {"split_linear", "gated_linear"}),
+        ("llama-biases", 512, 2, MANY, set()),
+        ("qwen3", 256, 1, FEW, set()),
+        ("llama-biases", 256, 1, FEW, set()),
+        ("qwen3", 512, 2, FEW, set()),
+        ("mistral", 256, 1, MANY, {"split_linear", "gated_linear"}),  # a window of 7 tokens
+        ("qwen2-window", 256, 1, FEW, set()),  # in some layers
+        ("phi4-mini", 256, 1, MANY, {"split_linear", "gated_linear"}),  # fused in the source, rotated in part
+        ("phi4-mini", 256, 1, FEW, set()),
+    ],
+)
+def test_same_logits_and_cache(
+    name: str,
+    intermediate: int,
+    tp_size: int,
+    new: list[int],
+    used: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_checkpoint(name, tmp_path / "hf", **{**SHAPE, **ROPES.get(name, {})}, intermediate_size=intermediate)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "shards", tp_size)
+    group = (TPGroup if tp_size == 1 else FirstOfTwo)(0, tp_size, DEVICE)
+    monkeypatch.setattr(gated_linear, "_BUFFER_BYTES", 100 << 10)  # of values half as large
+    seen = set()
+    for kernel in ("split_linear", "gated_linear", "small_linear"):
+        original = getattr(kernels, kernel)
+
+        def spy(*args: Any, kernel: str = kernel, original: Any = original, **more: Any) -> Any:
+            seen.add(kernel)
+            return original(*args, **more)
+
+        monkeypatch.setattr(kernels, kernel, spy)
+
+    generator = torch.Generator().manual_seed(0)
+    old = [length - count for count, length in zip(new, LENGTHS, strict=True)]
+    before = make_batch(torch.zeros(sum(old), dtype=torch.int64), old, old)
+    step = make_batch(torch.randint(3, 100, (sum(new),), generator=generator), new, LENGTHS)
+    past = [torch.randn(2, sum(old), 8 // tp_size, 32, generator=generator).to(DEVICE) for _ in range(3)]
+
+    def run(model: Decoder, backend: AttentionBackend[Any], batch: ForwardBatch) -> list[Tensor]:
+        kv = backend.allocate(BLOCKS, torch.float32, DEVICE)
+        with torch.inference_mode():
+            for layer, values in zip(kv, past, strict=True):
+                backend.store(*values[:, :, : layer.spec.num_kv_heads], layer, backend.begin(before))
+            logits = model(batch, kv, batch.logits_rows)
+        return [logits, *(side for layer in kv for side in stored(layer))]
+
+    plain = run(*build(tmp_path / "shards", SdpaBackend, group, Plain(group)), step)
+    assert not seen and plain[0].std() > 0.1
+    fused = build(tmp_path / "shards", TritonBackend, group, CudaCompute(group, facts=HOPPER))
+    found = run(*fused, step)
+    assert seen == used | {"small_linear"}  # the lm_head, for a few rows of many
+    for same in (found, run(*fused, as_captured(step, new))):
+        for got, want in zip(same, plain, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wait_that_ran_out_ends_the_engine() -> None:
+    """The kernel that picks tokens over the ranks answers -1 from then on, on every rank."""
+    runner = CudaRunner.__new__(CudaRunner)
+    batch: Any = SimpleNamespace(sampled=[None, None])
+    ready: Any = SimpleNamespace(synchronize=lambda: None)
+    late = CudaLaunched(batch, [], host=torch.tensor([-1, -1, 0]), ready=ready)
+    with pytest.raises(EngineError, match="a rank waited two minutes for another one"):
+        runner.collect(late)
+    good = CudaLaunched(batch, [], host=torch.tensor([5, 7, 0]), ready=ready)
+    assert runner.collect(good) == ([5, 7], None)
+
+
+@pytest.mark.parametrize(
+    "rows,dtype,apart", [(3, torch.float16, True), (1, torch.float16, False), (3, torch.bfloat16, False)]
+)
+def test_float16_rows_are_normed_before_a_kernel_multiplies_them(rows: int, dtype: torch.dtype, apart: bool) -> None:
+    """30,000 times a norm's weight of 3 is no float16."""
+    weight = torch.zeros(8, 64, dtype=dtype, device=DEVICE)
+    made = CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER).weight(weight)
+    assert isinstance(made, KernelWeight)
+    norm = RMSNorm(64, 1e-6, dtype).to(DEVICE)
+    norm.weight.fill_(3.0)
+    x = torch.full((rows, 64), 30000.0, dtype=dtype, device=DEVICE)
+    normed, left = made._norm_apart(x, norm)
+    if apart:
+        assert left is None
+        assert torch.allclose(normed, torch.full_like(x, 3.0))
+    else:
+        assert (normed is x, left is norm) == (True, True)

@@ -1,0 +1,14 @@
+"""The model families that tpctl knows, one file each, by the ``model_type`` of a ``config.json``."""
+
+from __future__ import annotations
+
+from tpctl.arch.families import llama, mistral, phi3, qwen2, qwen3
+from tpctl.arch.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "phi3": phi3.FAMILY,
+}

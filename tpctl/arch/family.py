@@ -1,0 +1,89 @@
+"""What a model family is: how its ``config.json`` is read, and what its blocks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tpctl.arch.blueprint import Blueprint
+from tpctl.arch.fields import Fields
+from tpctl.errors import CheckpointError
+
+MOST_LAYERS, MOST_HEADS = 10_000, 4096
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that every family's config has, under the same names."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    eps: float
+    tied: bool
+
+    @classmethod
+    def read(cls, fields: Fields) -> Sizes:
+        """Read them from a config.
+
+        Raises:
+            CheckpointError: a field is wrong.
+        """
+        num_heads = fields.whole("num_attention_heads", most=MOST_HEADS)
+        hidden_size = fields.whole("hidden_size")
+        num_layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
+        vocab_size = fields.whole("vocab_size")
+        head_dim = fields.optional_whole("head_dim")
+        if head_dim is None and hidden_size % num_heads:
+            raise CheckpointError(
+                f"config.json has no head_dim, and hidden_size {hidden_size} is no multiple of "
+                f"num_attention_heads {num_heads}"
+            )
+        return cls(
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=fields.optional_whole("num_key_value_heads", most=MOST_HEADS) or num_heads,
+            head_dim=head_dim or hidden_size // num_heads,
+            intermediate_size=fields.whole("intermediate_size"),
+            vocab_size=vocab_size,
+            eps=fields.number("rms_norm_eps", least=1e-30, most=1),
+            tied=fields.flag("tie_word_embeddings"),
+        )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type``.
+
+    Attributes:
+        architecture: the class name that ``config.json`` lists under ``architectures``.
+        defaults: what fields mean that a config does not have: those of the configuration class in transformers 5.
+        nullable: fields whose ``null`` that class takes for "none".
+        describe: the blueprint of a config. It raises ``CheckpointError`` for a field that is wrong and
+            ``UnsupportedModelError`` for one that asks for what the family does not have.
+        own: fields that change a result, and that ``describe`` reads though most families do not have them.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any]
+    nullable: frozenset[str]
+    describe: Callable[[Fields, Sizes], Blueprint]
+    own: frozenset[str] = frozenset()
+
+
+COMMON: Mapping[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+"""Defaults that most configuration classes share."""

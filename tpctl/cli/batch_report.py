@@ -1,0 +1,102 @@
+"""What ``tpctl batch`` tells of a run: how far it is, what it did, and what it left undone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tpctl.cli.console import note, stderr
+from tpctl.errors import counted
+
+if TYPE_CHECKING:
+    from tpctl.client.batch import Tally
+    from tpctl.client.results import Results
+    from tpctl.wire.report import EngineStats
+
+REPORTS = 60.0
+"""Seconds between lines about progress where stderr is no terminal."""
+
+
+@contextmanager
+def progress(total: int | None, tp_size: int, *, silent: bool) -> Iterator[Callable[[Tally], None]]:
+    """Shows answered lines and tokens per second on stderr: a bar, or where that is no terminal a line at times."""
+    if silent:
+        yield lambda tally: None
+        return
+    if not sys.stderr.isatty():
+        yield _reports(total)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), transient=True) as bar:
+        task = bar.add_task(f"tp {tp_size}", total=total, speed="")
+
+        def show(tally: Tally) -> None:
+            bar.update(task, completed=tally.lines, speed=_speed(tally))
+
+        yield show
+
+
+def _reports(total: int | None) -> Callable[[Tally], None]:
+    """Notes how far a run is, every ``REPORTS`` seconds."""
+    due = time.monotonic() + REPORTS
+
+    def report(tally: Tally) -> None:
+        nonlocal due
+        if time.monotonic() < due:
+            return
+        due = time.monotonic() + REPORTS
+        of = "" if total is None else f" of {total:,}"
+        lines = "line" if (tally.lines if total is None else total) == 1 else "lines"
+        note(f"{tally.lines:,}{of} {lines} after {tally.seconds:.0f} s, {_speed(tally)}")
+
+    return report
+
+
+def summary(tally: Tally, stats: EngineStats | None) -> str:
+    """What a run did, in one line."""
+    parts = [f"{counted(tally.lines, 'prompt')} in {tally.seconds:.1f} s"]
+    if tally.resumed:
+        parts.append(f"{tally.resumed:,} of them answered before")
+    parts.append(f"{counted(tally.prompt_tokens, 'token')} in")
+    parts.append(f"{tally.completion_tokens:,} out ({tally.tokens_per_second:,.1f} tok/s)")
+    share = tally.cached_tokens / max(1, tally.prompt_tokens)
+    parts.append(f"prefix cache {counted(tally.cached_tokens, 'token')} ({share:.0%})")
+    if stats is not None:  # an interrupted engine is not asked
+        parts.append(counted(stats.preemptions, "preemption"))
+    if tally.cut:
+        parts.append(f"{counted(tally.cut, 'answer')} cut by the end of the context")
+    parts.append(counted(tally.errors, "error"))
+    return ", ".join(parts)
+
+
+def left_behind(tally: Tally, results: Results) -> str:
+    """What became of an interrupted run's rows."""
+    if results.partial is None:
+        return _without_row(tally.given_up)
+    if not results.count:
+        return "interrupted before any row was finished"
+    return f"interrupted; finished rows are kept in {results.partial}, go on with --resume"
+
+
+def _without_row(numbers: list[int]) -> str:
+    """What an interrupted run whose rows went out one by one leaves unanswered."""
+    if not numbers:
+        return "interrupted; no line after these has a row"
+    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"interrupted; {'line' if len(numbers) == 1 else 'lines'} {shown}, and all that follow, have no row"
+
+
+def _speed(tally: Tally) -> str:
+    errors = f", {counted(tally.errors, 'error')}" if tally.errors else ""
+    return f"{tally.tokens_per_second:,.0f} tok/s{errors}"

@@ -1,0 +1,195 @@
+"""From MODEL, however it is named, to the settings of an engine that can be started.
+
+    MODEL ── supported_source ──► its files ── configure ──► shards, hashed once ──► EngineConfig
+
+What cannot work is refused as early as it can be known: before anything is fetched, and before anything is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import build_plan
+from tpctl.checkpoint.hub_cache import cached
+from tpctl.checkpoint.metadata import read_metadata
+from tpctl.checkpoint.progress import Progress
+from tpctl.checkpoint.sources import ResolvedSource, hub_id, is_local, local_path, resolve
+from tpctl.errors import MixedDtypesError, UsageError, shown
+from tpctl.launch.device import choose_device
+from tpctl.launch.loopback import require_loopback
+from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.sharding.cache import ensure_sharded
+from tpctl.sharding.proving.verified import ensure_verified
+from tpctl.wire.settings import CPU_SEQS, CPU_TOKENS, DEVICES, GPU_SEQS, GPU_TOKENS, EngineConfig, EngineSettings
+
+Progresses = Callable[[str], AbstractContextManager[Progress]]
+"""Opens what shows how far a piece of work has come, in bytes, under a title."""
+
+
+@contextmanager
+def unseen(title: str) -> Iterator[Progress]:
+    """Progress that nobody watches."""
+    yield lambda done, total, what="": None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs:
+    """How somebody wants a model to be run. What is not named here is as in ``EngineSettings``.
+
+    Attributes:
+        tp: ranks; ``None`` takes those of the shard folder, if MODEL is one, else 1.
+        device: ``None`` takes GPUs if there are any.
+        max_num_seqs, max_num_batched_tokens: ``None`` takes what suits the device.
+        cpu_batched_tokens: what the latter is on a CPU.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    tp: int | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    cpu_batched_tokens: int = CPU_TOKENS
+    block_size: int | None = None
+    kv_cache_memory: int | None = None
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    attention_backend: str = "auto"
+    enforce_eager: bool = False
+    scheduling_policy: str = "fcfs"
+
+    def __post_init__(self) -> None:
+        if self.device not in (None, *DEVICES):
+            raise UsageError(f"unknown device {self.device!r}; use {', '.join(DEVICES)}")
+        for name in ("tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UsageError(f"{name} is {shown(value)}, but must be a whole number, at least 1")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0.01 <= share <= 1:
+            raise UsageError(f"gpu_memory_utilization is {shown(share)}, but must be a number from 0.01 to 1")
+
+    def settle(self, tp_size: int | None = None) -> EngineSettings:
+        """What they come to on this machine.
+
+        Args:
+            tp_size: the ranks, once it is known how many; ``None`` takes what is asked for, or 1.
+
+        Raises:
+            UsageError: a setting is unknown, or does not suit this machine or another one.
+            EngineError: several ranks are asked for, and cannot reach each other.
+        """
+        tp_size = tp_size or self.tp or 1
+        if tp_size > 1:
+            require_loopback()
+        device = choose_device(self.device, tp_size)
+        seqs, tokens = (CPU_SEQS, self.cpu_batched_tokens) if device == "cpu" else (GPU_SEQS, GPU_TOKENS)
+        num_seqs = self.max_num_seqs or seqs
+        return EngineSettings(
+            device=device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or max(tokens, num_seqs),
+            block_size=self.block_size,
+            kv_cache_memory=self.kv_cache_memory,
+            kv_cache_dtype=self.kv_cache_dtype,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            attention_backend=self.attention_backend,
+            enforce_eager=self.enforce_eager,
+            scheduling_policy=self.scheduling_policy,
+        )
+
+
+def prepare(
+    model: str,
+    args: EngineArgs,
+    *,
+    look: Callable[[ResolvedSource], object] = lambda source: None,
+    progress: Progresses = unseen,
+) -> EngineConfig:
+    """Find the model and ``configure`` an engine for it.
+
+    Args:
+        look: sees the model's files before its weights are read, and raises if they cannot be used.
+
+    Raises:
+        TpctlError: the model cannot be had, or not run in this way.
+    """
+    settings = args.settle()
+    source = supported_source(
+        model, args.tp, check=lambda config: settings.longest(config.max_position_embeddings), progress=progress
+    )
+    look(source)
+    return configure(source, args, progress=progress)
+
+
+def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses = unseen) -> EngineConfig:
+    """Shard a model into the cache if need be, hash shards that never were, and settle how they are run.
+
+    Raises:
+        TpctlError: the model cannot be sharded, its shards are damaged, or it cannot be run in this way.
+    """
+    tp_size = args.tp
+    if tp_size is None:
+        tp_size = Manifest.load(source.folder).tp_size if (source.folder / MANIFEST).is_file() else 1
+    settings = args.settle(tp_size)
+    settings.longest(ModelConfig.load(source.folder).max_position_embeddings)
+    with progress("sharding") as told:
+        try:
+            folder = ensure_sharded(source, tp_size, progress=told)
+        except MixedDtypesError:  # they cannot be stored as they are, so they are cast here and not by the engine
+            if args.dtype == "auto":
+                raise
+            folder = ensure_sharded(source, tp_size, args.dtype, told)
+    with progress("verifying") as told:
+        ensure_verified(folder, range(tp_size), told)
+    return EngineConfig(folder, tp_size, source.folder, **asdict(settings))
+
+
+def supported_source(
+    model: str,
+    tp_size: int | None,
+    *,
+    check: Callable[[ModelConfig], object] = lambda config: None,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Progresses = unseen,
+) -> ResolvedSource:
+    """Find ``model`` and fetch what is missing, once its config says that it can be cut into ``tp_size`` shards.
+
+    A model that cannot be run is thus refused before its weights are downloaded.
+
+    Args:
+        check: looks at the config, and raises if the model cannot be used as it should be.
+
+    Raises:
+        SourceError: it cannot be found or reached.
+        UnsupportedModelError, PartitionError, CheckpointError: it cannot be run, or not at this size.
+    """
+    folder = _config_folder(model, revision, token)
+    if folder is not None:
+        config = ModelConfig.load(folder)
+        build_plan(config, tp_size or 1)
+        check(config)
+    with progress(f"downloading {model}") as told:
+        return resolve(model, revision=revision, token=token, progress=told)
+
+
+def _config_folder(model: str, revision: str | None, token: str | None) -> Path | None:
+    """Where the model's config is, if it can be had before the weights and has not been seen with them before."""
+    folder = local_path(model)
+    if (folder / MANIFEST).is_file():
+        return None
+    if (folder / "config.json").is_file():
+        return folder
+    if is_local(model) or cached(*hub_id(model, revision)) is not None:
+        return None
+    return read_metadata(model, revision=revision, token=token).folder

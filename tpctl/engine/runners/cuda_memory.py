@@ -1,0 +1,109 @@
+"""What a GPU's steps take beside weights and KV cache, found by running the largest one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tpctl.accounting import gathered_logits, reserve, sampled_rows
+from tpctl.engine.runners.loading import LoadedModel
+from tpctl.errors import EngineError
+from tpctl.layers.batch import ForwardBatch
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of device memory.
+
+    Attributes:
+        weights, activations: held before the largest step was run, and what it took on top.
+        captured: what all captured steps share for their activations.
+        later: taken after the KV cache: ``captured``, tables, what sampling takes.
+    """
+
+    weights: int
+    activations: int
+    captured: int
+    later: int
+
+
+def measure_step(loaded: LoadedModel, rows: int) -> StepMemory:
+    """Run the largest step, and tell what steps take.
+
+    Args:
+        rows: of the largest step that a graph may hold.
+    """
+    settings, device = loaded.settings, loaded.group.device
+    tokens = settings.max_num_batched_tokens
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    _run_largest(loaded)
+    torch.cuda.synchronize(device)
+    loaded.timings.lap("largest step", started)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    logits = sampled_rows(settings.max_num_seqs) * loaded.model.lm_head.out_features * loaded.dtype.itemsize
+    gathered = gathered_logits(logits, loaded.group.size)
+    # Of a step of other size; at most, since logits are counted twice.
+    captured = -(-activations * rows // tokens) + logits + gathered
+    eager = settings.enforce_eager
+    tables = 4 * (2 * settings.max_num_seqs + (0 if eager else rows)) * table_width(loaded, loaded.wanted_len)
+    later = tables + (gathered if eager else captured)
+    later += logits + loaded.sampler.working_bytes(settings.max_num_seqs)  # sampling with the host's help
+    return StepMemory(before, activations, captured, later)
+
+
+def table_width(loaded: LoadedModel, max_model_len: int) -> int:
+    """Blocks of the longest sequence."""
+    return -(-max_model_len // loaded.backend.block_size)
+
+
+def cuda_budget(loaded: LoadedModel, steps: StepMemory) -> int:
+    """Bytes that the KV cache may take: what is left of the GPU's share.
+
+    Raises:
+        EngineError: nothing is.
+    """
+    if loaded.settings.kv_cache_memory is not None:
+        return loaded.settings.kv_cache_memory
+    share, reserved = loaded.share, reserve(loaded.config.num_layers)
+    assert share is not None
+    taken = share.taken(loaded.group.device)
+    budget = share.nbytes - taken - steps.later - reserved
+    if budget <= 0:
+        raise EngineError(
+            f"nothing is left for the KV cache: of its GPU's {share.total / 2**30:.1f} GiB rank {loaded.group.rank} "
+            f"may take {share.nbytes / 2**30:.1f} (--gpu-memory-utilization {share.utilization}), but takes "
+            f"{taken / 2**30:.1f} with {steps.weights / 2**30:.1f} of weights and {steps.activations / 2**30:.1f} of "
+            f"activations, and {(steps.later + reserved) / 2**30:.1f} for CUDA graphs and sampling; raise it, or "
+            f"lower --max-num-batched-tokens or --max-num-seqs"
+        )
+    return budget
+
+
+def _run_largest(loaded: LoadedModel) -> None:
+    """A prefill of the whole token budget, sampled at as many rows as can run."""
+    settings, device = loaded.settings, loaded.group.device
+    tokens = settings.max_num_batched_tokens
+    length = min(tokens, loaded.wanted_len)
+    lens = [length] * (tokens // length)
+    if tokens % length:
+        lens.append(tokens % length)
+    rows = torch.zeros(min(settings.max_num_seqs, tokens), dtype=torch.int64, device=device)
+    forward = ForwardBatch(
+        input_ids=torch.zeros(sum(lens), dtype=torch.int64, device=device),
+        rope_positions=torch.zeros(sum(lens), dtype=torch.int64, device=device),
+        slot_mapping=torch.full((sum(lens),), -1, dtype=torch.int64, device=device),
+        block_tables=torch.zeros(len(lens), table_width(loaded, length), dtype=torch.int32, device=device),
+        query_lens=lens,
+        seq_lens=lens,
+        num_decodes=0,
+        logits_rows=rows,
+        query_start_S1=torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device),
+        seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
+    )
+    with torch.inference_mode():
+        loaded.model(forward, loaded.backend.allocate(1, loaded.dtype, device), rows)

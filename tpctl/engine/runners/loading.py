@@ -1,0 +1,171 @@
+"""Loads one rank's shard: a model whose weights are on the device, and all that is known before a KV cache is made."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import build_plan
+from tpctl.distributed import TPGroup
+from tpctl.engine.memory.gpu import GpuShare
+from tpctl.engine.sampling.sampler import Sampler
+from tpctl.errors import EngineError
+from tpctl.layers.attention.attention import attention_spec
+from tpctl.layers.attention.base import AttentionBackend
+from tpctl.layers.attention.select import make_backend
+from tpctl.layers.rotary import RotaryTable, rotary_tables
+from tpctl.manifest.manifest import Manifest
+from tpctl.models.decoder import Decoder
+from tpctl.models.loader import load_shard
+from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
+from tpctl.wire.settings import EngineConfig
+
+
+class Timings(dict[str, float]):
+    """Seconds that each part of the start took."""
+
+    def lap(self, what: str, started: float) -> None:
+        self[what] = round(time.perf_counter() - started, 3)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One rank's model, before it is known how large its KV cache will be.
+
+    Attributes:
+        rotaries: every layer's table; layers that rotate alike share one.
+        wanted_len: the longest sequence that the model and the settings allow.
+        share: what the rank may take of its GPU.
+    """
+
+    settings: EngineConfig
+    group: TPGroup
+    config: ModelConfig
+    dtype: torch.dtype
+    backend: AttentionBackend[Any]
+    rotaries: tuple[RotaryTable, ...]
+    model: Decoder
+    sampler: Sampler
+    weight_bytes: int
+    wanted_len: int
+    share: GpuShare | None
+    timings: Timings
+
+    @property
+    def block_bytes(self) -> int:
+        """What a KV block takes on this rank."""
+        return self.backend.bytes_per_block(self.dtype)
+
+
+def load(
+    settings: EngineConfig, group: TPGroup, warm_up: Callable[[TPGroup, torch.dtype], object] | None = None
+) -> LoadedModel:
+    """Read this rank's shard.
+
+    Args:
+        warm_up: what the device needs before its first step besides the weights; done while they load.
+
+    Raises:
+        ShardFolderError: the folder is none, or not for this many ranks.
+        EngineError: the settings do not fit the model, or the weights do not fit the device.
+    """
+    folder = settings.shard_dir
+    manifest = Manifest.load(folder)
+    manifest.check_tp(settings.tp_size, folder)
+    manifest.check_files(folder, [group.rank])
+    config = ModelConfig.load(folder)
+    made_of = config.blueprint
+    stored = manifest.tensors(group.rank)[made_of.head].dtype
+    dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
+    wanted_len = settings.longest(config.max_position_embeddings)
+    plan = build_plan(config, settings.tp_size)
+    attentions = [block.attention for block in made_of.blocks]
+    backend = make_backend(
+        settings.attention_backend,
+        group.device.type,
+        dtype,
+        [attention_spec(attention, group.rank, group.size) for attention in attentions],
+        settings.block_size,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        whole_heads=all(attention.rope.rotary_dim == attention.head_dim for attention in attentions),
+    )
+    held = manifest.shard(group.rank).nbytes
+    # While they are converted, weights are held in either dtype.
+    share = _share(settings, group, max(held, held * 8 // DTYPE_BITS[stored] * dtype.itemsize))
+    warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
+
+    timings, started = Timings(), time.perf_counter()
+    rotaries = rotary_tables([attention.rope for attention in attentions], wanted_len, group.device)
+    with torch.device("meta"):
+        model = Decoder(made_of, plan, backend, rotaries, group, dtype)
+    files = [folder / name for name in manifest.rank_files(group.rank)]
+    constants = {name for name, tensor in manifest.tensors(group.rank).items() if tensor.fill}
+    weight_bytes = load_shard(model, files, group.device, constants)
+    model.eval()
+    timings.lap("weights", started)
+
+    if warm is not None:
+        started = time.perf_counter()
+        warm.wait()
+        timings.lap("warm-up", started)
+    return LoadedModel(
+        settings=settings,
+        group=group,
+        config=config,
+        dtype=dtype,
+        backend=backend,
+        rotaries=rotaries,
+        model=model,
+        sampler=Sampler(group, plan.vocab_slices, config.vocab_size),
+        weight_bytes=weight_bytes,
+        wanted_len=wanted_len,
+        share=share,
+        timings=timings,
+    )
+
+
+class Beside:
+    """Work in a thread of its own, which an ending program does not wait for."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for its end; raises what it raised."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to the caller's thread
+            self._failure = error
+
+
+def _share(settings: EngineConfig, group: TPGroup, weight_bytes: int) -> GpuShare | None:
+    """What the rank may take of its GPU; refuses a shard that the GPU cannot hold, before it is read."""
+    if group.device.type != "cuda":
+        return None
+    share = GpuShare.of(group.device, settings.gpu_memory_utilization)
+    share.check_weights(group.rank, weight_bytes)
+    return share
+
+
+def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
+    """``"auto"`` runs what is stored; CPUs have no float16 arithmetic worth using, so there it becomes float32."""
+    name = stored if wanted == "auto" else wanted
+    if name not in DTYPES:
+        raise EngineError(f"the shard's weights are {name}, which cannot be run; use --dtype {', '.join(DTYPES)}")
+    if name == "float16" and wanted == "auto" and device.type == "cpu":
+        name = "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,28 @@
+"""How a rank computes: which weights and streams its device gets."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.stream import ResidualStream
+from tpctl.layers.weights.dense import DenseWeight, Weight
+from tpctl.layers.weights.packed_cpu import PackedGate, PackedWeight, onednn_available
+
+
+class Compute:
+    """Plain torch, and on CPUs oneDNN's packed weights."""
+
+    def __init__(self, group: TPGroup) -> None:
+        self.group = group
+
+    def weight(self, weight: Tensor, *, gated: bool = False) -> Weight:
+        """What multiplies by ``weight`` [out, in]; ``gated``: its rows are [gate; up]."""
+        if weight.device.type == "cpu" and onednn_available(weight.dtype):
+            return PackedGate(weight) if gated else PackedWeight(weight)
+        return DenseWeight(weight)
+
+    def begin(self, embedded: Tensor, batch: ForwardBatch) -> ResidualStream:
+        """A step's stream; ``embedded`` [T, H] is this rank's summand of the embeddings."""
+        return ResidualStream(self.group.all_reduce(embedded), self.group)

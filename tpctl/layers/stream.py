@@ -1,0 +1,48 @@
+"""The residual stream: what a decoder's blocks read from and add to, with the sums over the ranks.
+
+Between blocks every rank holds the same residual [T, H]. What a row-parallel linear adds is a partial sum, and three
+things follow it on the same rows: the all-reduce, the addition, and the norm that the next linear reads. A stream takes
+these together where its device can: ``add`` may leave a sum open until ``normed`` asks for the result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+from tpctl.layers.linear import RowParallelLinear
+from tpctl.layers.norm import RMSNorm
+
+
+class Rows(NamedTuple):
+    """[T, H] as a linear takes them; ``norm``: one that is left to the linear."""
+
+    x: Tensor
+    norm: RMSNorm | None = None
+
+
+class ResidualStream:
+    """In plain torch, on any device.
+
+    Args:
+        residual: [T, H], the same on every rank.
+    """
+
+    def __init__(self, residual: Tensor, group: TPGroup) -> None:
+        self._residual = residual
+        self._group = group
+
+    def normed(self, norm: RMSNorm) -> Rows:
+        """The residual, normed."""
+        return Rows(norm(self._residual))
+
+    def add(self, linear: RowParallelLinear, x: Tensor, norm: RMSNorm | None = None) -> None:
+        """Add what ``linear`` makes of ``x``, summed over the ranks; through ``norm``, if there is one."""
+        total = linear(x)
+        self._residual.add_(total if norm is None else norm(total))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of T (int64 [R]) alone."""
+        self._residual = self._residual[rows]

@@ -1,0 +1,81 @@
+"""What an engine tells of itself and of its tokens: the records inside ``Ready``, ``Stats`` and ``Output``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """How an engine runs, as rank 0 reports it once it is ready.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of weights and activations, by torch's name.
+        kv_cache_dtype: that of keys and values; ``"packed"`` is bfloat16 in 12 bits.
+        block_size: tokens in a KV block.
+        num_blocks: KV blocks, the minimum over the ranks.
+        max_model_len: tokens of prompt and answer at most, which the KV cache may have lowered.
+        wanted_model_len: the same, had the KV cache room for it.
+        kv_cache_bytes: of a rank.
+        all_reduce: what sums over GPUs; ``None`` on a CPU and for one rank.
+        scheduling_policy: the one in effect, which may be another than was asked for.
+        weight_bytes: of rank 0.
+        timings: seconds that each part of the start took.
+    """
+
+    device: str
+    dtype: str
+    tp_size: int
+    attention_backend: str
+    kv_cache_dtype: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    wanted_model_len: int
+    kv_cache_bytes: int
+    all_reduce: str | None
+    scheduling_policy: str
+    weight_bytes: int
+    timings: dict[str, float]
+    max_num_seqs: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine started, and what it holds now.
+
+    Attributes:
+        prompt_tokens: of all requests taken in.
+        computed_tokens: those that went through the model, again after a preemption.
+        paced_steps: steps that computed a few prompt tokens beside decodes (``makespan``).
+        prefix_cache_queried_tokens: prompt tokens that were looked for in the prefix cache; ``_hit_tokens`` were there.
+        evictions: cached KV blocks that were given to other tokens.
+        device_memory: bytes of GPU memory that tensors take, the maximum over the ranks; 0 on a CPU.
+        reserved_memory: the same with what torch keeps for later ones.
+    """
+
+    steps: int
+    prompt_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    preemptions: int
+    paced_steps: int
+    prefix_cache_queried_tokens: int
+    prefix_cache_hit_tokens: int
+    evictions: int
+    num_blocks: int
+    free_blocks: int
+    device_memory: int
+    reserved_memory: int
+
+
+class TokenLogprob(NamedTuple):
+    """The log-probability of a token, and the likeliest ones at its place as (token id, log-probability).
+
+    A tuple, as ``Output`` is: JSON takes both as they are, and every token of a step passes there.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
