@@ -50,6 +50,19 @@ def _long_rope(pairs: int) -> dict[str, Any]:
 LONG_ROPES = {pairs: _long_rope(pairs) for pairs in (3, 4, 8, 12, 24, 32)}
 """By half the rotated dimensions of a head."""
 
+GEMMA3: dict[str, Any] = {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    },
+    "tie_word_embeddings": True,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 8}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -68,6 +81,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN_ROPE}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3", GEMMA3),
+    "gemma3-caps": (
+        "Gemma3",
+        {
+            **GEMMA3,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+            "query_pre_attn_scalar": 5,
+            "rope_parameters": None,
+        },
+    ),
     "phi3": ("Phi3", {"sliding_window": None}),
     "phi3-window": ("Phi3", {"sliding_window": 11}),
     "phi3-long-rope": (
@@ -92,7 +116,9 @@ def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
     import transformers
 
     kind, overrides = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **overrides, **changes})
+    config = getattr(transformers, f"{kind}{'Text' if kind == 'Gemma3' else ''}Config")(
+        **{**SIZES, **overrides, **changes}
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(len(name))
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()

@@ -150,6 +150,9 @@ def stored(kv: LayerKV) -> list[Tensor]:
         ("qwen2-window", 256, 1, FEW, set()),  # in some layers
         ("phi4-mini", 256, 1, MANY, {"split_linear", "gated_linear"}),  # fused in the source, rotated in part
         ("phi4-mini", 256, 1, FEW, set()),
+        ("gemma3", 256, 1, MANY, {"split_linear", "gated_linear"}),  # sandwich norms, another RoPE in some layers
+        ("gemma3-caps", 256, 1, FEW, set()),
+        ("gemma3-caps", 512, 2, MANY, {"gated_linear"}),
     ],
 )
 def test_same_logits_and_cache(
@@ -179,12 +182,12 @@ def test_same_logits_and_cache(
     old = [length - count for count, length in zip(new, LENGTHS, strict=True)]
     before = make_batch(torch.zeros(sum(old), dtype=torch.int64), old, old)
     step = make_batch(torch.randint(3, 100, (sum(new),), generator=generator), new, LENGTHS)
-    past = [torch.randn(2, sum(old), 8 // tp_size, 32, generator=generator).to(DEVICE) for _ in range(3)]
+    past = [torch.randn(2, sum(old), 8 // tp_size, 32, generator=generator).to(DEVICE) for _ in range(4)]
 
     def run(model: Decoder, backend: AttentionBackend[Any], batch: ForwardBatch) -> list[Tensor]:
         kv = backend.allocate(BLOCKS, torch.float32, DEVICE)
         with torch.inference_mode():
-            for layer, values in zip(kv, past, strict=True):
+            for layer, values in zip(kv, past, strict=False):
                 backend.store(*values[:, :, : layer.spec.num_kv_heads], layer, backend.begin(before))
             logits = model(batch, kv, batch.logits_rows)
         return [logits, *(side for layer in kv for side in stored(layer))]

@@ -34,6 +34,11 @@ NAMES = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def floats(*values: float) -> np.ndarray:
@@ -78,7 +83,7 @@ def tokenizer_keys() -> Keys:
 
 def config_keys(config: Mapping[str, Any]) -> Keys:
     """What the converter writes of a config without RoPE scaling."""
-    family = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    family = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
     own = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -108,14 +113,17 @@ def stored_tensors(config: Mapping[str, Any], weights: Weights) -> Weights:
     """``weights`` by their names in a GGUF file, in its order of rows."""
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = {}
+    gemma = config["model_type"] == "gemma3_text"
+    names, tensors = {**NAMES, **(GEMMA_NAMES if gemma else {})}, {}
     for name, weight in weights.items():
         stem, _, kind = name.rpartition(".")
+        if gemma and stem.endswith("norm"):
+            weight = weight + 1
         if stem in top:
             tensors[f"{top[stem]}.{kind}"] = weight
             continue
         _, _, layer, part = stem.split(".", 3)
-        target = NAMES[part]
+        target = names[part]
         if target in heads and config["model_type"] in ("llama", "mistral"):
             weight = halves_interleaved(weight, heads[target])
         tensors[f"blk.{layer}.{target}.{kind}"] = weight

@@ -76,6 +76,16 @@ def test_weights_config_tokenizer_and_template_survive(tmp_path: Path) -> None:
 
 
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]] = {
+    "gemma 3": (
+        {"model_type": "gemma3_text", "tie_word_embeddings": True, "num_hidden_layers": 7, "rope_theta": 1000000.0},
+        {
+            "gemma3.attention.sliding_window": 16,
+            "gemma3.rope.scaling.type": "linear",
+            "gemma3.rope.scaling.factor": 8.0,
+            "gemma3.final_logit_softcapping": 20.0,
+        },
+        {},
+    ),
     "llama with biases": ({"attention_bias": True, "mlp_bias": True}, {}, {}),
     "llama, tied": ({"tie_word_embeddings": True}, {}, {}),
     "llama 3.1": ({}, {"llama.rope.freq_base": 500000.0}, {"rope_freqs.weight": floats(1, 1, 8, 8)}),
@@ -113,6 +123,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
     ),
 }
 EXPECTED: dict[str, dict[str, Any]] = {
+    "gemma 3": {
+        "sliding_window": 16,
+        "query_pre_attn_scalar": HEAD_DIM,
+        "final_logit_softcapping": 20.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "llama, tied": {},
     "llama 3.1": {

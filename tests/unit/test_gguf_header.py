@@ -165,6 +165,7 @@ SWITCHES: dict[str, list[dict[str, bool]]] = {
     "qwen3": [{}, {"attention_bias": True}],
     "phi3": [{}],
     "qwen2": [{}],
+    "gemma3": [{}],
 }
 
 
@@ -176,7 +177,7 @@ def test_every_weight_of_the_plan_is_filled(name: str, arch: Architecture, tmp_p
         for tied in (False, True):
             config = tiny_config(arch.model_type, tie_word_embeddings=tied, **switches)
             path = tmp_path / "tiny.gguf"
-            write_gguf(path, config)
+            write_gguf(path, config, keys={f"{name}.attention.sliding_window": 16} if arch.sandwich else {})
             model = GgufModel.read(path)
             assert {weight.name: weight.shape for weight in model.weights} == source_shapes(config)
             with pytest.raises(GgufError, match="it holds no tensors"):

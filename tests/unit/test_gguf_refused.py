@@ -103,7 +103,7 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"general.architecture": "gemma3"}, "its architecture 'gemma3' is not supported; tpctl converts GGUF"),
+    ("llama", {"general.architecture": "mamba2"}, "its architecture 'mamba2' is not supported; tpctl converts GGUF"),
     ("llama", {"general.architecture": None}, "it has no general.architecture"),
     ("llama", {"general.type": "adapter"}, "it is an adapter (LoRA), not a model"),
     ("llama", {"general.type": "mmproj"}, "it is of the type 'mmproj', not a model"),

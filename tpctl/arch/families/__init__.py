@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tpctl.arch.families import llama, mistral, phi3, qwen2, qwen3
+from tpctl.arch.families import gemma3, llama, mistral, phi3, qwen2, qwen3
 from tpctl.arch.family import Family
 
 FAMILIES: dict[str, Family] = {
+    "gemma3_text": gemma3.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,

@@ -22,6 +22,7 @@ class Architecture:
         fused: query, key and value are one tensor, gate and up another.
         qk_norm: each query and key head has a norm.
         qkv_bias: always has biases on query, key and value, and on nothing else.
+        sandwich: norms behind attention and MLP as well, and 1 added to the weights of all.
     """
 
     model_type: str
@@ -30,9 +31,11 @@ class Architecture:
     fused: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
+    sandwich: bool = False
 
 
 ARCHITECTURES = {
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", qk_norm=True, sandwich=True),
     # Mistral's dense models are stored as Llamas, and differ by a sliding window at most.
     "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", fused=True),
@@ -50,7 +53,6 @@ _NEUTRAL = {
     ".residual_scale": (0, 1),
     ".embedding_scale": (0, 1),
     ".attn_logit_softcapping": (0,),
-    ".final_logit_softcapping": (0,),
     ".attention.clamp_kqv": (0,),
     ".attention.max_alibi_bias": (0,),
     ".nextn_predict_layers": (0,),
@@ -120,6 +122,9 @@ def build_config(metadata: Metadata, arch: Architecture, tensors: Mapping[str, G
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in tensors,
     }
+    if arch.sandwich:
+        return {**config, **_gemma3(metadata, rope, hidden // heads, head_dim, config["num_hidden_layers"])}
+    metadata.only(".final_logit_softcapping", 0)
     window = metadata.integer(".attention.sliding_window", None if arch.model_type == "phi3" else 0)
     if arch.model_type == "phi3":
         return {**config, **_phi3(rope, rotary_dim, head_dim, context, window)}
@@ -146,6 +151,28 @@ def _phi3(rope: dict[str, Any], rotary_dim: int, head_dim: int, context: int, wi
         "partial_rotary_factor": factor,
         "original_max_position_embeddings": rope.get("original_max_position_embeddings", context),
         "sliding_window": window or None,
+    }
+
+
+def _gemma3(metadata: Metadata, rope: dict[str, Any], share: int, head_dim: int, num_layers: int) -> dict[str, Any]:
+    """What llama.cpp knows of Gemma 3 without being told: every sixth layer has no window, and the others rotate by a
+    base of their own and by no factor; only the one of 62 layers scales its scores by ``share`` dimensions a head."""
+    every = metadata.positive(".attention.sliding_window_pattern", 6)
+    local = metadata.number(".rope.freq_base_swa", 10000.0)
+    cap = metadata.number(".final_logit_softcapping", 0.0)
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": share if num_layers == 62 else head_dim,
+        "sliding_window": metadata.positive(".attention.sliding_window"),
+        "layer_types": [
+            "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(num_layers)
+        ],
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+        "attention_bias": False,
+        "final_logit_softcapping": cap or None,
     }
 
 

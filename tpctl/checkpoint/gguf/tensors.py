@@ -24,13 +24,16 @@ _MAX_LAYERS = 10_000
 class Weight:
     """A weight ``name`` of ``shape``, to be made of ``tensor``.
 
-    heads: of a query's or key's rows that alternate between the halves of each of so many heads; else 0.
+    Attributes:
+        heads: of a query's or key's rows that alternate between the halves of each of so many heads; else 0.
+        added: what was added to every value when the file was made.
     """
 
     name: str
     shape: tuple[int, ...]
     tensor: GgufTensor
     heads: int
+    added: float = 0.0
 
 
 def match_tensors(
@@ -65,7 +68,8 @@ def match_tensors(
         found = tensors[name].shape
         if found != shape:
             raise GgufError(f"tensor {name} is of shape {list(found)}, but its settings make it {list(shape)}")
-        weights.append(Weight(target, shape, tensors[name], heads))
+        added = 1.0 if arch.sandwich and name.endswith("norm.weight") else 0.0
+        weights.append(Weight(target, shape, tensors[name], heads, added))
     return tuple(weights)
 
 
@@ -89,7 +93,11 @@ def _layer(arch: Architecture, config: Mapping[str, Any]) -> Iterator[_Wanted]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     q, kv = heads * head_dim, kv_heads * head_dim
     yield "attn_norm.weight", "input_layernorm.weight", (hidden,), 0
-    yield "ffn_norm.weight", "post_attention_layernorm.weight", (hidden,), 0
+    if arch.sandwich:
+        yield "post_attention_norm.weight", "post_attention_layernorm.weight", (hidden,), 0
+        yield "post_ffw_norm.weight", "post_feedforward_layernorm.weight", (hidden,), 0
+    before = "pre_feedforward_layernorm" if arch.sandwich else "post_attention_layernorm"
+    yield "ffn_norm.weight", f"{before}.weight", (hidden,), 0
     linears: list[tuple[str, str, int, int, int]] = [("attn_output", "self_attn.o_proj", hidden, q, 0)]
     if arch.fused:
         linears.append(("attn_qkv", "self_attn.qkv_proj", q + 2 * kv, hidden, 0))

@@ -79,6 +79,8 @@ def _bands(weight: Weight, source: IO[bytes]) -> Iterator[Any]:
         values = _numbers(data.reshape(count, width), tensor.type)
         if weight.heads:
             values = values.reshape(-1, unit // 2, 2, columns).swapaxes(1, 2)
+        if weight.added:
+            values = values - np.float32(weight.added)
         yield _bfloat16(np.ascontiguousarray(values), tensor.name)
 
 
