@@ -54,11 +54,16 @@ class Router:
         """Put each output where its request came from; drop it if that mailbox is closed."""
         shares: dict[Mailbox, list[Output]] = {}
         with self._lock:
-            for output in outputs:
-                known = (self._routes.get if output.finish_reason is None else self._routes.pop)(output.id, None)
-                if known is not None:
-                    mailbox, id = known
-                    shares.setdefault(mailbox, []).append(Output(id, *output[1:]))
+            for output in outputs:  # hundreds a step, so no more than need be is done for each
+                id, *rest = output
+                if (known := self._routes.get(id)) is None:
+                    continue
+                if output.finish_reason is not None:
+                    del self._routes[id]
+                mailbox, own = known
+                if (share := shares.get(mailbox)) is None:
+                    share = shares[mailbox] = []
+                share.append(Output._make((own, *rest)))
         for mailbox, share in shares.items():
             mailbox.put(share)
 
