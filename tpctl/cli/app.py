@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from tpctl import __version__
 from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import OutputError, TpctlError, printable, shorten
+from tpctl.version import __version__
 
 LONGEST = 4000
 """Characters of a message, whatever it repeats of a file."""
