@@ -108,7 +108,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
 def parse(raw: bytes, where: str) -> Any:
     """The value that ``raw``, JSON in UTF-8, stands for. Errors as ``read_object``."""
     try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_whole)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=one_meaning, parse_int=_whole)
         _check_depth(value)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -124,12 +124,21 @@ def parse(raw: bytes, where: str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class TwoMeanings(ValueError):
+    """A key of a JSON object occurs twice, and does not say the same thing twice."""
+
+
+def one_meaning(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of ``pairs``, for ``json.loads`` (``object_pairs_hook``).
+
+    Raises:
+        TwoMeanings: it has two.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         for key, value in pairs:
             if value != found[key] and not (value != value and found[key] != found[key]):
-                raise ValueError(f"{shown(key)} occurs twice, as {shown(value)} and as {shown(found[key])}")
+                raise TwoMeanings(f"{shown(key)} occurs twice, as {shown(value)} and as {shown(found[key])}")
     return found
 
 

@@ -150,7 +150,7 @@ def test_no_tokenizer_and_no_template_and_no_json(tmp_path: Path) -> None:
 )
 def test_malformed_added_tokens_are_one_error(tmp_path: Path, listed: object) -> None:
     folder = make(tmp_path, NAMED | {"added_tokens_decoder": listed})
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json lists tokens that cannot be added"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder (is|has) "):
         Tokenizer(folder)
 
 

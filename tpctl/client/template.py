@@ -13,6 +13,7 @@ from typing import Any
 from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread
 from tpctl.client.template_process import LIMITS, TemplateProcess
 from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
+from tpctl.errors import shown as _shown
 from tpctl.json_file import is_file, read_bytes
 
 _RESERVED = ("messages", "add_generation_prompt")
@@ -168,6 +169,10 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any], shown: str 
     if is_file(file, name):
         return read_text(file, name)
     template = tokenizer_config.get("chat_template")
+    if not isinstance(template, str | list | dict | None):
+        raise CheckpointError(
+            f"{shown or folder}/tokenizer_config.json: chat_template is {_shown(template)}, but must be a text"
+        )
     if isinstance(template, list):  # several by name; the one for plain chat is called "default"
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
