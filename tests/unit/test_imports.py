@@ -143,7 +143,7 @@ def test_the_package_is_light_and_its_names_come_when_asked_for() -> None:
     code = """
 import sys
 import tpctl
-heavy = [name for name in {*sys.modules} - {"tpctl.version"} if name.startswith("tpctl.") or name in ("torch", "tokenizers")]
+heavy = [name for name in {*sys.modules} - {"tpctl.version"} if name.startswith(("tpctl.", "torch", "tokenizers"))]
 assert not heavy, heavy
 from tpctl import LLM, SamplingParams
 assert not {"torch", "transformers"} & set(sys.modules)

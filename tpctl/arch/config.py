@@ -18,7 +18,7 @@ from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
-from tpctl.json_file import read_object
+from tpctl.json_file import is_file, read_object
 from tpctl.partition.dtypes import DTYPES
 
 
@@ -53,7 +53,7 @@ class ModelConfig:
             CheckpointError: the file is missing, not JSON, or has a wrong field.
             UnsupportedModelError: it names something tpctl does not know.
         """
-        if not (folder / "config.json").exists():
+        if not is_file(folder / "config.json"):
             raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
         raw = read_object(folder / "config.json")
         return cls.from_dict(raw, read_object(folder / "generation_config.json", default={}))

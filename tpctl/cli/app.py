@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import OutputError, TpctlError, printable, shorten
 from tpctl.version import __version__
@@ -62,7 +63,7 @@ def _register() -> None:
         ("batch", batch.batch, "Answer every line of a JSONL file."),
         ("doctor", doctor.doctor, "Report what this machine offers."),
     ):
-        app.command(name, short_help=summary)(command)
+        app.command(name, cls=CheckedCommand, short_help=summary)(command)
     app.add_typer(bench.bench, name="bench", short_help="Measure speed.")
 
 

@@ -19,6 +19,7 @@ from tpctl.client.chat_messages import check_messages
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.errors import SourceError, TpctlError, shown
+from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.sampling import SamplingParams
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
@@ -199,13 +200,15 @@ class _Refused(Exception):
 
 def _load(raw: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(raw.decode("utf-8-sig").rstrip())
+        entry = json.loads(raw.decode("utf-8-sig").rstrip(), object_pairs_hook=one_meaning)
     except UnicodeDecodeError as error:
         raise _Refused(f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
         raise _Refused(f"is not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise _Refused("is nested too deeply to be read") from None
+    except TwoMeanings as error:
+        raise _Refused(f"is not valid: {error}") from None
     except ValueError:
         raise _Refused("holds a number of too many digits") from None
     if not isinstance(entry, dict):
@@ -225,4 +228,6 @@ def _stop(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
         raise _Refused(f"stop is {shown(value)}, but must be a string or a list of strings, none empty")
+    for text in values:
+        check_text(text, "stop text")
     return tuple(values)

@@ -18,6 +18,7 @@ from tpctl.client.chat_messages import Message
 from tpctl.client.panics import guarded
 from tpctl.client.template import ChatTemplate, no_template, read_template, template_name
 from tpctl.errors import CheckpointError, RequestError
+from tpctl.json_file import is_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -50,7 +51,7 @@ class Tokenizer:
         self._shown = shown or str(folder)
         self._file = f"{self._shown}/{FILE}"
         file = folder / FILE
-        if not file.is_file():
+        if not is_file(file, self._file):
             raise CheckpointError(
                 f"{self._shown} has no tokenizer.json, so text cannot be turned into tokens;"
                 " add the file from the model's page"
