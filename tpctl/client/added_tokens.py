@@ -79,8 +79,11 @@ class TokenFiles:
         special_tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
         return cls(config, special_tokens, split, name, named, tuple(extra or ()), listed)
 
-    def add_to(self, backend: Tokenizer) -> None:
+    def add_to(self, backend: Tokenizer, most: int) -> None:
         """Add what ``backend`` does not know, and give what it does know the flags that stand here.
+
+        Args:
+            most: bytes of a token at most.
 
         Raises:
             CheckpointError: an entry is none, or its token cannot have the id that stands beside it.
@@ -92,8 +95,15 @@ class TokenFiles:
             raise CheckpointError(f"{self.shown}/{where} lists tokens that cannot be added: {error!r}") from None
         try:
             known = {token.content for token in backend.get_added_tokens_decoder().values()} | set(listed)
-            backend.add_tokens([token for _, token in sorted(listed.values(), key=lambda item: item[0])])
-            backend.add_tokens(self._unlisted(known))
+            added = [token for _, token in sorted(listed.values(), key=lambda item: item[0])]
+            unlisted = self._unlisted(known)
+            longest = max((len(token.content.encode()) for token in added + unlisted), default=0)
+            if longest > most:
+                raise CheckpointError(
+                    f"{self.shown}/{where} adds a token of {longest:,} bytes, but at most {most:,} are read"
+                )
+            backend.add_tokens(added)
+            backend.add_tokens(unlisted)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.shown}/{CONFIG} names tokens that cannot be added: {error!r}") from None
         for text, (id, _) in listed.items():

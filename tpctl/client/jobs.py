@@ -175,8 +175,9 @@ class JobParser:
         if "messages" in entry:
             text = self._rendered.pop(line.index, None)
             if text is not None:
-                return self._tokenizer.encode_rendered(text)
-            return self._tokenizer.encode_chat(check_messages(entry["messages"]), _variables(entry))
+                return self._tokenizer.encode_rendered(text, most=self._max_model_len - 1)
+            messages = check_messages(entry["messages"])
+            return self._tokenizer.encode_chat(messages, _variables(entry), most=self._max_model_len - 1)
         if entry.get("chat_template_kwargs") is not None:
             raise _Refused('has chat_template_kwargs, which are for "messages", with a "prompt"; leave them out')
         prompt = entry["prompt"]
@@ -184,7 +185,7 @@ class JobParser:
             raise _Refused(f"prompt is {shown(prompt)}, but must be a string")
         if not prompt:
             raise _Refused("the prompt is empty")
-        return self._tokenizer.encode(prompt)
+        return self._tokenizer.encode(prompt, most=self._max_model_len - 1)
 
     def _check_new(self, id: JobId) -> None:
         # Not hash(): it is the same for -1 and -2, and for n and n + 2**61 - 1.
