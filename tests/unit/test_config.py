@@ -131,6 +131,7 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
         ({"rope_scaling": {"rope_type": "spiral"}}, 'RoPE kind "spiral" is not supported'),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported for LlamaForCausalLM"),
         ({"dtype": "int8"}, 'dtype "int8" is not supported'),
+        ({"dtype": 5}, "dtype 5 is not supported"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -104,9 +104,10 @@ def _check_kind(fields: Fields, model_type: str, family: Family) -> None:
 
 
 def _dtype(fields: Fields) -> str:
-    dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
+    given = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    dtype = given.removeprefix("torch.") if isinstance(given, str) else ""
     if dtype not in DTYPES:
-        raise UnsupportedModelError(f"dtype {shown(dtype)} is not supported; tpctl knows {', '.join(DTYPES)}")
+        raise UnsupportedModelError(f"dtype {shown(dtype or given)} is not supported; tpctl knows {', '.join(DTYPES)}")
     return dtype
 
 

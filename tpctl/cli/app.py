@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 
 from tpctl.cli.arguments import CheckedCommand
-from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
+from tpctl.cli.streams import CLOSED_PIPE, give_stderr_back, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import OutputError, TpctlError, printable, shorten
 from tpctl.version import __version__
 
@@ -107,6 +107,7 @@ def main() -> None:
     code = _run(_command)
     if sys.stdout is not None and (failed := _run(sys.stdout.flush)):  # else it would fail when Python ends
         code = code or failed
+    give_stderr_back()
     sys.exit(code)
 
 
