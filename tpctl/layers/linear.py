@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from tpctl.arch.blueprint import Activation
 from tpctl.distributed import TPGroup
+from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.dense import DenseWeight, Weight, WeightMaker
 
 
-class ReplicatedLinear(nn.Module):
+class ReplicatedLinear(Layer):
     """``y = x W^T + b`` with the whole weight on every rank; the base of the parallel ones.
 
     Args:
