@@ -173,6 +173,11 @@ class CheckpointFolder:
         return [path for path in self.beside if path.name != INDEX]
 
 
+def copied_files(folder: Path) -> list[Path]:
+    """What a copy of the model in ``folder`` gets along with its weights, whether or not it can be opened."""
+    return _small_files(folder)
+
+
 def _small_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
