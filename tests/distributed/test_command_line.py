@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
+import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from tests.processes import with_variable
 from tests.tiny import SIZES, make_broken, make_checkpoint
 
 PATIENCE = 120.0  # seconds; what hung took ten minutes, or for ever
@@ -64,41 +70,40 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answered(model: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """The exit code, and the rows of ``LINES``."""
+def answered(model: Path) -> subprocess.CompletedProcess[str]:
+    """A run of ``LINES``."""
     lines = "".join(json.dumps({"max_tokens": 6, **line}) + "\n" for line in LINES)
-    result = tpctl("batch", "-", "--model", model, "--device", "cpu", "--dtype", "float32", stdin=lines)
-
-    def no_number(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
-
-    rows = [json.loads(row, parse_constant=no_number) for row in result.stdout.splitlines()]
-    assert len(rows) == len(LINES), result.stderr
-    return result.returncode, {row["id"]: row for row in rows}
+    return tpctl("batch", "-", "--model", model, "--device", "cpu", "--dtype", "float32", stdin=lines)
 
 
-@pytest.mark.slow
-def test_scores_that_are_no_numbers_are_an_error_of_their_request(
-    answered: tuple[int, dict[str, dict[str, Any]]],
-) -> None:
-    code, rows = answered
-    assert code == 1 and rows["nan"]["error"] and not rows["nan"].get("text")
-    assert "error" not in rows["fine"] and len(rows["fine"]["text"].split()) == 6
+def rows(result: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    """The rows of a run, by their ids."""
+    found = [json.loads(row) for row in result.stdout.splitlines()]
+    assert len(found) == len(LINES), result.stderr
+    return {row["id"]: row for row in found}
 
 
 @pytest.mark.slow
-def test_the_first_space_of_a_completion_is_kept(answered: tuple[int, dict[str, dict[str, Any]]]) -> None:
-    row = answered[1]["fine"]
+def test_scores_that_are_no_numbers_are_an_error_of_their_request(answered: subprocess.CompletedProcess[str]) -> None:
+    found = rows(answered)
+    assert answered.returncode == 1 and found["nan"]["error"] and not found["nan"].get("text")
+    assert "NaN" not in answered.stdout.replace(json.dumps(found["nan"]["error"]), "")  # which is no JSON
+    assert "error" not in found["fine"] and len(found["fine"]["text"].split()) == 6
+
+
+@pytest.mark.slow
+def test_the_first_space_of_a_completion_is_kept(answered: subprocess.CompletedProcess[str]) -> None:
+    row = rows(answered)["fine"]
     words = row["text"].split()
     assert row["text"] == "".join(f" {word}" for word in words)
     assert [entry["token"] for entry in row["logprobs"]] == [f" {word}" for word in words]
 
 
 @pytest.mark.slow
-def test_null_is_not_given_and_penalties_are(answered: tuple[int, dict[str, dict[str, Any]]]) -> None:
-    rows = answered[1]
-    assert rows["null"]["text"] == rows["fine"]["text"]
-    assert "error" not in rows["apart"] and len(set(rows["apart"]["text"].split())) == 6
+def test_null_is_not_given_and_penalties_are(answered: subprocess.CompletedProcess[str]) -> None:
+    found = rows(answered)
+    assert found["null"].get("text") == found["fine"]["text"]
+    assert "error" not in found["apart"] and len(set(found["apart"]["text"].split())) == 6
 
 
 def test_values_beyond_the_range_of_a_cast_are_refused(tmp_path: Path) -> None:
@@ -112,9 +117,46 @@ def test_values_beyond_the_range_of_a_cast_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_launcher_around_the_command_is_not_heard(model: Path) -> None:
-    around = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "127.0.0.1:1", "WORLD_SIZE": "2", "RANK": "1"}
-    result = tpctl("batch", "-", "--model", model, stdin='{"prompt": "w7", "max_tokens": 2}\n', **around)
+    around = {"PET_NNODES": "2", "WORLD_SIZE": "2", "RANK": "1"}
+    lines = '{"prompt": "w7", "max_tokens": 2}\n'
+    result = tpctl("batch", "-", "--model", model, "--tp", "2", "--device", "cpu", stdin=lines, **around)
     assert result.returncode == 0 and len(json.loads(result.stdout)["text"].split()) == 2, result.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_the_chat_is_idle_is_told_at_once(model: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    errors = tmp_path / "errors"
+    with errors.open("wb") as stderr:
+        command = [sys.executable, "-m", "tpctl", "chat", str(model), "--device", "cpu", "--max-tokens", "4"]
+        env = {**os.environ, "TERM": "xterm", "TPCTL_CACHE": str(tmp_path / "cache")}
+        chat = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=stderr, env=env, start_new_session=True)
+    try:
+        _until(ours, rb">")  # the prompt
+        _until(ours, None)
+        os.write(ours, b"w7 w9\r")
+        _until(ours, rb"w7 w9.*\bw\d+( w\d+){3}")
+        (worker,) = with_variable(f"TPCTL_PARENT_PID={chat.pid}")
+        _until(ours, None)
+        os.kill(worker, signal.SIGKILL)
+        assert chat.wait(20) == 1
+    finally:
+        chat.kill()
+        chat.wait()
+        os.close(theirs)
+        os.close(ours)
+    assert "rank 0 was killed (SIGKILL)" in errors.read_text()
+
+
+def _until(terminal: int, pattern: bytes | None) -> None:
+    """Read what a program shows until it matches, or for ``None`` until nothing more comes."""
+    shown, deadline = b"", time.monotonic() + PATIENCE
+    while pattern is None or not re.search(pattern, shown, re.DOTALL):
+        assert time.monotonic() < deadline, shown
+        if select.select([terminal], [], [], 1.0)[0]:
+            shown += os.read(terminal, 1 << 16)
+        elif pattern is None:
+            return
 
 
 @pytest.mark.slow
