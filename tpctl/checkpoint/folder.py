@@ -129,8 +129,7 @@ class CheckpointFolder:
         beside = {file: FileStamp.of(file) for file in small_files_of(path)}
         if is_file(index) and not stale_index(path):
             beside[index] = FileStamp.of(index)
-            text = _read_text(index)
-            names = indexed_files(text, str(index))
+            text, names = read_index(index)
         elif is_file(path / SINGLE):
             names = {SINGLE: frozenset()}
         else:
@@ -199,16 +198,25 @@ def small_files_of(folder: Path) -> list[Path]:
     return found
 
 
-def _read_text(index: Path) -> str:
-    """The text of ``index``; without the translation of line ends, since ``merge`` gives it back byte for byte."""
+def read_index(index: Path, where: str | None = None) -> tuple[str, dict[str, frozenset[str]]]:
+    """The text of ``index``, line ends as they are, since ``merge`` gives it back byte for byte; and what it lists.
+
+    Args:
+        where: what messages call it, if not by its path.
+
+    Raises:
+        CheckpointError: it is no index of safetensors files.
+    """
+    where = where or str(index)
     try:
-        return read_bytes(index).decode("utf-8")
+        text = read_bytes(index, where=where).decode("utf-8")
     except FileNotFoundError:
-        raise CheckpointError(f"{index} went away while it was read; run again") from None
+        raise CheckpointError(f"{where} went away while it was read; run again") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{index} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); download it again"
+            f"{where} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); download it again"
         ) from None
+    return text, indexed_files(text, where)
 
 
 def indexed_files(text: str, where: str) -> dict[str, frozenset[str]]:
@@ -240,7 +248,7 @@ def stale_index(folder: Path) -> bool:
     if not is_file(folder / SINGLE) or not is_file(index):
         return False
     try:
-        return set(indexed_files(_read_text(index), str(index))) != {SINGLE}
+        return set(read_index(index)[1]) != {SINGLE}
     except CheckpointError:
         return True
 
