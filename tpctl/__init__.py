@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tpctl.version import __version__
+
 if TYPE_CHECKING:
     from tpctl.client.llm import LLM
     from tpctl.wire.sampling import SamplingParams
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ byte order mark is skipped, a key that occurs twice must say the same thing twic
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path
@@ -41,6 +42,38 @@ def read_object(path: Path, *, default: dict[str, Any] | None = None, where: str
     return parse_object(raw, where or str(path))
 
 
+def broken(path: Path) -> str | None:
+    """What is wrong with ``path`` where something is there that is no file, as a message says it behind its name.
+
+    ``None`` where a regular file is, or nothing at all.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        try:
+            target = path.readlink()
+        except OSError:
+            return None
+        return f"is a link to {target}, which is not there; put the file there, or a copy of it in the link's place"
+    except OSError as error:
+        loop = error.errno == errno.ELOOP
+        return "is a link that leads back to itself" if loop else f"cannot be read: {error.strerror}"
+    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
+    kind = next((name for is_kind, name in kinds if is_kind(mode)), "device")
+    return None if stat.S_ISREG(mode) else f"is a {kind}, but must be a regular file"
+
+
+def is_file(path: Path, where: str | None = None) -> bool:
+    """Whether ``path``, which messages call ``where``, is a file; ``False`` only where nothing is.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    if (said := broken(path)) is not None:
+        raise CheckpointError(f"{where or path} {said}")
+    return path.exists()
+
+
 def read_bytes(path: Path, most: int = MOST_BYTES, *, where: str | None = None) -> bytes:
     """The bytes of a small regular file.
 
@@ -49,10 +82,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES, *, where: str | None = None) 
         CheckpointError: it is larger than ``most``, something else than a file (a pipe would be waited for), or cannot
             be read.
     """
+    if not is_file(path, where):
+        raise FileNotFoundError(path)
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{where or path} is no regular file; it cannot be read")
         if status.st_size > most:
             raise CheckpointError(f"{where or path} has {status.st_size} bytes, but such a file has at most {most}")
         with path.open("rb") as file:
@@ -75,7 +108,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
 def parse(raw: bytes, where: str) -> Any:
     """The value that ``raw``, JSON in UTF-8, stands for. Errors as ``read_object``."""
     try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_whole)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=one_meaning, parse_int=_whole)
         _check_depth(value)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -91,12 +124,21 @@ def parse(raw: bytes, where: str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class TwoMeanings(ValueError):
+    """A key of a JSON object occurs twice, and does not say the same thing twice."""
+
+
+def one_meaning(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of ``pairs``, for ``json.loads`` (``object_pairs_hook``).
+
+    Raises:
+        TwoMeanings: it has two.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         for key, value in pairs:
             if value != found[key] and not (value != value and found[key] != found[key]):
-                raise ValueError(f"{shown(key)} occurs twice, as {shown(value)} and as {shown(found[key])}")
+                raise TwoMeanings(f"{shown(key)} occurs twice, as {shown(value)} and as {shown(found[key])}")
     return found
 
 

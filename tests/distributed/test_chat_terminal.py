@@ -48,11 +48,11 @@ class Window:
         if keys:
             self.tmux("send-keys", *keys)
 
-    def paste(self, text: str) -> None:
-        """As a terminal does that was asked to mark what is pasted."""
+    def paste(self, text: str, *, marked: bool = True) -> None:
+        """As a terminal does that was asked to mark what is pasted, or as one that cannot."""
         self._paste.write_text(text)
         self.tmux("load-buffer", str(self._paste))
-        self.tmux("paste-buffer", "-p")
+        self.tmux("paste-buffer", *(["-p"] if marked else []))
 
     def resize(self, width: int, height: int) -> None:
         self.tmux("resize-window", "-x", str(width), "-y", str(height))
@@ -124,13 +124,27 @@ def test_one_interrupt_stops_a_prompt_that_is_computed(window: Window) -> None:
 
 
 def test_what_is_typed_during_an_answer_waits_for_the_prompt(window: Window) -> None:
-    window.type("And of Italy?", "Enter")
-    window.type("typed ahead", "Enter")
+    window.type("Describe the sea at length.", "Enter")
+    window.until(r"at length\.\n+.{60}")
+    window.type("/set seed 7", "Enter")
+    window.type("/system Be brief.", "Enter")
+    window.paste("pasted\n/reset")  # marked here too
     window.type("中文")
-    shown = window.until(r"typed ahead\n\.\.\. 中文\Z")
-    answer = shown.rpartition("And of Italy?\n")[2]
-    assert re.fullmatch(r"[^>]*Rome[^>]*\n>>> typed ahead\n\.\.\. 中文", answer)
+    shown = window.until(r"pasted\n\.\.\. /reset中文\Z")
+    told = r"\n>>> /set seed 7\nseed +7\n>>> /system Be brief\.\n\(system prompt: Be brief\.\)\n"
+    assert re.search(rf"{told}>>> pasted\n\.\.\. /reset中文\Z", shown)
+    assert shown.count(">>> pasted") == shown.count("/set seed 7") == 1  # nothing is echoed into the answer
     window.type("", "C-c")  # clears it, and ends nothing
+    window.until(rf"^>>> {ASK}\Z")
+    window.type('/system ""', "Enter")
+    window.until(r"\(there is no system prompt\)\n>>> ")
+
+
+def test_a_paste_that_the_terminal_does_not_mark_is_one_message(window: Window) -> None:
+    window.paste("one\n/reset\n中文\n\nfive", marked=False)
+    shown = window.until(r"five\Z")
+    assert shown.endswith(">>> one\n... /reset\n... 中文\n...\n... five")
+    window.type("", "C-c")
     window.until(rf"^>>> {ASK}\Z")
 
 

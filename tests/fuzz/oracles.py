@@ -117,6 +117,8 @@ def read_by_transformers(model: Path, ours: Any) -> dict[str, tuple[Any, Any]]:
         found["mlp_bias"] = (ours.mlp_bias, bool(config.mlp_bias))
     found["windows"] = (ours.windows, _windows(config, ours))
     rope = config.rope_parameters
+    if isinstance(rope.get("full_attention"), dict):  # Gemma 3's; here the first layer's is held against ours
+        rope = rope[config.layer_types[0]]
     theta = rope.get("rope_theta")
     found["rope_type"] = (ours.rope.kind, rope.get("rope_type", "default"))
     found["rope_theta"] = (ours.rope.theta, None if theta is None else float(theta))

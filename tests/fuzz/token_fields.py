@@ -28,6 +28,7 @@ _REPLACES = [
     for pattern in _PATTERNS
     for content in ("", "x", "a" * 1000)
 ]
+_A_HUNDRED = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
 
 
 def _token(id: Any, content: Any, **more: Any) -> dict[str, Any]:
@@ -44,6 +45,8 @@ TOKENIZER: Fields = {
         {"type": "Metaspace", "replacement": "ab"},
         {"type": "Punctuation", "behavior": "x"},
         {"type": "Sequence", "pretokenizers": []},
+        {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": True}] * 40},
+        {"type": "Sequence", "pretokenizers": [{"type": "Metaspace", "replacement": "▁"}, _SPLITS[0]] * 20},
     ],
     "normalizer": [
         None,
@@ -53,6 +56,13 @@ TOKENIZER: Fields = {
         {"type": "Precompiled", "precompiled_charsmap": None},
         {"type": "Prepend", "prepend": "a" * 100_000},
         {"type": "Lowercase"},
+        {"type": "Sequence", "normalizers": [_A_HUNDRED] * 4},
+        {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [_A_HUNDRED] * 2}] * 2},
+        {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 1_000_000},
+        {"type": "Replace", "pattern": {"Regex": "b*"}, "content": "x" * 9000},
+        {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40},
+        {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "NFKC"}] * 5},
+        {"type": "Nothing"},
     ],
     "post_processor": [
         None,
@@ -63,6 +73,18 @@ TOKENIZER: Fields = {
             "single": [{"SpecialToken": {"id": "<no>", "type_id": 0}}],
             "pair": [],
             "special_tokens": {},
+        },
+        {
+            "type": "Sequence",
+            "processors": [
+                {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+                    "pair": [],
+                    "special_tokens": {},
+                }
+            ]
+            * 30,
         },
         {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]},
     ],
@@ -76,6 +98,8 @@ TOKENIZER: Fields = {
         {"type": "Strip", "content": " ", "start": 2**64, "stop": 0},
         {"type": "Sequence", "decoders": []},
         {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""},
+        {"type": "Sequence", "decoders": [_A_HUNDRED] * 5},
+        {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 1_000_000},
     ],
     "added_tokens": [
         [],

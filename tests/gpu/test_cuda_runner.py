@@ -3,10 +3,13 @@ interpreter. Where a graph would be replayed its step is run."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from tpctl.engine.engine import Engine
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.runners import cuda as cuda_runner
 from tpctl.engine.runners import loading
+from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
@@ -64,6 +68,10 @@ def own_memory(model: Decoder) -> Decoder:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+DIRECT, ONE, TWO, HOST = SamplingPath.DIRECT, SamplingPath.ONE_FLOOR, SamplingPath.TWO_FLOORS, SamplingPath.HOST
+PACKAGE = Path(engine.__file__).parent.parent
 
 
 class Done(cuda_runner.CudaLaunched):
@@ -170,7 +178,7 @@ def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hash
         assert len(found[id]) == lengths[id]
     decodes = {key for key in replayed if key[0] != "mixed"}  # type: ignore[index]
     assert (len(decodes) > 0) == (way != "eager")
-    assert decodes <= {(size, False, 0) for size in (1, 2, 4, 6)}
+    assert decodes <= {(size, False, DIRECT) for size in (1, 2, 4, 6)}
     assert any(key[0] == "mixed" for key in replayed) == (way == "paced")  # type: ignore[index]
     stats = engine.scheduler.stats
     assert (stats.preemptions > 0) == (way == "tight")
@@ -232,7 +240,7 @@ def test_log_probabilities_are_sampled_on_the_host(
         logits = model(torch.tensor([prompts["1"] + found["1"]])).logits[0, len(prompts["1"]) - 1 : -1]
     expected = logits.log_softmax(-1).amax(-1)
     assert len(logprobs) == 3
-    assert ((2, False, None) in replayed) == ("enforce_eager" not in settings)  # up to the logits it is captured
+    assert ((2, False, HOST) in replayed) == ("enforce_eager" not in settings)  # up to the logits it is captured
     for (chosen, top), want, token in zip(logprobs, expected.tolist(), found["1"], strict=True):
         assert chosen == pytest.approx(want, abs=1e-4)
         assert top[0] == (token, chosen)
@@ -268,8 +276,8 @@ def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: l
         rows = [SamplingRow(FILTERED[id], len(ids) + at) for at in range(len(found[id]))]
         assert found[id] == sampler.sample(logits, rows)[0], id
         assert len(found[id]) == FILTERED[id].max_tokens
-    assert any(key[0] == "mixed" and key[-1] == 2 for key in replayed) == (way == "paced")  # type: ignore[index]
-    assert {2} <= {key[-1] for key in replayed} <= {0, 1, 2}  # type: ignore[index]
+    assert any(key[0] == "mixed" and key[-1] is TWO for key in replayed) == (way == "paced")  # type: ignore[index]
+    assert {TWO} <= {key[-1] for key in replayed} <= {DIRECT, ONE, TWO}  # type: ignore[index]
 
 
 BROKEN = 100
@@ -367,3 +375,40 @@ def test_the_cache_gets_what_nothing_else_needs(
     share[0] = GpuShare(80 * gib, rest, 1.0)
     with pytest.raises(EngineError, match=r"nothing is left for the KV cache: of .* 80\.0 GiB rank 0 may take 3\.5"):
         start(tmp_path / "tp1", kv_cache_memory=None)
+
+
+def test_a_decode_step_can_be_read_through(tmp_path: Path, replayed: list[Hashable]) -> None:
+    """All that runs in one step of decodes, from the scheduler to its tokens: docs/a-decode-step.md in lines.
+
+    Counted are the functions whole, docstrings included; of kernels what launches them, not what a GPU runs.
+    """
+    make_checkpoint("llama3", tmp_path / "hf", **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    made = start(tmp_path / "tp1")
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    made.apply(Add([Request(id, ids, params) for id, ids in prompts_of(5, 20).items()]))
+    for _ in range(3):
+        made.step()
+    spans: dict[tuple[str, int], int] = {}
+
+    def trace(frame: FrameType, event: str, given: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)) and not code.co_name.startswith("<"):
+            owner = frame.f_globals.get(code.co_name)
+            if owner is None or inspect.isfunction(owner):  # and none that Triton has compiled
+                spans[code.co_filename, code.co_firstlineno] = len(inspect.getsource(code).splitlines())
+
+    before = len(replayed)
+    sys.setprofile(trace)
+    try:
+        made.step()
+    finally:
+        sys.setprofile(None)
+    assert len(replayed) == before + 1
+    files: dict[str, int] = {}
+    for (file, _), lines in spans.items():
+        name = str(Path(file).relative_to(PACKAGE))
+        files[name] = files.get(name, 0) + lines
+    print(*(f"{lines:5} {name}" for name, lines in sorted(files.items(), key=lambda item: -item[1])), sep="\n")
+    assert {"engine/scheduling/scheduler.py", "models/decoder.py", "layers/stream_cuda.py"} <= files.keys()
+    assert sum(files.values()) <= 1200

@@ -104,6 +104,33 @@ def test_they_are_what_transformers_makes_of_them(what: str, tmp_path: Path) -> 
         ({"added_tokens.json": {"<tool>": "a"}}, r"mine/added_tokens\.json lists tokens that cannot be added"),
         ({"added_tokens.json": [1]}, r"mine/added_tokens\.json holds a list, but a JSON object is needed"),
         ({"special_tokens_map.json": 5}, r"mine/special_tokens_map\.json holds a number, but a JSON object is needed"),
+        (
+            {"tokenizer_config.json": {"bos_token": 5}},
+            r"mine/tokenizer_config\.json: bos_token is 5, but must be a text",
+        ),
+        (
+            {"tokenizer_config.json": {"eos_token": {"content": 5}}},
+            r'mine/tokenizer_config\.json: eos_token is {"content": 5}, but must be a text, or an object whose "con',
+        ),
+        ({"special_tokens_map.json": {"pad_token": [1]}}, r"mine/special_tokens_map\.json: pad_token is \[1\], but"),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"x": {}}}},
+            r'mine/tokenizer_config\.json: added_tokens_decoder has "x" in an id\'s place',
+        ),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"7": {}}}},
+            "has {} for the id 7, but needs an object",
+        ),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": [1]}},
+            r"added_tokens_decoder is \[1\], but must be an object",
+        ),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"7": {"content": "a", "special": "x"}}}},
+            'says special "x" of the id 7, but it must be true or false',
+        ),
+        ({"tokenizer_config.json": {"extra_special_tokens": [5]}}, "a token of extra_special_tokens is 5, but must be"),
+        ({"tokenizer_config.json": {"chat_template": 5}}, "chat_template is 5, but must be a text"),
         ({"tokenizer_config.json": {"extra_special_tokens": 5}}, "extra_special_tokens is 5, but must be a list"),
         ({"tokenizer_config.json": {"split_special_tokens": "yes"}}, 'split_special_tokens is "yes", but must be true'),
         (

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -193,3 +193,10 @@ def test_a_link_to_a_pipe_is_a_stream(prompts: Path) -> None:
     assert places.target_of("link") == prompts.resolve()
     os.close(reads)
     os.close(writes)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_in_the_way_of_the_kept_rows_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "z.jsonl.partial")
+    with pytest.raises(OutputError, match=r"z\.jsonl\.partial, where rows are kept until all are there, is no file"):
+        Results(tmp_path / "z.jsonl", {})

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpctl.checkpoint.cast import cast
+from tpctl.checkpoint.cast import cast, check_range
 
-TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EIGHT = {"F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn}
+TORCH = EIGHT | {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def check(bits: np.ndarray, source: str, target: str) -> None:
@@ -30,6 +31,18 @@ def check(bits: np.ndarray, source: str, target: str) -> None:
 @pytest.mark.parametrize("target", ["F32", "F16", "BF16"])
 def test_every_16_bit_pattern(source: str, target: str) -> None:
     check(np.arange(1 << 16, dtype=np.uint16), source, target)
+
+
+@pytest.mark.parametrize("source", EIGHT)
+@pytest.mark.parametrize("target", ["F32", "F16", "BF16"])
+def test_every_8_bit_pattern(source: str, target: str) -> None:
+    bits = np.arange(1 << 8, dtype=np.uint8)
+    check(bits, source, target)
+    out = cast(bits, source, target)
+    check_range(bits, out, source, target, "w")  # all of them hold every value, and exactly
+    back = torch.from_numpy(out.copy()).view(TORCH[target]).to(EIGHT[source]).view(torch.uint8)
+    number = ~torch.from_numpy(bits.copy()).view(EIGHT[source]).float().isnan()
+    assert torch.equal(back[number], torch.from_numpy(bits.copy())[number])
 
 
 def hard_floats() -> np.ndarray:

@@ -204,11 +204,17 @@ def test_a_message_from_a_pipe(fake_engine: FakeClient) -> None:
     assert endless.exit_code == 2 and "stdin has more than 16777216 characters" in endless.stderr
 
 
-@pytest.mark.parametrize(("arguments", "stdin"), [(["-m", "a\udcff"], b""), ([], b"a\xff")])
-def test_bytes_that_are_not_utf8_are_refused(fake_engine: FakeClient, arguments: list[str], stdin: bytes) -> None:
-    result = CliRunner().invoke(app, ["chat", *arguments], input=stdin)
-    assert isinstance(result.exception, RequestError)
-    assert "is not valid Unicode" in str(result.exception)
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "said"),
+    [
+        (["-m", "a\udcff"], b"", r"-m holds '\udcff', which is no text in UTF-8"),
+        ([], b"a\xff", r"the message is not valid Unicode: it holds '\udcff'"),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_refused(arguments: list[str], stdin: bytes, said: str) -> None:
+    result = CliRunner().invoke(app, ["chat", "nowhere", *arguments], input=stdin)  # before the model is looked for
+    assert isinstance(result.exception, RequestError | UsageError)
+    assert str(result.exception).startswith(said)
 
 
 def test_a_wrong_option_does_not_wait_for_the_model(fake_engine: FakeClient) -> None:

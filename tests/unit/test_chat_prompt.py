@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,33 @@ def test_keys(keyboard: PipeInput, prompt: TerminalPrompt, keys: str, message: s
             prompt.read()
 
 
-def test_enter_before_there_is_a_prompt_sends_nothing(keyboard: PipeInput, prompt: TerminalPrompt) -> None:
-    keyboard.send_text("early\r")
-    type_at(prompt, keyboard, "first\rtoo early\r")
-    assert prompt.read() == "early\nfirst"
-    type_at(prompt, keyboard, "second\r")
-    assert prompt.read() == "too early\nsecond"
+def test_lines_typed_before_there_is_a_prompt_are_sent_in_order(keyboard: PipeInput, prompt: TerminalPrompt) -> None:
+    # Enter as it comes while nobody is asked, and as it comes between two prompts.
+    keyboard.send_text('/set seed 7\n/system S\rone\nso\x1b\nfar\n"""a\nb"""\n\x1b[200~x\ny\x1b[201~ and\nunfini')
+    early = [prompt.read() for _ in range(6)]
+    assert early == ["/set seed 7", "/system S", "one", "so\nfar", "a\nb", "x\ny and"]
+    type_at(prompt, keyboard, "shed\r")
+    assert prompt.read() == "unfinished"
+
+
+def test_a_paste_that_is_not_marked_is_one_message(keyboard: PipeInput, prompt: TerminalPrompt) -> None:
+    def press_enter() -> None:
+        time.sleep(0.2)
+        keyboard.send_text(" end\r")
+
+    for paste in ("one\r/set x\rthree\r\rfive", "one\r/set x\rthree\r\rfive\r"):
+        type_at(prompt, keyboard, paste)
+        typist = threading.Thread(target=press_enter)
+        typist.start()
+        assert prompt.read() == paste.replace("\r", "\n") + " end"
+        typist.join()
+
+
+def test_a_pasted_command_takes_nothing_of_what_follows(keyboard: PipeInput, prompt: TerminalPrompt) -> None:
+    type_at(prompt, keyboard, "/set seed 7\r/reset\rtext\r")
+    assert prompt.read() == "/set seed 7"
+    type_at(prompt, keyboard, "")
+    assert [prompt.read() for _ in range(2)] == ["/reset", "text"]
 
 
 def test_a_failure_ends_the_prompt_and_keeps_what_is_typed(

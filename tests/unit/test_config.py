@@ -76,6 +76,33 @@ def test_two_layouts_that_disagree(changes: dict[str, Any], differs: str) -> Non
         parse(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, **changes)
 
 
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"type": None, "factor": 2.0}, r'"factor" \(2.0\) is not read by the kind "default"; correct rope_type'),
+        ({"factor": 8}, r'"factor" \(8\) is not read by the kind "default"'),
+        ({"rope_type": "default", **LLAMA3}, 'is not read by the kind "default"'),
+        ({"rope_type": "default", "mrope_section": [1, 1, 1]}, r'"mrope_section" \(\[1, 1, 1\]\) is not read by'),
+        (
+            {"rope_type": "linear", "factor": 2.0, "beta_fast": 32},
+            r'"beta_fast" \(32\) is not read by the kind "li',
+        ),
+        ({"rope_type": "llama3", **LLAMA3, "attention_factor": 1.2}, '"attention_factor" .* is not read by the kind'),
+        ({"rope_type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}, '"llama_4_scaling_beta" .* "yarn"'),
+    ],
+)
+def test_a_rope_setting_that_its_kind_does_not_read_is_refused(rope: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        parse(rope_scaling=rope)
+
+
+def test_a_rope_setting_that_says_nothing_is_taken() -> None:
+    nothing = {"type": None, "factor": 1.0, "attention_factor": None, "beta_fast": None, "attn_factor": 1}
+    assert parse(rope_scaling=nothing).rope.kind == "default"
+    trained = {"type": "yarn", "factor": 2.0, "finetuned": True, "original_max_position_embeddings": 64}
+    assert parse(rope_scaling=trained).rope.kind == "yarn"
+
+
 def test_the_first_name_of_longrope_and_partial_rotation() -> None:
     scaling = {"type": "su", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
     rope = parse("phi3", rope_scaling=scaling, original_max_position_embeddings=32).rope
@@ -120,7 +147,10 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, 'model_type "gpt2" is not supported; tpctl knows gemma3_text, llama, mistral, phi3, qwen2, qwen3'),
+        (
+            {"model_type": "gpt2"},
+            'model_type "gpt2" is not supported; tpctl knows gemma3_text, llama, mistral, phi3, qwen2, qwen3',
+        ),
         ({"model_type": None}, "model_type null is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, 'architecture "LlamaForSequenceClassification" of'),
         ({"hidden_act": "gelu"}, 'activation "gelu" is not supported'),
@@ -128,6 +158,7 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
         ({"rope_scaling": {"rope_type": "spiral"}}, 'RoPE kind "spiral" is not supported'),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported for LlamaForCausalLM"),
         ({"dtype": "int8"}, 'dtype "int8" is not supported'),
+        ({"dtype": 5}, "dtype 5 is not supported"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -187,6 +187,43 @@ def test_an_index_decides_which_files_are_weights(hub: Hub, run: Run) -> None:
     assert "its index lists model-2.safetensors" in failed(run("download", "org/model"))
 
 
+def with_stale_index(hub: Hub, *, parts: bool) -> dict[str, bytes]:
+    """A repository with ``model.safetensors``, and beside it the index of an earlier save."""
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    model = {**MODEL, "model.safetensors.index.json": json.dumps(index).encode()}
+    if parts:
+        model |= {"model-1.safetensors": b"one", "model-2.safetensors": b"two"}
+    hub.add("org/model", model)
+    return model
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_one_file_comes_before_a_stale_index_on_the_hub(hub: Hub, run: Run, parts: bool) -> None:
+    model = with_stale_index(hub, parts=parts)
+    result = run("download", "org/model")
+    assert result.returncode == 0, result.stderr
+    found = files(result.stdout.strip())
+    assert found["model.safetensors"] == WEIGHTS and hub.bodies("model.safetensors")
+    assert not {"model-1.safetensors", "model-2.safetensors"} & found.keys()
+    assert not hub.bodies("model-1.safetensors") + hub.bodies("model.safetensors.index.json")
+    assert found.items() <= model.items()
+
+
+def test_one_file_comes_before_a_stale_index_in_the_cache(hub: Hub, run: Run) -> None:
+    """What another tool fetched whole is complete, though the files of the index are not there."""
+    model = with_stale_index(hub, parts=False)
+    result = run("download", "org/model")
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.strip())
+    (folder / "model.safetensors.index.json").write_bytes(model["model.safetensors.index.json"])
+    asked = len(hub.requests)
+    offline = run("download", "org/model", HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout.strip()) == (0, str(folder)), offline.stderr
+    (folder / "model.safetensors").unlink()
+    assert "HF_HUB_OFFLINE" in failed(run("download", "org/model", HF_HUB_OFFLINE="1"))
+    assert len(hub.requests) == asked
+
+
 def test_private_repositories_need_the_token(hub: Hub, run: Run) -> None:
     hub.add("org/model", MODEL)
     hub.token = "hf_secret"

@@ -14,7 +14,13 @@ from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.client.conversation import recommended_sampling
 from tpctl.client.prepare import EngineArgs, configure
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import CheckpointError, MixedDtypesError, OverflowedError
+from tpctl.errors import (
+    CheckpointError,
+    MixedDtypesError,
+    OverflowedError,
+    ShardFolderError,
+    UnsupportedModelError,
+)
 from tpctl.manifest.manifest import Manifest
 from tpctl.models.loader import _converted
 from tpctl.planning.fit import Budget, plan_model
@@ -126,3 +132,45 @@ def test_the_engine_refuses_what_its_dtype_cannot_hold() -> None:
     with pytest.raises(OverflowedError, match="beyond the range of bfloat16"):
         _converted("w", torch.tensor([1.0, 3.4e38]), torch.bfloat16)
     assert torch.equal(_converted("w", torch.tensor([6e4]), torch.float16), torch.tensor([6e4], dtype=torch.float16))
+
+
+def stored_as(folder: Path, tensor: str, dtype: torch.dtype) -> Path:
+    """A checkpoint with one tensor of another dtype."""
+    make_checkpoint(folder, make_config())
+    tensors = load_file(folder / "model.safetensors")
+    values = torch.arange(tensors[tensor].numel()).remainder(250).to(torch.uint8).reshape(tensors[tensor].shape)
+    tensors[tensor] = values.view(dtype) if dtype.itemsize == 1 and dtype != torch.bool else values.to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
+def test_floats_of_8_bits_are_floats(tmp_path: Path, stored: torch.dtype, dtype: str | None) -> None:
+    source, out = stored_as(tmp_path / "model", NAME, stored), tmp_path / "out"
+    weight = load_file(source / "model.safetensors")[NAME]
+    report = shard_checkpoint(source, out, 1, dtype=dtype, allow_overflow=True)
+    found = load_file(out / "model-rank-0-part-0.safetensors")[NAME]
+    wanted = weight if dtype is None else weight.to(getattr(torch, dtype))
+    assert (report.dtype is None) is (dtype is None) and found.dtype == wanted.dtype
+    assert torch.equal(found.float().nan_to_num(), wanted.float().nan_to_num())
+    if dtype is None:
+        assert torch.equal(_converted(NAME, found, torch.bfloat16).float().nan_to_num(), weight.float().nan_to_num())
+    merge_shards(out, tmp_path / "merged")
+    assert torch.equal(
+        load_file(tmp_path / "merged/model.safetensors")[NAME].float().nan_to_num(), wanted.float().nan_to_num()
+    )
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.uint8, torch.bool, torch.int32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_weights_that_are_no_floats_are_refused_by_name(tmp_path: Path, stored: torch.dtype, dtype: str) -> None:
+    source = stored_as(tmp_path / "model", NAME, stored)
+    said = rf"^{NAME} is (I8|U8|BOOL|I32), but weights are floats; the checkpoint is quantised, without scales; use its"
+    with pytest.raises(UnsupportedModelError, match=said):
+        shard_checkpoint(source, tmp_path / "out", 2, dtype=dtype)
+    with pytest.raises(UnsupportedModelError, match=said):
+        plan_model(read_metadata(str(source)), Budget())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ShardFolderError, match=rf"^{NAME} is u?(int8|bool|int32) in the shard, but weights are floats"):
+        _converted(NAME, load_file(source / "model.safetensors")[NAME], torch.bfloat16)

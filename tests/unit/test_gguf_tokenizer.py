@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 
 from tests.unit.gguf_files import TOKENS, tiny_config, tokenizer_keys, write_gguf
 from tpctl.checkpoint.gguf import GgufModel
@@ -107,6 +108,78 @@ def test_sentencepiece_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 def pieces(tmp_path: Path, keys: dict[str, Any], text: str, family: str = "llama") -> list[str]:
     vocabulary = read(tmp_path / "x.gguf", keys, family).vocabulary
     return [vocabulary.tokens[place] for place in build_tokenizer(vocabulary).encode(text).ids]
+
+
+# As llama.cpp and the models' own tokenizer.json write them; several split one after the other.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+RULES: dict[str, tuple[list[str], str]] = {
+    "gpt-2": ([GPT2], ""),
+    "phi-2": ([GPT2], ""),
+    "smollm": ([r"\p{N}", GPT2], ""),
+    "starcoder": ([r"\p{N}", GPT2], ""),
+    "refact": ([r"\p{N}", GPT2], ""),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0"), ([LLAMA3], "words bos")),
+    "dbrx": ([LLAMA3], ""),
+    "smaug-bpe": ([LLAMA3], ""),
+    "tekken": ([TEKKEN], "words bos"),
+    "gpt-4o": ([GPT4O], ""),
+    "qwen2": ([QWEN2], "composed"),
+    "deepseek-r1-qwen": ([QWEN2], ""),
+    "kormo": ([QWEN2], ""),
+    "megrez": ([QWEN2], ""),
+}
+SPLIT = [
+    *TEXTS,
+    "I'm it'S WE'RE they've you'LL he'd 'tis rock'n'roll it'Sun L'Reine 'more",
+    "camelCase HTTPServer ABCdef abcDEF iPhone's USA's ǅungla",
+    "1 12 123 1234 12345678 a1b22c333 1,234.5 v2.0 ٣٤ ²",
+    "a/b//c.d,\n\n\t x  \r\n  y   !?\n/ z ",
+]
+
+
+def isolated(pattern: str, texts: list[str]) -> list[str]:
+    """Every text taken apart into what matches and what lies between."""
+    found = []
+    for text in texts:
+        end = 0
+        for match in regex.finditer(pattern, text):
+            found += [text[end : match.start()], match[0]]
+            end = match.end()
+        found.append(text[end:])
+    return [piece for piece in found if piece]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_every_rule_splits_by_its_written_pattern(tmp_path: Path, pre: str) -> None:
+    patterns, flags = RULES[pre]
+    tokenizer = build_tokenizer(read(tmp_path / "x.gguf", byte_level(pre)).vocabulary)
+    for text in SPLIT:
+        wanted = [text]
+        for pattern in patterns:
+            wanted = isolated(pattern, wanted)
+        found = [text[begin:end] for _, (begin, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        assert found == wanted
+    assert (tokenizer.normalizer is not None) is ("composed" in flags)
+    assert tokenizer.model.ignore_merges is ("words" in flags)
+    assert (tokenizer.encode("b").tokens[0] == "<|im_start|>") is ("bos" in flags)
 
 
 def test_what_a_rule_says_beside_its_pattern(tmp_path: Path) -> None:

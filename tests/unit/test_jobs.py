@@ -85,6 +85,9 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({"prompt": "a", "top_p": 2}, "top_p is 2.0, but must be above 0 and at most 1"),
         ({"prompt": "a", "stop": ["b", ""]}, 'stop is ["b", ""], but must be a string or a list of strings'),
         ({"prompt": "a", "id": "\ud800"}, "the id is not valid Unicode"),
+        ({"prompt": "a", "stop": ["b", "\ud800"]}, "the stop text is not valid Unicode"),
+        (b'{"prompt": "a", "prompt": "b"}', 'is not valid: "prompt" occurs twice, as "a" and as "b"'),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', '"content" occurs twice'),
         ({"prompt": "a", "id": 1.5}, "id is 1.5, but must be a string or a whole number"),
     ],
 )

@@ -54,10 +54,10 @@ def test_what_is_refused(raw: bytes, message: str) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no regular file"):
+    with pytest.raises(CheckpointError, match="is a folder, but must be a regular file"):
         read_object(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="pipe is no regular file"):
+    with pytest.raises(CheckpointError, match="pipe is a pipe, but must be a regular file"):
         read_object(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="does not exist"):
         read_object(tmp_path / "none")

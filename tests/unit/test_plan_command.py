@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.unit.hub_server import Hub, Refusal
 from tests.unit.synthetic import make_checkpoint, make_config
 from tests.unit.test_download import Run, failed, files
@@ -82,3 +84,32 @@ def test_planning_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (b"[]", "holds a list, but a JSON object is needed"),
+        (b"[" * 100_000, "is nested more than 64 levels deep"),
+        (b'{"weight_map": ' + b"[" * 100 + b"]" * 100 + b"}", "is nested more than 64 levels deep"),
+        (b"{", "is not valid JSON"),
+        (b'{"weight_map": {"a": 5}}', "lists 5, which is not a file name"),
+        (b"{}", "it has no object weight_map"),
+    ],
+)
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_an_index_that_is_broken_is_not_passed_over(
+    hub: Hub, run: Run, tmp_path: Path, index: bytes, said: str, where: str
+) -> None:
+    folder = config_folder(tmp_path / "big", LLAMA_405B)
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    hub.add("org/model", files(str(folder)))
+    model = str(folder) if where == "folder" else "org/model"
+    line = failed(run("plan", model))
+    assert f"{model}/model.safetensors.index.json" in line and said in line
+
+
+def test_an_index_without_its_files_is_planned_from_the_config(run: Run, tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "big", LLAMA_405B)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert "from config.json alone" in run("plan", str(folder)).stdout

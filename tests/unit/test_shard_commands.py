@@ -53,6 +53,24 @@ def test_there_and_back_again(source: Path, tmp_path: Path) -> None:
     assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
 
 
+@pytest.mark.parametrize("command", [("merge",), ("reshard", "--tp", "3")])
+def test_what_the_manifest_does_not_list_stays_behind_by_name(
+    source: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (source / "LICENSE").unlink()
+    assert tpctl("shard", source, "--tp", "2", "-o", tmp_path / "two").returncode == 0
+    (tmp_path / "two" / "LICENSE").write_text("free")
+    name, *options = command
+    done = tpctl(name, "two", *options, "-o", "one", cwd=tmp_path)
+    assert done.stderr == "LICENSE is not listed in two/tpctl.json and stays behind\n" and done.returncode == 0
+    assert not (tmp_path / "one" / "LICENSE").exists()
+    for other in ("NOTICE", "a.py", "b.py", "c\x1b.py", "model-rank-9-part-0.safetensors", ".hidden"):
+        (tmp_path / "two" / other).write_text("free")
+    done = tpctl(name, "two", *options, "-o", "one", "--force", "--json", cwd=tmp_path)
+    said = "LICENSE, NOTICE, a.py and 2 more files are not listed in two/tpctl.json and stay behind\n"
+    assert (done.returncode, done.stderr) == (0, said) and json.loads(done.stdout)["folder"] == "one"
+
+
 def test_json_is_the_whole_output(source: Path, tmp_path: Path) -> None:
     done = tpctl("shard", source, "--tp", "2", "-o", tmp_path / "two", "--json", "--dtype", "float32")
     report = json.loads(done.stdout)

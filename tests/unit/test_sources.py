@@ -345,3 +345,10 @@ def test_python_files_in_the_current_folder_are_not_run(
     with pytest.raises(SourceError, match="the file is damaged or cut short"):
         resolve(str(tmp_path / "damaged.gguf"), notify=lambda text: None)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_package_without_a_name_is_not_fetched() -> None:
+    said: list[str] = []
+    with pytest.raises(SourceError, match="pypi: names no package"):
+        resolve("pypi:", notify=said.append)
+    assert said == []

@@ -90,3 +90,9 @@ def test_a_named_file_says_its_name() -> None:
         with pytest.raises(OSError, match=r"closed: 'the file'"):
             read()
     nothing.close()
+
+
+def test_no_file_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    done = tpctl(tmp_path, "plan nowhere")
+    assert done.stderr.startswith("tpctl: 'nowhere' is no model") and done.stderr.count("\n") == 1

@@ -57,7 +57,7 @@ def compiled(source: str, process: TemplateProcess, **options: Any) -> ChatTempl
     ("source", "message"),
     [
         ("{{ 'a' * 4000000000 }}", f"the chat template {NAME} took more than 512 MB"),
-        ("{{ 'a' * 100000000 }}", f"the chat template {NAME} makes a text of 100,000,000 characters, more than 1,0"),
+        ("{{ 'a' * 100000000 }}", f"the chat template {NAME} makes a text of 100,000,000 characters, more than 26"),
         ("{{ 'a'.ljust(9000000000) }}", f"the chat template {NAME} took more than 512 MB"),
         (
             "{% set n = namespace(s='aa') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
@@ -76,6 +76,19 @@ def test_what_takes_too_much_or_fails_is_one_line(process: TemplateProcess, sour
     assert message in str(raised.value)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
     assert compiled(CHATML, process).render([user("hi")]).startswith("<|im_start|>user\nhi")
+
+
+def test_what_a_template_may_write_does_not_grow_with_the_template(process: TemplateProcess) -> None:
+    long = "{# " + "x" * 1_000_000 + " #}"
+    own = compiled(long + "{{ 'ab ' * 2_900_000 }}", process)
+    with pytest.raises(RequestError, match=r"makes a text of 8,700,000 characters, more than 262,\d{3}$"):
+        own.render([user("hi")])
+    constant = compiled("{{ eos_token * 100 }}", process, variables={})
+    constant._common["eos_token"] = "x" * 50_000  # what the model's files say gives no room either
+    with pytest.raises(RequestError, match=r"makes a text of 5,000,000 characters, more than 262,\d{3}$"):
+        constant.render([user("hi")])
+    message = "y" * 400_000
+    assert compiled(long + "{{ messages[0].content }}", process).render([user(message)]) == message
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

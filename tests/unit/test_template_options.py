@@ -78,6 +78,11 @@ MESSAGE = {"messages": [{"role": "user", "content": "hi"}]}
         (None, "chat -m hi --chat-template-kwargs {}", "org/name has no chat template"),
         (None, 'chat -m hi --chat-template-kwargs {"a":1}', "are for a chat template, and org/name has none"),
         ("a", 'batch in.jsonl --chat-template-kwargs {"b":1}', "has 'b', which the chat template does not read"),
+        (
+            "a",
+            'chat -m hi --chat-template-kwargs {"a":1,"a":2}',
+            '--chat-template-kwargs: "a" occurs twice, as 1 and as 2',
+        ),
         ("a", "chat -m hi --chat-template-kwargs [1]", "--chat-template-kwargs is [1], but must be a JSON object"),
         ("a", "chat -m hi --chat-template-kwargs {a}", '--chat-template-kwargs is "{a}", but must be a JSON object'),
         ("a", "chat -m hi --chat-template none.jinja", "none.jinja cannot be read: No such file or directory"),

@@ -150,7 +150,7 @@ def test_no_tokenizer_and_no_template_and_no_json(tmp_path: Path) -> None:
 )
 def test_malformed_added_tokens_are_one_error(tmp_path: Path, listed: object) -> None:
     folder = make(tmp_path, NAMED | {"added_tokens_decoder": listed})
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json lists tokens that cannot be added"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder (is|has) "):
         Tokenizer(folder)
 
 
@@ -158,7 +158,7 @@ def test_a_template_that_cannot_be_read_or_compiled(tmp_path: Path) -> None:
     folder = make(tmp_path, NAMED, template="x")
     with (folder / "chat_template.jinja").open("wb") as file:
         file.truncate(1_200_000_000)
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja has more than 1048576 bytes, which no chat"):
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja has 1200000000 bytes, but such a file has at"):
         Tokenizer(folder)
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read: .*utf-8"):

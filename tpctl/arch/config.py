@@ -18,7 +18,7 @@ from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
-from tpctl.json_file import read_object
+from tpctl.json_file import is_file, read_object
 from tpctl.partition.dtypes import DTYPES
 
 
@@ -53,7 +53,7 @@ class ModelConfig:
             CheckpointError: the file is missing, not JSON, or has a wrong field.
             UnsupportedModelError: it names something tpctl does not know.
         """
-        if not (folder / "config.json").exists():
+        if not is_file(folder / "config.json"):
             raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
         raw = read_object(folder / "config.json")
         return cls.from_dict(raw, read_object(folder / "generation_config.json", default={}))
@@ -104,9 +104,10 @@ def _check_kind(fields: Fields, model_type: str, family: Family) -> None:
 
 
 def _dtype(fields: Fields) -> str:
-    dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
+    given = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    dtype = given.removeprefix("torch.") if isinstance(given, str) else ""
     if dtype not in DTYPES:
-        raise UnsupportedModelError(f"dtype {shown(dtype)} is not supported; tpctl knows {', '.join(DTYPES)}")
+        raise UnsupportedModelError(f"dtype {shown(dtype or given)} is not supported; tpctl knows {', '.join(DTYPES)}")
     return dtype
 
 

@@ -45,9 +45,12 @@ _KINDS: Mapping[str, str] = {
 _QUANTISED: Mapping[str, str] = {
     r".*\.g_idx": "GPTQ",
     r".*\.(qweight|qzeros|scales)": "AWQ or GPTQ",
-    r".*\.(weight_packed|weight_shape|weight_zero_point|weight_global_scale|input_global_scale)": "compressed-tensors",
+    r".*\.(weight_packed|weight_shape|weight_global_scale|input_global_scale)": "compressed-tensors",
+    r".*\.(weight|input|output)_zero_point": "compressed-tensors",
+    r".*\.weight_scale_2": "NVFP4",
     r".*\.weight_scale_inv": "FP8 in blocks",
     r".*\.(weight_scale|input_scale|output_scale|[kv]_scale)": "FP8 or compressed-tensors",
+    r".*\.(scale_(weight|input)|(act|activation|input_act|weight_act)_scale|scale)": "FP8 or integers with scales",
     r".*_proj_(blocks|scales)": "MXFP4",
     r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB)": "bitsandbytes",
     r".*\.W_q": "HQQ",

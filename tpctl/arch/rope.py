@@ -29,6 +29,17 @@ _NEEDED = {
     "longrope": ("short_factor", "long_factor"),
 }
 _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor")
+_READ = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (*_OPTIONAL, "truncate"),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
+}
+"""What a kind reads. transformers drops the rest, with a warning at most."""
+_NEUTRAL = ("factor", "attention_factor")
+"""Where it is 1 it changes nothing, whatever reads it."""
+_SAYS_NOTHING = ("finetuned",)
+"""In published configs, and read by nobody."""
 _STRETCHED = ("llama3", "yarn", "longrope")
 """Kinds that ask for the length before they were stretched."""
 
@@ -164,6 +175,13 @@ def _check(kind: str, params: Fields, pairs: int) -> None:
         raise UnsupportedModelError(
             f"config.json: the RoPE setting {name} ({shown(params.get(name))}) is not supported"
         )
+    for name, value in params.values.items():
+        neutral = value is None or name in _SAYS_NOTHING or (value == 1 and name in (*_NEUTRAL, *_FOREIGN))
+        if name not in _READ.get(kind, ()) and not neutral:
+            raise UnsupportedModelError(
+                f"config.json: the RoPE setting {shown(name)} ({shown(value)}) is not read by the kind {shown(kind)}; "
+                "correct rope_type, or remove the setting if it has no meaning"
+            )
     needed = _NEEDED.get(kind, ())
     if missing := [name for name in needed if name not in params]:
         raise CheckpointError(f"config.json: RoPE kind {shown(kind)} needs {shown(missing[0])}, which is not there")

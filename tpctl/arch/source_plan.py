@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
-from tpctl.errors import CheckpointError, MixedDtypesError
+from tpctl.errors import MixedDtypesError, UnsupportedModelError
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import TensorSplit
@@ -70,16 +70,19 @@ def stored_dtype(name: str, sources: Mapping[str, str], target: str | None) -> s
 
     Raises:
         MixedDtypesError: they differ, and a cast would make them equal.
-        CheckpointError: they differ, and none would.
+        UnsupportedModelError: one is no float: what it stands for, only its scales would say.
     """
+    if strange := [source for source, dtype in sources.items() if dtype not in FLOATS]:
+        raise UnsupportedModelError(
+            f"{strange[0]} is {sources[strange[0]]}, but weights are floats; the checkpoint is quantised, without "
+            "scales; use its unquantised original"
+        )
     kept = {source: dtype_after_cast(dtype, target) for source, dtype in sources.items()}
     if len(set(kept.values())) == 1:
         return next(iter(kept.values()))
     (first, one), (second, other) = list({dtype: source for source, dtype in kept.items()}.items())[:2]
     differ = f"{one} is {first} but {other} is {second}; {name} cannot hold both"
-    if set(kept.values()) <= FLOATS:
-        raise MixedDtypesError(f"{differ}, cast with --dtype {', '.join(DTYPES)}")
-    raise CheckpointError(f"{differ}, and they cannot be cast")
+    raise MixedDtypesError(f"{differ}, cast with --dtype {', '.join(DTYPES)}")
 
 
 def _plan(config: ModelConfig, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:

@@ -1,8 +1,9 @@
 """Where the person at the terminal types: prompt_toolkit's editor, or plain lines where the terminal cannot do that.
 
 Enter sends. Alt+Enter and Ctrl-J begin a new line, and so does Enter while quotes are open that three in a row began. A
-pasted text of several lines is one message. Ctrl-C clears what is typed; pressed twice where nothing is, it ends the
-chat, as Ctrl-D does.
+pasted text of several lines is one message, which waits for Enter; where the terminal does not mark it, it is told by
+its speed. Lines that were typed before there was a prompt are sent in their order, one by one. Ctrl-C clears what is
+typed; pressed twice where nothing is, it ends the chat, as Ctrl-D does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import codecs
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -30,6 +32,10 @@ QUOTES = '"""'
 PROMPT, CONTINUED = ">>> ", "... "
 HINT = "Say something, or /help"
 AGAIN = "Ctrl-C again, or Ctrl-D, ends the chat"
+PASTED = 0.003
+"""Seconds in which more follows an Enter that was pasted. Nobody types so fast."""
+_EARLY = "typed ahead"
+"""What tells an Enter that was pressed before there was a prompt."""
 
 
 class Prompt(Protocol):
@@ -68,6 +74,7 @@ class TerminalPrompt:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.shortcuts import CompleteStyle
 
+        self._pasted = float("-inf")  # when the last Enter was seen that more followed at once
         self._warned = False  # Ctrl-C was pressed where nothing was typed
         self._error: TpctlError | None = None
         self._session: PromptSession[str] = PromptSession(
@@ -90,7 +97,7 @@ class TerminalPrompt:
         self._warned = False
         if self._error is not None:
             raise self._error
-        self._send_nothing_unseen()
+        self._take_typed_ahead()
         try:
             text = self._session.prompt(pre_run=self._fail_if_failed)
         except TpctlError:
@@ -110,20 +117,36 @@ class TerminalPrompt:
         if self._error is not None and app.is_running and not app.is_done:
             app.exit(exception=self._error)
 
-    def _send_nothing_unseen(self) -> None:
-        """Let each Enter that was pressed before there is a prompt begin a new line: nobody saw what it would send."""
+    def _take_typed_ahead(self) -> None:
+        """Take what was typed before there was a prompt, where the terminal turned Enter into Ctrl-J.
+
+        Each Enter will send its line, however fast the lines come now.
+        """
         from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
         from prompt_toolkit.key_binding.key_processor import KeyPress
         from prompt_toolkit.keys import Keys
 
         input = self._session.input
-        early = get_typeahead(input)
+        early: list[KeyPress] = []
         with input.raw_mode():
             while select.select([input.fileno()], [], [], 0)[0] and (keys := input.read_keys()):
                 early += keys
         early += input.flush_keys()
-        new_line = KeyPress(Keys.ControlJ, "\n")
-        store_typeahead(input, [new_line if key.key == Keys.ControlM else key for key in early])
+        after_escape = [False, *(key.key == Keys.Escape for key in early)]
+        for place, key in enumerate(early):
+            if key.key in (Keys.ControlM, Keys.ControlJ) and not after_escape[place]:  # with Escape: Alt+Enter
+                early[place] = KeyPress(Keys.ControlM, _EARLY)
+        store_typeahead(input, get_typeahead(input) + early)
+
+    def _is_pasted(self, event: KeyPressEvent) -> bool:
+        """Whether an Enter is one of several that come faster than anybody types; of the last one, too."""
+        if event.data == _EARLY:
+            return False
+        waiting = event.key_processor.input_queue or select.select([self._session.input.fileno()], [], [], PASTED)[0]
+        recent = time.monotonic() - self._pasted < 10 * PASTED
+        if waiting:
+            self._pasted = time.monotonic()
+        return bool(waiting) or recent
 
     def _placeholder(self) -> FormattedText:
         from prompt_toolkit.formatted_text import FormattedText
@@ -141,7 +164,8 @@ class TerminalPrompt:
         @keys.add("enter")
         def send(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
-            if is_open(buffer.text):
+            command = buffer.text.startswith("/") and "\n" not in buffer.text  # never takes what follows as its own
+            if is_open(buffer.text) or (not command and self._is_pasted(event)):
                 buffer.newline(copy_margin=False)
             else:
                 buffer.validate_and_handle()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -42,11 +43,10 @@ class SavedChat:
             OutputError: the file exists and is not to be replaced, or cannot be written.
         """
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        _refuse_no_file(file)
         try:
             if not force and os.path.lexists(file):
                 raise OutputError(f"{file} exists already; /save --force {file} replaces it")
-            if file.exists() and not file.is_file():
-                raise OutputError(f"{file} is no file; name another one")
             target = file.resolve() if file.is_symlink() else file
             descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
             try:
@@ -91,9 +91,10 @@ class SavedChat:
 
     @classmethod
     def _of(cls, value: Any) -> SavedChat:
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            found = shown(value.get("format")) if isinstance(value, dict) else "no object"
-            raise ValueError(f'its "format" must be "{FORMAT}", not {found}')
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {shown(value)}, but must hold an object")
+        if value.get("format") != FORMAT:
+            raise ValueError(f'its "format" must be "{FORMAT}", not {shown(value.get("format"))}')
         wanted = {"format", *cls.__dataclass_fields__}
         if wrong := sorted(wanted ^ value.keys()):
             raise ValueError(f"the field {shown(wrong[0])} {'is missing' if wrong[0] in wanted else 'is unknown'}")
@@ -110,6 +111,20 @@ class SavedChat:
             if not whole or message["role"] != role or not isinstance(message["content"], str):
                 raise ValueError(f"message {number + 1} must have the role {role} and a text as its content")
         return cls(**{name: value[name] for name in cls.__dataclass_fields__})
+
+
+def _refuse_no_file(file: Path) -> None:
+    """Raise ``OutputError`` where something is that no file can replace."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OutputError(f"{file} is a link that leads back to itself; name another file") from None
+        return
+    if stat.S_ISDIR(mode):
+        raise OutputError(f"{file} is a folder; name a file in it, as {file / 'chat.json'}")
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"{file} is a pipe or a device; name a file")
 
 
 def _move(file: Path, target: Path, force: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from tpctl.client.conversation import Conversation
+from tpctl.client.tokenizer import check_text
 from tpctl.errors import RequestError, shown
 from tpctl.wire.sampling import SamplingParams
 
@@ -78,4 +79,6 @@ def _texts(text: str) -> list[str]:
     texts = value if isinstance(value, list) else [value if isinstance(value, str) else text]
     if not all(isinstance(one, str) and one for one in texts):
         raise RequestError(f'stop is {shown(value)}, but must be a text, or a list of texts like ["\\n", "END"]')
+    for one in texts:
+        check_text(one, "stop text")
     return texts

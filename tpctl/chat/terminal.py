@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import termios
@@ -16,7 +17,7 @@ _LOCAL = 3  # index of the local modes in what ``tcgetattr`` gives
 def quiet() -> Iterator[None]:
     """Show nothing of what is typed meanwhile. It is kept for whoever reads next; Ctrl-C interrupts, and discards it.
 
-    Enter reaches the reader as Ctrl-J, a new line, so that nothing is sent that nobody has seen.
+    Enter reaches the reader as Ctrl-J. What is pasted is marked, if the terminal can.
     """
     try:
         before = termios.tcgetattr(sys.stdin.fileno())
@@ -27,9 +28,18 @@ def quiet() -> Iterator[None]:
     modes[_LOCAL] &= ~(termios.ECHO | termios.ICANON)
     try:
         _set(modes)
+        _mark_pastes(True)
         yield
     finally:
+        _mark_pastes(False)
         _set(before)
+
+
+def _mark_pastes(on: bool) -> None:
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        with suppress(OSError, ValueError):
+            sys.stdout.write(f"\x1b[?2004{'h' if on else 'l'}")
+            sys.stdout.flush()
 
 
 def _set(modes: list[int | list[bytes | int]]) -> None:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tpctl.checkpoint.locks import exclusive
+from tpctl.checkpoint.outputs import require_utf8
 from tpctl.errors import SourceError
 
 
@@ -22,7 +23,7 @@ def cache_root() -> Path:
     """``TPCTL_CACHE``, else ``tpctl`` in the XDG cache folder. The folder need not exist yet.
 
     Raises:
-        SourceError: it begins with the home of a user who is not known.
+        SourceError: it begins with the home of a user who is not known, or is not UTF-8.
     """
     chosen = os.environ.get("TPCTL_CACHE")
     base = chosen or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -30,6 +31,7 @@ def cache_root() -> Path:
         root = Path(base).expanduser().absolute()
     except RuntimeError:
         raise SourceError(f"there is no home folder for {base}; set TPCTL_CACHE to the cache's full path") from None
+    require_utf8(root)
     return root if chosen else root / "tpctl"
 
 

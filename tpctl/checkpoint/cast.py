@@ -71,8 +71,24 @@ def _to_float32(data: Bytes, source: str) -> NDArray[np.float32]:
         return (data.view("<u2").astype("<u4") << np.uint32(16)).view("<f4")
     if source == "F16":
         return data.view("<f2").astype("<f4")
+    if source == "F8_E5M2":  # the upper half of a F16
+        return (data.astype("<u2") << np.uint16(8)).view("<f2").astype("<f4")
+    if source == "F8_E4M3":
+        return _E4M3[data]
     with np.errstate(over="ignore", invalid="ignore"):
         return data.view("<f4") if source == "F32" else data.view("<f8").astype("<f4")
+
+
+def _e4m3() -> NDArray[np.float32]:
+    """The values of float8_e4m3fn (arXiv 2209.05433), which has no infinity: four bits of exponent, three behind it."""
+    bits = np.arange(128)
+    exponent, fraction = bits >> 3, bits & 7
+    values = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10))
+    values[127] = np.nan
+    return np.concatenate([values, -values]).astype("<f4")
+
+
+_E4M3 = _e4m3()
 
 
 def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

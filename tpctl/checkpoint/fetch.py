@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.cache import require_space, writing
-from tpctl.checkpoint.outputs import resolved
+from tpctl.checkpoint.folder import small_files_of
+from tpctl.checkpoint.outputs import require_utf8, resolved
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import Notify, ResolvedSource, hub_id, is_local, resolve, to_stderr
 from tpctl.errors import SourceError
+from tpctl.json_file import is_file
 
 
 def fetch(
@@ -30,6 +32,7 @@ def fetch(
 
     Raises:
         SourceError: as ``resolve``; or ``output`` holds something else already.
+        CheckpointError: in the place of a file to copy there is something else.
     """
     if output is None:
         return resolve(
@@ -52,7 +55,11 @@ def fetch(
     source = resolve(model, revision=revision, token=token, progress=progress, notify=notify)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SourceError(f"{output} exists and is not empty; choose another folder or remove it")
-    size = sum(path.stat().st_size for path in source.folder.rglob("*") if path.is_file())
+    small_files_of(source.folder)  # of which none may be missed
+    found = [path for path in source.folder.rglob("*") if not path.is_dir() and is_file(path)]
+    for path in found:
+        require_utf8(path)
+    size = sum(path.stat().st_size for path in found)
     require_space(output.absolute(), size, f"a copy of {source.id}")
     with writing(output, chosen=True):
         temporary = output.with_name(f".{output.name}.partial")

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from tpctl.checkpoint.outputs import require_utf8
 from tpctl.checkpoint.safetensors import FileTensor, Header, read_header
 from tpctl.errors import CheckpointError, counted, shorten, shown
-from tpctl.json_file import parse_object, read_bytes, read_object
+from tpctl.json_file import is_file, parse_object, read_bytes, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 MERGE_FIRST = "merge it into its base model first (peft: merge_and_unload, save_pretrained) and pass the result"
+_FILES = frozenset({".json", ".jinja", ".model", ".txt", ".md"})
+"""What no folder is called that belongs beside a model's files."""
 WEIGHT_SUFFIXES = frozenset(
     {
         ".safetensors",
@@ -118,25 +121,26 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are no safetensors files, one is missing or malformed, or two hold one
                 tensor.
+            SourceError: a file's name is not UTF-8.
         """
         refuse_adapter(path)
         index = path / INDEX
         text = None
-        beside = {file: FileStamp.of(file) for file in _small_files(path)}
-        if index.is_file() and not stale_index(path):
+        beside = {file: FileStamp.of(file) for file in small_files_of(path)}
+        if is_file(index) and not stale_index(path):
             beside[index] = FileStamp.of(index)
-            text = _read_text(index)
-            names = indexed_files(text, str(index))
-        elif (path / SINGLE).is_file():
+            text, names = read_index(index)
+        elif is_file(path / SINGLE):
             names = {SINGLE: frozenset()}
         else:
             others = sorted(file.name for file in path.glob("*.safetensors"))
             if len(others) != 1:
                 raise CheckpointError(_nothing(path, others))
+            require_utf8(path / others[0])
             names = {others[0]: frozenset()}
         files = []
         for name, tensors in names.items():
-            if not (path / name).is_file():
+            if not is_file(path / name):
                 raise CheckpointError(f"{path} has no {name}, which its {INDEX} lists; the download is incomplete")
             file = CheckpointFile.open(path / name, name)
             for tensor in sorted(tensors):
@@ -174,29 +178,45 @@ class CheckpointFolder:
         return [path for path in self.beside if path.name != INDEX]
 
 
-def _small_files(folder: Path) -> list[Path]:
+def small_files_of(folder: Path) -> list[Path]:
+    """The small files in ``folder``.
+
+    Raises:
+        CheckpointError: one is no regular file, or its name is not UTF-8: left out, it would be missed too late.
+    """
     if not folder.is_dir():
         return []
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file()
-        and not file.name.startswith(".")
-        and file.suffix not in WEIGHT_SUFFIXES
-        and not file.name.endswith(".index.json")
-    )
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(".") or file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json"):
+            continue
+        if file.is_dir() and file.suffix not in _FILES:
+            continue
+        if is_file(file):  # else it went away just now
+            require_utf8(file)
+            found.append(file)
+    return found
 
 
-def _read_text(index: Path) -> str:
-    """The text of ``index``; without the translation of line ends, since ``merge`` gives it back byte for byte."""
+def read_index(index: Path, where: str | None = None) -> tuple[str, dict[str, frozenset[str]]]:
+    """The text of ``index``, line ends as they are, since ``merge`` gives it back byte for byte; and what it lists.
+
+    Args:
+        where: what messages call it, if not by its path.
+
+    Raises:
+        CheckpointError: it is no index of safetensors files.
+    """
+    where = where or str(index)
     try:
-        return read_bytes(index).decode("utf-8")
+        text = read_bytes(index, where=where).decode("utf-8")
     except FileNotFoundError:
-        raise CheckpointError(f"{index} went away while it was read; run again") from None
+        raise CheckpointError(f"{where} went away while it was read; run again") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{index} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); download it again"
+            f"{where} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); download it again"
         ) from None
+    return text, indexed_files(text, where)
 
 
 def indexed_files(text: str, where: str) -> dict[str, frozenset[str]]:
@@ -219,12 +239,16 @@ def indexed_files(text: str, where: str) -> dict[str, frozenset[str]]:
 
 
 def stale_index(folder: Path) -> bool:
-    """Whether ``folder`` has ``model.safetensors``, and beside it an index that does not list that file alone."""
+    """Whether ``folder`` has ``model.safetensors``, and beside it an index that does not list that file alone.
+
+    Raises:
+        CheckpointError: something else than a file has one of the names.
+    """
     index = folder / INDEX
-    if not (folder / SINGLE).is_file() or not index.is_file():
+    if not is_file(folder / SINGLE) or not is_file(index):
         return False
     try:
-        return set(indexed_files(_read_text(index), str(index))) != {SINGLE}
+        return set(read_index(index)[1]) != {SINGLE}
     except CheckpointError:
         return True
 

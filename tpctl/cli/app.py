@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 import typer
 
-from tpctl import __version__
-from tpctl.cli.streams import CLOSED_PIPE, is_closed_pipe, settle_stdout, take_streams
+from tpctl.cli.arguments import CheckedCommand
+from tpctl.cli.streams import CLOSED_PIPE, give_stderr_back, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import OutputError, TpctlError, printable, shorten
+from tpctl.version import __version__
 
 LONGEST = 4000
 """Characters of a message, whatever it repeats of a file."""
@@ -62,7 +63,7 @@ def _register() -> None:
         ("batch", batch.batch, "Answer every line of a JSONL file."),
         ("doctor", doctor.doctor, "Report what this machine offers."),
     ):
-        app.command(name, short_help=summary)(command)
+        app.command(name, cls=CheckedCommand, short_help=summary)(command)
     app.add_typer(bench.bench, name="bench", short_help="Measure speed.")
 
 
@@ -106,6 +107,7 @@ def main() -> None:
     code = _run(_command)
     if sys.stdout is not None and (failed := _run(sys.stdout.flush)):  # else it would fail when Python ends
         code = code or failed
+    give_stderr_back()
     sys.exit(code)
 
 

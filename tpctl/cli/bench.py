@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.console import byte_progress, print_json, status
 from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
 from tpctl.cli.options import MODEL_HELP, POLICY, DistributionOptions, EngineOptions, SchedulingPolicy, grouped
@@ -103,9 +104,9 @@ def startup(
     _print("startup", name, config, measured, {"prompt_tokens": prompt_tokens}, as_json)
 
 
-bench.command("throughput", short_help="Tokens a second of a whole workload.")(throughput)
-bench.command("latency", short_help="Time to first token, and per token.")(latency)
-bench.command("startup", short_help="Time from starting the workers to the first token.")(startup)
+bench.command("throughput", cls=CheckedCommand, short_help="Tokens a second of a whole workload.")(throughput)
+bench.command("latency", cls=CheckedCommand, short_help="Time to first token, and per token.")(latency)
+bench.command("startup", cls=CheckedCommand, short_help="Time from starting the workers to the first token.")(startup)
 
 
 def _config(

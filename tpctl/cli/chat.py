@@ -54,6 +54,7 @@ def chat(
     """
     from tpctl.client.conversation import Conversation, recommended_sampling
     from tpctl.client.engine_client import EngineClient
+    from tpctl.client.tokenizer import check_text
 
     sampling.check()
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with the text, not on reading
@@ -68,6 +69,7 @@ def chat(
             )
         if not message:
             raise typer.BadParameter("there is no message: stdin is empty", param_hint="-m")
+        check_text(message, "message")
     at_hand = TemplateAtHand(template)
     first = {"role": "user", "content": message} if message is not None else GREETING[0]
     begun = [first] if system is None else [{"role": "system", "content": system}, first]

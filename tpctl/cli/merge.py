@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, print_json, say
+from tpctl.cli.shard import note_left_behind
 from tpctl.errors import counted, format_bytes
 
 
@@ -23,6 +24,7 @@ def merge(
 
     with byte_progress("merging") as progress:
         report = merge_shards(folder, output, force=force, progress=progress)
+    note_left_behind(folder)
     if json:
         print_json(asdict(report))
         return

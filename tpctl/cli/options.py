@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from tpctl.errors import RequestError, UsageError, shown
+from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.settings import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS
 
 CHAT_CPU_TOKENS = 256
@@ -189,12 +190,14 @@ class TemplateOptions:
         """The variables by name.
 
         Raises:
-            UsageError: they are no JSON object.
+            UsageError: they are no JSON object, or have two meanings.
         """
         if self.chat_template_kwargs is None:
             return {}
         try:
-            value = json.loads(self.chat_template_kwargs)
+            value = json.loads(self.chat_template_kwargs, object_pairs_hook=one_meaning)
+        except TwoMeanings as error:
+            raise UsageError(f"--chat-template-kwargs: {error}") from None
         except (ValueError, RecursionError):
             value = self.chat_template_kwargs
         if not isinstance(value, dict):

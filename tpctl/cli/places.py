@@ -54,8 +54,6 @@ def target_of(output: str) -> Path | None:
     if output == "-":
         return None
     path = Path(output)
-    if not output:
-        raise UsageError("-o is empty; name a file, or leave it out for stdout")
     if not path.name:
         raise OutputError(f"{output} is a folder; name a file to write to")
     if path.exists() and not path.is_file() and not path.is_dir():

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, print_json
-from tpctl.cli.shard import print_report
+from tpctl.cli.shard import note_left_behind, print_report
 from tpctl.cli.units import parse_bytes, parse_ranks
 
 
@@ -45,6 +45,7 @@ def reshard(
             force=force,
             progress=progress,
         )
+    note_left_behind(folder)
     if json:
         print_json(asdict(report))
     else:

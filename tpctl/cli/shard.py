@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpctl.cli.console import byte_progress, print_json, say
+from tpctl.cli.console import byte_progress, note, print_json, say
 from tpctl.cli.units import parse_bytes, parse_ranks
 from tpctl.errors import counted, format_bytes
 
@@ -89,3 +89,14 @@ def print_report(report: ShardReport) -> None:
         say(f"dropped: {left} that an unfinished run left, of another source, revision or set of options")
     if report.resumed_bytes:
         say(f"resumed: {format_bytes(report.resumed_bytes)} were complete already")
+
+
+def note_left_behind(folder: Path) -> None:
+    """Name what lies in a shard folder but is no part of it."""
+    from tpctl.manifest.manifest import MANIFEST
+    from tpctl.sharding.moving.contents import left_behind
+
+    if names := left_behind(folder):
+        more = f" and {counted(len(names) - 3, 'more file')}" if len(names) > 3 else ""
+        are, stay = ("is", "stays") if len(names) == 1 else ("are", "stay")
+        note(f"{', '.join(names[:3])}{more} {are} not listed in {folder / MANIFEST} and {stay} behind")

@@ -45,6 +45,10 @@ class NamedFile(io.FileIO):
             raise self._named(error) from None
 
 
+class _OwnFile(io.FileIO):
+    """What ``take_streams`` opens for stderr, told from files of others."""
+
+
 def stdin_bytes() -> io.BufferedReader:
     """Standard input, apart from ``sys.stdin``.
 
@@ -74,10 +78,18 @@ def take_streams() -> None:
     if sys.stderr is None or sys.stderr is sys.__stderr__:
         encoding = None if sys.stderr is None else sys.stderr.encoding
         # Without a buffer: what could not be written would be tried again at the end, and change the exit code.
-        own: Any = io.FileIO(os.dup(2), "wb")
+        own: Any = _OwnFile(os.dup(2), "wb")
         sys.stderr = io.TextIOWrapper(own, encoding, line_buffering=True, write_through=True)
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="replace")
+
+
+def give_stderr_back() -> None:
+    """Close the file that ``take_streams`` made, which Python would otherwise warn of at its end."""
+    own = sys.stderr
+    if isinstance(own, io.TextIOWrapper) and isinstance(own.buffer, _OwnFile):
+        sys.stderr = sys.__stderr__
+        own.close()
 
 
 def settle_stdout() -> None:

@@ -50,15 +50,16 @@ class TokenFiles:
         """Read them; each may be missing.
 
         Raises:
-            CheckpointError: one cannot be read, or holds no JSON object.
+            CheckpointError: one cannot be read, holds no JSON object, or something else in a token's place.
         """
         name = shown or str(folder)
         config = _object(folder, CONFIG, name)
-        values, listed = dict(config), None
+        values, listed, origin = dict(config), None, dict.fromkeys(config, CONFIG)
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
         if _LIST not in config:
             special = _object(folder, SPECIAL_MAP, name)
-            values |= {key: value for key, value in special.items() if value is not None}
+            given = {key: value for key, value in special.items() if value is not None}
+            values, origin = values | given, origin | dict.fromkeys(given, SPECIAL_MAP)
             extra = _joined(extra, special.get("extra_special_tokens") or special.get("additional_special_tokens"))
             listed = _object(folder, ADDED, name)
         split = values.get("split_special_tokens", False)
@@ -67,14 +68,22 @@ class TokenFiles:
         named = {key: value for key, value in values.items() if key.endswith("_token")}
         if not isinstance(extra, dict | list | None):
             raise CheckpointError(f"{name}: extra_special_tokens is {_shown(extra)}, but must be a list of tokens")
+        _check_list(config.get(_LIST), f"{name}/{CONFIG}")
         if isinstance(extra, dict):
             named, extra = {**named, **extra}, ()
+        for key in _NAMED & named.keys():
+            _check_token(named[key], f"{name}/{origin[key]}: {key}")
+        for token in extra or ():
+            _check_token(token, f"{name}: a token of extra_special_tokens")
         texts = {key: _text(value) for key, value in named.items()}
         special_tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
         return cls(config, special_tokens, split, name, named, tuple(extra or ()), listed)
 
-    def add_to(self, backend: Tokenizer) -> None:
+    def add_to(self, backend: Tokenizer, most: int) -> None:
         """Add what ``backend`` does not know, and give what it does know the flags that stand here.
+
+        Args:
+            most: bytes of a token at most.
 
         Raises:
             CheckpointError: an entry is none, or its token cannot have the id that stands beside it.
@@ -86,8 +95,15 @@ class TokenFiles:
             raise CheckpointError(f"{self.shown}/{where} lists tokens that cannot be added: {error!r}") from None
         try:
             known = {token.content for token in backend.get_added_tokens_decoder().values()} | set(listed)
-            backend.add_tokens([token for _, token in sorted(listed.values(), key=lambda item: item[0])])
-            backend.add_tokens(self._unlisted(known))
+            added = [token for _, token in sorted(listed.values(), key=lambda item: item[0])]
+            unlisted = self._unlisted(known)
+            longest = max((len(token.content.encode()) for token in added + unlisted), default=0)
+            if longest > most:
+                raise CheckpointError(
+                    f"{self.shown}/{where} adds a token of {longest:,} bytes, but at most {most:,} are read"
+                )
+            backend.add_tokens(added)
+            backend.add_tokens(unlisted)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.shown}/{CONFIG} names tokens that cannot be added: {error!r}") from None
         for text, (id, _) in listed.items():
@@ -134,6 +150,31 @@ class TokenFiles:
 def _object(folder: Path, file: str, shown: str) -> dict[str, Any]:
     """What stands in ``file``, which may be missing."""
     return read_object(folder / file, default={}, where=f"{shown}/{file}")
+
+
+def _check_token(value: Any, what: str) -> None:
+    if value is not None and not isinstance(_text(value), str):
+        raise CheckpointError(
+            f'{what} is {_shown(value)}, but must be a text, or an object whose "content" is one; correct it'
+        )
+
+
+def _check_list(entries: Any, where: str) -> None:
+    """Raise ``CheckpointError`` unless ``entries`` is an object of tokens by id, or nothing."""
+    if entries is not None and not isinstance(entries, dict):
+        raise CheckpointError(f"{where}: {_LIST} is {_shown(entries)}, but must be an object of tokens by id")
+    for id, entry in (entries or {}).items():
+        if not (id.isascii() and id.isdigit()):
+            raise CheckpointError(f"{where}: {_LIST} has {_shown(id)} in an id's place, which must be a whole number")
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise CheckpointError(
+                f'{where}: {_LIST} has {_shown(entry)} for the id {id}, but needs an object with a text as "content"'
+            )
+        for flag in _FLAGS:
+            if not isinstance(entry.get(flag, False), bool):
+                raise CheckpointError(
+                    f"{where}: {_LIST} says {flag} {_shown(entry[flag])} of the id {id}, but it must be true or false"
+                )
 
 
 def _text(value: Any) -> Any:

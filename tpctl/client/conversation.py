@@ -196,7 +196,7 @@ class Conversation:
         show: Callable[[str], None],
         should_stop: Callable[[], object],
     ) -> Answer:
-        token_ids = self._tokenizer.encode_chat(messages)
+        token_ids = self._tokenizer.encode_chat(messages, most=self.max_model_len - 1)
         room = self.max_model_len - len(token_ids)
         self._check_room(len(token_ids), room)
         # One token more than there is room for: the engine ends the answer there, and says why.

@@ -19,6 +19,7 @@ from tpctl.client.chat_messages import check_messages
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.errors import SourceError, TpctlError, shown
+from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.sampling import SamplingParams
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
@@ -174,8 +175,9 @@ class JobParser:
         if "messages" in entry:
             text = self._rendered.pop(line.index, None)
             if text is not None:
-                return self._tokenizer.encode_rendered(text)
-            return self._tokenizer.encode_chat(check_messages(entry["messages"]), _variables(entry))
+                return self._tokenizer.encode_rendered(text, most=self._max_model_len - 1)
+            messages = check_messages(entry["messages"])
+            return self._tokenizer.encode_chat(messages, _variables(entry), most=self._max_model_len - 1)
         if entry.get("chat_template_kwargs") is not None:
             raise _Refused('has chat_template_kwargs, which are for "messages", with a "prompt"; leave them out')
         prompt = entry["prompt"]
@@ -183,7 +185,7 @@ class JobParser:
             raise _Refused(f"prompt is {shown(prompt)}, but must be a string")
         if not prompt:
             raise _Refused("the prompt is empty")
-        return self._tokenizer.encode(prompt)
+        return self._tokenizer.encode(prompt, most=self._max_model_len - 1)
 
     def _check_new(self, id: JobId) -> None:
         # Not hash(): it is the same for -1 and -2, and for n and n + 2**61 - 1.
@@ -199,13 +201,15 @@ class _Refused(Exception):
 
 def _load(raw: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(raw.decode("utf-8-sig").rstrip())
+        entry = json.loads(raw.decode("utf-8-sig").rstrip(), object_pairs_hook=one_meaning)
     except UnicodeDecodeError as error:
         raise _Refused(f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
         raise _Refused(f"is not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise _Refused("is nested too deeply to be read") from None
+    except TwoMeanings as error:
+        raise _Refused(f"is not valid: {error}") from None
     except ValueError:
         raise _Refused("holds a number of too many digits") from None
     if not isinstance(entry, dict):
@@ -225,4 +229,6 @@ def _stop(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
         raise _Refused(f"stop is {shown(value)}, but must be a string or a list of strings, none empty")
+    for text in values:
+        check_text(text, "stop text")
     return tuple(values)

@@ -124,7 +124,9 @@ class LLM:
             RequestError: the template refuses the messages, or they do not fit.
             EngineError: the workers failed.
         """
-        token_ids = self.tokenizer.encode_chat(check_messages(list(messages)), variables)
+        token_ids = self.tokenizer.encode_chat(
+            check_messages(list(messages)), variables, most=self.info.max_model_len - 1
+        )
         return self._complete([token_ids], [sampling or SamplingParams()], stop)[0]
 
     def stats(self) -> EngineStats:
@@ -137,7 +139,7 @@ class LLM:
 
     def _encode(self, number: int, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, most=self.info.max_model_len - 1)
         if isinstance(prompt, Sequence) and all(isinstance(id, int) and 0 <= id < 2**31 for id in prompt):
             return [int(id) for id in prompt]
         raise RequestError(f"prompt {number} is {shown(prompt)}, but must be a text or a list of token ids")

@@ -66,8 +66,10 @@ class Results:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 — closed by __exit__
             return
         with _writing(self.partial):
-            if self.partial.is_dir() or (target is not None and target.is_dir()):
+            if target is not None and target.is_dir():
                 raise OutputError(f"{target} is a folder; name a file to write to")
+            if self.partial.exists() and not self.partial.is_file():
+                raise OutputError(f"{self.partial}, where rows are kept until all are there, is no file; remove it")
             self._file = self.partial.open("a+b")
             if target is not None and target.exists():
                 # What others may not read stays so on the way; its owner must be able to go on.

@@ -13,6 +13,8 @@ from typing import Any
 from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread
 from tpctl.client.template_process import LIMITS, TemplateProcess
 from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
+from tpctl.errors import shown as _shown
+from tpctl.json_file import is_file, read_bytes
 
 _RESERVED = ("messages", "add_generation_prompt")
 _PROBE = "any text at all"
@@ -163,9 +165,14 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any], shown: str 
         CheckpointError: the file cannot be read, or is not UTF-8.
     """
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file, f"{shown or folder}/chat_template.jinja")
+    name = f"{shown or folder}/chat_template.jinja"
+    if is_file(file, name):
+        return read_text(file, name)
     template = tokenizer_config.get("chat_template")
+    if not isinstance(template, str | list | dict | None):
+        raise CheckpointError(
+            f"{shown or folder}/tokenizer_config.json: chat_template is {_shown(template)}, but must be a text"
+        )
     if isinstance(template, list):  # several by name; the one for plain chat is called "default"
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
@@ -189,16 +196,12 @@ def read_text(file: Path, shown: str) -> str:
     """The text of a template's file, which messages call ``shown``.
 
     Raises:
-        CheckpointError: it cannot be read, is longer than ``MOST_BYTES``, or is not UTF-8.
+        CheckpointError: it is not there, no regular file, longer than ``MOST_BYTES``, or not UTF-8.
     """
     try:
-        with file.open("rb") as stream:
-            raw = stream.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise CheckpointError(f"{shown} has more than {MOST_BYTES} bytes, which no chat template needs")
-        return raw.decode("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{shown} cannot be read: {error.strerror}") from None
+        return read_bytes(file, MOST_BYTES, where=shown).decode("utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{shown} cannot be read: No such file or directory") from None
     except ValueError as error:
         raise CheckpointError(f"{shown} cannot be read: {error}") from None
 

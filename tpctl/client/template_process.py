@@ -67,7 +67,8 @@ class TemplateProcess:
         process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # what it was not told any more stands in the buffer
+                    stream.close()
 
     def _compile(self, source: str) -> dict[str, Any]:
         self._source = None

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 SECONDS = 10.0
 """For one request: a real template takes less than a millisecond."""
 MEMORY = 512 << 20
-LONGEST = 1 << 20
-"""Characters of a rendered text, and eight times those of the template and of what it was given."""
+LONGEST = 1 << 18
+"""Characters of a rendered text beside eight times those of the messages and of what is given with them. The longest
+templates in use have 30,000; what a template may write of its own must not be long to tokenise."""
 
 NO_MEMORY = 77
 """Exit code where there is no memory left to say so."""
@@ -82,7 +83,6 @@ class Worker:
     def __init__(self) -> None:
         self._environment = environment()
         self._template: Template | None = None
-        self._length = 0
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Do what is asked.
@@ -100,8 +100,9 @@ class Worker:
         try:
             if "compile" in request:
                 return self._compile(request["compile"])
-            each = [{**request["render"], **own} for own in request["each"]]
-            return {"texts": [self._render(each[0])] if len(each) == 1 else list(map(self._tried, each))}
+            common, each = request["render"], request["each"]
+            one = len(each) == 1
+            return {"texts": [(self._render if one else self._tried)(common, own) for own in each]}
         except _TooLong as error:
             return {"failed": "length", "message": str(error)}
         except MemoryError:
@@ -121,21 +122,20 @@ class Worker:
         self._template = None
         found = uses(self._environment.parse(source))
         self._template = self._environment.from_string(source)
-        self._length = len(source)
         return found
 
-    def _render(self, variables: Mapping[str, Any]) -> str:
+    def _render(self, common: Mapping[str, Any], own: Mapping[str, Any]) -> str:
         assert self._template is not None
-        text = self._template.render(variables)
-        longest = LONGEST + 8 * (self._length + sum(map(len, _strings(variables))))
+        text = self._template.render({**common, **own})
+        longest = LONGEST + 8 * sum(map(len, _strings(own)))
         if len(text) > longest:
             raise _TooLong(f"{len(text):,} characters, more than {longest:,}")
         return text
 
-    def _tried(self, variables: Mapping[str, Any]) -> str | None:
+    def _tried(self, common: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            return self._render(variables)
+            return self._render(common, own)
         except Exception:
             return None  # whoever wants to know why asks for it alone
 

@@ -17,12 +17,16 @@ from tpctl.client.added_tokens import TokenFiles
 from tpctl.client.chat_messages import Message
 from tpctl.client.panics import guarded
 from tpctl.client.template import ChatTemplate, no_template, read_template, template_name
+from tpctl.client.text_growth import check_steps, check_text_growth, most_added, read_steps
+from tpctl.client.token_bound import most_characters
 from tpctl.errors import CheckpointError, RequestError
+from tpctl.json_file import is_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 FILE = "tokenizer.json"
+_LONG = 1 << 16  # characters of a text about which it is worth to look through the vocabulary
 MOST_BYTES = 256 << 20
 """Longest ``tokenizer.json``. The largest in use, of 260,000 tokens, have 34 MB; read, they take several times that."""
 
@@ -50,13 +54,14 @@ class Tokenizer:
         self._shown = shown or str(folder)
         self._file = f"{self._shown}/{FILE}"
         file = folder / FILE
-        if not file.is_file():
+        if not is_file(file, self._file):
             raise CheckpointError(
                 f"{self._shown} has no tokenizer.json, so text cannot be turned into tokens;"
                 " add the file from the model's page"
             )
         if (size := file.stat().st_size) > MOST_BYTES:
             raise CheckpointError(f"{self._file} has {size} bytes, but a tokenizer has at most {MOST_BYTES}")
+        self._growth = check_steps(read_steps(file.read_bytes(), self._file), self._file)
         self.backend: Backend = guarded(
             lambda: Backend.from_file(str(file)),
             lambda said: CheckpointError(f"{self._file} is not a tokenizer this version can read: {said}"),
@@ -73,7 +78,7 @@ class Tokenizer:
         self._template_name = template_name(folder, self._shown)
         self._template_error: CheckpointError | None = None
         guarded(
-            lambda: files.add_to(self.backend),
+            lambda: files.add_to(self.backend, most_added(self._growth)),
             lambda said: CheckpointError(f"{self._shown}: the tokens it adds cannot be added: {said}"),
         )
 
@@ -106,39 +111,52 @@ class Tokenizer:
                 raise
         return self._template
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, most: int | None = None) -> list[int]:
         """Token ids of plain text, with the tokens the model wants around it (usually a first BOS).
 
+        Args:
+            most: how many there may be; a text that has more for certain is not tokenised, one that has more in fact
+                is the caller's to refuse.
+
         Raises:
-            RequestError: it holds half a surrogate pair, as bytes that are not UTF-8 become, or the tokenizer fails.
+            RequestError: it holds half a surrogate pair, as bytes that are not UTF-8 become, has more than ``most``
+                tokens, or the tokenizer fails.
         """
-        ids = self._encode(text, add_special_tokens=True)
+        ids = self._encode(text, most, add_special_tokens=True)
         bos = self.special_tokens.get("bos_token")
         # Text that begins with a BOS of its own must not get a second one.
         if bos and text.startswith(bos) and len(ids) > 1 and ids[0] == ids[1] == self.backend.token_to_id(bos):
             return ids[1:]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        most: int | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, up to where the model's next answer begins.
 
         Args:
             variables: what the template is given besides.
+            most: as ``encode`` takes it.
 
         Raises:
             CheckpointError: the model has no chat template.
-            RequestError: the template refuses these messages, or they hold half a surrogate pair.
+            RequestError: the template refuses these messages, they hold half a surrogate pair, or they have more than
+                ``most`` tokens.
         """
-        return self.encode_rendered(self.template.render(messages, variables=variables))
+        return self.encode_rendered(self.template.render(messages, variables=variables), most=most)
 
-    def encode_rendered(self, text: str) -> list[int]:
+    def encode_rendered(self, text: str, *, most: int | None = None) -> list[int]:
         """Token ids of what the chat template made of a conversation.
 
         Raises:
             RequestError: as ``encode_chat``.
         """
         # The template writes every control token itself, BOS included.
-        ids = self._encode(text, add_special_tokens=False)
+        ids = self._encode(text, most, add_special_tokens=False)
         if not ids:
             raise RequestError("the model's chat template makes no text of these messages")
         return ids
@@ -155,12 +173,27 @@ class Tokenizer:
             quiet=False,
         )
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    @cached_property
+    def _most_characters(self) -> int | None:
+        return most_characters(self.backend)
+
+    def _encode(self, text: str, most: int | None, *, add_special_tokens: bool) -> list[int]:
         check_text(text)
-        return guarded(
-            lambda: list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids),
-            lambda said: RequestError(f"{self._file} cannot turn this text into tokens: {said}"),
-        )
+        if most is not None and len(text) > max(_LONG, most):
+            self._check_room(text, most)
+
+        def encoded() -> list[int]:
+            check_text_growth(self.backend, text, self._growth, self._file)
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+        return guarded(encoded, lambda said: RequestError(f"{self._file} cannot turn this text into tokens: {said}"))
+
+    def _check_room(self, text: str, most: int) -> None:
+        if (each := self._most_characters) and (fewest := -(-len(text) // each)) > most:
+            raise RequestError(
+                f"the text has {len(text):,} characters and so at least {fewest:,} tokens, but at most {most:,} leave "
+                "room for an answer; shorten it, or raise --max-model-len, or --kv-cache-memory if that is the limit"
+            )
 
 
 def check_text(text: str, what: str = "text") -> None:

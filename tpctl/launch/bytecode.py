@@ -15,9 +15,9 @@ from importlib.metadata import distributions
 from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
-from tpctl import __version__
 from tpctl.checkpoint.cache import cache_root
 from tpctl.errors import SourceError
+from tpctl.version import __version__
 
 
 def bytecode_environment(env: Mapping[str, str]) -> dict[str, str]:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from tpctl.distributed import TPGroup
 from tpctl.layers.linear import ColumnParallelLinear
+from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
 from tpctl.partition.split import Range
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Layer):
     """Looks up the rows this rank holds, gives zeros for the others; the sum over ranks is the embedding.
 
     Args:

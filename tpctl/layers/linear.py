@@ -17,21 +17,17 @@ How the product is computed is the ``Weight``'s matter (``layers.weights``).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from tpctl.arch.blueprint import Activation
 from tpctl.distributed import TPGroup
+from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
-from tpctl.layers.weights.dense import DenseWeight, Weight
-
-if TYPE_CHECKING:
-    from tpctl.layers.compute import Compute
+from tpctl.layers.weights.dense import DenseWeight, Weight, WeightMaker
 
 
-class ReplicatedLinear(nn.Module):
+class ReplicatedLinear(Layer):
     """``y = x W^T + b`` with the whole weight on every rank; the base of the parallel ones.
 
     Args:
@@ -53,17 +49,17 @@ class ReplicatedLinear(nn.Module):
         """What multiplies: the device's own once ``use`` was called."""
         return DenseWeight(self.weight) if self._matrix is None else self._matrix
 
-    def use(self, compute: Compute) -> None:
+    def use(self, device: WeightMaker) -> None:
         """Called once, after loading: let the device have the weight in its own form.
 
         A copy in another form replaces the parameter, so that memory holds the weight once.
         """
-        self._matrix = self._made_by(compute)
+        self._matrix = self._made_by(device)
         if not isinstance(self._matrix, DenseWeight):
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
-    def _made_by(self, compute: Compute) -> Weight:
-        return compute.weight(self.weight)
+    def _made_by(self, device: WeightMaker) -> Weight:
+        return device.weight(self.weight)
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """``x``: [T, in_features], ``norm`` still to be applied -> [T, out_features]."""
@@ -100,8 +96,8 @@ class GatedParallelLinear(MergedColumnParallelLinear):
         super().__init__(in_features, 2 * width, bias, dtype)
         self.activation = activation
 
-    def _made_by(self, compute: Compute) -> Weight:
-        return compute.weight(self.weight, gated=True)
+    def _made_by(self, device: WeightMaker) -> Weight:
+        return device.weight(self.weight, gated=True)
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """``x``: [T, in_features] -> [T, width]."""

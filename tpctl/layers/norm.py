@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tpctl.arch import blueprint
+from tpctl.layers.module import Layer
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
@@ -25,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     return wide.mul_(scale).to(x.dtype).mul_(weight)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """RMSNorm whose weight [size] is replicated."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype | None = None, *, unit_offset: bool = False) -> None:

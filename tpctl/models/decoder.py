@@ -27,13 +27,14 @@ from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpctl.layers.linear import GatedParallelLinear, ReplicatedLinear, RowParallelLinear
+from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
 from tpctl.layers.stream import ResidualStream, Rows
 from tpctl.partition.plan import PartitionPlan
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """Gated MLP: merged gate and up (column-parallel), activation, down (row-parallel).
 
     ``down_proj`` is left to the residual stream that its sum is added to.
@@ -59,7 +60,7 @@ class _Norms(NamedTuple):
     after_mlp: RMSNorm | None
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Attention and MLP with their norms, each added to the residual stream."""
 
     def __init__(
@@ -102,7 +103,7 @@ class DecoderLayer(nn.Module):
         stream.add(self.mlp.down_proj, self.mlp(stream.normed(norms.before_mlp)), norms.after_mlp)
 
 
-class Backbone(nn.Module):
+class Backbone(Layer):
     """Embedding, blocks and the last norm; named ``model`` in a checkpoint."""
 
     layers: list[DecoderLayer]
@@ -114,7 +115,7 @@ class Backbone(nn.Module):
         self.norm = norm
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """A decoder-only transformer; parameter names are those of the shard folder.
 
     Args:

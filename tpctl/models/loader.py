@@ -28,7 +28,8 @@ def load_shard(
         How many bytes the parameters take.
 
     Raises:
-        ShardFolderError: a tensor is missing, unknown, stored twice, or has another shape than the plan gives it.
+        ShardFolderError: a tensor is missing, unknown, stored twice, or has another shape than the plan gives it,
+            or holds no floats.
         OverflowedError: a value is beyond the range of the dtype that the model is run in.
     """
     wanted = dict(model.named_parameters(remove_duplicate=False))
@@ -81,9 +82,14 @@ def _read(files: Iterable[Path], device: torch.device) -> Iterator[tuple[str, to
 
 def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``tensor`` in ``dtype``; what is infinite or no number in the shard stays so."""
+    if not tensor.is_floating_point():
+        raise ShardFolderError(
+            f"{name} is {str(tensor.dtype).removeprefix('torch.')} in the shard, but weights are floats; "
+            "it is quantised, without scales; shard the unquantised original"
+        )
     found = tensor.to(dtype)
     largest = torch.finfo(dtype).max
-    if tensor.is_floating_point() and torch.finfo(tensor.dtype).max > largest and found.isinf().any():
+    if torch.finfo(tensor.dtype).max > largest and found.isinf().any():
         lost = tensor[found.isinf() & tensor.isfinite()]
         if lost.numel():
             value, title = float(lost[lost.abs().argmax()]), str(dtype).removeprefix("torch.")

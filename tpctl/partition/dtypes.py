@@ -26,8 +26,8 @@ DTYPE_BITS = {
 }
 """Bits per element of every dtype that a header may name, in the reference's order, narrow ones first."""
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""Dtypes that can be cast from."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
+"""Dtypes that can be cast from. All others are integers, pairs, or parts of numbers whose scales stand elsewhere."""
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """torch's dtype names that a model can be run in, and their names in safetensors headers."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpctl.arch import blueprint
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.linear import QKVParallelLinear, RowParallelLinear
+from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
 from tpctl.layers.stream import Rows
@@ -30,7 +31,7 @@ def attention_spec(attention: blueprint.Attention, rank: int, tp_size: int) -> A
     )
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """One rank's heads of one attention layer.
 
     Between the column-parallel ``qkv_proj`` and the row-parallel ``o_proj`` every rank works on its own heads alone.

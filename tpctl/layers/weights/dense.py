@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +38,14 @@ class Weight(ABC):
     def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> None:
         """``residual += x W^T + bias``."""
         residual.add_(self.linear(x, bias))
+
+
+class WeightMaker(Protocol):
+    """What gives a linear the ``Weight`` that its device multiplies by."""
+
+    def weight(self, weight: Tensor, *, gated: bool = False) -> Weight:
+        """Of ``weight`` [out, in]; ``gated``: its rows are [gate; up]."""
+        ...
 
 
 class DenseWeight(Weight):

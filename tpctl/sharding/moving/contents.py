@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tpctl.checkpoint.folder import WEIGHT_SUFFIXES
+from tpctl.checkpoint.folder import WEIGHT_SUFFIXES, small_files_of
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 
@@ -37,3 +37,10 @@ def stray_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
         for path in found
         if path.name not in listed and (path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"))
     )
+
+
+def left_behind(folder: Path) -> tuple[str, ...]:
+    """Files beside the shards in ``folder`` that were put there later: ``shard`` would have copied them, but its
+    manifest does not list them, and so nothing that reads it does."""
+    listed = {*Manifest.load(folder).files, MANIFEST}
+    return tuple(path.name for path in small_files_of(folder) if path.name not in listed)

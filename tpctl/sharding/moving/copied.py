@@ -8,6 +8,7 @@ from pathlib import Path
 from stat import S_ISFIFO
 
 from tpctl.errors import CheckpointError
+from tpctl.json_file import broken
 from tpctl.manifest.records import CopiedFile
 
 _BLOCK = 1 << 20
@@ -22,6 +23,8 @@ def copy_file(source: Path, target: Path) -> CopiedFile:
     """
     from blake3 import blake3
 
+    if (said := broken(source)) is not None:  # a pipe would be waited for, a device copied for ever
+        raise CheckpointError(f"{source} {said}")
     size, digest = 0, blake3()
     with target.open("wb") as file:
         for block in _blocks(source):

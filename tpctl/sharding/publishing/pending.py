@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from tpctl.checkpoint.cache import cache_root
 from tpctl.checkpoint.locks import exclusive
 from tpctl.checkpoint.outputs import resolved
 from tpctl.errors import OutputError, TpctlError
 from tpctl.manifest.manifest import MANIFEST
 from tpctl.sharding.publishing.exchange import fsync_folder, recover, replace_folder
+from tpctl.sharding.publishing.foreign import foreign_file
 
 
 class PendingFolder:
@@ -152,6 +154,8 @@ class PendingFolder:
 def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = (), add: bool = False) -> None:
     """Check that ``target`` may be made, or replaced with ``force``; only a model's or an empty folder ever may.
 
+    Whoever puts a file of their own into a model's folder keeps it, but for the cache's.
+
     Args:
         sources: folders that are read, and must not be replaced by what is made of them.
         add: a shard folder may exist without ``force``, since ranks are to be added to it.
@@ -174,6 +178,12 @@ def refuse_existing(target: Path, force: bool, sources: Iterable[Path] = (), add
     model = (target / MANIFEST).is_file() or (target / "config.json").is_file()
     if not model and any(target.iterdir()):
         raise OutputError(f"{target} holds no model, and --force replaces nothing else; choose another folder (-o)")
+    own = None if target.resolve().is_relative_to(cache_root()) else foreign_file(target)
+    if own is not None:
+        raise OutputError(
+            f"{target} holds {own}, which is no part of a model, and --force would remove it; move it away, or choose "
+            "another folder (-o)"
+        )
 
 
 @contextmanager

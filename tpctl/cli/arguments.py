@@ -1,0 +1,57 @@
+"""What every command asks of what it is given, before it runs: nothing is empty, and all of it is text in UTF-8."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand
+
+from tpctl.checkpoint.outputs import require_utf8
+from tpctl.errors import SourceError, UsageError
+
+_MODELS = frozenset({"model", "source"})
+"""Parameters that may be a path or another name."""
+_PATHS = frozenset({"prompts", "output", "folder", "html", "chat_template"})
+
+_OWN_WORDS = frozenset({("chat", "system"), ("chat", "message"), ("chat", "stop"), ("batch", "stop")})
+"""Options whose empty value means something, or is refused by the command in better words."""
+
+
+class CheckedCommand(TyperCommand):
+    """A command whose arguments and options are looked at as they were typed: ``Path("")`` would be this folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed = list(args)
+        rest = super().parse_args(ctx, args)
+        _require_folder()
+        values, _, _ = self.make_parser(ctx).parse_args(args=typed)
+        for parameter in self.params:
+            given = values.get(parameter.name or "")
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(value, str):
+                    _check(parameter, value, empty=(self.name, parameter.name) in _OWN_WORDS)
+        return rest
+
+
+def _require_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        where = f" ({os.environ['PWD']})" if os.environ.get("PWD") else ""
+        raise SourceError(f"the current folder{where} was deleted; change to another one (cd)") from None
+
+
+def _check(parameter: Any, value: str, *, empty: bool) -> None:
+    name = parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.name).upper()
+    if not value and not empty:
+        raise UsageError(f"{name} is empty; give it a value{'' if parameter.required else ', or leave it out'}")
+    if (parameter.name in _PATHS and value != "-") or (parameter.name in _MODELS and os.path.lexists(value)):
+        for path in (value, os.path.realpath(value)):  # and where that is: it goes into caches' keys and settings
+            require_utf8(path)
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} holds {value[error.start]!r}, which is no text in UTF-8; write it again") from None
