@@ -34,7 +34,7 @@ from tpctl.client.results import Results
 from tpctl.client.resume import check_target, remains
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import EngineError, OutputError, UsageError
+from tpctl.errors import EngineError, OutputError, RequestError, UsageError
 from tpctl.wire.messages import Output
 
 
@@ -77,14 +77,18 @@ def test_a_line_that_a_library_stumbles_over_is_an_error_row(
     def stumble(text: str, *, most: int | None = None) -> list[int]:
         if text == "b":
             raise KeyError("deep\ninside")
+        if text == "d":
+            raise RequestError("no \x1b[31mred")
         return encode(text, most=most)
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "encode", stumble)
-        tally, _ = run(tokenizer, '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n', tmp_path / "out.jsonl")
-    assert tally.errors == 1
-    assert [row.get("text") for row in rows(tmp_path / "out.jsonl")] == ["<a>", None, "<c>"]
-    assert rows(tmp_path / "out.jsonl")[1]["error"] == "line 2: cannot be used: KeyError: 'deep\\ninside'"
+        tally, _ = run(tokenizer, "".join(f'{{"prompt": "{word}"}}\n' for word in "abcd"), tmp_path / "out.jsonl")
+    assert tally.errors == 2
+    found = rows(tmp_path / "out.jsonl")
+    assert [row.get("text") for row in found] == ["<a>", None, "<c>", None]
+    assert found[1]["error"] == "line 2: cannot be used: KeyError: 'deep\\ninside'"
+    assert found[3]["error"] == r"line 4: no \x1b[31mred"
 
 
 def test_where_stderr_is_no_terminal_a_line_at_times_says_how_far_it_is(

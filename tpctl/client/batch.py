@@ -17,7 +17,7 @@ from tpctl.client.router import Mailbox
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import RequestError, TpctlError
+from tpctl.errors import RequestError, TpctlError, printable
 from tpctl.wire.messages import Output, Request
 
 _POLL = 0.1  # seconds between looks at interruptions and at new lines
@@ -243,4 +243,4 @@ class Batch:
     def _fail(self, line: Line, id: str | int, message: str) -> None:
         self.tally.lines += 1
         self.tally.errors += 1
-        self._results.add(line, {"id": id, "error": message})
+        self._results.add(line, {"id": id, "error": printable(message)})
