@@ -167,7 +167,7 @@ def make_cache(
 
 
 def packed(caches: KV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same caches packed: keys, values, exponents (`kernels.packed_kv`)."""
+    """The same caches packed: keys, values, exponents (`kernels.attention.packed_kv`)."""
     keys, values = (pack_reference(cache.transpose(1, 2).contiguous()) for cache in caches)
     return keys[0], values[0], torch.stack([keys[1], values[1]], -1)
 

@@ -33,7 +33,7 @@ from tpctl.wire.settings import EngineConfig
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("triton", "packed", "sdpa", "flash-attn")
-"""Of attention, each with keys and values as they are; ``packed``: triton with ``kernels.packed_kv``."""
+"""Of attention, each with keys and values as they are; ``packed``: triton with ``kernels.attention.packed_kv``."""
 WAYS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"enforce_eager": True},

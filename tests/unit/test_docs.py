@@ -107,3 +107,24 @@ def test_the_checks_check(tmp_path: Path) -> None:
         and named("tests/gpu/test_{logits,kernels_*}.py")
     )
     assert not named("errors2.py") and not named("cli/errors.py") and not named(".ci/none")
+
+
+_ROOMS = "|".join(sorted(path.name for path in (ROOT / "tpctl").iterdir() if (path / "__init__.py").is_file()))
+_MODULE = re.compile(rf"`(?:tpctl\.)?((?:{_ROOMS})(?:\.(?!txt)\w+)+)`")
+
+
+def is_there(address: str) -> bool:
+    """Whether ``address`` is a module, or a name that its module has."""
+    place, names = ROOT / "tpctl", address.split(".")
+    while names and (place / names[0]).is_dir():
+        place /= names.pop(0)
+    if names and (file := place / f"{names[0]}.py").is_file():
+        return len(names) == 1 or re.search(rf"\b{names[1]}\b", file.read_text(encoding="utf-8")) is not None
+    return not names
+
+
+def test_modules_that_docstrings_name_are_there() -> None:
+    files = [file for folder in ("tpctl", "tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")]
+    found = {address: file for file in files for address in _MODULE.findall(file.read_text(encoding="utf-8"))}
+    assert len(found) > 10
+    assert {address: file.name for address, file in found.items() if not is_there(address)} == {}

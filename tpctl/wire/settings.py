@@ -33,13 +33,13 @@ class EngineSettings:
         max_num_batched_tokens: tokens computed in one step at most; longer prompts are prefilled in chunks.
         block_size: tokens in a KV block; ``None`` lets the attention backend choose.
         kv_cache_memory: bytes of KV cache per rank; ``None`` measures what is free.
-        kv_cache_dtype: ``"model"`` (that of activations), ``"packed"`` (bfloat16 in 12 bits, ``kernels.packed_kv``), or
-            ``"auto"``: packed where that can be.
+        kv_cache_dtype: ``"model"`` (that of activations), ``"packed"`` (bfloat16 in 12 bits,
+            ``kernels.attention.packed_kv``), or ``"auto"``: packed where that can be.
         gpu_memory_utilization: share of a GPU's memory that weights, activations and KV cache may take together.
         attention_backend: ``"auto"`` or a backend's name.
         enforce_eager: capture no CUDA graphs.
         scheduling_policy: ``"fcfs"``, first come, first served; or ``"makespan"``, which on GPUs may start requests
-            later and in another order, so that all of a job's end sooner (``engine.pacing``).
+            later and in another order, so that all of a job's end sooner (``engine.scheduling.pacing``).
         enable_prefix_caching: share the KV blocks of equal prefixes.
 
     Raises:

@@ -3,8 +3,9 @@
 A step's sampled tokens stay on the device, where the next step reads them; the host learns them one step later. The
 host's work per step is a few integers per row and one copy, so it schedules step N + 1 while step N computes.
 
-Decodes are replayed from CUDA graphs (``engine.cuda_graph``), and so are steps of decodes and a few prompt tokens where
-the scheduler makes them (``engine.pacing``); other steps with prefill chunks are launched kernel by kernel.
+Decodes are replayed from CUDA graphs (``engine.steps.graphs``), and so are steps of decodes and a few prompt tokens
+where the scheduler makes them (``engine.scheduling.pacing``); other steps with prefill chunks are launched kernel by
+kernel.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Scheduler:
         vocab_size: token ids from this on are refused: no embedding row belongs to them.
         eos_token_ids: tokens that end an answer.
         rope_offset: which rotary table rotates all keys of a sequence of so many tokens.
-        pace: spread prompts over the steps where that ends all requests sooner (``engine.pacing``).
+        pace: spread prompts over the steps where that ends all requests sooner (``engine.scheduling.pacing``).
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tpctl.wire.sampling import SamplingParams
 
 NOT_FINITE = -2
-"""What stands for the token of a row whose scores are NaN, or whose best one is infinite (``kernels.noise``)."""
+"""What stands for the token of a row whose scores are NaN, or whose best one is infinite (``kernels.common.noise``)."""
 
 
 class Sequence:

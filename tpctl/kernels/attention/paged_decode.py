@@ -14,7 +14,7 @@ computed once a step and serves all layers.
 In large batches a program begins with the end of its run, the sequence that the next program goes on with (p0 with s1
 above), so that combining happens while others still read, and most programs end with a whole sequence.
 
-The cache holds keys and values as they are, or packed (`kernels.packed_kv`), which is a kernel of its own.
+The cache holds keys and values as they are, or packed (`kernels.attention.packed_kv`), which is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def paged_decode(
     """Attention of one query token per sequence over its cached context, the token itself included.
 
     q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a
-    power of two; or, with exponents, packed (`kernels.packed_kv`), and so the plan. block_tables: int32
+    power of two; or, with exponents, packed (`kernels.attention.packed_kv`), and so the plan. block_tables: int32
     [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 marks a row without work: its output
     is undefined, and not touched if no row with work follows. plan: updated with these seq_lens; with pdl, at least two
     kernels before this one.

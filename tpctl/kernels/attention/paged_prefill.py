@@ -250,8 +250,8 @@ def paged_prefill(
 
     q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1], which may
     be none. Rows before the first sequence's and behind the last one's are not touched.
-    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, or, with exponents, packed (`kernels.packed_kv`);
-    the new tokens already written.
+    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, or, with exponents, packed
+    (`kernels.attention.packed_kv`); the new tokens already written.
     block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
     included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
     all). scale: default D ** -0.5. Returns [T, N, D].

@@ -158,8 +158,8 @@ def rope_cache(
 
     qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous, or the runs [S, T, (N + 2K) * D] of
     `split_linear`, which are summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D], contiguous, in qkv's
-    dtype; or, with exponents, packed (`kernels.packed_kv`), which takes heads that are rotated whole. cos_sin: two
-    float32 tables [max_position, rotary_dim / 2], rotary_dim <= D.
+    dtype; or, with exponents, packed (`kernels.attention.packed_kv`), which takes heads that are rotated whole.
+    cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D.
     positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. q_norm_D,
     k_norm_D: RMSNorm weights [D] of the query and key heads, both or neither (`unit_offset`: Gemma's 1 +
     weight). Rotation is transformers' `rotate_half`, computed in float32 and rounded once. Returns the

@@ -23,7 +23,7 @@ import torch
 
 MAX_W = 1.0 - 2.0**-24
 NOT_FINITE = -2
-"""The engine's word for it too (``engine.sequence``). -1 is a peer that was lost."""
+"""The engine's word for it too (``engine.scheduling.sequence``). -1 is a peer that was lost."""
 
 
 def splitmix64(state: int) -> int:

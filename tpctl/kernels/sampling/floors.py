@@ -8,7 +8,7 @@ reached, and divides the step above it into eight again. Six launches find the f
 that of float32, whatever the distribution looks like, and the host learns nothing of it, so that graphs can hold it.
 A launch before finds the largest logit of every chunk: chunks that reach no threshold are not read again.
 
-Tokens equal to the floor are all kept, as in `engine.filters`. Sums are taken in the same order every time.
+Tokens equal to the floor are all kept, as in `engine.sampling.filters`. Sums are taken in the same order every time.
 """
 
 from __future__ import annotations

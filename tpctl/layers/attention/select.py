@@ -89,7 +89,7 @@ def make_backend(
 
 
 def _not_packed(backend: str, dtype: torch.dtype, layers: Sequence[AttentionSpec], whole_heads: bool) -> str | None:
-    """What is missing for a packed KV cache (``kernels.packed_kv``); ``None`` if nothing is."""
+    """What is missing for a packed KV cache (``kernels.attention.packed_kv``); ``None`` if nothing is."""
     if backend != "triton":
         return f"--attention-backend triton, not {backend}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):

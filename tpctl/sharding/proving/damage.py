@@ -37,7 +37,7 @@ from tpctl.sharding.moving.transfer import hash_all
 from tpctl.sharding.proving.flips import Budget, path_of_line, undo_flip, unreadable_line
 
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
-"""How reading an entry fails that ``partition.records`` does not take."""
+"""How reading an entry fails that ``manifest.records`` does not take."""
 
 
 def load_manifest(folder: Path, *, verify: bool = False) -> Manifest:
