@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny import make_checkpoint
 from tpctl.accounting import RESERVE
+from tpctl.distributed import TPGroup
+from tpctl.engine.engine import make_runner
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
 from tpctl.engine.runners.loading import Beside
 from tpctl.engine.runners.memory_plan import check_cache, plain_budget
 from tpctl.errors import EngineError
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.settings import EngineConfig
 
 GIB = 1 << 30
 MEMINFO = f"MemTotal: {32 * GIB // 1024} kB\nMemAvailable: {16 * GIB // 1024} kB\nHugePages_Total: 0\n"
@@ -133,3 +138,10 @@ def test_what_fails_beside_the_loading_is_raised_when_it_is_waited_for() -> None
     done: list[int] = []
     Beside(lambda: done.append(1)).wait()
     assert done == [1]
+
+
+def test_rotary_tables_are_no_longer_than_a_cache_can_be(tmp_path: Path) -> None:
+    make_checkpoint("llama2", tmp_path / "model", max_position_embeddings=1 << 25)
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", 1)
+    runner = make_runner(EngineConfig(tmp_path / "shards", 1, kv_cache_memory=1 << 20, block_size=4), TPGroup())
+    assert runner.memory.max_model_len <= len(runner.loaded.rotaries[0].cos) < 5000

@@ -14,6 +14,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare
+from tpctl.engine.memory.host import available_host_memory
 from tpctl.engine.sampling.sampler import Sampler
 from tpctl.errors import EngineError
 from tpctl.layers.attention.attention import attention_spec
@@ -101,7 +102,8 @@ def load(
     warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
 
     timings, started = Timings(), time.perf_counter()
-    rotaries = rotary_tables([attention.rope for attention in attentions], wanted_len, group.device)
+    longest = min(wanted_len, _most_tokens(settings, share, backend.bytes_per_block(dtype), backend.block_size))
+    rotaries = rotary_tables([attention.rope for attention in attentions], longest, group.device)
     with torch.device("meta"):
         model = Decoder(made_of, plan, backend, rotaries, group, dtype)
     files = [folder / name for name in manifest.rank_files(group.rank)]
@@ -158,6 +160,15 @@ def _share(settings: EngineConfig, group: TPGroup, weight_bytes: int) -> GpuShar
     share = GpuShare.of(group.device, settings.gpu_memory_utilization)
     share.check_weights(group.rank, weight_bytes)
     return share
+
+
+def _most_tokens(settings: EngineConfig, share: GpuShare | None, block_bytes: int, block_size: int) -> int:
+    """Tokens of the longest sequence that any KV cache here could hold: a model may promise millions, whose rotary
+    tables alone would take gigabytes."""
+    room = settings.kv_cache_memory
+    if room is None:
+        room = available_host_memory() if share is None else max(share.nbytes, 0)
+    return (room // block_bytes + 1) * block_size
 
 
 def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
