@@ -35,7 +35,7 @@ def llm(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
         settings = {"device": "cpu", "dtype": "float32", "kv_cache_memory": 1 << 20, "block_size": 4}
-        with LLM(str(model[0]), request.param, **settings) as llm:
+        with LLM(model[0], request.param, **settings) as llm:
             assert (llm.info.tp_size, llm.info.device, llm.info.block_size) == (request.param, "cpu", 4)
             yield llm
 
@@ -43,6 +43,23 @@ def llm(
 def expected(model: Any, ids: list[int], length: int = LENGTH) -> list[int]:
     found = model.generate(torch.tensor([ids]), max_new_tokens=length, do_sample=False)
     return found[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "said"),
+    [
+        (None, {}, "the prompts are null, but must be a text or a list"),
+        ({"a": 1}, {}, "the prompts are "),
+        ([b"hi"], {}, "prompt 1 is "),
+        ("a", {"stop": ""}, 'stop is "", but must be a text that is not empty'),
+        ("a", {"stop": [5]}, r"stop is \[5\]"),
+        ("a", {"sampling": {"max_tokens": 3}}, "the sampling is .* but must be SamplingParams"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_and_ends_nothing(llm: LLM, prompts: Any, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        llm.generate(prompts, **more)
+    assert llm.generate("a", SamplingParams(max_tokens=1))[0].finish_reason == "length"
 
 
 def test_tokens_equal_those_of_transformers(llm: LLM, model: tuple[Path, Any]) -> None:

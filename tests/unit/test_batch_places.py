@@ -20,7 +20,7 @@ from tpctl.cli.places import refuse_own_input
 from tpctl.cli.streams import NamedFile
 from tpctl.client.jobs import Line
 from tpctl.client.results import Results, partial_of
-from tpctl.errors import OutputError, UsageError
+from tpctl.errors import OutputError, SourceError, UsageError
 
 ROW = {"id": 1, "text": "answer"}
 
@@ -200,3 +200,15 @@ def test_what_is_in_the_way_of_the_kept_rows_is_named(tmp_path: Path, make: Call
     make(tmp_path / "z.jsonl.partial")
     with pytest.raises(OutputError, match=r"z\.jsonl\.partial, where rows are kept until all are there, is no file"):
         Results(tmp_path / "z.jsonl", {})
+
+
+def test_a_model_in_the_place_of_the_prompts_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0" * 100)
+    with (
+        pytest.raises(SourceError, match=r"model\.gguf is a GGUF model, not a file of prompts; give it with --model"),
+        places.opened(str(tmp_path / "model.gguf"), count=True),
+    ):
+        pass
+    (tmp_path / "lines").write_bytes(b"{}\n{}\n")
+    with places.opened(str(tmp_path / "lines"), count=True) as (stream, total):
+        assert (total, stream.read()) == (2, b"{}\n{}\n")

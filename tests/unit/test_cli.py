@@ -66,6 +66,18 @@ def test_version_and_unknown_commands() -> None:
     assert "tpctl: no such command 'what'" in unknown.stderr
 
 
+@pytest.mark.parametrize("command", ["", "bench"])
+def test_a_command_without_its_command_shows_the_help_page(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tpctl", *command.split()])
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "\nCommands:\n" in said and "\\n" not in said
+
+
 def test_an_error_is_one_line_and_its_exit_code() -> None:
     result = run("chat", "/nowhere/at/all", "-m", "hi")
     assert result.returncode == 1

@@ -72,3 +72,26 @@ def test_options_are_checked_together() -> None:
             options.check({"max_tokens": 256})
     with pytest.raises(UsageError, match=r"--presence-penalty is 2\.1, but must be from -2 to 2"):
         DistributionOptions(presence_penalty=2.1).check()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": 1.5},
+        {"stop_token_ids": 3},
+        {"stop_token_ids": ["a"]},
+        {"temperature": True},
+        {"temperature": "hot"},
+        {"top_k": 2.5},
+        {"seed": 1.5},
+        {"ignore_eos": "no"},
+        {"logprobs": True},
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_type_are_refused_before_they_reach_an_engine(values: dict[str, Any]) -> None:
+    for made in (lambda: SamplingParams(**values), lambda: SamplingParams.from_dict(values)):
+        with pytest.raises(RequestError, match=f"{next(iter(values))} is .*, but must be"):
+            made()
+    others: Any = {"temperature": 1, "stop_token_ids": [4, 5]}
+    assert SamplingParams(**others) == SamplingParams(temperature=1.0, stop_token_ids=(4, 5))

@@ -128,7 +128,10 @@ def _run(work: Callable[[], None]) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except _UsageError as error:
         text = error.format_message()
-        _say(text if "\n" in text else printable(f"tpctl: {_explain(error)}"))  # no arguments at all: the help page
+        if "\n" in text:  # no arguments at all: the help page
+            _print(text)
+        else:
+            _say(f"tpctl: {_explain(error)}")
         return int(error.exit_code)
     except (typer.Abort, EOFError):
         _say("tpctl: aborted")
@@ -136,24 +139,29 @@ def _run(work: Callable[[], None]) -> int:
     except TpctlError as error:
         if isinstance(error, OutputError):
             settle_stdout()  # which may be what failed
-        _say(printable(shorten(f"tpctl: {error}", LONGEST)))
+        _say(shorten(f"tpctl: {error}", LONGEST))
         return error.exit_code
     except KeyboardInterrupt as error:
-        _say(printable("; ".join(["tpctl: interrupted", *map(str, error.args)])))
+        _say("; ".join(["tpctl: interrupted", *map(str, error.args)]))
         return 130
     except OSError as error:  # no command foresaw it, but it is the system's refusal, not a bug
         settle_stdout()  # which may be what failed
         if is_closed_pipe(error):
             return CLOSED_PIPE
         what = error.strerror or " ".join(str(error).split())
-        _say(printable(f"tpctl: {error.filename or 'input or output failed'}: {what}"))
+        _say(f"tpctl: {error.filename or 'input or output failed'}: {what}")
         return 1
     return 0
 
 
 def _say(text: str) -> None:
+    """One line, whatever is in it."""
+    _print(printable(text))
+
+
+def _print(text: str) -> None:
     with suppress(OSError):  # a full disk, or a reader that is gone: the exit code has to do
-        print(printable(text), file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ def opened(prompts: str, *, count: bool) -> Iterator[tuple[IO[bytes], int | None
     except OSError as error:
         raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
     with stream:
+        if is_file(stream):
+            if stream.read(4) == b"GGUF":
+                raise SourceError(f"{prompts} is a GGUF model, not a file of prompts; give it with --model")
+            stream.seek(0)
         total = None
         if count and is_file(stream):
             total = sum(1 for line in bounded_lines(stream, prompts) if line.strip())

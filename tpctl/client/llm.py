@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,7 +50,7 @@ class LLM:
         tokenizer: the model's.
     """
 
-    def __init__(self, model: str = "demo", tp: int | None = None, **settings: Any) -> None:
+    def __init__(self, model: str | PathLike[str] = "demo", tp: int | None = None, **settings: Any) -> None:
         """Download, cut and load the model as far as need be, and wait until it takes requests.
 
         Args:
@@ -63,7 +64,9 @@ class LLM:
         known = [field.name for field in fields(EngineArgs)]
         if unknown := [name for name in settings if name not in known]:
             raise UsageError(f"unknown setting {unknown[0]!r}; known: {', '.join(known)}")
-        config = prepare(model, EngineArgs(tp=tp, **settings))
+        if not isinstance(model, str | PathLike):
+            raise UsageError(f"the model is {shown(model)}, but must be a text or a path")
+        config = prepare(fspath(model), EngineArgs(tp=tp, **settings))
         self._client = EngineClient(config)
         try:
             self.tokenizer = Tokenizer(config.text_dir)  # while the workers load
@@ -98,11 +101,15 @@ class LLM:
             RequestError: a prompt cannot be served; the others are given up.
             EngineError: the workers failed.
         """
+        if not isinstance(prompts, str | list | tuple):
+            raise RequestError(f"the prompts are {shown(prompts)}, but must be a text or a list")
         each = [prompts] if isinstance(prompts, str) else prompts
         token_ids = [self._encode(number, prompt) for number, prompt in enumerate(each, start=1)]
         if sampling is None or isinstance(sampling, SamplingParams):
             shared = sampling or SamplingParams()
             sampling = [replace(shared, seed=(shared.seed + n) % 2**63) for n in range(len(token_ids))]
+        if not isinstance(sampling, list | tuple):
+            raise RequestError(f"the sampling is {shown(sampling)}, but must be SamplingParams, or a list of them")
         if len(sampling) != len(token_ids):
             raise RequestError(f"there are {len(token_ids)} prompts, but sampling for {len(sampling)}; give one each")
         return self._complete(token_ids, sampling, stop)
@@ -140,15 +147,19 @@ class LLM:
     def _encode(self, number: int, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, most=self.info.max_model_len - 1)
-        if isinstance(prompt, Sequence) and all(isinstance(id, int) and 0 <= id < 2**31 for id in prompt):
+        if isinstance(prompt, list | tuple) and all(isinstance(id, int) and 0 <= id < 2**31 for id in prompt):
             return [int(id) for id in prompt]
         raise RequestError(f"prompt {number} is {shown(prompt)}, but must be a text or a list of token ids")
 
     def _complete(
         self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams], stop: str | Sequence[str]
     ) -> list[Completion]:
-        requests = [Request(str(n), *pair) for n, pair in enumerate(zip(prompts, sampling, strict=True))]
         stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
+            raise RequestError(f"stop is {shown(stop)}, but must be a text that is not empty, or a list of such")
+        if wrong := [params for params in sampling if not isinstance(params, SamplingParams)]:
+            raise RequestError(f"the sampling is {shown(wrong[0])}, but must be SamplingParams")
+        requests = [Request(str(n), *pair) for n, pair in enumerate(zip(prompts, sampling, strict=True))]
         streams = {
             request.id: TextStream(self.tokenizer, stops, request.token_ids, request.sampling.min_tokens)
             for request in requests

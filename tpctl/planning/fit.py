@@ -1,7 +1,7 @@
 """The memory planner: which tensor-parallel sizes work for a model, how evenly, and what fits beside the weights.
 
 Weights come from the partition plan and are exact: the numbers are what ``tpctl shard`` writes. The rest
-follows the engine's own accounting (``engine``): of a GPU's memory it uses a share, from which weights, the
+follows the engine's own accounting (``accounting``): of a GPU's memory it uses a share, from which weights, the
 activations of the largest step and a reserve are taken; the KV cache gets what is left.
 """
 

@@ -49,6 +49,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _FIELDS:
+            object.__setattr__(self, name, _typed(name, getattr(self, name)))
         temperature = self.temperature
         _check("temperature", temperature, temperature == 0 or 1e-4 <= temperature <= 1e4, "0, or from 0.0001 to 10000")
         _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "between 0 and 2^31 - 1 (0 keeps every token)")
@@ -92,7 +94,7 @@ class SamplingParams:
         for name, value in values.items():
             if name not in _FIELDS:
                 raise RequestError(f"unknown sampling field {name!r}; known: {', '.join(sorted(_FIELDS))}")
-            checked[name] = _typed(name, value)
+            checked[name] = value
         return cls(**checked)
 
 

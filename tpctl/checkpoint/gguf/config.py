@@ -123,6 +123,7 @@ def build_config(metadata: Metadata, arch: Architecture, tensors: Mapping[str, G
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     if arch.sandwich:
+        del config["hidden_act"]
         return {**config, **_gemma3(metadata, rope, hidden // heads, head_dim, config["num_hidden_layers"])}
     metadata.only(".final_logit_softcapping", 0)
     window = metadata.integer(".attention.sliding_window", None if arch.model_type == "phi3" else 0)

@@ -47,7 +47,7 @@ def measure_step(loaded: LoadedModel, rows: int) -> StepMemory:
     activations = torch.cuda.max_memory_allocated(device) - before
     logits = sampled_rows(settings.max_num_seqs) * loaded.model.lm_head.out_features * loaded.dtype.itemsize
     gathered = gathered_logits(logits, loaded.group.size)
-    # Of a step of other size; at most, since logits are counted twice.
+    # Activations grow with a step's rows. Its logits are among them, and counted once more: this is an upper bound.
     captured = -(-activations * rows // tokens) + logits + gathered
     eager = settings.enforce_eager
     tables = 4 * (2 * settings.max_num_seqs + (0 if eager else rows)) * table_width(loaded, loaded.wanted_len)

@@ -66,9 +66,7 @@ def make_backend(
     kind: type[AttentionBackend[Any]]
     chosen = choose_backend(name, device_type, dtype)
     if any(spec.softcap is not None for spec in layers) and chosen != "sdpa":
-        if name != "auto":
-            raise EngineError(f"{chosen} caps no attention scores, as this model does; use --attention-backend sdpa")
-        chosen = "sdpa"
+        raise EngineError(f"{chosen} caps no attention scores, as this model does; use --attention-backend sdpa")
     if chosen == "flash-attn":
         from tpctl.layers.attention.flash import FlashAttentionBackend as kind
     elif chosen == "triton":
