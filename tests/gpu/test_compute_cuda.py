@@ -21,7 +21,9 @@ from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.cuda import CudaLaunched, CudaRunner
 from tpctl.errors import EngineError
+from tpctl.kernels.common.norm import rms_norm_reference
 from tpctl.kernels.linear import gated_linear
+from tpctl.layers import compute_cuda
 from tpctl.layers.attention.attention import attention_spec
 from tpctl.layers.attention.base import AttentionBackend, LayerKV
 from tpctl.layers.attention.sdpa import SdpaBackend
@@ -135,6 +137,28 @@ def stored(kv: LayerKV) -> list[Tensor]:
     return [side.permute(1, 2, 0, 3)[:BLOCKS] for side in (kv.k, kv.v)]
 
 
+Run = Callable[[Decoder, AttentionBackend[Any], ForwardBatch], list[Tensor]]
+
+
+def a_step(new: list[int], tp_size: int) -> tuple[Run, ForwardBatch]:
+    """A step of random tokens, and what computes it over random keys and values: logits, then what is cached."""
+    generator = torch.Generator().manual_seed(0)
+    old = [length - count for count, length in zip(new, LENGTHS, strict=True)]
+    before = make_batch(torch.zeros(sum(old), dtype=torch.int64), old, old)
+    step = make_batch(torch.randint(3, 100, (sum(new),), generator=generator), new, LENGTHS)
+    past = [torch.randn(2, sum(old), 8 // tp_size, 32, generator=generator).to(DEVICE) for _ in range(4)]
+
+    def run(model: Decoder, backend: AttentionBackend[Any], batch: ForwardBatch) -> list[Tensor]:
+        kv = backend.allocate(BLOCKS, torch.float32, DEVICE)
+        with torch.inference_mode():
+            for layer, values in zip(kv, past, strict=False):
+                backend.store(*values[:, :, : layer.spec.num_kv_heads], layer, backend.begin(before))
+            logits = model(batch, kv, batch.logits_rows)
+        return [logits, *(side for layer in kv for side in stored(layer))]
+
+    return run, step
+
+
 @pytest.mark.parametrize(
     "name,intermediate,tp_size,new,used",
     [
@@ -178,20 +202,7 @@ def test_same_logits_and_cache(
 
         monkeypatch.setattr(kernels, kernel, spy)
 
-    generator = torch.Generator().manual_seed(0)
-    old = [length - count for count, length in zip(new, LENGTHS, strict=True)]
-    before = make_batch(torch.zeros(sum(old), dtype=torch.int64), old, old)
-    step = make_batch(torch.randint(3, 100, (sum(new),), generator=generator), new, LENGTHS)
-    past = [torch.randn(2, sum(old), 8 // tp_size, 32, generator=generator).to(DEVICE) for _ in range(4)]
-
-    def run(model: Decoder, backend: AttentionBackend[Any], batch: ForwardBatch) -> list[Tensor]:
-        kv = backend.allocate(BLOCKS, torch.float32, DEVICE)
-        with torch.inference_mode():
-            for layer, values in zip(kv, past, strict=False):
-                backend.store(*values[:, :, : layer.spec.num_kv_heads], layer, backend.begin(before))
-            logits = model(batch, kv, batch.logits_rows)
-        return [logits, *(side for layer in kv for side in stored(layer))]
-
+    run, step = a_step(new, tp_size)
     plain = run(*build(tmp_path / "shards", SdpaBackend, group, Plain(group)), step)
     assert not seen and plain[0].std() > 0.1
     fused = build(tmp_path / "shards", TritonBackend, group, CudaCompute(group, facts=HOPPER))
@@ -231,3 +242,73 @@ def test_float16_rows_are_normed_before_a_kernel_multiplies_them(rows: int, dtyp
         assert torch.allclose(normed, torch.full_like(x, 3.0))
     else:
         assert (normed is x, left is norm) == (True, True)
+
+
+class Peers:
+    """Peer memory of ranks that all hold the same, which minds what was sent to it and what is taken for sent."""
+
+    def __init__(self, size: int, max_rows: int) -> None:
+        self.size, self.layout = size, SimpleNamespace(max_rows=max_rows)
+        self.pending: list[int] = []
+        self.calls: set[str] = set()
+
+    def fits(self, x: Tensor) -> bool:
+        return True
+
+    def all_reduce(self, x: Tensor, *, out: Tensor, pdl: bool = False) -> Tensor:
+        assert not self.pending
+        self.calls.add("plain")
+        return out.copy_(x * self.size)
+
+    def all_reduce_add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool, sent: bool, pdl: bool
+    ) -> Tensor:
+        assert self.pending == ([x.data_ptr()] if sent else [])
+        self.pending = []
+        self.calls.add("sent" if sent else "runs" if x.dim() == 3 else "whole")
+        residual.add_(self.size * (x.sum(0) if x.dim() == 3 else x))
+        return rms_norm_reference(residual, weight, eps, unit_offset=unit_offset)
+
+
+@pytest.mark.parametrize(
+    "name,tp_size,new,calls",
+    [
+        ("qwen3", 2, FEW, {"plain", "sent"}),
+        (
+            "llama-biases",
+            2,
+            MANY,
+            {"plain", "whole", "sent"},
+        ),  # sent behind the last attention, where few rows are left
+        ("gemma3-caps", 2, FEW, {"plain"}),  # sums are normed before they are added
+        ("qwen3", 4, MANY, {"sent"}),  # NCCL's until few rows are left
+    ],
+)
+def test_sums_through_peer_memory(
+    name: str, tp_size: int, new: list[int], calls: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(name, tmp_path / "hf", **SHAPE | {"num_key_value_heads": tp_size}, intermediate_size=512)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "shards", tp_size)
+
+    class First(FirstOfTwo):
+        def all_reduce(self, x: Tensor) -> Tensor:
+            return x.mul_(tp_size)
+
+    monkeypatch.setattr(compute_cuda, "PEER_LIMIT", 16 * 256 * 4)
+    peers: Any = Peers(tp_size, 16 if tp_size == 4 else 64)
+    small_linear = kernels.small_linear
+
+    def sending(*args: Any, outlet: Any = None, **more: Any) -> Tensor:
+        out = small_linear(*args, **more)
+        if outlet is not None:
+            outlet.pending.append(out.data_ptr())
+        return out
+
+    monkeypatch.setattr(kernels, "small_linear", sending)
+    group = First(0, tp_size, DEVICE)
+    run, step = a_step(new, tp_size)
+    plain = run(*build(tmp_path / "shards", SdpaBackend, group, Plain(group)), step)
+    found = run(*build(tmp_path / "shards", TritonBackend, group, CudaCompute(group, peers, facts=HOPPER)), step)
+    assert not peers.pending and peers.calls == calls
+    for got, want in zip(found, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from tpctl.arch.families import FAMILIES
 from tpctl.arch.source_plan import build_plan
 from tpctl.errors import CheckpointError, PartitionError
 from tpctl.partition.plan import PartitionPlan
-from tpctl.partition.split import Rule
+from tpctl.partition.split import Even, Part, Rule, TensorSplit
 
 
 @st.composite
@@ -123,3 +123,10 @@ def test_an_unknown_tensor_is_refused_and_a_known_useless_one_is_not() -> None:
 def test_too_many_ranks_for_the_intermediate_size() -> None:
     with pytest.raises(PartitionError, match="at most 3"):
         build_plan(ModelConfig.from_dict(make_config(intermediate_size=3)), 4)
+
+
+def test_parts_can_only_be_below_each_other() -> None:
+    parts = tuple(Part(name, 8, Even()) for name in ("a", "b"))
+    PartitionPlan.build([TensorSplit("stacked", Rule.MERGED_COLUMN, parts, other=4)], 2)
+    with pytest.raises(PartitionError, match="side: 2 parts beside each other; they can only be stacked"):
+        PartitionPlan.build([TensorSplit("side", Rule.ROW, parts, dim=1, other=4)], 2)

@@ -105,9 +105,14 @@ class PartitionPlan:
         """Check that the ranks together hold every source element, and that no rank holds one twice.
 
         Raises:
-            PartitionError: an element is lost or doubled; a defect of the rules, never of a checkpoint.
+            PartitionError: an element is lost or doubled, or parts are not below each other;
+                a defect of the rules, never of a checkpoint.
         """
         for split in self.splits:
+            if split.dim and len(split.parts) > 1:
+                raise PartitionError(
+                    f"{split.name}: {len(split.parts)} parts beside each other; they can only be stacked"
+                )
             per_source: dict[str, list[tuple[int, Range]]] = {}
             for rank, shard in enumerate(self.shards):
                 for piece in shard[split.name].pieces:
