@@ -26,6 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tpctl.cores import affinity_cores
 from tpctl.errors import EngineError
 
 _LINE = 64  # bytes: each rank's count has a cache line of its own
@@ -57,9 +58,8 @@ class SharedMemory:
         self._peers = [peer * step for peer in range(size) if peer != rank]
         self._count = 0
         self._views: dict[tuple[int, torch.dtype, int], tuple[Tensor, Tensor]] = {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A rank that waits on a core that another rank needs only delays what it waits for.
-        self._most_spins = _SPINS if size <= cores else 0
+        self._most_spins = _SPINS if size <= affinity_cores() else 0
         self._spins, self._yields = self._most_spins, _YIELDS
 
     def let_spin(self, spin: bool) -> None:

@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tpctl.cores import affinity_cores
+
 _SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _LOOK = 0.1  # seconds between looks at the waiting time, while there is work
 # Seconds waited for a core in a second, summed over the threads, from which cores count as wanted. On two cores about
@@ -152,7 +154,7 @@ def _idle_team(threads: int) -> IdleTeam | None:
     libgomp = _libgomp()
     if libgomp is None:
         return None
-    size = len(os.sched_getaffinity(0)) - threads + 2
+    size = affinity_cores() - threads + 2
     return IdleTeam(libgomp, size) if 2 <= size <= _MOST_IDLE else None
 
 

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from tpctl.children import python_environment
+from tpctl.cores import affinity_cores
 
 PACKAGES = (
     "torch",
@@ -80,10 +81,9 @@ def examine() -> Checkup:
     gpus = torch["gpus"] if torch else []
     device = "cuda" if gpus else "cpu"
     backend = "triton" if gpus and find_spec("triton") is not None else "sdpa"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Checkup(
         python=platform.python_version(),
-        cores=cores,
+        cores=affinity_cores(),
         packages={name: _version(name) for name in PACKAGES},
         torch=torch,
         problem=problem,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tpctl.children import python_environment
+from tpctl.cores import affinity_cores
 from tpctl.launch.bytecode import bytecode_environment
 from tpctl.launch.lifeline import PARENT_PID
 from tpctl.launch.processes import MARK
@@ -46,7 +47,7 @@ def worker_environment(base: Mapping[str, str], more: Mapping[str, str], tp_size
 
 def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """CPU cores this process may use: its affinity, and in a container its quota (cgroup v2's ``cpu.max``)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = affinity_cores()
     try:
         quota, period = cpu_max.read_text().split()
         return max(1, min(count, int(quota) // int(period)))

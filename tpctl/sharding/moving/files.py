@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpctl.checkpoint.progress import Progress
+from tpctl.cores import affinity_cores
 from tpctl.errors import CheckpointError, counted
 
 Bytes = NDArray[np.uint8]
@@ -123,4 +124,4 @@ def in_parallel(tasks: Sequence[Callable[[], None]], tally: ByteCounter) -> None
 
 
 def _threads() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, affinity_cores())
