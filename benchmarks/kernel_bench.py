@@ -29,7 +29,7 @@ from tpctl.kernels.attention.packed_kv import pack_reference
 from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.attention.paged_prefill import paged_prefill
 from tpctl.kernels.attention.rope_cache import rope_cache
-from tpctl.kernels.common.activation import silu_and_mul
+from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.launch import num_multiprocessors
 from tpctl.kernels.common.norm import add_rms_norm, rms_norm
 from tpctl.kernels.linear.gated_linear import gated_linear, pick_gated
@@ -284,7 +284,7 @@ def bench_small() -> None:
             calls: dict[str, Callable[..., object]] = {
                 "rms_norm": partial(rms_norm, x, weight, 1e-6, out=normed),
                 "add_rms_norm": partial(add_rms_norm, x, residual, weight, 1e-6, out=normed),
-                "silu_and_mul": partial(silu_and_mul, gate_up),
+                "silu_and_mul": partial(act_and_mul, gate_up),
                 "rope_cache": partial(rope_cache, qkv, cache, cache, tables, positions, slots, shape.heads, **norms),
             }
             if rows <= 256:
@@ -356,7 +356,7 @@ class Step:
             if tiles is not None:
                 return gated_linear(x, weight, tiles, pdl="gate_up" in self.pdl), None
         y = torch.nn.functional.linear(x, weight)
-        return (silu_and_mul(y, pdl="silu" in self.pdl) if gated else y), None
+        return (act_and_mul(y, pdl="silu" in self.pdl) if gated else y), None
 
     def __call__(self) -> torch.Tensor:
         delta = None

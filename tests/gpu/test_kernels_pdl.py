@@ -11,7 +11,7 @@ from tests.gpu.here import DEVICE, DTYPE, INTERPRET
 from tpctl.kernels.attention.packed_kv import pack_reference
 from tpctl.kernels.attention.paged_decode import DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.attention.rope_cache import rope_cache
-from tpctl.kernels.common.activation import silu_and_mul
+from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.norm import add_rms_norm, rms_norm
 from tpctl.kernels.linear.gemv import GemvScratch, small_linear
 from tpctl.kernels.sampling.floors import Filters, sampling_floors
@@ -59,7 +59,7 @@ class Chain:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, pdl: bool, gated: bool = False) -> torch.Tensor:
         if self.plain:
             y = torch.nn.functional.linear(rms_norm(x, self.norm, 1e-6, pdl=pdl), weight)
-            return silu_and_mul(y, pdl=pdl) if gated else y
+            return act_and_mul(y, pdl=pdl) if gated else y
         activation = "silu" if gated else None
         return small_linear(x, weight, self.scratch, norm=(self.norm, 1e-6), activation=activation, pdl=pdl)
 

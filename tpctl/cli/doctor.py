@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tpctl.accounting import PACKED_HEAD_DIMS
 from tpctl.cli.console import print_json
 from tpctl.errors import EngineError
 
@@ -26,7 +27,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
             _print_torch(found.torch)
         print(f"used by default  --device {found.device} --attention-backend {found.attention_backend}")
         if found.attention_backend == "triton":
-            print("KV cache         packed for bfloat16 with heads of 64, 128 or 256, else as activations are")
+            *dims, last = PACKED_HEAD_DIMS
+            heads = f"{', '.join(map(str, dims))} or {last}"
+            print(f"KV cache         packed for bfloat16 with heads of {heads}, else as activations are")
     if found.problem is not None:
         raise EngineError(f"torch cannot be used: {found.problem}; reinstall it")
 

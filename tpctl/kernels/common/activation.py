@@ -70,11 +70,6 @@ def act_and_mul(
     return out_TI
 
 
-def silu_and_mul(x_TF: torch.Tensor, *, out: torch.Tensor | None = None, pdl: bool = False) -> torch.Tensor:
-    """`act_and_mul` with SiLU."""
-    return act_and_mul(x_TF, out=out, pdl=pdl)
-
-
 def act_and_mul_reference(x_TF: torch.Tensor, *, activation: Activation = "silu") -> torch.Tensor:
     """`act_and_mul` in plain torch, in x's dtype."""
     gate, up = x_TF.chunk(2, dim=-1)
