@@ -50,6 +50,7 @@ def type_at(prompt: TerminalPrompt, keyboard: PipeInput, keys: str) -> None:
         ('"""one\rtwo\r"""\r', "one\ntwo"),
         ('"""one"""\r', "one"),
         ("half\x03whole\r", "whole"),  # Ctrl-C clears
+        ("pasted\rhalf\x03whole\r", "whole"),  # and what follows is no part of a paste, however fast it comes
         ("\x03\x03x\r", EOFError),  # twice where nothing is
         ("\x03a\x03\x03b\r", "b"),  # but not with something typed between
         ("\x04", EOFError),

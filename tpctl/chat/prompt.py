@@ -178,6 +178,7 @@ class TerminalPrompt:
         @keys.add("c-c")
         @keys.add(Keys.SIGINT)
         def clear_or_end(event: KeyPressEvent) -> None:
+            self._pasted = float("-inf")  # what is typed from here on belongs to no paste
             if event.current_buffer.text:
                 event.current_buffer.reset()
                 self._warned = False
