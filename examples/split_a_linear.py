@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from tpctl.partition.split import split_aligned, split_heads
+from tpctl.partition.cuts import split_aligned, split_heads
 
 
 def main() -> None:

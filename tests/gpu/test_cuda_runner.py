@@ -35,7 +35,7 @@ from tpctl.engine.steps import graphs as cuda_graph
 from tpctl.errors import EngineError
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.models.decoder import Decoder
-from tpctl.partition.split import Range
+from tpctl.partition.cuts import Range
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Abort, Add, Request
 from tpctl.wire.report import TokenLogprob

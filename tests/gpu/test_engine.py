@@ -21,7 +21,7 @@ from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.steps import graphs as cuda_graph
 from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.flash import installed_flash_attention
-from tpctl.partition.split import Range
+from tpctl.partition.cuts import Range
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Request
 from tpctl.wire.sampling import SamplingParams

@@ -42,6 +42,13 @@ def source_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return dict(build_plan(ModelConfig.from_dict(config), 1).source_shapes)
 
 
+def source_tensors(config: Mapping[str, Any], dtype: str = "BF16") -> list[TensorSpec]:
+    """The same with their dtypes: ``dtype`` where they are floats, the first that a quantised format has otherwise."""
+    plan = build_plan(ModelConfig.from_dict(config), 1)
+    exact = {source: split.dtypes[0] for split in plan.splits if split.dtypes for source in split.sources}
+    return [TensorSpec(name, exact.get(name, dtype), shape) for name, shape in plan.source_shapes.items()]
+
+
 def make_checkpoint(
     folder: Path,
     config: Mapping[str, Any],
@@ -54,7 +61,7 @@ def make_checkpoint(
 ) -> Path:
     """Write a checkpoint of random bytes, in ``files`` files, with a tokenizer and a licence beside it."""
     folder.mkdir(parents=True)
-    tensors = [TensorSpec(name, dtype, shape) for name, shape in source_shapes(config).items()]
+    tensors = source_tensors(config, dtype)
     if config["tie_word_embeddings"] and tied_name == LM_HEAD:
         tensors = [TensorSpec(LM_HEAD, t.dtype, t.shape) if t.name == EMBEDDING else t for t in tensors]
     tensors += extra

@@ -18,7 +18,8 @@ from torch import Tensor
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint
 from tpctl.arch import parts
-from tpctl.arch.blueprint import Attention, Blueprint
+from tpctl.arch.block import Attention
+from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES, llama
 from tpctl.arch.family import Family, Sizes

@@ -75,6 +75,7 @@ def test_every_folder_is_a_room() -> None:
         "kernels",
         "checkpoint.gguf",
         "arch.families",
+        "arch.formats",
         "layers.attention",
         "layers.weights",
     }

@@ -16,7 +16,7 @@ from tpctl.engine.engine import Engine
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.sequence import NOT_FINITE
 from tpctl.kernels.common import noise
-from tpctl.partition.split import Range, Vocab
+from tpctl.partition.cuts import Range, Vocab
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Abort, Add, Output, Request
 from tpctl.wire.sampling import SamplingParams

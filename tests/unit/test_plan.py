@@ -15,8 +15,9 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
 from tpctl.arch.source_plan import build_plan
 from tpctl.errors import CheckpointError, PartitionError
+from tpctl.partition.cuts import Even
 from tpctl.partition.plan import PartitionPlan
-from tpctl.partition.split import Even, Part, Rule, TensorSplit
+from tpctl.partition.split import Part, Rule, TensorSplit
 
 
 @st.composite
@@ -117,7 +118,7 @@ def test_an_unknown_tensor_is_refused_and_a_known_useless_one_is_not() -> None:
     with pytest.raises(CheckpointError, match=r"does not use: model\.vision\.weight"):
         plan.check_source({**plan.source_shapes, "model.vision.weight": (1,)})
     useless = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    plan.check_source({**plan.source_shapes, useless: (3,)}, config.blueprint.ignored())
+    plan.check_source({**plan.source_shapes, useless: (3,)}, config.blueprint.unread({useless}))
 
 
 def test_too_many_ranks_for_the_intermediate_size() -> None:
@@ -125,8 +126,12 @@ def test_too_many_ranks_for_the_intermediate_size() -> None:
         build_plan(ModelConfig.from_dict(make_config(intermediate_size=3)), 4)
 
 
-def test_parts_can_only_be_below_each_other() -> None:
+def test_parts_beside_each_other() -> None:
+    """As in a merged weight that is stored [in, out]."""
     parts = tuple(Part(name, 8, Even()) for name in ("a", "b"))
-    PartitionPlan.build([TensorSplit("stacked", Rule.MERGED_COLUMN, parts, other=4)], 2)
-    with pytest.raises(PartitionError, match="side: 2 parts beside each other; they can only be stacked"):
-        PartitionPlan.build([TensorSplit("side", Rule.ROW, parts, dim=1, other=4)], 2)
+    plan = PartitionPlan.build([TensorSplit("side", Rule.MERGED_COLUMN, parts, dim=1, others=(4,))], 2)
+    assert plan.shape(1, "side") == (4, 8)
+    assert [(piece.source, piece.start, piece.shape, piece.at) for piece in plan.shards[1]["side"].pieces] == [
+        ("a", (0, 4), (4, 4), (0, 0)),
+        ("b", (0, 4), (4, 4), (0, 4)),
+    ]

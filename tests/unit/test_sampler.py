@@ -9,7 +9,7 @@ from tests.ranks import run_ranks
 from tpctl.distributed import TPGroup
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
-from tpctl.partition.split import Range, Vocab
+from tpctl.partition.cuts import Range, Vocab
 from tpctl.wire.sampling import SamplingParams
 
 VOCAB = 300

@@ -19,8 +19,8 @@ from tests.unit.synthetic import make_config
 from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
+from tpctl.partition.cuts import split_heads
 from tpctl.partition.plan import PartitionPlan
-from tpctl.partition.split import split_heads
 
 Array = NDArray[np.float64]
 ATTENTION = "model.layers.0.self_attn"

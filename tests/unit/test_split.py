@@ -9,15 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpctl.errors import PartitionError
-from tpctl.partition.split import (
-    ALIGNMENT,
-    Range,
-    Vocab,
-    pad_vocab,
-    split_aligned,
-    split_evenly,
-    split_heads,
-)
+from tpctl.partition.cuts import ALIGNMENT, Range, Vocab, pad_vocab, split_aligned, split_evenly, split_heads
 
 
 @given(total=st.integers(1, 5000), parts=st.integers(1, 64), granularity=st.integers(1, 70))

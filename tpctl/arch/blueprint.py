@@ -1,150 +1,24 @@
 """What a model is made of, layer by layer: the one description that all else is derived from.
 
 The sharder takes from it which tensors there are and how they are cut, the decoder which modules to build, the planner
-how many bytes everything takes, the page what to draw. A ``Block`` is
-
-    residual ─┬────────────────────────────────(+)─┬───────────────────────────────(+)──
-              └ norm ─ qkv ─ attention ─ out ─ [norm] ┘└ norm ─ gate_up ─ act·up ─ down ─ [norm] ┘
-
-where a norm in brackets is one that only some families have. Blocks need not be alike. Names within a block leave out
-``model.layers.N.``, so that blocks that are cut alike compare equal.
+how many bytes everything takes, the page what to draw. Layers need not be alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
-from tpctl.arch.rope import RopeConfig
-from tpctl.partition.split import Cut, HeadShare, Part, Rule, TensorSplit, Vocab, Whole, split_heads
+from tpctl.arch.block import Block, Experts, Layer, Mixer, linears
+from tpctl.arch.linear import Norm
+from tpctl.errors import UnsupportedModelError
+from tpctl.partition.cuts import Vocab
+from tpctl.partition.split import Part, Rule, TensorSplit
 
-Activation = Literal["silu", "gelu_tanh"]
-"""Of a gated MLP; the second is GELU by its approximation with tanh."""
-
+ROOT = "model."
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm of ``size`` elements; with ``unit_offset`` (Gemma) the factor is 1 + weight."""
-
-    name: str
-    size: int
-    eps: float
-    unit_offset: bool = False
-
-    def splits(self) -> Iterator[TensorSplit]:
-        yield _replicated(f"{self.name}.weight", self.size)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """``y = x W^T + b``, with W [out, in] stored as one tensor.
-
-    Attributes:
-        name: of the stored tensors, less ``.weight`` or ``.bias``.
-        rule: what its output means to the ranks.
-        parts: the output features, in the order in which they are stored; ``source`` less ``.weight`` or ``.bias``.
-        inputs: input features, dealt to the ranks by ``input_cut``: ``Whole`` but for row-parallel linears.
-    """
-
-    name: str
-    rule: Rule
-    parts: tuple[Part, ...]
-    inputs: int
-    input_cut: Cut = Whole()  # noqa: RUF009 (it is frozen)
-    bias: bool = False
-
-    @property
-    def outputs(self) -> int:
-        """Output features of all ranks together."""
-        return sum(part.length for part in self.parts)
-
-    def splits(self) -> Iterator[TensorSplit]:
-        weight, bias = f"{self.name}.weight", f"{self.name}.bias"
-        if self.rule is Rule.ROW:
-            (part,) = self.parts
-            columns = Part(f"{part.source}.weight", self.inputs, self.input_cut)
-            yield TensorSplit(weight, Rule.ROW, (columns,), dim=1, other=part.length)
-            if self.bias:  # whole on every rank, and added by rank 0 alone
-                yield _replicated(bias, part.length)
-            return
-        for kind, name, other in (("weight", weight, self.inputs), ("bias", bias, None)):
-            if kind == "weight" or self.bias:
-                parts = tuple(replace(part, source=f"{part.source}.{kind}") for part in self.parts)
-                yield TensorSplit(name, self.rule, parts, other=other)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention of one block.
-
-    Attributes:
-        qkv: queries, keys and values below each other, in whole heads.
-        window: how many tokens a token sees, itself included; ``None``: all before it.
-        scale: of the scores, before ``softcap`` and softmax.
-        softcap: a score s becomes softcap * tanh(s / softcap); ``None``: it stays.
-        q_norm, k_norm: over each head, before ``rope``.
-    """
-
-    qkv: Linear
-    out: Linear
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope: RopeConfig
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-
-    def shares(self, tp_size: int) -> tuple[HeadShare, ...]:
-        """The heads of each rank. Raises ``PartitionError`` if they cannot be dealt to so many."""
-        return split_heads(self.num_heads, self.num_kv_heads, tp_size)
-
-    def splits(self) -> Iterator[TensorSplit]:
-        yield from self.qkv.splits()
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                yield from norm.splits()
-        yield from self.out.splits()
-
-
-@dataclass(frozen=True)
-class Gated:
-    """``down(activation(gate(x)) * up(x))``; gate and up are below each other in ``gate_up``."""
-
-    gate_up: Linear
-    down: Linear
-    activation: Activation = "silu"
-
-    def splits(self) -> Iterator[TensorSplit]:
-        yield from self.gate_up.splits()
-        yield from self.down.splits()
-
-
-@dataclass(frozen=True)
-class Block:
-    """One layer. ``after_attention`` and ``after_mlp`` norm what is added to the residual (Gemma's sandwich)."""
-
-    before_attention: Norm
-    attention: Attention
-    before_mlp: Norm
-    mlp: Gated
-    after_attention: Norm | None = None
-    after_mlp: Norm | None = None
-
-    @cached_property
-    def splits(self) -> tuple[TensorSplit, ...]:
-        """The split of every stored tensor, in the order in which a forward pass meets them."""
-        parts = (
-            *(self.before_attention, self.attention, self.after_attention),
-            *(self.before_mlp, self.mlp, self.after_mlp),
-        )
-        return tuple(split for part in parts if part is not None for split in part.splits())
 
 
 @dataclass(frozen=True)
@@ -152,17 +26,23 @@ class Blueprint:
     """A decoder-only model.
 
     Attributes:
+        layers: of it, in order; they need not be alike.
         norm: the last one.
         tied: the head is the embedding's tensor, stored once, as ``head``.
         embedding_scale: what looked up rows are multiplied by.
         logit_softcap: as of ``Attention``, for the logits.
         prefix: of a layer's names, with its number in place of ``{}``.
         unused: names, less the layer's prefix, that a checkpoint may hold in any layer and nobody reads.
+        left_out: patterns of names of what is beside the model (layers that predict more tokens); no rank has them, and
+            ``merge`` gives them back.
+        towers: patterns of names of what sees or hears; the same, for somebody who wants the text model alone.
+        roots: what a checkpoint may have in place of ``model.`` before its names.
+        lacks: what tpctl would have to know to run it; ``None``: it runs it.
     """
 
     vocab_size: int
     hidden_size: int
-    blocks: tuple[Block, ...]
+    layers: tuple[Layer, ...]
     norm: Norm
     tied: bool
     embedding: str = EMBEDDING
@@ -171,37 +51,85 @@ class Blueprint:
     logit_softcap: float | None = None
     prefix: str = "model.layers.{}."
     unused: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    left_out: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
+    roots: tuple[str, ...] = (ROOT,)
+    lacks: str | None = None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers, of a model that tpctl runs.
+
+        Raises:
+            UnsupportedModelError: it does not run this one; the message says why.
+        """
+        if (why := self.why_not_run()) is not None:
+            raise UnsupportedModelError(
+                f"the model has {why}, which tpctl cuts but does not run yet; use shard, plan, inspect-shards and merge"
+            )
+        return tuple(layer for layer in self.layers if isinstance(layer, Block))
+
+    def why_not_run(self) -> str | None:
+        """What of the model tpctl does not run; ``None``: it runs it."""
+        for layer in self.layers:
+            for part in layer.parts:
+                if isinstance(part, Experts):
+                    return "a mixture of experts"
+                if isinstance(part, Mixer):
+                    return part.kind
+                for linear in linears(part):
+                    if not linear.storage.is_dense:
+                        return f"quantised weights ({linear.storage.format})"
+        return self.lacks
 
     def splits(self) -> Iterator[TensorSplit]:
         """The split of every stored tensor, in the order in which a forward pass meets them."""
         vocab = Part(self.embedding, self.vocab_size, Vocab())
         if not self.tied:
-            yield TensorSplit(self.embedding, Rule.VOCAB, (vocab,), other=self.hidden_size)
-        for layer, block in enumerate(self.blocks):
-            for split in block.splits:
-                yield _prefixed(split, self.prefix.format(layer))
+            yield TensorSplit(self.embedding, Rule.VOCAB, (vocab,), others=(self.hidden_size,))
+        for number, layer in enumerate(self.layers):
+            for split in layer.splits:
+                yield _prefixed(split, self.prefix.format(number))
         yield from self.norm.splits()
         head = vocab if self.tied else replace(vocab, source=self.head)
-        yield TensorSplit(self.head, Rule.VOCAB, (head,), other=self.hidden_size)
+        yield TensorSplit(self.head, Rule.VOCAB, (head,), others=(self.hidden_size,))
 
-    def ignored(self) -> tuple[str, ...]:
-        """Names that a checkpoint may hold and nobody reads: RoPE's tables, a tied head's second copy."""
-        found = [self.prefix.format(layer) + name for layer in range(len(self.blocks)) for name in self.unused]
-        return (*found, self.head) if self.tied else tuple(found)
+    def root(self, names: Container[str]) -> str:
+        """Which of ``roots`` a checkpoint with tensors ``names`` has."""
+        found = (root for root in self.roots for name in (self.embedding, self.head) if renamed(name, root) in names)
+        return next(found, self.roots[0])
+
+    def unread(self, names: Collection[str]) -> set[str]:
+        """Those of a checkpoint's ``names`` that no rank needs: RoPE's tables, a tied head's second copy, sizes of
+        packed weights that their shapes tell, what is left out, and towers."""
+        root = self.root(names)
+        known = {self.prefix.format(number) + name for number in range(len(self.layers)) for name in self.unused}
+        if self.tied:
+            known.add(self.head)
+        known = {renamed(name, root) for name in known}
+        held = {one.storage for layer in self.layers for part in layer.parts for one in linears(part)}
+        ends = tuple({end for storage in held for end in storage.constants})
+        patterns = (*self.left_out, *self.towers)
+        apart = re.compile("|".join(patterns)) if patterns else None
+        return {
+            name
+            for name in names
+            if name in known or (ends and name.endswith(ends)) or (apart is not None and apart.fullmatch(name))
+        }
 
     @cached_property
     def alike(self) -> Mapping[int, Sequence[int]]:
         """The layers that are cut alike, by the first of them."""
         first: dict[tuple[TensorSplit, ...], int] = {}
         found: dict[int, list[int]] = {}
-        for layer, block in enumerate(self.blocks):
-            found.setdefault(first.setdefault(block.splits, layer), []).append(layer)
+        for number, layer in enumerate(self.layers):
+            found.setdefault(first.setdefault(layer.splits, number), []).append(number)
         return found
 
     @property
     def max_tp(self) -> int:
         """The most ranks that attention can be dealt to; other cuts may allow fewer."""
-        return min(block.attention.num_heads for block in self.blocks)
+        return min(layer.mixer.num_heads for layer in self.layers)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -209,10 +137,13 @@ class Blueprint:
         return tuple(block.attention.window for block in self.blocks)
 
 
+def renamed(name: str, root: str) -> str:
+    """The name that tensor or module ``name`` has in a checkpoint with that ``root``. The head is beside ``model.``"""
+    if name.startswith(ROOT):
+        return root + name.removeprefix(ROOT)
+    return root.removesuffix(ROOT) + name
+
+
 def _prefixed(split: TensorSplit, prefix: str) -> TensorSplit:
     parts = tuple(replace(part, source=prefix + part.source) for part in split.parts)
     return replace(split, name=prefix + split.name, parts=parts)
-
-
-def _replicated(name: str, length: int) -> TensorSplit:
-    return TensorSplit(name, Rule.REPLICATED, (Part(name, length, Whole()),))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
-from tpctl.errors import PartitionError, UsageError
+from tpctl.errors import PartitionError, UnsupportedModelError, UsageError
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import Rule
 
@@ -22,9 +22,12 @@ def check_compat(engine: str, config: ModelConfig, plan: PartitionPlan) -> None:
     Raises:
         UsageError: the engine is unknown.
         PartitionError: the split is uneven; the message names the sizes that are not.
+        UnsupportedModelError: nobody has tried it with such a model.
     """
     if engine not in ENGINES:
         raise UsageError(f"--compat {engine} is unknown; use {' or '.join(ENGINES)}")
+    if (why := config.blueprint.why_not_run()) is not None:
+        raise UnsupportedModelError(f"--compat {engine} is not known to work for a model that has {why}; leave it out")
     if (uneven := _uneven(plan)) is not None:
         even = [tp for tp in range(1, config.blueprint.max_tp + 1) if _is_even(config, tp)]
         raise PartitionError(

@@ -12,14 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpctl.arch.block import Block
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.families import FAMILIES
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
+from tpctl.arch.formats import read_scheme
+from tpctl.arch.quantised import Cutting, cut_by, quantised
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import is_file, read_object
 from tpctl.partition.dtypes import DTYPES
+
+_OF_BOTH = (
+    *("architectures", "quantization_config", "compression_config", "dtype", "torch_dtype"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id"),
+)
+"""Fields of a model that sees which its text model may leave to it."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +48,33 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        return len(self.blueprint.blocks)
+        return len(self.blueprint.layers)
 
     @property
     def vocab_size(self) -> int:
         return self.blueprint.vocab_size
 
     @classmethod
-    def load(cls, folder: Path) -> ModelConfig:
+    def load(cls, folder: Path, cutting: Cutting = Cutting()) -> ModelConfig:
         """Read ``folder/config.json`` (and the EOS ids of ``generation_config.json``, where they differ).
 
         Raises:
             CheckpointError: the file is missing, not JSON, or has a wrong field.
             UnsupportedModelError: it names something tpctl does not know.
+            PartitionError: the model cannot be cut as ``cutting`` says.
         """
         if not is_file(folder / "config.json"):
             raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
         raw = read_object(folder / "config.json")
-        return cls.from_dict(raw, read_object(folder / "generation_config.json", default={}))
+        return cls.from_dict(raw, read_object(folder / "generation_config.json", default={}), cutting)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    def from_dict(
+        cls,
+        raw: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        cutting: Cutting = Cutting(),
+    ) -> ModelConfig:
         """Parse a config's dictionary; ``generation`` is that of ``generation_config.json``. Errors as ``load``."""
         model_type = raw.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -67,17 +82,21 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"model_type {shown(model_type)} is not supported; tpctl knows {', '.join(sorted(FAMILIES))}"
             )
-        fields = Fields(raw, family.defaults, family.nullable)
+        fields = Fields(_of_text(raw, family.inner), family.defaults, family.nullable)
         _check_kind(fields, model_type, family)
         sizes = Sizes.read(fields)
-        foreign = {key: value for key, value in raw.items() if key not in family.own}
-        check_fields(foreign, family.architecture, sizes.head_dim)
+        if family.runs:
+            foreign = {key: value for key, value in fields.values.items() if key not in family.own}
+            check_fields(foreign, family.architecture, sizes.head_dim)
         blueprint = family.describe(fields, sizes)
+        if (scheme := read_scheme(fields)) is not None:
+            blueprint = quantised(blueprint, scheme)
+        blueprint = cut_by(blueprint, cutting)
         return cls(
             model_type=model_type,
             family=family,
             blueprint=blueprint,
-            max_position_embeddings=min(block.attention.rope.longest for block in blueprint.blocks),
+            max_position_embeddings=_longest(blueprint, fields),
             dtype=_dtype(fields),
             eos_token_ids=_eos(fields, Fields(generation or {}, file="generation_config.json"), sizes.vocab_size),
             bos_token_id=next(iter(_ids(fields, "bos_token_id", sizes.vocab_size)), None),
@@ -89,18 +108,23 @@ def _check_kind(fields: Fields, model_type: str, family: Family) -> None:
     architectures = fields.get("architectures") or [family.architecture]
     if not isinstance(architectures, list):
         raise fields.wrong("architectures", "a list")
-    if family.architecture not in architectures:
+    if not {family.architecture, *family.others} & set(map(str, architectures)):
         raise UnsupportedModelError(
             f"architecture {shown(architectures[0])} of model_type {shown(model_type)} is not supported; "
-            f"tpctl runs {family.architecture}"
+            f"tpctl {'runs' if family.runs else 'cuts'} {family.architecture}"
         )
-    for key in ("quantization_config", "compression_config"):
-        if quantization := fields.mapping(key):
-            method = quantization.get("quant_method") or quantization.get("format") or "unknown"
-            raise UnsupportedModelError(
-                f"the checkpoint is quantised ({shown(method)}), which is not supported yet; "
-                "use its unquantised original"
-            )
+
+
+def _of_text(raw: Mapping[str, Any], inner: str | None) -> Mapping[str, Any]:
+    """The fields of the text model, which one that sees has in an object of their own, beside some that are of both."""
+    text = raw.get(inner) if inner is not None else None
+    return {**{key: raw[key] for key in _OF_BOTH if key in raw}, **text} if isinstance(text, dict) else raw
+
+
+def _longest(blueprint: Blueprint, fields: Fields) -> int:
+    """The longest sequence that every layer takes, as far as layers say it; ``max_position_embeddings`` otherwise."""
+    said = [layer.attention.rope.longest for layer in blueprint.layers if isinstance(layer, Block)]
+    return min(said) if said else fields.whole("max_position_embeddings")
 
 
 def _dtype(fields: Fields) -> str:

@@ -10,7 +10,7 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.fields import Fields
 from tpctl.errors import CheckpointError
 
-MOST_LAYERS, MOST_HEADS = 10_000, 4096
+MOST_LAYERS, MOST_HEADS, MOST_EXPERTS = 10_000, 4096, 100_000
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Family:
         describe: the blueprint of a config. It raises ``CheckpointError`` for a field that is wrong and
             ``UnsupportedModelError`` for one that asks for what the family does not have.
         own: fields that change a result, and that ``describe`` reads though most families do not have them.
+        others: further class names that are the same model, as one that also sees.
+        inner: the field that holds those of the text model, where there is more than one.
+        runs: tpctl runs its models; otherwise it cuts them, and reads no more of a config than that takes.
     """
 
     architecture: str
@@ -75,6 +78,9 @@ class Family:
     nullable: frozenset[str]
     describe: Callable[[Fields, Sizes], Blueprint]
     own: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
+    inner: str | None = None
+    runs: bool = True
 
 
 COMMON: Mapping[str, Any] = {

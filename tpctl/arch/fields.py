@@ -75,6 +75,25 @@ class Fields:
             raise self.wrong(key, "an object")
         return dict(value or {})
 
+    def inside(self, key: str) -> Fields:
+        """The fields of the object that the field holds, of which none has a default."""
+        return self.within(self.mapping(key))
+
+    def wholes(self, key: str, *, most: int = MOST) -> tuple[int, ...]:
+        """A list of whole numbers; empty where it is missing or null."""
+        value = self.get(key)
+        found = value if isinstance(value, list) else [] if value is None else [None]
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= most for n in found):
+            raise self.wrong(key, f"a list of whole numbers up to {most}")
+        return tuple(found)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of strings; empty where it is missing or null."""
+        value = self.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            raise self.wrong(key, "a list of names")
+        return tuple(value or ())
+
     def token_ids(self, key: str, vocab_size: int) -> list[int]:
         """A token id, a list of them, or null; every one is in the vocabulary."""
         value = self.get(key)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tpctl.arch.blueprint import Activation, Attention, Block, Blueprint, Gated, Linear, Norm
+from tpctl.arch.block import Activation, Attention, Block, CutBlock, Gated, Layer, LayerPart, Mixer
+from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.linear import Linear, Norm
 from tpctl.arch.rope import RopeConfig
 from tpctl.errors import UnsupportedModelError, shown
-from tpctl.partition.split import Cut, Even, KVHeads, Part, QueryHeads, Rule, Whole
+from tpctl.partition.cuts import Cut, Even, KVHeads, QueryHeads, Whole
+from tpctl.partition.split import Part, Rule
 
 SILU: Mapping[str, Activation] = {"silu": "silu", "swish": "silu"}
 """Names of the activation that most families have."""
@@ -95,10 +98,17 @@ def block(sizes: Sizes, attention: Attention, mlp: Gated) -> Block:
     )
 
 
-def model(sizes: Sizes, blocks: tuple[Block, ...]) -> Blueprint:
+def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart) -> CutBlock:
+    """The same, of a layer that tpctl cuts and does not run."""
+    before = Norm("input_layernorm", sizes.hidden_size, sizes.eps)
+    after = Norm("post_attention_layernorm", sizes.hidden_size, sizes.eps)
+    return CutBlock(mixer, (before, mixer, after, *mlp))
+
+
+def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
     """A model with one norm before its head."""
     norm = Norm("model.norm", sizes.hidden_size, sizes.eps)
-    return Blueprint(sizes.vocab_size, sizes.hidden_size, blocks, norm, sizes.tied)
+    return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, norm, sizes.tied)
 
 
 def _stacked(where: str, name: str, sections: tuple[tuple[str, int, Cut], ...], fused: bool) -> tuple[Part, ...]:

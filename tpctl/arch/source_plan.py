@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from tpctl.arch.block import Experts, Layer, LayerPart
+from tpctl.arch.blueprint import ROOT, Blueprint, renamed
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
-from tpctl.errors import MixedDtypesError, UnsupportedModelError
+from tpctl.arch.quantised import mapped
+from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import TensorSplit
@@ -25,20 +29,62 @@ def build_plan(config: ModelConfig, tp_size: int) -> PartitionPlan:
     return _plan(config, tuple(config.blueprint.splits()), tp_size)
 
 
-def source_splits(config: ModelConfig, names: Iterable[str]) -> list[TensorSplit]:
+def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSplit]:
     """The split of every stored tensor, for a checkpoint that holds tensors ``names``.
 
-    With tied embeddings a checkpoint may keep the one copy under the head's name; the head is then read from there.
+    They tell what the config does not: the root of the names, whether experts are stacked, which optional tensors
+    there are, and under which name the one copy of a tied embedding is.
     """
-    blueprint, held = config.blueprint, set(names)
-    splits = list(blueprint.splits())
-    if blueprint.tied and blueprint.head in held and blueprint.embedding not in held:
-        head = splits[-1]
-        splits[-1] = replace(head, parts=tuple(replace(part, source=blueprint.head) for part in head.parts))
-    return splits
+    blueprint = config.blueprint
+    if names:
+        layers = (_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
+        blueprint = replace(blueprint, layers=tuple(layers))
+    root = blueprint.root(names)
+    splits = [_from(root, split) for split in blueprint.splits()]
+    if blueprint.tied:
+        embedding, head = (renamed(name, root) for name in (blueprint.embedding, blueprint.head))
+        if head in names and embedding not in names:
+            splits[-1] = replace(splits[-1], parts=tuple(replace(part, source=head) for part in splits[-1].parts))
+    return [split for split in splits if not split.optional or any(source in names for source in split.sources)]
 
 
-def source_plan(config: ModelConfig, names: Iterable[str], tp_size: int) -> PartitionPlan:
+def second_copies(config: ModelConfig, names: Container[str]) -> dict[str, str]:
+    """Tensors of a checkpoint that are copies of another one, by name: a tied head beside the embedding."""
+    blueprint = config.blueprint
+    root = blueprint.root(names)
+    embedding, head = (renamed(name, root) for name in (blueprint.embedding, blueprint.head))
+    return {head: embedding} if blueprint.tied and head in names and embedding in names else {}
+
+
+def towers(config: ModelConfig, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that belong to what sees or hears, beside the text model."""
+    patterns = config.blueprint.towers
+    return [name for name in names if patterns and re.fullmatch("|".join(patterns), name)]
+
+
+def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[str]) -> Layer:
+    """``layer`` with its experts in the form that the checkpoint has them."""
+    prefix, root = blueprint.prefix.format(number), blueprint.root(names)
+
+    def held(part: LayerPart) -> LayerPart:
+        if not isinstance(part, Experts):
+            return part
+        for gate_up, down in ((part.gate_up, part.down), *part.forms):
+            first = next(iter(next(iter(gate_up.splits())).sources))
+            if renamed(prefix + first, root) in names:
+                return replace(part, gate_up=gate_up, down=down)
+        return part
+
+    return mapped(layer, held)
+
+
+def _from(root: str, split: TensorSplit) -> TensorSplit:
+    if root == ROOT:
+        return split
+    return replace(split, parts=tuple(replace(part, source=renamed(part.source, root)) for part in split.parts))
+
+
+def source_plan(config: ModelConfig, names: Collection[str], tp_size: int) -> PartitionPlan:
     """The partition plan for a checkpoint that holds tensors ``names`` (see ``source_splits``).
 
     Raises:
@@ -55,24 +101,30 @@ def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_siz
         UnsupportedModelError: the tensors are those of a quantised model, an adapter or another architecture.
         CheckpointError: a tensor is missing, of another shape, or unknown.
     """
-    plan, ignored = source_plan(config, shapes, tp_size), config.blueprint.ignored()
-    check_tensors(shapes.keys() - plan.source_shapes.keys() - set(ignored))
+    plan, ignored = source_plan(config, shapes, tp_size), config.blueprint.unread(shapes)
+    check_tensors(shapes.keys() - plan.source_shapes.keys() - ignored)
     plan.check_source(shapes, ignored)
     return plan
 
 
-def stored_dtype(name: str, sources: Mapping[str, str], target: str | None) -> str:
-    """The safetensors dtype of stored tensor ``name``.
+def stored_dtype(split: TensorSplit, sources: Mapping[str, str], target: str | None) -> str:
+    """The safetensors dtype of the stored tensor of ``split``.
 
     Args:
         sources: the dtypes of the tensors that it is made of, by their names.
-        target: what floats are cast to; ``None`` keeps them.
+        target: what floats are cast to; ``None`` keeps them. Quantised values and their scales stay as they are.
 
     Raises:
         MixedDtypesError: they differ, and a cast would make them equal.
+        CheckpointError: they are quantised, and differ, or one is none that the format has.
         UnsupportedModelError: one is no float: what it stands for, only its scales would say.
     """
-    if strange := [source for source, dtype in sources.items() if dtype not in FLOATS]:
+    if split.dtypes is not None:
+        for source, dtype in sources.items():
+            if dtype not in split.dtypes:
+                raise CheckpointError(f"{source} is {dtype}, but its format has {' or '.join(split.dtypes)}")
+        target = None
+    elif strange := [source for source, dtype in sources.items() if dtype not in FLOATS]:
         raise UnsupportedModelError(
             f"{strange[0]} is {sources[strange[0]]}, but weights are floats; the checkpoint is quantised, without "
             "scales; use its unquantised original"
@@ -81,11 +133,13 @@ def stored_dtype(name: str, sources: Mapping[str, str], target: str | None) -> s
     if len(set(kept.values())) == 1:
         return next(iter(kept.values()))
     (first, one), (second, other) = list({dtype: source for source, dtype in kept.items()}.items())[:2]
-    differ = f"{one} is {first} but {other} is {second}; {name} cannot hold both"
+    differ = f"{one} is {first} but {other} is {second}; {split.name} cannot hold both"
+    if split.dtypes is not None:
+        raise CheckpointError(differ)
     raise MixedDtypesError(f"{differ}, cast with --dtype {', '.join(DTYPES)}")
 
 
 def _plan(config: ModelConfig, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
     for layer in config.blueprint.alike:  # said first, in words of heads
-        config.blueprint.blocks[layer].attention.shares(tp_size)
+        config.blueprint.layers[layer].mixer.shares(tp_size)
     return PartitionPlan.build(splits, tp_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.arch.blueprint import Activation
+from tpctl.arch.block import Activation
 
 
 def act_and_mul(gate_up: Tensor, activation: Activation = "silu") -> Tensor:

@@ -10,7 +10,7 @@ from tpctl.distributed import TPGroup
 from tpctl.layers.linear import ColumnParallelLinear
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
-from tpctl.partition.split import Range
+from tpctl.partition.cuts import Range
 
 
 class VocabParallelEmbedding(Layer):

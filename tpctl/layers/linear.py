@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tpctl.arch.blueprint import Activation
+from tpctl.arch.block import Activation
 from tpctl.distributed import TPGroup
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm

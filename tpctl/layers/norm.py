@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tpctl.arch import blueprint
+from tpctl.arch import linear
 from tpctl.layers.module import Layer
 
 
@@ -36,7 +36,7 @@ class RMSNorm(Layer):
         self.unit_offset = unit_offset
 
     @classmethod
-    def of(cls, made_of: blueprint.Norm, dtype: torch.dtype | None = None) -> RMSNorm:
+    def of(cls, made_of: linear.Norm, dtype: torch.dtype | None = None) -> RMSNorm:
         return cls(made_of.size, made_of.eps, dtype, unit_offset=made_of.unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:

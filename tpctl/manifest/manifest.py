@@ -52,7 +52,8 @@ class Manifest:
     """A shard folder's contents. ``shards`` maps rank to shard: all of them, or those that ``--ranks`` named.
 
     ``dtype`` is the safetensors dtype that float tensors were cast to, ``None`` where they are as in the
-    source. ``extra`` holds tensors of the source that no rank needs but ``merge`` gives back.
+    source. ``extra`` holds tensors of the source that no rank needs but ``merge`` gives back. ``expert_parallel`` is
+    the number of groups of ranks that whole experts were dealt to, ``even`` whether borders may divide a scale's block.
     """
 
     source: Source
@@ -64,6 +65,8 @@ class Manifest:
     shards: Mapping[int, Shard]
     extra: Shard | None
     files: Mapping[str, CopiedFile]
+    expert_parallel: int = 1
+    even: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -207,6 +210,8 @@ def _to_dict(manifest: Manifest) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "max_part_size": manifest.max_part_size,
         "compat": manifest.compat,
+        **({} if manifest.expert_parallel == 1 else {"expert_parallel": manifest.expert_parallel}),
+        **({"even": True} if manifest.even else {}),
         "source": {
             "id": source.id,
             "revision": source.revision,
@@ -254,6 +259,8 @@ def _from_dict(value: Mapping[str, Any]) -> Manifest:
             plain_name(name): CopiedFile(natural(file["size"]), digest(file["digest"]))
             for name, file in value["files"].items()
         },
+        expert_parallel=natural(value.get("expert_parallel", 1), least=1, most=tp_size),
+        even=bool(value.get("even", False)),
     )
     if manifest.extra is not None and len(manifest.extra.parts) != 1:
         raise ValueError("tensors that no rank needs are in one file")

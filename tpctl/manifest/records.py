@@ -58,6 +58,7 @@ class ManifestTensor:
     """A stored tensor: where it is, its BLAKE3 digest, and the pieces of source tensors that fill it.
 
     What no piece covers is ``fill``: zero for a padded vocabulary, one for a scale that a serving engine expects.
+    ``stacked``: the first axis is of experts.
     """
 
     part: int
@@ -68,6 +69,7 @@ class ManifestTensor:
     dim: int
     pieces: tuple[Piece, ...]
     fill: int = 0
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
                     }
                     for piece in tensor.pieces
                 ],
+                **({"stacked": True} if tensor.stacked else {}),
             }
             for name, tensor in shard.tensors.items()
         },
@@ -162,14 +165,23 @@ def tensor_from_dict(value: Mapping[str, Any], num_parts: int) -> ManifestTensor
         natural(value["dim"], most=max(0, len(shape) - 1)),
         tuple(_piece(piece, shape) for piece in value["pieces"]),
         natural(value["fill"], most=1),
+        _stacked(value, shape),
     )
+
+
+def _stacked(value: Mapping[str, Any], shape: Shape) -> bool:
+    stacked = value.get("stacked", False)
+    if not isinstance(stacked, bool) or (stacked and len(shape) < 2):
+        raise ValueError("a tensor without experts is stacked")
+    return stacked
 
 
 def _piece(value: Mapping[str, Any], whole: Shape) -> Piece:
     start, shape, at = (_shape(value[key]) for key in ("start", "shape", "at"))
-    # Pieces lie one below the other in the stored tensor; they are equal in all axes but the first.
     inside = all(first + length <= total for first, length, total in zip(at, shape, whole, strict=True))
-    if len(start) != len(whole) or not inside or shape[1:] != whole[1:]:
+    # They lie one below the other in the stored tensor, or beside each other: they are equal in all axes but one.
+    axes = sum(length != total for length, total in zip(shape, whole, strict=True))
+    if len(start) != len(whole) or not inside or axes > 1:
         raise ValueError("a piece lies outside its tensor")
     return Piece(text(value["source"]), start, shape, at, text(value["label"]))
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tpctl.arch import blueprint
+from tpctl.arch import block as blocks
+from tpctl.arch import linear
 from tpctl.arch.blueprint import Blueprint
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.attention import Attention
@@ -40,7 +41,7 @@ class MLP(Layer):
     ``down_proj`` is left to the residual stream that its sum is added to.
     """
 
-    def __init__(self, made_of: blueprint.Gated, width: int, group: TPGroup, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, made_of: blocks.Gated, width: int, group: TPGroup, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         hidden = made_of.gate_up.inputs
         self.gate_up_proj = GatedParallelLinear(hidden, width, made_of.gate_up.bias, dtype, made_of.activation)
@@ -65,7 +66,7 @@ class DecoderLayer(Layer):
 
     def __init__(
         self,
-        made_of: blueprint.Block,
+        made_of: blocks.Block,
         width: int,
         backend: AttentionBackend[Any],
         rotary: RotaryTable,
@@ -78,7 +79,7 @@ class DecoderLayer(Layer):
         self.self_attn = Attention(made_of.attention, backend, rotary, group, dtype)
         self.mlp = MLP(made_of.mlp, width, group, dtype)
 
-    def _norm(self, made_of: blueprint.Norm | None, dtype: torch.dtype) -> RMSNorm | None:
+    def _norm(self, made_of: linear.Norm | None, dtype: torch.dtype) -> RMSNorm | None:
         if made_of is None:
             return None
         norm = RMSNorm.of(made_of, dtype)

@@ -6,12 +6,14 @@ read this one object. Nothing else computes an offset, divides a head count or p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.split import Cut, Range, Rule, TensorSplit, source_shapes
+from tpctl.partition.cuts import Cut, Range
+from tpctl.partition.split import EACH, Part, Rule, TensorSplit, source_shapes, tensor_names
 
 Shape = tuple[int, ...]
 
@@ -21,7 +23,8 @@ class Piece:
     """A rectangle of a source tensor and its place in the stored one.
 
     ``start`` is the rectangle's first index in the source, ``at`` its first index in the stored tensor; both and
-    ``shape`` have the tensor's rank.
+    ``shape`` have the stored tensor's rank. A source with ``{}`` in its name is one tensor for each index of the first
+    axis, seen as if they were stacked.
     """
 
     source: str
@@ -34,20 +37,35 @@ class Piece:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def tensors(self) -> Iterable[str]:
+        """The names of the source tensors that it is of."""
+        first = self.start[0] if self.start else 0
+        return tensor_names(self.source, first + (self.shape[0] if self.shape else 1), first)
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor of one rank's shard: the disjoint ``pieces`` that fill it; what no piece covers is zero."""
+    """A tensor of one rank's shard: the disjoint ``pieces`` that fill it; what no piece covers is zero.
+
+    ``dim`` is the axis along which they were cut and lie; ``stacked``: the first axis is one of experts.
+    """
 
     name: str
     rule: Rule
     dim: int
     shape: Shape
     pieces: tuple[Piece, ...]
+    stacked: bool = False
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def by_rows(self) -> bool:
+        """As of ``TensorSplit``."""
+        return self.dim == self.stacked and self.rule is not Rule.REPLICATED
 
     @property
     def padding(self) -> int:
@@ -73,12 +91,16 @@ class PartitionPlan:
         """
         shards: tuple[dict[str, PlannedTensor], ...] = tuple({} for _ in range(tp_size))
         cuts: dict[tuple[Cut, int], tuple[Range, ...]] = {}  # layers are cut alike
+
+        def ranges(cut: Cut, length: int) -> tuple[Range, ...]:
+            if (cut, length) not in cuts:
+                cuts[cut, length] = cut.ranges(length, tp_size)
+            return cuts[cut, length]
+
         for split in splits:
-            for part in split.parts:
-                if (part.cut, part.length) not in cuts:
-                    cuts[part.cut, part.length] = part.cut.ranges(part.length, tp_size)
-            held = [cuts[part.cut, part.length] for part in split.parts]
-            for rank, stored in enumerate(_cut(split, held, tp_size)):
+            held = [ranges(part.cut, part.length) for part in split.parts]
+            experts = None if split.stack is None else ranges(split.stack.cut, split.stack.count)
+            for rank, stored in enumerate(_cut(split, held, experts, tp_size)):
                 shards[rank][split.name] = stored
         plan = cls(tp_size, tuple(splits), source_shapes(splits), shards)
         plan.check()
@@ -87,6 +109,12 @@ class PartitionPlan:
     def shape(self, rank: int, name: str) -> Shape:
         """The shape of stored tensor ``name`` on ``rank``."""
         return self.shards[rank][name].shape
+
+    @cached_property
+    def stacks(self) -> frozenset[str]:
+        """Source tensors whose first axis is of experts."""
+        stacked = (split for split in self.splits if split.stack is not None)
+        return frozenset(part.source for split in stacked for part in split.parts if EACH not in part.source)
 
     @property
     def vocab_slices(self) -> tuple[Range, ...]:
@@ -109,21 +137,14 @@ class PartitionPlan:
                 a defect of the rules, never of a checkpoint.
         """
         for split in self.splits:
-            if split.dim and len(split.parts) > 1:
-                raise PartitionError(
-                    f"{split.name}: {len(split.parts)} parts beside each other; they can only be stacked"
-                )
-            per_source: dict[str, list[tuple[int, Range]]] = {}
+            held: dict[str, list[tuple[int, Piece]]] = {}
             for rank, shard in enumerate(self.shards):
                 for piece in shard[split.name].pieces:
-                    start = piece.start[split.dim]
-                    found = per_source.setdefault(piece.source, [])
-                    found.append((rank, Range(start, start + piece.shape[split.dim])))
+                    held.setdefault(piece.source, []).append((rank, piece))
             for part in split.parts:
-                wanted = Range(part.offset, part.offset + part.length)
-                _check_cover(split.name, part.source, wanted, per_source.get(part.source, []))
+                _check_part(split, part, held.get(part.source, []))
 
-    def check_source(self, shapes: Mapping[str, Shape], ignored: Sequence[str] = ()) -> None:
+    def check_source(self, shapes: Mapping[str, Shape], ignored: Collection[str] = ()) -> None:
         """Check a checkpoint's tensor shapes against the plan before a byte of data is read.
 
         Args:
@@ -140,7 +161,7 @@ class PartitionPlan:
                     f"the checkpoint has no tensor {name} ({_dims(expected)} expected from config.json); "
                     "it is incomplete or its config.json belongs to another model"
                 )
-            if tuple(found) != expected:
+            if tuple(found) != expected and not (found == () and expected == (1,)):  # a scalar is one entry
                 raise CheckpointError(
                     f"tensor {name} is {_dims(found)} in the checkpoint but {_dims(expected)} by config.json; "
                     "the two do not belong together"
@@ -155,21 +176,47 @@ class PartitionPlan:
             )
 
 
-def _cut(split: TensorSplit, cuts: Sequence[Sequence[Range]], tp_size: int) -> Iterator[PlannedTensor]:
-    """Each rank's stored tensor for ``split``, in rank order; ``cuts`` are the ranks' ranges of each part."""
-    dim = split.dim
+def _cut(
+    split: TensorSplit, cuts: Sequence[Sequence[Range]], experts: Sequence[Range] | None, tp_size: int
+) -> Iterator[PlannedTensor]:
+    """Each rank's stored tensor for ``split``, in rank order.
+
+    Args:
+        cuts: the ranks' ranges of each part.
+        experts: the ranks' ranges of the stack.
+    """
+    stacked = experts is not None
+    dim = split.dim + stacked
     for rank in range(tp_size):
+        lead = () if experts is None else (len(experts[rank]),)
+        first = () if experts is None else (experts[rank].start,)
         pieces, along = [], 0
         for part, ranges in zip(split.parts, cuts, strict=True):
             held = ranges[rank]
             real = held.clipped(part.length)
-            if len(real):
+            if len(real) and 0 not in lead:
                 shape = split.shape(len(real))
                 start, at = [0] * len(shape), [0] * len(shape)
-                start[dim], at[dim] = part.offset + real.start, along
-                pieces.append(Piece(part.source, tuple(start), shape, tuple(at), part.label))
+                start[split.dim], at[split.dim] = part.offset + real.start, along
+                place = (*first, *start), (*lead, *shape), (*(0 for _ in lead), *at)
+                pieces.append(Piece(part.source, *place, part.label))
             along += len(held)
-        yield PlannedTensor(split.name, split.rule, dim, split.shape(along), tuple(pieces))
+        yield PlannedTensor(split.name, split.rule, dim, (*lead, *split.shape(along)), tuple(pieces), stacked)
+
+
+def _check_part(split: TensorSplit, part: Part, held: Sequence[tuple[int, Piece]]) -> None:
+    """Raise unless ``held`` (rank, piece) covers ``part``, of every expert, with no rank holding a place twice."""
+    dim = split.dim + (split.stack is not None)
+    wanted = Range(part.offset, part.offset + part.length)
+    along = [(rank, Range(piece.start[dim], piece.start[dim] + piece.shape[dim])) for rank, piece in held]
+    if split.stack is None:
+        _check_cover(split.name, part.source, wanted, along)
+        return
+    experts = [Range(piece.start[0], piece.start[0] + piece.shape[0]) for _, piece in held]
+    borders = sorted({0, split.stack.count, *(edge for one in experts for edge in (one.start, one.stop))})
+    for first in borders[:-1]:
+        among = [one for one, held_by in zip(along, experts, strict=True) if held_by.start <= first < held_by.stop]
+        _check_cover(split.name, part.source.replace(EACH, str(first)), wanted, among)
 
 
 def _check_cover(name: str, source: str, wanted: Range, held: Sequence[tuple[int, Range]]) -> None:

@@ -1,205 +1,39 @@
-"""Rules that cut one axis of a weight over the ranks of a tensor-parallel group.
-
-A rule is a ``Cut``: given the length of an axis and the number of ranks, it names each rank's half-open range of
-that axis. Everything else in tensor parallelism is a matter of which axis is cut, and of which weights are stacked
-into one before they are stored:
+"""How the tensors of a checkpoint become those of a shard, as data.
 
     column-parallel   W [out, in] cut along ``out``; the ranks' outputs concatenate to the whole output
     row-parallel      W [out, in] cut along ``in``; the ranks' outputs are partial sums of the whole output
     merged column     gate and up, each cut along ``out``, stacked so that one GEMM gives both
     QKV               q, k and v cut along ``out`` in whole heads, stacked likewise
     vocabulary        embedding rows, padded to a multiple of 64
+    experts           weights of a mixture's experts, stacked along a new first axis: each expert is cut as any linear,
+                      or whole experts are dealt to the ranks, or both
     replicated        the whole weight on every rank
 
-Ranges are in elements of the axis unless a name says heads.
+Which rank gets which range of the cut axis is said by a ``Cut`` (``partition.cuts``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
-from tpctl.errors import PartitionError
+from tpctl.partition.cuts import Cut
 
-VOCAB_MULTIPLE = 64
-"""Vocabularies are padded to a multiple of this many rows, as serving engines do."""
-
-ALIGNMENT = 16
-"""Uneven cuts fall on multiples of this many elements where the axis allows, so that GEMM rows stay aligned."""
+EACH = "{}"
+"""In a source's name: the number of an expert."""
 
 
 class Rule(StrEnum):
     """How a stored tensor is cut; the names of the layers that hold it."""
 
     REPLICATED = "replicated"
+    COLUMN = "column"
     MERGED_COLUMN = "merged-column"
     QKV = "qkv"
     ROW = "row"
+    EXPERTS = "experts"
     VOCAB = "vocab"
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A half-open range ``[start, stop)``."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def scaled(self, factor: int) -> Range:
-        """The same range in units ``factor`` times finer (heads to elements)."""
-        return Range(self.start * factor, self.stop * factor)
-
-    def clipped(self, limit: int) -> Range:
-        """The part of the range below ``limit``; empty if there is none."""
-        return Range(min(self.start, limit), min(self.stop, limit))
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShare:
-    """One rank's attention heads: ``query`` and ``kv`` are ranges of head indices.
-
-    Query head ``h`` of a model with ``group`` query heads per KV head reads KV head ``h // group``; every query head
-    of a share reads a KV head of the same share.
-    """
-
-    query: Range
-    kv: Range
-
-
-def split_evenly(total: int, parts: int, granularity: int = 1) -> tuple[Range, ...]:
-    """Cut ``[0, total)`` into ``parts`` consecutive ranges whose lengths are multiples of ``granularity``.
-
-    The remainder, in granules, goes to the first ranges; a last partial granule belongs to the last range that
-    holds anything.
-
-    Raises:
-        PartitionError: there are fewer granules than parts, so a rank would hold nothing.
-    """
-    granules = -(-total // granularity)
-    if granules < parts:
-        raise PartitionError(
-            f"cannot cut {total} elements into {parts} parts of whole multiples of {granularity}: "
-            f"only {granules} exist; use a tensor-parallel size of at most {granules}"
-        )
-    share, rest = divmod(granules, parts)
-    ranges, start = [], 0
-    for part in range(parts):
-        stop = start + (share + (part < rest)) * granularity
-        ranges.append(Range(start, min(stop, total)))
-        start = stop
-    return tuple(ranges)
-
-
-def split_aligned(total: int, parts: int) -> tuple[Range, ...]:
-    """Cut ``[0, total)`` exactly evenly if ``parts`` divides it, else in steps of ``ALIGNMENT`` where possible."""
-    if total % parts == 0 or total % ALIGNMENT or total // ALIGNMENT < parts:
-        return split_evenly(total, parts)
-    return split_evenly(total, parts, ALIGNMENT)
-
-
-def split_heads(num_heads: int, num_kv_heads: int, tp_size: int) -> tuple[HeadShare, ...]:
-    """Deal attention heads to ranks, in whole heads, for any ``tp_size`` from 1 to ``num_heads``.
-
-    With ``tp_size <= num_kv_heads`` each rank gets a run of KV heads together with their query groups. With more
-    ranks than KV heads, each KV head is held by several ranks that divide its query group, and every rank holds
-    exactly one KV head. Remainders go to the first ranks, or to the ranks of the first KV heads:
-
-        9 query / 3 KV heads    tp 2:  q 0-5 kv 0-1 | q 6-8 kv 2
-                                tp 5:  q 0-1 kv 0 | q 2 kv 0 | q 3-4 kv 1 | q 5 kv 1 | q 6-8 kv 2
-
-    Raises:
-        PartitionError: ``tp_size`` is not between 1 and ``num_heads``, or the heads do not form equal groups.
-    """
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise PartitionError(
-            f"{num_heads} query heads do not form equal groups over {num_kv_heads} KV heads; check config.json"
-        )
-    if not 1 <= tp_size <= num_heads:
-        raise PartitionError(
-            f"tensor-parallel size {tp_size} does not fit {num_heads} query heads; use --tp 1 to {num_heads}"
-        )
-    group = num_heads // num_kv_heads
-    if tp_size <= num_kv_heads:
-        return tuple(HeadShare(kv.scaled(group), kv) for kv in split_evenly(num_kv_heads, tp_size))
-    shares = []
-    for kv_head, ranks in enumerate(split_evenly(tp_size, num_kv_heads)):
-        for query in split_evenly(group, len(ranks)):
-            first = kv_head * group
-            shares.append(HeadShare(Range(first + query.start, first + query.stop), Range(kv_head, kv_head + 1)))
-    return tuple(shares)
-
-
-def pad_vocab(vocab_size: int) -> int:
-    """The number of vocabulary rows that are stored: ``vocab_size`` rounded up to a multiple of 64."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-class Cut(Protocol):
-    """Gives every rank its range of an axis of ``length`` elements. Ranges may overlap where ranks hold copies,
-    and may reach beyond ``length`` where the stored axis is padded with zeros."""
-
-    def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """Every rank holds the whole axis."""
-
-    def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]:
-        return (Range(0, length),) * tp_size
-
-
-@dataclass(frozen=True, slots=True)
-class Even:
-    """As even as possible; ``granularity`` above 1 keeps whole blocks (of a quantised weight, say) together."""
-
-    granularity: int = 1
-
-    def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]:
-        if self.granularity == 1:
-            return split_aligned(length, tp_size)
-        return split_evenly(length, tp_size, self.granularity)
-
-
-@dataclass(frozen=True, slots=True)
-class QueryHeads:
-    """Whole query heads of ``head_dim`` elements each, by ``split_heads``."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]:
-        assert length == self.num_heads * self.head_dim, (length, self)
-        shares = split_heads(self.num_heads, self.num_kv_heads, tp_size)
-        return tuple(share.query.scaled(self.head_dim) for share in shares)
-
-
-@dataclass(frozen=True, slots=True)
-class KVHeads:
-    """Whole KV heads of ``head_dim`` elements each, by ``split_heads``; copies where ranks outnumber them."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]:
-        assert length == self.num_kv_heads * self.head_dim, (length, self)
-        shares = split_heads(self.num_heads, self.num_kv_heads, tp_size)
-        return tuple(share.kv.scaled(self.head_dim) for share in shares)
-
-
-@dataclass(frozen=True, slots=True)
-class Vocab:
-    """Rows of the padded vocabulary; the last ranks' ranges may reach beyond the real one."""
-
-    def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]:
-        return split_aligned(pad_vocab(length), tp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,32 +51,81 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """The experts of a layer: the new first axis, of ``count`` entries, along which their weights are stacked.
+
+    A source whose name has ``{}`` in it stands for one tensor an expert, with its number there; any other is stacked
+    in the checkpoint already.
+    """
+
+    count: int
+    cut: Cut
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSplit:
     """One stored tensor: its parts are cut along ``dim`` and each rank's pieces stacked, in order, along ``dim``.
 
-    ``other`` is the length of the axis that is not cut, or ``None`` for a one-dimensional tensor.
+    Attributes:
+        dim: of one expert's tensor, where there is a ``stack``.
+        others: the lengths of the axes that are not cut, in order, without that of the stack.
+        stack: the experts, whose tensors these are.
+        dtypes: safetensors dtypes that the sources may have, which no cast changes; ``None``: floats.
+        optional: a checkpoint may lack it.
     """
 
     name: str
     rule: Rule
     parts: tuple[Part, ...]
     dim: int = 0
-    other: int | None = None
+    others: tuple[int, ...] = ()
+    stack: Stack | None = None
+    dtypes: tuple[str, ...] | None = None
+    optional: bool = False
 
     def shape(self, along: int) -> tuple[int, ...]:
-        """The shape of a tensor of this kind that has ``along`` entries on the cut axis."""
-        if self.other is None:
-            return (along,)
-        return (along, self.other) if self.dim == 0 else (self.other, along)
+        """The shape of a tensor of this kind (of one expert) that has ``along`` entries on the cut axis."""
+        return (*self.others[: self.dim], along, *self.others[self.dim :])
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of all ranks' shards put together, copies and padding apart."""
+        shape = self.shape(sum(part.length for part in self.parts))
+        return shape if self.stack is None else (self.stack.count, *shape)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether ranks differ in rows of the sources, seen as matrices (see ``sharding.moving.layout``)."""
+        return self.dim == 0 and self.rule is not Rule.REPLICATED
+
+    @property
+    def sources(self) -> Iterator[str]:
+        """The names of the tensors that it is made of."""
+        for source in dict.fromkeys(part.source for part in self.parts):
+            yield from tensor_names(source, 0 if self.stack is None else self.stack.count)
+
+
+def tensor_names(source: str, stop: int, start: int = 0) -> Iterable[str]:
+    """The checkpoint's tensors that ``source`` of a ``TensorSplit`` stands for: one, or one for each expert."""
+    if EACH not in source:
+        return (source,)
+    return (source.replace(EACH, str(expert)) for expert in range(start, stop))
 
 
 def source_shapes(splits: Iterable[TensorSplit]) -> dict[str, tuple[int, ...]]:
     """The shape that each source tensor must have for ``splits`` to read it whole."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    lengths: dict[str, int] = {}
+    of: dict[str, TensorSplit] = {}
     for split in splits:
         for part in split.parts:
-            end = part.offset + part.length
-            known = shapes.get(part.source)
-            along = end if known is None else max(end, known[split.dim])
-            shapes[part.source] = split.shape(along)
+            lengths[part.source] = max(part.offset + part.length, lengths.get(part.source, 0))
+            of[part.source] = split
+    shapes: dict[str, tuple[int, ...]] = {}
+    for source, along in lengths.items():
+        split = of[source]
+        shape, stack = split.shape(along), split.stack
+        if stack is not None and EACH not in source:
+            shape = (stack.count, *shape)
+        for name in tensor_names(source, 0 if stack is None else stack.count):
+            shapes[name] = shape
     return shapes

@@ -17,7 +17,7 @@ from tpctl.accounting import (
     sampler_bytes,
     unpacked_tokens,
 )
-from tpctl.arch.blueprint import Block
+from tpctl.arch.block import Attention, Experts, Gated, Layer
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
 from tpctl.checkpoint.metadata import ModelMetadata
@@ -51,10 +51,11 @@ class ModelSizes:
             checked_source_plan(config, {name: tensor.shape for name, tensor in metadata.tensors.items()}, 1)
         splits = source_splits(config, self._tensors or ())
         self.source_shapes = source_shapes(splits)
+        self._source_dtypes = {
+            source: self._dtype_of(source, split.dtypes) for split in splits for source in split.sources
+        }
         self.dtypes = {
-            split.name: stored_dtype(
-                split.name, {part.source: self.source_dtype(part.source) for part in split.parts}, cast
-            )
+            split.name: stored_dtype(split, {source: self._source_dtypes[source] for source in split.sources}, cast)
             for split in splits
         }
         self._stands_for = self._stand_ins(split.name for split in splits)
@@ -67,9 +68,9 @@ class ModelSizes:
     def small_plan(self, tp_size: int) -> PartitionPlan:
         """The plan with one layer of each sort. Raises ``PartitionError`` if the model cannot be cut so."""
         blueprint = self.config.blueprint
-        blocks = tuple(blueprint.blocks[layer] for layer in blueprint.alike)
+        layers = tuple(blueprint.layers[layer] for layer in blueprint.alike)
         return source_plan(
-            replace(self.config, blueprint=replace(blueprint, blocks=blocks)), self._tensors or (), tp_size
+            replace(self.config, blueprint=replace(blueprint, layers=layers)), self._tensors or (), tp_size
         )
 
     def _stand_ins(self, names: Iterable[str]) -> dict[str, str]:
@@ -79,11 +80,17 @@ class ModelSizes:
         for sort, layers in enumerate(blueprint.alike.values()):
             for layer in layers:
                 prefix, small = blueprint.prefix.format(layer), blueprint.prefix.format(sort)
-                found |= {prefix + split.name: small + split.name for split in blueprint.blocks[layer].splits}
+                found |= {prefix + split.name: small + split.name for split in blueprint.layers[layer].splits}
         return found
 
     def source_dtype(self, name: str) -> str:
-        return DTYPES[self.config.dtype] if self._tensors is None else self._tensors[name].dtype
+        """The safetensors dtype of a tensor of the checkpoint; without one, the first that its format has."""
+        return self._source_dtypes[name]
+
+    def _dtype_of(self, name: str, known: tuple[str, ...] | None) -> str:
+        if self._tensors is not None:
+            return self._tensors[name].dtype
+        return DTYPES[self.config.dtype] if known is None else known[0]
 
     @property
     def dtype(self) -> str:
@@ -126,7 +133,7 @@ class ModelSizes:
 
     def heads(self, tp_size: int, rank: int) -> tuple[int, int]:
         """Query and KV heads of ``rank``, of the layer where it has most."""
-        shares = [block.attention.shares(tp_size)[rank] for block in self._sorts()]
+        shares = [layer.mixer.shares(tp_size)[rank] for layer in self._sorts()]
         return max(len(share.query) for share in shares), max(len(share.kv) for share in shares)
 
     def kv_bytes_per_token(self, tp_size: int, rank: int) -> int:
@@ -135,9 +142,13 @@ class ModelSizes:
     @property
     def packs(self) -> bool:
         """Whether GPUs keep bfloat16 keys and values in 12 bits."""
-        whole = all(one.attention.rope.rotary_dim == one.attention.head_dim for one in self._sorts())
-        fits = all(one.attention.head_dim in PACKED_HEAD_DIMS for one in self._sorts())
-        return self._may_pack and self.dtype == DTYPES["bfloat16"] and fits and whole
+        fit = all(
+            isinstance(mixer, Attention)
+            and mixer.rope.rotary_dim == mixer.head_dim
+            and mixer.head_dim in PACKED_HEAD_DIMS
+            for mixer in (layer.mixer for layer in self._sorts())
+        )
+        return self._may_pack and self.dtype == DTYPES["bfloat16"] and fit
 
     def unpacked_bytes(self, tp_size: int, rank: int, tokens: int, max_model_len: int) -> int:
         """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is packed."""
@@ -161,11 +172,14 @@ class ModelSizes:
         """
         blueprint, size = self.config.blueprint, self._itemsize
         widest = 0
-        for block in self._sorts():
-            attention, share = block.attention, block.attention.shares(plan.tp_size)[rank]
-            width = len(block.mlp.down.input_cut.ranges(block.mlp.down.inputs, plan.tp_size)[rank])
-            heads = (2 * len(share.query) + 2 * len(share.kv)) * attention.head_dim
-            widest = max(widest, 3 * width, heads)
+        for layer in self._sorts():
+            mixer, share = layer.mixer, layer.mixer.shares(plan.tp_size)[rank]
+            if isinstance(mixer, Attention):
+                widest = max(widest, (2 * len(share.query) + 2 * len(share.kv)) * mixer.head_dim)
+            for part in layer.parts:
+                if isinstance(part, Gated | Experts):
+                    width = len(part.down.input_cut.ranges(part.down.inputs, plan.tp_size)[rank])
+                    widest = max(widest, 3 * width * (part.per_token if isinstance(part, Experts) else 1))
         step = tokens * size * (3 * blueprint.hidden_size + widest)
         rows, vocab = min(seqs, tokens), plan.shape(rank, blueprint.head)[0]
         head = tokens * size * 2 * blueprint.hidden_size + rows * vocab * (size + 2 * 4)
@@ -175,14 +189,16 @@ class ModelSizes:
     def _itemsize(self) -> int:
         return DTYPE_BITS[self.dtype] // 8
 
-    def _sorts(self) -> list[Block]:
-        """One block of each sort."""
-        return [self.config.blueprint.blocks[layer] for layer in self.config.blueprint.alike]
+    def _sorts(self) -> list[Layer]:
+        """One layer of each sort."""
+        return [self.config.blueprint.layers[layer] for layer in self.config.blueprint.alike]
 
     def _kv_heads(self, tp_size: int, rank: int) -> list[tuple[int, int]]:
         """KV heads of ``rank`` and their dimensions, of each layer."""
         found = []
         for first, layers in self.config.blueprint.alike.items():
-            attention = self.config.blueprint.blocks[first].attention
-            found += [(len(attention.shares(tp_size)[rank].kv), attention.head_dim)] * len(layers)
+            mixer = self.config.blueprint.layers[first].mixer
+            heads = len(mixer.shares(tp_size)[rank].kv)
+            dim = mixer.head_dim if isinstance(mixer, Attention) else mixer.kept // 2
+            found += [(heads, dim)] * len(layers)
         return found

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from tpctl.arch import parts
-from tpctl.arch.blueprint import Activation, Block, Blueprint, Norm
+from tpctl.arch.block import Activation, Block
+from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.linear import Norm
 from tpctl.arch.rope import RopeConfig, read_rope
 from tpctl.arch.windows import by_kind, layer_kinds
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown

@@ -22,7 +22,7 @@ from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
 from tpctl.engine.sampling.logprobs import report_logprobs
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.scheduling.sequence import NOT_FINITE
-from tpctl.partition.split import Range
+from tpctl.partition.cuts import Range
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 

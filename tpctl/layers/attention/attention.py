@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpctl.arch import blueprint
+from tpctl.arch import block
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation
@@ -18,7 +18,7 @@ from tpctl.layers.rotary import RotaryTable
 from tpctl.layers.stream import Rows
 
 
-def attention_spec(attention: blueprint.Attention, rank: int, tp_size: int) -> AttentionSpec:
+def attention_spec(attention: block.Attention, rank: int, tp_size: int) -> AttentionSpec:
     """What ``rank`` computes of a layer."""
     share = attention.shares(tp_size)[rank]
     return AttentionSpec(
@@ -40,7 +40,7 @@ class Attention(Layer):
 
     def __init__(
         self,
-        made_of: blueprint.Attention,
+        made_of: block.Attention,
         backend: AttentionBackend[Any],
         rotary: RotaryTable,
         group: TPGroup,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.arch.blueprint import Activation
+from tpctl.arch.block import Activation
 from tpctl.layers.activation import act_and_mul
 from tpctl.layers.norm import RMSNorm
 

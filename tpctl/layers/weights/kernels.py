@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.arch.blueprint import Activation
+from tpctl.arch.block import Activation
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.launch import is_hopper, num_multiprocessors

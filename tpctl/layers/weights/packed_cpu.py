@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tpctl.arch.blueprint import Activation
+from tpctl.arch.block import Activation
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.dense import Weight
 

@@ -17,9 +17,10 @@ from tpctl.manifest.records import Source
 from tpctl.sharding.moving.contents import absent_ranks
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import ByteCounter, Files
+from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import Stored
 from tpctl.sharding.moving.opened import open_extra, open_shards
-from tpctl.sharding.moving.transfer import Move, move_all
+from tpctl.sharding.moving.transfer import move_all
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 _ELSE = "use --force to replace the folder, or choose another one (-o)"
@@ -70,6 +71,8 @@ def check_same_cut(folder: Path, held: Manifest, wanted: Manifest) -> None:
         ("dtype", held.dtype or "as in the source", wanted.dtype or "as in the source"),
         ("part size", held.max_part_size, wanted.max_part_size),
         ("compat", held.compat, wanted.compat),
+        ("expert-parallel size", held.expert_parallel, wanted.expert_parallel),
+        ("even borders", held.even, wanted.even),
     ):
         _same(what, folder, one, other)
     if (name := _other_file(held.source, wanted.source)) is not None:

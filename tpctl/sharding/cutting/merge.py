@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tpctl.checkpoint.folder import INDEX
@@ -15,16 +15,20 @@ from tpctl.checkpoint.safetensors import Header, TensorSpec, build_header
 from tpctl.errors import ShardFolderError
 from tpctl.json_file import parse_object
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
-from tpctl.partition.dtypes import FLOATS
-from tpctl.partition.split import Range, Rule
+from tpctl.partition.dtypes import dtype_after_cast
+from tpctl.partition.split import TensorSplit
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import ByteCounter, Files
-from tpctl.sharding.moving.layout import Region, Stored, whole
+from tpctl.sharding.moving.lanes import Move
+from tpctl.sharding.moving.layout import Stored, copy_of, whole
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
-from tpctl.sharding.moving.own_plan import own_plan
-from tpctl.sharding.moving.transfer import Move, move_all
+from tpctl.sharding.moving.own_plan import OwnPlan, own_plan
+from tpctl.sharding.moving.transfer import move_all
 from tpctl.sharding.publishing.journal import write_synced
 from tpctl.sharding.publishing.pending import PendingFolder, refuse_existing
+
+Target = tuple[Stored, ...]
+"""Every place of one tensor of the source."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,15 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
     extra = open_extra(folder, manifest)
     check_copied(folder, manifest)
     own = own_plan(folder, manifest)
-    headers = {name: _header(header, manifest.dtype) for name, header in own.headers.items()}
+    exact = {source for split in own.plan.splits if split.dtypes is not None for source in split.sources}
+    exact |= own.tensors.keys() - own.plan.source_shapes.keys() - manifest.source.aliases.keys()
+    headers = {name: _header(header, manifest.dtype, exact) for name, header in own.headers.items()}
     with PendingFolder.open(out, force=force) as pending:
         pending.clean()
-        targets = _targets(headers, manifest.source.aliases, pending.path)
-        _check_cover(shards.values(), extra, targets)
-        moves = [move for held in shards.values() for move in _moves(held, targets, manifest)]
+        targets = _targets(own, headers, manifest.source.aliases, pending.path)
+        moves = [move for split in own.plan.splits for move in _moves(split, shards[split.name], targets)]
+        more = [held for name, held in shards.items() if name not in own.plan.shards[0]]
+        moves += [Move(held, (), digest=False) for held in more]  # constants of another engine: checked, not kept
         moves += [Move((one,), targets[one.name], digest=False) for one in extra]
         total = sum(header.file_size for header in headers.values())
         pending.check_space(total + sum(file.size for file in manifest.files.values()))
@@ -102,60 +109,37 @@ def require_all_ranks(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _header(header: Header, dtype: str | None) -> Header:
-    """The source file's own header, or one for the cast tensors."""
+def _header(header: Header, dtype: str | None, exact: Container[str]) -> Header:
+    """The source file's own header, or one for the cast tensors, all but ``exact`` ones."""
     if dtype is None:
         return header
     cast = (
-        TensorSpec(name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
+        TensorSpec(name, info.dtype if name in exact else dtype_after_cast(info.dtype, dtype), info.shape)
         for name, info in header.tensors.items()
     )
     return build_header(cast, header.metadata)
 
 
-def _targets(headers: Mapping[str, Header], aliases: Mapping[str, str], folder: Path) -> dict[str, tuple[Stored, ...]]:
-    """Where each logical tensor is to be written: once, or once more under an alias."""
-    found: dict[str, tuple[Stored, ...]] = {}
+def _targets(
+    own: OwnPlan, headers: Mapping[str, Header], aliases: Mapping[str, str], folder: Path
+) -> dict[str, Target]:
+    """Where each tensor of the source is to be written: once, or once more under an alias."""
+    found: dict[str, Target] = {}
     for file, header in headers.items():
         for name, info in header.tensors.items():
-            target, source = whole(info, folder / file), aliases.get(name, name)
-            regions = tuple(replace(region, source=source) for region in target.regions)
-            found[source] = (*found.get(source, ()), replace(target, regions=regions))
+            source = aliases.get(name, name)
+            target = whole(info, folder / file, stacked=name in own.plan.stacks)
+            found[source] = (*found.get(source, ()), copy_of(target, source) if source != name else target)
     return found
 
 
-def _moves(held: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]], manifest: Manifest) -> list[Move]:
-    """The moves that read ``held``, one stored tensor of all ranks."""
-    sources = dict.fromkeys(region.source for one in held for region in one.regions)
-    writes = tuple(target for source in sources for target in targets[source])
-    rule = manifest.tensors(0)[held[0].name].rule
-    if rule in (Rule.ROW, Rule.REPLICATED):
-        return [Move(tuple(held), writes, digest=False)]
-    # The ranks' rows are apart (or equal, for copied KV heads), so each rank's part is written on its own.
-    return [Move((one,), writes, digest=False) for one in held]
-
-
-def _check_cover(
-    shards: Iterable[Sequence[Stored]], extra: Sequence[Stored], targets: Mapping[str, tuple[Stored, ...]]
-) -> None:
-    """Raise unless the shards hold every element of every target, and nothing else."""
-    regions: dict[str, list[Region]] = {}
-    for one in (*(one for held in shards for one in held), *extra):
-        for region in one.regions:
-            regions.setdefault(region.source, []).append(region)
-    if unknown := [name for name in (*regions, *(one.name for one in extra)) if name not in targets]:
-        raise ShardFolderError(f"the shards hold {unknown[0]}, which no source file has; shard the model again")
-    for name, (target, *_) in targets.items():
-        [wanted] = target.regions
-        found = regions.get(name, [])
-        strips = [r.rows for r in found if r.cols == wanted.cols] or [r.cols for r in found if r.rows == wanted.rows]
-        goal = wanted.rows if any(r.cols == wanted.cols for r in found) else wanted.cols
-        reach = goal.start
-        for strip in sorted(strips, key=lambda strip: strip.start):
-            if strip.start <= reach:
-                reach = max(reach, strip.stop)
-        if Range(goal.start, reach) != goal:
-            raise ShardFolderError(f"the shards hold {reach} of {goal.stop} entries of {name}; shard the model again")
+def _moves(split: TensorSplit, held: Sequence[Stored], targets: Mapping[str, Target]) -> list[Move]:
+    """The moves that read ``held``, the stored tensor of ``split`` of all ranks."""
+    writes = tuple(target for source in split.sources for target in targets[source])
+    if split.by_rows:
+        # The ranks' rows are apart (or equal, for copied KV heads), so each rank's part is written on its own.
+        return [Move((one,), writes, digest=False) for one in held]
+    return [Move(tuple(held), writes, digest=False)]
 
 
 def _index(text: str, headers: Mapping[str, Header], dtype: str | None) -> str:

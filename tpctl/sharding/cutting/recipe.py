@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tpctl.arch.compat import check_compat, scales
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.quantised import Cutting
 from tpctl.manifest.records import CopiedFile, Source
 from tpctl.partition.plan import PartitionPlan, PlannedTensor, check_ranks
 from tpctl.sharding.moving.layout import Stored
@@ -26,6 +27,7 @@ class Recipe:
         inputs: the tensors to read for each stored tensor.
         extra: tensors of the source that no rank needs, kept for ``merge``.
         small_files: the files to copy, with what they must be where that is known.
+        cutting: how experts were dealt, for the manifest.
         may_overflow: values that a cast takes beyond the range of its dtype become infinite, instead of an error.
         identity: differs whenever what is read differs; a killed run is resumed only under the same one.
     """
@@ -43,6 +45,7 @@ class Recipe:
     extra: tuple[Stored, ...]
     small_files: Mapping[Path, CopiedFile | None]
     identity: str
+    cutting: Cutting = Cutting()  # noqa: RUF009 (it is frozen)
     may_overflow: bool = False
 
 
@@ -60,6 +63,7 @@ def make_recipe(
     extra: Sequence[Stored],
     small_files: Mapping[Path, CopiedFile | None],
     identity: str,
+    cutting: Cutting = Cutting(),
     may_overflow: bool = False,
 ) -> Recipe:
     """The recipe for ``plan``, with what another engine needs added where ``compat`` names one.
@@ -85,5 +89,6 @@ def make_recipe(
         extra=tuple(extra),
         small_files=small_files,
         identity=identity,
+        cutting=cutting,
         may_overflow=may_overflow,
     )

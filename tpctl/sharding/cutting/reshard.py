@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.outputs import refuse_overlap
 from tpctl.checkpoint.progress import Progress
@@ -26,6 +28,7 @@ def reshard(
     max_part_size: int | None = None,
     ranks: Sequence[int] | None = None,
     compat: str | None = None,
+    cutting: Cutting | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ShardReport:
@@ -36,6 +39,7 @@ def reshard(
 
     Args:
         max_part_size: most tensor bytes in one file; as in ``folder`` by default.
+        cutting: how experts are dealt, and where borders may be; as in ``folder`` by default.
         ranks, compat, force: as in ``shard_checkpoint``.
 
     Raises:
@@ -49,7 +53,10 @@ def reshard(
     require_all_ranks(folder, manifest)
     check_copied(folder, manifest)
     own = own_plan(folder, manifest)
-    config, plan = own.config, source_plan(own.config, own.tensors, tp_size)
+    was = Cutting(manifest.expert_parallel, manifest.even)
+    cutting = cutting or was
+    config = own.config if cutting == was else ModelConfig.load(folder, cutting)
+    plan = source_plan(config, own.tensors, tp_size)
     shards = open_shards(folder, manifest, range(manifest.tp_size))
     recipe = make_recipe(
         config,
@@ -59,6 +66,7 @@ def reshard(
         max_part_size=max_part_size or manifest.max_part_size,
         ranks=ranks,
         compat=compat or manifest.compat,
+        cutting=cutting,
         dtypes={name: manifest.tensors(0)[name].dtype for name in plan.shards[0]},
         inputs={name: shards[name] for name in plan.shards[0]},
         extra=open_extra(folder, manifest),

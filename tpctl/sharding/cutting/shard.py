@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, stored_dtype
+from tpctl.arch.quantised import Cutting
+from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, second_copies, stored_dtype, towers
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
-from tpctl.errors import CheckpointError, ShardFolderError, UsageError
+from tpctl.errors import CheckpointError, ShardFolderError, UsageError, counted
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.manifest.records import Source, SourceFile
 from tpctl.partition.dtypes import DTYPES
-from tpctl.partition.plan import PartitionPlan
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
 from tpctl.sharding.moving.files import ByteCounter, Files
-from tpctl.sharding.moving.layout import Stored, whole
-from tpctl.sharding.moving.transfer import Move, move_all
+from tpctl.sharding.moving.lanes import Move
+from tpctl.sharding.moving.layout import Stored, copy_of
+from tpctl.sharding.moving.sources import source_tensors
+from tpctl.sharding.moving.transfer import move_all
 from tpctl.sharding.publishing.pending import refuse_existing
 
 
@@ -37,6 +37,8 @@ def shard_checkpoint(
     max_part_size: int = DEFAULT_PART_SIZE,
     ranks: Sequence[int] | None = None,
     compat: str | None = None,
+    cutting: Cutting = Cutting(),
+    text_only: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ShardReport:
@@ -54,6 +56,8 @@ def shard_checkpoint(
         max_part_size: most tensor bytes in one file.
         ranks: the ranks to write; all by default.
         compat: ``vllm`` or ``sglang``: make a folder that this engine loads too.
+        cutting: how experts are dealt, and where borders may be.
+        text_only: of a model that also sees or hears, cut the text model; the rest is kept for ``merge``.
         force: replace ``out`` if it exists. Without it, ``ranks`` are added to a shard folder of the same cut; those
             that it holds already are left alone.
 
@@ -62,7 +66,7 @@ def shard_checkpoint(
         OverflowedError: a value is beyond the range of ``dtype``. Nothing of the run is kept.
         PartitionError: the model cannot be cut into ``tp_size`` shards.
         OutputError: ``out`` exists and is not to be replaced or added to, or cannot be written.
-        UsageError: ``dtype`` is unknown.
+        UsageError: ``dtype`` is unknown, or the model also sees and ``text_only`` is not given.
     """
     if (source / MANIFEST).is_file():
         raise ShardFolderError(
@@ -71,13 +75,15 @@ def shard_checkpoint(
     refuse_existing(out, force, [source], add=ranks is not None)
     target = _safetensors_dtype(dtype)
     folder = CheckpointFolder.open(source)  # before the config is read, so that a change meanwhile shows
-    config = ModelConfig.load(source)
+    config = ModelConfig.load(source, cutting)
     plan = checked_source_plan(config, folder.shapes, tp_size)
-    tensors = {name: whole(info, file.path) for name, (file, info) in folder.tensors.items()}
-    aliases = _aliases(plan, tensors)
-    inputs = {name: _sources(plan, name, tensors) for name in plan.shards[0]}
+    if seen := towers(config, folder.shapes):
+        _check_text_only(seen, text_only)
+    tensors = source_tensors(folder, plan)
+    aliases = _aliases(config, tensors)
+    inputs = {split.name: tuple(tensors[source] for source in split.sources) for split in plan.splits}
     found = {name: {one.name: one.dtype for one in reads} for name, reads in inputs.items()}
-    dtypes = {name: stored_dtype(name, sources, target) for name, sources in found.items()}
+    dtypes = {split.name: stored_dtype(split, found[split.name], target) for split in plan.splits}
     if all(set(sources.values()) == {dtypes[name]} for name, sources in found.items()):
         target = None
     recipe = make_recipe(
@@ -94,6 +100,7 @@ def shard_checkpoint(
         max_part_size=max_part_size,
         ranks=ranks,
         compat=compat,
+        cutting=cutting,
         dtypes=dtypes,
         inputs=inputs,
         extra=[
@@ -115,30 +122,32 @@ def _safetensors_dtype(dtype: str | None) -> str | None:
     return DTYPES[dtype]
 
 
-def _sources(plan: PartitionPlan, name: str, tensors: Mapping[str, Stored]) -> tuple[Stored, ...]:
-    """The checkpoint's tensors that stored tensor ``name`` is made of, in its order."""
-    wanted = (piece.source for shard in plan.shards for piece in shard[name].pieces)
-    return tuple(tensors[source] for source in dict.fromkeys(wanted))
+def _check_text_only(seen: Sequence[str], text_only: bool) -> None:
+    if not text_only:
+        raise UsageError(
+            f"the checkpoint also holds {counted(len(seen), 'tensor')} of what sees or hears, such as {seen[0]}, which "
+            "tpctl does not run; cut the text model with --text-only (merge gives the rest back)"
+        )
 
 
-def _aliases(plan: PartitionPlan, tensors: Mapping[str, Stored]) -> dict[str, str]:
+def _aliases(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str, str]:
     """A tied head that the checkpoint stores a second time, after checking that it equals the embedding."""
-    if LM_HEAD in plan.source_shapes or LM_HEAD not in tensors:
-        return {}
-    head, embedding = tensors[LM_HEAD], tensors[EMBEDDING]
-    differ = CheckpointError(
-        f"config.json ties the embeddings, but {LM_HEAD} differs from {EMBEDDING}; "
-        "set tie_word_embeddings to false if the head is its own"
-    )
-    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
-        raise differ
-    as_head = replace(head, regions=tuple(replace(region, source=EMBEDDING) for region in head.regions))
-    try:
-        with Files() as files:
-            move_all([Move((embedding,), (as_head,))], files, ByteCounter(0, "", None), compare=True)
-    except ShardFolderError:
-        raise differ from None
-    return {LM_HEAD: EMBEDDING}
+    copies = second_copies(config, tensors)
+    for name, original in copies.items():
+        head, embedding = tensors[name], tensors[original]
+        differ = CheckpointError(
+            f"config.json ties the embeddings, but {name} differs from {original}; "
+            "set tie_word_embeddings to false if the head is its own"
+        )
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            raise differ
+        try:
+            with Files() as files:
+                move = Move((embedding,), (copy_of(head, original),))
+                move_all([move], files, ByteCounter(0, "", None), compare=True)
+        except ShardFolderError:
+            raise differ from None
+    return copies
 
 
 def _identity(folder: CheckpointFolder, source_id: str | None, revision: str | None, allow_overflow: bool) -> str:

@@ -20,9 +20,10 @@ from tpctl.sharding.cutting.join import check_same_cut, check_same_weights, lack
 from tpctl.sharding.cutting.recipe import Recipe
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import ByteCounter, Files
+from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import in_shard, whole
 from tpctl.sharding.moving.parts import EXTRA_FILE, PartFile, assign_parts, part_files
-from tpctl.sharding.moving.transfer import Move, move_all
+from tpctl.sharding.moving.transfer import move_all
 from tpctl.sharding.publishing.journal import Digests, Journal, note_name, write_synced
 from tpctl.sharding.publishing.pending import PendingFolder
 
@@ -205,12 +206,11 @@ class _Writer:
         writes = []
         for file in files:
             assert file.rank is not None
-            pieces = self.recipe.shards[file.rank][name].pieces
-            path, info = self.pending.path / file.file, file.header.tensors[name]
-            writes.append(in_shard(info, pieces, path, file.rank, fill=self.recipe.fills.get(name, 0)))
-        rule = self.recipe.shards[0][name].rule
+            stored = self.recipe.shards[file.rank][name]
+            path, info, fill = self.pending.path / file.file, file.header.tensors[name], self.recipe.fills.get(name, 0)
+            writes.append(in_shard(info, stored.pieces, path, file.rank, stacked=stored.stacked, fill=fill))
         checked = any(stored.digest is not None for stored in reads)
-        if checked or rule in (Rule.ROW, Rule.REPLICATED):
+        if checked or not self.recipe.shards[0][name].by_rows:
             # The ranks read the same bytes, or what is read is hashed whole: one pass for all of them.
             return [Move(reads, tuple(writes))]
         return [Move(reads, (write,)) for write in writes]
@@ -271,6 +271,8 @@ class _Writer:
             shards=shards,
             extra=extra,
             files=copied,
+            expert_parallel=recipe.cutting.expert_parallel,
+            even=recipe.cutting.even,
         )
 
     def _entries(self, rank: int, digests: Mapping[tuple[int | None, str], str]) -> dict[str, ManifestTensor]:
@@ -286,6 +288,7 @@ class _Writer:
             dim=stored.dim,
             pieces=stored.pieces,
             fill=self.recipe.fills.get(stored.name, 0),
+            stacked=stored.stacked,
         )
 
 

@@ -37,6 +37,7 @@ class Expected:
             "dim": (entry.dim, wanted.dim),
             "shape": (entry.shape, wanted.shape),
             "pieces": (entry.pieces, wanted.pieces),
+            "stack": (entry.stacked, wanted.stacked),
             "fill": (entry.fill, self.fills.get(name, 0)),
         }
         return [field for field, (found, planned) in pairs.items() if found != planned]

@@ -30,7 +30,15 @@ def open_shards(folder: Path, manifest: Manifest, ranks: Sequence[int]) -> dict[
         for name, (info, path) in tensor_infos(folder, manifest, rank).items():
             tensor = tensors[name]
             found.setdefault(name, []).append(
-                in_shard(info, tensor.pieces, path, rank, fill=tensor.fill, digest=tensor.digest)
+                in_shard(
+                    info,
+                    tensor.pieces,
+                    path,
+                    rank,
+                    stacked=tensor.stacked,
+                    fill=tensor.fill,
+                    digest=tensor.digest,
+                )
             )
     return {name: tuple(held) for name, held in found.items()}
 

@@ -6,14 +6,14 @@ right only where it describes the cut that tpctl makes of this model, so nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.compat import ENGINES
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.source_plan import source_plan
+from tpctl.arch.quantised import Cutting
+from tpctl.arch.source_plan import second_copies, source_plan
 from tpctl.checkpoint.folder import INDEX, indexed_files
 from tpctl.checkpoint.safetensors import FileTensor, Header, source_headers
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
@@ -58,10 +58,10 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
         if twice := tensors.keys() & header.tensors.keys():
             raise _contradicts(path, f"the source's tensor {_short(min(twice))} is in {file} and in another file")
         tensors.update(header.tensors)
-    config = ModelConfig.load(folder)
+    config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even))
     try:
         plan = source_plan(config, tensors, manifest.tp_size)
-        plan.check_source({name: info.shape for name, info in tensors.items()}, config.blueprint.ignored())
+        plan.check_source({name: info.shape for name, info in tensors.items()}, config.blueprint.unread(tensors))
     except TpctlError as error:
         raise _contradicts(path, str(error)) from None
     if manifest.model_type != config.model_type:
@@ -70,14 +70,17 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
         )
     if manifest.compat not in (None, *ENGINES):
         raise _contradicts(path, f"the engine {_short(manifest.compat or '')} is unknown")
-    _check_shards(path, manifest, Expected.of(config, plan, manifest.compat), tensors)
-    _check_rest(path, manifest, set(tensors) - set(plan.source_shapes), tensors)
+    exact = {split.name for split in plan.splits if split.dtypes is not None}
+    _check_shards(path, manifest, Expected.of(config, plan, manifest.compat), tensors, exact)
+    _check_rest(path, manifest, second_copies(config, tensors), set(tensors) - set(plan.source_shapes), tensors)
     _check_index(path, manifest.source.index, headers)
     _check_names(path, manifest)
     return OwnPlan(config, headers, tensors, plan)
 
 
-def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: Mapping[str, FileTensor]) -> None:
+def _check_shards(
+    path: Path, manifest: Manifest, expected: Expected, tensors: Mapping[str, FileTensor], exact: Container[str]
+) -> None:
     for rank, shard in manifest.shards.items():
         wanted = expected.shards[rank]
         if [part.file for part in shard.parts] != [part_name(rank, index) for index in range(len(shard.parts))]:
@@ -91,17 +94,18 @@ def _check_shards(path: Path, manifest: Manifest, expected: Expected, tensors: M
             for field in expected.differing(rank, name, entry):
                 verb = "are" if field == "pieces" else "is"
                 raise _contradicts(path, f"the {field} of {name} of rank {rank} {verb} not what config.json leads to")
-            dtypes = {dtype_after_cast(tensors[piece.source].dtype, manifest.dtype) for piece in entry.pieces} or {
-                entry.dtype
-            }
+            target = None if name in exact else manifest.dtype
+            sources = (tensors[source] for piece in entry.pieces for source in piece.tensors)
+            dtypes = {dtype_after_cast(source.dtype, target) for source in sources} or {entry.dtype}
             if dtypes != {entry.dtype}:
                 made = ", ".join(sorted(dtypes))
                 raise _contradicts(path, f"{name} of rank {rank} is {entry.dtype}, but made of {made}")
 
 
-def _check_rest(path: Path, manifest: Manifest, rest: set[str], tensors: Mapping[str, FileTensor]) -> None:
+def _check_rest(
+    path: Path, manifest: Manifest, aliases: dict[str, str], rest: set[str], tensors: Mapping[str, FileTensor]
+) -> None:
     """What of the source no rank holds: a tied head's second copy, and the tensors of the extra file."""
-    aliases = {LM_HEAD: EMBEDDING} if LM_HEAD in rest else {}
     if dict(manifest.source.aliases) != aliases:
         raise _contradicts(path, "its aliases are not the source's second copies of tensors")
     extra = {} if manifest.extra is None else manifest.extra.tensors

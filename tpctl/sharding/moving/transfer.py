@@ -14,8 +14,7 @@ The memory used is a few bands a thread, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,26 +22,16 @@ import numpy as np
 
 from tpctl.checkpoint.cast import cast, check_range
 from tpctl.errors import ShardFolderError
-from tpctl.partition.split import Range
+from tpctl.partition.cuts import Range
 from tpctl.sharding.moving.files import ByteCounter, Bytes, Files, in_parallel
-from tpctl.sharding.moving.layout import Region, Stored, item_size
+from tpctl.sharding.moving.lanes import Lane, Move, lanes, overlap
+from tpctl.sharding.moving.layout import Stored, Strip, item_size
 
 BAND_BYTES = 1 << 20
 """Size of a band: small enough to stay in a core's cache between reading, hashing and writing."""
 
-
-@dataclass(frozen=True)
-class Move:
-    """Stored tensors to read and to write. Reads with a known digest are checked against it; written bytes
-    are digested where ``digest`` says so."""
-
-    reads: tuple[Stored, ...]
-    writes: tuple[Stored, ...]
-    digest: bool = True
-
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.writes)
+WAIT_BYTES = 1 << 18
+"""What is written at once waits for its neighbours if it is smaller."""
 
 
 def move_all(
@@ -105,101 +94,107 @@ class _Mover:
     def __init__(self, files: Files, tally: ByteCounter, compare: bool, may_overflow: bool) -> None:
         self.files, self.tally, self.compare, self.may_overflow = files, tally, compare, may_overflow
         self.read_hashes: dict[tuple[int | None, str], Any] = {}
-        self.write_hashes: dict[tuple[int | None, str], Any] = {}
+        self.outputs: dict[tuple[int | None, str], _Output] = {}
 
     def run(self, move: Move) -> dict[tuple[int | None, str], str]:
         from blake3 import blake3
 
         self.read_hashes = {_key(s): blake3() for s in move.reads if s.digest is not None}
-        self.write_hashes = {_key(s): blake3() for s in move.writes if move.digest and not self.compare}
-        checked = (s for s in move.reads if s.digest is not None)
-        for source in dict.fromkeys(r.source for s in (*checked, *move.writes) for r in s.regions):
-            self._move_source(move, source)
+        if not self.compare:
+            self.outputs = {_key(s): _Output(s, self.files, blake3() if move.digest else None) for s in move.writes}
+        for lane in lanes(move):
+            self._move_lane(lane)
         for stored in move.reads:
             if stored.digest is not None:
                 self._check_tail(stored)
         for stored in move.writes:
             self._write_tail(stored)
-        return {key: digest.hexdigest() for key, digest in self.write_hashes.items()}
+        for output in self.outputs.values():
+            output.flush()
+        return {key: out.digest.hexdigest() for key, out in self.outputs.items() if out.digest is not None}
 
-    def _move_source(self, move: Move, source: str) -> None:
-        reads = [(s, r) for s in move.reads for r in s.regions if r.source == source]
-        writes = [(s, r) for s in move.writes for r in s.regions if r.source == source]
-        if not reads:
-            return
-        line = max(r.cols.stop for _, r in reads)
-        dtype_in = reads[0][0].dtype
-        dtype_out = writes[0][0].dtype if writes else dtype_in
-        size_in, size_out = item_size(dtype_in, source), item_size(dtype_out, source)
-        step = max(1, BAND_BYTES // max(1, line * max(size_in, size_out)))
-        held = np.empty((step, line * size_in), np.uint8)
-        for rows in _wanted_rows(reads, writes):
+    def _move_lane(self, lane: Lane) -> None:
+        dtype_in = lane.reads[0][0].dtype
+        dtype_out = lane.writes[0][0].dtype if lane.writes else dtype_in
+        widths = lane.widths()
+        size_in, size_out = (item_size(dtype, lane.sources[0]) for dtype in (dtype_in, dtype_out))
+        step = max(1, BAND_BYTES // max(1, sum(widths.values()) * max(size_in, size_out)))
+        runs = lane.wanted_rows()
+        step = min(step, max((len(run) for run in runs), default=1))
+        held = {source: np.empty((step, width * size_in), np.uint8) for source, width in widths.items()}
+        for rows in runs:
             for first in range(rows.start, rows.stop, step):
                 self.tally.check()
                 band = Range(first, min(first + step, rows.stop))
-                view = held[: len(band)]
-                for stored, region in reads:
-                    self._read(stored, region, band, view, size_in)
-                out = cast(view, dtype_in, dtype_out)
+                views = {source: buffer[: len(band)] for source, buffer in held.items()}
+                for stored, strip in lane.reads:
+                    self._read(stored, strip, band, views, size_in)
+                outs = {source: cast(view, dtype_in, dtype_out) for source, view in views.items()}
                 if not self.may_overflow:
-                    check_range(view, out, dtype_in, dtype_out, source)
-                for stored, region in writes:
-                    self._write(stored, region, band, out, size_out)
+                    for source, view in views.items():
+                        check_range(view, outs[source], dtype_in, dtype_out, source)
+                for stored, strip in lane.writes:
+                    self._write(stored, strip, band, outs, size_out)
 
-    def _read(self, stored: Stored, region: Region, band: Range, view: Bytes, size: int) -> None:
-        rows = _overlap(region.rows, band)
+    def _read(self, stored: Stored, strip: Strip, band: Range, views: Mapping[str, Bytes], size: int) -> None:
+        rows = overlap(strip.rows, band)
         if not len(rows):
             return
-        line = len(region.cols) * size
-        target = view[rows.start - band.start : rows.stop - band.start]
-        straight = line == view.shape[1]
+        inside = slice(rows.start - band.start, rows.stop - band.start)
+        line = stored.width * size
+        first = strip.regions[0]
+        target = views[first.source][inside]
+        straight = len(strip.regions) == 1 and line == target.shape[1]
         data = target if straight else np.empty((len(rows), line), np.uint8)
-        self.files.read(stored.path, data, region.offset + (rows.start - region.rows.start) * line)
+        self.files.read(stored.path, data, stored.offset + (strip.at + rows.start - strip.rows.start) * line)
         if not straight:
-            target[:, region.cols.start * size : region.cols.stop * size] = data
+            left = 0
+            for region in strip.regions:
+                width = len(region.cols) * size
+                view = views[region.source][inside]
+                view[:, region.cols.start * size : region.cols.stop * size] = data[:, left : left + width]
+                left += width
         if stored.digest is not None:
             self.read_hashes[_key(stored)].update(data.data)
 
-    def _write(self, stored: Stored, region: Region, band: Range, view: Bytes, size: int) -> None:
-        rows = _overlap(region.rows, band)
+    def _write(self, stored: Stored, strip: Strip, band: Range, views: Mapping[str, Bytes], size: int) -> None:
+        rows = overlap(strip.rows, band)
         if not len(rows):
             return
-        line = len(region.cols) * size
-        data = np.ascontiguousarray(
-            view[
-                rows.start - band.start : rows.stop - band.start,
-                region.cols.start * size : region.cols.stop * size,
-            ]
-        )
-        offset = region.offset + (rows.start - region.rows.start) * line
+        inside = slice(rows.start - band.start, rows.stop - band.start)
+        found = [
+            views[region.source][inside, region.cols.start * size : region.cols.stop * size] for region in strip.regions
+        ]
+        data = np.ascontiguousarray(found[0]) if len(found) == 1 else np.concatenate(found, axis=1)
+        at = (strip.at + rows.start - strip.rows.start) * stored.width * size
         if self.compare:
-            self._compare(stored, region, rows, data, offset, size)
+            self._compare(stored, strip, rows, data, at, size)
         else:
-            if (digest := self.write_hashes.get(_key(stored))) is not None:
-                digest.update(data.data)
-            self.files.write(stored.path, data, offset)
+            self.outputs[_key(stored)].write(data, at)
         self.tally.add(data.nbytes)
 
-    def _compare(self, stored: Stored, region: Region, rows: Range, data: Bytes, offset: int, size: int) -> None:
+    def _compare(self, stored: Stored, strip: Strip, rows: Range, data: Bytes, at: int, size: int) -> None:
         found = np.empty_like(data)
-        self.files.read(stored.path, found, offset)
+        self.files.read(stored.path, found, stored.offset + at)
         if np.array_equal(found, data):
             return
-        row, byte = np.argwhere(found != data)[0]
-        place = f"row {rows.start + int(row)}, column {region.cols.start + int(byte) // size}"
+        row, byte = (int(place) for place in np.argwhere(found != data)[0])
+        column, regions = byte // size, iter(strip.regions)
+        region = next(regions)
+        while column >= len(region.cols):
+            column -= len(region.cols)
+            region = next(regions)
+        place = f"row {rows.start + row}, column {region.cols.start + column}"
         raise ShardFolderError(f"{stored.label} differs from its source {region.source} at the source's {place}")
 
     def _write_tail(self, stored: Stored) -> None:
-        """Write (zeros: leave as holes) and hash what no region covers, or compare it."""
-        for first in range(_covered(stored), stored.nbytes, BAND_BYTES):
+        """Write (zeros: leave as holes) and hash what no strip covers, or compare it."""
+        for first in range(stored.covered, stored.nbytes, BAND_BYTES):
             data = _filler(stored, min(BAND_BYTES, stored.nbytes - first))
             if self.compare:
                 self._compare_filler(stored, data, first)
-                continue
-            if (digest := self.write_hashes.get(_key(stored))) is not None:
-                digest.update(data.data)
-            if stored.fill:
-                self.files.write(stored.path, data, stored.offset + first)
+            else:
+                self.outputs[_key(stored)].write(data, first, hole=not stored.fill)
             self.tally.add(data.nbytes)
 
     def _compare_filler(self, stored: Stored, data: Bytes, first: int) -> None:
@@ -211,15 +206,53 @@ class _Mover:
                 f"{stored.label} holds something other than {stored.fill} at its element {at}, "
                 "which is made of no source tensor"
             )
-        self.tally.add(data.nbytes)
 
     def _check_tail(self, stored: Stored) -> None:
-        """Hash what no region covers, and compare the digest."""
-        for first in range(_covered(stored), stored.nbytes, BAND_BYTES):
+        """Hash what no strip covers, and compare the digest."""
+        for first in range(stored.covered, stored.nbytes, BAND_BYTES):
             data = np.empty(min(BAND_BYTES, stored.nbytes - first), np.uint8)
             self.files.read(stored.path, data, stored.offset + first)
             self.read_hashes[_key(stored)].update(data.data)
         check_digest(stored, self.read_hashes[_key(stored)].hexdigest())
+
+
+class _Output:
+    """A stored tensor that is written, from its first byte to its last where it is hashed; what is small waits until
+    there is more of it, since a mixture's scales are thousands of tensors of a few hundred bytes."""
+
+    def __init__(self, stored: Stored, files: Files, digest: Any) -> None:
+        self.stored, self.files, self.digest = stored, files, digest
+        self.held: list[bytes] = []
+        self.first = self.stop = 0
+
+    def write(self, data: Bytes, at: int, *, hole: bool = False) -> None:
+        """Write ``data`` at byte ``at`` of the tensor; ``hole``: the file has these zeros already."""
+        assert self.digest is None or at == self.stop, f"{self.stored.label}: byte {at} follows {self.stop}"
+        if at != self.stop or hole or self.stop - self.first + data.nbytes > WAIT_BYTES:
+            self.flush()
+            self.first = at
+        self.stop = at + data.nbytes
+        if hole:
+            self._hash(data.data)
+            self.first = self.stop
+        elif data.nbytes > WAIT_BYTES:
+            self._put(data)
+        else:
+            self.held.append(data.tobytes())
+
+    def flush(self) -> None:
+        if self.held:
+            self._put(np.frombuffer(b"".join(self.held), np.uint8))
+            self.held.clear()
+
+    def _put(self, data: Bytes) -> None:
+        self._hash(data.data)
+        self.files.write(self.stored.path, data, self.stored.offset + self.first)
+        self.first += data.nbytes
+
+    def _hash(self, data: memoryview) -> None:
+        if self.digest is not None:
+            self.digest.update(data)
 
 
 def check_digest(stored: Stored, found: str) -> None:
@@ -235,36 +268,8 @@ def _key(stored: Stored) -> tuple[int | None, str]:
     return stored.rank, stored.name
 
 
-def _covered(stored: Stored) -> int:
-    size = item_size(stored.dtype, stored.name)
-    return sum(len(region.rows) * len(region.cols) * size for region in stored.regions)
-
-
 def _filler(stored: Stored, nbytes: int) -> Bytes:
     if not stored.fill:
         return np.zeros(nbytes, np.uint8)
     ones = np.ones(nbytes // item_size("F32", stored.name), "<f4").view(np.uint8)
     return cast(ones, "F32", stored.dtype)
-
-
-def _overlap(one: Range, other: Range) -> Range:
-    start = max(one.start, other.start)
-    return Range(start, max(start, min(one.stop, other.stop)))
-
-
-def _wanted_rows(reads: Sequence[tuple[Stored, Region]], writes: Sequence[tuple[Stored, Region]]) -> list[Range]:
-    """The runs of rows to read, ascending: those that are written, and all whose digest is to be checked."""
-    runs = [region.rows for stored, region in reads if stored.digest is not None]
-    for one in _union(region.rows for _, region in reads):
-        runs += [_overlap(one, other) for other in _union(region.rows for _, region in writes)]
-    return _union(run for run in runs if len(run))
-
-
-def _union(ranges: Iterable[Range]) -> list[Range]:
-    found: list[Range] = []
-    for rng in sorted(ranges, key=lambda rng: (rng.start, rng.stop)):
-        if found and rng.start <= found[-1].stop:
-            found[-1] = Range(found[-1].start, max(found[-1].stop, rng.stop))
-        else:
-            found.append(rng)
-    return found

@@ -7,14 +7,13 @@ together with its shards (heads swapped, digests right) is thus found too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.source_plan import checked_source_plan
+from tpctl.arch.quantised import Cutting
+from tpctl.arch.source_plan import checked_source_plan, second_copies
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
 from tpctl.checkpoint.progress import Progress
@@ -25,9 +24,11 @@ from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import ByteCounter, Files
-from tpctl.sharding.moving.layout import Stored, in_shard, whole
+from tpctl.sharding.moving.lanes import Move
+from tpctl.sharding.moving.layout import Stored, copy_of, in_shard
 from tpctl.sharding.moving.opened import open_extra, tensor_infos
-from tpctl.sharding.moving.transfer import Move, move_all
+from tpctl.sharding.moving.sources import source_tensors
+from tpctl.sharding.moving.transfer import move_all
 
 BLOCK_BYTES = 1 << 20
 
@@ -52,23 +53,27 @@ def verify_source(
     """
     if (source / MANIFEST).is_file():
         raise CheckpointError(f"{source} holds shards; give --source the checkpoint that {folder} was cut from")
-    config, checkpoint = ModelConfig.load(source), CheckpointFolder.open(source)
+    config = ModelConfig.load(source, Cutting(manifest.expert_parallel, manifest.even))
+    checkpoint = CheckpointFolder.open(source)
     plan = checked_source_plan(config, checkpoint.shapes, manifest.tp_size)
-    tensors = {name: whole(info, file.path) for name, (file, info) in checkpoint.tensors.items()}
+    tensors = source_tensors(checkpoint, plan)
+    exact = {split.name for split in plan.splits if split.dtypes is not None}
     if manifest.model_type != config.model_type:
         raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
     expected = Expected.of(config, plan, manifest.compat)
     for rank in manifest.shards:
-        _check_entries(manifest, rank, expected, tensors)
+        _check_entries(manifest, rank, expected, tensors, exact)
     moves = _moves(folder, manifest, ranks, expected, tensors)
-    moves += _other_moves(folder, manifest, plan, tensors, extra)
+    moves += _other_moves(folder, manifest, config, plan, tensors, extra)
     total = sum(move.nbytes for move in moves)
     with Files() as files:
         move_all(moves, files, ByteCounter(total, "", progress), compare=True)
     return total + _compare_copied(folder, manifest, checkpoint)
 
 
-def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: Mapping[str, Stored]) -> None:
+def _check_entries(
+    manifest: Manifest, rank: int, expected: Expected, tensors: Mapping[str, Stored], exact: Container[str]
+) -> None:
     """Raise unless the manifest describes exactly the tensors of ``rank`` that the plan makes of the source."""
     held, wanted = manifest.tensors(rank), expected.shards[rank]
     if missing := [name for name in wanted if name not in held]:
@@ -83,9 +88,9 @@ def _check_entries(manifest: Manifest, rank: int, expected: Expected, tensors: M
                 f"{name} of rank {rank} is not cut as the source's config.json asks for: its {field} {verb} "
                 f"{_brief(entry, field, entry.fill)} by the manifest, {_brief(stored, field, planned)} by the plan"
             )
-        dtypes = {dtype_after_cast(tensors[piece.source].dtype, manifest.dtype) for piece in stored.pieces} or {
-            entry.dtype
-        }
+        target = None if name in exact else manifest.dtype
+        sources = (tensors[source] for piece in stored.pieces for source in piece.tensors)
+        dtypes = {dtype_after_cast(source.dtype, target) for source in sources} or {entry.dtype}
         if dtypes != {entry.dtype}:
             raise ShardFolderError(
                 f"{name} of rank {rank} is {entry.dtype} by the manifest, but {', '.join(sorted(dtypes))} by the source"
@@ -113,22 +118,29 @@ def _moves(
     found: dict[str, list[Stored]] = {}
     for rank in ranks:
         for name, (info, path) in tensor_infos(folder, manifest, rank).items():
-            pieces, fill = expected.shards[rank][name].pieces, expected.fills.get(name, 0)
-            found.setdefault(name, []).append(in_shard(info, pieces, path, rank, fill=fill))
+            planned, fill = expected.shards[rank][name], expected.fills.get(name, 0)
+            held = in_shard(info, planned.pieces, path, rank, stacked=planned.stacked, fill=fill)
+            found.setdefault(name, []).append(held)
     moves = []
-    for held in found.values():
-        sources = dict.fromkeys(region.source for one in held for region in one.regions)
-        moves.append(Move(tuple(tensors[name] for name in sources), tuple(held)))
+    for name, stored in found.items():
+        pieces = (piece for rank in ranks for piece in expected.shards[rank][name].pieces)
+        sources = dict.fromkeys(source for piece in pieces for source in piece.tensors)
+        moves.append(Move(tuple(tensors[source] for source in sources), tuple(stored)))
     return moves
 
 
 def _other_moves(
-    folder: Path, manifest: Manifest, plan: PartitionPlan, tensors: Mapping[str, Stored], here: bool
+    folder: Path,
+    manifest: Manifest,
+    config: ModelConfig,
+    plan: PartitionPlan,
+    tensors: Mapping[str, Stored],
+    here: bool,
 ) -> list[Move]:
     """Comparisons of the tensors that no rank holds: those in the extra file, and a tied head's second copy."""
     rest = {name for name in tensors if name not in plan.source_shapes}
     aliases = dict(manifest.source.aliases)
-    if aliases != ({LM_HEAD: EMBEDDING} if LM_HEAD in rest else {}):
+    if aliases != second_copies(config, tensors):
         raise ShardFolderError(f"the manifest's aliases {aliases} are not the source's second copies of tensors")
     listed = set() if manifest.extra is None else set(manifest.extra.tensors)
     if wrong := sorted(listed ^ (rest - set(aliases))):
@@ -145,8 +157,7 @@ def _other_moves(
             raise CheckpointError(
                 f"{name} and {original} differ in shape in the source, so one is no copy of the other"
             )
-        regions = tuple(replace(region, source=original) for region in copy.regions)
-        moves.append(Move((tensors[original],), (replace(copy, regions=regions),)))
+        moves.append(Move((tensors[original],), (copy_of(copy, original),)))
     return moves
 
 

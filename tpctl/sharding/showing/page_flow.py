@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tpctl.arch.blueprint import Blueprint, Linear
+from tpctl.arch.blueprint import Blueprint
+from tpctl.arch.linear import Linear
 from tpctl.sharding.showing.kinds import Kind, pattern
 from tpctl.sharding.showing.page_svg import Svg, cells
 

@@ -1,0 +1,189 @@
+"""A layer of a model, as data: a ``Block`` is
+
+    residual ─┬────────────────────────────────(+)─┬───────────────────────────────(+)──
+              └ norm ─ qkv ─ attention ─ out ─ [norm] ┘└ norm ─ gate_up ─ act·up ─ down ─ [norm] ┘
+
+where a norm in brackets is one that only some families have. Names leave out ``model.layers.N.``, so that layers that
+are cut alike compare equal. A ``CutBlock`` is one of which no more is known than what it is made of and how it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from tpctl.arch.linear import Linear, Norm, Vector
+from tpctl.arch.rope import RopeConfig
+from tpctl.partition.cuts import HeadShare, split_heads
+from tpctl.partition.split import TensorSplit
+
+Activation = Literal["silu", "gelu_tanh"]
+"""Of a gated MLP; the second is GELU by its approximation with tanh."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one block.
+
+    Attributes:
+        qkv: queries, keys and values below each other, in whole heads.
+        window: how many tokens a token sees, itself included; ``None``: all before it.
+        scale: of the scores, before ``softcap`` and softmax.
+        softcap: a score s becomes softcap * tanh(s / softcap); ``None``: it stays.
+        q_norm, k_norm: over each head, before ``rope``.
+    """
+
+    qkv: Linear
+    out: Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+    def shares(self, tp_size: int) -> tuple[HeadShare, ...]:
+        """The heads of each rank. Raises ``PartitionError`` if they cannot be dealt to so many."""
+        return split_heads(self.num_heads, self.num_kv_heads, tp_size)
+
+    def splits(self) -> Iterator[TensorSplit]:
+        yield from self.qkv.splits()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                yield from norm.splits()
+        yield from self.out.splits()
+
+
+@dataclass(frozen=True)
+class Gated:
+    """``down(activation(gate(x)) * up(x))``; gate and up are below each other in ``gate_up``."""
+
+    gate_up: Linear
+    down: Linear
+    activation: Activation = "silu"
+
+    def splits(self) -> Iterator[TensorSplit]:
+        yield from self.gate_up.splits()
+        yield from self.down.splits()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of ``count`` gated MLPs, of which each token takes ``per_token``, and what chooses them.
+
+    Attributes:
+        gate_up, down: of every expert, stacked.
+        router: what chooses, whole on every rank: the gate, and its biases.
+        shared: an MLP that every token takes, whose sum over the ranks is that of the experts.
+        shared_gate: a linear of one output, by whose sigmoid the shared MLP counts.
+        forms: the same ``gate_up`` and ``down`` as other checkpoints hold them: the names tell which one it is.
+    """
+
+    count: int
+    per_token: int
+    gate_up: Linear
+    down: Linear
+    router: tuple[Linear | Vector, ...]
+    shared: Gated | None = None
+    shared_gate: Linear | None = None
+    forms: tuple[tuple[Linear, Linear], ...] = ()
+
+    def splits(self) -> Iterator[TensorSplit]:
+        for part in (*self.router, self.gate_up, self.down, self.shared_gate, self.shared):
+            if part is not None:
+                yield from part.splits()
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What mixes tokens in a layer that tpctl cuts and does not run: its weights, in order.
+
+    Attributes:
+        kind: what people call it.
+        num_heads: the most ranks that it can be dealt to.
+        num_kv_heads: how many heads keep something of every token (KV heads); 0: all ranks keep the same.
+        kept: how many values one of them keeps of a token, keys and values together; 0: none, as a recurrent one.
+    """
+
+    kind: str
+    parts: tuple[Linear | Norm | Vector, ...]
+    num_heads: int
+    num_kv_heads: int
+    kept: int
+
+    def shares(self, tp_size: int) -> tuple[HeadShare, ...]:
+        """As of ``Attention``."""
+        return split_heads(self.num_heads, self.num_kv_heads or 1, tp_size)
+
+    def splits(self) -> Iterator[TensorSplit]:
+        for part in self.parts:
+            yield from part.splits()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer. ``after_attention`` and ``after_mlp`` norm what is added to the residual (Gemma's sandwich)."""
+
+    before_attention: Norm
+    attention: Attention
+    before_mlp: Norm
+    mlp: Gated
+    after_attention: Norm | None = None
+    after_mlp: Norm | None = None
+
+    @property
+    def parts(self) -> tuple[LayerPart, ...]:
+        """In the order in which a forward pass meets them."""
+        found = (
+            *(self.before_attention, self.attention, self.after_attention),
+            *(self.before_mlp, self.mlp, self.after_mlp),
+        )
+        return tuple(part for part in found if part is not None)
+
+    @property
+    def mixer(self) -> Attention:
+        return self.attention
+
+    @cached_property
+    def splits(self) -> tuple[TensorSplit, ...]:
+        """The split of every stored tensor, in that order."""
+        return tuple(split for part in self.parts for split in part.splits())
+
+
+@dataclass(frozen=True)
+class CutBlock:
+    """A layer that tpctl cuts and does not run: its ``parts`` in order, the ``mixer`` one of them."""
+
+    mixer: Attention | Mixer
+    parts: tuple[LayerPart, ...]
+
+    @cached_property
+    def splits(self) -> tuple[TensorSplit, ...]:
+        """As of ``Block``."""
+        return tuple(split for part in self.parts for split in part.splits())
+
+
+LayerPart = Attention | Mixer | Gated | Experts | Linear | Norm | Vector
+Layer = Block | CutBlock
+
+
+def linears(part: LayerPart) -> Iterator[Linear]:
+    """The linears that ``part`` of a layer is made of."""
+    if isinstance(part, Linear):
+        yield part
+    elif isinstance(part, Attention):
+        yield from (part.qkv, part.out)
+    elif isinstance(part, Mixer):
+        yield from (one for one in part.parts if isinstance(one, Linear))
+    elif isinstance(part, Gated):
+        yield from (part.gate_up, part.down)
+    elif isinstance(part, Experts):
+        yield from (one for one in part.router if isinstance(one, Linear))
+        yield from (part.gate_up, part.down)
+        for more in (part.shared_gate, part.shared):
+            yield from () if more is None else linears(more)

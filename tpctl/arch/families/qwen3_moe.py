@@ -1,0 +1,54 @@
+"""Qwen3 with experts in (most of) its layers: softmax over all, the top few, renormalised; no shared expert."""
+
+from __future__ import annotations
+
+from tpctl.arch import mixture, parts
+from tpctl.arch.blueprint import Blueprint
+from tpctl.arch.families import qwen2
+from tpctl.arch.family import MOST_EXPERTS, Family, Sizes
+from tpctl.arch.fields import Fields
+from tpctl.arch.rope import read_rope
+
+ARCHITECTURE = "Qwen3MoeForCausalLM"
+
+
+def describe(fields: Fields, sizes: Sizes) -> Blueprint:
+    rope = read_rope(fields, ARCHITECTURE, sizes.head_dim)
+    bias = fields.flag("attention_bias")
+    count = fields.whole("num_experts", most=MOST_EXPERTS)
+    experts = mixture.experts(
+        sizes.hidden_size,
+        fields.whole("moe_intermediate_size"),
+        count,
+        fields.whole("num_experts_per_tok", most=count),
+    )
+    mlp = parts.gated(sizes, parts.read_activation(fields))
+    step, dense = fields.whole("decoder_sparse_step"), fields.wholes("mlp_only_layers")
+    layers = []
+    for number in range(sizes.num_layers):
+        attention = parts.attention(sizes, rope, None, qkv_bias=bias, o_bias=bias, qk_norm=True)
+        sparse = number not in dense and (number + 1) % step == 0
+        layers.append(parts.cut_block(sizes, attention, experts if sparse else mlp))
+    return parts.model(sizes, tuple(layers))
+
+
+FAMILY = Family(
+    ARCHITECTURE,
+    {
+        **qwen2.DEFAULTS,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+        "mlp_only_layers": [],
+    },
+    frozenset({"num_key_value_heads", "sliding_window", "mlp_only_layers"}),
+    describe,
+    runs=False,
+)

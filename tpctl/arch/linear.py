@@ -1,0 +1,135 @@
+"""The parts of a layer that have weights: linears, norms, and what there is for each head or channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tpctl.arch.storage import DENSE, Entry, Storage
+from tpctl.errors import UnsupportedModelError
+from tpctl.partition.cuts import Cut, Whole
+from tpctl.partition.split import Part, Rule, Stack, TensorSplit
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm of ``size`` elements; with ``unit_offset`` (Gemma) the factor is 1 + weight.
+
+    ``cut`` deals the elements of a norm over all heads at once.
+    """
+
+    name: str
+    size: int
+    eps: float
+    unit_offset: bool = False
+    cut: Cut | None = None
+
+    def splits(self) -> Iterator[TensorSplit]:
+        yield vector(f"{self.name}.weight", self.size, self.cut)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Numbers that ``cut`` deals to the ranks, ``None``: that all of them have; ``tail``: lengths of further axes."""
+
+    name: str
+    size: int
+    cut: Cut | None = None
+    tail: tuple[int, ...] = ()
+
+    def splits(self) -> Iterator[TensorSplit]:
+        yield vector(self.name, self.size, self.cut, self.tail)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``y = x W^T + b``, with W [out, in].
+
+    Attributes:
+        name: of the stored tensors, less ``joiner`` and what kind of tensor it is (``weight``, ``bias``).
+        rule: what its output means to the ranks.
+        parts: the output features, in the order in which they are stored; ``source`` less the tensors' suffixes.
+        inputs: input features, dealt to the ranks by ``input_cut``: ``Whole`` but for row-parallel linears.
+        bias: there is one; ``bias_suffix`` is its name in a checkpoint, behind the source's.
+        storage: the tensors that W is stored as.
+        stack: it is one linear an expert.
+    """
+
+    name: str
+    rule: Rule
+    parts: tuple[Part, ...]
+    inputs: int
+    input_cut: Cut = Whole()  # noqa: RUF009 (it is frozen)
+    bias: bool = False
+    storage: Storage = DENSE
+    stack: Stack | None = None
+    joiner: str = "."
+    bias_suffix: str = ".bias"
+
+    @property
+    def outputs(self) -> int:
+        """Output features of all ranks together."""
+        return sum(part.length for part in self.parts)
+
+    def splits(self) -> Iterator[TensorSplit]:
+        for entry in self.storage:
+            yield self._split(entry)
+        if self.bias:
+            parts = tuple(replace(part, source=part.source + self.bias_suffix) for part in self.parts)
+            # Of a row-parallel linear it is whole on every rank, and added by rank 0 alone.
+            rule = self._whole_rule if self.rule is Rule.ROW else self.rule
+            yield TensorSplit(f"{self.name}{self.joiner}bias", rule, parts, stack=self.stack)
+
+    @property
+    def _whole_rule(self) -> Rule:
+        """Of a tensor that no cut of features divides: all ranks have it, or those that have the expert."""
+        dealt = self.stack is not None and not isinstance(self.stack.cut, Whole)
+        return Rule.EXPERTS if dealt else Rule.REPLICATED
+
+    def _split(self, entry: Entry) -> TensorSplit:
+        name = f"{self.name}{self.joiner}{entry.name}"
+        if self.rule is Rule.ROW:
+            return self._by_inputs(name, entry)
+        axis = entry.out
+        if axis is None:  # one for each part, such as a scale of the whole weight
+            shape = entry.shape(self.outputs, self.inputs)
+            apart = {part.source: replace(part, length=shape[0], cut=Whole(), offset=0) for part in self.parts}
+            return self._made(name, self._whole_rule, entry, tuple(apart.values()), 0, shape)
+        for part in self.parts:
+            if part.offset % axis.unit:
+                raise UnsupportedModelError(
+                    f"{part.source}{entry.suffix} has an entry for every {axis.unit} features, but {part.label} begins "
+                    f"at feature {part.offset}; such fused tensors cannot be cut"
+                )
+        parts = (
+            replace(
+                part,
+                length=axis.entries(part.length),
+                cut=axis.cut(part.cut, part.length),
+                offset=axis.entries(part.offset),
+            )
+            for part in self.parts
+        )
+        return self._made(name, self.rule, entry, tuple(parts), axis.dim, entry.shape(self.outputs, self.inputs))
+
+    def _by_inputs(self, name: str, entry: Entry) -> TensorSplit:
+        (part,) = self.parts
+        shape, axis = entry.shape(part.length, self.inputs), entry.inp
+        if axis is None:
+            whole = Part(part.source, shape[0], Whole(), label=part.label)
+            return self._made(name, self._whole_rule, entry, (whole,), 0, shape)
+        columns = Part(part.source, axis.entries(self.inputs), axis.cut(self.input_cut, self.inputs), label=part.label)
+        return self._made(name, self.rule, entry, (columns,), axis.dim, shape)
+
+    def _made(
+        self, name: str, rule: Rule, entry: Entry, parts: tuple[Part, ...], dim: int, shape: tuple[int, ...]
+    ) -> TensorSplit:
+        parts = tuple(replace(part, source=part.source + entry.suffix) for part in parts)
+        others = shape[:dim] + shape[dim + 1 :]
+        return TensorSplit(name, rule, parts, dim, others, self.stack, entry.dtypes, entry.optional)
+
+
+def vector(name: str, length: int, cut: Cut | None = None, tail: tuple[int, ...] = ()) -> TensorSplit:
+    """The split of a tensor whose first axis ``cut`` deals to the ranks; ``None``: all of them have it whole."""
+    rule = Rule.REPLICATED if cut is None else Rule.COLUMN
+    return TensorSplit(name, rule, (Part(name, length, cut or Whole()),), others=tail)

@@ -1,0 +1,170 @@
+"""A blueprint whose linears are stored as a quantised format has them, and are cut where its units end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import gcd, lcm
+
+from tpctl.arch.block import Attention, Block, Experts, Gated, Layer, LayerPart, Mixer, linears
+from tpctl.arch.blueprint import Blueprint, renamed
+from tpctl.arch.formats.scheme import Scheme
+from tpctl.arch.linear import Linear
+from tpctl.errors import PartitionError, UnsupportedModelError
+from tpctl.partition.cuts import Blocks, Cut, Dealt, Scaled, Whole, Within
+from tpctl.partition.split import EACH
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a model is cut, where there is a choice.
+
+    Attributes:
+        expert_parallel: groups of ranks that whole experts are dealt to, each group cutting its own; 1: every rank has
+            a part of every expert.
+        even: a border may fall inside a block that has one scale, which both sides then have, so that all ranks get
+            as much; otherwise borders are where blocks end.
+    """
+
+    expert_parallel: int = 1
+    even: bool = False
+
+
+def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
+    """``blueprint`` with each linear stored as ``scheme`` says.
+
+    Raises:
+        UnsupportedModelError: linears that are merged into one are stored differently.
+    """
+
+    def names(source: str) -> list[str]:
+        return [renamed(source.replace(EACH, "0"), root) for root in blueprint.roots]
+
+    def stored(number: int, linear: Linear) -> Linear:
+        prefix = blueprint.prefix.format(number)
+        found = {part.source: scheme.storage(names(prefix + part.source)) for part in linear.parts}
+        if len(set(found.values())) > 1:
+            words = [f"{name} is {kind.format if kind else 'a float'}" for name, kind in found.items()]
+            raise UnsupportedModelError(
+                f"the weights of {prefix}{linear.name} are stored as one, but {', '.join(words)}; they have to be alike"
+            )
+        storage = next(iter(found.values()))
+        return linear if storage is None else replace(linear, storage=storage)
+
+    def layer(number: int, old: Layer) -> Layer:
+        return mapped(old, lambda part: _stored(part, lambda linear: stored(number, linear)))
+
+    return replace(blueprint, layers=tuple(layer(number, old) for number, old in enumerate(blueprint.layers)))
+
+
+def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
+    """``blueprint`` with borders where the units of its storage end, and its experts dealt as ``cutting`` says.
+
+    Raises:
+        PartitionError: experts are to be dealt, and there are none, or too few.
+    """
+    counts = [part.count for layer in blueprint.layers for part in layer.parts if isinstance(part, Experts)]
+    if cutting.expert_parallel > 1 and not counts:
+        raise PartitionError("the model has no experts that could be dealt to the ranks; leave --ep out")
+    if cutting.expert_parallel > min(counts, default=1):
+        raise PartitionError(
+            f"{cutting.expert_parallel} groups of ranks cannot share {min(counts)} experts; use --ep {min(counts)}"
+        )
+
+    if cutting == Cutting() and all(one.storage.is_dense for one in _linears(blueprint)):
+        return blueprint
+
+    def part_cut(part: LayerPart) -> LayerPart:
+        if isinstance(part, Gated):
+            gate_up, down = _aligned(part.gate_up, part.down, cutting)
+            return replace(part, gate_up=gate_up, down=down)
+        if isinstance(part, Experts):
+            (gate_up, down), *forms = (
+                _dealt(_aligned(*pair, cutting), cutting.expert_parallel)
+                for pair in ((part.gate_up, part.down), *part.forms)
+            )
+            shared = None if part.shared is None else part_cut(part.shared)
+            assert shared is None or isinstance(shared, Gated)
+            return replace(part, gate_up=gate_up, down=down, forms=tuple(forms), shared=shared)
+        return part
+
+    return replace(blueprint, layers=tuple(mapped(layer, part_cut) for layer in blueprint.layers))
+
+
+def _linears(blueprint: Blueprint) -> Iterator[Linear]:
+    return (one for layer in blueprint.layers for part in layer.parts for one in linears(part))
+
+
+def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:
+    """``layer`` with each part changed; what is the same stays the same object."""
+    if isinstance(layer, Block):
+        attention, mlp = change(layer.attention), change(layer.mlp)
+        assert isinstance(attention, Attention) and isinstance(mlp, Gated)
+        return replace(layer, attention=attention, mlp=mlp)
+    parts = tuple(change(part) for part in layer.parts)
+    mixer = next(new for new, old in zip(parts, layer.parts, strict=True) if old is layer.mixer)
+    assert isinstance(mixer, Attention | Mixer)
+    return replace(layer, mixer=mixer, parts=parts)
+
+
+def _stored(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPart:
+    """``part`` with its linears changed, but for routers, which no format quantises."""
+    if isinstance(part, Linear):
+        return change(part)
+    if isinstance(part, Attention):
+        return replace(part, qkv=change(part.qkv), out=change(part.out))
+    if isinstance(part, Mixer):
+        return replace(part, parts=tuple(change(one) if isinstance(one, Linear) else one for one in part.parts))
+    if isinstance(part, Gated):
+        return replace(part, gate_up=change(part.gate_up), down=change(part.down))
+    if isinstance(part, Experts):
+        shared = None if part.shared is None else _stored(part.shared, change)
+        assert shared is None or isinstance(shared, Gated)
+        return replace(
+            part,
+            gate_up=change(part.gate_up),
+            down=change(part.down),
+            forms=tuple((change(gate_up), change(down)) for gate_up, down in part.forms),
+            shared=shared,
+            shared_gate=None if part.shared_gate is None else change(part.shared_gate),
+        )
+    return part
+
+
+def _aligned(gate_up: Linear, down: Linear, cutting: Cutting) -> tuple[Linear, Linear]:
+    """Both with one cut of the width between them: where units of either end."""
+    width = gate_up.parts[0].cut
+    factor = width.factor if isinstance(width, Scaled) else 1  # gate and up side by side
+    unit = lcm(_per(gate_up.storage.out_unit, factor), down.storage.inp_unit)
+    word = lcm(_per(gate_up.storage.out_word, factor), down.storage.inp_word)
+    if unit == 1:
+        return gate_up, down
+    cut = Blocks(unit, word, cutting.even)
+    beside: Cut = cut if factor == 1 else Scaled(cut, factor)
+    parts = tuple(replace(part, cut=beside) for part in gate_up.parts)
+    return replace(gate_up, parts=parts), replace(down, input_cut=cut)
+
+
+def _per(unit: int, factor: int) -> int:
+    """The unit of an axis, of one on which ``factor`` entries stand for each of its own."""
+    return unit // gcd(unit, factor)
+
+
+def _dealt(pair: tuple[Linear, Linear], groups: int) -> tuple[Linear, Linear]:
+    """Both with whole experts dealt to groups of ranks."""
+    if groups == 1:
+        return pair
+    gate_up, down = (
+        replace(
+            one,
+            stack=None if one.stack is None else replace(one.stack, cut=Dealt(groups)),
+            parts=tuple(replace(part, cut=_within(part.cut, groups)) for part in one.parts),
+            input_cut=_within(one.input_cut, groups),
+        )
+        for one in pair
+    )
+    return gate_up, down
+
+
+def _within(cut: Cut, groups: int) -> Cut:
+    return cut if isinstance(cut, Whole) else Within(cut, groups)

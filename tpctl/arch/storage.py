@@ -1,0 +1,113 @@
+"""How a weight W [out, in] is stored: in one tensor, or in several, as data.
+
+A cut is made in features of the weight. Every tensor it is stored as has one entry for every so many features (an
+element, 8 packed values, a block of 128), and follows. What each format's tensors are named and mean is said in
+``arch.formats``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import lcm
+
+from tpctl.partition.cuts import Cut, Units
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Dimension ``dim`` of a tensor runs along the features, with one entry for every ``unit`` of them.
+
+    ``packed``: an entry holds the values of that many features, so that a border inside of it would divide a word;
+    otherwise it says something about them (a scale), which both sides can have.
+    """
+
+    dim: int
+    unit: int = 1
+    packed: bool = False
+
+    def entries(self, features: int) -> int:
+        return -(-features // self.unit)
+
+    def cut(self, cut: Cut, features: int) -> Cut:
+        """The cut of this dimension where ``cut`` is that of the features."""
+        return cut if self.unit == 1 else Units(cut, self.unit, features, self.packed)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a stored weight.
+
+    Attributes:
+        suffix: of its name in a checkpoint, behind that of the linear: ``".weight_scale"``; of fused experts it may be
+            ``"_scales"`` or nothing.
+        name: of the tensor in a shard, behind that of the linear and its joiner.
+        dtypes: the safetensors dtypes that it may have; ``None``: those of floats, which can be cast.
+        out, inp: the dimensions along the output and input features; ``None``: it does not vary along them.
+        tail: lengths of further dimensions, behind those.
+        optional: a checkpoint may lack it.
+    """
+
+    suffix: str
+    name: str
+    dtypes: tuple[str, ...] | None
+    out: Axis | None = None
+    inp: Axis | None = None
+    tail: tuple[int, ...] = ()
+    optional: bool = False
+
+    def shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
+        """Of the weight of a linear of so many output and input features. A scalar is one entry."""
+        lengths = [(axis.dim, axis.entries(n)) for axis, n in ((self.out, outputs), (self.inp, inputs)) if axis]
+        shape = tuple(length for _, length in sorted(lengths)) + self.tail
+        return shape or (1,)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A format, for one linear.
+
+    Attributes:
+        format: what people call it.
+        entries: its tensors.
+        constants: suffixes of tensors that say nothing that the shapes do not say; no rank needs them.
+    """
+
+    format: str
+    entries: tuple[Entry, ...]
+    constants: tuple[str, ...] = ()
+
+    @property
+    def out_unit(self) -> int:
+        """Borders between output features on multiples of this divide no unit."""
+        return lcm(*(entry.out.unit for entry in self.entries if entry.out))
+
+    @property
+    def inp_unit(self) -> int:
+        return lcm(*(entry.inp.unit for entry in self.entries if entry.inp))
+
+    @property
+    def out_word(self) -> int:
+        """Borders between output features on multiples of this divide no packed word."""
+        return lcm(*(entry.out.unit for entry in self.entries if entry.out and entry.out.packed))
+
+    @property
+    def inp_word(self) -> int:
+        return lcm(*(entry.inp.unit for entry in self.entries if entry.inp and entry.inp.packed))
+
+    @property
+    def is_dense(self) -> bool:
+        return self.format == DENSE.format
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+
+DENSE = Storage("dense", (Entry(".weight", "weight", None, Axis(0), Axis(1)),))
+"""One tensor of floats."""
+
+FUSED = Storage("dense", (Entry("", "weight", None, Axis(0), Axis(1)),))
+"""The same, named as the linear itself: experts that a checkpoint stacks."""
+
+FUSED_TRANSPOSED = Storage("dense", (Entry("", "weight", None, Axis(1), Axis(0)),))
+"""The same, [in, out]."""

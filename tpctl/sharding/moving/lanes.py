@@ -1,0 +1,121 @@
+"""Which logical tensors have to be moved together, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tpctl.partition.cuts import Range
+from tpctl.sharding.moving.layout import Region, Stored, Strip
+
+Place = tuple[Stored, Strip]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Stored tensors to read and to write. Reads with a known digest are checked against it; written bytes
+    are digested where ``digest`` says so."""
+
+    reads: tuple[Stored, ...]
+    writes: tuple[Stored, ...]
+    digest: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.writes)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Logical tensors whose rows pass together, since a stored tensor has them beside each other; mostly it is one.
+
+    Attributes:
+        sources: their names.
+        reads, writes: the strips of stored tensors that are made of them.
+    """
+
+    sources: tuple[str, ...]
+    reads: tuple[Place, ...]
+    writes: tuple[Place, ...]
+
+    def widths(self) -> dict[str, int]:
+        """The length of each logical tensor's rows, as far as it is read."""
+        found = dict.fromkeys(self.sources, 0)
+        for _, strip in self.reads:
+            for region in strip.regions:
+                found[region.source] = max(found[region.source], region.cols.stop)
+        return found
+
+    def wanted_rows(self) -> list[Range]:
+        """The runs of rows to read, ascending: those that are written, and all whose digest is to be checked."""
+        runs = [strip.rows for stored, strip in self.reads if stored.digest is not None]
+        for one in union(strip.rows for _, strip in self.reads):
+            runs += [overlap(one, other) for other in union(strip.rows for _, strip in self.writes)]
+        return union(run for run in runs if len(run))
+
+
+def lanes(move: Move) -> Iterator[Lane]:
+    """The lanes of ``move``, in the order in which the strips of each stored tensor lie: what passes is in the order of
+    its bytes, and can be hashed. What is read and neither written nor checked is in none."""
+    reads, writes = _by_source(move.reads), _by_source(move.writes)
+    checked = (stored for stored in move.reads if stored.digest is not None)
+    done: set[str] = set()
+    for stored in (*checked, *move.writes):
+        for strip in stored.strips:
+            for region in strip.regions:
+                if region.source not in done:
+                    sources = _together(region.source, reads, writes)
+                    done |= sources.keys()
+                    lane = Lane(tuple(sources), _places(sources, reads), _places(sources, writes))
+                    if lane.reads:
+                        yield lane
+
+
+def overlap(one: Range, other: Range) -> Range:
+    start = max(one.start, other.start)
+    return Range(start, max(start, min(one.stop, other.stop)))
+
+
+def union(ranges: Iterable[Range]) -> list[Range]:
+    """Runs, ascending and apart, that together are ``ranges``."""
+    found: list[Range] = []
+    for rng in sorted(ranges, key=lambda rng: (rng.start, rng.stop)):
+        if found and rng.start <= found[-1].stop:
+            found[-1] = Range(found[-1].start, max(found[-1].stop, rng.stop))
+        else:
+            found.append(rng)
+    return found
+
+
+def is_whole(region: Region, width: int) -> bool:
+    """Whether ``region`` has whole rows of a logical tensor whose rows are ``width`` long."""
+    return region.cols == Range(0, width)
+
+
+def _by_source(tensors: Sequence[Stored]) -> dict[str, list[Place]]:
+    found: dict[str, list[Place]] = {}
+    for stored in tensors:
+        for strip in stored.strips:
+            for region in strip.regions:
+                found.setdefault(region.source, []).append((stored, strip))
+    return found
+
+
+def _together(source: str, *tables: dict[str, list[Place]]) -> dict[str, None]:
+    """``source`` and all that lies beside it somewhere, or beside such a one."""
+    found, left = {source: None}, [source]
+    while left:
+        one = left.pop()
+        for table in tables:
+            for _, strip in table.get(one, ()):
+                if len(strip.regions) > 1:
+                    new = [region.source for region in strip.regions if region.source not in found]
+                    found |= dict.fromkeys(new)
+                    left += new
+    return found
+
+
+def _places(sources: dict[str, None], table: dict[str, list[Place]]) -> tuple[Place, ...]:
+    if len(sources) == 1:
+        return tuple(place for source in sources for place in table.get(source, ()))
+    return tuple({id(strip): (stored, strip) for source in sources for stored, strip in table.get(source, ())}.values())
