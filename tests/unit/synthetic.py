@@ -83,6 +83,24 @@ def make_checkpoint(
     return folder
 
 
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    others: Sequence[TensorSpec] = (),
+) -> Path:
+    """Write a checkpoint of raw elements (as ``read_tensors`` gives them); dtypes by the config, but for ``others``."""
+    folder.mkdir(parents=True)
+    dtypes = {spec.name: spec.dtype for spec in (*source_tensors(config), *others)}
+    header = build_header(TensorSpec(name, dtypes.get(name, "BF16"), data.shape) for name, data in tensors.items())
+    (folder / "model.safetensors").write_bytes(
+        header.raw + b"".join(tensors[name].tobytes() for name in header.tensors)
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    return folder
+
+
 def read_tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Every tensor of a checkpoint folder as an array of raw elements (unsigned integers of the element's size)."""
     from tpctl.checkpoint.folder import CheckpointFolder

@@ -9,7 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpctl.errors import PartitionError
-from tpctl.partition.cuts import ALIGNMENT, Range, Vocab, pad_vocab, split_aligned, split_evenly, split_heads
+from tpctl.partition.cuts import (
+    ALIGNMENT,
+    Blocks,
+    Dealt,
+    Even,
+    QueryHeads,
+    Range,
+    Scaled,
+    Units,
+    Vocab,
+    Within,
+    pad_vocab,
+    split_aligned,
+    split_evenly,
+    split_heads,
+)
 
 
 @given(total=st.integers(1, 5000), parts=st.integers(1, 64), granularity=st.integers(1, 70))
@@ -102,3 +117,57 @@ def test_vocabulary_is_padded_up_to_a_multiple_of_64(size: int) -> None:
 def test_vocabulary_ranges_tile_the_padded_rows(size: int, tp: int) -> None:
     ranges = Vocab().ranges(size, tp)
     assert [i for rng in ranges for i in range(rng.start, rng.stop)] == list(range(pad_vocab(size)))
+
+
+@given(length=st.integers(1, 3000), unit=st.sampled_from([8, 32, 128]), tp=st.integers(1, 24), even=st.booleans())
+def test_borders_are_where_blocks_end_unless_ranks_outnumber_them(length: int, unit: int, tp: int, even: bool) -> None:
+    cut, units = Blocks(unit, fine=8, even=even), -(-length // unit)
+    if -(-length // 8) < tp:
+        with pytest.raises(PartitionError):
+            cut.ranges(length, tp)
+        return
+    ranges = cut.ranges(length, tp)
+    assert [place for held in ranges for place in range(held.start, held.stop)] == list(range(length))
+    assert all(held.start % 8 == 0 for held in ranges)
+    if units >= tp and not even:
+        assert all(held.start % unit == 0 for held in ranges)
+    if even and length % (tp * 8) == 0:
+        assert {len(held) for held in ranges} == {length // tp}
+
+
+@given(length=st.integers(1, 3000), unit=st.sampled_from([3, 8, 128]), tp=st.integers(1, 8))
+def test_the_entry_of_every_element_is_where_the_element_is(length: int, unit: int, tp: int) -> None:
+    if length < tp:
+        return
+    held = Even().ranges(length, tp)
+    entries = Units(Even(), unit, length).ranges(-(-length // unit), tp)
+    for elements, own in zip(held, entries, strict=True):
+        assert {place // unit for place in range(elements.start, elements.stop)} == set(range(own.start, own.stop))
+
+
+def test_a_border_inside_of_packed_values_is_refused() -> None:
+    heads = QueryHeads(num_heads=4, num_kv_heads=2, head_dim=6)
+    assert Units(heads, 6, 24, packed=True).ranges(4, 4) == (Range(0, 1), Range(1, 2), Range(2, 3), Range(3, 4))
+    with pytest.raises(PartitionError, match="at tp 4 a border would fall on element 6, inside of a word that packs 8"):
+        Units(heads, 8, 24, packed=True).ranges(3, 4)
+
+
+def test_gate_and_up_side_by_side_stay_together() -> None:
+    assert Scaled(Even(), 2).ranges(10, 3) == (Range(0, 4), Range(4, 8), Range(8, 10))
+
+
+@pytest.mark.parametrize(("groups", "tp"), [(1, 4), (2, 4), (4, 4), (2, 6), (3, 6)])
+def test_experts_and_their_insides_are_dealt_to_a_grid_of_ranks(groups: int, tp: int) -> None:
+    experts, inside = Dealt(groups).ranges(7, tp), Within(Even(), groups).ranges(40, tp)
+    held = [
+        (expert, place)
+        for mine, part in zip(experts, inside, strict=True)
+        for expert in range(mine.start, mine.stop)
+        for place in range(part.start, part.stop)
+    ]
+    assert sorted(held) == [(expert, place) for expert in range(7) for place in range(40)]
+
+
+def test_groups_that_are_not_alike_are_refused() -> None:
+    with pytest.raises(PartitionError, match="6 ranks do not form 4 equal groups; use an expert-parallel size that"):
+        Dealt(4).ranges(8, 6)

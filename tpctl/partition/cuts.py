@@ -164,7 +164,9 @@ class Blocks:
         if units >= tp_size and (divides or not self.even):
             return split_evenly(length, tp_size, self.unit)
         aligned = lcm(self.fine, ALIGNMENT)
-        return split_evenly(length, tp_size, aligned if -(-length // aligned) >= tp_size else self.fine)
+        if length % (tp_size * self.fine) == 0 or -(-length // aligned) < tp_size:
+            aligned = self.fine
+        return split_evenly(length, tp_size, aligned)
 
 
 @dataclass(frozen=True, slots=True)
