@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say
 from tpctl.cli.units import parse_bytes, parse_ranks
-from tpctl.errors import counted, format_bytes
+from tpctl.errors import UsageError, counted, format_bytes
+from tpctl.quantizing.schemes import Method
 
 if TYPE_CHECKING:
+    from tpctl.quantizing.writer import QuantizationReport
     from tpctl.sharding.cutting.writer import ShardReport
 
 
@@ -21,6 +24,13 @@ def shard(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size: the number of shards.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make. Default: ./NAME-tpN")] = None,
     dtype: Annotated[str, typer.Option(help="Cast floats: auto (keep), float32, bfloat16, float16.")] = "auto",
+    quantize: Annotated[
+        Method | None,
+        typer.Option(
+            help="Quantise the layers' linears first: fp8 (a scale a row), fp8-block (128 x 128) or int4 (groups of "
+            "128), in compressed-tensors' format."
+        ),
+    ] = None,
     allow_overflow: Annotated[
         bool, typer.Option("--allow-overflow", help="Make values beyond the range of --dtype infinite.")
     ] = False,
@@ -38,6 +48,11 @@ def shard(
 ) -> None:
     """Cut a checkpoint into shards: one set of safetensors files a rank, with a manifest that proves them."""
     part_size, wanted = parse_bytes(max_part_size), parse_ranks(ranks)
+    if quantize is not None and dtype != "auto":
+        raise UsageError(
+            f"--quantize {quantize} keeps the dtype of all that it does not quantise, but --dtype {dtype} changes it; "
+            "leave one of them out"
+        )
     from tpctl.checkpoint.cache import file_name
     from tpctl.client.prepare import supported_source
     from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -46,7 +61,16 @@ def shard(
     if output is not None:
         refuse_existing(output, force, add=wanted is not None)
     source = supported_source(model, tp, revision=revision, token=token, progress=byte_progress)
-    out = output or Path(f"{file_name(Path(source.id).name)}-tp{tp}")
+    name = file_name(Path(source.id).name)
+    out = output or Path(f"{name}-tp{tp}" if quantize is None else f"{name}-{quantize}-tp{tp}")
+    quantised = None
+    if quantize is not None:
+        from tpctl.quantizing.cache import ensure_quantised
+
+        refuse_existing(out, force, add=wanted is not None)
+        with byte_progress("quantising") as progress:
+            quantised = ensure_quantised(source, quantize, progress=progress)
+        source = quantised.source
     with byte_progress("sharding") as progress:
         report = shard_checkpoint(
             source.folder,
@@ -63,9 +87,22 @@ def shard(
             progress=progress,
         )
     if json:
-        print_json(asdict(report))
+        print_json(asdict(report) | ({} if quantised is None else {"quantization": asdict(quantised.report)}))
     else:
+        if quantised is not None:
+            print_losses(quantised.report)
         print_report(report)
+
+
+def print_losses(report: QuantizationReport) -> None:
+    """What quantising has saved and changed, as text: the middle of all weights, and the five that lost most."""
+    before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
+    say(f"{counted(len(report.tensors), 'weight')} quantised to {report.method}: {before} before, {after} after")
+    say(f"  {'relative error':>14}  {'largest':>9}")
+    relative = median(one.relative for one in report.tensors)
+    say(f"  {relative:>14.3%}  {median(one.largest for one in report.tensors):>9.2g}  median")
+    for one in sorted(report.tensors, key=lambda one: -one.relative)[:5]:
+        say(f"  {one.relative:>14.3%}  {one.largest:>9.2g}  {one.name}")
 
 
 def print_report(report: ShardReport) -> None:

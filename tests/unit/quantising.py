@@ -1,0 +1,68 @@
+"""What compressed-tensors makes of weights, as llm-compressor calls it: the oracle for ``tpctl.quantizing``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationStatus,
+    apply_quantization_config,
+    preset_name_to_scheme,
+    quantize,
+)
+from compressed_tensors.quantization.utils import (
+    calculate_qparams,
+    is_module_quantized,
+    maybe_pad_tensor_for_block_quant,
+)
+
+from tpctl.quantizing.schemes import Method
+
+PRESETS = {Method.FP8: "FP8_DYNAMIC", Method.FP8_BLOCK: "FP8_BLOCK", Method.INT4: "W4A16"}
+
+
+def calibrated(weight: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales and zero points of ``weight`` by the extremes of each cell, as llm-compressor observes weights."""
+    if args.strategy == "channel":
+        cells = weight.unsqueeze(-2)
+    elif args.strategy == "group":
+        cells = weight.unflatten(-1, (-1, args.group_size))
+    else:
+        height, width = args.block_structure
+        padded = maybe_pad_tensor_for_block_quant(weight, (height, width))
+        cells = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten(-2)
+    return calculate_qparams(cells.amin(-1), cells.amax(-1), args)
+
+
+def quantised(weight: torch.Tensor, method: Method) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``weight`` is stored as, and its scales."""
+    args = preset_name_to_scheme(PRESETS[method], ["Linear"]).weights
+    assert args is not None
+    scales, zeros = calibrated(weight, args)
+    if args.strategy == "block":
+        height, width = weight.shape
+        weight = maybe_pad_tensor_for_block_quant(weight, args.block_structure)
+        return quantize(weight, scales, zeros, args, dtype=torch.float8_e4m3fn)[:height, :width].contiguous(), scales
+    if method is Method.INT4:
+        return pack_to_int32(quantize(weight, scales, zeros, args, dtype=torch.int8), 4), scales
+    return quantize(weight, scales, zeros, args, dtype=torch.float8_e4m3fn), scales
+
+
+def save_quantised(model: Any, method: Method, folder: Path, ignore: list[str]) -> None:
+    """Quantise a transformers ``model`` in place, and save it."""
+    scheme = preset_name_to_scheme(PRESETS[method], ["Linear"])
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=ignore))
+    for module in model.modules():
+        if is_module_quantized(module):
+            module.weight_scale.data, _ = calibrated(module.weight.data, module.quantization_scheme.weights)
+            module.quantization_status = QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))

@@ -1,0 +1,80 @@
+"""Quantised models as a cache: made when a command first needs them, found again by what they were made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from tpctl.checkpoint.cache import build_once, cache_root, file_name
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.progress import Progress
+from tpctl.checkpoint.sources import Notify, ResolvedSource, to_stderr
+from tpctl.errors import UsageError
+from tpctl.manifest.manifest import MANIFEST
+from tpctl.quantizing.schemes import FORMAT_RELEASE, Method
+from tpctl.quantizing.writer import QuantizationReport, TensorLoss, quantise_checkpoint
+
+VERSION = 1
+"""Raised when a model is quantised to something else than before, so that the cache's old folders are not used."""
+
+_REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class QuantisedSource:
+    """A quantised model in the cache: its folder, and what it has lost.
+
+    ``source.id`` is the original's with the method, ``org/name (fp8 by tpctl)``, which is no name of a model: nobody
+    shall look for it on the Hub. ``source.revision`` is the original's.
+    """
+
+    source: ResolvedSource
+    report: QuantizationReport
+
+
+def ensure_quantised(
+    source: ResolvedSource, method: Method, *, progress: Progress | None = None, notify: Notify = to_stderr
+) -> QuantisedSource:
+    """``source`` quantised by ``method``, from the cache, or made there. Two processes that ask at once make it once.
+
+    Args:
+        notify: told that it is made.
+
+    Raises:
+        UsageError: ``source`` is quantised already, or cut into shards.
+        CheckpointError: it cannot be quantised; the message names the tensor.
+        SourceError: the cache cannot be written, or its disk is full.
+    """
+    if (source.folder / MANIFEST).is_file():
+        raise UsageError(
+            f"{source.folder} is cut into shards already; quantise the model itself: `tpctl shard MODEL --tp N "
+            f"--quantize {method}`"
+        )
+    checkpoint = CheckpointFolder.open(source.folder)
+    name = f"{file_name(Path(source.id).name)}-{method}"
+
+    def build(entry: Path) -> None:
+        notify(f"quantising {source.id} to {method} (once)")
+        (entry / name).mkdir()
+        report = quantise_checkpoint(checkpoint, entry / name, method, progress=progress)
+        (entry / _REPORT).write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+    entry = build_once(cache_root() / "models" / f"{name}-{_key(source, checkpoint, method)}", build)
+    kept = json.loads((entry / _REPORT).read_text(encoding="utf-8"))
+    tensors = tuple(TensorLoss(**{**one, "shape": tuple(one["shape"])}) for one in kept["tensors"])
+    return QuantisedSource(
+        ResolvedSource(entry / name, f"{source.id} ({method} by tpctl)", source.revision),
+        QuantizationReport(**{**kept, "tensors": tensors}),
+    )
+
+
+def _key(source: ResolvedSource, checkpoint: CheckpointFolder, method: Method) -> str:
+    """Changes whenever a model made earlier would differ from the one made now."""
+    files = [(file.name, file.size, file.mtime_ns) for file in checkpoint.files]
+    files += [(path.name, stamp.size, stamp.mtime_ns) for path, stamp in checkpoint.beside.items()]
+    # A revision pins the content; a local folder is told from another of the same name by its place.
+    place = source.revision or str(source.folder.resolve())
+    text = repr([VERSION, FORMAT_RELEASE, source.id, place, files, str(method)])
+    return sha256(text.encode()).hexdigest()[:12]

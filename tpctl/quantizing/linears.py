@@ -1,0 +1,145 @@
+"""Which tensors are quantised, which stay, and what they become: from names, dtypes and shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from tpctl.errors import CheckpointError, UsageError
+from tpctl.quantizing.schemes import SCHEMES, Method, Scheme
+
+FLOATS = frozenset({"BF16", "F16", "F32"})
+"""Dtypes that weights are quantised from."""
+
+_LAYER = re.compile(r"(?:model\.|model\.language_model\.|language_model\.model\.)layers\.(\d+)\.(.+)")
+_LINEAR = re.compile(
+    r"self_attn\.(?:q|k|v|o|qkv)_proj"
+    r"|(?:mlp|block_sparse_moe)\.(?:experts\.\d+\.|shared_experts?\.)?"
+    r"(?:gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)"
+)
+_ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)")
+_EMBEDDING = re.compile(r"(?:.*\.)?embed_tokens")
+_HEAD = "lm_head"
+_SCALE = re.compile(
+    r"\.(?:weight_(?:scale\w*|packed|shape|zero_point|global_scale)|qweight|qzeros|scales|g_idx|\w+_blocks)$"
+)
+"""What formats of quantised checkpoints call the tensors that stand in a weight's place, or beside it."""
+
+
+class Described(Protocol):
+    """What is known of a tensor without its data."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def quantised_shapes(tensors: Mapping[str, Described], method: Method) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and shape of every tensor of a checkpoint of ``tensors`` once it is quantised by ``method``.
+
+    Raises:
+        UsageError, CheckpointError: as ``linears``.
+    """
+    chosen = linears(tensors, method)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in tensors.items():
+        if name in chosen:
+            found.update(stored(name, tensor.dtype, chosen[name], SCHEMES[method]))
+        else:
+            found[name] = (tensor.dtype, tensor.shape)
+    return found
+
+
+def stored(name: str, dtype: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What the weight ``name`` of ``dtype`` is stored as; numbers first, then scales, then the rest."""
+    rows, columns = shape
+    scales = (f"{name}_scale", (dtype, scheme.cells(shape)))
+    if scheme.kind == "float":
+        return dict([(name, ("F8_E4M3", shape)), scales])
+    return dict([(f"{name}_packed", ("I32", (rows, columns // 8))), scales, (f"{name}_shape", ("I64", (2,)))])
+
+
+def linears(tensors: Mapping[str, Described], method: Method) -> dict[str, tuple[int, int]]:
+    """The weights that are quantised, with their shapes [N, K]: all linears of the decoder's layers.
+
+    Raises:
+        UsageError: the checkpoint is quantised already.
+        CheckpointError: a layer holds something that is no linear by itself, or one that ``method`` cannot cut into
+            its groups.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name, tensor in tensors.items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            continue
+        module, _, suffix = match[2].rpartition(".")
+        is_linear = suffix == "weight" and _LINEAR.fullmatch(module) is not None
+        if is_linear or len(tensor.shape) > 1:
+            _require_float(name, tensor, method)
+        if is_linear:
+            found[name] = _matrix(name, tensor.shape, SCHEMES[method])
+        elif len(tensor.shape) > 1 and not (suffix == "weight" and _ROUTER.fullmatch(module)):
+            raise CheckpointError(
+                f"{name} {list(tensor.shape)} is no linear that --quantize {method} knows (experts must be stored one "
+                "by one); leave out --quantize"
+            )
+    if not found:
+        raise CheckpointError("no linear of a decoder layer is among the checkpoint's tensors; leave out --quantize")
+    return found
+
+
+def ignored(tensors: Mapping[str, Described]) -> list[str]:
+    """The linears that stay as they are, in the model's order: routers, what is outside of the layers, the head.
+
+    The head is one also where it is tied to the embedding, since there is a module of that name.
+    """
+    routers: list[tuple[int, str]] = []
+    others: list[str] = []
+    for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix != "weight" or len(tensor.shape) < 2:
+            continue
+        match = _LAYER.fullmatch(module)
+        if match is None:
+            others += [module] * (_EMBEDDING.fullmatch(module) is None and module != _HEAD)
+        elif _ROUTER.fullmatch(match[2]):
+            routers.append((int(match[1]), module))
+    return [*sorted(others), *(module for _, module in sorted(routers)), _HEAD]
+
+
+def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:
+    """Raise ``UsageError`` if a model's ``config``, or a name of its tensors, shows that it is quantised already."""
+    text = config.get("text_config")
+    for held in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if held.get(key):
+                raise UsageError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
+    for name in names:
+        if _SCALE.search(name):
+            raise UsageError(f"the model is quantised already (it holds {name}); {_instead(method)}")
+
+
+def _require_float(name: str, tensor: Described, method: Method) -> None:
+    if tensor.dtype == "F64":
+        raise CheckpointError(f"{name} is F64; --quantize {method} takes {', '.join(sorted(FLOATS))}")
+    if tensor.dtype not in FLOATS:
+        raise UsageError(f"the model is quantised already ({name} is {tensor.dtype}); {_instead(method)}")
+
+
+def _instead(method: Method) -> str:
+    return f"leave out --quantize {method}, or give its unquantised original"
+
+
+def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
+    if len(shape) != 2 or 0 in shape:
+        raise CheckpointError(f"{name} has the shape {list(shape)}, but a linear's weight has rows and columns")
+    rows, columns = shape
+    if scheme.strategy == "group" and scheme.columns is not None and columns % scheme.columns:
+        # compressed-tensors quantises no such group either: vLLM's kernels take whole ones.
+        raise CheckpointError(
+            f"{name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize fp8, which "
+            "has no groups"
+        )
+    return rows, columns
