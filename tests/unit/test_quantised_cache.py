@@ -1,0 +1,177 @@
+"""Quantised models in the cache, and `tpctl shard --quantize`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.bad_input import local_answer
+from tests.unit.synthetic import folder_bytes, make_config, source_shapes
+from tests.unit.test_quantised_folder import LAYER, write
+from tpctl.checkpoint.folder import CheckpointFolder
+from tpctl.checkpoint.safetensors import TensorSpec
+from tpctl.checkpoint.sources import ResolvedSource
+from tpctl.cli import shard as shard_command
+from tpctl.errors import CheckpointError, UsageError
+from tpctl.manifest.manifest import Manifest
+from tpctl.quantizing import cache as cache_module
+from tpctl.quantizing.cache import ensure_quantised
+from tpctl.quantizing.schemes import Method
+from tpctl.quantizing.writer import QuantizationReport, TensorLoss
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ResolvedSource:
+    """A Llama whose linears can be cut in two between blocks and groups."""
+    config = make_config(
+        hidden_size=512, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=128
+    )
+    specs = [TensorSpec(name, "BF16", shape) for name, shape in source_shapes(config).items()]
+    return ResolvedSource(write(tmp_path / "model", specs, config=config), "org/tiny", "abc")
+
+
+def test_a_second_run_finds_it(source: ResolvedSource, cache: Path) -> None:
+    told: list[str] = []
+    made = ensure_quantised(source, Method.FP8, notify=told.append)
+    again = ensure_quantised(source, Method.FP8, notify=told.append)
+    assert told == ["quantising org/tiny to fp8 (once)"]
+    assert made == again
+    assert made.source.id == "org/tiny (fp8 by tpctl)"
+    assert made.source.revision == "abc"
+    assert made.source.folder.name == "tiny-fp8"
+    assert made.source.folder.is_relative_to(cache / "models")
+    assert {one.name for one in made.report.tensors} < source_names(source)
+    other = ensure_quantised(source, Method.INT4, notify=told.append)
+    assert other.source.folder != made.source.folder
+    assert len(told) == 2
+
+
+def source_names(source: ResolvedSource) -> set[str]:
+    return set(CheckpointFolder.open(source.folder).tensors)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_source_that_changed_is_quantised_again(source: ResolvedSource, name: str) -> None:
+    told: list[str] = []
+    first = ensure_quantised(source, Method.FP8, notify=told.append).source.folder
+    os.utime(source.folder / name, ns=(1, 1))
+    assert ensure_quantised(source, Method.FP8, notify=told.append).source.folder != first
+    assert len(told) == 2
+
+
+def test_nothing_is_left_of_a_run_that_failed(source: ResolvedSource, cache: Path) -> None:
+    file, info = CheckpointFolder.open(source.folder).tensors[LAYER + "mlp.up_proj.weight"]
+    data = bytearray(file.path.read_bytes())
+    data[info.start : info.start + 2] = b"\x80\x7f"
+    file.path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight holds NaN or infinity"):
+        ensure_quantised(source, Method.FP8, notify=lambda text: None)
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_a_source_that_changes_meanwhile_is_refused(
+    source: ResolvedSource, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def progress(done: int, total: int, what: str = "") -> None:
+        os.utime(source.folder / "model.safetensors", ns=(done, done))
+
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        ensure_quantised(source, Method.FP8, progress=progress, notify=lambda text: None)
+    assert list((cache / "models").iterdir()) == []
+
+
+def _quantise(folder: Path, notes: Path) -> None:
+    def note(text: str) -> None:
+        with notes.open("a") as file:
+            file.write(f"{text}\n")
+
+    ensure_quantised(ResolvedSource(folder, "org/tiny", "abc"), Method.FP8, notify=note)
+
+
+def test_two_that_ask_at_once_make_it_once(source: ResolvedSource, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    runs = [context.Process(target=_quantise, args=(source.folder, tmp_path / "notes")) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+        assert run.exitcode == 0
+    assert (tmp_path / "notes").read_text() == "quantising org/tiny to fp8 (once)\n"
+
+
+def test_shards_are_refused(source: ResolvedSource) -> None:
+    (source.folder / "tpctl.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"cut into shards already; quantise the model itself: `tpctl shard MODEL"):
+        ensure_quantised(source, Method.FP8)
+
+
+def test_a_newer_way_is_not_served_from_the_cache(source: ResolvedSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ensure_quantised(source, Method.FP8, notify=lambda text: None).source.folder
+    monkeypatch.setattr(cache_module, "VERSION", cache_module.VERSION + 1)
+    assert ensure_quantised(source, Method.FP8, notify=lambda text: None).source.folder != first
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--quantize fp8 --dtype float16", "--quantize fp8 keeps the dtype of all that it does not quantise"),
+        ("--quantize int3", "'--quantize': 'int3' is not one of 'fp8', 'fp8-block', 'int4'"),
+    ],
+)
+def test_usage_errors(source: ResolvedSource, cache: Path, options: str, said: str) -> None:
+    answer = local_answer(f"shard model --tp 2 {options}", source.folder.parent)
+    assert (answer.code, answer.out) == (2, "")
+    assert said in answer.err
+    assert not cache.exists()
+
+
+def test_an_output_that_exists_is_refused_before_the_work(source: ResolvedSource, cache: Path) -> None:
+    (source.folder.parent / "model-fp8-tp2").mkdir()
+    answer = local_answer("shard ./model --tp 2 --quantize fp8", source.folder.parent)
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err.startswith("tpctl: model-fp8-tp2 exists already; use --force")
+    assert not cache.exists()
+
+
+def test_losses_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = tuple(TensorLoss(f"w{i}", (8, 8), i / 100, i / 1000) for i in range(1, 8))
+    shard_command.print_losses(QuantizationReport("fp8", 2_000_000, 1_100_000, tensors))
+    assert capsys.readouterr().out == (
+        "7 weights quantised to fp8: 2.0 MB before, 1.1 MB after\n"
+        "  relative error    largest\n"
+        "          4.000%      0.004  median\n"
+        "          7.000%      0.007  w7\n"
+        "          6.000%      0.006  w6\n"
+        "          5.000%      0.005  w5\n"
+        "          4.000%      0.004  w4\n"
+        "          3.000%      0.003  w3\n"
+    )
+
+
+@pytest.mark.skip(reason="shards of quantised checkpoints are still refused; switch on once `shard` cuts them")
+@pytest.mark.parametrize("method", Method)
+def test_there_and_back_again(source: ResolvedSource, method: Method) -> None:
+    """`shard --quantize`, and `merge` gives the quantised folder, byte for byte."""
+    place = source.folder.parent
+    answer = local_answer(f"shard ./model --tp 2 --quantize {method} --json", place)
+    assert (answer.code, answer.err) == (0, f"quantising ./model to {method} (once)\n")
+    report = json.loads(answer.out)
+    with contextlib.chdir(place):
+        named = ResolvedSource(Path("model"), "./model", None)
+        made = ensure_quantised(named, method, notify=lambda text: pytest.fail("it is in the cache"))
+    assert report["quantization"]["bytes_after"] == made.report.bytes_after
+    assert len(report["quantization"]["tensors"]) == 14
+    assert Manifest.load(place / f"model-{method}-tp2").source.id == f"./model ({method} by tpctl)"
+    assert local_answer(f"merge model-{method}-tp2 -o merged", place).code == 0
+    assert folder_bytes(place / "merged") == folder_bytes(made.source.folder)
