@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.bad_input import local_answer
 from tests.unit.synthetic import folder_bytes, make_config, source_shapes
-from tests.unit.test_quantised_folder import LAYER, write
+from tests.unit.test_quantised_folder import HIDDEN, LAYER, dense, write
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import TensorSpec
 from tpctl.checkpoint.sources import ResolvedSource
@@ -97,6 +97,20 @@ def _quantise(folder: Path, notes: Path) -> None:
             file.write(f"{text}\n")
 
     ensure_quantised(ResolvedSource(folder, "org/tiny", "abc"), Method.FP8, notify=note)
+
+
+def test_rows_that_end_within_a_block_are_told_of(tmp_path: Path) -> None:
+    specs = [one for one in dense() if "mlp" not in one.name]
+    specs.append(TensorSpec(LAYER + "mlp.down_proj.weight", "BF16", (HIDDEN, 200)))
+    source = ResolvedSource(write(tmp_path / "odd", specs), "odd", None)
+    told: list[str] = []
+    for _ in range(2):
+        ensure_quantised(source, Method.FP8_BLOCK, notify=told.append)
+    assert told[0] == told[2]
+    assert told[0].startswith(f"{LAYER}mlp.down_proj.weight has 200 columns, which blocks of 128 do not divide")
+    assert told[1] == "quantising odd to fp8-block (once)"
+    ensure_quantised(source, Method.FP8, notify=told.append)
+    assert told[3:] == ["quantising odd to fp8 (once)"]
 
 
 def test_two_that_ask_at_once_make_it_once(source: ResolvedSource, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tpctl.errors import CheckpointError
@@ -61,6 +61,8 @@ def test_rows_are_compressed_tensors_own(method: Method, dtype: str, data: st.Da
     bits = data.draw(weights(dtype, method))
     numbers, scales = quantised(as_torch(bits, dtype), method)
     step = 128 if method is Method.FP8_BLOCK else len(bits)
+    largest = 8.0 if method is Method.INT4 else 448.0
+    assume(float(scales.max()) * largest <= torch.finfo(TORCH[dtype]).max)  # else it is refused
     bands = [quantise_rows(bits[row : row + step], dtype, SCHEMES[method], "w") for row in range(0, len(bits), step)]
     assert b"".join(band.scales.tobytes() for band in bands) == scales.view(torch.uint8).numpy().tobytes()
     assert b"".join(band.numbers.tobytes() for band in bands) == numbers.view(torch.uint8).numpy().tobytes()
@@ -129,3 +131,17 @@ def test_what_is_not_finite_is_refused_by_name(dtype: str, value: float) -> None
     with pytest.raises(CheckpointError, match=r"^some\.weight holds NaN or infinity"):
         check_finite(elements(data, dtype), dtype, "some.weight")
     check_finite(elements(data[:1], dtype), dtype, "some.weight")
+
+
+@pytest.mark.parametrize("dtype", FINITE)
+@pytest.mark.parametrize("method", Method)
+def test_what_rounding_would_make_infinite_is_refused(method: Method, dtype: str) -> None:
+    largest = float(torch.finfo(TORCH[dtype]).max)
+    for size, bad in ((largest, method is Method.INT4 or dtype != "F32"), (largest * 0.9, False)):
+        weight = torch.full((1, 128), -size, dtype=TORCH[dtype])
+        bits = elements(weight.view(torch.uint8).numpy(), dtype)
+        if bad:
+            with pytest.raises(CheckpointError, match=r"^w holds values so near to the largest \w+ \("):
+                quantise_rows(bits, dtype, SCHEMES[method], "w")
+        else:
+            assert np.isfinite(quantise_rows(bits, dtype, SCHEMES[method], "w").loss.largest)

@@ -13,8 +13,9 @@ from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import Notify, ResolvedSource, to_stderr
 from tpctl.errors import UsageError
 from tpctl.manifest.manifest import MANIFEST
-from tpctl.quantizing.schemes import FORMAT_RELEASE, Method
-from tpctl.quantizing.writer import QuantizationReport, TensorLoss, quantise_checkpoint
+from tpctl.quantizing.linears import cut_block
+from tpctl.quantizing.schemes import FORMAT_RELEASE, SCHEMES, Method
+from tpctl.quantizing.writer import QuantizationReport, TensorLoss, linears_of, quantise_checkpoint
 
 VERSION = 1
 """Raised when a model is quantised to something else than before, so that the cache's old folders are not used."""
@@ -40,7 +41,7 @@ def ensure_quantised(
     """``source`` quantised by ``method``, from the cache, or made there. Two processes that ask at once make it once.
 
     Args:
-        notify: told that it is made.
+        notify: told that it is made, and where other engines will not run it.
 
     Raises:
         UsageError: ``source`` is quantised already, or cut into shards.
@@ -53,6 +54,12 @@ def ensure_quantised(
             f"--quantize {method}`"
         )
     checkpoint = CheckpointFolder.open(source.folder)
+    chosen = linears_of(checkpoint, method)
+    if (cut := cut_block(chosen, SCHEMES[method])) is not None:
+        notify(
+            f"{cut} has {chosen[cut][1]} columns, which blocks of {SCHEMES[method].columns} do not divide: "
+            "transformers and vLLM will not run that; --quantize fp8 has no blocks"
+        )
     name = f"{file_name(Path(source.id).name)}-{method}"
 
     def build(entry: Path) -> None:

@@ -90,6 +90,16 @@ def linears(tensors: Mapping[str, Described], method: Method) -> dict[str, tuple
     return found
 
 
+def cut_block(chosen: Mapping[str, tuple[int, int]], scheme: Scheme) -> str | None:
+    """The first of the ``chosen`` weights whose rows end within a block, if there is one.
+
+    compressed-tensors stores it, but its inputs are in groups of that size too, and those must be whole.
+    """
+    if scheme.rows == 1 or scheme.columns is None:
+        return None
+    return next((name for name, (_, columns) in chosen.items() if columns % scheme.columns), None)
+
+
 def ignored(tensors: Mapping[str, Described]) -> list[str]:
     """The linears that stay as they are, in the model's order: routers, what is outside of the layers, the head.
 

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpctl.checkpoint.cast import cast
+from tpctl.checkpoint.cast import LARGEST, cast
 from tpctl.errors import CheckpointError
+from tpctl.partition.dtypes import TORCH_NAMES
 from tpctl.quantizing.schemes import Scheme
 
 Bits = NDArray[np.unsignedinteger[Any]]
@@ -94,11 +95,16 @@ def quantise_rows(bits: Bits, dtype: str, scheme: Scheme, name: str) -> Quantise
             for the weight's end; of others, whole rows.
 
     Raises:
-        CheckpointError: a value is NaN or infinite.
+        CheckpointError: a value is NaN or infinite, or so large that a number times its scale could be.
     """
     peaks = _peaks(bits, dtype, scheme)
     check_finite(peaks, dtype, name)
     scales, stored = _scales(peaks, dtype, scheme.limit)
+    if float(scales.max()) * ceil(scheme.limit) > LARGEST[dtype]:
+        raise CheckpointError(
+            f"{name} holds values so near to the largest {TORCH_NAMES[dtype]} ({LARGEST[dtype]:g}) that rounding makes "
+            "them infinite; leave out --quantize"
+        )
     numbers = np.empty(bits.shape, np.uint8)
     loss = Loss()
     step = max(1, _TILE // bits.shape[1])

@@ -66,10 +66,8 @@ def quantise_checkpoint(
         SourceError: the disk has too little space.
         OSError: as the file system says.
     """
-    config = read_object(source.path / "config.json")
+    chosen, scheme = linears_of(source, method), SCHEMES[method]
     tensors = {name: info for name, (_, info) in source.tensors.items()}
-    refuse_quantised(config, tensors, method)
-    chosen, scheme = linears(tensors, method), SCHEMES[method]
     targets = {file.name: _target(file.header, chosen, scheme) for file in source.files}
     require_space(out, sum(header.file_size for header in targets.values()), f"{source.path} quantised to {method}")
     losses: dict[str, Loss] = {}
@@ -91,7 +89,7 @@ def quantise_checkpoint(
                     tasks.append(partial(job.copy, info))
         in_parallel(tasks, tally)
         files.sync(out / name for name in targets)
-    _write_small_files(source, out, config, targets, quantization_config(method, ignored(tensors)))
+    _write_small_files(source, out, targets, quantization_config(method, ignored(tensors)))
     source.check_unchanged()
     return QuantizationReport(
         method,
@@ -99,6 +97,17 @@ def quantise_checkpoint(
         sum(info.nbytes for header in targets.values() for info in header.tensors.values()),
         tuple(_tensor_loss(name, shape, losses[name]) for name, shape in chosen.items()),
     )
+
+
+def linears_of(source: CheckpointFolder, method: Method) -> dict[str, tuple[int, int]]:
+    """The weights of ``source`` that are quantised, with their shapes.
+
+    Raises:
+        UsageError: it is quantised already.
+        CheckpointError: it holds a linear that cannot be quantised.
+    """
+    refuse_quantised(read_object(source.path / "config.json"), source.tensors, method)
+    return linears({name: info for name, (_, info) in source.tensors.items()}, method)
 
 
 @dataclass(frozen=True)
@@ -191,14 +200,13 @@ def _target(header: Header, chosen: Mapping[str, tuple[int, int]], scheme: Schem
 def _write_small_files(
     source: CheckpointFolder,
     out: Path,
-    config: Mapping[str, object],
     targets: Mapping[str, Header],
     quantization: Mapping[str, object],
 ) -> None:
     for path in source.small_files():
         if path.name != "config.json":
             copy_file(path, out / path.name)
-    _write_json(out / "config.json", {**config, "quantization_config": quantization})
+    _write_json(out / "config.json", {**read_object(source.path / "config.json"), "quantization_config": quantization})
     if source.index is not None:
         index = parse_object(source.index.encode(), INDEX)
         kept = index.get("metadata")
