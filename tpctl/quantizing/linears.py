@@ -147,7 +147,7 @@ def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int
         raise CheckpointError(f"{name} has the shape {list(shape)}, but a linear's weight has rows and columns")
     rows, columns = shape
     if scheme.strategy == "group" and scheme.columns is not None and columns % scheme.columns:
-        # compressed-tensors quantises no such group either: vLLM's kernels take whole ones.
+        # As compressed-tensors does.
         raise CheckpointError(
             f"{name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize fp8, which "
             "has no groups"
