@@ -16,19 +16,19 @@ from tpctl.errors import ShardFolderError
 from tpctl.json_file import parse_object
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.dtypes import dtype_after_cast
-from tpctl.partition.split import TensorSplit
+from tpctl.partition.split import EACH, TensorSplit, tensor_names
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
-from tpctl.sharding.moving.layout import Stored, copy_of, whole
+from tpctl.sharding.moving.layout import Stored, copy_of, pile, whole
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import OwnPlan, own_plan
-from tpctl.sharding.moving.transfer import move_all
+from tpctl.sharding.moving.transfer import are_small, move_all
 from tpctl.sharding.publishing.journal import write_synced
 from tpctl.sharding.publishing.pending import PendingFolder, refuse_existing
 
-Target = tuple[Stored, ...]
-"""Every place of one tensor of the source."""
+Targets = dict[str, tuple[Stored, ...]]
+"""Every place of each logical tensor of the source."""
 
 
 @dataclass(frozen=True)
@@ -120,23 +120,30 @@ def _header(header: Header, dtype: str | None, exact: Container[str]) -> Header:
     return build_header(cast, header.metadata)
 
 
-def _targets(
-    own: OwnPlan, headers: Mapping[str, Header], aliases: Mapping[str, str], folder: Path
-) -> dict[str, Target]:
-    """Where each tensor of the source is to be written: once, or once more under an alias."""
-    found: dict[str, Target] = {}
-    for file, header in headers.items():
-        for name, info in header.tensors.items():
-            source = aliases.get(name, name)
-            target = whole(info, folder / file, stacked=name in own.plan.stacks)
-            found[source] = (*found.get(source, ()), copy_of(target, source) if source != name else target)
+def _targets(own: OwnPlan, headers: Mapping[str, Header], aliases: Mapping[str, str], folder: Path) -> Targets:
+    """Where each source of the plan, and each tensor beside it, is to be written: once, or once more as an alias."""
+    infos = {name: (info, folder / file) for file, header in headers.items() for name, info in header.tensors.items()}
+    found: Targets = {}
+    piled: set[str] = set()
+    for split in own.plan.splits:
+        for source in dict.fromkeys(part.source for part in split.parts):
+            if split.stack is not None and EACH in source:
+                names = list(tensor_names(source, split.stack.count))
+                piled.update(names)
+                found[source] = (pile(source, [infos[name] for name in names]),)
+    for name, (info, path) in infos.items():
+        if name not in piled:
+            target, source = whole(info, path, stacked=name in own.plan.stacks), aliases.get(name, name)
+            found[source] = (*found.get(source, ()), copy_of(target, source))
     return found
 
 
-def _moves(split: TensorSplit, held: Sequence[Stored], targets: Mapping[str, Target]) -> list[Move]:
+def _moves(split: TensorSplit, held: Sequence[Stored], targets: Targets) -> list[Move]:
     """The moves that read ``held``, the stored tensor of ``split`` of all ranks."""
-    writes = tuple(target for source in split.sources for target in targets[source])
-    if split.by_rows:
+    writes = tuple(
+        target for source in dict.fromkeys(part.source for part in split.parts) for target in targets[source]
+    )
+    if split.by_rows and not are_small(writes):
         # The ranks' rows are apart (or equal, for copied KV heads), so each rank's part is written on its own.
         return [Move((one,), writes, digest=False) for one in held]
     return [Move(tuple(held), writes, digest=False)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
 from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
-from tpctl.sharding.moving.layout import Stored, copy_of
-from tpctl.sharding.moving.sources import source_tensors
+from tpctl.sharding.moving.layout import copy_of
+from tpctl.sharding.moving.sources import SourceTensors
 from tpctl.sharding.moving.transfer import move_all
 from tpctl.sharding.publishing.pending import refuse_existing
 
@@ -79,13 +79,14 @@ def shard_checkpoint(
     plan = checked_source_plan(config, folder.shapes, tp_size)
     if seen := towers(config, folder.shapes):
         _check_text_only(seen, text_only)
-    tensors = source_tensors(folder, plan)
-    aliases = _aliases(config, tensors)
-    inputs = {split.name: tuple(tensors[source] for source in split.sources) for split in plan.splits}
-    found = {name: {one.name: one.dtype for one in reads} for name, reads in inputs.items()}
+    held = {name: info.dtype for name, (_, info) in folder.tensors.items()}
+    found = {split.name: {source: held[source] for source in split.sources} for split in plan.splits}
     dtypes = {split.name: stored_dtype(split, found[split.name], target) for split in plan.splits}
     if all(set(sources.values()) == {dtypes[name]} for name, sources in found.items()):
         target = None
+    tensors = SourceTensors(folder, plan)
+    aliases = _aliases(second_copies(config, held), tensors)
+    unread = sorted(held.keys() - plan.source_shapes.keys() - aliases.keys())
     recipe = make_recipe(
         config,
         plan,
@@ -102,10 +103,8 @@ def shard_checkpoint(
         compat=compat,
         cutting=cutting,
         dtypes=dtypes,
-        inputs=inputs,
-        extra=[
-            stored for name, stored in sorted(tensors.items()) if name not in plan.source_shapes and name not in aliases
-        ],
+        inputs={split.name: tensors.of(split) for split in plan.splits},
+        extra=[tensors[name] for name in unread],
         small_files=dict.fromkeys(folder.small_files()),
         identity=_identity(folder, source_id, revision, allow_overflow),
         may_overflow=allow_overflow,
@@ -130,9 +129,8 @@ def _check_text_only(seen: Sequence[str], text_only: bool) -> None:
         )
 
 
-def _aliases(config: ModelConfig, tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """A tied head that the checkpoint stores a second time, after checking that it equals the embedding."""
-    copies = second_copies(config, tensors)
+def _aliases(copies: dict[str, str], tensors: SourceTensors) -> dict[str, str]:
+    """``copies``, of a tied head that is stored a second time, after checking that it equals the embedding."""
     for name, original in copies.items():
         head, embedding = tensors[name], tensors[original]
         differ = CheckpointError(

@@ -23,7 +23,7 @@ from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import in_shard, whole
 from tpctl.sharding.moving.parts import EXTRA_FILE, PartFile, assign_parts, part_files
-from tpctl.sharding.moving.transfer import move_all
+from tpctl.sharding.moving.transfer import are_small, move_all
 from tpctl.sharding.publishing.journal import Digests, Journal, note_name, write_synced
 from tpctl.sharding.publishing.pending import PendingFolder
 
@@ -210,7 +210,7 @@ class _Writer:
             path, info, fill = self.pending.path / file.file, file.header.tensors[name], self.recipe.fills.get(name, 0)
             writes.append(in_shard(info, stored.pieces, path, file.rank, stacked=stored.stacked, fill=fill))
         checked = any(stored.digest is not None for stored in reads)
-        if checked or not self.recipe.shards[0][name].by_rows:
+        if checked or not self.recipe.shards[0][name].by_rows or are_small(reads):
             # The ranks read the same bytes, or what is read is hashed whole: one pass for all of them.
             return [Move(reads, tuple(writes))]
         return [Move(reads, (write,)) for write in writes]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from tpctl.partition.cuts import Range
-from tpctl.sharding.moving.layout import Region, Stored, Strip
+from tpctl.sharding.moving.layout import Stored, Strip
 
 Place = tuple[Stored, Strip]
 
@@ -38,13 +39,37 @@ class Lane:
     reads: tuple[Place, ...]
     writes: tuple[Place, ...]
 
-    def widths(self) -> dict[str, int]:
-        """The length of each logical tensor's rows, as far as it is read."""
-        found = dict.fromkeys(self.sources, 0)
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of each logical tensor, as far as they are read."""
+        found = dict.fromkeys(self.sources, (0, 0))
         for _, strip in self.reads:
             for region in strip.regions:
-                found[region.source] = max(found[region.source], region.cols.stop)
+                rows, cols = found[region.source]
+                found[region.source] = max(rows, region.rows.stop), max(cols, region.cols.stop)
         return found
+
+    def holding(self, frame: int) -> Lane:
+        """The same, less the tensors that do not hold the expert ``frame``."""
+        reads, writes = (
+            tuple(place for place in places if place[0].frames.start <= frame < place[0].frames.stop)
+            for places in (self.reads, self.writes)
+        )
+        return replace(self, reads=reads, writes=writes)
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether what is read holds all that is written."""
+        for source in self.sources:
+            read, written = (
+                [region for _, strip in places for region in strip.regions if region.source == source]
+                for places in (self.reads, self.writes)
+            )
+            for axis in ("rows", "cols"):
+                held = union(getattr(region, axis) for region in read)
+                for one in (getattr(region, axis) for region in written):
+                    if not any(run.start <= one.start and one.stop <= run.stop for run in held):
+                        return False
+        return True
 
     def wanted_rows(self) -> list[Range]:
         """The runs of rows to read, ascending: those that are written, and all whose digest is to be checked."""
@@ -71,6 +96,13 @@ def lanes(move: Move) -> Iterator[Lane]:
                         yield lane
 
 
+def segments(move: Move) -> list[Range]:
+    """Runs of experts, ascending, that the same stored tensors hold; ``ONE`` where there are none."""
+    held = [stored.frames for stored in (*move.reads, *move.writes)]
+    borders = sorted({edge for frames in held for edge in (frames.start, frames.stop)})
+    return [Range(first, stop) for first, stop in pairwise(borders)]
+
+
 def overlap(one: Range, other: Range) -> Range:
     start = max(one.start, other.start)
     return Range(start, max(start, min(one.stop, other.stop)))
@@ -85,11 +117,6 @@ def union(ranges: Iterable[Range]) -> list[Range]:
         else:
             found.append(rng)
     return found
-
-
-def is_whole(region: Region, width: int) -> bool:
-    """Whether ``region`` has whole rows of a logical tensor whose rows are ``width`` long."""
-    return region.cols == Range(0, width)
 
 
 def _by_source(tensors: Sequence[Stored]) -> dict[str, list[Place]]:

@@ -14,8 +14,9 @@ The memory used is a few bands a thread, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from tpctl.checkpoint.cast import cast, check_range
 from tpctl.errors import ShardFolderError
 from tpctl.partition.cuts import Range
 from tpctl.sharding.moving.files import ByteCounter, Bytes, Files, in_parallel
-from tpctl.sharding.moving.lanes import Lane, Move, lanes, overlap
-from tpctl.sharding.moving.layout import Stored, Strip, item_size
+from tpctl.sharding.moving.lanes import Lane, Move, Place, lanes, overlap, segments
+from tpctl.sharding.moving.layout import Region, Stored, Strip, expert_name, item_size
 
 BAND_BYTES = 1 << 20
 """Size of a band: small enough to stay in a core's cache between reading, hashing and writing."""
@@ -49,8 +50,10 @@ def move_all(
         OverflowedError: a value is beyond the range of the dtype that it is cast to.
         OSError: reading or writing failed.
     """
-    for stored in {s.path: s for move in moves for s in (*move.reads, *move.writes)}.values():
-        files.open(stored.path)
+    for move in moves:
+        for stored in (*move.reads, *move.writes):
+            for path in stored.paths:
+                files.open(path)
     digests: dict[tuple[int | None, str], str] = {}
     # The largest first, so that no thread is left alone with a large one at the end.
     ordered = sorted(moves, key=lambda move: -move.nbytes)
@@ -60,6 +63,11 @@ def move_all(
 
     in_parallel([partial(task, move) for move in ordered], tally)
     return digests
+
+
+def are_small(tensors: Sequence[Stored]) -> bool:
+    """Whether a pass over ``tensors``, of one stored tensor, costs more in steps than in bytes."""
+    return all(stored.frame_bytes < BAND_BYTES for stored in tensors)
 
 
 def hash_all(tensors: Sequence[Stored], files: Files, tally: ByteCounter) -> None:
@@ -102,8 +110,10 @@ class _Mover:
         self.read_hashes = {_key(s): blake3() for s in move.reads if s.digest is not None}
         if not self.compare:
             self.outputs = {_key(s): _Output(s, self.files, blake3() if move.digest else None) for s in move.writes}
-        for lane in lanes(move):
-            self._move_lane(lane)
+        every = list(lanes(move))
+        for frames in segments(move):
+            held = [lane.holding(frames.start) for lane in every]
+            self._move_frames([lane for lane in held if lane.reads], frames)
         for stored in move.reads:
             if stored.digest is not None:
                 self._check_tail(stored)
@@ -113,13 +123,84 @@ class _Mover:
             output.flush()
         return {key: out.digest.hexdigest() for key, out in self.outputs.items() if out.digest is not None}
 
-    def _move_lane(self, lane: Lane) -> None:
-        dtype_in = lane.reads[0][0].dtype
-        dtype_out = lane.writes[0][0].dtype if lane.writes else dtype_in
-        widths = lane.widths()
-        size_in, size_out = (item_size(dtype, lane.sources[0]) for dtype in (dtype_in, dtype_out))
-        step = max(1, BAND_BYTES // max(1, sum(widths.values()) * max(size_in, size_out)))
+    def _move_frames(self, held: Sequence[Lane], frames: Range) -> None:
+        """Move experts that the same tensors hold: many at once where they are small, else one by one, in bands."""
+        stored = {id(one): one for lane in held for one, _ in (*lane.reads, *lane.writes)}
+        largest = max((one.frame_bytes for one in stored.values()), default=0)
+        step = min(BAND_BYTES // max(1, largest), len(frames))
+        if step > 1 and all(lane.is_read_whole for lane in held):
+            for first in range(frames.start, frames.stop, step):
+                self.tally.check()
+                self._move_together(held, Range(first, min(first + step, frames.stop)))
+            return
+        for frame in range(frames.start, frames.stop):
+            for lane in held:
+                self._move_lane(lane, frame)
+
+    def _move_together(self, held: Sequence[Lane], frames: Range) -> None:
+        """Move whole frames of all lanes, an array of all of them for each stored tensor."""
+        inputs = {id(one): self._read_frames(one, frames) for one in _distinct(lane.reads for lane in held)}
+        outputs = {
+            id(one): (one, np.empty((len(frames), one.frame_bytes // one.line, one.line), np.uint8))
+            for one in _distinct(lane.writes for lane in held)
+        }
+        for lane in held:
+            dtype_in, dtype_out, size_in, size_out = _dtypes(lane)
+            views: dict[str, Bytes] = {}
+            for source, (height, width) in lane.sizes().items():
+                views[source] = np.empty((len(frames), height, width * size_in), np.uint8)
+            for stored, strip in lane.reads:
+                for region, rows, left in _placed(strip, size_in):
+                    cols = region.cols.scaled(size_in)
+                    view = views[region.source][:, region.rows.start : region.rows.stop, cols.start : cols.stop]
+                    view[...] = inputs[id(stored)][:, rows, left]
+            for source, view in views.items():
+                out = cast(view, dtype_in, dtype_out)
+                if not self.may_overflow and dtype_in != dtype_out:
+                    for at, frame in enumerate(range(frames.start, frames.stop)):
+                        name = expert_name(source, frame, lane.reads[0][0].frames)
+                        check_range(view[at], out[at], dtype_in, dtype_out, name)
+                views[source] = out
+            for stored, strip in lane.writes:
+                for region, rows, left in _placed(strip, size_out):
+                    cols = region.cols.scaled(size_out)
+                    view = views[region.source][:, region.rows.start : region.rows.stop, cols.start : cols.stop]
+                    outputs[id(stored)][1][:, rows, left] = view
+        for stored, data in outputs.values():
+            self._put_frames(stored, frames, data)
+
+    def _read_frames(self, stored: Stored, frames: Range) -> Bytes:
+        data = np.empty((len(frames), stored.frame_bytes // stored.line, stored.line), np.uint8)
+        if stored.places:
+            for at, frame in enumerate(range(frames.start, frames.stop)):
+                self.files.read(*_of(stored.place(frame), data[at]))
+        else:
+            self.files.read(*_of(stored.place(frames.start), data))
+        if stored.digest is not None:
+            self.read_hashes[_key(stored)].update(data.data)
+        return data
+
+    def _put_frames(self, stored: Stored, frames: Range, data: Bytes) -> None:
+        if self.compare:
+            for at, frame in enumerate(range(frames.start, frames.stop)):
+                first = 0
+                for strip in stored.strips:
+                    rows = data[at, first : first + len(strip.rows)]
+                    self._compare(stored, strip, strip.rows, rows, frame)
+                    first += len(strip.rows)
+        elif stored.places:
+            for at, frame in enumerate(range(frames.start, frames.stop)):
+                path, offset = stored.place(frame)
+                self.files.write(path, data[at], offset)
+        else:
+            self.outputs[_key(stored)].write(data, (frames.start - stored.frames.start) * stored.frame_bytes)
+        self.tally.add(data.nbytes)
+
+    def _move_lane(self, lane: Lane, frame: int) -> None:
+        dtype_in, dtype_out, size_in, size_out = _dtypes(lane)
+        widths = {source: width for source, (_, width) in lane.sizes().items()}
         runs = lane.wanted_rows()
+        step = max(1, BAND_BYTES // max(1, sum(widths.values()) * max(size_in, size_out)))
         step = min(step, max((len(run) for run in runs), default=1))
         held = {source: np.empty((step, width * size_in), np.uint8) for source, width in widths.items()}
         for rows in runs:
@@ -128,64 +209,65 @@ class _Mover:
                 band = Range(first, min(first + step, rows.stop))
                 views = {source: buffer[: len(band)] for source, buffer in held.items()}
                 for stored, strip in lane.reads:
-                    self._read(stored, strip, band, views, size_in)
+                    self._read(stored, strip, band, views, frame)
                 outs = {source: cast(view, dtype_in, dtype_out) for source, view in views.items()}
                 if not self.may_overflow:
                     for source, view in views.items():
-                        check_range(view, outs[source], dtype_in, dtype_out, source)
+                        name = expert_name(source, frame, lane.reads[0][0].frames)
+                        check_range(view, outs[source], dtype_in, dtype_out, name)
                 for stored, strip in lane.writes:
-                    self._write(stored, strip, band, outs, size_out)
+                    self._write(stored, strip, band, outs, frame)
 
-    def _read(self, stored: Stored, strip: Strip, band: Range, views: Mapping[str, Bytes], size: int) -> None:
+    def _read(self, stored: Stored, strip: Strip, band: Range, views: Mapping[str, Bytes], frame: int) -> None:
         rows = overlap(strip.rows, band)
         if not len(rows):
             return
         inside = slice(rows.start - band.start, rows.stop - band.start)
-        line = stored.width * size
-        first = strip.regions[0]
-        target = views[first.source][inside]
+        line, size = stored.line, item_size(stored.dtype, stored.name)
+        target = views[strip.regions[0].source][inside]
         straight = len(strip.regions) == 1 and line == target.shape[1]
         data = target if straight else np.empty((len(rows), line), np.uint8)
-        self.files.read(stored.path, data, stored.offset + (strip.at + rows.start - strip.rows.start) * line)
+        path, offset = stored.place(frame)
+        self.files.read(path, data, offset + (strip.at + rows.start - strip.rows.start) * line)
         if not straight:
-            left = 0
-            for region in strip.regions:
-                width = len(region.cols) * size
-                view = views[region.source][inside]
-                view[:, region.cols.start * size : region.cols.stop * size] = data[:, left : left + width]
-                left += width
+            for region, _, left in _placed(strip, size):
+                cols = region.cols.scaled(size)
+                views[region.source][inside, cols.start : cols.stop] = data[:, left]
         if stored.digest is not None:
             self.read_hashes[_key(stored)].update(data.data)
 
-    def _write(self, stored: Stored, strip: Strip, band: Range, views: Mapping[str, Bytes], size: int) -> None:
+    def _write(self, stored: Stored, strip: Strip, band: Range, views: Mapping[str, Bytes], frame: int) -> None:
         rows = overlap(strip.rows, band)
         if not len(rows):
             return
         inside = slice(rows.start - band.start, rows.stop - band.start)
+        size = item_size(stored.dtype, stored.name)
         found = [
             views[region.source][inside, region.cols.start * size : region.cols.stop * size] for region in strip.regions
         ]
         data = np.ascontiguousarray(found[0]) if len(found) == 1 else np.concatenate(found, axis=1)
-        at = (strip.at + rows.start - strip.rows.start) * stored.width * size
+        at = (strip.at + rows.start - strip.rows.start) * stored.line
         if self.compare:
-            self._compare(stored, strip, rows, data, at, size)
+            self._compare(stored, strip, rows, data, frame)
+        elif stored.places:
+            path, offset = stored.place(frame)
+            self.files.write(path, data, offset + at)
         else:
-            self.outputs[_key(stored)].write(data, at)
+            self.outputs[_key(stored)].write(data, (frame - stored.frames.start) * stored.frame_bytes + at)
         self.tally.add(data.nbytes)
 
-    def _compare(self, stored: Stored, strip: Strip, rows: Range, data: Bytes, at: int, size: int) -> None:
-        found = np.empty_like(data)
-        self.files.read(stored.path, found, stored.offset + at)
+    def _compare(self, stored: Stored, strip: Strip, rows: Range, data: Bytes, frame: int) -> None:
+        found, size = np.empty_like(data), item_size(stored.dtype, stored.name)
+        path, offset = stored.place(frame)
+        self.files.read(path, found, offset + (strip.at + rows.start - strip.rows.start) * stored.line)
         if np.array_equal(found, data):
             return
         row, byte = (int(place) for place in np.argwhere(found != data)[0])
-        column, regions = byte // size, iter(strip.regions)
-        region = next(regions)
-        while column >= len(region.cols):
-            column -= len(region.cols)
-            region = next(regions)
-        place = f"row {rows.start + row}, column {region.cols.start + column}"
-        raise ShardFolderError(f"{stored.label} differs from its source {region.source} at the source's {place}")
+        for region, _, left in _placed(strip, size):
+            if left.start <= byte < left.stop:
+                place = f"row {rows.start + row}, column {region.cols.start + (byte - left.start) // size}"
+                source = expert_name(region.source, frame, stored.frames)
+                raise ShardFolderError(f"{stored.label} differs from its source {source} at the source's {place}")
 
     def _write_tail(self, stored: Stored) -> None:
         """Write (zeros: leave as holes) and hash what no strip covers, or compare it."""
@@ -214,6 +296,30 @@ class _Mover:
             self.files.read(stored.path, data, stored.offset + first)
             self.read_hashes[_key(stored)].update(data.data)
         check_digest(stored, self.read_hashes[_key(stored)].hexdigest())
+
+
+def _distinct(places: Iterable[Sequence[Place]]) -> Iterable[Stored]:
+    return {id(stored): stored for held in places for stored, _ in held}.values()
+
+
+def _dtypes(lane: Lane) -> tuple[str, str, int, int]:
+    """Of what is read and of what is written, and bytes per element."""
+    read = lane.reads[0][0].dtype
+    written = lane.writes[0][0].dtype if lane.writes else read
+    return read, written, item_size(read, lane.sources[0]), item_size(written, lane.sources[0])
+
+
+def _placed(strip: Strip, size: int) -> Iterator[tuple[Region, slice, slice]]:
+    """The regions of ``strip``, each with its rows and its bytes of a row in a frame of the stored tensor."""
+    rows, left = slice(strip.at, strip.at + len(strip.rows)), 0
+    for region in strip.regions:
+        width = len(region.cols) * size
+        yield region, rows, slice(left, left + width)
+        left += width
+
+
+def _of(place: tuple[Path, int], data: Bytes) -> tuple[Path, Bytes, int]:
+    return place[0], data, place[1]
 
 
 class _Output:

@@ -7,7 +7,7 @@ together with its shards (heads swapped, digests right) is thus found too.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,17 +17,18 @@ from tpctl.arch.source_plan import checked_source_plan, second_copies
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
 from tpctl.checkpoint.progress import Progress
+from tpctl.checkpoint.safetensors import FileTensor
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import ManifestTensor
 from tpctl.partition.dtypes import dtype_after_cast
-from tpctl.partition.plan import PartitionPlan, PlannedTensor
+from tpctl.partition.plan import PlannedTensor
 from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import Stored, copy_of, in_shard
 from tpctl.sharding.moving.opened import open_extra, tensor_infos
-from tpctl.sharding.moving.sources import source_tensors
+from tpctl.sharding.moving.sources import SourceTensors
 from tpctl.sharding.moving.transfer import move_all
 
 BLOCK_BYTES = 1 << 20
@@ -56,15 +57,17 @@ def verify_source(
     config = ModelConfig.load(source, Cutting(manifest.expert_parallel, manifest.even))
     checkpoint = CheckpointFolder.open(source)
     plan = checked_source_plan(config, checkpoint.shapes, manifest.tp_size)
-    tensors = source_tensors(checkpoint, plan)
+    tensors = SourceTensors(checkpoint, plan)
+    held = {name: info for name, (_, info) in checkpoint.tensors.items()}
     exact = {split.name for split in plan.splits if split.dtypes is not None}
     if manifest.model_type != config.model_type:
         raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
     expected = Expected.of(config, plan, manifest.compat)
     for rank in manifest.shards:
-        _check_entries(manifest, rank, expected, tensors, exact)
-    moves = _moves(folder, manifest, ranks, expected, tensors)
-    moves += _other_moves(folder, manifest, config, plan, tensors, extra)
+        _check_entries(manifest, rank, expected, held, exact)
+    moves = _moves(folder, manifest, ranks, expected, {split.name: tensors.of(split) for split in plan.splits})
+    rest = held.keys() - plan.source_shapes.keys()
+    moves += _other_moves(folder, manifest, second_copies(config, held), rest, tensors, extra)
     total = sum(move.nbytes for move in moves)
     with Files() as files:
         move_all(moves, files, ByteCounter(total, "", progress), compare=True)
@@ -72,7 +75,7 @@ def verify_source(
 
 
 def _check_entries(
-    manifest: Manifest, rank: int, expected: Expected, tensors: Mapping[str, Stored], exact: Container[str]
+    manifest: Manifest, rank: int, expected: Expected, tensors: Mapping[str, FileTensor], exact: Container[str]
 ) -> None:
     """Raise unless the manifest describes exactly the tensors of ``rank`` that the plan makes of the source."""
     held, wanted = manifest.tensors(rank), expected.shards[rank]
@@ -112,7 +115,7 @@ def _moves(
     manifest: Manifest,
     ranks: Sequence[int],
     expected: Expected,
-    tensors: Mapping[str, Stored],
+    inputs: Mapping[str, tuple[Stored, ...]],
 ) -> list[Move]:
     """One comparison for each stored tensor: what the plan reads of the source, against what the ranks have."""
     found: dict[str, list[Stored]] = {}
@@ -121,29 +124,23 @@ def _moves(
             planned, fill = expected.shards[rank][name], expected.fills.get(name, 0)
             held = in_shard(info, planned.pieces, path, rank, stacked=planned.stacked, fill=fill)
             found.setdefault(name, []).append(held)
-    moves = []
-    for name, stored in found.items():
-        pieces = (piece for rank in ranks for piece in expected.shards[rank][name].pieces)
-        sources = dict.fromkeys(source for piece in pieces for source in piece.tensors)
-        moves.append(Move(tuple(tensors[source] for source in sources), tuple(stored)))
-    return moves
+    return [Move(inputs.get(name, ()), tuple(stored)) for name, stored in found.items()]
 
 
 def _other_moves(
     folder: Path,
     manifest: Manifest,
-    config: ModelConfig,
-    plan: PartitionPlan,
-    tensors: Mapping[str, Stored],
+    copies: dict[str, str],
+    rest: Collection[str],
+    tensors: SourceTensors,
     here: bool,
 ) -> list[Move]:
     """Comparisons of the tensors that no rank holds: those in the extra file, and a tied head's second copy."""
-    rest = {name for name in tensors if name not in plan.source_shapes}
     aliases = dict(manifest.source.aliases)
-    if aliases != second_copies(config, tensors):
+    if aliases != copies:
         raise ShardFolderError(f"the manifest's aliases {aliases} are not the source's second copies of tensors")
     listed = set() if manifest.extra is None else set(manifest.extra.tensors)
-    if wrong := sorted(listed ^ (rest - set(aliases))):
+    if wrong := sorted(listed ^ (set(rest) - set(aliases))):
         which = "lacks" if wrong[0] in rest else "has, beyond the source's,"
         raise ShardFolderError(f"{folder} {which} the tensor {wrong[0]}, which no rank needs")
     moves = []
