@@ -230,9 +230,12 @@ def indexed_files(text: str, where: str) -> dict[str, frozenset[str]]:
         raise CheckpointError(f"{where} is no index of safetensors files: it has no object weight_map")
     names: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+        if not isinstance(name, str):
             raise CheckpointError(f"{where} lists {shown(name)}, which is not a file name")
         names.setdefault(name, set()).add(tensor)
+    for name in names:
+        if not name or Path(name).name != name or "\0" in name:
+            raise CheckpointError(f"{where} lists {shown(name)}, which is not a file name")
     if not names:
         raise CheckpointError(f"{where} lists no files")
     return {name: frozenset(names[name]) for name in sorted(names)}

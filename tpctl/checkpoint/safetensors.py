@@ -83,7 +83,7 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
             f"dtype {shorten(dtype)!r} is unknown; safetensors defines {', '.join(sorted(DTYPE_BITS))}"
         )
     # Looked at before they are multiplied, which takes for ever with numbers that are long enough.
-    if len(shape) > MOST_AXES or any(size > MOST_BYTES for size in shape):
+    if len(shape) > MOST_AXES or max(shape, default=0) > MOST_BYTES:
         raise CheckpointError(f"shape {shown(list(shape))} is none that a tensor can have")
     total = prod(shape) * bits
     if total > 8 * MOST_BYTES:
@@ -129,6 +129,9 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
             f"{where} is truncated: its header ends at byte {8 + length}, the file has {file_size}; fetch it again"
         )
     return length
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 def parse_header(body: bytes, file_size: int, where: str) -> Header:
@@ -192,29 +195,33 @@ def source_headers(files: Iterable[SourceFile], manifest: Path | None = None) ->
 def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> FileTensor:
     if len(name) > LONGEST_TEXT:
         raise bad(f"the tensor {shorten(name, _NAME)} has a name of {len(name):,} characters")
-    called = f"tensor {shorten(name, _NAME)}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise bad(f"{called} does not have exactly dtype, shape and data_offsets")
+
+    def wrong(what: str) -> CheckpointError:
+        return bad(f"tensor {shorten(name, _NAME)}{what}")
+
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise wrong(" does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad(f"{called} has the unknown dtype {shown(dtype)}")
-    if not isinstance(shape, list) or not all(_natural(size) for size in shape):
-        raise bad(f"{called} has the shape {shown(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(offset) for offset in offsets):
-        raise bad(f"{called} has the offsets {shown(offsets)}")
+        raise wrong(f" has the unknown dtype {shown(dtype)}")
+    if not _are_natural(shape):
+        raise wrong(f" has the shape {shown(shape)}")
+    if not _are_natural(offsets) or len(offsets) != 2:
+        raise wrong(f" has the offsets {shown(offsets)}")
     begin, end = offsets
     try:
         wanted = tensor_nbytes(dtype, shape)
     except CheckpointError as error:
-        raise bad(f"{called}: {error}") from None
+        raise wrong(f": {error}") from None
     if max(offsets) > MOST_BYTES or end - begin != wanted:
         span = shown(end - begin) if max(offsets) <= MOST_BYTES else "more than any file's"
-        raise bad(f"{called} spans {span} bytes, but {dtype} of shape {shown(shape)} has {wanted}")
+        raise wrong(f" spans {span} bytes, but {dtype} of shape {shown(shape)} has {wanted}")
     return FileTensor(name, dtype, tuple(shape), base + begin, base + end)
 
 
-def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _are_natural(values: Any) -> bool:
+    """Whether ``values`` is a list of whole numbers that are not below zero."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.split import EACH, TensorSplit, tensor_names
 from tpctl.sharding.moving.copied import copy_file
-from tpctl.sharding.moving.files import ByteCounter, Files
+from tpctl.sharding.moving.files import ByteCounter, Files, few_collections
 from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import Stored, copy_of, pile, whole
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import OwnPlan, own_plan
+from tpctl.sharding.moving.parts import reserve
 from tpctl.sharding.moving.transfer import are_small, move_all
 from tpctl.sharding.publishing.journal import write_synced
 from tpctl.sharding.publishing.pending import PendingFolder, refuse_existing
@@ -43,6 +44,7 @@ class MergeReport:
     exact: bool
 
 
+@few_collections()
 def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Progress | None = None) -> MergeReport:
     """Write the checkpoint that the shard folder ``folder`` was cut from to ``out``.
 
@@ -76,8 +78,9 @@ def merge_shards(folder: Path, out: Path, *, force: bool = False, progress: Prog
         with Files() as files:
             for name, header in headers.items():
                 path = pending.path / name
-                path.write_bytes(header.raw)
-                os.truncate(path, header.file_size)
+                with path.open("xb") as file:
+                    file.write(header.raw)
+                    reserve(file, header.file_size)
                 files.open(path, os.O_RDWR)
             move_all(moves, files, ByteCounter(sum(move.nbytes for move in moves), "", progress))
             files.sync(pending.path / name for name in headers)

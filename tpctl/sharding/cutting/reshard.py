@@ -15,11 +15,13 @@ from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting.merge import require_all_ranks
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
+from tpctl.sharding.moving.files import few_collections
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.publishing.pending import refuse_existing
 
 
+@few_collections()
 def reshard(
     folder: Path,
     out: Path,

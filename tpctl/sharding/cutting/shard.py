@@ -17,7 +17,7 @@ from tpctl.manifest.records import Source, SourceFile
 from tpctl.partition.dtypes import DTYPES
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
-from tpctl.sharding.moving.files import ByteCounter, Files
+from tpctl.sharding.moving.files import ByteCounter, Files, few_collections
 from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import copy_of
 from tpctl.sharding.moving.sources import SourceTensors
@@ -25,6 +25,7 @@ from tpctl.sharding.moving.transfer import move_all
 from tpctl.sharding.publishing.pending import refuse_existing
 
 
+@few_collections()
 def shard_checkpoint(
     source: Path,
     out: Path,

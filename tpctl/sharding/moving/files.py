@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
 
@@ -18,16 +20,27 @@ from tpctl.errors import CheckpointError, counted
 Bytes = NDArray[np.uint8]
 
 
+FLUSH_BYTES = 8 << 20
+"""Of a file, so many are sent to the disk at once."""
+
+
 class Files:
-    """Open file descriptors by path; reads and writes at offsets. Close it with ``with``."""
+    """Open file descriptors by path; reads and writes at offsets. Close it with ``with``.
+
+    What is written goes to the disk while more is read: left to ``sync`` at the end, it would be waited for.
+    """
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._unsynced: dict[Path, int] = {}
+        self._flusher = ThreadPoolExecutor(1)
+        self._failure: OSError | None = None
 
     def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._flusher.shutdown(cancel_futures=True)
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -64,10 +77,40 @@ class Files:
         while view:
             put = os.pwrite(self._open[path], view, offset)
             view, offset = view[put:], offset + put
+        waiting = self._unsynced.get(path, 0) + data.nbytes  # of threads at once, some may be left out
+        self._unsynced[path] = 0 if waiting > FLUSH_BYTES else waiting
+        if waiting > FLUSH_BYTES:
+            self._flusher.submit(self._flush, self._open[path])
+
+    def _flush(self, fd: int) -> None:
+        try:
+            os.fdatasync(fd)
+        except OSError as error:  # which the kernel tells once
+            self._failure = error
 
     def sync(self, paths: Iterable[Path]) -> None:
+        """Wait until all that was written is on the disk; nothing is written afterwards.
+
+        Raises:
+            OSError: some of it could not be.
+        """
+        self._flusher.shutdown(cancel_futures=True)
         for path in paths:
             os.fsync(self._open[path])
+        if self._failure is not None:
+            raise self._failure
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Let Python look for garbage seldom: the records of 60,000 tensors are none, and looking through them again and
+    again takes as long as reading them."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 50, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class ByteCounter:
