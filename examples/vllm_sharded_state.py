@@ -25,7 +25,8 @@ import json, sys
 def main():
     from vllm import LLM, SamplingParams, __version__
     folder, load_format, tp, prompts = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048}
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+    options["gpu_memory_utilization"] = 0.06  # of the host's memory, for each rank
     llm = LLM(folder, load_format=load_format, tensor_parallel_size=tp, **options)
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32))
     tokens = [list(output.outputs[0].token_ids) for output in outputs]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
-from tpctl.errors import PartitionError, UsageError
+from tpctl.arch.quantised import Cutting
+from tpctl.errors import PartitionError, UnsupportedModelError, UsageError
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
 from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -20,6 +22,9 @@ SCALES = {
     for layer in range(2)
     for name in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 }
+
+EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 8]}
 
 
 @pytest.fixture
@@ -81,3 +86,45 @@ def test_nine_heads_over_three_kv_heads(tmp_path: Path) -> None:
 def test_an_unknown_engine(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--compat llama is unknown; use vllm or sglang"):
         shard_checkpoint(source, tmp_path / "out", 2, compat="llama")
+
+
+def test_experts_have_the_names_of_vllms_modules_and_go_back(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "experts", make_config("qwen3_moe", **EXPERTS))
+    shard_checkpoint(source, tmp_path / "vllm", 2, compat="vllm")
+    shard_checkpoint(source, tmp_path / "plain", 2)
+    theirs, ours = (load_file(tmp_path / name / "model-rank-1-part-0.safetensors") for name in ("vllm", "plain"))
+    at = "model.layers.1.mlp"
+    for name, own in (
+        ("experts.routed_experts.w13_weight", "experts.w13_weight"),
+        ("experts.routed_experts.w2_weight", "experts.w2_weight"),
+        ("experts.gate.weight", "gate.weight"),
+    ):
+        one, other = theirs.pop(f"{at}.{name}"), ours.pop(f"{at}.{own}")
+        assert torch.equal(one.view(torch.int16), other.view(torch.int16))  # random bits, NaN among them
+        assert f"{at}.{own}" not in theirs
+    inspect_shards(tmp_path / "vllm", verify=True, source=source)
+    merge_shards(tmp_path / "vllm", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+    shard_checkpoint(source, tmp_path / "four", 4, compat="vllm")
+    for name in ("vllm", "plain"):
+        reshard(tmp_path / name, tmp_path / f"{name}-to-four", 4, compat="vllm")
+        assert folder_bytes(tmp_path / f"{name}-to-four") == folder_bytes(tmp_path / "four")
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "cutting", "why"),
+    [
+        ({}, "sglang", Cutting(), "a mixture of experts"),
+        ({}, "vllm", Cutting(2), "experts that are dealt to the ranks"),
+        ({"quantization_config": FP8}, "vllm", Cutting(), r"quantised weights \(FP8 in blocks of 16 x 8\)"),
+    ],
+)
+def test_what_nobody_has_seen_an_engine_load_is_refused(
+    tmp_path: Path, changes: dict[str, Any], engine: str, cutting: Cutting, why: str
+) -> None:
+    source = make_checkpoint(tmp_path / "experts", make_config("qwen3_moe", **EXPERTS, **changes))
+    with pytest.raises(
+        UnsupportedModelError, match=f"--compat {engine} is not known to work for a model that has {why}"
+    ):
+        shard_checkpoint(source, tmp_path / "out", 2, compat=engine, cutting=cutting)
+    assert not (tmp_path / "out").exists()

@@ -45,6 +45,7 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    cutting: Cutting = Cutting()  # noqa: RUF009 (it is frozen)
 
     @property
     def num_layers(self) -> int:
@@ -100,6 +101,7 @@ class ModelConfig:
             dtype=_dtype(fields),
             eos_token_ids=_eos(fields, Fields(generation or {}, file="generation_config.json"), sizes.vocab_size),
             bos_token_id=next(iter(_ids(fields, "bos_token_id", sizes.vocab_size)), None),
+            cutting=cutting,
         )
 
 

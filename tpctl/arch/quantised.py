@@ -22,12 +22,14 @@ class Cutting:
     Attributes:
         expert_parallel: groups of ranks that whole experts are dealt to, each group cutting its own; 1: every rank has
             a part of every expert.
+        engine: another engine that shall load the shards, too, and has names of its own for some tensors.
         even: a border may fall inside a block that has one scale, which both sides then have, so that all ranks get
             as much; otherwise borders are where blocks end.
     """
 
     expert_parallel: int = 1
     even: bool = False
+    engine: str | None = None
 
 
 def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
@@ -58,7 +60,8 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
 
 
 def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
-    """``blueprint`` with borders where the units of its storage end, and its experts dealt as ``cutting`` says.
+    """``blueprint`` with borders where the units of its storage end, its experts dealt and its tensors named as
+    ``cutting`` says.
 
     Raises:
         PartitionError: experts are to be dealt, and there are none, or too few.
@@ -71,7 +74,8 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
             f"{cutting.expert_parallel} groups of ranks cannot share {min(counts)} experts; use --ep {min(counts)}"
         )
 
-    if cutting == Cutting() and all(one.storage.is_dense for one in _linears(blueprint)):
+    blueprint = named_for(cutting.engine, blueprint)
+    if cutting.expert_parallel == 1 and all(one.storage.is_dense for one in _linears(blueprint)):
         return blueprint
 
     def part_cut(part: LayerPart) -> LayerPart:
@@ -89,6 +93,31 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
         return part
 
     return replace(blueprint, layers=tuple(mapped(layer, part_cut) for layer in blueprint.layers))
+
+
+def named_for(engine: str | None, blueprint: Blueprint) -> Blueprint:
+    """``blueprint`` with the names that ``engine`` has for the weights of experts (vLLM 0.32: those of its modules)."""
+    if engine != "vllm":
+        return blueprint
+
+    def named(part: LayerPart) -> LayerPart:
+        if not isinstance(part, Experts):
+            return part
+        where = part.gate_up.name.rpartition(".")[0]
+
+        def pair(gate_up: Linear, down: Linear) -> tuple[Linear, Linear]:
+            inside = f"{where}.routed_experts"
+            return (
+                replace(gate_up, name=gate_up.name.replace(where, inside)),
+                replace(down, name=down.name.replace(where, inside)),
+            )
+
+        gate_up, down = pair(part.gate_up, part.down)
+        forms = (pair(*form) for form in part.forms)
+        router = tuple(replace(one, name=f"{where}.{one.name.rpartition('.')[2]}") for one in part.router)
+        return replace(part, gate_up=gate_up, down=down, forms=tuple(forms), router=router)
+
+    return replace(blueprint, layers=tuple(mapped(layer, named) for layer in blueprint.layers))
 
 
 def _linears(blueprint: Blueprint) -> Iterator[Linear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -55,11 +56,13 @@ def reshard(
     require_all_ranks(folder, manifest)
     check_copied(folder, manifest)
     own = own_plan(folder, manifest)
-    was = Cutting(manifest.expert_parallel, manifest.even)
-    cutting = cutting or was
+    was = own.config.cutting
+    cutting = replace(cutting or was, engine=compat or manifest.compat)
     config = own.config if cutting == was else ModelConfig.load(folder, cutting)
     plan = source_plan(config, own.tensors, tp_size)
     shards = open_shards(folder, manifest, range(manifest.tp_size))
+    # The same tensors in the same order, some of them by the names of another engine.
+    held = dict(zip(plan.shards[0], own.plan.shards[0], strict=True))
     recipe = make_recipe(
         config,
         plan,
@@ -69,8 +72,8 @@ def reshard(
         ranks=ranks,
         compat=compat or manifest.compat,
         cutting=cutting,
-        dtypes={name: manifest.tensors(0)[name].dtype for name in plan.shards[0]},
-        inputs={name: shards[name] for name in plan.shards[0]},
+        dtypes={name: manifest.tensors(0)[held[name]].dtype for name in plan.shards[0]},
+        inputs={name: shards[held[name]] for name in plan.shards[0]},
         extra=open_extra(folder, manifest),
         small_files={folder / name: manifest.files[name] for name in sorted(manifest.files)},
         identity=sha256(manifest.text().encode()).hexdigest(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def shard_checkpoint(
     refuse_existing(out, force, [source], add=ranks is not None)
     target = _safetensors_dtype(dtype)
     folder = CheckpointFolder.open(source)  # before the config is read, so that a change meanwhile shows
+    cutting = replace(cutting, engine=compat)
     config = ModelConfig.load(source, cutting)
     plan = checked_source_plan(config, folder.shapes, tp_size)
     if seen := towers(config, folder.shapes):

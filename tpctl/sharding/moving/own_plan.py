@@ -58,7 +58,7 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
         if twice := tensors.keys() & header.tensors.keys():
             raise _contradicts(path, f"the source's tensor {_short(min(twice))} is in {file} and in another file")
         tensors.update(header.tensors)
-    config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even))
+    config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
     try:
         plan = source_plan(config, tensors, manifest.tp_size)
         plan.check_source({name: info.shape for name, info in tensors.items()}, config.blueprint.unread(tensors))

@@ -54,7 +54,7 @@ def verify_source(
     """
     if (source / MANIFEST).is_file():
         raise CheckpointError(f"{source} holds shards; give --source the checkpoint that {folder} was cut from")
-    config = ModelConfig.load(source, Cutting(manifest.expert_parallel, manifest.even))
+    config = ModelConfig.load(source, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
     checkpoint = CheckpointFolder.open(source)
     plan = checked_source_plan(config, checkpoint.shapes, manifest.tp_size)
     tensors = SourceTensors(checkpoint, plan)
