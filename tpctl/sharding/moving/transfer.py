@@ -27,6 +27,7 @@ from tpctl.partition.cuts import Range
 from tpctl.sharding.moving.files import ByteCounter, Bytes, Files, in_parallel
 from tpctl.sharding.moving.lanes import Lane, Move, Place, lanes, overlap, segments
 from tpctl.sharding.moving.layout import Region, Stored, Strip, expert_name, item_size
+from tpctl.sharding.moving.space import Space
 
 BAND_BYTES = 1 << 20
 """Size of a band: small enough to stay in a core's cache between reading, hashing and writing."""
@@ -101,6 +102,7 @@ class _Mover:
 
     def __init__(self, files: Files, tally: ByteCounter, compare: bool, may_overflow: bool) -> None:
         self.files, self.tally, self.compare, self.may_overflow = files, tally, compare, may_overflow
+        self.space = Space.of_thread()
         self.read_hashes: dict[tuple[int | None, str], Any] = {}
         self.outputs: dict[tuple[int | None, str], _Output] = {}
 
@@ -139,16 +141,17 @@ class _Mover:
 
     def _move_together(self, held: Sequence[Lane], frames: Range) -> None:
         """Move whole frames of all lanes, an array of all of them for each stored tensor."""
+        self.space.free(0)
         inputs = {id(one): self._read_frames(one, frames) for one in _distinct(lane.reads for lane in held)}
         outputs = {
-            id(one): (one, np.empty((len(frames), one.frame_bytes // one.line, one.line), np.uint8))
+            id(one): (one, self.space.take(len(frames), one.frame_bytes // one.line, one.line))
             for one in _distinct(lane.writes for lane in held)
         }
         for lane in held:
             dtype_in, dtype_out, size_in, size_out = _dtypes(lane)
             views: dict[str, Bytes] = {}
             for source, (height, width) in lane.sizes().items():
-                views[source] = np.empty((len(frames), height, width * size_in), np.uint8)
+                views[source] = self.space.take(len(frames), height, width * size_in)
             for stored, strip in lane.reads:
                 for region, rows, left in _placed(strip, size_in):
                     cols = region.cols.scaled(size_in)
@@ -170,7 +173,7 @@ class _Mover:
             self._put_frames(stored, frames, data)
 
     def _read_frames(self, stored: Stored, frames: Range) -> Bytes:
-        data = np.empty((len(frames), stored.frame_bytes // stored.line, stored.line), np.uint8)
+        data = self.space.take(len(frames), stored.frame_bytes // stored.line, stored.line)
         if stored.places:
             for at, frame in enumerate(range(frames.start, frames.stop)):
                 self.files.read(*_of(stored.place(frame), data[at]))
@@ -202,10 +205,13 @@ class _Mover:
         runs = lane.wanted_rows()
         step = max(1, BAND_BYTES // max(1, sum(widths.values()) * max(size_in, size_out)))
         step = min(step, max((len(run) for run in runs), default=1))
-        held = {source: np.empty((step, width * size_in), np.uint8) for source, width in widths.items()}
+        self.space.free(0)
+        held = {source: self.space.take(step, width * size_in) for source, width in widths.items()}
+        kept = self.space.used
         for rows in runs:
             for first in range(rows.start, rows.stop, step):
                 self.tally.check()
+                self.space.free(kept)
                 band = Range(first, min(first + step, rows.stop))
                 views = {source: buffer[: len(band)] for source, buffer in held.items()}
                 for stored, strip in lane.reads:
@@ -226,7 +232,7 @@ class _Mover:
         line, size = stored.line, item_size(stored.dtype, stored.name)
         target = views[strip.regions[0].source][inside]
         straight = len(strip.regions) == 1 and line == target.shape[1]
-        data = target if straight else np.empty((len(rows), line), np.uint8)
+        data = target if straight else self.space.take(len(rows), line)
         path, offset = stored.place(frame)
         self.files.read(path, data, offset + (strip.at + rows.start - strip.rows.start) * line)
         if not straight:
@@ -245,7 +251,10 @@ class _Mover:
         found = [
             views[region.source][inside, region.cols.start * size : region.cols.stop * size] for region in strip.regions
         ]
-        data = np.ascontiguousarray(found[0]) if len(found) == 1 else np.concatenate(found, axis=1)
+        data = found[0]
+        if len(found) > 1 or not data.flags.c_contiguous:
+            data = self.space.take(len(rows), stored.line)
+            np.concatenate(found, axis=1, out=data)
         at = (strip.at + rows.start - strip.rows.start) * stored.line
         if self.compare:
             self._compare(stored, strip, rows, data, frame)
