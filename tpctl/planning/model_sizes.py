@@ -130,10 +130,10 @@ class ModelSizes:
             for part in self.config.blueprint.layers[first].parts:
                 pairs = ((part.gate_up, part.down), *part.forms) if isinstance(part, Experts) else ()
                 for linear in (*linears(part), *(one for pair in pairs for one in pair)):
-                    for entry in linear.storage:
-                        weights[f"{prefix}{linear.name}{linear.joiner}{entry.name}"] = _weights_an_element(entry)
+                    name = f"{prefix}{linear.name}{linear.joiner}"
+                    weights |= {name + entry.name: _weights_an_element(entry) for entry in linear.storage}
                     if linear.stack is not None and isinstance(part, Experts):
-                        chosen |= {prefix + split.name: part.per_token for split in linear.splits()}
+                        chosen |= {name + kind: part.per_token for kind in (*(e.name for e in linear.storage), "bias")}
         return weights, chosen
 
     @property
