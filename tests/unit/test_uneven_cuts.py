@@ -50,7 +50,11 @@ AWQ = Storage(
         Entry(".scales", "scales", None, Axis(1), Axis(0, 128)),
     ),
 )
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["self_attn", "lm_head"]}
+FP8 = {
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["model.layers.0.self_attn", "lm_head"],
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class OfMlp:
     """A scheme for this test: MLPs are ``stored`` so, attention is not."""
 
     stored: Storage
+    unused: tuple[str, ...] = ()
 
     def storage(self, names: Sequence[str]) -> Storage | None:
         return None if "self_attn" in names[0] else self.stored

@@ -75,7 +75,7 @@ def axes(layer: Layer) -> Iterator[Axis]:
 
 
 def _axis(linear: Linear, part: LayerPart) -> Iterator[Axis]:
-    experts, scales = linear.stack is not None, _scales(linear.storage)
+    experts, scales = linear.stack is not None, _scales(linear.storage, linear.inputs)
     if linear.rule is Rule.ROW:
         yield Axis(linear.name, "rows", ((linear.inputs, 0),), linear.outputs, experts, scales)
         return
@@ -85,12 +85,10 @@ def _axis(linear: Linear, part: LayerPart) -> Iterator[Axis]:
         yield Axis(linear.name, "columns", parts, linear.inputs, experts, scales)
 
 
-def _scales(storage: Storage) -> Scales | None:
-    """``None``: of a dense weight, and where scales are of whole rows or of the whole weight."""
+def _scales(storage: Storage, inputs: int) -> Scales | None:
+    """``None``: of a dense weight, and where scales are of whole rows (of ``inputs``) or of the whole weight."""
     found = [
-        entry
-        for entry in storage
-        if entry.inp is not None and entry.inp.unit > 1 and not entry.inp.packed and entry.out is not None
+        entry for entry in storage if entry.inp and entry.out and 1 < entry.inp.unit < inputs and not entry.inp.packed
     ]
     if not found:
         return None

@@ -123,17 +123,26 @@ class ModelSizes:
 
     def _meanings(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
         """How many weights an element of each tensor of ``small_plan`` is; and of experts how many a token takes."""
-        weights: dict[str, float] = defaultdict(lambda: 1)
+        blueprint = self.small_blueprint
+        prefixes = [blueprint.prefix.format(number) for number in range(len(blueprint.layers))]
+        owners = {
+            f"{prefix}{linear.name}{linear.joiner}": (linear, part)
+            for prefix, layer in zip(prefixes, blueprint.layers, strict=True)
+            for part in layer.parts
+            for linear in linears(part)
+        }
+        weights: dict[str, float] = {}
         chosen: dict[str, int] = {}
-        for number, first in enumerate(self._sorts.firsts):
-            prefix = self.config.blueprint.prefix.format(number)
-            for part in self.config.blueprint.layers[first].parts:
-                pairs = ((part.gate_up, part.down), *part.forms) if isinstance(part, Experts) else ()
-                for linear in (*linears(part), *(one for pair in pairs for one in pair)):
-                    name = f"{prefix}{linear.name}{linear.joiner}"
-                    weights |= {name + entry.name: _weights_an_element(entry) for entry in linear.storage}
-                    if linear.stack is not None and isinstance(part, Experts):
-                        chosen |= {name + kind: part.per_token for kind in (*(e.name for e in linear.storage), "bias")}
+        for split in self._small_splits(Cutting()):
+            owner = next((owner for owner in owners if split.name.startswith(owner)), None)
+            kind = "" if owner is None else split.name.removeprefix(owner)
+            weights[split.name] = int(kind in ("", "bias"))
+            if owner is not None:
+                linear, part = owners[owner]
+                if (entry := next((one for one in linear.storage if one.name == kind), None)) is not None:
+                    weights[split.name] = _weights_an_element(entry)
+                if linear.stack is not None and isinstance(part, Experts):
+                    chosen[split.name] = part.per_token
         return weights, chosen
 
     @property
