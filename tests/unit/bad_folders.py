@@ -58,6 +58,8 @@ def prepare(folder: Path) -> None:
     shard_checkpoint(model, folder / "rank0", 2, ranks=[0])
     shard_checkpoint(model, folder / "two-of-4", 4, ranks=[0, 3])
     make_checkpoint(folder / "other", make_config("qwen3"))
+    experts = {"num_experts": 6, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
+    make_checkpoint(folder / "experts", make_config("qwen3_moe", **experts))
     for name, change in CHANGES.items():
         change(shutil.copytree(folder / "shards", folder / name))
     make_checkpoint(folder / "narrow", make_config()).joinpath("config.json").write_text(

@@ -145,7 +145,7 @@ def test_planning_cuts_one_layer_a_size_however_many_there_are(
     monkeypatch.setattr(plan, "_cut", counting)
     report = planned(config_folder(tmp_path / "big", LLAMA_405B), tp_size=tp_size)
     stored_in_a_layer = 6 + 3
-    assert len(calls) == stored_in_a_layer * (len(report.sizes) + 2)  # the limit and the detailed size
+    assert len(calls) == stored_in_a_layer * (len(report.sizes) + 1)  # the detailed size
 
 
 def test_uneven_heads(tmp_path: Path) -> None:

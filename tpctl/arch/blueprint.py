@@ -58,16 +58,16 @@ class Blueprint:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The layers, of a model that tpctl runs.
+        """The layers, of a model that tpctl runs. Raises as ``check_runs``."""
+        self.check_runs()
+        return tuple(layer for layer in self.layers if isinstance(layer, Block))
 
-        Raises:
-            UnsupportedModelError: it does not run this one; the message says why.
-        """
+    def check_runs(self) -> None:
+        """Raise ``UnsupportedModelError`` if tpctl does not run the model; the message says why."""
         if (why := self.why_not_run()) is not None:
             raise UnsupportedModelError(
                 f"the model has {why}, which tpctl cuts but does not run yet; use shard, plan, inspect-shards and merge"
             )
-        return tuple(layer for layer in self.layers if isinstance(layer, Block))
 
     def why_not_run(self) -> str | None:
         """What of the model tpctl does not run; ``None``: it runs it."""

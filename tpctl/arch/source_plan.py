@@ -11,7 +11,7 @@ from tpctl.arch.blueprint import ROOT, Blueprint, renamed
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
 from tpctl.arch.quantised import mapped
-from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError
+from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, UsageError, counted
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import TensorSplit
@@ -60,6 +60,15 @@ def towers(config: ModelConfig, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that belong to what sees or hears, beside the text model."""
     patterns = config.blueprint.towers
     return [name for name in names if patterns and re.fullmatch("|".join(patterns), name)]
+
+
+def check_text_only(config: ModelConfig, names: Iterable[str], text_only: bool) -> None:
+    """Raise ``UsageError`` if ``names`` hold what sees or hears, unless ``text_only`` says that it is known."""
+    if not text_only and (seen := towers(config, names)):
+        raise UsageError(
+            f"the checkpoint also holds {counted(len(seen), 'tensor')} of what sees or hears, such as {seen[0]}, which "
+            "tpctl does not run; cut the text model with --text-only (merge gives the rest back)"
+        )
 
 
 def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[str]) -> Layer:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from tpctl.errors import RequestError, UsageError, shown
 from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.settings import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS
+
+if TYPE_CHECKING:
+    from tpctl.arch.quantised import Cutting
 
 CHAT_CPU_TOKENS = 256
 """Tokens of a step of a chat on a CPU. Its Ctrl-C waits for no step, but the next message does; and there a prompt
@@ -203,6 +206,41 @@ class TemplateOptions:
         if not isinstance(value, dict):
             raise UsageError(f"--chat-template-kwargs is {shown(value)}, but must be a JSON object")
         return value
+
+
+@dataclass(frozen=True)
+class CuttingOptions:
+    """How a model is cut, where there is a choice; ``None`` leaves it as it was, or to the default."""
+
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Deal whole experts to the ranks, as --ep with as many as --tp.")
+    ] = False
+    ep: Annotated[
+        int | None,
+        typer.Option("--ep", min=1, help="Deal whole experts to so many groups of ranks, which cut their own."),
+    ] = None
+    even: Annotated[
+        bool | None,
+        typer.Option(
+            "--even/--no-even",
+            help="Whether a border may divide a block that has one scale (both sides then have the scale), so that "
+            "ranks get as much. Default: borders are where blocks end.",
+        ),
+    ] = None
+
+    def cutting(self, tp_size: int, was: Cutting | None = None) -> Cutting:
+        """What they come to at ``tp_size``, where they say nothing as it ``was``.
+
+        Raises:
+            UsageError: they contradict each other.
+        """
+        from tpctl.arch.quantised import Cutting
+
+        if self.expert_parallel and self.ep is not None:
+            raise UsageError(f"--expert-parallel and --ep {self.ep} say two things; give one of them")
+        was = was or Cutting()
+        groups = tp_size if self.expert_parallel else self.ep
+        return Cutting(was.expert_parallel if groups is None else groups, was.even if self.even is None else self.even)
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:

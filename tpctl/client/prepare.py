@@ -7,13 +7,14 @@ What cannot work is refused as early as it can be known: before anything is fetc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.source_plan import build_plan
+from tpctl.arch.quantised import Cutting
+from tpctl.arch.source_plan import build_plan, check_text_only
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.progress import Progress
@@ -124,9 +125,7 @@ def prepare(
         TpctlError: the model cannot be had, or not run in this way.
     """
     settings = args.settle()
-    source = supported_source(
-        model, args.tp, check=lambda config: settings.longest(config.max_position_embeddings), progress=progress
-    )
+    source = supported_source(model, args.tp, check=lambda config: _check_run(config, settings), progress=progress)
     look(source)
     return configure(source, args, progress=progress)
 
@@ -141,7 +140,7 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
     if tp_size is None:
         tp_size = Manifest.load(source.folder).tp_size if (source.folder / MANIFEST).is_file() else 1
     settings = args.settle(tp_size)
-    settings.longest(ModelConfig.load(source.folder).max_position_embeddings)
+    _check_run(ModelConfig.load(source.folder), settings)
     with progress("sharding") as told:
         try:
             folder = ensure_sharded(source, tp_size, progress=told)
@@ -154,11 +153,19 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
     return EngineConfig(folder, tp_size, source.folder, **asdict(settings))
 
 
+def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
+    """Refuse a model that tpctl cuts and does not run, or not for sequences of that length."""
+    config.blueprint.check_runs()
+    settings.longest(config.max_position_embeddings)
+
+
 def supported_source(
     model: str,
     tp_size: int | None,
     *,
     check: Callable[[ModelConfig], object] = lambda config: None,
+    cutting: Cutting = Cutting(),
+    text_only: bool = False,
     revision: str | None = None,
     token: str | None = None,
     progress: Progresses = unseen,
@@ -169,27 +176,33 @@ def supported_source(
 
     Args:
         check: looks at the config, and raises if the model cannot be used as it should be.
+        cutting, text_only: as of ``shard_checkpoint``.
 
     Raises:
         SourceError: it cannot be found or reached.
         UnsupportedModelError, PartitionError, CheckpointError: it cannot be run, or not at this size.
+        UsageError: it also sees, and ``text_only`` is not given.
     """
-    folder = _config_folder(model, revision, token)
-    if folder is not None:
-        config = ModelConfig.load(folder)
+    known = _known(model, revision, token)
+    if known is not None:
+        folder, names = known
+        config = ModelConfig.load(folder, cutting)
         build_plan(config, tp_size or 1)
         check(config)
+        check_text_only(config, names, text_only)
     with progress(f"downloading {model}") as told:
         return resolve(model, revision=revision, token=token, progress=told)
 
 
-def _config_folder(model: str, revision: str | None, token: str | None) -> Path | None:
-    """Where the model's config is, if it can be had before the weights and has not been seen with them before."""
+def _known(model: str, revision: str | None, token: str | None) -> tuple[Path, Collection[str]] | None:
+    """Where the model's config is, if it can be had before the weights and has not been seen with them before; and, of
+    a model on the Hub, the names of its tensors."""
     folder = local_path(model)
     if (folder / MANIFEST).is_file():
         return None
     if (folder / "config.json").is_file():
-        return folder
+        return folder, ()
     if is_local(model) or cached(*hub_id(model, revision)) is not None:
         return None
-    return read_metadata(model, revision=revision, token=token).folder
+    metadata = read_metadata(model, revision=revision, token=token)
+    return metadata.folder, metadata.tensors or ()

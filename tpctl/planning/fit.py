@@ -7,17 +7,21 @@ activations of the largest step and a reserve are taken; the KV cache gets what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from tpctl.accounting import PACKED_HEAD_DIMS, reserve
+from tpctl.arch.block import Attention, Mixer
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import towers
 from tpctl.checkpoint.metadata import ModelMetadata
-from tpctl.checkpoint.safetensors import tensor_nbytes
-from tpctl.errors import UsageError
+from tpctl.errors import PartitionError, UsageError
 from tpctl.partition.dtypes import DTYPES, TORCH_NAMES
 from tpctl.partition.plan import PartitionPlan, Shape
-from tpctl.planning.model_sizes import ModelSizes
+from tpctl.planning.check import SizeCheck, check_sizes
+from tpctl.planning.gpus import GPUS, Gpu
+from tpctl.planning.model_sizes import Cuttings, ModelSizes, as_usual
+from tpctl.planning.report import FitReport, RankFit, SizeFit
 
 CONTEXT_BYTES = 768 << 20
 """What a process takes on a GPU besides tensors: CUDA context, loaded kernels and libraries (755 MiB on an H100)."""
@@ -28,109 +32,58 @@ PEER_BYTES = 800 << 20
 
 @dataclass(frozen=True)
 class Budget:
-    """What a GPU offers and what is asked of it; bytes and tokens. ``kv_cache_dtype``: as the engine's."""
+    """What a GPU offers and what is asked of it; bytes and tokens. ``kv_cache_dtype``: as the engine's.
 
-    gpu_memory: int = 80 << 30
+    ``gpu``: the name of one in ``GPUS``, whose memory is that of ``gpu_memory`` where this is ``None``.
+    """
+
+    gpu: str | None = None
+    gpu_memory: int | None = None
     utilization: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384
     kv_cache_dtype: str = "auto"
 
+    @property
+    def known(self) -> Gpu | None:
+        """The GPU that is named."""
+        if self.gpu is not None and self.gpu not in GPUS:
+            raise UsageError(f"--gpu {self.gpu} is unknown; use {', '.join(GPUS)}, or --gpu-memory")
+        return None if self.gpu is None else GPUS[self.gpu]
 
-@dataclass(frozen=True)
-class RankFit:
-    """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors.
-
-    ``kv_cache_bytes`` is what is left for the KV cache; negative where the rest alone is too much.
-    """
-
-    rank: int
-    parameters: int
-    weight_bytes: int
-    file_bytes: int
-    query_heads: int
-    kv_heads: int
-    kv_bytes_per_token: int
-    activation_bytes: int
-    kv_cache_bytes: int
-
-
-@dataclass(frozen=True)
-class SizeFit:
-    """A tensor-parallel size.
-
-    Attributes:
-        verdict: ``"even"`` (all ranks hold the same), ``"uneven"``.
-        imbalance: the largest rank's weight bytes over the mean; a step waits for that rank.
-        kv_copies: how many ranks hold each KV head.
-        weight_bytes, kv_bytes_per_token: of the largest rank.
-        kv_tokens: tokens that the KV cache holds, the least over the ranks; 0 where the model does not fit.
-        max_context: the longest sequence that fits, at most the model's own limit.
-        concurrency: sequences of ``max_model_len`` tokens that fit together.
-        needed: the least GPU memory in bytes that holds one sequence of ``max_model_len`` tokens.
-    """
-
-    tp_size: int
-    verdict: str
-    imbalance: float
-    kv_copies: float
-    weight_bytes: int
-    kv_bytes_per_token: int
-    kv_tokens: int
-    max_context: int
-    concurrency: int
-    needed: int
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """A model's sizes. ``exact`` says whether its tensors were read from headers or follow from its config.
-
-    On each GPU the process itself takes ``context_bytes`` (at ``tp_size``) and ``reserve_bytes`` are kept for CUDA
-    graphs and fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
-    ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
-    is, if none does).
-    """
-
-    model: str
-    revision: str | None
-    model_type: str
-    parameters: int
-    source_bytes: int
-    dtype: str
-    kv_cache_dtype: str
-    exact: bool
-    gpu_memory: int
-    utilization: float
-    max_model_len: int
-    max_num_batched_tokens: int
-    context_bytes: int
-    reserve_bytes: int
-    sizes: tuple[SizeFit, ...]
-    limit: int
-    limit_reason: str
-    tp_size: int
-    ranks: tuple[RankFit, ...]
+    @property
+    def memory(self) -> int:
+        """Of a GPU, in bytes."""
+        if self.gpu_memory is not None:
+            return self.gpu_memory
+        return (80 << 30) if self.known is None else self.known.memory
 
 
 def plan_model(
-    metadata: ModelMetadata, budget: Budget, *, tp_size: int | None = None, dtype: str = "auto"
+    metadata: ModelMetadata,
+    budget: Budget,
+    *,
+    tp_size: int | None = None,
+    dtype: str = "auto",
+    cutting: Cuttings = as_usual,
 ) -> FitReport:
     """Say how ``metadata``'s model can be cut and what fits.
 
     Args:
         tp_size: the size to detail.
         dtype: as of ``tpctl shard``: cast floats to it, or ``"auto"``.
+        cutting: how experts are dealt, and where borders may be, at each size.
 
     Raises:
         CheckpointError, UnsupportedModelError: the config or the headers are unsound or unknown.
         PartitionError: ``tp_size`` cannot work.
-        UsageError: ``dtype`` is unknown, more tokens are asked for than the model allows, or a packed KV cache that it
-            cannot have.
+        UsageError: ``dtype`` or the GPU is unknown, more tokens are asked for than the model allows, or a packed KV
+            cache that it cannot have.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    budget = replace(budget, gpu_memory=budget.memory)
     config = ModelConfig.load(metadata.folder)
     length = budget.max_model_len or config.max_position_embeddings
     if length > config.max_position_embeddings:
@@ -138,35 +91,52 @@ def plan_model(
             f"--max-model-len {length} is more than the model's {config.max_position_embeddings}; use at most that"
         )
     cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
-    model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype != "model")
+    model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype != "model", cutting)
     run_dtype = TORCH_NAMES.get(model.dtype, model.dtype)
     if budget.kv_cache_dtype == "packed" and not model.packs:
         raise UsageError(
             f"--kv-cache-dtype packed needs bfloat16 and heads of {', '.join(map(str, PACKED_HEAD_DIMS))} dimensions, "
-            f"all of them rotated; this model runs in {run_dtype} with heads of "
-            f"{config.blueprint.blocks[0].attention.head_dim}, use auto or model"
+            f"all of them rotated; this model runs in {run_dtype} with {model.kept_heads}, use auto or model"
         )
     budget = replace(budget, max_model_len=length)
-    limit, reason = model.limit()
-    sizes = [_size(model, budget, tp) for tp in _candidates(config.blueprint.max_tp, limit - 1, tp_size)]
+    checks, limit, reason = _checks(model)
+    works = [check.tp_size for check in checks if check.verdict != "impossible"]
+    sizes = [_size(model, budget, checks[tp - 1]) for tp in _candidates(config.blueprint.max_tp, works)]
     if tp_size is None:
         tp_size = next((size.tp_size for size in sizes if size.concurrency), sizes[-1].tp_size)
+    elif tp_size not in _candidates(config.blueprint.max_tp, works):
+        sizes = sorted(
+            [*sizes, _size(model, budget, next(iter(check_sizes(model, [tp_size]))))], key=lambda size: size.tp_size
+        )
+    windows = [
+        mixer.window
+        for mixer in model.mixers
+        if isinstance(mixer, Attention) and mixer.window and mixer.window < length
+    ]
     return FitReport(
         model=metadata.id,
         revision=metadata.revision,
         model_type=config.model_type,
-        parameters=sum(prod(shape) for shape in model.source_shapes.values()),
-        source_bytes=sum(tensor_nbytes(model.source_dtype(n), s) for n, s in model.source_shapes.items()),
+        parameters=model.parameters,
+        active_parameters=model.active_parameters,
+        source_bytes=model.source_bytes,
         dtype=run_dtype,
         kv_cache_dtype="packed" if model.packs else run_dtype,
         exact=metadata.tensors is not None,
-        gpu_memory=budget.gpu_memory,
+        gpu=budget.gpu,
+        gpu_memory=budget.memory,
         utilization=budget.utilization,
         max_model_len=length,
         max_num_batched_tokens=budget.max_num_batched_tokens,
         context_bytes=_context_bytes(tp_size),
         reserve_bytes=reserve(config.num_layers),
+        layers=config.num_layers,
+        beside=len(towers(config, metadata.tensors or ())),
+        recurrent=sum(isinstance(mixer, Mixer) and not mixer.kept for mixer in model.mixers),
+        windowed=len(windows),
+        window=max(windows, default=None),
         sizes=tuple(sizes),
+        checks=tuple(checks[: limit - 1]),
         limit=limit,
         limit_reason=reason,
         tp_size=tp_size,
@@ -174,31 +144,46 @@ def plan_model(
     )
 
 
-def _candidates(num_heads: int, largest: int, wanted: int | None) -> list[int]:
-    """The sizes to show: small ones, those that divide the heads or are powers of two, and the wanted one."""
+def _checks(model: ModelSizes) -> tuple[tuple[SizeCheck, ...], int, str]:
+    """Every size up to the number of heads; the smallest beyond which none works, and why."""
+    most = model.config.blueprint.max_tp
+    checks = check_sizes(model, range(1, most + 1))
+    works = [check.tp_size for check in checks if check.verdict != "impossible"]
+    if not works:
+        raise PartitionError(str(checks[0].why))
+    limit = works[-1] + 1
+    reason = f"a query head is not divided, and there are {most}" if limit > most else str(checks[limit - 1].why)
+    return checks, limit, reason
+
+
+def _candidates(num_heads: int, works: Sequence[int]) -> list[int]:
+    """The sizes to show of those that work: small ones, and those that divide the heads or are powers of two."""
     shown = {*range(1, 9), 16, 32, 64, 128, 256, *(tp for tp in range(9, 17) if num_heads % tp == 0)}
-    return sorted({tp for tp in shown if tp <= largest} | ({wanted} if wanted else set()))
+    return [tp for tp in works if tp in shown]
 
 
-def _size(model: ModelSizes, budget: Budget, tp_size: int) -> SizeFit:
-    ranks = _ranks(model, budget, model.small_plan(tp_size))
-    sizes = [rank.weight_bytes for rank in ranks]
+def _size(model: ModelSizes, budget: Budget, check: SizeCheck) -> SizeFit:
+    if check.why is not None:
+        raise PartitionError(check.why)
+    ranks = _ranks(model, budget, model.small_plan(check.tp_size))
     length = budget.max_model_len or 1
-    tokens = max(0, min(rank.kv_cache_bytes // rank.kv_bytes_per_token for rank in ranks))
-    taken = (int(budget.gpu_memory * budget.utilization) - rank.kv_cache_bytes for rank in ranks)
+    tokens = max(0, min(rank.kv_cache_bytes // max(1, rank.kv_bytes_per_token) for rank in ranks))
+    taken = (int(budget.memory * budget.utilization) - rank.kv_cache_bytes for rank in ranks)
     needed = max(use + length * rank.kv_bytes_per_token for use, rank in zip(taken, ranks, strict=True))
-    even = len({(rank.weight_bytes, rank.query_heads, rank.kv_heads) for rank in ranks}) == 1
+    known = budget.known
     return SizeFit(
-        tp_size=tp_size,
-        verdict="even" if even else "uneven",
-        imbalance=max(sizes) * tp_size / sum(sizes),
-        kv_copies=sum(rank.kv_heads for rank in ranks) / model.heads(1, 0)[1],
-        weight_bytes=max(sizes),
+        tp_size=check.tp_size,
+        verdict=check.verdict,
+        imbalance=check.imbalance,
+        kv_copies=check.kv_copies,
+        weight_bytes=max(rank.weight_bytes for rank in ranks),
         kv_bytes_per_token=max(rank.kv_bytes_per_token for rank in ranks),
         kv_tokens=tokens,
         max_context=min(tokens, model.config.max_position_embeddings),
         concurrency=tokens // length,
         needed=int(needed / budget.utilization),
+        read_bytes=check.read_bytes,
+        token_seconds=None if known is None else check.read_bytes / known.bandwidth,
     )
 
 
@@ -209,12 +194,13 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
         alike.setdefault(tuple(stored.shape for stored in shard.values()), []).append(rank)
     firsts = [ranks[0] for ranks in alike.values()]
     written = model.file_bytes(plan, firsts) if files else [0] * len(firsts)
-    share = int(budget.gpu_memory * budget.utilization)
+    share = int(budget.memory * budget.utilization)
     reserved = reserve(model.config.num_layers)
+    heads = model.heads(plan.tp_size)
     found: dict[int, RankFit] = {}
     for (first, *others), file_bytes in zip(alike.values(), written, strict=True):
         weights, parameters = model.weights(plan, first)
-        query_heads, kv_heads = model.heads(plan.tp_size, first)
+        query_heads, kv_heads = heads[first]
         tokens, length = budget.max_num_batched_tokens, budget.max_model_len or model.config.max_position_embeddings
         activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs)
         activations += model.unpacked_bytes(plan.tp_size, first, tokens, length)

@@ -6,8 +6,10 @@ A plan with one layer of each sort stands for all layers that are cut alike; onl
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from math import prod
 
 from tpctl.accounting import (
     PACKED_HEAD_DIMS,
@@ -17,15 +19,28 @@ from tpctl.accounting import (
     sampler_bytes,
     unpacked_tokens,
 )
-from tpctl.arch.block import Attention, Experts, Gated, Layer
+from tpctl.arch.block import Attention, Experts, Gated, Mixer, linears
+from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
+from tpctl.arch.storage import Entry
 from tpctl.checkpoint.metadata import ModelMetadata
-from tpctl.errors import PartitionError
+from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
-from tpctl.partition.split import source_shapes
+from tpctl.partition.split import TensorSplit, source_shapes
+from tpctl.planning.dealt import DealtBytes
+from tpctl.planning.sorts import Sorts
 from tpctl.sharding.moving.parts import assign_parts, part_files
+
+Cuttings = Callable[[int], Cutting]
+"""How a model is cut at each size."""
+
+
+def as_usual(tp_size: int) -> Cutting:
+    """No experts dealt, borders where blocks end."""
+    return Cutting()
 
 
 class ModelSizes:
@@ -36,85 +51,110 @@ class ModelSizes:
         may_pack: keys and values may be packed.
 
     Attributes:
-        source_shapes: of the checkpoint's tensors, by name.
         dtypes: the safetensors dtype of every stored tensor.
+        source_bytes: of the checkpoint's tensors that the model is made of.
+        parameters, active_parameters: weights, whatever they are stored as; and those that a token meets.
 
     Raises:
         CheckpointError: the checkpoint's headers do not fit its config.
     """
 
-    def __init__(self, config: ModelConfig, metadata: ModelMetadata, cast: str | None, may_pack: bool = True) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        metadata: ModelMetadata,
+        cast: str | None,
+        may_pack: bool = True,
+        cutting: Cuttings = as_usual,
+    ) -> None:
         self.config = config
-        self._tensors = metadata.tensors
-        self._may_pack = may_pack
+        self._cutting, self._may_pack = cutting, may_pack
+        found = None if metadata.tensors is None else {name: info.dtype for name, info in metadata.tensors.items()}
         if metadata.tensors is not None:
             checked_source_plan(config, {name: tensor.shape for name, tensor in metadata.tensors.items()}, 1)
-        splits = source_splits(config, self._tensors or ())
-        self.source_shapes = source_shapes(splits)
-        self._source_dtypes = {
-            source: self._dtype_of(source, split.dtypes) for split in splits for source in split.sources
-        }
-        self.dtypes = {
-            split.name: stored_dtype(split, {source: self._source_dtypes[source] for source in split.sources}, cast)
-            for split in splits
-        }
-        self._stands_for = self._stand_ins(split.name for split in splits)
+        splits = source_splits(config, found or ())
+        dtypes = {split.name: _source_dtypes(split, found, DTYPES[config.dtype]) for split in splits}
+        self.dtypes = {split.name: stored_dtype(split, dtypes[split.name], cast) for split in splits}
+        dtype_of = {source: dtype for read in dtypes.values() for source, dtype in read.items()}
+        self.source_bytes = sum(tensor_nbytes(dtype_of[name], shape) for name, shape in source_shapes(splits).items())
+        self._sorts = Sorts.of(config.blueprint, splits, found or ())
         self._bits: dict[str, int] = defaultdict(int)  # of one element in all layers that a name stands for
         self._times: dict[str, int] = defaultdict(int)
-        for name, first in self._stands_for.items():
+        for name, first in self._sorts.stands_for.items():
             self._bits[first] += DTYPE_BITS[self.dtypes[name]]
             self._times[first] += 1
+        self._weights, self._chosen = self._meanings()
+        self._dealt: dict[Cutting, DealtBytes] = {}
+        self.parameters = self.active_parameters = 0
+        for split in self._small_splits(Cutting()):
+            count = prod(split.whole) * self._weights[split.name]
+            chosen = count if split.stack is None else count / split.stack.count * self._chosen[split.name]
+            self.parameters += int(count * self._times[split.name])
+            self.active_parameters += int(chosen * self._times[split.name])
 
     def small_plan(self, tp_size: int) -> PartitionPlan:
         """The plan with one layer of each sort. Raises ``PartitionError`` if the model cannot be cut so."""
-        blueprint = self.config.blueprint
-        layers = tuple(blueprint.layers[layer] for layer in blueprint.alike)
-        return source_plan(
-            replace(self.config, blueprint=replace(blueprint, layers=layers)), self._tensors or (), tp_size
-        )
+        return source_plan(self._small(self._cutting(tp_size)), self._sorts.names, tp_size)
 
-    def _stand_ins(self, names: Iterable[str]) -> dict[str, str]:
-        """For each stored tensor the one of ``small_plan`` that is cut like it."""
-        blueprint = self.config.blueprint
-        found = {name: name for name in names}
-        for sort, layers in enumerate(blueprint.alike.values()):
-            for layer in layers:
-                prefix, small = blueprint.prefix.format(layer), blueprint.prefix.format(sort)
-                found |= {prefix + split.name: small + split.name for split in blueprint.layers[layer].splits}
-        return found
+    def dealt(self, tp_size: int) -> DealtBytes:
+        """What gives each rank's bytes at ``tp_size``, without a plan. Raises as ``small_plan``."""
+        cutting = self._cutting(tp_size)
+        if cutting not in self._dealt:
+            splits = self._small_splits(cutting)
+            looked_up = () if self.config.blueprint.tied else (self.config.blueprint.embedding,)
+            self._dealt[cutting] = DealtBytes(splits, self._bits, self._chosen, looked_up)
+        return self._dealt[cutting]
 
-    def source_dtype(self, name: str) -> str:
-        """The safetensors dtype of a tensor of the checkpoint; without one, the first that its format has."""
-        return self._source_dtypes[name]
+    def expert_groups(self, tp_size: int) -> int:
+        """Groups of ranks that whole experts are dealt to."""
+        return self._cutting(tp_size).expert_parallel
 
-    def _dtype_of(self, name: str, known: tuple[str, ...] | None) -> str:
-        if self._tensors is not None:
-            return self._tensors[name].dtype
-        return DTYPES[self.config.dtype] if known is None else known[0]
+    @property
+    def small_blueprint(self) -> Blueprint:
+        """The model with one layer of each sort."""
+        return self._sorts.small(self.config.blueprint)
+
+    def _small(self, cutting: Cutting) -> ModelConfig:
+        small = self.small_blueprint
+        return replace(self.config, blueprint=small if cutting == Cutting() else cut_by(small, cutting))
+
+    def _small_splits(self, cutting: Cutting) -> list[TensorSplit]:
+        return source_splits(self._small(cutting), self._sorts.names)
+
+    def _meanings(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
+        """How many weights an element of each tensor of ``small_plan`` is; and of experts how many a token takes."""
+        blueprint = self.small_blueprint
+        prefixes = [blueprint.prefix.format(number) for number in range(len(blueprint.layers))]
+        owners = {
+            f"{prefix}{linear.name}{linear.joiner}": (linear, part)
+            for prefix, layer in zip(prefixes, blueprint.layers, strict=True)
+            for part in layer.parts
+            for linear in linears(part)
+        }
+        weights: dict[str, float] = {}
+        chosen: dict[str, int] = {}
+        for split in self._small_splits(Cutting()):
+            owner = next((owner for owner in owners if split.name.startswith(owner)), None)
+            kind = "" if owner is None else split.name.removeprefix(owner)
+            weights[split.name] = int(kind in ("", "bias"))
+            if owner is not None:
+                linear, part = owners[owner]
+                if (entry := next((one for one in linear.storage if one.name == kind), None)) is not None:
+                    weights[split.name] = _weights_an_element(entry)
+                if linear.stack is not None and isinstance(part, Experts):
+                    chosen[split.name] = part.per_token
+        return weights, chosen
 
     @property
     def dtype(self) -> str:
         """The safetensors dtype that the engine runs the model in: that of the head, as it takes it from the shards."""
         return self.dtypes[self.config.blueprint.head]
 
-    def limit(self) -> tuple[int, str]:
-        """The smallest size that cannot work, and why."""
-        largest = self.config.blueprint.max_tp
-        reason = f"a query head is not divided, and there are {largest}"
-        while True:
-            try:
-                self.small_plan(largest)
-                return largest + 1, reason
-            except PartitionError as error:
-                if largest == 1:
-                    raise
-                largest, reason = largest - 1, str(error)
-
     def weights(self, plan: PartitionPlan, rank: int) -> tuple[int, int]:
         """Bytes and parameters of all layers on ``rank`` of ``plan``, a small one."""
         shard = plan.shards[rank].items()
         nbytes = sum(stored.numel * self._bits[name] for name, stored in shard) // 8
-        return nbytes, sum(stored.numel * self._times[name] for name, stored in shard)
+        return nbytes, int(sum(stored.numel * self._times[name] * self._weights[name] for name, stored in shard))
 
     def file_bytes(self, plan: PartitionPlan, ranks: Sequence[int]) -> list[int]:
         """Bytes of the part files of ``ranks``, headers included, as ``tpctl shard`` writes them by default.
@@ -129,15 +169,22 @@ class ModelSizes:
 
     def _all_layers(self, shard: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
         """A shard of a small plan with every layer's names; the pieces stay those of the first of its sort."""
-        return {name: shard[first] for name, first in self._stands_for.items()}
+        return {name: shard[first] for name, first in self._sorts.stands_for.items()}
 
-    def heads(self, tp_size: int, rank: int) -> tuple[int, int]:
-        """Query and KV heads of ``rank``, of the layer where it has most."""
-        shares = [layer.mixer.shares(tp_size)[rank] for layer in self._sorts()]
-        return max(len(share.query) for share in shares), max(len(share.kv) for share in shares)
+    def heads(self, tp_size: int) -> list[tuple[int, int]]:
+        """Query and KV heads of each rank, of the layer where it has most."""
+        shares = [mixer.shares(tp_size) for mixer in self._mixers]
+        return [
+            (max(len(one.query) for one in of_rank), max(len(one.kv) for one in of_rank))
+            for of_rank in zip(*shares, strict=True)
+        ]
 
     def kv_bytes_per_token(self, tp_size: int, rank: int) -> int:
-        return kv_bytes_per_token(self._kv_heads(tp_size, rank), self._itemsize, packed=self.packs)
+        """What layers keep of a token. A latent that all heads share is on every rank; a recurrent layer keeps none."""
+        heads = self._kv_heads(tp_size, rank)
+        others = [mixer for mixer in self.mixers if isinstance(mixer, Mixer)]
+        kept = sum(mixer.kept * len(mixer.shares(tp_size)[rank].kv) for mixer in others)
+        return kv_bytes_per_token(heads, self._itemsize, packed=self.packs) + kept * self._itemsize
 
     @property
     def packs(self) -> bool:
@@ -146,7 +193,7 @@ class ModelSizes:
             isinstance(mixer, Attention)
             and mixer.rope.rotary_dim == mixer.head_dim
             and mixer.head_dim in PACKED_HEAD_DIMS
-            for mixer in (layer.mixer for layer in self._sorts())
+            for mixer in self._mixers
         )
         return self._may_pack and self.dtype == DTYPES["bfloat16"] and fit
 
@@ -170,16 +217,8 @@ class ModelSizes:
         That is in the MLP: residual, its input and its partial sum [T, H], gate and up [T, 2W], their product [T,
         W]; or at the end, when each sequence's logits [R, V] are there in the model's dtype and twice in float32.
         """
-        blueprint, size = self.config.blueprint, self._itemsize
-        widest = 0
-        for layer in self._sorts():
-            mixer, share = layer.mixer, layer.mixer.shares(plan.tp_size)[rank]
-            if isinstance(mixer, Attention):
-                widest = max(widest, (2 * len(share.query) + 2 * len(share.kv)) * mixer.head_dim)
-            for part in layer.parts:
-                if isinstance(part, Gated | Experts):
-                    width = len(part.down.input_cut.ranges(part.down.inputs, plan.tp_size)[rank])
-                    widest = max(widest, 3 * width * (part.per_token if isinstance(part, Experts) else 1))
+        blueprint, size = self._small(self._cutting(plan.tp_size)).blueprint, self._itemsize
+        widest = max(_width(part, plan.tp_size, rank) for layer in blueprint.layers for part in layer.parts)
         step = tokens * size * (3 * blueprint.hidden_size + widest)
         rows, vocab = min(seqs, tokens), plan.shape(rank, blueprint.head)[0]
         head = tokens * size * 2 * blueprint.hidden_size + rows * vocab * (size + 2 * 4)
@@ -189,16 +228,66 @@ class ModelSizes:
     def _itemsize(self) -> int:
         return DTYPE_BITS[self.dtype] // 8
 
-    def _sorts(self) -> list[Layer]:
-        """One layer of each sort."""
-        return [self.config.blueprint.layers[layer] for layer in self.config.blueprint.alike]
+    @property
+    def mixers(self) -> list[Attention | Mixer]:
+        """What mixes tokens, of each layer."""
+        return [layer.mixer for layer in self.config.blueprint.layers]
+
+    @property
+    def kept_heads(self) -> str:
+        """Whose keys and values are kept, in words."""
+        dims = dict.fromkeys(
+            f"heads of {mixer.head_dim}" if isinstance(mixer, Attention) else mixer.kind for mixer in self.mixers
+        )
+        return " and ".join(dims)
+
+    @cached_property
+    def _mixers(self) -> list[Attention | Mixer]:
+        """Those of one layer of each sort."""
+        return [self.config.blueprint.layers[first].mixer for first in self._sorts.firsts]
 
     def _kv_heads(self, tp_size: int, rank: int) -> list[tuple[int, int]]:
-        """KV heads of ``rank`` and their dimensions, of each layer."""
+        """KV heads of ``rank`` and their dimensions, of each layer with attention."""
+        held: dict[tuple[int, int], int] = {}
         found = []
-        for first, layers in self.config.blueprint.alike.items():
-            mixer = self.config.blueprint.layers[first].mixer
-            heads = len(mixer.shares(tp_size)[rank].kv)
-            dim = mixer.head_dim if isinstance(mixer, Attention) else mixer.kept // 2
-            found += [(heads, dim)] * len(layers)
+        for mixer in self.mixers:
+            if isinstance(mixer, Attention):
+                heads = mixer.num_heads, mixer.num_kv_heads
+                if heads not in held:
+                    held[heads] = len(mixer.shares(tp_size)[rank].kv)
+                found.append((held[heads], mixer.head_dim))
         return found
+
+
+def _source_dtypes(split: TensorSplit, found: Mapping[str, str] | None, usual: str) -> dict[str, str]:
+    """The dtypes of a split's source tensors: the checkpoint's; without one, the first that the format has."""
+    if found is not None:
+        return {source: found[source] for source in split.sources}
+    return dict.fromkeys(split.sources, usual if split.dtypes is None else split.dtypes[0])
+
+
+def _weights_an_element(entry: Entry) -> float:
+    """How many weights one element of a stored tensor is: several of packed ones, none of scales."""
+    if entry.out is None or entry.inp is None:
+        return 0
+    if any(axis.unit > 1 and not axis.packed for axis in (entry.out, entry.inp)):
+        return 0
+    return entry.out.unit * entry.inp.unit / prod(entry.tail)
+
+
+def _width(part: object, tp_size: int, rank: int) -> int:
+    """What ``rank`` keeps of a token while it computes ``part`` of a layer, in values, beside residual and sums.
+
+    Of experts all that a token takes may be on one rank, where they are dealt whole.
+    """
+    if isinstance(part, Attention):
+        share = part.shares(tp_size)[rank]
+        return (2 * len(share.query) + 2 * len(share.kv)) * part.head_dim
+    if isinstance(part, Gated):
+        return 3 * len(part.down.input_cut.ranges(part.down.inputs, tp_size)[rank])
+    if isinstance(part, Experts):
+        width = 3 * len(part.down.input_cut.ranges(part.down.inputs, tp_size)[rank])
+        return part.per_token * width + (0 if part.shared is None else _width(part.shared, tp_size, rank))
+    if isinstance(part, Mixer):
+        return sum(len(one.cut.ranges(one.length, tp_size)[rank]) for linear in linears(part) for one in linear.parts)
+    return 0

@@ -9,10 +9,16 @@ from pathlib import Path
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
-from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, second_copies, stored_dtype, towers
+from tpctl.arch.source_plan import (
+    DEFAULT_PART_SIZE,
+    check_text_only,
+    checked_source_plan,
+    second_copies,
+    stored_dtype,
+)
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
-from tpctl.errors import CheckpointError, ShardFolderError, UsageError, counted
+from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.manifest.records import Source, SourceFile
 from tpctl.partition.dtypes import DTYPES
@@ -80,8 +86,7 @@ def shard_checkpoint(
     cutting = replace(cutting, engine=compat)
     config = ModelConfig.load(source, cutting)
     plan = checked_source_plan(config, folder.shapes, tp_size)
-    if seen := towers(config, folder.shapes):
-        _check_text_only(seen, text_only)
+    check_text_only(config, folder.shapes, text_only)
     held = {name: info.dtype for name, (_, info) in folder.tensors.items()}
     found = {split.name: {source: held[source] for source in split.sources} for split in plan.splits}
     dtypes = {split.name: stored_dtype(split, found[split.name], target) for split in plan.splits}
@@ -122,14 +127,6 @@ def _safetensors_dtype(dtype: str | None) -> str | None:
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _check_text_only(seen: Sequence[str], text_only: bool) -> None:
-    if not text_only:
-        raise UsageError(
-            f"the checkpoint also holds {counted(len(seen), 'tensor')} of what sees or hears, such as {seen[0]}, which "
-            "tpctl does not run; cut the text model with --text-only (merge gives the rest back)"
-        )
 
 
 def _aliases(copies: dict[str, str], tensors: SourceTensors) -> dict[str, str]:

@@ -1,0 +1,213 @@
+"""What ``tpctl plan`` prints: how a model can be cut, what fits, and what else loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rich.table import Table
+
+from tpctl.cli.console import stdout
+from tpctl.errors import counted
+from tpctl.manifest.manifest import describe_ranks, rank_list
+from tpctl.planning.check import SizeCheck
+from tpctl.planning.gpus import GPUS, Gpu
+from tpctl.planning.peers import ENGINES, Objection
+from tpctl.planning.report import FitReport, RankFit
+
+
+def print_report(report: FitReport) -> None:
+    """All of it."""
+    _print_model(report)
+    _print_sizes(report)
+    if report.gpu is not None:
+        _print_speed(report, GPUS[report.gpu])
+    _print_checks(report)
+    _print_ranks(report)
+
+
+def _print_model(report: FitReport) -> None:
+    console = stdout()
+    revision = f"@{report.revision[:12]}" if report.revision else ""
+    origin = "from the weight files' headers" if report.exact else "from config.json alone"
+    active = (
+        f"{report.active_parameters / 1e6:,.1f} M of them for a token, "
+        if report.active_parameters < report.parameters
+        else ""
+    )
+    console.print(
+        f"{report.model}{revision} ({report.model_type}): {report.parameters / 1e6:,.1f} M parameters, {active}"
+        f"{_gib(report.source_bytes)} as stored, {origin}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"on GPUs of {_gib(report.gpu_memory)}, {report.utilization:.0%} used: sequences of up to "
+        f"{report.max_model_len} tokens, {report.max_num_batched_tokens} tokens a step, {report.dtype}"
+        f"{', packed KV cache' if report.kv_cache_dtype == 'packed' else ''}",
+        soft_wrap=True,
+    )
+    for line in _remarks(report):
+        console.print(line, soft_wrap=True)
+    console.print()
+
+
+def _remarks(report: FitReport) -> Iterator[str]:
+    """What of the model is counted otherwise than one may think."""
+    if report.beside:
+        yield f"left out: {counted(report.beside, 'tensor')} of what sees or hears (`tpctl shard --text-only`)"
+    if report.recurrent:
+        yield (
+            f"{report.recurrent} of {counted(report.layers, 'layer')} keep no keys and values but a state of constant "
+            "size for each sequence, which is not counted"
+        )
+    if report.windowed:
+        yield (
+            f"{report.windowed} of {counted(report.layers, 'layer')} look back {report.window} tokens at most; their "
+            "keys and values are counted for the whole context"
+        )
+
+
+def _print_sizes(report: FitReport) -> None:
+    console, table = stdout(), Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tp", justify="right", no_wrap=True)
+    table.add_column("split", no_wrap=True)
+    for title in ("slower", "copies", "weights", "KV/token", "context", "seqs", "GPU needed"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for size in report.sizes:
+        fits = size.concurrency > 0
+        table.add_row(
+            str(size.tp_size),
+            size.verdict,
+            f"{size.imbalance - 1:.1%}" if size.verdict == "uneven" else "",
+            f"{size.kv_copies:.3g}" if size.kv_copies > 1 else "",
+            _gib(size.weight_bytes),
+            f"{size.kv_bytes_per_token / 1024:.1f} KiB",
+            f"{size.max_context}" if size.kv_tokens else "-",
+            f"{size.concurrency}" if fits else "-",
+            _gib(size.needed),
+            style="" if fits else "dim",
+        )
+    console.print(table)
+    console.print(f"tp {report.limit} and more cannot work: {report.limit_reason}", soft_wrap=True)
+    console.print(
+        "slower: a step, than if the split were even; all wait for the largest rank. copies: of each KV head\n",
+        soft_wrap=True,
+    )
+
+
+def _print_speed(report: FitReport, gpu: Gpu) -> None:
+    """The least time that a token takes, since the weights it needs must be read."""
+    console, table = stdout(), Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("tp", "read a token", "ms a token", "tokens/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for size in report.sizes:
+        seconds = size.read_bytes / gpu.bandwidth
+        table.add_row(str(size.tp_size), _gib(size.read_bytes), f"{seconds * 1e3:.2f}", f"{1 / seconds:,.0f}")
+    console.print(f"a token of one sequence on {gpu.title}, {gpu.bandwidth / 1e12:.3g} TB/s, takes at least:")
+    console.print(table)
+    console.print(
+        "by the weights that the rank with most reads: the context, sums over ranks and the kernels' own time come "
+        f"on top ({gpu.source})\n",
+        soft_wrap=True,
+    )
+
+
+def _print_checks(report: FitReport) -> None:
+    """Every size; those of which the same is to be said share a line."""
+    console, table = stdout(), Table(box=None, pad_edge=False, header_style="bold")
+    alike: dict[tuple[str, str, str], list[SizeCheck]] = {}
+    for check in report.checks:
+        alike.setdefault((check.verdict, _word(check.vllm), _word(check.sglang)), []).append(check)
+    table.add_column("tp", max_width=18)
+    for title in ("slower", "copies", "scales"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for engine in ENGINES.values():
+        table.add_column(f"{engine.split()[0]} refuses", no_wrap=True)
+    for (verdict, *engines), checks in alike.items():
+        table.add_row(
+            rank_list(check.tp_size for check in checks).replace(",", ", "),
+            _span([check.imbalance - 1 for check in checks], "{:.1%}") if verdict == "uneven" else verdict,
+            _span([check.kv_copies for check in checks], "{:.3g}", least=1),
+            _span([check.scale_copies / 2**20 for check in checks], "{:.0f} MiB"),
+            *engines,
+        )
+    console.print(f"every size, and what others refuse to load at it ({', '.join(ENGINES.values())}):")
+    console.print(table)
+    if any(check.scale_copies for check in report.checks):
+        console.print("scales: copies, over all ranks, of those of blocks that a border divides", soft_wrap=True)
+    for line in _reasons(report.checks):
+        console.print(line, soft_wrap=True)
+    console.print()
+
+
+def _first(objections: Sequence[Objection]) -> Objection | None:
+    """What decides: the first reason not to load the model, or else the first drawback."""
+    return next((one for one in objections if not one.loads), next(iter(objections), None))
+
+
+def _word(objections: Sequence[Objection]) -> str:
+    """What an engine says to a size, short; what it loads with a drawback is in brackets."""
+    first = _first(objections)
+    return "" if first is None else f"({first.rule})" if first.loads else first.rule
+
+
+def _span(values: Sequence[float], form: str, least: float = 0) -> str:
+    """The values' range; nothing where none is above ``least``."""
+    if max(values) <= least:
+        return ""
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low.removesuffix('%').removesuffix(' MiB')}-{high}"
+
+
+def _reasons(checks: Sequence[SizeCheck]) -> Iterator[str]:
+    """Each reason that is named, with the first size that has it."""
+    found: dict[str, tuple[int, str]] = {}
+    sources: dict[str, list[str]] = {}
+    for check in checks:
+        for one in (_first(check.vllm), _first(check.sglang)):
+            if one is not None:
+                found.setdefault(one.rule, (check.tp_size, one.why))
+                if one.source not in sources.setdefault(one.rule, []):
+                    sources[one.rule].append(one.source)
+    if (bad := next((check for check in checks if check.why is not None), None)) is not None:
+        yield f"tp {bad.tp_size} is impossible: {bad.why}"
+    for rule, (tp_size, why) in found.items():
+        yield f"{rule}: at tp {tp_size} {why} ({'; '.join(sources[rule])})"
+
+
+def _print_ranks(report: FitReport) -> None:
+    """The detailed size; ranks that hold the same share a line."""
+    console = stdout()
+    chosen = next(size for size in report.sizes if size.tp_size == report.tp_size)
+    verdict = "fits" if chosen.concurrency else f"does not fit one sequence of {report.max_model_len} tokens"
+    console.print(f"tp {report.tp_size} {verdict}; each rank:", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    titles = ("ranks", "parameters", "heads q/kv", "weights", "activations", "KV cache", "KV tokens")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    alike: dict[RankFit, list[int]] = {}
+    for rank in report.ranks:
+        alike.setdefault(replace(rank, rank=0), []).append(rank.rank)
+    for rank, members in alike.items():
+        table.add_row(
+            describe_ranks(members).split(" ", 1)[1],
+            f"{rank.parameters:,}",
+            f"{rank.query_heads}/{rank.kv_heads}",
+            _gib(rank.weight_bytes),
+            _gib(rank.activation_bytes),
+            _gib(rank.kv_cache_bytes) if rank.kv_cache_bytes > 0 else "none",
+            f"{max(0, rank.kv_cache_bytes // max(1, rank.kv_bytes_per_token)):,}",
+        )
+    console.print(table)
+    usable = int(report.gpu_memory * report.utilization)
+    console.print(
+        f"KV cache: what is left of {_gib(usable)} ({report.utilization:.0%} of {_gib(report.gpu_memory)}) after "
+        f"weights, activations, {_gib(report.context_bytes)} for the CUDA context, libraries and NCCL, and "
+        f"{_gib(report.reserve_bytes)} kept for CUDA graphs and fragmentation; the last three are estimates",
+        soft_wrap=True,
+    )
+
+
+def _gib(count: int) -> str:
+    """``count`` bytes in GiB, or in MiB where that says more."""
+    return f"{count / 2**30:.1f} GiB" if count >= 10 << 30 else f"{count / 2**20:.0f} MiB"

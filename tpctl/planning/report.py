@@ -1,0 +1,98 @@
+"""What a plan of a model's memory says, as data: the sizes, and the ranks of one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpctl.planning.check import SizeCheck
+
+
+@dataclass(frozen=True)
+class RankFit:
+    """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors.
+
+    ``kv_cache_bytes`` is what is left for the KV cache; negative where the rest alone is too much.
+    """
+
+    rank: int
+    parameters: int
+    weight_bytes: int
+    file_bytes: int
+    query_heads: int
+    kv_heads: int
+    kv_bytes_per_token: int
+    activation_bytes: int
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class SizeFit:
+    """A tensor-parallel size.
+
+    Attributes:
+        verdict: ``"even"`` (all ranks hold the same), ``"uneven"``.
+        imbalance: the largest rank's weight bytes over the mean; a step waits for that rank.
+        kv_copies: how many ranks hold each KV head.
+        weight_bytes, kv_bytes_per_token: of the largest rank.
+        kv_tokens: tokens that the KV cache holds, the least over the ranks; 0 where the model does not fit.
+        max_context: the longest sequence that fits, at most the model's own limit.
+        concurrency: sequences of ``max_model_len`` tokens that fit together.
+        needed: the least GPU memory in bytes that holds one sequence of ``max_model_len`` tokens.
+        read_bytes: of the weights that the rank with most reads for one token of one sequence.
+        token_seconds: how long that takes the GPU that was named; no token takes less.
+    """
+
+    tp_size: int
+    verdict: str
+    imbalance: float
+    kv_copies: float
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+    max_context: int
+    concurrency: int
+    needed: int
+    read_bytes: int
+    token_seconds: float | None
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """A model's sizes. ``exact`` says whether its tensors were read from headers or follow from its config.
+
+    On each GPU the process itself takes ``context_bytes`` (at ``tp_size``) and ``reserve_bytes`` are kept for CUDA
+    graphs and fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
+    ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
+    is, if none does). ``checks`` has every size below ``limit``. ``active_parameters`` are those that a token meets.
+    ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
+    constant size for each sequence, which is not counted, and no keys and values; ``windowed`` those that look back
+    no further than ``window`` tokens, whose keys and values are counted for the whole context all the same.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    parameters: int
+    active_parameters: int
+    source_bytes: int
+    dtype: str
+    kv_cache_dtype: str
+    exact: bool
+    gpu: str | None
+    gpu_memory: int
+    utilization: float
+    max_model_len: int
+    max_num_batched_tokens: int
+    context_bytes: int
+    reserve_bytes: int
+    layers: int
+    beside: int
+    recurrent: int
+    windowed: int
+    window: int | None
+    sizes: tuple[SizeFit, ...]
+    checks: tuple[SizeCheck, ...]
+    limit: int
+    limit_reason: str
+    tp_size: int
+    ranks: tuple[RankFit, ...]
