@@ -15,6 +15,7 @@ from tpctl.errors import CheckpointError, ShardFolderError, UsageError, counted
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.manifest.records import Source, SourceFile
 from tpctl.partition.dtypes import DTYPES
+from tpctl.sharding.cutting.constants import check_constants
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
 from tpctl.sharding.moving.files import ByteCounter, Files
@@ -77,6 +78,7 @@ def shard_checkpoint(
     folder = CheckpointFolder.open(source)  # before the config is read, so that a change meanwhile shows
     config = ModelConfig.load(source, cutting)
     plan = checked_source_plan(config, folder.shapes, tp_size)
+    check_constants(config, folder)
     if seen := towers(config, folder.shapes):
         _check_text_only(seen, text_only)
     tensors = source_tensors(folder, plan)
