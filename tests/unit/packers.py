@@ -316,8 +316,6 @@ PACKERS: dict[str, Packer] = {
     "ct int4 in order of activation": compressed(
         "pack-quantized", num_bits=4, strategy="group", group_size=32, actorder="group"
     ),
-    "ct nvfp4": compressed(
-        "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16
-    ),
+    "ct nvfp4": compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
 }
 """By what a test calls them."""

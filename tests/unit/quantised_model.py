@@ -75,9 +75,10 @@ def assembled(plan: PartitionPlan, tensors: Mapping[str, Tensor], rank: int) -> 
         first = tensors[next(iter(stored.pieces[0].tensors))] if stored.pieces else torch.zeros(0)
         out = torch.zeros(stored.shape, dtype=first.dtype)
         for piece in stored.pieces:
-            for number, source in enumerate(piece.tensors):
+            for number in range(piece.shape[0] if stored.stacked else 1):
                 start, size, at = piece.start, piece.shape, piece.at
-                whole = tensors[source].reshape(tensors[source].shape or (1,))
+                whole = tensors[piece.source.replace("{}", str(start[0] + number))]
+                whole = whole.reshape(whole.shape or (1,))
                 target = out
                 if stored.stacked:
                     whole = whole if "{}" in piece.source else whole[start[0] + number]
@@ -103,7 +104,7 @@ def locals_of(model: Quantised, plan: PartitionPlan, rank: int, shard: Mapping[s
     parts: dict[str, dict[str, tuple[NDArray[Any], tuple[int, ...]]]] = {}
     for stored in plan.shards[rank].values():
         for piece in stored.pieces:
-            module, suffix = _split(piece.source, model.matrices)
+            module = _module(piece.source, model.matrices)
             if module is None:
                 continue
             array = as_array(shard[stored.name])
@@ -112,18 +113,21 @@ def locals_of(model: Quantised, plan: PartitionPlan, rank: int, shard: Mapping[s
                 if stored.stacked:
                     one, start, size, at = array[at[0] + number], start[1:], size[1:], at[1:]
                 taken = one[tuple(slice(a, a + n) for a, n in zip(at, size, strict=True))]
-                expert = module.replace("{}", str(piece.start[0] + number)) if stored.stacked else module
+                expert = _of_expert(module, piece.start[0] + number) if stored.stacked else module
                 entry = re.sub(r".*[.](w13_|w2_)?", "", stored.name)
                 parts.setdefault(expert, {})[entry] = (taken, start)
     return {module: _unpacked(model, module, Held(held)) for module, held in parts.items()}
 
 
-def _split(source: str, modules: Mapping[str, Matrix]) -> tuple[str | None, str]:
-    for end in (".", "_"):
-        module, _, suffix = source.rpartition(end)
-        if module.replace("{}", "0") in modules:
-            return module, suffix
-    return None, ""
+def _module(source: str, modules: Mapping[str, Matrix]) -> str | None:
+    """The quantised module that a tensor is of."""
+    found = (source.rpartition(end)[0] for end in (".", "_"))
+    return next((one for one in found if one in modules or _of_expert(one, 0) in modules), None)
+
+
+def _of_expert(module: str, expert: int) -> str:
+    """The module of an expert; one that a checkpoint stacks is ``module[expert]``."""
+    return module.replace("{}", str(expert)) if "{}" in module else f"{module}[{expert}]"
 
 
 def _unpacked(model: Quantised, module: str, held: Held) -> Local:

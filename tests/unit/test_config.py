@@ -290,7 +290,7 @@ def test_rope_numbers_that_make_no_table_are_refused(rope: dict[str, object], me
         ("rope_condense_ratio", 8),
         ("per_layer_config", {"0": {"sliding_window": 4}}),
         ("transformers_weights", "other.safetensors"),
-        ("compression_config", {"format": "float-quantized"}),
+        ("compression_config", {"quant_method": "hqq"}),
     ],
 )
 def test_fields_of_other_models_are_refused_by_name(field: str, value: Any) -> None:

@@ -112,11 +112,8 @@ class Storage:
         return iter(self.entries)
 
     def held(self, source: str, names: Container[str]) -> Storage:
-        """This one or one of ``others``: the one that a checkpoint with tensors ``names`` has for ``source``."""
-        for storage in (self, *self.others):
-            if all(entry.optional or source + entry.suffix in names for entry in storage.entries):
-                return storage
-        return self
+        """This one or one of ``others``: that of which a checkpoint with tensors ``names`` has most for ``source``."""
+        return max((self, *self.others), key=lambda one: sum(source + entry.suffix in names for entry in one))
 
 
 def _unit(axes: Iterable[Axis | None]) -> int:

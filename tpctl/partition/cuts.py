@@ -7,7 +7,6 @@ each has one entry for every so many elements of an axis, and follows the cut of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Protocol
@@ -120,6 +119,10 @@ def pad_vocab(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+class DividedWord(PartitionError):
+    """A border would be inside of a packed word."""
+
+
 class Cut(Protocol):
     """Gives every rank its range of an axis of ``length`` elements. Ranges may overlap where ranks hold copies,
     and may reach beyond ``length`` where the stored axis is padded with zeros."""
@@ -196,19 +199,16 @@ class Units:
     def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]:
         assert length == -(-self.elements // self.unit), (length, self)
         found = self.cut.ranges(self.elements, tp_size)
-        if self.packed and (border := self._divided(found)) is not None:
-            fits = [size for size in range(1, tp_size) if self._divided(self.cut.ranges(self.elements, size)) is None]
-            raise PartitionError(
-                f"at tp {tp_size} a border would fall on element {border}, inside of a word that packs {self.unit} "
-                f"values; use --tp {', '.join(map(str, fits))}"
-            )
+        if self.packed:
+            for held in found:
+                if held.start % self.unit and len(held):
+                    raise DividedWord(
+                        f"at tp {tp_size} a border would fall on element {held.start}, inside of a word that packs "
+                        f"{self.unit} values"
+                    )
         return tuple(
             Range(held.start // self.unit, -(-held.stop // self.unit)) if len(held) else Range(0, 0) for held in found
         )
-
-    def _divided(self, held: Sequence[Range]) -> int | None:
-        """The first border that is inside of a unit."""
-        return next((one.start for one in held if one.start % self.unit and len(one)), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def read(fields: Fields) -> Compressed:
     groups = fields.mapping("config_groups")
     cached = fields.mapping("kv_cache_scheme")
     if not groups and not cached:
-        raise CheckpointError("config.json: quantization_config has no config_groups, which say what is quantised")
+        raise CheckpointError("config.json: the compressed weights have no config_groups, which say what they are")
     by_target: dict[str, Storage | None] = {}
     for name, group in groups.items():
         if not isinstance(group, dict):
