@@ -96,7 +96,7 @@ def other_kinds(model: Path, folder: Path) -> None:
 
 CONFIGS = {
     "bloom": {**make_config(), "model_type": "bloom"},
-    "quantised": {**make_config(), "quantization_config": {"quant_method": "quark"}},
+    "quantised": {**make_config(), "quantization_config": {"quant_method": "bitsandbytes"}},
     "wrong": make_config(intermediate_size=41),
 }
 

@@ -154,7 +154,7 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
         ({"model_type": None}, "model_type null is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, 'architecture "LlamaForSequenceClassification" of'),
         ({"hidden_act": "gelu"}, 'activation "gelu" is not supported'),
-        ({"quantization_config": {"quant_method": "awq"}}, r'quantised \("awq"\)'),
+        ({"quantization_config": {"quant_method": "hqq"}}, r'quantised \("hqq"\)'),
         ({"rope_scaling": {"rope_type": "spiral"}}, 'RoPE kind "spiral" is not supported'),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported for LlamaForCausalLM"),
         ({"dtype": "int8"}, 'dtype "int8" is not supported'),
@@ -290,7 +290,7 @@ def test_rope_numbers_that_make_no_table_are_refused(rope: dict[str, object], me
         ("rope_condense_ratio", 8),
         ("per_layer_config", {"0": {"sliding_window": 4}}),
         ("transformers_weights", "other.safetensors"),
-        ("compression_config", {"format": "float-quantized"}),
+        ("compression_config", {"quant_method": "hqq"}),
     ],
 )
 def test_fields_of_other_models_are_refused_by_name(field: str, value: Any) -> None:

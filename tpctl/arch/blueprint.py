@@ -99,23 +99,29 @@ class Blueprint:
         found = (root for root in self.roots for name in (self.embedding, self.head) if renamed(name, root) in names)
         return next(found, self.roots[0])
 
+    def constants(self, names: Collection[str]) -> dict[str, tuple[int, int]]:
+        """Those of a checkpoint's ``names`` that hold the shape of a packed weight, [out, in], with that shape."""
+        root = self.root(names)
+        return {
+            held: shape
+            for number, layer in enumerate(self.layers)
+            for part in layer.parts
+            for linear in linears(part)
+            for name, shape in linear.constants()
+            if (held := renamed(self.prefix.format(number) + name, root)) in names
+        }
+
     def unread(self, names: Collection[str]) -> set[str]:
-        """Those of a checkpoint's ``names`` that no rank needs: RoPE's tables, a tied head's second copy, sizes of
-        packed weights that their shapes tell, what is left out, and towers."""
+        """Those of a checkpoint's ``names`` that no rank needs: RoPE's tables, a tied head's second copy, shapes of
+        packed weights, what is left out, and towers."""
         root = self.root(names)
         known = {self.prefix.format(number) + name for number in range(len(self.layers)) for name in self.unused}
         if self.tied:
             known.add(self.head)
-        known = {renamed(name, root) for name in known}
-        held = {one.storage for layer in self.layers for part in layer.parts for one in linears(part)}
-        ends = tuple({end for storage in held for end in storage.constants})
+        known = {renamed(name, root) for name in known} | self.constants(names).keys()
         patterns = (*self.left_out, *self.towers)
         apart = re.compile("|".join(patterns)) if patterns else None
-        return {
-            name
-            for name in names
-            if name in known or (ends and name.endswith(ends)) or (apart is not None and apart.fullmatch(name))
-        }
+        return {name for name in names if name in known or (apart is not None and apart.fullmatch(name))}
 
     @cached_property
     def alike(self) -> Mapping[int, Sequence[int]]:

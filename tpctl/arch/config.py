@@ -19,6 +19,7 @@ from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
 from tpctl.arch.formats import read_scheme
+from tpctl.arch.formats.scheme import Scheme
 from tpctl.arch.quantised import Cutting, cut_by, quantised
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import is_file, read_object
@@ -35,7 +36,8 @@ _OF_BOTH = (
 class ModelConfig:
     """Everything about a checkpoint that tpctl needs to cut and run it.
 
-    ``max_position_embeddings`` is the longest sequence that every layer takes.
+    ``max_position_embeddings`` is the longest sequence that every layer takes, ``scheme`` how its weights are stored
+    where they are quantised.
     """
 
     model_type: str
@@ -46,6 +48,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     cutting: Cutting = Cutting()  # noqa: RUF009 (it is frozen)
+    scheme: Scheme | None = None
 
     @property
     def num_layers(self) -> int:
@@ -90,7 +93,8 @@ class ModelConfig:
             foreign = {key: value for key, value in fields.values.items() if key not in family.own}
             check_fields(foreign, family.architecture, sizes.head_dim)
         blueprint = family.describe(fields, sizes)
-        if (scheme := read_scheme(fields)) is not None:
+        scheme = read_scheme(fields)
+        if scheme is not None:
             blueprint = quantised(blueprint, scheme)
         blueprint = cut_by(blueprint, cutting)
         return cls(
@@ -102,6 +106,7 @@ class ModelConfig:
             eos_token_ids=_eos(fields, Fields(generation or {}, file="generation_config.json"), sizes.vocab_size),
             bos_token_id=next(iter(_ids(fields, "bos_token_id", sizes.vocab_size)), None),
             cutting=cutting,
+            scheme=scheme,
         )
 
 

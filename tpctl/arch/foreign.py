@@ -93,8 +93,11 @@ def _says_nothing(key: str, value: Any, neutral: tuple[Any, ...], head_dim: int)
     return key == "query_pre_attn_scalar" and bool(value == head_dim)
 
 
-def check_tensors(names: Iterable[str]) -> None:
+def check_tensors(names: Iterable[str], told: bool = False) -> None:
     """Refuse a checkpoint of which ``names``, tensors that the plan does not know, show what else it is.
+
+    Args:
+        told: its config has a ``quantization_config``.
 
     Raises:
         UnsupportedModelError: it is quantised, an adapter or a model of another kind; the message says what, and names
@@ -106,10 +109,15 @@ def check_tensors(names: Iterable[str]) -> None:
             found = next(filter(re.compile(pattern).fullmatch, names), None)
             if found is None:
                 continue
+            if table is _QUANTISED and told:
+                raise UnsupportedModelError(
+                    f"the checkpoint holds {found} ({kind}), but by the quantization_config of config.json it has no "
+                    "such tensor; the two do not belong together, or what it is of cannot be cut quantised (as lm_head)"
+                )
             if table is _QUANTISED:
                 raise UnsupportedModelError(
-                    f"the checkpoint is quantised ({kind}: it holds {found}), which is not supported yet; "
-                    "use its unquantised original"
+                    f"the checkpoint is quantised ({kind}: it holds {found}), but config.json has no "
+                    "quantization_config; take the config.json that belongs to it, or its unquantised original"
                 )
             advice = "; merge it into its base model first" if kind == _ADAPTER else ""
             raise UnsupportedModelError(f"the checkpoint is {kind} (it holds {found}), which is not supported{advice}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tpctl.arch.storage import DENSE, Entry, Storage
 from tpctl.errors import UnsupportedModelError
 from tpctl.partition.cuts import Cut, Whole
-from tpctl.partition.split import Part, Rule, Stack, TensorSplit
+from tpctl.partition.split import Part, Rule, Stack, TensorSplit, tensor_names
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,17 @@ class Linear:
         """Output features of all ranks together."""
         return sum(part.length for part in self.parts)
 
+    def constants(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """What the tensors must hold that say no more than the shape of a weight, by their names."""
+        if not self.storage.constants:
+            return
+        outputs: dict[str, int] = {}
+        for part in self.parts:
+            outputs[part.source] = max(part.offset + part.length, outputs.get(part.source, 0))
+        for source, rows in outputs.items():
+            for name in tensor_names(source, 0 if self.stack is None else self.stack.count):
+                yield from ((name + suffix, (rows, self.inputs)) for suffix in self.storage.constants)
+
     def splits(self) -> Iterator[TensorSplit]:
         for entry in self.storage:
             yield self._split(entry)
@@ -93,8 +104,11 @@ class Linear:
         axis = entry.out
         if axis is None:  # one for each part, such as a scale of the whole weight
             shape = entry.shape(self.outputs, self.inputs)
-            apart = {part.source: replace(part, length=shape[0], cut=Whole(), offset=0) for part in self.parts}
-            return self._made(name, self._whole_rule, entry, tuple(apart.values()), 0, shape)
+            labels: dict[str, str] = {}
+            for part in self.parts:
+                labels[part.source] = "" if part.source in labels else part.label
+            apart = tuple(Part(source, shape[0], Whole(), label=label) for source, label in labels.items())
+            return self._made(name, self._whole_rule, entry, apart, 0, shape)
         for part in self.parts:
             if part.offset % axis.unit:
                 raise UnsupportedModelError(
@@ -115,7 +129,7 @@ class Linear:
     def _by_inputs(self, name: str, entry: Entry) -> TensorSplit:
         (part,) = self.parts
         shape, axis = entry.shape(part.length, self.inputs), entry.inp
-        if axis is None:
+        if axis is None or not axis.dealt:
             whole = Part(part.source, shape[0], Whole(), label=part.label)
             return self._made(name, self._whole_rule, entry, (whole,), 0, shape)
         columns = Part(part.source, axis.entries(self.inputs), axis.cut(self.input_cut, self.inputs), label=part.label)

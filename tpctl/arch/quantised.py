@@ -51,12 +51,15 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
                 f"the weights of {prefix}{linear.name} are stored as one, but {', '.join(words)}; they have to be alike"
             )
         storage = next(iter(found.values()))
+        if storage is not None and linear.bias:  # which is the one that some formats may bring with them
+            storage = replace(storage, entries=tuple(entry for entry in storage if entry.name != "bias"))
         return linear if storage is None else replace(linear, storage=storage)
 
     def layer(number: int, old: Layer) -> Layer:
-        return mapped(old, lambda part: _stored(part, lambda linear: stored(number, linear)))
+        return mapped(old, lambda part: with_linears(part, lambda linear: stored(number, linear)))
 
-    return replace(blueprint, layers=tuple(layer(number, old) for number, old in enumerate(blueprint.layers)))
+    layers = tuple(layer(number, old) for number, old in enumerate(blueprint.layers))
+    return replace(blueprint, layers=layers, unused=(*blueprint.unused, *scheme.unused))
 
 
 def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
@@ -136,7 +139,7 @@ def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:
     return replace(layer, mixer=mixer, parts=parts)
 
 
-def _stored(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPart:
+def with_linears(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPart:
     """``part`` with its linears changed, but for routers, which no format quantises."""
     if isinstance(part, Linear):
         return change(part)
@@ -147,7 +150,7 @@ def _stored(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPart:
     if isinstance(part, Gated):
         return replace(part, gate_up=change(part.gate_up), down=change(part.down))
     if isinstance(part, Experts):
-        shared = None if part.shared is None else _stored(part.shared, change)
+        shared = None if part.shared is None else with_linears(part.shared, change)
         assert shared is None or isinstance(shared, Gated)
         return replace(
             part,

@@ -6,15 +6,16 @@ import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from tpctl.arch.block import Experts, Layer, LayerPart
+from tpctl.arch.block import Experts, Layer, LayerPart, linears
 from tpctl.arch.blueprint import ROOT, Blueprint, renamed
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
-from tpctl.arch.quantised import mapped
+from tpctl.arch.linear import Linear
+from tpctl.arch.quantised import mapped, with_linears
 from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, UsageError, counted
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
-from tpctl.partition.split import TensorSplit
+from tpctl.partition.split import EACH, TensorSplit
 
 DEFAULT_PART_SIZE = 5 * 10**9
 """Bytes of tensors in one part file, as Hugging Face checkpoints have it."""
@@ -72,15 +73,23 @@ def check_text_only(config: ModelConfig, names: Iterable[str], text_only: bool) 
 
 
 def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[str]) -> Layer:
-    """``layer`` with its experts in the form that the checkpoint has them."""
+    """``layer`` with its experts in the form, and its weights under the names, that the checkpoint has them."""
     prefix, root = blueprint.prefix.format(number), blueprint.root(names)
 
+    def source(linear: Linear) -> str:
+        return renamed(prefix + linear.parts[0].source.replace(EACH, "0"), root)
+
+    def named(linear: Linear) -> Linear:
+        held = linear.storage.held(source(linear), names)
+        return linear if held is linear.storage else replace(linear, storage=held)
+
     def held(part: LayerPart) -> LayerPart:
+        if any(linear.storage.others for linear in linears(part)):
+            part = with_linears(part, named)
         if not isinstance(part, Experts):
             return part
         for gate_up, down in ((part.gate_up, part.down), *part.forms):
-            first = next(iter(next(iter(gate_up.splits())).sources))
-            if renamed(prefix + first, root) in names:
+            if source(gate_up) + gate_up.storage.entries[0].suffix in names:
                 return replace(part, gate_up=gate_up, down=down)
         return part
 
@@ -111,7 +120,7 @@ def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_siz
         CheckpointError: a tensor is missing, of another shape, or unknown.
     """
     plan, ignored = source_plan(config, shapes, tp_size), config.blueprint.unread(shapes)
-    check_tensors(shapes.keys() - plan.source_shapes.keys() - ignored)
+    check_tensors(shapes.keys() - plan.source_shapes.keys() - ignored, config.scheme is not None)
     plan.check_source(shapes, ignored)
     return plan
 

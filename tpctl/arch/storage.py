@@ -7,11 +7,14 @@ element, 8 packed values, a block of 128), and follows. What each format's tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from math import lcm
 
-from tpctl.partition.cuts import Cut, Units
+from tpctl.partition.cuts import Cut, Units, Whole
+
+ALL = 2**31 - 1
+"""A unit that no linear has as many features as: one entry for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +22,22 @@ class Axis:
     """Dimension ``dim`` of a tensor runs along the features, with one entry for every ``unit`` of them.
 
     ``packed``: an entry holds the values of that many features, so that a border inside of it would divide a word;
-    otherwise it says something about them (a scale), which both sides can have.
+    otherwise it says something about them (a scale), which both sides can have. Without ``dealt`` all entries are
+    needed for any of the features, so that every rank has them.
     """
 
     dim: int
     unit: int = 1
     packed: bool = False
+    dealt: bool = True
 
     def entries(self, features: int) -> int:
         return -(-features // self.unit)
 
     def cut(self, cut: Cut, features: int) -> Cut:
         """The cut of this dimension where ``cut`` is that of the features."""
+        if not self.dealt:
+            return Whole()
         return cut if self.unit == 1 else Units(cut, self.unit, features, self.packed)
 
 
@@ -70,30 +77,32 @@ class Storage:
     Attributes:
         format: what people call it.
         entries: its tensors.
-        constants: suffixes of tensors that say nothing that the shapes do not say; no rank needs them.
+        constants: suffixes of tensors that hold the weight's shape, [out, in]; no rank needs them.
+        others: the same under the names that other checkpoints have; those that one holds tell which it is.
     """
 
     format: str
     entries: tuple[Entry, ...]
     constants: tuple[str, ...] = ()
+    others: tuple[Storage, ...] = ()
 
     @property
     def out_unit(self) -> int:
         """Borders between output features on multiples of this divide no unit."""
-        return lcm(*(entry.out.unit for entry in self.entries if entry.out))
+        return _unit(entry.out for entry in self.entries)
 
     @property
     def inp_unit(self) -> int:
-        return lcm(*(entry.inp.unit for entry in self.entries if entry.inp))
+        return _unit(entry.inp for entry in self.entries)
 
     @property
     def out_word(self) -> int:
         """Borders between output features on multiples of this divide no packed word."""
-        return lcm(*(entry.out.unit for entry in self.entries if entry.out and entry.out.packed))
+        return _unit(entry.out for entry in self.entries if entry.out and entry.out.packed)
 
     @property
     def inp_word(self) -> int:
-        return lcm(*(entry.inp.unit for entry in self.entries if entry.inp and entry.inp.packed))
+        return _unit(entry.inp for entry in self.entries if entry.inp and entry.inp.packed)
 
     @property
     def is_dense(self) -> bool:
@@ -101,6 +110,14 @@ class Storage:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
+
+    def held(self, source: str, names: Container[str]) -> Storage:
+        """This one or one of ``others``: that of which a checkpoint with tensors ``names`` has most for ``source``."""
+        return max((self, *self.others), key=lambda one: sum(source + entry.suffix in names for entry in one))
+
+
+def _unit(axes: Iterable[Axis | None]) -> int:
+    return lcm(*(axis.unit for axis in axes if axis is not None and axis.dealt))
 
 
 DENSE = Storage("dense", (Entry(".weight", "weight", None, Axis(0), Axis(1)),))

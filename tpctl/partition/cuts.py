@@ -119,6 +119,10 @@ def pad_vocab(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+class DividedWord(PartitionError):
+    """A border would be inside of a packed word."""
+
+
 class Cut(Protocol):
     """Gives every rank its range of an axis of ``length`` elements. Ranges may overlap where ranks hold copies,
     and may reach beyond ``length`` where the stored axis is padded with zeros."""
@@ -200,9 +204,9 @@ class Units:
         if self.packed:
             for held in found:
                 if held.start % self.unit and len(held):
-                    raise PartitionError(
+                    raise DividedWord(
                         f"at tp {tp_size} a border would fall on element {held.start}, inside of a word that packs "
-                        f"{self.unit} values; use another --tp"
+                        f"{self.unit} values"
                     )
         return tuple(
             Range(held.start // self.unit, -(-held.stop // self.unit)) if len(held) else Range(0, 0) for held in found

@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.cuts import Cut, Range
+from tpctl.partition.cuts import Cut, DividedWord, Range
 from tpctl.partition.split import EACH, Part, Rule, TensorSplit, source_shapes, tensor_names
 
 Shape = tuple[int, ...]
@@ -98,7 +98,12 @@ class PartitionPlan:
             return cuts[cut, length]
 
         for split in splits:
-            held = [ranges(part.cut, part.length) for part in split.parts]
+            try:
+                held = [ranges(part.cut, part.length) for part in split.parts]
+            except DividedWord as error:
+                fits = ", ".join(str(size) for size in range(1, tp_size) if _fits(splits, size))
+                advice = f"use --tp {fits}" if fits else "no smaller one fits"
+                raise PartitionError(f"{split.name}: {error}; {advice}") from None
             experts = None if split.stack is None else ranges(split.stack.cut, split.stack.count)
             for rank, stored in enumerate(_cut(split, held, experts, tp_size)):
                 shards[rank][split.name] = stored
@@ -174,6 +179,16 @@ class PartitionPlan:
                 f"the checkpoint holds a tensor that this architecture does not use: {unknown[0]}{more}; "
                 "tpctl refuses to drop weights silently"
             )
+
+
+def _fits(splits: Sequence[TensorSplit], tp_size: int) -> bool:
+    """Whether all of ``splits`` can be cut into so many."""
+    try:
+        for cut, length in {(part.cut, part.length) for split in splits for part in split.parts}:
+            cut.ranges(length, tp_size)
+    except PartitionError:
+        return False
+    return True
 
 
 def _cut(

@@ -8,14 +8,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tpctl.arch.fields import Fields
-from tpctl.arch.formats import fp8
+from tpctl.arch.formats import awq, compressed, fp8, gptq, mxfp4
 from tpctl.arch.formats.scheme import Scheme
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
 METHODS: Mapping[str, Callable[[Fields], Scheme]] = {
+    "awq": awq.read,
+    "compressed-tensors": compressed.read,
     "fp8": fp8.read,
+    "gptq": gptq.read,
+    "mxfp4": mxfp4.read,
 }
 """By ``quant_method``."""
+
+_LOADED = "which is made while a model is loaded; shard its unquantised original"
+_EXPORT = "use the model as compressed-tensors or fp8, or its unquantised original"
+
+OTHERS: Mapping[str, str] = {
+    "modelopt": f"by NVIDIA's ModelOpt; {_EXPORT}",
+    "modelopt_fp4": f"by NVIDIA's ModelOpt; {_EXPORT}",
+    "modelopt_mixed": f"by NVIDIA's ModelOpt; {_EXPORT}",
+    "bitsandbytes": _LOADED,
+    "hqq": _LOADED,
+    "eetq": _LOADED,
+    "quanto": _LOADED,
+    "torchao": f"by torchao; {_EXPORT}",
+    "fbgemm_fp8": f"by FBGEMM; {_EXPORT}",
+    "quark": f"by AMD's Quark; {_EXPORT}",
+    "auto-round": "in AutoRound's own format; export it as auto_gptq, auto_awq or llm_compressor",
+    "intel/auto-round": "in AutoRound's own format; export it as auto_gptq, auto_awq or llm_compressor",
+    "aqlm": "in codebooks; use its unquantised original",
+    "vptq": "in codebooks; use its unquantised original",
+    "bitnet": "in ternary weights; use its unquantised original",
+}
+"""What is known not to be supported, by ``quant_method``, and what to do."""
 
 
 def read_scheme(fields: Fields) -> Scheme | None:
@@ -32,10 +58,12 @@ def read_scheme(fields: Fields) -> Scheme | None:
     if len(found) > 1 and found[0][1] != found[1][1]:
         raise CheckpointError("config.json has a quantization_config and a compression_config that differ; remove one")
     key, value = found[0]
-    method = value.get("quant_method") or value.get("format") or "unknown"
-    if method not in METHODS:
+    default = "compressed-tensors" if key == "compression_config" else value.get("format", "unknown")
+    method = value.get("quant_method") or default
+    if not isinstance(method, str) or method not in METHODS:
+        why = OTHERS.get(method) if isinstance(method, str) else None
+        known = f"tpctl knows {', '.join(METHODS)}; use one of these or its unquantised original"
         raise UnsupportedModelError(
-            f"the checkpoint is quantised ({shown(method)}), which is not supported; tpctl knows "
-            f"{', '.join(sorted(METHODS))}; use one of these or its unquantised original"
+            f"the checkpoint is quantised ({shown(method)}), which is not supported: {why or known}"
         )
     return METHODS[method](fields.inside(key))

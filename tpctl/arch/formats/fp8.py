@@ -1,65 +1,121 @@
-"""FP8 in blocks, as DeepSeek and Qwen publish it (``quant_method: fp8``).
+"""FP8 as DeepSeek, Qwen and Mistral publish it (``quant_method: fp8``).
 
-``weight`` e4m3 [N, K] and ``weight_scale_inv`` [ceil(N/128), ceil(K/128)], one factor a block (float32, bfloat16, or
-powers of two as e8m0); a value times its block's factor is the weight
-(transformers 5, ``integrations/finegrained_fp8.py``).
+In blocks: ``weight`` e4m3 [N, K] and ``weight_scale_inv`` [ceil(N/128), ceil(K/128)], one factor a block (float32,
+bfloat16, or powers of two as e8m0). By tensor, where ``weight_block_size`` is null: one factor, ``weight_scale_inv``
+or, as vLLM reads it, ``weight_scale``. A value times its factor is the weight. With static activations, one more
+factor for the linear's input (transformers 5, ``integrations/finegrained_fp8.py``).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpctl.arch.fields import Fields
+from tpctl.arch.formats.skipped import Skipped, is_stack
 from tpctl.arch.storage import Axis, Entry, Storage
 from tpctl.errors import UnsupportedModelError, shown
 
-SCALES = ("F32", "BF16", "F8_E8M0")
+E4M3 = ("F8_E4M3",)
+SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+SCALE_BYTES = (*SCALES, "U8")
+"""Powers of two may be stored as bytes."""
+
+KEPT = tuple(f"self_attn.{name}_scale" for name in ("q", "k", "v", "kv"))
+"""Scales of a cache of keys and values in FP8, which no rank needs: the cache is kept in the model's dtype."""
+
+_MOST = 4096
 
 
 @dataclass(frozen=True)
-class BlockFP8:
-    """All linears but ``kept``, names of modules or patterns of them, are ``stored`` so."""
+class FP8:
+    """All linears but ``skipped`` are ``stored`` so; ``stacks``: experts that a checkpoint stacks."""
 
     stored: Storage
-    kept: tuple[str, ...]
+    stacks: Storage
+    skipped: Skipped
+    unused: tuple[str, ...] = KEPT
 
     def storage(self, names: Sequence[str]) -> Storage | None:
-        return None if any(_names(kept, name) for kept in self.kept for name in names) else self.stored
+        if self.skipped.any_of(names):
+            return None
+        return self.stacks if is_stack(names[0]) else self.stored
 
 
-def read(fields: Fields) -> BlockFP8:
+def read(fields: Fields) -> FP8:
+    for key, known in (("fmt", ("e4m3",)), ("scale_fmt", ("float", "ue8m0")), ("expert_dtype", ("fp8",))):
+        if (value := fields.get(key)) is not None and value not in known:
+            raise UnsupportedModelError(
+                f"config.json: {key} of the quantised weights is {shown(value)}, tpctl knows {' and '.join(known)}"
+            )
+    if more := fields.names("modules_to_convert"):
+        raise UnsupportedModelError(
+            f"config.json: modules_to_convert names {more[0]}; tpctl cuts embeddings that are floats, none in FP8"
+        )
     activation = fields.get("activation_scheme") or "dynamic"
-    if activation != "dynamic":
+    if activation not in ("dynamic", "static"):
         raise UnsupportedModelError(
-            f"config.json: activation_scheme of the quantised weights is {shown(activation)}, tpctl knows dynamic"
+            f"config.json: activation_scheme of the quantised weights is {shown(activation)}, tpctl knows dynamic and "
+            "static"
         )
+    static = activation == "static"
+    key = "modules_to_not_convert" if fields.get("modules_to_not_convert") is not None else "ignored_layers"
+    skipped = Skipped(fields.names(key)).check(key)
+    scales = SCALE_BYTES if fields.get("scale_fmt") == "ue8m0" else SCALES
+    by_tensor = tensor_storage("weight_scale", "input_scale", static=static)
     block = fields.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and 0 < n <= 4096 for n in block):
+    if block is None and "weight_block_size" in fields:
+        stored = replace(tensor_storage(static=static), others=(by_tensor,))
+        return FP8(stored, stored, skipped)
+    if block is None:  # transformers takes it for blocks, vLLM for whole tensors: the tensors' names tell
+        stored = replace(block_storage(128, 128, scales=scales, static=static), others=(by_tensor,))
+        return FP8(stored, _stacked(128, 128, scales), skipped)
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n <= _MOST for n in block):
         raise UnsupportedModelError(
-            f"config.json: weight_block_size is {shown(block)}, tpctl knows blocks, such as [128, 128]"
+            f"config.json: weight_block_size is {shown(block)}, tpctl knows blocks, such as [128, 128], and null"
         )
-    return BlockFP8(block_storage(*block), fields.names("modules_to_not_convert"))
+    out, inp = block
+    return FP8(block_storage(out, inp, scales=scales, static=static), _stacked(out, inp, scales), skipped)
 
 
-def block_storage(out: int, inp: int, scale: str = "weight_scale_inv") -> Storage:
+def block_storage(
+    out: int, inp: int, scale: str = "weight_scale_inv", scales: tuple[str, ...] = SCALES, *, static: bool = False
+) -> Storage:
     """e4m3 with one ``scale`` for each block of ``out`` x ``inp`` features."""
     return Storage(
         f"FP8 in blocks of {out} x {inp}",
         (
-            Entry(".weight", "weight", ("F8_E4M3",), Axis(0), Axis(1)),
-            Entry(f".{scale}", scale, SCALES, Axis(0, out), Axis(1, inp)),
+            Entry(".weight", "weight", E4M3, Axis(0), Axis(1)),
+            Entry(f".{scale}", scale, scales, Axis(0, out), Axis(1, inp)),
+            *_activation("activation_scale", static),
         ),
     )
 
 
-def _names(name: str, module: str) -> bool:
-    """Whether an entry of ``modules_to_not_convert`` means ``module``: by its whole name, one of the modules that it is
-    inside of, or as a pattern from its start."""
-    if re.search(rf"(^|\.){re.escape(name)}(\.|$)", module):
-        return True
-    try:
-        return re.match(rf"(?:{name})(\.|$)", module) is not None
-    except re.error:
-        return False
+def tensor_storage(
+    scale: str = "weight_scale_inv", activation: str = "activation_scale", *, static: bool = False
+) -> Storage:
+    """e4m3 with one ``scale`` for all of it, and one for its input where that is ``static``."""
+    return Storage(
+        "FP8 by tensor",
+        (
+            Entry(".weight", "weight", E4M3, Axis(0), Axis(1)),
+            Entry(f".{scale}", scale, SCALES),
+            *_activation(activation, static),
+        ),
+    )
+
+
+def _activation(name: str, static: bool) -> tuple[Entry, ...]:
+    return (Entry(f".{name}", name, SCALES),) if static else ()
+
+
+def _stacked(out: int, inp: int, scales: tuple[str, ...]) -> Storage:
+    """As transformers names them: ``experts.gate_up_proj`` and ``experts.gate_up_proj_scale_inv``."""
+    return Storage(
+        f"FP8 in blocks of {out} x {inp}",
+        (
+            Entry("", "weight", E4M3, Axis(0), Axis(1)),
+            Entry("_scale_inv", "weight_scale_inv", scales, Axis(0, out), Axis(1, inp)),
+        ),
+    )

@@ -11,6 +11,11 @@ from tpctl.arch.storage import Storage
 class Scheme(Protocol):
     """A checkpoint's format."""
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names, less a layer's prefix, of what a checkpoint may hold of it in any layer and no rank needs."""
+        ...
+
     def storage(self, names: Sequence[str]) -> Storage | None:
         """How the weight of a linear is stored; ``None``: as floats.
 

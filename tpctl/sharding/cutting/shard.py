@@ -22,6 +22,7 @@ from tpctl.errors import CheckpointError, ShardFolderError, UsageError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST
 from tpctl.manifest.records import Source, SourceFile
 from tpctl.partition.dtypes import DTYPES
+from tpctl.sharding.cutting.constants import check_constants
 from tpctl.sharding.cutting.recipe import make_recipe
 from tpctl.sharding.cutting.writer import ShardReport, write_shards
 from tpctl.sharding.moving.files import ByteCounter, Files, few_collections
@@ -86,6 +87,7 @@ def shard_checkpoint(
     cutting = replace(cutting, engine=compat)
     config = ModelConfig.load(source, cutting)
     plan = checked_source_plan(config, folder.shapes, tp_size)
+    check_constants(config, folder)
     check_text_only(config, folder.shapes, text_only)
     held = {name: info.dtype for name, (_, info) in folder.tensors.items()}
     found = {split.name: {source: held[source] for source in split.sources} for split in plan.splits}

@@ -1,0 +1,73 @@
+"""Every quantised format: cut at every size, put together again, and what the ranks compute with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.packers import PACKERS
+from tests.unit.quantised_model import check, quantise
+from tests.unit.synthetic import folder_bytes, make_config
+from tpctl.arch.quantised import Cutting
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.reshard import reshard
+from tpctl.sharding.cutting.shard import shard_checkpoint
+
+SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": 1}
+MODELS = {
+    "llama": SIZES,
+    "qwen3": {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "qwen3_moe": {**SIZES, "num_experts": 4, "moe_intermediate_size": 96, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", PACKERS)
+def test_shards_hold_the_whole_at_every_size(tmp_path: Path, name: str, family: str) -> None:
+    config = make_config(family, **MODELS[family])
+    model = quantise(config, PACKERS[name])
+    source = model.save(tmp_path / "source")
+    before = folder_bytes(source)
+    for tp in range(1, config["num_attention_heads"] + 1):
+        folder = tmp_path / f"tp{tp}"
+        shard_checkpoint(source, folder, tp)
+        check(model, tp, folder=folder)
+        merge_shards(folder, tmp_path / "merged", force=True)
+        assert folder_bytes(tmp_path / "merged") == before
+        if tp > 1:
+            reshard(tmp_path / f"tp{tp - 1}", tmp_path / "again", tp, force=True)
+            assert folder_bytes(tmp_path / "again") == folder_bytes(folder)
+
+
+@pytest.mark.parametrize("name", PACKERS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    width=st.sampled_from([96, 192, 231 * 8, 704, 1408, 1856]),
+    tp=st.integers(1, 8),
+    even=st.booleans(),
+    heads=st.sampled_from([(4, 2, 64), (8, 8, 16), (6, 2, 32)]),
+    seed=st.integers(0, 9),
+)
+def test_sums_of_ranks(name: str, width: int, tp: int, even: bool, heads: tuple[int, int, int], seed: int) -> None:
+    query, kv, head_dim = heads
+    config = make_config(
+        num_hidden_layers=1,
+        hidden_size=64,
+        intermediate_size=width,
+        num_attention_heads=query,
+        num_key_value_heads=kv,
+        head_dim=head_dim,
+        vocab_size=64,
+    )
+    check(quantise(config, PACKERS[name], seed), min(tp, query), Cutting(even=even))
+
+
+@pytest.mark.parametrize("name", PACKERS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(width=st.sampled_from([96, 192, 352]), tp=st.sampled_from([2, 4]), even=st.booleans(), seed=st.integers(0, 9))
+def test_sums_of_dealt_experts(name: str, width: int, tp: int, even: bool, seed: int) -> None:
+    config = make_config("qwen3_moe", **{**MODELS["qwen3_moe"], "moe_intermediate_size": width, "num_experts": 3})
+    check(quantise(config, PACKERS[name], seed), tp, Cutting(2, even))

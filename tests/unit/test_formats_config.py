@@ -1,0 +1,209 @@
+"""Which linears a ``quantization_config`` means, held against the libraries that wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.packers import PACKERS
+from tests.unit.quantised_model import check, quantise, read_shard
+from tests.unit.synthetic import folder_bytes, make_config
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.fields import Fields
+from tpctl.arch.formats import read_scheme
+from tpctl.arch.formats.skipped import Skipped
+from tpctl.arch.source_plan import build_plan
+from tpctl.arch.storage import Storage
+from tpctl.sharding.cutting.merge import merge_shards
+from tpctl.sharding.cutting.shard import shard_checkpoint
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": 1}
+MIXTURE: dict[str, Any] = {**SIZES, "num_experts": 4, "moe_intermediate_size": 96, "num_experts_per_tok": 2}
+MODULES = [
+    "lm_head",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.11.self_attn.o_proj",
+    "model.layers.1.mlp.gate_proj",
+    "model.layers.1.mlp.shared_expert.down_proj",
+    "model.layers.1.mlp.shared_expert_gate",
+    "model.layers.1.mlp.gate",
+    "model.visual.blocks.3.mlp.fc1",
+]
+KEYS = [
+    *MODULES,
+    *("gate", "mlp.gate", "fc1", "visual", "model.visual", "model.layers.1", "model.layers.*", "self_attn", "mlp"),
+    *(r"model\.layers\.(1|2)\..*gate", "model.layers.1.mlp.(gate|gate_proj)", "q", "", ".*", "model.layers.1."),
+    *("a|model.layers.11", "experts", "model.layers.1.mlp.experts"),
+]
+
+
+@given(keys=st.lists(st.sampled_from(KEYS), max_size=4), module=st.sampled_from(MODULES))
+def test_skipped_modules_are_those_of_transformers(keys: list[str], module: str) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert (module in Skipped(tuple(keys)).check("key")) is not should_convert_module(module, keys)
+
+
+@given(keys=st.lists(st.sampled_from(KEYS), max_size=4), expert=st.integers(0, 20))
+def test_experts_are_one_module_there(keys: list[str], expert: int) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    name = f"model.layers.1.mlp.experts.{expert}.up_proj"
+    converts = should_convert_module(name, keys) and should_convert_module("model.layers.1.mlp.experts", keys)
+    assert (name in Skipped(tuple(keys))) is not converts
+
+
+TARGETS = ["Linear", "re:.*q_proj", "re:.*self_attn.*", "re:model.layers.1.*", "re:.*mlp.*", *MODULES[:4], "Conv1d"]
+
+
+@settings(deadline=None)
+@given(
+    groups=st.lists(st.lists(st.sampled_from(TARGETS), min_size=1, max_size=3), min_size=1, max_size=3),
+    ignored=st.lists(st.sampled_from(["lm_head", "re:.*gate.*", "re:.*layers.11.*", MODULES[1]]), max_size=2),
+    module=st.sampled_from(MODULES),
+)
+def test_targets_are_those_of_the_library(groups: list[list[str]], ignored: list[str], module: str) -> None:
+    match = pytest.importorskip("compressed_tensors.utils.match")
+    linear = torch.nn.Linear(1, 1)
+    by_target = {target: number for number, targets in enumerate(groups) for target in targets}
+    expected = None
+    if match.is_match(module, linear, by_target, ignored):
+        expected = by_target[match.match_targets(module, linear, by_target)[0]]
+    config = {
+        f"group_{number}": {"targets": targets, "weights": {"group_size": 8 * (number + 1), "num_bits": 4}}
+        for number, targets in enumerate(groups)
+    }
+    whole = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": config}
+    found = stored(module, **whole, ignore=ignored)
+    assert (None if found is None else found.inp_unit // 8 - 1) == expected
+
+
+def stored(*names: str, **config: Any) -> Storage | None:
+    scheme = read_scheme(Fields({"quantization_config": config}))
+    assert scheme is not None
+    return scheme.storage(names)
+
+
+def test_several_groups_each_in_its_own_format() -> None:
+    config = {
+        "format": "mixed-precision",
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            "a": {
+                "targets": ["re:.*self_attn.*"],
+                "format": "float-quantized",
+                "weights": {"type": "float", "strategy": "channel"},
+            },
+            "b": {"targets": ["Linear"], "format": "pack-quantized", "weights": {"num_bits": 4, "group_size": 32}},
+        },
+    }
+    plan = build_plan(ModelConfig.from_dict(make_config(**SIZES, quantization_config=config)), 2)
+    assert plan.shape(0, "model.layers.0.self_attn.qkv_proj.weight_scale") == (64, 1)
+    assert plan.shape(0, "model.layers.0.mlp.gate_up_proj.weight_packed") == (128, 8)
+    assert plan.shape(1, "model.layers.0.mlp.gate_up_proj.weight_packed") == (64, 8)
+    assert plan.shape(1, "model.layers.0.mlp.down_proj.weight_scale") == (64, 1)
+
+
+@pytest.mark.parametrize("form", ["compression_config", "nested"])
+def test_older_configs_of_compressed_tensors(form: str) -> None:
+    inner = {"format": "int-quantized", "config_groups": {"a": {"targets": ["Linear"], "weights": {}}}}
+    inner["config_groups"]["a"]["weights"] = {"num_bits": 8, "strategy": "channel"}
+    config = {"compression_config": inner}
+    if form == "nested":
+        config = {"quantization_config": {"quant_method": "compressed-tensors", "quantization_config": inner}}
+    plan = build_plan(ModelConfig.from_dict(make_config(**SIZES, **config)), 1)
+    assert plan.shape(0, "model.layers.0.self_attn.o_proj.weight_scale") == (64, 1)
+
+
+def test_gptq_rules_by_module() -> None:
+    config = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "dynamic": {"-:.*attn.*": {}, "+:.*down_proj": {"bits": 8, "group_size": 64}, "lm_head": {}},
+    }
+    assert stored("model.layers.0.self_attn.q_proj", **config) is None
+    down, up = (stored(f"model.layers.0.mlp.{name}_proj", **config) for name in ("down", "up"))
+    assert down is not None and up is not None
+    assert (down.inp_word, down.inp_unit, up.inp_word, up.inp_unit) == (4, 64, 8, 32)
+    only = {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["mlp.up_proj"], ["mlp.down_proj"]]}
+    assert stored("model.layers.0.self_attn.q_proj", **only) is None
+    assert stored("model.layers.0.mlp.up_proj", **only) is not None
+
+
+def test_awq_lists_mean_what_is_inside_too() -> None:
+    config = {"quant_method": "awq", "modules_to_not_convert": ["self_attn", "mlp.gate"]}
+    assert stored("model.layers.0.self_attn.q_proj", **config) is None
+    assert stored("model.layers.0.mlp.gate_proj", **config) is not None
+    assert stored("model.layers.0.mlp.shared_expert_gate", **config) is None
+
+
+@pytest.mark.parametrize("name", ["fp8", "awq", "ct int4"])
+def test_modules_that_stay_floats(tmp_path: Path, name: str) -> None:
+    packer = PACKERS[name]
+    kept = {"fp8": "modules_to_not_convert", "awq": "modules_to_not_convert"}.get(name, "ignore")
+    names = [f"model.layers.0.self_attn.{one}_proj" for one in "qkvo"]
+    model = quantise(make_config(**SIZES), packer, kept=("q_proj", "k_proj", "v_proj", "o_proj"))
+    model.config["quantization_config"] = {**packer.config, kept: [*names, "lm_head"]}
+    source = model.save(tmp_path / "model")
+    shard_checkpoint(source, tmp_path / "out", 2)
+    assert read_shard(tmp_path / "out", 1)["model.layers.0.self_attn.qkv_proj.weight"].dtype is torch.bfloat16
+    merge_shards(tmp_path / "out", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+
+
+def test_experts_that_a_checkpoint_stacks_are_stored_as_those_that_it_does_not(tmp_path: Path) -> None:
+    each = quantise(make_config("qwen3_moe", **MIXTURE), PACKERS["fp8 of other blocks"])
+    shard_checkpoint(each.save(tmp_path / "each"), tmp_path / "out", 2)
+    where, stacked = "model.layers.0.mlp.experts", quantise(make_config("qwen3_moe", **MIXTURE), each.packer)
+    for suffix, end in ((".weight", ""), (".weight_scale_inv", "_scale_inv")):
+        gate, up, down = (
+            torch.stack([stacked.tensors.pop(f"{where}.{n}.{name}_proj{suffix}").float() for n in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        dtype = torch.float32 if end else torch.float8_e4m3fn
+        stacked.tensors[f"{where}.gate_up_proj{end}"] = torch.cat([gate, up], 1).to(dtype)
+        stacked.tensors[f"{where}.down_proj{end}"] = down.to(dtype)
+    source = stacked.save(tmp_path / "stacked")
+    shard_checkpoint(source, tmp_path / "again", 2)
+    for rank in range(2):
+        expected, found = read_shard(tmp_path / "out", rank), read_shard(tmp_path / "again", rank)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name].float(), found[name].float()) for name in expected)
+    merge_shards(tmp_path / "again", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+
+
+def test_scales_of_a_cache_are_kept_for_merge_alone(tmp_path: Path) -> None:
+    model = quantise(make_config(**SIZES), PACKERS["ct fp8 by tensor"])
+    model.config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    for name in ("k_scale", "v_scale"):
+        model.tensors[f"model.layers.0.self_attn.{name}"] = torch.ones(1)
+    source = model.save(tmp_path / "model")
+    shard_checkpoint(source, tmp_path / "out", 2)
+    assert not [name for name in read_shard(tmp_path / "out", 0) if name.endswith(("k_scale", "v_scale"))]
+    merge_shards(tmp_path / "out", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+
+
+def test_scales_are_copied_where_heads_end_inside_a_block() -> None:
+    config = make_config(**{**SIZES, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 4})
+    model = quantise(config, PACKERS["fp8"])
+    plan = check(model, 4)
+    scale = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    assert [plan.shards[rank][scale].pieces[0].start for rank in range(4)] == [(0, 0), (0, 0), (0, 1), (0, 1)]
+    assert plan.shape(0, scale) == (1, 1)
+
+
+def test_zeros_and_scales_are_whole_where_inputs_are_reordered() -> None:
+    model = quantise(make_config(**SIZES), PACKERS["gptq in order of activation"])
+    plan = check(model, 3)
+    down = "model.layers.0.mlp.down_proj"
+    assert [plan.shape(rank, f"{down}.qweight") for rank in range(3)] == [(4, 64)] * 3
+    assert [plan.shape(rank, f"{down}.scales") for rank in range(3)] == [(3, 64)] * 3
+    assert [plan.shape(rank, f"{down}.bias") for rank in range(3)] == [(64,)] * 3

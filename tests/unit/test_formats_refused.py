@@ -1,0 +1,207 @@
+"""Quantised checkpoints that are damaged, old or unknown: one line each; and flipped bits, found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.packers import PACKERS
+from tests.unit.quantised_model import Quantised, quantise
+from tests.unit.synthetic import make_config
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import build_plan
+from tpctl.checkpoint.safetensors import read_header
+from tpctl.errors import PartitionError, ShardFolderError, TpctlError
+from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.showing.inspect import inspect_shards
+
+Q = "model.layers.0.self_attn.q_proj"
+SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": 1}
+
+
+def model(packer: str) -> Quantised:
+    return quantise(make_config(**SIZES), PACKERS[packer])
+
+
+def removed(suffix: str) -> Callable[[Quantised], object]:
+    return lambda made: made.tensors.pop(Q + suffix)
+
+
+def put(suffix: str, tensor: torch.Tensor, at: str = Q) -> Callable[[Quantised], object]:
+    return lambda made: made.tensors.__setitem__(at + suffix, tensor)
+
+
+def told(**changes: Any) -> Callable[[Quantised], object]:
+    return lambda made: made.config.update(quantization_config={**made.packer.config, **changes})
+
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}}
+
+DAMAGED: list[tuple[str, Callable[[Quantised], object], str]] = [
+    ("fp8", removed(".weight_scale_inv"), rf"has no tensor {Q}\.weight_scale_inv \(1 x 1 expected"),
+    ("fp8 of other blocks", put(".weight_scale_inv", torch.ones(4, 7)), r"is 4 x 7 in the checkpoint but 4 x 8 by"),
+    ("fp8 of other blocks", told(weight_block_size=[32, 8]), r"weight_scale_inv is 4 x 8 in the checkpoint but 2 x 8"),
+    ("fp8", put(".weight_scale_inv", torch.ones(1, 1).int()), r"is I32, but its format has F32 or BF16 or F16 or F8_E"),
+    ("fp8", put(".weight", torch.ones(64, 64).bfloat16()), rf"{Q}\.weight is BF16, but its format has F8_E4M3"),
+    ("fp8", lambda made: made.config.pop("quantization_config"), r"is quantised \(FP8 in blocks: .* has no quantizati"),
+    ("fp8", put(".weight_scale_inv", torch.ones(1, 1), "lm_head"), r"holds lm_head\.weight_scale_inv .*\(as lm_head\)"),
+    ("fp8 of vllm", removed(".input_scale"), rf"has no tensor {Q}\.input_scale \(1 expected"),
+    ("fp8 by tensor", removed(".weight_scale_inv"), rf"has no tensor {Q}\.weight_scale_inv"),
+    ("awq", removed(".scales"), rf"has no tensor {Q}\.scales \(2 x 64 expected"),
+    ("awq", told(group_size=64), r"q_proj\.qzeros is 2 x 8 in the checkpoint but 1 x 8 by config\.json"),
+    ("awq", put(".qzeros", torch.ones(2, 4).int()), r"q_proj\.qzeros is 2 x 4 in the checkpoint but 2 x 8"),
+    ("gptq", removed(".g_idx"), rf"has no tensor {Q}\.g_idx \(64 expected"),
+    ("gptq", told(bits=8), r"q_proj\.qweight is 8 x 64 in the checkpoint but 16 x 64"),
+    ("gptq", told(group_size=-1), r"q_proj\.qzeros is 2 x 8 in the checkpoint but 1 x 8"),
+    ("ct int4", removed(".weight_scale"), rf"has no tensor {Q}\.weight_scale \(64 x 2 expected"),
+    (
+        "ct int4",
+        put(".weight_shape", torch.tensor([64, 65])),
+        rf"{Q}\.weight_shape says that the weight is 64 x 65, but",
+    ),
+    ("ct int4", put(".weight_shape", torch.tensor([64])), rf"{Q}\.weight_shape is I64 \[1\], but holds a shape"),
+    ("ct int4", told(config_groups={"a": GROUP}), r"weight_scale is 64 x 2 in the checkpoint but 64 x 1 by config"),
+    ("ct int4 with zeros", removed(".weight_zero_point"), rf"has no tensor {Q}\.weight_zero_point \(8 x 2 expected"),
+    (
+        "ct int4",
+        put(".weight_zero_point", torch.ones(8, 2).int()),
+        r"q_proj\.weight_zero_point .* it has no such tensor",
+    ),
+    ("ct nvfp4", removed(".weight_global_scale"), rf"has no tensor {Q}\.weight_global_scale \(1 expected"),
+    ("ct int8 by channel", put(".weight", torch.ones(64, 64).byte()), r"q_proj\.weight is U8, but its format has I8"),
+]
+
+
+@pytest.mark.parametrize(("packer", "damage", "message"), DAMAGED)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, packer: str, damage: Callable[[Quantised], object], message: str
+) -> None:
+    made = model(packer)
+    damage(made)
+    with pytest.raises(TpctlError, match=message) as caught:
+        shard_checkpoint(made.save(tmp_path / "model"), tmp_path / "out", 2)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def group(kind: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
+    args = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, **weights}
+    return {"format": kind, "config_groups": {"g": {"targets": ["Linear"], "weights": args}}}
+
+
+UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
+    ("compressed-tensors", group("marlin-24"), 'g is in the format "marlin-24" of compressed-tensors, tpctl knows'),
+    ("compressed-tensors", group("sparse-24-bitmask"), "sparse-24-bitmask"),
+    ("compressed-tensors", group("mixed-precision"), '"mixed-precision"'),
+    ("compressed-tensors", group("mxfp4-pack-quantized"), '"mxfp4-pack-quantized"'),
+    ("compressed-tensors", group("dense"), '"dense"'),
+    ("compressed-tensors", group(num_bits=3), r"weights of g are INT3 in groups of 32 in the format pack-quantized"),
+    ("compressed-tensors", group(type="float"), "weights of g are FP4 in groups of 32 in the format pack-quantized"),
+    ("compressed-tensors", group(type="complex"), '4 bits of "complex"'),
+    ("compressed-tensors", group(strategy="token"), 'scaled by "token", tpctl knows tensor, channel, group'),
+    ("compressed-tensors", group(actorder="sideways"), 'actorder of g is "sideways"'),
+    ("compressed-tensors", group(group_size=0), "group_size is 0, but a whole number"),
+    (
+        "compressed-tensors",
+        group("nvfp4-pack-quantized", type="float"),
+        "weights of g are FP4 in groups of 32 in the f",
+    ),
+    ("compressed-tensors", group("int-quantized", strategy="block", block_structure=[8]), "block_structure of g is"),
+    ("compressed-tensors", {**group(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+    ("compressed-tensors", {**group(), "transform_config": {"config_groups": {"r": {}}}}, "transform_config"),
+    ("compressed-tensors", {**group(), "ignore": ["re:(["]}, r'"re:\(\[" is no pattern'),
+    ("compressed-tensors", {"format": "pack-quantized"}, "have no config_groups"),
+    ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, r'config_groups has \["Linear"\] for W4A16'),
+    ("awq", {"bits": 3}, "AWQ of 3 bits, tpctl knows 4"),
+    ("awq", {"version": "gemv"}, 'AWQ of version "gemv", tpctl knows gemm'),
+    ("awq", {"zero_point": False}, "AWQ without zero points"),
+    ("awq", {"group_size": 0}, "group_size is 0"),
+    ("gptq", {"bits": 2}, "GPTQ of 2 bits, tpctl knows 4 and 8"),
+    ("gptq", {"bits": 3}, "GPTQ of 3 bits"),
+    ("gptq", {}, "bits is null"),
+    ("gptq", {"bits": 4, "lm_head": True}, "GPTQ has quantised lm_head"),
+    ("gptq", {"bits": 4, "checkpoint_format": "marlin"}, 'GPTQ in the format "marlin"'),
+    ("gptq", {"bits": 4, "dynamic": {"+:.*q_proj": {"bits": 3}}}, "GPTQ of 3 bits"),
+    ("gptq", {"bits": 4, "dynamic": {"-:(": {}}}, r'dynamic has "-:\(", which is no pattern'),
+    (
+        "gptq",
+        {"bits": 4, "dynamic": {"-:.*q_proj": {}}},
+        "stored as one, but .*q_proj is a float, .*k_proj is GPTQ of 4",
+    ),
+    ("fp8", {"weight_block_size": [128]}, r"weight_block_size is \[128\]"),
+    ("fp8", {"activation_scheme": "sometimes"}, '"sometimes", tpctl knows dynamic and static'),
+    ("fp8", {"scale_fmt": "ue4m0"}, 'scale_fmt of the quantised weights is "ue4m0"'),
+    ("fp8", {"fmt": "e5m2"}, 'fmt of the quantised weights is "e5m2"'),
+    ("fp8", {"expert_dtype": "fp4"}, 'expert_dtype of the quantised weights is "fp4", tpctl knows fp8'),
+    ("fp8", {"modules_to_convert": ["embed_tokens"]}, "modules_to_convert names embed_tokens"),
+    ("fp8", {"modules_to_not_convert": ["(("]}, r'modules_to_not_convert has "\(\(", which is no pattern'),
+    ("modelopt", {"quant_algo": "NVFP4"}, r'quantised \("modelopt"\), .*ModelOpt; use the model as compressed-tensors'),
+    ("bitsandbytes", {"load_in_4bit": True}, "made while a model is loaded; shard its unquantised original"),
+    ("hqq", {}, "made while a model is loaded"),
+    ("fbgemm_fp8", {}, "by FBGEMM; use the model as compressed-tensors"),
+    ("quark", {}, "by AMD's Quark"),
+    ("torchao", {}, "by torchao"),
+    ("auto-round", {}, "export it as auto_gptq, auto_awq"),
+    ("aqlm", {}, "in codebooks"),
+    ("my-own", {}, r'quantised \("my-own"\), .*tpctl knows awq, compressed-tensors, fp8, gptq, mxfp4'),
+]
+
+
+@pytest.mark.parametrize(("method", "fields", "message"), UNKNOWN)
+def test_what_is_not_known_is_refused_by_name(method: str, fields: dict[str, Any], message: str) -> None:
+    config = make_config(quantization_config={"quant_method": method, **fields})
+    with pytest.raises(TpctlError, match=message) as caught:
+        ModelConfig.from_dict(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_border_inside_of_a_word_is_refused_with_the_sizes_that_fit() -> None:
+    config = make_config(**{**SIZES, "head_dim": 6, "hidden_size": 24, "num_attention_heads": 8})
+    config["quantization_config"] = {"quant_method": "awq", "group_size": 8}
+    message = (
+        r"qkv_proj\.qweight: at tp 8 a border would fall on element 6, inside of a word that packs 8 values; use --tp "
+    )
+    with pytest.raises(PartitionError, match=f"{message}1$"):
+        build_plan(ModelConfig.from_dict(config), 8)
+    config["num_key_value_heads"] = 1
+    with pytest.raises(PartitionError, match=f"{message}1, 2$"):
+        build_plan(ModelConfig.from_dict(config), 8)
+
+
+FLIPPED = [
+    ("fp8", "weight_scale_inv"),
+    ("fp8 by tensor", "activation_scale"),
+    ("awq", "qzeros"),
+    ("awq", "scales"),
+    ("gptq", "qweight"),
+    ("gptq in order of activation", "g_idx"),
+    ("ct int4 with zeros", "weight_zero_point"),
+    ("ct int4 with zeros", "weight_packed"),
+    ("ct nvfp4", "weight_global_scale"),
+]
+
+
+@pytest.mark.parametrize(("packer", "entry"), FLIPPED)
+def test_one_flipped_bit_is_found_and_named(tmp_path: Path, packer: str, entry: str) -> None:
+    shard_checkpoint(model(packer).save(tmp_path / "model"), tmp_path / "out", 2)
+    path, name = tmp_path / "out" / "model-rank-1-part-0.safetensors", f"model.layers.0.mlp.down_proj.{entry}"
+    raw, info = bytearray(path.read_bytes()), read_header(path).tensors[name]
+    for place in (info.start, info.stop - 1):
+        raw[place] ^= 4
+        path.write_bytes(raw)
+        with pytest.raises(ShardFolderError, match=rf"{name} of rank 1"):
+            inspect_shards(tmp_path / "out", verify=True)
+        raw[place] ^= 4
+
+
+def test_a_flipped_bit_of_a_shape_that_no_rank_has_is_found(tmp_path: Path) -> None:
+    shard_checkpoint(model("ct int4").save(tmp_path / "model"), tmp_path / "out", 2)
+    path, name = tmp_path / "out" / "tpctl-extra.safetensors", f"{Q}.weight_shape"
+    raw, info = bytearray(path.read_bytes()), read_header(path).tensors[name]
+    raw[info.start] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ShardFolderError, match=name):
+        inspect_shards(tmp_path / "out", verify=True)
