@@ -173,7 +173,6 @@ def test_losses_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.skip(reason="shards of quantised checkpoints are still refused; switch on once `shard` cuts them")
 @pytest.mark.parametrize("method", Method)
 def test_there_and_back_again(source: ResolvedSource, method: Method) -> None:
     """`shard --quantize`, and `merge` gives the quantised folder, byte for byte."""
