@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated
@@ -12,6 +13,7 @@ from tpctl.cli.console import print_json
 from tpctl.cli.options import CuttingOptions, DType, KvCacheDType, grouped
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError, format_bytes
+from tpctl.quantizing.schemes import Method
 from tpctl.wire.settings import GPU_SEQS, GPU_TOKENS
 
 LEAST_GPU = 1 << 30
@@ -49,6 +51,9 @@ def plan(
         KvCacheDType,
         typer.Option(help="packed: bfloat16 in 12 bits a value; model: as it is, for other backends than triton."),
     ] = KvCacheDType.auto,
+    quantize: Annotated[
+        Method | None, typer.Option(help="Plan what `tpctl shard --quantize` would make: fp8, fp8-block or int4.")
+    ] = None,
     dtype: Annotated[DType, typer.Option(help="Cast floats to it; auto: as stored.")] = DType.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token; default: the one `hf auth login` stored.")] = None,
@@ -61,12 +66,15 @@ def plan(
     from tpctl.checkpoint.metadata import read_metadata
     from tpctl.cli.plan_report import print_report
     from tpctl.planning.fit import Budget, plan_model
+    from tpctl.quantizing.planned import quantised_metadata
 
     memory = None if gpu_memory is None else parse_bytes(gpu_memory, "GiB")
     if memory is not None and memory < LEAST_GPU:
         raise UsageError(
             f"--gpu-memory {gpu_memory} is {format_bytes(memory)}, less than any GPU has; write it like 80GiB"
         )
+    if quantize is not None and dtype is not DType.auto:
+        raise UsageError(f"--quantize {quantize} and --dtype {dtype} cannot both be had; leave one of them out")
     cut.cutting(1)  # what contradicts itself is refused before anything is fetched
     budget = Budget(
         gpu=None if gpu is None else str(gpu),
@@ -78,7 +86,8 @@ def plan(
         kv_cache_dtype=str(kv_cache_dtype),
     )
     metadata = read_metadata(model, revision=revision, token=token)
-    report = plan_model(metadata, budget, tp_size=tp, dtype=dtype.value, cutting=cut.cutting)
+    with nullcontext(metadata) if quantize is None else quantised_metadata(metadata, quantize) as described:
+        report = plan_model(described, budget, tp_size=tp, dtype=dtype.value, cutting=cut.cutting)
     if json:
         print_json(asdict(report))
     else:
