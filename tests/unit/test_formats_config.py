@@ -207,3 +207,12 @@ def test_zeros_and_scales_are_whole_where_inputs_are_reordered() -> None:
     assert [plan.shape(rank, f"{down}.qweight") for rank in range(3)] == [(4, 64)] * 3
     assert [plan.shape(rank, f"{down}.scales") for rank in range(3)] == [(3, 64)] * 3
     assert [plan.shape(rank, f"{down}.bias") for rank in range(3)] == [(64,)] * 3
+
+
+def test_a_cast_leaves_quantised_values_and_scales_as_they_are(tmp_path: Path) -> None:
+    source = quantise(make_config(**SIZES), PACKERS["ct fp8 by channel"]).save(tmp_path / "model")
+    shard_checkpoint(source, tmp_path / "out", 2, dtype="float16")
+    found = {name.rpartition("layers.0.")[2]: one.dtype for name, one in read_shard(tmp_path / "out", 0).items()}
+    assert found["self_attn.qkv_proj.weight"] is torch.float8_e4m3fn
+    assert found["self_attn.qkv_proj.weight_scale"] is torch.float32
+    assert found["input_layernorm.weight"] is torch.float16

@@ -19,7 +19,14 @@ from tpctl.accounting import (
 )
 from tpctl.arch.block import Attention, Experts, Gated, Layer
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
+from tpctl.arch.source_plan import (
+    DEFAULT_PART_SIZE,
+    as_held,
+    checked_source_plan,
+    source_plan,
+    source_splits,
+    stored_dtype,
+)
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.errors import PartitionError
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
@@ -44,7 +51,7 @@ class ModelSizes:
     """
 
     def __init__(self, config: ModelConfig, metadata: ModelMetadata, cast: str | None, may_pack: bool = True) -> None:
-        self.config = config
+        self.config = as_held(config, metadata.tensors or ())
         self._tensors = metadata.tensors
         self._may_pack = may_pack
         if metadata.tensors is not None:
