@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.unit.packers import Held, Index, Matrix, Packer, as_array
+from tests.unit.packing import Held, Index, Matrix, Packer, as_array
 from tests.unit.synthetic import source_shapes
 from tests.unit.test_simulated_ranks import attend
 from tpctl.arch.config import ModelConfig

@@ -19,6 +19,8 @@ from tpctl.arch.formats import read_scheme
 from tpctl.arch.formats.skipped import Skipped
 from tpctl.arch.source_plan import build_plan
 from tpctl.arch.storage import Storage
+from tpctl.checkpoint.metadata import read_metadata
+from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
@@ -207,3 +209,25 @@ def test_zeros_and_scales_are_whole_where_inputs_are_reordered() -> None:
     assert [plan.shape(rank, f"{down}.qweight") for rank in range(3)] == [(4, 64)] * 3
     assert [plan.shape(rank, f"{down}.scales") for rank in range(3)] == [(3, 64)] * 3
     assert [plan.shape(rank, f"{down}.bias") for rank in range(3)] == [(64,)] * 3
+
+
+def test_a_cast_leaves_quantised_values_and_scales_as_they_are(tmp_path: Path) -> None:
+    source = quantise(make_config(**SIZES), PACKERS["ct fp8 by channel"]).save(tmp_path / "model")
+    shard_checkpoint(source, tmp_path / "out", 2, dtype="float16")
+    found = {name.rpartition("layers.0.")[2]: one.dtype for name, one in read_shard(tmp_path / "out", 0).items()}
+    assert found["self_attn.qkv_proj.weight"] is torch.float8_e4m3fn
+    assert found["self_attn.qkv_proj.weight_scale"] is torch.float32
+    assert found["input_layernorm.weight"] is torch.float16
+
+
+@pytest.mark.parametrize("name", ["fp8 of vllm", "gptq in order of activation", "ct int4 with zeros"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_planner_counts_what_is_written(tmp_path: Path, name: str, family: str) -> None:
+    source = quantise(make_config(family, **(SIZES if family == "llama" else MIXTURE)), PACKERS[name]).save(
+        tmp_path / "model"
+    )
+    sizes = plan_model(read_metadata(str(source)), Budget()).sizes
+    for size in sizes:
+        shard_checkpoint(source, tmp_path / "out", size.tp_size, force=True)
+        ranks = [read_shard(tmp_path / "out", rank).values() for rank in range(size.tp_size)]
+        assert size.weight_bytes == max(sum(tensor.nbytes for tensor in tensors) for tensors in ranks)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.packers import Packer, mxfp4, read_mxfp4
+from tests.unit.packers import mxfp4, read_mxfp4
+from tests.unit.packing import Packer
 from tests.unit.quantised_model import Local, Quantised, assembled, locals_of
 from tpctl.arch.block import CutBlock, Experts, Mixer
 from tpctl.arch.blueprint import Blueprint

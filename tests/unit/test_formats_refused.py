@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.unit.packers import PACKERS
 from tests.unit.quantised_model import Quantised, quantise
@@ -21,6 +24,7 @@ from tpctl.sharding.showing.inspect import inspect_shards
 
 Q = "model.layers.0.self_attn.q_proj"
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": 1}
+MIXTURE: dict[str, Any] = {**SIZES, "num_experts": 4, "moe_intermediate_size": 96, "num_experts_per_tok": 2}
 
 
 def model(packer: str) -> Quantised:
@@ -93,28 +97,28 @@ def group(kind: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
 
 
 UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
-    ("compressed-tensors", group("marlin-24"), 'g is in the format "marlin-24" of compressed-tensors, tpctl knows'),
+    ("compressed-tensors", group("marlin-24"), '"g" is in the format "marlin-24" of compressed-tensors, tpctl knows'),
     ("compressed-tensors", group("sparse-24-bitmask"), "sparse-24-bitmask"),
     ("compressed-tensors", group("mixed-precision"), '"mixed-precision"'),
     ("compressed-tensors", group("mxfp4-pack-quantized"), '"mxfp4-pack-quantized"'),
     ("compressed-tensors", group("dense"), '"dense"'),
-    ("compressed-tensors", group(num_bits=3), r"weights of g are INT3 in groups of 32 in the format pack-quantized"),
-    ("compressed-tensors", group(type="float"), "weights of g are FP4 in groups of 32 in the format pack-quantized"),
+    ("compressed-tensors", group(num_bits=3), 'weights of "g" are INT3 in groups of 32 in the format pack-quantized'),
+    ("compressed-tensors", group(type="float"), 'weights of "g" are FP4 in groups of 32 in the format pack-quantized'),
     ("compressed-tensors", group(type="complex"), '4 bits of "complex"'),
     ("compressed-tensors", group(strategy="token"), 'scaled by "token", tpctl knows tensor, channel, group'),
-    ("compressed-tensors", group(actorder="sideways"), 'actorder of g is "sideways"'),
+    ("compressed-tensors", group(actorder="sideways"), 'actorder of "g" is "sideways"'),
     ("compressed-tensors", group(group_size=0), "group_size is 0, but a whole number"),
     (
         "compressed-tensors",
         group("nvfp4-pack-quantized", type="float"),
-        "weights of g are FP4 in groups of 32 in the f",
+        'weights of "g" are FP4 in groups of 32 in the f',
     ),
-    ("compressed-tensors", group("int-quantized", strategy="block", block_structure=[8]), "block_structure of g is"),
+    ("compressed-tensors", group("int-quantized", strategy="block", block_structure=[8]), 'block_structure of "g" is'),
     ("compressed-tensors", {**group(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     ("compressed-tensors", {**group(), "transform_config": {"config_groups": {"r": {}}}}, "transform_config"),
     ("compressed-tensors", {**group(), "ignore": ["re:(["]}, r'"re:\(\[" is no pattern'),
     ("compressed-tensors", {"format": "pack-quantized"}, "have no config_groups"),
-    ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, r'config_groups has \["Linear"\] for W4A16'),
+    ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, r'config_groups has \["Linear"\] for "W4A16"'),
     ("awq", {"bits": 3}, "AWQ of 3 bits, tpctl knows 4"),
     ("awq", {"version": "gemv"}, 'AWQ of version "gemv", tpctl knows gemm'),
     ("awq", {"zero_point": False}, "AWQ without zero points"),
@@ -136,7 +140,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("fp8", {"scale_fmt": "ue4m0"}, 'scale_fmt of the quantised weights is "ue4m0"'),
     ("fp8", {"fmt": "e5m2"}, 'fmt of the quantised weights is "e5m2"'),
     ("fp8", {"expert_dtype": "fp4"}, 'expert_dtype of the quantised weights is "fp4", tpctl knows fp8'),
-    ("fp8", {"modules_to_convert": ["embed_tokens"]}, "modules_to_convert names embed_tokens"),
+    ("fp8", {"modules_to_convert": ["embed_tokens"]}, 'modules_to_convert names "embed_tokens"'),
     ("fp8", {"modules_to_not_convert": ["(("]}, r'modules_to_not_convert has "\(\(", which is no pattern'),
     ("modelopt", {"quant_algo": "NVFP4"}, r'quantised \("modelopt"\), .*ModelOpt; use the model as compressed-tensors'),
     ("bitsandbytes", {"load_in_4bit": True}, "made while a model is loaded; shard its unquantised original"),
@@ -169,6 +173,49 @@ def test_a_border_inside_of_a_word_is_refused_with_the_sizes_that_fit() -> None:
     config["num_key_value_heads"] = 1
     with pytest.raises(PartitionError, match=f"{message}1, 2$"):
         build_plan(ModelConfig.from_dict(config), 8)
+
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.just("re:(")
+    | st.sampled_from(["group", "tensor", "int", "static", "dynamic", "nvfp4-pack-quantized", "Linear", "128x128"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+MORE = (
+    "ignored_layers",
+    "dynamic",
+    "modules_in_block_to_quantize",
+    "lm_head",
+    "scale_fmt",
+    "kv_cache_scheme",
+    "version",
+)
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The paths of all fields in an object."""
+    inner = [places(one, (*path, key)) for key, one in value.items()] if isinstance(value, dict) else []
+    return [path, *(place for found in inner for place in found)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(list(PACKERS)), data=st.data())
+def test_junk_in_any_field_is_accepted_or_refused_in_one_line(name: str, data: st.DataObject) -> None:
+    quantization = copy.deepcopy({**dict.fromkeys(MORE), **PACKERS[name].config})
+    *path, last = data.draw(st.sampled_from(places(quantization)[1:]))
+    inner = quantization
+    for key in path:
+        inner = inner[key]
+    inner[last] = data.draw(junk)
+    try:
+        build_plan(ModelConfig.from_dict(make_config("qwen3_moe", **MIXTURE, quantization_config=quantization)), 2)
+    except TpctlError as error:
+        assert "\n" not in str(error)
 
 
 FLIPPED = [

@@ -36,10 +36,7 @@ def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSpl
     They tell what the config does not: the root of the names, whether experts are stacked, which optional tensors
     there are, and under which name the one copy of a tied embedding is.
     """
-    blueprint = config.blueprint
-    if names:
-        layers = (_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
-        blueprint = replace(blueprint, layers=tuple(layers))
+    blueprint = as_held(config, names).blueprint
     root = blueprint.root(names)
     splits = [_from(root, split) for split in blueprint.splits()]
     if blueprint.tied:
@@ -47,6 +44,13 @@ def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSpl
         if head in names and embedding not in names:
             splits[-1] = replace(splits[-1], parts=tuple(replace(part, source=head) for part in splits[-1].parts))
     return [split for split in splits if not split.optional or any(source in names for source in split.sources)]
+
+
+def as_held(config: ModelConfig, names: Container[str]) -> ModelConfig:
+    """``config`` with its layers in the form that a checkpoint with tensors ``names`` has them."""
+    blueprint = config.blueprint
+    layers = tuple(_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
+    return replace(config, blueprint=replace(blueprint, layers=layers))
 
 
 def second_copies(config: ModelConfig, names: Container[str]) -> dict[str, str]:
@@ -86,7 +90,7 @@ def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[s
     def held(part: LayerPart) -> LayerPart:
         if any(linear.storage.others for linear in linears(part)):
             part = with_linears(part, named)
-        if not isinstance(part, Experts):
+        if not isinstance(part, Experts) or not part.forms:
             return part
         for gate_up, down in ((part.gate_up, part.down), *part.forms):
             if source(gate_up) + gate_up.storage.entries[0].suffix in names:

@@ -23,7 +23,14 @@ from tpctl.arch.block import Attention, Experts, Gated, Mixer, linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting, cut_by
-from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan, source_plan, source_splits, stored_dtype
+from tpctl.arch.source_plan import (
+    DEFAULT_PART_SIZE,
+    as_held,
+    checked_source_plan,
+    source_plan,
+    source_splits,
+    stored_dtype,
+)
 from tpctl.arch.storage import Entry
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
@@ -67,7 +74,7 @@ class ModelSizes:
         may_pack: bool = True,
         cutting: Cuttings = as_usual,
     ) -> None:
-        self.config = config
+        self.config = as_held(config, metadata.tensors or ())
         self._cutting, self._may_pack = cutting, may_pack
         found = None if metadata.tensors is None else {name: info.dtype for name, info in metadata.tensors.items()}
         if metadata.tensors is not None:

@@ -72,10 +72,11 @@ def read(fields: Fields) -> Compressed:
     for name, group in groups.items():
         if not isinstance(group, dict):
             raise UnsupportedModelError(
-                f"config.json: config_groups has {shown(group)} for {name}, tpctl knows groups that say what they are"
+                f"config.json: config_groups has {shown(group)} for {shown(name)}, tpctl knows objects that say what "
+                "is meant"
             )
         inside = fields.within(group)
-        by_target |= dict.fromkeys(inside.names("targets"), _storage(name, inside, fields.get("format")))
+        by_target |= dict.fromkeys(inside.names("targets"), _storage(shown(name), inside, fields.get("format")))
     ordered = sorted(by_target.items(), key=lambda one: ("re:" in one[0], one[0]))
     return Compressed(
         tuple((_target(text), stored) for text, stored in ordered),

@@ -21,7 +21,10 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 SCALE_BYTES = (*SCALES, "U8")
 """Powers of two may be stored as bytes."""
 
-KEPT = tuple(f"self_attn.{name}_scale" for name in ("q", "k", "v", "kv"))
+KEPT = (
+    *(f"self_attn.{name}_scale" for name in ("q", "k", "v", "kv")),
+    *(f"self_attn.{name}_proj.{name}_scale" for name in ("k", "v")),
+)
 """Scales of a cache of keys and values in FP8, which no rank needs: the cache is kept in the model's dtype."""
 
 _MOST = 4096
@@ -50,7 +53,7 @@ def read(fields: Fields) -> FP8:
             )
     if more := fields.names("modules_to_convert"):
         raise UnsupportedModelError(
-            f"config.json: modules_to_convert names {more[0]}; tpctl cuts embeddings that are floats, none in FP8"
+            f"config.json: modules_to_convert names {shown(more[0])}; tpctl cuts embeddings of floats, none in FP8"
         )
     activation = fields.get("activation_scheme") or "dynamic"
     if activation not in ("dynamic", "static"):

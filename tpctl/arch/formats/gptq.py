@@ -76,7 +76,9 @@ def _rule(fields: Fields, pattern: str, changes: Any) -> tuple[re.Pattern[str], 
     if pattern.startswith("-:"):
         return compiled, None
     if not isinstance(changes, dict):
-        raise CheckpointError(f"config.json: dynamic has {shown(changes)} for {pattern}, but an object is needed")
+        raise CheckpointError(
+            f"config.json: dynamic has {shown(changes)} for {shown(pattern)}, but an object is needed"
+        )
     meant = {key: value for key, value in changes.items() if key in _MEANT}
     return compiled, _storage(fields.within({**fields.values, **meant}))
 
