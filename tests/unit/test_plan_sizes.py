@@ -269,6 +269,7 @@ def test_what_layers_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [rank.kv_bytes_per_token for rank in report.ranks] == [latent + heads] * 2
     assert report.sizes[0].kv_bytes_per_token == latent + 2 * heads
     said = subprocess.run([sys.executable, "-c", PRINT, str(folder)], capture_output=True, text=True, check=True).stdout
+    assert "tpctl cuts the model but does not run it yet, for it has gated delta net" in said
     assert "1 of 3 layers keep no keys and values but a state of constant size" in said
     assert "1 of 3 layers look back 8 tokens at most" in said
 
