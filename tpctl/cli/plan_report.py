@@ -53,6 +53,8 @@ def _print_model(report: FitReport) -> None:
 
 def _remarks(report: FitReport) -> Iterator[str]:
     """What of the model is counted otherwise than one may think."""
+    if report.not_run is not None:
+        yield f"tpctl cuts the model but does not run it yet, for it has {report.not_run}"
     if report.beside:
         yield f"left out: {counted(report.beside, 'tensor')} of what sees or hears (`tpctl shard --text-only`)"
     if report.recurrent:

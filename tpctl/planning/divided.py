@@ -26,10 +26,12 @@ class Scales:
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention, or another mixer with heads; ``kv`` 0: it has no KV heads."""
+    """Attention, or another mixer with heads; ``kv`` 0: it has no KV heads. Of a ``recurrent`` one these keep nothing,
+    and nobody copies them."""
 
     query: int
     kv: int
+    recurrent: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Axis:
 
 def heads(layer: Layer) -> Heads:
     mixer = layer.mixer
-    return Heads(mixer.num_heads, mixer.num_kv_heads)
+    return Heads(mixer.num_heads, mixer.num_kv_heads, isinstance(mixer, Mixer) and not mixer.kept)
 
 
 def axes(layer: Layer) -> Iterator[Axis]:

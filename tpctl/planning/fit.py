@@ -131,6 +131,7 @@ def plan_model(
         context_bytes=_context_bytes(tp_size),
         reserve_bytes=reserve(config.num_layers),
         layers=config.num_layers,
+        not_run=config.blueprint.why_not_run(),
         beside=len(towers(config, metadata.tensors or ())),
         recurrent=sum(isinstance(mixer, Mixer) and not mixer.kept for mixer in model.mixers),
         windowed=len(windows),

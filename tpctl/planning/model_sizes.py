@@ -179,11 +179,13 @@ class ModelSizes:
         return {name: shard[first] for name, first in self._sorts.stands_for.items()}
 
     def heads(self, tp_size: int) -> list[tuple[int, int]]:
-        """Query and KV heads of each rank, of the layer where it has most."""
-        shares = [mixer.shares(tp_size) for mixer in self._mixers]
+        """Query and KV heads of each rank, of the layer where it has most; of layers that keep something of a token, if
+        there are any. Raises ``PartitionError`` if some layer's heads cannot be dealt to so many."""
+        shares = {number: mixer.shares(tp_size) for number, mixer in enumerate(self._mixers)}
+        keep = [number for number, mixer in enumerate(self._mixers) if isinstance(mixer, Attention) or mixer.kept]
         return [
             (max(len(one.query) for one in of_rank), max(len(one.kv) for one in of_rank))
-            for of_rank in zip(*shares, strict=True)
+            for of_rank in zip(*(shares[number] for number in keep or shares), strict=True)
         ]
 
     def kv_bytes_per_token(self, tp_size: int, rank: int) -> int:

@@ -89,8 +89,15 @@ def _heads(dealt: Dealing) -> str | None:
 
 def _kv_heads(dealt: Dealing) -> str | None:
     for one in dealt.heads:
-        if one.kv and max(one.kv, dealt.tp_size) % min(one.kv, dealt.tp_size):
+        if one.kv and not one.recurrent and max(one.kv, dealt.tp_size) % min(one.kv, dealt.tp_size):
             return f"{one.kv} KV heads are neither divided by {dealt.tp_size} nor copied evenly"
+    return None
+
+
+def _key_heads(dealt: Dealing) -> str | None:
+    for one in dealt.heads:
+        if one.recurrent and one.kv % dealt.tp_size:
+            return f"{one.kv} key heads of recurrent layers are not divided by {dealt.tp_size}, but rounded down"
     return None
 
 
@@ -175,6 +182,7 @@ _GROUPS = _torn(("int", "nvfp4"), "rows", "group")
 RULES = (
     Rule("vllm", "heads", _heads, "vllm/config/model.py:1558"),
     Rule("vllm", "KV heads", _kv_heads, f"{_VLLM}/linear.py:1068"),
+    Rule("vllm", "key heads", _key_heads, f"{_VLLM}/mamba/gdn/qwen_gdn_linear_attn.py:888"),
     Rule("vllm", "vocabulary", _vocabulary, f"{_VLLM}/vocab_parallel_embedding.py:304"),
     Rule("vllm", "width", _width, "vllm/distributed/utils.py:51"),
     Rule("vllm", "expert width", _expert_width, f"{_VLLM}/fused_moe/config.py:1352"),
@@ -188,6 +196,7 @@ RULES = (
     Rule("vllm", "expert groups", _torn_experts(("nvfp4",), "group"), f"{_VLLM_CT}_w4a4_nvfp4.py:138; vllm#49949"),
     Rule("sglang", "heads", _heads, "sglang/srt/models/llama.py:183, qwen3_moe.py:506 and others alike"),
     Rule("sglang", "KV heads", _kv_heads, f"{_SGLANG}/linear.py:1142"),
+    Rule("sglang", "key heads", _key_heads, "sglang/srt/models/qwen3_next.py:270"),
     Rule("sglang", "width", _width, f"{_SGLANG}/linear.py:1611"),
     Rule("sglang", "expert width", _expert_width, f"{_SGLANG}/moe/fused_moe_triton/layer.py:427"),
     Rule("sglang", "blocks", _ROWS, f"{_SGLANG_FP8}:594"),

@@ -64,6 +64,7 @@ class FitReport:
     graphs and fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
     ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
     is, if none does). ``checks`` has every size below ``limit``. ``active_parameters`` are those that a token meets.
+    ``not_run`` is what tpctl would have to know to run the model, not only cut it.
     ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
     constant size for each sequence, which is not counted, and no keys and values; ``windowed`` those that look back
     no further than ``window`` tokens, whose keys and values are counted for the whole context all the same.
@@ -86,6 +87,7 @@ class FitReport:
     context_bytes: int
     reserve_bytes: int
     layers: int
+    not_run: str | None
     beside: int
     recurrent: int
     windowed: int
