@@ -21,7 +21,7 @@ from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import ManifestTensor
 from tpctl.partition.dtypes import dtype_after_cast
-from tpctl.partition.plan import PartitionPlan, PlannedTensor
+from tpctl.partition.plan import PartitionPlan, Piece, PlannedTensor
 from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
@@ -100,11 +100,17 @@ def _check_entries(
 def _brief(record: ManifestTensor | PlannedTensor, field: str, fill: int) -> str:
     if field == "fill":
         return str(fill)
+    if field == "stack":
+        return str(record.stacked)
     if field != "pieces":
         return str(getattr(record, field))
-    dim = record.dim
-    parts = (f"{p.source}[{p.start[dim]}:{p.start[dim] + p.shape[dim]}]" for p in record.pieces)
-    return " + ".join(parts) or "none"
+    return " + ".join(_range(piece, record.dim, record.stacked) for piece in record.pieces) or "none"
+
+
+def _range(piece: Piece, dim: int, stacked: bool) -> str:
+    """``mlp.experts.{}.gate_proj.weight[0:64, 0:384]``: experts, then entries of the cut axis."""
+    axes = dict.fromkeys([0, dim] if stacked else [dim])
+    return f"{piece.source}[{', '.join(f'{piece.start[a]}:{piece.start[a] + piece.shape[a]}' for a in axes)}]"
 
 
 def _moves(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.safetensors import tensor_nbytes
-from tpctl.errors import ShardFolderError
+from tpctl.errors import ShardFolderError, TpctlError
 from tpctl.manifest.manifest import Manifest, describe_ranks
 from tpctl.manifest.records import ManifestTensor, Shard
 from tpctl.partition.plan import check_ranks
@@ -139,7 +139,12 @@ def inspect_shards(
             )
         # Only a folder that was fetched in part may lack the tensors that no rank needs.
         extra = not absent or manifest.extra is None or (folder / manifest.extra.parts[0].file).exists()
-        hashed = verify_digests(folder, manifest, here, extra=extra, progress=progress) if verify else 0
+        hashed = 0
+        if verify:
+            try:
+                hashed = verify_digests(folder, manifest, here, extra=extra, progress=progress)
+            except ShardFolderError as error:
+                raise _placed(error, folder, manifest, here, source, extra) from None
         compared = 0
         if source is not None:
             compared = verify_source(folder, manifest, here, source, extra=extra, progress=progress)
@@ -168,6 +173,23 @@ def inspect_shards(
         replicated_bytes=_replicated(manifest),
         verified=verified,
     )
+
+
+def _placed(
+    error: ShardFolderError, folder: Path, manifest: Manifest, ranks: Sequence[int], source: Path | None, extra: bool
+) -> ShardFolderError:
+    """``error`` about a digest with the place that is damaged, which only the source can tell."""
+    if source is None:
+        return error
+    try:
+        verify_source(folder, manifest, ranks, source, extra=extra)
+    except ShardFolderError as place:
+        stored, found, _ = str(place).partition(" differs from its source ")
+        if found and str(error).startswith(f"{stored} is damaged"):
+            return ShardFolderError(f"{place}: {error}")
+    except TpctlError:  # of a source that is none
+        pass
+    return error
 
 
 def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], extra: bool) -> tuple[str, ...]:
