@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = make_config(
     moe_intermediate_size=40,
     quantization_config={"quant_method": "fp8", "weight_block_size": [16, 8], "activation_scheme": "dynamic"},
 )
-CUTS = {"within": (3, Cutting()), "copies": (2, Cutting(even=True)), "dealt": (3, Cutting(3)), "both": (4, Cutting(2))}
+CUTS = {"within": (3, Cutting()), "copies": (4, Cutting(even=True)), "dealt": (3, Cutting(3)), "both": (4, Cutting(2))}
 """Experts cut at the ends of blocks, scales on both sides of a border, whole experts by rank, and by pairs of ranks."""
 
 

@@ -37,8 +37,7 @@ def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSpl
     """
     blueprint = config.blueprint
     if names:
-        layers = (_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
-        blueprint = replace(blueprint, layers=tuple(layers))
+        blueprint = as_held(blueprint, names)
     root = blueprint.root(names)
     splits = [_from(root, split) for split in blueprint.splits()]
     if blueprint.tied:
@@ -60,6 +59,12 @@ def towers(config: ModelConfig, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that belong to what sees or hears, beside the text model."""
     patterns = config.blueprint.towers
     return [name for name in names if patterns and re.fullmatch("|".join(patterns), name)]
+
+
+def as_held(blueprint: Blueprint, names: Container[str]) -> Blueprint:
+    """``blueprint`` with its experts in the form that a checkpoint of tensors ``names`` has them."""
+    layers = (_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
+    return replace(blueprint, layers=tuple(layers))
 
 
 def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[str]) -> Layer:

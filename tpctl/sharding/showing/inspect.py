@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from tpctl.arch.source_plan import as_held
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.errors import ShardFolderError, TpctlError
 from tpctl.manifest.manifest import Manifest, describe_ranks
-from tpctl.manifest.records import ManifestTensor, Shard
-from tpctl.partition.plan import check_ranks
+from tpctl.manifest.records import ManifestTensor
+from tpctl.partition.plan import PlannedTensor, check_ranks
 from tpctl.sharding.moving.contents import absent_ranks, stray_files
 from tpctl.sharding.moving.opened import open_shards
 from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.proving.compare import verify_source
 from tpctl.sharding.proving.damage import load_manifest
 from tpctl.sharding.proving.verify import verify_digests
+from tpctl.sharding.showing.bands import copied_bytes
+from tpctl.sharding.showing.meaning import Meaning, meanings
 
 
 @dataclass(frozen=True)
 class PieceReport:
-    """A rectangle of a source tensor: half-open index ranges by axis."""
+    """A rectangle of a source tensor: half-open index ranges by axis.
+
+    A ``source`` with ``{}`` in its name is one tensor an expert, with its number, the index of the first axis, there.
+    """
 
     source: str
     label: str
@@ -32,7 +38,19 @@ class PieceReport:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One rank's stored tensor. ``padding`` counts the elements that come from no source; they are ``fill``."""
+    """One rank's stored tensor.
+
+    Attributes:
+        dim: the axis along which it is cut.
+        padding: how many of its elements come from no source; they are ``fill``.
+        stacked: the first axis is of experts.
+        weight: the stored name that all tensors of one weight share, less what each of them is; empty for what is no
+            linear's.
+        format: how that weight is stored.
+        values: it holds values; otherwise it says something about those of ``weight`` (a scale).
+        holds: what one entry stands for, in words; empty: one value.
+        axes: what there is an entry for, along each axis, where that is known.
+    """
 
     name: str
     file: str
@@ -44,6 +62,22 @@ class TensorReport:
     padding: int
     fill: int
     pieces: tuple[PieceReport, ...]
+    stacked: bool
+    weight: str
+    format: str
+    values: bool
+    holds: str
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExtraReport:
+    """A tensor of the source that no rank needs, and that ``merge`` gives back."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +118,8 @@ class InspectReport:
         absent: the listed ranks whose files are not in the folder (as after ``download --local-ranks``).
         strays: weight files and indexes in the folder that the manifest does not list.
         imbalance: the largest rank's bytes over the mean; steps wait for that rank.
+        expert_parallel, even: as of ``Manifest``.
+        extra: what no rank holds.
     """
 
     folder: str
@@ -93,8 +129,11 @@ class InspectReport:
     tp_size: int
     dtype: str | None
     compat: str | None
+    expert_parallel: int
+    even: bool
     source_shapes: dict[str, tuple[int, ...]]
     ranks: tuple[RankReport, ...]
+    extra: tuple[ExtraReport, ...]
     absent: tuple[int, ...]
     strays: tuple[str, ...]
     imbalance: float
@@ -156,6 +195,7 @@ def inspect_shards(
         left_out = _left_out(manifest, here, absent, extra)
         verified = Verified(here, hashed, compared, None if source is None else str(source), left_out)
     own = own_plan(folder, manifest)
+    meaning = meanings(as_held(own.config.blueprint, own.tensors))
     sizes = [shard.nbytes for shard in manifest.shards.values()]
     return InspectReport(
         folder=str(folder),
@@ -165,12 +205,15 @@ def inspect_shards(
         tp_size=manifest.tp_size,
         dtype=manifest.dtype,
         compat=manifest.compat,
+        expert_parallel=manifest.expert_parallel,
+        even=manifest.even,
         source_shapes={name: info.shape for name, info in own.tensors.items()},
-        ranks=tuple(_rank(manifest, rank) for rank in chosen),
+        ranks=tuple(_rank(manifest, rank, meaning) for rank in chosen),
+        extra=_extra(manifest),
         absent=absent,
         strays=strays,
         imbalance=max(sizes) * len(sizes) / sum(sizes),
-        replicated_bytes=_replicated(manifest),
+        replicated_bytes=copied_bytes(shard.tensors for shard in manifest.shards.values()),
         verified=verified,
     )
 
@@ -206,9 +249,14 @@ def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], ex
     return tuple(found)
 
 
-def _rank(manifest: Manifest, rank: int) -> RankReport:
+def _rank(manifest: Manifest, rank: int, meaning: Mapping[str, Meaning]) -> RankReport:
     shard = manifest.shard(rank)
-    tensors = tuple(_tensor(name, tensor, shard) for name, tensor in shard.tensors.items())
+    tensors = tuple(
+        tensor_report(
+            name, tensor, shard.parts[tensor.part].file, tensor.dtype, meaning.get(name, Meaning()), tensor.fill
+        )
+        for name, tensor in shard.tensors.items()
+    )
     return RankReport(
         rank=rank,
         files=tuple(part.file for part in shard.parts),
@@ -218,7 +266,18 @@ def _rank(manifest: Manifest, rank: int) -> RankReport:
     )
 
 
-def _tensor(name: str, tensor: ManifestTensor, shard: Shard) -> TensorReport:
+def _extra(manifest: Manifest) -> tuple[ExtraReport, ...]:
+    tensors = {} if manifest.extra is None else manifest.extra.tensors
+    return tuple(
+        ExtraReport(name, tensor.dtype, tensor.shape, tensor_nbytes(tensor.dtype, tensor.shape))
+        for name, tensor in tensors.items()
+    )
+
+
+def tensor_report(
+    name: str, tensor: ManifestTensor | PlannedTensor, file: str, dtype: str, meaning: Meaning, fill: int = 0
+) -> TensorReport:
+    """What is said of a stored ``tensor`` of a part ``file``."""
     pieces = tuple(
         PieceReport(
             piece.source,
@@ -229,27 +288,19 @@ def _tensor(name: str, tensor: ManifestTensor, shard: Shard) -> TensorReport:
     )
     return TensorReport(
         name=name,
-        file=shard.parts[tensor.part].file,
+        file=file,
         rule=tensor.rule.value,
         dim=tensor.dim,
-        dtype=tensor.dtype,
+        dtype=dtype,
         shape=tensor.shape,
-        nbytes=tensor_nbytes(tensor.dtype, tensor.shape),
+        nbytes=tensor_nbytes(dtype, tensor.shape),
         padding=prod(tensor.shape) - sum(piece.numel for piece in tensor.pieces),
-        fill=tensor.fill,
+        fill=fill,
         pieces=pieces,
+        stacked=tensor.stacked,
+        weight=meaning.weight,
+        format=meaning.format,
+        values=meaning.values,
+        holds=meaning.holds,
+        axes=meaning.axes,
     )
-
-
-def _replicated(manifest: Manifest) -> int:
-    """Bytes that ranks hold beyond the first copy of an element."""
-    seen: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
-    extra = 0
-    for shard in manifest.shards.values():
-        for tensor in shard.tensors.values():
-            for piece in tensor.pieces:
-                key = (piece.source, piece.start, piece.shape)
-                if key in seen:
-                    extra += tensor_nbytes(tensor.dtype, piece.shape)
-                seen.add(key)
-    return extra
