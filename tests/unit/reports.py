@@ -9,8 +9,8 @@ from typing import Any
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import as_held, build_plan
-from tpctl.sharding.showing.inspect import InspectReport, RankReport, tensor_report
 from tpctl.sharding.showing.meaning import Meaning, meanings
+from tpctl.sharding.showing.report import InspectReport, RankReport, tensor_report
 
 
 def make_report(

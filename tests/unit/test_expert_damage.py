@@ -77,8 +77,9 @@ def test_a_flipped_bit_of_a_weight_or_scale_is_placed(made: Path, data: st.DataO
     piece = next(p for p in held.pieces if p.at[held.dim] <= along < p.at[held.dim] + p.shape[held.dim])
     source = piece.source.format(piece.start[0] + expert)
     row, column = row - piece.at[1] + piece.start[1], column - piece.at[2] + piece.start[2]
-    said = f"{name} of rank {rank} differs from its source {source} at the source's row {row}, column {column}: "
-    assert with_source.startswith(said) and alone in with_source
+    start = f"{name} of rank {rank} is damaged"
+    said = f"{start} at row {row}, column {column} of its source {source}{alone.removeprefix(start)}"
+    assert with_source == said
 
 
 @settings(max_examples=60, deadline=None)

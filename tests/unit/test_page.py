@@ -21,8 +21,8 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
 from tpctl.arch.quantised import Cutting
 from tpctl.errors import ShardFolderError
-from tpctl.sharding.showing.inspect import ExtraReport
 from tpctl.sharding.showing.page import render, write_page
+from tpctl.sharding.showing.report import ExtraReport
 
 LLAMA_70B: dict[str, Any] = {
     "model_type": "llama",

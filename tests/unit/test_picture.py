@@ -20,9 +20,9 @@ from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.bands import Band, bands, copied_bytes
 from tpctl.sharding.showing.extra import apart
-from tpctl.sharding.showing.inspect import ExtraReport, InspectReport
 from tpctl.sharding.showing.kinds import Kind, flat, kinds
 from tpctl.sharding.showing.picture import NAMES, draw
+from tpctl.sharding.showing.report import ExtraReport, InspectReport
 
 NINE = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54, num_hidden_layers=4)
 

@@ -14,7 +14,7 @@ from tpctl.errors import counted, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 
 if TYPE_CHECKING:
-    from tpctl.sharding.showing.inspect import InspectReport, PieceReport, TensorReport
+    from tpctl.sharding.showing.report import InspectReport, PieceReport, TensorReport
 
 MOST_GROUPS = 20
 """Kinds of tensors beside the model that are listed."""

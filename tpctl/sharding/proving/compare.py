@@ -40,9 +40,12 @@ def verify_source(
     source: Path,
     *,
     extra: bool = True,
+    only: str | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Compare every element of ``ranks``' shards with the checkpoint in ``source``; the number of bytes.
+
+    With ``only``, the name of a stored tensor, that one's are compared and nothing else is.
 
     Padding, tensors that no rank needs (where ``extra`` says that their file is here) and copied files are compared
     as well, and no tensor may be missing or be one too many.
@@ -63,12 +66,13 @@ def verify_source(
     expected = Expected.of(config, plan, manifest.compat)
     for rank in manifest.shards:
         _check_entries(manifest, rank, expected, tensors, exact)
-    moves = _moves(folder, manifest, ranks, expected, tensors)
-    moves += _other_moves(folder, manifest, config, plan, tensors, extra)
+    moves = _moves(folder, manifest, ranks, expected, tensors, only)
+    if only is None:
+        moves += _other_moves(folder, manifest, config, plan, tensors, extra)
     total = sum(move.nbytes for move in moves)
     with Files() as files:
         move_all(moves, files, ByteCounter(total, "", progress), compare=True)
-    return total + _compare_copied(folder, manifest, checkpoint)
+    return total + (_compare_copied(folder, manifest, checkpoint) if only is None else 0)
 
 
 def _check_entries(
@@ -119,14 +123,17 @@ def _moves(
     ranks: Sequence[int],
     expected: Expected,
     tensors: Mapping[str, Stored],
+    only: str | None,
 ) -> list[Move]:
-    """One comparison for each stored tensor: what the plan reads of the source, against what the ranks have."""
+    """One comparison for each stored tensor (or ``only`` that one): what the plan reads of the source, against what
+    the ranks have."""
     found: dict[str, list[Stored]] = {}
     for rank in ranks:
         for name, (info, path) in tensor_infos(folder, manifest, rank).items():
             planned, fill = expected.shards[rank][name], expected.fills.get(name, 0)
             held = in_shard(info, planned.pieces, path, rank, stacked=planned.stacked, fill=fill)
-            found.setdefault(name, []).append(held)
+            if only in (None, name):
+                found.setdefault(name, []).append(held)
     moves = []
     for name, stored in found.items():
         pieces = (piece for rank in ranks for piece in expected.shards[rank][name].pieces)

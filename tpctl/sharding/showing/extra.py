@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tpctl.sharding.showing.inspect import ExtraReport
+from tpctl.sharding.showing.report import ExtraReport
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from math import prod
 
 from tpctl.partition.split import EACH, Rule
 from tpctl.sharding.showing.bands import Band, bands
-from tpctl.sharding.showing.inspect import InspectReport, TensorReport
+from tpctl.sharding.showing.report import InspectReport, TensorReport
 
 
 @dataclass(frozen=True)

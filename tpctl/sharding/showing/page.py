@@ -20,10 +20,10 @@ from tpctl.arch.source_plan import as_held
 from tpctl.checkpoint.outputs import resolved, write_whole
 from tpctl.errors import ShardFolderError, format_bytes, printable
 from tpctl.sharding.showing import page_sections as sections
-from tpctl.sharding.showing.inspect import InspectReport
 from tpctl.sharding.showing.kinds import Kind, flat, kinds, layer_of, pattern
 from tpctl.sharding.showing.page_flow import block_flow, column_example, row_example
-from tpctl.sharding.showing.page_svg import hue
+from tpctl.sharding.showing.report import InspectReport
+from tpctl.sharding.showing.svg import hue
 
 
 def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:

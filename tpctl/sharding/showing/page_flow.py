@@ -11,8 +11,9 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.errors import shorten
 from tpctl.manifest.manifest import rank_list
 from tpctl.sharding.showing.kinds import Kind
-from tpctl.sharding.showing.page_svg import Svg, cells
+from tpctl.sharding.showing.page_svg import cells
 from tpctl.sharding.showing.steps import Bar, Lanes, Step, kinds_in, steps
+from tpctl.sharding.showing.svg import Svg
 
 LANES = 4
 """Ranks that the way through a block shows side by side."""

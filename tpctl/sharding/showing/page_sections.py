@@ -11,11 +11,12 @@ from tpctl.errors import format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 from tpctl.partition.split import Rule
 from tpctl.sharding.showing.extra import apart
-from tpctl.sharding.showing.inspect import InspectReport
 from tpctl.sharding.showing.kinds import Kind, count
 from tpctl.sharding.showing.page_flow import experts_in
-from tpctl.sharding.showing.page_svg import figure, hue
+from tpctl.sharding.showing.page_svg import figure
+from tpctl.sharding.showing.report import InspectReport
 from tpctl.sharding.showing.rules import entry, paragraph, where
+from tpctl.sharding.showing.svg import hue
 
 
 def mixers_of(blueprint: Blueprint) -> dict[str, Attention | Mixer]:
