@@ -94,9 +94,7 @@ def _matrix(svg: Svg, kind: Kind, start: float, whose: str = "whole:") -> None:
     sx, sy = width / across, height / rows
     several = len(kind.sources) > 1
     top = 44.0 if kind.experts else 34.0
-    rows_are, columns_are = _axes(kind)
-    times = f" × {kind.count} experts" if kind.experts and not kind.dealt else ""
-    captions = f"{whose} {rows:,} rows ({rows_are})", f"× {across:,} columns ({columns_are}){times}"
+    captions = _captions(kind, whose, whole)
     for line, caption in enumerate(captions):
         svg.text(start, 12 + 14 * line, caption, "note")
     under = top + height + 14 + CARD * (kind.copies - 1)
@@ -133,12 +131,15 @@ def _pile(svg: Svg, x: float, y: float, width: float, height: float, kind: Kind)
         svg.rect(x + step, y - step, width, height, "whole")
 
 
-def _axes(kind: Kind) -> tuple[str, str]:
-    """What rows and columns are."""
-    if kind.rule == Rule.VOCAB:
-        return "tokens", "features"
-    first, second = (*kind.axes, "", "")[:2]
-    return first or "outputs", second or "inputs"
+def _captions(kind: Kind, whose: str, whole: Sequence[int]) -> tuple[str, str]:
+    """What rows and columns are, above a weight."""
+    if kind.rule == Rule.COLUMN and not kind.axes:  # no linear's
+        each = " × ".join(f"{size:,}" for size in whole[1:])
+        return f"{whose} {whole[0]:,} entries", f"of {each} numbers each" if each else ""
+    axes = kind.axes if len(kind.axes) > 1 else ("outputs", "inputs")
+    times = f" × {kind.count} experts" if kind.experts and not kind.dealt else ""
+    columns = whole[1] if len(whole) > 1 else 1
+    return f"{whose} {whole[0]:,} rows ({axes[0]})", f"× {columns:,} columns ({axes[1]}){times}"
 
 
 def _box(across: int, rows: int, kind: Kind) -> tuple[float, float]:
