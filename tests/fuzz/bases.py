@@ -9,11 +9,16 @@ from typing import Any
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.arch.families import FAMILIES
+from tpctl.arch.quantised import Cutting
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 VOCAB = 264
-SHARDS, INDEXED, WORDS = "shards", "indexed", "words"
-"""Bases beside the families: a checkpoint with its shards, one in two files, one whose tokenizer is sentencepiece's."""
+SHARDS, EXPERTS, INDEXED, WORDS = "shards", "experts", "indexed", "words"
+"""Bases beside the families: a checkpoint with its shards, the same of FP8 experts that are dealt to its ranks, one in
+two files, one whose tokenizer is sentencepiece's."""
+
+FEW_EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [16, 8], "activation_scheme": "dynamic"}
 
 TEMPLATE = (
     "{%- if messages[0].role == 'system' %}{{ '<<' + messages[0]['content'] | trim + '>>\\n' }}{% endif %}\n"
@@ -41,13 +46,16 @@ LINES = (
 
 def config_of(base: str) -> dict[str, Any]:
     """The ``config.json`` of a base."""
-    family = base if base in FAMILIES else "llama"
-    return make_config(family, vocab_size=VOCAB, eos_token_id=256, bos_token_id=None)
+    family = "qwen3_moe" if base == EXPERTS else base if base in FAMILIES else "llama"
+    more = FEW_EXPERTS if family == "qwen3_moe" else {}
+    if base == EXPERTS:
+        more = {**more, "quantization_config": FP8}
+    return make_config(family, **more, vocab_size=VOCAB, eos_token_id=256, bos_token_id=None)
 
 
 def make_bases(folder: Path) -> None:
     """Write every base below ``folder``, each as the folder that commands will run in."""
-    for base in (*FAMILIES, SHARDS, INDEXED, WORDS):
+    for base in (*FAMILIES, SHARDS, EXPERTS, INDEXED, WORDS):
         make_base(folder / base, base)
 
 
@@ -61,8 +69,9 @@ def make_base(work: Path, base: str) -> None:
     (model / "chat_template.jinja").write_text(TEMPLATE)
     (model / "generation_config.json").write_text(json.dumps(GENERATION))
     (work / "lines.jsonl").write_bytes(LINES)
-    if base == SHARDS:
-        shard_checkpoint(model, work / "shards", 2, source_id="model")
+    if base in (SHARDS, EXPERTS):
+        cutting = Cutting(2) if base == EXPERTS else Cutting()
+        shard_checkpoint(model, work / "shards", 2, source_id="model", cutting=cutting)
 
 
 WORDS_CONFIG: dict[str, Any] = {

@@ -253,4 +253,6 @@ MANIFEST: Fields = {
         {"٣": {}},
     ],
     "extra": [None, {}, {"parts": [], "tensors": {}}],
+    "expert_parallel": [0, 1, 2, 3, 10**9, 2**63, -1, True, "2", None],
+    "even": [True, False, "yes", 1, None],
 }

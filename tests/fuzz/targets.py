@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz import fields, token_fields
 from tests.fuzz.bases import (
+    EXPERTS,
     GENERATION,
     INDEXED,
     SHARDS,
@@ -79,7 +80,7 @@ def index_cases(draw: Draw) -> Case:
 @st.composite
 def manifest_cases(draw: Draw) -> Case:
     """``tpctl.json`` of a shard folder, mostly with the digest that fits it, and the files that it names."""
-    path = "shards/tpctl.json"
+    path, base = "shards/tpctl.json", draw(st.sampled_from([SHARDS, SHARDS, EXPERTS]))
     way = draw(st.integers(0, 9))
     if way == 0:
         change = draw(forms(f"shards/{draw(st.sampled_from(fields.SHARD_FILES))}"))
@@ -88,13 +89,13 @@ def manifest_cases(draw: Draw) -> Case:
             f"shards/{draw(st.sampled_from(fields.SHARD_FILES))}", "flip", size=draw(st.integers(0, 1 << 20))
         )
     elif way == 2:
-        change = draw(json_files(path, _manifest()))
+        change = draw(json_files(path, _manifest(base)))
     else:
-        value, why = draw(json_values(_manifest(), fields.MANIFEST, most=2))
+        value, why = draw(json_values(_manifest(base), fields.MANIFEST, most=2))
         text = seal(value) if isinstance(value, dict) else json.dumps(None)
         change = Change(path, content=text.encode("utf-8", "surrogatepass"), why=why)
     commands = draw(st.sampled_from(MANIFEST_COMMANDS))
-    return Case("manifest", SHARDS, (change,), commands)
+    return Case("manifest", base, (change,), commands)
 
 
 # Where a manifest is not as it was, ``inspect-shards`` searches for the byte that changed, which takes a second.
@@ -111,19 +112,19 @@ MANIFEST_COMMANDS: list[tuple[Command, ...]] = [
 
 
 @cache
-def _manifest_text() -> str:
+def _manifest_text(base: str) -> str:
     import tempfile
     from pathlib import Path
 
     from tests.fuzz.bases import make_base
 
     with tempfile.TemporaryDirectory() as folder:
-        make_base(Path(folder), SHARDS)
+        make_base(Path(folder), base)
         return (Path(folder) / "shards" / "tpctl.json").read_text()
 
 
-def _manifest() -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(_manifest_text())
+def _manifest(base: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(_manifest_text(base))
     return value
 
 

@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 
-from tests.unit.reports import make_report
+from tests.unit.reports import make_report, report_of
+from tests.unit.shown import mixed, post_normed
 from tests.unit.synthetic import RUN, make_config
+from tests.unit.test_picture import MOE
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.quantised import Cutting
 from tpctl.errors import ShardFolderError
 from tpctl.sharding.showing.page import render, write_page
+from tpctl.sharding.showing.report import ExtraReport
 
 LLAMA_70B: dict[str, Any] = {
     "model_type": "llama",
@@ -127,6 +132,90 @@ def test_every_lane_of_the_block_is_named() -> None:
     five, six = (" ".join(read(render(*make_report(NINE, tp_size))).texts) for tp_size in (5, 6))
     assert all(f" rank {rank} " in five for rank in range(4))
     assert "1 more rank does the same beside these" in five and "2 more ranks do the same" in six
+
+
+def page_of(model: ModelConfig, tp_size: int, cutting: Cutting = Cutting()) -> str:
+    html = render(report_of(model, tp_size, cutting=cutting), model)
+    return " ".join(" ".join(read(html).texts).split())
+
+
+def test_a_token_passes_router_and_experts() -> None:
+    report, config = make_report(MOE, 2)
+    html = render(report, config)
+    text = " ".join(" ".join(read(html).texts).split())
+    assert (
+        "8 experts of which a token takes 2, in" in text and "blocks of two sorts, each an attention part and " in text
+    )
+    assert "Layer 0 attention over all tokens, an MLP" in text
+    assert "Layers 1-2 2 of 3 blocks: attention over all tokens, 8 experts" in text
+    steps = (
+        "RMSNorm",
+        "router",
+        "w13 of an expert",
+        "act(gate) · up",
+        "w2 of an expert",
+        "sum of experts",
+        "all-reduce 2",
+    )
+    places = [text.index(step, text.index("Layers 1-2")) for step in steps[1:]]
+    assert places == sorted(places)
+    assert "512 × 256" in text and "best 2 of 8" in text and "Here every rank has a part of every expert" in text
+    assert "a part of all 8" in text and "FP8 in blocks of 128 x 128" in text
+    assert "w13_weight_scale_inv F32 3 × 2 + 3 × 2, 8 times for a block of 128 x 128 cut with the weight" in text
+    assert "norms and routers" in " ".join(read(render(replace(report, replicated_bytes=1000), config)).texts)
+    names = [kind["name"] for kind in data_of(html)["kinds"]]
+    assert "model.layers.N.mlp.experts.w2_weight_scale_inv" in names
+
+
+def test_dealt_experts_are_said_rank_by_rank() -> None:
+    cutting = Cutting(2)
+    report, config = make_report(MOE, 4, cutting=cutting)
+    text = " ".join(" ".join(read(render(report, config)).texts).split())
+    assert "dealt to 2 groups of 2 ranks (expert parallel)" in text
+    assert "experts 0 to 3 those chosen, if any" in text and "experts 4 to 7 those chosen, if any" in text
+    assert "one of experts 0 to 3: 768 rows (outputs)" in text and "4 to 7, a part of each" in text
+    whole = page_of(ModelConfig.from_dict(MOE, cutting=Cutting(4)), 4, Cutting(4))
+    assert "experts 6:8, each whole" in whole and "no expert is cut" in whole
+
+
+def test_layers_of_many_sorts_are_drawn_once_each() -> None:
+    text = page_of(mixed(), 4)
+    assert "blocks of three sorts, each a part that mixes tokens and an MLP part or one of experts" in text
+    for heading in (
+        "Layer 0 attention over a window of 128, an MLP",
+        "Layers 1-2, 4-5 4 of 6 blocks: gated delta net, 8 experts and a shared one",
+        "Layer 3 attention over all tokens, 8 experts and a shared one",
+    ):
+        assert heading in text
+    assert "A head needs no other. By head too: conv1d, A_log." in text and "Over 128 tokens." in text
+    assert "all-reduce 2, of experts and the shared one" in text and "shared gate, up 64 × 256" in text
+    assert "8 query and 2 KV heads or 8 heads of gated delta net" in text
+    assert "heads, gated delta net" in text
+    assert "128 × 256" in text  # of q, k, v: by features, whatever words they are packed in
+    assert "columns (words of 8 outputs)" in text and "It is stored [inputs × outputs]." in text
+
+
+def test_norms_behind_and_over_all_heads() -> None:
+    text = page_of(post_normed(), 2)
+    steps = (
+        "qkv weight",
+        "all-reduce 1, of squares",
+        "attention",
+        "all-reduce 2",
+        "after one more RMSNorm",
+        "all-reduce 3",
+    )
+    places = [text.index(step, text.index("hidden state 24 numbers")) for step in steps]
+    assert places == sorted(places) and "only at the three bars" in text
+
+
+def test_what_no_rank_holds_is_listed() -> None:
+    report, config = make_report(NINE, 2)
+    extra = tuple(ExtraReport(f"mtp.layers.{n}.fc.weight", "BF16", (2, 3), 12) for n in range(3))
+    text = " ".join(" ".join(read(render(replace(report, extra=extra), config)).texts).split())
+    assert "The checkpoint has 3 more tensors, 36 B, that no rank needs" in text
+    assert "mtp.layers.N.fc.weight BF16 [2, 3] 3 36 B" in text
+    assert "Beside the model" not in render(report, config)
 
 
 def test_a_missing_rank_is_drawn_as_missing() -> None:

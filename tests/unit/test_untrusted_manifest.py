@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
+from tests.unit.test_expert_damage import CONFIG
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.cli.app import main
 from tpctl.errors import ShardFolderError, TpctlError
@@ -42,6 +45,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(place / "two", place / "crafted")
     merge_shards(place / "two", place / "whole")
     reshard(place / "two", place / "three", 3)
+    return place
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of six FP8 experts that are dealt to two groups of two ranks."""
+    place = tmp_path_factory.mktemp("experts")
+    model = make_checkpoint(place / "model", CONFIG, files=2)
+    shard_checkpoint(model, place / "two", 4, max_part_size=6000, cutting=Cutting(2))
+    shutil.copytree(place / "two", place / "crafted")
+    merge_shards(place / "two", place / "whole")
+    reshard(place / "two", place / "three", 3, cutting=Cutting(3))
     return place
 
 
@@ -77,7 +92,7 @@ def every_use(place: Path, folder: Path) -> dict[str, Exception | None]:
         assert folder_bytes(place / "out") == listed(folder, folder_bytes(place / "whole"))
 
     def again() -> None:
-        reshard(folder, place / "out", 3)
+        reshard(folder, place / "out", 3, cutting=Cutting(Manifest.load(place / "three").expert_parallel))
         made, right = folder_bytes(place / "out"), listed(folder, folder_bytes(place / "three"))
         assert {**made, MANIFEST: b""} == {**right, MANIFEST: b""}
 
@@ -167,6 +182,66 @@ def test_a_manifest_that_is_none_of_its_model_is_refused(place: Path, path: str,
     assert "; shard the model again" in str(found["inspect"])
 
 
+W13, W2 = (f"shards/1/tensors/model.layers.0.mlp.experts.{name}_weight" for name in ("w13", "w2"))
+SCALE, GATE = f"{W2}_scale_inv", "shards/1/tensors/model.layers.0.mlp.gate.weight"
+FIRST = f"{W13}/pieces/0"
+EXPERTS_REFUSED: dict[str, Any] = {
+    f"{GATE}/stacked": True,
+    "shards/1/tensors/model.norm.weight/stacked": True,
+    f"{W13}/stacked": (False, "yes", 1),
+    f"{W13}/dim": (0, 2, 3),
+    f"{W13}/shape": ([3, 16], [10**9, 16, 24], [2**40, 2**22, 0]),
+    f"{FIRST}/shape": ([3, 16, 24], [2, 8, 24], [3, 0, 24], [10**9, 8, 24], [3, 8]),
+    f"{FIRST}/at": ([1, 0, 0], [0, 8, 0], [0, 1, 0], [0, 0, 1]),
+    f"{FIRST}/start": ([3, 32, 0], [10**9, 32, 0], [0, 0, 0], [0, 32, 8]),
+    f"{FIRST}/source": ("model.layers.0.mlp.experts.0.gate_proj.weight", "{}", "{0.__class__}", "{}" * 100),
+    f"{W13}/pieces": ([], "twice"),
+    f"{W2}/pieces/0/shape": ([3, 24, 4], [3, 12, 8]),
+    f"{W2}/rule": "experts",
+    f"{SCALE}/pieces/0/start": [0, 0, 3],
+    f"{SCALE}/dtype": ("F8_E8M0", "BF16", "F4"),
+    "expert_parallel": (0, 1, 3, 4, 10**9, 10**30, True, None, "2", [2]),
+    "even": ("yes", False, 1, None, 10**30),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [(path, new) for path, news in EXPERTS_REFUSED.items() for new in (news if isinstance(news, tuple) else (news,))],
+    ids=lambda value: str(value)[:40],
+)
+def test_lies_about_experts_are_refused_at_once(experts: Path, path: str, new: Any) -> None:
+    value = content(experts)
+    if path == f"{W13}/pieces" and new == "twice":
+        new = value["shards"]["1"]["tensors"]["model.layers.0.mlp.experts.w13_weight"]["pieces"][:1] * 2
+    folder = craft(experts, changed(value, path, new))
+    started = time.process_time()
+    found = every_use(experts, folder)
+    assert time.process_time() - started < 5
+    for name in ("merge", "reshard", "inspect", "verify", "source"):
+        error = found[name]
+        assert isinstance(error, TpctlError), (name, found)
+        assert "\n" not in str(error)
+    assert "manifest" in str(found["inspect"]) or MANIFEST in str(found["inspect"])
+    assert "; shard the model again" in str(found["inspect"])
+
+
+def test_more_experts_than_there_are_files_for(experts: Path) -> None:
+    """Each would be a strip of its own; a sparse file of a terabyte costs nobody anything."""
+    value = content(experts)
+    stack = value["shards"]["1"]["tensors"]["model.layers.0.mlp.experts.w13_weight"]
+    stack["shape"][0] = 10**12
+    for piece in stack["pieces"]:
+        piece["shape"][0] = 10**12
+    tracemalloc.start()
+    try:
+        found = every_use(experts, craft(experts, value))
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert all("was altered after it was written" in str(found[name]) for name in ("merge", "reshard", "inspect"))
+
+
 leaves = st.one_of(
     st.none(),
     st.booleans(),
@@ -187,7 +262,8 @@ def places_in(value: Any, path: str = "") -> Iterator[str]:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_change_is_one_line_or_harmless(place: Path, data: st.DataObject) -> None:
+def test_any_change_is_one_line_or_harmless(place: Path, experts: Path, data: st.DataObject) -> None:
+    place = data.draw(st.sampled_from([place, experts]))
     value = content(place)
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(list(places_in(value))))

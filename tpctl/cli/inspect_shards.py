@@ -14,7 +14,10 @@ from tpctl.errors import counted, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 
 if TYPE_CHECKING:
-    from tpctl.sharding.showing.inspect import InspectReport, PieceReport, TensorReport
+    from tpctl.sharding.showing.report import InspectReport, PieceReport, TensorReport
+
+MOST_GROUPS = 20
+"""Kinds of tensors beside the model that are listed."""
 
 
 def inspect_shards(
@@ -60,10 +63,14 @@ def inspect_shards(
 
 
 def _print(report: InspectReport, detail: bool) -> None:
+    from tpctl.sharding.showing.rules import entry
+
     revision = f"@{report.revision}" if report.revision else ""
     dtype = f", cast to {report.dtype}" if report.dtype else ""
     source = f"{report.source}{revision} ({report.model_type})"
-    say(f"{report.folder}: {source} cut for tp {report.tp_size}{dtype}")
+    cut = f", experts dealt to {report.expert_parallel} groups of ranks" if report.expert_parallel > 1 else ""
+    even = ", evenly: borders may divide blocks of a scale" if report.even else ""
+    say(f"{report.folder}: {source} cut for tp {report.tp_size}{cut}{even}{dtype}")
     say()
     for rank in report.ranks:
         files = counted(len(rank.files), "file")
@@ -77,6 +84,9 @@ def _print(report: InspectReport, detail: bool) -> None:
         )
     if report.replicated_bytes:
         say(f"copies: {format_bytes(report.replicated_bytes)} are held by more than one rank")
+    if report.extra:
+        total = format_bytes(sum(one.nbytes for one in report.extra))
+        say(f"beside the model: {counted(len(report.extra), 'tensor')}, {total}, that no rank needs")
     if report.absent:
         say(f"not here: the files of {describe_ranks(report.absent)}; what is said of them is the manifest's word")
     if report.strays:
@@ -84,10 +94,12 @@ def _print(report: InspectReport, detail: bool) -> None:
     say()
     if detail:
         for tensor in report.ranks[0].tensors:
-            say(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}  {tensor.file}")
+            stands = f"  ({entry(tensor.holds)})" if tensor.holds else ""
+            say(f"{tensor.name}  {tensor.rule}  {tensor.dtype} {_shape(tensor)}{stands}  {tensor.file}")
             say(f"    {_pieces(tensor)}")
     else:
         _draw(report)
+        _list_extra(report)
     if report.verified is not None:
         if report.verified.hashed_bytes:
             say(f"verified: {format_bytes(report.verified.hashed_bytes)} match their digests")
@@ -104,8 +116,22 @@ def _draw(report: InspectReport) -> None:
     from tpctl.sharding.showing.picture import draw
 
     blueprint = ModelConfig.load(Path(report.folder)).blueprint
-    stdout().print(draw(kinds(report), blueprint), soft_wrap=True)
+    stdout().print(draw(kinds(report), blueprint, report.tp_size), soft_wrap=True)
     say()
+
+
+def _list_extra(report: InspectReport) -> None:
+    """What no rank needs, by name and size."""
+    from tpctl.sharding.showing.extra import apart
+
+    groups = apart(report.extra)
+    for group in groups[:MOST_GROUPS]:
+        each = f"{counted(group.count, 'tensor')}, each {group.shape}" if group.count > 1 else group.shape
+        say(f"no rank needs {printable(group.name)}  {group.dtype} {each}  {format_bytes(group.nbytes)}")
+    if len(groups) > MOST_GROUPS:
+        say(f"and {len(groups) - MOST_GROUPS} more kinds of them, which --json lists")
+    if groups:
+        say()
 
 
 def _shape(tensor: TensorReport) -> str:
@@ -117,11 +143,13 @@ def _pieces(tensor: TensorReport) -> str:
         return f"the constant {tensor.fill}, which another engine expects"
     rows = tensor.padding // max(1, tensor.shape[-1])
     padding = f" + {counted(rows, 'row')} of zeros" if tensor.padding else ""
-    return " + ".join(_piece(piece, tensor.dim) for piece in tensor.pieces) + padding
+    return " + ".join(_piece(piece, tensor.dim, tensor.stacked) for piece in tensor.pieces) + padding
 
 
-def _piece(piece: PieceReport, dim: int) -> str:
-    first, stop = piece.ranges[dim]
-    rest = ":, " * dim
+def _piece(piece: PieceReport, dim: int, stacked: bool) -> str:
+    """``mlp.experts.{}.gate_proj.weight[0:64, 0:384]``: of experts, the first index is theirs."""
+    first, stop = piece.ranges[dim] if piece.ranges else (0, 1)
+    experts = f"{piece.ranges[0][0]}:{piece.ranges[0][1]}, " if stacked else ""
+    rest = experts + ":, " * (dim - stacked)
     name = re.sub(r"^model\.layers\.\d+\.", "", piece.source)
     return f"{name}[{rest}{first}:{stop}]"

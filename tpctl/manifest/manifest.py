@@ -27,6 +27,7 @@ from tpctl.manifest.records import (
     Source,
     SourceFile,
     digest,
+    flag,
     natural,
     one_of,
     plain_name,
@@ -260,7 +261,7 @@ def _from_dict(value: Mapping[str, Any]) -> Manifest:
             for name, file in value["files"].items()
         },
         expert_parallel=natural(value.get("expert_parallel", 1), least=1, most=tp_size),
-        even=bool(value.get("even", False)),
+        even=flag(value.get("even", False)),
     )
     if manifest.extra is not None and len(manifest.extra.parts) != 1:
         raise ValueError("tensors that no rank needs are in one file")

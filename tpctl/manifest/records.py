@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -15,6 +15,9 @@ from tpctl.partition.split import Rule
 
 LONGEST_TEXT, LONGEST_ID = 1000, 5000
 """Characters of a name or label, and of a source's id, which may be a path."""
+
+MOST_STACKED = 1_000_000
+"""Pieces of single experts in a shard: of 60 layers of 512 experts in four tensors a weight there are half as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ def shard_from_dict(value: Mapping[str, Any]) -> Shard:
         raise ValueError("a shard holds nothing")
     if {tensor.part for tensor in found.values()} != set(range(len(parts))):
         raise ValueError("a part holds nothing")
+    if sum(tensor.shape[0] * len(tensor.pieces) for tensor in found.values() if tensor.stacked) > MOST_STACKED:
+        raise ValueError("a shard holds more experts than there are")
     return Shard(parts, found)
 
 
@@ -156,34 +161,51 @@ def _part(value: Mapping[str, Any]) -> Part:
 def tensor_from_dict(value: Mapping[str, Any], num_parts: int) -> ManifestTensor:
     """A stored tensor of a shard of ``num_parts`` part files; errors as ``shard_from_dict``."""
     shape = _shape(value["shape"])
+    stacked = flag(value.get("stacked", False))
+    dim = natural(value["dim"], most=max(0, len(shape) - 1))
+    pieces = tuple(_piece(piece, len(shape)) for piece in value["pieces"])
+    if stacked and len(shape) < 2:
+        raise ValueError("a tensor without experts is stacked")
+    _check_pieces(pieces, shape, dim, stacked)
     return ManifestTensor(
         natural(value["part"], most=num_parts - 1),
         one_of(DTYPE_BITS, value["dtype"]),
         shape,
         digest(value["digest"]),
         Rule(value["rule"]),
-        natural(value["dim"], most=max(0, len(shape) - 1)),
-        tuple(_piece(piece, shape) for piece in value["pieces"]),
+        dim,
+        pieces,
         natural(value["fill"], most=1),
-        _stacked(value, shape),
+        stacked,
     )
 
 
-def _stacked(value: Mapping[str, Any], shape: Shape) -> bool:
-    stacked = value.get("stacked", False)
-    if not isinstance(stacked, bool) or (stacked and len(shape) < 2):
-        raise ValueError("a tensor without experts is stacked")
-    return stacked
-
-
-def _piece(value: Mapping[str, Any], whole: Shape) -> Piece:
+def _piece(value: Mapping[str, Any], axes: int) -> Piece:
     start, shape, at = (_shape(value[key]) for key in ("start", "shape", "at"))
-    inside = all(first + length <= total for first, length, total in zip(at, shape, whole, strict=True))
-    # They lie one below the other in the stored tensor, or beside each other: they are equal in all axes but one.
-    axes = sum(length != total for length, total in zip(shape, whole, strict=True))
-    if len(start) != len(whole) or not inside or axes > 1:
-        raise ValueError("a piece lies outside its tensor")
+    if not len(start) == len(shape) == len(at) == axes:
+        raise ValueError("a piece has other axes than its tensor")
     return Piece(text(value["source"]), start, shape, at, text(value["label"]))
+
+
+def _check_pieces(pieces: Sequence[Piece], shape: Shape, dim: int, stacked: bool) -> None:
+    """Raise ``ValueError`` unless ``pieces`` lie in order along ``dim``, without a hole, each as large as the tensor of
+    ``shape`` on all other axes. What they leave is below them, and so whole rows (see ``sharding.moving.layout``)."""
+    reach = 0
+    for piece in pieces:
+        for axis, length in enumerate(shape):
+            first, held = piece.at[axis], piece.shape[axis]
+            if (first != reach or not held) if axis == dim else (first, held) != (0, length):
+                raise ValueError("a piece overlaps another one, or leaves a hole")
+        reach += piece.shape[dim] if shape else 0
+    if not pieces:
+        return
+    if not shape:
+        if len(pieces) > 1:
+            raise ValueError("a number is made of several")
+        return
+    by_columns = dim > stacked
+    if dim not in (stacked, stacked + 1) or reach > shape[dim] or (by_columns and reach != shape[dim]):
+        raise ValueError("the pieces do not fill their tensor")
 
 
 def _shape(value: Any) -> Shape:
@@ -226,6 +248,13 @@ def natural(value: Any, least: int = 0, most: int | None = None) -> int:
         raise TypeError(f"a {type(value).__name__} is not an integer")
     if not least <= value <= (MOST_BYTES if most is None else most):
         raise ValueError("a number is out of range")
+    return value
+
+
+def flag(value: Any) -> bool:
+    """``value`` if it is true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"a {type(value).__name__} is neither true nor false")
     return value
 
 

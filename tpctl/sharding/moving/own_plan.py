@@ -16,7 +16,7 @@ from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import second_copies, source_plan
 from tpctl.checkpoint.folder import INDEX, indexed_files
 from tpctl.checkpoint.safetensors import FileTensor, Header, source_headers
-from tpctl.errors import CheckpointError, ShardFolderError, TpctlError, shorten
+from tpctl.errors import CheckpointError, PartitionError, ShardFolderError, TpctlError, shorten
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.plan import PartitionPlan
@@ -58,7 +58,10 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
         if twice := tensors.keys() & header.tensors.keys():
             raise _contradicts(path, f"the source's tensor {_short(min(twice))} is in {file} and in another file")
         tensors.update(header.tensors)
-    config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
+    try:
+        config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
+    except PartitionError as error:  # more groups of ranks than experts
+        raise _contradicts(path, str(error)) from None
     try:
         plan = source_plan(config, tensors, manifest.tp_size)
         plan.check_source({name: info.shape for name, info in tensors.items()}, config.blueprint.unread(tensors))

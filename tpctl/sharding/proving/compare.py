@@ -22,7 +22,7 @@ from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.manifest.records import ManifestTensor
 from tpctl.partition.dtypes import dtype_after_cast
-from tpctl.partition.plan import PlannedTensor
+from tpctl.partition.plan import Piece, PlannedTensor
 from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
@@ -41,9 +41,12 @@ def verify_source(
     source: Path,
     *,
     extra: bool = True,
+    only: str | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Compare every element of ``ranks``' shards with the checkpoint in ``source``; the number of bytes.
+
+    With ``only``, the name of a stored tensor, that one's are compared and nothing else is.
 
     Padding, tensors that no rank needs (where ``extra`` says that their file is here) and copied files are compared
     as well, and no tensor may be missing or be one too many.
@@ -65,13 +68,14 @@ def verify_source(
     expected = Expected.of(config, plan, manifest.compat)
     for rank in manifest.shards:
         _check_entries(manifest, rank, expected, held, exact)
-    moves = _moves(folder, manifest, ranks, expected, {split.name: tensors.of(split) for split in plan.splits})
-    rest = held.keys() - plan.source_shapes.keys()
-    moves += _other_moves(folder, manifest, second_copies(config, held), rest, tensors, extra)
+    moves = _moves(folder, manifest, ranks, expected, {split.name: tensors.of(split) for split in plan.splits}, only)
+    if only is None:
+        rest = held.keys() - plan.source_shapes.keys()
+        moves += _other_moves(folder, manifest, second_copies(config, held), rest, tensors, extra)
     total = sum(move.nbytes for move in moves)
     with Files() as files:
         move_all(moves, files, ByteCounter(total, "", progress), compare=True)
-    return total + _compare_copied(folder, manifest, checkpoint)
+    return total + (_compare_copied(folder, manifest, checkpoint) if only is None else 0)
 
 
 def _check_entries(
@@ -103,11 +107,17 @@ def _check_entries(
 def _brief(record: ManifestTensor | PlannedTensor, field: str, fill: int) -> str:
     if field == "fill":
         return str(fill)
+    if field == "stack":
+        return str(record.stacked)
     if field != "pieces":
         return str(getattr(record, field))
-    dim = record.dim
-    parts = (f"{p.source}[{p.start[dim]}:{p.start[dim] + p.shape[dim]}]" for p in record.pieces)
-    return " + ".join(parts) or "none"
+    return " + ".join(_range(piece, record.dim, record.stacked) for piece in record.pieces) or "none"
+
+
+def _range(piece: Piece, dim: int, stacked: bool) -> str:
+    """``mlp.experts.{}.gate_proj.weight[0:64, 0:384]``: experts, then entries of the cut axis."""
+    axes = dict.fromkeys([0, dim] if stacked else [dim])
+    return f"{piece.source}[{', '.join(f'{piece.start[a]}:{piece.start[a] + piece.shape[a]}' for a in axes)}]"
 
 
 def _moves(
@@ -116,14 +126,17 @@ def _moves(
     ranks: Sequence[int],
     expected: Expected,
     inputs: Mapping[str, tuple[Stored, ...]],
+    only: str | None,
 ) -> list[Move]:
-    """One comparison for each stored tensor: what the plan reads of the source, against what the ranks have."""
+    """One comparison for each stored tensor (or ``only`` that one): what the plan reads of the source, against what
+    the ranks have."""
     found: dict[str, list[Stored]] = {}
     for rank in ranks:
         for name, (info, path) in tensor_infos(folder, manifest, rank).items():
             planned, fill = expected.shards[rank][name], expected.fills.get(name, 0)
             held = in_shard(info, planned.pieces, path, rank, stacked=planned.stacked, fill=fill)
-            found.setdefault(name, []).append(held)
+            if only in (None, name):
+                found.setdefault(name, []).append(held)
     return [Move(inputs.get(name, ()), tuple(stored)) for name, stored in found.items()]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.safetensors import Header, read_header, source_headers
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError
@@ -117,7 +118,8 @@ def _expected(folder: Path, value: Mapping[str, Any]) -> Expected | None:
     try:
         files = [SourceFile(file["name"], file["size"], file["header"]) for file in value["source"]["files"]]
         names = {name for header in source_headers(files).values() for name in header.tensors}
-        config = ModelConfig.load(folder)
+        cutting = Cutting(value.get("expert_parallel", 1), value.get("even", False))
+        config = ModelConfig.load(folder, cutting)
         plan = source_plan(config, names, value["tp_size"])
         return Expected.of(config, plan, value["compat"])
     except TpctlError:

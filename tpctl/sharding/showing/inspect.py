@@ -1,17 +1,17 @@
-"""What a shard folder holds and how it was cut, as data to print or draw."""
+"""A shard folder looked at: described by its manifest, and held against its files and its source."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
+from tpctl.arch.source_plan import as_held
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.safetensors import tensor_nbytes
-from tpctl.errors import ShardFolderError
+from tpctl.errors import ShardFolderError, TpctlError
 from tpctl.manifest.manifest import Manifest, describe_ranks
-from tpctl.manifest.records import ManifestTensor, Shard
 from tpctl.partition.plan import check_ranks
 from tpctl.sharding.moving.contents import absent_ranks, stray_files
 from tpctl.sharding.moving.opened import open_shards
@@ -19,87 +19,9 @@ from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.proving.compare import verify_source
 from tpctl.sharding.proving.damage import load_manifest
 from tpctl.sharding.proving.verify import verify_digests
-
-
-@dataclass(frozen=True)
-class PieceReport:
-    """A rectangle of a source tensor: half-open index ranges by axis."""
-
-    source: str
-    label: str
-    ranges: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """One rank's stored tensor. ``padding`` counts the elements that come from no source; they are ``fill``."""
-
-    name: str
-    file: str
-    rule: str
-    dim: int
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    padding: int
-    fill: int
-    pieces: tuple[PieceReport, ...]
-
-
-@dataclass(frozen=True)
-class RankReport:
-    """One rank's shard."""
-
-    rank: int
-    files: tuple[str, ...]
-    nbytes: int
-    parameters: int
-    tensors: tuple[TensorReport, ...]
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What was found in order.
-
-    Attributes:
-        ranks: those whose files were read.
-        hashed_bytes: bytes that match their digests; 0 where only ``source`` was asked for.
-        compared_bytes: bytes that equal ``source``; 0 where there is none at hand.
-        left_out: what was not looked at, in words, each with the reason.
-    """
-
-    ranks: tuple[int, ...]
-    hashed_bytes: int
-    compared_bytes: int
-    source: str | None
-    left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class InspectReport:
-    """A shard folder, as its manifest describes it.
-
-    Attributes:
-        ranks: those asked for; by default all that the manifest lists.
-        absent: the listed ranks whose files are not in the folder (as after ``download --local-ranks``).
-        strays: weight files and indexes in the folder that the manifest does not list.
-        imbalance: the largest rank's bytes over the mean; steps wait for that rank.
-    """
-
-    folder: str
-    source: str
-    revision: str | None
-    model_type: str
-    tp_size: int
-    dtype: str | None
-    compat: str | None
-    source_shapes: dict[str, tuple[int, ...]]
-    ranks: tuple[RankReport, ...]
-    absent: tuple[int, ...]
-    strays: tuple[str, ...]
-    imbalance: float
-    replicated_bytes: int
-    verified: Verified | None
+from tpctl.sharding.showing.bands import copied_bytes
+from tpctl.sharding.showing.meaning import Meaning, meanings
+from tpctl.sharding.showing.report import ExtraReport, InspectReport, RankReport, Verified, tensor_report
 
 
 def inspect_shards(
@@ -139,7 +61,12 @@ def inspect_shards(
             )
         # Only a folder that was fetched in part may lack the tensors that no rank needs.
         extra = not absent or manifest.extra is None or (folder / manifest.extra.parts[0].file).exists()
-        hashed = verify_digests(folder, manifest, here, extra=extra, progress=progress) if verify else 0
+        hashed = 0
+        if verify:
+            try:
+                hashed = verify_digests(folder, manifest, here, extra=extra, progress=progress)
+            except ShardFolderError as error:
+                raise _placed(error, folder, manifest, source) from None
         compared = 0
         if source is not None:
             compared = verify_source(folder, manifest, here, source, extra=extra, progress=progress)
@@ -151,6 +78,7 @@ def inspect_shards(
         left_out = _left_out(manifest, here, absent, extra)
         verified = Verified(here, hashed, compared, None if source is None else str(source), left_out)
     own = own_plan(folder, manifest)
+    meaning = meanings(as_held(own.config, own.tensors).blueprint)
     sizes = [shard.nbytes for shard in manifest.shards.values()]
     return InspectReport(
         folder=str(folder),
@@ -160,14 +88,33 @@ def inspect_shards(
         tp_size=manifest.tp_size,
         dtype=manifest.dtype,
         compat=manifest.compat,
+        expert_parallel=manifest.expert_parallel,
+        even=manifest.even,
         source_shapes={name: info.shape for name, info in own.tensors.items()},
-        ranks=tuple(_rank(manifest, rank) for rank in chosen),
+        ranks=tuple(_rank(manifest, rank, meaning) for rank in chosen),
+        extra=_extra(manifest),
         absent=absent,
         strays=strays,
         imbalance=max(sizes) * len(sizes) / sum(sizes),
-        replicated_bytes=_replicated(manifest),
+        replicated_bytes=copied_bytes(shard.tensors for shard in manifest.shards.values()),
         verified=verified,
     )
+
+
+def _placed(error: ShardFolderError, folder: Path, manifest: Manifest, source: Path | None) -> ShardFolderError:
+    """``error`` about a digest with the place that is damaged, which only the source can tell."""
+    damaged = re.match(r"(.+) of rank (\d+) is damaged", str(error))
+    if source is None or damaged is None:
+        return error
+    try:
+        verify_source(folder, manifest, [int(damaged[2])], source, only=damaged[1])
+    except ShardFolderError as place:
+        if (differs := re.fullmatch(r".+ differs from its source (.+) at the source's (.+)", str(place))) is not None:
+            rest = str(error).removeprefix(damaged[0])
+            return ShardFolderError(f"{damaged[0]} at {differs[2]} of its source {differs[1]}{rest}")
+    except TpctlError:  # of a source that is none
+        pass
+    return error
 
 
 def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], extra: bool) -> tuple[str, ...]:
@@ -184,9 +131,14 @@ def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], ex
     return tuple(found)
 
 
-def _rank(manifest: Manifest, rank: int) -> RankReport:
+def _rank(manifest: Manifest, rank: int, meaning: Mapping[str, Meaning]) -> RankReport:
     shard = manifest.shard(rank)
-    tensors = tuple(_tensor(name, tensor, shard) for name, tensor in shard.tensors.items())
+    tensors = tuple(
+        tensor_report(
+            name, tensor, shard.parts[tensor.part].file, tensor.dtype, meaning.get(name, Meaning()), tensor.fill
+        )
+        for name, tensor in shard.tensors.items()
+    )
     return RankReport(
         rank=rank,
         files=tuple(part.file for part in shard.parts),
@@ -196,38 +148,9 @@ def _rank(manifest: Manifest, rank: int) -> RankReport:
     )
 
 
-def _tensor(name: str, tensor: ManifestTensor, shard: Shard) -> TensorReport:
-    pieces = tuple(
-        PieceReport(
-            piece.source,
-            piece.label,
-            tuple((first, first + size) for first, size in zip(piece.start, piece.shape, strict=True)),
-        )
-        for piece in tensor.pieces
+def _extra(manifest: Manifest) -> tuple[ExtraReport, ...]:
+    tensors = {} if manifest.extra is None else manifest.extra.tensors
+    return tuple(
+        ExtraReport(name, tensor.dtype, tensor.shape, tensor_nbytes(tensor.dtype, tensor.shape))
+        for name, tensor in tensors.items()
     )
-    return TensorReport(
-        name=name,
-        file=shard.parts[tensor.part].file,
-        rule=tensor.rule.value,
-        dim=tensor.dim,
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        nbytes=tensor_nbytes(tensor.dtype, tensor.shape),
-        padding=prod(tensor.shape) - sum(piece.numel for piece in tensor.pieces),
-        fill=tensor.fill,
-        pieces=pieces,
-    )
-
-
-def _replicated(manifest: Manifest) -> int:
-    """Bytes that ranks hold beyond the first copy of an element."""
-    seen: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
-    extra = 0
-    for shard in manifest.shards.values():
-        for tensor in shard.tensors.values():
-            for piece in tensor.pieces:
-                key = (piece.source, piece.start, piece.shape)
-                if key in seen:
-                    extra += tensor_nbytes(tensor.dtype, piece.shape)
-                seen.add(key)
-    return extra

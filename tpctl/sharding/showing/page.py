@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import as_held
 from tpctl.checkpoint.outputs import resolved, write_whole
 from tpctl.errors import ShardFolderError, format_bytes, printable
-from tpctl.manifest.manifest import describe_ranks
-from tpctl.partition.split import Rule
-from tpctl.sharding.showing.inspect import InspectReport
-from tpctl.sharding.showing.kinds import Kind, count, kinds, layer_of, pattern
+from tpctl.sharding.showing import page_sections as sections
+from tpctl.sharding.showing.kinds import Kind, flat, kinds, layer_of, pattern
 from tpctl.sharding.showing.page_flow import block_flow, column_example, row_example
-from tpctl.sharding.showing.page_svg import figure, hue
-from tpctl.sharding.showing.rules import RULE_TEXTS
+from tpctl.sharding.showing.report import InspectReport
+from tpctl.sharding.showing.svg import hue
 
 
 def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
@@ -48,27 +47,35 @@ def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
 def render(report: InspectReport, config: ModelConfig) -> str:
     """The page's HTML."""
     found = kinds(report)
+    blueprint = as_held(config, report.source_shapes).blueprint
+    mixers = sections.mixers_of(blueprint)
     revision = f" at revision {printable(report.revision)}" if report.revision else ""
     title = f"{printable(report.source)}, cut for {report.tp_size} rank{'s' if report.tp_size > 1 else ''}"
     total = sum(rank.nbytes for rank in report.ranks)
-    heads = config.blueprint.blocks[0].attention
+    flow = block_flow(blueprint, found, report.tp_size)
     parts = {
         "title": escape(title),
         "css": _template("page.css"),
         "js": _template("page.js"),
         "summary": escape(
-            f"A {report.model_type} model{revision} with {config.num_layers} blocks (layers), {heads.num_heads} query "
-            f"and {heads.num_kv_heads} KV heads, in {format_bytes(total)} of shards. This page shows which rank "
-            "holds which part of every weight, and why it was cut that way."
+            f"A {report.model_type} model{revision} with {config.num_layers} blocks (layers), "
+            f"{sections.heads_of(mixers)}{sections.experts_of(blueprint)}, in {format_bytes(total)} of shards. This "
+            "page shows which rank holds which part of every weight, and why it was cut that way."
         ),
         "legend": _legend(report),
         "column": column_example(),
         "row": row_example(),
         "layers": str(config.num_layers),
-        "flow": block_flow(config.blueprint, found),
-        "balance": _balance(report, found),
-        "ranks": _rank_rows(report, found, heads.head_dim),
-        "kinds": "".join(_kind(kind) for kind in found),
+        "alike": flow.alike,
+        "parts": flow.parts,
+        "reduces": flow.reduces,
+        "more": sections.more(blueprint, report),
+        "flow": flow.figures,
+        "balance": sections.balance(report, found),
+        "columns": "".join(f"<th>{escape(title)}</th>" for title in sections.columns(mixers, found)),
+        "ranks": sections.rank_rows(report, found, mixers),
+        "kinds": "".join(sections.kind_figure(kind) for kind in found),
+        "extra": sections.extra(report),
         "footer": escape(f"Made by tpctl inspect-shards from {printable(Path(report.folder).name)}/tpctl.json."),
         # "</script" would end the script element early, "<!--" keep it from ending, whatever string they are in.
         "data": json.dumps(_data(report, found), separators=(",", ":")).replace("<", "\\u003c"),
@@ -82,59 +89,7 @@ def _template(name: str) -> str:
 
 def _legend(report: InspectReport) -> str:
     ranks = [rank.rank for rank in report.ranks]
-    return " ".join(f'<button aria-pressed="false"{_colour(rank)}>{rank}</button>' for rank in ranks)
-
-
-def _balance(report: InspectReport, found: Sequence[Kind]) -> str:
-    lines = []
-    if report.imbalance > 1.005:
-        lines.append(
-            f"The split is uneven: the largest rank holds {report.imbalance - 1:.1%} more than the mean. All "
-            "ranks wait for it in every step, which is what an uneven split costs; it is often still far better than "
-            "not using the other devices."
-        )
-    elif report.tp_size > 1:
-        lines.append("The split is even: every rank holds the same amount and none waits for another.")
-    if report.replicated_bytes:
-        kv = ", and KV heads, since there are more ranks than those" if any(kind.copied for kind in found) else ""
-        lines.append(f"{format_bytes(report.replicated_bytes)} are copies: norms, which every rank needs whole{kv}.")
-    if report.absent:
-        lines.append(
-            f"The files of {describe_ranks(report.absent)} are not in this folder; its manifest describes them."
-        )
-    return "".join(f"<p>{escape(line)}</p>" for line in lines)
-
-
-def _rank_rows(report: InspectReport, found: Sequence[Kind], head_dim: int) -> str:
-    largest = max(rank.nbytes for rank in report.ranks)
-    qkv = next(kind for kind in found if kind.rule == "qkv")
-    rows = []
-    for index, rank in enumerate(report.ranks):
-        query, kv = ((stop - start) // head_dim for _, start, stop in qkv.pieces[index][:2])
-        share = 100 * rank.nbytes / largest
-        rows.append(
-            f"<tr><td><span class='chip'{_colour(rank.rank)}>{rank.rank}</span></td><td>{rank.parameters:,}</td>"
-            f"<td>{format_bytes(rank.nbytes)}</td>"
-            f"<td class='meter'><i{_colour(rank.rank, f'width:{share:.1f}%')}></i></td>"
-            f"<td>{query} / {kv}</td><td>{len(rank.files)}</td></tr>"
-        )
-    return "".join(rows)
-
-
-def _kind(kind: Kind) -> str:
-    tags = [f"<span class='tag'>{escape(kind.rule)}</span>"]
-    if layers := count(kind.layers):
-        tags.append(f"<span class='tag'>{layers}</span>")
-    if kind.uneven:
-        tags.append("<span class='tag mark'>uneven</span>")
-    explained = RULE_TEXTS[Rule(kind.rule)].paragraph
-    if kind.copied:
-        explained += " There are fewer KV heads than ranks: piled up like cards are copies, each of them whole."
-        tags.append(f"<span class='tag mark'>KV heads on {kind.copies} ranks</span>")
-    return (
-        f"<figure class='kind'><div class='head'><h3>{escape(kind.name)}</h3>{' '.join(tags)}</div>"
-        f"<div><p>{escape(explained)}</p><div class='scroll'>{figure(kind)}</div></div></figure>"
-    )
+    return " ".join(f'<button aria-pressed="false"{sections.colour(rank)}>{rank}</button>' for rank in ranks)
 
 
 def _data(report: InspectReport, found: Sequence[Kind]) -> dict[str, Any]:
@@ -142,7 +97,7 @@ def _data(report: InspectReport, found: Sequence[Kind]) -> dict[str, Any]:
     parts = _parts(report)
     return {
         "ranks": [{"rank": rank.rank, "hue": hue(rank.rank)} for rank in report.ranks],
-        "order": list(dict.fromkeys(kind.name for kind in found)),
+        "order": list(dict.fromkeys(kind.name for kind in flat(found))),
         "kinds": [
             {
                 "name": kind.name,
@@ -154,7 +109,7 @@ def _data(report: InspectReport, found: Sequence[Kind]) -> dict[str, Any]:
                 "ranges": [kind.ranges(index) for index in range(len(kind.ranks))],
                 "bytes": kind.nbytes,
             }
-            for kind in found
+            for kind in flat(found)
         ],
     }
 
@@ -165,7 +120,3 @@ def _parts(report: InspectReport) -> Mapping[tuple[str, int | None], int]:
         (pattern(tensor.name), layer_of(tensor.name)): int(tensor.file.rpartition("-")[2].partition(".")[0])
         for tensor in report.ranks[0].tensors
     }
-
-
-def _colour(rank: int, style: str = "") -> str:
-    return f' data-r="{rank}" style="--h:{hue(rank)};{style}"'

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
 
+from tpctl.arch.block import Experts, Gated, Layer, Mixer
 from tpctl.arch.blueprint import Blueprint
-from tpctl.arch.linear import Linear
-from tpctl.sharding.showing.kinds import Kind, pattern
-from tpctl.sharding.showing.page_svg import Svg, cells
+from tpctl.errors import shorten
+from tpctl.manifest.manifest import rank_list
+from tpctl.sharding.showing.kinds import Kind
+from tpctl.sharding.showing.page_svg import cells
+from tpctl.sharding.showing.steps import Bar, Lanes, Step, kinds_in, steps
+from tpctl.sharding.showing.svg import Svg
 
 LANES = 4
 """Ranks that the way through a block shows side by side."""
-
-Content = Callable[[int], tuple[str, str]]
-"""What a rank's step is: from the rank's index, a title and a detail."""
 
 
 def column_example() -> str:
@@ -44,105 +47,109 @@ def row_example() -> str:
     return svg.render("the same product with the columns of the matrix divided between two ranks")
 
 
-_ACTIVATIONS = {"silu": "SiLU", "gelu_tanh": "GELU"}
+@dataclass(frozen=True)
+class Flow:
+    """The figures of the layers, and words for the text above them: how many blocks are ``alike``, the two ``parts``
+    that each has, and how many ``reduces`` a figure shows."""
+
+    figures: str
+    alike: str
+    parts: str
+    reduces: str
 
 
-def block_flow(blueprint: Blueprint, found: Sequence[Kind]) -> str:
-    """The way of a hidden state through the first decoder block: a lane a rank, a bar where all ranks hold the same."""
-    return _Flow(blueprint, found).draw()
+def block_flow(blueprint: Blueprint, found: Sequence[Kind], tp_size: int) -> Flow:
+    """The way of a hidden state through a decoder block, once for each sort of blocks: a lane a rank, a bar where all
+    ranks hold the same."""
+    sorts: dict[tuple[Step, ...], list[int]] = {}
+    alike: dict[int, tuple[Step, ...]] = {}
+    for number, layer in enumerate(blueprint.layers):
+        known = next((first for first in alike if blueprint.layers[first] == layer), number)
+        if known == number:
+            alike[number] = steps(blueprint, number, kinds_in(blueprint, number, found), tp_size)
+        sorts.setdefault(alike[known], []).append(number)
+    ranks = next(iter(found)).ranks
+    figures = []
+    for way, numbers in sorts.items():
+        if len(sorts) > 1:
+            figures.append(_heading(blueprint, numbers))
+        figures.append(f'<div class="scroll">{_draw(way, ranks)}</div>')
+    sums = {sum(isinstance(step, Bar) and step.style == "reduce" for step in way) for way in sorts}
+    experts = [any(True for _ in experts_in(layer)) for layer in blueprint.layers]
+    mixed = any(isinstance(layer.mixer, Mixer) for layer in blueprint.layers)
+    mlp = "a part of experts" if all(experts) else "an MLP part or one of experts" if any(experts) else "an MLP part"
+    return Flow(
+        "".join(figures),
+        "like this one" if len(sorts) == 1 else f"of {_number(len(sorts))} sorts",
+        f"{'a part that mixes tokens' if mixed else 'an attention part'} and {mlp}",
+        _number(sums.pop()) if len(sums) == 1 else "dark",
+    )
 
 
-class _Flow:
-    def __init__(self, blueprint: Blueprint, found: Sequence[Kind]) -> None:
-        self._blueprint, self._block = blueprint, blueprint.blocks[0]
-        self._kinds = {kind.name: kind for kind in found if not kind.layers or kind.layers[0] == 0}
-        ranks = self._kind(self._block.attention.qkv).ranks
-        self._shown = list(range(len(ranks)))[:LANES]
-        self._ranks = ranks
-        self._lane = max(150.0, 432.0 / len(self._shown))  # up to two ranks fit a telephone's width
-        self._width = self._lane * len(self._shown) - 12
-        self._svg, self._y = Svg(), 0.0
+def _heading(blueprint: Blueprint, numbers: Sequence[int]) -> str:
+    """Of a figure that is of some blocks only."""
+    several = len(numbers) > 1
+    title = f"{'Layers' if several else 'Layer'} {shorten(rank_list(numbers).replace(',', ', '), 60)}"
+    of = f"{len(numbers)} of {len(blueprint.layers)} blocks: " if several else ""
+    what = f"{of}{called(blueprint.layers[numbers[0]])}"
+    return f"<h3 class='sort'>{escape(title)}</h3><p class='aside'>{escape(what)}</p>"
 
-    def draw(self) -> str:
-        hidden, block = self._blueprint.hidden_size, self._block
-        total = f"{hidden:,} partial sums a token, added over the ranks; all get the total"
-        for lane, index in enumerate(self._shown):
-            rank = self._ranks[index]
-            self._svg.text(lane * self._lane + (self._lane - 12) / 2, 14, f"rank {rank}", "in", "middle", rank)
-        self._y = 24
-        self._bar("bar", "hidden state", f"{hidden:,} numbers a token, the same on every rank")
-        self._lanes("step", lambda i: ("RMSNorm", "the whole vector"), "Cheap, so every rank does it.")
-        self._lanes("weight", self._weight(block.attention.qkv), "Column-parallel: own heads' q, k, v.")
-        self._lanes("step", self._heads, self._attention_note())
-        self._lanes("weight", self._weight(block.attention.out, "o"), "Row-parallel: inputs are own heads.")
-        self._bar("reduce", "all-reduce 1", total)
-        self._added(block.after_attention is not None)
-        self._lanes("step", lambda i: ("RMSNorm", "the whole vector"), "")
-        self._lanes("weight", self._weight(block.mlp.gate_up), "Column-parallel: own share of the width.")
-        self._lanes("step", self._activation, "Entry by entry, no exchange.")
-        self._lanes("weight", self._weight(block.mlp.down, "down"), "Row-parallel: inputs are own share.")
-        self._bar("reduce", "all-reduce 2", total)
-        self._added(block.after_mlp is not None, ", on to the next block")
-        if len(self._ranks) > len(self._shown):
-            more = len(self._ranks) - len(self._shown)
-            ranks = "rank does" if more == 1 else "ranks do"
-            self._svg.text(0, self._y + 14, f"{more} more {ranks} the same beside these", "note")
-        return self._svg.render("the way through one decoder block with its two all-reduces")
 
-    def _added(self, normed: bool, onwards: str = "") -> None:
-        first = "through one more RMSNorm, " if normed else ""
-        self._bar("bar", f"{first}added to the hidden state{onwards}", last=bool(onwards))
+def experts_in(layer: Layer) -> Iterator[Experts]:
+    return (part for part in layer.parts if isinstance(part, Experts))
 
-    def _kind(self, linear: Linear) -> Kind:
-        return self._kinds[pattern(f"{self._blueprint.prefix.format(0)}{linear.name}.weight")]
 
-    def _bar(self, kind: str, title: str, detail: str = "", last: bool = False) -> None:
-        height = 40 if detail else 28
-        self._svg.rect(0, self._y, self._width, height, kind)
-        self._svg.text(self._width / 2, self._y + (17 if detail else 18), title, "in", "middle")
-        if detail:
-            self._svg.text(self._width / 2, self._y + 32, detail, "in small", "middle")
-        self._y += height
-        if not last:
-            self._arrows()
+def called(layer: Layer) -> str:
+    """What a layer is made of, in a few words."""
+    mixer = layer.mixer
+    if isinstance(mixer, Mixer):
+        words = mixer.kind
+    else:
+        words = "attention over all tokens" if mixer.window is None else f"attention over a window of {mixer.window:,}"
+    parts = [
+        f"{part.count} experts" + (" and a shared one" if part.shared is not None else "")
+        if isinstance(part, Experts)
+        else "an MLP"
+        for part in layer.parts
+        if isinstance(part, Gated | Experts)
+    ]
+    return ", ".join([words, *parts])
 
-    def _lanes(self, kind: str, content: Content, note: str) -> None:
-        for lane, index in enumerate(self._shown):
-            x, (title, detail) = lane * self._lane, content(index)
-            rank = self._ranks[index]
-            self._svg.rect(x, self._y, self._lane - 12, 40, f"cell {kind}", rank, f"rank {rank}: {title}, {detail}")
-            self._svg.text(x + (self._lane - 12) / 2, self._y + 17, title, "in", "middle")
-            self._svg.text(x + (self._lane - 12) / 2, self._y + 32, detail, "in small", "middle")
-        if note:
-            self._svg.text(self._width + 16, self._y + 24, note, "note")
-        self._y += 40
-        self._arrows()
 
-    def _arrows(self) -> None:
-        for lane in range(len(self._shown)):
-            x = lane * self._lane + (self._lane - 12) / 2
-            self._svg.line(x, self._y + 1, x, self._y + 13)
-        self._y += 17
+def _number(count: int) -> str:
+    words = ("no", "one", "two", "three", "four", "five", "six")
+    return words[count] if count < len(words) else str(count)
 
-    def _weight(self, linear: Linear, short: str = "") -> Content:
-        kind = self._kind(linear)
-        short = short or linear.name.rpartition(".")[2].removesuffix("_proj").replace("_", ", ")
-        return lambda i: (f"{short} weight", " × ".join(f"{size:,}" for size in kind.shapes[i]))
 
-    def _heads(self, index: int) -> tuple[str, str]:
-        query, kv = self._head_counts(index)
-        return "attention", f"{query} query, {kv} KV head{'s' if kv > 1 else ''}"
-
-    def _attention_note(self) -> str:
-        if self._kind(self._block.attention.qkv).copies > 1:
-            return "No exchange: who needs a KV head has a copy."
-        return "No exchange: a head needs no other."
-
-    def _head_counts(self, index: int) -> tuple[int, int]:
-        attention = self._block.attention
-        query, kv = ((stop - start) for _, start, stop in self._kind(attention.qkv).pieces[index][:2])
-        return query // attention.head_dim, kv // attention.head_dim
-
-    def _activation(self, index: int) -> tuple[str, str]:
-        mlp = self._block.mlp
-        return f"{_ACTIVATIONS[mlp.activation]}(gate) · up", f"{self._kind(mlp.down).shapes[index][1]:,} numbers"
+def _draw(way: Sequence[Step], ranks: Sequence[int]) -> str:
+    shown = min(len(ranks), LANES)
+    lane = max(150.0, 432.0 / shown)  # up to two ranks fit a telephone's width
+    width, svg, y = lane * shown - 12, Svg(), 24.0
+    for place in range(shown):
+        svg.text(place * lane + (lane - 12) / 2, 14, f"rank {ranks[place]}", "in", "middle", ranks[place])
+    for step in way:
+        height = 40.0 if isinstance(step, Lanes) or step.detail else 28.0
+        if isinstance(step, Bar):
+            svg.rect(0, y, width, height, step.style)
+            svg.text(width / 2, y + (17 if step.detail else 18), step.title, "in", "middle")
+            if step.detail:
+                svg.text(width / 2, y + 32, step.detail, "in small", "middle")
+        else:
+            for place in range(shown):
+                x, rank, (title, detail) = place * lane, ranks[place], step.cells[place]
+                svg.rect(x, y, lane - 12, 40, f"cell {step.style}", rank, f"rank {rank}: {title}, {detail}")
+                svg.text(x + (lane - 12) / 2, y + 17, title, "in", "middle")
+                svg.text(x + (lane - 12) / 2, y + 32, detail, "in small", "middle")
+            if step.note:
+                svg.text(width + 16, y + 24, step.note, "note")
+        y += height
+        if step is not way[-1]:
+            for place in range(shown):
+                x = place * lane + (lane - 12) / 2
+                svg.line(x, y + 1, x, y + 13)
+            y += 17
+    if len(ranks) > shown:
+        more = len(ranks) - shown
+        svg.text(0, y + 14, f"{more} more {'rank does' if more == 1 else 'ranks do'} the same beside these", "note")
+    reduces = _number(sum(isinstance(step, Bar) and step.style == "reduce" for step in way))
+    return svg.render(f"the way through one decoder block with its {reduces} all-reduces")

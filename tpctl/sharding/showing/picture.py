@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from tpctl.arch.blueprint import Blueprint
 from tpctl.errors import counted, printable
 from tpctl.partition.split import Rule
-from tpctl.sharding.showing.kinds import Band, Kind, SourcePicture, count
-from tpctl.sharding.showing.rules import RULE_TEXTS
+from tpctl.sharding.showing.bands import Band
+from tpctl.sharding.showing.kinds import Kind, SourcePicture, count
+from tpctl.sharding.showing.rules import entry, line, where
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,31 +36,35 @@ WIDTH, HEIGHT, MOST = 22, 6, 12
 """Cells of a box across and down; a box grows to one line a band, up to ``MOST`` lines."""
 
 
-def draw(found: Sequence[Kind], blueprint: Blueprint) -> Group:
-    """Every kind as a picture, for a rich console; ``blueprint`` tells how many heads a rank's rows are."""
+def draw(found: Sequence[Kind], blueprint: Blueprint, tp_size: int) -> Group:
+    """Every kind as a picture, for a rich console; ``blueprint`` tells how many heads each of ``tp_size`` ranks has."""
     from rich.console import Group
     from rich.text import Text
 
     blocks: list[Text] = [_legend(found)]
     for kind in found:
-        blocks += [Text(), *draw_kind(kind, blueprint)]
+        blocks += [Text(), *draw_kind(kind, blueprint, tp_size)]
     return Group(*blocks)
 
 
-def draw_kind(kind: Kind, blueprint: Blueprint) -> list[Text]:
-    """One kind: a heading, its sources side by side, and what each rank stores."""
+def draw_kind(kind: Kind, blueprint: Blueprint, tp_size: int) -> list[Text]:
+    """One kind: a heading, its sources side by side, what each rank stores, and the scales beside it."""
     from rich.text import Text
 
     marks = " ".join(word for word, there in (("UNEVEN", kind.uneven), ("COPIES", kind.copied)) if there)
     lines = [
         Text.assemble((printable(kind.title), "bold"), "  ", count(kind.layers), "  ", (marks, "bold red")),
-        Text(f"  {RULE_TEXTS[Rule(kind.rule)].line}"),
+        Text(f"  {line(kind)}"),
     ]
-    boxes = [_box(source, kind.dim) for source in kind.sources]
+    if kind.beside or kind.holds:
+        lines.append(Text(f"  {kind.format}: {_tensor(kind)}"))
+    boxes = [_experts(kind)] if kind.dealt else []
+    if kind.cut or not kind.dealt:
+        boxes += [_box(source, kind) for source in kind.sources]
     for row in range(max(map(len, boxes))):
         cells = [box[row] if row < len(box) else Text(" " * len(box[0])) for box in boxes]
         lines.append(Text("  ") + Text("   ").join(cells))
-    return [*lines, *_stored(kind, blueprint)]
+    return [*lines, *_stored(kind, blueprint, tp_size), *(_beside(other) for other in kind.beside)]
 
 
 def _legend(found: Sequence[Kind]) -> Text:
@@ -76,18 +81,34 @@ def _legend(found: Sequence[Kind]) -> Text:
     return text
 
 
-def _box(source: SourcePicture, dim: int) -> list[Text]:
-    """A source tensor: its caption, and a frame around its bands, which lie across or upright by ``dim``."""
+def _experts(kind: Kind) -> list[Text]:
+    """The experts as they are dealt, one below the other."""
+    return _framed(f"experts [{kind.count}]", kind.experts, max(HEIGHT, min(len(kind.experts), MOST)), across=False)
+
+
+def _box(source: SourcePicture, kind: Kind) -> list[Text]:
+    """A source tensor: its caption, and a frame around its bands, which lie across or upright."""
+    module, _, last = source.name.rpartition(".")
+    suffix = "weight" in last or last == "bias"
+    caption = f"{source.label or (module.rpartition('.')[2] if suffix else last)} [{', '.join(map(str, source.shape))}]"
+    if kind.dealt:
+        caption += f", one of {len(kind.experts[0])}"
+    elif kind.experts:
+        caption += f" x {kind.count}"
+    if len(source.shape) == 1:
+        return _framed(caption, source.bands, 1, across=True)
+    return _framed(caption, source.bands, HEIGHT, across=kind.dim > 0)
+
+
+def _framed(caption: str, bands: Sequence[Band], height: int, *, across: bool) -> list[Text]:
+    """A caption and a frame around ``bands``, which lie beside each other (``across``) or one below the other."""
     from rich.text import Text
 
-    name = source.label or source.name.rsplit(".", 2)[-2]
-    caption = f"{name} [{', '.join(map(str, source.shape))}]"
     width = max(WIDTH, len(caption) - 2)
-    if dim == 0:
-        height = 1 if len(source.shape) == 1 else min(max(HEIGHT, len(source.bands)), MOST)
-        rows = [_upright(source.bands, width, 0)] if height == 1 else _down(source.bands, height, width)
+    if across:
+        rows = [_upright(bands, width, line) for line in range(height)]
     else:
-        rows = [_upright(source.bands, width, line) for line in range(HEIGHT)]
+        rows = _down(bands, min(max(height, len(bands)), MOST), width)
     frame = [Text("┌" + "─" * width + "┐"), *(Text("│") + row + Text("│") for row in rows)]
     return [Text(printable(caption).ljust(width + 2)), *frame, Text("└" + "─" * width + "┘")]
 
@@ -132,20 +153,19 @@ def _shares(sizes: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _stored(kind: Kind, blueprint: Blueprint) -> list[Text]:
+def _stored(kind: Kind, blueprint: Blueprint, tp_size: int) -> list[Text]:
     """What each rank stores."""
     from rich.text import Text
 
-    if kind.rule == "replicated":
+    if kind.rule == Rule.REPLICATED:
         return []
     lines = []
     for index, rank in enumerate(kind.ranks):
         rows = kind.padded_rows(index)
         notes = [f" + {counted(rows, 'row')} of zeros"] if rows else []
-        if kind.rule == "qkv":
-            head_dim = blueprint.blocks[kind.layers[0]].attention.head_dim
-            query, kv = ((b - a) // head_dim for _, a, b in kind.pieces[index][:2])
-            notes.append(f"  ({query} query, {kv} KV heads)")
+        if kind.rule == Rule.QKV:
+            share = blueprint.layers[kind.layers[0]].mixer.shares(tp_size)[rank]
+            notes.append(f"  ({len(share.query)} query, {len(share.kv)} KV heads)")
         shape = ", ".join(map(str, kind.shapes[index]))
         held = f" stores [{shape}]: {kind.ranges(index) or 'nothing'}{''.join(notes)}"
         lines.append(Text.assemble("  ", (f"{rank}", _style(rank)), held))
@@ -153,6 +173,21 @@ def _stored(kind: Kind, blueprint: Blueprint) -> list[Text]:
         more = len(lines) - MOST
         lines = [*lines[: MOST - 1], Text(f"  … and {more} more"), lines[-1]]
     return lines
+
+
+def _beside(kind: Kind) -> Text:
+    """A line about a scale: what it is, and whose."""
+    from rich.text import Text
+
+    shapes = " + ".join(str(list(source.shape)) for source in kind.sources)
+    each = f" x {kind.count}" if kind.experts else ""
+    return Text(f"  with {_tensor(kind, f' {shapes}{each}')}; {', '.join(where(kind))}")
+
+
+def _tensor(kind: Kind, shapes: str = "") -> str:
+    """``w13_weight_scale_inv F32 [12, 16] + [12, 16] x 128, one for a block of 128 x 128``."""
+    holds = f", {entry(kind.holds)}" if kind.holds else ""
+    return f"{printable(kind.short.rpartition('.')[2])} {kind.dtype}{shapes}{holds}"
 
 
 def _style(rank: int) -> str:
