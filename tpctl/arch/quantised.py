@@ -79,9 +79,10 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
             gate_up, down = _aligned(part.gate_up, part.down, cutting)
             return replace(part, gate_up=gate_up, down=down)
         if isinstance(part, Experts):
-            (gate_up, down), *forms = (
-                _dealt(_aligned(*pair, cutting), cutting.expert_parallel)
-                for pair in ((part.gate_up, part.down), *part.forms)
+            gate_up, down = _dealt(_aligned(part.gate_up, part.down, cutting), cutting.expert_parallel)
+            forms = (
+                (*_dealt(_aligned(one, other, cutting), cutting.expert_parallel), router)
+                for one, other, router in part.forms
             )
             shared = None if part.shared is None else part_cut(part.shared)
             assert shared is None or isinstance(shared, Gated)
@@ -124,7 +125,7 @@ def _stored(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPart:
             part,
             gate_up=change(part.gate_up),
             down=change(part.down),
-            forms=tuple((change(gate_up), change(down)) for gate_up, down in part.forms),
+            forms=tuple((change(gate_up), change(down), router) for gate_up, down, router in part.forms),
             shared=shared,
             shared_gate=None if part.shared_gate is None else change(part.shared_gate),
         )

@@ -69,10 +69,10 @@ def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[s
     def held(part: LayerPart) -> LayerPart:
         if not isinstance(part, Experts):
             return part
-        for gate_up, down in ((part.gate_up, part.down), *part.forms):
+        for gate_up, down, router in ((part.gate_up, part.down, part.router), *part.forms):
             first = next(iter(next(iter(gate_up.splits())).sources))
             if renamed(prefix + first, root) in names:
-                return replace(part, gate_up=gate_up, down=down)
+                return replace(part, gate_up=gate_up, down=down, router=router)
         return part
 
     return mapped(layer, held)
@@ -140,6 +140,7 @@ def stored_dtype(split: TensorSplit, sources: Mapping[str, str], target: str | N
 
 
 def _plan(config: ModelConfig, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
-    for layer in config.blueprint.alike:  # said first, in words of heads
-        config.blueprint.layers[layer].mixer.shares(tp_size)
+    mixers = (config.blueprint.layers[layer].mixer for layer in config.blueprint.alike)
+    for mixer in sorted(mixers, key=lambda one: one.num_heads):  # said first, in words of heads
+        mixer.shares(tp_size)
     return PartitionPlan.build(splits, tp_size)
