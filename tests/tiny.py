@@ -133,6 +133,7 @@ CORRECTED: dict[str, Any] = {
 }
 LATENT: dict[str, Any] = {
     **CORRECTED,
+    "num_key_value_heads": 6,
     "q_lora_rank": 14,
     "kv_lora_rank": 12,
     "qk_nope_head_dim": 6,
@@ -195,6 +196,7 @@ def make_cut(name: str, folder: Path, *, stacked: bool = False, sees: bool = Fal
         task = "ConditionalGeneration"
     torch.manual_seed(len(name))
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # the others want rows of whole 16 bytes
     model = getattr(transformers, f"{kind}For{task}")(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
