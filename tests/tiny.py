@@ -110,6 +110,103 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+HEADS: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+GATED_DELTA_NET: dict[str, Any] = {
+    **HEADS,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+SHARED: dict[str, Any] = {"moe_intermediate_size": 23, "shared_expert_intermediate_size": 29, "num_experts_per_tok": 3}
+CORRECTED: dict[str, Any] = {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 23,
+    "n_shared_experts": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
+LATENT: dict[str, Any] = {
+    **CORRECTED,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "patch_size": 2,
+}
+
+CUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {**HEADS, "num_local_experts": 6, "intermediate_size": 23}),
+    "qwen2_moe": ("Qwen2Moe", {**SHARED, **HEADS, "num_experts": 6, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3_moe": ("Qwen3Moe", {**SHARED, **HEADS, "num_experts": 6, "decoder_sparse_step": 2, "attention_bias": True}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**GATED_DELTA_NET, **SHARED, "num_experts": 6, "linear_num_key_heads": 6, "linear_num_value_heads": 12},
+    ),
+    "qwen3_5_text": (
+        "Qwen3_5Text",
+        {**GATED_DELTA_NET, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeText",
+        {**GATED_DELTA_NET, **SHARED, "num_experts": 6, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    ),
+    "gpt_oss": ("GptOss", {**HEADS, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 23}),
+    "glm4_moe": ("Glm4Moe", {**CORRECTED, "head_dim": 8, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe-plain": ("Glm4Moe", {**CORRECTED, "head_dim": 8, "first_k_dense_replace": 0}),
+    "minimax_m2": ("MiniMaxM2", {**HEADS, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 23}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, "attention_bias": True}),
+    "deepseek_v3-no-q-rank": ("DeepseekV3", {**LATENT, "q_lora_rank": None}),
+}
+"""Those that tpctl cuts and does not run."""
+
+
+def make_cut(name: str, folder: Path, *, stacked: bool = False, sees: bool = False, **changes: Any) -> Any:
+    """Save a random float32 checkpoint of ``CUT[name]`` in ``folder``; the transformers model, in eval mode.
+
+    Args:
+        stacked: as transformers holds it, the experts stacked; otherwise as it is published.
+        sees: of the class that also sees, with the text model inside of it.
+    """
+    import transformers
+
+    kind, overrides = CUT[name]
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **overrides, **changes})
+    kind, task = kind.removesuffix("Text"), "CausalLM"
+    if sees:
+        outer = getattr(transformers, f"{kind}Config")
+        config = outer(
+            text_config=config.to_dict(), vision_config=VISION, tie_word_embeddings=config.tie_word_embeddings
+        )
+        task = "ConditionalGeneration"
+    torch.manual_seed(len(name))
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # the others want rows of whole 16 bytes
+    model = getattr(transformers, f"{kind}For{task}")(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15) if parameter.ndim > 1 else parameter.normal_(0.5, 0.3)
+        for key, buffer in model.named_buffers():
+            if "correction" in key:
+                buffer.normal_(0.0, 0.3)
+    model.save_pretrained(folder, save_original_format=not stacked)
+    return model
+
 
 def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
     """Save a random float32 checkpoint of ``FAMILIES[name]`` in ``folder``; the transformers model, in eval mode."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 from tpctl.arch.linear import Linear, Norm, Vector
 from tpctl.arch.rope import RopeConfig
+from tpctl.errors import PartitionError
 from tpctl.partition.cuts import HeadShare, split_heads
 from tpctl.partition.split import TensorSplit
 
@@ -81,7 +82,8 @@ class Experts:
         router: what chooses, whole on every rank: the gate, and its biases.
         shared: an MLP that every token takes, whose sum over the ranks is that of the experts.
         shared_gate: a linear of one output, by whose sigmoid the shared MLP counts.
-        forms: the same ``gate_up`` and ``down`` as other checkpoints hold them: the names tell which one it is.
+        forms: the same ``gate_up``, ``down`` and ``router`` as other checkpoints hold them: the names tell which one
+            it is.
     """
 
     count: int
@@ -91,7 +93,7 @@ class Experts:
     router: tuple[Linear | Vector, ...]
     shared: Gated | None = None
     shared_gate: Linear | None = None
-    forms: tuple[tuple[Linear, Linear], ...] = ()
+    forms: tuple[tuple[Linear, Linear, tuple[Linear | Vector, ...]], ...] = ()
 
     def splits(self) -> Iterator[TensorSplit]:
         for part in (*self.router, self.gate_up, self.down, self.shared_gate, self.shared):
@@ -118,6 +120,11 @@ class Mixer:
 
     def shares(self, tp_size: int) -> tuple[HeadShare, ...]:
         """As of ``Attention``."""
+        if tp_size > self.num_heads:
+            raise PartitionError(
+                f"tensor-parallel size {tp_size} does not fit {self.kind} of {self.num_heads} heads; "
+                f"use --tp 1 to {self.num_heads}"
+            )
         return split_heads(self.num_heads, self.num_kv_heads or 1, tp_size)
 
     def splits(self) -> Iterator[TensorSplit]:

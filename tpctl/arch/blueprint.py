@@ -96,7 +96,8 @@ class Blueprint:
 
     def root(self, names: Container[str]) -> str:
         """Which of ``roots`` a checkpoint with tensors ``names`` has."""
-        found = (root for root in self.roots for name in (self.embedding, self.head) if renamed(name, root) in names)
+        telling = (self.embedding, f"{self.norm.name}.weight", self.head)  # the head may have one name under all roots
+        found = (root for name in telling for root in self.roots if renamed(name, root) in names)
         return next(found, self.roots[0])
 
     def constants(self, names: Collection[str]) -> dict[str, tuple[int, int]]:
@@ -147,7 +148,8 @@ def renamed(name: str, root: str) -> str:
     """The name that tensor or module ``name`` has in a checkpoint with that ``root``. The head is beside ``model.``"""
     if name.startswith(ROOT):
         return root + name.removeprefix(ROOT)
-    return root.removesuffix(ROOT) + name
+    beside = root.removesuffix(ROOT) if f".{root}".endswith(f".{ROOT}") else ""  # model.language_model. has no other
+    return beside + name
 
 
 def _prefixed(split: TensorSplit, prefix: str) -> TensorSplit:

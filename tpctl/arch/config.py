@@ -125,7 +125,11 @@ def _check_kind(fields: Fields, model_type: str, family: Family) -> None:
 def _of_text(raw: Mapping[str, Any], inner: str | None) -> Mapping[str, Any]:
     """The fields of the text model, which one that sees has in an object of their own, beside some that are of both."""
     text = raw.get(inner) if inner is not None else None
-    return {**{key: raw[key] for key in _OF_BOTH if key in raw}, **text} if isinstance(text, dict) else raw
+    if not isinstance(text, dict):
+        return raw
+    outer = {key: raw[key] for key in _OF_BOTH if key in raw}
+    # The head belongs to the outer model, so that its field counts.
+    return {**outer, **text, **{key: raw[key] for key in ("tie_word_embeddings",) if key in raw}}
 
 
 def _longest(blueprint: Blueprint, fields: Fields) -> int:

@@ -38,6 +38,19 @@ class Fields:
         """The field as it stands in the file, or its default."""
         return self.values[key] if key in self.values else self.defaults.get(key)
 
+    def either(self, key: str, other: str) -> str:
+        """Which of two names of one field the file has; ``key`` where it has neither.
+
+        Raises:
+            CheckpointError: it has both, and they differ.
+        """
+        if key in self.values and other in self.values and self.values[key] != self.values[other]:
+            raise CheckpointError(
+                f"{self.file}: {key} is {shown(self.values[key])} and {other}, which is the same, is "
+                f"{shown(self.values[other])}; keep the one that is meant"
+            )
+        return other if other in self.values and key not in self.values else key
+
     def within(self, values: Mapping[str, Any], **defaults: Any) -> Fields:
         """The fields of an inner object of the same file."""
         return replace(self, values=values, defaults=defaults, nullable=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from tpctl.arch.storage import DENSE, Entry, Storage
@@ -25,20 +25,29 @@ class Norm:
     cut: Cut | None = None
 
     def splits(self) -> Iterator[TensorSplit]:
-        yield vector(f"{self.name}.weight", self.size, self.cut)
+        yield from Vector(f"{self.name}.weight", self.size, self.cut).splits()
 
 
 @dataclass(frozen=True)
 class Vector:
-    """Numbers that ``cut`` deals to the ranks, ``None``: that all of them have; ``tail``: lengths of further axes."""
+    """Numbers that ``cut`` deals to the ranks, ``None``: that all of them have; ``tail``: lengths of further axes.
+
+    ``sections``: it is several vectors below each other (label, size, cut), each of which is dealt by its own cut.
+    ``source``: what a checkpoint calls it, where that is not its ``name``.
+    """
 
     name: str
     size: int
     cut: Cut | None = None
     tail: tuple[int, ...] = ()
+    sections: tuple[tuple[str, int, Cut], ...] = ()
+    source: str = ""
 
     def splits(self) -> Iterator[TensorSplit]:
-        yield vector(self.name, self.size, self.cut, self.tail)
+        source, whole = self.source or self.name, self.cut is None and not self.sections
+        sections = self.sections or (("", self.size, self.cut or Whole()),)
+        rule = Rule.REPLICATED if whole else Rule.COLUMN
+        yield TensorSplit(self.name, rule, below(source, sections), others=self.tail)
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,10 @@ class Linear:
         return TensorSplit(name, rule, parts, dim, others, self.stack, entry.dtypes, entry.optional)
 
 
-def vector(name: str, length: int, cut: Cut | None = None, tail: tuple[int, ...] = ()) -> TensorSplit:
-    """The split of a tensor whose first axis ``cut`` deals to the ranks; ``None``: all of them have it whole."""
-    rule = Rule.REPLICATED if cut is None else Rule.COLUMN
-    return TensorSplit(name, rule, (Part(name, length, cut or Whole()),), others=tail)
+def below(source: str, sections: Iterable[tuple[str, int, Cut]]) -> tuple[Part, ...]:
+    """The parts (label, length, cut) that lie below each other in one ``source``."""
+    parts, offset = [], 0
+    for label, length, cut in sections:
+        parts.append(Part(source, length, cut, offset, label))
+        offset += length
+    return tuple(parts)

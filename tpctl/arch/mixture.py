@@ -11,13 +11,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tpctl.arch.block import Activation, Experts, Gated
-from tpctl.arch.linear import Linear, Vector
+from tpctl.arch.family import MOST_EXPERTS, MOST_LAYERS
+from tpctl.arch.fields import Fields
+from tpctl.arch.linear import Linear, Vector, below
 from tpctl.arch.storage import FUSED
 from tpctl.partition.cuts import Even, Whole
 from tpctl.partition.split import EACH, Part, Rule, Stack
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-MIXTRAL = ("w1", "w3", "w2")
+MIXTRAL, SPARSE = ("w1", "w3", "w2"), "block_sparse_moe"
+"""Names of the projections of an expert, in Mixtral's checkpoints, and of the module that they are in."""
+STACKED = "mlp"
+"""The module of experts that a checkpoint stacks, which are named as transformers 5 names them."""
 
 
 def experts(
@@ -40,7 +45,7 @@ def experts(
         where: the module they are in.
         projections: names of gate, up and down, of an expert.
         router: name of the linear that scores the experts.
-        correction: of the numbers that are added to the scores for the choice alone.
+        correction: name of the numbers that are added to the scores for the choice alone.
         shared_gate: of the linear of one output that weighs the shared MLP.
     """
     gate, up, down = (f"{where}.experts.{EACH}.{name}" for name in projections)
@@ -56,24 +61,34 @@ def experts(
         ),
         Linear(f"{where}.experts.w2", Rule.ROW, (Part(down, hidden, Whole()),), width, Even(), stack=stack, joiner="_"),
     )
-    fused = f"{where}.experts.gate_up_proj"
+    rows = below(f"{STACKED}.experts.gate_up_proj", (("gate", width, Even()), ("up", width, Even())))
     stacked = (
-        replace(
-            each[0],
-            parts=(Part(fused, width, Even(), label="gate"), Part(fused, width, Even(), offset=width, label="up")),
-            storage=FUSED,
-        ),
-        replace(each[1], parts=(Part(f"{where}.experts.down_proj", hidden, Whole()),), storage=FUSED),
+        replace(each[0], parts=rows, storage=FUSED),
+        replace(each[1], parts=(Part(f"{STACKED}.experts.down_proj", hidden, Whole()),), storage=FUSED),
     )
+
+    def choosing(module: str) -> tuple[Linear | Vector, ...]:
+        (gate,) = scores(f"{where}.{router}", hidden, count, router_bias)
+        gate = replace(gate, parts=(Part(f"{module}.{router}", count, Whole()),))
+        if correction is None:
+            return (gate,)
+        return gate, Vector(f"{where}.{correction}", count, source=f"{module}.{correction}")
+
     return Experts(
         count,
         per_token,
         *each,
-        router=(*scores(f"{where}.{router}", hidden, count, router_bias), *_vector(correction, count)),
+        router=choosing(where),
         shared=shared,
         shared_gate=None if shared_gate is None else whole(shared_gate, hidden, 1),
-        forms=(stacked,),
+        forms=((*stacked, choosing(STACKED)),),
     )
+
+
+def sparse_layers(fields: Fields, num_layers: int) -> list[bool]:
+    """Which layers have experts, by Qwen's fields: every so many, but for those that are named as dense."""
+    step, dense = fields.whole("decoder_sparse_step"), fields.wholes("mlp_only_layers")
+    return [layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)]
 
 
 def scores(name: str, hidden: int, count: int, bias: bool = False) -> tuple[Linear]:
@@ -101,5 +116,35 @@ def gated_mlp(where: str, hidden: int, width: int, activation: Activation = "sil
     )
 
 
-def _vector(name: str | None, count: int) -> tuple[Vector, ...]:
-    return () if name is None else (Vector(name, count),)
+def weighed(fields: Fields, hidden: int) -> Experts:
+    """The mixture of Qwen's models whose shared expert a gate weighs."""
+    count = fields.whole("num_experts", most=MOST_EXPERTS)
+    return experts(
+        hidden,
+        fields.whole("moe_intermediate_size"),
+        count,
+        fields.whole("num_experts_per_tok", most=count),
+        shared=gated_mlp("mlp.shared_expert", hidden, fields.whole("shared_expert_intermediate_size")),
+        shared_gate="mlp.shared_expert_gate",
+    )
+
+
+def corrected(fields: Fields, hidden: int) -> Experts:
+    """The mixture of DeepSeek's and GLM's models: a correction for the choice, and shared experts as one MLP."""
+    width = fields.whole("moe_intermediate_size")
+    count = fields.whole(fields.either("n_routed_experts", "num_local_experts"), most=MOST_EXPERTS)
+    shared = fields.optional_whole("n_shared_experts", least=0, most=MOST_EXPERTS)
+    return experts(
+        hidden,
+        width,
+        count,
+        fields.whole("num_experts_per_tok", most=count),
+        correction="gate.e_score_correction_bias",
+        shared=gated_mlp("mlp.shared_experts", hidden, width * shared) if shared else None,
+    )
+
+
+def further_layers(fields: Fields, num_layers: int) -> tuple[str, ...]:
+    """Patterns of the layers behind the last one, which predict more tokens at once."""
+    count = fields.whole(fields.either("num_nextn_predict_layers", "num_mtp_layers"), least=0, most=MOST_LAYERS)
+    return tuple(rf"model\.layers\.{layer}\..*" for layer in range(num_layers, num_layers + count))

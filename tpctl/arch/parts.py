@@ -98,16 +98,16 @@ def block(sizes: Sizes, attention: Attention, mlp: Gated) -> Block:
     )
 
 
-def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart) -> CutBlock:
+def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart, unit_offset: bool = False) -> CutBlock:
     """The same, of a layer that tpctl cuts and does not run."""
-    before = Norm("input_layernorm", sizes.hidden_size, sizes.eps)
-    after = Norm("post_attention_layernorm", sizes.hidden_size, sizes.eps)
+    before = Norm("input_layernorm", sizes.hidden_size, sizes.eps, unit_offset)
+    after = Norm("post_attention_layernorm", sizes.hidden_size, sizes.eps, unit_offset)
     return CutBlock(mixer, (before, mixer, after, *mlp))
 
 
-def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
+def model(sizes: Sizes, layers: tuple[Layer, ...], unit_offset: bool = False) -> Blueprint:
     """A model with one norm before its head."""
-    norm = Norm("model.norm", sizes.hidden_size, sizes.eps)
+    norm = Norm("model.norm", sizes.hidden_size, sizes.eps, unit_offset)
     return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, norm, sizes.tied)
 
 

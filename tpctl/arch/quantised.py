@@ -9,7 +9,7 @@ from math import gcd, lcm
 from tpctl.arch.block import Attention, Block, Experts, Gated, Layer, LayerPart, Mixer, linears
 from tpctl.arch.blueprint import Blueprint, renamed
 from tpctl.arch.formats.scheme import Scheme
-from tpctl.arch.linear import Linear
+from tpctl.arch.linear import Linear, Vector
 from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.partition.cuts import Blocks, Cut, Dealt, Scaled, Whole, Within
 from tpctl.partition.split import EACH
@@ -86,9 +86,10 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
             gate_up, down = _aligned(part.gate_up, part.down, cutting)
             return replace(part, gate_up=gate_up, down=down)
         if isinstance(part, Experts):
-            (gate_up, down), *forms = (
-                _dealt(_aligned(*pair, cutting), cutting.expert_parallel)
-                for pair in ((part.gate_up, part.down), *part.forms)
+            gate_up, down = _dealt(_aligned(part.gate_up, part.down, cutting), cutting.expert_parallel)
+            forms = (
+                (*_dealt(_aligned(one, other, cutting), cutting.expert_parallel), router)
+                for one, other, router in part.forms
             )
             shared = None if part.shared is None else part_cut(part.shared)
             assert shared is None or isinstance(shared, Gated)
@@ -115,10 +116,12 @@ def named_for(engine: str | None, blueprint: Blueprint) -> Blueprint:
                 replace(down, name=down.name.replace(where, inside)),
             )
 
+        def choosing(router: tuple[Linear | Vector, ...]) -> tuple[Linear | Vector, ...]:
+            return tuple(replace(one, name=f"{where}.{one.name.rpartition('.')[2]}") for one in router)
+
         gate_up, down = pair(part.gate_up, part.down)
-        forms = (pair(*form) for form in part.forms)
-        router = tuple(replace(one, name=f"{where}.{one.name.rpartition('.')[2]}") for one in part.router)
-        return replace(part, gate_up=gate_up, down=down, forms=tuple(forms), router=router)
+        forms = tuple((*pair(one, other), choosing(router)) for one, other, router in part.forms)
+        return replace(part, gate_up=gate_up, down=down, forms=forms, router=choosing(part.router))
 
     return replace(blueprint, layers=tuple(mapped(layer, named) for layer in blueprint.layers))
 
@@ -156,7 +159,7 @@ def with_linears(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPa
             part,
             gate_up=change(part.gate_up),
             down=change(part.down),
-            forms=tuple((change(gate_up), change(down)) for gate_up, down in part.forms),
+            forms=tuple((change(gate_up), change(down), router) for gate_up, down, router in part.forms),
             shared=shared,
             shared_gate=None if part.shared_gate is None else change(part.shared_gate),
         )

@@ -92,9 +92,9 @@ def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[s
             part = with_linears(part, named)
         if not isinstance(part, Experts) or not part.forms:
             return part
-        for gate_up, down in ((part.gate_up, part.down), *part.forms):
+        for gate_up, down, router in ((part.gate_up, part.down, part.router), *part.forms):
             if source(gate_up) + gate_up.storage.entries[0].suffix in names:
-                return replace(part, gate_up=gate_up, down=down)
+                return replace(part, gate_up=gate_up, down=down, router=router)
         return part
 
     return mapped(layer, held)
@@ -162,6 +162,7 @@ def stored_dtype(split: TensorSplit, sources: Mapping[str, str], target: str | N
 
 
 def _plan(config: ModelConfig, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
-    for layer in config.blueprint.alike:  # said first, in words of heads
-        config.blueprint.layers[layer].mixer.shares(tp_size)
+    mixers = (config.blueprint.layers[layer].mixer for layer in config.blueprint.alike)
+    for mixer in sorted(mixers, key=lambda one: one.num_heads):  # said first, in words of heads
+        mixer.shares(tp_size)
     return PartitionPlan.build(splits, tp_size)

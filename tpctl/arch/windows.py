@@ -8,7 +8,7 @@ from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
 Windows = tuple[int | None, ...]
 """Each layer's window in tokens, the token itself counted; ``None``: it has none."""
 
-_KINDS = ("sliding_attention", "full_attention")
+_KINDS = ("full_attention", "sliding_attention")
 
 
 def no_window(fields: Fields, num_layers: int, longest: int, architecture: str) -> Windows:
@@ -58,17 +58,16 @@ def by_kind(kinds: list[str], window: int | None) -> Windows:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def layer_kinds(fields: Fields, num_layers: int) -> list[str] | None:
-    """The kind of every layer, where ``layer_types`` says it."""
+def layer_kinds(fields: Fields, num_layers: int, known: tuple[str, ...] = _KINDS) -> list[str] | None:
+    """The kind of every layer, one of ``known``, where ``layer_types`` says it."""
     kinds = fields.get("layer_types")
     if kinds is None:
         return None
     if not isinstance(kinds, list):
         raise fields.wrong("layer_types", "a list")
-    if unknown := [kind for kind in kinds if kind not in _KINDS]:
-        raise UnsupportedModelError(
-            f"layer type {shown(unknown[0])} is not supported; tpctl knows full and sliding attention"
-        )
+    if unknown := [kind for kind in kinds if kind not in known]:
+        names = " and ".join(kind.removesuffix("_attention") for kind in known)
+        raise UnsupportedModelError(f"layer type {shown(unknown[0])} is not supported; tpctl knows {names} attention")
     if len(kinds) != num_layers:
         raise CheckpointError(
             f"config.json: layer_types has {counted(len(kinds), 'kind')} for {counted(num_layers, 'layer')}"

@@ -1,4 +1,4 @@
-"""Qwen3 with experts in (most of) its layers: softmax over all, the top few, renormalised; no shared expert."""
+"""Qwen3 with experts in (most of) its layers: softmax over all, the top few; no shared expert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ARCHITECTURE = "Qwen3MoeForCausalLM"
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim)
     bias = fields.flag("attention_bias")
-    count = fields.whole("num_experts", most=MOST_EXPERTS)
+    # Published files have the first name, those that transformers 5 writes the second.
+    count = fields.whole(fields.either("num_experts", "num_local_experts"), most=MOST_EXPERTS)
     experts = mixture.experts(
         sizes.hidden_size,
         fields.whole("moe_intermediate_size"),
@@ -23,13 +24,9 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         fields.whole("num_experts_per_tok", most=count),
     )
     mlp = parts.gated(sizes, parts.read_activation(fields))
-    step, dense = fields.whole("decoder_sparse_step"), fields.wholes("mlp_only_layers")
-    layers = []
-    for number in range(sizes.num_layers):
-        attention = parts.attention(sizes, rope, None, qkv_bias=bias, o_bias=bias, qk_norm=True)
-        sparse = number not in dense and (number + 1) % step == 0
-        layers.append(parts.cut_block(sizes, attention, experts if sparse else mlp))
-    return parts.model(sizes, tuple(layers))
+    attention = parts.attention(sizes, rope, None, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    sparse = mixture.sparse_layers(fields, sizes.num_layers)
+    return parts.model(sizes, tuple(parts.cut_block(sizes, attention, experts if one else mlp) for one in sparse))
 
 
 FAMILY = Family(
@@ -40,7 +37,6 @@ FAMILY = Family(
         "intermediate_size": 6144,
         "num_hidden_layers": 24,
         "num_key_value_heads": 4,
-        "head_dim": 128,
         "attention_bias": False,
         "decoder_sparse_step": 1,
         "moe_intermediate_size": 768,
@@ -48,7 +44,7 @@ FAMILY = Family(
         "num_experts": 128,
         "mlp_only_layers": [],
     },
-    frozenset({"num_key_value_heads", "sliding_window", "mlp_only_layers"}),
+    frozenset({"mlp_only_layers"}),
     describe,
     runs=False,
 )

@@ -1,0 +1,61 @@
+"""DeepSeek V3, R1 and V3.1: latent attention; dense layers first, then experts chosen by sigmoid and a correction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tpctl.arch import mixture, parts
+from tpctl.arch.blueprint import Blueprint
+from tpctl.arch.family import COMMON, Family, Sizes
+from tpctl.arch.fields import Fields
+from tpctl.arch.mixers import latent
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+
+
+def describe(fields: Fields, sizes: Sizes) -> Blueprint:
+    attention = latent(
+        sizes,
+        q_rank=fields.optional_whole("q_lora_rank"),
+        kv_rank=fields.whole("kv_lora_rank"),
+        nope=fields.whole("qk_nope_head_dim"),
+        rope=fields.whole("qk_rope_head_dim"),
+        value=fields.whole("v_head_dim"),
+        bias=fields.flag("attention_bias"),
+    )
+    experts, mlp = mixture.corrected(fields, sizes.hidden_size), parts.gated(sizes, parts.read_activation(fields))
+    first = fields.whole("first_k_dense_replace", least=0)
+    layers = (parts.cut_block(sizes, attention, mlp if layer < first else experts) for layer in range(sizes.num_layers))
+    return replace(parts.model(sizes, tuple(layers)), left_out=mixture.further_layers(fields, sizes.num_layers))
+
+
+FAMILY = Family(
+    ARCHITECTURE,
+    {
+        **COMMON,
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "head_dim": 64,  # that of the part with RoPE, whatever the hidden size is
+        "max_position_embeddings": 4096,
+        "attention_bias": False,
+        "first_k_dense_replace": 3,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_nextn_predict_layers": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
+    frozenset({"num_key_value_heads", "q_lora_rank", "n_shared_experts"}),
+    describe,
+    runs=False,
+)

@@ -1,0 +1,82 @@
+"""Qwen3.5 and 3.6: the layers of Qwen3-Next, dense or with experts in each, and a tower that sees beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tpctl.arch import mixture, parts
+from tpctl.arch.block import LayerPart
+from tpctl.arch.blueprint import ROOT, Blueprint
+from tpctl.arch.delta_net import DeltaNet
+from tpctl.arch.families import qwen3_next
+from tpctl.arch.families.qwen3_next import FULL, LINEAR
+from tpctl.arch.family import COMMON, Family, Sizes
+from tpctl.arch.fields import Fields
+
+DEFAULTS: dict[str, Any] = {
+    **COMMON,
+    **qwen3_next.LAYERS,
+    "vocab_size": 248320,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 32768,
+}
+
+
+def describe(fields: Fields, sizes: Sizes) -> Blueprint:
+    return _model(fields, sizes, parts.gated(sizes, parts.read_activation(fields)))
+
+
+def describe_moe(fields: Fields, sizes: Sizes) -> Blueprint:
+    return _model(fields, sizes, mixture.weighed(fields, sizes.hidden_size))
+
+
+def _model(fields: Fields, sizes: Sizes, mlp: LayerPart) -> Blueprint:
+    mixer = {LINEAR: DeltaNet.read(fields).by_value_head(sizes), FULL: qwen3_next.attention(fields, sizes)}
+    layers = (
+        parts.cut_block(sizes, mixer[kind], mlp, unit_offset=True)
+        for kind in qwen3_next.kinds(fields, sizes.num_layers)
+    )
+    return replace(
+        parts.model(sizes, tuple(layers), unit_offset=True),
+        left_out=qwen3_next.LEFT_OUT,
+        towers=(r"model\.visual\..*",),
+        roots=(ROOT, "model.language_model."),
+    )
+
+
+_DENSE = {
+    **DEFAULTS,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+}
+_MOE = {
+    **DEFAULTS,
+    "hidden_size": 2048,
+    "intermediate_size": 512,  # of an MLP that no layer has
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts_per_tok": 8,
+    "num_experts": 256,
+}
+_NULLABLE: frozenset[str] = frozenset()
+_TEXT, _SEES = "ForCausalLM", "ForConditionalGeneration"
+
+FAMILY = Family(
+    f"Qwen3_5{_SEES}", _DENSE, _NULLABLE, describe, others=(f"Qwen3_5{_TEXT}",), inner="text_config", runs=False
+)
+TEXT = Family(f"Qwen3_5{_TEXT}", _DENSE, _NULLABLE, describe, others=(f"Qwen3_5{_SEES}",), runs=False)
+MOE = Family(
+    f"Qwen3_5Moe{_SEES}",
+    _MOE,
+    _NULLABLE,
+    describe_moe,
+    others=(f"Qwen3_5Moe{_TEXT}",),
+    inner="text_config",
+    runs=False,
+)
+MOE_TEXT = Family(f"Qwen3_5Moe{_TEXT}", _MOE, _NULLABLE, describe_moe, others=(f"Qwen3_5Moe{_SEES}",), runs=False)
