@@ -32,6 +32,10 @@ BASE: dict[str, Any] = {
 }
 
 
+RUN = sorted(name for name, family in FAMILIES.items() if family.runs)
+"""The families that tpctl runs; those that it only cuts have configs and tests of their own."""
+
+
 def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """A small ``config.json`` of ``family``."""
     return {**BASE, "model_type": family, "architectures": [FAMILIES[family].architecture], **changes}
@@ -80,6 +84,24 @@ def make_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "LICENSE").write_text("free")
+    return folder
+
+
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    others: Sequence[TensorSpec] = (),
+) -> Path:
+    """Write a checkpoint of raw elements (as ``read_tensors`` gives them); dtypes by the config, but for ``others``."""
+    folder.mkdir(parents=True)
+    dtypes = {spec.name: spec.dtype for spec in (*source_tensors(config), *others)}
+    header = build_header(TensorSpec(name, dtypes.get(name, "BF16"), data.shape) for name, data in tensors.items())
+    (folder / "model.safetensors").write_bytes(
+        header.raw + b"".join(tensors[name].tobytes() for name in header.tensors)
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     return folder
 
 
