@@ -148,7 +148,7 @@ GEMMA4_MOE: dict[str, Any] = {
     "enable_moe_block": True,
     "num_experts": 5,
     "top_k_experts": 2,
-    "moe_intermediate_size": 22,
+    "moe_intermediate_size": 28,
 }
 GEMMA4_EDGE: dict[str, Any] = {
     **GEMMA4,
@@ -183,7 +183,7 @@ CUT: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("Gemma3", GEMMA3, {"vision_config": PIXTRAL}),
-    "gemma3-caps": ("Gemma3", {**GEMMA3, "final_logit_softcapping": 3.0, "tie_word_embeddings": False}, {"vision_config": PIXTRAL}),
+    "gemma3-untied": ("Gemma3", GEMMA3, {"vision_config": PIXTRAL, "tie_word_embeddings": False}),
     "mistral3": ("Mistral3", {"model_type": "mistral", "sliding_window": None}, {"vision_config": PIXTRAL}),
     "mistral3-untied": (
         "Mistral3",
@@ -214,7 +214,10 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma4-unified": (
         "Gemma4Unified",
         {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
-        {"vision_config": {}, "audio_config": {}},
+        {
+            "vision_config": {"mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16},
+            "audio_config": {"audio_embed_dim": 16},
+        },
     ),
 }
 """Models that see or hear: prefix of their classes, fields of their text model, other fields."""
@@ -225,7 +228,7 @@ def make_cut(name: str, folder: Path, **changes: Any) -> Any:
     import transformers
 
     config, model, fields = CUT[name]
-    return _save(getattr(transformers, f"{config}Config")(**{**SIZES, **fields, **changes}), model, folder)
+    return _save(getattr(transformers, f"{config}Config")(**{**SIZES, **fields, **changes}), model, folder, len(name))
 
 
 def make_seeing(name: str, folder: Path) -> Any:
@@ -234,14 +237,14 @@ def make_seeing(name: str, folder: Path) -> Any:
 
     kind, text, fields = SEEING[name]
     config = getattr(transformers, f"{kind}Config")(text_config={**SIZES, **text}, **fields)
-    return _save(config, f"{kind}ForConditionalGeneration", folder)
+    return _save(config, f"{kind}ForConditionalGeneration", folder, len(name))
 
 
-def _save(config: Any, model_class: str, folder: Path) -> Any:
+def _save(config: Any, model_class: str, folder: Path, seed: int) -> Any:
     import transformers
 
     config._attn_implementation = "eager"
-    torch.manual_seed(len(str(folder.name)))
+    torch.manual_seed(seed)
     model = getattr(transformers, model_class)(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -259,7 +262,7 @@ def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
     config = getattr(transformers, f"{kind}{'Text' if kind == 'Gemma3' else ''}Config")(
         **{**SIZES, **overrides, **changes}
     )
-    return _save(config, f"{kind}ForCausalLM", folder)
+    return _save(config, f"{kind}ForCausalLM", folder, len(name))
 
 
 def make_broken(name: str, folder: Path, token: int, *, sampled: bool = False, **changes: Any) -> None:

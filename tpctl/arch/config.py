@@ -163,6 +163,7 @@ def _eos(fields: Fields, generation: Fields, vocab_size: int) -> tuple[int, ...]
 
 def _ids(fields: Fields, key: str, vocab_size: int) -> list[int]:
     """The token ids of a field; a default that the vocabulary does not reach, as that of a shortened one, is none."""
-    if key not in fields and (fields.get(key) or 0) >= vocab_size:
+    given = fields.get(key)
+    if key not in fields and any(one >= vocab_size for one in (given if isinstance(given, list) else [given or 0])):
         return []
     return fields.token_ids(key, vocab_size)

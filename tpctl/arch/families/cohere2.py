@@ -7,17 +7,11 @@ from tpctl.arch.block import CutBlock
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.errors import CheckpointError
 
 ARCHITECTURE = "Cohere2ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    if sizes.head_dim * sizes.num_heads != sizes.hidden_size:
-        raise CheckpointError(
-            f"config.json: head_dim is {sizes.head_dim}, but {ARCHITECTURE} divides its hidden_size "
-            f"{sizes.hidden_size} by num_attention_heads {sizes.num_heads}"
-        )
     bias = fields.flag("attention_bias")
     mixer = parts.mixer(sizes, "attention beside its MLP", qkv_bias=bias, o_bias=bias)
     mlp = parts.gated(sizes, parts.read_activation(fields))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tpctl.arch import parts
@@ -14,7 +15,7 @@ from tpctl.arch.seeing import seeing
 from tpctl.arch.windows import by_kind, layer_kinds
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
-ARCHITECTURE = "Gemma3ForCausalLM"
+ARCHITECTURE, SEES = "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"
 ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 MOST_CAP = 1e6
@@ -115,4 +116,16 @@ FAMILY = Family(
     ),
 )
 
-SEEING = seeing("Gemma3ForConditionalGeneration", {"gemma3_text": FAMILY}, ("vision_tower", "multi_modal_projector"))
+
+def _describe_seeing(fields: Fields, sizes: Sizes) -> Blueprint:
+    """The text of a model that sees, of which transformers does not cap the logits."""
+    if (cap := fields.get("final_logit_softcapping")) is not None:
+        raise UnsupportedModelError(
+            f"config.json: final_logit_softcapping is {shown(cap)}, which {SEES} does not apply; set it to null"
+        )
+    return describe(fields, sizes)
+
+
+SEEING = seeing(
+    SEES, {"gemma3_text": replace(FAMILY, describe=_describe_seeing)}, ("vision_tower", "multi_modal_projector")
+)
