@@ -63,6 +63,8 @@ GEMMA3: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+GEMMA2: dict[str, Any] = {"head_dim": 12, "sliding_window": 9, "tie_word_embeddings": True}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 8}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -80,6 +82,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN_ROPE}),
+    "gemma2": ("Gemma2", {**GEMMA2, "query_pre_attn_scalar": 5}),
+    "gemma2-caps": (
+        "Gemma2",
+        {**GEMMA2, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0, "attention_bias": True},
+    ),
+    "seed-oss": ("SeedOss", {"head_dim": 12}),
+    "seed-oss-biases": ("SeedOss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "gemma3": ("Gemma3", GEMMA3),
     "gemma3-caps": (
@@ -208,6 +217,21 @@ def make_cut(name: str, folder: Path, *, stacked: bool = False, sees: bool = Fal
     return model
 
 
+def save(config: Any, model_class: str, folder: Path, seed: int) -> Any:
+    """Save a random float32 checkpoint of that class in ``folder``; the model, in eval mode."""
+    import transformers
+
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger than the usual initialisation, so that a wrong mask, table or bias moves the logits visibly.
+            parameter.normal_(0.0, 0.15) if parameter.ndim > 1 else parameter.normal_(0.5, 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
 def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
     """Save a random float32 checkpoint of ``FAMILIES[name]`` in ``folder``; the transformers model, in eval mode."""
     import transformers
@@ -216,15 +240,7 @@ def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
     config = getattr(transformers, f"{kind}{'Text' if kind == 'Gemma3' else ''}Config")(
         **{**SIZES, **overrides, **changes}
     )
-    config._attn_implementation = "eager"
-    torch.manual_seed(len(name))
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Larger than the usual initialisation, so that a wrong mask, table or bias moves the logits visibly.
-            parameter.normal_(0.0, 0.15) if parameter.ndim > 1 else parameter.normal_(0.5, 0.3)
-    model.save_pretrained(folder)
-    return model
+    return save(config, f"{kind}ForCausalLM", folder, len(name))
 
 
 def make_broken(name: str, folder: Path, token: int, *, sampled: bool = False, **changes: Any) -> None:

@@ -29,6 +29,7 @@ BASE: dict[str, Any] = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
     "attention_bias": True,
+    "attention_out_bias": True,
     "mlp_bias": True,
     "use_sliding_window": True,
     "sliding_window": 128,
@@ -52,16 +53,18 @@ ROPES: dict[str, dict[str, Any]] = {
     "no theta": {"rope_parameters": {"rope_type": "default"}},
 }
 MISSING = "missing"
+NO_WINDOW = ("llama", "seed_oss")
+"""Families that refuse one."""
 
 
 def cases() -> Iterator[tuple[str, str, str, Any]]:
-    for family in sorted({*RUN} - {"gemma3_text"}):
+    for family in sorted({*RUN} - {"gemma2", "gemma3", "gemma3_text", "mistral3"}):
         for rope in ROPES:
             if family == "phi3" and rope in ("linear", "yarn", "llama3"):
                 continue
             yield family, rope, "", None
             for key in BASE if rope == "default" else ("rope_theta", "original_max_position_embeddings"):
-                if (family, key) == ("llama", "sliding_window"):
+                if family in NO_WINDOW and key == "sliding_window":
                     continue
                 yield family, rope, key, MISSING
                 if key != "original_max_position_embeddings" or rope in ("yarn", "llama3", "longrope"):
@@ -70,7 +73,7 @@ def cases() -> Iterator[tuple[str, str, str, Any]]:
 
 def config_of(family: str, rope: str, key: str, value: Any) -> dict[str, Any]:
     raw = {**BASE, **deepcopy(ROPES[rope]), "model_type": family, "architectures": [FAMILIES[family].architecture]}
-    if family == "llama":
+    if family in NO_WINDOW:
         del raw["sliding_window"]  # refused
     if key:
         raw[key] = value
@@ -89,9 +92,9 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     if rope["rope_theta"] is None or rope.get("original_max_position_embeddings", 1) is None:
         raise ValueError("no table can be made of this")
     kinds = config.layer_types if family.startswith("qwen") else ["sliding_attention"] * layers
-    window = None if family == "llama" else config.sliding_window
+    window = None if family in NO_WINDOW else config.sliding_window
     ends = config.eos_token_id
-    attention_bias = {"llama": True, "qwen3": True}.get(family, False) and config.attention_bias
+    attention_bias = family in ("llama", "qwen3", "seed_oss") and config.attention_bias
     return {
         "hidden_size": config.hidden_size,
         "num_layers": layers,
@@ -103,8 +106,8 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "qkv_bias": family == "qwen2" or attention_bias,
-        "o_bias": attention_bias,
-        "mlp_bias": family == "llama" and config.mlp_bias,
+        "o_bias": config.attention_out_bias if family == "seed_oss" else attention_bias,
+        "mlp_bias": family in ("llama", "seed_oss") and config.mlp_bias,
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
         "eos_token_ids": tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
         "bos_token_id": config.bos_token_id,
@@ -229,6 +232,50 @@ def test_a_field_of_gemma_3_that_is_missing_or_null(key: str, value: Any, change
             read_here(raw)
         return
     assert read_here(raw) == expected
+
+
+GEMMA2: dict[str, Any] = {
+    **{key: value for key, value in GEMMA.items() if not key.startswith(("rope_", "sliding_window_pattern"))},
+    "rope_theta": 5000.0,
+    "attn_logit_softcapping": 20.0,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 4}])
+@pytest.mark.parametrize(("key", "value"), [("", None), *((key, one) for key in GEMMA2 for one in (MISSING, None))])
+def test_a_field_of_gemma_2_that_is_missing_or_null(key: str, value: Any, changes: dict[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    raw = {**GEMMA2, **({} if key == "num_hidden_layers" else changes), **({key: value} if key else {})}
+    raw = {name: given for name, given in raw.items() if given is not MISSING}
+    try:
+        config = CONFIG_MAPPING["gemma2"](**deepcopy(raw))
+        if config.sliding_window is None or config.rope_parameters["rope_theta"] is None:
+            raise ValueError("no mask or table can be made of this")
+    except Exception:  # of many kinds, from the depths of its checks
+        with pytest.raises(TpctlError, match=key):
+            ModelConfig.from_dict({**raw, "model_type": "gemma2"})
+        return
+    read = ModelConfig.from_dict({**raw, "model_type": "gemma2"})
+    made_of, ends = read.blueprint, config.eos_token_id
+    attention = made_of.blocks[0].attention
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.scale, attention.softcap) == (
+        *(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
+        *(config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping),
+    )
+    assert (attention.rope.theta, attention.qkv.bias, attention.out.bias) == (
+        config.rope_parameters["rope_theta"],
+        *(config.attention_bias, config.attention_bias),
+    )
+    assert (made_of.hidden_size, made_of.tied, made_of.logit_softcap, made_of.norm.eps, made_of.vocab_size) == (
+        *(config.hidden_size, config.tie_word_embeddings, config.final_logit_softcapping),
+        *(config.rms_norm_eps, config.vocab_size),
+    )
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    assert made_of.windows == tuple(config.sliding_window if one else None for one in sliding)
+    assert made_of.blocks[0].mlp.down.inputs == config.intermediate_size
+    assert list(read.eos_token_ids) == (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    assert (read.bos_token_id, read.max_position_embeddings) == (config.bos_token_id, config.max_position_embeddings)
 
 
 @pytest.mark.parametrize(

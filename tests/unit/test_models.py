@@ -9,6 +9,8 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import FAMILIES, make_checkpoint
+from tests.tiny_dense import make_seeing
+from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import make_runner
@@ -80,6 +82,18 @@ def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, t
             expected = model(prompts).logits
         found = _logits(shards, tp_size, prompts.tolist())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["gemma3", "gemma3-untied", "mistral3", "mistral3-untied"])
+def test_the_text_of_a_model_that_sees(name: str, tp_size: int, tmp_path: Path) -> None:
+    model = make_seeing(name, tmp_path / "model")
+    assert ModelConfig.load(tmp_path / "model").blueprint.towers
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size, text_only=True)
+    prompts = torch.randint(11, 131, (2, 40))
+    with torch.no_grad():
+        expected = model(prompts).logits
+    torch.testing.assert_close(_logits(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_made_for_vllm_runs_too(tmp_path: Path) -> None:

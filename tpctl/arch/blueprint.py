@@ -11,7 +11,7 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tpctl.arch.block import Block, Experts, Layer, Mixer, linears
+from tpctl.arch.block import Block, Experts, Layer, LayerPart, Mixer, linears
 from tpctl.arch.linear import Norm
 from tpctl.errors import UnsupportedModelError
 from tpctl.partition.cuts import Vocab
@@ -37,6 +37,7 @@ class Blueprint:
             ``merge`` gives them back.
         towers: patterns of names of what sees or hears; the same, for somebody who wants the text model alone.
         roots: what a checkpoint may have in place of ``model.`` before its names.
+        beside: what stands beside the embedding, before the layers; names are whole.
         lacks: what tpctl would have to know to run it; ``None``: it runs it.
     """
 
@@ -54,6 +55,7 @@ class Blueprint:
     left_out: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
     roots: tuple[str, ...] = (ROOT,)
+    beside: tuple[LayerPart, ...] = ()
     lacks: str | None = None
 
     @property
@@ -87,6 +89,8 @@ class Blueprint:
         vocab = Part(self.embedding, self.vocab_size, Vocab())
         if not self.tied:
             yield TensorSplit(self.embedding, Rule.VOCAB, (vocab,), others=(self.hidden_size,))
+        for part in self.beside:
+            yield from part.splits()
         for number, layer in enumerate(self.layers):
             for split in layer.splits:
                 yield _prefixed(split, self.prefix.format(number))

@@ -25,11 +25,11 @@ from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import is_file, read_object
 from tpctl.partition.dtypes import DTYPES
 
-_OF_BOTH = (
-    *("architectures", "quantization_config", "compression_config", "dtype", "torch_dtype"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id"),
-)
+_OF_BOTH = (*("quantization_config", "compression_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"),)
 """Fields of a model that sees which its text model may leave to it."""
+
+_OF_WHOLE = ("architectures", "tie_word_embeddings")
+"""Fields of such a model that hold, whatever its text model says."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,10 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"model_type {shown(model_type)} is not supported; tpctl knows {', '.join(sorted(FAMILIES))}"
             )
+        family = _text_family(raw, family)
         fields = Fields(_of_text(raw, family.inner), family.defaults, family.nullable)
         _check_kind(fields, model_type, family)
-        sizes = Sizes.read(fields)
+        sizes = Sizes.read(fields, family.eps)
         if family.runs:
             foreign = {key: value for key, value in fields.values.items() if key not in family.own}
             check_fields(foreign, family.architecture, sizes.head_dim)
@@ -122,14 +123,27 @@ def _check_kind(fields: Fields, model_type: str, family: Family) -> None:
         )
 
 
+def _text_family(raw: Mapping[str, Any], family: Family) -> Family:
+    """``family`` with the text model that the config of one that sees names; where it names none, the usual one."""
+    text = Fields(raw).inside(family.inner) if family.inner is not None else Fields({})
+    kind = text.get("model_type")
+    if kind is None or not family.texts:
+        return family
+    if kind not in family.texts:
+        raise UnsupportedModelError(
+            f"model_type {shown(kind)} of {family.inner} is not supported for {family.architecture}; "
+            f"tpctl knows {', '.join(sorted(family.texts))}"
+        )
+    return family.texts[kind]
+
+
 def _of_text(raw: Mapping[str, Any], inner: str | None) -> Mapping[str, Any]:
     """The fields of the text model, which one that sees has in an object of their own, beside some that are of both."""
     text = raw.get(inner) if inner is not None else None
     if not isinstance(text, dict):
         return raw
-    outer = {key: raw[key] for key in _OF_BOTH if key in raw}
-    # The head belongs to the outer model, so that its field counts.
-    return {**outer, **text, **{key: raw[key] for key in ("tie_word_embeddings",) if key in raw}}
+    of_both, of_whole = ({key: raw[key] for key in keys if key in raw} for keys in (_OF_BOTH, _OF_WHOLE))
+    return {**of_both, **text, **of_whole}
 
 
 def _longest(blueprint: Blueprint, fields: Fields) -> int:
@@ -156,6 +170,7 @@ def _eos(fields: Fields, generation: Fields, vocab_size: int) -> tuple[int, ...]
 
 def _ids(fields: Fields, key: str, vocab_size: int) -> list[int]:
     """The token ids of a field; a default that the vocabulary does not reach, as that of a shortened one, is none."""
-    if key not in fields and (fields.get(key) or 0) >= vocab_size:
+    given = fields.get(key)
+    if key not in fields and any(one >= vocab_size for one in (given if isinstance(given, list) else [given or 0])):
         return []
     return fields.token_ids(key, vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpctl.arch.blueprint import Blueprint
@@ -28,8 +28,8 @@ class Sizes:
     tied: bool
 
     @classmethod
-    def read(cls, fields: Fields) -> Sizes:
-        """Read them from a config.
+    def read(cls, fields: Fields, eps: str = "rms_norm_eps") -> Sizes:
+        """Read them from a config, where ``eps`` is the field of the norms' epsilon.
 
         Raises:
             CheckpointError: a field is wrong.
@@ -52,7 +52,7 @@ class Sizes:
             head_dim=head_dim or hidden_size // num_heads,
             intermediate_size=fields.whole("intermediate_size"),
             vocab_size=vocab_size,
-            eps=fields.number("rms_norm_eps", least=1e-30, most=1),
+            eps=fields.number(eps, least=1e-30, most=1),
             tied=fields.flag("tie_word_embeddings"),
         )
 
@@ -70,6 +70,8 @@ class Family:
         own: fields that change a result, and that ``describe`` reads though most families do not have them.
         others: further class names that are the same model, as one that also sees.
         inner: the field that holds those of the text model, where there is more than one.
+        texts: the families that such a text model may be of, by its own ``model_type``; none: this is the only one.
+        eps: the field of the norms' epsilon.
         runs: tpctl runs its models; otherwise it cuts them, and reads no more of a config than that takes.
     """
 
@@ -80,6 +82,8 @@ class Family:
     own: frozenset[str] = frozenset()
     others: tuple[str, ...] = ()
     inner: str | None = None
+    texts: Mapping[str, Family] = field(default_factory=dict)
+    eps: str = "rms_norm_eps"
     runs: bool = True
 
 

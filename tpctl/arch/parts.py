@@ -47,23 +47,13 @@ def attention(
         fused: the source stores ``qkv_proj`` as one tensor.
         scale: of the scores; by default one over the root of the head's size.
     """
-    query_heads, kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-    query = QueryHeads(query_heads, kv_heads, head_dim)
-    kv = KVHeads(query_heads, kv_heads, head_dim)
-    sections: tuple[tuple[str, int, Cut], ...] = (
-        ("q", query_heads * head_dim, query),
-        ("k", kv_heads * head_dim, kv),
-        ("v", kv_heads * head_dim, kv),
-    )
-    q_size, hidden = query_heads * head_dim, sizes.hidden_size
-    out = Part("self_attn.o_proj", hidden, Whole())
+    qkv, out = projections(sizes, qkv_bias=qkv_bias, o_bias=o_bias, fused=fused)
+    head_dim = sizes.head_dim
     return Attention(
-        qkv=Linear(
-            "self_attn.qkv_proj", Rule.QKV, _stacked("self_attn", "qkv", sections, fused), hidden, bias=qkv_bias
-        ),
-        out=Linear("self_attn.o_proj", Rule.ROW, (out,), q_size, query, bias=o_bias),
-        num_heads=query_heads,
-        num_kv_heads=kv_heads,
+        qkv=qkv,
+        out=out,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
         head_dim=head_dim,
         rope=rope,
         scale=head_dim**-0.5 if scale is None else scale,
@@ -72,6 +62,44 @@ def attention(
         q_norm=Norm("self_attn.q_norm", head_dim, sizes.eps, unit_offset) if qk_norm else None,
         k_norm=Norm("self_attn.k_norm", head_dim, sizes.eps, unit_offset) if qk_norm else None,
     )
+
+
+def projections(
+    sizes: Sizes, held: str = "qkv", *, qkv_bias: bool = False, o_bias: bool = False, fused: bool = False
+) -> tuple[Linear, Linear]:
+    """What grouped-query attention reads, below each other, and its output; cut in whole heads.
+
+    Args:
+        held: which of queries, keys and values there are.
+        fused: as of ``attention``.
+    """
+    query_heads, kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    query = QueryHeads(query_heads, kv_heads, head_dim)
+    kv = KVHeads(query_heads, kv_heads, head_dim)
+    each: dict[str, tuple[int, Cut]] = {
+        "q": (query_heads * head_dim, query),
+        "k": (kv_heads * head_dim, kv),
+        "v": (kv_heads * head_dim, kv),
+    }
+    stacked = _stacked("self_attn", held, tuple((label, *each[label]) for label in held), fused)
+    out = Part("self_attn.o_proj", sizes.hidden_size, Whole())
+    return (
+        Linear(f"self_attn.{held}_proj", Rule.QKV, stacked, sizes.hidden_size, bias=qkv_bias),
+        Linear("self_attn.o_proj", Rule.ROW, (out,), query_heads * head_dim, query, bias=o_bias),
+    )
+
+
+def mixer(sizes: Sizes, kind: str, *, qkv_bias: bool = False, o_bias: bool = False, whole_norms: bool = False) -> Mixer:
+    """Grouped-query attention that tpctl cuts and does not run.
+
+    Args:
+        kind: as of ``Mixer``.
+        whole_norms: RMSNorm over all query heads at once, and over all key heads.
+    """
+    qkv, out = projections(sizes, qkv_bias=qkv_bias, o_bias=o_bias)
+    normed = qkv.parts[:2] if whole_norms else ()
+    norms = (Norm(f"self_attn.{part.label}_norm", part.length, sizes.eps, cut=part.cut) for part in normed)
+    return Mixer(kind, (qkv, *norms, out), sizes.num_heads, sizes.num_kv_heads, 2 * sizes.head_dim)
 
 
 def gated(sizes: Sizes, activation: Activation, *, bias: bool = False, fused: bool = False) -> Gated:
@@ -91,11 +119,33 @@ def gated(sizes: Sizes, activation: Activation, *, bias: bool = False, fused: bo
 def block(sizes: Sizes, attention: Attention, mlp: Gated) -> Block:
     """A block with one norm before attention and one before the MLP."""
     return Block(
-        before_attention=Norm("input_layernorm", sizes.hidden_size, sizes.eps),
+        before_attention=norm(sizes, "input_layernorm"),
         attention=attention,
-        before_mlp=Norm("post_attention_layernorm", sizes.hidden_size, sizes.eps),
+        before_mlp=norm(sizes, "post_attention_layernorm"),
         mlp=mlp,
     )
+
+
+def sandwich(sizes: Sizes, attention: Attention, mlp: Gated) -> Block:
+    """A block of Gemma's: a norm of another kind before and behind attention and MLP."""
+    return Block(
+        before_attention=offset_norm(sizes, "input_layernorm"),
+        attention=attention,
+        after_attention=offset_norm(sizes, "post_attention_layernorm"),
+        before_mlp=offset_norm(sizes, "pre_feedforward_layernorm"),
+        mlp=mlp,
+        after_mlp=offset_norm(sizes, "post_feedforward_layernorm"),
+    )
+
+
+def norm(sizes: Sizes, name: str) -> Norm:
+    """RMSNorm of the residual."""
+    return Norm(name, sizes.hidden_size, sizes.eps)
+
+
+def offset_norm(sizes: Sizes, name: str) -> Norm:
+    """The same with a factor of 1 + weight."""
+    return Norm(name, sizes.hidden_size, sizes.eps, unit_offset=True)
 
 
 def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart, unit_offset: bool = False) -> CutBlock:
@@ -107,8 +157,8 @@ def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart, unit_offs
 
 def model(sizes: Sizes, layers: tuple[Layer, ...], unit_offset: bool = False) -> Blueprint:
     """A model with one norm before its head."""
-    norm = Norm("model.norm", sizes.hidden_size, sizes.eps, unit_offset)
-    return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, norm, sizes.tied)
+    last = Norm("model.norm", sizes.hidden_size, sizes.eps, unit_offset)
+    return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, last, sizes.tied)
 
 
 def _stacked(where: str, name: str, sections: tuple[tuple[str, int, Cut], ...], fused: bool) -> tuple[Part, ...]:

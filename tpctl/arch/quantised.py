@@ -12,7 +12,7 @@ from tpctl.arch.formats.scheme import Scheme
 from tpctl.arch.linear import Linear, Vector
 from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.partition.cuts import Blocks, Cut, Dealt, Scaled, Whole, Within
-from tpctl.partition.split import EACH
+from tpctl.partition.split import EACH, Rule
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
     def names(source: str) -> list[str]:
         return [renamed(source.replace(EACH, "0"), root) for root in blueprint.roots]
 
-    def stored(number: int, linear: Linear) -> Linear:
-        prefix = blueprint.prefix.format(number)
+    def stored(prefix: str, linear: Linear) -> Linear:
         found = {part.source: scheme.storage(names(prefix + part.source)) for part in linear.parts}
         if len(set(found.values())) > 1:
             words = [f"{name} is {kind.format if kind else 'a float'}" for name, kind in found.items()]
@@ -56,10 +55,15 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
         return linear if storage is None else replace(linear, storage=storage)
 
     def layer(number: int, old: Layer) -> Layer:
-        return mapped(old, lambda part: with_linears(part, lambda linear: stored(number, linear)))
+        prefix = blueprint.prefix.format(number)
+        return mapped(old, lambda part: with_linears(part, lambda linear: stored(prefix, linear)))
 
-    layers = tuple(layer(number, old) for number, old in enumerate(blueprint.layers))
-    return replace(blueprint, layers=layers, unused=(*blueprint.unused, *scheme.unused))
+    return replace(
+        blueprint,
+        layers=tuple(layer(number, old) for number, old in enumerate(blueprint.layers)),
+        beside=tuple(with_linears(part, lambda linear: stored("", linear)) for part in blueprint.beside),
+        unused=(*blueprint.unused, *scheme.unused),
+    )
 
 
 def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
@@ -143,9 +147,9 @@ def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:
 
 
 def with_linears(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPart:
-    """``part`` with its linears changed, but for routers, which no format quantises."""
+    """``part`` with its linears changed, but for routers and tables of embeddings, which no format quantises."""
     if isinstance(part, Linear):
-        return change(part)
+        return part if part.rule is Rule.VOCAB else change(part)
     if isinstance(part, Attention):
         return replace(part, qkv=change(part.qkv), out=change(part.out))
     if isinstance(part, Mixer):

@@ -124,7 +124,7 @@ class PartitionPlan:
     @property
     def vocab_slices(self) -> tuple[Range, ...]:
         """The rows of the padded vocabulary that each rank holds."""
-        part = next(split.parts[0] for split in self.splits if split.rule is Rule.VOCAB)
+        part = next(split.parts[0] for split in reversed(self.splits) if split.rule is Rule.VOCAB)  # the head
         return part.cut.ranges(part.length, self.tp_size)
 
     def pieces(self) -> Iterator[tuple[int, PlannedTensor, Piece]]:

@@ -1,20 +1,21 @@
-"""Gemma 3, text alone: norms before and behind attention and MLP; most layers have a window and a RoPE of their own."""
+"""Gemma 3: norms before and behind attention and MLP; most layers have a window and a RoPE of their own."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tpctl.arch import parts
-from tpctl.arch.block import Activation, Block
+from tpctl.arch.block import Activation
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.linear import Norm
 from tpctl.arch.rope import RopeConfig, read_rope
+from tpctl.arch.seeing import seeing
 from tpctl.arch.windows import by_kind, layer_kinds
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
-ARCHITECTURE = "Gemma3ForCausalLM"
+ARCHITECTURE, SEES = "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"
 ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 MOST_CAP = 1e6
@@ -34,32 +35,29 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     bias = fields.flag("attention_bias")
     mlp = parts.gated(sizes, activation)
     blocks = tuple(
-        Block(
-            before_attention=_norm(sizes, "input_layernorm"),
-            attention=parts.attention(
+        parts.sandwich(
+            sizes,
+            parts.attention(
                 sizes, ropes[kind], span, qkv_bias=bias, o_bias=bias, qk_norm=True, unit_offset=True, scale=scale
             ),
-            after_attention=_norm(sizes, "post_attention_layernorm"),
-            before_mlp=_norm(sizes, "pre_feedforward_layernorm"),
-            mlp=mlp,
-            after_mlp=_norm(sizes, "post_feedforward_layernorm"),
+            mlp,
         )
         for kind, span in zip(kinds, by_kind(kinds, window), strict=True)
     )
-    cap = fields.get("final_logit_softcapping")
     return Blueprint(
         sizes.vocab_size,
         sizes.hidden_size,
         blocks,
-        _norm(sizes, "model.norm"),
+        parts.offset_norm(sizes, "model.norm"),
         sizes.tied,
         embedding_scale=sizes.hidden_size**0.5,
-        logit_softcap=None if cap is None else fields.number("final_logit_softcapping", least=1e-3, most=MOST_CAP),
+        logit_softcap=read_cap(fields, "final_logit_softcapping"),
     )
 
 
-def _norm(sizes: Sizes, name: str) -> Norm:
-    return Norm(name, sizes.hidden_size, sizes.eps, unit_offset=True)
+def read_cap(fields: Fields, key: str) -> float | None:
+    """What scores or logits are capped at; ``None``: nothing."""
+    return None if fields.get(key) is None else fields.number(key, least=1e-3, most=MOST_CAP)
 
 
 def _by_pattern(fields: Fields, num_layers: int) -> list[str]:
@@ -116,4 +114,18 @@ FAMILY = Family(
             *("attn_logit_softcapping", "final_logit_softcapping"),
         }
     ),
+)
+
+
+def _describe_seeing(fields: Fields, sizes: Sizes) -> Blueprint:
+    """The text of a model that sees, of which transformers does not cap the logits."""
+    if (cap := fields.get("final_logit_softcapping")) is not None:
+        raise UnsupportedModelError(
+            f"config.json: final_logit_softcapping is {shown(cap)}, which {SEES} does not apply; set it to null"
+        )
+    return describe(fields, sizes)
+
+
+SEEING = seeing(
+    SEES, {"gemma3_text": replace(FAMILY, describe=_describe_seeing)}, ("vision_tower", "multi_modal_projector")
 )
