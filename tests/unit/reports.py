@@ -36,7 +36,7 @@ def report_of(
 ) -> InspectReport:
     """The same of a model that may have any blueprint."""
     plan = build_plan(model, tp_size)
-    meaning = meanings(as_held(model.blueprint, plan.source_shapes))
+    meaning = meanings(as_held(model, plan.source_shapes).blueprint)
     dtypes = {split.name: split.dtypes[0] if split.dtypes else "BF16" for split in plan.splits}
     reports = []
     for rank in range(tp_size) if ranks is None else ranks:

@@ -35,9 +35,7 @@ def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSpl
     They tell what the config does not: the root of the names, whether experts are stacked, which optional tensors
     there are, and under which name the one copy of a tied embedding is.
     """
-    blueprint = config.blueprint
-    if names:
-        blueprint = as_held(blueprint, names)
+    blueprint = as_held(config, names).blueprint
     root = blueprint.root(names)
     splits = [_from(root, split) for split in blueprint.splits()]
     if blueprint.tied:
@@ -45,6 +43,13 @@ def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSpl
         if head in names and embedding not in names:
             splits[-1] = replace(splits[-1], parts=tuple(replace(part, source=head) for part in splits[-1].parts))
     return [split for split in splits if not split.optional or any(source in names for source in split.sources)]
+
+
+def as_held(config: ModelConfig, names: Container[str]) -> ModelConfig:
+    """``config`` with its layers in the form that a checkpoint with tensors ``names`` has them."""
+    blueprint = config.blueprint
+    layers = tuple(_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
+    return replace(config, blueprint=replace(blueprint, layers=layers))
 
 
 def second_copies(config: ModelConfig, names: Container[str]) -> dict[str, str]:
@@ -59,12 +64,6 @@ def towers(config: ModelConfig, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that belong to what sees or hears, beside the text model."""
     patterns = config.blueprint.towers
     return [name for name in names if patterns and re.fullmatch("|".join(patterns), name)]
-
-
-def as_held(blueprint: Blueprint, names: Container[str]) -> Blueprint:
-    """``blueprint`` with its experts in the form that a checkpoint of tensors ``names`` has them."""
-    layers = (_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
-    return replace(blueprint, layers=tuple(layers))
 
 
 def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[str]) -> Layer:

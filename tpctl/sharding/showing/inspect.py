@@ -78,7 +78,7 @@ def inspect_shards(
         left_out = _left_out(manifest, here, absent, extra)
         verified = Verified(here, hashed, compared, None if source is None else str(source), left_out)
     own = own_plan(folder, manifest)
-    meaning = meanings(as_held(own.config.blueprint, own.tensors))
+    meaning = meanings(as_held(own.config, own.tensors).blueprint)
     sizes = [shard.nbytes for shard in manifest.shards.values()]
     return InspectReport(
         folder=str(folder),

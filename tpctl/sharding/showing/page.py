@@ -47,7 +47,7 @@ def write_page(report: InspectReport, config: ModelConfig, path: Path) -> None:
 def render(report: InspectReport, config: ModelConfig) -> str:
     """The page's HTML."""
     found = kinds(report)
-    blueprint = as_held(config.blueprint, report.source_shapes)
+    blueprint = as_held(config, report.source_shapes).blueprint
     mixers = sections.mixers_of(blueprint)
     revision = f" at revision {printable(report.revision)}" if report.revision else ""
     title = f"{printable(report.source)}, cut for {report.tp_size} rank{'s' if report.tp_size > 1 else ''}"
