@@ -93,6 +93,14 @@ def scaled() -> ModelConfig:
     return replace(config, blueprint=blueprint)
 
 
+def parallel() -> ModelConfig:
+    """A layer whose MLP reads what its attention reads."""
+    config = ModelConfig.from_dict(make_config("qwen3", num_hidden_layers=1))
+    (first,) = config.blueprint.blocks
+    block = CutBlock(first.attention, (first.before_attention, first.attention, first.mlp))
+    return replace(config, blueprint=replace(config.blueprint, layers=(block,)))
+
+
 def post_normed() -> ModelConfig:
     """A layer that norms what it adds and not what it reads, with a QK-norm over all heads."""
     config = ModelConfig.from_dict(make_config("qwen3", num_hidden_layers=1))

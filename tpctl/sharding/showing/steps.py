@@ -67,7 +67,9 @@ class _Way:
             behind = norms - (before and norms > 0 and following is not None and _is_partial(following))
             yield from self._part(part)
             if isinstance(part, Vector) or (following is not None and not norms and not isinstance(following, Vector)):
-                continue  # scaled in place, or read beside or after it and added together
+                if following is not None and _is_partial(part) and _is_partial(following):
+                    yield Bar("bar", "beside that, from the same normed vector")
+                continue  # scaled in place, or what comes next is added together with it
             if _is_partial(part):
                 yield self._sum(_of(part))
             if following is not None and _is_mlp(part) and _is_mlp(following):
