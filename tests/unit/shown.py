@@ -28,6 +28,8 @@ WORDS = Storage(
 class Packed:
     """All linears but routers and the recurrent mixer's are ``WORDS``."""
 
+    unused = ()
+
     def storage(self, names: list[str]) -> Storage | None:
         return None if any("linear_attn" in name or "shared_expert_gate" in name for name in names) else WORDS
 
@@ -78,6 +80,25 @@ def mixed(cutting: Cutting = Cutting(), *, packed: bool = True) -> ModelConfig:
     if packed:
         blueprint = quantised(blueprint, Packed())
     return replace(config, blueprint=cut_by(blueprint, cutting))
+
+
+def scaled() -> ModelConfig:
+    """A sandwich of norms, then two linears that all ranks have, one more norm, and a factor."""
+    config = ModelConfig.from_dict(make_config("qwen3", num_hidden_layers=1))
+    (first,) = config.blueprint.blocks
+    norm = [replace(first.before_mlp, name=f"norm_{number}") for number in range(5)]
+    whole = [mixture.whole("per_layer_gate", 24, 8), mixture.whole("per_layer_projection", 8, 24)]
+    parts = (norm[0], first.attention, norm[1], norm[2], first.mlp, norm[3], *whole, norm[4], Vector("scalar", 1))
+    blueprint = replace(config.blueprint, layers=(CutBlock(first.attention, parts),))
+    return replace(config, blueprint=blueprint)
+
+
+def parallel() -> ModelConfig:
+    """A layer whose MLP reads what its attention reads."""
+    config = ModelConfig.from_dict(make_config("qwen3", num_hidden_layers=1))
+    (first,) = config.blueprint.blocks
+    block = CutBlock(first.attention, (first.before_attention, first.attention, first.mlp))
+    return replace(config, blueprint=replace(config.blueprint, layers=(block,)))
 
 
 def post_normed() -> ModelConfig:

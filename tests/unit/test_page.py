@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.unit.reports import make_report, report_of
-from tests.unit.shown import mixed, post_normed
+from tests.unit.shown import mixed, parallel, post_normed, scaled
 from tests.unit.synthetic import RUN, make_config
 from tests.unit.test_picture import MOE
 from tpctl.arch.config import ModelConfig
@@ -207,6 +207,27 @@ def test_norms_behind_and_over_all_heads() -> None:
     )
     places = [text.index(step, text.index("hidden state 24 numbers")) for step in steps]
     assert places == sorted(places) and "only at the three bars" in text
+
+
+def test_what_is_whole_on_every_rank_needs_no_exchange() -> None:
+    text = page_of(scaled(), 2)
+    steps = (
+        *("all-reduce 1", "added to the hidden state after one more RMSNorm", "RMSNorm", "down weight", "all-reduce 2"),
+        *("added to the hidden state after one more RMSNorm", "per_layer_gate", "per_layer_projection"),
+        *("added to the hidden state after one more RMSNorm", "scaled by scalar", "on to the next block"),
+    )
+    place = text.index("hidden state 24 numbers")
+    for step in steps:
+        place = text.index(step, place) + 1
+    assert "all-reduce 3" not in text and "only at the two bars" in text
+
+
+def test_an_mlp_beside_attention_shares_its_exchange() -> None:
+    text = page_of(parallel(), 2)
+    assert "only at the bar named all-reduce" in text and "all-reduce 2" not in text
+    assert (
+        text.index("o weight") < text.index("beside that, from the same normed vector") < text.index("gate, up weight")
+    )
 
 
 def test_what_no_rank_holds_is_listed() -> None:

@@ -50,7 +50,7 @@ def row_example() -> str:
 @dataclass(frozen=True)
 class Flow:
     """The figures of the layers, and words for the text above them: how many blocks are ``alike``, the two ``parts``
-    that each has, and how many ``reduces`` a figure shows."""
+    that each has, and which bars of a figure are ``reduces``."""
 
     figures: str
     alike: str
@@ -82,7 +82,7 @@ def block_flow(blueprint: Blueprint, found: Sequence[Kind], tp_size: int) -> Flo
         "".join(figures),
         "like this one" if len(sorts) == 1 else f"of {_number(len(sorts))} sorts",
         f"{'a part that mixes tokens' if mixed else 'an attention part'} and {mlp}",
-        _number(sums.pop()) if len(sums) == 1 else "dark",
+        "dark bars" if len(sums) > 1 else "bar" if sums == {1} else f"{_number(sums.pop())} bars",
     )
 
 

@@ -16,6 +16,7 @@ from tpctl.sharding.showing.page_flow import experts_in
 from tpctl.sharding.showing.page_svg import figure
 from tpctl.sharding.showing.report import InspectReport
 from tpctl.sharding.showing.rules import entry, paragraph, where
+from tpctl.sharding.showing.steps import keeps_by_head
 from tpctl.sharding.showing.svg import hue
 
 
@@ -39,8 +40,9 @@ def heads_of(mixers: Mapping[str, Attention | Mixer]) -> str:
     """``"32 query and 8 KV heads"``, of each sort of mixer."""
     found = []
     for mixer in mixers.values():
-        kv = f" and {mixer.num_kv_heads} KV" if mixer.num_kv_heads else ""
-        query = f"{mixer.num_heads} query" if isinstance(mixer, Attention) else f"{mixer.num_heads}"
+        kept = keeps_by_head(mixer)
+        kv = f" and {mixer.num_kv_heads} KV" if kept else ""
+        query = f"{mixer.num_heads} query" if kept else f"{mixer.num_heads}"
         of = f" of {mixer.kind}" if isinstance(mixer, Mixer) else ""
         found.append(f"{query}{kv} heads{of}")
     return " or ".join(found)
@@ -128,7 +130,7 @@ def columns(mixers: Mapping[str, Attention | Mixer], found: Sequence[Kind]) -> l
     """Titles of what each rank has of heads and experts."""
     titles = []
     for name, mixer in mixers.items():
-        kv = ", query / KV" if isinstance(mixer, Attention) else " / KV" if mixer.num_kv_heads else ""
+        kv = ", query / KV" if keeps_by_head(mixer) else ""
         titles.append(f"heads{name if name.startswith(' ') else f', {name}' if name else ''}{kv}")
     return [*titles, *(["experts"] if any(kind.experts for kind in found) else [])]
 
@@ -143,7 +145,7 @@ def rank_rows(report: InspectReport, found: Sequence[Kind], mixers: Mapping[str,
         held = []
         for mixer, share in zip(mixers.values(), shares, strict=True):
             query, kv = len(share[rank.rank].query), len(share[rank.rank].kv)
-            held.append(f"{query} / {kv}" if mixer.num_kv_heads else f"{query}")
+            held.append(f"{query} / {kv}" if keeps_by_head(mixer) else f"{query}")
         if mixture is not None:
             first, stop = mixture.held[index]
             held.append(f"{first} to {stop - 1}" if mixture.dealt else f"a part of all {mixture.count}")

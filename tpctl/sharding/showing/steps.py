@@ -64,19 +64,23 @@ class _Way:
             yield self._each("step", lambda i: _NORM, "Cheap, so every rank does it.")
         for place, (part, norms) in enumerate(stages):
             following = stages[place + 1][0] if place + 1 < len(stages) else None
-            behind = norms - (before and following is not None and norms > 0)
+            behind = norms - (before and norms > 0 and following is not None and _is_partial(following))
             yield from self._part(part)
-            beside = following is not None and _is_mlp(part) == _is_mlp(following)
-            if following is not None and not norms:  # both read the same vector, and are summed together
-                continue
-            yield self._sum(_of(part))
-            if beside:
+            if isinstance(part, Vector) or (following is not None and not norms and not isinstance(following, Vector)):
+                if following is not None and _is_partial(part) and _is_partial(following):
+                    yield Bar("bar", "beside that, from the same normed vector")
+                continue  # scaled in place, or what comes next is added together with it
+            if _is_partial(part):
+                yield self._sum(_of(part))
+            if following is not None and _is_mlp(part) and _is_mlp(following):
                 yield Bar("bar", "kept, to be added to the next", _through(behind))
             else:
-                onwards = "" if following is not None else ", on to the next block"
+                onwards = ", on to the next block" if following is None else ""
                 yield Bar("bar", f"added to the hidden state{onwards}", _through(behind))
             if behind < norms:
                 yield self._each("step", lambda i: _NORM)
+        if isinstance(stages[-1][0], Vector):
+            yield Bar("bar", "on to the next block")
 
     def _sum(self, of: str) -> Bar:
         self._sums += 1
@@ -120,9 +124,11 @@ class _Way:
     def _mixer(self, mixer: Mixer) -> Iterator[Step]:
         """Its linears in order; the mixing itself is before the one whose outputs are partial sums."""
         small = [
-            one.name.removesuffix(".weight").rpartition(".")[2]
+            split.name.removesuffix(".weight").rpartition(".")[2]
             for one in mixer.parts
-            if not isinstance(one, Linear) and one.cut is not None
+            if not isinstance(one, Linear)
+            for split in one.splits()
+            if split.rule is not Rule.REPLICATED
         ]
         short = len(mixer.kind) < 20
         title = mixer.kind if short else "heads mixed"
@@ -137,7 +143,7 @@ class _Way:
 
     def _heads(self, mixer: Attention | Mixer, index: int) -> str:
         share = mixer.shares(self._tp_size)[self._ranks[index]]
-        if not mixer.num_kv_heads:
+        if not keeps_by_head(mixer):
             return f"{len(share.query)} head{'s' if len(share.query) > 1 else ''}"
         return f"{len(share.query)} query, {len(share.kv)} KV head{'s' if len(share.kv) > 1 else ''}"
 
@@ -219,6 +225,11 @@ _RULES = {Rule.REPLICATED: "Whole on every rank.", Rule.ROW: "Row-parallel: inpu
 _SHORT = {"gate_up_proj": "gate, up"}
 
 
+def keeps_by_head(mixer: Attention | Mixer) -> bool:
+    """Whether it has KV heads, which keep something of every token."""
+    return isinstance(mixer, Attention) or (mixer.num_kv_heads > 0 and mixer.kept > 0)
+
+
 def _run(experts: tuple[int, int]) -> str:
     first, stop = experts
     return f"experts {first} to {stop - 1}" if stop > first + 1 else f"expert {first}"
@@ -231,6 +242,13 @@ def _through(norms: int) -> str:
 
 def _of(part: LayerPart) -> str:
     return ", of experts and the shared one" if isinstance(part, Experts) and part.shared is not None else ""
+
+
+def _is_partial(part: LayerPart) -> bool:
+    """Whether what ranks get from it are partial sums."""
+    if isinstance(part, Linear):
+        return part.rule is Rule.ROW
+    return not isinstance(part, Vector)
 
 
 def _is_mlp(part: LayerPart) -> bool:
