@@ -32,6 +32,10 @@ BASE: dict[str, Any] = {
 }
 
 
+RUN = sorted(name for name, family in FAMILIES.items() if family.runs)
+"""The families that tpctl runs; those that it only cuts have configs and tests of their own."""
+
+
 def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """A small ``config.json`` of ``family``."""
     return {**BASE, "model_type": family, "architectures": [FAMILIES[family].architecture], **changes}

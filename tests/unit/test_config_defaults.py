@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.described import described
+from tests.unit.synthetic import RUN
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
 from tpctl.errors import TpctlError
@@ -54,7 +55,7 @@ MISSING = "missing"
 
 
 def cases() -> Iterator[tuple[str, str, str, Any]]:
-    for family in sorted(FAMILIES.keys() - {"gemma3_text"}):
+    for family in sorted({*RUN} - {"gemma3_text"}):
         for rope in ROPES:
             if family == "phi3" and rope in ("linear", "yarn", "llama3"):
                 continue

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.synthetic import make_config
+from tests.unit.synthetic import RUN, make_config
 from tpctl.arch.blueprint import LM_HEAD
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.families import FAMILIES
 from tpctl.arch.source_plan import build_plan
 from tpctl.errors import CheckpointError, PartitionError
 from tpctl.partition.cuts import Even
@@ -26,7 +25,7 @@ def models(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     kv, group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     tp = draw(st.integers(1, kv * group))
     raw = make_config(
-        draw(st.sampled_from(sorted(FAMILIES))),
+        draw(st.sampled_from(RUN)),
         hidden_size=draw(st.integers(1, 20)),
         num_hidden_layers=draw(st.integers(1, 2)),
         num_attention_heads=kv * group,

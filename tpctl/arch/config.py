@@ -24,11 +24,11 @@ from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import is_file, read_object
 from tpctl.partition.dtypes import DTYPES
 
-_OF_BOTH = (
-    *("architectures", "quantization_config", "compression_config", "dtype", "torch_dtype"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id"),
-)
+_OF_BOTH = (*("quantization_config", "compression_config", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"),)
 """Fields of a model that sees which its text model may leave to it."""
+
+_OF_WHOLE = ("architectures", "tie_word_embeddings")
+"""Fields of such a model that hold, whatever its text model says."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,8 @@ def _of_text(raw: Mapping[str, Any], inner: str | None) -> Mapping[str, Any]:
     text = raw.get(inner) if inner is not None else None
     if not isinstance(text, dict):
         return raw
-    outer = {key: raw[key] for key in _OF_BOTH if key in raw}
-    # The head belongs to the outer model, so that its field counts.
-    return {**outer, **text, **{key: raw[key] for key in ("tie_word_embeddings",) if key in raw}}
+    of_both, of_whole = ({key: raw[key] for key in keys if key in raw} for keys in (_OF_BOTH, _OF_WHOLE))
+    return {**of_both, **text, **of_whole}
 
 
 def _longest(blueprint: Blueprint, fields: Fields) -> int:

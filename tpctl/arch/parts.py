@@ -98,16 +98,16 @@ def block(sizes: Sizes, attention: Attention, mlp: Gated) -> Block:
     )
 
 
-def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart, unit_offset: bool = False) -> CutBlock:
+def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart) -> CutBlock:
     """The same, of a layer that tpctl cuts and does not run."""
-    before = Norm("input_layernorm", sizes.hidden_size, sizes.eps, unit_offset)
-    after = Norm("post_attention_layernorm", sizes.hidden_size, sizes.eps, unit_offset)
+    before = Norm("input_layernorm", sizes.hidden_size, sizes.eps)
+    after = Norm("post_attention_layernorm", sizes.hidden_size, sizes.eps)
     return CutBlock(mixer, (before, mixer, after, *mlp))
 
 
-def model(sizes: Sizes, layers: tuple[Layer, ...], unit_offset: bool = False) -> Blueprint:
+def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
     """A model with one norm before its head."""
-    norm = Norm("model.norm", sizes.hidden_size, sizes.eps, unit_offset)
+    norm = Norm("model.norm", sizes.hidden_size, sizes.eps)
     return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, norm, sizes.tied)
 
 
