@@ -149,7 +149,7 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
     [
         (
             {"model_type": "gpt2"},
-            'model_type "gpt2" is not supported; tpctl knows gemma3_text, llama, mistral, phi3, qwen2, qwen3',
+            f'model_type "gpt2" is not supported; tpctl knows {", ".join(sorted(FAMILIES))}',
         ),
         ({"model_type": None}, "model_type null is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, 'architecture "LlamaForSequenceClassification" of'),
