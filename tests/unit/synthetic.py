@@ -39,6 +39,7 @@ MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 28,
+    "first_k_dense_replace": 1,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 4,
     "linear_num_key_heads": 4,

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import MIXTURES, make_mixture
-from tests.unit.synthetic import folder_bytes
+from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, checked_source_plan
+from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.errors import PartitionError, TpctlError, UsageError
 from tpctl.manifest.manifest import Manifest
@@ -48,6 +49,7 @@ def add(folder: Path, **shapes: tuple[int, ...]) -> None:
 def round_trip(source: Path, folder: Path, cuttings: list[tuple[int, Cutting]], **options: Any) -> None:
     """Shard, verify, merge and reshard, each byte for byte."""
     wanted, cut = folder_bytes(source), []
+    folder.mkdir(exist_ok=True)
     for tp, cutting in cuttings:
         out = folder / f"{tp}-{cutting.expert_parallel}"
         shard_checkpoint(source, out, tp, cutting=cutting, **options)
@@ -240,3 +242,25 @@ def test_what_is_not_run_says_why() -> None:
     }.items():
         with pytest.raises(TpctlError, match=f"the model has {said}, which tpctl cuts but does not run yet"):
             _ = ModelConfig.from_dict({"model_type": model_type}).blueprint.blocks
+
+
+FP8: dict[str, Any] = {
+    "quant_method": "fp8",
+    "weight_block_size": [16, 8],
+    "activation_scheme": "dynamic",
+    "modules_to_not_convert": ["lm_head", "linear_attn.in_proj_a", "linear_attn.in_proj_b", "shared_expert_gate"],
+}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "minimax_m2", "qwen3_5_moe", "qwen3_next", "glm4_moe", "qwen3_moe"])
+def test_fp8_in_blocks(tmp_path: Path, name: str) -> None:
+    """As these are published. Heads and inner sizes end inside of blocks, so that scales are on two ranks."""
+    quantised = {**FP8, "modules_to_not_convert": [*FP8["modules_to_not_convert"], "linear_attn.in_proj_ba"]}
+    config = make_config(name, quantization_config=quantised, linear_key_head_dim=8)
+    source = make_checkpoint(tmp_path / "model", config, files=2)
+    held = CheckpointFolder.open(source).shapes
+    assert any(one.endswith("_scale_inv") for one in held)
+    assert not any(("in_proj_b" in one or "mlp.gate." in one) and "scale" in one for one in held)
+    round_trip(source, tmp_path, [(tp, Cutting()) for tp in (1, 2, 3, 4)])
+    round_trip(source, tmp_path / "even", [(2, Cutting(1, even=True)), (3, Cutting(1, even=True))])
+    round_trip(source, tmp_path / "experts", [(2, Cutting(2)), (4, Cutting(2)), (3, Cutting(3))])
