@@ -159,7 +159,7 @@ VISION: dict[str, Any] = {
     "patch_size": 2,
 }
 
-CUT: dict[str, tuple[str, dict[str, Any]]] = {
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**HEADS, "num_local_experts": 6, "intermediate_size": 23}),
     "qwen2_moe": ("Qwen2Moe", {**SHARED, **HEADS, "num_experts": 6, "mlp_only_layers": [1], "norm_topk_prob": True}),
     "qwen3_moe": ("Qwen3Moe", {**SHARED, **HEADS, "num_experts": 6, "decoder_sparse_step": 2, "attention_bias": True}),
@@ -185,8 +185,8 @@ CUT: dict[str, tuple[str, dict[str, Any]]] = {
 """Those that tpctl cuts and does not run."""
 
 
-def make_cut(name: str, folder: Path, *, stacked: bool = False, sees: bool = False, **changes: Any) -> Any:
-    """Save a random float32 checkpoint of ``CUT[name]`` in ``folder``; the transformers model, in eval mode.
+def make_mixture(name: str, folder: Path, *, stacked: bool = False, sees: bool = False, **changes: Any) -> Any:
+    """Save a random float32 checkpoint of ``MIXTURES[name]`` in ``folder``; the transformers model, in eval mode.
 
     Args:
         stacked: as transformers holds it, the experts stacked; otherwise as it is published.
@@ -194,7 +194,7 @@ def make_cut(name: str, folder: Path, *, stacked: bool = False, sees: bool = Fal
     """
     import transformers
 
-    kind, overrides = CUT[name]
+    kind, overrides = MIXTURES[name]
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **overrides, **changes})
     kind, task = kind.removesuffix("Text"), "CausalLM"
     if sees:

@@ -32,13 +32,36 @@ BASE: dict[str, Any] = {
 }
 
 
+MIXTURE: dict[str, Any] = {
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+    "first_k_dense_replace": 1,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "partial_rotary_factor": 1.0,
+}
+"""Sizes that families with experts, or with other layers than attention, have beside those."""
+
+
 RUN = sorted(name for name, family in FAMILIES.items() if family.runs)
 """The families that tpctl runs; those that it only cuts have configs and tests of their own."""
 
 
 def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """A small ``config.json`` of ``family``."""
-    return {**BASE, "model_type": family, "architectures": [FAMILIES[family].architecture], **changes}
+    has = {} if FAMILIES[family].runs else {k: v for k, v in MIXTURE.items() if k in FAMILIES[family].defaults}
+    return {**BASE, **has, "model_type": family, "architectures": [FAMILIES[family].architecture], **changes}
 
 
 def source_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

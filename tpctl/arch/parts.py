@@ -148,17 +148,14 @@ def offset_norm(sizes: Sizes, name: str) -> Norm:
     return Norm(name, sizes.hidden_size, sizes.eps, unit_offset=True)
 
 
-def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart, unit_offset: bool = False) -> CutBlock:
+def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart) -> CutBlock:
     """The same, of a layer that tpctl cuts and does not run."""
-    before = Norm("input_layernorm", sizes.hidden_size, sizes.eps, unit_offset)
-    after = Norm("post_attention_layernorm", sizes.hidden_size, sizes.eps, unit_offset)
-    return CutBlock(mixer, (before, mixer, after, *mlp))
+    return CutBlock(mixer, (norm(sizes, "input_layernorm"), mixer, norm(sizes, "post_attention_layernorm"), *mlp))
 
 
-def model(sizes: Sizes, layers: tuple[Layer, ...], unit_offset: bool = False) -> Blueprint:
+def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
     """A model with one norm before its head."""
-    last = Norm("model.norm", sizes.hidden_size, sizes.eps, unit_offset)
-    return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, last, sizes.tied)
+    return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, norm(sizes, "model.norm"), sizes.tied)
 
 
 def _stacked(where: str, name: str, sections: tuple[tuple[str, int, Cut], ...], fused: bool) -> tuple[Part, ...]:

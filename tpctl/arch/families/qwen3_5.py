@@ -33,12 +33,9 @@ def describe_moe(fields: Fields, sizes: Sizes) -> Blueprint:
 
 def _model(fields: Fields, sizes: Sizes, mlp: LayerPart) -> Blueprint:
     mixer = {LINEAR: DeltaNet.read(fields).by_value_head(sizes), FULL: qwen3_next.attention(fields, sizes)}
-    layers = (
-        parts.cut_block(sizes, mixer[kind], mlp, unit_offset=True)
-        for kind in qwen3_next.kinds(fields, sizes.num_layers)
-    )
+    layers = (qwen3_next.block(sizes, mixer[kind], mlp) for kind in qwen3_next.kinds(fields, sizes.num_layers))
     return replace(
-        parts.model(sizes, tuple(layers), unit_offset=True),
+        qwen3_next.model(sizes, tuple(layers)),
         left_out=qwen3_next.LEFT_OUT,
         towers=(r"model\.visual\..*",),
         roots=(ROOT, "model.language_model."),

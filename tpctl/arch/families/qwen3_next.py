@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tpctl.arch import mixture, parts
-from tpctl.arch.block import Mixer
+from tpctl.arch.block import CutBlock, Layer, LayerPart, Mixer
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.delta_net import DEFAULTS, DeltaNet
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.linear import Norm
 from tpctl.arch.mixers import grouped, head_norms
 from tpctl.arch.windows import layer_kinds
 
@@ -36,15 +37,30 @@ def attention(fields: Fields, sizes: Sizes) -> Mixer:
     return grouped(sizes, "attention with an output gate", *norms, gate=True, qkv_bias=bias, o_bias=bias)
 
 
+def block(sizes: Sizes, mixer: Mixer, mlp: LayerPart) -> CutBlock:
+    """A layer, with norms whose factor is 1 + weight."""
+    before, after = (
+        Norm(name, sizes.hidden_size, sizes.eps, unit_offset=True)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    )
+    return CutBlock(mixer, (before, mixer, after, mlp))
+
+
+def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
+    """All of them, before a norm of that kind."""
+    norm = Norm("model.norm", sizes.hidden_size, sizes.eps, unit_offset=True)
+    return replace(parts.model(sizes, layers), norm=norm)
+
+
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     experts, mlp = mixture.weighed(fields, sizes.hidden_size), parts.gated(sizes, parts.read_activation(fields))
     mixer = {LINEAR: DeltaNet.read(fields).by_key_head(sizes), FULL: attention(fields, sizes)}
     sparse = mixture.sparse_layers(fields, sizes.num_layers)
     layers = (
-        parts.cut_block(sizes, mixer[kind], experts if one else mlp, unit_offset=True)
+        block(sizes, mixer[kind], experts if one else mlp)
         for kind, one in zip(kinds(fields, sizes.num_layers), sparse, strict=True)
     )
-    return replace(parts.model(sizes, tuple(layers), unit_offset=True), left_out=LEFT_OUT)
+    return replace(model(sizes, tuple(layers)), left_out=LEFT_OUT)
 
 
 FAMILY = Family(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.tiny import CUT, make_cut
+from tests.tiny import MIXTURES, make_mixture
 from tpctl.arch.block import Experts, Gated
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
@@ -63,7 +63,7 @@ class Ranks:
 @cache
 def whole(name: str, stacked: bool) -> tuple[Any, Path]:
     folder = Path(mkdtemp()) / "model"
-    return make_cut(name, folder, stacked=stacked), folder
+    return make_mixture(name, folder, stacked=stacked), folder
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def chosen(name: str, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(
     ("name", "tp", "groups"),
-    [(name, *one) for name in CUT for one in CUTTINGS if one[1] == 1 or name != "qwen3_5_text"],
+    [(name, *one) for name in MIXTURES for one in CUTTINGS if one[1] == 1 or name != "qwen3_5_text"],
 )
 def test_mlps_and_experts(name: str, tp: int, groups: int, stacked: bool) -> None:
     ranks = Ranks(name, tp, groups, stacked)
@@ -196,7 +196,7 @@ def with_norms_over_all(parts: list[nn.Module], shares: list[HeadShare], x: Tens
 
 
 @pytest.mark.parametrize(("tp", "groups"), [one for one in CUTTINGS if one[1] == 1])
-@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("name", MIXTURES)
 def test_mixers(name: str, tp: int, groups: int) -> None:
     """Attention of every kind, latent attention, and gated delta nets."""
     ranks = Ranks(name, tp, groups)
