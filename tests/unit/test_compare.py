@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.unit.synthetic import make_checkpoint, make_config
-from tpctl.arch.families import FAMILIES
+from tests.unit.synthetic import RUN, make_checkpoint, make_config
 from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.errors import CheckpointError, ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
@@ -73,7 +72,7 @@ def contradicted(out: Path) -> str:
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize("compat", [None, "vllm"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUN)
 def test_what_was_cut_honestly_equals_its_source(tmp_path: Path, family: str, compat: str | None, dtype: str) -> None:
     source = make_checkpoint(tmp_path / "model", make_config(family))
     for tp_size in (1, 2) if compat else (1, 2, 3, 4):

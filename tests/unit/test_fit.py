@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.synthetic import make_checkpoint, make_config
+from tests.unit.synthetic import RUN, make_checkpoint, make_config
 from tpctl.accounting import reserve
-from tpctl.arch.families import FAMILIES
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.safetensors import TensorSpec, build_header, read_header, tensor_nbytes
 from tpctl.errors import CheckpointError, PartitionError, UsageError
@@ -49,7 +48,7 @@ def planned(folder: Path, **options: Any) -> FitReport:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUN)
 def test_bytes_are_what_sharding_writes(tmp_path: Path, family: str, tied: bool) -> None:
     config = make_config(family, tie_word_embeddings=tied)
     source = make_checkpoint(tmp_path / "source", config)
@@ -71,7 +70,7 @@ def test_bytes_are_what_sharding_writes(tmp_path: Path, family: str, tied: bool)
             assert size.imbalance == pytest.approx(max(sizes) * tp_size / sum(sizes))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUN)
 def test_bytes_of_several_parts_are_what_sharding_writes(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from tests.unit.reports import make_report
-from tests.unit.synthetic import make_config
-from tpctl.arch.families import FAMILIES
+from tests.unit.synthetic import RUN, make_config
 from tpctl.errors import ShardFolderError
 from tpctl.sharding.showing.page import render, write_page
 
@@ -77,7 +76,7 @@ def data_of(html: str) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUN)
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 def test_every_family_has_a_whole_page(family: str, tp_size: int) -> None:
     html = render(*make_report(make_config(family, attention_bias=True), tp_size))

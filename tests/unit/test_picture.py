@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from tests.unit.reports import make_report
-from tests.unit.synthetic import make_config
-from tpctl.arch.families import FAMILIES
+from tests.unit.synthetic import RUN, make_config
 from tpctl.sharding.showing.kinds import Kind, kinds
 from tpctl.sharding.showing.picture import NAMES, draw
 
@@ -49,7 +48,7 @@ def test_layers_that_are_cut_alike_are_one_kind() -> None:
     assert len(two) == 9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", RUN)
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
 def test_bands_cover_every_source(family: str, tp_size: int) -> None:
     config = make_config(family)

@@ -112,7 +112,8 @@ class Blueprint:
         if self.tied:
             known.add(self.head)
         known = {renamed(name, root) for name in known}
-        held = {one.storage for layer in self.layers for part in layer.parts for one in linears(part)}
+        parts = (*self.beside, *(part for layer in self.layers for part in layer.parts))
+        held = {one.storage for part in parts for one in linears(part)}
         ends = tuple({end for storage in held for end in storage.constants})
         patterns = (*self.left_out, *self.towers)
         apart = re.compile("|".join(patterns)) if patterns else None
