@@ -149,7 +149,7 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
     [
         (
             {"model_type": "gpt2"},
-            'model_type "gpt2" is not supported; tpctl knows ',
+            'model_type "gpt2" is not supported; tpctl runs gemma2, gemma3, ',
         ),
         ({"model_type": None}, "model_type null is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, 'architecture "LlamaForSequenceClassification" of'),

@@ -17,6 +17,7 @@ from tests.tiny_dense import CUT, SEEING, make_cut, make_seeing
 from tests.unit.synthetic import folder_bytes
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
+from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, checked_source_plan, towers
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.metadata import read_metadata
@@ -192,6 +193,43 @@ def test_keys_and_values_that_nobody_reads_come_back(checkpoints: dict[str, Path
         save_file(weights, source / "model.safetensors", {"format": "pt"})
         with pytest.raises(CheckpointError, match=r"does not use: .*layers\.2\.self_attn\.v_norm"):
             shard_checkpoint(source, tmp_path / "no", 2, text_only=True)
+
+
+def test_experts_apart_are_cut_as_stacked_ones(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """As quantised files of Gemma 4 have them; and dealt to groups of ranks."""
+    from safetensors.torch import load_file, save_file
+
+    stacked, apart = checkpoints["gemma4-text-moe"], tmp_path / "apart"
+    shutil.copytree(stacked, apart)
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(stacked / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weights[name] = weight
+            continue
+        inside, kind = name.rsplit(".", 1)
+        for expert, own in enumerate(weight):
+            labels = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            for label, rows in zip(labels, own.chunk(len(labels)), strict=True):
+                weights[f"{inside}.{expert}.{label}.weight"] = rows.contiguous()
+    save_file(weights, apart / "model.safetensors", {"format": "pt"})
+    for tp, groups in ((3, 1), (4, 2), (8, 4), (5, 5)):
+        for source in (stacked, apart):
+            shard_checkpoint(source, tmp_path / f"{source.name}-{tp}", tp, cutting=Cutting(groups))
+            merge_shards(tmp_path / f"{source.name}-{tp}", tmp_path / "merged", force=True)
+            assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+        one, other = (folder_bytes(tmp_path / f"{source.name}-{tp}") for source in (stacked, apart))
+        assert {name: one[name] for name in one if "rank" in name} == {
+            name: other[name] for name in other if "rank" in name
+        }
+
+
+def test_a_format_reaches_what_stands_beside_the_embedding(checkpoints: dict[str, Path]) -> None:
+    raw = json.loads((checkpoints["gemma4-text-edge"] / "config.json").read_text())
+    scheme = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    names = set(build_plan(ModelConfig.from_dict({**raw, "quantization_config": scheme}), 2).source_shapes)
+    assert "model.per_layer_model_projection.weight_scale_inv" in names
+    assert "model.layers.0.per_layer_input_gate.weight_scale_inv" in names
+    assert not any(name.startswith("model.embed_tokens") and "scale" in name for name in names)
 
 
 def test_published_fields_of_gemma_4_say_what_transformers_writes(checkpoints: dict[str, Path]) -> None:

@@ -107,13 +107,16 @@ class Blueprint:
     def constants(self, names: Collection[str]) -> dict[str, tuple[int, int]]:
         """Those of a checkpoint's ``names`` that hold the shape of a packed weight, [out, in], with that shape."""
         root = self.root(names)
+        parts = [("", part) for part in self.beside]
+        parts += [
+            (self.prefix.format(number), part) for number, layer in enumerate(self.layers) for part in layer.parts
+        ]
         return {
             held: shape
-            for number, layer in enumerate(self.layers)
-            for part in layer.parts
+            for prefix, part in parts
             for linear in linears(part)
             for name, shape in linear.constants()
-            if (held := renamed(self.prefix.format(number) + name, root)) in names
+            if (held := renamed(prefix + name, root)) in names
         }
 
     def unread(self, names: Collection[str]) -> set[str]:

@@ -84,7 +84,8 @@ class ModelConfig:
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None or not isinstance(model_type, str):
             raise UnsupportedModelError(
-                f"model_type {shown(model_type)} is not supported; tpctl knows {', '.join(sorted(FAMILIES))}"
+                f"model_type {shown(model_type)} is not supported; tpctl runs {_names(runs=True)}, and cuts "
+                f"{_names(runs=False)}"
             )
         family = _text_family(raw, family)
         fields = Fields(_of_text(raw, family.inner), family.defaults, family.nullable)
@@ -109,6 +110,10 @@ class ModelConfig:
             cutting=cutting,
             scheme=scheme,
         )
+
+
+def _names(*, runs: bool) -> str:
+    return ", ".join(sorted(name for name, family in FAMILIES.items() if family.runs == runs))
 
 
 def _check_kind(fields: Fields, model_type: str, family: Family) -> None:
