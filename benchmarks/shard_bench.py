@@ -1,14 +1,14 @@
-"""Times ``cp``, ``tpctl shard`` and the obvious script on a synthetic Llama checkpoint, with the memory of each.
+"""Times ``cp``, ``tpctl shard`` and the obvious script on a synthetic checkpoint, with the memory of each.
 
-    python benchmarks/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench
+    python benchmarks/shard_bench.py --gigabytes 8 --tp 2 4 8 --folder /data/bench [--shape dense|experts|scales]
 
-The checkpoint has a real model's layer shapes and random bytes. Each line is the median of three runs, one
-child process a run, on the same disk, the source read once before so that all find it equally warm. "x cp"
-and GB/s count until the bytes are on disk (``sync``), since tpctl syncs what it writes before it publishes;
-"ended" is when the command returns. Memory is the child's peak resident set.
+The checkpoint has a real model's layer shapes and random bytes; ``scales`` has 60,000 small tensors instead. Each line
+is the median of three runs, one child process a run, on the same disk, the source read once before so that all find it
+equally warm. "x cp" and GB/s count until the bytes are on disk (``sync``), since tpctl syncs what it writes before it
+publishes; "ended" is when the command returns. Memory is the child's peak resident set.
 
 The obvious script is what most people write first: ``safetensors.safe_open``, ``get_slice`` for each rank's
-rows or columns, ``torch.cat`` to fuse q, k, v and gate, up, and ``save_file`` for each rank.
+rows or columns, ``torch.cat`` to fuse q, k, v and gate, up, and ``save_file`` for each rank. It is there for ``dense``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,53 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from math import prod
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 4096, 32, 8, 128, 14336, 128256
+from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import build_plan
+from tpctl.checkpoint.safetensors import TensorSpec, build_header
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
 """Llama 3.1 8B."""
+
+EXPERTS: dict[str, Any] = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+"""Qwen3-30B-A3B with a smaller vocabulary: 390 tensors a layer."""
+
+SCALES: dict[str, Any] = {
+    **EXPERTS,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "num_experts": 256,
+    "moe_intermediate_size": 128,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+"""60,000 small tensors in 2 GB: experts in FP8, each with a scale of a few bytes."""
 
 SCRIPT = """
 import sys, torch
@@ -67,58 +108,43 @@ for rank in range(tp):
 """
 
 
-def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Write the checkpoint unless it is there; the number of its layers."""
+def make_config(shape: str, gigabytes: float) -> dict[str, Any]:
+    """The config of a model of about that size; the small experts' size is fixed."""
+    if shape == "scales":
+        return {**SCALES, "num_hidden_layers": 40}
+    config = dict(LLAMA if shape == "dense" else EXPERTS)
+    one, two = (_bytes({**config, "num_hidden_layers": layers}) for layers in (1, 2))
+    config["num_hidden_layers"] = max(1, 1 + round((gigabytes * 1e9 - one) / (two - one)))
+    return config
+
+
+def _tensors(config: dict[str, Any]) -> list[TensorSpec]:
+    plan = build_plan(ModelConfig.from_dict(config), 1)
+    exact = {source: split.dtypes[0] for split in plan.splits if split.dtypes for source in split.sources}
+    return [TensorSpec(name, exact.get(name, "BF16"), shape) for name, shape in plan.source_shapes.items()]
+
+
+def _bytes(config: dict[str, Any]) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(config))
+
+
+def make_checkpoint(folder: Path, config: dict[str, Any]) -> int:
+    """Write the checkpoint unless it is there; the number of its tensors."""
     import numpy as np
 
-    from tpctl.checkpoint.safetensors import TensorSpec, build_header
-
-    layer = {
-        "input_layernorm.weight": (HIDDEN,),
-        "post_attention_layernorm.weight": (HIDDEN,),
-        "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
-        "mlp.gate_proj.weight": (WIDTH, HIDDEN),
-        "mlp.up_proj.weight": (WIDTH, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, WIDTH),
-    }
-    ends = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCAB, HIDDEN),
-    }
-    size = sum(2 * prod(shape) for shape in layer.values())
-    rest = sum(2 * prod(shape) for shape in ends.values())
-    layers = max(1, round((gigabytes * 1e9 - rest) / size))
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "intermediate_size": WIDTH,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
+    tensors = _tensors(config)
     if (folder / "config.json").is_file() and json.loads((folder / "config.json").read_text()) == config:
-        return layers
+        return len(tensors)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tensors = [TensorSpec(name, "BF16", shape) for name, shape in ends.items()]
-    for index in range(layers):
-        tensors += [TensorSpec(f"model.layers.{index}.{name}", "BF16", shape) for name, shape in layer.items()]
     groups: list[list[TensorSpec]] = [[]]
+    held = 0
     for tensor in tensors:
-        if sum(t.nbytes for t in groups[-1]) + tensor.nbytes > 5e9:
+        if held + tensor.nbytes > 5e9:
             groups.append([])
+            held = 0
         groups[-1].append(tensor)
+        held += tensor.nbytes
     names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     whole = {"metadata": {}, "weight_map": {t.name: n for n, g in zip(names, groups, strict=True) for t in g}}
     rng = np.random.default_rng(0)
@@ -132,7 +158,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
                 left -= min(left, 1 << 26)
     (folder / "model.safetensors.index.json").write_text(json.dumps(whole))
     (folder / "config.json").write_text(json.dumps(config))
-    return layers
+    return len(tensors)
 
 
 def measure(command: list[str], out: Path) -> tuple[float, float, float]:
@@ -154,6 +180,7 @@ def measure(command: list[str], out: Path) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=8)
+    parser.add_argument("--shape", choices=["dense", "experts", "scales"], default="dense")
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the results go")
     parser.add_argument("--runs", type=int, default=3)
@@ -161,16 +188,18 @@ def main() -> None:
     source, out = options.folder / "source", options.folder / "out"
     # In a process of its own: a child's peak memory, as the system counts it, begins with that of its parent.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        layers = pool.submit(make_checkpoint, source, options.gigabytes).result()
+        config = pool.submit(make_config, options.shape, options.gigabytes).result()
+        count = pool.submit(make_checkpoint, source, config).result()
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     cores = len(os.sched_getaffinity(0))
-    print(f"{size / 1e9:.2f} GB, {layers} layers, {cores} cores, median of {options.runs}")
+    print(f"{size / 1e9:.2f} GB, {count} tensors, {cores} cores, median of {options.runs}")
     rows: list[tuple[str, list[str]]] = [("cp -r", ["cp", "-r", str(source), str(out)])]
     for tp in options.tp:
         tpctl = [sys.executable, "-m", "tpctl", "shard", str(source), "--tp", str(tp), "-o", str(out)]
         rows.append((f"tpctl shard --tp {tp}", tpctl))
-        script = [sys.executable, "-c", SCRIPT, str(source), str(out), str(tp), str(layers)]
-        rows.append((f"script, tp {tp}", script))
+        if options.shape == "dense":
+            layers = str(config["num_hidden_layers"])
+            rows.append((f"script, tp {tp}", [sys.executable, "-c", SCRIPT, str(source), str(out), str(tp), layers]))
     results: dict[str, list[tuple[float, float, float]]] = {title: [] for title, _ in rows}
     for path in source.glob("*.safetensors"):
         subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)

@@ -50,6 +50,9 @@ MIXTURE: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 5,
     "partial_rotary_factor": 1.0,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 80,
 }
 """Sizes that families with experts, or with other layers than attention, have beside those."""
 

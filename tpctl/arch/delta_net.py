@@ -118,4 +118,5 @@ class DeltaNet:
             num_heads,
             self.key_heads,
             kept=0,
+            recurrent=True,
         )

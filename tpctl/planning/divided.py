@@ -59,7 +59,7 @@ class Axis:
 
 def heads(layer: Layer) -> Heads:
     mixer = layer.mixer
-    return Heads(mixer.num_heads, mixer.num_kv_heads, isinstance(mixer, Mixer) and not mixer.kept)
+    return Heads(mixer.num_heads, mixer.num_kv_heads, isinstance(mixer, Mixer) and mixer.recurrent)
 
 
 def axes(layer: Layer) -> Iterator[Axis]:

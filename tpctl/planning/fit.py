@@ -133,7 +133,7 @@ def plan_model(
         layers=config.num_layers,
         not_run=config.blueprint.why_not_run(),
         beside=len(towers(config, metadata.tensors or ())),
-        recurrent=sum(isinstance(mixer, Mixer) and not mixer.kept for mixer in model.mixers),
+        recurrent=sum(isinstance(mixer, Mixer) and mixer.recurrent for mixer in model.mixers),
         windowed=len(windows),
         window=max(windows, default=None),
         sizes=tuple(sizes),
