@@ -10,10 +10,9 @@ Shapes: T tokens, H hidden, E experts of a rank, I inner size.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -38,10 +37,9 @@ CUTTINGS = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (2, 2), (4, 2), (3, 
 class Ranks:
     """A model of transformers, and its shards."""
 
-    def __init__(self, name: str, tp: int, groups: int, stacked: bool = False) -> None:
-        self.model, source = whole(name, stacked)
-        out = Path(mkdtemp())
-        shard_checkpoint(source, out, tp, cutting=Cutting(groups), force=True)
+    def __init__(self, made: tuple[Any, Path], out: Path, tp: int, groups: int) -> None:
+        self.model, source = made
+        shard_checkpoint(source, out, tp, cutting=Cutting(groups))
         self.config, self.tp, self.manifest = ModelConfig.load(source), tp, Manifest.load(out)
         self.held = [load_file(out / f"model-rank-{rank}-part-0.safetensors") for rank in range(tp)]
 
@@ -60,10 +58,21 @@ class Ranks:
         return first[rank], first.index(first[rank]) == rank
 
 
-@cache
-def whole(name: str, stacked: bool) -> tuple[Any, Path]:
-    folder = Path(mkdtemp()) / "model"
-    return make_mixture(name, folder, stacked=stacked), folder
+Whole = Callable[[str, bool], tuple[Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Makes a model and its checkpoint, by its name and whether experts are stacked, each once."""
+    made: dict[tuple[str, bool], tuple[Any, Path]] = {}
+
+    def make(name: str, stacked: bool) -> tuple[Any, Path]:
+        if (name, stacked) not in made:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            made[name, stacked] = make_mixture(name, folder, stacked=stacked), folder
+        return made[name, stacked]
+
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +117,8 @@ def chosen(name: str, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     ("name", "tp", "groups"),
     [(name, *one) for name in MIXTURES for one in CUTTINGS if one[1] == 1 or name != "qwen3_5_text"],
 )
-def test_mlps_and_experts(name: str, tp: int, groups: int, stacked: bool) -> None:
-    ranks = Ranks(name, tp, groups, stacked)
+def test_mlps_and_experts(whole: Whole, tmp_path: Path, name: str, tp: int, groups: int, stacked: bool) -> None:
+    ranks = Ranks(whole(name, stacked), tmp_path / "out", tp, groups)
     x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(tp)) * 3
     seen = set()
     with torch.no_grad():
@@ -195,11 +204,11 @@ def with_norms_over_all(parts: list[nn.Module], shares: list[HeadShare], x: Tens
             setattr(part, norm, OverAll(old.weight, mean, old.variance_epsilon))
 
 
-@pytest.mark.parametrize(("tp", "groups"), [one for one in CUTTINGS if one[1] == 1])
+@pytest.mark.parametrize("tp", [tp for tp, groups in CUTTINGS if groups == 1])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_mixers(name: str, tp: int, groups: int) -> None:
+def test_mixers(whole: Whole, tmp_path: Path, name: str, tp: int) -> None:
     """Attention of every kind, latent attention, and gated delta nets."""
-    ranks = Ranks(name, tp, groups)
+    ranks = Ranks(whole(name, False), tmp_path / "out", tp, 1)
     inner = ranks.model.model
     x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(tp))
     mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
