@@ -207,7 +207,7 @@ CASES = [
     Case("reshard shards --tp 3 -o out --compat vllm", "vllm loads only even splits"),
     Case("inspect-shards shards --rank 2", "rank 2 does not exist at tp 2; ranks are 0 to 1"),
     Case("plan ./nowhere", "there is no file or folder ./nowhere"),
-    Case("shard bloom --tp 2", 'model_type "bloom" is not supported; tpctl knows'),
+    Case("shard bloom --tp 2", 'model_type "bloom" is not supported; tpctl runs'),
     Case("plan bloom", 'model_type "bloom" is not supported'),
     Case("plan model --gpu-memory much", "'much' is no size", code=2),
     Case("download ./nowhere", "there is no file or folder ./nowhere"),

@@ -255,7 +255,7 @@ def of_mixers(fields: Fields, sizes: Sizes) -> Blueprint:
     """A recurrent layer, one whose heads share a latent of 18 values, and one with a window."""
     out = Linear("mixer.out", Rule.ROW, (Part("mixer.out", sizes.hidden_size, Whole()),), 24, QueryHeads(4, 4, 6))
     query = Linear("mixer.q", Rule.COLUMN, (Part("mixer.q", 24, QueryHeads(4, 4, 6)),), sizes.hidden_size)
-    recurrent = Mixer("gated delta net", (query, out), 4, 4, 0)
+    recurrent = Mixer("gated delta net", (query, out), 4, 4, 0, recurrent=True)
     latent = Mixer("MLA", (query, out), 4, 0, 18)
     window = parts.attention(sizes, read_rope(fields, "LlamaForCausalLM", sizes.head_dim), 8)
     mlp = parts.gated(sizes, "silu")
