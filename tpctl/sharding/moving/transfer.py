@@ -27,13 +27,11 @@ from tpctl.partition.cuts import Range
 from tpctl.sharding.moving.files import ByteCounter, Bytes, Files, in_parallel
 from tpctl.sharding.moving.lanes import Lane, Move, Place, lanes, overlap, segments
 from tpctl.sharding.moving.layout import Region, Stored, Strip, expert_name, item_size
+from tpctl.sharding.moving.output import Output
 from tpctl.sharding.moving.space import Space
 
 BAND_BYTES = 1 << 20
 """Size of a band: small enough to stay in a core's cache between reading, hashing and writing."""
-
-WAIT_BYTES = 1 << 18
-"""What is written at once waits for its neighbours if it is smaller."""
 
 
 def move_all(
@@ -104,14 +102,14 @@ class _Mover:
         self.files, self.tally, self.compare, self.may_overflow = files, tally, compare, may_overflow
         self.space = Space.of_thread()
         self.read_hashes: dict[tuple[int | None, str], Any] = {}
-        self.outputs: dict[tuple[int | None, str], _Output] = {}
+        self.outputs: dict[tuple[int | None, str], Output] = {}
 
     def run(self, move: Move) -> dict[tuple[int | None, str], str]:
         from blake3 import blake3
 
         self.read_hashes = {_key(s): blake3() for s in move.reads if s.digest is not None}
         if not self.compare:
-            self.outputs = {_key(s): _Output(s, self.files, blake3() if move.digest else None) for s in move.writes}
+            self.outputs = {_key(s): Output(s, self.files, blake3() if move.digest else None) for s in move.writes}
         every = list(lanes(move))
         for frames in segments(move):
             held = [lane.holding(frames.start) for lane in every]
@@ -329,45 +327,6 @@ def _placed(strip: Strip, size: int) -> Iterator[tuple[Region, slice, slice]]:
 
 def _of(place: tuple[Path, int], data: Bytes) -> tuple[Path, Bytes, int]:
     return place[0], data, place[1]
-
-
-class _Output:
-    """A stored tensor that is written, from its first byte to its last where it is hashed; what is small waits until
-    there is more of it, since a mixture's scales are thousands of tensors of a few hundred bytes."""
-
-    def __init__(self, stored: Stored, files: Files, digest: Any) -> None:
-        self.stored, self.files, self.digest = stored, files, digest
-        self.held: list[bytes] = []
-        self.first = self.stop = 0
-
-    def write(self, data: Bytes, at: int, *, hole: bool = False) -> None:
-        """Write ``data`` at byte ``at`` of the tensor; ``hole``: the file has these zeros already."""
-        assert self.digest is None or at == self.stop, f"{self.stored.label}: byte {at} follows {self.stop}"
-        if at != self.stop or hole or self.stop - self.first + data.nbytes > WAIT_BYTES:
-            self.flush()
-            self.first = at
-        self.stop = at + data.nbytes
-        if hole:
-            self._hash(data.data)
-            self.first = self.stop
-        elif data.nbytes > WAIT_BYTES:
-            self._put(data)
-        else:
-            self.held.append(data.tobytes())
-
-    def flush(self) -> None:
-        if self.held:
-            self._put(np.frombuffer(b"".join(self.held), np.uint8))
-            self.held.clear()
-
-    def _put(self, data: Bytes) -> None:
-        self._hash(data.data)
-        self.files.write(self.stored.path, data, self.stored.offset + self.first)
-        self.first += data.nbytes
-
-    def _hash(self, data: memoryview) -> None:
-        if self.digest is not None:
-            self.digest.update(data)
 
 
 def check_digest(stored: Stored, found: str) -> None:
