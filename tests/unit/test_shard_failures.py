@@ -60,6 +60,19 @@ def test_a_failing_disk_leaves_nothing_new_and_the_old_folder(
         assert folder_bytes(out) == before
 
 
+def test_a_disk_that_fails_while_more_is_written(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells such an error once, to whoever waits for the disk first."""
+
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(sharding_files, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(sharding_files.os, "fdatasync", failing)
+    with pytest.raises(OutputError, match="Input/output error"):
+        shard_checkpoint(source, tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("force", [False, True])
 def test_after_an_error_the_finished_parts_are_taken_over(
