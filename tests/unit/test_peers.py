@@ -88,6 +88,8 @@ def test_blocks_of_experts_and_whole_experts(tmp_path: Path) -> None:
         (["expert blocks"], ["expert blocks"]),
     ]
     assert found[3].vllm[0].loads and "repeated every 64" in found[3].vllm[0].why
+    narrow = checks(tmp_path / "w", {**config, "moe_intermediate_size": 128})  # w2 has one block for all its inputs
+    assert [rules(narrow[tp - 1])[0] for tp in (1, 4, 8)] == [[], ["Triton only"], ["expert blocks"]]
     dealt = checks(tmp_path / "n", config, Cutting)
     assert [rules(dealt[tp - 1]) for tp in (2, 4, 8)] == [([], [])] * 3
     both = checks(tmp_path / "o", config, lambda tp: Cutting(2))

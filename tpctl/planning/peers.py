@@ -134,26 +134,32 @@ def _torn(kinds: tuple[str, ...], kind: str, what: str, *, single: bool = False)
     return broken
 
 
+def _torn_expert(dealt: Dealing, kinds: tuple[str, ...]) -> tuple[Axis, int, int, int] | None:
+    """``Dealing.torn`` of experts: the first, input features before output features."""
+    found = (one for kind in ("rows", "columns") for one in dealt.torn(kinds, kind, experts=True))
+    return next(found, None)
+
+
 def _torn_experts(kinds: tuple[str, ...], what: str) -> Broken:
     """Even shares of experts that end inside of ``what``, whose scale is one."""
 
     def broken(dealt: Dealing) -> str | None:
-        for kind in ("rows", "columns"):
-            for _, length, ranks, unit in dealt.torn(kinds, kind, experts=True):
-                return f"{length // ranks} of the experts' inner size {length} a rank end in a {what} of {unit}"
-        return None
+        if (torn := _torn_expert(dealt, kinds)) is None:
+            return None
+        _, length, ranks, unit = torn
+        return f"{length // ranks} of the experts' inner size {length} a rank end in a {what} of {unit}"
 
     return broken
 
 
 def _refined(dealt: Dealing) -> tuple[str, int] | None:
     """Why the scales of experts' blocks would have to be finer, and how many features each would then be of."""
-    why = _torn_experts(("fp8 native",), "block")(dealt)
-    if why is None:
+    why, torn = _torn_experts(("fp8 native",), "block")(dealt), _torn_expert(dealt, ("fp8 native",))
+    if why is None or torn is None:
         return None
-    axis = next(axis for axis in dealt.axes if axis.experts and axis.kind == "rows" and axis.scales is not None)
+    axis, length, ranks, _ = torn
     scales = axis.scales or Scales("", 1, 1)
-    return why, gcd(scales.out, scales.inp, axis.parts[0][0] // dealt.expert_size, axis.other)
+    return why, gcd(scales.out, scales.inp, length // ranks, axis.other)
 
 
 def _not_refined(dealt: Dealing) -> str | None:
