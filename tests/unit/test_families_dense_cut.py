@@ -195,6 +195,12 @@ def test_keys_and_values_that_nobody_reads_come_back(checkpoints: dict[str, Path
             shard_checkpoint(source, tmp_path / "no", 2, text_only=True)
 
 
+def test_layers_that_read_the_keys_of_others_are_not_recurrent(checkpoints: dict[str, Path]) -> None:
+    report = plan_model(read_metadata(str(checkpoints["gemma4-text-edge"])), Budget())
+    assert report.recurrent == 0
+    assert not any(one.rule == "key heads" for check in report.checks for one in (*check.vllm, *check.sglang))
+
+
 def test_experts_apart_are_cut_as_stacked_ones(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """As quantised files of Gemma 4 have them; and dealt to groups of ranks."""
     from safetensors.torch import load_file, save_file

@@ -109,9 +109,9 @@ class Mixer:
         kind: what people call it.
         num_heads: the most ranks that it can be dealt to.
         num_kv_heads: how many heads keep something of every token (KV heads); 0: all ranks keep the same.
-        kept: how many values one of them keeps of a token, keys and values together; 0: none, as one that reads what
-            another layer keeps, or a recurrent one.
-        recurrent: it keeps a state of constant size.
+        kept: how many values one of them keeps of a token, keys and values together; 0: none, as a recurrent one, or
+            one that reads another layer's.
+        recurrent: whether it keeps a state of constant size for each sequence.
     """
 
     kind: str
