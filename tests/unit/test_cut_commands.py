@@ -131,10 +131,12 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("ask", ASKS)
 @pytest.mark.parametrize("where", ["model", "shards"])
+@pytest.mark.parametrize("template", [True, False], ids=["chat", "base"])
 def test_what_does_not_run_is_refused_before_it_is_cut_or_hashed(
-    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str, where: str
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str, where: str, template: bool
 ) -> None:
-    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    if template:
+        (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     shard_checkpoint(model, tmp_path / "shards", 2)
 
     def never(*given: Any, **more: Any) -> None:
@@ -144,6 +146,22 @@ def test_what_does_not_run_is_refused_before_it_is_cut_or_hashed(
     monkeypatch.setattr("tpctl.client.prepare.ensure_verified", never)
     answer = local_answer(ask.format(model=where, prompts=prompts), tmp_path)
     assert answer.code == 1 and answer.out == "" and answer.err.count("\n") == 1 and WHY in answer.err, answer
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_without_a_tokenizer_nothing_is_cut(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    folder = make_checkpoint(tmp_path / "mute", make_config())
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "tokenizer.json").unlink()
+
+    def never(*given: Any, **more: Any) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("tpctl.client.prepare.ensure_sharded", never)
+    answer = local_answer(ask.format(model="mute", prompts=prompts), tmp_path)
+    assert answer.code == 1 and "mute has no tokenizer.json, so text cannot be turned into" in answer.err, answer
 
 
 @pytest.mark.parametrize("ask", ASKS)

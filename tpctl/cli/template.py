@@ -61,17 +61,18 @@ class TemplateAtHand:
     def look(
         self, source: ResolvedSource, messages: Sequence[Mapping[str, Any]] | None, *, demanded: bool = True
     ) -> None:
-        """Compile the template, and try it with ``messages``.
+        """Compile the template, and try it with ``messages``; see that there is a tokenizer.
 
         Args:
             demanded: whether nothing goes without one.
 
         Raises:
-            CheckpointError: there is none, or it does not compile.
+            CheckpointError: there is none, it does not compile, or the model has no tokenizer.
             RequestError: it refuses the messages, or fails.
             UsageError: it does not read a variable that was given.
         """
         from tpctl.client.template import no_template
+        from tpctl.client.tokenizer import tokenizer_file
 
         self.shown = source.id
         self._find(source.folder, source.id)
@@ -79,6 +80,7 @@ class TemplateAtHand:
             raise no_template(source.id)
         if self._template is not None and messages is not None:
             self._template.render(messages)
+        tokenizer_file(source.folder, source.id)
 
     def tokenizer(self, folder: Path) -> Tokenizer:
         """The tokenizer of a folder of that model's shards, with this template."""
@@ -112,10 +114,12 @@ def look_ahead(at_hand: TemplateAtHand, source: ResolvedSource, *, needed: bool)
         needed: whether there are lines for the template; without, it may be wrong.
 
     Raises:
-        CheckpointError, UsageError: the template can render no line.
+        CheckpointError, UsageError: the template can render no line, or the model has no tokenizer.
     """
     from tpctl.client.template import TemplateRefusal
+    from tpctl.client.tokenizer import tokenizer_file
 
+    tokenizer_file(source.folder, source.id)
     try:
         at_hand.look(source, GREETING if needed else None, demanded=False)
     except TemplateRefusal:

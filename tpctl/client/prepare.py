@@ -126,6 +126,7 @@ def prepare(
     """
     settings = args.settle()
     source = supported_source(model, args.tp, check=lambda config: _check_run(config, settings), progress=progress)
+    _check_run(ModelConfig.load(source.folder), settings)  # of shards too, of which a missing template says less
     look(source)
     return configure(source, args, progress=progress)
 

@@ -31,6 +31,19 @@ MOST_BYTES = 256 << 20
 """Longest ``tokenizer.json``. The largest in use, of 260,000 tokens, have 34 MB; read, they take several times that."""
 
 
+def tokenizer_file(folder: Path, shown: str) -> Path:
+    """The tokenizer's file in ``folder``, which messages call ``shown``.
+
+    Raises:
+        CheckpointError: it is not there, or no regular file.
+    """
+    if not is_file(folder / FILE, f"{shown}/{FILE}"):
+        raise CheckpointError(
+            f"{shown} has no tokenizer.json, so text cannot be turned into tokens; add the file from the model's page"
+        )
+    return folder / FILE
+
+
 class Tokenizer:
     """A model's tokenizer and chat template.
 
@@ -53,12 +66,7 @@ class Tokenizer:
 
         self._shown = shown or str(folder)
         self._file = f"{self._shown}/{FILE}"
-        file = folder / FILE
-        if not is_file(file, self._file):
-            raise CheckpointError(
-                f"{self._shown} has no tokenizer.json, so text cannot be turned into tokens;"
-                " add the file from the model's page"
-            )
+        file = tokenizer_file(folder, self._shown)
         if (size := file.stat().st_size) > MOST_BYTES:
             raise CheckpointError(f"{self._file} has {size} bytes, but a tokenizer has at most {MOST_BYTES}")
         self._growth = check_steps(read_steps(file.read_bytes(), self._file), self._file)
