@@ -119,5 +119,10 @@ def check_tensors(names: Iterable[str], told: bool = False) -> None:
                     f"the checkpoint is quantised ({kind}: it holds {found}), but config.json has no "
                     "quantization_config; take the config.json that belongs to it, or its unquantised original"
                 )
+            if kind in (_EXPERTS, _MLA):  # which tpctl knows, of other configs
+                raise UnsupportedModelError(
+                    f"the checkpoint is {kind} (it holds {found}), but by config.json it has no such tensor; "
+                    "the two do not belong together"
+                )
             advice = "; merge it into its base model first" if kind == _ADAPTER else ""
             raise UnsupportedModelError(f"the checkpoint is {kind} (it holds {found}), which is not supported{advice}")

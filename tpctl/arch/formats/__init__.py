@@ -21,25 +21,25 @@ METHODS: Mapping[str, Callable[[Fields], Scheme]] = {
 }
 """By ``quant_method``."""
 
-_LOADED = "which is made while a model is loaded; shard its unquantised original"
+_LOADED = "it is made while a model is loaded; shard its unquantised original"
 _EXPORT = "use the model as compressed-tensors or fp8, or its unquantised original"
 
 OTHERS: Mapping[str, str] = {
-    "modelopt": f"by NVIDIA's ModelOpt; {_EXPORT}",
-    "modelopt_fp4": f"by NVIDIA's ModelOpt; {_EXPORT}",
-    "modelopt_mixed": f"by NVIDIA's ModelOpt; {_EXPORT}",
+    "modelopt": f"it is by NVIDIA's ModelOpt; {_EXPORT}",
+    "modelopt_fp4": f"it is by NVIDIA's ModelOpt; {_EXPORT}",
+    "modelopt_mixed": f"it is by NVIDIA's ModelOpt; {_EXPORT}",
     "bitsandbytes": _LOADED,
     "hqq": _LOADED,
     "eetq": _LOADED,
     "quanto": _LOADED,
-    "torchao": f"by torchao; {_EXPORT}",
-    "fbgemm_fp8": f"by FBGEMM; {_EXPORT}",
-    "quark": f"by AMD's Quark; {_EXPORT}",
-    "auto-round": "in AutoRound's own format; export it as auto_gptq, auto_awq or llm_compressor",
-    "intel/auto-round": "in AutoRound's own format; export it as auto_gptq, auto_awq or llm_compressor",
-    "aqlm": "in codebooks; use its unquantised original",
-    "vptq": "in codebooks; use its unquantised original",
-    "bitnet": "in ternary weights; use its unquantised original",
+    "torchao": f"it is by torchao; {_EXPORT}",
+    "fbgemm_fp8": f"it is by FBGEMM; {_EXPORT}",
+    "quark": f"it is by AMD's Quark; {_EXPORT}",
+    "auto-round": "it is in AutoRound's own format; export it as auto_gptq, auto_awq or llm_compressor",
+    "intel/auto-round": "it is in AutoRound's own format; export it as auto_gptq, auto_awq or llm_compressor",
+    "aqlm": "it is in codebooks; use its unquantised original",
+    "vptq": "it is in codebooks; use its unquantised original",
+    "bitnet": "it is in ternary weights; use its unquantised original",
 }
 """What is known not to be supported, by ``quant_method``, and what to do."""
 
