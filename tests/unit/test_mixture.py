@@ -127,7 +127,7 @@ def test_running_one_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_experts_cannot_be_dealt_to_more_groups_than_there_are() -> None:
-    with pytest.raises(PartitionError, match="8 groups of ranks cannot share 6 experts; use --ep 6"):
+    with pytest.raises(PartitionError, match="8 groups of ranks cannot share 6 experts; use an --ep of at most 6 that"):
         ModelConfig.from_dict(config_of(), cutting=Cutting(8))
     with pytest.raises(PartitionError, match="4 ranks do not form 3 equal groups"):
         build_plan(ModelConfig.from_dict(config_of(), cutting=Cutting(3)), 4)

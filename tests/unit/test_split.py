@@ -169,5 +169,7 @@ def test_experts_and_their_insides_are_dealt_to_a_grid_of_ranks(groups: int, tp:
 
 
 def test_groups_that_are_not_alike_are_refused() -> None:
-    with pytest.raises(PartitionError, match="6 ranks do not form 4 equal groups; use an expert-parallel size that"):
+    with pytest.raises(PartitionError, match="6 ranks do not form 4 equal groups; use --ep 1, 2, 3, 6"):
         Dealt(4).ranges(8, 6)
+    with pytest.raises(PartitionError, match=r"1 rank does not form 4 equal groups; use --ep 1$"):
+        Dealt(4).ranges(8, 1)

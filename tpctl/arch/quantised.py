@@ -75,10 +75,13 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
     """
     counts = [part.count for layer in blueprint.layers for part in layer.parts if isinstance(part, Experts)]
     if cutting.expert_parallel > 1 and not counts:
-        raise PartitionError("the model has no experts that could be dealt to the ranks; leave --ep out")
+        raise PartitionError(
+            "the model has no experts that could be dealt to the ranks; leave --ep and --expert-parallel out"
+        )
     if cutting.expert_parallel > min(counts, default=1):
         raise PartitionError(
-            f"{cutting.expert_parallel} groups of ranks cannot share {min(counts)} experts; use --ep {min(counts)}"
+            f"{cutting.expert_parallel} groups of ranks cannot share {min(counts)} experts; "
+            f"use an --ep of at most {min(counts)} that divides --tp"
         )
 
     blueprint = named_for(cutting.engine, blueprint)

@@ -237,9 +237,9 @@ class Within:
 
 def _group_size(tp_size: int, groups: int) -> int:
     if tp_size % groups:
-        raise PartitionError(
-            f"{tp_size} ranks do not form {groups} equal groups; use an expert-parallel size that divides {tp_size}"
-        )
+        sizes = ", ".join(str(size) for size in range(1, tp_size + 1) if tp_size % size == 0)
+        ranks = "1 rank does" if tp_size == 1 else f"{tp_size} ranks do"
+        raise PartitionError(f"{ranks} not form {groups} equal groups; use --ep {sizes}")
     return tp_size // groups
 
 
