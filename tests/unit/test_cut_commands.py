@@ -118,6 +118,14 @@ def test_what_sees_is_left_out_by_name(seeing: Path, tmp_path: Path) -> None:
     assert folder_bytes(tmp_path / "merged") == folder_bytes(seeing)
 
 
+def test_the_rank_that_lacks_is_cut_as_the_others(model: Path, tmp_path: Path) -> None:
+    answered("shard model --tp 4 --ep 2 --even --ranks 0-2 -o some", tmp_path)
+    said = local_answer("merge some -o out", tmp_path).err
+    assert "`tpctl shard MODEL --tp 4 --ep 2 --even --ranks 3 -o some`" in said
+    answered("shard model --tp 4 --ep 2 --even --ranks 3 -o some", tmp_path)
+    answered("merge some -o out", tmp_path)
+
+
 ASKS = ("chat {model} -m hello", "batch {prompts} --model {model} -o answers.jsonl")
 WHY = "which tpctl cuts but does not run yet; use shard, plan, inspect-shards and merge"
 

@@ -112,4 +112,5 @@ def test_an_index_that_is_broken_is_not_passed_over(
 def test_an_index_without_its_files_is_planned_from_the_config(run: Run, tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "big", LLAMA_405B)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    assert "from config.json alone" in run("plan", str(folder)).stdout
+    for options in ([], ["--quantize", "fp8"]):
+        assert "from config.json alone" in run("plan", str(folder), *options).stdout

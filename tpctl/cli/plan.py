@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Annotated
 
@@ -88,6 +88,7 @@ def plan(
     metadata = read_metadata(model, revision=revision, token=token)
     with nullcontext(metadata) if quantize is None else quantised_metadata(metadata, quantize) as described:
         report = plan_model(described, budget, tp_size=tp, dtype=dtype.value, cutting=cut.cutting)
+    report = replace(report, exact=metadata.tensors is not None)  # what --quantize would make has made-up headers
     if json:
         print_json(asdict(report))
     else:

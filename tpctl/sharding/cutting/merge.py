@@ -105,9 +105,11 @@ def require_all_ranks(folder: Path, manifest: Manifest) -> None:
     """Raise ``ShardFolderError`` unless the folder holds every rank."""
     missing = [rank for rank in range(manifest.tp_size) if rank not in manifest.shards]
     if missing:
+        dealt = f" --ep {manifest.expert_parallel}" if manifest.expert_parallel > 1 else ""
+        even = " --even" if manifest.even else ""
         raise ShardFolderError(
             f"{folder} holds {describe_ranks(manifest.shards)} of tp {manifest.tp_size}, but all are needed; "
-            f"add {describe_ranks(missing)}: `tpctl shard MODEL --tp {manifest.tp_size} "
+            f"add {describe_ranks(missing)}: `tpctl shard MODEL --tp {manifest.tp_size}{dealt}{even} "
             f"--ranks {rank_list(missing)} -o {folder}`"
         )
 
