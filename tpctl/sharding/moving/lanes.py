@@ -123,8 +123,9 @@ def _by_source(tensors: Sequence[Stored]) -> dict[str, list[Place]]:
     found: dict[str, list[Place]] = {}
     for stored in tensors:
         for strip in stored.strips:
-            for region in strip.regions:
-                found.setdefault(region.source, []).append((stored, strip))
+            # Once for each source, of which it may have several regions: q, k and v of one tensor.
+            for source in dict.fromkeys(region.source for region in strip.regions):
+                found.setdefault(source, []).append((stored, strip))
     return found
 
 
