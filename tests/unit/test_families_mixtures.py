@@ -21,7 +21,7 @@ from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, checked_source_plan
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.metadata import read_metadata
-from tpctl.errors import PartitionError, TpctlError, UsageError
+from tpctl.errors import CheckpointError, PartitionError, TpctlError, UsageError
 from tpctl.manifest.manifest import Manifest
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.merge import merge_shards
@@ -110,6 +110,20 @@ def test_layers_that_predict_more_tokens_are_left_out(
     round_trip(tmp_path / "model", tmp_path, [(2, Cutting()), (3, Cutting())])
     extra = Manifest.load(tmp_path / "2-1").extra
     assert extra is not None and set(extra.tensors) == {one.replace("__", ".") for one in further}
+
+
+@pytest.mark.parametrize(
+    ("name", "further"),
+    [
+        ("qwen3_moe", "model.layers.1.mlp.experts.6.up_proj.weight"),
+        ("deepseek_v3", "model.layers.1.self_attn.kv_a_proj_with_mqa.bias"),
+    ],
+)
+def test_a_tensor_too_many_of_a_kind_that_the_model_has(tmp_path: Path, name: str, further: str) -> None:
+    make_mixture(name, tmp_path / "model", attention_bias=False)
+    add(tmp_path / "model", **{further.replace(".", "__"): (8,)})
+    with pytest.raises(CheckpointError, match=f"a tensor that this architecture does not use: {further};"):
+        shard_checkpoint(tmp_path / "model", tmp_path / "out", 2)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -93,11 +93,12 @@ def _says_nothing(key: str, value: Any, neutral: tuple[Any, ...], head_dim: int)
     return key == "query_pre_attn_scalar" and bool(value == head_dim)
 
 
-def check_tensors(names: Iterable[str], told: bool = False) -> None:
+def check_tensors(names: Iterable[str], told: bool = False, own: Iterable[str] = ()) -> None:
     """Refuse a checkpoint of which ``names``, tensors that the plan does not know, show what else it is.
 
     Args:
         told: its config has a ``quantization_config``.
+        own: tensors that the plan does know: of a kind of which it has some, more show nothing.
 
     Raises:
         UnsupportedModelError: it is quantised, an adapter or a model of another kind; the message says what, and names
@@ -106,8 +107,9 @@ def check_tensors(names: Iterable[str], told: bool = False) -> None:
     names = sorted(names)
     for table in (_QUANTISED, _OTHERS):
         for pattern, kind in table.items():
-            found = next(filter(re.compile(pattern).fullmatch, names), None)
-            if found is None:
+            matches = re.compile(pattern).fullmatch
+            found = next(filter(matches, names), None)
+            if found is None or (table is _OTHERS and any(map(matches, own))):
                 continue
             if table is _QUANTISED and told:
                 raise UnsupportedModelError(

@@ -124,7 +124,8 @@ def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_siz
         CheckpointError: a tensor is missing, of another shape, or unknown.
     """
     plan, ignored = source_plan(config, shapes, tp_size), config.blueprint.unread(shapes)
-    check_tensors(shapes.keys() - plan.source_shapes.keys() - ignored, config.scheme is not None)
+    own = plan.source_shapes.keys()
+    check_tensors(shapes.keys() - own - ignored, config.scheme is not None, own)
     plan.check_source(shapes, ignored)
     return plan
 
