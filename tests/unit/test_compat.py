@@ -111,6 +111,22 @@ def test_experts_have_the_names_of_vllms_modules_and_go_back(tmp_path: Path) -> 
         assert folder_bytes(tmp_path / f"{name}-to-four") == folder_bytes(tmp_path / "four")
 
 
+def test_what_only_other_names_show_to_be_unknown(tmp_path: Path) -> None:
+    """A router of several tensors gets other names there, and is looked for under its own."""
+    for family, fields in {
+        "deepseek_v3": {"num_key_value_heads": 4},
+        "gemma4_text": {
+            **EXPERTS,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "vocab_size_per_layer_input": 70,
+        },
+    }.items():
+        source = make_checkpoint(tmp_path / family, make_config(family, **fields))
+        with pytest.raises(UnsupportedModelError, match="--compat vllm is not known to work for a model that has"):
+            shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
+
+
 @pytest.mark.parametrize(
     ("changes", "engine", "cutting", "why"),
     [

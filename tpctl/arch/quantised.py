@@ -124,7 +124,13 @@ def named_for(engine: str | None, blueprint: Blueprint) -> Blueprint:
             )
 
         def choosing(router: tuple[Linear | Vector, ...]) -> tuple[Linear | Vector, ...]:
-            return tuple(replace(one, name=f"{where}.{one.name.rpartition('.')[2]}") for one in router)
+            theirs = ((one, f"{where}.{one.name.rpartition('.')[2]}") for one in router)
+            return tuple(
+                replace(one, name=name, source=one.source or one.name)
+                if isinstance(one, Vector)
+                else replace(one, name=name)
+                for one, name in theirs
+            )
 
         gate_up, down = pair(part.gate_up, part.down)
         forms = tuple((*pair(one, other), choosing(router)) for one, other, router in part.forms)
