@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import make_checkpoint as make_tiny
+from tests.tiny import make_mixture
 from tests.unit.synthetic import folder_bytes, make_config
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import TensorSpec, build_header
@@ -123,15 +124,22 @@ def test_files_are_those_that_llm_compressor_saves(tmp_path: Path, family: str, 
     assert ours["generation_config.json"] == (source / "generation_config.json").read_bytes()
 
 
+@pytest.mark.parametrize("family", ["llama3", "qwen3_5_text", "deepseek_v3"])
 @pytest.mark.parametrize("method", Method)
-def test_transformers_loads_it(tmp_path: Path, method: Method) -> None:
+def test_transformers_loads_it(tmp_path: Path, method: Method, family: str) -> None:
     """And computes with the weights that are stored."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("compressed_tensors")
     import transformers
 
     source = tmp_path / "source"
-    make_tiny("llama3", source, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    if family == "llama3":
+        make_tiny(family, source, num_hidden_layers=2, **sizes)
+    else:  # all linears of 128 inputs, or a multiple
+        heads = {"num_attention_heads": 4, "qk_nope_head_dim": 28, "v_head_dim": 32, "q_lora_rank": 128}
+        latent = {**heads, "num_key_value_heads": 4, "kv_lora_rank": 128, "first_k_dense_replace": 3}
+        make_mixture(family, source, **sizes, **(latent if family == "deepseek_v3" else {"head_dim": 64}))
     report = quantise(source, tmp_path / "ours", method)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     wanted = transformers.AutoModelForCausalLM.from_pretrained(source)
@@ -179,6 +187,17 @@ def test_what_is_quantised_and_what_is_ignored() -> None:
     tower = TensorSpec("vision_tower.layers.0.self_attn.q_proj.weight", "BF16", (8, 8))
     assert ignored({**tensors, tower.name: tower})[0] == tower.name.removesuffix(".weight")
     assert tower.name not in linears({**tensors, tower.name: tower}, Method.FP8)
+
+
+def test_gated_delta_nets_stay_and_latent_attention_does_not() -> None:
+    layer = "model.language_model.layers.2."
+    kept = [f"{layer}linear_attn.{name}" for name in ("conv1d", "in_proj_ba", "in_proj_qkvz", "out_proj")]
+    attention = [f"{layer}self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")]
+    shapes = {f"{name}.weight": (256, 128) for name in (*kept[1:], *attention)}
+    shapes |= {f"{kept[0]}.weight": (256, 1, 4), f"{layer}linear_attn.A_log": (8,)}
+    tensors = {name: TensorSpec(name, "BF16", shape) for name, shape in shapes.items()}
+    assert list(linears(tensors, Method.FP8)) == [f"{name}.weight" for name in attention]
+    assert ignored(tensors) == [*kept, "lm_head"]
 
 
 def test_a_mixtrals_experts_are_linears_too() -> None:

@@ -14,11 +14,13 @@ FLOATS = frozenset({"BF16", "F16", "F32"})
 
 _LAYER = re.compile(r"(?:model\.|model\.language_model\.|language_model\.model\.)layers\.(\d+)\.(.+)")
 _LINEAR = re.compile(
-    r"self_attn\.(?:q|k|v|o|qkv)_proj"
+    r"self_attn\.(?:(?:q|k|v|o|qkv|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)"
     r"|(?:mlp|block_sparse_moe)\.(?:experts\.\d+\.|shared_experts?\.)?"
     r"(?:gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)"
 )
-_ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)")
+_KEPT = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)|linear_attn\..+")
+"""Routers, and gated delta nets: their states add up what rounding changes."""
+
 _EMBEDDING = re.compile(r"(?:.*\.)?embed_tokens")
 _HEAD = "lm_head"
 _SCALE = re.compile(
@@ -80,10 +82,10 @@ def linears(tensors: Mapping[str, Described], method: Method) -> dict[str, tuple
             _require_float(name, tensor, method)
         if is_linear:
             found[name] = _matrix(name, tensor.shape, SCHEMES[method])
-        elif len(tensor.shape) > 1 and not (suffix == "weight" and _ROUTER.fullmatch(module)):
+        elif len(tensor.shape) > 1 and not (suffix == "weight" and _KEPT.fullmatch(module)):
             raise CheckpointError(
-                f"{name} {list(tensor.shape)} is no linear that --quantize {method} knows (experts must be stored one "
-                "by one); leave out --quantize"
+                f"{name} {list(tensor.shape)} is no linear that --quantize {method} knows"
+                f"{' (experts must be stored one by one)' if 'experts' in name else ''}; leave out --quantize"
             )
     if not found:
         raise CheckpointError("no linear of a decoder layer is among the checkpoint's tensors; leave out --quantize")
@@ -101,11 +103,12 @@ def cut_block(chosen: Mapping[str, tuple[int, int]], scheme: Scheme) -> str | No
 
 
 def ignored(tensors: Mapping[str, Described]) -> list[str]:
-    """The linears that stay as they are, in the model's order: routers, what is outside of the layers, the head.
+    """The modules that stay as they are, in the model's order: routers and the like, what is outside of the layers, the
+    head.
 
     The head is one also where it is tied to the embedding, since there is a module of that name.
     """
-    routers: list[tuple[int, str]] = []
+    kept: list[tuple[int, str]] = []
     others: list[str] = []
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -114,9 +117,9 @@ def ignored(tensors: Mapping[str, Described]) -> list[str]:
         match = _LAYER.fullmatch(module)
         if match is None:
             others += [module] * (_EMBEDDING.fullmatch(module) is None and module != _HEAD)
-        elif _ROUTER.fullmatch(match[2]):
-            routers.append((int(match[1]), module))
-    return [*sorted(others), *(module for _, module in sorted(routers)), _HEAD]
+        elif _KEPT.fullmatch(match[2]):
+            kept.append((int(match[1]), module))
+    return [*sorted(others), *(module for _, module in sorted(kept)), _HEAD]
 
 
 def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:
