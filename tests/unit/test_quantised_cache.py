@@ -186,5 +186,7 @@ def test_there_and_back_again(source: ResolvedSource, method: Method) -> None:
     assert report["quantization"]["bytes_after"] == made.report.bytes_after
     assert len(report["quantization"]["tensors"]) == 14
     assert Manifest.load(place / f"model-{method}-tp2").source.id == f"./model ({method} by tpctl)"
+    proved = json.loads(local_answer(f"inspect-shards model-{method}-tp2 --verify --json", place).out)["verified"]
+    assert proved["compared_bytes"] == proved["hashed_bytes"]  # its source is found in the cache
     assert local_answer(f"merge model-{method}-tp2 -o merged", place).code == 0
     assert folder_bytes(place / "merged") == folder_bytes(made.source.folder)

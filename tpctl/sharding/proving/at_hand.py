@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from pathlib import Path
 
+from tpctl.checkpoint.cache import cache_root, file_name
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.sources import HUB_ID, SOURCE_RECORD, converted_gguf, local_path, pypi_entry
@@ -14,15 +17,24 @@ from tpctl.manifest.manifest import Manifest
 
 def source_at_hand(manifest: Manifest) -> Path | None:
     """The folder that the shards were cut from, if it is on this machine and still has the same headers."""
-    found = _local_copy(manifest.source.id, manifest.source.revision)
-    if found is None:
-        return None
-    try:
-        files = CheckpointFolder.open(found).files
-    except CheckpointError:
-        return None
     known = [(file.name, file.size, file.header) for file in manifest.source.files]
-    return found if [(file.name, file.size, file.header.text) for file in files] == known else None
+    for found in _local_copies(manifest.source.id, manifest.source.revision):
+        try:
+            files = CheckpointFolder.open(found).files
+        except CheckpointError:
+            continue
+        if [(file.name, file.size, file.header.text) for file in files] == known:
+            return found
+    return None
+
+
+def _local_copies(name: str, revision: str | None) -> list[Path]:
+    """Where the source may be: of one that tpctl quantised, what it has in its cache under that name."""
+    if (made := re.fullmatch(r"(.+) \((.+) by tpctl\)", name)) is not None:
+        folder = f"{file_name(Path(made[1]).name)}-{made[2]}"
+        return sorted(entry / folder for entry in (cache_root() / "models").glob(f"{glob.escape(folder)}-*"))
+    found = _local_copy(name, revision)
+    return [] if found is None else [found]
 
 
 def _local_copy(name: str, revision: str | None) -> Path | None:
