@@ -59,6 +59,16 @@ DAMAGED: list[tuple[str, Callable[[Quantised], object], str]] = [
     ("awq", told(group_size=64), r"q_proj\.qzeros is 2 x 8 in the checkpoint but 1 x 8 by config\.json"),
     ("awq", put(".qzeros", torch.ones(2, 4).int()), r"q_proj\.qzeros is 2 x 4 in the checkpoint but 2 x 8"),
     ("gptq", removed(".g_idx"), rf"has no tensor {Q}\.g_idx \(64 expected"),
+    (
+        "gptq",
+        put(".g_idx", torch.arange(64).flip(0).int() // 32),
+        rf"{Q}\.g_idx has input 0 in group 1, but in groups of 32 .* desc_act false .* it is in group 0",
+    ),
+    (
+        "gptq by channel",
+        put(".g_idx", torch.arange(64).int() // 32),
+        r"g_idx has input 32 in group 1, but in one group",
+    ),
     ("gptq", told(bits=8), r"q_proj\.qweight is 8 x 64 in the checkpoint but 16 x 64"),
     ("gptq", told(group_size=-1), r"q_proj\.qzeros is 2 x 8 in the checkpoint but 1 x 8"),
     ("ct int4", removed(".weight_scale"), rf"has no tensor {Q}\.weight_scale \(64 x 2 expected"),

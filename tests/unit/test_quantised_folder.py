@@ -133,13 +133,14 @@ def test_transformers_loads_it(tmp_path: Path, method: Method, family: str) -> N
     import transformers
 
     source = tmp_path / "source"
-    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
     if family == "llama3":
         make_tiny(family, source, num_hidden_layers=2, **sizes)
     else:  # all linears of 128 inputs, or a multiple
         heads = {"num_attention_heads": 4, "qk_nope_head_dim": 28, "v_head_dim": 32, "q_lora_rank": 128}
-        latent = {**heads, "num_key_value_heads": 4, "kv_lora_rank": 128, "first_k_dense_replace": 3}
-        make_mixture(family, source, **sizes, **(latent if family == "deepseek_v3" else {"head_dim": 64}))
+        latent: dict[str, Any] = {**heads, "num_key_value_heads": 4, "kv_lora_rank": 128, "first_k_dense_replace": 3}
+        own = latent if family == "deepseek_v3" else {"head_dim": 64}
+        make_mixture(family, source, **sizes, **own)
     report = quantise(source, tmp_path / "ours", method)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     wanted = transformers.AutoModelForCausalLM.from_pretrained(source)
@@ -193,7 +194,7 @@ def test_gated_delta_nets_stay_and_latent_attention_does_not() -> None:
     layer = "model.language_model.layers.2."
     kept = [f"{layer}linear_attn.{name}" for name in ("conv1d", "in_proj_ba", "in_proj_qkvz", "out_proj")]
     attention = [f"{layer}self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")]
-    shapes = {f"{name}.weight": (256, 128) for name in (*kept[1:], *attention)}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (256, 128) for name in (*kept[1:], *attention)}
     shapes |= {f"{kept[0]}.weight": (256, 1, 4), f"{layer}linear_attn.A_log": (8,)}
     tensors = {name: TensorSpec(name, "BF16", shape) for name, shape in shapes.items()}
     assert list(linears(tensors, Method.FP8)) == [f"{name}.weight" for name in attention]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tpctl.arch.block import Block, Experts, Layer, LayerPart, Mixer, linears
-from tpctl.arch.linear import Norm
+from tpctl.arch.linear import Linear, Norm
 from tpctl.errors import UnsupportedModelError
 from tpctl.partition.cuts import Vocab
 from tpctl.partition.split import Part, Rule, TensorSplit
@@ -106,18 +106,30 @@ class Blueprint:
 
     def constants(self, names: Collection[str]) -> dict[str, tuple[int, int]]:
         """Those of a checkpoint's ``names`` that hold the shape of a packed weight, [out, in], with that shape."""
-        root = self.root(names)
-        parts = [("", part) for part in self.beside]
-        parts += [
-            (self.prefix.format(number), part) for number, layer in enumerate(self.layers) for part in layer.parts
-        ]
         return {
             held: shape
-            for prefix, part in parts
-            for linear in linears(part)
+            for prefix, root, linear in self._linears(names)
             for name, shape in linear.constants()
             if (held := renamed(prefix + name, root)) in names
         }
+
+    def ordered(self, names: Collection[str]) -> dict[str, int]:
+        """Those that say which group each input of a weight is of, with how many are in one, in order."""
+        return {
+            held: group
+            for prefix, root, linear in self._linears(names)
+            for name, group in linear.ordered()
+            if (held := renamed(prefix + name, root)) in names
+        }
+
+    def _linears(self, names: Container[str]) -> Iterator[tuple[str, str, Linear]]:
+        """Every linear, with what stands before its names here, and the root of ``names``."""
+        root = self.root(names)
+        for part in self.beside:
+            yield from (("", root, linear) for linear in linears(part))
+        for number, layer in enumerate(self.layers):
+            prefix = self.prefix.format(number)
+            yield from ((prefix, root, linear) for part in layer.parts for linear in linears(part))
 
     def unread(self, names: Collection[str]) -> set[str]:
         """Those of a checkpoint's ``names`` that no rank needs: RoPE's tables, a tied head's second copy, shapes of

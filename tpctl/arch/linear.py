@@ -91,6 +91,15 @@ class Linear:
             for name in tensor_names(source, 0 if self.stack is None else self.stack.count):
                 yield from ((name + suffix, (rows, self.inputs)) for suffix in self.storage.constants)
 
+    def ordered(self) -> Iterator[tuple[str, int]]:
+        """What the tensors must hold that say which group an input is of, by their names: how many are in one."""
+        if self.storage.ordered is None:
+            return
+        suffix, group = self.storage.ordered
+        for source in dict.fromkeys(part.source for part in self.parts):
+            for name in tensor_names(source, 0 if self.stack is None else self.stack.count):
+                yield name + suffix, group
+
     def splits(self) -> Iterator[TensorSplit]:
         for entry in self.storage:
             yield self._split(entry)

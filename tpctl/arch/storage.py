@@ -78,12 +78,15 @@ class Storage:
         format: what people call it.
         entries: its tensors.
         constants: suffixes of tensors that hold the weight's shape, [out, in]; no rank needs them.
+        ordered: suffix of a tensor with the group of each input, and how many inputs a group has, in order: it has to
+            say so, for ranks have the scales of the groups that their inputs are in by that.
         others: the same under the names that other checkpoints have; those that one holds tell which it is.
     """
 
     format: str
     entries: tuple[Entry, ...]
     constants: tuple[str, ...] = ()
+    ordered: tuple[str, int] | None = None
     others: tuple[Storage, ...] = ()
 
     @property

@@ -19,7 +19,7 @@ from typing import Any
 
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats.awq import BIAS, FLOATS, NEVER, group_size, grouped, in_groups
-from tpctl.arch.storage import Axis, Entry, Storage
+from tpctl.arch.storage import ALL, Axis, Entry, Storage
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
 FORMATS = ("gptq", "gptq_v2")
@@ -113,4 +113,5 @@ def _storage(fields: Fields) -> Storage:
             Entry(".g_idx", "g_idx", ("I32",), None, Axis(0)),
             BIAS,
         ),
+        ordered=None if ordered else (".g_idx", ALL if size is None else size),
     )
