@@ -129,6 +129,7 @@ def test_a_rank_that_dies_while_the_chat_is_idle_is_told_at_once(model: Path, tm
     errors = tmp_path / "errors"
     with errors.open("wb") as stderr:
         command = [sys.executable, "-m", "tpctl", "chat", str(model), "--device", "cpu", "--max-tokens", "4"]
+        command += ["--temperature", "0"]  # else the answer ends at once now and then
         env = {**os.environ, "TERM": "xterm", "TPCTL_CACHE": str(tmp_path / "cache")}
         chat = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=stderr, env=env, start_new_session=True)
     try:
