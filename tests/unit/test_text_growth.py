@@ -260,3 +260,16 @@ def test_characters_of_a_token(normalizer: Any, pre_tokenizer: Any, options: dic
     assert most is None or len(backend.encode(text).ids) >= len(text) / most
     backend.add_special_tokens([AddedToken("<|end|>", rstrip=True)])
     assert most_characters(backend) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"post_processor": {**TWICE, "single": [{}]}},
+        {"normalizer": {**HUNDRED, "pattern": {}}},
+    ],
+)
+def test_steps_that_hold_nothing_are_one_line(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        Tokenizer(changed(tmp_path, **changes), shown="org/name")
+    assert "\n" not in str(raised.value)

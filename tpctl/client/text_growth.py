@@ -177,7 +177,7 @@ def _check_around(steps: list[_Step], file: str) -> None:
         if step["type"] != "TemplateProcessing":
             added += 2 if step["type"] != "ByteLevel" else 0
             continue
-        pieces = [next(iter(piece.items())) for piece in step["single"]]
+        pieces = [list(piece.items())[0] for piece in step["single"]]  # noqa: RUF015 (an empty one is an IndexError)
         texts = sum(kind == "Sequence" for kind, _ in pieces)
         if texts > 1:
             raise CheckpointError(f"{file}: its post_processor writes a text {texts} times, but a prompt has it once")
@@ -198,7 +198,7 @@ def _check_prepended(steps: list[_Step], file: str) -> None:
 
 
 def _replace(step: _Step) -> float:
-    kind, pattern = next(iter(step["pattern"].items()))
+    kind, pattern = list(step["pattern"].items())[0]  # noqa: RUF015
     size = len(step["content"].encode())
     if kind == "String" and pattern:
         return max(1.0, size / len(pattern.encode()))
