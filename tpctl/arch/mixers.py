@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tpctl.arch import parts
 from tpctl.arch.block import Mixer
 from tpctl.arch.family import Sizes
 from tpctl.arch.linear import Linear, Norm, Vector
@@ -23,28 +24,18 @@ def grouped(
     Args:
         kind: what people call it.
         further: weights it has beside its projections.
-        gate: each query head is followed by as many rows that gate its output (Qwen3-Next).
+        gate: as of ``parts.projections``.
     """
-    num_heads, num_kv_heads, head_dim, hidden = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.hidden_size
-    rows = head_dim * (2 if gate else 1)
-    kv = KVHeads(num_heads, num_kv_heads, head_dim)
-    qkv = (
-        Part("self_attn.q_proj", num_heads * rows, QueryHeads(num_heads, num_kv_heads, rows), label="q"),
-        Part("self_attn.k_proj", num_kv_heads * head_dim, kv, label="k"),
-        Part("self_attn.v_proj", num_kv_heads * head_dim, kv, label="v"),
-    )
-    out = Part("self_attn.o_proj", hidden, Whole())
-    columns = QueryHeads(num_heads, num_kv_heads, head_dim)
-    return Mixer(
-        kind,
-        (
-            Linear("self_attn.qkv_proj", Rule.QKV, qkv, hidden, bias=qkv_bias),
-            *further,
-            Linear("self_attn.o_proj", Rule.ROW, (out,), num_heads * head_dim, columns, bias=o_bias),
-        ),
-        num_heads,
-        num_kv_heads,
-        kept=2 * head_dim,
+    qkv, out = parts.projections(sizes, gate=gate, qkv_bias=qkv_bias, o_bias=o_bias)
+    return Mixer(kind, (qkv, *further, out), sizes.num_heads, sizes.num_kv_heads, kept=2 * sizes.head_dim)
+
+
+def whole_norms(sizes: Sizes) -> tuple[Norm, Norm]:
+    """One over all query heads at once, and one over all key heads."""
+    heads = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    return (
+        Norm("self_attn.q_norm", sizes.num_heads * sizes.head_dim, sizes.eps, cut=QueryHeads(*heads)),
+        Norm("self_attn.k_norm", sizes.num_kv_heads * sizes.head_dim, sizes.eps, cut=KVHeads(*heads)),
     )
 
 

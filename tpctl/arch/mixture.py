@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tpctl.arch.block import Activation, Experts, Gated
-from tpctl.arch.family import MOST_EXPERTS, MOST_LAYERS
+from tpctl.arch import parts
+from tpctl.arch.block import Attention, Experts, Gated, Mixer
+from tpctl.arch.blueprint import Blueprint
+from tpctl.arch.family import MOST_EXPERTS, MOST_LAYERS, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.linear import Linear, Vector, below
 from tpctl.arch.storage import FUSED
@@ -101,47 +103,44 @@ def whole(name: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
     return Linear(name, Rule.REPLICATED, (Part(name, outputs, Whole()),), inputs, bias=bias)
 
 
-def gated_mlp(where: str, hidden: int, width: int, activation: Activation = "silu") -> Gated:
-    """A gated MLP in module ``where`` (a shared expert), of inner size ``width``."""
-    gate, up, down = (f"{where}.{name}" for name in PROJECTIONS)
-    return Gated(
-        Linear(
-            f"{where}.gate_up_proj",
-            Rule.MERGED_COLUMN,
-            (Part(gate, width, Even(), label="gate"), Part(up, width, Even(), label="up")),
-            hidden,
-        ),
-        Linear(f"{where}.down_proj", Rule.ROW, (Part(down, hidden, Whole()),), width, Even()),
-        activation,
-    )
-
-
-def weighed(fields: Fields, hidden: int) -> Experts:
+def weighed(fields: Fields, sizes: Sizes) -> Experts:
     """The mixture of Qwen's models whose shared expert a gate weighs."""
     count = fields.whole("num_experts", most=MOST_EXPERTS)
     return experts(
-        hidden,
+        sizes.hidden_size,
         fields.whole("moe_intermediate_size"),
         count,
         fields.whole("num_experts_per_tok", most=count),
-        shared=gated_mlp("mlp.shared_expert", hidden, fields.whole("shared_expert_intermediate_size")),
+        shared=_shared(sizes, "mlp.shared_expert", fields.whole("shared_expert_intermediate_size")),
         shared_gate="mlp.shared_expert_gate",
     )
 
 
-def corrected(fields: Fields, hidden: int) -> Experts:
+def corrected(fields: Fields, sizes: Sizes) -> Experts:
     """The mixture of DeepSeek's and GLM's models: a correction for the choice, and shared experts as one MLP."""
     width = fields.whole("moe_intermediate_size")
     count = fields.whole(fields.either("n_routed_experts", "num_local_experts"), most=MOST_EXPERTS)
     shared = fields.optional_whole("n_shared_experts", least=0, most=MOST_EXPERTS)
     return experts(
-        hidden,
+        sizes.hidden_size,
         width,
         count,
         fields.whole("num_experts_per_tok", most=count),
         correction="gate.e_score_correction_bias",
-        shared=gated_mlp("mlp.shared_experts", hidden, width * shared) if shared else None,
+        shared=_shared(sizes, "mlp.shared_experts", width * shared) if shared else None,
     )
+
+
+def dense_first(fields: Fields, sizes: Sizes, mixer: Attention | Mixer) -> Blueprint:
+    """A model of DeepSeek's or GLM's kind: dense layers, then ``corrected`` ones, then those that predict more."""
+    experts, mlp = corrected(fields, sizes), parts.gated(sizes, parts.read_activation(fields))
+    first = fields.whole("first_k_dense_replace", least=0)
+    layers = (parts.cut_block(sizes, mixer, mlp if layer < first else experts) for layer in range(sizes.num_layers))
+    return replace(parts.model(sizes, tuple(layers)), left_out=further_layers(fields, sizes.num_layers))
+
+
+def _shared(sizes: Sizes, where: str, width: int) -> Gated:
+    return parts.gated(replace(sizes, intermediate_size=width), "silu", where=where)
 
 
 def further_layers(fields: Fields, num_layers: int) -> tuple[str, ...]:

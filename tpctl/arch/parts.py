@@ -8,7 +8,7 @@ from tpctl.arch.block import Activation, Attention, Block, CutBlock, Gated, Laye
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.linear import Linear, Norm
+from tpctl.arch.linear import Linear, Norm, below
 from tpctl.arch.rope import RopeConfig
 from tpctl.errors import UnsupportedModelError, shown
 from tpctl.partition.cuts import Cut, Even, KVHeads, QueryHeads, Whole
@@ -65,19 +65,27 @@ def attention(
 
 
 def projections(
-    sizes: Sizes, held: str = "qkv", *, qkv_bias: bool = False, o_bias: bool = False, fused: bool = False
+    sizes: Sizes,
+    held: str = "qkv",
+    *,
+    gate: bool = False,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    fused: bool = False,
 ) -> tuple[Linear, Linear]:
     """What grouped-query attention reads, below each other, and its output; cut in whole heads.
 
     Args:
         held: which of queries, keys and values there are.
+        gate: each query head is followed by as many rows that gate its output (Qwen3-Next).
         fused: as of ``attention``.
     """
     query_heads, kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     query = QueryHeads(query_heads, kv_heads, head_dim)
+    rows = head_dim * (2 if gate else 1)
     kv = KVHeads(query_heads, kv_heads, head_dim)
     each: dict[str, tuple[int, Cut]] = {
-        "q": (query_heads * head_dim, query),
+        "q": (query_heads * rows, QueryHeads(query_heads, kv_heads, rows)),
         "k": (kv_heads * head_dim, kv),
         "v": (kv_heads * head_dim, kv),
     }
@@ -89,29 +97,17 @@ def projections(
     )
 
 
-def mixer(sizes: Sizes, kind: str, *, qkv_bias: bool = False, o_bias: bool = False, whole_norms: bool = False) -> Mixer:
-    """Grouped-query attention that tpctl cuts and does not run.
-
-    Args:
-        kind: as of ``Mixer``.
-        whole_norms: RMSNorm over all query heads at once, and over all key heads.
-    """
-    qkv, out = projections(sizes, qkv_bias=qkv_bias, o_bias=o_bias)
-    normed = qkv.parts[:2] if whole_norms else ()
-    norms = (Norm(f"self_attn.{part.label}_norm", part.length, sizes.eps, cut=part.cut) for part in normed)
-    return Mixer(kind, (qkv, *norms, out), sizes.num_heads, sizes.num_kv_heads, 2 * sizes.head_dim)
-
-
-def gated(sizes: Sizes, activation: Activation, *, bias: bool = False, fused: bool = False) -> Gated:
-    """A gated MLP; ``fused``: the source stores ``gate_up_proj`` as one tensor."""
+def gated(
+    sizes: Sizes, activation: Activation, *, where: str = "mlp", bias: bool = False, fused: bool = False
+) -> Gated:
+    """A gated MLP in module ``where``; ``fused``: the source stores ``gate_up_proj`` as one tensor."""
     width, hidden = sizes.intermediate_size, sizes.hidden_size
     sections = (("gate", width, Even()), ("up", width, Even()))
-    down = Part("mlp.down_proj", hidden, Whole())
+    stacked = _stacked(where, "gate_up", sections, fused)
+    down = Part(f"{where}.down_proj", hidden, Whole())
     return Gated(
-        gate_up=Linear(
-            "mlp.gate_up_proj", Rule.MERGED_COLUMN, _stacked("mlp", "gate_up", sections, fused), hidden, bias=bias
-        ),
-        down=Linear("mlp.down_proj", Rule.ROW, (down,), width, Even(), bias=bias),
+        gate_up=Linear(f"{where}.gate_up_proj", Rule.MERGED_COLUMN, stacked, hidden, bias=bias),
+        down=Linear(f"{where}.down_proj", Rule.ROW, (down,), width, Even(), bias=bias),
         activation=activation,
     )
 
@@ -160,9 +156,6 @@ def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
 
 def _stacked(where: str, name: str, sections: tuple[tuple[str, int, Cut], ...], fused: bool) -> tuple[Part, ...]:
     """Parts (label, length, cut) of a merged linear: of one source tensor, or of one each."""
-    parts, offset = [], 0
-    for label, length, cut in sections:
-        source = f"{where}.{name}_proj" if fused else f"{where}.{label}_proj"
-        parts.append(Part(source, length, cut, offset if fused else 0, label))
-        offset += length
-    return tuple(parts)
+    if fused:
+        return below(f"{where}.{name}_proj", sections)
+    return tuple(Part(f"{where}.{label}_proj", length, cut, label=label) for label, length, cut in sections)

@@ -7,13 +7,14 @@ from tpctl.arch.block import CutBlock
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.mixers import grouped
 
 ARCHITECTURE = "Cohere2ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     bias = fields.flag("attention_bias")
-    mixer = parts.mixer(sizes, "attention beside its MLP", qkv_bias=bias, o_bias=bias)
+    mixer = grouped(sizes, "attention beside its MLP", qkv_bias=bias, o_bias=bias)
     mlp = parts.gated(sizes, parts.read_activation(fields))
     layer = CutBlock(mixer, (parts.norm(sizes, "input_layernorm"), mixer, mlp))
     return parts.model(sizes, (layer,) * sizes.num_layers)

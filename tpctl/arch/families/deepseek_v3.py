@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from tpctl.arch import mixture, parts
+from tpctl.arch import mixture
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
@@ -23,10 +21,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         value=fields.whole("v_head_dim"),
         bias=fields.flag("attention_bias"),
     )
-    experts, mlp = mixture.corrected(fields, sizes.hidden_size), parts.gated(sizes, parts.read_activation(fields))
-    first = fields.whole("first_k_dense_replace", least=0)
-    layers = (parts.cut_block(sizes, attention, mlp if layer < first else experts) for layer in range(sizes.num_layers))
-    return replace(parts.model(sizes, tuple(layers)), left_out=mixture.further_layers(fields, sizes.num_layers))
+    return mixture.dense_first(fields, sizes, attention)
 
 
 FAMILY = Family(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpctl.arch import parts
 from tpctl.arch.blueprint import Blueprint
-from tpctl.arch.families.gemma3 import ACTIVATIONS, FULL, SLIDING, read_cap
+from tpctl.arch.families.gemma3 import ACTIVATIONS, FULL, SLIDING, model, read_cap
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.rope import read_rope
@@ -38,15 +38,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         )
         for span in by_kind(kinds, window)
     )
-    return Blueprint(
-        sizes.vocab_size,
-        sizes.hidden_size,
-        blocks,
-        parts.offset_norm(sizes, "model.norm"),
-        sizes.tied,
-        embedding_scale=sizes.hidden_size**0.5,
-        logit_softcap=read_cap(fields, "final_logit_softcapping"),
-    )
+    return model(fields, sizes, blocks)
 
 
 FAMILY = Family(

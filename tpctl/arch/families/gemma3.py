@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpctl.arch import parts
-from tpctl.arch.block import Activation
+from tpctl.arch.block import Activation, Block
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
@@ -44,6 +44,11 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         )
         for kind, span in zip(kinds, by_kind(kinds, window), strict=True)
     )
+    return model(fields, sizes, blocks)
+
+
+def model(fields: Fields, sizes: Sizes, blocks: tuple[Block, ...]) -> Blueprint:
+    """A model of Gemma's: scaled embeddings, and logits that may be capped."""
     return Blueprint(
         sizes.vocab_size,
         sizes.hidden_size,

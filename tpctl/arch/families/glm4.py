@@ -7,12 +7,13 @@ from tpctl.arch.block import CutBlock
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.mixers import grouped
 
 ARCHITECTURE = "Glm4ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    mixer = parts.mixer(sizes, "attention that rotates neighbouring dimensions", qkv_bias=fields.flag("attention_bias"))
+    mixer = grouped(sizes, "attention that rotates neighbouring dimensions", qkv_bias=fields.flag("attention_bias"))
     layer = CutBlock(
         mixer,
         (

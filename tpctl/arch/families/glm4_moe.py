@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tpctl.arch import mixture, parts
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
@@ -17,10 +15,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim, partial=True)
     bias, qk_norm = fields.flag("attention_bias"), fields.flag("use_qk_norm")
     attention = parts.attention(sizes, rope, None, qkv_bias=bias, qk_norm=qk_norm)
-    experts, mlp = mixture.corrected(fields, sizes.hidden_size), parts.gated(sizes, parts.read_activation(fields))
-    first = fields.whole("first_k_dense_replace", least=0)
-    layers = (parts.cut_block(sizes, attention, mlp if layer < first else experts) for layer in range(sizes.num_layers))
-    return replace(parts.model(sizes, tuple(layers)), left_out=mixture.further_layers(fields, sizes.num_layers))
+    return mixture.dense_first(fields, sizes, attention)
 
 
 FAMILY = Family(

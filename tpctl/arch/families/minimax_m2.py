@@ -6,20 +6,13 @@ from tpctl.arch import mixture, parts
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, MOST_EXPERTS, Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.linear import Norm
-from tpctl.arch.mixers import grouped
-from tpctl.partition.cuts import KVHeads, QueryHeads
+from tpctl.arch.mixers import grouped, whole_norms
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    heads = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-    norms = (
-        Norm("self_attn.q_norm", sizes.num_heads * sizes.head_dim, sizes.eps, cut=QueryHeads(*heads)),
-        Norm("self_attn.k_norm", sizes.num_kv_heads * sizes.head_dim, sizes.eps, cut=KVHeads(*heads)),
-    )
-    attention = grouped(sizes, "attention with norms over all heads at once", *norms)
+    attention = grouped(sizes, "attention with norms over all heads at once", *whole_norms(sizes))
     count = fields.whole(fields.either("num_local_experts", "num_experts"), most=MOST_EXPERTS)
     experts = mixture.experts(
         sizes.hidden_size,

@@ -6,12 +6,13 @@ from tpctl.arch import parts
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.mixers import grouped
 
 ARCHITECTURE = "Ministral3ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    mixer = parts.mixer(sizes, "attention that scales queries by their position")
+    mixer = grouped(sizes, "attention that scales queries by their position")
     mlp = parts.gated(sizes, parts.read_activation(fields))
     return parts.model(sizes, (parts.cut_block(sizes, mixer, mlp),) * sizes.num_layers)
 

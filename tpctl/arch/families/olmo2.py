@@ -12,6 +12,7 @@ from tpctl.arch.block import CutBlock
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.mixers import grouped, whole_norms
 
 DEFAULTS: dict[str, Any] = {
     **COMMON,
@@ -27,8 +28,8 @@ NULLABLE = frozenset({"num_key_value_heads"})
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     bias = fields.flag("attention_bias")
-    mixer = parts.mixer(
-        sizes, "attention with norms over all heads at once", qkv_bias=bias, o_bias=bias, whole_norms=True
+    mixer = grouped(
+        sizes, "attention with norms over all heads at once", *whole_norms(sizes), qkv_bias=bias, o_bias=bias
     )
     layer = CutBlock(
         mixer,

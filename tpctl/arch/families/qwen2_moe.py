@@ -14,7 +14,7 @@ ARCHITECTURE = "Qwen2MoeForCausalLM"
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim)
-    experts, mlp = mixture.weighed(fields, sizes.hidden_size), parts.gated(sizes, parts.read_activation(fields))
+    experts, mlp = mixture.weighed(fields, sizes), parts.gated(sizes, parts.read_activation(fields))
     attention = parts.attention(sizes, rope, None, qkv_bias=fields.flag("qkv_bias"))
     sparse = mixture.sparse_layers(fields, sizes.num_layers)
     return parts.model(sizes, tuple(parts.cut_block(sizes, attention, experts if one else mlp) for one in sparse))

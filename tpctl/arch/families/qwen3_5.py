@@ -28,7 +28,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
 
 
 def describe_moe(fields: Fields, sizes: Sizes) -> Blueprint:
-    return _model(fields, sizes, mixture.weighed(fields, sizes.hidden_size))
+    return _model(fields, sizes, mixture.weighed(fields, sizes))
 
 
 def _model(fields: Fields, sizes: Sizes, mlp: LayerPart) -> Blueprint:

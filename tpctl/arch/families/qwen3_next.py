@@ -53,7 +53,7 @@ def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    experts, mlp = mixture.weighed(fields, sizes.hidden_size), parts.gated(sizes, parts.read_activation(fields))
+    experts, mlp = mixture.weighed(fields, sizes), parts.gated(sizes, parts.read_activation(fields))
     mixer = {LINEAR: DeltaNet.read(fields).by_key_head(sizes), FULL: attention(fields, sizes)}
     sparse = mixture.sparse_layers(fields, sizes.num_layers)
     layers = (

@@ -6,13 +6,14 @@ from tpctl.arch import parts
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.mixers import grouped
 
 ARCHITECTURE = "SmolLM3ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     bias = fields.flag("attention_bias")
-    mixer = parts.mixer(sizes, "attention without RoPE in some layers", qkv_bias=bias, o_bias=bias)
+    mixer = grouped(sizes, "attention without RoPE in some layers", qkv_bias=bias, o_bias=bias)
     mlp = parts.gated(sizes, parts.read_activation(fields), bias=fields.flag("mlp_bias"))
     return parts.model(sizes, (parts.cut_block(sizes, mixer, mlp),) * sizes.num_layers)
 
