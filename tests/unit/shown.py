@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.unit.synthetic import make_config
-from tpctl.arch import mixture
+from tpctl.arch import mixture, parts
 from tpctl.arch.block import CutBlock, Mixer
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.family import Sizes
 from tpctl.arch.linear import Linear, Norm, Vector
 from tpctl.arch.quantised import Cutting, cut_by, quantised
 from tpctl.arch.storage import Axis, Entry, Storage
@@ -65,7 +66,7 @@ def mixed(cutting: Cutting = Cutting(), *, packed: bool = True) -> ModelConfig:
         192,
         8,
         2,
-        shared=mixture.gated_mlp("mlp.shared_expert", 256, 128),
+        shared=parts.gated(Sizes(256, 6, 8, 2, 32, 128, 512, 1e-6, False), "silu", where="mlp.shared_expert"),
         shared_gate="mlp.shared_expert_gate",
     )
     before, after = first.before_attention, first.before_mlp
@@ -88,8 +89,8 @@ def scaled() -> ModelConfig:
     (first,) = config.blueprint.blocks
     norm = [replace(first.before_mlp, name=f"norm_{number}") for number in range(5)]
     whole = [mixture.whole("per_layer_gate", 24, 8), mixture.whole("per_layer_projection", 8, 24)]
-    parts = (norm[0], first.attention, norm[1], norm[2], first.mlp, norm[3], *whole, norm[4], Vector("scalar", 1))
-    blueprint = replace(config.blueprint, layers=(CutBlock(first.attention, parts),))
+    order = (norm[0], first.attention, norm[1], norm[2], first.mlp, norm[3], *whole, norm[4], Vector("scalar", 1))
+    blueprint = replace(config.blueprint, layers=(CutBlock(first.attention, order),))
     return replace(config, blueprint=blueprint)
 
 
