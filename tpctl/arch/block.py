@@ -16,6 +16,7 @@ from typing import Literal
 
 from tpctl.arch.linear import Linear, Norm, Vector
 from tpctl.arch.rope import RopeConfig
+from tpctl.arch.routing import Routing
 from tpctl.errors import PartitionError
 from tpctl.partition.cuts import HeadShare, split_heads
 from tpctl.partition.split import TensorSplit
@@ -74,16 +75,26 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class Clamped:
+    """gpt-oss' gated activation, (up + 1) * gate * sigmoid(alpha * gate), with a gate of at most ``limit`` and an up of
+    -limit to limit."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of ``count`` gated MLPs, of which each token takes ``per_token``, and what chooses them.
 
     Attributes:
-        gate_up, down: of every expert, stacked.
+        gate_up, down: of every expert, stacked. Rows of gate and up alternate where ``gate_up`` is one part.
         router: what chooses, whole on every rank: the gate, and its biases.
         shared: an MLP that every token takes, whose sum over the ranks is that of the experts.
         shared_gate: a linear of one output, by whose sigmoid the shared MLP counts.
         forms: the same ``gate_up``, ``down`` and ``router`` as other checkpoints hold them: the names tell which one
             it is.
+        routing: how they are chosen; ``None``: in a way that tpctl does not know, which it cuts and does not run.
     """
 
     count: int
@@ -94,6 +105,13 @@ class Experts:
     shared: Gated | None = None
     shared_gate: Linear | None = None
     forms: tuple[tuple[Linear, Linear, tuple[Linear | Vector, ...]], ...] = ()
+    routing: Routing | None = None
+    activation: Activation | Clamped = "silu"
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rows of gate and up alternate."""
+        return len(self.gate_up.parts) == 1
 
     def splits(self) -> Iterator[TensorSplit]:
         for part in (*self.router, self.gate_up, self.down, self.shared_gate, self.shared):
@@ -142,7 +160,7 @@ class Block:
     before_attention: Norm
     attention: Attention
     before_mlp: Norm
-    mlp: Gated
+    mlp: Gated | Experts
     after_attention: Norm | None = None
     after_mlp: Norm | None = None
 

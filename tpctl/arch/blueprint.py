@@ -75,12 +75,12 @@ class Blueprint:
         """What of the model tpctl does not run; ``None``: it runs it."""
         for layer in self.layers:
             for part in layer.parts:
-                if isinstance(part, Experts):
-                    return "a mixture of experts"
+                if isinstance(part, Experts) and part.routing is None:
+                    return "a mixture of experts with a router of its own kind"
                 if isinstance(part, Mixer):
                     return part.kind
                 for linear in linears(part):
-                    if not linear.storage.is_dense:
+                    if not linear.storage.is_dense and linear.storage.coding is None:
                         return f"quantised weights ({linear.storage.format})"
         return self.lacks
 
@@ -97,6 +97,12 @@ class Blueprint:
         yield from self.norm.splits()
         head = vocab if self.tied else replace(vocab, source=self.head)
         yield TensorSplit(self.head, Rule.VOCAB, (head,), others=(self.hidden_size,))
+
+    @property
+    def output(self) -> Linear:
+        """The head, as a linear whose outputs are the vocabulary."""
+        name = self.head.removesuffix(".weight")
+        return Linear(name, Rule.VOCAB, (Part(name, self.vocab_size, Vocab()),), self.hidden_size)
 
     def root(self, names: Container[str]) -> str:
         """Which of ``roots`` a checkpoint with tensors ``names`` has."""

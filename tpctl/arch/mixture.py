@@ -8,19 +8,30 @@ A checkpoint has a tensor for each expert and projection, or one stack for gate 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from tpctl.arch import parts
-from tpctl.arch.block import Attention, Experts, Gated, Mixer
+from tpctl.arch.block import Attention, Experts, Gated, Layer, Mixer
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import MOST_EXPERTS, MOST_LAYERS, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.linear import Linear, Vector, below
+from tpctl.arch.routing import Routing
 from tpctl.arch.storage import FUSED
+from tpctl.errors import CheckpointError
 from tpctl.partition.cuts import Even, Whole
 from tpctl.partition.split import EACH, Part, Rule, Stack
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+OWN = frozenset(
+    {
+        *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"),
+        *("num_experts_per_tok", "moe_intermediate_size"),
+    }
+)
+"""Fields that say that a model is a mixture, which others must not have."""
+
 MIXTRAL, SPARSE = ("w1", "w3", "w2"), "block_sparse_moe"
 """Names of the projections of an expert, in Mixtral's checkpoints, and of the module that they are in."""
 STACKED = "mlp"
@@ -40,6 +51,7 @@ def experts(
     correction: str | None = None,
     shared: Gated | None = None,
     shared_gate: str | None = None,
+    routing: Routing | None = None,
 ) -> Experts:
     """A mixture of ``count`` experts of inner size ``width``.
 
@@ -49,6 +61,7 @@ def experts(
         router: name of the linear that scores the experts.
         correction: name of the numbers that are added to the scores for the choice alone.
         shared_gate: of the linear of one output that weighs the shared MLP.
+        routing: how experts are chosen, if tpctl knows it.
     """
     gate, up, down = (f"{where}.experts.{EACH}.{name}" for name in projections)
     stack = Stack(count, Whole())
@@ -84,6 +97,7 @@ def experts(
         shared=shared,
         shared_gate=None if shared_gate is None else whole(shared_gate, hidden, 1),
         forms=((*stacked, choosing(STACKED)),),
+        routing=routing,
     )
 
 
@@ -103,7 +117,32 @@ def whole(name: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
     return Linear(name, Rule.REPLICATED, (Part(name, outputs, Whole()),), inputs, bias=bias)
 
 
-def weighed(fields: Fields, sizes: Sizes) -> Experts:
+def softmax(fields: Fields) -> Routing:
+    """Softmax over all experts; ``norm_topk_prob`` says whether the weights of the chosen then add up to 1."""
+    return Routing("softmax", renormalise=fields.flag("norm_topk_prob"))
+
+
+def sigmoid(fields: Fields, count: int, per_token: int) -> Routing:
+    """Sigmoids, of experts in the best of ``n_group`` groups, as DeepSeek-V3 and GLM-4.5 have it.
+
+    Raises:
+        CheckpointError: the groups are not equal, or have fewer experts than a token takes.
+    """
+    groups = fields.whole("n_group", most=count)
+    top = fields.whole("topk_group", most=groups)
+    if count % groups or (groups > 1 and count // groups < 2):
+        raise CheckpointError(f"config.json: {count} experts do not form n_group {groups} equal groups of two or more")
+    if per_token > count // groups * top:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok is {per_token}, but topk_group {top} of n_group {groups} have "
+            f"{count // groups * top} experts"
+        )
+    renormalise, most = fields.flag("norm_topk_prob"), 1e6
+    scale = fields.number("routed_scaling_factor", least=1 / most, most=most)
+    return Routing("sigmoid", renormalise, groups, top, scale, 1e-20 if renormalise else 0.0)
+
+
+def weighed(fields: Fields, sizes: Sizes, routing: Routing | None = None) -> Experts:
     """The mixture of Qwen's models whose shared expert a gate weighs."""
     count = fields.whole("num_experts", most=MOST_EXPERTS)
     return experts(
@@ -113,29 +152,38 @@ def weighed(fields: Fields, sizes: Sizes) -> Experts:
         fields.whole("num_experts_per_tok", most=count),
         shared=_shared(sizes, "mlp.shared_expert", fields.whole("shared_expert_intermediate_size")),
         shared_gate="mlp.shared_expert_gate",
+        routing=routing,
     )
 
 
-def corrected(fields: Fields, sizes: Sizes) -> Experts:
+def corrected(fields: Fields, sizes: Sizes, *, runs: bool = True) -> Experts:
     """The mixture of DeepSeek's and GLM's models: a correction for the choice, and shared experts as one MLP."""
     width = fields.whole("moe_intermediate_size")
     count = fields.whole(fields.either("n_routed_experts", "num_local_experts"), most=MOST_EXPERTS)
     shared = fields.optional_whole("n_shared_experts", least=0, most=MOST_EXPERTS)
+    per_token = fields.whole("num_experts_per_tok", most=count)
     return experts(
         sizes.hidden_size,
         width,
         count,
-        fields.whole("num_experts_per_tok", most=count),
+        per_token,
         correction="gate.e_score_correction_bias",
         shared=_shared(sizes, "mlp.shared_experts", width * shared) if shared else None,
+        routing=sigmoid(fields, count, per_token) if runs else None,
     )
 
 
 def dense_first(fields: Fields, sizes: Sizes, mixer: Attention | Mixer) -> Blueprint:
     """A model of DeepSeek's or GLM's kind: dense layers, then ``corrected`` ones, then those that predict more."""
-    experts, mlp = corrected(fields, sizes), parts.gated(sizes, parts.read_activation(fields))
+    runs, mlp = isinstance(mixer, Attention), parts.gated(sizes, parts.read_activation(fields))
+    experts = corrected(fields, sizes, runs=runs)
     first = fields.whole("first_k_dense_replace", least=0)
-    layers = (parts.cut_block(sizes, mixer, mlp if layer < first else experts) for layer in range(sizes.num_layers))
+    mlps = (mlp if layer < first else experts for layer in range(sizes.num_layers))
+    layers: Iterator[Layer]
+    if isinstance(mixer, Attention):
+        layers = (parts.block(sizes, mixer, one) for one in mlps)
+    else:
+        layers = (parts.cut_block(sizes, mixer, one) for one in mlps)
     return replace(parts.model(sizes, tuple(layers)), left_out=further_layers(fields, sizes.num_layers))
 
 

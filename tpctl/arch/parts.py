@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tpctl.arch.block import Activation, Attention, Block, CutBlock, Gated, Layer, LayerPart, Mixer
+from tpctl.arch.block import Activation, Attention, Block, CutBlock, Experts, Gated, Layer, LayerPart, Mixer
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Sizes
 from tpctl.arch.fields import Fields
@@ -112,7 +112,7 @@ def gated(
     )
 
 
-def block(sizes: Sizes, attention: Attention, mlp: Gated) -> Block:
+def block(sizes: Sizes, attention: Attention, mlp: Gated | Experts) -> Block:
     """A block with one norm before attention and one before the MLP."""
     return Block(
         before_attention=norm(sizes, "input_layernorm"),

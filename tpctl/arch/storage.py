@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from math import lcm
+from typing import Literal
 
 from tpctl.partition.cuts import Cut, Units, Whole
 
@@ -41,6 +42,29 @@ class Axis:
         return cut if self.unit == 1 else Units(cut, self.unit, features, self.packed)
 
 
+Role = Literal["values", "scales", "zeros", "order", "divisor", "inputs", "bias"]
+"""What a tensor says: codes of the weights themselves; what multiplies them; the codes that stand for zero; the group
+of each input; what all scales are divided by; what an engine may know of the linear's inputs; what is added."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """How codes of quantised weights are packed, and what they stand for.
+
+    Attributes:
+        kind: floats of 8 bits (``e4m3``) or 4 (``e2m1``), or integers of ``bits``; those of ``uint`` have no sign.
+        zero: the code that stands for zero, where no tensor says it.
+        above: what is added to a stored zero.
+        order: of the codes of a word of 32 bits, from the lowest on; empty: as they come.
+    """
+
+    kind: Literal["e4m3", "e2m1", "int", "uint"]
+    bits: int = 8
+    zero: int = 0
+    above: int = 0
+    order: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a stored weight.
@@ -53,6 +77,7 @@ class Entry:
         out, inp: the dimensions along the output and input features; ``None``: it does not vary along them.
         tail: lengths of further dimensions, behind those.
         optional: a checkpoint may lack it.
+        role: what it says.
     """
 
     suffix: str
@@ -62,6 +87,7 @@ class Entry:
     inp: Axis | None = None
     tail: tuple[int, ...] = ()
     optional: bool = False
+    role: Role = "values"
 
     def shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
         """Of the weight of a linear of so many output and input features. A scalar is one entry."""
@@ -77,6 +103,7 @@ class Storage:
     Attributes:
         format: what people call it.
         entries: its tensors.
+        coding: what the values stand for; ``None``: they are floats, or codes that tpctl cuts and does not run.
         constants: suffixes of tensors that hold the weight's shape, [out, in]; no rank needs them.
         ordered: suffix of a tensor with the group of each input, and how many inputs a group has, in order: it has to
             say so, for ranks have the scales of the groups that their inputs are in by that.
@@ -88,6 +115,7 @@ class Storage:
     constants: tuple[str, ...] = ()
     ordered: tuple[str, int] | None = None
     others: tuple[Storage, ...] = ()
+    coding: Coding | None = None
 
     @property
     def out_unit(self) -> int:

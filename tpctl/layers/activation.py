@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.arch.block import Activation
+from tpctl.arch.block import Activation, Clamped
 
 
 def act_and_mul(gate_up: Tensor, activation: Activation = "silu") -> Tensor:
@@ -16,3 +16,10 @@ def act_and_mul(gate_up: Tensor, activation: Activation = "silu") -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     acted = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     return acted.mul_(up)
+
+
+def clamped_act_and_mul(gate_up: Tensor, activation: Clamped) -> Tensor:
+    """gpt-oss' gated activation, for rows [gate; up]: [T, 2 I] -> [T, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return (up + 1) * gate * (gate * activation.alpha).sigmoid()

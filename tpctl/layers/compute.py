@@ -5,9 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
+from tpctl.kernels.common.codes import Codes
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.stream import ResidualStream
+from tpctl.layers.weights.codes import CodesWeight
 from tpctl.layers.weights.dense import DenseWeight, Weight
+from tpctl.layers.weights.experts import ExpertWeights, Gating, PlainExperts, Stack
 from tpctl.layers.weights.packed_cpu import PackedGate, PackedWeight, onednn_available
 
 
@@ -22,6 +25,14 @@ class Compute:
         if weight.device.type == "cpu" and onednn_available(weight.dtype):
             return PackedGate(weight) if gated else PackedWeight(weight)
         return DenseWeight(weight)
+
+    def codes(self, codes: Codes, *, gated: bool = False) -> Weight:
+        """What multiplies by quantised weights."""
+        return CodesWeight(codes)
+
+    def experts(self, gate_up: Stack, down: Stack, gating: Gating, first: int) -> ExpertWeights:
+        """The experts of a mixture, this rank's from number ``first`` on."""
+        return PlainExperts(self, gate_up, down, gating, first)
 
     def begin(self, embedded: Tensor, batch: ForwardBatch) -> ResidualStream:
         """A step's stream; ``embedded`` [T, H] is this rank's summand of the embeddings."""

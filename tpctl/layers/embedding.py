@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpctl.arch.held import HeldLinear
 from tpctl.distributed import TPGroup
 from tpctl.layers.linear import ColumnParallelLinear
 from tpctl.layers.module import Layer
@@ -55,10 +56,8 @@ class ParallelLMHead(ColumnParallelLinear):
         softcap: a logit l becomes softcap * tanh(l / softcap).
     """
 
-    def __init__(
-        self, vocab: Range, hidden_size: int, dtype: torch.dtype | None = None, *, softcap: float | None = None
-    ) -> None:
-        super().__init__(hidden_size, len(vocab), False, dtype)
+    def __init__(self, held: HeldLinear, dtype: torch.dtype | None = None, *, softcap: float | None = None) -> None:
+        super().__init__(held, dtype)
         self.softcap = softcap
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:

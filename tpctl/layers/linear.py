@@ -21,45 +21,70 @@ import torch
 from torch import Tensor, nn
 
 from tpctl.arch.block import Activation
+from tpctl.arch.held import HeldLinear
 from tpctl.distributed import TPGroup
+from tpctl.kernels.common.codes import Codes
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
+from tpctl.layers.weights.codes import CodesWeight
 from tpctl.layers.weights.dense import DenseWeight, Weight, WeightMaker
+from tpctl.layers.weights.stored import to_codes
+
+
+def emptied(layer: nn.Module, name: str) -> None:
+    """Leave nothing of a parameter whose values are elsewhere now."""
+    setattr(layer, name, nn.Parameter(getattr(layer, name).new_empty(0), requires_grad=False))
 
 
 class ReplicatedLinear(Layer):
     """``y = x W^T + b`` with the whole weight on every rank; the base of the parallel ones.
 
     Args:
-        in_features, out_features: this rank's sizes, as the plan cut them.
+        held: what this rank has of it, as the plan cut it.
+        dtype: of weights that are floats, and of the bias.
+
+    Attributes:
+        in_features, out_features: this rank's.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype | None = None
-    ) -> None:
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, held: HeldLinear, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.held = held
+        self.in_features, self.out_features = held.in_features, held.out_features
+        for kind, shape in held.shapes.items():
+            empty = torch.empty(shape, dtype=torch.uint8 if kind in held.kept else dtype)
+            self.register_parameter(kind, nn.Parameter(empty, requires_grad=False))
+        if "bias" not in held.shapes:
+            self.bias = None
         self._matrix: Weight | None = None
 
     @property
     def matrix(self) -> Weight:
         """What multiplies: the device's own once ``use`` was called."""
+        if self._matrix is None and not self.held.is_dense:
+            self._matrix = CodesWeight(self._codes())
         return DenseWeight(self.weight) if self._matrix is None else self._matrix
 
     def use(self, device: WeightMaker) -> None:
         """Called once, after loading: let the device have the weight in its own form.
 
-        A copy in another form replaces the parameter, so that memory holds the weight once.
+        A copy in another form replaces the parameters, so that memory holds the weight once.
         """
         self._matrix = self._made_by(device)
         if not isinstance(self._matrix, DenseWeight):
-            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+            for kind in self.held.shapes.keys() - {"bias"}:
+                emptied(self, kind)
 
-    def _made_by(self, device: WeightMaker) -> Weight:
-        return device.weight(self.weight)
+    def _made_by(self, device: WeightMaker, *, gated: bool = False) -> Weight:
+        if self.held.is_dense:
+            return device.weight(self.weight, gated=gated)
+        return device.codes(self._codes(), gated=gated)
+
+    def _codes(self) -> Codes:
+        return to_codes(self.held, {entry.name: getattr(self, entry.name) for entry in self.held.codes()})
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """``x``: [T, in_features], ``norm`` still to be applied -> [T, out_features]."""
@@ -79,25 +104,14 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class GatedParallelLinear(MergedColumnParallelLinear):
-    """Gate and up projections of a gated MLP, stacked, with the gating: ``activation(gate) * up``.
+    """Gate and up projections of a gated MLP, stacked, with the gating: ``activation(gate) * up``."""
 
-    Args:
-        width: this rank's share of the MLP.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        width: int,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        activation: Activation = "silu",
-    ) -> None:
-        super().__init__(in_features, 2 * width, bias, dtype)
+    def __init__(self, held: HeldLinear, dtype: torch.dtype | None = None, activation: Activation = "silu") -> None:
+        super().__init__(held, dtype)
         self.activation = activation
 
-    def _made_by(self, device: WeightMaker) -> Weight:
-        return device.weight(self.weight, gated=True)
+    def _made_by(self, device: WeightMaker, *, gated: bool = True) -> Weight:
+        return super()._made_by(device, gated=gated)
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """``x``: [T, in_features] -> [T, width]."""
@@ -105,23 +119,8 @@ class GatedParallelLinear(MergedColumnParallelLinear):
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):
-    """Query, key and value projections stacked, cut in whole heads.
-
-    Args:
-        num_heads, num_kv_heads: this rank's heads. Where ranks outnumber the KV heads of the model, several ranks
-            hold the same KV head.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, (num_heads + 2 * num_kv_heads) * head_dim, bias, dtype)
+    """Query, key and value projections stacked, cut in whole heads. Where ranks outnumber the KV heads of the model,
+    several ranks hold the same KV head."""
 
 
 class RowParallelLinear(ReplicatedLinear):
@@ -130,20 +129,22 @@ class RowParallelLinear(ReplicatedLinear):
     Every rank stores the whole bias, and rank 0 alone adds it: the all-reduce then counts it once.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, group: TPGroup, bias: bool = False, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
+    def __init__(self, held: HeldLinear, group: TPGroup, dtype: torch.dtype | None = None) -> None:
+        super().__init__(held, dtype)
         self.group = group
 
     @property
     def summand(self) -> Tensor | None:
         """The bias that this rank adds."""
-        return self.bias if self.group.rank == 0 else None
+        return self.bias if self.held.adds_bias else None
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's partial sum, [T, out_features] or runs of it; the caller adds the ranks up."""
         return self.matrix.partial(x, self.summand)
+
+    def local(self, x: Tensor) -> Tensor:
+        """This rank's partial sum, [T, out_features]."""
+        return self.matrix.linear(x, self.summand)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """On one rank: add the output to ``residual`` [T, out_features] in place."""

@@ -7,12 +7,11 @@ these together where its device can: ``add`` may leave a sum open until ``normed
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
-from tpctl.layers.linear import RowParallelLinear
 from tpctl.layers.norm import RMSNorm
 
 
@@ -21,6 +20,26 @@ class Rows(NamedTuple):
 
     x: Tensor
     norm: RMSNorm | None = None
+
+
+class Summand(Protocol):
+    """What is added to a residual, of some ``x``: a row-parallel linear, or a mixture of experts."""
+
+    def __call__(self, x: Any, /) -> Any:
+        """[T, H], summed over the ranks."""
+        ...
+
+    def local(self, x: Any, /) -> Tensor:
+        """This rank's partial sum [T, H]."""
+        ...
+
+    def partial(self, x: Any, /) -> Tensor:
+        """As ``local``, or runs of it [S, T, H], and already sent where the device's linears send sums themselves."""
+        ...
+
+    def add_to(self, residual: Tensor, x: Any, /) -> None:
+        """On one rank: add it to ``residual`` [T, H] in place."""
+        ...
 
 
 class ResidualStream:
@@ -38,9 +57,9 @@ class ResidualStream:
         """The residual, normed."""
         return Rows(norm(self._residual))
 
-    def add(self, linear: RowParallelLinear, x: Tensor, norm: RMSNorm | None = None) -> None:
-        """Add what ``linear`` makes of ``x``, summed over the ranks; through ``norm``, if there is one."""
-        total = linear(x)
+    def add(self, summand: Summand, x: Any, norm: RMSNorm | None = None) -> None:
+        """Add what ``summand`` makes of ``x``, summed over the ranks; through ``norm``, if there is one."""
+        total = summand(x)
         self._residual.add_(total if norm is None else norm(total))
 
     def keep(self, rows: Tensor) -> None:

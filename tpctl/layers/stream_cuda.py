@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.norm import add_rms_norm
-from tpctl.layers.linear import RowParallelLinear
 from tpctl.layers.norm import RMSNorm
-from tpctl.layers.stream import ResidualStream, Rows
+from tpctl.layers.stream import ResidualStream, Rows, Summand
 from tpctl.layers.weights.kernels import GpuFacts, StepState, normed
 
 
@@ -58,14 +58,14 @@ class CudaStream(ResidualStream):
         added = self._group.all_reduce(added)
         return Rows(add_rms_norm(added, self._residual, norm.weight, norm.eps, unit_offset=offset, pdl=state.pdl))
 
-    def add(self, linear: RowParallelLinear, x: Tensor, norm: RMSNorm | None = None) -> None:
+    def add(self, summand: Summand, x: Any, norm: RMSNorm | None = None) -> None:
         assert self._open is None, "every sum is followed by a norm"
         if norm is not None:
-            self._residual.add_(normed(self._all_reduce(linear.matrix.linear(x, linear.summand)), norm, self._state))
+            self._residual.add_(normed(self._all_reduce(summand.local(x)), norm, self._state))
         elif self._within:
-            linear.add_to(self._residual, x)
+            summand.add_to(self._residual, x)
         else:
-            self._open = linear.partial(x)
+            self._open = summand.partial(x)
 
     def keep(self, rows: Tensor) -> None:
         assert self._open is None, "rows are dropped between a norm and the sum that follows"

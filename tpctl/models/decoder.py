@@ -12,7 +12,8 @@ as their device does best (``layers.compute``): this is the only forward pass th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,35 +22,21 @@ from torch import Tensor, nn
 from tpctl.arch import block as blocks
 from tpctl.arch import linear
 from tpctl.arch.blueprint import Blueprint
+from tpctl.arch.held import HeldLinear, Hold
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from tpctl.layers.linear import GatedParallelLinear, ReplicatedLinear, RowParallelLinear
-from tpctl.layers.module import Layer
+from tpctl.layers.experts import Mixture, Stacks
+from tpctl.layers.linear import ReplicatedLinear
+from tpctl.layers.mlp import MLP
+from tpctl.layers.module import Layer, attach
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
-from tpctl.layers.stream import ResidualStream, Rows
+from tpctl.layers.stream import ResidualStream
 from tpctl.partition.plan import PartitionPlan
-
-
-class MLP(Layer):
-    """Gated MLP: merged gate and up (column-parallel), activation, down (row-parallel).
-
-    ``down_proj`` is left to the residual stream that its sum is added to.
-    """
-
-    def __init__(self, made_of: blocks.Gated, width: int, group: TPGroup, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        hidden = made_of.gate_up.inputs
-        self.gate_up_proj = GatedParallelLinear(hidden, width, made_of.gate_up.bias, dtype, made_of.activation)
-        self.down_proj = RowParallelLinear(width, hidden, group, made_of.down.bias, dtype)
-
-    def forward(self, rows: Rows) -> Tensor:
-        """Normed [T, H] -> [T, I], what ``down_proj`` takes."""
-        return self.gate_up_proj(*rows)  # type: ignore[no-any-return]
 
 
 class _Norms(NamedTuple):
@@ -67,7 +54,7 @@ class DecoderLayer(Layer):
     def __init__(
         self,
         made_of: blocks.Block,
-        width: int,
+        hold: Hold,
         backend: AttentionBackend[Any],
         rotary: RotaryTable,
         group: TPGroup,
@@ -76,8 +63,17 @@ class DecoderLayer(Layer):
         super().__init__()
         norms = (made_of.before_attention, made_of.after_attention, made_of.before_mlp, made_of.after_mlp)
         self.norms = _Norms(*(self._norm(norm, dtype) for norm in norms))  # type: ignore[arg-type]
-        self.self_attn = Attention(made_of.attention, backend, rotary, group, dtype)
-        self.mlp = MLP(made_of.mlp, width, group, dtype)
+        self.self_attn = Attention(made_of.attention, hold, backend, rotary, group, dtype)
+        self._mlp = (self._made(made_of.mlp, hold, group, dtype),)  # under the names that a shard has it by
+
+    def _made(
+        self, mlp: blocks.Gated | blocks.Experts, hold: Hold, group: TPGroup, dtype: torch.dtype
+    ) -> MLP | Mixture:
+        if isinstance(mlp, blocks.Experts):
+            return Mixture(mlp, hold, group, self, dtype)
+        made = MLP(mlp, hold, group, dtype)
+        attach(self, mlp.down.name.rpartition(".")[0], made)
+        return made
 
     def _norm(self, made_of: linear.Norm | None, dtype: torch.dtype) -> RMSNorm | None:
         if made_of is None:
@@ -101,7 +97,8 @@ class DecoderLayer(Layer):
             if not len(rows):
                 return
         stream.add(self.self_attn.o_proj, attended, norms.after_attention)
-        stream.add(self.mlp.down_proj, self.mlp(stream.normed(norms.before_mlp)), norms.after_mlp)
+        summand, x = self._mlp[0].summand(stream.normed(norms.before_mlp))
+        stream.add(summand, x, norms.after_mlp)
 
 
 class Backbone(Layer):
@@ -121,6 +118,10 @@ class Decoder(Layer):
 
     Args:
         rotaries: each layer's table; layers that rotate alike share one.
+        held: the names of the tensors that the rank's shard holds; ``None``: all of the plan.
+
+    Attributes:
+        held: what the rank has of every linear.
     """
 
     def __init__(
@@ -131,22 +132,29 @@ class Decoder(Layer):
         rotaries: Sequence[RotaryTable],
         group: TPGroup,
         dtype: torch.dtype,
+        held: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         self.made_of = made_of
         self.backend = backend
         self.compute = Compute(group)
+        self.held: list[HeldLinear] = []
+
+        def hold(prefix: str, one: linear.Linear) -> HeldLinear:
+            self.held.append(HeldLinear.of(one, plan, group.rank, prefix, held))
+            return self.held[-1]
+
         vocab, hidden = plan.vocab_slices[group.rank], made_of.hidden_size
         layers = []
         for layer, (block, rotary) in enumerate(zip(made_of.blocks, rotaries, strict=True)):
-            width = plan.shape(group.rank, f"{made_of.prefix.format(layer)}{block.mlp.down.name}.weight")[1]
-            layers.append(DecoderLayer(block, width, backend, rotary, group, dtype))
+            of_layer = partial(hold, made_of.prefix.format(layer))
+            layers.append(DecoderLayer(block, of_layer, backend, rotary, group, dtype))
         self.model = Backbone(
             VocabParallelEmbedding(vocab, hidden, group, dtype, scale=made_of.embedding_scale),
             layers,
             RMSNorm.of(made_of.norm, dtype),
         )
-        self.lm_head = ParallelLMHead(vocab, hidden, dtype, softcap=made_of.logit_softcap)
+        self.lm_head = ParallelLMHead(hold("", made_of.output), dtype, softcap=made_of.logit_softcap)
         if made_of.tied:
             self.tie()
 
@@ -158,7 +166,7 @@ class Decoder(Layer):
         """Once, after loading: compute as ``compute`` does, with the weights in its own form."""
         self.compute = compute
         for module in self.modules():
-            if isinstance(module, ReplicatedLinear):
+            if isinstance(module, ReplicatedLinear | Stacks):
                 module.use(compute)
 
     def forward(self, batch: ForwardBatch, kv: Sequence[LayerKV], rows: Tensor | None = None) -> Tensor:

@@ -25,7 +25,14 @@ PIECE = 4 << 20
 
 THREADS = 8
 
-_DTYPES: dict[str, torch.dtype] = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
+_DTYPES: dict[str, torch.dtype] = {
+    **{stored: getattr(torch, name) for name, stored in DTYPES.items()},
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
 
 
 @dataclass(frozen=True)

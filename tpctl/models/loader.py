@@ -33,13 +33,15 @@ def load_shard(
         OverflowedError: a value is beyond the range of the dtype that the model is run in.
     """
     wanted = dict(model.named_parameters(remove_duplicate=False))
+    kept = {held.name + kind for held in model.held for kind in held.kept}
+    unread = {name for held in model.held for name in held.unread}
     if model.made_of.tied:
         del wanted[model.made_of.embedding]  # the head's parameter serves both
     filled: set[str] = set()
     total, converted = 0, False
     for name, tensor in _read(files, device):
         parameter = wanted.get(name)
-        if parameter is None and name in constants:
+        if parameter is None and (name in constants or name in unread):
             continue
         if parameter is None:
             raise ShardFolderError(f"the shard holds {name}, which this model does not have; shard it again")
@@ -49,10 +51,12 @@ def load_shard(
             raise ShardFolderError(
                 f"{name} is {list(tensor.shape)} in the shard but {list(parameter.shape)} by the plan; shard it again"
             )
-        converted |= tensor.dtype != parameter.dtype
-        _replace(model, name, _converted(name, tensor, parameter.dtype))
+        if name not in kept:
+            converted |= tensor.dtype != parameter.dtype
+            tensor = _converted(name, tensor, parameter.dtype)
+        _replace(model, name, tensor)
         filled.add(name)
-        total += tensor.numel() * parameter.dtype.itemsize
+        total += tensor.nbytes
         del tensor
     if converted and device.type == "cuda":
         torch.cuda.empty_cache()  # what they were stored in is the KV cache's now

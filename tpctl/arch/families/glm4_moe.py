@@ -38,8 +38,12 @@ FAMILY = Family(
         "n_routed_experts": 128,
         "n_shared_experts": 1,
         "num_nextn_predict_layers": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
     },
     frozenset({"n_shared_experts"}),
     describe,
-    runs=False,
+    mixture.OWN | {"use_qk_norm"},
 )

@@ -7,6 +7,7 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, MOST_EXPERTS, Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.rope import read_rope
+from tpctl.arch.routing import Routing
 from tpctl.arch.windows import one_window
 
 ARCHITECTURE = "MixtralForCausalLM"
@@ -22,9 +23,11 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         fields.whole("num_experts_per_tok", most=count),
         where=mixture.SPARSE,
         projections=mixture.MIXTRAL,
+        routing=Routing("softmax", renormalise=True),
     )
+    parts.read_activation(fields)
     windows = one_window(fields, sizes.num_layers, ARCHITECTURE)
-    layers = (parts.cut_block(sizes, parts.attention(sizes, rope, window), experts) for window in windows)
+    layers = (parts.block(sizes, parts.attention(sizes, rope, window), experts) for window in windows)
     return parts.model(sizes, tuple(layers))
 
 
@@ -45,5 +48,5 @@ FAMILY = Family(
     },
     frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
     describe,
-    runs=False,
+    mixture.OWN,
 )

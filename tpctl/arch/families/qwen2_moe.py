@@ -8,16 +8,34 @@ from tpctl.arch.families import qwen2
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.rope import read_rope
+from tpctl.arch.windows import Windows, layer_kinds, upper_windows
 
 ARCHITECTURE = "Qwen2MoeForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim)
-    experts, mlp = mixture.weighed(fields, sizes), parts.gated(sizes, parts.read_activation(fields))
-    attention = parts.attention(sizes, rope, None, qkv_bias=fields.flag("qkv_bias"))
+    experts, mlp = (
+        mixture.weighed(fields, sizes, mixture.softmax(fields)),
+        parts.gated(sizes, parts.read_activation(fields)),
+    )
+    bias = fields.flag("qkv_bias")
     sparse = mixture.sparse_layers(fields, sizes.num_layers)
-    return parts.model(sizes, tuple(parts.cut_block(sizes, attention, experts if one else mlp) for one in sparse))
+    windows = _windows(fields, sizes.num_layers)
+    layers = (
+        parts.block(sizes, parts.attention(sizes, rope, window, qkv_bias=bias), experts if one else mlp)
+        for one, window in zip(sparse, windows, strict=True)
+    )
+    return parts.model(sizes, tuple(layers))
+
+
+def _windows(fields: Fields, num_layers: int) -> Windows:
+    """Without ``layer_types`` every other layer has one, from the first, below ``max_window_layers``: its class in
+    transformers 5 counts from the other end than Qwen2's."""
+    if not fields.flag("use_sliding_window") or layer_kinds(fields, num_layers) is not None:
+        return upper_windows(fields, num_layers)
+    window, stop = fields.optional_whole("sliding_window"), fields.whole("max_window_layers", least=0)
+    return tuple(window if layer % 2 == 0 and layer < stop else None for layer in range(num_layers))
 
 
 FAMILY = Family(
@@ -35,9 +53,10 @@ FAMILY = Family(
         "shared_expert_intermediate_size": 5632,
         "num_experts_per_tok": 4,
         "num_experts": 60,
+        "norm_topk_prob": False,
         "mlp_only_layers": [],
     },
-    frozenset({"mlp_only_layers"}),
+    frozenset({"num_key_value_heads", "mlp_only_layers", "sliding_window"}),
     describe,
-    runs=False,
+    mixture.OWN,
 )

@@ -22,11 +22,13 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         fields.whole("moe_intermediate_size"),
         count,
         fields.whole("num_experts_per_tok", most=count),
+        routing=mixture.softmax(fields),
     )
     mlp = parts.gated(sizes, parts.read_activation(fields))
-    attention = parts.attention(sizes, rope, None, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    window = fields.optional_whole("sliding_window") if fields.flag("use_sliding_window") else None
+    attention = parts.attention(sizes, rope, window, qkv_bias=bias, o_bias=bias, qk_norm=True)
     sparse = mixture.sparse_layers(fields, sizes.num_layers)
-    return parts.model(sizes, tuple(parts.cut_block(sizes, attention, experts if one else mlp) for one in sparse))
+    return parts.model(sizes, tuple(parts.block(sizes, attention, experts if one else mlp) for one in sparse))
 
 
 FAMILY = Family(
@@ -42,9 +44,10 @@ FAMILY = Family(
         "moe_intermediate_size": 768,
         "num_experts_per_tok": 8,
         "num_experts": 128,
+        "norm_topk_prob": False,
         "mlp_only_layers": [],
     },
-    frozenset({"mlp_only_layers"}),
+    frozenset({"mlp_only_layers", "sliding_window"}),
     describe,
-    runs=False,
+    mixture.OWN,
 )

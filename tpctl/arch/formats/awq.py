@@ -15,14 +15,17 @@ from dataclasses import dataclass
 
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats.skipped import Skipped
-from tpctl.arch.storage import ALL, Axis, Entry, Storage
+from tpctl.arch.storage import ALL, Axis, Coding, Entry, Storage
 from tpctl.errors import UnsupportedModelError, shown
 
 FLOATS = ("F16", "BF16", "F32")
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight outputs a word's nibbles are of, from the lowest on."""
+
 NEVER = "shared_expert_gate"
 """A linear of one output, which no word of eight can hold."""
 
-BIAS = Entry(".bias", "bias", None, Axis(0), optional=True)
+BIAS = Entry(".bias", "bias", None, Axis(0), optional=True, role="bias")
 """Some packers write one for every linear."""
 
 
@@ -83,8 +86,9 @@ def _storage(size: int | None) -> Storage:
         f"AWQ {in_groups(size)}",
         (
             Entry(".qweight", "qweight", ("I32",), packed, Axis(0)),
-            Entry(".qzeros", "qzeros", ("I32",), packed, groups),
-            Entry(".scales", "scales", FLOATS, Axis(1), groups),
+            Entry(".qzeros", "qzeros", ("I32",), packed, groups, role="zeros"),
+            Entry(".scales", "scales", FLOATS, Axis(1), groups, role="scales"),
             BIAS,
         ),
+        coding=Coding("uint", 4, order=ORDER),
     )

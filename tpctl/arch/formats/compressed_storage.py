@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tpctl.arch.formats.fp8 import E4M3
-from tpctl.arch.storage import Axis, Entry, Storage
+from tpctl.arch.storage import Axis, Coding, Entry, Storage
 from tpctl.errors import UnsupportedModelError
 
 FLOATS = ("F32", "BF16", "F16")
@@ -83,8 +83,9 @@ def _plain(name: str, kind: str, weights: Weights) -> Storage:
     entries = [Entry(".weight", "weight", E4M3 if weights.is_float else ("I8",), Axis(0), Axis(1)), scale]
     if not weights.symmetric:
         zeros = E4M3 if weights.is_float else ("I8", "U8", "I32")
-        entries.append(replace(scale, suffix=".weight_zero_point", name="weight_zero_point", dtypes=zeros))
-    return Storage(str(weights), (*entries, *_order(weights)))
+        entries.append(_zeros(scale, zeros))
+    coding = Coding("e4m3") if weights.is_float else Coding("int")
+    return Storage(str(weights), (*entries, *_order(weights)), coding=coding)
 
 
 def _packed(name: str, kind: str, weights: Weights) -> Storage:
@@ -95,9 +96,9 @@ def _packed(name: str, kind: str, weights: Weights) -> Storage:
     if not weights.symmetric:
         if scale.out is None:  # the library packs only those of which there is one an output
             raise _unknown(name, kind, weights)
-        zeros = replace(scale, suffix=".weight_zero_point", name="weight_zero_point", dtypes=("I32",))
-        entries.append(replace(zeros, out=Axis(0, word, packed=True)))
-    return Storage(f"{weights}, packed", (*entries, *_order(weights)), (".weight_shape",))
+        entries.append(replace(_zeros(scale, ("I32",)), out=Axis(0, word, packed=True)))
+    coding = Coding("uint", weights.bits, zero=1 << (weights.bits - 1))
+    return Storage(f"{weights}, packed", (*entries, *_order(weights)), (".weight_shape",), coding=coding)
 
 
 def _nvfp4(name: str, kind: str, weights: Weights) -> Storage:
@@ -108,9 +109,10 @@ def _nvfp4(name: str, kind: str, weights: Weights) -> Storage:
         "NVFP4",
         (
             Entry(".weight_packed", "weight_packed", ("U8",), Axis(0), Axis(1, 2, packed=True)),
-            Entry(".weight_scale", "weight_scale", E4M3, Axis(0), Axis(1, NVFP4_GROUP)),
-            Entry(".weight_global_scale", "weight_global_scale", ("F32",)),
+            Entry(".weight_scale", "weight_scale", E4M3, Axis(0), Axis(1, NVFP4_GROUP), role="scales"),
+            Entry(".weight_global_scale", "weight_global_scale", ("F32",), role="divisor"),
         ),
+        coding=Coding("e2m1", 4),
     )
 
 
@@ -127,13 +129,17 @@ def _scale(weights: Weights) -> Entry:
             out, inp = Axis(0, weights.block[0]), Axis(1, weights.block[1])
         case _:
             inp = Axis(1, weights.group, dealt=not weights.reordered)
-    return Entry(".weight_scale", "weight_scale", FLOATS, out, inp, tail)
+    return Entry(".weight_scale", "weight_scale", FLOATS, out, inp, tail, role="scales")
+
+
+def _zeros(scale: Entry, dtypes: tuple[str, ...]) -> Entry:
+    return replace(scale, suffix=".weight_zero_point", name="weight_zero_point", dtypes=dtypes, role="zeros")
 
 
 def _order(weights: Weights) -> tuple[Entry, ...]:
     """Of each input, its group."""
     by_group = weights.reordered and weights.strategy == "group"
-    return (Entry(".weight_g_idx", "weight_g_idx", ("I32",), None, Axis(0)),) if by_group else ()
+    return (Entry(".weight_g_idx", "weight_g_idx", ("I32",), None, Axis(0), role="order"),) if by_group else ()
 
 
 def _activations(which: str, found: Activations | None) -> tuple[Entry, ...]:
@@ -143,8 +149,9 @@ def _activations(which: str, found: Activations | None) -> tuple[Entry, ...]:
     names = [f"{which}_global_scale"] if found.by_group else []
     if not found.local:
         names += [f"{which}_scale", f"{which}_zero_point"]
+    codes = ("I8", "F8_E4M3")
     return tuple(
-        Entry(f".{one}", one, ("I8", "F8_E4M3") if one.endswith("point") else FLOATS, optional=True) for one in names
+        Entry(f".{one}", one, codes if one.endswith("point") else FLOATS, optional=True, role="inputs") for one in names
     )
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats.skipped import Skipped, is_stack
-from tpctl.arch.storage import Axis, Entry, Storage
+from tpctl.arch.storage import Axis, Coding, Entry, Storage
 from tpctl.errors import UnsupportedModelError, shown
 
 E4M3 = ("F8_E4M3",)
+CODING = Coding("e4m3")
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 SCALE_BYTES = (*SCALES, "U8")
 """Powers of two may be stored as bytes."""
@@ -89,9 +90,10 @@ def block_storage(
         f"FP8 in blocks of {out} x {inp}",
         (
             Entry(".weight", "weight", E4M3, Axis(0), Axis(1)),
-            Entry(f".{scale}", scale, scales, Axis(0, out), Axis(1, inp)),
+            Entry(f".{scale}", scale, scales, Axis(0, out), Axis(1, inp), role="scales"),
             *_activation("activation_scale", static),
         ),
+        coding=CODING,
     )
 
 
@@ -103,14 +105,15 @@ def tensor_storage(
         "FP8 by tensor",
         (
             Entry(".weight", "weight", E4M3, Axis(0), Axis(1)),
-            Entry(f".{scale}", scale, SCALES),
+            Entry(f".{scale}", scale, SCALES, role="scales"),
             *_activation(activation, static),
         ),
+        coding=CODING,
     )
 
 
 def _activation(name: str, static: bool) -> tuple[Entry, ...]:
-    return (Entry(f".{name}", name, SCALES),) if static else ()
+    return (Entry(f".{name}", name, SCALES, role="inputs"),) if static else ()
 
 
 def _stacked(out: int, inp: int, scales: tuple[str, ...]) -> Storage:
@@ -119,6 +122,7 @@ def _stacked(out: int, inp: int, scales: tuple[str, ...]) -> Storage:
         f"FP8 in blocks of {out} x {inp}",
         (
             Entry("", "weight", E4M3, Axis(0), Axis(1)),
-            Entry("_scale_inv", "weight_scale_inv", scales, Axis(0, out), Axis(1, inp)),
+            Entry("_scale_inv", "weight_scale_inv", scales, Axis(0, out), Axis(1, inp), role="scales"),
         ),
+        coding=CODING,
     )

@@ -5,6 +5,8 @@
     scales   [ceil(K/g), N]
     g_idx    I32 [K]                  the group of each input; a weight is (value - zero) * scale of its group
 
+The first format stores a zero less one, the second as it is.
+
 In groups as they come, a rank has the groups of its inputs, and ``g_idx`` counts them from the weight's first. With
 ``desc_act`` an input may be of any group, and every rank has the zeros and scales of all
 (ModelCloud/GPTQModel, ``nn_modules/qlinear``; vLLM 0.33, ``quantization/auto_gptq.py``).
@@ -19,7 +21,7 @@ from typing import Any
 
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats.awq import BIAS, FLOATS, NEVER, group_size, grouped, in_groups
-from tpctl.arch.storage import ALL, Axis, Entry, Storage
+from tpctl.arch.storage import ALL, Axis, Coding, Entry, Storage
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
 FORMATS = ("gptq", "gptq_v2")
@@ -52,8 +54,7 @@ class GPTQ:
 
 
 def read(fields: Fields) -> GPTQ:
-    kind = fields.get("checkpoint_format") or fields.get("format") or "gptq"
-    if kind not in FORMATS:
+    if (kind := _kind(fields)) not in FORMATS:
         raise UnsupportedModelError(
             f"config.json: the weights are GPTQ in the format {shown(kind)}, tpctl knows {' and '.join(FORMATS)}; save "
             "the model in one of these"
@@ -64,6 +65,10 @@ def read(fields: Fields) -> GPTQ:
     for pattern, changes in fields.mapping("dynamic").items():
         rules.append(_rule(fields, pattern, changes))
     return GPTQ(_storage(fields), tuple(rules), _only(fields))
+
+
+def _kind(fields: Fields) -> Any:
+    return fields.get("checkpoint_format") or fields.get("format") or "gptq"
 
 
 def _rule(fields: Fields, pattern: str, changes: Any) -> tuple[re.Pattern[str], Storage | None]:
@@ -108,10 +113,11 @@ def _storage(fields: Fields) -> Storage:
         f"GPTQ of {bits} bits {in_groups(size)}{' in order of activation' if ordered else ''}",
         (
             Entry(".qweight", "qweight", ("I32",), Axis(1), Axis(0, word, packed=True)),
-            Entry(".qzeros", "qzeros", ("I32",), Axis(1, word, packed=True), groups),
-            Entry(".scales", "scales", FLOATS, Axis(1), groups),
-            Entry(".g_idx", "g_idx", ("I32",), None, Axis(0)),
+            Entry(".qzeros", "qzeros", ("I32",), Axis(1, word, packed=True), groups, role="zeros"),
+            Entry(".scales", "scales", FLOATS, Axis(1), groups, role="scales"),
+            Entry(".g_idx", "g_idx", ("I32",), None, Axis(0), role="order"),
             BIAS,
         ),
         ordered=None if ordered else (".g_idx", ALL if size is None else size),
+        coding=Coding("uint", bits, above=0 if _kind(fields) == "gptq_v2" else 1),
     )

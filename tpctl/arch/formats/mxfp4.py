@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats.skipped import Skipped, is_stack
-from tpctl.arch.storage import Axis, Entry, Storage
+from tpctl.arch.storage import Axis, Coding, Entry, Storage
 
 BLOCK = 32
 
@@ -22,8 +22,9 @@ STORAGE = Storage(
     "MXFP4",
     (
         Entry("_blocks", "weight", ("U8",), Axis(0), Axis(1, BLOCK, packed=True), (BLOCK // 2,)),
-        Entry("_scales", "weight_scale", ("U8", "F8_E8M0"), Axis(0), Axis(1, BLOCK)),
+        Entry("_scales", "weight_scale", ("U8", "F8_E8M0"), Axis(0), Axis(1, BLOCK), role="scales"),
     ),
+    coding=Coding("e2m1", 4),
 )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.source_plan import build_plan
+from tpctl.arch.quantised import Cutting
+from tpctl.arch.source_plan import as_held, build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
@@ -22,9 +24,11 @@ from tpctl.layers.attention.base import AttentionBackend
 from tpctl.layers.attention.select import make_backend
 from tpctl.layers.rotary import RotaryTable, rotary_tables
 from tpctl.manifest.manifest import Manifest
+from tpctl.manifest.records import ManifestTensor
 from tpctl.models.decoder import Decoder
 from tpctl.models.loader import load_shard
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
+from tpctl.partition.split import EACH
 from tpctl.wire.settings import EngineConfig
 
 
@@ -80,9 +84,10 @@ def load(
     manifest = Manifest.load(folder)
     manifest.check_tp(settings.tp_size, folder)
     manifest.check_files(folder, [group.rank])
-    config = ModelConfig.load(folder)
+    tensors = manifest.tensors(group.rank)
+    config = _config(folder, manifest, tensors)
     made_of = config.blueprint
-    stored = manifest.tensors(group.rank)[made_of.head].dtype
+    stored = tensors[made_of.head].dtype
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
     plan = build_plan(config, settings.tp_size)
@@ -105,9 +110,9 @@ def load(
     longest = min(wanted_len, _most_tokens(settings, share, backend.bytes_per_block(dtype), backend.block_size))
     rotaries = rotary_tables([attention.rope for attention in attentions], longest, group.device)
     with torch.device("meta"):
-        model = Decoder(made_of, plan, backend, rotaries, group, dtype)
+        model = Decoder(made_of, plan, backend, rotaries, group, dtype, held=tensors.keys())
     files = [folder / name for name in manifest.rank_files(group.rank)]
-    constants = {name for name, tensor in manifest.tensors(group.rank).items() if tensor.fill}
+    constants = {name for name, tensor in tensors.items() if tensor.fill}
     weight_bytes = load_shard(model, files, group.device, constants)
     model.eval()
     timings.lap("weights", started)
@@ -130,6 +135,13 @@ def load(
         share=share,
         timings=timings,
     )
+
+
+def _config(folder: Path, manifest: Manifest, tensors: Mapping[str, ManifestTensor]) -> ModelConfig:
+    """The model as it was cut, and in the form that its checkpoint had."""
+    config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
+    sources = {piece.source.replace(EACH, "0") for tensor in tensors.values() for piece in tensor.pieces}
+    return as_held(config, sources)
 
 
 class Beside:

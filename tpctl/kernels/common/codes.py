@@ -43,7 +43,7 @@ class Codes:
         first: how many inputs of the first column's are not here (a cut inside of it).
         groups: int32 [K], the column of ``scales`` of each input, where they are in no order; else ``None``.
         zero: the code that stands for zero, where it is one for all.
-        zeros: as ``scales``, uint8 (uint4), int8 (int8) or e4m3; ``None``: ``zero`` it is.
+        zeros: as ``scales``, uint8 (uint4), int8 or int16 (int8), or e4m3; ``None``: ``zero`` it is.
         factors: float32 [N] or [E, N].
     """
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tpctl.arch import block
+from tpctl.arch.held import Hold
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation
@@ -41,19 +42,16 @@ class Attention(Layer):
     def __init__(
         self,
         made_of: block.Attention,
+        hold: Hold,
         backend: AttentionBackend[Any],
         rotary: RotaryTable,
         group: TPGroup,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        spec = attention_spec(made_of, group.rank, group.size)
-        hidden = made_of.qkv.inputs
         self.backend = backend
-        self.qkv_proj = QKVParallelLinear(
-            hidden, spec.num_heads, spec.num_kv_heads, spec.head_dim, made_of.qkv.bias, dtype
-        )
-        self.o_proj = RowParallelLinear(spec.num_heads * spec.head_dim, hidden, group, made_of.out.bias, dtype)
+        self.qkv_proj = QKVParallelLinear(hold(made_of.qkv), dtype)
+        self.o_proj = RowParallelLinear(hold(made_of.out), group, dtype)
         self.q_norm = None if made_of.q_norm is None else RMSNorm.of(made_of.q_norm, dtype)
         self.k_norm = None if made_of.k_norm is None else RMSNorm.of(made_of.k_norm, dtype)
         self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.arch.block import Activation
+from tpctl.kernels.common.codes import Codes
 from tpctl.layers.activation import act_and_mul
 from tpctl.layers.norm import RMSNorm
 
@@ -45,6 +46,10 @@ class WeightMaker(Protocol):
 
     def weight(self, weight: Tensor, *, gated: bool = False) -> Weight:
         """Of ``weight`` [out, in]; ``gated``: its rows are [gate; up]."""
+        ...
+
+    def codes(self, codes: Codes, *, gated: bool = False) -> Weight:
+        """Of quantised ones."""
         ...
 
 

@@ -1,0 +1,33 @@
+"""The gated MLP of a dense block, and of experts that every token takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpctl.arch import block
+from tpctl.arch.held import Hold
+from tpctl.distributed import TPGroup
+from tpctl.layers.linear import GatedParallelLinear, RowParallelLinear
+from tpctl.layers.module import Layer
+from tpctl.layers.stream import Rows
+
+
+class MLP(Layer):
+    """Gated MLP: merged gate and up (column-parallel), activation, down (row-parallel).
+
+    ``down_proj`` is left to the residual stream that its sum is added to.
+    """
+
+    def __init__(self, made_of: block.Gated, hold: Hold, group: TPGroup, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.gate_up_proj = GatedParallelLinear(hold(made_of.gate_up), dtype, made_of.activation)
+        self.down_proj = RowParallelLinear(hold(made_of.down), group, dtype)
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Normed [T, H] -> [T, I], what ``down_proj`` takes."""
+        return self.gate_up_proj(*rows)  # type: ignore[no-any-return]
+
+    def summand(self, rows: Rows) -> tuple[RowParallelLinear, Tensor]:
+        """What the residual stream adds: ``down_proj``, of that."""
+        return self.down_proj, self(rows)

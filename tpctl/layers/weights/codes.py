@@ -1,0 +1,32 @@
+"""Quantised weights in plain torch: made numbers of a tile at a time, so that memory holds no more than the codes.
+
+Inputs are not rounded, whatever the format says of them: it is the exact product with what the codes stand for.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpctl.kernels.common.codes import Codes, decode
+from tpctl.layers.norm import RMSNorm
+from tpctl.layers.weights.dense import Weight
+
+TILE = 1 << 19
+"""Numbers of a tile: 2 MiB in float32, which stay in a core's cache while they are made and multiplied."""
+
+
+class CodesWeight(Weight):
+    """W [out, in] as codes."""
+
+    def __init__(self, codes: Codes) -> None:
+        self.codes = codes
+
+    def linear(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
+        found = x.new_empty(len(x), self.codes.outputs)
+        rows = max(1, TILE // self.codes.columns)
+        for start in range(0, self.codes.outputs, rows):
+            stop = min(start + rows, self.codes.outputs)
+            found[:, start:stop] = F.linear(x, decode(self.codes, start, stop, x.dtype))
+        return found if bias is None else found.add_(bias)

@@ -1,0 +1,97 @@
+"""The weights of a mixture's experts on a device, and what they make of the tokens that chose them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpctl.arch.block import Activation, Clamped
+from tpctl.kernels.common.codes import Codes
+from tpctl.layers.activation import act_and_mul, clamped_act_and_mul
+from tpctl.layers.weights.dense import Weight, WeightMaker
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One linear of all experts that a rank has.
+
+    Attributes:
+        matrix: floats [E, out, in], strided as they are stored, or codes.
+        bias: [E, out].
+    """
+
+    matrix: Tensor | Codes
+    bias: Tensor | None = None
+
+    def expert(self, device: WeightMaker, number: int, *, gated: bool = False) -> Weight:
+        """The weight of one, in the device's own form."""
+        if isinstance(self.matrix, Codes):
+            return device.codes(self.matrix.of_expert(number), gated=gated)
+        return device.weight(self.matrix[number].contiguous(), gated=gated)
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What is between the two linears of an expert; ``interleaved``: rows of gate and up alternate."""
+
+    activation: Activation | Clamped = "silu"
+    interleaved: bool = False
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 I] -> [T, I]."""
+        if self.interleaved:
+            gate_up = torch.cat((gate_up[..., ::2], gate_up[..., 1::2]), dim=-1)
+        if isinstance(self.activation, Clamped):
+            return clamped_act_and_mul(gate_up, self.activation)
+        return act_and_mul(gate_up, self.activation)
+
+
+class ExpertWeights(ABC):
+    """Experts ``first`` to ``first + E`` of a mixture, or this rank's slices of them."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """This rank's partial sum over the experts that tokens chose; others than its own add nothing.
+
+        Args:
+            x: normed [T, H].
+            ids: int32 [T, K], chosen experts of all.
+            weights: float32 [T, K], by which they count.
+
+        Returns:
+            [T, H] in the dtype of ``x``, which depends on a token and not on those beside it.
+        """
+
+
+class PlainExperts(ExpertWeights):
+    """In plain torch, one expert after the other, by the numbers they have: a token's sum has one order."""
+
+    def __init__(self, device: WeightMaker, gate_up: Stack, down: Stack, gating: Gating, first: int) -> None:
+        fused = not gating.interleaved and not isinstance(gating.activation, Clamped)
+        numbers = range(gate_up.matrix.values.shape[0] if isinstance(gate_up.matrix, Codes) else len(gate_up.matrix))
+        self._gate_up = [gate_up.expert(device, number, gated=fused) for number in numbers]
+        self._down = [down.expert(device, number) for number in numbers]
+        self._biases = gate_up.bias, down.bias
+        self._gating, self._fused, self._first = gating, fused, first
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        chosen = ids - self._first
+        for number in torch.unique(chosen).tolist():
+            if 0 <= number < len(self._down):
+                tokens, place = (chosen == number).nonzero(as_tuple=True)
+                found = self._expert(number, x[tokens])
+                total.index_add_(0, tokens, found.float() * weights[tokens, place, None])
+        return total.to(x.dtype)
+
+    def _expert(self, number: int, x: Tensor) -> Tensor:
+        inner, outer = (None if bias is None else bias[number] for bias in self._biases)
+        matrix, activation = self._gate_up[number], self._gating.activation
+        if self._fused and not isinstance(activation, Clamped):
+            between = matrix.gated(x, inner, activation)
+        else:
+            between = self._gating(matrix.linear(x, inner))
+        return self._down[number].linear(between, outer)

@@ -1,0 +1,161 @@
+"""From the tensors of a quantised linear, as a checkpoint's format has them, to ``Codes``.
+
+What the formats' tensors are is said in ``arch.formats``. Values that lie as ``Codes`` has them, e4m3, int8 and four
+bits along the inputs, stay where they are; others are unpacked and packed again, a run of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tpctl.arch.held import HeldLinear
+from tpctl.arch.storage import Axis, Coding, Entry
+from tpctl.errors import ShardFolderError
+from tpctl.kernels.common.codes import Codes, Kind, as_floats
+
+_AT_ONCE = 1 << 22
+"""Codes that are unpacked together: 16 MB of their 32-bit words."""
+
+_WORD = 32
+
+
+def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> Codes:
+    """The weights of ``held``, whose ``tensors`` are by kind, each [...] or, of experts, [E, ...].
+
+    Raises:
+        ShardFolderError: a tensor has another dtype than the format.
+    """
+    storage = held.linear.storage
+    coding = storage.coding
+    assert coding is not None, storage
+    stacked, outputs, inputs = held.experts is not None, held.out_features, held.in_features
+    values, scales = held.entry("values"), held.entry("scales")
+    assert values is not None and scales is not None, storage
+    rows = held.rows(scales)
+    own_rows = rows == list(range(outputs))
+    zeros, order, divisor = (held.entry(role) for role in ("zeros", "order", "divisor"))
+    device = tensors[values.name].device
+    found_scales = _grid(scales, tensors[scales.name], stacked)
+    return Codes(
+        kind=_kind(coding),
+        columns=inputs,
+        values=_values(held.name, values, coding, tensors[values.name], outputs, inputs, stacked),
+        scales=found_scales if found_scales.dtype == torch.uint8 else _plain(found_scales),
+        rows=None if own_rows else torch.tensor(rows, dtype=torch.int32, device=device),
+        unit=1 if scales.inp is None else min(scales.inp.unit, 1 << 30),
+        first=0 if order is not None else held.within(scales),
+        groups=None if order is None or _in_order(held) else tensors[order.name],
+        zero=coding.zero if coding.bits < 8 else coding.zero - 128 * (coding.kind == "uint"),
+        zeros=None if zeros is None else _zeros(zeros, coding, tensors[zeros.name], held, stacked),
+        factors=None if divisor is None else _factors(held, divisor, tensors[divisor.name], stacked),
+    )
+
+
+def _kind(coding: Coding) -> Kind:
+    if coding.kind in ("e4m3", "e2m1"):
+        return coding.kind
+    return "int8" if coding.bits == 8 or coding.kind == "int" else "uint4"
+
+
+def _in_order(held: HeldLinear) -> bool:
+    """Whether the group of each input is known without asking: it is checked to be so when the model is cut."""
+    return held.linear.storage.ordered is not None
+
+
+def _plain(scales: Tensor) -> Tensor:
+    """Powers of two in a dtype of their own as float32; other floats as they are."""
+    exponents = scales.dtype == getattr(torch, "float8_e8m0fnu", None)
+    return as_floats(scales.view(torch.uint8)) if exponents else scales
+
+
+def _matrix(entry: Entry, tensor: Tensor, stacked: bool) -> Tensor:
+    """[.., out, in] of a tensor whose features run along other axes; what is behind them is put behind."""
+    lead = int(stacked)
+    if entry.out is not None and entry.inp is not None:
+        return tensor.movedim((lead + entry.out.dim, lead + entry.inp.dim), (lead, lead + 1))
+    return tensor
+
+
+def _grid(entry: Entry, tensor: Tensor, stacked: bool) -> Tensor:
+    """Scales or zeros as [.., R, C]."""
+    lead = tensor.shape[: int(stacked)]
+    if entry.out is not None and entry.inp is not None:
+        return _matrix(entry, tensor, stacked).contiguous()
+    if entry.inp is not None:
+        return tensor.reshape(*lead, 1, -1)
+    return tensor.reshape(*lead, -1, 1)
+
+
+def _values(
+    name: str, entry: Entry, coding: Coding, tensor: Tensor, outputs: int, inputs: int, stacked: bool
+) -> Tensor:
+    """The values as ``Codes`` has them."""
+    lead = tensor.shape[: int(stacked)]
+    matrix = _matrix(entry, tensor, stacked)
+    if coding.kind in ("e4m3", "int"):
+        wanted = torch.float8_e4m3fn if coding.kind == "e4m3" else torch.int8
+        if matrix.dtype != wanted:
+            raise ShardFolderError(f"{name}{entry.name} is {matrix.dtype}, but its format has {wanted}")
+        return matrix.contiguous()
+    if coding.kind == "e2m1":  # bytes of two, along the inputs
+        return matrix.reshape(*lead, outputs, -1).contiguous()
+    assert entry.out is not None and entry.inp is not None
+    if not entry.out.packed and coding.bits in (4, 8):  # a word's bytes are in order: the lowest first
+        codes = matrix.contiguous().view(torch.uint8)[..., : -(-inputs * coding.bits // 8)]
+        return codes.contiguous() if coding.bits == 4 else _signed(codes)
+    shape = (outputs, inputs) if coding.bits == 8 else (outputs, -(-inputs // 2))
+    found = torch.empty((*lead, *shape), dtype=torch.uint8, device=tensor.device)
+    flat, source = found.view(-1, *shape), matrix.reshape(-1, *matrix.shape[-2:])
+    per = _WORD // coding.bits if entry.out.packed else 1
+    step = max(1, _AT_ONCE // inputs // per) * per
+    for one, target in zip(source, flat, strict=True):
+        for start in range(0, outputs, step):
+            rows = one[start // per : -(-(start + step) // per)]
+            codes = _unpacked(rows, coding, entry.out, entry.inp)[: outputs - start, :inputs]
+            target[start : start + step] = codes if coding.bits == 8 else _nibbles(codes)
+    return _signed(found) if coding.bits == 8 else found
+
+
+def _signed(codes: Tensor) -> Tensor:
+    """0 to 255 as -128 to 127."""
+    return (codes ^ 128).view(torch.int8)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """Codes [n, K] below 16, two a byte [n, ceil(K/2)]."""
+    padded = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return padded[..., ::2] | padded[..., 1::2] << 4
+
+
+def _unpacked(words: Tensor, coding: Coding, out: Axis | None, inp: Axis | None) -> Tensor:
+    """Words [.., R, C] as codes, uint8, apart along the axis that is packed."""
+    per = _WORD // coding.bits
+    order = coding.order or range(per)
+    places = torch.empty(per, dtype=torch.int32, device=words.device)
+    for place, one in enumerate(order):
+        places[one] = place * coding.bits
+    along = -2 if out is not None and out.packed else -1
+    apart = (words.movedim(along, -1).unsqueeze(-1) >> places) & ((1 << coding.bits) - 1)
+    return apart.flatten(-2).movedim(-1, along).to(torch.uint8)
+
+
+def _zeros(entry: Entry, coding: Coding, tensor: Tensor, held: HeldLinear, stacked: bool) -> Tensor:
+    """The codes that stand for zero, [.., R, C] beside the scales."""
+    grid = _grid(entry, tensor, stacked)
+    if coding.kind != "uint":
+        return grid
+    # Packed along the outputs, of which each has scales of its own.
+    places = torch.tensor(held.places(entry), device=grid.device)
+    codes = _unpacked(grid, coding, entry.out, entry.inp).index_select(-2, places)
+    if coding.bits == 8:
+        return codes.to(torch.int16) + (coding.above - 128)
+    return codes + coding.above
+
+
+def _factors(held: HeldLinear, entry: Entry, tensor: Tensor, stacked: bool) -> Tensor:
+    """One over what all scales are divided by, for each output: float32 [.., N]."""
+    rows = torch.tensor(held.rows(entry), device=tensor.device)
+    return tensor.reshape(*tensor.shape[: int(stacked)], -1).float().reciprocal().index_select(-1, rows)
