@@ -26,7 +26,7 @@ from tpctl.distributed import TPGroup
 from tpctl.kernels.common.codes import Codes
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
-from tpctl.layers.weights.codes import CodesWeight
+from tpctl.layers.weights.codes import CodesWeight, joined
 from tpctl.layers.weights.dense import DenseWeight, Weight, WeightMaker
 from tpctl.layers.weights.stored import to_codes
 
@@ -65,7 +65,7 @@ class ReplicatedLinear(Layer):
     def matrix(self) -> Weight:
         """What multiplies: the device's own once ``use`` was called."""
         if self._matrix is None and not self.held.is_dense:
-            self._matrix = CodesWeight(self._codes())
+            self._matrix = joined(map(CodesWeight, self._codes()))
         return DenseWeight(self.weight) if self._matrix is None else self._matrix
 
     def use(self, device: WeightMaker) -> None:
@@ -81,9 +81,10 @@ class ReplicatedLinear(Layer):
     def _made_by(self, device: WeightMaker, *, gated: bool = False) -> Weight:
         if self.held.is_dense:
             return device.weight(self.weight, gated=gated)
-        return device.codes(self._codes(), gated=gated)
+        codes = self._codes()
+        return joined(device.codes(one, gated=gated and len(codes) == 1) for one in codes)
 
-    def _codes(self) -> Codes:
+    def _codes(self) -> tuple[Codes, ...]:
         return to_codes(self.held, {entry.name: getattr(self, entry.name) for entry in self.held.codes()})
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:

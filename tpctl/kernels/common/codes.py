@@ -41,7 +41,7 @@ class Codes:
         rows: int32 [N], the row of ``scales`` of each output; ``None``: its own.
         unit: how many inputs a column of ``scales`` is for.
         first: how many inputs of the first column's are not here (a cut inside of it).
-        groups: int32 [K], the column of ``scales`` of each input, where they are in no order; else ``None``.
+        groups: int32 [K] or [E, K], the column of ``scales`` of each input, where they are in no order; else ``None``.
         zero: the code that stands for zero, where it is one for all.
         zeros: as ``scales``, uint8 (uint4), int8 or int16 (int8), or e4m3; ``None``: ``zero`` it is.
         factors: float32 [N] or [E, N].
@@ -76,7 +76,24 @@ class Codes:
             values=self.values[expert],
             scales=self.scales[expert],
             zeros=None if self.zeros is None else self.zeros[expert],
+            groups=None if self.groups is None else self.groups[expert],
             factors=None if self.factors is None else self.factors[expert],
+        )
+
+    def between(self, start: int, stop: int) -> Codes:
+        """Those of outputs ``start`` to ``stop``, as views."""
+        if self.rows is not None:
+            scales, zeros = self.scales, self.zeros
+        else:
+            scales = self.scales[..., start:stop, :]
+            zeros = None if self.zeros is None else self.zeros[..., start:stop, :]
+        return replace(
+            self,
+            values=self.values[..., start:stop, :],
+            scales=scales,
+            rows=None if self.rows is None else self.rows[start:stop],
+            zeros=zeros,
+            factors=None if self.factors is None else self.factors[..., start:stop],
         )
 
 

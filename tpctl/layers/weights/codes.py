@@ -5,6 +5,9 @@ Inputs are not rounded, whatever the format says of them: it is the exact produc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +17,24 @@ from tpctl.layers.weights.dense import Weight
 
 TILE = 1 << 19
 """Numbers of a tile: 2 MiB in float32, which stay in a core's cache while they are made and multiplied."""
+
+
+class JoinedWeight(Weight):
+    """Several weights below each other."""
+
+    def __init__(self, weights: Iterable[Weight]) -> None:
+        self._weights = tuple(weights)
+
+    def linear(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
+        found = torch.cat([weight.linear(x, None) for weight in self._weights], dim=-1)
+        return found if bias is None else found.add_(bias)
+
+
+def joined(weights: Iterable[Weight]) -> Weight:
+    """One weight of those below each other."""
+    first, *rest = weights
+    return JoinedWeight((first, *rest)) if rest else first
 
 
 class CodesWeight(Weight):

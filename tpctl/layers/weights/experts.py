@@ -11,6 +11,7 @@ from torch import Tensor
 from tpctl.arch.block import Activation, Clamped
 from tpctl.kernels.common.codes import Codes
 from tpctl.layers.activation import act_and_mul, clamped_act_and_mul
+from tpctl.layers.weights.codes import joined
 from tpctl.layers.weights.dense import Weight, WeightMaker
 
 
@@ -19,18 +20,24 @@ class Stack:
     """One linear of all experts that a rank has.
 
     Attributes:
-        matrix: floats [E, out, in], strided as they are stored, or codes.
+        matrix: floats [E, out, in], strided as they are stored, or codes, of matrices below each other.
         bias: [E, out].
     """
 
-    matrix: Tensor | Codes
+    matrix: Tensor | tuple[Codes, ...]
     bias: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return len(self.matrix if isinstance(self.matrix, Tensor) else self.matrix[0].values)
 
     def expert(self, device: WeightMaker, number: int, *, gated: bool = False) -> Weight:
         """The weight of one, in the device's own form."""
-        if isinstance(self.matrix, Codes):
-            return device.codes(self.matrix.of_expert(number), gated=gated)
-        return device.weight(self.matrix[number].contiguous(), gated=gated)
+        if isinstance(self.matrix, Tensor):
+            return device.weight(self.matrix[number].contiguous(), gated=gated)
+        gated = gated and len(self.matrix) == 1
+        return joined(device.codes(codes.of_expert(number), gated=gated) for codes in self.matrix)
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,8 @@ class PlainExperts(ExpertWeights):
 
     def __init__(self, device: WeightMaker, gate_up: Stack, down: Stack, gating: Gating, first: int) -> None:
         fused = not gating.interleaved and not isinstance(gating.activation, Clamped)
-        numbers = range(gate_up.matrix.values.shape[0] if isinstance(gate_up.matrix, Codes) else len(gate_up.matrix))
-        self._gate_up = [gate_up.expert(device, number, gated=fused) for number in numbers]
-        self._down = [down.expert(device, number) for number in numbers]
+        self._gate_up = [gate_up.expert(device, number, gated=fused) for number in range(gate_up.count)]
+        self._down = [down.expert(device, number) for number in range(down.count)]
         self._biases = gate_up.bias, down.bias
         self._gating, self._fused, self._first = gating, fused, first
 

@@ -6,7 +6,8 @@ bits along the inputs, stay where they are; others are unpacked and packed again
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,8 +23,11 @@ _AT_ONCE = 1 << 22
 _WORD = 32
 
 
-def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> Codes:
+def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> tuple[Codes, ...]:
     """The weights of ``held``, whose ``tensors`` are by kind, each [...] or, of experts, [E, ...].
+
+    They are one matrix, unless inputs are of other groups for other outputs (GPTQ's ``g_idx``); then several, below
+    each other.
 
     Raises:
         ShardFolderError: a tensor has another dtype than the format.
@@ -39,7 +43,7 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> Codes:
     zeros, order, divisor = (held.entry(role) for role in ("zeros", "order", "divisor"))
     device = tensors[values.name].device
     found_scales = _grid(scales, tensors[scales.name], stacked)
-    return Codes(
+    codes = Codes(
         kind=_kind(coding),
         columns=inputs,
         values=_values(held.name, values, coding, tensors[values.name], outputs, inputs, stacked),
@@ -47,22 +51,29 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> Codes:
         rows=None if own_rows else torch.tensor(rows, dtype=torch.int32, device=device),
         unit=1 if scales.inp is None else min(scales.inp.unit, 1 << 30),
         first=0 if order is not None else held.within(scales),
-        groups=None if order is None or _in_order(held) else tensors[order.name],
         zero=coding.zero if coding.bits < 8 else coding.zero - 128 * (coding.kind == "uint"),
         zeros=None if zeros is None else _zeros(zeros, coding, tensors[zeros.name], held, stacked),
         factors=None if divisor is None else _factors(held, divisor, tensors[divisor.name], stacked),
     )
+    return (codes,) if order is None else tuple(_ordered(held, codes, tensors[order.name]))
+
+
+def _ordered(held: HeldLinear, codes: Codes, groups: Tensor) -> Iterator[Codes]:
+    """``codes``, apart where ``groups`` [.., P * K] say other things of each of P sources' inputs."""
+    each = groups.reshape(*groups.shape[:-1], -1, held.in_features).unbind(-2)
+    if all(torch.equal(one, each[0]) for one in each):
+        yield replace(codes, groups=each[0])
+        return
+    start = 0
+    for found, features in zip(each, held.outputs, strict=True):
+        yield replace(codes.between(start, start + len(features)), groups=found)
+        start += len(features)
 
 
 def _kind(coding: Coding) -> Kind:
     if coding.kind in ("e4m3", "e2m1"):
         return coding.kind
     return "int8" if coding.bits == 8 or coding.kind == "int" else "uint4"
-
-
-def _in_order(held: HeldLinear) -> bool:
-    """Whether the group of each input is known without asking: it is checked to be so when the model is cut."""
-    return held.linear.storage.ordered is not None
 
 
 def _plain(scales: Tensor) -> Tensor:

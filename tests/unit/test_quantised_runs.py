@@ -1,0 +1,116 @@
+"""Quantised models answer as transformers does with the weights that their codes stand for, at every size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.unit.packers import PACKERS
+from tests.unit.packing import Packer
+from tests.unit.quantised_model import Quantised, quantise
+from tests.unit.synthetic import make_config
+from tests.unit.test_models import _logits
+from tpctl.arch.quantised import Cutting
+from tpctl.errors import PartitionError
+from tpctl.sharding.cutting.shard import shard_checkpoint
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 144,
+    "moe_intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 131,
+    "max_position_embeddings": 128,
+}
+"""Of which 144 and 80 are no whole number of groups of 32 and blocks of 128, and heads are smaller than those."""
+
+SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
+
+
+def usual_size(made: Quantised) -> Quantised:
+    """The same with weights near 0.15, by powers of two, which all scales can take exactly."""
+    tensors, matrices = dict(made.tensors), dict(made.matrices)
+    for module, matrix in made.matrices.items():
+        power = round(torch.tensor(0.15 / matrix.std()).log2().item())
+        matrices[module] = matrix * 2.0**power
+        divisor = f"{module}.weight_global_scale"
+        if divisor in tensors:
+            tensors[divisor] = tensors[divisor] * 2.0**-power
+            continue
+        (name,) = (module + suffix for suffix in SCALES if module + suffix in tensors)
+        scale = tensors[name]
+        if scale.dtype == torch.float8_e8m0fnu:
+            tensors[name] = (scale.view(torch.uint8).int() + power).to(torch.uint8).view(scale.dtype)
+        else:
+            tensors[name] = (scale.float() * 2.0**power).to(scale.dtype)
+    modules = tuple(f"{module}." for module in made.matrices)
+    rest = {name: one.float() for name, one in tensors.items() if not name.startswith(modules)}
+    for name, one in rest.items():
+        rest[name] = one * 0.15 if one.ndim > 1 else one * 0.3 + 0.5
+    biases = {name: one * 0.25 for name, one in tensors.items() if name.endswith(".bias")}
+    return replace(made, tensors={**tensors, **rest, **biases}, matrices=matrices)
+
+
+def dense(made: Quantised, folder: Path) -> Any:
+    """transformers' model with the numbers that the codes stand for."""
+    import transformers
+
+    config = {key: value for key, value in made.config.items() if key != "quantization_config"}
+    if any(name.endswith(".bias") for name in made.tensors):
+        config |= {"attention_bias": True, "mlp_bias": True}
+    modules = tuple(f"{module}." for module in made.matrices)
+    tensors: dict[str, Tensor] = {f"{name}.weight": torch.from_numpy(one) for name, one in made.matrices.items()}
+    for name, one in made.tensors.items():
+        if not name.startswith(modules) or name.endswith(".bias"):
+            tensors[name] = one.float()
+    folder.mkdir()
+    save_file({name: one.contiguous() for name, one in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    kind = getattr(transformers, config["architectures"][0])
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def model_of(family: str, packer: Packer) -> Quantised:
+    sizes = {key: value for key, value in SIZES.items() if not key.startswith("moe") or "moe" in family}
+    if "moe" in family:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    made = quantise(make_config(family, **sizes), packer, kept=("lm_head",))
+    if "moe" in family:  # which transformers has no biases for
+        made = replace(made, tensors={name: one for name, one in made.tensors.items() if not name.endswith(".bias")})
+    return usual_size(made)
+
+
+@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_logits_equal_those_of_the_numbers(family: str, name: str, tmp_path: Path) -> None:
+    made = model_of(family, PACKERS[name])
+    made.save(tmp_path / "model")
+    model = dense(made, tmp_path / "dense")
+    prompts = torch.randint(3, 131, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(prompts).logits
+    ran = 0
+    if family == "llama":
+        cuttings = [(1, Cutting()), (2, Cutting()), (3, Cutting()), (4, Cutting(even=True))]
+    else:
+        cuttings = [(1, Cutting()), (3, Cutting()), (4, Cutting(2))]
+    for number, (tp_size, cutting) in enumerate(cuttings):
+        try:
+            shard_checkpoint(tmp_path / "model", tmp_path / f"shards-{number}", tp_size, cutting=cutting)
+        except PartitionError as error:
+            assert tp_size > 1 and "inside of a word" in str(error)
+            continue
+        found = _logits(tmp_path / f"shards-{number}", tp_size, prompts.tolist())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        ran += 1
+    assert ran >= 2
