@@ -1,7 +1,8 @@
 """Checkpoints with the shape of a known model and random weights, for speed that needs no download.
 
-Weights are bfloat16 from a normal distribution, cut from one random block at shifting offsets: enough disorder to
-keep the arithmetic honest (zeros run faster than data) at the speed of the disk. Norm weights are one. There is no
+Weights are from a normal distribution, in bfloat16 or e4m3, or integers of any value, cut from one random block at
+shifting offsets: enough disorder to keep the arithmetic honest (zeros run faster than data) at the speed of the disk.
+Norm weights are one, scales such that weights are of the usual size. There is no
 tokenizer: the workloads are token ids.
 """
 
@@ -14,65 +15,14 @@ from typing import Any
 import numpy as np
 
 from tpctl.arch.config import ModelConfig
+from tpctl.bench.shapes import COMMON, SHAPES
 from tpctl.checkpoint.cache import cache_root, locked
-from tpctl.checkpoint.safetensors import TensorSpec, build_header
+from tpctl.checkpoint.safetensors import FileTensor, TensorSpec, build_header
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import UsageError
-from tpctl.partition.split import source_shapes
+from tpctl.partition.split import TensorSplit, source_shapes
 
-_COMMON: dict[str, Any] = {"hidden_act": "silu", "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": False,
-    },
-}
-
-_BLOCK = 32 << 20  # bfloat16 values in the random block
+_BLOCK = 32 << 20  # values in the random block
 _SCALE = 0.02
 _FILE_BYTES = 5_000_000_000
 
@@ -85,7 +35,7 @@ def shape_config(shape: str) -> ModelConfig:
     """
     if shape not in SHAPES:
         raise UsageError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    return ModelConfig.from_dict({**_COMMON, **SHAPES[shape]})
+    return ModelConfig.from_dict({**COMMON, **SHAPES[shape]})
 
 
 def synthetic_source(shape: str) -> ResolvedSource:
@@ -105,39 +55,78 @@ def synthetic_source(shape: str) -> ResolvedSource:
 def _write(config: dict[str, Any], parsed: ModelConfig, folder: Path) -> None:
     """Weights first, ``config.json`` last: a folder that has one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = [TensorSpec(name, "BF16", shape) for name, shape in source_shapes(parsed.blueprint.splits()).items()]
+    tensors = _tensors(parsed)
     files: list[list[TensorSpec]] = [[]]
     for tensor in tensors:
         if sum(t.nbytes for t in files[-1]) + tensor.nbytes > _FILE_BYTES:
             files.append([])
         files[-1].append(tensor)
-    block = _random_block()
+    blocks = _random_blocks()
     weight_map = {}
     for number, group in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
         weight_map.update({tensor.name: name for tensor in group})
-        _write_file(folder / name, group, block)
+        _write_file(folder / name, group, blocks)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     architecture = {"architectures": [parsed.family.architecture]}
-    (folder / "config.json").write_text(json.dumps({**_COMMON, **architecture, **config}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**COMMON, **architecture, **config}), encoding="utf-8")
 
 
-def _random_block() -> np.ndarray[Any, np.dtype[np.uint16]]:
-    values = np.random.default_rng(0).standard_normal(_BLOCK, dtype=np.float32) * np.float32(_SCALE)
-    return (values.view(np.uint32) >> 16).astype(np.uint16)  # truncated to bfloat16, which is random enough
+def _tensors(parsed: ModelConfig) -> list[TensorSpec]:
+    """All of a checkpoint, but for those that only some have."""
+    splits = [split for split in parsed.blueprint.splits() if not split.optional]
+    dtypes = {name: _dtype(split) for split in splits for name in split.sources}
+    return [TensorSpec(name, dtypes[name], shape) for name, shape in source_shapes(splits).items()]
 
 
-def _write_file(path: Path, tensors: list[TensorSpec], block: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
+def _dtype(split: TensorSplit) -> str:
+    """Of those that the sources may have; floats are bfloat16, scales mostly."""
+    return "BF16" if split.dtypes is None or "BF16" in split.dtypes else split.dtypes[0]
+
+
+Block = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def _random_blocks() -> dict[str, Block]:
+    """Random bytes of weights in each dtype that weights are stored in."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(_BLOCK, dtype=np.float32)
+    truncated = ((values * np.float32(_SCALE)).view(np.uint32) >> 16).astype(np.uint16)  # which is random enough
+    # e4m3 of a float32 below 448 and above 2^-6: its sign, 4 bits of exponent with a bias of 7 and 3 of mantissa.
+    bits = np.clip(np.abs(values), 2.0**-6, 448.0).astype(np.float32).view(np.uint32)
+    codes = (((bits >> 20) - (120 << 3)) | (values < 0).astype(np.uint32) << 7).astype(np.uint8)
+    anything = rng.integers(0, 256, _BLOCK, dtype=np.uint8)
+    return {"BF16": truncated.view(np.uint8), "F8_E4M3": codes, "I32": anything, "U8": anything, "I8": anything}
+
+
+def _scale(info: FileTensor) -> Block | None:
+    """The bytes of one scale, of those that make weights of the usual size from codes; ``None``: it is none."""
+    if "scale" not in info.name:
+        return None
+    if info.dtype == "U8":
+        return np.array([127 - 7], np.uint8)  # 2^-7
+    width = _SCALE if "inv" in info.name else _SCALE / 4.6 if len(info.shape) == 2 and info.shape[1] > 1 else _SCALE
+    value = np.array([width], np.float32)
+    return value.view(np.uint8) if info.dtype == "F32" else value.view(np.uint8)[2:]
+
+
+def _write_file(path: Path, tensors: list[TensorSpec], blocks: dict[str, Block]) -> None:
     header = build_header(tensors)
-    one = np.full(1 << 16, 0x3F80, dtype=np.uint16)  # 1.0
+    one = np.array([0x3F80], np.uint16).view(np.uint8)  # 1.0 in bfloat16
     with path.open("wb") as file:
         file.write(header.raw)
         for number, info in enumerate(sorted(header.tensors.values(), key=lambda t: t.start)):
-            source, at = (one, 0) if len(info.shape) == 1 else (block, number * 7919 % 4096)
-            left = info.nbytes // 2
+            same = _scale(info)
+            if same is None and len(info.shape) == 1 and info.dtype == "BF16":
+                same = one
+            if same is not None:
+                source, at = np.tile(same, 1 << 16), 0
+            else:
+                source, at = blocks[info.dtype], number * 7919 % 4096 * 4
+            left = info.nbytes
             while left:
                 piece = source[at : at + left]
-                file.write(piece.data.cast("B"))
+                file.write(piece.data)
                 left -= len(piece)
                 at = 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import EngineOptions, SchedulingPolicy
 from tpctl.cli.units import parse_bytes
-from tpctl.errors import format_bytes
+from tpctl.errors import UsageError, format_bytes
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.settings import CPU_TOKENS, EngineConfig
 
@@ -47,10 +47,12 @@ def engine_args(
     """The options as the client takes them.
 
     Raises:
-        UsageError: the size of the KV cache is none.
+        UsageError: the size of the KV cache is none, or options contradict each other.
     """
     from tpctl.client.prepare import EngineArgs
 
+    if options.expert_parallel and options.ep is not None:
+        raise UsageError(f"--expert-parallel and --ep {options.ep} say two things; give one of them")
     memory = options.kv_cache_memory
     return EngineArgs(
         tp=options.tp,
@@ -67,6 +69,8 @@ def engine_args(
         attention_backend=str(options.attention_backend),
         enforce_eager=options.enforce_eager,
         scheduling_policy=str(policy),
+        expert_parallel=True if options.expert_parallel else options.ep,
+        text_only=options.text_only,
     )
 
 

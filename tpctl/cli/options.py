@@ -76,6 +76,21 @@ class EngineOptions:
         int | None,
         typer.Option("--tp", min=1, help="Tensor-parallel size. Default: the shard folder's, else 1."),
     ] = None
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            "--ep",
+            min=1,
+            help="Deal whole experts to so many groups of ranks, which cut their own. Default: the shard folder's, "
+            "else 1: every rank has a part of each expert.",
+        ),
+    ] = None
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Deal whole experts to the ranks, as --ep with as many as --tp.")
+    ] = False
+    text_only: Annotated[bool, typer.Option("--text-only", help="Run the text of a model that also sees or hears.")] = (
+        False
+    )
     device: Annotated[Device | None, typer.Option(help="Default: cuda if a GPU is visible, else cpu.")] = None
     dtype: Annotated[DType, typer.Option(help="Of weights and activations; auto: as stored.")] = DType.auto
     max_model_len: Annotated[

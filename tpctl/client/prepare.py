@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
@@ -46,6 +47,9 @@ class EngineArgs:
         device: ``None`` takes GPUs if there are any.
         max_num_seqs, max_num_batched_tokens: ``None`` takes what suits the device.
         cpu_batched_tokens: what the latter is on a CPU.
+        expert_parallel: groups of ranks that whole experts are dealt to; ``True``: as many as ranks; ``None``: as the
+            shard folder, if MODEL is one, else one, so that every rank has a part of each expert.
+        text_only: run the text of a model that also sees, of which no more is cut.
 
     Raises:
         UsageError: a value is out of range.
@@ -65,6 +69,8 @@ class EngineArgs:
     attention_backend: str = "auto"
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
+    expert_parallel: int | bool | None = None
+    text_only: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in (None, *DEVICES):
@@ -73,9 +79,18 @@ class EngineArgs:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise UsageError(f"{name} is {shown(value)}, but must be a whole number, at least 1")
+        groups = self.expert_parallel
+        if groups is not None and not isinstance(groups, bool) and (not isinstance(groups, int) or groups < 1):
+            raise UsageError(f"expert_parallel is {shown(groups)}, but must be a whole number, at least 1, or True")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0.01 <= share <= 1:
             raise UsageError(f"gpu_memory_utilization is {shown(share)}, but must be a number from 0.01 to 1")
+
+    def groups(self, tp_size: int) -> int | None:
+        """The groups of ranks that experts are dealt to, of ``tp_size``."""
+        if isinstance(self.expert_parallel, bool):
+            return tp_size if self.expert_parallel else 1
+        return self.expert_parallel
 
     def settle(self, tp_size: int | None = None) -> EngineSettings:
         """What they come to on this machine.
@@ -125,7 +140,14 @@ def prepare(
         TpctlError: the model cannot be had, or not run in this way.
     """
     settings = args.settle()
-    source = supported_source(model, args.tp, check=lambda config: _check_run(config, settings), progress=progress)
+    source = supported_source(
+        model,
+        args.tp,
+        check=lambda config: _check_run(config, settings),
+        cutting=Cutting(args.groups(args.tp or 1) or 1),
+        text_only=args.text_only,
+        progress=progress,
+    )
     _check_run(ModelConfig.load(source.folder), settings)  # of shards too, of which a missing template says less
     look(source)
     return configure(source, args, progress=progress)
@@ -142,13 +164,14 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
         tp_size = Manifest.load(source.folder).tp_size if (source.folder / MANIFEST).is_file() else 1
     settings = args.settle(tp_size)
     _check_run(ModelConfig.load(source.folder), settings)
+    how: dict[str, Any] = {"expert_parallel": args.groups(tp_size), "text_only": args.text_only}
     with progress("sharding") as told:
         try:
-            folder = ensure_sharded(source, tp_size, progress=told)
+            folder = ensure_sharded(source, tp_size, progress=told, **how)
         except MixedDtypesError:  # they cannot be stored as they are, so they are cast here and not by the engine
             if args.dtype == "auto":
                 raise
-            folder = ensure_sharded(source, tp_size, args.dtype, told)
+            folder = ensure_sharded(source, tp_size, args.dtype, told, **how)
     with progress("verifying") as told:
         ensure_verified(folder, range(tp_size), told)
     return EngineConfig(folder, tp_size, source.folder, **asdict(settings))

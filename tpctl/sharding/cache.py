@@ -5,6 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
+from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.cache import cache_root, file_name, locked
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
@@ -17,7 +18,13 @@ from tpctl.sharding.proving.verified import remember_verified
 
 
 def ensure_sharded(
-    source: ResolvedSource, tp_size: int, dtype: str | None = None, progress: Progress | None = None
+    source: ResolvedSource,
+    tp_size: int,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    *,
+    expert_parallel: int | None = None,
+    text_only: bool = False,
 ) -> Path:
     """A shard folder of ``source`` for ``tp_size`` ranks: ``source`` itself if it is one, else one in the cache.
 
@@ -25,21 +32,27 @@ def ensure_sharded(
     (see ``ensure_verified``). Two processes that ask at once make it once.
 
     Args:
-        dtype: as in ``shard_checkpoint``; a shard folder that is given is used as it is.
+        dtype, text_only: as in ``shard_checkpoint``; a shard folder that is given is used as it is.
+        expert_parallel: groups of ranks that whole experts are dealt to; ``None``: as in such a folder, else one.
 
     Raises:
-        ShardFolderError: ``source`` is a shard folder for another tensor-parallel size, incomplete, or a copied file
-            of it was altered.
+        ShardFolderError: ``source`` is a shard folder for another tensor-parallel size or number of groups, incomplete,
+            or a copied file of it was altered.
         CheckpointError, UnsupportedModelError, PartitionError, OutputError: it cannot be sharded.
     """
     if (source.folder / MANIFEST).is_file():
         manifest = Manifest.load(source.folder)
         manifest.check_tp(tp_size, source.folder)
+        if expert_parallel not in (None, manifest.expert_parallel):
+            raise ShardFolderError(
+                f"{source.folder} is cut for --ep {manifest.expert_parallel}, but --ep {expert_parallel} is asked for; "
+                f"make a new one: `tpctl reshard {source.folder} --tp {tp_size} --ep {expert_parallel} -o FOLDER`"
+            )
         manifest.check_files(source.folder, range(tp_size))
         check_copied(source.folder, manifest)
         return source.folder
-    name = file_name(Path(source.id).name)
-    folder = cache_root() / "shards" / f"{name}-tp{tp_size}-{_key(source, tp_size, dtype)}"
+    groups, name = expert_parallel or 1, file_name(Path(source.id).name)
+    folder = cache_root() / "shards" / f"{name}-tp{tp_size}-{_key(source, tp_size, dtype, groups)}"
     with locked(folder.with_name(f".{folder.name}.lock")):
         try:
             manifest = Manifest.load(folder)
@@ -53,6 +66,8 @@ def ensure_sharded(
                 source_id=source.id,
                 revision=source.revision,
                 dtype=dtype,
+                cutting=Cutting(groups),
+                text_only=text_only,
                 force=True,
                 progress=progress,
             )
@@ -60,7 +75,7 @@ def ensure_sharded(
     return folder
 
 
-def _key(source: ResolvedSource, tp_size: int, dtype: str | None) -> str:
+def _key(source: ResolvedSource, tp_size: int, dtype: str | None, groups: int) -> str:
     """Changes whenever shards made earlier would differ from those made now."""
     checkpoint = CheckpointFolder.open(source.folder)
     stats = [(path.name, path.stat()) for path in checkpoint.small_files()]
@@ -68,5 +83,5 @@ def _key(source: ResolvedSource, tp_size: int, dtype: str | None) -> str:
     files += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     # A revision pins the content; a local folder is told from another of the same name by its place.
     place = source.revision or str(source.folder.resolve())
-    text = repr([FORMAT_VERSION, source.id, place, files, tp_size, dtype])
+    text = repr([FORMAT_VERSION, source.id, place, files, tp_size, dtype, *([groups] if groups > 1 else [])])
     return sha256(text.encode()).hexdigest()[:12]
