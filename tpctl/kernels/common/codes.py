@@ -16,6 +16,7 @@ Scales are floats, or powers of two as bytes, their exponent plus 127 (e8m0, 5.4
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -125,13 +126,23 @@ def as_floats(scales: Tensor) -> Tensor:
 
 def _numbers(kind: Kind, values: Tensor, columns: int) -> Tensor:
     """What codes stand for before zeros and scales, in float32 of its own memory."""
-    if kind not in PACKED:
+    if kind == "int8":
         return values.to(torch.float32, copy=True)
-    halves = torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)[..., :columns]
-    if kind == "uint4":
-        return halves.float()
-    table = torch.tensor((*E2M1, *(-one for one in E2M1)), device=values.device)
-    return table[halves.int()]
+    # A table of what bytes stand for is several times as fast on CPUs as conversions and shifts.
+    table = _table(kind, values.device)
+    found = table.index_select(0, values.view(torch.uint8).int().flatten()).view(torch.float32)
+    return found.view(len(values), -1)[:, :columns]
+
+
+@cache
+def _table(kind: Kind, device: torch.device) -> Tensor:
+    """What each byte stands for: one number, or two, as the parts of a complex one."""
+    numbers = torch.arange(256, dtype=torch.uint8, device=device)
+    if kind == "e4m3":
+        return numbers.view(torch.float8_e4m3fn).float()
+    codes = torch.tensor((*E2M1, *(-one for one in E2M1)) if kind == "e2m1" else range(16), dtype=torch.float32)
+    low, high = (codes.to(device)[half.int()] for half in (numbers & 15, numbers >> 4))
+    return torch.complex(low, high)
 
 
 def _spread(codes: Codes, found: Tensor) -> Tensor:
@@ -140,5 +151,7 @@ def _spread(codes: Codes, found: Tensor) -> Tensor:
         return found[:, codes.groups]
     if found.shape[1] == 1:
         return found
+    if codes.first == 0:
+        return found.repeat_interleave(codes.unit, dim=1)[:, : codes.columns]
     columns = torch.arange(codes.first, codes.first + codes.columns, device=found.device) // codes.unit
     return found[:, columns]
