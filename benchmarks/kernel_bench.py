@@ -277,7 +277,7 @@ def bench_small() -> None:
             qkv = torch.randn(rows, (shape.heads + 2 * shape.kv_heads) * 128, device=DEVICE, dtype=BF16)
             positions = torch.arange(rows, device=DEVICE) % 4096
             slots = torch.randperm(8192, device=DEVICE)[:rows]
-            norms: dict[str, Any] = {"q_norm_D": weight[:128], "k_norm_D": weight[:128]} if shape.qk_norm else {}
+            norms: dict[str, Any] = {"q_norm": weight[:128], "k_norm": weight[:128]} if shape.qk_norm else {}
             logits = torch.randn(min(rows, 256), shape.vocab, device=DEVICE, dtype=BF16)
             temperatures = torch.full((rows,), 0.6, device=DEVICE)
             keys = torch.randint(0, 2**32, (rows, 2), device=DEVICE)
@@ -319,7 +319,7 @@ class Step:
         self.norm = torch.rand(shape.hidden, device=DEVICE, dtype=BF16)
         self.qk: dict[str, Any] = {}
         if shape.qk_norm:
-            self.qk = {"q_norm_D": self.norm[: shape.head_dim], "k_norm_D": self.norm[: shape.head_dim]}
+            self.qk = {"q_norm": self.norm[: shape.head_dim], "k_norm": self.norm[: shape.head_dim]}
         self.caches, self.tables, self.lens = make_cache(lens, shape, 256, shape.layers)
         self.bytes += sum(lens) * shape.kv_heads * shape.head_dim * 4 * shape.layers
         scratch = DecodeScratch.allocate(self.batch, shape.heads, shape.head_dim, DEVICE)

@@ -17,10 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.gpu.here import INTERPRET
+from tpctl.kernels.attention.head_squares import _head_squares_kernel
 from tpctl.kernels.attention.packed_decode_kernels import packed_decode_kernel
 from tpctl.kernels.attention.paged_decode import DecodeConfig, decode_config, fit_config, packed_decode_config
 from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
 from tpctl.kernels.attention.paged_prefill import PrefillConfig, _prefill_kernel, prefill_config
+from tpctl.kernels.attention.rope_cache import _rope_cache_kernel
 from tpctl.kernels.common.launch import is_hopper, next_power_of_2
 from tpctl.kernels.linear.gemv import few_rows, pick
 from tpctl.kernels.linear.gemv_kernels import small_linear_kernel
@@ -38,6 +40,8 @@ HEADS, KV_HEADS, BLOCK = 8, 2, 128
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*i32", "counters_ptr": "*i32"}
 POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
+POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "sums_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64"}
+POINTERS |= {"q_size": "fp32", "k_size": "fp32"}
 PACKED = {"exponents_ptr": "*i16", "k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
 POINTERS |= {"peers_ptr": "*i64", "epochs_ptr": "*i32", "eps": "fp32"}
 POINTERS |= {
@@ -65,7 +69,7 @@ def shared_memory(kernel: Any, dtype: str, arch: int, config: Any, *, packed: bo
     return int(compiled.metadata.shared)
 
 
-def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig) -> int:
+def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig, *, window: int = 0, sinks: bool = False) -> int:
     group = next_power_of_2(HEADS // KV_HEADS)
     block_dim = next_power_of_2(head_dim)
     return shared_memory(
@@ -79,7 +83,8 @@ def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig) -> int:
         BLOCK_DIM=block_dim,
         BLOCK_SIZE=BLOCK,
         TILE=config.tile,
-        WINDOW=0,
+        WINDOW=window,
+        SINKS=sinks,
         AHEAD=config.ahead,
         BLOCK_M=max(16, group),
         BLOCK_GROUP=group,
@@ -89,7 +94,9 @@ def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig) -> int:
     )
 
 
-def packed_decode(head_dim: int, group: int, arch: int, config: DecodeConfig) -> int:
+def packed_decode(
+    head_dim: int, group: int, arch: int, config: DecodeConfig, *, window: int = 0, sinks: bool = False
+) -> int:
     return shared_memory(
         packed_decode_kernel,
         "bf16",
@@ -101,7 +108,8 @@ def packed_decode(head_dim: int, group: int, arch: int, config: DecodeConfig) ->
         HEAD_DIM=head_dim,
         BLOCK_SIZE=BLOCK,
         TILE=config.tile,
-        WINDOW=0,
+        WINDOW=window,
+        SINKS=sinks,
         AHEAD=config.ahead,
         BLOCK_M=max(8, next_power_of_2(group)),
         BLOCK_GROUP=next_power_of_2(group),
@@ -111,7 +119,16 @@ def packed_decode(head_dim: int, group: int, arch: int, config: DecodeConfig) ->
     )
 
 
-def prefill(head_dim: int, dtype: str, arch: int, config: PrefillConfig, *, packed: bool = False) -> int:
+def prefill(
+    head_dim: int,
+    dtype: str,
+    arch: int,
+    config: PrefillConfig,
+    *,
+    packed: bool = False,
+    window: int = 0,
+    sinks: bool = False,
+) -> int:
     return shared_memory(
         _prefill_kernel,
         dtype,
@@ -124,7 +141,8 @@ def prefill(head_dim: int, dtype: str, arch: int, config: PrefillConfig, *, pack
         BLOCK_SIZE=BLOCK,
         BLOCK_M=config.block_m,
         TILE=config.tile,
-        WINDOW=0,
+        WINDOW=window,
+        SINKS=sinks,
         PACKED=packed,
         STAGES=config.num_stages,
         PDL=arch >= 90,
@@ -169,6 +187,42 @@ def test_packed_attention_fits(arch: int, head_dim: int) -> None:
     for tokens in (256, 16384):
         found = prefill_config(tokens, 1, head_dim, BLOCK, 2, limit)
         assert prefill(head_dim, "bf16", arch, found, packed=True) <= limit, found
+
+
+@pytest.mark.parametrize("window", [0, 128])
+@pytest.mark.parametrize("arch", [90, 80])
+def test_attention_with_sinks_fits(arch: int, window: int) -> None:
+    """gpt-oss: heads of 64 dimensions, eight to a KV head."""
+    limit, has = SHARED[arch], {"window": window, "sinks": True}
+    for count, long in BATCHES:
+        config = decode_config(count, HEADS, KV_HEADS, 100, long=long)
+        assert decode(64, "bf16", arch, config, **has) <= limit, config
+        config = packed_decode_config(count, 8 * KV_HEADS, KV_HEADS, 64, BLOCK, 100, limit, long=long)
+        assert packed_decode(64, 8, arch, config, **has) <= limit, config
+    for tokens in (256, 16384):
+        config = prefill_config(tokens, 1, 64, BLOCK, 2, limit)
+        for packed in (False, True):
+            assert prefill(64, "bf16", arch, config, packed=packed, **has) <= limit, config
+
+
+@pytest.mark.parametrize("arch", [90, 80])
+@pytest.mark.parametrize(
+    "rotated,interleaved,norm,rest,packed",
+    [(True, False, 2, 32, 0), (True, True, 0, 32, 0), (True, True, 2, 0, 128), (False, False, 1, 0, 128)],
+)
+def test_heads_prepared_in_all_ways_fit(
+    rotated: bool, interleaved: bool, norm: int, rest: int, packed: int, arch: int
+) -> None:
+    half = 32 if rest == 0 else 16
+    options: dict[str, Any] = {"HEAD_DIM": 64, "HALF": half, "BLOCK_HALF": half, "BLOCK_REST": rest, "PACKED": packed}
+    options |= {"ROTATED": rotated, "INTERLEAVED": interleaved, "NORM": norm, "UNIT_OFFSET": False}
+    options |= {"NUM_HEADS": HEADS, "NUM_KV_HEADS": KV_HEADS, "HEADS": 4, "SPLITS": 2, "PDL": arch >= 90}
+    config = DecodeConfig(1, 1, num_warps=1, num_stages=1)
+    assert shared_memory(_rope_cache_kernel, "bf16", arch, config, packed=bool(packed), **options) <= SHARED[arch]
+    sizes: dict[str, Any] = {"Q_SIZE": 6144, "K_SIZE": 1024 * (norm // 2), "BLOCK_Q": 8192, "BLOCK_K": 1024}
+    config = DecodeConfig(1, 1, num_warps=16, num_stages=1)
+    found = shared_memory(_head_squares_kernel, "bf16", arch, config, SPLITS=2, PDL=arch >= 90, **sizes)
+    assert found <= SHARED[arch]
 
 
 def linear(rows: int, out_features: int, in_features: int, arch: int, *, gated: bool, norm: bool) -> int:

@@ -68,7 +68,8 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads,kv_heads,head_dim,block_size,window", CASES)
 @pytest.mark.parametrize("batch", ["one", "few", "crowd"] if INTERPRET else ["one", "few", "crowd", "many"])
-def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window, dtype):
+@pytest.mark.parametrize("sunk", [False, True])
+def test_matches_reference(sunk, batch, heads, kv_heads, head_dim, block_size, window, dtype):
     generator = torch.Generator().manual_seed(heads * head_dim + len(batch))
     if batch == "one":
         lens = [173 if INTERPRET else 5000]
@@ -85,11 +86,13 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
     scratch = DecodeScratch.allocate(len(lens), heads, head_dim, DEVICE)
     settings = {"window": window, "itemsize": dtype.itemsize}
     plan = DecodePlan(len(lens), heads, kv_heads, head_dim, block_size, scratch, **settings)
-    want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens, window=window)
+    sinks = (3 * torch.randn(heads)).to(DEVICE, dtype) if sunk else None
+    wide = (q.double(), k_cache.double(), v_cache.double())
+    want = paged_decode_reference(*wide, tables, seq_lens, window=window, sinks_N=sinks)
     plan.update(seq_lens)
     for _ in range(2):  # the second call finds the counters as the first left them
         out = torch.full_like(q, float("nan"))
-        paged_decode(q, k_cache, v_cache, tables, seq_lens, plan, out=out)
+        paged_decode(q, k_cache, v_cache, tables, seq_lens, plan, sinks_N=sinks, out=out)
         live = seq_lens > 0
         assert relative_error(out[live], want[live]) < (1e-5 if dtype is torch.float32 else 8e-3)
         behind = int(live.nonzero().max()) + 1
@@ -170,17 +173,20 @@ def test_one_long_sequence_matches_reference(heads):
 )
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("lens", [[130, 40, 0, 333, 1], [64, 64, 64], [10, 300, 0, 0], [500]])
-def test_every_division_of_the_work_gives_the_same_result(config, lens, window):
+@pytest.mark.parametrize("sunk", [False, True])
+def test_every_division_of_the_work_gives_the_same_result(sunk, config, lens, window):
     k_cache, v_cache, tables = make_cache(lens, 4, 64, 64, torch.float32)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     q = torch.randn(len(lens), 8, 64, device=DEVICE)
     scratch = DecodeScratch.allocate(len(lens), 8, 64, DEVICE)
     plan = DecodePlan(len(lens), 8, 4, 64, 64, scratch, window=window, config=config)
     plan.update(seq_lens)
-    want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens, window=window)
+    sinks = 4 * torch.randn(8, device=DEVICE) if sunk else None  # below the scores of some heads, above those of others
+    wide = (q.double(), k_cache.double(), v_cache.double())
+    want = paged_decode_reference(*wide, tables, seq_lens, window=window, sinks_N=sinks)
     live = seq_lens > 0
     for _ in range(2):
-        out = paged_decode(q, k_cache, v_cache, tables, seq_lens, plan)
+        out = paged_decode(q, k_cache, v_cache, tables, seq_lens, plan, sinks_N=sinks)
         assert relative_error(out[live], want[live]) < 1e-5
     assert (scratch.counters == 0).all()
 

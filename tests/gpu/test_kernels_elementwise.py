@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tpctl.kernels.attention.rope_cache import rope_cache, rope_cache_reference
+from tpctl.kernels.attention.head_squares import head_squares, head_squares_reference
+from tpctl.kernels.attention.rope_cache import NormedOverAll, rope_cache, rope_cache_reference
 from tpctl.kernels.common.activation import act_and_mul, act_and_mul_reference
 from tpctl.kernels.common.noise import NOT_FINITE, sample_reference
 from tpctl.kernels.common.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -68,13 +69,14 @@ def test_activation(activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", ["none", "each", "all"])
+@pytest.mark.parametrize("rope", ["halves", "neighbours", "none"])
 @pytest.mark.parametrize(
     "heads,kv_heads,head_dim,rotary",
     [(16, 8, 128, 128), (9, 3, 64, 64), (3, 1, 96, 48), (4, 2, 80, 32), (2, 2, 96, 96)],
 )
 @pytest.mark.parametrize("tokens", [3, 70])
-def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, norm, dtype):
+def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, rope, norm, dtype):
     block_size, num_blocks = 16, 8
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(DEVICE, dtype)
     positions = torch.randint(0, 500, (tokens,), device=DEVICE)
@@ -82,10 +84,15 @@ def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, norm, dtype):
     slots[1] = -1
     inverse = 1e4 ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
     angles = torch.arange(500, dtype=torch.float64)[:, None] * inverse
-    tables = (angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE))
-    options = {}
-    if norm:
-        options = {name: torch.randn(head_dim).to(DEVICE, dtype) for name in ("q_norm_D", "k_norm_D")}
+    tables = None if rope == "none" else (angles.cos().float().to(DEVICE), angles.sin().float().to(DEVICE))
+    options = {"interleaved": rope == "neighbours"}
+    if norm != "none":
+        sizes = {"q_norm": heads, "k_norm": kv_heads} if norm == "all" else {"q_norm": 1, "k_norm": 1}
+        options |= {name: torch.randn(size * head_dim).to(DEVICE, dtype) for name, size in sizes.items()}
+    if norm == "all":  # as on a rank that has a third of the heads
+        squares = head_squares(qkv, heads, kv_heads)
+        assert relative_error(squares, head_squares_reference(qkv, heads, kv_heads)) < 1e-5
+        options["over_all"] = NormedOverAll(squares * 3.1, 3 * heads * head_dim, 3 * kv_heads * head_dim)
     caches = [torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0).to(DEVICE, dtype) for _ in range(4)]
     want = rope_cache_reference(qkv, caches[0], caches[1], tables, positions, slots, heads, **options)
     out = torch.full_like(want, float("nan"))
@@ -93,6 +100,17 @@ def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, norm, dtype):
     assert relative_error(out, want) < tolerance(dtype)
     assert relative_error(caches[2], caches[0]) < tolerance(dtype)
     assert torch.equal(caches[3], caches[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts_keys", [False, True])
+def test_squares_of_runs(counts_keys, dtype):
+    runs = in_runs(torch.randn(20, 7 * 80).to(DEVICE, dtype), 2)
+    whole = runs.float().sum(0).to(dtype)
+    want = head_squares_reference(whole, 3, 2, counts_keys=counts_keys)
+    got = head_squares(runs, 3, 2, counts_keys=counts_keys)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert bool(got[:, 1].any()) == counts_keys
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -68,25 +68,26 @@ def test_the_ends_of_the_range() -> None:
 
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_dim"), [(1, 4, 2, 128), (7, 6, 1, 64), (70, 4, 4, 256)])
 @pytest.mark.parametrize("norm", [False, True])
-def test_rope_cache_packs(tokens: int, heads: int, kv_heads: int, head_dim: int, norm: bool) -> None:
+@pytest.mark.parametrize("rope", ["halves", "neighbours", "none"])
+def test_rope_cache_packs(rope: str, tokens: int, heads: int, kv_heads: int, head_dim: int, norm: bool) -> None:
     torch.manual_seed(tokens)
     block_size, blocks = 16, 6
     qkv = vectors(tokens, (heads + 2 * kv_heads) * head_dim, seed=tokens).to(DTYPE)
     angles = torch.rand(200, head_dim // 2, device=DEVICE) * 6
-    tables = (angles.cos(), angles.sin())
+    tables = None if rope == "none" else (angles.cos(), angles.sin())
     positions = torch.randint(0, 200, (tokens,), device=DEVICE)
     slots = torch.randperm(blocks * block_size, device=DEVICE)[:tokens]
     slots[tokens // 2 :: 5] = -1
-    weights = {}
+    options = {"interleaved": rope == "neighbours"}
     if norm:
-        weights = {name: torch.rand(head_dim, device=DEVICE).to(DTYPE) + 0.5 for name in ("q_norm_D", "k_norm_D")}
+        options |= {name: torch.rand(head_dim, device=DEVICE).to(DTYPE) + 0.5 for name in ("q_norm", "k_norm")}
     shape = (blocks, kv_heads, block_size)
     k, v = torch.full((2, *shape, row_bytes(head_dim)), 77, dtype=torch.uint8, device=DEVICE)
     exponents = torch.full((*shape, 2), 7, dtype=torch.uint8, device=DEVICE)
-    q = rope_cache(qkv, k, v, tables, positions, slots, heads, exponents=exponents, **weights)
+    q = rope_cache(qkv, k, v, tables, positions, slots, heads, exponents=exponents, **options)
 
     plain_k, plain_v = torch.zeros(2, blocks, block_size, kv_heads, head_dim, dtype=DTYPE, device=DEVICE)
-    wanted_q = rope_cache_reference(qkv, plain_k, plain_v, tables, positions, slots, heads, **weights)
+    wanted_q = rope_cache_reference(qkv, plain_k, plain_v, tables, positions, slots, heads, **options)
     torch.testing.assert_close(q, wanted_q, rtol=2.0**-7, atol=2.0**-8)
     written = torch.zeros(blocks * block_size, dtype=torch.bool, device=DEVICE)
     written[slots[slots >= 0]] = True
@@ -127,6 +128,10 @@ def cache_of(lens: list[int], kv_heads: int, head_dim: int, block_size: int):
     return tables.to(DEVICE), (k_rows, v_rows, exponents), (k_kept.to(DTYPE), v_kept.to(DTYPE))
 
 
+def sinks_of(heads: int) -> torch.Tensor:
+    return (2 * torch.randn(heads, generator=torch.Generator().manual_seed(6))).to(DEVICE, DTYPE)
+
+
 def quick(tokens: list[list[int]], work: int) -> list[tuple]:
     """Each of ``tokens`` beside each shape; under the interpreter those of at most so many tokens x heads."""
     return [(one, *shape) for one in tokens for shape in SHAPES if not INTERPRET or sum(one) * shape[0] <= work]
@@ -137,7 +142,8 @@ PREFILLS = quick([[1], [70], [3, 40, 1], [200, 5]], 400)
 
 
 @pytest.mark.parametrize(("lens", "heads", "kv_heads", "head_dim", "block_size", "window"), DECODES)
-def test_decode(lens, heads, kv_heads, head_dim, block_size, window) -> None:
+@pytest.mark.parametrize("sunk", [False, True])
+def test_decode(sunk, lens, heads, kv_heads, head_dim, block_size, window) -> None:
     tables, (k, v, exponents), plain = cache_of(lens, kv_heads, head_dim, block_size)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     q = torch.randn(len(lens), heads, head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
@@ -147,22 +153,25 @@ def test_decode(lens, heads, kv_heads, head_dim, block_size, window) -> None:
             len(lens), heads, kv_heads, head_dim, block_size, scratch, window=window, long=long, packed=True
         )
         plan.update(seq_lens)
-        got = paged_decode(q, k, v, tables, seq_lens, plan, exponents=exponents, scale=0.1)
-        want = paged_decode_reference(q, *plain, tables, seq_lens, scale=0.1, window=window)
+        options = {"scale": 0.1, "sinks_N": sinks_of(heads) if sunk else None}
+        got = paged_decode(q, k, v, tables, seq_lens, plan, exponents=exponents, **options)
+        want = paged_decode_reference(q, *plain, tables, seq_lens, window=window, **options)
         live = seq_lens > 0
         torch.testing.assert_close(got[live], want[live], rtol=2e-2, atol=2e-2 * want.abs().max().item())
         assert not scratch.counters.any()
 
 
 @pytest.mark.parametrize(("new", "heads", "kv_heads", "head_dim", "block_size", "window"), PREFILLS)
-def test_prefill(new, heads, kv_heads, head_dim, block_size, window) -> None:
+@pytest.mark.parametrize("sunk", [False, True])
+def test_prefill(sunk, new, heads, kv_heads, head_dim, block_size, window) -> None:
     lens = [count + 17 * (number % 3) for number, count in enumerate(new)]
     tables, (k, v, exponents), plain = cache_of(lens, kv_heads, head_dim, block_size)
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     q = torch.randn(sum(new), heads, head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
-    got = paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents, scale=0.1, window=window)
-    want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, scale=0.1, window=window)
+    options = {"scale": 0.1, "window": window, "sinks_N": sinks_of(heads) if sunk else None}
+    got = paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents, **options)
+    want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, **options)
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
 
 

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.gpu
     ],
 )
 @pytest.mark.parametrize("batch", ["short", "mixed"] if INTERPRET else ["short", "mixed", "long"])
-def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window, dtype):
+@pytest.mark.parametrize("sunk", [False, True])
+def test_matches_reference(sunk, batch, heads, kv_heads, head_dim, block_size, window, dtype):
     torch.manual_seed(heads)
     pairs = {  # (new tokens, cached prefix)
         "short": [(1, 0), (5, 130), (17, 64), (1, 40), (33, 3)],
@@ -52,6 +53,7 @@ def test_matches_reference(batch, heads, kv_heads, head_dim, block_size, window,
     starts = torch.tensor([0, *torch.tensor([new for new, _ in pairs]).cumsum(0).tolist()], dtype=torch.int32)
     arguments = (tables.to(DEVICE), starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE))
     q = torch.randn(int(starts[-1]), heads, head_dim).to(DEVICE, dtype)
-    want = paged_prefill_reference(q.double(), caches[0].double(), caches[1].double(), *arguments, window=window)
-    out = paged_prefill(q, *caches, *arguments, window=window, out=torch.full_like(q, float("nan")))
+    options = {"window": window, "sinks_N": (3 * torch.randn(heads)).to(DEVICE, dtype) if sunk else None}
+    want = paged_prefill_reference(q.double(), caches[0].double(), caches[1].double(), *arguments, **options)
+    out = paged_prefill(q, *caches, *arguments, **options, out=torch.full_like(q, float("nan")))
     assert relative_error(out, want) < (1e-5 if dtype is torch.float32 else 8e-3)

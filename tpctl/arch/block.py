@@ -3,8 +3,9 @@
     residual ─┬────────────────────────────────(+)─┬───────────────────────────────(+)──
               └ norm ─ qkv ─ attention ─ out ─ [norm] ┘└ norm ─ gate_up ─ act·up ─ down ─ [norm] ┘
 
-where a norm in brackets is one that only some families have. Names leave out ``model.layers.N.``, so that layers that
-are cut alike compare equal. A ``CutBlock`` is one of which no more is known than what it is made of and how it is cut.
+where a norm in brackets is one that only some families have, and OLMo has no other. Names leave out
+``model.layers.N.``, so that layers that are cut alike compare equal. A ``CutBlock`` is one of which no more is known
+than what it is made of and how it is cut.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class Attention:
     Attributes:
         qkv: queries, keys and values below each other, in whole heads.
         window: how many tokens a token sees, itself included; ``None``: all before it.
+        rope: ``None``: heads are not rotated (NoPE).
         scale: of the scores, before ``softcap`` and softmax.
         softcap: a score s becomes softcap * tanh(s / softcap); ``None``: it stays.
-        q_norm, k_norm: over each head, before ``rope``.
+        q_norm, k_norm: before ``rope``; over each head, or, where they have a ``cut``, over all heads at once.
+        sinks: a score for each query head that joins its softmax and that no value goes with.
     """
 
     qkv: Linear
@@ -42,12 +45,18 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: RopeConfig
+    rope: RopeConfig | None
     scale: float
     window: int | None = None
     softcap: float | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    sinks: Vector | None = None
+
+    @property
+    def rotates_part(self) -> bool:
+        """Whether it rotates some of a head's dimensions, and leaves others as they are."""
+        return self.rope is not None and self.rope.rotary_dim != self.head_dim
 
     def shares(self, tp_size: int) -> tuple[HeadShare, ...]:
         """The heads of each rank. Raises ``PartitionError`` if they cannot be dealt to so many."""
@@ -55,9 +64,9 @@ class Attention:
 
     def splits(self) -> Iterator[TensorSplit]:
         yield from self.qkv.splits()
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                yield from norm.splits()
+        for part in (self.q_norm, self.k_norm, self.sinks):
+            if part is not None:
+                yield from part.splits()
         yield from self.out.splits()
 
 
@@ -155,14 +164,21 @@ class Mixer:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer. ``after_attention`` and ``after_mlp`` norm what is added to the residual (Gemma's sandwich)."""
+    """One layer.
 
-    before_attention: Norm
+    Attributes:
+        before_attention, before_mlp: norm what is read from the residual; ``None`` only where there is one behind.
+        after_attention, after_mlp: norm what is added to it (Gemma's sandwich).
+        residual_scale: what is added to it is multiplied by.
+    """
+
+    before_attention: Norm | None
     attention: Attention
-    before_mlp: Norm
+    before_mlp: Norm | None
     mlp: Gated | Experts
     after_attention: Norm | None = None
     after_mlp: Norm | None = None
+    residual_scale: float = 1.0
 
     @property
     def parts(self) -> tuple[LayerPart, ...]:

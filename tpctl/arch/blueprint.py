@@ -30,6 +30,7 @@ class Blueprint:
         norm: the last one.
         tied: the head is the embedding's tensor, stored once, as ``head``.
         embedding_scale: what looked up rows are multiplied by.
+        logit_scale: what logits are multiplied by, before their cap.
         logit_softcap: as of ``Attention``, for the logits.
         prefix: of a layer's names, with its number in place of ``{}``.
         unused: names, less the layer's prefix, that a checkpoint may hold in any layer and nobody reads.
@@ -49,6 +50,7 @@ class Blueprint:
     embedding: str = EMBEDDING
     head: str = LM_HEAD
     embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     prefix: str = "model.layers.{}."
     unused: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)

@@ -153,7 +153,8 @@ def _of_text(raw: Mapping[str, Any], inner: str | None) -> Mapping[str, Any]:
 
 def _longest(blueprint: Blueprint, fields: Fields) -> int:
     """The longest sequence that every layer takes, as far as layers say it; ``max_position_embeddings`` otherwise."""
-    said = [layer.attention.rope.longest for layer in blueprint.layers if isinstance(layer, Block)]
+    ropes = [layer.attention.rope for layer in blueprint.layers if isinstance(layer, Block)]
+    said = [rope.longest for rope in ropes if rope is not None]
     return min(said) if said else fields.whole("max_position_embeddings")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpctl.arch.fields import Fields
+from tpctl.arch.windows import FULL, SLIDING
 from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
 
 MOST_POSITIONS = 2**25
@@ -49,7 +50,10 @@ _FOREIGN = ("attn_factor", "extrapolation_factor", "short_mscale", "long_mscale"
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: ``kind`` is one of ``ROPE_KINDS``; ``params`` holds that kind's own numbers."""
+    """Rotary embedding: ``kind`` is one of ``ROPE_KINDS``; ``params`` holds that kind's own numbers.
+
+    ``interleaved``: neighbouring dimensions are pairs, instead of those that are half of ``rotary_dim`` apart.
+    """
 
     kind: str
     theta: float
@@ -57,6 +61,7 @@ class RopeConfig:
     max_position_embeddings: int
     original_max_position_embeddings: int
     params: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
 
     @property
     def longest(self) -> int:
@@ -77,12 +82,14 @@ def read_rope(
     *,
     kinds: Mapping[str, str] = ROPE_KINDS,
     partial: bool = False,
+    interleaved: bool = False,
 ) -> RopeConfig:
     """The RoPE settings of a config with heads of ``head_dim`` dimensions.
 
     Args:
         kinds: those that the family takes, by the names that it gives them.
         partial: a head's rotated dimensions may be fewer than all (``partial_rotary_factor``).
+        interleaved: as of ``RopeConfig``.
 
     Raises:
         CheckpointError: a number is missing, wrong, or contradicts another one.
@@ -107,13 +114,36 @@ def read_rope(
     for key in _TOP_LEVEL:
         raw.pop(key, None)
     _check(kind, params, rotary_dim // 2)
-    rope = RopeConfig(kind, theta, rotary_dim, positions, original, raw)
+    rope = RopeConfig(kind, theta, rotary_dim, positions, original, raw, interleaved)
     if rope.longest > MOST_POSITIONS:
         raise CheckpointError(
             f"config.json: a RoPE factor of {shown(raw['factor'])} makes {rope.longest} positions, "
             f"but at most {MOST_POSITIONS} are supported"
         )
     return rope
+
+
+def read_rope_of(layers: str, fields: Fields, architecture: str, head_dim: int, theta: Any) -> RopeConfig:
+    """The RoPE settings of one kind of layers, ``SLIDING`` or ``FULL``, of a family whose ``rope_parameters`` hold
+    both. ``rope_scaling``, of older files, is of those with full attention.
+
+    Args:
+        theta: their ``rope_theta`` where these say none.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as ``read_rope``; or the parameters are not by layer type.
+    """
+    values = {"max_position_embeddings": fields.get("max_position_embeddings"), "rope_theta": theta}
+    both = fields.mapping("rope_parameters")
+    if unknown := sorted(both.keys() - {SLIDING, FULL}):
+        raise CheckpointError(
+            f"config.json: rope_parameters has {shown(unknown[0])}, but the RoPE of {SLIDING} and of {FULL} are needed"
+        )
+    if both.get(layers) is not None:
+        values["rope_parameters"] = fields.within(both).mapping(layers)
+    if layers == FULL and fields.get("rope_scaling") is not None:
+        values["rope_scaling"] = fields.get("rope_scaling")
+    return read_rope(fields.within(values), architecture, head_dim)
 
 
 def _params(fields: Fields) -> dict[str, Any]:

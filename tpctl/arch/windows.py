@@ -8,7 +8,8 @@ from tpctl.errors import CheckpointError, UnsupportedModelError, counted, shown
 Windows = tuple[int | None, ...]
 """Each layer's window in tokens, the token itself counted; ``None``: it has none."""
 
-_KINDS = ("full_attention", "sliding_attention")
+SLIDING, FULL = "sliding_attention", "full_attention"
+_KINDS = (FULL, SLIDING)
 
 
 def no_window(fields: Fields, num_layers: int, longest: int, architecture: str) -> Windows:
@@ -21,7 +22,7 @@ def no_window(fields: Fields, num_layers: int, longest: int, architecture: str) 
             f"config.json: sliding_window is {window}, which {architecture} does not have, and engines "
             f"differ in what they make of it; set it to null, or to the model's {longest} positions or more"
         )
-    if kinds is not None and "sliding_attention" in kinds:
+    if kinds is not None and SLIDING in kinds:
         raise CheckpointError("config.json: layer_types names sliding_attention, but no sliding_window is in use")
     return (None,) * num_layers
 
@@ -31,9 +32,9 @@ def one_window(fields: Fields, num_layers: int, architecture: str) -> Windows:
     kinds, window = layer_kinds(fields, num_layers), fields.optional_whole("sliding_window")
     if kinds is None:
         return (window,) * num_layers
-    if window is None and "sliding_attention" in kinds:
+    if window is None and SLIDING in kinds:
         raise CheckpointError("config.json: layer_types names sliding_attention, but no sliding_window is in use")
-    if window is not None and "full_attention" in kinds:
+    if window is not None and FULL in kinds:
         raise UnsupportedModelError(
             f"config.json: layer_types names full_attention, but {architecture} has its sliding_window "
             f"({window}) in every layer; remove layer_types, or correct model_type"
@@ -48,14 +49,27 @@ def upper_windows(fields: Fields, num_layers: int) -> Windows:
     if kinds is None:
         first = fields.whole("max_window_layers", least=0) if window is not None else 0
         return tuple(window if layer >= first else None for layer in range(num_layers))
-    if window is None and "sliding_attention" in kinds:
+    if window is None and SLIDING in kinds:
         raise CheckpointError("config.json: layer_types names sliding_attention, but no sliding_window is in use")
+    return by_kind(kinds, window)
+
+
+def full_every(count: int, num_layers: int) -> list[str]:
+    """The layers' kinds where no ``layer_types`` says them: each ``count``-th has full attention."""
+    return [SLIDING if (layer + 1) % count else FULL for layer in range(num_layers)]
+
+
+def mixed_windows(fields: Fields, kinds: list[str]) -> Windows:
+    """Of a family whose ``sliding_window`` is that of the layers that ``kinds`` calls sliding."""
+    window = fields.optional_whole("sliding_window")
+    if window is None and SLIDING in kinds:
+        raise CheckpointError("config.json: layers have sliding attention, but no sliding_window is in use")
     return by_kind(kinds, window)
 
 
 def by_kind(kinds: list[str], window: int | None) -> Windows:
     """``window`` in the layers that ``layer_types`` calls sliding."""
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def layer_kinds(fields: Fields, num_layers: int, known: tuple[str, ...] = _KINDS) -> list[str] | None:

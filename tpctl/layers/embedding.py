@@ -53,14 +53,25 @@ class ParallelLMHead(ColumnParallelLinear):
     columns past the real vocabulary are padding.
 
     Args:
-        softcap: a logit l becomes softcap * tanh(l / softcap).
+        scale: what logits are multiplied by.
+        softcap: a logit l then becomes softcap * tanh(l / softcap).
     """
 
-    def __init__(self, held: HeldLinear, dtype: torch.dtype | None = None, *, softcap: float | None = None) -> None:
+    def __init__(
+        self,
+        held: HeldLinear,
+        dtype: torch.dtype | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__(held, dtype)
+        self.scale = scale
         self.softcap = softcap
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[R, H] -> [R, V]."""
         logits = super().forward(x, norm)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)

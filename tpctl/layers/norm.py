@@ -19,11 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     # The length is one pass over the row, where square and mean are two.
     length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return scaled(x, scale, weight, unit_offset=unit_offset)
+
+
+def scaled(x: Tensor, scale: Tensor, weight: Tensor, *, unit_offset: bool = False) -> Tensor:
+    """``x * scale * weight``, rounded as ``rms_norm`` does; ``scale`` is float32."""
     if unit_offset:
-        return (wide * scale).mul_(weight.float() + 1).to(x.dtype)
-    if wide is x:
-        return (x * scale).mul_(weight)
-    return wide.mul_(scale).to(x.dtype).mul_(weight)
+        return (x.float() * scale).mul_(weight.float() + 1).to(x.dtype)
+    return (x * scale).to(x.dtype).mul_(weight)
 
 
 class RMSNorm(Layer):

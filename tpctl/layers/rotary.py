@@ -1,6 +1,8 @@
 """Rotary position embedding: tables for every supported kind, and their application.
 
-Su et al., "RoFormer" (2021). Pairs are (i, i + rotary_dim / 2), as in Hugging Face checkpoints.
+Su et al., "RoFormer" (2021). Pairs are (i, i + rotary_dim / 2), as in most Hugging Face checkpoints, or neighbours, as
+in the paper: then what comes out is in the other order, (0, 2, 4, .., 1, 3, 5, ..), for queries and keys alike, so that
+their products stay what they are.
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ class RotaryTable:
         self.cos = (angle.cos() * scale).to(device)
         self.sin = (angle.sin() * scale).to(device)
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbouring dimensions are pairs."""
+        return self.config.interleaved
+
     def angles(self, rows_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and signed sin for ``apply_rotary``, [T, 1, rotary_dim] each: [cos, cos] and [-sin, sin] of the rows."""
         cos, sin = self.cos[rows_T].to(dtype), self.sin[rows_T].to(dtype)
@@ -47,12 +54,15 @@ class RotaryTable:
 
 
 def rotary_tables(
-    ropes: Sequence[RopeConfig], max_positions: int, device: torch.device | str
-) -> tuple[RotaryTable, ...]:
-    """Each layer's table; layers that rotate alike share one."""
+    ropes: Sequence[RopeConfig | None], max_positions: int, device: torch.device | str
+) -> tuple[RotaryTable | None, ...]:
+    """Each layer's table; layers that rotate alike share one. ``None``: of layers that do not rotate."""
     tables: list[RotaryTable] = []
-    found = []
+    found: list[RotaryTable | None] = []
     for rope in ropes:
+        if rope is None:
+            found.append(None)
+            continue
         table = next((table for table in tables if table.config == rope), None)
         if table is None:
             table = RotaryTable(rope, max_positions, device)
@@ -61,9 +71,9 @@ def rotary_tables(
     return tuple(found)
 
 
-def rotary_offset(tables: Sequence[RotaryTable], num_tokens: int) -> int:
+def rotary_offset(tables: Sequence[RotaryTable | None], num_tokens: int) -> int:
     """The row of every layer's table at which the one for a sequence of ``num_tokens`` tokens begins."""
-    offsets = {table.offset(num_tokens) for table in tables}
+    offsets = {table.offset(num_tokens) for table in tables if table is not None} or {0}
     assert len(offsets) == 1, "long RoPE is the same in every layer"
     return offsets.pop()
 
@@ -142,14 +152,17 @@ def _yarn_scale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first ``rotary_dim`` dimensions of every head of ``x`` [T, heads, D]; the others are kept.
 
     Args:
         cos, sin: [T, 1, rotary_dim] from ``RotaryTable.angles``, in the dtype of ``x``.
+        interleaved: pairs are neighbours; what comes out is [first of each pair, second of each pair].
     """
     width = cos.shape[-1]
     turned = x[..., :width]
+    if interleaved:
+        turned = torch.cat((turned[..., 0::2], turned[..., 1::2]), dim=-1)
     swapped = torch.cat((turned[..., width // 2 :], turned[..., : width // 2]), dim=-1)
     rotated = swapped.mul_(sin).addcmul_(turned, cos)
     return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)

@@ -53,14 +53,15 @@ class ResidualStream:
         self._residual = residual
         self._group = group
 
-    def normed(self, norm: RMSNorm) -> Rows:
-        """The residual, normed."""
-        return Rows(norm(self._residual))
+    def normed(self, norm: RMSNorm | None) -> Rows:
+        """The residual, normed; ``None``: as it is."""
+        return Rows(self._residual if norm is None else norm(self._residual))
 
-    def add(self, summand: Summand, x: Any, norm: RMSNorm | None = None) -> None:
-        """Add what ``summand`` makes of ``x``, summed over the ranks; through ``norm``, if there is one."""
+    def add(self, summand: Summand, x: Any, norm: RMSNorm | None = None, scale: float = 1.0) -> None:
+        """Add ``scale`` times what ``summand`` makes of ``x``, summed over the ranks; through ``norm``, if there is
+        one."""
         total = summand(x)
-        self._residual.add_(total if norm is None else norm(total))
+        self._residual.add_(total if norm is None else norm(total), alpha=scale)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of T (int64 [R]) alone."""

@@ -36,7 +36,10 @@ class CudaStream(ResidualStream):
         self._choose()
         self._residual = self._all_reduce(embedded)
 
-    def normed(self, norm: RMSNorm) -> Rows:
+    def normed(self, norm: RMSNorm | None) -> Rows:
+        if norm is None:
+            assert self._open is None, "every sum without a norm of its own is followed by one"
+            return Rows(self._residual)
         if self._within:
             return Rows(self._residual, norm)
         if self._open is None:
@@ -58,10 +61,11 @@ class CudaStream(ResidualStream):
         added = self._group.all_reduce(added)
         return Rows(add_rms_norm(added, self._residual, norm.weight, norm.eps, unit_offset=offset, pdl=state.pdl))
 
-    def add(self, summand: Summand, x: Any, norm: RMSNorm | None = None) -> None:
+    def add(self, summand: Summand, x: Any, norm: RMSNorm | None = None, scale: float = 1.0) -> None:
         assert self._open is None, "every sum is followed by a norm"
-        if norm is not None:
-            self._residual.add_(normed(self._all_reduce(summand.local(x)), norm, self._state))
+        if norm is not None or scale != 1.0:
+            total = self._all_reduce(summand.local(x))
+            self._residual.add_(total if norm is None else normed(total, norm, self._state), alpha=scale)
         elif self._within:
             summand.add_to(self._residual, x)
         else:

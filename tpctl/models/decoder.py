@@ -42,9 +42,9 @@ from tpctl.partition.plan import PartitionPlan
 class _Norms(NamedTuple):
     """A block's norms, by their places; their names as modules are those of the checkpoint."""
 
-    before_attention: RMSNorm
+    before_attention: RMSNorm | None
     after_attention: RMSNorm | None
-    before_mlp: RMSNorm
+    before_mlp: RMSNorm | None
     after_mlp: RMSNorm | None
 
 
@@ -56,13 +56,14 @@ class DecoderLayer(Layer):
         made_of: blocks.Block,
         hold: Hold,
         backend: AttentionBackend[Any],
-        rotary: RotaryTable,
+        rotary: RotaryTable | None,
         group: TPGroup,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.residual_scale = made_of.residual_scale
         norms = (made_of.before_attention, made_of.after_attention, made_of.before_mlp, made_of.after_mlp)
-        self.norms = _Norms(*(self._norm(norm, dtype) for norm in norms))  # type: ignore[arg-type]
+        self.norms = _Norms(*(self._norm(norm, dtype) for norm in norms))
         self.self_attn = Attention(made_of.attention, hold, backend, rotary, group, dtype)
         self._mlp = (self._made(made_of.mlp, hold, group, dtype),)  # under the names that a shard has it by
 
@@ -89,16 +90,16 @@ class DecoderLayer(Layer):
             rows: int64 [R], the only rows of T that are still wanted behind attention; ``None``: all. The keys and
                 values of the others are stored all the same.
         """
-        norms = self.norms
+        norms, scale = self.norms, self.residual_scale
         attended = self.self_attn(stream.normed(norms.before_attention), kv, plan)
         if rows is not None:
             stream.keep(rows)
             attended = attended[rows]
             if not len(rows):
                 return
-        stream.add(self.self_attn.o_proj, attended, norms.after_attention)
+        stream.add(self.self_attn.o_proj, attended, norms.after_attention, scale)
         summand, x = self._mlp[0].summand(stream.normed(norms.before_mlp))
-        stream.add(summand, x, norms.after_mlp)
+        stream.add(summand, x, norms.after_mlp, scale)
 
 
 class Backbone(Layer):
@@ -129,7 +130,7 @@ class Decoder(Layer):
         made_of: Blueprint,
         plan: PartitionPlan,
         backend: AttentionBackend[Any],
-        rotaries: Sequence[RotaryTable],
+        rotaries: Sequence[RotaryTable | None],
         group: TPGroup,
         dtype: torch.dtype,
         held: Collection[str] | None = None,
@@ -154,7 +155,9 @@ class Decoder(Layer):
             layers,
             RMSNorm.of(made_of.norm, dtype),
         )
-        self.lm_head = ParallelLMHead(hold("", made_of.output), dtype, softcap=made_of.logit_softcap)
+        self.lm_head = ParallelLMHead(
+            hold("", made_of.output), dtype, scale=made_of.logit_scale, softcap=made_of.logit_softcap
+        )
         if made_of.tied:
             self.tie()
 

@@ -199,9 +199,7 @@ class ModelSizes:
     def packs(self) -> bool:
         """Whether GPUs keep bfloat16 keys and values in 12 bits."""
         fit = all(
-            isinstance(mixer, Attention)
-            and mixer.rope.rotary_dim == mixer.head_dim
-            and mixer.head_dim in PACKED_HEAD_DIMS
+            isinstance(mixer, Attention) and not mixer.rotates_part and mixer.head_dim in PACKED_HEAD_DIMS
             for mixer in self._mixers
         )
         return self._may_pack and self.dtype == DTYPES["bfloat16"] and fit

@@ -44,7 +44,7 @@ class LoadedModel:
     """One rank's model, before it is known how large its KV cache will be.
 
     Attributes:
-        rotaries: every layer's table; layers that rotate alike share one.
+        rotaries: every layer's table, if it rotates; layers that rotate alike share one.
         wanted_len: the longest sequence that the model and the settings allow.
         share: what the rank may take of its GPU.
     """
@@ -54,7 +54,7 @@ class LoadedModel:
     config: ModelConfig
     dtype: torch.dtype
     backend: AttentionBackend[Any]
-    rotaries: tuple[RotaryTable, ...]
+    rotaries: tuple[RotaryTable | None, ...]
     model: Decoder
     sampler: Sampler
     weight_bytes: int
@@ -99,7 +99,7 @@ def load(
         [attention_spec(attention, group.rank, group.size) for attention in attentions],
         settings.block_size,
         kv_cache_dtype=settings.kv_cache_dtype,
-        whole_heads=all(attention.rope.rotary_dim == attention.head_dim for attention in attentions),
+        whole_heads=not any(attention.rotates_part for attention in attentions),
     )
     held = manifest.shard(group.rank).nbytes
     # While they are converted, weights are held in either dtype.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.packed_kv import factor, load_exponents, unpack
-from tpctl.kernels.attention.tile_runs import block_of, first_run, leave_partial, next_run, window_of
+from tpctl.kernels.attention.tile_runs import block_of, first_run, leave_partial, next_run, softmax_start, window_of
 from tpctl.kernels.common.prefetch import prefetch
 
 
@@ -30,6 +30,7 @@ def packed_decode_kernel(
     stats_ptr,
     counters_ptr,
     out_ptr,
+    sinks_ptr,
     scale_log2e,
     num_seqs,
     num_programs,
@@ -43,6 +44,7 @@ def packed_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -80,8 +82,7 @@ def packed_decode_kernel(
         first_token = (window_tile + tile - seq_start) * TILE
         last = tl.minimum(run_end, seq_end)
 
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        weight = tl.zeros([BLOCK_M], tl.float32)
+        top, weight = softmax_start(sinks_ptr, kv_head, m, tile == seq_start, GROUP, BLOCK_M, SINKS)
         acc_low = tl.zeros([HALF, BLOCK_M], tl.float32)
         acc_high = tl.zeros([HALF, BLOCK_M], tl.float32)
         # The next tile's place and exponents are read a tile ahead, so that its loads can be asked for before this

@@ -28,10 +28,9 @@ import triton
 from tpctl.kernels.attention.packed_decode_kernels import packed_decode_kernel
 from tpctl.kernels.attention.packed_kv import row_bytes
 from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
-from tpctl.kernels.attention.tile_runs import plan_kernel
+from tpctl.kernels.attention.tile_runs import LOG2E, plan_kernel
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
 
-_LOG2E = 1.4426950408889634
 LONG_CONTEXT = 1024
 """Tokens from which one or two sequences are decoded by a configuration of their own."""
 
@@ -222,6 +221,7 @@ def paged_decode(
     *,
     exponents: torch.Tensor | None = None,
     scale: float | None = None,
+    sinks_N: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -232,7 +232,8 @@ def paged_decode(
     [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 marks a row without work: its output
     is undefined, and not touched if no row with work follows. plan: updated with these seq_lens; with pdl, at least two
     kernels before this one.
-    scale: softmax scale (default D ** -0.5). Returns [S, N, D] in q's dtype.
+    scale: softmax scale (default D ** -0.5). sinks_N: [N], scores that join the softmax of each head, with no value of
+    their own. Returns [S, N, D] in q's dtype.
     """
     num_seqs, _, head_dim = q_SND.shape
     config = plan.config
@@ -249,7 +250,8 @@ def paged_decode(
         plan.scratch.stats,
         plan.scratch.counters,
         out_SND,
-        (head_dim**-0.5 if scale is None else scale) * _LOG2E,
+        q_SND if sinks_N is None else sinks_N,
+        (head_dim**-0.5 if scale is None else scale) * LOG2E.value,
         num_seqs,
         config.num_programs,
         config.min_tiles,
@@ -265,6 +267,7 @@ def paged_decode(
         "BLOCK_SIZE": plan.block_size,
         "TILE": config.tile,
         "WINDOW": plan.window,
+        "SINKS": sinks_N is not None,
         "AHEAD": config.ahead,
         "BLOCK_GROUP": group,
         "BLOCK_PARTS": plan.block_parts,
@@ -291,6 +294,7 @@ def paged_decode_reference(
     *,
     scale: float | None = None,
     window: int | None = None,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_decode` in plain torch, one sequence at a time, computed in float32 (float64 for float64)."""
     num_heads, head_dim = q_SND.shape[1:]
@@ -310,5 +314,13 @@ def paged_decode_reference(
             for cache in (k_cache, v_cache)
         )
         scores = torch.einsum("nd,tnd->nt", q_SND[s].to(wide), k) * (head_dim**-0.5 if scale is None else scale)
-        out_SND[s] = torch.einsum("nt,tnd->nd", scores.softmax(-1), v).to(q_SND.dtype)
+        out_SND[s] = torch.einsum("nt,tnd->nd", softmax_reference(scores, sinks_N), v).to(q_SND.dtype)
     return out_SND
+
+
+def softmax_reference(scores_NL: torch.Tensor, sinks_N: torch.Tensor | None) -> torch.Tensor:
+    """The weights of scores [N, .., L], whose sums `sinks_N` joins."""
+    if sinks_N is None:
+        return scores_NL.softmax(-1)
+    sinks = sinks_N.to(scores_NL.dtype).view(-1, *(1,) * (scores_NL.dim() - 1)).expand(*scores_NL.shape[:-1], 1)
+    return torch.cat([scores_NL, sinks], dim=-1).softmax(-1)[..., :-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.attention.tile_runs import block_of, first_run, leave_partial, next_run, window_of
+from tpctl.kernels.attention.tile_runs import block_of, first_run, leave_partial, next_run, softmax_start, window_of
 from tpctl.kernels.common.prefetch import prefetch
 
 
@@ -23,6 +23,7 @@ def decode_kernel(
     stats_ptr,
     counters_ptr,
     out_ptr,
+    sinks_ptr,
     scale_log2e,
     num_seqs,
     num_programs,
@@ -37,6 +38,7 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -71,8 +73,7 @@ def decode_kernel(
         first_token = (window_tile + tile - seq_start) * TILE
         last = tl.minimum(run_end, seq_end)
 
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        weight = tl.zeros([BLOCK_M], tl.float32)
+        top, weight = softmax_start(sinks_ptr, kv_head, m, tile == seq_start, GROUP, BLOCK_M, SINKS)
         acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
         if BLOCK_SIZE >= TILE:
             block = block_of(table, first_token, length, BLOCK_SIZE)

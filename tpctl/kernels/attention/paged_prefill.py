@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.packed_kv import factor, unpack
+from tpctl.kernels.attention.paged_decode import softmax_reference
+from tpctl.kernels.attention.tile_runs import LOG2E
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, shared_memory
-
-_LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -120,6 +120,7 @@ def _prefill_kernel(
     query_start_ptr,
     seq_lens_ptr,
     out_ptr,
+    sinks_ptr,
     scale_log2e,
     num_seqs,
     table_stride,
@@ -133,6 +134,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     PACKED: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -182,6 +184,9 @@ def _prefill_kernel(
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        top = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        weight += 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     if WINDOW == 0:
         acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, exponents_ptr, table, kv_head,
@@ -243,6 +248,7 @@ def paged_prefill(
     exponents: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
+    sinks_N: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -254,7 +260,8 @@ def paged_prefill(
     (`kernels.attention.packed_kv`); the new tokens already written.
     block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
     included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
-    all). scale: default D ** -0.5. Returns [T, N, D].
+    all). sinks_N: [N], scores that join the softmax of each head, with no value of their own. scale: default D ** -0.5.
+    Returns [T, N, D].
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -278,7 +285,8 @@ def paged_prefill(
         query_start_loc,
         seq_lens_S,
         out_TND,
-        (head_dim**-0.5 if scale is None else scale) * _LOG2E,
+        q_TND if sinks_N is None else sinks_N,
+        (head_dim**-0.5 if scale is None else scale) * LOG2E.value,
         num_seqs,
         block_tables.stride(0),
         q_TND.stride(0),
@@ -291,6 +299,7 @@ def paged_prefill(
         BLOCK_M=config.block_m,
         TILE=config.tile,
         WINDOW=window or 0,
+        SINKS=sinks_N is not None,
         PACKED=exponents is not None,
         STAGES=config.num_stages,
         PDL=pdl,
@@ -310,6 +319,7 @@ def paged_prefill_reference(
     *,
     scale: float | None = None,
     window: int | None = None,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_prefill` in plain torch, one sequence at a time, computed in float32 (float64 for float64)."""
     num_heads, head_dim = q_TND.shape[1:]
@@ -335,5 +345,5 @@ def paged_prefill_reference(
         if window:
             seen &= key > position - window
         scores = (scores * (head_dim**-0.5 if scale is None else scale)).masked_fill(~seen, float("-inf"))
-        out_TND[rows] = torch.einsum("nqt,tnd->qnd", scores.softmax(-1), v).to(q_TND.dtype)
+        out_TND[rows] = torch.einsum("nqt,tnd->qnd", softmax_reference(scores, sinks_N), v).to(q_TND.dtype)
     return out_TND

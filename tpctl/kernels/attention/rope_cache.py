@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,15 +26,20 @@ def _rope_cache_kernel(
     slots_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    sums_ptr,
     qkv_stride,
     split_stride,
     eps,
+    q_size,
+    k_size,
     SPLITS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # rotary_dim / 2
-    HAS_NORM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,  # 0: none; 1: over each head; 2: over all heads of all ranks, by their sums of squares
     UNIT_OFFSET: tl.constexpr,
     HEADS: tl.constexpr,  # heads per program
     BLOCK_HALF: tl.constexpr,
@@ -40,7 +47,8 @@ def _rope_cache_kernel(
     PACKED: tl.constexpr,  # KV blocks of so many tokens, packed; 0: not packed
     PDL: tl.constexpr,
 ):
-    # A head is [x1 (HALF) | x2 (HALF) | rest]; x1 and x2 rotate into each other, the rest passes through.
+    # A head is [x1 (HALF) | x2 (HALF) | rest]; x1 and x2 rotate into each other, the rest passes through. Where pairs
+    # are neighbours, x1 and x2 of queries and keys lie in turn, and are stored apart.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = tl.arange(0, BLOCK_HALF)
@@ -55,15 +63,22 @@ def _rope_cache_kernel(
         # it waits.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    position = tl.load(positions_ptr + token)
     slot = tl.load(slots_ptr + token)
-    cos = tl.load(cos_ptr + position * HALF + half, mask=in_half, other=1.0)[None, :]
-    sin = tl.load(sin_ptr + position * HALF + half, mask=in_half, other=0.0)[None, :]
+    if ROTATED:
+        position = tl.load(positions_ptr + token)
+        cos = tl.load(cos_ptr + position * HALF + half, mask=in_half, other=1.0)[None, :]
+        sin = tl.load(sin_ptr + position * HALF + half, mask=in_half, other=0.0)[None, :]
 
     row = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM
     mask = exists[:, None] & in_half[None, :]
-    raw1 = sum_runs(row + half[None, :], mask, split_stride, SPLITS)
-    raw2 = sum_runs(row + HALF + half[None, :], mask, split_stride, SPLITS)
+    dim1, dim2 = half, HALF + half
+    at1, at2 = dim1[None, :], dim2[None, :]
+    if INTERLEAVED:
+        dim1, dim2 = 2 * half, 2 * half + 1
+        at1 = tl.where(rotated[:, None], dim1[None, :], at1)
+        at2 = tl.where(rotated[:, None], dim2[None, :], at2)
+    raw1 = sum_runs(row + at1, mask, split_stride, SPLITS)
+    raw2 = sum_runs(row + at2, mask, split_stride, SPLITS)
     dtype = raw1.dtype
     x1 = raw1.to(tl.float32)
     x2 = raw2.to(tl.float32)
@@ -73,19 +88,30 @@ def _rope_cache_kernel(
         raw3 = sum_runs(row + 2 * HALF + rest[None, :], rest_mask, split_stride, SPLITS)
         x3 = raw3.to(tl.float32)
 
-    if HAS_NORM:
-        squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+    if NORM > 0:
+        if NORM == 1:
+            squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+            if BLOCK_REST > 0:
+                squares += tl.sum(x3 * x3, 1)
+            mean = squares / HEAD_DIM
+        else:
+            mean = tl.where(is_q, tl.load(sums_ptr + token * 2) / q_size, tl.load(sums_ptr + token * 2 + 1) / k_size)
+        scale = tl.rsqrt(mean + eps)[:, None]
+        weight = _norm_weight(q_weight_ptr, k_weight_ptr, head, is_q, is_k, dim1, in_half, NUM_HEADS, HEAD_DIM, NORM)
+        x1 = _weighted(x1 * scale, weight, dtype, UNIT_OFFSET)
+        weight = _norm_weight(q_weight_ptr, k_weight_ptr, head, is_q, is_k, dim2, in_half, NUM_HEADS, HEAD_DIM, NORM)
+        x2 = _weighted(x2 * scale, weight, dtype, UNIT_OFFSET)
         if BLOCK_REST > 0:
-            squares += tl.sum(x3 * x3, 1)
-        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        x1 = _norm_weight(x1 * scale, q_weight_ptr, k_weight_ptr, is_q, half, in_half, dtype, UNIT_OFFSET)
-        x2 = _norm_weight(x2 * scale, q_weight_ptr, k_weight_ptr, is_q, HALF + half, in_half, dtype, UNIT_OFFSET)
-        if BLOCK_REST > 0:
-            inside = rest < HEAD_DIM - 2 * HALF
-            x3 = _norm_weight(x3 * scale, q_weight_ptr, k_weight_ptr, is_q, 2 * HALF + rest, inside, dtype, UNIT_OFFSET)
+            weight = _norm_weight(q_weight_ptr, k_weight_ptr, head, is_q, is_k, 2 * HALF + rest,
+                                  rest < HEAD_DIM - 2 * HALF, NUM_HEADS, HEAD_DIM, NORM)  # fmt: skip
+            x3 = _weighted(x3 * scale, weight, dtype, UNIT_OFFSET)
 
-    y1 = tl.where(rotated[:, None], (x1 * cos - x2 * sin).to(dtype), raw1)
-    y2 = tl.where(rotated[:, None], (x2 * cos + x1 * sin).to(dtype), raw2)
+    if ROTATED:
+        y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    else:
+        y1, y2 = x1, x2
+    y1 = tl.where(rotated[:, None], y1.to(dtype), raw1)
+    y2 = tl.where(rotated[:, None], y2.to(dtype), raw2)
 
     q_row = q_out_ptr + (token * NUM_HEADS + head[:, None]) * HEAD_DIM
     k_row = k_cache_ptr + (slot * NUM_KV_HEADS + head[:, None] - NUM_HEADS) * HEAD_DIM
@@ -126,10 +152,34 @@ def _rope_cache_kernel(
 
 
 @triton.jit
-def _norm_weight(x, q_weight_ptr, k_weight_ptr, is_q, dim, inside, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
-    q_weight = tl.load(q_weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
-    k_weight = tl.load(k_weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
+def _norm_weight(
+    q_weight_ptr,
+    k_weight_ptr,
+    head,
+    is_q,
+    is_k,
+    dim,
+    inside,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The norms' weights of some dimensions of some heads, float32 [heads, dimensions]."""
+    if NORM == 1:
+        q_weight = tl.load(q_weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
+        k_weight = tl.load(k_weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
+    else:
+        at = head[:, None] * HEAD_DIM + dim[None, :]
+        q_weight = tl.load(q_weight_ptr + at, mask=is_q[:, None] & inside[None, :], other=0.0)
+        at -= NUM_HEADS * HEAD_DIM
+        k_weight = tl.load(k_weight_ptr + at, mask=is_k[:, None] & inside[None, :], other=0.0)
+        weight = q_weight.to(tl.float32) + k_weight.to(tl.float32)
+    return weight
+
+
+@triton.jit
+def _weighted(x, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
     if UNIT_OFFSET:
         y = (x * (1.0 + weight)).to(dtype).to(tl.float32)
     else:
@@ -137,20 +187,31 @@ def _norm_weight(x, q_weight_ptr, k_weight_ptr, is_q, dim, inside, dtype: tl.con
     return y
 
 
+class NormedOverAll(NamedTuple):
+    """How heads are normed over all ranks at once: by the sums of squares of queries and of keys, float32 [T, 2], which
+    are those of so many elements."""
+
+    sums_T2: torch.Tensor
+    q_size: int
+    k_size: int
+
+
 def rope_cache(
     qkv_TF: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
     positions_T: torch.Tensor,
     slot_mapping_T: torch.Tensor,
     num_heads: int,
     *,
     exponents: torch.Tensor | None = None,
-    q_norm_D: torch.Tensor | None = None,
-    k_norm_D: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     unit_offset: bool = False,
+    over_all: NormedOverAll | None = None,
+    interleaved: bool = False,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -159,20 +220,23 @@ def rope_cache(
     qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous, or the runs [S, T, (N + 2K) * D] of
     `split_linear`, which are summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D], contiguous, in qkv's
     dtype; or, with exponents, packed (`kernels.attention.packed_kv`), which takes heads that are rotated whole.
-    cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D.
-    positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. q_norm_D,
-    k_norm_D: RMSNorm weights [D] of the query and key heads, both or neither (`unit_offset`: Gemma's 1 +
-    weight). Rotation is transformers' `rotate_half`, computed in float32 and rounded once. Returns the
-    rotated queries [T, N, D] in qkv's dtype.
+    cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D; None: nothing is rotated.
+    positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing.
+    q_norm, k_norm: RMSNorm weights of the query and key heads, both or neither (`unit_offset`: Gemma's 1 + weight): [D]
+    of a norm over each head, or, with `over_all`, [N * D] and [K * D] of one over all heads at once.
+    Rotation is transformers' `rotate_half`, computed in float32 and rounded once. interleaved: pairs are neighbours;
+    the rotated dimensions of queries and keys are then [first of each pair, second of each pair].
+    Returns the rotated queries [T, N, D] in qkv's dtype.
     """
     qkv_STF = as_runs(qkv_TF)
     splits, num_tokens, _ = qkv_STF.shape
-    num_kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
-    cos, sin = cos_sin
-    half = cos.shape[1]
-    block_size = 0
+    num_kv_heads, block_size = k_cache.shape[2], 0
     if exponents is not None:
-        num_kv_heads, block_size, head_dim = k_cache.shape[1], k_cache.shape[2], 2 * half
+        num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    head_dim = qkv_TF.shape[-1] // (num_heads + 2 * num_kv_heads)
+    half = head_dim // 2 if cos_sin is None else cos_sin[0].shape[1]
+    unread = qkv_TF  # what stands for tensors that are not there
+    cos, sin = (unread, unread) if cos_sin is None else cos_sin
     q_TND = qkv_TF.new_empty((num_tokens, num_heads, head_dim)) if out is None else out
     if num_tokens == 0:
         return q_TND
@@ -180,28 +244,33 @@ def rope_cache(
     total = num_heads + 2 * num_kv_heads
     # Few tokens: spread one token over several programs, for latency. Many: one program per token or two.
     heads = min(next_power_of_2(total), 4 if num_tokens <= 64 else 16)
-    has_norm = q_norm_D is not None
+    sums, q_size, k_size = over_all or (unread, 1, 1)
     _rope_cache_kernel[(num_tokens, triton.cdiv(total, heads))](
         qkv_STF,
         q_TND,
         k_cache,
         v_cache,
-        cos if exponents is None else exponents,
+        unread if exponents is None else exponents,
         cos,
         sin,
         positions_T,
         slot_mapping_T,
-        q_norm_D if has_norm else cos,
-        k_norm_D if has_norm else cos,
+        unread if q_norm is None else q_norm,
+        unread if k_norm is None else k_norm,
+        sums,
         qkv_STF.stride(1),
         qkv_STF.stride(0),
         eps,
+        float(q_size),
+        float(k_size),
         SPLITS=splits,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         HALF=half,
-        HAS_NORM=has_norm,
+        ROTATED=cos_sin is not None,
+        INTERLEAVED=interleaved,
+        NORM=0 if q_norm is None else 1 if over_all is None else 2,
         UNIT_OFFSET=unit_offset,
         HEADS=heads,
         BLOCK_HALF=next_power_of_2(half),
@@ -218,33 +287,55 @@ def rope_cache_reference(
     qkv_TF: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
     positions_T: torch.Tensor,
     slot_mapping_T: torch.Tensor,
     num_heads: int,
     *,
-    q_norm_D: torch.Tensor | None = None,
-    k_norm_D: torch.Tensor | None = None,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     unit_offset: bool = False,
+    over_all: NormedOverAll | None = None,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """`rope_cache` in plain torch; writes the caches too."""
-    from tpctl.kernels.common.norm import rms_norm_reference
-
     num_tokens = qkv_TF.shape[0]
     num_kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
     q, k, v = qkv_TF.view(num_tokens, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if q_norm_D is not None and k_norm_D is not None:
-        q = rms_norm_reference(q, q_norm_D, eps, unit_offset=unit_offset)
-        k = rms_norm_reference(k, k_norm_D, eps, unit_offset=unit_offset)
-    cos, sin = (table[positions_T][:, None, :] for table in cos_sin)
-    half = cos.shape[-1]
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        x1, x2, rest = x.float().split([half, half, head_dim - 2 * half], dim=-1)
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
-
+    if q_norm is not None and k_norm is not None:
+        q_mean, k_mean = None, None
+        if over_all is not None:
+            q_mean, k_mean = over_all.sums_T2[:, 0] / over_all.q_size, over_all.sums_T2[:, 1] / over_all.k_size
+        q = _normed_reference(q, q_norm, eps, unit_offset, q_mean)
+        k = _normed_reference(k, k_norm, eps, unit_offset, k_mean)
+    if cos_sin is not None:
+        cos, sin = (table[positions_T][:, None, :] for table in cos_sin)
+        q, k = (_rotated_reference(one, cos, sin, interleaved) for one in (q, k))
     kept = slot_mapping_T >= 0
-    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping_T[kept]] = rotate(k)[kept]
+    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping_T[kept]] = k[kept]
     v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping_T[kept]] = v[kept]
-    return rotate(q)
+    return q
+
+
+def _normed_reference(
+    x_THD: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool, mean_T: torch.Tensor | None
+) -> torch.Tensor:
+    """Heads normed each, or by the mean of squares of all."""
+    from tpctl.kernels.common.norm import rms_norm_reference
+
+    if mean_T is None:
+        return rms_norm_reference(x_THD, weight, eps, unit_offset=unit_offset)
+    normed = x_THD.float() * torch.rsqrt(mean_T + eps)[:, None, None]
+    weight_HD = weight.view(x_THD.shape[1:])
+    if unit_offset:
+        return (normed * (1 + weight_HD.float())).to(x_THD.dtype)
+    return normed.to(x_THD.dtype) * weight_HD
+
+
+def _rotated_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    half, wide = cos.shape[-1], x.float()
+    x1, x2 = (
+        (wide[..., : 2 * half : 2], wide[..., 1 : 2 * half : 2]) if interleaved else wide[..., : 2 * half].chunk(2, -1)
+    )
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, wide[..., 2 * half :]], dim=-1).to(x.dtype)

@@ -11,6 +11,7 @@ import os
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
 
@@ -111,6 +112,19 @@ def window_of(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
     if WINDOW > 0:
         start = tl.maximum(length - WINDOW, 0)
     return start, start // TILE
+
+
+@triton.jit
+def softmax_start(sinks_ptr, kv_head, m, begins, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr):
+    """Top score, times log2(e), and sum of weights [M] of a query group before its first tile. begins: the tiles to
+    come are the sequence's first, with which its sinks are counted."""
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        sinks = tl.load(sinks_ptr + kv_head * GROUP + m, mask=(m < GROUP) & begins, other=float("-inf"))
+        top = sinks.to(tl.float32) * LOG2E
+        weight += tl.where(begins, 1.0, 0.0)
+    return top, weight
 
 
 @triton.jit

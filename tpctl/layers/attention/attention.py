@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tpctl.arch import block
+from tpctl.arch import block, linear
 from tpctl.arch.held import Hold
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
-from tpctl.layers.attention.heads import HeadPreparation
+from tpctl.layers.attention.heads import HeadPreparation, RanksSums
 from tpctl.layers.linear import QKVParallelLinear, RowParallelLinear
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
@@ -29,6 +29,7 @@ def attention_spec(attention: block.Attention, rank: int, tp_size: int) -> Atten
         scale=attention.scale,
         window=attention.window,
         softcap=attention.softcap,
+        sinks=attention.sinks is not None,
     )
 
 
@@ -44,7 +45,7 @@ class Attention(Layer):
         made_of: block.Attention,
         hold: Hold,
         backend: AttentionBackend[Any],
-        rotary: RotaryTable,
+        rotary: RotaryTable | None,
         group: TPGroup,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -52,10 +53,30 @@ class Attention(Layer):
         self.backend = backend
         self.qkv_proj = QKVParallelLinear(hold(made_of.qkv), dtype)
         self.o_proj = RowParallelLinear(hold(made_of.out), group, dtype)
-        self.q_norm = None if made_of.q_norm is None else RMSNorm.of(made_of.q_norm, dtype)
-        self.k_norm = None if made_of.k_norm is None else RMSNorm.of(made_of.k_norm, dtype)
-        self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm)
+        spec, over_all = attention_spec(made_of, group.rank, group.size), _sums(made_of, group)
+        heads = (spec.num_heads, spec.num_kv_heads) if over_all is not None else (1, 1)
+        self.q_norm = _norm(made_of.q_norm, heads[0] * spec.head_dim, dtype)
+        self.k_norm = _norm(made_of.k_norm, heads[1] * spec.head_dim, dtype)
+        self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm, over_all)
+        self.sinks: nn.Parameter | None = None
+        if spec.sinks:
+            self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=dtype), requires_grad=False)
 
     def forward(self, rows: Rows, kv: LayerKV, plan: AttentionPlan) -> Tensor:
         """Normed [T, H] -> [T, N * D], what ``o_proj`` takes."""
-        return self.backend.run(self.qkv_proj.runs(*rows), self.prepare, kv, plan)
+        return self.backend.run(self.qkv_proj.runs(*rows), self.prepare, kv, plan, self.sinks)
+
+
+def _norm(made_of: linear.Norm | None, size: int, dtype: torch.dtype | None) -> RMSNorm | None:
+    """This rank's ``size`` weights of a norm."""
+    return None if made_of is None else RMSNorm(size, made_of.eps, dtype, unit_offset=made_of.unit_offset)
+
+
+def _sums(made_of: block.Attention, group: TPGroup) -> RanksSums | None:
+    """What the ranks tell each other where norms are over all heads at once."""
+    q_norm, k_norm = made_of.q_norm, made_of.k_norm
+    if q_norm is None or k_norm is None or q_norm.cut is None:
+        return None
+    shares = made_of.shares(group.size)
+    first = all(share.kv != shares[group.rank].kv for share in shares[: group.rank])
+    return RanksSums(group, q_norm.size, k_norm.size, first)

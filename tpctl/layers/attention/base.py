@@ -29,6 +29,7 @@ class AttentionSpec:
         scale: multiplies the scores.
         window: limits a token to that many keys, its own included.
         softcap: a scaled score s becomes softcap * tanh(s / softcap) before the softmax.
+        sinks: a score of each query head joins its softmax, and no value goes with it.
     """
 
     num_heads: int
@@ -37,6 +38,7 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -62,8 +64,10 @@ class AttentionPlan:
     batch: ForwardBatch
     _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
-    def angles(self, rotary: RotaryTable, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def angles(self, rotary: RotaryTable | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The rotary factors of the step's tokens, looked up by the first layer of those that share a table."""
+        if rotary is None:
+            return None
         found = self._angles.get(id(rotary))
         if found is None:
             found = self._angles[id(rotary)] = rotary.angles(self.batch.rope_positions, dtype)
@@ -105,18 +109,26 @@ class AttentionBackend(ABC, Generic[PlanT]):
     def begin(self, batch: ForwardBatch) -> PlanT:
         """Once a step, before the first layer. Its device work may be captured in a graph."""
 
-    def run(self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT) -> Tensor:
-        """[T, N * D]: attention of one layer, from what its projection gives, [T, (N + 2 K) * D]."""
+    def run(
+        self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
+    ) -> Tensor:
+        """[T, N * D]: attention of one layer, from what its projection gives, [T, (N + 2 K) * D].
+
+        Args:
+            sinks_N: the scores of ``AttentionSpec.sinks``.
+        """
         angles = plan.angles(prepare.rotary, qkv.dtype)
         q_TND, k_TKD, v_TKD = prepare(qkv, kv.spec.num_heads, kv.spec.num_kv_heads, angles)
         self.store(k_TKD, v_TKD, kv, plan)
-        return self.attend(q_TND, k_TKD, v_TKD, kv, plan)
+        return self.attend(q_TND, k_TKD, v_TKD, kv, plan, sinks_N)
 
     @abstractmethod
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
         """Write the new keys and values to their slots; a slot of -1 is written nowhere."""
 
     @abstractmethod
-    def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> Tensor:
+    def attend(
+        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
+    ) -> Tensor:
         """[T, N * D]: softmax(q k^T * scale) v for every new token over its sequence's keys so far. ``k_TKD`` and
         ``v_TKD`` are what ``store`` was given."""

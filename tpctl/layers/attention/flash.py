@@ -58,8 +58,16 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
         return FlashPlan(batch)
 
     def decode(
-        self, q_SND: Tensor, kv: LayerKV, tables_SM: Tensor, lens_S: Tensor, plan: FlashPlan, out_SND: Tensor
+        self,
+        q_SND: Tensor,
+        kv: LayerKV,
+        tables_SM: Tensor,
+        lens_S: Tensor,
+        plan: FlashPlan,
+        out_SND: Tensor,
+        sinks_N: Tensor | None,
     ) -> None:
+        assert sinks_N is None, "select refuses flash-attn for them"
         tables = {"page_table" if self.version == "fa3" else "block_table": tables_SM}
         # FA3 chooses its number of splits on the host unless it is fixed, and then cannot be captured.
         splits = {"num_splits": _fixed_splits(q_SND.shape[0])} if self.version == "fa3" else {}
@@ -76,7 +84,8 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
         )
         out_SND.copy_(out.squeeze(1))
 
-    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: FlashPlan, out_TND: Tensor) -> None:
+    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: FlashPlan, out_TND: Tensor, sinks_N: Tensor | None) -> None:
+        assert sinks_N is None, "select refuses flash-attn for them"
         tables, starts, lens = plan.prefill_chunks
         batch = plan.batch
         decodes = batch.num_decodes

@@ -1,4 +1,4 @@
-"""What happens to queries and keys between their projection and attention: a norm over each head, and RoPE."""
+"""What happens to queries and keys between their projection and attention: norms, and RoPE."""
 
 from __future__ import annotations
 
@@ -7,20 +7,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpctl.layers.norm import RMSNorm
+from tpctl.distributed import TPGroup
+from tpctl.layers.norm import RMSNorm, scaled
 from tpctl.layers.rotary import RotaryTable, apply_rotary
 
 
 @dataclass(frozen=True)
-class HeadPreparation:
-    """One layer's. ``q_norm`` and ``k_norm`` are both there, or neither."""
+class RanksSums:
+    """What norms over the heads of all ranks need beyond a rank's own: sums of squares, two numbers a token.
 
-    rotary: RotaryTable
+    Attributes:
+        q_size, k_size: elements that the model's query heads and KV heads have, each counted once.
+        counts_keys: whether this rank counts its KV heads; of ranks that hold the same one the first does.
+    """
+
+    group: TPGroup
+    q_size: int
+    k_size: int
+    counts_keys: bool
+
+    def of(self, q_TND: Tensor, k_TKD: Tensor) -> Tensor:
+        """float32 [T, 2]: the sums of squares of a token's queries and keys, of all ranks (collective)."""
+        sums = torch.stack([q_TND.float().square().sum((1, 2)), k_TKD.float().square().sum((1, 2))], dim=1)
+        if not self.counts_keys:
+            sums[:, 1] = 0
+        return self.over_ranks(sums)
+
+    def over_ranks(self, sums_T2: Tensor) -> Tensor:
+        """The same, from this rank's own sums."""
+        return self.group.all_reduce(sums_T2)
+
+
+@dataclass(frozen=True)
+class HeadPreparation:
+    """One layer's.
+
+    Attributes:
+        rotary: ``None``: heads are not rotated.
+        q_norm, k_norm: both are there, or neither. Over each head, with weights [D]; or, with ``over_all``, over those
+            of all ranks at once, with weights [N * D] and [K * D].
+    """
+
+    rotary: RotaryTable | None
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
+    over_all: RanksSums | None = None
 
     def __call__(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, angles: tuple[Tensor, Tensor]
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, angles: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, N, D] and keys [T, K, D], normed and rotated, and values [T, K, D].
 
@@ -32,6 +66,23 @@ class HeadPreparation:
         rotated = num_heads + num_kv_heads
         qk, v = qkv[:, :rotated], qkv[:, rotated:]
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])], dim=1)
-        qk = apply_rotary(qk, *angles)
+            qk = torch.cat(self._normed(qk[:, :num_heads], qk[:, num_heads:], self.q_norm, self.k_norm), dim=1)
+        if self.rotary is not None and angles is not None:
+            qk = apply_rotary(qk, *angles, interleaved=self.rotary.interleaved)
         return qk[:, :num_heads], qk[:, num_heads:], v
+
+    def _normed(self, q_TND: Tensor, k_TKD: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> list[Tensor]:
+        if self.over_all is None:
+            return [q_norm(q_TND), k_norm(k_TKD)]
+        sums_T2 = self.over_all.of(q_TND, k_TKD)
+        return [
+            _by_sum(q_TND, sums_T2[:, 0], self.over_all.q_size, q_norm),
+            _by_sum(k_TKD, sums_T2[:, 1], self.over_all.k_size, k_norm),
+        ]
+
+
+def _by_sum(x_THD: Tensor, sums_T: Tensor, size: int, norm: RMSNorm) -> Tensor:
+    """Heads normed by the sum of squares of ``size`` elements."""
+    scale_T = (sums_T / size + norm.eps).rsqrt()
+    weight = norm.weight.view(x_THD.shape[1:])
+    return scaled(x_THD, scale_T[:, None, None], weight, unit_offset=norm.unit_offset)

@@ -12,13 +12,17 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV, PlanT
-from tpctl.layers.attention.heads import HeadPreparation
+from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV, PlanT
+from tpctl.layers.attention.heads import HeadPreparation, RanksSums
 from tpctl.layers.batch import PrefillChunks
+
+if TYPE_CHECKING:
+    from tpctl.kernels.attention.rope_cache import NormedOverAll
 
 
 @dataclass
@@ -50,48 +54,55 @@ class PagedBackend(AttentionBackend[PlanT]):
         caches = zeros(shapes, dtype, device)
         return [LayerKV(spec, *cache) for spec, cache in zip(self.layers, caches, strict=True)]
 
-    def run(self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT) -> Tensor:
+    def run(
+        self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
+    ) -> Tensor:
         """As of ``AttentionBackend``; ``qkv`` may also be runs [S, T, (N + 2 K) * D] that add up to it."""
         from tpctl.kernels.attention.rope_cache import rope_cache
         from tpctl.kernels.common.launch import early_launch
 
-        batch, q_norm, k_norm = plan.batch, prepare.q_norm, prepare.k_norm
+        batch, rotary, q_norm, k_norm = plan.batch, prepare.rotary, prepare.q_norm, prepare.k_norm
+        pdl = early_launch(batch.num_tokens, qkv.device)
         q_TND = rope_cache(
             qkv,
             kv.k,
             kv.v,
-            (prepare.rotary.cos, prepare.rotary.sin),
+            None if rotary is None else (rotary.cos, rotary.sin),
             batch.rope_positions,
             batch.slot_mapping,
             kv.spec.num_heads,
             exponents=kv.exponents,
-            q_norm_D=None if q_norm is None else q_norm.weight,
-            k_norm_D=None if k_norm is None else k_norm.weight,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
             eps=1e-6 if q_norm is None else q_norm.eps,
             unit_offset=q_norm is not None and q_norm.unit_offset,
-            pdl=early_launch(batch.num_tokens, qkv.device),
+            over_all=None if prepare.over_all is None else _squares(qkv, kv.spec, prepare.over_all, pdl),
+            interleaved=rotary is not None and rotary.interleaved,
+            pdl=pdl,
         )
-        return self.attend_cached(q_TND, kv, plan)
+        return self.attend_cached(q_TND, kv, plan, sinks_N)
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
         for new_TKD, cache in ((k_TKD, kv.k), (v_TKD, kv.v)):
             cache.view(-1, *new_TKD.shape[1:]).index_copy_(0, plan.batch.slot_mapping, new_TKD)
 
-    def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> Tensor:
-        return self.attend_cached(q_TND.contiguous(), kv, plan)
+    def attend(
+        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
+    ) -> Tensor:
+        return self.attend_cached(q_TND.contiguous(), kv, plan, sinks_N)
 
-    def attend_cached(self, q_TND: Tensor, kv: LayerKV, plan: PlanT) -> Tensor:
+    def attend_cached(self, q_TND: Tensor, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None) -> Tensor:
         """[T, N * D]: as ``attend``, when the new keys and values are already in the cache."""
         batch = plan.batch
         assert batch.seq_lens_S is not None
         decodes, out_TND = batch.num_decodes, torch.empty_like(q_TND)
         if batch.chunks is not None:
-            self.decode_and_prefill(q_TND, kv, plan, batch.chunks, out_TND)
+            self.decode_and_prefill(q_TND, kv, plan, batch.chunks, out_TND, sinks_N)
         elif decodes:
             tables, lens = batch.block_tables[:decodes], batch.seq_lens_S[:decodes]
-            self.decode(q_TND[:decodes], kv, tables, lens, plan, out_TND[:decodes])
+            self.decode(q_TND[:decodes], kv, tables, lens, plan, out_TND[:decodes], sinks_N)
         if decodes < batch.num_tokens:
-            self.prefill(q_TND[decodes:], kv, plan, out_TND[decodes:])
+            self.prefill(q_TND[decodes:], kv, plan, out_TND[decodes:], sinks_N)
         return out_TND.view(batch.num_tokens, -1)
 
     def is_long(self, count: int, longest: int) -> bool:
@@ -105,19 +116,32 @@ class PagedBackend(AttentionBackend[PlanT]):
         """Once, before the memory for the cache is measured: take what steps of up to ``step`` tokens will need."""
 
     def decode_and_prefill(
-        self, q_TND: Tensor, kv: LayerKV, plan: PlanT, chunks: PrefillChunks, out_TND: Tensor
+        self,
+        q_TND: Tensor,
+        kv: LayerKV,
+        plan: PlanT,
+        chunks: PrefillChunks,
+        out_TND: Tensor,
+        sinks_N: Tensor | None,
     ) -> None:
         """Decodes and prefill chunks of a captured step at once (``ForwardBatch.chunks``) into ``out_TND``."""
         raise NotImplementedError
 
     @abstractmethod
     def decode(
-        self, q_SND: Tensor, kv: LayerKV, tables_SM: Tensor, lens_S: Tensor, plan: PlanT, out_SND: Tensor
+        self,
+        q_SND: Tensor,
+        kv: LayerKV,
+        tables_SM: Tensor,
+        lens_S: Tensor,
+        plan: PlanT,
+        out_SND: Tensor,
+        sinks_N: Tensor | None,
     ) -> None:
         """One new token per sequence into ``out_SND``. A length of 0 marks a row without work, its output unused."""
 
     @abstractmethod
-    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: PlanT, out_TND: Tensor) -> None:
+    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: PlanT, out_TND: Tensor, sinks_N: Tensor | None) -> None:
         """The new tokens of the sequences after the decodes into ``out_TND``."""
 
 
@@ -126,3 +150,12 @@ def zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.d
     sizes = [math.prod(shape) for shape in shapes]
     pieces = torch.split(torch.zeros(sum(sizes), dtype=dtype, device=device), sizes)
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _squares(qkv: Tensor, spec: AttentionSpec, over_all: RanksSums, pdl: bool) -> NormedOverAll:
+    """What a norm over the heads of all ranks divides by (collective)."""
+    from tpctl.kernels.attention.head_squares import head_squares
+    from tpctl.kernels.attention.rope_cache import NormedOverAll
+
+    own_T2 = head_squares(qkv, spec.num_heads, spec.num_kv_heads, counts_keys=over_all.counts_keys, pdl=pdl)
+    return NormedOverAll(over_all.over_ranks(own_T2), over_all.q_size, over_all.k_size)

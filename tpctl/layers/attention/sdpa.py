@@ -181,16 +181,18 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             found = plan.cells[kv.spec.num_kv_heads] = ((slots.unsqueeze(1) + first).flatten(), rows)
         return found
 
-    def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: SdpaPlan) -> Tensor:
+    def attend(
+        self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: SdpaPlan, sinks_N: Tensor | None = None
+    ) -> Tensor:
         assert isinstance(kv, PagedKV)
         batch, spec = plan.batch, kv.spec
         decodes, buckets = batch.num_decodes, self._buckets(kv, plan)
         if decodes == batch.num_tokens and len(buckets) == 1:
-            return self._decode(q_TND, kv, 0, buckets[0], plan).flatten(1)
+            return self._decode(q_TND, kv, 0, buckets[0], plan, sinks_N).flatten(1)
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
         for index, bucket in enumerate(buckets):
             rows = slice(decodes) if bucket.rows is None else bucket.rows
-            out_TND[rows] = self._decode(q_TND[rows], kv, index, bucket, plan)
+            out_TND[rows] = self._decode(q_TND[rows], kv, index, bucket, plan, sinks_N)
         start, index = decodes, decodes
         lengths = list(zip(batch.query_lens, batch.seq_lens, strict=True))[decodes:]
         for (new, length), group in groupby(lengths):
@@ -199,18 +201,20 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
                 for one in range(index, index + count):
                     part = slice(start, start + new)
                     keys, values = self._gather_prefix(kv, batch, one)
-                    self._prefill(q_TND[part], keys, values, spec, plan, out_TND[part])
+                    self._prefill(q_TND[part], keys, values, spec, plan, out_TND[part], sinks_N)
                     start = part.stop
             else:
                 part = slice(start, start + count * new)
                 shape = (count, new, spec.num_kv_heads, spec.head_dim)
                 keys, values = (x[part].view(shape).transpose(1, 2) for x in (k_TKD, v_TKD))
-                self._prefill(q_TND[part], keys, values, spec, plan, out_TND[part])
+                self._prefill(q_TND[part], keys, values, spec, plan, out_TND[part], sinks_N)
                 start = part.stop
             index += count
         return out_TND.flatten(1)
 
-    def _decode(self, q_SND: Tensor, kv: PagedKV, index: int, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
+    def _decode(
+        self, q_SND: Tensor, kv: PagedKV, index: int, bucket: _Bucket, plan: SdpaPlan, sinks_N: Tensor | None
+    ) -> Tensor:
         """One new token for each sequence of the bucket: two batched GEMMs over (head, sequence)."""
         spec, count = kv.spec, bucket.count
         batched = spec.num_kv_heads * count
@@ -218,7 +222,8 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         q_KSGD = q_SND.view(count, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         q = q_KSGD.reshape(batched, spec.group, spec.head_dim)
         scores = _scores(self._decode_bias(index, bucket, spec, q.dtype, plan), q, gathered[0], spec)
-        out_KSGD = torch.bmm(scores.softmax(-1), gathered[1]).view(spec.num_kv_heads, count, spec.group, -1)
+        sinks_KSG = None if sinks_N is None else sinks_N.view(-1, 1, spec.group).expand(-1, count, -1)
+        out_KSGD = torch.bmm(_softmax(scores, sinks_KSG), gathered[1]).view(spec.num_kv_heads, count, spec.group, -1)
         return out_KSGD.transpose(0, 1).reshape(count, spec.num_heads, spec.head_dim)
 
     def _gather(self, kv: PagedKV, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
@@ -307,7 +312,14 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         return keys, values
 
     def _prefill(
-        self, q_TND: Tensor, k_SKLD: Tensor, v_SKLD: Tensor, spec: AttentionSpec, plan: SdpaPlan, out_TND: Tensor
+        self,
+        q_TND: Tensor,
+        k_SKLD: Tensor,
+        v_SKLD: Tensor,
+        spec: AttentionSpec,
+        plan: SdpaPlan,
+        out_TND: Tensor,
+        sinks_N: Tensor | None,
     ) -> None:
         """The last T / S of each sequence's L tokens, each over the keys up to its own, written to ``out_TND``."""
         count, _, length, _ = k_SKLD.shape
@@ -329,7 +341,10 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
                 scores = _scores(None, q, keys[:, begin:end], spec)
                 bias = self._causal_bias(stop - start, end - begin, spec, scores, plan)
                 scores[:, :, -bias.shape[1] :] += bias
-                out = torch.bmm(scores.softmax(-1), values[:, begin:end])
+                sinks_SKGT = None
+                if sinks_N is not None:
+                    sinks_SKGT = sinks_N.view(1, -1, spec.group, 1).expand(*q_SKGTD.shape[:-1])
+                out = torch.bmm(_softmax(scores, sinks_SKGT), values[:, begin:end])
                 out_STKGD[some, start:stop] = out.view(q_SKGTD.shape).permute(0, 3, 1, 2, 4)
 
     def _causal_bias(self, new: int, width: int, spec: AttentionSpec, like: Tensor, plan: SdpaPlan) -> Tensor:
@@ -360,3 +375,11 @@ def _scores(bias: Tensor | None, q: Tensor, keys: Tensor, spec: AttentionSpec) -
         )
     scores = torch.bmm(q, keys.transpose(1, 2)).mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
     return scores if bias is None else scores.add_(bias)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The weights of scores [.., rows, L]; ``sinks``, of as many elements as there are rows, join their sums."""
+    if sinks is None:
+        return scores.softmax(-1)
+    joined = torch.cat((scores, sinks.reshape(*scores.shape[:-1], 1)), dim=-1)
+    return joined.softmax(-1)[..., :-1]

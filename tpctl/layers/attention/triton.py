@@ -153,7 +153,14 @@ class TritonBackend(PagedBackend[TritonPlan]):
         return plan
 
     def decode(
-        self, q_SND: Tensor, kv: LayerKV, tables_SM: Tensor, lens_S: Tensor, plan: TritonPlan, out_SND: Tensor
+        self,
+        q_SND: Tensor,
+        kv: LayerKV,
+        tables_SM: Tensor,
+        lens_S: Tensor,
+        plan: TritonPlan,
+        out_SND: Tensor,
+        sinks_N: Tensor | None,
     ) -> None:
         pdl = has_pdl(q_SND.device)  # ignored by the kernel for batches that it would slow down
         paged_decode(
@@ -165,12 +172,19 @@ class TritonBackend(PagedBackend[TritonPlan]):
             plan.decodes[kv.spec],
             exponents=kv.exponents,
             scale=kv.spec.scale,
+            sinks_N=sinks_N,
             out=out_SND,
             pdl=pdl,
         )
 
     def decode_and_prefill(
-        self, q_TND: Tensor, kv: LayerKV, plan: TritonPlan, chunks: PrefillChunks, out_TND: Tensor
+        self,
+        q_TND: Tensor,
+        kv: LayerKV,
+        plan: TritonPlan,
+        chunks: PrefillChunks,
+        out_TND: Tensor,
+        sinks_N: Tensor | None,
     ) -> None:
         # A few dozen programs whose time is latency, on a stream of their own beside decodes that memory limits.
         batch = plan.batch
@@ -178,12 +192,12 @@ class TritonBackend(PagedBackend[TritonPlan]):
         if self._side is None and q_TND.is_cuda:
             self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
         with _on_stream(self._side):
-            self._prefill(q_TND, kv, chunks, out_TND)
-        self.decode(q_TND, kv, batch.block_tables, batch.seq_lens_S, plan, out_TND)
+            self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
+        self.decode(q_TND, kv, batch.block_tables, batch.seq_lens_S, plan, out_TND, sinks_N)
         if self._side is not None:
             torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
 
-    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: TritonPlan, out_TND: Tensor) -> None:
+    def prefill(self, q_TND: Tensor, kv: LayerKV, plan: TritonPlan, out_TND: Tensor, sinks_N: Tensor | None) -> None:
         chunks = plan.prefill_chunks
         if kv.exponents is not None and q_TND.shape[0] >= _MANY_ROWS and (found := plan.contexts):
             out = self._unpacked_for(kv.spec)
@@ -191,7 +205,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
                 kv.k, kv.v, kv.exponents, chunks.block_tables, chunks.seq_lens_P, found.starts, found.longest, out
             )
             kv, chunks = LayerKV(kv.spec, *out), chunks._replace(block_tables=found.tables)
-        self._prefill(q_TND, kv, chunks, out_TND)
+        self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
 
     def _unpacked_for(self, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Memory for the unpacked contexts of one layer: keys and values, [blocks, B, K, D] each."""
@@ -201,7 +215,9 @@ class TritonBackend(PagedBackend[TritonPlan]):
         keys, values = (half.view(-1)[: len(half) * width].view(shape) for half in self._unpacked)
         return keys, values
 
-    def _prefill(self, q_TND: Tensor, kv: LayerKV, chunks: PrefillChunks, out_TND: Tensor) -> None:
+    def _prefill(
+        self, q_TND: Tensor, kv: LayerKV, chunks: PrefillChunks, out_TND: Tensor, sinks_N: Tensor | None
+    ) -> None:
         paged_prefill(
             q_TND,
             kv.k,
@@ -210,6 +226,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
             exponents=kv.exponents,
             scale=kv.spec.scale,
             window=kv.spec.window,
+            sinks_N=sinks_N,
             out=out_TND,
         )
 
