@@ -20,7 +20,7 @@ def described(config: ModelConfig) -> SimpleNamespace:
         head_dim=attention.head_dim,
         intermediate_size=mlp.down.inputs,
         vocab_size=config.vocab_size,
-        rms_norm_eps=block.before_attention.eps,
+        rms_norm_eps=blueprint.norm.eps,
         tie_word_embeddings=blueprint.tied,
         qkv_bias=attention.qkv.bias,
         o_bias=attention.out.bias,

@@ -65,6 +65,14 @@ GEMMA3: dict[str, Any] = {
 
 GEMMA2: dict[str, Any] = {"head_dim": 12, "sliding_window": 9, "tie_word_embeddings": True}
 
+UNEVEN: dict[str, Any] = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 3.0,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 8}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -106,6 +114,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-long-rope": (
         "Phi3",
         {"rope_parameters": LONG_ROPES[4], "original_max_position_embeddings": 24, "sliding_window": None},
+    ),
+    "olmo2": ("Olmo2", UNEVEN),
+    "olmo2-biases": ("Olmo2", {"num_key_value_heads": 8, "attention_bias": True}),
+    "olmo2-copies": ("Olmo2", {"num_key_value_heads": 2, "head_dim": 12}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 9}),
+    "olmo3-yarn": (
+        "Olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 9,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+                "full_attention": {**YARN_ROPE, "truncate": False, "attention_factor": 1.1},
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "smollm3-biases": (
+        "SmolLM3",
+        {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [0, 1, 0], "rope_parameters": YARN_ROPE},
+    ),
+    "smollm3-window": (
+        "SmolLM3",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "granite": ("Granite", GRANITE),
+    "granite-biases": (
+        "Granite",
+        {**GRANITE, **UNEVEN, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
     "phi4-mini": (
         "Phi3",

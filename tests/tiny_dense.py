@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import GEMMA3, SIZES, save
+from tests.tiny import GEMMA3, SIZES, UNEVEN, save
 
 PIXTRAL: dict[str, Any] = {
     "hidden_size": 16,
@@ -48,20 +48,12 @@ GEMMA4_EDGE: dict[str, Any] = {
     "hidden_size_per_layer_input": 6,
     "vocab_size_per_layer_input": 140,
 }
-UNEVEN: dict[str, Any] = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 CUT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", "Cohere2ForCausalLM", {"tie_word_embeddings": True}),
     "cohere2-biases": ("Cohere2", "Cohere2ForCausalLM", {**UNEVEN, "attention_bias": True}),
     "glm4": ("Glm4", "Glm4ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
-    "granite": ("Granite", "GraniteForCausalLM", {"residual_multiplier": 0.2, "logits_scaling": 8.0}),
-    "granite-biases": ("Granite", "GraniteForCausalLM", {**UNEVEN, "attention_bias": True, "mlp_bias": True}),
     "ministral3": ("Ministral3", "Ministral3ForCausalLM", {"head_dim": 12}),
-    "olmo2": ("Olmo2", "Olmo2ForCausalLM", UNEVEN),
-    "olmo2-biases": ("Olmo2", "Olmo2ForCausalLM", {"num_key_value_heads": 8, "attention_bias": True}),
-    "olmo3": ("Olmo3", "Olmo3ForCausalLM", {"num_hidden_layers": 4}),
-    "smollm3": ("SmolLM3", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
-    "smollm3-biases": ("SmolLM3", "SmolLM3ForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "gemma4-text": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4, "attention_bias": True}),
     "gemma4-text-moe": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4_MOE, "tie_word_embeddings": False}),
     "gemma4-text-edge": ("Gemma4Text", "Gemma4ForCausalLM", GEMMA4_EDGE),

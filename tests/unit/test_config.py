@@ -202,6 +202,43 @@ def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: 
         parse(**changes)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("olmo2", {"num_key_value_heads": 2.5}, "num_key_value_heads is 2.5, but a whole number"),
+        ("olmo2", {"sliding_window": 64}, "sliding_window is 64, which Olmo2ForCausalLM does not have"),
+        ("olmo3", {"rms_norm_eps": -1}, "rms_norm_eps is -1, but a number"),
+        ("olmo3", {"sliding_window": None}, "layers have sliding attention, but no sliding_window is in use"),
+        ("olmo3", {"rope_parameters": {"rope_type": "default"}}, 'rope_parameters has "rope_type", but the RoPE of'),
+        ("granite", {"mlp_bias": "no"}, 'mlp_bias is "no", but true or false'),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0, but a number from 1e-06"),
+        ("granite", {"logit_scale": 0.0625}, "logit_scale is 0.0625, which GraniteForCausalLM does not have"),
+        ("smollm3", {"architectures": ["LlamaForCausalLM"]}, "tpctl runs SmolLM3ForCausalLM"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 number for 2 layers"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, r"no_rope_layers is \[1, 2\], but a list of whole numbers up to 1"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0, but a whole number from 1"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}, "names sliding_attention, but no"),
+        ("gpt_oss", {"sliding_window": None}, "layers have sliding attention, but no sliding_window is in use"),
+        ("gpt_oss", {"rope_scaling": {"rope_type": "yarn", "factor": "8"}}, 'factor is "8", but a number'),
+        (
+            "minimax_m2",
+            {"use_qk_norm": False},
+            "use_qk_norm is false, but MiniMaxM2ForCausalLM norms all heads at once",
+        ),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, 'qk_norm_type is "per_head", but'),
+        ("minimax_m2", {"rotary_dim": 7}, "rotary_dim is 7, but a whole number from 1 to 6"),
+        (
+            "minimax_m2",
+            {"rotary_dim": 4, "partial_rotary_factor": 0.5},
+            "rotary_dim is 4 of 6, but partial_rotary_factor",
+        ),
+    ],
+)
+def test_wrong_fields_of_one_family_are_named(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TpctlError, match=message):
+        ModelConfig.from_dict(make_config(family, **changes))
+
+
 def test_layer_types_of_another_length() -> None:
     with pytest.raises(CheckpointError, match="layer_types has 1 kind for 2 layers"):
         parse("qwen2", sliding_window=4, use_sliding_window=True, layer_types=["full_attention"])

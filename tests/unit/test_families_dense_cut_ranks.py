@@ -22,7 +22,7 @@ from torch import Tensor
 from tests.tiny_dense import CUT, make_cut, make_seeing
 from tpctl.arch.block import Experts, Gated, LayerPart, Mixer, linears
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.linear import Linear, Norm
+from tpctl.arch.linear import Linear
 from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.partition.plan import PartitionPlan
@@ -98,7 +98,6 @@ def test_ranks_together_compute_what_transformers_computes(name: str, runs: dict
         layers = len(run.config.blueprint.layers)
         assert met["projections"] == met["output"] == met["mlp"] == layers
         assert met["experts"] == layers * ("moe" in name)
-        assert met["whole norms"] == 2 * layers * ("olmo" in name)
         assert met["table"] == ("edge" in name)
 
 
@@ -121,9 +120,6 @@ def _check(
         (given, *_), result = run.through[prefix + part.name]
         for held in ranks:
             _equal(given @ held[f"{prefix}{part.name}.weight"].T, result)
-    elif isinstance(part, Norm) and part.cut is not None:
-        _check_whole_norm(run, plan, ranks, prefix, part)
-        met["whole norms"] += 1
     elif isinstance(part, Gated):
         _check_mlp(run, ranks, prefix, part)
         met["mlp"] += 1
@@ -173,20 +169,6 @@ def _check_table(run: Run, ranks: list[dict[str, Tensor]], name: str) -> None:
         total[mine] += rows[ids[mine] - first]
         first += len(rows)
     _equal(total, table)
-
-
-def _check_whole_norm(run: Run, plan: PartitionPlan, ranks: list[dict[str, Tensor]], prefix: str, norm: Norm) -> None:
-    """Each rank norms its own heads by the mean of squares over all of them."""
-    name = prefix + norm.name
-    (given, *_), result = run.through[name]
-    scale = torch.rsqrt(given.square().mean(-1, keepdim=True) + norm.eps)
-    seen: set[int] = set()
-    for shard, held in zip(plan.shards, ranks, strict=True):
-        (piece,) = shard[f"{name}.weight"].pieces
-        mine = slice(piece.start[0], piece.start[0] + piece.shape[0])
-        _equal(given[..., mine] * scale * held[f"{name}.weight"], result[..., mine])
-        seen |= set(range(mine.start, mine.stop))
-    assert seen == set(range(norm.size))
 
 
 def _acted(gated: Gated | Experts, gate: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from tpctl.arch.block import Mixer
 from tpctl.arch.family import Sizes
 from tpctl.arch.linear import Linear, Norm, Vector
 from tpctl.arch.mixture import whole
-from tpctl.partition.cuts import KVHeads, QueryHeads, Whole
+from tpctl.partition.cuts import QueryHeads, Whole
 from tpctl.partition.split import Part, Rule
 
 
@@ -28,15 +28,6 @@ def grouped(
     """
     qkv, out = parts.projections(sizes, gate=gate, qkv_bias=qkv_bias, o_bias=o_bias)
     return Mixer(kind, (qkv, *further, out), sizes.num_heads, sizes.num_kv_heads, kept=2 * sizes.head_dim)
-
-
-def whole_norms(sizes: Sizes) -> tuple[Norm, Norm]:
-    """One over all query heads at once, and one over all key heads."""
-    heads = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-    return (
-        Norm("self_attn.q_norm", sizes.num_heads * sizes.head_dim, sizes.eps, cut=QueryHeads(*heads)),
-        Norm("self_attn.k_norm", sizes.num_kv_heads * sizes.head_dim, sizes.eps, cut=KVHeads(*heads)),
-    )
 
 
 def head_norms(sizes: Sizes, *, unit_offset: bool = False) -> tuple[Norm, Norm]:

@@ -8,7 +8,7 @@ from tpctl.arch.block import Activation, Attention, Block, CutBlock, Experts, Ga
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.linear import Linear, Norm, below
+from tpctl.arch.linear import Linear, Norm, Vector, below
 from tpctl.arch.rope import RopeConfig
 from tpctl.errors import UnsupportedModelError, shown
 from tpctl.partition.cuts import Cut, Even, KVHeads, QueryHeads, Whole
@@ -29,13 +29,15 @@ def read_activation(fields: Fields, key: str = "hidden_act", known: Mapping[str,
 
 def attention(
     sizes: Sizes,
-    rope: RopeConfig,
+    rope: RopeConfig | None,
     window: int | None = None,
     *,
     qkv_bias: bool = False,
     o_bias: bool = False,
     qk_norm: bool = False,
     unit_offset: bool = False,
+    whole_norms: bool = False,
+    sinks: bool = False,
     fused: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
@@ -44,11 +46,18 @@ def attention(
 
     Args:
         qk_norm, unit_offset: RMSNorm over each query and key head before RoPE, and of which kind.
+        whole_norms: instead of that, RMSNorm over all query heads at once, and over all key heads.
+        sinks: each query head has a score that joins its softmax.
         fused: the source stores ``qkv_proj`` as one tensor.
         scale: of the scores; by default one over the root of the head's size.
     """
     qkv, out = projections(sizes, qkv_bias=qkv_bias, o_bias=o_bias, fused=fused)
-    head_dim = sizes.head_dim
+    head_dim, q_norm, k_norm = sizes.head_dim, None, None
+    if whole_norms:
+        q_norm, k_norm = norms_over_all(sizes)
+    elif qk_norm:
+        q_norm, k_norm = (Norm(f"self_attn.{label}_norm", head_dim, sizes.eps, unit_offset) for label in "qk")
+    sunk = Vector("self_attn.sinks", sizes.num_heads, QueryHeads(sizes.num_heads, sizes.num_kv_heads, 1))
     return Attention(
         qkv=qkv,
         out=out,
@@ -59,8 +68,18 @@ def attention(
         scale=head_dim**-0.5 if scale is None else scale,
         window=window,
         softcap=softcap,
-        q_norm=Norm("self_attn.q_norm", head_dim, sizes.eps, unit_offset) if qk_norm else None,
-        k_norm=Norm("self_attn.k_norm", head_dim, sizes.eps, unit_offset) if qk_norm else None,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        sinks=sunk if sinks else None,
+    )
+
+
+def norms_over_all(sizes: Sizes) -> tuple[Norm, Norm]:
+    """One over all query heads at once, and one over all key heads."""
+    heads = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    return (
+        Norm("self_attn.q_norm", sizes.num_heads * sizes.head_dim, sizes.eps, cut=QueryHeads(*heads)),
+        Norm("self_attn.k_norm", sizes.num_kv_heads * sizes.head_dim, sizes.eps, cut=KVHeads(*heads)),
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from tpctl.arch import parts
 from tpctl.arch.blueprint import Blueprint
-from tpctl.arch.families.gemma3 import ACTIVATIONS, FULL, SLIDING, model, read_cap
+from tpctl.arch.families.gemma3 import ACTIVATIONS, model, read_cap
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.rope import read_rope
-from tpctl.arch.windows import by_kind, layer_kinds
-from tpctl.errors import CheckpointError, UnsupportedModelError, shown
+from tpctl.arch.windows import full_every, layer_kinds, mixed_windows
+from tpctl.errors import UnsupportedModelError, shown
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 
@@ -19,12 +19,8 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     if fields.get("use_bidirectional_attention"):
         key = "use_bidirectional_attention"
         raise UnsupportedModelError(f"config.json: {key} is {shown(fields.get(key))}, which is not supported")
-    kinds = layer_kinds(fields, sizes.num_layers)
-    if kinds is None:
-        kinds = [FULL if layer % 2 else SLIDING for layer in range(sizes.num_layers)]
-    window = fields.optional_whole("sliding_window")
-    if window is None and SLIDING in kinds:
-        raise CheckpointError("config.json: layers have sliding attention, but no sliding_window is in use")
+    kinds = layer_kinds(fields, sizes.num_layers) or full_every(2, sizes.num_layers)
+    windows = mixed_windows(fields, kinds)
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim)
     scale = fields.number("query_pre_attn_scalar", least=1e-3, most=1e6) ** -0.5
     cap = read_cap(fields, "attn_logit_softcapping")
@@ -33,10 +29,10 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     blocks = tuple(
         parts.sandwich(
             sizes,
-            parts.attention(sizes, rope, span, qkv_bias=bias, o_bias=bias, scale=scale, softcap=cap),
+            parts.attention(sizes, rope, window, qkv_bias=bias, o_bias=bias, scale=scale, softcap=cap),
             mlp,
         )
-        for span in by_kind(kinds, window)
+        for window in windows
     )
     return model(fields, sizes, blocks)
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from tpctl.arch import parts
 from tpctl.arch.block import Activation, Block
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.rope import RopeConfig, read_rope
+from tpctl.arch.rope import read_rope_of
 from tpctl.arch.seeing import seeing
-from tpctl.arch.windows import by_kind, layer_kinds
-from tpctl.errors import CheckpointError, UnsupportedModelError, shown
+from tpctl.arch.windows import FULL, SLIDING, full_every, layer_kinds, mixed_windows
+from tpctl.errors import UnsupportedModelError, shown
 
 ARCHITECTURE, SEES = "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"
 ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
-SLIDING, FULL = "sliding_attention", "full_attention"
 MOST_CAP = 1e6
 
 
@@ -26,11 +24,12 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     for key in ("use_bidirectional_attention", "attn_logit_softcapping"):  # of which transformers applies no cap
         if fields.get(key):
             raise UnsupportedModelError(f"config.json: {key} is {shown(fields.get(key))}, which is not supported")
-    kinds = layer_kinds(fields, sizes.num_layers) or _by_pattern(fields, sizes.num_layers)
-    window = fields.optional_whole("sliding_window")
-    if window is None and SLIDING in kinds:
-        raise CheckpointError("config.json: layers have sliding attention, but no sliding_window is in use")
-    ropes = {kind: _rope(fields, sizes, kind) for kind in (SLIDING, FULL)}
+    kinds = layer_kinds(fields, sizes.num_layers)
+    if kinds is None:
+        kinds = full_every(fields.whole("sliding_window_pattern"), sizes.num_layers)
+    windows = mixed_windows(fields, kinds)
+    thetas = {SLIDING: fields.get("rope_local_base_freq"), FULL: fields.get("rope_theta")}
+    ropes = {kind: read_rope_of(kind, fields, ARCHITECTURE, sizes.head_dim, theta) for kind, theta in thetas.items()}
     scale = fields.number("query_pre_attn_scalar", least=1e-3, most=1e6) ** -0.5
     bias = fields.flag("attention_bias")
     mlp = parts.gated(sizes, activation)
@@ -42,7 +41,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
             ),
             mlp,
         )
-        for kind, span in zip(kinds, by_kind(kinds, window), strict=True)
+        for kind, span in zip(kinds, windows, strict=True)
     )
     return model(fields, sizes, blocks)
 
@@ -63,29 +62,6 @@ def model(fields: Fields, sizes: Sizes, blocks: tuple[Block, ...]) -> Blueprint:
 def read_cap(fields: Fields, key: str) -> float | None:
     """What scores or logits are capped at; ``None``: nothing."""
     return None if fields.get(key) is None else fields.number(key, least=1e-3, most=MOST_CAP)
-
-
-def _by_pattern(fields: Fields, num_layers: int) -> list[str]:
-    """The layers' kinds where no ``layer_types`` says them: every sixth has full attention."""
-    every = fields.whole("sliding_window_pattern")
-    return [SLIDING if (layer + 1) % every else FULL for layer in range(num_layers)]
-
-
-def _rope(fields: Fields, sizes: Sizes, kind: str) -> RopeConfig:
-    """The RoPE of one kind of layers. ``rope_scaling``, of older files, is of those with full attention."""
-    theta = "rope_theta" if kind == FULL else "rope_local_base_freq"
-    values: dict[str, Any] = {"max_position_embeddings": fields.get("max_position_embeddings")}
-    values["rope_theta"] = fields.get(theta)
-    both = fields.mapping("rope_parameters")
-    if unknown := sorted(both.keys() - {SLIDING, FULL}):
-        raise CheckpointError(
-            f"config.json: rope_parameters has {shown(unknown[0])}, but the RoPE of {SLIDING} and of {FULL} are needed"
-        )
-    if both.get(kind) is not None:
-        values["rope_parameters"] = fields.within(both).mapping(kind)
-    if kind == FULL and fields.get("rope_scaling") is not None:
-        values["rope_scaling"] = fields.get("rope_scaling")
-    return read_rope(fields.within(values), ARCHITECTURE, sizes.head_dim)
 
 
 FAMILY = Family(

@@ -18,13 +18,13 @@ from typing import Any
 from tpctl.arch import mixture, parts
 from tpctl.arch.block import CutBlock, Experts, LayerPart, Mixer
 from tpctl.arch.blueprint import Blueprint
-from tpctl.arch.families.gemma3 import ACTIVATIONS, FULL, SLIDING
+from tpctl.arch.families.gemma3 import ACTIVATIONS
 from tpctl.arch.family import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.linear import Linear, Norm, Vector
 from tpctl.arch.seeing import seeing
 from tpctl.arch.storage import FUSED
-from tpctl.arch.windows import layer_kinds
+from tpctl.arch.windows import FULL, SLIDING, layer_kinds
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.partition.cuts import Cut, Even, Vocab, Whole
 from tpctl.partition.split import EACH, Part, Rule, Stack

@@ -1,29 +1,52 @@
-"""gpt-oss: attention with a sink a head and biases everywhere; experts stacked, gate and up row by row in turn."""
+"""gpt-oss: attention with a sink a head, a window in every second layer, and biases everywhere; experts stacked, gate
+and up row by row in turn."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 from tpctl.arch import parts
 from tpctl.arch.block import Experts
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, MOST_EXPERTS, Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.linear import Linear, Vector
-from tpctl.arch.mixers import grouped
+from tpctl.arch.linear import Linear
 from tpctl.arch.mixture import scores
+from tpctl.arch.rope import RopeConfig, read_rope
 from tpctl.arch.storage import FUSED_TRANSPOSED
-from tpctl.partition.cuts import Even, QueryHeads, Scaled, Whole
+from tpctl.arch.windows import full_every, layer_kinds, mixed_windows
+from tpctl.partition.cuts import Even, Scaled, Whole
 from tpctl.partition.split import Part, Rule, Stack
 
 ARCHITECTURE = "GptOssForCausalLM"
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""The RoPE of a config that says nothing of it."""
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    bias = fields.flag("attention_bias")
-    sinks = Vector("self_attn.sinks", sizes.num_heads, QueryHeads(sizes.num_heads, sizes.num_kv_heads, 1))
-    attention = grouped(sizes, "attention with sinks", sinks, qkv_bias=bias, o_bias=bias)
+    rope, bias = _rope(fields, sizes), fields.flag("attention_bias")
+    kinds = layer_kinds(fields, sizes.num_layers) or full_every(2, sizes.num_layers)
     count = fields.whole(fields.either("num_local_experts", "num_experts"), most=MOST_EXPERTS)
     experts = _experts(sizes, count, fields.whole("num_experts_per_tok", most=count))
-    return parts.model(sizes, (parts.cut_block(sizes, attention, experts),) * sizes.num_layers)
+    attentions = (
+        parts.attention(sizes, rope, window, qkv_bias=bias, o_bias=bias, sinks=True)
+        for window in mixed_windows(fields, kinds)
+    )
+    return parts.model(sizes, tuple(parts.cut_block(sizes, one, experts) for one in attentions))
+
+
+def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
+    if fields.get("rope_parameters") is None and not fields.mapping("rope_scaling"):
+        fields = replace(fields, values={**fields.values, "rope_parameters": YARN})
+    return read_rope(fields, ARCHITECTURE, sizes.head_dim)
 
 
 def _experts(sizes: Sizes, count: int, per_token: int) -> Experts:
@@ -73,11 +96,13 @@ FAMILY = Family(
         "head_dim": 64,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "sliding_window": 128,
         "attention_bias": True,
         "num_experts_per_tok": 4,
         "num_local_experts": 128,
     },
-    frozenset({"num_key_value_heads", "head_dim"}),
+    frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
     describe,
     runs=False,
 )

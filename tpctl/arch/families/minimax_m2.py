@@ -1,18 +1,28 @@
-"""MiniMax-M2: experts chosen by sigmoid and a correction, and norms over all query and all key heads at once."""
+"""MiniMax-M2: experts chosen by sigmoid and a correction, norms over all query and all key heads at once, and RoPE in a
+part of a head."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from tpctl.arch import mixture, parts
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, MOST_EXPERTS, Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.mixers import grouped, whole_norms
+from tpctl.arch.rope import RopeConfig, read_rope
+from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    attention = grouped(sizes, "attention with norms over all heads at once", *whole_norms(sizes))
+    for key, known in (("use_qk_norm", True), ("qk_norm_type", "per_layer")):
+        if fields.get(key) not in (known, None):
+            raise UnsupportedModelError(
+                f"config.json: {key} is {shown(fields.get(key))}, but {ARCHITECTURE} norms all heads at once; "
+                "correct model_type, or remove the field if it has no meaning"
+            )
+    attention = parts.attention(sizes, _rope(fields, sizes), whole_norms=True)
     count = fields.whole(fields.either("num_local_experts", "num_experts"), most=MOST_EXPERTS)
     experts = mixture.experts(
         sizes.hidden_size,
@@ -24,6 +34,21 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         correction="e_score_correction_bias",
     )
     return parts.model(sizes, (parts.cut_block(sizes, attention, experts),) * sizes.num_layers)
+
+
+def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
+    """RoPE of the ``rotary_dim`` first dimensions of a head, as published files have it, or of a share of them."""
+    rotated, key = fields.optional_whole("rotary_dim", most=sizes.head_dim), "partial_rotary_factor"
+    if rotated is not None:
+        share = rotated / sizes.head_dim
+        for given in (fields.values, fields.mapping("rope_parameters"), fields.mapping("rope_scaling")):
+            if given.get(key) not in (share, None):
+                raise CheckpointError(
+                    f"config.json: rotary_dim is {rotated} of {sizes.head_dim}, but {key} is {shown(given.get(key))}; "
+                    "keep the one that is meant"
+                )
+        fields = replace(fields, values={**fields.values, key: share})
+    return read_rope(fields, ARCHITECTURE, sizes.head_dim, partial=True)
 
 
 FAMILY = Family(
@@ -38,12 +63,14 @@ FAMILY = Family(
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 196608,
+        "rope_theta": 5000000.0,
+        "partial_rotary_factor": 1.0,
         "num_experts_per_tok": 8,
         "num_local_experts": 256,
         "bos_token_id": 200034,
         "eos_token_id": 200020,
     },
-    frozenset(),
+    frozenset({"rotary_dim"}),
     describe,
     runs=False,
 )
