@@ -63,7 +63,7 @@ RUN = sorted(name for name, family in FAMILIES.items() if family.runs)
 
 def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """A small ``config.json`` of ``family``."""
-    has = {} if FAMILIES[family].runs else {k: v for k, v in MIXTURE.items() if FAMILIES[family].defaults.get(k)}
+    has = {key: value for key, value in MIXTURE.items() if FAMILIES[family].defaults.get(key)}
     return {**BASE, **has, "model_type": family, "architectures": [FAMILIES[family].architecture], **changes}
 
 

@@ -223,7 +223,7 @@ def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: 
         (
             "minimax_m2",
             {"use_qk_norm": False},
-            "use_qk_norm is false, but MiniMaxM2ForCausalLM norms all heads at once",
+            "use_qk_norm is false, but MiniMaxM2ForCausalLM knows true alone",
         ),
         ("minimax_m2", {"qk_norm_type": "per_head"}, 'qk_norm_type is "per_head", but'),
         ("minimax_m2", {"rotary_dim": 7}, "rotary_dim is 7, but a whole number from 1 to 6"),

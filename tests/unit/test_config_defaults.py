@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 24,
     "intermediate_size": 40,
-    "vocab_size": 200000,
+    "vocab_size": 210000,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-4,
     "rope_theta": 5000.0,
@@ -52,11 +52,12 @@ ROPES: dict[str, dict[str, Any]] = {
     "new": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
     "no theta": {"rope_parameters": {"rope_type": "default"}},
 }
-MISSING = "missing"
-NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite")
+MISSING, ORIGINAL = "missing", "original_max_position_embeddings"
+NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite", "minimax_m2")
 """Families that refuse one."""
-BIASED = ("llama", "qwen3", "seed_oss", "olmo2", "granite", "smollm3")
+BIASED = ("llama", "qwen3", "seed_oss", "olmo2", "granite", "smollm3", "gpt_oss")
 """Families that may have biases in attention."""
+MLP_BIASED = ("llama", "seed_oss", "granite", "smollm3")
 APART = ("gemma2", "gemma3", "gemma3_text", "mistral3", "olmo3")
 """Families that have tests of their own."""
 
@@ -68,7 +69,7 @@ def cases() -> Iterator[tuple[str, str, str, Any]]:
                 continue
             yield family, rope, "", None
             for key in BASE if rope == "default" else ("rope_theta", "original_max_position_embeddings"):
-                if family in NO_WINDOW and key == "sliding_window":
+                if (family in NO_WINDOW and key == "sliding_window") or (family == "gpt_oss" and key == ORIGINAL):
                     continue
                 yield family, rope, key, MISSING
                 if key != "original_max_position_embeddings" or rope in ("yarn", "llama3", "longrope"):
@@ -79,6 +80,8 @@ def config_of(family: str, rope: str, key: str, value: Any) -> dict[str, Any]:
     raw = {**BASE, **deepcopy(ROPES[rope]), "model_type": family, "architectures": [FAMILIES[family].architecture]}
     if family in NO_WINDOW:
         del raw["sliding_window"]  # refused
+    if family == "gpt_oss":
+        del raw[ORIGINAL]  # its default RoPE says another
     if key:
         raw[key] = value
     return {name: value for name, value in raw.items() if value is not MISSING}
@@ -94,10 +97,12 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         config.standardize_rope_params()  # as its rotary tables do
     if family in ("granite", "olmo2", "smollm3") and getattr(config, "head_dim", 0) is None:
         raise ValueError("the class knows no such field, and its attention takes it as it is")
+    if family == "gpt_oss" and config.sliding_window is None:
+        raise ValueError("no mask can be made of this")
     rope, layers = config.rope_parameters, config.num_hidden_layers
     if rope["rope_theta"] is None or rope.get("original_max_position_embeddings", 1) is None:
         raise ValueError("no table can be made of this")
-    kinds = config.layer_types if family.startswith(("qwen", "smollm3")) else ["sliding_attention"] * layers
+    kinds = config.layer_types if family.startswith(("qwen", "smollm3", "gpt_oss")) else ["sliding_attention"] * layers
     window = None if family in NO_WINDOW else config.sliding_window
     ends = config.eos_token_id
     attention_bias = family in BIASED and config.attention_bias
@@ -113,7 +118,7 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "qkv_bias": family == "qwen2" or attention_bias,
         "o_bias": config.attention_out_bias if family == "seed_oss" else attention_bias,
-        "mlp_bias": family in ("llama", "seed_oss", "granite", "smollm3") and config.mlp_bias,
+        "mlp_bias": family == "gpt_oss" or (family in MLP_BIASED and config.mlp_bias),
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
         "eos_token_ids": tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
         "bos_token_id": config.bos_token_id,

@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     return {}
 
 
-def _logits(folder: Path, tp_size: int, prompts: list[list[int]]) -> torch.Tensor:
+def logits_of(folder: Path, tp_size: int, prompts: list[list[int]]) -> torch.Tensor:
     """[prompts, length, vocabulary] of equally long prompts, computed together in chunks."""
 
     def rank(group: TPGroup) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, t
         prompts = torch.randint(3, 131, (2, length))
         with torch.no_grad():
             expected = model(prompts).logits
-        found = _logits(shards, tp_size, prompts.tolist())
+        found = logits_of(shards, tp_size, prompts.tolist())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -93,7 +93,9 @@ def test_the_text_of_a_model_that_sees(name: str, tp_size: int, tmp_path: Path) 
     prompts = torch.randint(11, 131, (2, 40))
     with torch.no_grad():
         expected = model(prompts).logits
-    torch.testing.assert_close(_logits(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_folder_made_for_vllm_runs_too(tmp_path: Path) -> None:
@@ -102,4 +104,4 @@ def test_a_folder_made_for_vllm_runs_too(tmp_path: Path) -> None:
     shard_checkpoint(tmp_path / "model", tmp_path / "plain", 2)
     shard_checkpoint(tmp_path / "model", tmp_path / "vllm", 2, compat="vllm")
     prompts = torch.randint(3, 131, (2, 20)).tolist()
-    torch.testing.assert_close(_logits(tmp_path / "vllm", 2, prompts), _logits(tmp_path / "plain", 2, prompts))
+    torch.testing.assert_close(logits_of(tmp_path / "vllm", 2, prompts), logits_of(tmp_path / "plain", 2, prompts))

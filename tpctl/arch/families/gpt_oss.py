@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tpctl.arch import parts
-from tpctl.arch.block import Experts
+from tpctl.arch import mixture, parts
+from tpctl.arch.block import Clamped, Experts
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, MOST_EXPERTS, Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.linear import Linear
-from tpctl.arch.mixture import scores
 from tpctl.arch.rope import RopeConfig, read_rope
+from tpctl.arch.routing import Routing
 from tpctl.arch.storage import FUSED_TRANSPOSED
 from tpctl.arch.windows import full_every, layer_kinds, mixed_windows
 from tpctl.partition.cuts import Even, Scaled, Whole
@@ -35,12 +35,14 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope, bias = _rope(fields, sizes), fields.flag("attention_bias")
     kinds = layer_kinds(fields, sizes.num_layers) or full_every(2, sizes.num_layers)
     count = fields.whole(fields.either("num_local_experts", "num_experts"), most=MOST_EXPERTS)
-    experts = _experts(sizes, count, fields.whole("num_experts_per_tok", most=count))
+    parts.read_activation(fields)  # which it names, and does not have
+    alpha, limit = (fields.number(f"swiglu_{name}", least=1e-3, most=1e3) for name in ("alpha", "limit"))
+    experts = _experts(sizes, count, fields.whole("num_experts_per_tok", most=count), Clamped(alpha, limit))
     attentions = (
         parts.attention(sizes, rope, window, qkv_bias=bias, o_bias=bias, sinks=True)
         for window in mixed_windows(fields, kinds)
     )
-    return parts.model(sizes, tuple(parts.cut_block(sizes, one, experts) for one in attentions))
+    return parts.model(sizes, tuple(parts.block(sizes, one, experts) for one in attentions))
 
 
 def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
@@ -49,7 +51,7 @@ def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
     return read_rope(fields, ARCHITECTURE, sizes.head_dim)
 
 
-def _experts(sizes: Sizes, count: int, per_token: int) -> Experts:
+def _experts(sizes: Sizes, count: int, per_token: int, activation: Clamped) -> Experts:
     hidden, width, stack = sizes.hidden_size, sizes.intermediate_size, Stack(count, Whole())
     rows = Part("mlp.experts.gate_up_proj", 2 * width, Scaled(Even(), 2), label="gate_up")
     down = Part("mlp.experts.down_proj", hidden, Whole())
@@ -79,7 +81,9 @@ def _experts(sizes: Sizes, count: int, per_token: int) -> Experts:
             joiner="_",
             bias_suffix="_bias",
         ),
-        router=scores("mlp.router", hidden, count, bias=True),
+        router=mixture.scores("mlp.router", hidden, count, bias=True),
+        routing=Routing("softmax of chosen"),
+        activation=activation,
     )
 
 
@@ -101,8 +105,10 @@ FAMILY = Family(
         "attention_bias": True,
         "num_experts_per_tok": 4,
         "num_local_experts": 128,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
     },
-    frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
+    frozenset({"sliding_window"}),
     describe,
-    runs=False,
+    mixture.OWN,
 )

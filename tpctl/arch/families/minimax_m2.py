@@ -10,19 +10,25 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, MOST_EXPERTS, Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.rope import RopeConfig, read_rope
+from tpctl.arch.routing import Routing
+from tpctl.arch.windows import no_window
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
+_KNOWN = {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid", "use_routing_bias": True}
+"""Fields of published files, which the configuration class does not read."""
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    for key, known in (("use_qk_norm", True), ("qk_norm_type", "per_layer")):
+    for key, known in _KNOWN.items():
         if fields.get(key) not in (known, None):
             raise UnsupportedModelError(
-                f"config.json: {key} is {shown(fields.get(key))}, but {ARCHITECTURE} norms all heads at once; "
+                f"config.json: {key} is {shown(fields.get(key))}, but {ARCHITECTURE} knows {shown(known)} alone; "
                 "correct model_type, or remove the field if it has no meaning"
             )
-    attention = parts.attention(sizes, _rope(fields, sizes), whole_norms=True)
+    parts.read_activation(fields)
+    rope = _rope(fields, sizes)
+    windows = no_window(fields, sizes.num_layers, rope.longest, ARCHITECTURE)
     count = fields.whole(fields.either("num_local_experts", "num_experts"), most=MOST_EXPERTS)
     experts = mixture.experts(
         sizes.hidden_size,
@@ -32,13 +38,16 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         where=mixture.SPARSE,
         projections=mixture.MIXTRAL,
         correction="e_score_correction_bias",
+        routing=Routing("sigmoid", renormalise=True),
     )
-    return parts.model(sizes, (parts.cut_block(sizes, attention, experts),) * sizes.num_layers)
+    attentions = (parts.attention(sizes, rope, window, whole_norms=True) for window in windows)
+    return parts.model(sizes, tuple(parts.block(sizes, one, experts) for one in attentions))
 
 
 def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
     """RoPE of the ``rotary_dim`` first dimensions of a head, as published files have it, or of a share of them."""
     rotated, key = fields.optional_whole("rotary_dim", most=sizes.head_dim), "partial_rotary_factor"
+    share = 1.0 if fields.get(key) is None else fields.get(key)
     if rotated is not None:
         share = rotated / sizes.head_dim
         for given in (fields.values, fields.mapping("rope_parameters"), fields.mapping("rope_scaling")):
@@ -47,7 +56,7 @@ def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
                     f"config.json: rotary_dim is {rotated} of {sizes.head_dim}, but {key} is {shown(given.get(key))}; "
                     "keep the one that is meant"
                 )
-        fields = replace(fields, values={**fields.values, key: share})
+    fields = replace(fields, values={**fields.values, key: share})
     return read_rope(fields, ARCHITECTURE, sizes.head_dim, partial=True)
 
 
@@ -70,7 +79,7 @@ FAMILY = Family(
         "bos_token_id": 200034,
         "eos_token_id": 200020,
     },
-    frozenset({"rotary_dim"}),
+    frozenset({"rotary_dim", "sliding_window"}),
     describe,
-    runs=False,
+    mixture.OWN | {"use_qk_norm"},
 )

@@ -1,0 +1,58 @@
+"""Requests that are answered greedily by an engine of real layers, and what transformers answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import run_ranks
+from tpctl.distributed import TPGroup
+from tpctl.engine.engine import Engine
+from tpctl.wire.messages import Add, Request
+from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
+
+TOKENS = 30
+SHARED = [(7 * i) % 120 + 3 for i in range(40)]
+PROMPTS = [*(SHARED[:length] for length in (3, 17, 23, 24, 25, 40)), [*SHARED[:20], 77, 78], [9, 8, 7], [50] * 13]
+
+
+def answers(model: Any) -> list[list[int]]:
+    """What transformers' ``generate`` makes of ``PROMPTS``, one by one."""
+    model.generation_config.eos_token_id = None
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+        found.append(answer[0, len(prompt) :].tolist())
+    return found
+
+
+def run(shards: Path, tp_size: int, groups: list[list[Request]], **settings: Any) -> tuple[dict[str, list[int]], Any]:
+    """The tokens of each request, group after group in one engine; and its counters."""
+    values: dict[str, Any] = {"kv_cache_memory": 1 << 20, "block_size": 4, **settings}
+    config = EngineConfig(shards, tp_size, **values)
+
+    def rank(group: TPGroup) -> tuple[dict[str, list[int]], Any]:
+        tokens: dict[str, list[int]] = {}
+        with torch.inference_mode():
+            engine = Engine(config, group)
+            for requests in groups:
+                engine.apply(Add(requests))
+                while engine.has_work:
+                    for output in engine.step():
+                        assert output.finish_reason in (None, "length")
+                        tokens.setdefault(output.id, []).extend(output.token_ids)
+            return tokens, engine.stats()
+
+    results = run_ranks(tp_size, rank)
+    assert all(tokens == results[0][0] for tokens, _ in results)
+    return results[0]
+
+
+def requests(prefix: str = "", **way: Any) -> list[Request]:
+    """One for each of ``PROMPTS``."""
+    params = SamplingParams(**{"max_tokens": TOKENS, "ignore_eos": True, **way})
+    return [Request(f"{prefix}{index}", prompt, params) for index, prompt in enumerate(PROMPTS)]
