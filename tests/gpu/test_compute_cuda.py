@@ -25,7 +25,8 @@ from tpctl.kernels.common.norm import rms_norm_reference
 from tpctl.kernels.linear import gated_linear
 from tpctl.layers import compute_cuda
 from tpctl.layers.attention.attention import attention_spec
-from tpctl.layers.attention.base import AttentionBackend, LayerKV
+from tpctl.layers.attention.base import AttentionBackend, AttentionSpec, LayerKV
+from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
@@ -177,6 +178,13 @@ def a_step(new: list[int], tp_size: int) -> tuple[Run, ForwardBatch]:
         ("gemma3", 256, 1, MANY, {"split_linear", "gated_linear"}),  # sandwich norms, another RoPE in some layers
         ("gemma3-caps", 256, 1, FEW, set()),
         ("gemma3-caps", 512, 2, MANY, {"gated_linear"}),
+        ("olmo2", 256, 1, MANY, {"split_linear", "gated_linear"}),  # norms behind, and over all heads at once
+        ("olmo2", 256, 1, FEW, set()),
+        ("olmo2", 512, 2, MANY, {"split_linear", "gated_linear"}),
+        ("olmo3-yarn", 512, 2, FEW, set()),
+        ("smollm3-window", 256, 1, MANY, {"split_linear", "gated_linear"}),  # layers without RoPE
+        ("granite", 256, 1, FEW, set()),  # factors
+        ("granite", 512, 2, MANY, {"split_linear", "gated_linear"}),
     ],
 )
 def test_same_logits_and_cache(
@@ -211,6 +219,31 @@ def test_same_logits_and_cache(
     for same in (found, run(*fused, as_captured(step, new))):
         for got, want in zip(same, plain, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("new", [MANY, FEW])
+def test_sinks_join_every_softmax(new: list[int], window: int | None) -> None:
+    """Of decodes and of prompts, also in a captured step; in heads that are not rotated."""
+    generator = torch.Generator().manual_seed(1)
+    old = [length - count for count, length in zip(new, LENGTHS, strict=True)]
+    before = make_batch(torch.zeros(sum(old), dtype=torch.int64), old, old)
+    step = make_batch(torch.zeros(sum(new), dtype=torch.int64), new, LENGTHS)
+    past = torch.randn(2, sum(old), 2, 32, generator=generator).to(DEVICE)
+    qkv = torch.randn(sum(new), 12 * 32, generator=generator).to(DEVICE)
+    sinks = (2 * torch.randn(8, generator=generator)).to(DEVICE)
+
+    def run(kind: Callable[..., AttentionBackend[Any]], batch: ForwardBatch, sinks: Tensor | None) -> Tensor:
+        backend = kind([AttentionSpec(8, 2, 32, 0.3, window, sinks=sinks is not None)], BLOCK)
+        (kv,) = backend.allocate(BLOCKS, torch.float32, DEVICE)
+        backend.store(*past, kv, backend.begin(before))
+        rows = torch.cat([qkv, qkv.new_zeros(batch.num_tokens - len(qkv), 12 * 32)])
+        return backend.run(rows, HeadPreparation(None), kv, backend.begin(batch), sinks)[: len(qkv)]
+
+    wanted = run(SdpaBackend, step, sinks)
+    for batch in (step, as_captured(step, new)):
+        torch.testing.assert_close(run(TritonBackend, batch, sinks), wanted, rtol=1e-4, atol=1e-5)
+    assert (run(SdpaBackend, step, None).norm(dim=-1) > wanted.norm(dim=-1)).all()  # some of each weight is the sink's
 
 
 def test_a_wait_that_ran_out_ends_the_engine() -> None:

@@ -20,7 +20,7 @@ from tpctl.errors import EngineError
 from tpctl.layers.attention import flash, select
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.flash import FlashAttentionBackend
-from tpctl.layers.attention.select import choose_backend
+from tpctl.layers.attention.select import choose_backend, make_backend
 from tpctl.layers.batch import ForwardBatch
 
 HEADS = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=16, scale=0.3)
@@ -246,3 +246,11 @@ def test_without_a_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(flash, "installed_flash_attention", lambda: None)
     with pytest.raises(EngineError, match="pip install flash-attn"):
         FlashAttentionBackend([HEADS], 256)
+
+
+def test_sinks_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "find_spec", lambda package: object())
+    layers = [HEADS, replace(HEADS, sinks=True)]
+    with pytest.raises(EngineError, match="flash-attn knows no attention sinks, which this model has; use"):
+        make_backend("flash-attn", "cuda", torch.bfloat16, layers, None)
+    assert make_backend("sdpa", "cuda", torch.bfloat16, layers, None).name == "sdpa"

@@ -23,8 +23,11 @@ CASES: dict[str, list[tuple[int, int]]] = {  # (new tokens, tokens in all) of ea
 }
 
 
+SINKS = torch.tensor([-1.0, 0.5, 2.0, 4.0, -8.0, 1.0])
+
+
 def written_out(q_ND: Tensor, k_LKD: Tensor, v_LKD: Tensor, spec: AttentionSpec) -> Tensor:
-    """[N, D]: the last token of the L over the keys that it may see."""
+    """[N, D]: the last token of the L over the keys that it may see, and ``SINKS`` where the spec has some."""
     first = 0 if spec.window is None else max(0, len(k_LKD) - spec.window)
     group = q_ND.shape[0] // k_LKD.shape[1]
     heads = []
@@ -32,7 +35,9 @@ def written_out(q_ND: Tensor, k_LKD: Tensor, v_LKD: Tensor, spec: AttentionSpec)
         keys, values = k_LKD[first:, head // group].double(), v_LKD[first:, head // group].double()
         scores = (keys @ q_D) * spec.scale
         scores = scores if spec.softcap is None else (scores / spec.softcap).tanh() * spec.softcap
-        heads.append(scores.softmax(0) @ values)
+        weights = scores.exp()
+        weights = weights / (weights.sum() + (SINKS[head].double().exp() if spec.sinks else 0))
+        heads.append(weights @ values)
     return torch.stack(heads)
 
 
@@ -73,7 +78,7 @@ def attend(lengths: list[tuple[int, int]], heads: AttentionSpec, dtype: torch.dt
     forward, (q, k, v) = batch([(length - new, length) for new, length in lengths])
     plan = backend.begin(forward)
     backend.store(k, v, kv, plan)
-    found = backend.attend(q, k, v, kv, plan)
+    found = backend.attend(q, k, v, kv, plan, SINKS.to(dtype) if heads.sinks else None)
     expected = []
     for x, (new, length) in zip(total, lengths, strict=True):
         q_all, k_all, v_all = x.to(dtype).split(sizes, dim=1)
@@ -84,14 +89,24 @@ def attend(lengths: list[tuple[int, int]], heads: AttentionSpec, dtype: torch.dt
 
 @pytest.mark.parametrize("most_scores", [1 << 23, 2000])  # 2,000: fewer sequences and queries at a time
 @pytest.mark.parametrize(
-    ("window", "softcap"), [(None, None), (1, None), (20, None), (100, None), (None, 2.0), (20, 0.5)]
+    ("window", "softcap", "sinks"),
+    [
+        *((None, None, sinks) for sinks in (False, True)),
+        *((20, None, sinks) for sinks in (False, True)),
+        *((1, None, False), (100, None, False), (None, 2.0, False), (20, 0.5, True)),
+    ],
 )
 @pytest.mark.parametrize("case", CASES)
 def test_attention_equals_attention_written_out(
-    case: str, window: int | None, softcap: float | None, most_scores: int, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    most_scores: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sdpa, "_MOST_SCORES", most_scores)
-    heads = AttentionSpec(6, 2, 12, 1 / math.sqrt(12), window, softcap)
+    heads = AttentionSpec(6, 2, 12, 1 / math.sqrt(12), window, softcap, sinks)
     found, expected = attend(CASES[case], heads, torch.float32)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
