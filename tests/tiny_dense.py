@@ -52,7 +52,6 @@ GEMMA4_EDGE: dict[str, Any] = {
 CUT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", "Cohere2ForCausalLM", {"tie_word_embeddings": True}),
     "cohere2-biases": ("Cohere2", "Cohere2ForCausalLM", {**UNEVEN, "attention_bias": True}),
-    "glm4": ("Glm4", "Glm4ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
     "ministral3": ("Ministral3", "Ministral3ForCausalLM", {"head_dim": 12}),
     "gemma4-text": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4, "attention_bias": True}),
     "gemma4-text-moe": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4_MOE, "tie_word_embeddings": False}),

@@ -53,7 +53,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "no theta": {"rope_parameters": {"rope_type": "default"}},
 }
 MISSING, ORIGINAL = "missing", "original_max_position_embeddings"
-NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite", "minimax_m2")
+NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite", "minimax_m2", "glm4")
 """Families that refuse one."""
 BIASED = ("llama", "qwen3", "seed_oss", "olmo2", "granite", "smollm3", "gpt_oss")
 """Families that may have biases in attention."""
@@ -116,7 +116,7 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "qkv_bias": family == "qwen2" or attention_bias,
+        "qkv_bias": family == "qwen2" or attention_bias or (family == "glm4" and config.attention_bias),
         "o_bias": config.attention_out_bias if family == "seed_oss" else attention_bias,
         "mlp_bias": family == "gpt_oss" or (family in MLP_BIASED and config.mlp_bias),
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),

@@ -88,7 +88,9 @@ class ModelConfig:
                 f"{_names(runs=False)}"
             )
         family = _text_family(raw, family)
-        fields = Fields(_of_text(raw, family.inner), family.defaults, family.nullable)
+        values = _of_text(raw, family.inner)
+        values = {key: value for key, value in values.items() if value is not None or key not in family.unset}
+        fields = Fields(values, family.defaults, family.nullable)
         _check_kind(fields, model_type, family)
         sizes = Sizes.read(fields, family.eps)
         if family.runs:

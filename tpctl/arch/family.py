@@ -72,6 +72,7 @@ class Family:
         inner: the field that holds those of the text model, where there is more than one.
         texts: the families that such a text model may be of, by its own ``model_type``; none: this is the only one.
         eps: the field of the norms' epsilon.
+        unset: fields whose ``null`` that class takes for its default.
         runs: tpctl runs its models; otherwise it cuts them, and reads no more of a config than that takes.
     """
 
@@ -84,6 +85,7 @@ class Family:
     inner: str | None = None
     texts: Mapping[str, Family] = field(default_factory=dict)
     eps: str = "rms_norm_eps"
+    unset: frozenset[str] = frozenset()
     runs: bool = True
 
 

@@ -172,7 +172,7 @@ def _share(fields: Fields, params: Fields, architecture: str, partial: bool) -> 
     """The share of a head's dimensions that is rotated."""
     key = "partial_rotary_factor"
     holder = params if key in params else fields
-    if holder.get(key) is None and not partial:
+    if holder.get(key) is None and (not partial or key in fields.nullable):
         return 1.0
     share = holder.number(key, least=1e-6, most=1)
     if share != 1 and not partial:

@@ -47,7 +47,6 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
 def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
     """RoPE of the ``rotary_dim`` first dimensions of a head, as published files have it, or of a share of them."""
     rotated, key = fields.optional_whole("rotary_dim", most=sizes.head_dim), "partial_rotary_factor"
-    share = 1.0 if fields.get(key) is None else fields.get(key)
     if rotated is not None:
         share = rotated / sizes.head_dim
         for given in (fields.values, fields.mapping("rope_parameters"), fields.mapping("rope_scaling")):
@@ -56,7 +55,7 @@ def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:
                     f"config.json: rotary_dim is {rotated} of {sizes.head_dim}, but {key} is {shown(given.get(key))}; "
                     "keep the one that is meant"
                 )
-    fields = replace(fields, values={**fields.values, key: share})
+        fields = replace(fields, values={**fields.values, key: share})
     return read_rope(fields, ARCHITECTURE, sizes.head_dim, partial=True)
 
 
@@ -79,7 +78,7 @@ FAMILY = Family(
         "bos_token_id": 200034,
         "eos_token_id": 200020,
     },
-    frozenset({"rotary_dim", "sliding_window"}),
+    frozenset({"rotary_dim", "partial_rotary_factor", "sliding_window"}),
     describe,
     mixture.OWN | {"use_qk_norm"},
 )
