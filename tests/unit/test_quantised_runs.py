@@ -16,7 +16,7 @@ from tests.unit.packers import PACKERS
 from tests.unit.packing import Packer
 from tests.unit.quantised_model import Quantised, quantise
 from tests.unit.synthetic import make_config
-from tests.unit.test_models import _logits
+from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
 from tpctl.errors import PartitionError
 from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -110,7 +110,7 @@ def test_logits_equal_those_of_the_numbers(family: str, name: str, tmp_path: Pat
         except PartitionError as error:
             assert tp_size > 1 and "inside of a word" in str(error)
             continue
-        found = _logits(tmp_path / f"shards-{number}", tp_size, prompts.tolist())
+        found = logits_of(tmp_path / f"shards-{number}", tp_size, prompts.tolist())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         ran += 1
     assert ran >= 2
