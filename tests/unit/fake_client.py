@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from tpctl.client.jobs import JobParser
 from tpctl.client.tokenizer import Tokenizer
@@ -23,13 +23,20 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> Path:
-    """A byte-level tokenizer without merges, as a checkpoint folder holds it."""
+def write_tokenizer(
+    folder: Path, *, template: str | None = TEMPLATE, special: Sequence[str] = (), added: Sequence[str] = ()
+) -> Path:
+    """A byte-level tokenizer without merges, as a checkpoint folder holds it.
+
+    Args:
+        special: control tokens that it has besides; ``added``: others that it adds.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({token: id for id, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
+    backend.add_special_tokens(["</s>", *special])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in added])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "</s>"} | ({"chat_template": template} if template else {})
@@ -77,11 +84,12 @@ class FakeClient:
         context_full: what answers are told that end with the context.
         dies_after: calls of ``outputs`` until the engine "fails".
         told: who wants to know when it does.
+        answers: what it says to the next requests; without, it echoes.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_model_len: int = 64, dies_after: int | None = None) -> None:
         self._tokenizer = tokenizer
-        self._open: dict[str, tuple[Request, list[int]]] = {}
+        self._open: dict[str, tuple[Request, int, list[int]]] = {}  # with the answer's tokens, and those to come
         self._ended: list[Output] = []
         self.max_model_len = max_model_len
         self.dies_after = dies_after
@@ -91,6 +99,7 @@ class FakeClient:
         self.context_full: str | None = None
         self.policies: list[str] = []
         self.told: list[Callable[[TpctlError], None]] = []
+        self.answers: list[str] = []
         self.failure: TpctlError | None = None
 
     def __enter__(self) -> Self:
@@ -108,9 +117,9 @@ class FakeClient:
     def submit(self, requests: Iterable[Request]) -> None:
         for request in requests:
             self.requests.append(request)
-            text = self._tokenizer.decode(request.token_ids)
-            eos = self._tokenizer.backend.token_to_id("</s>")
-            self._open[request.id] = (request, [*self._tokenizer.encode(f"<{text}>"), eos])
+            text = self.answers.pop(0) if self.answers else f"<{self._tokenizer.decode(request.token_ids)}>"
+            answer = [*self._tokenizer.encode(text), self._tokenizer.backend.token_to_id("</s>")]
+            self._open[request.id] = (request, len(answer), answer)
         self.most_open = max(self.most_open, len(self._open))
 
     def outputs(self, timeout: float | None = None) -> list[Output]:
@@ -119,12 +128,12 @@ class FakeClient:
             if self.dies_after < 0:
                 raise EngineError("rank 1 was killed (SIGKILL)")
         outputs, self._ended = self._ended, []
-        for id, (request, rest) in list(self._open.items()):
+        for id, (request, whole, rest) in list(self._open.items()):
             if self._tokenizer.decode(request.token_ids).startswith("refuse"):
                 outputs.append(Output(id, [], "error", "the engine refuses"))
                 del self._open[id]
                 continue
-            outputs.append(self._next(request, rest))
+            outputs.append(self._next(request, whole, rest))
             if outputs[-1].finish_reason is not None:
                 del self._open[id]
         return outputs
@@ -149,9 +158,9 @@ class FakeClient:
     def stats(self) -> EngineStats:
         return engine_stats(preemptions=3)
 
-    def _next(self, request: Request, rest: list[int]) -> Output:
+    def _next(self, request: Request, whole: int, rest: list[int]) -> Output:
         token = rest.pop(0)
-        answered = len(self._tokenizer.encode(f"<{self._tokenizer.decode(request.token_ids)}>")) - len(rest) + 1
+        answered = whole - len(rest)
         reason = "stop" if not rest else "length" if answered >= request.sampling.max_tokens else None
         full = self.context_full is not None and len(request.token_ids) + answered >= self.max_model_len
         if full:

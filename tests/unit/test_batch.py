@@ -238,8 +238,9 @@ def test_a_context_that_the_kv_cache_shortens_is_said(capsys: pytest.CaptureFixt
 def test_stop_strings_do_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
     def read(text: str, stop: list[str], min_tokens: int) -> tuple[str, bool]:
         stream = TextStream(tokenizer, stop, min_tokens=min_tokens)
-        shown = "".join(stream.push(Output("a", [id])) for id in tokenizer.encode(text))
-        return shown + stream.push(Output("a", [], "length")), stream.stopped_early
+        outputs = [*(Output("a", [id]) for id in tokenizer.encode(text)), Output("a", [], "length")]
+        shown = [segment.text for output in outputs for segment in stream.push(output)]
+        return "".join(shown), stream.stopped_early
 
     for min_tokens, want in ((0, "a"), (2, "a"), (3, "abcda"), (6, "abcda"), (7, "abcdabcd")):
         assert read("abcdabcd", ["bc"], min_tokens) == (want, min_tokens < 7)

@@ -142,12 +142,18 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut(pieces: list[str], s
     assert shown == (consumed[: min(starts)] if starts else consumed)
 
 
+def shown_by(stream: TextStream, output: Output) -> str:
+    segments = stream.push(output)
+    assert not any(segment.reasoning for segment in segments)
+    return "".join(segment.text for segment in segments)
+
+
 def test_text_stream_stops_at_a_stop_string_over_two_tokens() -> None:
     model = tokenizer("byte-level")
     stream = TextStream(model, ["wor"])
     shown = ""
     for id in model.encode("hello world"):
-        shown += stream.push(Output("a", [id]))
+        shown += shown_by(stream, Output("a", [id]))
     assert (shown, stream.text, stream.finish_reason, stream.stopped_early) == (
         "hello ",
         "hello ",
@@ -161,9 +167,9 @@ def test_text_stream_leaves_out_the_token_that_ended_it_and_shows_what_was_held(
     model = tokenizer("byte-level")
     (full_stop,) = model.encode("x")
     stream = TextStream(model, ["llama"])
-    assert stream.push(Output("a", model.encode("he"))) == "he"
-    assert stream.push(Output("a", model.encode("ll"))) == ""
-    assert stream.push(Output("a", [full_stop], "stop")) == "ll"
+    assert shown_by(stream, Output("a", model.encode("he"))) == "he"
+    assert shown_by(stream, Output("a", model.encode("ll"))) == ""
+    assert shown_by(stream, Output("a", [full_stop], "stop")) == "ll"
     assert (stream.text, stream.finish_reason, stream.stopped_early) == ("hell", "stop", False)
     assert len(stream.token_ids) == 3
 
@@ -172,7 +178,7 @@ def test_text_stream_shows_the_broken_rest_at_the_end() -> None:
     model = tokenizer("byte-level")
     ids = model.encode("é👍")[:-1]
     stream = TextStream(model)
-    assert stream.push(Output("a", ids, "length")) == "é\N{REPLACEMENT CHARACTER}"
+    assert shown_by(stream, Output("a", ids, "length")) == "é\N{REPLACEMENT CHARACTER}"
     assert stream.finish_reason == "length"
 
 

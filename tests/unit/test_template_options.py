@@ -269,9 +269,9 @@ def test_a_wild_tokenizer_is_one_line(tmp_path: Path, wild: str) -> None:
 def test_an_answer_that_cannot_be_decoded_is_an_error_of_its_line(
     started: list[FakeClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tpctl.client import text_stream
+    from tpctl.client import reasoning_stream
 
-    real = text_stream.detokenizer
+    real = reasoning_stream.detokenizer
 
     def failing(tokenizer: Tokenizer, prompt: list[int]) -> Any:
         if len(prompt) == 1:
@@ -283,7 +283,7 @@ def test_an_answer_that_cannot_be_decoded_is_an_error_of_its_line(
 
         return Fails()
 
-    monkeypatch.setattr(text_stream, "detokenizer", failing)
+    monkeypatch.setattr(reasoning_stream, "detokenizer", failing)
     lines({"prompt": "ab"}, {"prompt": "c"})
     rows = [json.loads(row) for row in invoke("batch", "in.jsonl").stdout.splitlines()]
     assert rows[0] == {"id": 1, "error": "line 1: cannot decode"} and rows[1]["text"] == "<c>"

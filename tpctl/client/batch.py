@@ -177,7 +177,8 @@ class Batch:
                 self._fail(item.line, item.id, item.message)
             else:
                 self.tally.prompt_tokens += len(item.token_ids)
-                stream = TextStream(self._tokenizer, item.stop, item.token_ids, item.sampling.min_tokens)
+                form = self._tokenizer.reasoning if item.chat else None
+                stream = TextStream(self._tokenizer, item.stop, item.token_ids, item.sampling.min_tokens, form)
                 self._open[str(item.line.index)] = (item, stream)
                 requests.append(Request(str(item.line.index), item.token_ids, item.sampling))
         mailbox.submit(requests)
@@ -228,6 +229,8 @@ class Batch:
             "prompt_tokens": len(job.token_ids),
             "completion_tokens": len(stream.token_ids),
         }
+        if stream.reasoning is not None:
+            row["reasoning"] = stream.reasoning
         if job.sampling.logprobs is not None:
             row["logprobs"] = self._logprobs(job, stream)
         return row

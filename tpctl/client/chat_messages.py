@@ -85,17 +85,30 @@ def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
                 )
 
 
-def prepared(messages: Sequence[Message], uses: Uses, takes_parts: Callable[[], bool]) -> list[dict[str, Any]]:
+def prepared(
+    messages: Sequence[Message],
+    uses: Uses,
+    takes_parts: Callable[[], bool],
+    takes_thoughts: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
     """Messages under the names and in the forms that a template reads.
 
-    Fields that are null are left out. What was thought is there under every name for it that the template may read.
+    Fields that are null are left out. What was thought is there under every name for it that the template may read, and
+    where the template takes it as a part of the content, before the others, there as well.
     The arguments of a tool's call, which services write as text, become the object that templates expect. Parts of a
     content are one text, line by line, where the template takes no parts.
     """
-    return [_prepared(message, uses, takes_parts) for message in messages]
+    return [_prepared(message, uses, takes_parts, takes_thoughts) for message in messages]
 
 
-def _prepared(message: Message, uses: Uses, takes_parts: Callable[[], bool]) -> dict[str, Any]:
+def thought_parts(thought: str, text: str) -> list[dict[str, Any]]:
+    """An answer's content and what was thought before it, in parts as Mistral's templates take them."""
+    return [{"type": "thinking", "thinking": thought, "closed": True}, {"type": "text", "text": text}]
+
+
+def _prepared(
+    message: Message, uses: Uses, takes_parts: Callable[[], bool], takes_thoughts: Callable[[], bool]
+) -> dict[str, Any]:
     fields = {name: value for name, value in message.items() if value is not None}
     thought = next((fields[name] for name in REASONING if name in fields), None)
     if thought is not None:
@@ -104,6 +117,8 @@ def _prepared(message: Message, uses: Uses, takes_parts: Callable[[], bool]) -> 
         fields = {**{name: thought for name in REASONING if name in read}, **fields, "reasoning_content": thought}
     if isinstance(fields.get("content"), list) and not takes_parts():
         fields["content"] = "\n".join(part["text"] for part in fields["content"])
+    if isinstance(thought, str) and isinstance(fields.get("content"), str) and takes_thoughts():
+        fields["content"] = thought_parts(thought, fields["content"])
     if isinstance(fields.get("tool_calls"), list) and not uses.text_arguments:
         fields["tool_calls"] = [_call(call) for call in fields["tool_calls"]]
     return fields

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpctl.client.chat_messages import REASONING
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
@@ -21,11 +22,19 @@ CHAT_DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_p": 0.95}
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _POLL = 0.1  # seconds between looks at whether the answer should stop
 
+Show = Callable[[str], object]
+"""Is given a text piece by piece."""
+
+
+def _unseen(piece: str) -> None:
+    pass
+
 
 @dataclass(frozen=True)
 class Answer:
     """One finished turn.
 
+    ``reasoning`` is what was thought before ``text``, ``None`` where the model's template marks no thoughts.
     ``finish_reason`` is "stop", "length" or "abort"; token counts are of this turn's whole prompt (the
     conversation so far), of those of its tokens that the prefix cache held, and of the answer. ``note`` says what cut a
     "length", where that was not ``max_tokens``. Seconds are counted from the request to the first
@@ -38,6 +47,7 @@ class Answer:
     cached_tokens: int
     completion_tokens: int
     note: str | None = None
+    reasoning: str | None = None
     seconds_to_first: float | None = None
     seconds: float = 0.0
 
@@ -153,8 +163,13 @@ class Conversation:
         self._system, self.messages = system, messages
         self._sampling, self._stop = dict(sampling), tuple(stop)
 
-    def ask(self, text: str, show: Callable[[str], None], should_stop: Callable[[], object] = lambda: False) -> Answer:
+    def ask(
+        self, text: str, show: Show, should_stop: Callable[[], object] = lambda: False, think: Show = _unseen
+    ) -> Answer:
         """Say ``text`` and wait for the answer, which becomes part of the conversation (also if cut short).
+
+        What was thought before it does too, where the model's template reads that; whether it is shown to the model
+        again is for the template to say.
 
         Where it is stopped before it begins, ``text`` is taken back: else the next message would wait for it.
 
@@ -162,15 +177,19 @@ class Conversation:
             show: called with each new piece of the answer.
             should_stop: asked often; once true, the answer ends at once. The engine gives the request up after the
                 step that it is at.
+            think: called with each new piece of what is thought before it.
 
         Raises:
             RequestError: the conversation is too long, or the template refuses it; ``text`` is forgotten
                 then.
             EngineError: the workers failed.
         """
-        return self._answer([*self.messages, {"role": "user", "content": text}], self._sampling, show, should_stop)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        return self._answer(messages, self._sampling, show, should_stop, think)
 
-    def regenerate(self, show: Callable[[str], None], should_stop: Callable[[], object] = lambda: False) -> Answer:
+    def regenerate(
+        self, show: Show, should_stop: Callable[[], object] = lambda: False, think: Show = _unseen
+    ) -> Answer:
         """Another answer to the last message, in place of the one it got.
 
         Where answers are sampled, the seed becomes the next one: the same would say the same.
@@ -182,7 +201,7 @@ class Conversation:
         if not self.turns:
             raise RequestError("there is no answer yet that could be made anew; say something first")
         sampling = {**self._sampling, "seed": (self._sampling.get("seed", 0) + 1) % 2**63}
-        answer = self._answer(self.messages[:-1], sampling, show, should_stop)
+        answer = self._answer(self.messages[:-1], sampling, show, should_stop, think)
         self._sampling = sampling
         return answer
 
@@ -193,8 +212,9 @@ class Conversation:
         self,
         messages: list[dict[str, str]],
         sampling: Mapping[str, Any],
-        show: Callable[[str], None],
+        show: Show,
         should_stop: Callable[[], object],
+        think: Show,
     ) -> Answer:
         token_ids = self._tokenizer.encode_chat(messages, most=self.max_model_len - 1)
         room = self.max_model_len - len(token_ids)
@@ -203,7 +223,8 @@ class Conversation:
         most = min(sampling.get("max_tokens", room + 1), room + 1)
         values = {**sampling, "max_tokens": most, "min_tokens": min(sampling.get("min_tokens", 0), most)}
         request = Request(f"turn-{next(self._requests)}", token_ids, SamplingParams.from_dict(values))
-        stream = TextStream(self._tokenizer, self._stop, token_ids, request.sampling.min_tokens)
+        least, form = request.sampling.min_tokens, self._tokenizer.reasoning
+        stream = TextStream(self._tokenizer, self._stop, token_ids, least, form)
         note: str | None = None
         started = time.monotonic()
         first: float | None = None
@@ -217,11 +238,11 @@ class Conversation:
                         raise RequestError(output.message or "the engine refused the request")
                     if output.token_ids and first is None:
                         first = time.monotonic() - started
-                    if piece := stream.push(output):
-                        show(piece)
+                    for segment in stream.push(output):
+                        (think if segment.reasoning else show)(segment.text)
                     note = output.message
         if stream.token_ids or stream.finish_reason != "abort":
-            self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+            self.messages = [*messages, self._turn(stream)]
         return Answer(
             stream.text,
             stream.finish_reason,
@@ -229,9 +250,17 @@ class Conversation:
             stream.num_cached_tokens,
             len(stream.token_ids),
             note if stream.finish_reason == "length" else None,
+            stream.reasoning,
             first,
             time.monotonic() - started,
         )
+
+    def _turn(self, stream: TextStream) -> dict[str, str]:
+        """An answer as a message."""
+        turn = {"role": "assistant", "content": stream.text}
+        if stream.reasoning and self._tokenizer.template.uses.reads(REASONING[0]):
+            turn[REASONING[0]] = stream.reasoning
+        return turn
 
     def _check_room(self, num_tokens: int, room: int) -> None:
         if room > 0:

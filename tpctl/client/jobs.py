@@ -47,13 +47,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Job:
-    """A line that can be run."""
+    """A line that can be run; ``chat`` if it has messages, and no prompt."""
 
     line: Line
     id: JobId
     token_ids: list[int]
     sampling: SamplingParams
     stop: tuple[str, ...]
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class JobParser:
         stop = _stop(entry["stop"]) if "stop" in entry else self._stop
         token_ids = self._tokenize(line, entry)
         check_length(len(token_ids), self._max_model_len)
-        return Job(line, id, token_ids, sampling, stop)
+        return Job(line, id, token_ids, sampling, stop, "messages" in entry)
 
     def _tokenize(self, line: Line, entry: Mapping[str, Any]) -> list[int]:
         if ("prompt" in entry) == ("messages" in entry):

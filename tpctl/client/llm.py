@@ -11,6 +11,7 @@ from typing import Any, Self
 from tpctl.client.chat_messages import Message, check_messages
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.prepare import EngineArgs, prepare
+from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError, UsageError, shown
@@ -29,6 +30,8 @@ class Completion:
         note: what cut a "length", where that was not ``max_tokens``.
         prompt_tokens: the prompt's; the prefix cache held ``cached_tokens`` of them.
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
+        reasoning: what was thought before ``text``, by the marks that the model's chat template knows; ``None`` where
+            it knows none, or there was a prompt and no conversation.
     """
 
     text: str
@@ -38,6 +41,7 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int
     logprobs: list[TokenLogprob]
+    reasoning: str | None = None
 
 
 class LLM:
@@ -134,7 +138,7 @@ class LLM:
         token_ids = self.tokenizer.encode_chat(
             check_messages(list(messages)), variables, most=self.info.max_model_len - 1
         )
-        return self._complete([token_ids], [sampling or SamplingParams()], stop)[0]
+        return self._complete([token_ids], [sampling or SamplingParams()], stop, self.tokenizer.reasoning)[0]
 
     def stats(self) -> EngineStats:
         """The engine's counters since it started."""
@@ -152,7 +156,11 @@ class LLM:
         raise RequestError(f"prompt {number} is {shown(prompt)}, but must be a text or a list of token ids")
 
     def _complete(
-        self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams], stop: str | Sequence[str]
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sequence[SamplingParams],
+        stop: str | Sequence[str],
+        form: Form | None = None,
     ) -> list[Completion]:
         stops = [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
@@ -161,7 +169,7 @@ class LLM:
             raise RequestError(f"the sampling is {shown(wrong[0])}, but must be SamplingParams")
         requests = [Request(str(n), *pair) for n, pair in enumerate(zip(prompts, sampling, strict=True))]
         streams = {
-            request.id: TextStream(self.tokenizer, stops, request.token_ids, request.sampling.min_tokens)
+            request.id: TextStream(self.tokenizer, stops, request.token_ids, request.sampling.min_tokens, form)
             for request in requests
         }
         answers: dict[str, Completion] = {}
@@ -185,5 +193,6 @@ class LLM:
                         len(prompts[int(output.id)]),
                         stream.num_cached_tokens,
                         stream.logprobs,
+                        stream.reasoning,
                     )
         return [answers[request.id] for request in requests]

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread
+from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread, thought_parts
 from tpctl.client.template_process import LIMITS, TemplateProcess
 from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
 from tpctl.errors import shown as _shown
@@ -32,6 +32,7 @@ class ChatTemplate:
 
     Attributes:
         name: the file it is from, as messages call it.
+        source: the program.
         uses: what it reads.
     """
 
@@ -57,7 +58,7 @@ class ChatTemplate:
             UsageError: ``variables`` names one that it does not read.
         """
         self.name = name
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._process = process or TemplateProcess()
         answer = self._process.compile(source)
@@ -102,7 +103,7 @@ class ChatTemplate:
                 inputs.append(None)
         ready = [own for own in inputs if own is not None]
         try:
-            answer = self._process.render(self._source, self._common, ready)
+            answer = self._process.render(self.source, self._common, ready)
         except RecursionError:
             answer = {}
         texts = iter(answer.get("texts") or [None] * len(ready))
@@ -114,7 +115,7 @@ class ChatTemplate:
         """Variables of one conversation."""
         self._check_variables(variables or {})
         refuse_unread(messages, self.uses)
-        ready = prepared(messages, self.uses, lambda: self._takes_parts)
+        ready = prepared(messages, self.uses, lambda: self._takes_parts, lambda: self._takes_thoughts)
         return {**(variables or {}), "messages": ready, "add_generation_prompt": add_prompt}
 
     @cached_property
@@ -128,9 +129,22 @@ class ChatTemplate:
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
+    @cached_property
+    def _takes_thoughts(self) -> bool:
+        """Whether what was thought may be a part of an answer's content, tried with one."""
+        if "thinking" not in self.uses.names:
+            return False
+        user = {"role": "user", "content": "?"}
+        messages = [user, {"role": "assistant", "content": thought_parts(_PROBE, "!")}, user]
+        try:
+            text = self._text({"messages": messages, "add_generation_prompt": True})
+        except RequestError:
+            return False
+        return _PROBE in text and "'type'" not in text and '"type"' not in text
+
     def _text(self, own: Mapping[str, Any]) -> str:
         try:
-            answer = self._process.render(self._source, self._common, [own])
+            answer = self._process.render(self.source, self._common, [own])
         except RecursionError:
             raise RequestError("the messages are nested too deeply") from None
         match answer.get("failed"):

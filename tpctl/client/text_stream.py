@@ -1,10 +1,11 @@
-"""One answer as text: its tokens decoded as they come, ended at a stop string."""
+"""One answer as text: its tokens decoded as they come, thoughts kept apart, ended at a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tpctl.client.detokenizer import detokenizer
+from tpctl.client.reasoning import Form
+from tpctl.client.reasoning_stream import Segment, overlap, splitter
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.messages import Output
 from tpctl.wire.report import TokenLogprob
@@ -34,7 +35,7 @@ class StopStrings:
     def skip(self, piece: str) -> str:
         """The same for text in which no string counts, unless what follows completes one."""
         text = self._held + piece
-        keep = max((self._overlap(text, string) for string in self._strings), default=0)
+        keep = max((overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -43,18 +44,13 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _overlap(text: str, string: str) -> int:
-        """Length of the longest end of ``text`` that begins ``string``."""
-        longest = min(len(text), len(string) - 1)
-        return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
-
 
 class TextStream:
     """Collects the outputs of one request.
 
     Attributes:
-        text: everything shown so far.
+        text: everything of the answer shown so far.
+        reasoning: what was thought before it; ``None`` where thoughts are not told from answers.
         token_ids: the tokens behind it, with the end-of-sequence token if there was one.
         finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found.
         num_cached_tokens: prompt tokens that the prefix cache spared.
@@ -62,19 +58,26 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = (), min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        min_tokens: int = 0,
+        form: Form | None = None,
     ) -> None:
         """Begin.
 
         Args:
-            stop: texts that end the answer.
+            stop: texts that end the answer; in what is thought before it they count for nothing.
             prompt: the tokens that it follows.
             min_tokens: as in ``SamplingParams``.
+            form: how what is thought is marked.
         """
-        self._detokenizer = detokenizer(tokenizer, prompt)
+        self._splitter = splitter(tokenizer, prompt, form)
         self._min_tokens = min_tokens
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []
+        self._thoughts: list[str] | None = None if form is None else []
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.num_cached_tokens = 0
@@ -85,31 +88,48 @@ class TextStream:
         return "".join(self._pieces)
 
     @property
+    def reasoning(self) -> str | None:
+        return None if self._thoughts is None else "".join(self._thoughts)
+
+    @property
     def stopped_early(self) -> bool:
         """Whether a stop string ended it, of which the engine does not know: the request must be aborted."""
         return self._stop.found
 
-    def push(self, output: Output) -> str:
-        """Take in an output of the engine; returns the text it adds."""
+    def push(self, output: Output) -> list[Segment]:
+        """Take in an output of the engine; returns the text it adds, piece by piece."""
         if self.finish_reason is not None:
-            return ""
+            return []
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        shown = ""
+        shown: list[Segment] = []
         for position, id in enumerate(output.token_ids):
             self.token_ids.append(id)
             if output.logprobs is not None:
                 self.logprobs.append(output.logprobs[position])
             ends = output.finish_reason == "stop" and position + 1 == len(output.token_ids)
             if not ends:  # the token that stopped it is no part of the text
-                early = len(self.token_ids) <= self._min_tokens
-                shown += (self._stop.skip if early else self._stop.push)(self._detokenizer.push(id))
+                shown += self._safe(self._splitter.push(id), early=len(self.token_ids) <= self._min_tokens)
             if self._stop.found:
                 break
         if self._stop.found:
             self.finish_reason = "stop"
         elif output.finish_reason is not None:
-            shown += self._stop.push(self._detokenizer.finish())
-            shown += self._stop.finish()
+            shown += self._safe(self._splitter.finish())
+            if rest := self._stop.finish():
+                shown.append(Segment(rest))
             self.finish_reason = "stop" if self._stop.found else output.finish_reason
-        self._pieces.append(shown)
+        for segment in shown:
+            into = self._thoughts if segment.reasoning and self._thoughts is not None else self._pieces
+            into.append(segment.text)
         return shown
+
+    def _safe(self, segments: Sequence[Segment], *, early: bool = False) -> list[Segment]:
+        """What of new text stands before a stop string for certain."""
+        found = []
+        for segment in segments:
+            text = segment.text
+            if not segment.reasoning:
+                text = (self._stop.skip if early else self._stop.push)(text)
+            if text:
+                found.append(Segment(text, segment.reasoning))
+        return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tpctl.client.added_tokens import TokenFiles
 from tpctl.client.chat_messages import Message
 from tpctl.client.panics import guarded
+from tpctl.client.reasoning import Form, find_form
 from tpctl.client.template import ChatTemplate, no_template, read_template, template_name
 from tpctl.client.text_growth import check_steps, check_text_growth, most_added, read_steps
 from tpctl.client.token_bound import most_characters
@@ -95,6 +96,14 @@ class Tokenizer:
         """Ids that stand for control tokens, which ``decode`` leaves out."""
         added = self.backend.get_added_tokens_decoder()
         return frozenset(id for id, token in added.items() if token.special)
+
+    @cached_property
+    def reasoning(self) -> Form | None:
+        """How answers in a chat mark what was thought before them, if the model does that."""
+        source = self._template_source if self._template is None else self._template.source
+        if source is None:
+            return None
+        return find_form(source, {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()})
 
     @property
     def has_chat_template(self) -> bool:
