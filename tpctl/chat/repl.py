@@ -8,7 +8,7 @@ from tpctl.chat import commands
 from tpctl.chat.prompt import Prompt
 from tpctl.chat.screen import Screen, Shown
 from tpctl.chat.terminal import noted_interrupts, quiet
-from tpctl.client.conversation import Answer, Conversation
+from tpctl.client.conversation import Answer, Conversation, Show
 from tpctl.client.engine_client import EngineClient
 from tpctl.errors import OutputError, RequestError
 
@@ -57,7 +57,7 @@ class Repl:
             if line.startswith("/"):
                 commands.run(self._session, line)
             else:
-                self._answer(lambda show, should_stop: self._conversation.ask(line, show, should_stop))
+                self._answer(lambda *show: self._conversation.ask(line, *show))
         except (RequestError, OutputError) as error:
             self._screen.note(f"tpctl: {error}")
 
@@ -66,12 +66,13 @@ class Repl:
             self._screen.note("(temperature is 0, so the answer will be the same; /set temperature 0.7 makes it vary)")
         self._answer(self._conversation.regenerate)
 
-    def _answer(self, make: Callable[[Callable[[str], None], Callable[[], object]], Answer]) -> None:
-        """Show an answer. Ctrl-C stops it; what is typed meanwhile is kept for the prompt."""
+    def _answer(self, make: Callable[[Show, Callable[[], object], Show], Answer]) -> None:
+        """Show an answer, and what was thought before it. Ctrl-C stops it; what is typed meanwhile is kept for the
+        prompt."""
         with quiet(), noted_interrupts() as noted, self._screen.waiting("computing the prompt") as end_waiting:
             shown = Shown(self._screen, end_waiting)
             try:
-                answer = make(shown, lambda: noted)
+                answer = make(shown, lambda: noted, shown.think)
             finally:
                 shown.close()
         self._session.answer = answer

@@ -19,6 +19,7 @@ from typing import Any
 from tpctl.errors import OutputError, RequestError, shown
 
 FORMAT = "tpctl-chat-1"
+_THOUGHT = "reasoning_content"
 _LARGEST = 64 << 20  # bytes of a file
 
 
@@ -26,8 +27,8 @@ _LARGEST = 64 << 20  # bytes of a file
 class SavedChat:
     """What a conversation consists of.
 
-    ``messages`` are the user's and the model's in turn, beginning with the user's; ``sampling`` holds fields of
-    ``SamplingParams``.
+    ``messages`` are the user's and the model's in turn, beginning with the user's; the model's may have its thoughts
+    as ``reasoning_content``. ``sampling`` holds fields of ``SamplingParams``.
     """
 
     model: str
@@ -107,9 +108,12 @@ class SavedChat:
             raise ValueError('"messages" must be a list of pairs: what was said, and its answer')
         for number, message in enumerate(value["messages"]):
             role = ("user", "assistant")[number % 2]
-            whole = isinstance(message, dict) and message.keys() == {"role", "content"}
+            thought = {_THOUGHT} if role == "assistant" else set()
+            whole = isinstance(message, dict) and message.keys() - thought == {"role", "content"}
             if not whole or message["role"] != role or not isinstance(message["content"], str):
                 raise ValueError(f"message {number + 1} must have the role {role} and a text as its content")
+            if not isinstance(message.get(_THOUGHT, ""), str):
+                raise ValueError(f'message {number + 1} has {shown(message[_THOUGHT])} as its "{_THOUGHT}"')
         return cls(**{name: value[name] for name in cls.__dataclass_fields__})
 
 

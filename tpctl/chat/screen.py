@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -34,8 +34,7 @@ class RawStream:
     """Every piece as it comes, for files and pipes."""
 
     def push(self, piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        _to_stdout(piece)
 
     def close(self) -> None:
         self.push("\n")
@@ -45,10 +44,14 @@ class PlainStream:
     """The text as it is, for a terminal, with line breaks between words where it is wider than the window.
 
     A word is shown once its end is known, or it fills a line.
+
+    Args:
+        write: puts text on the terminal; else it goes to stdout.
     """
 
-    def __init__(self, width: Callable[[], int]) -> None:
+    def __init__(self, width: Callable[[], int], write: Callable[[str], None] | None = None) -> None:
         self._width = width
+        self._write = write or _to_stdout
         self._column = 0
         self._word = ""  # the last one, which may go on
         self._broken = False  # what follows belongs to a word that is longer than a line
@@ -64,8 +67,7 @@ class PlainStream:
         if cell_len(last) > self._width():
             out += self._placed(last)
             self._word, self._broken = "", True
-        sys.stdout.write(out)
-        sys.stdout.flush()
+        self._write(out)
 
     def close(self) -> None:
         self.push("\n")
@@ -84,6 +86,11 @@ class PlainStream:
         if broken or size > width:
             self._column %= width  # the terminal has gone on by itself
         return out
+
+
+def _to_stdout(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _words(line: str) -> list[str]:
@@ -121,6 +128,14 @@ class Screen:
 
         return MarkdownStream(self._console)
 
+    def thoughts(self) -> Stream:
+        """What shows the thoughts before an answer: above it on a terminal, else on stderr, so that stdout has answers
+        alone."""
+        from tpctl.chat.thoughts import ThoughtStream
+
+        on_terminal = sys.stdout.isatty()
+        return ThoughtStream(sys.stdout if on_terminal else sys.stderr, plain=self._plain)
+
     def note(self, text: str, indent: int = 0) -> None:
         """Lines for the person at the terminal, never mixed with answers.
 
@@ -152,24 +167,40 @@ class Screen:
 
 
 class Shown:
-    """An answer on its way to the screen: a spinner until its first piece, then a stream."""
+    """An answer on its way to the screen: a spinner until its first piece, then streams, of thoughts and of text.
+
+    Attributes:
+        begun: whether there has been a piece of the answer itself.
+    """
 
     def __init__(self, screen: Screen, end_waiting: Callable[[], None]) -> None:
-        self._stream = screen.stream()
+        self._screen = screen
+        self._stream: Stream | None = None
+        self._thinking = False
         self._end_waiting = end_waiting
         self.begun = False
 
     def __call__(self, piece: str) -> None:
-        if not self.begun:
-            self._end_waiting()
-            self.begun = True
-        self._stream.push(safe(piece))
+        self.begun = True
+        self._show(safe(piece), thinking=False)
+
+    def think(self, piece: str) -> None:
+        """A piece of what is thought before the answer."""
+        self._show(piece, thinking=True)
 
     def close(self) -> None:
         """The answer has ended, or failed."""
         self._end_waiting()
-        if self.begun:
+        if self._stream is not None:
             self._stream.close()
+            self._stream = None
+
+    def _show(self, piece: str, *, thinking: bool) -> None:
+        if self._stream is None or thinking != self._thinking:
+            self.close()
+            self._stream = self._screen.thoughts() if thinking else self._screen.stream()
+            self._thinking = thinking
+        self._stream.push(piece)
 
 
 def _wrapped(line: str, width: int, indent: int) -> list[str]:
@@ -181,6 +212,6 @@ def _wrapped(line: str, width: int, indent: int) -> list[str]:
     return [rows[0], *(" " * indent + row for row in rows[1:])]
 
 
-def safe(piece: str) -> str:
-    """What a model wrote, as stdout may have it."""
-    return piece.translate(_CONTROLS) if sys.stdout.isatty() else piece
+def safe(piece: str, stream: TextIO | None = None) -> str:
+    """What a model wrote, as a stream may have it, which is stdout unless told otherwise."""
+    return piece.translate(_CONTROLS) if (stream or sys.stdout).isatty() else piece

@@ -55,8 +55,9 @@ def batch(
 
     One row a line comes out, in the order of the input: {"id", "text", "finish_reason", "prompt_tokens",
     "completion_tokens"}, or {"id", "error"} for a line that cannot be run; a "note" says where the context, and not
-    "max_tokens", ended an answer. A field that is null is not given. An id left out is the line number, which
-    counts empty lines too; those get no row.
+    "max_tokens", ended an answer. Where the chat template marks what a model thinks before it answers, "reasoning" has
+    that, and "text" the answer alone; "stop" ends answers, not thoughts. A field that is null is not given. An id left
+    out is the line number, which counts empty lines too; those get no row.
 
     By default answers are greedy (temperature 0) and at most 256 tokens long; line n without a seed gets
     --seed + n - 1. Until all rows are there they are kept in OUTPUT.partial; --resume goes on with that, and with

@@ -84,15 +84,25 @@ def chat(
             with status(f"loading {model}"):
                 info = client.wait_ready()
             say_context(info)
-            _answer_once(conversation, message)
+            _answer_once(conversation, message, plain=plain)
         else:
             _talk(client, conversation, model, plain=plain)
 
 
-def _answer_once(conversation: Conversation, message: str) -> None:
+def _answer_once(conversation: Conversation, message: str, *, plain: bool = False) -> None:
     from tpctl.chat.repl import cut
+    from tpctl.chat.thoughts import Aside
 
-    answer = conversation.ask(message, _print)
+    aside = Aside(plain=plain)
+
+    def show(piece: str) -> None:
+        aside.close()
+        _print(piece)
+
+    try:
+        answer = conversation.ask(message, show, think=aside.push)
+    finally:
+        aside.close()
     if not answer.text.endswith("\n"):
         print()
     if answer.note is not None and (remark := cut(answer)):
