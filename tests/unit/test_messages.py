@@ -25,6 +25,7 @@ from tpctl.wire.messages import (
 )
 from tpctl.wire.report import EngineInfo, EngineStats, TokenLogprob
 from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.scoring import Scoring, TokenScore
 
 ids = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5)
 sampling = st.builds(
@@ -44,10 +45,12 @@ outputs = st.builds(
     message=st.none() | st.text(),
     logprobs=st.none() | st.just([TokenLogprob(-0.5, [(7, -0.5), (9, -1.25)])]),
     num_cached_tokens=st.integers(0, 9),
+    scores=st.none() | st.just([TokenScore(-0.5), TokenScore(-2.0, 0.25, True)]),
 )
+scoring = st.none() | st.builds(Scoring, st.integers(1, 9), st.integers(0, 9), st.integers(0, 9), st.none() | st.text())
 infos = st.builds(EngineInfo, timings=st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=3))
 messages = st.one_of(
-    st.builds(Add, st.lists(st.builds(Request, st.text(), ids, sampling), max_size=3)),
+    st.builds(Add, st.lists(st.builds(Request, st.text(), ids, sampling, scoring), max_size=3)),
     st.builds(Abort, st.lists(st.text(), max_size=3)),
     st.sampled_from([GetStats(), Stop()]),
     st.builds(Ready, infos),
@@ -63,10 +66,10 @@ def test_a_message_survives_the_wire(message: Message) -> None:
 
 
 def test_ids_that_are_not_packed_are_refused() -> None:
-    name, ((id, _, sampling),) = to_wire(Add([Request("a", [5], SamplingParams())]))
+    name, ((id, _, sampling, scoring),) = to_wire(Add([Request("a", [5], SamplingParams())]))
     for wrong in ("!!!!", "AAAA"):
         with pytest.raises(ValueError):
-            from_wire([name, [[id, wrong, sampling]]])
+            from_wire([name, [[id, wrong, sampling, scoring]]])
 
 
 def test_an_unknown_message_is_refused_by_name() -> None:

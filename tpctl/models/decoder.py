@@ -35,7 +35,7 @@ from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
-from tpctl.layers.stream import ResidualStream
+from tpctl.layers.stream import ResidualStream, Rows
 from tpctl.partition.plan import PartitionPlan
 
 
@@ -182,6 +182,13 @@ class Decoder(Layer):
         Returns:
             [T, V] or [R, V].
         """
+        final = self.final(batch, kv, rows)
+        if final is None:
+            return self.lm_head.weight.new_empty(0, self.lm_head.out_features)
+        return self.lm_head(*final)  # type: ignore[no-any-return]
+
+    def final(self, batch: ForwardBatch, kv: Sequence[LayerKV], rows: Tensor | None = None) -> Rows | None:
+        """What the head makes the logits of ``forward`` of; ``None`` where no rows are wanted."""
         plan = self.backend.begin(batch)
         stream = self.compute.begin(self.model.embed_tokens(batch.input_ids), batch)
         early = rows is not None and len(rows) < batch.num_tokens
@@ -189,8 +196,6 @@ class Decoder(Layer):
         for index, (layer, layer_kv) in enumerate(zip(self.model.layers, kv, strict=True)):
             layer(stream, layer_kv, plan, rows if early and index == last else None)
         if rows is not None and not len(rows):
-            return self.lm_head.weight.new_empty(0, self.lm_head.out_features)
+            return None
         final = stream.normed(self.model.norm)
-        if rows is not None and not early:
-            final = final._replace(x=final.x[rows])
-        return self.lm_head(*final)  # type: ignore[no-any-return]
+        return final if rows is None or early else final._replace(x=final.x[rows])

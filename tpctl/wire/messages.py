@@ -17,15 +17,20 @@ from typing import Any, NamedTuple
 
 from tpctl.wire.report import EngineInfo, EngineStats, TokenLogprob
 from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.scoring import Scoring, TokenScore
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete. ``id`` is unique among the requests of an engine's life."""
+    """One prompt to complete. ``id`` is unique among the requests of an engine's life.
+
+    With ``scoring`` its own tokens are scored too; what it is then completed with is of no interest.
+    """
 
     id: str
     token_ids: list[int]
     sampling: SamplingParams
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Output(NamedTuple):
 
     ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
     ``message`` explains an error, or what else than ``max_tokens`` a "length" came from. ``logprobs`` has one entry a
-    token, where they were asked for.
+    token, where they were asked for; ``scores``, with the last output, one for each scored token of the prompt.
     """
 
     id: str
@@ -69,6 +74,7 @@ class Output(NamedTuple):
     message: str | None = None
     logprobs: list[TokenLogprob] | None = None
     num_cached_tokens: int = 0
+    scores: list[TokenScore] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ Message = Add | Abort | GetStats | Stop | Ready | Outputs | Stats | Fatal
 def to_wire(message: Message) -> list[Any]:
     """A JSON-ready form: the record's name, then its fields."""
     if isinstance(message, Add):
-        body: Any = [[r.id, _packed(r.token_ids), r.sampling.to_dict()] for r in message.requests]
+        body: Any = [_add(request) for request in message.requests]
     elif isinstance(message, Outputs):
         body = message.outputs
     else:
@@ -117,8 +123,18 @@ def from_wire(wire: list[Any]) -> Message:
     return read(body)
 
 
+def _add(request: Request) -> list[Any]:
+    scoring = None if request.scoring is None else asdict(request.scoring)
+    return [request.id, _packed(request.token_ids), request.sampling.to_dict(), scoring]
+
+
 def _read_add(body: Any) -> Add:
-    return Add([Request(id, _unpacked(packed), SamplingParams.from_dict(sampling)) for id, packed, sampling in body])
+    return Add([_read_request(*fields) for fields in body])
+
+
+def _read_request(id: str, packed: str, sampling: dict[str, Any], scoring: dict[str, Any] | None) -> Request:
+    asked = None if scoring is None else Scoring(**scoring)
+    return Request(id, _unpacked(packed), SamplingParams.from_dict(sampling), asked)
 
 
 def _read_output(
@@ -128,10 +144,13 @@ def _read_output(
     message: str | None,
     logprobs: list[Any] | None,
     num_cached_tokens: int,
+    scores: list[Any] | None,
 ) -> Output:
     if logprobs is not None:
         logprobs = [TokenLogprob(value, [(other, chance) for other, chance in top]) for value, top in logprobs]
-    return Output(id, token_ids, finish_reason, message, logprobs, num_cached_tokens)
+    if scores is not None:
+        scores = [TokenScore(*values) for values in scores]
+    return Output(id, token_ids, finish_reason, message, logprobs, num_cached_tokens, scores)
 
 
 def _packed(token_ids: list[int]) -> str:

@@ -97,7 +97,9 @@ class CudaRunner(ModelRunner):
         with torch.inference_mode():
             slots = self._slots.update(batch.items)
             path = SamplingPath.of(batch)
-            if batch.num_decodes == len(batch.items) and self._graphs is not None:
+            if batch.scores:
+                self._eager(batch, slots, path)
+            elif batch.num_decodes == len(batch.items) and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
                 self._graphs.run(*rows, self._paged.is_long(len(slots), 1 + max(rows[1])), path)
             elif batch.paced and self._mixed is not None and self._mixed.takes(batch):
@@ -220,9 +222,8 @@ class CudaRunner(ModelRunner):
         self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids) if winner is None else winner)
 
     def _eager(self, batch: ScheduledBatch, slots: list[int], path: SamplingPath) -> None:
-        """A step with prefill chunks, launched kernel by kernel."""
-        forward = self._forward_batch(batch, slots)
-        logits = self.model(forward, self.kv, forward.logits_rows)
+        """A step with prefill chunks, or one that scores, launched kernel by kernel."""
+        logits = self.logits(batch, self._forward_batch(batch, slots))
         if not batch.sampled:
             return
         keys = [noise_keys(item.sequence.params.seed, item.end) for item in batch.sampled]

@@ -6,16 +6,20 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.loading import LoadedModel, load
 from tpctl.engine.runners.memory_plan import MemoryPlan, plain_budget, plan_memory
 from tpctl.engine.sampling.sampler import SamplingRow
+from tpctl.engine.sampling.scores import rows_together, score_rows
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.steps.batch import build_forward_batch
+from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.rotary import rotary_offset
+from tpctl.layers.stream import Rows
 from tpctl.wire.report import EngineInfo, TokenLogprob
 from tpctl.wire.settings import EngineConfig
 
@@ -56,11 +60,39 @@ class ModelRunner:
         """Start a step. On a CPU it ends before the call does."""
         with torch.inference_mode():
             forward = build_forward_batch(batch, self.backend.block_size, self.group.device)
-            logits = self.model(forward, self.kv, forward.logits_rows)
+            logits = self.logits(batch, forward)
             if not len(logits):
                 return Launched(batch, [])
             token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
             return Launched(batch, token_ids, logprobs)
+
+    def logits(self, batch: ScheduledBatch, forward: ForwardBatch) -> Tensor:
+        """[R, V]: this rank's logits of the rows that are sampled; tokens that are to be scored are, on the way."""
+        if not batch.scores:
+            return self.model(forward, self.kv, forward.logits_rows)  # type: ignore[no-any-return]
+        final = self.model.final(forward, self.kv)
+        assert final is not None
+        self._score(batch, final)
+        head, rows = self.model.lm_head, forward.logits_rows
+        if not len(rows):
+            return final.x.new_empty(0, head.out_features)
+        return head(final.x[rows], final.norm)  # type: ignore[no-any-return]
+
+    def _score(self, batch: ScheduledBatch, final: Rows) -> None:
+        """Tell the sequences the scores of their tokens; a few rows of logits at a time, however many there are."""
+        head, vocab_size = self.model.lm_head, self.loaded.config.vocab_size
+        together, begin = rows_together(self.sampler.widest), 0
+        for item in batch.items:
+            sequence, places = item.sequence, item.scored
+            for at in range(places.start, places.stop, together):
+                some = range(at, min(at + together, places.stop))
+                row = begin + some.start - 1 - item.start  # that of the token before
+                logits = head(final.x[row : row + len(some)], final.norm)
+                targets = torch.tensor(sequence.token_ids[some.start : some.stop], device=logits.device)
+                assert sequence.scoring is not None
+                scores = score_rows(logits, targets, self.sampler, vocab_size, sequence.scoring, some.start)
+                sequence.scores.update(zip(some, scores, strict=True))
+            begin += item.num_new_tokens
 
     def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
         """Wait for a step: the token ids of its ``batch.sampled``, and log-probabilities where any are wanted."""

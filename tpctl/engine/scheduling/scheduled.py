@@ -28,6 +28,14 @@ class ScheduledSequence(NamedTuple):
         return self.end - self.sequence.num_prompt_tokens
 
     @property
+    def scored(self) -> range:
+        """The places of tokens that it scores: those of the prompt that follow the ones it computes."""
+        sequence = self.sequence
+        if sequence.scoring is None:
+            return range(0)
+        return range(max(self.start + 1, sequence.scoring.first), min(self.end + 1, sequence.num_prompt_tokens))
+
+    @property
     def is_decode(self) -> bool:
         """One new token that yields the next one. (A prompt's last single token looks the same, and is.)"""
         return self.samples and self.num_new_tokens == 1
@@ -48,6 +56,11 @@ class ScheduledBatch:
     @cached_property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.items)
+
+    @cached_property
+    def scores(self) -> bool:
+        """Whether any tokens are scored."""
+        return any(item.scored for item in self.items)
 
     @cached_property
     def sampled(self) -> list[ScheduledSequence]:

@@ -133,7 +133,7 @@ class Scheduler:
         if message is not None:
             return Output(request.id, [], "error", message)
         longest = min(length + request.sampling.max_tokens, self.max_model_len)
-        sequence = Sequence(request.id, request.token_ids, request.sampling, longest)
+        sequence = Sequence(request.id, request.token_ids, request.sampling, longest, request.scoring)
         if not request.sampling.ignore_eos:
             sequence.stop_token_ids |= self.eos_token_ids
         sequence.arrival = self._arrivals
@@ -207,7 +207,10 @@ class Scheduler:
             note = self.context_full if reason == "length" and self._is_cut(sequence) else None
             logprob = None if logprobs is None else logprobs[row]
             reported = None if logprob is None else [logprob]
-            outputs.append(Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens))
+            scores = None
+            if reason is not None and sequence.scoring is not None:
+                scores = [sequence.scores[place] for place in sorted(sequence.scores)]
+            outputs.append(Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens, scores))
         return outputs
 
     def check_integrity(self) -> None:

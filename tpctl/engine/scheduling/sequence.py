@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.scoring import Scoring, TokenScore
 
 NOT_FINITE = -2
 """What stands for the token of a row whose scores are NaN, or whose best one is infinite (``kernels.common.noise``)."""
@@ -30,9 +31,18 @@ class Sequence:
         rope_offset: where the rotary table begins that its keys are rotated by (see ``RotaryTable``).
         stop_token_ids: tokens that end it.
         num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
+        scoring: that its prompt's tokens are scored, for which all of them must be computed.
+        scores: those there are, by the place of the token.
     """
 
-    def __init__(self, id: str, token_ids: list[int], params: SamplingParams, max_num_tokens: int) -> None:
+    def __init__(
+        self,
+        id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        max_num_tokens: int,
+        scoring: Scoring | None = None,
+    ) -> None:
         self.id = id
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(token_ids)
@@ -46,12 +56,14 @@ class Sequence:
         self.block_table: list[int] = []
         self.num_hashed_blocks = 0
         self.has_shared = False
-        self.alone = False
+        self.alone = scoring is not None
         self.admissions = 0
         self.block_hash = b""
         self.rope_offset = 0
         self.stop_token_ids: frozenset[int] = frozenset(params.stop_token_ids)
         self.finished = False
+        self.scoring = scoring
+        self.scores: dict[int, TokenScore] = {}
 
     def __repr__(self) -> str:
         return f"Sequence({self.id!r}, {len(self.token_ids)} tokens, {self.num_computed_tokens} computed)"
