@@ -17,6 +17,7 @@ from tpctl.cli.app import app
 NEEDED: dict[str, tuple[str, ...]] = {
     "batch": ("lines.jsonl", "--model", "model"),
     "bench latency": ("model",),
+    "bench quality": ("model",),
     "bench startup": ("model",),
     "bench throughput": ("model",),
     "chat": ("model", "-m", "hi"),

@@ -24,6 +24,7 @@ from tests.fuzz.sandbox import Sandbox
 from tests.unit.fake_client import FakeClient
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import TokenLogprob
+from tpctl.wire.scoring import TokenScore
 
 ANSWER = 5
 """Tokens of the prompt that an answer repeats, at most."""
@@ -57,7 +58,9 @@ def echo_engine(record: dict[str, Any]) -> type[FakeClient]:
                 answer = list(request.token_ids[: min(ANSWER, request.sampling.max_tokens)])
                 asked = request.sampling.logprobs is not None
                 logprobs = [TokenLogprob(-0.5, [(token, -0.5)]) for token in answer] if asked else None
-                ended.append(Output(request.id, answer, "length", None, logprobs, num_cached_tokens=0))
+                scored = [] if request.scoring is None else request.token_ids[request.scoring.first :]
+                scores = [TokenScore(-0.5, 0.0, True) for _ in scored] or None
+                ended.append(Output(request.id, answer, "length", None, logprobs, num_cached_tokens=0, scores=scores))
             self._waiting = []
             return ended
 

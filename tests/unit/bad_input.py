@@ -101,6 +101,7 @@ CASES = [
     Case("plan model --tp 5", title="more ranks than query heads, planning"),
     Case("plan empty", title="nothing to plan"),
     Case("batch prompts.jsonl --model experts -o rows.jsonl", title="a model that is cut and not run yet"),
+    Case("bench quality shards --text absent.txt", title="a text that is not there"),
     Case("upload empty org/shards", title="nothing to upload"),
     Case("upload cut org/shards", title="damaged shards to upload"),
     Case("upload shards shards", title="no repository"),

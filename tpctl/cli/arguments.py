@@ -11,9 +11,9 @@ from typer.core import TyperCommand
 from tpctl.checkpoint.outputs import require_utf8
 from tpctl.errors import SourceError, UsageError
 
-_MODELS = frozenset({"model", "source"})
+_MODELS = frozenset({"model", "source", "against"})
 """Parameters that may be a path or another name."""
-_PATHS = frozenset({"prompts", "output", "folder", "html", "chat_template"})
+_PATHS = frozenset({"prompts", "output", "folder", "html", "chat_template", "text"})
 
 _OWN_WORDS = frozenset({("chat", "system"), ("chat", "message"), ("chat", "stop"), ("batch", "stop")})
 """Options whose empty value means something, or is refused by the command in better words."""

@@ -1,4 +1,4 @@
-"""``tpctl bench throughput|latency|startup``."""
+"""``tpctl bench throughput|latency|startup``, and ``quality`` beside them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.console import byte_progress, print_json, status
 from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
 from tpctl.cli.options import MODEL_HELP, POLICY, DistributionOptions, EngineOptions, SchedulingPolicy, grouped
+from tpctl.cli.quality import quality
 from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
     from tpctl.bench.measure import Measured
     from tpctl.wire.settings import EngineConfig
 
-bench = typer.Typer(help="Measure speed on a real model, or on random weights of a known shape.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure speed on a real model, or on random weights of a known shape; and a model's quality.",
+    no_args_is_help=True,
+)
 
 Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: demo]")]
 Shape = Annotated[
@@ -107,6 +111,7 @@ def startup(
 bench.command("throughput", cls=CheckedCommand, short_help="Tokens a second of a whole workload.")(throughput)
 bench.command("latency", cls=CheckedCommand, short_help="Time to first token, and per token.")(latency)
 bench.command("startup", cls=CheckedCommand, short_help="Time from starting the workers to the first token.")(startup)
+bench.command("quality", cls=CheckedCommand, short_help="Perplexity, and divergence from another form.")(quality)
 
 
 def _config(
