@@ -225,12 +225,11 @@ class Batch:
         row: dict[str, Any] = {
             "id": job.id,
             "text": stream.text,
+            **({} if stream.reasoning is None else {"reasoning": stream.reasoning}),
             "finish_reason": stream.finish_reason,
             "prompt_tokens": len(job.token_ids),
             "completion_tokens": len(stream.token_ids),
         }
-        if stream.reasoning is not None:
-            row["reasoning"] = stream.reasoning
         if job.sampling.logprobs is not None:
             row["logprobs"] = self._logprobs(job, stream)
         return row

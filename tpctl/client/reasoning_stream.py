@@ -63,7 +63,8 @@ class _Whole:
         self._detokenizer = text
 
     def push(self, id: int) -> list[Segment]:
-        return _segments(self._detokenizer.push(id))
+        text = self._detokenizer.push(id)
+        return [Segment(text)] if text else []  # for every token there is
 
     def finish(self) -> list[Segment]:
         return _segments(self._detokenizer.finish())

@@ -12,12 +12,18 @@ from tpctl.wire.report import TokenLogprob
 
 
 class StopStrings:
-    """Finds the first of several strings in text that comes in pieces, and holds back what may begin one."""
+    """Finds the first of several strings in text that comes in pieces, and holds back what may begin one.
+
+    Attributes:
+        any: whether there are any; without, every text is safe.
+        found: whether one has come.
+    """
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = [string for string in strings if string]
         self._held = ""
         self.found = False
+        self.any = bool(self._strings)
 
     def push(self, piece: str) -> str:
         """The text that is safe to show; after a stop string was ``found`` there is no more."""
@@ -108,7 +114,8 @@ class TextStream:
                 self.logprobs.append(output.logprobs[position])
             ends = output.finish_reason == "stop" and position + 1 == len(output.token_ids)
             if not ends:  # the token that stopped it is no part of the text
-                shown += self._safe(self._splitter.push(id), early=len(self.token_ids) <= self._min_tokens)
+                new = self._splitter.push(id)
+                shown += self._safe(new, early=len(self.token_ids) <= self._min_tokens) if new else new
             if self._stop.found:
                 break
         if self._stop.found:
@@ -118,13 +125,15 @@ class TextStream:
             if rest := self._stop.finish():
                 shown.append(Segment(rest))
             self.finish_reason = "stop" if self._stop.found else output.finish_reason
-        for segment in shown:
-            into = self._thoughts if segment.reasoning and self._thoughts is not None else self._pieces
-            into.append(segment.text)
+        for text, reasoning in shown:
+            into = self._thoughts if reasoning and self._thoughts is not None else self._pieces
+            into.append(text)
         return shown
 
-    def _safe(self, segments: Sequence[Segment], *, early: bool = False) -> list[Segment]:
+    def _safe(self, segments: list[Segment], *, early: bool = False) -> list[Segment]:
         """What of new text stands before a stop string for certain."""
+        if not self._stop.any:
+            return segments
         found = []
         for segment in segments:
             text = segment.text
