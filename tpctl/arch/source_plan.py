@@ -53,6 +53,11 @@ def as_held(config: ModelConfig, names: Container[str]) -> ModelConfig:
     return replace(config, blueprint=replace(blueprint, layers=layers))
 
 
+def unread(config: ModelConfig, names: Collection[str]) -> set[str]:
+    """Those of a checkpoint's ``names`` that no rank needs (see ``Blueprint.unread``)."""
+    return as_held(config, names).blueprint.unread(names)
+
+
 def second_copies(config: ModelConfig, names: Container[str]) -> dict[str, str]:
     """Tensors of a checkpoint that are copies of another one, by name: a tied head beside the embedding."""
     blueprint = config.blueprint
@@ -123,7 +128,7 @@ def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_siz
         UnsupportedModelError: the tensors are those of a quantised model, an adapter or another architecture.
         CheckpointError: a tensor is missing, of another shape, or unknown.
     """
-    plan, ignored = source_plan(config, shapes, tp_size), config.blueprint.unread(shapes)
+    plan, ignored = source_plan(config, shapes, tp_size), unread(config, shapes)
     own = plan.source_shapes.keys()
     check_tensors(shapes.keys() - own - ignored, config.scheme is not None, own)
     plan.check_source(shapes, ignored)
