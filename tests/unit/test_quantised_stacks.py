@@ -24,6 +24,7 @@ from tpctl.checkpoint.safetensors import TensorSpec, build_header
 from tpctl.errors import CheckpointError
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.quantizing import writer
+from tpctl.quantizing.linears import ignored, linears
 from tpctl.quantizing.planned import quantised_metadata
 from tpctl.quantizing.schemes import Method
 from tpctl.quantizing.stacks import unstacked
@@ -205,6 +206,30 @@ def test_stacks_of_further_layers_stay_and_are_ignored_for_every_expert(tmp_path
     assert kept[:2] == ["mtp.fc", r"re:mtp\.layers\.0\.mlp\.experts\..*"]
     shard_checkpoint(tmp_path / "made", tmp_path / "cut", 2)  # which reads that list
     assert ModelConfig.load(tmp_path / "made").scheme is not None
+
+
+def test_layers_that_predict_more_tokens_are_quantised_but_for_what_is_theirs() -> None:
+    layer = "model.layers.46."
+    shapes = {"eh_proj": (128, 256), "shared_head.head": (70, 128), "embed_tokens": (70, 128)}
+    kept = {
+        f"{layer}{name}.weight": TensorSpec(f"{layer}{name}.weight", "BF16", shape) for name, shape in shapes.items()
+    }
+    down = TensorSpec(f"{layer}mlp.experts.0.down_proj.weight", "BF16", (128, 128))
+    tensors = {**kept, down.name: down}
+    assert list(linears(tensors, Method.FP8)) == [down.name]
+    assert ignored(tensors) == [*sorted(name.removesuffix(".weight") for name in kept), "lm_head"]
+
+
+def test_embeddings_for_each_layer_have_linears(tmp_path: Path) -> None:
+    """Gemma 4 E2B and E4B; vLLM gives them the model's format."""
+    pytest.importorskip("transformers")
+    make_cut("gemma4-text-edge", tmp_path / "source", **WIDE)
+    report = quantise(tmp_path / "source", tmp_path / "made", Method.FP8)
+    found = {one.name for one in report.tensors if ".layers.0." in one.name}
+    assert {f"model.layers.0.per_layer_{one}.weight" for one in ("input_gate", "projection")} <= found
+    shard_checkpoint(tmp_path / "made", tmp_path / "cut", 2)
+    merge_shards(tmp_path / "cut", tmp_path / "merged")
+    assert folder_bytes(tmp_path / "merged") == folder_bytes(tmp_path / "made")
 
 
 @pytest.mark.parametrize("method", Method)

@@ -19,9 +19,14 @@ _LINEAR = re.compile(
     r"self_attn\.(?:(?:q|k|v|o|qkv|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)"
     r"|(?:(?:mlp|block_sparse_moe)\.(?:experts\.\d+\.|shared_experts?\.)?|experts\.\d+\.)"
     r"(?:gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)"
+    r"|per_layer_input_gate|per_layer_projection"
 )
-_KEPT = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)|router\.proj|linear_attn\..+")
-"""Routers, and gated delta nets: their states add up what rounding changes."""
+_KEPT = re.compile(
+    r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)|router\.proj|linear_attn\..+"
+    r"|eh_proj|embed_tokens|shared_head\.head"
+)
+"""Routers, gated delta nets (their states add up what rounding changes), and what layers that predict more tokens have
+beside a layer's linears."""
 
 _EMBEDDING = re.compile(r"(?:.*\.)?embed_tokens")
 _HEAD = "lm_head"
