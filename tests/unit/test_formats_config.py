@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,7 @@ def test_modules_that_stay_floats(tmp_path: Path, name: str) -> None:
     packer = PACKERS[name]
     kept = {"fp8": "modules_to_not_convert", "awq": "modules_to_not_convert"}.get(name, "ignore")
     names = [f"model.layers.0.self_attn.{one}_proj" for one in "qkvo"]
-    model = quantise(make_config(**SIZES), packer, kept=("q_proj", "k_proj", "v_proj", "o_proj"))
-    model.config["quantization_config"] = {**packer.config, kept: [*names, "lm_head"]}
+    model = quantise(make_config(**SIZES), replace(packer, config={**packer.config, kept: [*names, "lm_head"]}))
     source = model.save(tmp_path / "model")
     shard_checkpoint(source, tmp_path / "out", 2)
     assert read_shard(tmp_path / "out", 1)["model.layers.0.self_attn.qkv_proj.weight"].dtype is torch.bfloat16
