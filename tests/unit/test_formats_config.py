@@ -195,6 +195,15 @@ def test_shapes_of_packed_experts_belong_to_the_form_that_a_checkpoint_has() -> 
     assert checked_source_plan(config, shapes, 2).source_shapes.keys() < shapes.keys()
 
 
+def test_other_names_are_found_in_any_form_of_experts_and_beside_the_layers() -> None:
+    """Gemma 4 in FP8 as vLLM names its scales, which its config does not tell."""
+    changes = {**SIZES, "enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 64}
+    model = quantise(make_config("gemma4_text", **changes), PACKERS["fp8 of vllm"])
+    assert "model.layers.0.experts.1.down_proj.weight_scale" in model.tensors
+    assert "model.per_layer_model_projection.weight_scale" in model.tensors
+    check(model, 2)
+
+
 def test_scales_of_a_cache_are_kept_for_merge_alone(tmp_path: Path) -> None:
     model = quantise(make_config(**SIZES), PACKERS["ct fp8 by tensor"])
     model.config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
