@@ -19,7 +19,10 @@ settings.load_profile("tpctl")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole-grid", action="store_true", help="tests/gpu: every case under Triton's interpreter, too")
+    every = (
+        "every case, under Triton's interpreter, too (tests/gpu), or where the day chooses some (families and formats)"
+    )
+    parser.addoption("--whole-grid", action="store_true", help=every)
     parser.addoption("--fuzz-minutes", type=float, help="fuzz for so long with new cases (of tests/fuzz)")
     parser.addoption("--fuzz-seed", type=int, help="fuzz with the cases of an earlier run, whose seed this is")
 

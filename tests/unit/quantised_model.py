@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,58 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.unit import layer_sums
+from tests.unit.layer_sums import Local
+from tests.unit.packers import PACKERS
 from tests.unit.packing import Held, Index, Matrix, Packer, as_array
-from tests.unit.synthetic import source_shapes
-from tests.unit.test_simulated_ranks import attend
+from tpctl.arch.block import Experts, linears
+from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.linear import Linear
 from tpctl.arch.quantised import Cutting
-from tpctl.arch.source_plan import checked_source_plan
+from tpctl.arch.source_plan import as_held, checked_source_plan, source_plan
+from tpctl.arch.storage import Storage
 from tpctl.partition.plan import PartitionPlan
+from tpctl.partition.split import EACH, Rule
 
-Array = NDArray[np.float64]
+
+def _floats(held: Held, outputs: Index, inputs: Index) -> Matrix:
+    return np.asarray(held("weight", outputs, inputs), np.float32)
+
+
+def _random(n: int, k: int, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    weight = torch.randn((n, k), generator=rng).bfloat16()
+    return {".weight": weight}, weight.float()
+
+
+def _turned(n: int, k: int, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    made, matrix = _random(k, n, rng)
+    return made, matrix.T
+
+
+def _turned_floats(held: Held, outputs: Index, inputs: Index) -> Matrix:
+    return _floats(held, inputs, outputs).T
+
+
+FLOATS = Packer({}, ("weight", (0, 1), (1, 1)), _random, _floats)
+TRANSPOSED = Packer({}, ("weight", (1, 1), (0, 1)), _turned, _turned_floats)
+"""Linears that a format leaves as they are; stored [in, out] in gpt-oss' stacks."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A checkpoint: its config, its tensors by name, and the matrices of its linears by module."""
+    """A checkpoint: its config, its tensors by name, and the matrices of its linears by module; modules have
+    ``packers`` of their own where theirs is not the model's. An expert that is stacked is ``module[expert]``."""
 
     config: dict[str, Any]
     packer: Packer
     tensors: dict[str, Tensor]
     matrices: dict[str, Matrix]
+    packers: dict[str, Packer] = field(default_factory=dict, kw_only=True)
+
+    def held(self, cutting: Cutting = Cutting()) -> Blueprint:
+        """The model in the form that the checkpoint has."""
+        return as_held(ModelConfig.from_dict(self.config, cutting=cutting), self.tensors).blueprint
 
     def plan(self, tp: int, cutting: Cutting = Cutting()) -> PartitionPlan:
         config = ModelConfig.from_dict(self.config, cutting=cutting)
@@ -52,20 +85,77 @@ class Quantised:
         return folder
 
 
-def quantise(config: dict[str, Any], packer: Packer, seed: int = 0, kept: Collection[str] = ()) -> Quantised:
-    """A checkpoint of ``config``; modules whose names end with one of ``kept`` stay floats."""
+def quantise(config: dict[str, Any], packer: Packer, seed: int = 0, *, stacked: bool = False) -> Quantised:
+    """A checkpoint of ``config`` whose linears are stored as ``packer.config`` says.
+
+    Args:
+        stacked: of experts that may be stored in two forms, in that of stacks; otherwise one by one.
+    """
     rng = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    matrices: dict[str, Matrix] = {}
-    for name, shape in source_shapes(config).items():
-        module = name.removesuffix(".weight")
-        if not re.search(r"_proj\.weight$", name) or module.endswith(tuple(kept)):
-            tensors[name] = torch.randn(shape, generator=rng).bfloat16()
-            continue
-        made, matrix = packer.pack(*shape, rng)
-        tensors |= {module + suffix: tensor for suffix, tensor in made.items()}
-        matrices[module] = matrix.numpy()
-    return Quantised({**config, "quantization_config": packer.config}, packer, tensors, matrices)
+    whole = {**config, "quantization_config": packer.config}
+    parsed = ModelConfig.from_dict(whole)
+    model = Quantised(whole, packer, {}, {})
+    told = _told(parsed.blueprint, stacked)
+    blueprint, shapes = as_held(parsed, told).blueprint, source_plan(parsed, told, 1).source_shapes
+    places = [
+        (blueprint.prefix.format(number), part) for number, at in enumerate(blueprint.layers) for part in at.parts
+    ]
+    for prefix, part in [*(("", part) for part in blueprint.beside), *places]:
+        for linear in linears(part):
+            if linear.rule is not Rule.VOCAB:
+                _pack(model, prefix, linear, shapes, rng)
+    for name, shape in source_plan(parsed, model.tensors, 1).source_shapes.items():
+        if name not in model.tensors:
+            model.tensors[name] = torch.randn(shape, generator=rng).bfloat16()
+    return model
+
+
+def _told(blueprint: Blueprint, stacked: bool) -> set[str]:
+    """The names that tell which form the experts of every layer are in."""
+    names = set()
+    for number, layer in enumerate(blueprint.layers):
+        for part in layer.parts:
+            if isinstance(part, Experts):
+                forms = [part.gate_up, *(gate_up for gate_up, _, _ in part.forms)]
+                fitting = [one for one in forms if (EACH not in one.parts[0].source) is stacked] or forms
+                source = fitting[0].parts[0].source.replace(EACH, "0")
+                names.add(blueprint.prefix.format(number) + source + fitting[0].storage.entries[0].suffix)
+    return names
+
+
+def _pack(
+    model: Quantised, prefix: str, linear: Linear, shapes: Mapping[str, tuple[int, ...]], rng: torch.Generator
+) -> None:
+    """Add the tensors of ``linear``, packed, and its matrices, to ``model``."""
+    for source in dict.fromkeys(part.source for part in linear.parts):
+        rows = max(part.offset + part.length for part in linear.parts if part.source == source)
+        suffixes = [entry.suffix for entry in linear.storage]
+        stacked = linear.stack is not None and EACH not in source
+        packer = _packer(model.packer, linear.storage, stacked)
+        made: dict[str, list[Tensor]] = {}
+        for expert in range(1 if linear.stack is None else linear.stack.count):
+            tensors, matrix = packer.pack(rows, linear.inputs, rng)
+            module = prefix + source if linear.stack is None else _of_expert(prefix + source, expert)
+            model.matrices[module], model.packers[module] = matrix.numpy(), packer
+            for name, tensor in tensors.items():
+                made.setdefault(name, []).append(tensor)
+        for name, found in made.items():
+            suffix = next((entry.suffix for entry in linear.storage if f".{entry.name}" == name), name)
+            assert not stacked or suffix in suffixes, (name, suffixes)
+            if stacked:
+                whole = prefix + source + suffix
+                model.tensors[whole] = torch.stack(found).reshape(shapes[whole]).contiguous()
+                continue
+            for expert, tensor in enumerate(found):
+                model.tensors[(prefix + source).replace(EACH, str(expert)) + suffix] = tensor
+
+
+def _packer(packer: Packer, storage: Storage, stacked: bool) -> Packer:
+    """Of linears that are stored so. FP8 whose config says nothing of blocks has them where experts are stacked."""
+    if storage.is_dense:
+        (entry,) = storage.entries
+        return FLOATS if entry.out is not None and entry.out.dim == 0 else TRANSPOSED
+    return PACKERS["fp8"] if stacked and packer is PACKERS["fp8 of vllm"] else packer
 
 
 def assembled(plan: PartitionPlan, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -89,19 +179,10 @@ def assembled(plan: PartitionPlan, tensors: Mapping[str, Tensor], rank: int) -> 
     return found
 
 
-@dataclass(frozen=True)
-class Local:
-    """What a rank has of a module: its outputs and inputs, and the matrix of them."""
-
-    outputs: Index
-    inputs: Index
-    matrix: Matrix
-
-
 def locals_of(model: Quantised, plan: PartitionPlan, rank: int, shard: Mapping[str, Tensor]) -> dict[str, Local]:
-    """What ``rank`` has of each quantised module, unpacked from its own tensors alone: where they begin, the plan
-    says."""
-    parts: dict[str, dict[str, tuple[NDArray[Any], tuple[int, ...]]]] = {}
+    """What ``rank`` has of each module, unpacked from its own tensors alone: where they begin, the plan says. Of one
+    that holds several parts, ``module:label`` each."""
+    parts: dict[str, dict[str, dict[str, tuple[NDArray[Any], tuple[int, ...]]]]] = {}
     for stored in plan.shards[rank].values():
         for piece in stored.pieces:
             module = _module(piece.source, model.matrices)
@@ -115,32 +196,37 @@ def locals_of(model: Quantised, plan: PartitionPlan, rank: int, shard: Mapping[s
                 taken = one[tuple(slice(a, a + n) for a, n in zip(at, size, strict=True))]
                 expert = _of_expert(module, piece.start[0] + number) if stored.stacked else module
                 entry = re.sub(r".*[.](w13_|w2_)?", "", stored.name)
-                parts.setdefault(expert, {})[entry] = (taken, start)
-    return {module: _unpacked(model, module, Held(held)) for module, held in parts.items()}
+                parts.setdefault(expert, {}).setdefault(entry, {})[piece.label] = (taken, start)
+    return {key: local for module, entries in parts.items() for key, local in _unpacked(model, module, entries)}
 
 
 def _module(source: str, modules: Mapping[str, Matrix]) -> str | None:
-    """The quantised module that a tensor is of."""
-    found = (source.rpartition(end)[0] for end in (".", "_"))
+    """The module that a tensor is of."""
+    found = (source, *(source.rpartition(end)[0] for end in (".", "_", "_scale")))
     return next((one for one in found if one in modules or _of_expert(one, 0) in modules), None)
 
 
 def _of_expert(module: str, expert: int) -> str:
     """The module of an expert; one that a checkpoint stacks is ``module[expert]``."""
-    return module.replace("{}", str(expert)) if "{}" in module else f"{module}[{expert}]"
+    return module.replace(EACH, str(expert)) if EACH in module else f"{module}[{expert}]"
 
 
-def _unpacked(model: Quantised, module: str, held: Held) -> Local:
-    name, out, inp = model.packer.values
-    array, start = held.tensors[name]
-    whole = model.matrices[module]
+def _unpacked(
+    model: Quantised, module: str, entries: Mapping[str, Mapping[str, tuple[NDArray[Any], tuple[int, ...]]]]
+) -> Iterator[tuple[str, Local]]:
+    packer, whole = model.packers.get(module, model.packer), model.matrices[module]
+    name, out, inp = packer.values
+    several = len(entries[name]) > 1
+    for label, (array, start) in entries[name].items():
+        # What is one for the whole module has no label.
+        held = Held({one: found[label] if label in found else found[""] for one, found in entries.items()})
 
-    def features(axis: tuple[int, int], length: int) -> Index:
-        dim, unit = axis
-        return np.arange(start[dim] * unit, min((start[dim] + array.shape[dim]) * unit, length))
+        def features(axis: tuple[int, int], length: int) -> Index:
+            dim, unit = axis
+            return np.arange(start[dim] * unit, min((start[dim] + array.shape[dim]) * unit, length))  # noqa: B023
 
-    outputs, inputs = features(out, whole.shape[0]), features(inp, whole.shape[1])
-    return Local(outputs, inputs, model.packer.read(held, outputs, inputs))
+        outputs, inputs = features(out, whole.shape[0]), features(inp, whole.shape[1])
+        yield f"{module}:{label}" if several else module, Local(outputs, inputs, packer.read(held, outputs, inputs))
 
 
 def check(model: Quantised, tp: int, cutting: Cutting = Cutting(), folder: Path | None = None) -> PartitionPlan:
@@ -156,45 +242,13 @@ def check(model: Quantised, tp: int, cutting: Cutting = Cutting(), folder: Path 
         ranks.append(locals_of(model, plan, rank, shard))
     covered = {module: np.zeros(matrix.shape, bool) for module, matrix in model.matrices.items()}
     for held in ranks:
-        for module, local in held.items():
-            place = np.ix_(local.outputs, local.inputs)
+        for key, local in held.items():
+            module, place = key.partition(":")[0], np.ix_(local.outputs, local.inputs)
             covered[module][place] = True
-            np.testing.assert_allclose(local.matrix, model.matrices[module][place], rtol=1e-6, err_msg=module)
+            np.testing.assert_allclose(local.matrix, model.matrices[module][place], rtol=1e-6, err_msg=key)
     assert all(found.all() for found in covered.values())
-    check_sums(model, ranks)
+    layer_sums.check(model.held(cutting), model.config, model.matrices, ranks)
     return plan
-
-
-def check_sums(model: Quantised, ranks: list[dict[str, Local]]) -> None:
-    """The ranks' partial sums of attention and MLPs of layer 0, against the whole ones."""
-    x = np.random.default_rng(1).standard_normal((3, model.config["hidden_size"]))
-    for where in sorted({module.rpartition(".")[0] for module in model.matrices if ".layers.0." in module}):
-        whole = _inside(model.matrices, where)
-        compute = _attention if where.endswith("self_attn") else _mlp
-        head_dim = model.config["head_dim"]
-        total = np.zeros((len(x), model.config["hidden_size"]))
-        for held in ranks:
-            mine = _inside({name: local.matrix for name, local in held.items()}, where)
-            if mine:
-                total += compute(x, mine, head_dim)
-        expected = compute(x, whole, head_dim)
-        np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=where)
-
-
-def _inside(found: Mapping[str, Matrix], where: str) -> dict[str, Array]:
-    """The matrices of the linears in a module, by their own names."""
-    parts = ((name.rpartition("."), one) for name, one in found.items())
-    return {own: one.astype(np.float64) for (outer, _, own), one in parts if outer == where}
-
-
-def _mlp(x: Array, held: Mapping[str, Array], head_dim: int) -> Array:
-    gate, up = x @ held["gate_proj"].T, x @ held["up_proj"].T
-    return np.asarray((np.tanh(gate / 100) * up) @ held["down_proj"].T)
-
-
-def _attention(x: Array, held: Mapping[str, Array], head_dim: int) -> Array:
-    q, k, v = (0.1 * (x @ held[f"{name}_proj"].T).reshape(len(x), -1, head_dim) for name in "qkv")
-    return attend(q, k, v) @ held["o_proj"].T
 
 
 def read_shard(folder: Path, rank: int) -> dict[str, Tensor]:

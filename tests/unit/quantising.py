@@ -54,8 +54,8 @@ def quantised(weight: torch.Tensor, method: Method) -> tuple[torch.Tensor, torch
     return quantize(weight, scales, zeros, args, dtype=torch.float8_e4m3fn), scales
 
 
-def save_quantised(model: Any, method: Method, folder: Path, ignore: list[str]) -> None:
-    """Quantise a transformers ``model`` in place, and save it."""
+def save_quantised(model: Any, method: Method, folder: Path, ignore: list[str], **options: Any) -> None:
+    """Quantise a transformers ``model`` in place, and save it, with ``options`` of ``save_pretrained``."""
     scheme = preset_name_to_scheme(PRESETS[method], ["Linear"])
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=ignore))
     for module in model.modules():
@@ -64,5 +64,31 @@ def save_quantised(model: Any, method: Method, folder: Path, ignore: list[str]) 
             module.quantization_status = QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     compressor.update_config(str(folder))
+
+
+class _Expert(torch.nn.Module):
+    """One expert of a stack, as linears."""
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        for name, weight in zip(("gate_proj", "up_proj", "down_proj"), (*gate_up.chunk(2), down), strict=True):
+            linear = torch.nn.Linear(*reversed(weight.shape), bias=False)
+            linear.weight = torch.nn.Parameter(weight.clone())
+            self.add_module(name, linear)
+
+
+def with_linear_experts(model: Any) -> Any:
+    """``model`` with modules of linears in place of its stacks of experts, as llm-compressor makes them."""
+    stacks = [name for name, module in model.named_modules() if hasattr(module, "gate_up_proj") and _is_stack(module)]
+    assert stacks
+    for name in stacks:
+        held = model.get_submodule(name)
+        made = (_Expert(*one) for one in zip(held.gate_up_proj.data, held.down_proj.data, strict=True))
+        model.set_submodule(name, torch.nn.ModuleList(made))
+    return model
+
+
+def _is_stack(module: Any) -> bool:
+    return isinstance(module.gate_up_proj, torch.nn.Parameter)

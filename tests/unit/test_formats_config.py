@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats import read_scheme
 from tpctl.arch.formats.skipped import Skipped
-from tpctl.arch.source_plan import build_plan
+from tpctl.arch.source_plan import as_held, build_plan, checked_source_plan
 from tpctl.arch.storage import Storage
 from tpctl.checkpoint.metadata import read_metadata
+from tpctl.partition.split import source_shapes
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -150,8 +152,7 @@ def test_modules_that_stay_floats(tmp_path: Path, name: str) -> None:
     packer = PACKERS[name]
     kept = {"fp8": "modules_to_not_convert", "awq": "modules_to_not_convert"}.get(name, "ignore")
     names = [f"model.layers.0.self_attn.{one}_proj" for one in "qkvo"]
-    model = quantise(make_config(**SIZES), packer, kept=("q_proj", "k_proj", "v_proj", "o_proj"))
-    model.config["quantization_config"] = {**packer.config, kept: [*names, "lm_head"]}
+    model = quantise(make_config(**SIZES), replace(packer, config={**packer.config, kept: [*names, "lm_head"]}))
     source = model.save(tmp_path / "model")
     shard_checkpoint(source, tmp_path / "out", 2)
     assert read_shard(tmp_path / "out", 1)["model.layers.0.self_attn.qkv_proj.weight"].dtype is torch.bfloat16
@@ -179,6 +180,28 @@ def test_experts_that_a_checkpoint_stacks_are_stored_as_those_that_it_does_not(t
         assert all(torch.equal(expected[name].float(), found[name].float()) for name in expected)
     merge_shards(tmp_path / "again", tmp_path / "merged")
     assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
+
+
+def test_shapes_of_packed_experts_belong_to_the_form_that_a_checkpoint_has() -> None:
+    """Gemma 4's experts, which are stacked as floats, one by one."""
+    changes = {"enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "hidden_size_per_layer_input": 0}
+    changes |= {**SIZES, "moe_intermediate_size": 64, "quantization_config": PACKERS["ct int4"].config}
+    config = ModelConfig.from_dict(make_config("gemma4_text", **changes))
+    held = as_held(config, {"model.layers.0.experts.0.gate_proj.weight_packed"})
+    shapes = source_shapes(held.blueprint.splits())
+    packed = [name for name in shapes if name.endswith("weight_packed")]
+    assert "model.layers.0.experts.1.down_proj.weight_packed" in packed
+    shapes |= {name.replace("weight_packed", "weight_shape"): (2,) for name in packed}
+    assert checked_source_plan(config, shapes, 2).source_shapes.keys() < shapes.keys()
+
+
+def test_other_names_are_found_in_any_form_of_experts_and_beside_the_layers() -> None:
+    """Gemma 4 in FP8 as vLLM names its scales, which its config does not tell."""
+    changes = {**SIZES, "enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 64}
+    model = quantise(make_config("gemma4_text", **changes), PACKERS["fp8 of vllm"])
+    assert "model.layers.0.experts.1.down_proj.weight_scale" in model.tensors
+    assert "model.per_layer_model_projection.weight_scale" in model.tensors
+    check(model, 2)
 
 
 def test_scales_of_a_cache_are_kept_for_merge_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.unit.synthetic import make_config
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.safetensors import read_header
-from tpctl.errors import PartitionError, ShardFolderError, TpctlError
+from tpctl.errors import PartitionError, ShardFolderError, TpctlError, UnsupportedModelError
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.inspect import inspect_shards
 
@@ -183,6 +183,21 @@ def test_a_border_inside_of_a_word_is_refused_with_the_sizes_that_fit() -> None:
     config["num_key_value_heads"] = 1
     with pytest.raises(PartitionError, match=f"{message}1, 2$"):
         build_plan(ModelConfig.from_dict(config), 8)
+
+
+@pytest.mark.parametrize(
+    ("packer", "said"),
+    [
+        ("awq", r"qkv_proj\.qweight packs 8 features in a word, but v begins at feature 84, inside of one; such fused"),
+        ("gptq", r"qkv_proj\.qzeros packs 8 features in a word, but v begins at feature 84, inside of one; such fused"),
+        ("ct int4 with zeros", r"qkv_proj\.weight_zero_point packs 8 features in a word, but v begins at feature 84"),
+    ],
+)
+def test_a_part_that_begins_inside_of_a_word_is_refused(packer: str, said: str) -> None:
+    sizes = {"hidden_size": 64, "head_dim": 14, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = make_config("phi3", **sizes, quantization_config=PACKERS[packer].config)
+    with pytest.raises(UnsupportedModelError, match=said):
+        build_plan(ModelConfig.from_dict(config), 1)
 
 
 junk = st.recursive(

@@ -14,7 +14,7 @@ from tpctl.arch.blueprint import LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.cuts import Even
+from tpctl.partition.cuts import Even, Units
 from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.split import Part, Rule, TensorSplit
 
@@ -134,3 +134,28 @@ def test_parts_beside_each_other() -> None:
         ("a", (0, 4), (4, 4), (0, 0)),
         ("b", (0, 4), (4, 4), (0, 4)),
     ]
+
+
+@pytest.mark.parametrize(("offset", "wrong"), [(1, False), (0, True), (2, True)])
+def test_parts_of_one_source_have_no_more_in_common_than_the_scale_between_them(offset: int, wrong: bool) -> None:
+    """Of 6 and 6 features in blocks of 4."""
+    first = Part("s", 2, Units(Even(), 4, 6), label="a")
+    second = Part("s", 2, Units(Even(), 4, 6, before=2), offset=offset, label="b")
+    split = TensorSplit("side", Rule.MERGED_COLUMN, (first, second))
+    if wrong:
+        with pytest.raises(PartitionError, match=f"b begins at entry {offset} of s, but what is before it ends at 2"):
+            PartitionPlan.build([split], 2)
+        return
+    plan = PartitionPlan.build([split], 2)
+    assert plan.source_shapes == {"s": (3,)}
+    assert [(piece.label, piece.start, piece.shape) for piece in plan.shards[0]["side"].pieces] == [
+        ("a", (0,), (1,)),
+        ("b", (1,), (2,)),
+    ]
+    assert [piece.start for piece in plan.shards[1]["side"].pieces] == [(0,), (2,)]
+
+
+def test_a_part_that_nothing_of_a_source_is_before_is_found() -> None:
+    split = TensorSplit("side", Rule.COLUMN, (Part("s", 4, Even(), offset=2),))
+    with pytest.raises(PartitionError, match="its part begins at entry 2 of s, but what is before it ends at 0"):
+        PartitionPlan.build([split], 2)

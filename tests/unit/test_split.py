@@ -135,14 +135,19 @@ def test_borders_are_where_blocks_end_unless_ranks_outnumber_them(length: int, u
         assert {len(held) for held in ranges} == {length // tp}
 
 
-@given(length=st.integers(1, 3000), unit=st.sampled_from([3, 8, 128]), tp=st.integers(1, 8))
-def test_the_entry_of_every_element_is_where_the_element_is(length: int, unit: int, tp: int) -> None:
+@given(length=st.integers(1, 3000), unit=st.sampled_from([3, 8, 128]), tp=st.integers(1, 8), before=st.integers(0, 127))
+def test_the_entry_of_every_element_is_where_the_element_is(length: int, unit: int, tp: int, before: int) -> None:
+    """Also where the axis begins inside of the first one."""
     if length < tp:
         return
+    before %= unit
     held = Even().ranges(length, tp)
-    entries = Units(Even(), unit, length).ranges(-(-length // unit), tp)
+    units = Units(Even(), unit, length, before=before)
+    entries = units.ranges(-(-(before + length) // unit), tp)
     for elements, own in zip(held, entries, strict=True):
-        assert {place // unit for place in range(elements.start, elements.stop)} == set(range(own.start, own.stop))
+        inside = {(before + place) // unit for place in range(elements.start, elements.stop)}
+        assert inside == set(range(own.start, own.stop))
+        assert units.divides(elements.start) == ((before + elements.start) // unit * unit != before + elements.start)
 
 
 def test_a_border_inside_of_packed_values_is_refused() -> None:

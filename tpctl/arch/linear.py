@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from tpctl.arch.storage import DENSE, Entry, Storage
+from tpctl.arch.storage import DENSE, Axis, Entry, Storage
 from tpctl.errors import UnsupportedModelError
 from tpctl.partition.cuts import Cut, Whole
 from tpctl.partition.split import Part, Rule, Stack, TensorSplit, tensor_names
@@ -127,22 +127,8 @@ class Linear:
                 labels[part.source] = "" if part.source in labels else part.label
             apart = tuple(Part(source, shape[0], Whole(), label=label) for source, label in labels.items())
             return self._made(name, self._whole_rule, entry, apart, 0, shape)
-        for part in self.parts:
-            if part.offset % axis.unit:
-                raise UnsupportedModelError(
-                    f"{part.source}{entry.suffix} has an entry for every {axis.unit} features, but {part.label} begins "
-                    f"at feature {part.offset}; such fused tensors cannot be cut"
-                )
-        parts = (
-            replace(
-                part,
-                length=axis.entries(part.length),
-                cut=axis.cut(part.cut, part.length),
-                offset=axis.entries(part.offset),
-            )
-            for part in self.parts
-        )
-        return self._made(name, self.rule, entry, tuple(parts), axis.dim, entry.shape(self.outputs, self.inputs))
+        parts = tuple(_entries(part, axis, entry.suffix) for part in self.parts)
+        return self._made(name, self.rule, entry, parts, axis.dim, entry.shape(self.outputs, self.inputs))
 
     def _by_inputs(self, name: str, entry: Entry) -> TensorSplit:
         (part,) = self.parts
@@ -159,6 +145,19 @@ class Linear:
         parts = tuple(replace(part, source=part.source + entry.suffix) for part in parts)
         others = shape[:dim] + shape[dim + 1 :]
         return TensorSplit(name, rule, parts, dim, others, self.stack, entry.dtypes, entry.optional)
+
+
+def _entries(part: Part, axis: Axis, suffix: str) -> Part:
+    """The entries that a tensor has for the features of ``part``. One that says something of features (a scale) may be
+    that of two parts, where the first of them ends inside a block; a word of packed values may not."""
+    first, before = divmod(part.offset, axis.unit)
+    if before and axis.packed:
+        raise UnsupportedModelError(
+            f"{part.source}{suffix} packs {axis.unit} features in a word, but {part.label} begins at feature "
+            f"{part.offset}, inside of one; such fused tensors cannot be cut"
+        )
+    length = axis.entries(part.offset + part.length) - first
+    return replace(part, length=length, cut=axis.cut(part.cut, part.length, before), offset=first)
 
 
 def below(source: str, sections: Iterable[tuple[str, int, Cut]]) -> tuple[Part, ...]:

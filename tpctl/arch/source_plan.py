@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-from tpctl.arch.block import Experts, Layer, LayerPart, linears
-from tpctl.arch.blueprint import ROOT, Blueprint, renamed
+from tpctl.arch.block import Experts, LayerPart, linears
+from tpctl.arch.blueprint import ROOT, renamed
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
 from tpctl.arch.linear import Linear
@@ -47,10 +48,21 @@ def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSpl
 
 
 def as_held(config: ModelConfig, names: Container[str]) -> ModelConfig:
-    """``config`` with its layers in the form that a checkpoint with tensors ``names`` has them."""
+    """``config`` with its layers, and what is beside them, in the form that a checkpoint with tensors ``names`` has
+    them."""
     blueprint = config.blueprint
-    layers = tuple(_as_held(layer, number, blueprint, names) for number, layer in enumerate(blueprint.layers))
-    return replace(config, blueprint=replace(blueprint, layers=layers))
+    root = blueprint.root(names)
+    layers = tuple(
+        mapped(layer, partial(_as_held, prefix=blueprint.prefix.format(number), root=root, names=names))
+        for number, layer in enumerate(blueprint.layers)
+    )
+    beside = tuple(_as_held(part, "", root, names) for part in blueprint.beside)
+    return replace(config, blueprint=replace(blueprint, layers=layers, beside=beside))
+
+
+def unread(config: ModelConfig, names: Collection[str]) -> set[str]:
+    """Those of a checkpoint's ``names`` that no rank needs (see ``Blueprint.unread``)."""
+    return as_held(config, names).blueprint.unread(names)
 
 
 def second_copies(config: ModelConfig, names: Container[str]) -> dict[str, str]:
@@ -76,9 +88,8 @@ def check_text_only(config: ModelConfig, names: Iterable[str], text_only: bool) 
         )
 
 
-def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[str]) -> Layer:
-    """``layer`` with its experts in the form, and its weights under the names, that the checkpoint has them."""
-    prefix, root = blueprint.prefix.format(number), blueprint.root(names)
+def _as_held(part: LayerPart, prefix: str, root: str, names: Container[str]) -> LayerPart:
+    """``part`` with its experts in the form, and its weights under the names, that a checkpoint with ``names`` has."""
 
     def source(linear: Linear) -> str:
         return renamed(prefix + linear.parts[0].source.replace(EACH, "0"), root)
@@ -87,17 +98,12 @@ def _as_held(layer: Layer, number: int, blueprint: Blueprint, names: Container[s
         held = linear.storage.held(source(linear), names)
         return linear if held is linear.storage else replace(linear, storage=held)
 
-    def held(part: LayerPart) -> LayerPart:
-        if any(linear.storage.others for linear in linears(part)):
-            part = with_linears(part, named)
-        if not isinstance(part, Experts) or not part.forms:
-            return part
+    if isinstance(part, Experts) and part.forms:
         for gate_up, down, router in ((part.gate_up, part.down, part.router), *part.forms):
             if source(gate_up) + gate_up.storage.entries[0].suffix in names:
-                return replace(part, gate_up=gate_up, down=down, router=router)
-        return part
-
-    return mapped(layer, held)
+                part = replace(part, gate_up=gate_up, down=down, router=router)
+                break
+    return with_linears(part, named) if any(linear.storage.others for linear in linears(part)) else part
 
 
 def _from(root: str, split: TensorSplit) -> TensorSplit:
@@ -123,7 +129,7 @@ def checked_source_plan(config: ModelConfig, shapes: Mapping[str, Shape], tp_siz
         UnsupportedModelError: the tensors are those of a quantised model, an adapter or another architecture.
         CheckpointError: a tensor is missing, of another shape, or unknown.
     """
-    plan, ignored = source_plan(config, shapes, tp_size), config.blueprint.unread(shapes)
+    plan, ignored = source_plan(config, shapes, tp_size), unread(config, shapes)
     own = plan.source_shapes.keys()
     check_tensors(shapes.keys() - own - ignored, config.scheme is not None, own)
     plan.check_source(shapes, ignored)

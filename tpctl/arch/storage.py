@@ -35,11 +35,12 @@ class Axis:
     def entries(self, features: int) -> int:
         return -(-features // self.unit)
 
-    def cut(self, cut: Cut, features: int) -> Cut:
-        """The cut of this dimension where ``cut`` is that of the features."""
+    def cut(self, cut: Cut, features: int, before: int = 0) -> Cut:
+        """The cut of this dimension where ``cut`` is that of the features, which begin ``before`` features behind the
+        start of their first entry."""
         if not self.dealt:
             return Whole()
-        return cut if self.unit == 1 else Units(cut, self.unit, features, self.packed)
+        return cut if self.unit == 1 else Units(cut, self.unit, features, self.packed, before)
 
 
 Role = Literal["values", "scales", "zeros", "order", "divisor", "inputs", "bias"]

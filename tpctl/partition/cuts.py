@@ -190,16 +190,19 @@ class Units:
     """Entries of a tensor that has one for every ``unit`` elements of an axis of ``elements``, which ``cut`` deals.
 
     An entry whose elements are on two ranks is on both: a copied scale. With ``packed`` it holds values themselves, and
-    a border inside of it is refused.
+    a border inside of it is refused. The axis may begin ``before`` elements behind the start of the first entry, whose
+    first ones belong to what is stored before it; nothing that is packed does.
     """
 
     cut: Cut
     unit: int
     elements: int
     packed: bool = False
+    before: int = 0
 
     def ranges(self, length: int, tp_size: int) -> tuple[Range, ...]:
-        assert length == -(-self.elements // self.unit), (length, self)
+        assert length == -(-(self.before + self.elements) // self.unit), (length, self)
+        assert self.before < self.unit and not (self.packed and self.before), self
         found = self.cut.ranges(self.elements, tp_size)
         if self.packed:
             for held in found:
@@ -208,9 +211,14 @@ class Units:
                         f"at tp {tp_size} a border would fall on element {held.start}, inside of a word that packs "
                         f"{self.unit} values"
                     )
-        return tuple(
-            Range(held.start // self.unit, -(-held.stop // self.unit)) if len(held) else Range(0, 0) for held in found
-        )
+        return tuple(self._entries(held) if len(held) else Range(0, 0) for held in found)
+
+    def divides(self, element: int) -> bool:
+        """Whether a border before ``element`` of the axis is inside of an entry."""
+        return (self.before + element) % self.unit > 0
+
+    def _entries(self, held: Range) -> Range:
+        return Range((self.before + held.start) // self.unit, -(-(self.before + held.stop) // self.unit))
 
 
 @dataclass(frozen=True, slots=True)

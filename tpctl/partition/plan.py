@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.cuts import Cut, DividedWord, Range
+from tpctl.partition.cuts import Cut, DividedWord, Range, Units
 from tpctl.partition.split import EACH, Part, Rule, TensorSplit, source_shapes, tensor_names
 
 Shape = tuple[int, ...]
@@ -137,17 +137,27 @@ class PartitionPlan:
     def check(self) -> None:
         """Check that the ranks together hold every source element, and that no rank holds one twice.
 
+        Parts of one source may have a scale in common, of a block in which the first ends; a rank has it for each.
+
         Raises:
             PartitionError: an element is lost or doubled, or parts are not below each other;
                 a defect of the rules, never of a checkpoint.
         """
         for split in self.splits:
-            held: dict[str, list[tuple[int, Piece]]] = {}
+            held: dict[tuple[str, str], list[tuple[int, Piece]]] = {}
             for rank, shard in enumerate(self.shards):
                 for piece in shard[split.name].pieces:
-                    held.setdefault(piece.source, []).append((rank, piece))
+                    held.setdefault((piece.source, piece.label), []).append((rank, piece))
+            ends: dict[str, int] = {}
             for part in split.parts:
-                _check_part(split, part, held.get(part.source, []))
+                shared = int(isinstance(part.cut, Units) and part.cut.before > 0)
+                if part.offset != ends.get(part.source, 0) - shared:
+                    raise PartitionError(
+                        f"{split.name}: {part.label or 'its part'} begins at entry {part.offset} of {part.source}, "
+                        f"but what is before it ends at {ends.get(part.source, 0)}"
+                    )
+                ends[part.source] = part.offset + part.length
+                _check_part(split, part, held.get((part.source, part.label), []))
 
     def check_source(self, shapes: Mapping[str, Shape], ignored: Collection[str] = ()) -> None:
         """Check a checkpoint's tensor shapes against the plan before a byte of data is read.

@@ -70,4 +70,4 @@ def _divided(cut: Cut, tp_size: int) -> list[int]:
     if not isinstance(cut, Units) or cut.packed:
         return [0] * tp_size
     elements = cut.cut.ranges(cut.elements, tp_size)
-    return [int(len(held) > 0 and held.start % cut.unit > 0) for held in elements]
+    return [int(len(held) > 0 and held.start > 0 and cut.divides(held.start)) for held in elements]

@@ -54,10 +54,10 @@ def ensure_quantised(
             f"--quantize {method}`"
         )
     checkpoint = CheckpointFolder.open(source.folder)
-    chosen = linears_of(checkpoint, method)
+    chosen, _ = linears_of(checkpoint, method)
     if (cut := cut_block(chosen, SCHEMES[method])) is not None:
         notify(
-            f"{cut} has {chosen[cut][1]} columns, which blocks of {SCHEMES[method].columns} do not divide: "
+            f"{cut.name} has {cut.shape[1]} columns, which blocks of {SCHEMES[method].columns} do not divide: "
             "transformers and vLLM will not run that; --quantize fp8 has no blocks"
         )
     name = f"{file_name(Path(source.id).name)}-{method}"

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from tpctl.arch.formats.skipped import is_stack
 from tpctl.errors import CheckpointError, UsageError
 from tpctl.quantizing.schemes import SCHEMES, Method, Scheme
+from tpctl.quantizing.stacks import Unstacked, Weight
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 """Dtypes that weights are quantised from."""
@@ -15,11 +17,16 @@ FLOATS = frozenset({"BF16", "F16", "F32"})
 _LAYER = re.compile(r"(?:model\.|model\.language_model\.|language_model\.model\.)layers\.(\d+)\.(.+)")
 _LINEAR = re.compile(
     r"self_attn\.(?:(?:q|k|v|o|qkv|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)"
-    r"|(?:mlp|block_sparse_moe)\.(?:experts\.\d+\.|shared_experts?\.)?"
+    r"|(?:(?:mlp|block_sparse_moe)\.(?:experts\.\d+\.|shared_experts?\.)?|experts\.\d+\.)"
     r"(?:gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)"
+    r"|per_layer_input_gate|per_layer_projection"
 )
-_KEPT = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)|linear_attn\..+")
-"""Routers, and gated delta nets: their states add up what rounding changes."""
+_KEPT = re.compile(
+    r"(?:mlp|block_sparse_moe)\.(?:gate|router|shared_expert_gate)|router\.proj|linear_attn\..+"
+    r"|eh_proj|embed_tokens|shared_head\.head"
+)
+"""Routers, gated delta nets (their states add up what rounding changes), and what layers that predict more tokens have
+beside a layer's linears."""
 
 _EMBEDDING = re.compile(r"(?:.*\.)?embed_tokens")
 _HEAD = "lm_head"
@@ -38,40 +45,48 @@ class Described(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def quantised_shapes(tensors: Mapping[str, Described], method: Method) -> dict[str, tuple[str, tuple[int, ...]]]:
+def quantised_shapes(
+    tensors: Mapping[str, Described], method: Method, stacks: Unstacked = Unstacked()
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The dtype and shape of every tensor of a checkpoint of ``tensors`` once it is quantised by ``method``.
 
     Raises:
         UsageError, CheckpointError: as ``linears``.
     """
-    chosen = linears(tensors, method)
+    chosen = linears(tensors, method, stacks)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if name in chosen:
-            found.update(stored(name, tensor.dtype, chosen[name], SCHEMES[method]))
+            for weight in chosen[name]:
+                found.update(stored(weight, tensor.dtype, SCHEMES[method]))
         else:
-            found[name] = (tensor.dtype, tensor.shape)
+            found[stacks.renamed.get(name, name)] = (tensor.dtype, tensor.shape)
     return found
 
 
-def stored(name: str, dtype: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What the weight ``name`` of ``dtype`` is stored as; numbers first, then scales, then the rest."""
-    rows, columns = shape
-    scales = (f"{name}_scale", (dtype, scheme.cells(shape)))
+def stored(weight: Weight, dtype: str, scheme: Scheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What ``weight`` of ``dtype`` is stored as; numbers first, then scales, then the rest."""
+    name, (rows, columns) = weight.name, weight.shape
+    scales = (f"{name}_scale", (dtype, scheme.cells(weight.shape)))
     if scheme.kind == "float":
-        return dict([(name, ("F8_E4M3", shape)), scales])
+        return dict([(name, ("F8_E4M3", weight.shape)), scales])
     return dict([(f"{name}_packed", ("I32", (rows, columns // 8))), scales, (f"{name}_shape", ("I64", (2,)))])
 
 
-def linears(tensors: Mapping[str, Described], method: Method) -> dict[str, tuple[int, int]]:
-    """The weights that are quantised, with their shapes [N, K]: all linears of the decoder's layers.
+def linears(
+    tensors: Mapping[str, Described], method: Method, stacks: Unstacked = Unstacked()
+) -> dict[str, tuple[Weight, ...]]:
+    """The weights that are quantised, by the tensors that hold them: all linears of the decoder's layers.
+
+    Args:
+        stacks: those of ``tensors`` that hold several.
 
     Raises:
         UsageError: the checkpoint is quantised already.
         CheckpointError: a layer holds something that is no linear by itself, or one that ``method`` cannot cut into
             its groups.
     """
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[Weight, ...]] = {}
     for name, tensor in tensors.items():
         match = _LAYER.fullmatch(name)
         if match is None:
@@ -81,37 +96,45 @@ def linears(tensors: Mapping[str, Described], method: Method) -> dict[str, tuple
         if is_linear or len(tensor.shape) > 1:
             _require_float(name, tensor, method)
         if is_linear:
-            found[name] = _matrix(name, tensor.shape, SCHEMES[method])
+            found[name] = (Weight(name, _matrix(name, tensor.shape, SCHEMES[method])),)
+        elif name in stacks.weights:
+            for weight in stacks.weights[name]:
+                _matrix(weight.name, weight.shape, SCHEMES[method])
+            found[name] = stacks.weights[name]
         elif len(tensor.shape) > 1 and not (suffix == "weight" and _KEPT.fullmatch(module)):
             raise CheckpointError(
-                f"{name} {list(tensor.shape)} is no linear that --quantize {method} knows"
-                f"{' (experts must be stored one by one)' if 'experts' in name else ''}; leave out --quantize"
+                f"{name} {list(tensor.shape)} is no linear that --quantize {method} knows; leave out --quantize"
             )
     if not found:
         raise CheckpointError("no linear of a decoder layer is among the checkpoint's tensors; leave out --quantize")
     return found
 
 
-def cut_block(chosen: Mapping[str, tuple[int, int]], scheme: Scheme) -> str | None:
+def cut_block(chosen: Mapping[str, tuple[Weight, ...]], scheme: Scheme) -> Weight | None:
     """The first of the ``chosen`` weights whose rows end within a block, if there is one.
 
     compressed-tensors stores it, but its inputs are in groups of that size too, and those must be whole.
     """
     if scheme.rows == 1 or scheme.columns is None:
         return None
-    return next((name for name, (_, columns) in chosen.items() if columns % scheme.columns), None)
+    weights = (weight for found in chosen.values() for weight in found)
+    return next((weight for weight in weights if weight.shape[1] % scheme.columns), None)
 
 
-def ignored(tensors: Mapping[str, Described]) -> list[str]:
+def ignored(tensors: Mapping[str, Described], stacks: Unstacked = Unstacked()) -> list[str]:
     """The modules that stay as they are, in the model's order: routers and the like, what is outside of the layers, the
     head.
 
-    The head is one also where it is tied to the embedding, since there is a module of that name.
+    The head is one also where it is tied to the embedding, since there is a module of that name. Stacks of experts
+    outside of the layers (of those that predict more tokens) are a pattern, for engines ask for each expert's name.
     """
     kept: list[tuple[int, str]] = []
     others: list[str] = []
-    for name, tensor in tensors.items():
+    for old, tensor in tensors.items():
+        name = stacks.renamed.get(old, old)
         module, _, suffix = name.rpartition(".")
+        if is_stack(name) and old not in stacks.weights:
+            others.append(rf"re:{re.escape(module)}\..*")
         if suffix != "weight" or len(tensor.shape) < 2:
             continue
         match = _LAYER.fullmatch(module)
@@ -119,7 +142,7 @@ def ignored(tensors: Mapping[str, Described]) -> list[str]:
             others += [module] * (_EMBEDDING.fullmatch(module) is None and module != _HEAD)
         elif _KEPT.fullmatch(match[2]):
             kept.append((int(match[1]), module))
-    return [*sorted(others), *(module for _, module in sorted(kept)), _HEAD]
+    return [*sorted(set(others)), *(module for _, module in sorted(kept)), _HEAD]
 
 
 def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:

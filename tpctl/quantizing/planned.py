@@ -17,6 +17,7 @@ from tpctl.json_file import read_object
 from tpctl.partition.dtypes import DTYPES
 from tpctl.quantizing.linears import ignored, quantised_shapes, refuse_quantised
 from tpctl.quantizing.schemes import Method, quantization_config
+from tpctl.quantizing.stacks import unstacked
 
 
 @contextmanager
@@ -34,11 +35,12 @@ def quantised_metadata(metadata: ModelMetadata, method: Method) -> Iterator[Mode
         parsed = ModelConfig.load(metadata.folder)
         shapes = build_plan(parsed, 1).source_shapes
         tensors = {name: TensorSpec(name, DTYPES[parsed.dtype], shape) for name, shape in shapes.items()}
-    found = quantised_shapes(tensors, method)
+    stacks = unstacked(metadata.folder, {name: tensor.shape for name, tensor in tensors.items()}, method)
+    found = quantised_shapes(tensors, method, stacks)
     with TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "config.json").write_text(
-            json.dumps({**config, "quantization_config": quantization_config(method, ignored(tensors))})
+            json.dumps({**config, "quantization_config": quantization_config(method, ignored(tensors, stacks))})
         )
         yield replace(
             metadata,

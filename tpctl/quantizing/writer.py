@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from tpctl.json_file import parse_object, read_object
 from tpctl.quantizing.linears import FLOATS, ignored, linears, refuse_quantised, stored
 from tpctl.quantizing.rounding import Loss, check_finite, elements, quantise_rows
 from tpctl.quantizing.schemes import SCHEMES, Method, Scheme, quantization_config
+from tpctl.quantizing.stacks import Unstacked, Weight, unstacked
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import ByteCounter, Bytes, Files, in_parallel
 
@@ -57,8 +58,9 @@ def quantise_checkpoint(
 ) -> QuantizationReport:
     """Write ``source``, its linears quantised by ``method``, into the empty folder ``out``; all is on disk afterwards.
 
-    Files keep their names, and tensors stay in their files. Names, dtypes and shapes are checked before a byte of data
-    is read. Memory use does not depend on the model's size: a few bands for each thread.
+    Files keep their names, and tensors stay in their files; experts that are stacked become a tensor each. Names,
+    dtypes and shapes are checked before a byte of data is read. Memory use does not depend on the model's size: a few
+    bands for each thread.
 
     Raises:
         UsageError: the source is quantised already.
@@ -66,9 +68,9 @@ def quantise_checkpoint(
         SourceError: the disk has too little space.
         OSError: as the file system says.
     """
-    chosen, scheme = linears_of(source, method), SCHEMES[method]
+    (chosen, stacks), scheme = linears_of(source, method), SCHEMES[method]
     tensors = {name: info for name, (_, info) in source.tensors.items()}
-    targets = {file.name: _target(file.header, chosen, scheme) for file in source.files}
+    targets = {file.name: _target(file.header, chosen, stacks, scheme) for file in source.files}
     require_space(out, sum(header.file_size for header in targets.values()), f"{source.path} quantised to {method}")
     losses: dict[str, Loss] = {}
     with Files() as files:
@@ -83,31 +85,34 @@ def quantise_checkpoint(
             files.open(path, os.O_RDWR)
             job = _Job(file.path, path, header, files, tally)
             for info in sorted(file.header.tensors.values(), key=lambda info: info.start):
-                if info.name in chosen:
-                    tasks.append(partial(job.quantise, info, chosen[info.name], scheme, losses))
-                else:
-                    tasks.append(partial(job.copy, info))
+                for weight in chosen.get(info.name, ()):
+                    tasks.append(partial(job.quantise, info, weight, scheme, losses))
+                if info.name not in chosen:
+                    tasks.append(partial(job.copy, info, stacks.renamed.get(info.name, info.name)))
         in_parallel(tasks, tally)
         files.sync(out / name for name in targets)
-    _write_small_files(source, out, targets, quantization_config(method, ignored(tensors)))
+    _write_small_files(source, out, targets, quantization_config(method, ignored(tensors, stacks)))
     source.check_unchanged()
     return QuantizationReport(
         method,
         sum(info.nbytes for info in tensors.values()),
         sum(info.nbytes for header in targets.values() for info in header.tensors.values()),
-        tuple(_tensor_loss(name, shape, losses[name]) for name, shape in chosen.items()),
+        tuple(_tensor_loss(weight, losses[weight.name]) for weights in chosen.values() for weight in weights),
     )
 
 
-def linears_of(source: CheckpointFolder, method: Method) -> dict[str, tuple[int, int]]:
-    """The weights of ``source`` that are quantised, with their shapes.
+def linears_of(source: CheckpointFolder, method: Method) -> tuple[dict[str, tuple[Weight, ...]], Unstacked]:
+    """The weights of ``source`` that are quantised, by the tensors that hold them; and its stacks of experts.
 
     Raises:
         UsageError: it is quantised already.
         CheckpointError: it holds a linear that cannot be quantised.
+        UnsupportedModelError: it holds stacks of experts, and is of a model that tpctl does not know.
     """
     refuse_quantised(read_object(source.path / "config.json"), source.tensors, method)
-    return linears({name: info for name, (_, info) in source.tensors.items()}, method)
+    tensors = {name: info for name, (_, info) in source.tensors.items()}
+    stacks = unstacked(source.path, source.shapes, method)
+    return linears(tensors, method, stacks), stacks
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,9 @@ class _Job:
     files: Files
     tally: ByteCounter
 
-    def copy(self, info: FileTensor) -> None:
-        """Copy the tensor ``info``, whose values must be finite."""
-        target = self.header.tensors[info.name]
+    def copy(self, info: FileTensor, name: str) -> None:
+        """Copy the tensor ``info``, whose values must be finite, to one of that ``name``."""
+        target = self.header.tensors[name]
         step = 8 * _BAND
         for start in range(0, info.nbytes, step):
             self.tally.check()
@@ -133,26 +138,28 @@ class _Job:
             self.files.write(self.path, data, target.start + start)
             self.tally.add(data.size)
 
-    def quantise(self, info: FileTensor, shape: tuple[int, int], scheme: Scheme, losses: dict[str, Loss]) -> None:
-        """Write what is stored of the weight ``info``, and enter into ``losses`` what it has lost."""
-        targets = [self.header.tensors[name] for name in stored(info.name, info.dtype, shape, scheme)]
+    def quantise(self, info: FileTensor, weight: Weight, scheme: Scheme, losses: dict[str, Loss]) -> None:
+        """Write what is stored of ``weight``, which ``info`` holds, and enter into ``losses`` what it has lost."""
+        targets = [self.header.tensors[name] for name in stored(weight, info.dtype, scheme)]
         numbers, scales = (target.start for target in targets[:2])
         if len(targets) == 3:
-            self.files.write(self.path, np.array(shape, "<i8").view(np.uint8), targets[2].start)
-        item = info.nbytes // (shape[0] * shape[1])
+            self.files.write(self.path, np.array(weight.shape, "<i8").view(np.uint8), targets[2].start)
+        width = weight.shape[1]
+        item = info.nbytes // prod(info.shape)
+        first = info.start + weight.first * width * item
         loss, begin = Loss(), 0
-        for band in _bands(shape, scheme):
+        for band in _bands(weight.shape, scheme):
             self.tally.check()
             rows, columns = len(band.rows), len(band.columns)
             data = np.empty((rows, columns * item), np.uint8)
-            self._each_row(self.files.read, self.source, data, band, info.start, shape[1] * item)
-            made = quantise_rows(elements(data, info.dtype), info.dtype, scheme, info.name)
-            self._each_row(self.files.write, self.path, made.numbers, band, numbers, shape[1] * scheme.bits // 8)
+            self._each_row(self.files.read, self.source, data, band, first, width * item)
+            made = quantise_rows(elements(data, info.dtype), info.dtype, scheme, weight.name)
+            self._each_row(self.files.write, self.path, made.numbers, band, numbers, width * scheme.bits // 8)
             self.files.write(self.path, made.scales, scales + begin)
             begin += made.scales.nbytes
             loss += made.loss
             self.tally.add(data.size)
-        losses[info.name] = loss
+        losses[weight.name] = loss
 
     def _each_row(
         self, move: Callable[[Path, Bytes, int], None], path: Path, data: Bytes, band: _Band, start: int, width: int
@@ -185,15 +192,15 @@ def _bands(shape: tuple[int, int], scheme: Scheme) -> Iterator[_Band]:
             yield _Band(range(row, min(row + height, rows)), range(column, min(column + width, columns)))
 
 
-def _target(header: Header, chosen: Mapping[str, tuple[int, int]], scheme: Scheme) -> Header:
+def _target(header: Header, chosen: Mapping[str, tuple[Weight, ...]], stacks: Unstacked, scheme: Scheme) -> Header:
     """The header of the file that is made of the one with ``header``."""
     specs: list[TensorSpec] = []
     for name, info in header.tensors.items():
-        if name in chosen:
-            made = stored(name, info.dtype, chosen[name], scheme)
+        for weight in chosen.get(name, ()):
+            made = stored(weight, info.dtype, scheme)
             specs += [TensorSpec(new, dtype, shape) for new, (dtype, shape) in made.items()]
-        else:
-            specs.append(TensorSpec(name, info.dtype, info.shape))
+        if name not in chosen:
+            specs.append(TensorSpec(stacks.renamed.get(name, name), info.dtype, info.shape))
     return build_header(specs, {"format": "pt", **header.metadata})
 
 
@@ -227,6 +234,6 @@ def _write_json(path: Path, value: object) -> None:
         os.fsync(file.fileno())
 
 
-def _tensor_loss(name: str, shape: tuple[int, int], loss: Loss) -> TensorLoss:
+def _tensor_loss(weight: Weight, loss: Loss) -> TensorLoss:
     relative = sqrt(loss.difference / loss.value) if loss.value else 0.0
-    return TensorLoss(name, shape, relative, loss.largest)
+    return TensorLoss(weight.name, weight.shape, relative, loss.largest)

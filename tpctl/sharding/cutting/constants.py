@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.source_plan import as_held
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import FileTensor
 from tpctl.errors import CheckpointError
@@ -24,8 +25,9 @@ def check_constants(config: ModelConfig, folder: CheckpointFolder) -> None:
     Raises:
         CheckpointError: one says another shape, or groups in another order; or it cannot be read.
     """
+    blueprint = as_held(config, folder.tensors).blueprint
     with Files() as files:
-        for name, shape in config.blueprint.constants(folder.tensors).items():
+        for name, shape in blueprint.constants(folder.tensors).items():
             file, info = folder.tensors[name]
             if info.dtype not in _DTYPES or info.shape != (len(shape),):
                 raise CheckpointError(f"{name} is {info.dtype} {list(info.shape)}, but holds a shape, I64 [2]")
@@ -35,7 +37,7 @@ def check_constants(config: ModelConfig, folder: CheckpointFolder) -> None:
                     f"{name} says that the weight is {found[0]} x {found[1]}, but it is {shape[0]} x {shape[1]} by "
                     "config.json; the two do not belong together"
                 )
-        for name, group in config.blueprint.ordered(folder.tensors).items():
+        for name, group in blueprint.ordered(folder.tensors).items():
             file, info = folder.tensors[name]
             if info.dtype not in _DTYPES:  # which is refused where dtypes are
                 continue

@@ -13,7 +13,7 @@ from pathlib import Path
 from tpctl.arch.compat import ENGINES
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
-from tpctl.arch.source_plan import second_copies, source_plan
+from tpctl.arch.source_plan import second_copies, source_plan, unread
 from tpctl.checkpoint.folder import INDEX, indexed_files
 from tpctl.checkpoint.safetensors import FileTensor, Header, source_headers
 from tpctl.errors import CheckpointError, PartitionError, ShardFolderError, TpctlError, shorten
@@ -64,7 +64,7 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
         raise _contradicts(path, str(error)) from None
     try:
         plan = source_plan(config, tensors, manifest.tp_size)
-        plan.check_source({name: info.shape for name, info in tensors.items()}, config.blueprint.unread(tensors))
+        plan.check_source({name: info.shape for name, info in tensors.items()}, unread(config, tensors))
     except TpctlError as error:
         raise _contradicts(path, str(error)) from None
     if manifest.model_type != config.model_type:

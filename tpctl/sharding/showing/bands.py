@@ -35,12 +35,13 @@ def bands(held: Mapping[tuple[int, int], Sequence[int]], first: int, last: int) 
 
 
 def copied_bytes(shards: Iterable[Mapping[str, ManifestTensor]]) -> int:
-    """Bytes that ranks hold beyond the first copy of an element."""
-    held: dict[tuple[str, str], list[tuple[ManifestTensor, Piece]]] = {}
+    """Bytes that ranks hold beyond the first copy of an element. A scale that two parts of one source have in common is
+    one of each."""
+    held: dict[tuple[str, str, str], list[tuple[ManifestTensor, Piece]]] = {}
     for tensors in shards:
         for name, tensor in tensors.items():
             for piece in tensor.pieces:
-                held.setdefault((name, piece.source), []).append((tensor, piece))
+                held.setdefault((name, piece.source, piece.label), []).append((tensor, piece))
     known: dict[object, int] = {}  # layers are cut alike
     total = 0
     for found in held.values():
