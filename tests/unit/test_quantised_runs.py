@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.unit.packers import PACKERS
+from tests.tiny import make_mixture
+from tests.unit.packers import PACKERS, mxfp4
 from tests.unit.packing import Packer
 from tests.unit.quantised_model import Quantised, quantise
 from tests.unit.synthetic import make_config
@@ -114,3 +115,37 @@ def test_logits_equal_those_of_the_numbers(family: str, name: str, tmp_path: Pat
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         ran += 1
     assert ran >= 2
+
+
+def packed_experts(weight: Tensor, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """MXFP4 of random experts, and what it stands for, for a stack ``weight`` [E, in, out] of gpt-oss."""
+    count, inputs, outputs = weight.shape
+    each = [mxfp4(outputs, inputs, rng) for _ in range(count)]
+    blocks = torch.stack([tensors["_blocks"] for tensors, _ in each])
+    scales = torch.stack([tensors["_scales"] for tensors, _ in each]) - 6
+    return {"_blocks": blocks, "_scales": scales}, torch.stack([matrix.T for _, matrix in each]).float() * 2.0**-6
+
+
+@pytest.mark.parametrize("tp_size, groups", [(1, 1), (2, 1), (3, 1), (4, 2)])
+def test_experts_of_gpt_oss_in_mxfp4(tp_size: int, groups: int, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    model = make_mixture("gpt_oss", tmp_path / "model", stacked=True, **sizes)
+    state, rng = load_file(tmp_path / "model" / "model.safetensors"), torch.Generator().manual_seed(2)
+    for number, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            made, matrix = packed_experts(getattr(layer.mlp.experts, name), rng)
+            getattr(layer.mlp.experts, name).data.copy_(matrix)
+            whole = f"model.layers.{number}.mlp.experts.{name}"
+            del state[whole]
+            state |= {whole + suffix: tensor for suffix, tensor in made.items()}
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    prompts = torch.randint(3, 131, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(prompts).logits
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size, cutting=Cutting(groups))
+    torch.testing.assert_close(
+        logits_of(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4
+    )
