@@ -1,4 +1,5 @@
-"""PTX that kernels hold inline, run on the processor: Triton's interpreter knows none, nor bfloat16 products."""
+"""What Triton's interpreter cannot do, done: PTX that kernels hold inline, products of bfloat16, rounding to it and to
+FP8."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -126,6 +128,16 @@ def _cast(plain: Callable[..., Any]) -> Callable[..., Any]:
     return cast_impl
 
 
+def _to_e4m3(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def create_fp_to_fp(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and kind.scalar == tl.float8e4nv:  # it rounds 15.9 down to 8 there
+            wide = torch.from_numpy(np.ascontiguousarray(source.data))
+            return TensorHandle(wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
+        return plain(self, source, kind, rounding)
+
+    return create_fp_to_fp
+
+
 @pytest.fixture
 def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets Triton's interpreter run kernels as GPUs have them in bfloat16; on a GPU, nothing."""
@@ -133,5 +145,7 @@ def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", _create_inline_asm)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot(InterpreterBuilder.create_dot))
+    to_e4m3 = _to_e4m3(InterpreterBuilder.create_fp_to_fp)
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", to_e4m3)
     cast = _cast(InterpreterBuilder.cast_impl)
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", lambda self, source, kind: cast(self, source, kind))

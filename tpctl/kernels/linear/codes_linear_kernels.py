@@ -144,7 +144,7 @@ def _as_zero(zero, KIND: tl.constexpr):
 
 
 @triton.jit
-def _tile_scales(s_rows, z_rows, at, FORM: tl.constexpr, BYTES: tl.constexpr, GROUPS: tl.constexpr):
+def tile_scales(s_rows, z_rows, at, FORM: tl.constexpr, BYTES: tl.constexpr, GROUPS: tl.constexpr):
     """Scales and zeros, float32 [N, GROUPS], of a tile that begins at byte ``at``; s_rows, z_rows [N, 1]: where a
     row's own begin."""
     column = tl.arange(0, GROUPS)
@@ -168,7 +168,7 @@ def _along(value, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _number(code, s_rows, z_rows, groups_ptr, k, scale, zero, FORM: tl.constexpr):
+def number(code, s_rows, z_rows, groups_ptr, k, scale, zero, FORM: tl.constexpr):
     """Codes [N, BYTES] of inputs k as float32 numbers, scaled if mode is "inside" or "each"."""
     value = code_float(code, FORM.kind)
     if FORM.mode == "each":
@@ -215,10 +215,10 @@ def _add_tile(
         else:
             low = fast_single(w, minus, factor, FORM.kind, INSIDE)
     elif FORM.packed:
-        low = _number(w & 15, s_rows, z_rows, groups_ptr, 2 * at, scale, zero, FORM).to(even.dtype)
-        high = _number(w >> 4, s_rows, z_rows, groups_ptr, 2 * at + 1, scale, zero, FORM).to(even.dtype)
+        low = number(w & 15, s_rows, z_rows, groups_ptr, 2 * at, scale, zero, FORM).to(even.dtype)
+        high = number(w >> 4, s_rows, z_rows, groups_ptr, 2 * at + 1, scale, zero, FORM).to(even.dtype)
     else:
-        low = _number(w, s_rows, z_rows, groups_ptr, at, scale, zero, FORM).to(even.dtype)
+        low = number(w, s_rows, z_rows, groups_ptr, at, scale, zero, FORM).to(even.dtype)
     if FORM.mode == "tile":
         part = tl.dot(low, even, input_precision="ieee")
         if FORM.packed:
@@ -232,7 +232,7 @@ def _add_tile(
 
 
 @triton.jit
-def _rows_of(w_ptr, scales_ptr, zeros_ptr, rows_ptr, n, FORM: tl.constexpr):
+def code_rows(w_ptr, scales_ptr, zeros_ptr, rows_ptr, n, FORM: tl.constexpr):
     """Where the codes, scales and zeros of outputs n begin, each [N, 1]."""
     row = tl.load(rows_ptr + n) if FORM.has_rows else n
     offset = row.to(tl.int64)[:, None] * FORM.scale_columns
@@ -277,10 +277,10 @@ def _sums(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = acc
     squares = tl.zeros([BLOCK_M, BYTES] if HAS_NORM else [1, 1], tl.float32)
-    scale, zero = _tile_scales(s_rows, z_rows, start, FORM, BYTES, GROUPS)
+    scale, zero = tile_scales(s_rows, z_rows, start, FORM, BYTES, GROUPS)
     up_scale, up_zero = scale, zero
     if GATED:
-        up_scale, up_zero = _tile_scales(up_s_rows, up_z_rows, start, FORM, BYTES, GROUPS)
+        up_scale, up_zero = tile_scales(up_s_rows, up_z_rows, start, FORM, BYTES, GROUPS)
     # Scales are read a tile ahead: codes come through shared memory, several tiles ahead, and these do not.
     next_scale, next_zero, next_up_scale, next_up_zero = scale, zero, up_scale, up_zero
     MOVING: tl.constexpr = FORM.mode == "tile" or FORM.mode == "inside"
@@ -289,9 +289,9 @@ def _sums(
         at = first + tl.arange(0, BYTES)
         if MOVING:
             scale, zero, up_scale, up_zero = next_scale, next_zero, next_up_scale, next_up_zero
-            next_scale, next_zero = _tile_scales(s_rows, z_rows, first + BYTES, FORM, BYTES, GROUPS)
+            next_scale, next_zero = tile_scales(s_rows, z_rows, first + BYTES, FORM, BYTES, GROUPS)
             if GATED:
-                next_up_scale, next_up_zero = _tile_scales(up_s_rows, up_z_rows, first + BYTES, FORM, BYTES, GROUPS)
+                next_up_scale, next_up_zero = tile_scales(up_s_rows, up_z_rows, first + BYTES, FORM, BYTES, GROUPS)
         w = _codes(w_rows, at, FORM, WHOLE)
         even, odd, squares = _inputs(x_rows, norm_ptr, squares, at, m_ok, FORM, WHOLE, HAS_NORM, UNIT_OFFSET)
         acc = _add_tile(acc, w, even, odd, s_rows, z_rows, groups_ptr, at, scale, zero, FORM)
@@ -367,10 +367,10 @@ def codes_linear_kernel(
     start = split * (TILES * BYTES)
     # Rows past the end read the last one again: no mask on the codes' loads, and finish drops the results.
     n_safe = tl.minimum(n, out_features - 1)
-    w_rows, s_rows, z_rows = _rows_of(w_ptr, scales_ptr, zeros_ptr, rows_ptr, n_safe, FORM)
+    w_rows, s_rows, z_rows = code_rows(w_ptr, scales_ptr, zeros_ptr, rows_ptr, n_safe, FORM)
     up_w_rows, up_s_rows, up_z_rows = w_rows, s_rows, z_rows
     if WIDTH == 2:
-        up_w_rows, up_s_rows, up_z_rows = _rows_of(w_ptr, scales_ptr, zeros_ptr, rows_ptr, out_features + n_safe, FORM)
+        up_w_rows, up_s_rows, up_z_rows = code_rows(w_ptr, scales_ptr, zeros_ptr, rows_ptr, out_features + n_safe, FORM)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride
     targets = m
     if WORLD > 1:
