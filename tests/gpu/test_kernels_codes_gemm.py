@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +20,7 @@ from tpctl.kernels.linear.codes_gemm import (
     decode_rows,
     decoded_linear,
     gemm_config,
-    pick_gemm,
+    pick_way,
     quantize_rows,
     quantize_rows_reference,
     scaled_gemm,
@@ -62,7 +65,7 @@ def test_products_of_8_bits(name, rows, out_features, columns, bias, tma):
         codes = codes_of("int8 channel", out_features, columns, zeros=False)
     else:
         codes = codes_of(name, out_features, columns)
-    assert pick_gemm(codes, (9, 0), rounds=True) == "scaled"
+    assert pick_way(513, replace(codes, rounds=True), (9, 0), 132) == "scaled"
     config = gemm_config(codes, (9, 0), shared_memory(DEVICE))._replace(tma=tma)
     if INTERPRET:
         config = config._replace(block_m=64, block_n=64)
@@ -82,15 +85,23 @@ def test_products_of_8_bits(name, rows, out_features, columns, bias, tma):
 
 
 def test_which_way():
-    blocks, channel = codes_of("fp8 block", 32, 256), codes_of("fp8 channel", 32, 256)
-    for codes in (blocks, channel):
-        assert pick_gemm(codes, (8, 9), rounds=True) == "scaled"
-        assert pick_gemm(codes, (8, 0), rounds=True) == "decoded"
-        assert pick_gemm(codes, (9, 0), rounds=False) == "decoded"
-    assert pick_gemm(codes_of("int8 channel", 32, 128, zeros=False), (8, 0), rounds=True) == "scaled"
-    for name, columns in (("int8 channel", 128), ("awq", 128), ("mxfp4", 128), ("fp8, odd blocks", 128)):
-        assert pick_gemm(codes_of(name, 32, columns), (9, 0), rounds=True) == "decoded"
-    assert pick_gemm(codes_of("fp8 channel", 32, 136), (9, 0), rounds=True) == "decoded"
+    def way(name: str, arch: tuple[int, int] = (9, 0), columns: int = 256, rows: int = 513, **options: Any) -> str:
+        codes = replace(codes_of(name, 32, columns, **options), rounds=True)
+        return pick_way(rows, codes, arch, 132)
+
+    for name in ("fp8 block", "fp8 channel"):
+        assert way(name) == way(name, (8, 9)) == "scaled"
+        assert way(name, (8, 0)) == way(name, columns=264) == "decoded"
+        assert way(name, (8, 0), rows=512) == way(name, rows=512) == "stored"
+    assert way("int8 channel", (8, 0), zeros=False) == "scaled"
+    for name in ("int8 channel", "awq", "mxfp4", "fp8, odd blocks"):
+        assert way(name) == "decoded"
+    # Whether x may be rounded is the format's to say, and below 513 rows there are to be tiles for all programs.
+    wide = codes_of("fp8 channel", 128 * 132, 64)
+    assert pick_way(9999, wide, (9, 0), 132) == "decoded"
+    wide = replace(wide, rounds=True)
+    assert [pick_way(rows, wide, (9, 0), 132) for rows in (64, 65)] == ["stored", "scaled"]
+    assert pick_way(65, wide, (9, 0), 133) == "stored"
 
 
 def test_tiles():

@@ -18,9 +18,9 @@ from tpctl.kernels.common.codes import Codes, decode
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
 from tpctl.kernels.common.norm import rms_norm_reference
 from tpctl.kernels.linear.codes_gemm_kernels import decode_kernel, quantize_kernel, scaled_gemm_kernel
-from tpctl.kernels.linear.codes_linear import as_bytes, form_of
+from tpctl.kernels.linear.codes_linear import MOST_ROWS, as_bytes, form_of
 
-Way = Literal["scaled", "decoded"]
+Way = Literal["stored", "scaled", "decoded"]
 
 _BLOCK_K = 128
 _LARGEST = {"e4m3": 448.0, "int8": 127.0}
@@ -41,16 +41,22 @@ class GemmConfig(NamedTuple):
     tma: bool = True
 
 
-def pick_gemm(codes: Codes, capability: tuple[int, int], *, rounds: bool) -> Way:
-    """How many rows are multiplied: "scaled", in the 8-bit numbers that there are, or "decoded".
+def pick_way(rows: int, codes: Codes, capability: tuple[int, int], multiprocessors: int) -> Way:
+    """How so many rows are multiplied: by the codes as they are "stored" (`codes_linear`), "scaled", in 8-bit numbers
+    as W and x then have them, or by numbers "decoded" before.
 
-    rounds: whether x may be rounded. FP8 tensor cores are there from compute capability 8.9 on, and rows of W must be
-    at multiples of 16 bytes for the copies that feed them.
+    FP8 tensor cores are there from compute capability 8.9 on, and rows of W must be at multiples of 16 bytes for the
+    copies that feed them. Below `MOST_ROWS` they are for so many outputs that their tiles fill the device. An estimate,
+    made without a GPU.
     """
     form, tile, _ = form_of(codes, _BLOCK_K, fast=False)
     enough = codes.kind == "int8" or (codes.kind == "e4m3" and capability >= (8, 9))
     plain = form.mode in ("end", "tile") and tile >= 32 and not form.has_zeros and form.zero == 0
-    return "scaled" if rounds and enough and plain and codes.columns % 16 == 0 else "decoded"
+    scaled = codes.rounds and enough and plain and codes.columns % 16 == 0
+    tiles = -(-rows // 128) * -(-codes.outputs // 128)
+    if rows <= MOST_ROWS and not (scaled and rows > 64 and tiles >= multiprocessors):
+        return "stored"
+    return "scaled" if scaled else "decoded"
 
 
 def gemm_config(codes: Codes, capability: tuple[int, int], shared_memory: int) -> GemmConfig:
@@ -139,7 +145,7 @@ def scaled_gemm(
     """(q * scales) @ decode(codes).T + bias into `out` [T, N], on the tensor cores for 8-bit numbers.
 
     q_TK, scales_TG: what `quantize_rows` gave for the kind of the codes, in blocks of config.block_k where the codes
-    have more than one scale a row. Codes that `pick_gemm` calls "scaled".
+    have more than one scale a row. Codes that `pick_way` calls "scaled".
     """
     rows, columns = q_TK.shape
     form, _, _ = form_of(codes, config.block_k, fast=False)

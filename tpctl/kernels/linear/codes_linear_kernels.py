@@ -10,6 +10,7 @@ import triton.language as tl
 from tpctl.kernels.common.codes import Kind
 from tpctl.kernels.common.codes_kernels import (
     code_float,
+    e4m3_float,
     fast_pair,
     fast_single,
     lifted,
@@ -138,9 +139,13 @@ def _inputs(
 
 @triton.jit
 def _as_zero(zero, KIND: tl.constexpr):
-    if KIND == "int8":
-        zero = zero.to(tl.int8, bitcast=True)
-    return zero.to(tl.float32)
+    if KIND == "e4m3":
+        found = e4m3_float(zero)
+    elif zero.dtype == tl.uint8 and KIND == "int8":
+        found = zero.to(tl.int8, bitcast=True).to(tl.float32)
+    else:
+        found = zero.to(tl.float32)
+    return found
 
 
 @triton.jit
