@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
 from tests.unit.random_codes import random_codes
 from tpctl.kernels.common.codes import Codes, decode
+from tpctl.kernels.common.launch import is_hopper
 from tpctl.kernels.linear.codes_linear import (
     CodesConfig,
     codes_linear,
@@ -54,8 +56,10 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 def codes_of(name: str, n: int, k: int, **options: Any) -> Codes:
     codes = random_codes(n=n, k=k, device=str(DEVICE), **(KINDS[name] | options))
+    if codes.zeros is not None and codes.kind == "int8":  # of codes that were 0 to 255, one more
+        codes = replace(codes, zeros=codes.zeros.to(torch.int16) + 120)
     if name == "nvfp4":  # scales of a byte, and one of each row that brings them there
-        return Codes(**(vars(codes) | {"scales": (codes.scales * 256).to(torch.float8_e4m3fn)}))
+        return replace(codes, scales=(codes.scales * 256).to(torch.float8_e4m3fn))
     return codes
 
 
@@ -69,8 +73,9 @@ def test_matches_reference(name, config, rows, out_features, in_features, parts,
     weight_rows = 2 * out_features if gated else out_features
     codes = codes_of(name, weight_rows, in_features, seed=rows)
     if config is None:
+        packed = codes.kind in ("uint4", "e2m1")
         config = pick_codes(
-            rows, out_features, in_features, packed=codes.kind in ("uint4", "e2m1"), gated=gated, multiprocessors=132
+            rows, out_features, in_features, packed=packed, gated=gated, multiprocessors=132, large=is_hopper(DEVICE)
         )
         assert config is not None
     torch.manual_seed(rows + out_features)
@@ -122,7 +127,7 @@ def test_numbers_are_exact(name):
     scales = codes.scales
     if scales.is_floating_point() and scales.dtype != torch.float8_e4m3fn:
         scales = torch.exp2(scales.log2().round())
-    codes = Codes(**(vars(codes) | {"values": every.view(codes.values.dtype), "scales": scales}))
+    codes = replace(codes, values=every.view(codes.values.dtype), scales=scales)
     x = torch.eye(64, dtype=torch.bfloat16, device=DEVICE)
     got = codes_linear(x, codes, GemvScratch.allocate(DEVICE), config=CodesConfig(64, 64, 32))
     assert torch.equal(got.float(), decode(codes).T)

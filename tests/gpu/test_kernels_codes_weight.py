@@ -27,7 +27,7 @@ OUT, IN = 48, 256
 def weights(name: str, *, rounds: bool) -> tuple[KernelCodesWeight, CodesWeight]:
     """As kernels multiply by them, and in plain torch."""
     codes = replace(codes_of(name, OUT, IN), rounds=rounds)
-    facts = GpuFacts(hopper=True, multiprocessors=num_multiprocessors(DEVICE), few_rows=16)
+    facts = GpuFacts(hopper=True, multiprocessors=num_multiprocessors(DEVICE), few_rows=16, wide=INTERPRET)
     state = StepState(pdl=not INTERPRET)
     return KernelCodesWeight(codes, GemvScratch.allocate(DEVICE), state, facts), CodesWeight(codes)
 

@@ -44,28 +44,31 @@ class CodesConfig(NamedTuple):
 
 
 def pick_codes(
-    rows: int, out_features: int, in_features: int, *, packed: bool, gated: bool, multiprocessors: int
+    rows: int, out_features: int, in_features: int, *, packed: bool, gated: bool, multiprocessors: int, large: bool
 ) -> CodesConfig | None:
     """How to cut a linear of [out_features, in_features] codes, or None for more rows than are read so.
 
-    With `gated`, out_features counts one half of the merged [gate; up] weight. Estimates, made without a GPU: two warps
-    a program keep to the tensor cores' smaller instructions, which take numbers from registers in any order, so many
-    small programs are to be on a multiprocessor at once, and short outputs are split.
+    With `gated`, out_features counts one half of the merged [gate; up] weight. large: a Hopper, whose warps multiply
+    four together, with shared memory for wide tiles. Estimates, made without a GPU: two warps keep to the smaller
+    instructions, which take numbers from registers in any order, so many small programs are to be on a multiprocessor
+    at once, and short outputs are split.
     """
     if rows > MOST_ROWS:
         return None
-    row_bytes = -(-in_features // 2) if packed else in_features
-    block_m = max(8, min(64, next_power_of_2(rows)))
-    many = rows > 16
-    block_n = 64 if not many or gated else 128
-    blocks = -(-out_features // block_n) * -(-rows // block_m)
     tile = 64 if packed else 128
+    block_m = max(8, min(64, next_power_of_2(rows)))
+    block_n, num_warps = 64, 2 if rows <= 16 or (rows <= 32 and not gated) else 4
+    if rows > 64 and large:
+        block_m, block_n, num_warps = 64 if gated else 128, 128, 8
+    row_bytes = -(-in_features // 2) if packed else in_features
+    blocks = -(-out_features // block_n) * -(-rows // block_m)
+    wanted = (8 // num_warps) * multiprocessors
+    partial = (rows + 1) * out_features * (2 if gated else 1)
     split = 1
-    wanted = (2 if many else 4) * multiprocessors
-    partial = rows * out_features * (2 if gated else 1)
     while split < 8 and blocks * split * 2 <= wanted and row_bytes >= 4 * tile * split and partial * split <= 1 << 20:
         split *= 2
-    return CodesConfig(block_m, block_n, tile, split, 4 if many else 2, 3 if many else 4, 0 if many else 512)
+    few = rows <= 16
+    return CodesConfig(block_m, block_n, tile, split, num_warps, 4 if few else 3, 512 if few else 0)
 
 
 def form_of(codes: Codes, most_bytes: int, *, fast: bool) -> tuple[Form, int, int]:

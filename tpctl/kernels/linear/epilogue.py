@@ -79,6 +79,14 @@ def leave_sums(
 
 
 @triton.jit
+def _add_split(acc, up, pointers, plane, mask, WIDTH: tl.constexpr):
+    acc += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+    if WIDTH == 2:
+        up += tl.load(pointers + plane, mask=mask, other=0.0, cache_modifier=".cg")
+    return acc, up
+
+
+@triton.jit
 def take_sums(
     m,
     n,
@@ -97,10 +105,12 @@ def take_sums(
     tl.store(counters_ptr + block, 0)
     acc = tl.zeros(offsets.shape, tl.float32)
     up = acc
-    for s in tl.static_range(SPLIT_K):
-        acc += tl.load(partial_ptr + s * WIDTH * plane + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-        if WIDTH == 2:
-            up += tl.load(partial_ptr + (s * WIDTH + 1) * plane + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+    if acc.numel <= 1024:  # few enough for registers to await all splits at once
+        for s in tl.static_range(SPLIT_K):
+            acc, up = _add_split(acc, up, partial_ptr + s * WIDTH * plane + offsets, plane, mask, WIDTH)
+    else:
+        for s in tl.range(0, SPLIT_K, num_stages=1, loop_unroll_factor=1):
+            acc, up = _add_split(acc, up, partial_ptr + s * WIDTH * plane + offsets, plane, mask, WIDTH)
     return acc, up
 
 

@@ -14,7 +14,7 @@ from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.common.launch import capability, shared_memory
-from tpctl.kernels.linear.codes_gemm import decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
+from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
 from tpctl.kernels.linear.codes_linear import codes_linear, pick_codes
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.layers.norm import RMSNorm
@@ -57,7 +57,9 @@ class KernelCodesWeight(CodesWeight):
         else:
             residual.add_(self.linear(x, bias))
 
-    def _way(self, x: Tensor) -> str:
+    def _way(self, x: Tensor) -> Way:
+        if not self._facts.takes(x):  # cuBLAS multiplies float32 faster
+            return "decoded"
         return pick_way(x.shape[0], self.codes, capability(x.device), self._facts.multiprocessors)
 
     def _stored(
@@ -82,6 +84,7 @@ class KernelCodesWeight(CodesWeight):
             packed=self.codes.kind in PACKED,
             gated=gated,
             multiprocessors=self._facts.multiprocessors,
+            large=self._facts.hopper,
         )
         assert config is not None, "so many rows are multiplied in another way"
         return codes_linear(
