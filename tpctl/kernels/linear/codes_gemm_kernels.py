@@ -90,6 +90,8 @@ def scaled_gemm_kernel(
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    COLUMNS: tl.constexpr = FORM.columns
+    SCALES: tl.constexpr = FORM.scales
     # Eight blocks of rows pass along the outputs together, so that both operands stay in the L2 cache.
     TOGETHER: tl.constexpr = 8
     row_blocks = tl.cdiv(rows, BLOCK_M)
@@ -108,26 +110,26 @@ def scaled_gemm_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    BLOCKS: tl.constexpr = (FORM.columns + BLOCK_K - 1) // BLOCK_K
+    BLOCKS: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
     SUM: tl.constexpr = tl.int32 if FORM.kind == "int8" else tl.float32
     if FORM.mode == "tile":
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         q_rows = q_scales_ptr + m_safe * BLOCKS
         for i in tl.range(0, BLOCKS, num_stages=STAGES):
             q_scale = tl.load(q_rows + i)
-            w_scale = scale_float(tl.load(s_rows + (i * BLOCK_K + FORM.first) // FORM.unit), FORM.scales)
-            x = _tile(q, m0, rows, i * BLOCK_K, FORM.columns, BLOCK_M, BLOCK_K, TMA)
-            y = _tile(w, n0, out_features, i * BLOCK_K, FORM.columns, BLOCK_N, BLOCK_K, TMA)
+            w_scale = scale_float(tl.load(s_rows + (i * BLOCK_K + FORM.first) // FORM.unit), SCALES)
+            x = _tile(q, m0, rows, i * BLOCK_K, COLUMNS, BLOCK_M, BLOCK_K, TMA)
+            y = _tile(w, n0, out_features, i * BLOCK_K, COLUMNS, BLOCK_N, BLOCK_K, TMA)
             part = tl.dot(x, y.T, out_dtype=SUM)
             acc += part.to(tl.float32) * q_scale[:, None] * w_scale[None, :]
     else:
         sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
         for i in tl.range(0, BLOCKS, num_stages=STAGES):
             # FP8 tensor cores keep 14 bits of their own sums: after 128 inputs those are added in float32.
-            x = _tile(q, m0, rows, i * BLOCK_K, FORM.columns, BLOCK_M, BLOCK_K, TMA)
-            y = _tile(w, n0, out_features, i * BLOCK_K, FORM.columns, BLOCK_N, BLOCK_K, TMA)
+            x = _tile(q, m0, rows, i * BLOCK_K, COLUMNS, BLOCK_M, BLOCK_K, TMA)
+            y = _tile(w, n0, out_features, i * BLOCK_K, COLUMNS, BLOCK_N, BLOCK_K, TMA)
             sums = tl.dot(x, y.T, sums, max_num_imprecise_acc=BLOCK_K, out_dtype=SUM)
-        w_scale = scale_float(tl.load(s_rows), FORM.scales)
+        w_scale = scale_float(tl.load(s_rows), SCALES)
         acc = sums.to(tl.float32) * tl.load(q_scales_ptr + m_safe)[:, None] * w_scale[None, :]
     if FORM.has_factors:
         acc *= tl.load(factors_ptr + n_safe)[None, :]

@@ -116,6 +116,7 @@ def _inputs(
 ):
     """The inputs of the codes in bytes ``at``, [BYTES, M]: of packed kinds the even and the odd ones, else twice the
     same; and the squares."""
+    COLUMNS: tl.constexpr = FORM.columns
     if FORM.packed and FORM.fast:
         mask = m_ok[:, None]
         if not WHOLE:
@@ -129,10 +130,10 @@ def _inputs(
             x = _normed_pairs(x, factor[None, :], UNIT_OFFSET)
         even, odd = planes(tl.trans(x))
     elif FORM.packed:
-        even, squares = _plain_inputs(x_rows, norm_ptr, squares, 2 * at, m_ok, FORM.columns, HAS_NORM, UNIT_OFFSET)
-        odd, squares = _plain_inputs(x_rows, norm_ptr, squares, 2 * at + 1, m_ok, FORM.columns, HAS_NORM, UNIT_OFFSET)
+        even, squares = _plain_inputs(x_rows, norm_ptr, squares, 2 * at, m_ok, COLUMNS, HAS_NORM, UNIT_OFFSET)
+        odd, squares = _plain_inputs(x_rows, norm_ptr, squares, 2 * at + 1, m_ok, COLUMNS, HAS_NORM, UNIT_OFFSET)
     else:
-        even, squares = _plain_inputs(x_rows, norm_ptr, squares, at, m_ok, FORM.columns, HAS_NORM, UNIT_OFFSET)
+        even, squares = _plain_inputs(x_rows, norm_ptr, squares, at, m_ok, COLUMNS, HAS_NORM, UNIT_OFFSET)
         odd = even
     return even, odd, squares
 
@@ -152,13 +153,15 @@ def _as_zero(zero, KIND: tl.constexpr):
 def tile_scales(s_rows, z_rows, at, FORM: tl.constexpr, BYTES: tl.constexpr, GROUPS: tl.constexpr):
     """Scales and zeros, float32 [N, GROUPS], of a tile that begins at byte ``at``; s_rows, z_rows [N, 1]: where a
     row's own begin."""
+    KIND: tl.constexpr = FORM.kind
+    SCALES: tl.constexpr = FORM.scales
     column = tl.arange(0, GROUPS)
     if FORM.mode != "end":
         column = (column * (BYTES // GROUPS) + at + FORM.first_bytes) // FORM.scale_bytes
         column = tl.minimum(column, FORM.scale_columns - 1)
-    scale = scale_float(tl.load(s_rows + column[None, :]), FORM.scales)
+    scale = scale_float(tl.load(s_rows + column[None, :]), SCALES)
     if FORM.has_zeros:
-        zero = _as_zero(tl.load(z_rows + column[None, :]), FORM.kind)
+        zero = _as_zero(tl.load(z_rows + column[None, :]), KIND)
     else:
         zero = tl.full(scale.shape, FORM.zero, tl.float32)
     return scale, zero
@@ -175,17 +178,19 @@ def _along(value, BYTES: tl.constexpr):
 @triton.jit
 def number(code, s_rows, z_rows, groups_ptr, k, scale, zero, FORM: tl.constexpr):
     """Codes [N, BYTES] of inputs k as float32 numbers, scaled if mode is "inside" or "each"."""
-    value = code_float(code, FORM.kind)
+    KIND: tl.constexpr = FORM.kind
+    SCALES: tl.constexpr = FORM.scales
+    value = code_float(code, KIND)
     if FORM.mode == "each":
         if FORM.has_groups:
             column = tl.load(groups_ptr + k, mask=k < FORM.columns, other=0)[None, :]
         else:
             column = tl.minimum((k + FORM.first) // FORM.unit, FORM.scale_columns - 1)[None, :]
         if FORM.has_zeros:
-            value -= _as_zero(tl.load(z_rows + column), FORM.kind)
+            value -= _as_zero(tl.load(z_rows + column), KIND)
         else:
             value -= FORM.zero
-        value *= scale_float(tl.load(s_rows + column), FORM.scales)
+        value *= scale_float(tl.load(s_rows + column), SCALES)
     else:
         if FORM.has_zeros or FORM.zero != 0:
             value -= _along(zero, value.shape[1])
@@ -209,16 +214,17 @@ def _add_tile(
     FORM: tl.constexpr,
 ):
     """acc and the products of a tile: scaled inside of it, on its sums, or (mode "end") not yet."""
+    KIND: tl.constexpr = FORM.kind
     high = odd
     if FORM.fast:
         INSIDE: tl.constexpr = FORM.mode == "inside"
         factor = scale if INSIDE else tl.full(scale.shape, 1.0, tl.float32)
-        factor = _along(lifted(factor, FORM.kind), w.shape[1])
-        minus = _along(minus_zero(zero, FORM.kind), w.shape[1])
+        factor = _along(lifted(factor, KIND), w.shape[1])
+        minus = _along(minus_zero(zero, KIND), w.shape[1])
         if FORM.packed:
-            low, high = fast_pair(w, minus, factor, FORM.kind, INSIDE)
+            low, high = fast_pair(w, minus, factor, KIND, INSIDE)
         else:
-            low = fast_single(w, minus, factor, FORM.kind, INSIDE)
+            low = fast_single(w, minus, factor, KIND, INSIDE)
     elif FORM.packed:
         low = number(w & 15, s_rows, z_rows, groups_ptr, 2 * at, scale, zero, FORM).to(even.dtype)
         high = number(w >> 4, s_rows, z_rows, groups_ptr, 2 * at + 1, scale, zero, FORM).to(even.dtype)
@@ -309,11 +315,13 @@ def _sums(
 @triton.jit
 def _finished_sums(acc, s_rows, factors_ptr, n, FORM: tl.constexpr):
     """Sums [N, M] as [M, N], times what is the same for a whole row of W."""
+    KIND: tl.constexpr = FORM.kind
+    SCALES: tl.constexpr = FORM.scales
     factor = tl.full([acc.shape[0], 1], 1.0, tl.float32)
     if FORM.fast:
-        factor = unlifted(factor, FORM.kind)
+        factor = unlifted(factor, KIND)
     if FORM.mode == "end":
-        factor *= scale_float(tl.load(s_rows), FORM.scales)
+        factor *= scale_float(tl.load(s_rows), SCALES)
     if FORM.has_factors:
         factor *= tl.load(factors_ptr + n)[:, None]
     return tl.trans(acc * factor)
@@ -383,7 +391,8 @@ def codes_linear_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            line = tl.minimum(start + tl.arange(0, PREFETCH // 128) * 128, FORM.row_bytes - 1)
+            last = tl.minimum(start + TILES * BYTES, FORM.row_bytes) - 1
+            line = tl.minimum(start + tl.arange(0, PREFETCH // 128) * 128, last)
             prefetch(w_rows + line[None, :])
             if WIDTH == 2:
                 prefetch(up_w_rows + line[None, :])
