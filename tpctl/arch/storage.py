@@ -57,6 +57,7 @@ class Coding:
         zero: the code that stands for zero, where no tensor says it.
         above: what is added to a stored zero.
         order: of the codes of a word of 32 bits, from the lowest on; empty: as they come.
+        rounds: inputs are rounded to the same kind of numbers before they are multiplied.
     """
 
     kind: Literal["e4m3", "e2m1", "int", "uint"]
@@ -64,6 +65,7 @@ class Coding:
     zero: int = 0
     above: int = 0
     order: tuple[int, ...] = ()
+    rounds: bool = False
 
 
 @dataclass(frozen=True, slots=True)

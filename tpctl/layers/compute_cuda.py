@@ -18,11 +18,13 @@ from torch import Tensor
 
 from tpctl.distributed import TPGroup
 from tpctl.kernels.collective.all_reduce import PeerBuffer
+from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import early_launch
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.stream_cuda import CudaStream
+from tpctl.layers.weights.codes_cuda import KernelCodesWeight
 from tpctl.layers.weights.dense import Weight
 from tpctl.layers.weights.kernels import GpuFacts, KernelWeight, StepState
 
@@ -78,6 +80,9 @@ class CudaCompute(Compute):
 
     def weight(self, weight: Tensor, *, gated: bool = False) -> Weight:
         return KernelWeight(weight, self._scratch, self._state, self._facts, split=self.group.size > 1)
+
+    def codes(self, codes: Codes, *, gated: bool = False) -> Weight:
+        return KernelCodesWeight(codes, self._scratch, self._state, self._facts)
 
     def begin(self, embedded: Tensor, batch: ForwardBatch) -> CudaStream:
         # Launched early, a kernel's start hides behind the end of the one before; many rows leave nothing to hide.

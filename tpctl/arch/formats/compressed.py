@@ -123,6 +123,7 @@ def _storage(name: str, group: Fields, common: Any) -> Storage | None:
         _weights(name, group.inside("weights")),
         _activations(name, group.inside("input_activations")),
         _activations(name, group.inside("output_activations")),
+        rounds=bool(group.mapping("input_activations")),
     )
 
 

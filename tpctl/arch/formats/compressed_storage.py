@@ -66,13 +66,23 @@ class Activations:
     local: bool
 
 
-def storage(name: str, kind: str, weights: Weights, inputs: Activations | None, outputs: Activations | None) -> Storage:
-    """The storage of the linears of group ``name`` in format ``kind``.
+def storage(
+    name: str,
+    kind: str,
+    weights: Weights,
+    inputs: Activations | None,
+    outputs: Activations | None,
+    *,
+    rounds: bool = False,
+) -> Storage:
+    """The storage of the linears of group ``name`` in format ``kind``; ``rounds``: their inputs are rounded as well.
 
     Raises:
         UnsupportedModelError: the format has no such weights, or tpctl does not know it with them.
     """
     made = {PACKED: _packed, NVFP4: _nvfp4}.get(kind, _plain)(name, kind, weights)
+    if rounds and kind not in (PACKED, NVFP4) and made.coding is not None:
+        made = replace(made, coding=replace(made.coding, rounds=True))
     return replace(made, entries=(*made.entries, *_activations("input", inputs), *_activations("output", outputs)))
 
 

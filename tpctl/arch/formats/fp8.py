@@ -17,7 +17,7 @@ from tpctl.arch.storage import Axis, Coding, Entry, Storage
 from tpctl.errors import UnsupportedModelError, shown
 
 E4M3 = ("F8_E4M3",)
-CODING = Coding("e4m3")
+CODING = Coding("e4m3", rounds=True)
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 SCALE_BYTES = (*SCALES, "U8")
 """Powers of two may be stored as bytes."""

@@ -46,6 +46,7 @@ class Codes:
         zero: the code that stands for zero, where it is one for all.
         zeros: as ``scales``, uint8 (uint4), int8 or int16 (int8), or e4m3; ``None``: ``zero`` it is.
         factors: float32 [N] or [E, N].
+        rounds: the format has inputs rounded to the same kind of numbers, which products of many rows may use.
     """
 
     kind: Kind
@@ -59,6 +60,7 @@ class Codes:
     zero: int = 0
     zeros: Tensor | None = None
     factors: Tensor | None = None
+    rounds: bool = False
 
     @property
     def outputs(self) -> int:

@@ -24,6 +24,12 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=32)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; an H100's for the CPU (Triton's interpreter)."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.lru_cache(maxsize=32)
 def has_pdl(device: torch.device) -> bool:
     """Whether kernels can be launched programmatically dependent: from compute capability 9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

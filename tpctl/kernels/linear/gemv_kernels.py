@@ -5,128 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.collective.all_reduce_kernels import send_values
-from tpctl.kernels.common.activation import act
 from tpctl.kernels.common.prefetch import prefetch
-
-
-@triton.jit
-def _finish(
-    acc,  # [BLOCK_M, BLOCK_N] float32, and the same of the up half
-    up,
-    scale,  # [BLOCK_M]
-    m,
-    n,
-    block,
-    rows,
-    out_features,
-    out_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_stride,
-    residual_stride,
-    epoch,
-    targets,
-    row_words,
-    plane_words,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    RANK: tl.constexpr,
-    WORLD: tl.constexpr,
-):
-    mask = (m < rows)[:, None] & (n < out_features)[None, :]
-    m = m.to(tl.int64)
-    value = acc * scale[:, None]
-    if HAS_BIAS:
-        value += tl.load(bias_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION != "":
-        gate_up = up * scale[:, None]
-        if HAS_BIAS:
-            gate_up += tl.load(bias_ptr + out_features + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
-        value = act(value, ACTIVATION) * gate_up
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + m[:, None] * residual_stride + n[None, :], mask=mask, other=0.0)
-        value += residual.to(tl.float32)
-    if WORLD > 1:
-        send_values(value, m, block, rows, out_features, epoch, targets, row_words, plane_words, RANK, WORLD,
-                    out_ptr.dtype.element_ty == tl.float32)  # fmt: skip
-    tl.store(out_ptr + m[:, None] * out_stride + n[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _norm_scale(x_ptr, m, rows, x_stride, eps, IN_FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """1 / rms of each row of x, read whole: a split program sees only its part."""
-    BLOCK: tl.constexpr = 1024 if BLOCK_M == 1 else 128
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, IN_FEATURES, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        mask = (m < rows)[:, None] & (k < IN_FEATURES)[None, :]
-        x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        squares += tl.sum(x * x, 1)
-    return tl.rsqrt(squares / IN_FEATURES + eps)
-
-
-@triton.jit
-def _finish_split(
-    acc,
-    up,
-    m,
-    n,
-    block,
-    split,
-    rows,
-    out_features,
-    x_ptr,
-    out_ptr,
-    bias_ptr,
-    residual_ptr,
-    partial_ptr,
-    counters_ptr,
-    x_stride,
-    out_stride,
-    residual_stride,
-    eps,
-    epoch,
-    targets,
-    row_words,
-    plane_words,
-    IN_FEATURES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    RANK: tl.constexpr,
-    WORLD: tl.constexpr,
-):
-    """Leave this split's sums; the program that comes last adds them in order and finishes the block."""
-    WIDTH: tl.constexpr = 1 if ACTIVATION == "" else 2
-    mask = (m < rows)[:, None] & (n < out_features)[None, :]
-    offsets = m[:, None] * out_features + n[None, :]
-    plane = rows * out_features
-    tl.store(partial_ptr + split * WIDTH * plane + offsets, acc, mask=mask)
-    if WIDTH == 2:
-        tl.store(partial_ptr + (split * WIDTH + 1) * plane + offsets, up, mask=mask)
-    tl.debug_barrier()
-    done = tl.atomic_add(counters_ptr + block, 1, sem="acq_rel", scope="gpu")
-    if done == SPLIT_K - 1:
-        tl.store(counters_ptr + block, 0)
-        acc = tl.zeros_like(acc)
-        up = tl.zeros_like(acc)
-        for s in tl.static_range(SPLIT_K):
-            acc += tl.load(partial_ptr + s * WIDTH * plane + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-            if WIDTH == 2:
-                up += tl.load(
-                    partial_ptr + (s * WIDTH + 1) * plane + offsets, mask=mask, other=0.0, cache_modifier=".cg"
-                )
-        scale = tl.full([BLOCK_M], 1.0, tl.float32)
-        if HAS_NORM:
-            scale = _norm_scale(x_ptr, m, rows, x_stride, eps, IN_FEATURES, BLOCK_M)
-        _finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
-                residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
-                WORLD)  # fmt: skip
+from tpctl.kernels.linear.epilogue import finish, leave_sums, norm_factor, norm_scale, take_sums
 
 
 @triton.jit
@@ -153,14 +33,6 @@ def _weights(w_row, up_row, k, mask, ACTIVATION: tl.constexpr):
     if ACTIVATION != "":
         up = tl.load(up_row + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
     return w, up
-
-
-@triton.jit
-def _norm_factor(norm_ptr, k, IN_FEATURES: tl.constexpr, UNIT_OFFSET: tl.constexpr):
-    factor = tl.load(norm_ptr + k, mask=k < IN_FEATURES, other=0.0).to(tl.float32)
-    if UNIT_OFFSET:
-        factor += 1.0
-    return factor
 
 
 @triton.jit
@@ -196,7 +68,7 @@ def _sum_one_row(
         x = tl.load(x_ptr + k, mask=k < IN_FEATURES, other=0.0).to(tl.float32)
         if HAS_NORM:
             squares += x * x
-            x *= _norm_factor(norm_ptr, k, IN_FEATURES, UNIT_OFFSET)
+            x *= norm_factor(norm_ptr, k, IN_FEATURES, UNIT_OFFSET)
         acc += w * x[None, :]
         if ACTIVATION != "":
             up_acc += up * x[None, :]
@@ -243,7 +115,7 @@ def _sum_few_rows(
         if HAS_NORM:
             wide = x.to(tl.float32)
             squares += tl.sum(wide * wide, 1)
-            x = (wide * _norm_factor(norm_ptr, k, IN_FEATURES, UNIT_OFFSET)[None, :]).to(x.dtype)
+            x = (wide * norm_factor(norm_ptr, k, IN_FEATURES, UNIT_OFFSET)[None, :]).to(x.dtype)
         x_KM = tl.trans(x)
         acc = tl.dot(w, x_KM, acc, input_precision="ieee")
         if ACTIVATION != "":
@@ -303,7 +175,7 @@ def small_linear_kernel(
     k0 = split * (TILES * BLOCK_K) + tl.arange(0, BLOCK_K)
     if DOT:
         x_rows = x_ptr + m[:, None] * x_stride
-        # Rows past the end read the last one again: no mask on the weights' loads, and _finish drops the results.
+        # Rows past the end read the last one again: no mask on the weights' loads, and finish drops the results.
         n_safe = tl.minimum(n, out_features - 1).to(tl.int64)
         w_rows = w_ptr + n_safe[:, None] * IN_FEATURES
     else:  # one row's program reads its first weights while it waits for x
@@ -348,11 +220,17 @@ def small_linear_kernel(
         scale = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_NORM:
             scale = tl.rsqrt(squares / IN_FEATURES + eps) * scale
-        _finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
-                residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
-                WORLD)  # fmt: skip
+        finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
+               residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
+               WORLD)  # fmt: skip
     else:
-        _finish_split(acc, up, m, n, block, split, rows, out_features, x_ptr, out_ptr, bias_ptr, residual_ptr,
-                      partial_ptr, counters_ptr, x_stride, out_stride, residual_stride, eps, epoch, targets, row_words,
-                      plane_words, IN_FEATURES, HAS_BIAS, HAS_RESIDUAL, HAS_NORM, ACTIVATION, SPLIT_K, BLOCK_M,
-                      RANK, WORLD)  # fmt: skip
+        WIDTH: tl.constexpr = 1 if ACTIVATION == "" else 2
+        done = leave_sums(acc, up, m, n, block, split, rows, out_features, partial_ptr, counters_ptr, WIDTH)
+        if done == SPLIT_K - 1:  # the program that comes last finishes the block
+            acc, up = take_sums(m, n, block, rows, out_features, partial_ptr, counters_ptr, WIDTH, SPLIT_K)
+            scale = tl.full([BLOCK_M], 1.0, tl.float32)
+            if HAS_NORM:
+                scale = norm_scale(x_ptr, m, rows, x_stride, eps, IN_FEATURES, BLOCK_M)
+            finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
+                   residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
+                   WORLD)  # fmt: skip

@@ -83,7 +83,7 @@ class KernelWeight(DenseWeight):
             config = pick(rows, width, x.shape[1], gated=True, most=self._facts.few_rows)
             if config is not None:
                 return small_linear(
-                    x, self.weight, self._scratch, **_fused(norm), activation=activation, config=config, pdl=state.pdl
+                    x, self.weight, self._scratch, **fused(norm), activation=activation, config=config, pdl=state.pdl
                 )
             cut = pick_gated(rows, width, x.shape[1], self._facts.multiprocessors)
             if cut is not None and norm is None and self._facts.hopper:
@@ -131,7 +131,7 @@ class KernelWeight(DenseWeight):
             self.weight,
             self._scratch,
             bias_O=bias,
-            **_fused(norm),
+            **fused(norm),
             config=config,
             outlet=outlet,
             pdl=self._state.pdl,
@@ -155,6 +155,6 @@ def normed(x: Tensor, norm: RMSNorm, state: StepState) -> Tensor:
     return rms_norm(x, norm.weight, norm.eps, unit_offset=norm.unit_offset, pdl=state.pdl)
 
 
-def _fused(norm: RMSNorm | None) -> dict[str, Any]:
+def fused(norm: RMSNorm | None) -> dict[str, Any]:
     """A norm, as ``small_linear`` takes it."""
     return {} if norm is None else {"norm": (norm.weight, norm.eps), "unit_offset": norm.unit_offset}

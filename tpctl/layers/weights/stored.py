@@ -54,6 +54,7 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> tuple[Codes, ..
         zero=coding.zero if coding.bits < 8 else coding.zero - 128 * (coding.kind == "uint"),
         zeros=None if zeros is None else _zeros(zeros, coding, tensors[zeros.name], held, stacked),
         factors=None if divisor is None else _factors(held, divisor, tensors[divisor.name], stacked),
+        rounds=coding.rounds,
     )
     return (codes,) if order is None else tuple(_ordered(held, codes, tensors[order.name]))
 

@@ -1,0 +1,173 @@
+"""Kernels that read codes, compiled for GPUs that are not here: what they take, and the instructions they come to."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.gpu.here import INTERPRET
+from tests.gpu.test_compile import SHARED
+from tests.unit.random_codes import random_codes
+from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.linear.codes_gemm import GemmConfig, gemm_config
+from tpctl.kernels.linear.codes_gemm_kernels import decode_kernel, quantize_kernel, scaled_gemm_kernel
+from tpctl.kernels.linear.codes_linear import form_of, pick_codes
+from tpctl.kernels.linear.codes_linear_kernels import codes_linear_kernel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing"),
+]
+
+IN, OUT = 4096, 4096
+POINTERS = {"w_ptr": "*u8", "zeros_ptr": "*u8", "rows_ptr": "*i32", "groups_ptr": "*i32", "factors_ptr": "*fp32"}
+POINTERS |= {"partial_ptr": "*fp32", "counters_ptr": "*i32", "peers_ptr": "*i64", "epochs_ptr": "*i32", "eps": "fp32"}
+POINTERS |= {"q_scales_ptr": "*fp32"}
+SPILLED = 64
+"""Bytes of a thread's registers that may lie in memory: less than what is read once a tile."""
+
+
+class Built(NamedTuple):
+    """Shared memory in bytes, registers, bytes of spilled ones, PTX and what the assembler made of it."""
+
+    shared: int
+    registers: int
+    stack: int
+    ptx: str
+    sass: str
+
+
+def build(
+    kernel: Any, arch: int, folder: Path, types: dict[str, str], warps: int, stages: int, **constants: Any
+) -> Built:
+    names = kernel.arg_names
+    types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in names} | types
+    aligned = [name for name in names if name not in constants and types[name][0] in "*i" and name != "rows"]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(found.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    dump = subprocess.run([tool, "-res-usage", "-sass", binary], check=True, capture_output=True, text=True).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    assert used is not None
+    return Built(int(found.metadata.shared), int(used[1]), int(used[2]), found.asm["ptx"], dump)
+
+
+def pointers(codes: Codes) -> dict[str, str]:
+    names = set(POINTERS)
+    return {name: POINTERS[name] for name in names} | {
+        "scales_ptr": "*fp32" if codes.scales.dtype.itemsize > 1 else "*u8"
+    }
+
+
+def linear(codes: Codes, rows: int, arch: int, folder: Path, *, gated: bool) -> Built:
+    packed = codes.kind in PACKED
+    config = pick_codes(rows, OUT, IN, packed=packed, gated=gated, multiprocessors=132, large=arch == 90)
+    assert config is not None
+    form, tile, groups = form_of(codes, config.bytes, fast=True)
+    types = pointers(codes) | ({"x_ptr": "*i32", "norm_ptr": "*i32"} if packed else {})
+    kernel = codes_linear_kernel
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    flags: dict[str, Any] = {
+        "FORM": form,
+        "HAS_BIAS": False,
+        "HAS_RESIDUAL": not gated,
+        "HAS_NORM": gated and rows <= 16,
+    }
+    flags |= {"UNIT_OFFSET": False, "ACTIVATION": "silu" if gated else "", "BYTES": tile, "GROUPS": groups}
+    flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT_K": config.split_k}
+    flags |= {"STAGES": config.num_stages, "PREFETCH": config.prefetch, "RANK": 0, "WORLD": 1, "PEERS": 1}
+    return build(kernel, arch, folder, types, config.num_warps, config.num_stages, PDL=arch >= 90, **flags)
+
+
+def gemm(codes: Codes, config: GemmConfig, arch: int, folder: Path) -> Built:
+    form, _, _ = form_of(codes, config.block_k, fast=False)
+    element = {"e4m3": "fp8e4nv", "int8": "i8"}[codes.kind]
+    kernel = scaled_gemm_kernel
+    types = {name: kind for name, kind in pointers(codes).items() if name in kernel.arg_names}
+    for name, block in (("q", config.block_m), ("w", config.block_n)):
+        types[name] = f"tensordesc<{element}[{block},{config.block_k}]>" if config.tma else f"*{element}"
+    flags: dict[str, Any] = {"FORM": form, "HAS_BIAS": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    flags |= {"BLOCK_K": config.block_k, "STAGES": config.num_stages, "TMA": config.tma, "PDL": arch >= 90}
+    return build(kernel, arch, folder, types, config.num_warps, config.num_stages, **flags)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gptq": {"kind": "uint4", "unit": 128},
+    "awq": {"kind": "uint4", "unit": 128, "zeros": True},
+    "mxfp4": {"kind": "e2m1", "unit": 32, "exponents": True},
+    "fp8 block": {"kind": "e4m3", "unit": 128, "rows_unit": 128},
+    "fp8 channel": {"kind": "e4m3"},
+    "int8 channel": {"kind": "int8"},
+}
+CASES = [(90, kind, rows, gated) for kind in KINDS for rows, gated in ((1, True), (16, False))]
+CASES += [
+    (90, kind, rows, gated) for kind in ("gptq", "fp8 block") for rows, gated in ((32, False), (64, True), (512, False))
+]
+CASES += [(arch, kind, rows, False) for arch in (80, 89, 120) for kind, rows in (("awq", 1), ("fp8 block", 512))]
+
+
+@pytest.mark.parametrize("arch,kind,rows,gated", CASES)
+def test_stored_codes(arch: int, kind: str, rows: int, gated: bool, tmp_path: Path) -> None:
+    codes = random_codes(n=OUT * (2 if gated else 1), k=IN, **KINDS[kind])
+    built = linear(codes, rows, arch, tmp_path, gated=gated)
+    assert built.shared <= SHARED[arch]
+    assert built.stack <= SPILLED
+    # Codes come 16 bytes at a time, and become bfloat16 by bits.
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", built.ptx)
+    assert kind in ("awq", "mxfp4") or not re.search(r"ld\.global\S*\.[bus]8 ", built.ptx)
+    assert "I2F.BF16" not in built.sass
+    assert re.search(r"H(ADD|MUL|FMA)2\.BF16", built.sass)
+    wide = arch == 90 and rows > 32
+    assert ("HGMMA" if wide else "HMMA") in built.sass
+    if rows == 1 and arch == 90:  # so that four programs and more are on a multiprocessor
+        assert built.registers * 64 <= 65536 // 4 and built.shared <= SHARED[arch] // 4
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+@pytest.mark.parametrize("kind", ["fp8 block", "fp8 channel", "int8 channel"])
+def test_products_of_8_bits(arch: int, kind: str, tmp_path: Path) -> None:
+    if arch < 89 and kind != "int8 channel":
+        pytest.skip("no FP8 there")
+    codes = random_codes(n=256, k=IN, **KINDS[kind])
+    config = gemm_config(codes, (arch // 10, arch % 10), SHARED[arch])
+    built = gemm(codes, config, arch, tmp_path)
+    assert built.shared <= SHARED[arch]
+    assert built.stack <= SPILLED
+    wanted = {"int8 channel": "I", "fp8 block": "Q", "fp8 channel": "Q"}[kind] + ("GMMA" if arch == 90 else "MMA")
+    assert wanted in built.sass
+    assert not re.search(r"ld\.global\S*\.[bus]8 ", built.ptx)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_what_is_made_before(arch: int, tmp_path: Path) -> None:
+    for kind in ("awq", "fp8 block"):
+        codes = random_codes(n=256, k=IN, **KINDS[kind])
+        form, tile, groups = form_of(codes, 64, fast=False)
+        types = {name: one for name, one in pointers(codes).items() if name in decode_kernel.arg_names}
+        flags = {"FORM": form, "BLOCK_N": 32, "BYTES": tile, "GROUPS": groups, "PDL": arch >= 90}
+        built = build(decode_kernel, arch, tmp_path, types, 4, 1, **flags)
+        assert built.shared <= SHARED[arch] and built.stack == 0
+        assert re.search(r"st\.global\.v4", built.ptx)
+    if arch >= 89:
+        types = {"q_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "eps": "fp32"}
+        flags = {"HAS_NORM": True, "UNIT_OFFSET": False, "LARGEST": 448.0, "WIDTH": IN, "BLOCK": 128, "PDL": True}
+        built = build(quantize_kernel, arch, tmp_path, types, 8, 1, **flags)
+        assert built.stack == 0 and "F2FP" in built.sass

@@ -1,0 +1,156 @@
+"""Linears that read codes, with their fused parts, against what the codes stand for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
+from tests.gpu.here import DEVICE, INTERPRET, relative_error
+from tests.unit.random_codes import random_codes
+from tpctl.kernels.common.codes import Codes, decode
+from tpctl.kernels.common.launch import is_hopper
+from tpctl.kernels.linear.codes_linear import (
+    CodesConfig,
+    codes_linear,
+    codes_linear_reference,
+    form_of,
+    pick_codes,
+)
+from tpctl.kernels.linear.gemv import GemvScratch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("assembly")]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "fp8 block": {"kind": "e4m3", "unit": 128, "rows_unit": 128},
+    "fp8 block, cut inside one": {"kind": "e4m3", "unit": 128, "rows_unit": 128, "first": 64},
+    "fp8 channel": {"kind": "e4m3"},
+    "fp8, scales of exponents": {"kind": "e4m3", "unit": 32, "exponents": True},
+    "fp8, odd blocks": {"kind": "e4m3", "unit": 24, "first": 5},
+    "int8 channel": {"kind": "int8", "zeros": True, "factors": True},
+    "int8 groups": {"kind": "int8", "unit": 16},
+    "awq": {"kind": "uint4", "unit": 128, "zeros": True},
+    "gptq": {"kind": "uint4", "unit": 128},
+    "gptq, groups in any order": {"kind": "uint4", "unit": 32, "groups": True, "zeros": True},
+    "int4, groups of 32": {"kind": "uint4", "unit": 32, "zeros": True},
+    "int4, groups of 64": {"kind": "uint4", "unit": 64, "first": 32},
+    "int4, cut inside a byte's group": {"kind": "uint4", "unit": 10, "first": 3},
+    "int4 channel": {"kind": "uint4"},
+    "mxfp4": {"kind": "e2m1", "unit": 32, "exponents": True},
+    "nvfp4": {"kind": "e2m1", "unit": 16, "factors": True},
+    "fp4 tensor": {"kind": "e2m1", "rows_unit": 1000},
+}
+MODES = {
+    "fp8 block": "tile", "fp8 channel": "end", "fp8, odd blocks": "each", "awq": "tile", "mxfp4": "inside",
+    "gptq, groups in any order": "each", "int4, groups of 64": "tile", "int4, groups of 32": "inside",
+}  # fmt: skip
+SHAPES = [(1, 101, 576), (1, 64, 1024), (3, 140, 321), (16, 70, 320), (33, 66, 192)]
+CONFIGS = [CodesConfig(8, 64, 64), CodesConfig(16, 32, 32, split_k=3, num_stages=2, prefetch=256), None]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+
+
+def codes_of(name: str, n: int, k: int, **options: Any) -> Codes:
+    codes = random_codes(n=n, k=k, device=str(DEVICE), **(KINDS[name] | options))
+    if codes.zeros is not None and codes.kind == "int8":  # of codes that were 0 to 255, one more
+        codes = replace(codes, zeros=codes.zeros.to(torch.int16) + 120)
+    if name == "nvfp4":  # scales of a byte, and one of each row that brings them there
+        return replace(codes, scales=(codes.scales * 256).to(torch.float8_e4m3fn))
+    return codes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", ["plain", "bias+residual", "norm", "norm+gated", "all"])
+@pytest.mark.parametrize("rows,out_features,in_features", SHAPES)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
+def test_matches_reference(name, config, rows, out_features, in_features, parts, dtype):
+    gated = parts in ("norm+gated", "all")
+    weight_rows = 2 * out_features if gated else out_features
+    codes = codes_of(name, weight_rows, in_features, seed=rows)
+    if config is None:
+        packed = codes.kind in ("uint4", "e2m1")
+        config = pick_codes(
+            rows, out_features, in_features, packed=packed, gated=gated, multiprocessors=132, large=is_hopper(DEVICE)
+        )
+        assert config is not None
+    torch.manual_seed(rows + out_features)
+    x = torch.randn(rows, in_features).to(DEVICE, dtype)
+    options: dict[str, Any] = {}
+    if parts in ("bias+residual", "all"):
+        options = {
+            "bias_O": torch.randn(weight_rows).to(DEVICE, dtype),
+            "residual_TO": torch.randn(rows, out_features).to(DEVICE, dtype),
+        }
+    if "norm" in parts or parts == "all":
+        options["norm"] = ((1 + 0.1 * torch.randn(in_features)).to(DEVICE, dtype), 1e-6)
+        options["unit_offset"] = parts == "all"
+    if gated:
+        options["activation"] = "silu"
+    wide = {key: widened(value) for key, value in options.items()}
+    want = codes_linear_reference(x.double(), codes, **wide)
+    scratch = GemvScratch.allocate(DEVICE)
+    for _ in range(2):
+        out = torch.full((rows, out_features), float("nan"), device=DEVICE, dtype=dtype)
+        codes_linear(x, codes, scratch, out=out, config=config, pdl=not INTERPRET, **options)
+        assert relative_error(out, want) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    assert (scratch.counters == 0).all()
+
+
+def widened(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (value[0].double(), value[1])
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_where_scales_come_in(name):
+    codes = codes_of(name, 130, 576)
+    form, tile, groups = form_of(codes, 64, fast=True)
+    assert form.mode == MODES[name]
+    assert form.fast == (form.mode != "each")
+    if form.mode in ("tile", "inside"):
+        assert form.scale_bytes % (tile // groups) == 0
+
+
+@pytest.mark.parametrize("name", ["fp8 channel", "int8 channel", "gptq", "mxfp4", "nvfp4"])
+def test_numbers_are_exact(name):
+    """Rows of a unit matrix give the numbers themselves, all that a code can be; those here are exact in bfloat16."""
+    codes = codes_of(name, 256, 64, factors=False)
+    every = torch.arange(256, dtype=torch.uint8, device=DEVICE)[:, None].expand(codes.values.shape).contiguous()
+    if codes.kind == "e4m3":
+        every[every & 127 == 127] = 0  # no number
+    scales = codes.scales
+    if scales.is_floating_point() and scales.dtype != torch.float8_e4m3fn:
+        scales = torch.exp2(scales.log2().round())
+    codes = replace(codes, values=every.view(codes.values.dtype), scales=scales)
+    x = torch.eye(64, dtype=torch.bfloat16, device=DEVICE)
+    got = codes_linear(x, codes, GemvScratch.allocate(DEVICE), config=CodesConfig(64, 64, 32))
+    assert torch.equal(got.float(), decode(codes).T)
+
+
+def test_an_expert_s_matrix():
+    codes = codes_of("awq", 70, 256, experts=3).of_expert(2)
+    x = torch.randn(2, 256, device=DEVICE)
+    got = codes_linear(x, codes, GemvScratch.allocate(DEVICE), config=CodesConfig(8, 64, 64))
+    assert relative_error(got, codes_linear_reference(x.double(), codes)) < 1e-5
+
+
+def test_rows_of_a_wider_tensor():
+    codes = codes_of("gptq", 70, 256)
+    wide = torch.randn(5, 300, device=DEVICE, dtype=torch.bfloat16)
+    for x in (wide[:, 2:258], wide[:, 1:257]):
+        got = codes_linear(x, codes, GemvScratch.allocate(DEVICE), config=CodesConfig(8, 64, 64))
+        assert relative_error(got, codes_linear_reference(x.double(), codes)) < 4e-3
+
+
+def test_wrong_sizes_are_refused():
+    codes, scratch = codes_of("gptq", 70, 256), GemvScratch.allocate(DEVICE, partial_elements=1)
+    with pytest.raises(ValueError, match="320 columns, the codes 256"):
+        codes_linear(torch.zeros(1, 320, device=DEVICE), codes, scratch, config=CodesConfig(8, 64, 64))
+    with pytest.raises(ValueError, match="142 partial sums exceed the scratch of 1"):
+        codes_linear(torch.zeros(1, 256, device=DEVICE), codes, scratch, config=CodesConfig(8, 64, 64, split_k=2))

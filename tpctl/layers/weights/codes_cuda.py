@@ -1,0 +1,112 @@
+"""Quantised weights on a GPU, multiplied by whichever kernel is fastest for the rows there are.
+
+Up to 16 rows everything around a linear is part of its launch, as with ``KernelWeight``; up to a few hundred, all but
+the norm. Where ``Codes.rounds``, inputs of many rows are rounded as the format says, and those of few are not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpctl.arch.block import Activation
+from tpctl.kernels.collective.all_reduce import PeerBuffer
+from tpctl.kernels.common.activation import act_and_mul
+from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.common.launch import capability, shared_memory
+from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
+from tpctl.kernels.linear.codes_linear import codes_linear, pick_codes
+from tpctl.kernels.linear.gemv import GemvScratch
+from tpctl.layers.norm import RMSNorm
+from tpctl.layers.weights.codes import CodesWeight
+from tpctl.layers.weights.kernels import GpuFacts, StepState, fused, normed
+
+_NORM_WITHIN = 16
+"""Most rows whose norm is part of the linear: every program takes the rows' lengths anew."""
+
+
+class KernelCodesWeight(CodesWeight):
+    """W [out, in] as codes, on a GPU."""
+
+    def __init__(self, codes: Codes, scratch: GemvScratch, state: StepState, facts: GpuFacts) -> None:
+        super().__init__(codes)
+        self._scratch, self._state, self._facts = scratch, state, facts
+
+    def linear(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        way = self._way(x)
+        if way == "stored":
+            return self._stored(x, bias, norm)
+        if way == "scaled":
+            return self._scaled(x, bias, norm)
+        x = x if norm is None else normed(x, norm, self._state)
+        return decoded_linear(x, self.codes, bias, pdl=self._state.pdl)
+
+    def gated(self, x: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None = None) -> Tensor:
+        if self._way(x) == "stored":
+            return self._stored(x, bias, norm, activation=activation)
+        return act_and_mul(self.linear(x, bias, norm), activation=activation, pdl=self._state.pdl)
+
+    def partial(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._state.sends:
+            return self._stored(x, bias, None, outlet=self._state.sums)
+        return self.linear(x, bias)
+
+    def add_to(self, residual: Tensor, x: Tensor, bias: Tensor | None) -> None:
+        if self._way(x) == "stored":
+            self._stored(x, bias, None, residual=residual)
+        else:
+            residual.add_(self.linear(x, bias))
+
+    def _way(self, x: Tensor) -> Way:
+        if not self._facts.takes(x):  # cuBLAS multiplies float32 faster
+            return "decoded"
+        return pick_way(x.shape[0], self.codes, capability(x.device), self._facts.multiprocessors)
+
+    def _stored(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        norm: RMSNorm | None,
+        *,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+        outlet: PeerBuffer | None = None,
+    ) -> Tensor:
+        """One launch, or two with a norm of many rows; of float16 ones as well, which overflow as they meet its weight
+        before they are divided by their length."""
+        if norm is not None and (x.shape[0] > _NORM_WITHIN or x.dtype == torch.float16):
+            x, norm = normed(x, norm, self._state), None
+        gated = activation is not None
+        config = pick_codes(
+            x.shape[0],
+            self.codes.outputs // (2 if gated else 1),
+            x.shape[1],
+            packed=self.codes.kind in PACKED,
+            gated=gated,
+            multiprocessors=self._facts.multiprocessors,
+            large=self._facts.hopper,
+        )
+        assert config is not None, "so many rows are multiplied in another way"
+        return codes_linear(
+            x,
+            self.codes,
+            self._scratch,
+            bias_O=bias,
+            **fused(norm),
+            activation=activation,
+            residual_TO=residual,
+            out=residual,
+            config=config,
+            outlet=outlet,
+            pdl=self._state.pdl,
+        )
+
+    def _scaled(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None) -> Tensor:
+        """Inputs rounded by one launch, and multiplied by another."""
+        codes, pdl = self.codes, self._state.pdl
+        config = gemm_config(codes, capability(x.device), shared_memory(x.device))
+        block = None if codes.scales.shape[-1] == 1 else config.block_k
+        assert codes.kind in ("e4m3", "int8")
+        q, scales = quantize_rows(x, codes.kind, block, **fused(norm), pdl=pdl)
+        out = x.new_empty((x.shape[0], codes.outputs))
+        return scaled_gemm(q, scales, codes, config, bias_N=bias, out=out, pdl=pdl)
