@@ -1,0 +1,128 @@
+"""The experts of one token, in two launches that read the weights of the chosen ones alone.
+
+    x ─┬─ gate·up of the shared expert (its programs come first) ─┐
+       └─ gate·up of K chosen experts ────────────────────────────┴─ down: all K and the shared one in one sum,
+                                                                     plus the residual, or sent to the peers
+
+One row only streams its weights, so everything runs on the CUDA cores. The second kernel starts before the first has
+ended and reads its first weights: the ids are there by then. The sum runs over the slots in their order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from tpctl.kernels.collective.all_reduce import PeerBuffer
+from tpctl.kernels.common.launch import launch_options, next_power_of_2
+from tpctl.kernels.experts.finish import finish_options
+from tpctl.kernels.experts.one_row_kernels import one_row_down_kernel, one_row_gate_up_kernel
+from tpctl.kernels.experts.routing import Routed
+from tpctl.kernels.experts.tiles import as_stored
+from tpctl.kernels.experts.weights import ExpertWeights, SharedWeights
+
+
+class RowConfig(NamedTuple):
+    """Output features of a program, inputs in a tile, launch parameters; prefetch: tiles of down that a program asks
+    the L2 cache for while it waits."""
+
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    prefetch: int = 0
+
+
+def pick_row(inputs: int) -> RowConfig:
+    """For a down matrix of so many inputs of every expert: a row of a tile for each warp."""
+    return RowConfig(4, min(1024, next_power_of_2(inputs)), num_stages=3, prefetch=2)
+
+
+def pick_gated_row(inputs: int) -> RowConfig:
+    """For a gate and its up half of so many inputs: at once, where 16 KiB of bfloat16 hold two rows of both."""
+    block_k = next_power_of_2(inputs)
+    return RowConfig(4096 // block_k, block_k) if block_k <= 2048 else RowConfig(2, 1024, num_stages=4)
+
+
+def one_row(
+    routed: Routed,
+    experts: ExpertWeights,
+    *,
+    shared: SharedWeights | None = None,
+    residual_TH: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    outlet: PeerBuffer | None = None,
+    configs: tuple[RowConfig, RowConfig] | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """[1, H]: residual + the weighed experts of one token + the shared one, in x's dtype (`out`, if given).
+
+    routed: of one row, in the dtype of the weights. residual_TH: may be `out`. outlet: sends the result as well; the
+    all-reduce that follows must be told so. configs: of gate_up and down. Raises ValueError for more rows, for codes
+    that no kernel reads and for what an outlet does not take.
+    """
+    x, ids, weights, factors = routed
+    rows, hidden = x.shape
+    if rows != 1:
+        raise ValueError(f"{rows} rows are more than one; use `grouped`")
+    per_token, width = ids.shape[1], experts.width
+    first, second = configs or (pick_gated_row(hidden), pick_row(width))
+    pointers, form = as_stored(experts.gate_up)
+    shared_form = None if shared is None else as_stored(shared.gate_up[None])[1]
+    h = x.new_empty(per_token, width)
+    shared_h = h if shared is None else x.new_empty(1, shared.gate_up.shape[0] // 2)
+    blocks = per_token * triton.cdiv(width, first.block_n)
+    if shared is not None:
+        blocks += triton.cdiv(shared_h.shape[1], first.block_n)
+    one_row_gate_up_kernel[(blocks,)](
+        x,
+        ids,
+        *pointers,
+        x if experts.gate_up_bias is None else experts.gate_up_bias,
+        x if shared is None else shared.gate_up,
+        h,
+        shared_h,
+        experts.first,
+        experts.count,
+        FORM=form,
+        SHARED_FORM=shared_form,
+        HAS_BIAS=experts.gate_up_bias is not None,
+        GATING=experts.gating,
+        INTERLEAVED=experts.interleaved,
+        BLOCK_N=first.block_n,
+        BLOCK_K=first.block_k,
+        STAGES=first.num_stages,
+        PDL=pdl,
+        num_warps=first.num_warps,
+        **launch_options(pdl),
+    )
+    pointers, form = as_stored(experts.down)
+    out = x.new_empty(x.shape) if out is None else out
+    one_row_down_kernel[(triton.cdiv(hidden, second.block_n),)](
+        h,
+        shared_h,
+        ids,
+        weights,
+        weights if factors is None else factors,
+        *pointers,
+        x if experts.down_bias is None else experts.down_bias,
+        x if shared is None else shared.down,
+        first=experts.first,
+        count=experts.count,
+        **finish_options(out, residual_TH, outlet, second.block_n),
+        FORM=form,
+        SHARED_FORM=None if shared is None else as_stored(shared.down[None])[1],
+        HAS_BIAS=experts.down_bias is not None,
+        HAS_FACTOR=factors is not None,
+        PER_TOKEN=per_token,
+        BLOCK_N=second.block_n,
+        BLOCK_K=second.block_k,
+        STAGES=second.num_stages,
+        PREFETCH=min(second.prefetch, per_token * triton.cdiv(width, second.block_k)),
+        PDL=pdl,
+        num_warps=second.num_warps,
+        **launch_options(pdl),
+    )
+    return out
