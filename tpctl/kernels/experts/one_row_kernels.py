@@ -5,22 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.common.prefetch import prefetch
 from tpctl.kernels.experts.finish import finish
 from tpctl.kernels.experts.gating import gated
-from tpctl.kernels.experts.tiles import load_tile, row_factors, scale_rows
-
-
-@triton.jit
-def ask_for(w_ptr, row, k0, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Ask the L2 cache for a tile of rows [N] of a matrix."""
-    SIZE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    HALF: tl.constexpr = 2 if FORM.kind == "uint4" or FORM.kind == "e2m1" else 1
-    LINE: tl.constexpr = 128 // SIZE
-    LINES: tl.constexpr = (BLOCK_K // HALF + LINE - 1) // LINE
-    LAST: tl.constexpr = (FORM.inputs + HALF - 1) // HALF - 1
-    column = tl.minimum(k0 // HALF + tl.arange(0, LINES) * LINE, LAST)
-    prefetch(w_ptr + row[:, None] * (LAST + 1) + column[None, :])
+from tpctl.kernels.experts.tiles import ask_for, load_tile, row_factors, scale_rows
 
 
 @triton.jit

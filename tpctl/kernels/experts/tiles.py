@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.prefetch import prefetch
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,18 @@ def row_factors(s_ptr, f_ptr, row, s_row, ok, FORM: tl.constexpr):
     if FORM.has_factors:
         factor *= tl.load(f_ptr + row, mask=ok, other=0.0)
     return factor
+
+
+@triton.jit
+def ask_for(w_ptr, row, k0, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Ask the L2 cache for a tile of rows [N] of a matrix."""
+    SIZE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    HALF: tl.constexpr = 2 if FORM.kind == "uint4" or FORM.kind == "e2m1" else 1
+    LINE: tl.constexpr = 128 // SIZE
+    LINES: tl.constexpr = (BLOCK_K // HALF + LINE - 1) // LINE
+    LAST: tl.constexpr = (FORM.inputs + HALF - 1) // HALF - 1
+    column = tl.minimum(k0 // HALF + tl.arange(0, LINES) * LINE, LAST)
+    prefetch(w_ptr + row[:, None] * (LAST + 1) + column[None, :])
 
 
 @triton.jit
