@@ -9,9 +9,13 @@ import torch
 
 from tests.gpu.here import DEVICE
 from tests.unit.random_codes import random_codes
+from tpctl.arch.block import Clamped
 from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices, experts_reference, shared_reference
 from tpctl.kernels.experts.routing import Routed
-from tpctl.kernels.experts.weights import ExpertWeights, SharedWeights, experts_reference, shared_reference
+
+CLAMPED = Clamped(alpha=1.702, limit=1.5)
+"""With a limit that values of tests reach."""
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -20,8 +24,8 @@ def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 
 def random_experts(
     count: int, hidden: int, width: int, dtype: torch.dtype, *, biases: bool = False, **more: Any
-) -> ExpertWeights:
-    return ExpertWeights(
+) -> ExpertMatrices:
+    return ExpertMatrices(
         random(count, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
         random(count, hidden, width, dtype=dtype, scale=width**-0.5),
         random(count, 2 * width, dtype=dtype) if biases else None,
@@ -30,7 +34,7 @@ def random_experts(
     )
 
 
-def coded_experts(count: int, hidden: int, width: int, kind: Any, *, experts: ExpertWeights, **codes: Any):
+def coded_experts(count: int, hidden: int, width: int, kind: Any, *, experts: ExpertMatrices, **codes: Any):
     """`experts` with codes of random numbers in place of theirs; options that name inputs hold for both matrices."""
     made = (
         random_codes(kind, n, k, experts=count, seed=n, device=str(DEVICE), **codes)
@@ -41,8 +45,8 @@ def coded_experts(count: int, hidden: int, width: int, kind: Any, *, experts: Ex
     return replace(experts, gate_up=gate_up, down=down)
 
 
-def random_shared(hidden: int, width: int, dtype: torch.dtype) -> SharedWeights:
-    return SharedWeights(
+def random_shared(hidden: int, width: int, dtype: torch.dtype) -> SharedMatrices:
+    return SharedMatrices(
         random(2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
         random(hidden, width, dtype=dtype, scale=width**-0.5),
     )
@@ -58,7 +62,7 @@ def random_routed(rows: int, hidden: int, count: int, per_token: int, dtype: tor
     )
 
 
-def wanted(routed: Routed, experts: ExpertWeights, shared: SharedWeights | None = None) -> torch.Tensor:
+def wanted(routed: Routed, experts: ExpertMatrices, shared: SharedMatrices | None = None) -> torch.Tensor:
     """In float64."""
     x = routed.x.double()
     total = experts_reference(x, routed.ids, routed.weights, experts)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DTYPES, INTERPRET, relative_error
-from tests.gpu.random_experts import coded_experts, random, random_experts, random_routed, wanted
+from tests.gpu.random_experts import CLAMPED, coded_experts, random, random_experts, random_routed, wanted
 from tests.gpu.test_kernels_one_row import CODES
 from tpctl.kernels.experts.grouped import TileConfig, grouped, pick_block_m, pick_tile
 
@@ -33,7 +33,7 @@ def check(routed, experts, error: float, *, configs=None, shared: bool = False, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gating,biases,interleaved", [("silu", False, False), ("clamped", True, True),
+@pytest.mark.parametrize("activation,biases,interleaved", [("silu", False, False), (CLAMPED, True, True),
                                                        ("gelu_tanh", True, False)])  # fmt: skip
 @pytest.mark.parametrize("configs", CONFIGS)
 @pytest.mark.parametrize("parts", ["plain", "shared", "residual", "all"])
@@ -41,10 +41,10 @@ def check(routed, experts, error: float, *, configs=None, shared: bool = False, 
     "rows,count,per_token,hidden,width",
     [(2, 8, 8, 48, 96), (16, 5, 2, 72, 36), (40, 6, 3, 40, 24), (17, 3, 1, 64, 40)],
 )
-def test_grouped(rows, count, per_token, hidden, width, parts, configs, gating, biases, interleaved, dtype) -> None:
+def test_grouped(rows, count, per_token, hidden, width, parts, configs, activation, biases, interleaved, dtype) -> None:
     torch.manual_seed(rows)
     experts = random_experts(
-        count, hidden, width, dtype, biases=biases, gating=gating, interleaved=interleaved, first=2
+        count, hidden, width, dtype, biases=biases, activation=activation, interleaved=interleaved, first=2
     )
     routed = random_routed(rows, hidden, count, per_token, dtype, factors=parts == "all")
     routed = routed._replace(ids=routed.ids + 2)
@@ -82,7 +82,7 @@ def test_in_float32_a_result_does_not_depend_on_the_batch() -> None:
 def test_codes(rows, kind, codes) -> None:
     torch.manual_seed(0)
     dtype = DTYPES[0]
-    plain = random_experts(4, 64, 48, dtype, biases=True, gating="clamped", interleaved=True)
+    plain = random_experts(4, 64, 48, dtype, biases=True, activation=CLAMPED, interleaved=True)
     experts = coded_experts(4, 64, 48, kind, experts=plain, **codes)
     for configs in CONFIGS:
         check(random_routed(rows, 64, 4, 2, dtype), experts, 1e-5 if INTERPRET else 1e-2, configs=configs)

@@ -8,7 +8,15 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tests.gpu.random_experts import coded_experts, random, random_experts, random_routed, random_shared, wanted
+from tests.gpu.random_experts import (
+    CLAMPED,
+    coded_experts,
+    random,
+    random_experts,
+    random_routed,
+    random_shared,
+    wanted,
+)
 from tpctl.kernels.experts.one_row import RowConfig, one_row, pick_gated_row, pick_row
 
 pytestmark = pytest.mark.gpu
@@ -32,16 +40,16 @@ def check(routed, experts, error: float, *, shared=None, residual: bool = False,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gating,biases,interleaved", [("silu", False, False), ("clamped", True, True),
+@pytest.mark.parametrize("activation,biases,interleaved", [("silu", False, False), (CLAMPED, True, True),
                                                        ("gelu_tanh", True, False)])  # fmt: skip
 @pytest.mark.parametrize("configs", CONFIGS)
 @pytest.mark.parametrize("parts", ["plain", "shared", "residual", "all"])
 @pytest.mark.parametrize("count,per_token,hidden,width", SHAPES)
-def test_one_row(count, per_token, hidden, width, parts, configs, gating, biases, interleaved, dtype) -> None:
+def test_one_row(count, per_token, hidden, width, parts, configs, activation, biases, interleaved, dtype) -> None:
     torch.manual_seed(count)
     everything = parts == "all"
     experts = random_experts(
-        count, hidden, width, dtype, biases=biases, gating=gating, interleaved=interleaved, first=3
+        count, hidden, width, dtype, biases=biases, activation=activation, interleaved=interleaved, first=3
     )
     routed = random_routed(1, hidden, count, per_token, dtype, factors=everything)
     routed = routed._replace(ids=routed.ids + 3)
@@ -72,7 +80,7 @@ CODES = [
 def test_codes(kind, codes) -> None:
     torch.manual_seed(0)
     dtype = DTYPES[0]
-    plain = random_experts(4, 64, 48, dtype, biases=True, gating="clamped", interleaved=True)
+    plain = random_experts(4, 64, 48, dtype, biases=True, activation=CLAMPED, interleaved=True)
     experts = coded_experts(4, 64, 48, kind, experts=plain, **codes)
     routed = random_routed(1, 64, 4, 2, dtype)
     for configs in (None, (RowConfig(8, 32, 1), RowConfig(8, 64, 2))):

@@ -14,15 +14,16 @@ from typing import NamedTuple
 import torch
 import triton
 
+from tpctl.arch.block import Activation, Clamped
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, shared_memory
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
+from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import Placed, place
 from tpctl.kernels.experts.routing import Routed
 from tpctl.kernels.experts.tiles import as_stored
-from tpctl.kernels.experts.weights import ExpertWeights
 
 UNLISTED_ROWS = 16
 """Most tokens whose tiles need no list: they are one tile."""
@@ -49,10 +50,11 @@ def pick_block_m(pairs: int, experts: int) -> int:
     return min(128, max(16, next_power_of_2(-(-pairs // experts))))
 
 
-def pick_tile(block_m: int, *, gated: bool, itemsize: int, limit: int) -> TileConfig:
+def pick_tile(block_m: int, *, gated: bool, itemsize: int, limit: int, codes: bool = False) -> TileConfig:
     """A tile of so many pairs; ``itemsize`` bytes a number of x, ``limit`` bytes of shared memory.
 
-    Few pairs only stream weights: many bytes under way. Many multiply: large tiles.
+    Few pairs only stream weights: many bytes under way. Many multiply: large tiles, as far as registers hold them,
+    which those of numbers made of ``codes`` take too.
     """
     if itemsize == 4:
         config = TileConfig(block_m, 32, 32, 4, 2)
@@ -61,7 +63,7 @@ def pick_tile(block_m: int, *, gated: bool, itemsize: int, limit: int) -> TileCo
     elif block_m == 64:
         config = TileConfig(64, 64 if gated else 128, 64, 4, 4)
     else:
-        config = TileConfig(128, 128, 64, 8, 3 if gated else 4)
+        config = TileConfig(128, 64 if gated and codes else 128, 64, 8, 3 if gated else 4)
     while _bytes(config, gated, itemsize) > limit and config.num_stages > 2:
         config = config._replace(num_stages=config.num_stages - 1)
     while _bytes(config, gated, itemsize) > limit and config.block_k > 32:
@@ -77,7 +79,7 @@ def _bytes(config: TileConfig, gated: bool, itemsize: int) -> int:
 
 def grouped(
     routed: Routed,
-    experts: ExpertWeights,
+    experts: ExpertMatrices,
     *,
     total_experts: int | None = None,
     shared_TH: torch.Tensor | None = None,
@@ -102,14 +104,14 @@ def grouped(
         return out
     pairs = rows * per_token
     if configs is None:
-        configs = _configs(x, pairs, total_experts or experts.count)
+        configs = _configs(x, pairs, experts, total_experts or experts.count)
     placed = None
     if rows > UNLISTED_ROWS:
         placed = place(ids, experts.count, configs[0].block_m, first=experts.first, pdl=pdl)
     h = x.new_empty(pairs, width)
-    _linear(x, routed, experts, experts.gate_up, experts.gate_up_bias, placed, h, configs[0], experts.gating, pdl)
+    _linear(x, routed, experts, experts.gate_up, experts.gate_up_bias, placed, h, configs[0], experts.activation, pdl)
     y = x.new_empty(pairs, hidden, dtype=torch.float32 if rows <= WIDE_ROWS else x.dtype)
-    _linear(h, routed, experts, experts.down, experts.down_bias, placed, y, configs[1], "", pdl)
+    _linear(h, routed, experts, experts.down, experts.down_bias, placed, y, configs[1], None, pdl)
     block = min(1024, next_power_of_2(hidden))
     gather_sum_kernel[(triton.cdiv(hidden, block), rows)](
         y,
@@ -133,24 +135,27 @@ def grouped(
     return out
 
 
-def _configs(x: torch.Tensor, pairs: int, experts: int) -> tuple[TileConfig, TileConfig]:
+def _configs(x: torch.Tensor, pairs: int, experts: ExpertMatrices, total: int) -> tuple[TileConfig, TileConfig]:
     few = x.shape[0] <= UNLISTED_ROWS or x.dtype == torch.float32
-    block_m = UNLISTED_ROWS if few else pick_block_m(pairs, experts)
+    block_m = UNLISTED_ROWS if few else pick_block_m(pairs, total)
     size, limit = x.element_size(), shared_memory(x.device)
-    gate_up, down = (pick_tile(block_m, gated=gated, itemsize=size, limit=limit) for gated in (True, False))
+    gate_up, down = (
+        pick_tile(block_m, gated=gated, itemsize=size, limit=limit, codes=isinstance(matrix, Codes))
+        for matrix, gated in ((experts.gate_up, True), (experts.down, False))
+    )
     return gate_up, down
 
 
 def _linear(
     x: torch.Tensor,
     routed: Routed,
-    experts: ExpertWeights,
+    experts: ExpertMatrices,
     matrix: torch.Tensor | Codes,
     bias: torch.Tensor | None,
     placed: Placed | None,
     out: torch.Tensor,
     config: TileConfig,
-    gating: str,
+    activation: Activation | Clamped | None,
     pdl: bool,
 ) -> None:
     """One of the two linears of every expert, into `out` [T * K, width]."""
@@ -173,7 +178,7 @@ def _linear(
         PER_TOKEN=per_token,
         SLOTS=next_power_of_2(per_token),
         LISTED=placed is not None,
-        GATING=gating,
+        GATING=activation,
         INTERLEAVED=experts.interleaved,
         HAS_BIAS=bias is not None,
         BLOCK_M=config.block_m,

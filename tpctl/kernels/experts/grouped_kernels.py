@@ -48,7 +48,7 @@ def _product(
     return tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def grouped_linear_kernel(
     x_ptr,
     ids_ptr,
@@ -70,7 +70,7 @@ def grouped_linear_kernel(
     PER_TOKEN: tl.constexpr,
     SLOTS: tl.constexpr,  # PER_TOKEN, or the next power of two
     LISTED: tl.constexpr,  # the tiles are `placing`'s, else one for each pair
-    GATING: tl.constexpr,  # "": x has a row for each pair, and the result is weighed; else a row for each token
+    GATING: tl.constexpr,  # None: x has a row for each pair, and the result is weighed; else a row for each token
     INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,7 +80,7 @@ def grouped_linear_kernel(
     PDL: tl.constexpr,
 ):
     """BLOCK_N features of an expert for BLOCK_M of its pairs; the weights are the wide operand."""
-    GATED: tl.constexpr = GATING != ""
+    GATED: tl.constexpr = GATING is not None
     WIDTH: tl.constexpr = FORM.outputs // 2 if GATED else FORM.outputs
     WHOLE: tl.constexpr = FORM.inputs % BLOCK_K == 0
     if PDL and GATED:
@@ -136,7 +136,7 @@ def grouped_linear_kernel(
         tl.store(pointers, tl.trans(value).to(out_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gather_sum_kernel(
     y_ptr,  # [T * PER_TOKEN, COLUMNS]
     ids_ptr,

@@ -18,10 +18,10 @@ import triton
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
 from tpctl.kernels.experts.finish import finish_options
+from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row_kernels import one_row_down_kernel, one_row_gate_up_kernel
 from tpctl.kernels.experts.routing import Routed
 from tpctl.kernels.experts.tiles import as_stored
-from tpctl.kernels.experts.weights import ExpertWeights, SharedWeights
 
 
 class RowConfig(NamedTuple):
@@ -48,9 +48,9 @@ def pick_gated_row(inputs: int) -> RowConfig:
 
 def one_row(
     routed: Routed,
-    experts: ExpertWeights,
+    experts: ExpertMatrices,
     *,
-    shared: SharedWeights | None = None,
+    shared: SharedMatrices | None = None,
     residual_TH: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     outlet: PeerBuffer | None = None,
@@ -89,7 +89,7 @@ def one_row(
         FORM=form,
         SHARED_FORM=shared_form,
         HAS_BIAS=experts.gate_up_bias is not None,
-        GATING=experts.gating,
+        GATING=experts.activation,
         INTERLEAVED=experts.interleaved,
         BLOCK_N=first.block_n,
         BLOCK_K=first.block_k,

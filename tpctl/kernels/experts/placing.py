@@ -35,7 +35,7 @@ class Placed(NamedTuple):
 def most_tiles(pairs: int, experts: int, block_m: int) -> int:
     """How many tiles there may be: all pairs' experts but for the last with one pair too many for their tiles."""
     used = min(pairs, experts)
-    return (pairs - used) // block_m + used
+    return max(1, (pairs - used) // block_m + used)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _count_pairs(ids_ptr, start, stop, first, count, EXPERTS: tl.constexpr, STEP
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _count_kernel(
     ids_ptr,
     counts_ptr,
@@ -84,7 +84,7 @@ def _pick(values, index, EXPERTS: tl.constexpr):
     return tl.sum(tl.where(same, values[None, :], 0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles", "chunks"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,

@@ -54,7 +54,7 @@ def as_stored(matrix: Tensor | Codes) -> tuple[Pointers, Form]:
         return (matrix,) * 5, Form("", *matrix.shape[1:])
     if matrix.groups is not None:
         raise ValueError("experts whose inputs are of groups in no order are read by no kernel")
-    if matrix.zeros is not None and matrix.zeros.dtype not in (torch.uint8, torch.int8):
+    if matrix.zeros is not None and matrix.zeros.dtype not in (torch.uint8, torch.int8, torch.int16):
         raise ValueError(f"zeros of experts in {matrix.zeros.dtype} are read by no kernel")
     values = matrix.values.view(torch.uint8) if matrix.kind == "e4m3" else matrix.values
     rows, columns = matrix.scales.shape[1:]

@@ -1,4 +1,4 @@
-"""The weights of a mixture's experts on one rank, as the kernels take them, and the experts in plain torch.
+"""The matrices of a mixture's experts on one rank, as the kernels take them, and the experts in plain torch.
 
 Shape suffixes: T tokens, K experts of a token, E experts here, H hidden size, I (this rank's share of) an expert's
 width, F = 2I.
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpctl.arch.block import Activation, Clamped
 from tpctl.kernels.common.codes import Codes, decode
-from tpctl.kernels.experts.gating import Gating, gated_reference
+from tpctl.kernels.experts.gating import gated_reference
 
 
 @dataclass(frozen=True)
-class ExpertWeights:
-    """down(gating(gate_up(x))) of every expert here.
+class ExpertMatrices:
+    """down(activation(gate) * up) of every expert here.
 
     Attributes:
         gate_up: [E, F, H] contiguous, or codes of it; rows gate, then up, or ``interleaved``: alternating.
@@ -31,7 +32,7 @@ class ExpertWeights:
     down: Tensor | Codes
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    gating: Gating = "silu"
+    activation: Activation | Clamped = "silu"
     interleaved: bool = False
     first: int = 0
 
@@ -51,7 +52,7 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
-class SharedWeights:
+class SharedMatrices:
     """An MLP that every token takes beside its experts: ``gate_up`` [2S, H] (gate, then up) and ``down`` [H, S]."""
 
     gate_up: Tensor
@@ -64,7 +65,7 @@ def outputs(matrix: Tensor | Codes) -> int:
 
 
 def experts_reference(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, dtype: torch.dtype | None = None
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertMatrices, dtype: torch.dtype | None = None
 ) -> Tensor:
     """[T, H]: the sum of each token's experts, weighed, in ``dtype`` (x's, if it is not given)."""
     dtype = x_TH.dtype if dtype is None else dtype
@@ -77,14 +78,14 @@ def experts_reference(
         if experts.gate_up_bias is not None:
             gate_up += experts.gate_up_bias[expert].to(dtype)
         gate, up = (gate_up[:, ::2], gate_up[:, 1::2]) if experts.interleaved else gate_up.chunk(2, -1)
-        y = gated_reference(gate, up, experts.gating) @ _matrix(experts.down, expert, dtype).T
+        y = gated_reference(gate, up, experts.activation) @ _matrix(experts.down, expert, dtype).T
         if experts.down_bias is not None:
             y += experts.down_bias[expert].to(dtype)
         total.index_add_(0, tokens, y * weights_TK[tokens, slots, None].to(dtype))
     return total
 
 
-def shared_reference(x_TH: Tensor, shared: SharedWeights, factors_T: Tensor | None = None) -> Tensor:
+def shared_reference(x_TH: Tensor, shared: SharedMatrices, factors_T: Tensor | None = None) -> Tensor:
     """[T, H] of the shared MLP, in x's dtype."""
     gate, up = (x_TH @ shared.gate_up.T.to(x_TH.dtype)).chunk(2, -1)
     y = gated_reference(gate, up, "silu") @ shared.down.T.to(x_TH.dtype)
