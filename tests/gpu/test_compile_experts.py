@@ -91,9 +91,12 @@ def test_what_is_around_them_fits(arch, model) -> None:
     block_k = 1 << (hidden - 1).bit_length()
     gate = {"IN_FEATURES": hidden, "HAS_BIAS": True, "HAS_SHARED": True, "HAS_NORM": True, "UNIT_OFFSET": False}
     assert taken(gate_kernel, arch, config, BLOCK_N=1, BLOCK_K=block_k, **gate, **chosen) <= SHARED[arch]
-    place = {"EXPERTS": count, "CHUNK": CHUNK, "STEP": 256}
-    assert taken(_count_kernel, arch, config, **place) <= SHARED[arch]
+    place = {"EXPERTS": count, "CHUNK": CHUNK}
+    assert taken(_count_kernel, arch, config, STEP=1024, **place) <= SHARED[arch]
     for one in (True, False):
-        assert taken(_place_kernel, arch, config, ONE_CHUNK=one, BLOCK_M=64, BLOCK=64, **place) <= SHARED[arch]
+        assert (
+            taken(_place_kernel, arch, config, ONE_CHUNK=one, BLOCK_M=64, BLOCK=64, STEP=256, COUNTED=1024, **place)
+            <= SHARED[arch]
+        )
     sums = {"COLUMNS": hidden, "PER_TOKEN": per_token, "HAS_SHARED": True, "HAS_FACTORS": True, "HAS_RESIDUAL": True}
     assert taken(gather_sum_kernel, arch, config, BLOCK=1024, **sums, **ALONE) <= SHARED[arch]

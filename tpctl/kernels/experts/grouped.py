@@ -97,23 +97,19 @@ def grouped(
     that no kernel reads and for what an outlet does not take.
     """
     x, ids, weights, factors = routed
-    rows, hidden = x.shape
-    per_token, width = ids.shape[1], experts.width
+    rows, pairs = len(x), ids.numel()
     out = x.new_empty(x.shape) if out is None else out
     if rows == 0:
         return out
-    pairs = rows * per_token
     if configs is None:
         configs = _configs(x, pairs, experts, total_experts or experts.count)
     placed = None
     if rows > UNLISTED_ROWS:
         placed = place(ids, experts.count, configs[0].block_m, first=experts.first, pdl=pdl)
-    h = x.new_empty(pairs, width)
-    _linear(x, routed, experts, experts.gate_up, experts.gate_up_bias, placed, h, configs[0], experts.activation, pdl)
-    y = x.new_empty(pairs, hidden, dtype=torch.float32 if rows <= WIDE_ROWS else x.dtype)
-    _linear(h, routed, experts, experts.down, experts.down_bias, placed, y, configs[1], None, pdl)
-    block = min(1024, next_power_of_2(hidden))
-    gather_sum_kernel[(triton.cdiv(hidden, block), rows)](
+    h = grouped_gate_up(routed, experts, placed, configs[0], pdl=pdl)
+    y = grouped_down(h, routed, experts, placed, configs[1], pdl=pdl)
+    block = min(1024, next_power_of_2(experts.hidden))
+    gather_sum_kernel[(triton.cdiv(experts.hidden, block), rows)](
         y,
         ids,
         y if shared_TH is None else shared_TH,
@@ -123,8 +119,8 @@ def grouped(
         first=experts.first,
         count=experts.count,
         **finish_options(out, residual_TH, outlet, block),
-        COLUMNS=hidden,
-        PER_TOKEN=per_token,
+        COLUMNS=experts.hidden,
+        PER_TOKEN=ids.shape[1],
         HAS_SHARED=shared_TH is not None,
         HAS_FACTORS=factors is not None,
         BLOCK=block,
@@ -133,6 +129,35 @@ def grouped(
         **launch_options(pdl),
     )
     return out
+
+
+def grouped_gate_up(
+    routed: Routed, experts: ExpertMatrices, placed: Placed | None, config: TileConfig, *, pdl: bool = False
+) -> torch.Tensor:
+    """What every pair's expert has between its linears, [T * K, I] in x's dtype. placed: None up to `UNLISTED_ROWS`."""
+    h = routed.x.new_empty(routed.ids.numel(), experts.width)
+    bias = experts.gate_up_bias
+    _linear(routed.x, routed, experts, experts.gate_up, bias, placed, h, config, experts.activation, pdl)
+    return h
+
+
+def grouped_down(
+    h: torch.Tensor,
+    routed: Routed,
+    experts: ExpertMatrices,
+    placed: Placed | None,
+    config: TileConfig,
+    *,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """What every pair adds to its token's sum, [T * K, H]; pairs of other ranks' experts are not written.
+
+    pdl: it must follow `grouped_gate_up` at once, before whose end it reads ids and tiles.
+    """
+    rows = len(routed.ids)
+    y = h.new_empty(len(h), experts.hidden, dtype=torch.float32 if rows <= WIDE_ROWS else h.dtype)
+    _linear(h, routed, experts, experts.down, experts.down_bias, placed, y, config, None, pdl)
+    return y
 
 
 def _configs(x: torch.Tensor, pairs: int, experts: ExpertMatrices, total: int) -> tuple[TileConfig, TileConfig]:

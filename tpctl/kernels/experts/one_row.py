@@ -59,23 +59,31 @@ def one_row(
 ) -> torch.Tensor:
     """[1, H]: residual + the weighed experts of one token + the shared one, in x's dtype (`out`, if given).
 
-    routed: of one row, in the dtype of the weights. residual_TH: may be `out`. outlet: sends the result as well; the
-    all-reduce that follows must be told so. configs: of gate_up and down. Raises ValueError for more rows, for codes
-    that no kernel reads and for what an outlet does not take.
+    routed: of one row, in the dtype of weights that are no codes. residual_TH: may be `out`. outlet: sends the result
+    as well; the all-reduce that follows must be told so. configs: of gate_up and down. Raises ValueError for more rows,
+    for codes that no kernel reads and for what an outlet does not take.
     """
-    x, ids, weights, factors = routed
-    rows, hidden = x.shape
-    if rows != 1:
-        raise ValueError(f"{rows} rows are more than one; use `grouped`")
-    per_token, width = ids.shape[1], experts.width
-    first, second = configs or (pick_gated_row(hidden), pick_row(width))
+    first, second = configs or (pick_gated_row(experts.hidden), pick_row(experts.width))
+    h, shared_h = row_gate_up(routed, experts, shared, first, pdl=pdl)
+    return row_down(
+        h, shared_h, routed, experts, shared, second, residual_TH=residual_TH, out=out, outlet=outlet, pdl=pdl
+    )
+
+
+def row_gate_up(
+    routed: Routed, experts: ExpertMatrices, shared: SharedMatrices | None, config: RowConfig, *, pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the chosen experts [K, I] and the shared one [1, S] have between their linears; the former twice, where
+    there is no shared one."""
+    x, ids = routed.x, routed.ids
+    if len(x) != 1:
+        raise ValueError(f"{len(x)} rows are more than one; use `grouped`")
     pointers, form = as_stored(experts.gate_up)
-    shared_form = None if shared is None else as_stored(shared.gate_up[None])[1]
-    h = x.new_empty(per_token, width)
+    h = x.new_empty(ids.shape[1], experts.width)
     shared_h = h if shared is None else x.new_empty(1, shared.gate_up.shape[0] // 2)
-    blocks = per_token * triton.cdiv(width, first.block_n)
+    blocks = ids.shape[1] * triton.cdiv(experts.width, config.block_n)
     if shared is not None:
-        blocks += triton.cdiv(shared_h.shape[1], first.block_n)
+        blocks += triton.cdiv(shared_h.shape[1], config.block_n)
     one_row_gate_up_kernel[(blocks,)](
         x,
         ids,
@@ -87,20 +95,38 @@ def one_row(
         experts.first,
         experts.count,
         FORM=form,
-        SHARED_FORM=shared_form,
+        SHARED_FORM=None if shared is None else as_stored(shared.gate_up[None])[1],
         HAS_BIAS=experts.gate_up_bias is not None,
         GATING=experts.activation,
         INTERLEAVED=experts.interleaved,
-        BLOCK_N=first.block_n,
-        BLOCK_K=first.block_k,
-        STAGES=first.num_stages,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
         PDL=pdl,
-        num_warps=first.num_warps,
+        num_warps=config.num_warps,
         **launch_options(pdl),
     )
+    return h, shared_h
+
+
+def row_down(
+    h: torch.Tensor,
+    shared_h: torch.Tensor,
+    routed: Routed,
+    experts: ExpertMatrices,
+    shared: SharedMatrices | None,
+    config: RowConfig,
+    *,
+    residual_TH: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    outlet: PeerBuffer | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """The rest of `one_row`. pdl: it must follow `row_gate_up` at once, whose ids it reads before that has ended."""
+    x, ids, weights, factors = routed
     pointers, form = as_stored(experts.down)
     out = x.new_empty(x.shape) if out is None else out
-    one_row_down_kernel[(triton.cdiv(hidden, second.block_n),)](
+    one_row_down_kernel[(triton.cdiv(experts.hidden, config.block_n),)](
         h,
         shared_h,
         ids,
@@ -111,18 +137,18 @@ def one_row(
         x if shared is None else shared.down,
         first=experts.first,
         count=experts.count,
-        **finish_options(out, residual_TH, outlet, second.block_n),
+        **finish_options(out, residual_TH, outlet, config.block_n),
         FORM=form,
         SHARED_FORM=None if shared is None else as_stored(shared.down[None])[1],
         HAS_BIAS=experts.down_bias is not None,
         HAS_FACTOR=factors is not None,
-        PER_TOKEN=per_token,
-        BLOCK_N=second.block_n,
-        BLOCK_K=second.block_k,
-        STAGES=second.num_stages,
-        PREFETCH=min(second.prefetch, per_token * triton.cdiv(width, second.block_k)),
+        PER_TOKEN=ids.shape[1],
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.num_stages,
+        PREFETCH=min(config.prefetch, ids.shape[1] * triton.cdiv(experts.width, config.block_k)),
         PDL=pdl,
-        num_warps=second.num_warps,
+        num_warps=config.num_warps,
         **launch_options(pdl),
     )
     return out

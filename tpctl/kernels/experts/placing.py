@@ -22,7 +22,8 @@ from tpctl.kernels.common.launch import launch_options, next_power_of_2
 
 CHUNK = 4096
 _BLOCK = 64  # pairs and tiles of a program
-_STEP = 256  # pairs that it looks at together
+_STEP = 256  # pairs that each of them is held against together
+_COUNTED = 1024  # pairs that are counted together
 
 
 class Placed(NamedTuple):
@@ -101,6 +102,7 @@ def _place_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    COUNTED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -109,7 +111,7 @@ def _place_kernel(
     block = tl.program_id(0)
     chunk = block * BLOCK // CHUNK
     if ONE_CHUNK:
-        total = _count_pairs(ids_ptr, 0, pairs, first, count, EXPERTS, STEP)
+        total = _count_pairs(ids_ptr, 0, pairs, first, count, EXPERTS, COUNTED)
         before = tl.zeros([EXPERTS], tl.int32)
     else:
         total = tl.zeros([EXPERTS], tl.int32)
@@ -167,7 +169,7 @@ def place(ids_TK: torch.Tensor, experts: int, block_m: int, *, first: int = 0, p
             experts,
             EXPERTS=size,
             CHUNK=CHUNK,
-            STEP=1024,
+            STEP=_COUNTED,
             PDL=pdl,
             num_warps=4,
             **launch_options(pdl),
@@ -187,6 +189,7 @@ def place(ids_TK: torch.Tensor, experts: int, block_m: int, *, first: int = 0, p
         BLOCK_M=block_m,
         BLOCK=_BLOCK,
         STEP=_STEP,
+        COUNTED=_COUNTED,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
