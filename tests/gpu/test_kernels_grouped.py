@@ -92,9 +92,10 @@ def test_codes(rows, kind, codes) -> None:
 def test_choice(limit: int) -> None:
     assert pick_block_m(64 * 8, 128) == 16 and pick_block_m(512 * 8, 128) == 32 and pick_block_m(8192 * 8, 128) == 128
     assert pick_tile(16, gated=True, itemsize=2, limit=232448) == TileConfig(16, 64, 128, 4, 3)
+    assert pick_tile(16, gated=True, itemsize=2, limit=232448, codes=True).num_warps == 2
     for block_m in (16, 32, 64, 128):
         for gated in (False, True):
             for itemsize in (2, 4):
-                config = pick_tile(block_m, gated=gated, itemsize=itemsize, limit=limit)
+                config = pick_tile(block_m, gated=gated, itemsize=itemsize, limit=limit, codes=gated)
                 rows = block_m + config.block_n * (1 + gated)
                 assert config.num_stages * rows * config.block_k * itemsize <= limit

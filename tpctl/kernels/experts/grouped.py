@@ -54,12 +54,13 @@ def pick_tile(block_m: int, *, gated: bool, itemsize: int, limit: int, codes: bo
     """A tile of so many pairs; ``itemsize`` bytes a number of x, ``limit`` bytes of shared memory.
 
     Few pairs only stream weights: many bytes under way. Many multiply: large tiles, as far as registers hold them,
-    which those of numbers made of ``codes`` take too.
+    which those of numbers made of ``codes`` take too. With two warps the tensor cores take those from registers in any
+    order, and the copies of codes are 16 bytes wide.
     """
     if itemsize == 4:
         config = TileConfig(block_m, 32, 32, 4, 2)
     elif block_m <= 32:
-        config = TileConfig(block_m, 64, 128, 4, 3)
+        config = TileConfig(block_m, 64, 128, 2 if codes else 4, 3)
     elif block_m == 64:
         config = TileConfig(64, 64 if gated else 128, 64, 4, 4)
     else:

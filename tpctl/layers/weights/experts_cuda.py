@@ -118,7 +118,7 @@ class CudaExperts(FusedExperts):
         logits = _wide_product(x, parts.gate)
         if parts.bias is not None:
             logits += parts.bias
-        ids, weights = route(logits, parts.routing, parts.per_token, parts.correction, pdl=False)
+        ids, weights = route(logits, parts.routing, parts.per_token, parts.correction, pdl=self._state.pdl)
         factors = None if parts.shared_gate is None else _wide_product(x, parts.shared_gate.view(1, -1)).sigmoid()
         return Routed(x, ids, weights, factors)
 
