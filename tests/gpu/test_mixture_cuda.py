@@ -46,7 +46,7 @@ def mixtures(model: Decoder) -> Iterator[Mixture]:
             yield layer._mlp[0]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "gpt_oss", "minimax_m2"])
 def test_any_number_of_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, group = made(name, tmp_path, 1), TPGroup(0, 1, DEVICE)
     compute = CudaCompute(group, facts=HOPPER)
