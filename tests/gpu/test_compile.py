@@ -51,10 +51,22 @@ POINTERS |= {"top_k_ptr": "*i32", "lows_ptr": "*i32", "counted_ptr": "*i32"}
 POINTERS |= {"partial_ptr": "*fp32", "stats_ptr": "*fp32", "scale_log2e": "fp32"}
 
 
-def shared_memory(kernel: Any, dtype: str, arch: int, config: Any, *, packed: bool = False, **constants: Any) -> int:
-    """Bytes that ``kernel`` takes, compiled for ``arch`` with pointers and strides as the engine's are."""
+def shared_memory(
+    kernel: Any,
+    dtype: str,
+    arch: int,
+    config: Any,
+    *,
+    packed: bool = False,
+    pointers: dict[str, str] | None = None,
+    **constants: Any,
+) -> int:
+    """Bytes that ``kernel`` takes, compiled for ``arch`` with pointers and strides as the engine's are.
+
+    pointers: types of those that are not of ``dtype``.
+    """
     names = kernel.arg_names
-    pointers = POINTERS | (PACKED if packed else {})
+    pointers = POINTERS | (PACKED if packed else {}) | (pointers or {})
     types = {name: pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
     types = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
     aligned = [name for name in names if name.endswith(("_ptr", "_stride")) and name not in constants]

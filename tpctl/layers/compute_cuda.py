@@ -20,12 +20,15 @@ from tpctl.distributed import TPGroup
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import early_launch
+from tpctl.kernels.experts.routing import GateScratch
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.stream_cuda import CudaStream
 from tpctl.layers.weights.codes_cuda import KernelCodesWeight
 from tpctl.layers.weights.dense import Weight
+from tpctl.layers.weights.experts import ExpertWeights, Gating, Stack
+from tpctl.layers.weights.experts_cuda import CudaExperts
 from tpctl.layers.weights.kernels import GpuFacts, KernelWeight, StepState
 
 PEER_LIMIT = 2 << 20
@@ -76,6 +79,7 @@ class CudaCompute(Compute):
         self.peers = peers
         self._facts = GpuFacts.of(group.device) if facts is None else facts
         self._scratch = GemvScratch.allocate(group.device)
+        self._gates = GateScratch.allocate(group.device)
         self._state = StepState()
 
     def weight(self, weight: Tensor, *, gated: bool = False) -> Weight:
@@ -83,6 +87,9 @@ class CudaCompute(Compute):
 
     def codes(self, codes: Codes, *, gated: bool = False) -> Weight:
         return KernelCodesWeight(codes, self._scratch, self._state, self._facts)
+
+    def experts(self, gate_up: Stack, down: Stack, gating: Gating, first: int) -> ExpertWeights:
+        return CudaExperts(gate_up, down, gating, first, self._gates, self._state, self._facts)
 
     def begin(self, embedded: Tensor, batch: ForwardBatch) -> CudaStream:
         # Launched early, a kernel's start hides behind the end of the one before; many rows leave nothing to hide.

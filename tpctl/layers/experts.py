@@ -13,6 +13,7 @@ every token gets its K experts, whatever others chose.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -30,7 +31,7 @@ from tpctl.layers.module import Layer, attach
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import WeightMaker
-from tpctl.layers.weights.experts import ExpertWeights, Gating, Stack
+from tpctl.layers.weights.experts import ExpertWeights, FusedExperts, Gating, MixtureParts, Stack
 from tpctl.layers.weights.stored import to_codes
 
 
@@ -55,20 +56,24 @@ class Router:
 
     def __init__(self, made_of: block.Experts, hold: Hold, layer: nn.Module, dtype: torch.dtype | None) -> None:
         assert made_of.routing is not None
-        self._routing, self._per_token = made_of.routing, made_of.per_token
+        self.routing, self.per_token = made_of.routing, made_of.per_token
         gate = next(one for one in made_of.router if isinstance(one, Linear))
-        self._gate = Gate(hold(gate), dtype)
-        attach(layer, gate.name, self._gate)
+        self.gate = Gate(hold(gate), dtype)
+        attach(layer, gate.name, self.gate)
         self._correction: tuple[nn.Module, str] | None = None
         for one in made_of.router:
             if isinstance(one, Vector):
                 empty = nn.Parameter(torch.empty(one.size, dtype=torch.float32), requires_grad=False)
                 self._correction = attach(layer, one.name, empty)
 
+    @property
+    def correction(self) -> Tensor | None:
+        """What is added to scores for the choice alone, [E]."""
+        return None if self._correction is None else getattr(*self._correction)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> ids int32 [T, K] and weights float32 [T, K]."""
-        correction = None if self._correction is None else getattr(*self._correction)
-        return route(self._gate(x), self._routing, self._per_token, correction)
+        return route(self.gate(x), self.routing, self.per_token, self.correction)
 
 
 class Stacks(Layer):
@@ -136,21 +141,43 @@ class Mixture:
         """What the residual stream adds: this, of its input."""
         return self, rows
 
+    @cached_property
+    def _parts(self) -> MixtureParts:
+        """What is around the experts, once it is loaded."""
+        router, shared_gate = self._router, self._shared_gate
+        return MixtureParts(
+            count=len(router.gate.weight),
+            per_token=router.per_token,
+            routing=router.routing,
+            gate=router.gate.weight,
+            bias=router.gate.bias,
+            correction=router.correction,
+            shared=self._shared,
+            shared_gate=None if shared_gate is None else shared_gate.weight.view(-1),
+        )
+
     def local(self, rows: Rows) -> Tensor:
         """This rank's partial sum of normed [T, H]."""
+        if isinstance(self._stacks.weights, FusedExperts):
+            return self._stacks.weights.mixture(rows, self._parts)
         x = rows.x if rows.norm is None else rows.norm(rows.x)
         assert self._stacks.weights is not None, "Decoder.use comes first"
         total = self._stacks.weights(x, *self._router(x))
         if self._shared is not None:
-            shared = self._shared.down_proj.local(self._shared(Rows(x)))
+            shared = self._shared.local(Rows(x))
             total += shared if self._shared_gate is None else shared * self._shared_gate(x).sigmoid()
         return total
 
     def partial(self, rows: Rows) -> Tensor:
+        if isinstance(self._stacks.weights, FusedExperts):
+            return self._stacks.weights.mixture(rows, self._parts, partial=True)
         return self.local(rows)
 
     def add_to(self, residual: Tensor, rows: Rows) -> None:
-        residual.add_(self.local(rows))
+        if isinstance(self._stacks.weights, FusedExperts):
+            self._stacks.weights.mixture(rows, self._parts, residual)
+        else:
+            residual.add_(self.local(rows))
 
     def __call__(self, rows: Rows) -> Tensor:
         return self._group.all_reduce(self.local(rows))

@@ -31,3 +31,7 @@ class MLP(Layer):
     def summand(self, rows: Rows) -> tuple[RowParallelLinear, Tensor]:
         """What the residual stream adds: ``down_proj``, of that."""
         return self.down_proj, self(rows)
+
+    def local(self, rows: Rows) -> Tensor:
+        """This rank's partial sum of normed [T, H]."""
+        return self.down_proj.local(self(rows))

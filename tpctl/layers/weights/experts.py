@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from tpctl.arch.block import Activation, Clamped
+from tpctl.arch.routing import Routing
 from tpctl.kernels.common.codes import Codes
 from tpctl.layers.activation import act_and_mul, clamped_act_and_mul
+from tpctl.layers.mlp import MLP
+from tpctl.layers.stream import Rows
 from tpctl.layers.weights.codes import joined
 from tpctl.layers.weights.dense import Weight, WeightMaker
 
@@ -70,6 +73,42 @@ class ExpertWeights(ABC):
 
         Returns:
             [T, H] in the dtype of ``x``, which depends on a token and not on those beside it.
+        """
+
+
+@dataclass(frozen=True)
+class MixtureParts:
+    """What is around the experts of a mixture.
+
+    Attributes:
+        count: E of all ranks.
+        gate: [E, H], the router's linear, and ``bias`` [E], its bias.
+        correction: float32 [E], added to scores for the choice alone.
+        shared_gate: [H], by whose product's sigmoid ``shared`` counts.
+    """
+
+    count: int
+    per_token: int
+    routing: Routing
+    gate: Tensor
+    bias: Tensor | None
+    correction: Tensor | None
+    shared: MLP | None
+    shared_gate: Tensor | None
+
+
+class FusedExperts(ExpertWeights):
+    """Experts of a device that computes a mixture in fewer steps than there are."""
+
+    @abstractmethod
+    def mixture(
+        self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
+    ) -> Tensor:
+        """This rank's partial sum [T, H] of experts and shared MLP.
+
+        Args:
+            residual: [T, H], to which it is added in place.
+            partial: send it, where the device's linears send sums themselves.
         """
 
 

@@ -1,0 +1,69 @@
+"""Random mixtures for tests of kernels, and what they are held against."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tests.gpu.here import DEVICE
+from tests.unit.random_codes import random_codes
+from tpctl.arch.block import Clamped
+from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices, experts_reference, shared_reference
+from tpctl.kernels.experts.routing import Routed
+
+CLAMPED = Clamped(alpha=1.702, limit=1.5)
+"""With a limit that values of tests reach."""
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+
+def random_experts(
+    count: int, hidden: int, width: int, dtype: torch.dtype, *, biases: bool = False, **more: Any
+) -> ExpertMatrices:
+    return ExpertMatrices(
+        random(count, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
+        random(count, hidden, width, dtype=dtype, scale=width**-0.5),
+        random(count, 2 * width, dtype=dtype) if biases else None,
+        random(count, hidden, dtype=dtype) if biases else None,
+        **more,
+    )
+
+
+def coded_experts(count: int, hidden: int, width: int, kind: Any, *, experts: ExpertMatrices, **codes: Any):
+    """`experts` with codes of random numbers in place of theirs; options that name inputs hold for both matrices."""
+    made = (
+        random_codes(kind, n, k, experts=count, seed=n, device=str(DEVICE), **codes)
+        for n, k in ((2 * width, hidden), (hidden, width))
+    )
+    gate_up, down = made
+    assert isinstance(gate_up, Codes) and isinstance(down, Codes)
+    return replace(experts, gate_up=gate_up, down=down)
+
+
+def random_shared(hidden: int, width: int, dtype: torch.dtype) -> SharedMatrices:
+    return SharedMatrices(
+        random(2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
+        random(hidden, width, dtype=dtype, scale=width**-0.5),
+    )
+
+
+def random_routed(rows: int, hidden: int, count: int, per_token: int, dtype: torch.dtype, factors=False) -> Routed:
+    ids = torch.stack([torch.randperm(count)[:per_token] for _ in range(rows)]).to(DEVICE, torch.int32)
+    return Routed(
+        random(rows, hidden, dtype=dtype),
+        ids,
+        torch.rand(rows, per_token).to(DEVICE),
+        torch.rand(rows).to(DEVICE) if factors else None,
+    )
+
+
+def wanted(routed: Routed, experts: ExpertMatrices, shared: SharedMatrices | None = None) -> torch.Tensor:
+    """In float64."""
+    x = routed.x.double()
+    total = experts_reference(x, routed.ids, routed.weights, experts)
+    return total if shared is None else total + shared_reference(x, shared, routed.factors)

@@ -1,0 +1,102 @@
+"""Kernels for mixtures compiled for GPUs that are not here, at the sizes of published models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.gpu.here import INTERPRET
+from tests.gpu.test_compile import SHARED, shared_memory
+from tpctl.arch.block import Clamped
+from tpctl.kernels.experts.grouped import pick_tile
+from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
+from tpctl.kernels.experts.one_row import RowConfig, pick_gated_row, pick_row
+from tpctl.kernels.experts.one_row_kernels import one_row_down_kernel, one_row_gate_up_kernel
+from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_kernel
+from tpctl.kernels.experts.routing_kernels import gate_kernel, route_kernel
+from tpctl.kernels.experts.tiles import Form
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing"),
+]
+
+ALONE = {"RANK": 0, "WORLD": 1, "PEERS": 1}
+TYPES = dict.fromkeys(("ids_ptr", "pairs_ptr", "tiles_ptr", "counts_ptr", "r_ptr"), "*i32")
+TYPES |= dict.fromkeys(("factors_ptr", "factor_ptr", "f_ptr", "logits_ptr", "correction_ptr", "y_ptr"), "*fp32")
+
+# hidden size, width, experts, of a token, activation
+QWEN = (2048, 768, 128, 8, "silu")
+GPT_OSS = (2880, 2880, 32, 4, Clamped(1.702, 7.0))
+DEEPSEEK = (7168, 2048, 256, 8, "silu")
+
+E4M3: dict[str, Any] = {"scale_columns": 56, "unit": 128, "has_rows": True}
+UINT4: dict[str, Any] = {"scale_columns": 64, "unit": 32, "zero": 8}
+E2M1: dict[str, Any] = {"scale_columns": 90, "unit": 32, "exponents": True}
+CASES: list[tuple[int, Any, str, dict[str, Any]]] = [
+    (90, QWEN, "", {}),
+    (90, GPT_OSS, "e2m1", E2M1),
+    (89, DEEPSEEK, "e4m3", E4M3),
+    (80, QWEN, "uint4", UINT4),
+    (120, GPT_OSS, "", {}),
+]
+
+
+def taken(kernel: Any, arch: int, config: Any, kind: str = "", exponents: bool = False, **constants: Any) -> int:
+    """Bytes of shared memory that `kernel` takes."""
+    codes = {"w_ptr": "*u8", "s_ptr": "*u8" if exponents else "*fp32", "z_ptr": "*u8"} if kind else {}
+    return shared_memory(kernel, "bf16", arch, config, pointers=TYPES | codes, PDL=arch >= 90, **constants)
+
+
+@pytest.mark.parametrize("arch,model,kind,codes", CASES)
+def test_linears_of_experts_fit(arch, model, kind, codes) -> None:
+    hidden, width, _, per_token, activation = model
+    forms = [
+        Form(kind, n, k, scale_rows=n, native=arch >= 89, **codes) for n, k in ((2 * width, hidden), (hidden, width))
+    ]
+    more = {"kind": kind, "exponents": bool(codes.get("exponents"))}
+    biases = isinstance(activation, Clamped)
+    for block_m in (16, 128):
+        for form, gating in zip(forms, (activation, None), strict=True):
+            config = pick_tile(block_m, gated=gating is not None, itemsize=2, limit=SHARED[arch], codes=bool(kind))
+            flags = {"LISTED": block_m > 16, "PER_TOKEN": per_token, "SLOTS": per_token, "INTERLEAVED": biases}
+            flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+            found = taken(grouped_linear_kernel, arch, config, FORM=form, GATING=gating, HAS_BIAS=biases,
+                          STAGES=config.num_stages, **flags, **more)  # fmt: skip
+            assert found <= SHARED[arch], config
+    first, second = pick_gated_row(hidden), pick_row(width)
+    shared = None if biases else Form("", 2 * width, hidden), None if biases else Form("", hidden, width)
+    found = taken(one_row_gate_up_kernel, arch, first, FORM=forms[0], SHARED_FORM=shared[0], HAS_BIAS=biases,
+                  GATING=activation, INTERLEAVED=biases, BLOCK_N=first.block_n, BLOCK_K=first.block_k,
+                  STAGES=first.num_stages, **more)  # fmt: skip
+    assert found <= SHARED[arch], first
+    found = taken(one_row_down_kernel, arch, second, FORM=forms[1], SHARED_FORM=shared[1], HAS_BIAS=biases,
+                  HAS_FACTOR=False, HAS_RESIDUAL=True, PER_TOKEN=per_token, BLOCK_N=second.block_n,
+                  BLOCK_K=second.block_k, STAGES=second.num_stages, PREFETCH=2, **ALONE, **more)  # fmt: skip
+    assert found <= SHARED[arch], second
+
+
+@pytest.mark.parametrize("arch,model", [(90, QWEN), (80, DEEPSEEK), (120, GPT_OSS)])
+def test_what_is_around_them_fits(arch, model) -> None:
+    hidden, _, count, per_token, _ = model
+    config = RowConfig(1, 1)
+    groups = 8 if count == 256 else 1
+    chosen = {"SCORES": "sigmoid", "RENORMALISE": True, "HAS_CORRECTION": True, "SCALE": 2.5, "EPSILON": 1e-20}
+    chosen |= {"GROUPS": groups, "TOP_GROUPS": (groups + 1) // 2, "COUNT": count, "PER_TOKEN": per_token}
+    chosen |= {"ROWS": groups, "SIZE": count // groups}
+    assert taken(route_kernel, arch, config, **chosen) <= SHARED[arch]
+    block_k = 1 << (hidden - 1).bit_length()
+    gate = {"IN_FEATURES": hidden, "HAS_BIAS": True, "HAS_SHARED": True, "HAS_NORM": True, "UNIT_OFFSET": False}
+    assert taken(gate_kernel, arch, config, BLOCK_N=1, BLOCK_K=block_k, **gate, **chosen) <= SHARED[arch]
+    place = {"EXPERTS": count, "CHUNK": CHUNK}
+    assert taken(_count_kernel, arch, config, STEP=1024, **place) <= SHARED[arch]
+    for one in (True, False):
+        assert (
+            taken(_place_kernel, arch, config, ONE_CHUNK=one, BLOCK_M=64, BLOCK=64, STEP=256, COUNTED=1024, **place)
+            <= SHARED[arch]
+        )
+    sums = {"COLUMNS": hidden, "PER_TOKEN": per_token, "HAS_SHARED": True, "HAS_FACTORS": True, "HAS_RESIDUAL": True}
+    assert taken(gather_sum_kernel, arch, config, BLOCK=1024, **sums, **ALONE) <= SHARED[arch]

@@ -1,0 +1,119 @@
+"""Mixtures with fused kernels compute what they do in plain torch, in every way and in a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from tests.gpu.here import DEVICE
+from tests.gpu.test_compute_cuda import FEW, HOPPER, MANY, SHAPE, FirstOfTwo, Plain, a_step, build
+from tests.tiny import make_mixture
+from tests.unit.random_codes import random_codes
+from tpctl.distributed import TPGroup
+from tpctl.errors import UnsupportedModelError
+from tpctl.layers.attention.sdpa import SdpaBackend
+from tpctl.layers.attention.triton import TritonBackend
+from tpctl.layers.compute_cuda import CudaCompute
+from tpctl.layers.experts import Mixture
+from tpctl.layers.norm import RMSNorm
+from tpctl.layers.stream import Rows
+from tpctl.layers.weights import experts_cuda
+from tpctl.layers.weights.experts import Gating, Stack
+from tpctl.models.decoder import Decoder
+from tpctl.sharding.cutting.shard import shard_checkpoint
+
+pytestmark = pytest.mark.gpu
+HIDDEN = 64
+
+
+def made(name: str, folder: Path, tp_size: int, **changes: Any) -> Path:
+    make_mixture(name, folder / "hf", **{**SHAPE, "hidden_size": HIDDEN, **changes})
+    shard_checkpoint(folder / "hf", folder / "shards", tp_size)
+    return folder / "shards"
+
+
+def mixtures(model: Decoder) -> Iterator[Mixture]:
+    for layer in model.model.layers:
+        if isinstance(layer._mlp[0], Mixture):
+            yield layer._mlp[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "gpt_oss", "minimax_m2"])
+def test_any_number_of_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, group = made(name, tmp_path, 1), TPGroup(0, 1, DEVICE)
+    compute = CudaCompute(group, facts=HOPPER)
+    plain, fused = (build(folder, SdpaBackend, group, one)[0] for one in (Plain(group), compute))
+    norm = RMSNorm(HIDDEN, 1e-6, torch.float32).to(DEVICE)
+    norm.weight.data = torch.rand(HIDDEN, device=DEVICE) + 0.5
+    ways: list[str] = []
+    for way in ("one_row", "grouped"):
+        original = getattr(experts_cuda, way)
+        monkeypatch.setattr(
+            experts_cuda,
+            way,
+            lambda *args, way=way, original=original, **more: ways.append(way) or original(*args, **more),
+        )
+    for want_of, got_of in zip(mixtures(plain), mixtures(fused), strict=True):
+        for count in (1, 5, 19):
+            x = torch.randn(count, HIDDEN, device=DEVICE)
+            with torch.inference_mode():
+                want = want_of.local(Rows(x, norm))
+                for got in (got_of.local(Rows(x, norm)), got_of.local(Rows(norm(x))), got_of.partial(Rows(x, norm))):
+                    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+                residual = torch.ones_like(x)
+                got_of.add_to(residual, Rows(x, norm))
+            torch.testing.assert_close(residual, want + 1, rtol=1e-4, atol=1e-4)
+    assert set(ways) == {"one_row", "grouped"}
+
+
+@pytest.mark.parametrize("name,tp_size,new", [("qwen3_moe", 1, MANY), ("qwen2_moe", 2, FEW)])
+def test_same_logits_and_cache(name: str, tp_size: int, new: list[int], tmp_path: Path) -> None:
+    folder = made(name, tmp_path, tp_size, hidden_size=256)  # heads of 32, whatever a family derives them from
+    group = (TPGroup if tp_size == 1 else FirstOfTwo)(0, tp_size, DEVICE)
+    run, step = a_step(new, tp_size)
+    plain = run(*build(folder, SdpaBackend, group, Plain(group)), step)
+    assert plain[0].std() > 0.01
+    found = run(*build(folder, TritonBackend, group, CudaCompute(group, facts=HOPPER)), step)
+    for got, want in zip(found, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_are_sent_where_linears_send_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, group = made("glm4_moe", tmp_path, 2), FirstOfTwo(0, 2, DEVICE)
+    compute = CudaCompute(group, facts=HOPPER)
+    fused = build(folder, SdpaBackend, group, compute)[0]
+    outlet: Any = SimpleNamespace()
+    sent: list[Any] = []
+    for way in ("one_row", "grouped"):
+
+        def spy(*args: Any, outlet: Any, original: Any = getattr(experts_cuda, way), **more: Any) -> Tensor:
+            sent.append(outlet)
+            return original(*args, **more)
+
+        monkeypatch.setattr(experts_cuda, way, spy)
+    mixture = next(mixtures(fused))
+    for count in (1, 3):
+        rows = Rows(torch.randn(count, HIDDEN, device=DEVICE))
+        for compute._state.sums, compute._state.sends in ((outlet, True), (outlet, False), (None, False)):
+            with torch.inference_mode():
+                mixture.partial(rows)
+                mixture.local(rows)
+    assert sent == [outlet, None, None, None, None, None] * 2
+
+
+@pytest.mark.parametrize("options,why", [({"unit": 16, "groups": True}, "groups in no order")])
+def test_codes_that_no_kernel_reads_are_refused(options: dict[str, Any], why: str) -> None:
+    compute = CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER)
+    gate_up, down = (random_codes("uint4", 32, 32, experts=2, device=str(DEVICE), **options) for _ in range(2))
+    with pytest.raises(UnsupportedModelError, match=why):
+        compute.experts(Stack((gate_up,)), Stack((down,)), Gating(), 0)
+    with pytest.raises(UnsupportedModelError, match="quantised in other groups"):
+        compute.experts(Stack((gate_up, gate_up)), Stack((down,)), Gating(), 0)

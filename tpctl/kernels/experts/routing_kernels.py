@@ -1,0 +1,215 @@
+"""The device code of `routing`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _ranks(values, index, SIZE: tl.constexpr):
+    """How many of `values` [SIZE] stand before each: the larger ones, and among equals those of a smaller index."""
+    here, there = values[:, None], values[None, :]
+    before = (there > here) | ((there == here) & (index[None, :] < index[:, None]))
+    return tl.sum(before.to(tl.int32), 1)
+
+
+@triton.jit
+def _keep_best_groups(choice, GROUPS: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """`choice` [ROWS, SIZE], a group a row, with -inf where a group is not among the TOP best of GROUPS."""
+    at = tl.broadcast_to(tl.arange(0, SIZE)[None, :], [ROWS, SIZE])
+    best = tl.max(choice, 1)
+    first = tl.min(tl.where(choice == best[:, None], at, SIZE), 1)  # of equal ones one alone is the best
+    second = tl.max(tl.where(at == first[:, None], float("-inf"), choice), 1)
+    group = tl.arange(0, ROWS)
+    total = best if SIZE == 1 else best + second
+    total = tl.where(group < GROUPS, total, float("-inf"))
+    return tl.where((_ranks(total, group, ROWS) < TOP)[:, None], choice, float("-inf"))
+
+
+@triton.jit
+def choose(
+    logits,  # [ROWS, SIZE] float32: the experts by groups
+    expert,  # their numbers
+    real,  # whether there is such an expert
+    correction_ptr,
+    ids_ptr,  # of one token
+    weights_ptr,
+    SCORES: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """One token's experts and weights (`arch.routing`). What is not a number is chosen last, and keeps its weight."""
+    if SCORES == "softmax":
+        highest = tl.max(tl.max(tl.where(real, logits, float("-inf")), 1), 0)
+        scores = tl.where(real, tl.exp(logits - highest), 0.0)
+        scores = scores / tl.sum(tl.sum(scores, 1), 0)
+    elif SCORES == "sigmoid":
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        scores = logits
+    choice = scores
+    if HAS_CORRECTION:
+        choice += tl.load(correction_ptr + expert, mask=real, other=0.0).to(tl.float32)
+    choice = tl.where(real & (choice == choice), choice, float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        choice = _keep_best_groups(choice, GROUPS, TOP_GROUPS, ROWS, SIZE)
+    WIDTH: tl.constexpr = ROWS * SIZE
+    flat = tl.reshape(choice, [WIDTH])
+    expert = tl.reshape(expert, [WIDTH])
+    scores = tl.reshape(scores, [WIDTH])
+    # Behind all that are real: where some of those are -inf as well, padding comes after them.
+    index = tl.where(tl.reshape(real, [WIDTH]), tl.arange(0, WIDTH), WIDTH + tl.arange(0, WIDTH))
+    rank = _ranks(flat, index, WIDTH)
+    chosen = rank < PER_TOKEN
+    if SCORES == "softmax of chosen":
+        highest = tl.max(tl.where(chosen, scores, float("-inf")), 0)
+        scores = tl.exp(scores - highest)
+        scores = scores / tl.sum(tl.where(chosen, scores, 0.0), 0)
+    if RENORMALISE:
+        scores = scores / (tl.sum(tl.where(chosen, scores, 0.0), 0) + EPSILON)
+    tl.store(ids_ptr + rank, expert, mask=chosen)
+    tl.store(weights_ptr + rank, scores * SCALE, mask=chosen)
+
+
+@triton.jit
+def _experts(COUNT: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """The numbers of experts by groups, [ROWS, SIZE], and which of them there are."""
+    EACH: tl.constexpr = COUNT // GROUPS
+    group = tl.arange(0, ROWS)[:, None]
+    within = tl.arange(0, SIZE)[None, :]
+    return group * EACH + within, (group < GROUPS) & (within < EACH)
+
+
+@triton.jit
+def route_kernel(
+    logits_ptr,
+    correction_ptr,
+    ids_ptr,
+    weights_ptr,
+    logits_stride,
+    SCORES: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    COUNT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    expert, real = _experts(COUNT, GROUPS, ROWS, SIZE)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=real, other=0.0).to(tl.float32)
+    choose(logits, expert, real, correction_ptr, ids_ptr + token * PER_TOKEN, weights_ptr + token * PER_TOKEN, SCORES,
+           RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, PER_TOKEN, ROWS, SIZE)  # fmt: skip
+
+
+@triton.jit
+def _normed(x, norm, eps, IN_FEATURES: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    """RMSNorm of one row of `x`, rounded as `common.norm` rounds it."""
+    value = x.to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / IN_FEATURES + eps)
+    if UNIT_OFFSET:
+        value = value * (1.0 + norm)
+    else:
+        value = value.to(x.dtype).to(tl.float32) * norm
+    return value.to(x.dtype)
+
+
+@triton.jit
+def gate_kernel(
+    x_ptr,
+    gate_ptr,  # [COUNT, IN_FEATURES]
+    bias_ptr,
+    shared_ptr,  # [IN_FEATURES]
+    norm_ptr,
+    correction_ptr,
+    logits_ptr,  # [T, COUNT + 1] float32
+    counters_ptr,  # [T], zero between calls
+    normed_ptr,
+    ids_ptr,
+    weights_ptr,
+    factors_ptr,
+    x_stride,
+    normed_stride,
+    eps,
+    IN_FEATURES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    SCORES: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    COUNT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Logits of BLOCK_N experts for one token; the program that comes last chooses."""
+    BLOCKS: tl.constexpr = (COUNT + BLOCK_N - 1) // BLOCK_N
+    block = tl.program_id(0)
+    token = tl.program_id(1).to(tl.int64)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    k_ok = k < IN_FEATURES
+    rows = gate_ptr + n[:, None] * IN_FEATURES
+    if HAS_SHARED:  # the block behind those of the experts
+        shared = block == BLOCKS
+        rows = tl.where(shared, shared_ptr + 0 * n[:, None], rows)
+        n_ok = (n < COUNT) | (shared & (n == BLOCKS * BLOCK_N))
+    else:
+        n_ok = n < COUNT
+    gate = tl.load(rows + k[None, :], mask=n_ok[:, None] & k_ok[None, :], other=0.0)
+    norm = k
+    if HAS_NORM:
+        norm = tl.load(norm_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + token * x_stride + k, mask=k_ok, other=0.0)
+    if HAS_NORM:
+        x = _normed(x, norm, eps, IN_FEATURES, UNIT_OFFSET)
+        if block == 0:
+            tl.store(normed_ptr + token * normed_stride + k, x, mask=k_ok)
+    logits = tl.sum(gate.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+    if HAS_BIAS:
+        logits += tl.load(bias_ptr + n, mask=n < COUNT, other=0.0).to(tl.float32)
+    logits_ptr += token * (COUNT + 1)
+    if HAS_SHARED:
+        tl.store(logits_ptr + tl.where(block == BLOCKS, COUNT, n), logits, mask=n_ok)
+    else:
+        tl.store(logits_ptr + n, logits, mask=n_ok)
+    tl.debug_barrier()
+    done = tl.atomic_add(counters_ptr + token, 1, sem="acq_rel", scope="gpu")
+    if done == tl.num_programs(0) - 1:
+        tl.store(counters_ptr + token, 0)
+        if HAS_SHARED:
+            factor = tl.load(logits_ptr + COUNT, cache_modifier=".cg")
+            tl.store(factors_ptr + token, 1.0 / (1.0 + tl.exp(-factor)))
+        expert, real = _experts(COUNT, GROUPS, ROWS, SIZE)
+        all_logits = tl.load(logits_ptr + expert, mask=real, other=0.0, cache_modifier=".cg")
+        choose(all_logits, expert, real, correction_ptr, ids_ptr + token * PER_TOKEN, weights_ptr + token * PER_TOKEN,
+               SCORES, RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, PER_TOKEN, ROWS,
+               SIZE)  # fmt: skip

@@ -1,0 +1,156 @@
+"""Mixtures of experts on a GPU, in as few launches as there are rows for.
+
+one row            norm + router + choice | gate·up of the chosen (and shared) | down of all + residual
+up to 16           norm + router + choice | gate·up | down | sum over a token's experts + shared + residual
+more               norm | router | choice | tiles | gate·up | down | sum
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpctl.errors import UnsupportedModelError
+from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.experts.grouped import grouped
+from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
+from tpctl.kernels.experts.one_row import one_row
+from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, gate, route
+from tpctl.kernels.experts.tiles import as_stored
+from tpctl.layers.stream import Rows
+from tpctl.layers.weights.dense import DenseWeight
+from tpctl.layers.weights.experts import FusedExperts, Gating, MixtureParts, Stack
+from tpctl.layers.weights.kernels import GpuFacts, StepState, normed
+
+
+class CudaExperts(FusedExperts):
+    """Experts ``first`` and on, stacked as a rank has them.
+
+    Args:
+        scratch: of the routers of all layers.
+
+    Raises:
+        UnsupportedModelError: they are quantised in a way that no kernel reads.
+    """
+
+    def __init__(
+        self,
+        gate_up: Stack,
+        down: Stack,
+        gating: Gating,
+        first: int,
+        scratch: GateScratch,
+        state: StepState,
+        facts: GpuFacts,
+    ) -> None:
+        self._matrices = ExpertMatrices(
+            _matrix(gate_up),
+            _matrix(down),
+            gate_up.bias,
+            down.bias,
+            gating.activation,
+            gating.interleaved,
+            first,
+        )
+        self._scratch, self._state, self._facts = scratch, state, facts
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return grouped(Routed(x, ids, weights), self._matrices, pdl=self._state.pdl)
+
+    def mixture(
+        self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
+    ) -> Tensor:
+        state = self._state
+        routed = self._routed(rows, parts)
+        outlet = state.sums if partial and state.sends else None
+        if len(rows.x) == 1 and self._facts.takes(rows.x) and (parts.shared is None or _plain(parts) is not None):
+            return one_row(
+                routed,
+                self._matrices,
+                shared=_plain(parts),
+                residual_TH=residual,
+                out=residual,
+                outlet=outlet,
+                pdl=state.pdl,
+            )
+        return grouped(
+            routed,
+            self._matrices,
+            total_experts=parts.count,
+            shared_TH=None if parts.shared is None else parts.shared.local(Rows(routed.x)),
+            residual_TH=residual,
+            out=residual,
+            outlet=outlet,
+            pdl=state.pdl,
+        )
+
+    def _routed(self, rows: Rows, parts: MixtureParts) -> Routed:
+        """Few rows in one launch; so are all in float32, where a choice must not depend on the batch."""
+        count = len(rows.x)
+        if count <= GATE_ROWS:
+            return self._gated(rows, parts)
+        if rows.x.dtype != torch.float32:
+            return self._many(rows, parts)
+        starts = range(0, count, GATE_ROWS)
+        pieces = [self._gated(Rows(rows.x[start : start + GATE_ROWS], rows.norm), parts) for start in starts]
+        x, ids, weights = (torch.cat([piece[i] for piece in pieces]) for i in range(3))  # type: ignore[misc]
+        factors = [piece.factors for piece in pieces if piece.factors is not None]
+        return Routed(x, ids, weights, torch.cat(factors) if factors else None)
+
+    def _gated(self, rows: Rows, parts: MixtureParts) -> Routed:
+        norm = rows.norm
+        return gate(
+            rows.x,
+            parts.gate,
+            parts.routing,
+            parts.per_token,
+            self._scratch,
+            bias_E=parts.bias,
+            correction_E=parts.correction,
+            shared_H=parts.shared_gate,
+            norm=None if norm is None else (norm.weight, norm.eps),
+            unit_offset=norm is not None and norm.unit_offset,
+            pdl=self._state.pdl,
+        )
+
+    def _many(self, rows: Rows, parts: MixtureParts) -> Routed:
+        x = rows.x if rows.norm is None else normed(rows.x, rows.norm, self._state)
+        logits = _wide_product(x, parts.gate)
+        if parts.bias is not None:
+            logits += parts.bias
+        ids, weights = route(logits, parts.routing, parts.per_token, parts.correction, pdl=self._state.pdl)
+        factors = None if parts.shared_gate is None else _wide_product(x, parts.shared_gate.view(1, -1)).sigmoid()
+        return Routed(x, ids, weights, factors)
+
+
+def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32."""
+    if x.is_cuda and x.dtype == weight.dtype:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return x.float() @ weight.float().t()
+
+
+def _matrix(stack: Stack) -> Tensor | Codes:
+    """A stack's matrix, each row of it in one piece."""
+    if isinstance(stack.matrix, Tensor):
+        return stack.matrix.contiguous()
+    if len(stack.matrix) > 1:
+        raise UnsupportedModelError("experts whose gate and up are quantised in other groups do not run on a GPU")
+    (codes,) = stack.matrix
+    try:
+        as_stored(codes)
+    except ValueError as error:
+        raise UnsupportedModelError(f"these experts do not run on a GPU: {error}") from None
+    return codes
+
+
+def _plain(parts: MixtureParts) -> SharedMatrices | None:
+    """The shared MLP's weights, where the kernel for one row takes them."""
+    shared = parts.shared
+    if shared is None:
+        return None
+    gate_up, down = shared.gate_up_proj, shared.down_proj
+    weights = [linear.matrix.weight for linear in (gate_up, down) if isinstance(linear.matrix, DenseWeight)]
+    if len(weights) < 2 or gate_up.bias is not None or down.bias is not None or gate_up.activation != "silu":
+        return None
+    return SharedMatrices(*weights)
