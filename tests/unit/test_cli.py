@@ -171,7 +171,7 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
     (tmp_path / "config.json").write_text(json.dumps(make_config()))
     monkeypatch.setattr("tpctl.client.prepare.supported_source", lambda model, tp_size, **given: source)
     monkeypatch.setattr(
-        "tpctl.client.prepare.ensure_sharded", lambda source, tp_size, progress: tmp_path / f"tp{tp_size}"
+        "tpctl.client.prepare.ensure_sharded", lambda source, tp_size, progress, **how: tmp_path / f"tp{tp_size}"
     )
     monkeypatch.setattr("tpctl.client.prepare.ensure_verified", lambda folder, ranks, progress: None)
     options = EngineOptions(
