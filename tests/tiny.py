@@ -140,6 +140,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3",
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     ),
+    "cohere2": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 9, "logit_scale": 1.5}),
+    "cohere2-biases": (
+        "Cohere2",
+        {**UNEVEN, "attention_bias": True, "sliding_window": 9, "sliding_window_pattern": 2, "logit_scale": 0.4},
+    ),
     "glm4": ("Glm4", {"num_key_value_heads": 2, "head_dim": 16}),
     "glm4-whole-heads": ("Glm4", {"head_dim": 12, "attention_bias": False, "partial_rotary_factor": 1.0}),
     "granite": ("Granite", GRANITE),

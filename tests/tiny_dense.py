@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import GEMMA3, SIZES, UNEVEN, save
+from tests.tiny import GEMMA3, SIZES, save
 
 PIXTRAL: dict[str, Any] = {
     "hidden_size": 16,
@@ -50,8 +50,6 @@ GEMMA4_EDGE: dict[str, Any] = {
 }
 
 CUT: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "cohere2": ("Cohere2", "Cohere2ForCausalLM", {"tie_word_embeddings": True}),
-    "cohere2-biases": ("Cohere2", "Cohere2ForCausalLM", {**UNEVEN, "attention_bias": True}),
     "ministral3": ("Ministral3", "Ministral3ForCausalLM", {"head_dim": 12}),
     "gemma4-text": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4, "attention_bias": True}),
     "gemma4-text-moe": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4_MOE, "tie_word_embeddings": False}),

@@ -184,7 +184,9 @@ def a_step(new: list[int], tp_size: int) -> tuple[Run, ForwardBatch]:
         ("olmo3-yarn", 512, 2, FEW, set()),
         ("smollm3-window", 256, 1, MANY, {"split_linear", "gated_linear"}),  # layers without RoPE
         ("granite", 256, 1, FEW, set()),  # factors
-        ("glm4", 256, 1, MANY, {"split_linear", "gated_linear"}),  # neighbours rotated in a part of a head
+        ("cohere2", 256, 1, FEW, set()),  # attention and MLP beside each other, behind one LayerNorm
+        ("cohere2", 512, 2, MANY, {"split_linear", "gated_linear"}),
+        ("glm4", 256, 1, MANY, {"gated_linear"}),  # neighbours rotated in a part of a head
         ("granite", 512, 2, MANY, {"split_linear", "gated_linear"}),
     ],
 )

@@ -149,7 +149,7 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
     [
         (
             {"model_type": "gpt2"},
-            'model_type "gpt2" is not supported; tpctl runs gemma2, gemma3, ',
+            'model_type "gpt2" is not supported; tpctl runs cohere2, gemma2, gemma3, ',
         ),
         ({"model_type": None}, "model_type null is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, 'architecture "LlamaForSequenceClassification" of'),
@@ -210,6 +210,10 @@ def test_contradictory_configs_name_the_field(changes: dict[str, Any], message: 
         ("olmo3", {"rms_norm_eps": -1}, "rms_norm_eps is -1, but a number"),
         ("olmo3", {"sliding_window": None}, "layers have sliding attention, but no sliding_window is in use"),
         ("olmo3", {"rope_parameters": {"rope_type": "default"}}, 'rope_parameters has "rope_type", but the RoPE of'),
+        ("cohere2", {"layer_norm_eps": None}, "layer_norm_eps is null, but a number"),
+        ("cohere2", {"hidden_size": 70, "head_dim": None}, "hidden_size 70 is no multiple of num_attention_heads 4"),
+        ("cohere2", {"sliding_window": None}, "layers have sliding attention, but no sliding_window is in use"),
+        ("cohere2", {"logit_scale": 0}, "logit_scale is 0, but a number from 1e-06"),
         ("glm4", {"num_key_value_heads": "2"}, 'num_key_value_heads is "2", but a whole number'),
         ("glm4", {"attention_bias": 1}, "attention_bias is 1, but true or false"),
         ("glm4", {"hidden_act": "gelu"}, 'activation "gelu" is not supported'),

@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 24,
     "intermediate_size": 40,
-    "vocab_size": 210000,
+    "vocab_size": 260000,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-4,
     "rope_theta": 5000.0,
@@ -55,7 +55,7 @@ ROPES: dict[str, dict[str, Any]] = {
 MISSING, ORIGINAL = "missing", "original_max_position_embeddings"
 NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite", "minimax_m2", "glm4")
 """Families that refuse one."""
-BIASED = ("llama", "qwen3", "seed_oss", "olmo2", "granite", "smollm3", "gpt_oss")
+BIASED = ("cohere2", "llama", "qwen3", "seed_oss", "olmo2", "granite", "smollm3", "gpt_oss")
 """Families that may have biases in attention."""
 MLP_BIASED = ("llama", "seed_oss", "granite", "smollm3")
 APART = ("gemma2", "gemma3", "gemma3_text", "mistral3", "olmo3")
@@ -82,6 +82,8 @@ def config_of(family: str, rope: str, key: str, value: Any) -> dict[str, Any]:
         del raw["sliding_window"]  # refused
     if family == "gpt_oss":
         del raw[ORIGINAL]  # its default RoPE says another
+    if family == "cohere2":
+        raw["layer_norm_eps"] = raw["rms_norm_eps"]
     if key:
         raw[key] = value
     return {name: value for name, value in raw.items() if value is not MISSING}
@@ -97,12 +99,16 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         config.standardize_rope_params()  # as its rotary tables do
     if family in ("granite", "olmo2", "smollm3") and getattr(config, "head_dim", 0) is None:
         raise ValueError("the class knows no such field, and its attention takes it as it is")
-    if family == "gpt_oss" and config.sliding_window is None:
+    if family in ("cohere2", "gpt_oss") and config.sliding_window is None:
         raise ValueError("no mask can be made of this")
     rope, layers = config.rope_parameters, config.num_hidden_layers
     if rope["rope_theta"] is None or rope.get("original_max_position_embeddings", 1) is None:
         raise ValueError("no table can be made of this")
-    kinds = config.layer_types if family.startswith(("qwen", "smollm3", "gpt_oss")) else ["sliding_attention"] * layers
+    kinds = (
+        config.layer_types
+        if family.startswith(("qwen", "smollm3", "gpt_oss", "cohere2"))
+        else ["sliding_attention"] * layers
+    )
     window = None if family in NO_WINDOW else config.sliding_window
     ends = config.eos_token_id
     attention_bias = family in BIASED and config.attention_bias
@@ -114,7 +120,7 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": config.layer_norm_eps if family == "cohere2" else config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "qkv_bias": family == "qwen2" or attention_bias or (family == "glm4" and config.attention_bias),
         "o_bias": config.attention_out_bias if family == "seed_oss" else attention_bias,
@@ -159,6 +165,7 @@ def test_a_field_that_is_missing_or_null(case: tuple[str, str, str, Any]) -> Non
 
 OWN: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 1, 0] * 11, "no_rope_layer_interval": 5},
+    "cohere2": {"logit_scale": 0.4, "sliding_window_pattern": 5},
     "granite": dict.fromkeys(
         ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 0.75
     ),
@@ -196,6 +203,9 @@ def own_of(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         if not all(factors):
             raise ValueError("nothing would be left")
         return {"rotated": [True] * 30, "factors": factors, "logits": 1 / config.logits_scaling}
+    if family == "cohere2":
+        rotated = [kind == "sliding_attention" for kind in config.layer_types]
+        return {"rotated": rotated, "factors": (1.0, 24**-0.5, 1.0), "logits": config.logit_scale}
     rotated = [bool(config.no_rope_layers[layer]) for layer in range(30)]
     return {"rotated": rotated, "factors": (1.0, 24**-0.5, 1.0), "logits": 1.0}
 

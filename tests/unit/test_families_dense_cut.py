@@ -280,8 +280,6 @@ def _renamed(found: re.Match[str]) -> str:
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("cohere2", {"layer_norm_eps": None}, "layer_norm_eps is null, but a number"),
-        ("cohere2", {"hidden_size": 70, "head_dim": None}, "hidden_size 70 is no multiple of num_attention_heads 8"),
         ("ministral3", {"vocab_size": 0}, "vocab_size is 0, but a whole number"),
         ("gemma4-text", {"hidden_activation": "relu"}, 'activation "relu" is not supported'),
         ("gemma4-text", {"layer_types": ["chunked_attention"] * 4}, 'layer type "chunked_attention" is not supported'),

@@ -32,7 +32,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 12, "rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 0.5}},
     ),
 }
-DENSE = ("olmo2-copies", "olmo3-yarn", "smollm3-window", "granite-biases")
+DENSE = ("olmo2-copies", "olmo3-yarn", "smollm3-window", "granite-biases", "glm4", "cohere2-biases")
 
 
 def make(name: str, folder: Path) -> Any:

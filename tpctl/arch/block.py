@@ -167,9 +167,11 @@ class Block:
     """One layer.
 
     Attributes:
-        before_attention, before_mlp: norm what is read from the residual; ``None`` only where there is one behind.
+        before_attention, before_mlp: norm what is read from the residual; ``None`` only where there is one behind, or
+            where attention and MLP are ``beside`` each other.
         after_attention, after_mlp: norm what is added to it (Gemma's sandwich).
         residual_scale: what is added to it is multiplied by.
+        beside: the MLP reads what attention reads, by the norm before that, and both are added at once (Cohere).
     """
 
     before_attention: Norm | None
@@ -179,6 +181,7 @@ class Block:
     after_attention: Norm | None = None
     after_mlp: Norm | None = None
     residual_scale: float = 1.0
+    beside: bool = False
 
     @property
     def parts(self) -> tuple[LayerPart, ...]:

@@ -15,7 +15,7 @@ from tpctl.partition.split import Part, Rule, Stack, TensorSplit, tensor_names
 class Norm:
     """RMSNorm of ``size`` elements; with ``unit_offset`` (Gemma) the factor is 1 + weight.
 
-    ``cut`` deals the elements of a norm over all heads at once.
+    ``cut`` deals the elements of a norm over all heads at once. ``centred``: the mean is taken off first (LayerNorm).
     """
 
     name: str
@@ -23,6 +23,7 @@ class Norm:
     eps: float
     unit_offset: bool = False
     cut: Cut | None = None
+    centred: bool = False
 
     def splits(self) -> Iterator[TensorSplit]:
         yield from Vector(f"{self.name}.weight", self.size, self.cut).splits()

@@ -30,7 +30,13 @@ def scaled(x: Tensor, scale: Tensor, weight: Tensor, *, unit_offset: bool = Fals
 
 
 class RMSNorm(Layer):
-    """RMSNorm whose weight [size] is replicated."""
+    """RMSNorm whose weight [size] is replicated.
+
+    Attributes:
+        in_kernels: whether GPU kernels compute it, alone and within what they do.
+    """
+
+    in_kernels = True
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype | None = None, *, unit_offset: bool = False) -> None:
         super().__init__()
@@ -40,7 +46,20 @@ class RMSNorm(Layer):
 
     @classmethod
     def of(cls, made_of: linear.Norm, dtype: torch.dtype | None = None) -> RMSNorm:
-        return cls(made_of.size, made_of.eps, dtype, unit_offset=made_of.unit_offset)
+        kind = CentredNorm if made_of.centred else cls
+        return kind(made_of.size, made_of.eps, dtype, unit_offset=made_of.unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
+
+
+class CentredNorm(RMSNorm):
+    """LayerNorm without a bias (Ba et al., 2016), in float32, rounded once: ``(x - mean) / deviation * weight``."""
+
+    in_kernels = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide - wide.mean(-1, keepdim=True)
+        scale = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt_()
+        return wide.mul_(scale).mul_(self.weight.float()).to(x.dtype)

@@ -42,6 +42,27 @@ class Summand(Protocol):
         ...
 
 
+class Together(NamedTuple):
+    """Two summands that are added at once, of a pair of inputs, with one sum over the ranks."""
+
+    first: Summand
+    second: Summand
+    group: TPGroup
+
+    def __call__(self, x: Any, /) -> Tensor:
+        return self.group.all_reduce(self.local(x))
+
+    def local(self, x: Any, /) -> Tensor:
+        return self.first.local(x[0]) + self.second.local(x[1])
+
+    def partial(self, x: Any, /) -> Tensor:
+        raise NotImplementedError("a linear would send a part of the sum alone")
+
+    def add_to(self, residual: Tensor, x: Any, /) -> None:
+        self.first.add_to(residual, x[0])
+        self.second.add_to(residual, x[1])
+
+
 class ResidualStream:
     """In plain torch, on any device.
 

@@ -11,7 +11,7 @@ from tpctl.distributed import TPGroup
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.norm import add_rms_norm
 from tpctl.layers.norm import RMSNorm
-from tpctl.layers.stream import ResidualStream, Rows, Summand
+from tpctl.layers.stream import ResidualStream, Rows, Summand, Together
 from tpctl.layers.weights.kernels import GpuFacts, StepState, normed
 
 
@@ -37,9 +37,9 @@ class CudaStream(ResidualStream):
         self._residual = self._all_reduce(embedded)
 
     def normed(self, norm: RMSNorm | None) -> Rows:
-        if norm is None:
-            assert self._open is None, "every sum without a norm of its own is followed by one"
-            return Rows(self._residual)
+        if norm is None or not norm.in_kernels:
+            assert self._open is None, "a sum that is left open is followed by a norm that adds it"
+            return Rows(self._residual if norm is None else norm(self._residual))
         if self._within:
             return Rows(self._residual, norm)
         if self._open is None:
@@ -63,7 +63,7 @@ class CudaStream(ResidualStream):
 
     def add(self, summand: Summand, x: Any, norm: RMSNorm | None = None, scale: float = 1.0) -> None:
         assert self._open is None, "every sum is followed by a norm"
-        if norm is not None or scale != 1.0:
+        if norm is not None or scale != 1.0 or (isinstance(summand, Together) and not self._within):
             total = self._all_reduce(summand.local(x))
             self._residual.add_(total if norm is None else normed(total, norm, self._state), alpha=scale)
         elif self._within:

@@ -35,7 +35,7 @@ from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
-from tpctl.layers.stream import ResidualStream, Rows
+from tpctl.layers.stream import ResidualStream, Rows, Together
 from tpctl.partition.plan import PartitionPlan
 
 
@@ -61,7 +61,7 @@ class DecoderLayer(Layer):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.residual_scale = made_of.residual_scale
+        self.residual_scale, self.beside = made_of.residual_scale, made_of.beside
         norms = (made_of.before_attention, made_of.after_attention, made_of.before_mlp, made_of.after_mlp)
         self.norms = _Norms(*(self._norm(norm, dtype) for norm in norms))
         self.self_attn = Attention(made_of.attention, hold, backend, rotary, group, dtype)
@@ -91,12 +91,18 @@ class DecoderLayer(Layer):
                 values of the others are stored all the same.
         """
         norms, scale = self.norms, self.residual_scale
-        attended = self.self_attn(stream.normed(norms.before_attention), kv, plan)
+        read = stream.normed(norms.before_attention)
+        attended = self.self_attn(read, kv, plan)
         if rows is not None:
             stream.keep(rows)
-            attended = attended[rows]
+            attended, read = attended[rows], read._replace(x=read.x[rows])
             if not len(rows):
                 return
+        if self.beside:
+            summand, x = self._mlp[0].summand(read)
+            together = Together(self.self_attn.o_proj, summand, self.self_attn.o_proj.group)
+            stream.add(together, (attended, x), None, scale)
+            return
         stream.add(self.self_attn.o_proj, attended, norms.after_attention, scale)
         summand, x = self._mlp[0].summand(stream.normed(norms.before_mlp))
         stream.add(summand, x, norms.after_mlp, scale)

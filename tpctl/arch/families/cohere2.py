@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tpctl.arch import parts
-from tpctl.arch.block import CutBlock
+from tpctl.arch.block import Block
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.mixers import grouped
+from tpctl.arch.linear import Norm
+from tpctl.arch.rope import read_rope
+from tpctl.arch.windows import full_every, layer_kinds, mixed_windows
 
 ARCHITECTURE = "Cohere2ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
+    rope = read_rope(fields, ARCHITECTURE, sizes.head_dim, interleaved=True)
+    kinds = layer_kinds(fields, sizes.num_layers)
+    if kinds is None:
+        kinds = full_every(fields.whole("sliding_window_pattern"), sizes.num_layers)
     bias = fields.flag("attention_bias")
-    mixer = grouped(sizes, "attention beside its MLP", qkv_bias=bias, o_bias=bias)
     mlp = parts.gated(sizes, parts.read_activation(fields))
-    layer = CutBlock(mixer, (parts.norm(sizes, "input_layernorm"), mixer, mlp))
-    return parts.model(sizes, (layer,) * sizes.num_layers)
+    attentions = (  # only layers with a window know positions
+        parts.attention(sizes, None if window is None else rope, window, qkv_bias=bias, o_bias=bias)
+        for window in mixed_windows(fields, kinds)
+    )
+    blocks = (Block(_norm(sizes, "input_layernorm"), one, None, mlp, beside=True) for one in attentions)
+    return replace(
+        parts.model(sizes, tuple(blocks)),
+        norm=_norm(sizes, "model.norm"),
+        logit_scale=fields.number("logit_scale", least=1e-6, most=1e6),
+    )
+
+
+def _norm(sizes: Sizes, name: str) -> Norm:
+    return replace(parts.norm(sizes, name), centred=True)
 
 
 FAMILY = Family(
@@ -31,13 +50,16 @@ FAMILY = Family(
         "num_attention_heads": 64,
         "max_position_embeddings": 8192,
         "layer_norm_eps": 1e-5,
+        "logit_scale": 0.0625,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
         "tie_word_embeddings": True,
         "attention_bias": False,
         "bos_token_id": 5,
         "eos_token_id": 255001,
     },
-    frozenset({"num_key_value_heads", "head_dim"}),
+    frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
     describe,
+    own=frozenset({"logit_scale", "sliding_window_pattern"}),
     eps="layer_norm_eps",
-    runs=False,
 )

@@ -39,6 +39,7 @@ Step = Bar | Lanes
 
 _ACTIVATIONS = {"silu": "SiLU", "gelu_tanh": "GELU"}
 _NORM = ("RMSNorm", "the whole vector")
+_CENTRED = "LayerNorm"
 
 
 def steps(blueprint: Blueprint, number: int, found: Mapping[str, Kind], tp_size: int) -> tuple[Step, ...]:
@@ -59,9 +60,11 @@ class _Way:
         hidden = self._blueprint.hidden_size
         yield Bar("bar", "hidden state", f"{hidden:,} numbers a token, the same on every rank")
         stages = _stages(self._layer)
-        before = isinstance(self._layer.parts[0], Norm)
-        if before:
-            yield self._each("step", lambda i: _NORM, "Cheap, so every rank does it.")
+        first = self._layer.parts[0]
+        before = isinstance(first, Norm)
+        if isinstance(first, Norm):
+            norm = (_CENTRED if first.centred else _NORM[0], _NORM[1])
+            yield self._each("step", lambda i: norm, "Cheap, so every rank does it.")
         for place, (part, norms) in enumerate(stages):
             following = stages[place + 1][0] if place + 1 < len(stages) else None
             behind = norms - (before and norms > 0 and following is not None and _is_partial(following))
