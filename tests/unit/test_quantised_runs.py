@@ -84,7 +84,7 @@ def model_of(family: str, packer: Packer) -> Quantised:
     sizes = {key: value for key, value in SIZES.items() if not key.startswith("moe") or "moe" in family}
     if "moe" in family:
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
-    made = quantise(make_config(family, **sizes), packer, kept=("lm_head",))
+    made = quantise(make_config(family, **sizes), packer)
     if "moe" in family:  # which transformers has no biases for
         made = replace(made, tensors={name: one for name, one in made.tensors.items() if not name.endswith(".bias")})
     return usual_size(made)
