@@ -55,14 +55,21 @@ TRANSPOSED = Packer({}, ("weight", (1, 1), (0, 1)), _turned, _turned_floats)
 
 @dataclass(frozen=True)
 class Quantised:
-    """A checkpoint: its config, its tensors by name, and the matrices of its linears by module; modules have
-    ``packers`` of their own where theirs is not the model's. An expert that is stacked is ``module[expert]``."""
+    """A checkpoint: its config, its tensors by name, and the matrices of its quantised linears by module; those of
+    linears that are ``floats`` likewise. Modules have ``packers`` of their own where theirs is not the model's. An
+    expert that is stacked is ``module[expert]``."""
 
     config: dict[str, Any]
     packer: Packer
     tensors: dict[str, Tensor]
     matrices: dict[str, Matrix]
+    floats: dict[str, Matrix] = field(default_factory=dict, kw_only=True)
     packers: dict[str, Packer] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def every(self) -> dict[str, Matrix]:
+        """The matrices of all linears."""
+        return {**self.matrices, **self.floats}
 
     def held(self, cutting: Cutting = Cutting()) -> Blueprint:
         """The model in the form that the checkpoint has."""
@@ -136,7 +143,8 @@ def _pack(
         for expert in range(1 if linear.stack is None else linear.stack.count):
             tensors, matrix = packer.pack(rows, linear.inputs, rng)
             module = prefix + source if linear.stack is None else _of_expert(prefix + source, expert)
-            model.matrices[module], model.packers[module] = matrix.numpy(), packer
+            kind = model.floats if linear.storage.is_dense else model.matrices
+            kind[module], model.packers[module] = matrix.numpy(), packer
             for name, tensor in tensors.items():
                 made.setdefault(name, []).append(tensor)
         for name, found in made.items():
@@ -182,10 +190,11 @@ def assembled(plan: PartitionPlan, tensors: Mapping[str, Tensor], rank: int) -> 
 def locals_of(model: Quantised, plan: PartitionPlan, rank: int, shard: Mapping[str, Tensor]) -> dict[str, Local]:
     """What ``rank`` has of each module, unpacked from its own tensors alone: where they begin, the plan says. Of one
     that holds several parts, ``module:label`` each."""
+    every = model.every
     parts: dict[str, dict[str, dict[str, tuple[NDArray[Any], tuple[int, ...]]]]] = {}
     for stored in plan.shards[rank].values():
         for piece in stored.pieces:
-            module = _module(piece.source, model.matrices)
+            module = _module(piece.source, every)
             if module is None:
                 continue
             array = as_array(shard[stored.name])
@@ -197,7 +206,11 @@ def locals_of(model: Quantised, plan: PartitionPlan, rank: int, shard: Mapping[s
                 expert = _of_expert(module, piece.start[0] + number) if stored.stacked else module
                 entry = re.sub(r".*[.](w13_|w2_)?", "", stored.name)
                 parts.setdefault(expert, {}).setdefault(entry, {})[piece.label] = (taken, start)
-    return {key: local for module, entries in parts.items() for key, local in _unpacked(model, module, entries)}
+    return {
+        key: local
+        for module, entries in parts.items()
+        for key, local in _unpacked(model.packers.get(module, model.packer), every[module].shape, module, entries)
+    }
 
 
 def _module(source: str, modules: Mapping[str, Matrix]) -> str | None:
@@ -212,9 +225,11 @@ def _of_expert(module: str, expert: int) -> str:
 
 
 def _unpacked(
-    model: Quantised, module: str, entries: Mapping[str, Mapping[str, tuple[NDArray[Any], tuple[int, ...]]]]
+    packer: Packer,
+    shape: tuple[int, ...],
+    module: str,
+    entries: Mapping[str, Mapping[str, tuple[NDArray[Any], tuple[int, ...]]]],
 ) -> Iterator[tuple[str, Local]]:
-    packer, whole = model.packers.get(module, model.packer), model.matrices[module]
     name, out, inp = packer.values
     several = len(entries[name]) > 1
     for label, (array, start) in entries[name].items():
@@ -225,7 +240,7 @@ def _unpacked(
             dim, unit = axis
             return np.arange(start[dim] * unit, min((start[dim] + array.shape[dim]) * unit, length))  # noqa: B023
 
-        outputs, inputs = features(out, whole.shape[0]), features(inp, whole.shape[1])
+        outputs, inputs = features(out, shape[0]), features(inp, shape[1])
         yield f"{module}:{label}" if several else module, Local(outputs, inputs, packer.read(held, outputs, inputs))
 
 
@@ -240,14 +255,15 @@ def check(model: Quantised, tp: int, cutting: Cutting = Cutting(), folder: Path 
     for rank in range(tp):
         shard = assembled(plan, model.tensors, rank) if folder is None else read_shard(folder, rank)
         ranks.append(locals_of(model, plan, rank, shard))
-    covered = {module: np.zeros(matrix.shape, bool) for module, matrix in model.matrices.items()}
+    every = model.every
+    covered = {module: np.zeros(matrix.shape, bool) for module, matrix in every.items()}
     for held in ranks:
         for key, local in held.items():
             module, place = key.partition(":")[0], np.ix_(local.outputs, local.inputs)
             covered[module][place] = True
-            np.testing.assert_allclose(local.matrix, model.matrices[module][place], rtol=1e-6, err_msg=key)
+            np.testing.assert_allclose(local.matrix, every[module][place], rtol=1e-6, err_msg=key)
     assert all(found.all() for found in covered.values())
-    layer_sums.check(model.held(cutting), model.config, model.matrices, ranks)
+    layer_sums.check(model.held(cutting), model.config, every, ranks)
     return plan
 
 
