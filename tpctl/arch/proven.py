@@ -61,8 +61,8 @@ _DELTA_NETS = "qwen3_5_moe_text qwen3_5_text qwen3_next"
 _NOT_BY_NAMES = f"{_MIXTURES} {_DELTA_NETS}"
 """vLLM tells from the names in a folder which linears are in AWQ or GPTQ, and shards have others than checkpoints."""
 _ANSWERED = (
-    "cohere2 gemma2 gemma3_text glm4 glm4_moe granite llama mistral mixtral phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
-    "seed_oss smollm3"
+    "cohere2 gemma2 gemma3_text glm4 glm4_moe granite llama ministral3 mistral mixtral olmo3 phi3 qwen2 qwen2_moe "
+    "qwen3 qwen3_moe seed_oss smollm3"
 )
 """Those of them that vLLM was asked with."""
 _SGLANG = "glm4 granite llama ministral3 mistral phi3 qwen2 qwen3 qwen3_moe"
