@@ -1,4 +1,4 @@
-"""Folders for other engines: even splits only, and vLLM's four scales."""
+"""Folders for other engines: even splits only, vLLM's four scales, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.arch.quantised import Cutting
+from tpctl.checkpoint.safetensors import TensorSpec
 from tpctl.errors import PartitionError, UnsupportedModelError, UsageError
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
@@ -24,7 +25,17 @@ SCALES = {
 }
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
-FP8 = {"quant_method": "fp8", "weight_block_size": [16, 8]}
+BLOCKS: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+BY_TENSOR: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "all": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+    },
+    "ignore": ["lm_head"],
+}
+AWQ = {"quant_method": "awq", "group_size": 32}
+WIDE: dict[str, Any] = {"head_dim": 64, "num_key_value_heads": 4, "hidden_size": 256, "intermediate_size": 512}
 
 
 @pytest.fixture
@@ -102,45 +113,91 @@ def test_experts_have_the_names_of_vllms_modules_and_go_back(tmp_path: Path) -> 
         one, other = theirs.pop(f"{at}.{name}"), ours.pop(f"{at}.{own}")
         assert torch.equal(one.view(torch.int16), other.view(torch.int16))  # random bits, NaN among them
         assert f"{at}.{own}" not in theirs
-    inspect_shards(tmp_path / "vllm", verify=True, source=source)
-    merge_shards(tmp_path / "vllm", tmp_path / "merged")
-    assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
-    shard_checkpoint(source, tmp_path / "four", 4, compat="vllm")
-    for name in ("vllm", "plain"):
-        reshard(tmp_path / name, tmp_path / f"{name}-to-four", 4, compat="vllm")
-        assert folder_bytes(tmp_path / f"{name}-to-four") == folder_bytes(tmp_path / "four")
+    round_trip(source, tmp_path / "vllm", tmp_path)
+    reshard(tmp_path / "plain", tmp_path / "plain-to-four", 4, compat="vllm")
+    assert folder_bytes(tmp_path / "plain-to-four") == folder_bytes(tmp_path / "other")
 
 
-def test_what_only_other_names_show_to_be_unknown(tmp_path: Path) -> None:
-    """A router of several tensors gets other names there, and is looked for under its own."""
-    for family, fields in {
-        "deepseek_v3": {"num_key_value_heads": 4},
-        "gemma4_text": {
-            **EXPERTS,
-            "enable_moe_block": True,
-            "top_k_experts": 2,
-            "vocab_size_per_layer_input": 70,
-        },
-    }.items():
-        source = make_checkpoint(tmp_path / family, make_config(family, **fields))
-        with pytest.raises(UnsupportedModelError, match="--compat vllm is not known to work for a model that has"):
-            shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
+def round_trip(source: Path, shards: Path, scratch: Path, tp_size: int = 4) -> None:
+    """Check that shards for vLLM are proven, merged, and cut for another size as ``source`` is."""
+    inspect_shards(shards, verify=True, source=source)
+    merge_shards(shards, scratch / "merged")
+    assert folder_bytes(scratch / "merged") == folder_bytes(source)
+    shard_checkpoint(source, scratch / "other", tp_size, compat="vllm")
+    reshard(shards, scratch / "to-other", tp_size)
+    assert folder_bytes(scratch / "to-other") == folder_bytes(scratch / "other")
+
+
+def test_a_tied_head_has_the_name_that_vllms_model_has(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "gemma", make_config("gemma2", tie_word_embeddings=True))
+    shard_checkpoint(source, tmp_path / "vllm", 2, compat="vllm")
+    shard_checkpoint(source, tmp_path / "plain", 2)
+    theirs, ours = (load_file(tmp_path / name / "model-rank-1-part-0.safetensors") for name in ("vllm", "plain"))
+    one, other = theirs["model.embed_tokens.weight"], ours["lm_head.weight"]
+    assert "lm_head.weight" not in theirs
+    assert torch.equal(one.view(torch.int16), other.view(torch.int16))
+    round_trip(source, tmp_path / "vllm", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "engine", "cutting", "why"),
+    ("family", "changes", "why"),
     [
-        ({}, "sglang", Cutting(), "a mixture of experts"),
-        ({}, "vllm", Cutting(2), "experts that are dealt to the ranks"),
-        ({"quantization_config": FP8}, "vllm", Cutting(), r"quantised weights \(FP8 in blocks of 16 x 8\)"),
+        ("gpt_oss", {}, r"model_type gpt_oss \(it is for cohere2, "),
+        ("gemma4_text", {"enable_moe_block": True, **EXPERTS, "top_k_experts": 2}, "model_type gemma4_text"),
+        ("qwen3_moe", {**EXPERTS, "attention_bias": True}, r"a bias of self_attn.o_proj \(layer 0\)"),
+        ("gemma2", {}, "a head of its own, which the engine's model lacks"),
+        ("llama", {"quantization_config": {**BLOCKS, "weight_block_size": [16, 8]}}, "FP8 in blocks of 16 x 8"),
+        ("qwen3_moe", {**EXPERTS, "quantization_config": BLOCKS}, "a router that its config does not leave"),
+        ("mixtral", {"quantization_config": BY_TENSOR}, r"\(FP8 by tensor of experts\)"),
+        ("mixtral", {**WIDE, "quantization_config": AWQ}, r"\(AWQ in groups of 32\) and is mixtral"),
+        ("phi3", {"quantization_config": BY_TENSOR}, "fused in the checkpoint, with one scale"),
     ],
 )
-def test_what_nobody_has_seen_an_engine_load_is_refused(
-    tmp_path: Path, changes: dict[str, Any], engine: str, cutting: Cutting, why: str
+def test_models_that_vllm_does_not_load(tmp_path: Path, family: str, changes: dict[str, Any], why: str) -> None:
+    source = make_checkpoint(tmp_path / family, make_config(family, **changes))
+    with pytest.raises(UnsupportedModelError, match=f"--compat vllm is not known to work for a model that has .*{why}"):
+        shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_a_cache_are_refused_since_vllm_would_read_them(tmp_path: Path) -> None:
+    scale = TensorSpec("model.layers.1.self_attn.k_proj.k_scale", "F32", ())
+    source = make_checkpoint(tmp_path / "model", make_config(**WIDE, quantization_config=BLOCKS), extra=[scale])
+    with pytest.raises(UnsupportedModelError, match=r"scales of its cache \(model.layers.1.self_attn.k_proj.k_scale\)"):
+        shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
+
+
+def test_a_scale_that_two_ranks_would_share_is_refused(tmp_path: Path) -> None:
+    """At tp 4 a head of 64 features is half a block, which tpctl alone gives a copy of the scale."""
+    source = make_checkpoint(tmp_path / "model", make_config(**WIDE, quantization_config=BLOCKS))
+    with pytest.raises(PartitionError, match=r"at tp 4 a border in .*qkv_proj would be inside .*; use --tp 1, 2$"):
+        shard_checkpoint(source, tmp_path / "out", 4, compat="vllm")
+    shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
+
+
+def test_key_heads_of_a_delta_net_that_ranks_would_share_are_refused(tmp_path: Path) -> None:
+    config = make_config("qwen3_5_text", linear_num_key_heads=2, linear_num_value_heads=4)
+    source = make_checkpoint(tmp_path / "model", config)
+    with pytest.raises(PartitionError, match=r"key heads of model.layers.0.gated delta net layers, 2 in number"):
+        shard_checkpoint(source, tmp_path / "out", 4, compat="vllm")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "cutting", "why"),
+    [
+        ("qwen3_moe", EXPERTS, Cutting(2), "experts that are dealt to the ranks"),
+        ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2}, Cutting(), r"a layer without experts \(0\)"),
+        ("llama", {"quantization_config": BLOCKS, **WIDE}, Cutting(), "quantised weights"),
+        ("llama", {"mlp_bias": True}, Cutting(), "a bias of mlp.gate_up_proj"),
+        ("seed_oss", {}, Cutting(), "model_type seed_oss"),
+    ],
+)
+def test_models_that_sglang_does_not_load(
+    tmp_path: Path, family: str, changes: dict[str, Any], cutting: Cutting, why: str
 ) -> None:
-    source = make_checkpoint(tmp_path / "experts", make_config("qwen3_moe", **EXPERTS, **changes))
+    source = make_checkpoint(tmp_path / "model", make_config(family, **changes))
     with pytest.raises(
-        UnsupportedModelError, match=f"--compat {engine} is not known to work for a model that has {why}"
+        UnsupportedModelError, match=f"--compat sglang is not known to work for a model that has .*{why}"
     ):
-        shard_checkpoint(source, tmp_path / "out", 2, compat=engine, cutting=cutting)
+        shard_checkpoint(source, tmp_path / "out", 2, compat="sglang", cutting=cutting)
     assert not (tmp_path / "out").exists()

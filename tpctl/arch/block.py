@@ -10,12 +10,12 @@ than what it is made of and how it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from tpctl.arch.linear import Linear, Norm, Vector
+from tpctl.arch.linear import Linear, Norm, Vector, Weight
 from tpctl.arch.rope import RopeConfig
 from tpctl.arch.routing import Routing
 from tpctl.errors import PartitionError
@@ -234,3 +234,41 @@ def linears(part: LayerPart) -> Iterator[Linear]:
         yield from (part.gate_up, part.down)
         for more in (part.shared_gate, part.shared):
             yield from () if more is None else linears(more)
+
+
+def with_weights(part: LayerPart, change: Callable[[Weight], Weight]) -> LayerPart:
+    """``part`` with every linear, norm and vector changed, each into one of its own kind."""
+
+    def linear(one: Linear) -> Linear:
+        new = change(one)
+        assert isinstance(new, Linear)
+        return new
+
+    def norm(one: Norm | None) -> Norm | None:
+        new = None if one is None else change(one)
+        assert new is None or isinstance(new, Norm)
+        return new
+
+    def router(weights: tuple[Linear | Vector, ...]) -> tuple[Linear | Vector, ...]:
+        return tuple(new for one in weights if not isinstance(new := change(one), Norm))
+
+    if isinstance(part, Linear | Norm | Vector):
+        return change(part)
+    if isinstance(part, Attention):
+        q_norm, k_norm = norm(part.q_norm), norm(part.k_norm)
+        return replace(part, qkv=linear(part.qkv), out=linear(part.out), q_norm=q_norm, k_norm=k_norm)
+    if isinstance(part, Mixer):
+        return replace(part, parts=tuple(change(one) for one in part.parts))
+    if isinstance(part, Gated):
+        return replace(part, gate_up=linear(part.gate_up), down=linear(part.down))
+    shared = None if part.shared is None else with_weights(part.shared, change)
+    assert shared is None or isinstance(shared, Gated)
+    return replace(
+        part,
+        gate_up=linear(part.gate_up),
+        down=linear(part.down),
+        router=router(part.router),
+        shared=shared,
+        shared_gate=None if part.shared_gate is None else linear(part.shared_gate),
+        forms=tuple((linear(gate_up), linear(down), router(chosen)) for gate_up, down, chosen in part.forms),
+    )

@@ -39,6 +39,7 @@ class Blueprint:
         towers: patterns of names of what sees or hears; the same, for somebody who wants the text model alone.
         roots: what a checkpoint may have in place of ``model.`` before its names.
         beside: what stands beside the embedding, before the layers; names are whole.
+        stored: the embedding's and the head's names in a shard, by their own, where another engine has other ones.
         lacks: what tpctl would have to know to run it; ``None``: it runs it.
     """
 
@@ -59,6 +60,7 @@ class Blueprint:
     roots: tuple[str, ...] = (ROOT,)
     beside: tuple[LayerPart, ...] = ()
     lacks: str | None = None
+    stored: tuple[tuple[str, str], ...] = ()
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -90,7 +92,7 @@ class Blueprint:
         """The split of every stored tensor, in the order in which a forward pass meets them."""
         vocab = Part(self.embedding, self.vocab_size, Vocab())
         if not self.tied:
-            yield TensorSplit(self.embedding, Rule.VOCAB, (vocab,), others=(self.hidden_size,))
+            yield TensorSplit(self.stored_name(self.embedding), Rule.VOCAB, (vocab,), others=(self.hidden_size,))
         for part in self.beside:
             yield from part.splits()
         for number, layer in enumerate(self.layers):
@@ -98,7 +100,11 @@ class Blueprint:
                 yield _prefixed(split, self.prefix.format(number))
         yield from self.norm.splits()
         head = vocab if self.tied else replace(vocab, source=self.head)
-        yield TensorSplit(self.head, Rule.VOCAB, (head,), others=(self.hidden_size,))
+        yield TensorSplit(self.stored_name(self.head), Rule.VOCAB, (head,), others=(self.hidden_size,))
+
+    def stored_name(self, name: str) -> str:
+        """What ``name``, the embedding's or the head's, is called in a shard."""
+        return dict(self.stored).get(name, name)
 
     @property
     def output(self) -> Linear:
@@ -147,6 +153,7 @@ class Blueprint:
         if self.tied:
             known.add(self.head)
         known = {renamed(name, root) for name in known} | self.constants(names).keys()
+        known |= {renamed(before + name, root) for before, _, one in self._linears(names) for name in one.unread()}
         patterns = (*self.left_out, *self.towers)
         apart = re.compile("|".join(patterns)) if patterns else None
         return {name for name in names if name in known or (apart is not None and apart.fullmatch(name))}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpctl.arch import vllm
 from tpctl.arch.block import Block
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.families import FAMILIES
@@ -100,6 +101,8 @@ class ModelConfig:
         scheme = read_scheme(fields)
         if scheme is not None:
             blueprint = quantised(blueprint, scheme)
+        if cutting.engine == "vllm":
+            blueprint = vllm.named(model_type, blueprint)
         blueprint = cut_by(blueprint, cutting)
         return cls(
             model_type=model_type,

@@ -46,7 +46,7 @@ class HeldLinear:
             held: the names of the shard's tensors, where some of the plan may be missing.
         """
         size, name = plan.tp_size, f"{prefix}{linear.name}{linear.joiner}"
-        shard, known = plan.shards[rank], {"inputs"} if linear.storage.ordered is None else {"inputs", "order"}
+        shard, known = plan.shards[rank], {"inputs", "shape", *(() if linear.storage.ordered is None else ("order",))}
         kinds = {entry.name: entry.role in known for entry in linear.storage} | ({"bias": False} if linear.bias else {})
         there = [kind for kind in kinds if name + kind in shard and (held is None or name + kind in held)]
         by_inputs = linear.rule is Rule.ROW

@@ -16,6 +16,7 @@ class Norm:
     """RMSNorm of ``size`` elements; with ``unit_offset`` (Gemma) the factor is 1 + weight.
 
     ``cut`` deals the elements of a norm over all heads at once. ``centred``: the mean is taken off first (LayerNorm).
+    ``source``: what a checkpoint calls it, where that is not its ``name``.
     """
 
     name: str
@@ -24,9 +25,11 @@ class Norm:
     unit_offset: bool = False
     cut: Cut | None = None
     centred: bool = False
+    source: str = ""
 
     def splits(self) -> Iterator[TensorSplit]:
-        yield from Vector(f"{self.name}.weight", self.size, self.cut).splits()
+        source = f"{self.source or self.name}.weight"
+        yield from Vector(f"{self.name}.weight", self.size, self.cut, source=source).splits()
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ class Linear:
         """Output features of all ranks together."""
         return sum(part.length for part in self.parts)
 
+    def unread(self) -> Iterator[str]:
+        """The names of tensors that no rank needs."""
+        for suffix in self.storage.unread:
+            for source in dict.fromkeys(part.source for part in self.parts):
+                yield from (name + suffix for name in tensor_names(source, self.stack.count if self.stack else 0))
+
     def constants(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """What the tensors must hold that say no more than the shape of a weight, by their names."""
         if not self.storage.constants:
@@ -126,6 +135,8 @@ class Linear:
             labels: dict[str, str] = {}
             for part in self.parts:
                 labels[part.source] = "" if part.source in labels else part.label
+            if entry.last:
+                labels = {max(labels): ""}
             apart = tuple(Part(source, shape[0], Whole(), label=label) for source, label in labels.items())
             return self._made(name, self._whole_rule, entry, apart, 0, shape)
         parts = tuple(_entries(part, axis, entry.suffix) for part in self.parts)
@@ -146,6 +157,9 @@ class Linear:
         parts = tuple(replace(part, source=part.source + entry.suffix) for part in parts)
         others = shape[:dim] + shape[dim + 1 :]
         return TensorSplit(name, rule, parts, dim, others, self.stack, entry.dtypes, entry.optional)
+
+
+Weight = Linear | Norm | Vector
 
 
 def _entries(part: Part, axis: Axis, suffix: str) -> Part:

@@ -9,7 +9,7 @@ from math import gcd, lcm
 from tpctl.arch.block import Attention, Block, Experts, Gated, Layer, LayerPart, Mixer, linears
 from tpctl.arch.blueprint import Blueprint, renamed
 from tpctl.arch.formats.scheme import Scheme
-from tpctl.arch.linear import Linear, Vector
+from tpctl.arch.linear import Linear
 from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.partition.cuts import Blocks, Cut, Dealt, Scaled, Whole, Within
 from tpctl.partition.split import EACH, Rule
@@ -67,8 +67,7 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
 
 
 def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
-    """``blueprint`` with borders where the units of its storage end, its experts dealt and its tensors named as
-    ``cutting`` says.
+    """``blueprint`` with borders where the units of its storage end, and its experts dealt as ``cutting`` says.
 
     Raises:
         PartitionError: experts are to be dealt, and there are none, or too few.
@@ -83,8 +82,6 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
             f"{cutting.expert_parallel} groups of ranks cannot share {min(counts)} experts; "
             f"use an --ep of at most {min(counts)} that divides --tp"
         )
-
-    blueprint = named_for(cutting.engine, blueprint)
     if cutting.expert_parallel == 1 and all(one.storage.is_dense for one in _linears(blueprint)):
         return blueprint
 
@@ -104,39 +101,6 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
         return part
 
     return replace(blueprint, layers=tuple(mapped(layer, part_cut) for layer in blueprint.layers))
-
-
-def named_for(engine: str | None, blueprint: Blueprint) -> Blueprint:
-    """``blueprint`` with the names that ``engine`` has for the weights of experts (vLLM 0.32: those of its modules)."""
-    if engine != "vllm":
-        return blueprint
-
-    def named(part: LayerPart) -> LayerPart:
-        if not isinstance(part, Experts):
-            return part
-        where = part.gate_up.name.rpartition(".")[0]
-
-        def pair(gate_up: Linear, down: Linear) -> tuple[Linear, Linear]:
-            inside = f"{where}.routed_experts"
-            return (
-                replace(gate_up, name=gate_up.name.replace(where, inside)),
-                replace(down, name=down.name.replace(where, inside)),
-            )
-
-        def choosing(router: tuple[Linear | Vector, ...]) -> tuple[Linear | Vector, ...]:
-            theirs = ((one, f"{where}.{one.name.rpartition('.')[2]}") for one in router)
-            return tuple(
-                replace(one, name=name, source=one.source or one.name)
-                if isinstance(one, Vector)
-                else replace(one, name=name)
-                for one, name in theirs
-            )
-
-        gate_up, down = pair(part.gate_up, part.down)
-        forms = tuple((*pair(one, other), choosing(router)) for one, other, router in part.forms)
-        return replace(part, gate_up=gate_up, down=down, forms=forms, router=choosing(part.router))
-
-    return replace(blueprint, layers=tuple(mapped(layer, named) for layer in blueprint.layers))
 
 
 def _linears(blueprint: Blueprint) -> Iterator[Linear]:

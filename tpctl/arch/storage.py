@@ -43,9 +43,10 @@ class Axis:
         return cut if self.unit == 1 else Units(cut, self.unit, features, self.packed, before)
 
 
-Role = Literal["values", "scales", "zeros", "order", "divisor", "inputs", "bias"]
+Role = Literal["values", "scales", "zeros", "order", "divisor", "inputs", "shape", "bias"]
 """What a tensor says: codes of the weights themselves; what multiplies them; the codes that stand for zero; the group
-of each input; what all scales are divided by; what an engine may know of the linear's inputs; what is added."""
+of each input; what all scales are divided by; what an engine may know of the linear's inputs; the weight's shape; what
+is added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Entry:
         tail: lengths of further dimensions, behind those.
         optional: a checkpoint may lack it.
         role: what it says.
+        last: of the weights that are stored below each other, that one's alone whose name is the last.
     """
 
     suffix: str
@@ -91,6 +93,7 @@ class Entry:
     tail: tuple[int, ...] = ()
     optional: bool = False
     role: Role = "values"
+    last: bool = False
 
     def shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
         """Of the weight of a linear of so many output and input features. A scalar is one entry."""
@@ -108,6 +111,7 @@ class Storage:
         entries: its tensors.
         coding: what the values stand for; ``None``: they are floats, or codes that tpctl cuts and does not run.
         constants: suffixes of tensors that hold the weight's shape, [out, in]; no rank needs them.
+        unread: suffixes of further ones that no rank needs.
         ordered: suffix of a tensor with the group of each input, and how many inputs a group has, in order: it has to
             say so, for ranks have the scales of the groups that their inputs are in by that.
         others: the same under the names that other checkpoints have; those that one holds tell which it is.
@@ -116,6 +120,7 @@ class Storage:
     format: str
     entries: tuple[Entry, ...]
     constants: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     ordered: tuple[str, int] | None = None
     others: tuple[Storage, ...] = ()
     coding: Coding | None = None

@@ -35,11 +35,13 @@ def load_shard(
     wanted = dict(model.named_parameters(remove_duplicate=False))
     kept = {held.name + kind for held in model.held for kind in held.kept}
     unread = {name for held in model.held for name in held.unread}
-    if model.made_of.tied:
-        del wanted[model.made_of.embedding]  # the head's parameter serves both
+    if model.made_of.tied:  # the head's parameter serves both, by whichever name a shard has it
+        del wanted[model.made_of.embedding]
     filled: set[str] = set()
     total, converted = 0, False
     for name, tensor in _read(files, device):
+        if model.made_of.tied and name == model.made_of.embedding:
+            name = model.made_of.head
         parameter = wanted.get(name)
         if parameter is None and (name in constants or name in unread):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,11 @@ def load(
     manifest = Manifest.load(folder)
     manifest.check_tp(settings.tp_size, folder)
     manifest.check_files(folder, [group.rank])
-    tensors = manifest.tensors(group.rank)
+    tensors = dict(manifest.tensors(group.rank))
     config = _config(folder, manifest, tensors)
     made_of = config.blueprint
+    if made_of.tied and made_of.head not in tensors:  # in shards for vLLM it may have the embedding's name
+        tensors[made_of.head] = tensors.pop(made_of.embedding)
     stored = tensors[made_of.head].dtype
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
@@ -112,7 +114,7 @@ def load(
     with torch.device("meta"):
         model = Decoder(made_of, plan, backend, rotaries, group, dtype, held=tensors.keys())
     files = [folder / name for name in manifest.rank_files(group.rank)]
-    constants = {name for name, tensor in tensors.items() if tensor.fill}
+    constants = {name for name, tensor in tensors.items() if not tensor.pieces}
     weight_bytes = load_shard(model, files, group.device, constants)
     model.eval()
     timings.lap("weights", started)
@@ -141,7 +143,8 @@ def _config(folder: Path, manifest: Manifest, tensors: Mapping[str, ManifestTens
     """The model as it was cut, and in the form that its checkpoint had."""
     config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
     sources = {piece.source.replace(EACH, "0") for tensor in tensors.values() for piece in tensor.pieces}
-    return as_held(config, sources)
+    config = as_held(config, sources)
+    return replace(config, blueprint=replace(config.blueprint, stored=()))
 
 
 class Beside:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpctl.arch.compat import check_compat, scales
+from tpctl.arch.compat import check_compat
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.manifest.records import CopiedFile, Source
 from tpctl.partition.plan import PartitionPlan, PlannedTensor, check_ranks
+from tpctl.sharding.moving.expected import Expected
 from tpctl.sharding.moving.layout import Stored
 
 
@@ -73,19 +74,20 @@ def make_recipe(
         UsageError: ``compat`` is unknown.
     """
     if compat is not None:
-        check_compat(compat, config, plan)
-    ones = {one.name: one for one in scales(compat, config)}
+        check_compat(compat, config, plan, {one.name for one in extra})
+    expected = Expected.of(config, plan, compat)
+    more = expected.fills.keys()
     return Recipe(
-        shards=tuple({**shard, **ones} for shard in plan.shards),
-        fills=dict.fromkeys(ones, 1),
+        shards=expected.shards,
+        fills=expected.fills,
         ranks=check_ranks(ranks, plan.tp_size),
         source=source,
         model_type=config.model_type,
         dtype=dtype,
         max_part_size=max_part_size,
         compat=compat,
-        dtypes={**dtypes, **dict.fromkeys(ones, "F32")},
-        inputs={**inputs, **dict.fromkeys(ones, ())},
+        dtypes={**dtypes, **dict.fromkeys(more, "F32")},
+        inputs={**inputs, **dict.fromkeys(more, ())},
         extra=tuple(extra),
         small_files=small_files,
         identity=identity,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tpctl.arch.compat import scales
+from tpctl.arch.compat import constants
 from tpctl.arch.config import ModelConfig
 from tpctl.manifest.records import ManifestTensor
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
@@ -26,8 +26,10 @@ class Expected:
     @classmethod
     def of(cls, config: ModelConfig, plan: PartitionPlan, compat: str | None) -> Expected:
         """By ``plan``, and by what the engine ``compat`` wants beside it."""
-        ones = {one.name: one for one in scales(compat, config)}
-        return cls(tuple({**shard, **ones} for shard in plan.shards), dict.fromkeys(ones, 1))
+        more = constants(compat, config)
+        planned = {name: tensor for name, (tensor, _) in more.items()}
+        fills = {name: value for name, (_, value) in more.items()}
+        return cls(tuple({**shard, **planned} for shard in plan.shards), fills)
 
     def differing(self, rank: int, name: str, entry: ManifestTensor) -> list[str]:
         """The fields of a manifest's ``entry`` that differ; part, dtype and digest are none of the plan's."""

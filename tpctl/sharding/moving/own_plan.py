@@ -10,8 +10,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpctl.arch.compat import ENGINES
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.proven import ENGINES
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import second_copies, source_plan, unread
 from tpctl.checkpoint.folder import INDEX, indexed_files

@@ -118,7 +118,7 @@ def _expected(folder: Path, value: Mapping[str, Any]) -> Expected | None:
     try:
         files = [SourceFile(file["name"], file["size"], file["header"]) for file in value["source"]["files"]]
         names = {name for header in source_headers(files).values() for name in header.tensors}
-        cutting = Cutting(value.get("expert_parallel", 1), value.get("even", False))
+        cutting = Cutting(value.get("expert_parallel", 1), value.get("even", False), value["compat"])
         config = ModelConfig.load(folder, cutting)
         plan = source_plan(config, names, value["tp_size"])
         return Expected.of(config, plan, value["compat"])

@@ -33,7 +33,8 @@ class Meaning:
 
 def meanings(blueprint: Blueprint) -> Mapping[str, Meaning]:
     """By the name of the stored tensor; ``blueprint`` has its experts as the checkpoint has them."""
-    found = {name: Meaning(axes=("tokens", "features")) for name in (blueprint.embedding, blueprint.head)}
+    vocabulary = map(blueprint.stored_name, (blueprint.embedding, blueprint.head))
+    found = {name: Meaning(axes=("tokens", "features")) for name in vocabulary}
     for number, layer in enumerate(blueprint.layers):
         prefix = blueprint.prefix.format(number)
         for part in layer.parts:
