@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import FAMILIES, make_checkpoint
+from tests.tiny import FAMILIES, make_checkpoint, make_mixture
 from tests.tiny_dense import make_seeing
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
@@ -105,3 +105,19 @@ def test_a_folder_made_for_vllm_runs_too(tmp_path: Path, name: str) -> None:
     shard_checkpoint(tmp_path / "model", tmp_path / "vllm", 2, compat="vllm")
     prompts = torch.randint(3, 131, (2, 20)).tolist()
     torch.testing.assert_close(logits_of(tmp_path / "vllm", 2, prompts), logits_of(tmp_path / "plain", 2, prompts))
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "minimax_m2", "qwen2_moe"])
+def test_a_mixture_made_for_vllm_runs_too(name: str, tmp_path: Path) -> None:
+    """Whose names for routers and experts are others, one inside of another."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 32}
+    if name != "minimax_m2":
+        sizes |= {"moe_intermediate_size": 32}
+    if name == "qwen2_moe":
+        sizes |= {"shared_expert_intermediate_size": 32}
+    model = make_mixture(name, tmp_path / "model", **sizes)
+    shard_checkpoint(tmp_path / "model", tmp_path / "vllm", 2, compat="vllm")
+    prompts = torch.randint(3, 131, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(prompts).logits
+    torch.testing.assert_close(logits_of(tmp_path / "vllm", 2, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)

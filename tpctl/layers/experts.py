@@ -125,9 +125,9 @@ class Mixture:
         self, made_of: block.Experts, hold: Hold, group: TPGroup, layer: nn.Module, dtype: torch.dtype | None
     ) -> None:
         self._group = group
-        self._router = Router(made_of, hold, layer, dtype)
         self._stacks = Stacks(made_of, hold, dtype)
         attach(layer, made_of.down.name.rpartition(".")[0], self._stacks)
+        self._router = Router(made_of, hold, layer, dtype)  # which may have a name inside of the experts'
         self._shared: MLP | None = None
         self._shared_gate: ReplicatedLinear | None = None
         if made_of.shared is not None:

@@ -26,6 +26,7 @@ def attach(root: nn.Module, name: str, part: nn.Module | nn.Parameter) -> tuple[
         if one not in dict(owner.named_children()):
             owner.add_module(one, nn.Module())
         owner = owner.get_submodule(one)
+    assert not hasattr(owner, last), f"{name} is there already"
     if isinstance(part, nn.Module):
         owner.add_module(last, part)
     else:
