@@ -13,6 +13,9 @@ pytest.importorskip("triton")
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
 from tests.unit.random_codes import random_codes
+from tpctl.kernels.collective import all_reduce
+from tpctl.kernels.collective.all_reduce import PeerBuffer, PeerLayout
+from tpctl.kernels.collective.all_reduce_kernels import EMPTY
 from tpctl.kernels.common.codes import Codes, decode
 from tpctl.kernels.common.launch import is_hopper
 from tpctl.kernels.linear.codes_linear import (
@@ -146,6 +149,38 @@ def test_rows_of_a_wider_tensor():
     for x in (wide[:, 2:258], wide[:, 1:257]):
         got = codes_linear(x, codes, GemvScratch.allocate(DEVICE), config=CodesConfig(8, 64, 64))
         assert relative_error(got, codes_linear_reference(x.double(), codes)) < 4e-3
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("name", ["awq", "fp8 block"])
+def test_sends_what_it_computes(name, split, monkeypatch):
+    """Two ranks of one process, one after the other: both linears have sent before the first all-reduce runs."""
+    monkeypatch.setattr(all_reduce, "_MAX_POLLS", 3)
+    rows, outputs, dtype = 5, 90, DTYPES[INTERPRET]
+    layout = PeerLayout.of(8, outputs, dtype)
+    buffers = [torch.full((layout.words(2),), EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    pointers = torch.tensor([buffer.data_ptr() for buffer in buffers], device=DEVICE)
+    ends = [PeerBuffer(rank, pointers, layout, dtype) for rank in range(2)]
+    scratch, config = GemvScratch.allocate(DEVICE), CodesConfig(8, 64, 64, split)
+    for seed in range(3):
+        x = torch.randn(2, rows, 256).to(DEVICE, dtype)
+        parts = [
+            codes_linear(x[rank], codes_of(name, outputs, 256, seed=seed + rank), scratch, config=config, outlet=end)
+            for rank, end in enumerate(ends)
+        ]
+        want = sum(part.double() for part in parts)
+        norm, old = (
+            torch.ones(outputs, device=DEVICE, dtype=dtype),
+            torch.zeros(rows, outputs, device=DEVICE, dtype=dtype),
+        )
+        for end, part in zip(ends, parts, strict=True):
+            residual = old.clone()
+            end.all_reduce_add_rms_norm(part, residual, norm, 1e-6, sent=True)
+            assert relative_error(residual, want) < (1e-6 if dtype is torch.float32 else 8e-3)
+    assert not any(end.timed_out() for end in ends)
+    odd = codes_of(name, 91, 256)
+    with pytest.raises(ValueError, match="91 features cannot be sent in pairs"):
+        codes_linear(x[0], odd, scratch, config=config, outlet=ends[0])
 
 
 def test_wrong_sizes_are_refused():

@@ -113,6 +113,34 @@ def test_several_groups_each_in_its_own_format() -> None:
     assert plan.shape(1, "model.layers.0.mlp.down_proj.weight_scale") == (64, 1)
 
 
+@pytest.mark.parametrize(
+    "form,weights,inputs,rounds",
+    [
+        (
+            "float-quantized",
+            {"type": "float", "strategy": "channel"},
+            {"num_bits": 8, "type": "float", "dynamic": True},
+            True,
+        ),
+        ("int-quantized", {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "dynamic": True}, True),
+        ("float-quantized", {"type": "float", "strategy": "channel"}, None, False),
+        ("pack-quantized", {"num_bits": 4, "group_size": 32}, {"num_bits": 8, "dynamic": True}, False),
+    ],
+)
+def test_inputs_are_rounded_where_a_format_says_so(
+    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None, rounds: bool
+) -> None:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    found = stored("model.x", quant_method="compressed-tensors", format=form, config_groups={"a": group})
+    assert found is not None and found.coding is not None and found.coding.rounds == rounds
+
+
+@pytest.mark.parametrize("block", [None, [128, 128]])
+def test_fp8_rounds_inputs(block: list[int] | None) -> None:
+    found = stored("model.x", quant_method="fp8", weight_block_size=block)
+    assert found is not None and found.coding is not None and found.coding.rounds
+
+
 @pytest.mark.parametrize("form", ["compression_config", "nested"])
 def test_older_configs_of_compressed_tensors(form: str) -> None:
     inner = {"format": "int-quantized", "config_groups": {"a": {"targets": ["Linear"], "weights": {}}}}
