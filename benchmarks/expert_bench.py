@@ -246,11 +246,12 @@ def bench_codes() -> None:
                 for one in plain
             ]
             for rows in (1, 8, 64, 1024):
-                call: Callable[..., torch.Tensor] = one_row if rows == 1 else grouped
+                plainly: Callable[..., torch.Tensor] = one_row if rows == 1 else grouped
+                call = plainly if bits == 8 else grouped  # as `CudaExperts` does
                 made = cases(coded, shape, rows)
                 us = graph_us([partial(call, r, e, pdl=rows <= 512) for r, e in made])
                 same = cases(plain, shape, rows)
-                dense = graph_us([partial(call, r, e, pdl=rows <= 512) for r, e in same])
+                dense = graph_us([partial(plainly, r, e, pdl=rows <= 512) for r, e in same])
                 floor = floor_us(shape, made[0][0], bits)
                 row(f"{shape.name} {name}", rows, f"{us:.1f}", f"{floor:.1f}", f"{floor / us:.0%}", f"{dense:.1f}",
                     error_of(partial(call, *made[0]), *made[0]))  # fmt: skip

@@ -40,9 +40,16 @@ def coded_experts(count: int, hidden: int, width: int, kind: Any, *, experts: Ex
         random_codes(kind, n, k, experts=count, seed=n, device=str(DEVICE), **codes)
         for n, k in ((2 * width, hidden), (hidden, width))
     )
-    gate_up, down = made
-    assert isinstance(gate_up, Codes) and isinstance(down, Codes)
+    gate_up, down = (_of_each(matrix, count) for matrix in made)
     return replace(experts, gate_up=gate_up, down=down)
+
+
+def _of_each(codes: Codes, count: int) -> Codes:
+    """With an order of the inputs for each expert, where they are in none."""
+    if codes.groups is None:
+        return codes
+    orders = [codes.groups[torch.randperm(codes.columns)] for _ in range(count)]
+    return replace(codes, groups=torch.stack(orders))
 
 
 def random_shared(hidden: int, width: int, dtype: torch.dtype) -> SharedMatrices:

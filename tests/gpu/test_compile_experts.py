@@ -8,16 +8,21 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
+
 from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED, shared_memory
 from tpctl.arch.block import Clamped
+from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.experts.grouped import pick_tile
+from tpctl.kernels.experts.grouped_codes_kernels import grouped_codes_kernel
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
 from tpctl.kernels.experts.one_row import RowConfig, pick_gated_row, pick_row
 from tpctl.kernels.experts.one_row_kernels import one_row_down_kernel, one_row_gate_up_kernel
 from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_kernel
 from tpctl.kernels.experts.routing_kernels import gate_kernel, route_kernel
 from tpctl.kernels.experts.tiles import Form
+from tpctl.kernels.linear.codes_linear import form_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,8 +30,9 @@ pytestmark = [
 ]
 
 ALONE = {"RANK": 0, "WORLD": 1, "PEERS": 1}
-TYPES = dict.fromkeys(("ids_ptr", "pairs_ptr", "tiles_ptr", "counts_ptr", "r_ptr"), "*i32")
-TYPES |= dict.fromkeys(("factors_ptr", "factor_ptr", "f_ptr", "logits_ptr", "correction_ptr", "y_ptr"), "*fp32")
+TYPES = dict.fromkeys(("ids_ptr", "pairs_ptr", "tiles_ptr", "counts_ptr", "r_ptr", "rows_ptr", "groups_ptr"), "*i32")
+TYPES |= dict.fromkeys(("factors_ptr", "factor_ptr", "f_ptr", "weights_ptr"), "*fp32")
+TYPES |= dict.fromkeys(("logits_ptr", "correction_ptr", "y_ptr"), "*fp32")
 
 # hidden size, width, experts, of a token, activation
 QWEN = (2048, 768, 128, 8, "silu")
@@ -45,10 +51,25 @@ CASES: list[tuple[int, Any, str, dict[str, Any]]] = [
 ]
 
 
+def coded(form: Form, block_k: int) -> dict[str, Any]:
+    """What `grouped_codes_kernel` is compiled for of such codes."""
+    grid = (1, form.scale_rows, form.scale_columns)
+    scales = torch.empty(grid, dtype=torch.uint8 if form.exponents else torch.float32, device="meta")
+    rows = torch.empty(form.outputs, dtype=torch.int32, device="meta") if form.has_rows else None
+    values = torch.empty(1, form.outputs, 1, dtype=torch.uint8, device="meta")
+    codes = Codes(form.kind, form.inputs, values, scales, rows=rows, unit=form.unit, zero=form.zero)  # type: ignore[arg-type]
+    found, tile, groups = form_of(codes, block_k // 2 if form.kind in PACKED else block_k, fast=True)
+    return {"FORM": found, "OUTPUTS": form.outputs, "SCALE_ROWS": form.scale_rows, "BYTES": tile, "GROUPS": groups}
+
+
 def taken(kernel: Any, arch: int, config: Any, kind: str = "", exponents: bool = False, **constants: Any) -> int:
     """Bytes of shared memory that `kernel` takes."""
-    codes = {"w_ptr": "*u8", "s_ptr": "*u8" if exponents else "*fp32", "z_ptr": "*u8"} if kind else {}
-    return shared_memory(kernel, "bf16", arch, config, pointers=TYPES | codes, PDL=arch >= 90, **constants)
+    types = dict(TYPES)
+    if kind:
+        types |= dict.fromkeys(("w_ptr", "z_ptr", "zeros_ptr"), "*u8")
+        types |= dict.fromkeys(("s_ptr", "scales_ptr"), "*u8" if exponents else "*fp32")
+        types |= {"x_ptr": "*i32"} if kernel is grouped_codes_kernel and kind in PACKED else {}
+    return shared_memory(kernel, "bf16", arch, config, pointers=types, PDL=arch >= 90, **constants)
 
 
 @pytest.mark.parametrize("arch,model,kind,codes", CASES)
@@ -63,9 +84,11 @@ def test_linears_of_experts_fit(arch, model, kind, codes) -> None:
         for form, gating in zip(forms, (activation, None), strict=True):
             config = pick_tile(block_m, gated=gating is not None, itemsize=2, limit=SHARED[arch], codes=bool(kind))
             flags = {"LISTED": block_m > 16, "PER_TOKEN": per_token, "SLOTS": per_token, "INTERLEAVED": biases}
-            flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-            found = taken(grouped_linear_kernel, arch, config, FORM=form, GATING=gating, HAS_BIAS=biases,
-                          STAGES=config.num_stages, **flags, **more)  # fmt: skip
+            flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "GATING": gating, "HAS_BIAS": biases}
+            kernel, stored = grouped_linear_kernel, {"FORM": form, "BLOCK_K": config.block_k}
+            if kind:
+                kernel, stored = grouped_codes_kernel, coded(form, config.block_k)
+            found = taken(kernel, arch, config, STAGES=config.num_stages, **stored, **flags, **more)
             assert found <= SHARED[arch], config
     first, second = pick_gated_row(hidden), pick_row(width)
     shared = None if biases else Form("", 2 * width, hidden), None if biases else Form("", hidden, width)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
 from tests.gpu.here import DTYPES, INTERPRET, relative_error
 from tests.gpu.random_experts import CLAMPED, coded_experts, random, random_experts, random_routed, wanted
 from tests.gpu.test_kernels_one_row import CODES
@@ -77,7 +78,10 @@ def test_in_float32_a_result_does_not_depend_on_the_batch() -> None:
         assert torch.equal(grouped(part, experts), whole[start:stop])
 
 
-@pytest.mark.parametrize("kind,codes", CODES)
+MORE_CODES = [("uint4", {"unit": 16, "groups": True, "zeros": True}), ("e4m3", {"unit": 32, "zeros": True})]
+
+
+@pytest.mark.parametrize("kind,codes", CODES + MORE_CODES)
 @pytest.mark.parametrize("rows", [4, 18])
 def test_codes(rows, kind, codes) -> None:
     torch.manual_seed(0)
@@ -86,6 +90,16 @@ def test_codes(rows, kind, codes) -> None:
     experts = coded_experts(4, 64, 48, kind, experts=plain, **codes)
     for configs in CONFIGS:
         check(random_routed(rows, 64, 4, 2, dtype), experts, 1e-5 if INTERPRET else 1e-2, configs=configs)
+
+
+@pytest.mark.usefixtures("assembly")
+@pytest.mark.parametrize("kind,codes", [CODES[0], CODES[3], CODES[5]])
+def test_codes_in_bfloat16(kind, codes) -> None:
+    """Whose numbers are made by bits."""
+    torch.manual_seed(0)
+    plain = random_experts(3, 64, 64, torch.bfloat16, biases=True)
+    experts = coded_experts(3, 64, 64, kind, experts=plain, **codes)
+    check(random_routed(3, 64, 3, 2, torch.bfloat16), experts, 1e-2, residual=True)
 
 
 @pytest.mark.parametrize("limit", [232448, 166912, 101376])

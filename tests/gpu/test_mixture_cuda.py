@@ -17,6 +17,7 @@ from tests.gpu.here import DEVICE
 from tests.gpu.test_compute_cuda import FEW, HOPPER, MANY, SHAPE, FirstOfTwo, Plain, a_step, build
 from tests.tiny import make_mixture
 from tests.unit.random_codes import random_codes
+from tpctl.arch.routing import Routing
 from tpctl.distributed import TPGroup
 from tpctl.errors import UnsupportedModelError
 from tpctl.layers.attention.sdpa import SdpaBackend
@@ -26,7 +27,7 @@ from tpctl.layers.experts import Mixture
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights import experts_cuda
-from tpctl.layers.weights.experts import Gating, Stack
+from tpctl.layers.weights.experts import Gating, MixtureParts, Stack
 from tpctl.models.decoder import Decoder
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
@@ -109,11 +110,23 @@ def test_sums_are_sent_where_linears_send_them(tmp_path: Path, monkeypatch: pyte
     assert sent == [outlet, None, None, None, None, None] * 2
 
 
-@pytest.mark.parametrize("options,why", [({"unit": 16, "groups": True}, "groups in no order")])
-def test_codes_that_no_kernel_reads_are_refused(options: dict[str, Any], why: str) -> None:
+def test_codes_that_no_kernel_reads_are_refused() -> None:
     compute = CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER)
-    gate_up, down = (random_codes("uint4", 32, 32, experts=2, device=str(DEVICE), **options) for _ in range(2))
-    with pytest.raises(UnsupportedModelError, match=why):
-        compute.experts(Stack((gate_up,)), Stack((down,)), Gating(), 0)
+    gate_up, down = (random_codes("uint4", 32, 32, experts=2, device=str(DEVICE)) for _ in range(2))
     with pytest.raises(UnsupportedModelError, match="quantised in other groups"):
         compute.experts(Stack((gate_up, gate_up)), Stack((down,)), Gating(), 0)
+
+
+@pytest.mark.parametrize("kind,groups,ways", [("int8", False, ["one_row"]), ("e2m1", False, ["grouped"]),
+                                              ("int8", True, ["grouped"])])  # fmt: skip
+def test_the_way_of_one_row_of_codes(kind: Any, groups: bool, ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER)
+    matrices = (random_codes(kind, n, 32, experts=2, unit=16, groups=groups, device=str(DEVICE)) for n in (64, 32))
+    experts = compute.experts(*(Stack((matrix,)) for matrix in matrices), Gating(), 0)
+    gate = torch.randn(2, 32, device=DEVICE)
+    parts = MixtureParts(2, 1, Routing("softmax"), gate, None, None, None, None)
+    taken: list[str] = []
+    for way in ("one_row", "grouped"):
+        monkeypatch.setattr(experts_cuda, way, lambda *_, way=way, **__: taken.append(way))
+    experts.mixture(Rows(torch.randn(1, 32, device=DEVICE)), parts)
+    assert taken == ways

@@ -9,21 +9,23 @@ batch has tiles of one shape, and a token's sum runs over its slots in their ord
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from tpctl.arch.block import Activation, Clamped
 from tpctl.kernels.collective.all_reduce import PeerBuffer
-from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, shared_memory
 from tpctl.kernels.experts.finish import finish_options
+from tpctl.kernels.experts.grouped_codes_kernels import grouped_codes_kernel
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
 from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import Placed, place
 from tpctl.kernels.experts.routing import Routed
-from tpctl.kernels.experts.tiles import as_stored
+from tpctl.kernels.experts.tiles import Form
+from tpctl.kernels.linear.codes_linear import as_bytes, form_of, may_be_fast
 
 UNLISTED_ROWS = 16
 """Most tokens whose tiles need no list: they are one tile."""
@@ -61,10 +63,12 @@ def pick_tile(block_m: int, *, gated: bool, itemsize: int, limit: int, codes: bo
         config = TileConfig(block_m, 32, 32, 4, 2)
     elif block_m <= 32:
         config = TileConfig(block_m, 64, 128, 2 if codes else 4, 3)
+    elif codes:
+        config = TileConfig(block_m, 64, 128, 4 if block_m == 64 else 8, 3)
     elif block_m == 64:
         config = TileConfig(64, 64 if gated else 128, 64, 4, 4)
     else:
-        config = TileConfig(128, 64 if gated and codes else 128, 64, 8, 3 if gated else 4)
+        config = TileConfig(128, 128, 64, 8, 3 if gated else 4)
     while _bytes(config, gated, itemsize) > limit and config.num_stages > 2:
         config = config._replace(num_stages=config.num_stages - 1)
     while _bytes(config, gated, itemsize) > limit and config.block_k > 32:
@@ -94,8 +98,8 @@ def grouped(
 
     routed: x [T, H], columns contiguous, in the dtype of weights that are no codes. total_experts: of all ranks.
     shared_TH: what the shared expert made of x. residual_TH: may be `out`. outlet: sends the result as well; the
-    all-reduce that follows must be told so. configs: of gate_up and down, with one block_m. Raises ValueError for codes
-    that no kernel reads and for what an outlet does not take.
+    all-reduce that follows must be told so. configs: of gate_up and down, with one block_m. Raises ValueError for what
+    an outlet does not take.
     """
     x, ids, weights, factors = routed
     rows, pairs = len(x), ids.numel()
@@ -186,32 +190,59 @@ def _linear(
 ) -> None:
     """One of the two linears of every expert, into `out` [T * K, width]."""
     rows, per_token = routed.ids.shape
-    pointers, form = as_stored(matrix)
     tiles = rows * per_token if placed is None else len(placed.tiles)
-    grouped_linear_kernel[(triton.cdiv(out.shape[1], config.block_n), tiles)](
+    grid = (triton.cdiv(out.shape[1], config.block_n), tiles)
+    where = (routed.ids, *((routed.ids, routed.ids) if placed is None else placed), routed.weights)
+    flags: dict[str, Any] = {
+        "PER_TOKEN": per_token,
+        "SLOTS": next_power_of_2(per_token),
+        "LISTED": placed is not None,
+        "GATING": activation,
+        "INTERLEAVED": experts.interleaved,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "PDL": pdl,
+        "num_warps": config.num_warps,
+        **launch_options(pdl),
+    }
+    held = x if bias is None else bias
+    here = (experts.first, experts.count)
+    if isinstance(matrix, Codes):
+        most_bytes = config.block_k // 2 if matrix.kind in PACKED else config.block_k
+        form, tile, groups = form_of(matrix, most_bytes, fast=may_be_fast(x, x))
+        pairs = form.packed and form.fast
+        grouped_codes_kernel[grid](
+            x.view(torch.int32) if pairs else x,
+            *where,
+            as_bytes(matrix.values, x),
+            as_bytes(matrix.scales, x),
+            as_bytes(matrix.zeros, matrix.values.view(torch.uint8)),
+            *(as_bytes(one, x) for one in (matrix.rows, matrix.groups, matrix.factors)),
+            held,
+            out,
+            rows,
+            x.stride(0) // 2 if pairs else x.stride(0),
+            *here,
+            FORM=form,
+            OUTPUTS=matrix.outputs,
+            SCALE_ROWS=matrix.scales.shape[1],
+            BYTES=tile,
+            GROUPS=groups,
+            **flags,
+        )
+        return
+    grouped_linear_kernel[grid](
         x,
-        routed.ids,
-        *((routed.ids, routed.ids) if placed is None else placed),
-        routed.weights,
-        *pointers,
-        x if bias is None else bias,
+        *where,
+        matrix,
+        held,
         out,
         rows,
         x.stride(0),
-        experts.first,
-        experts.count,
-        FORM=form,
-        PER_TOKEN=per_token,
-        SLOTS=next_power_of_2(per_token),
-        LISTED=placed is not None,
-        GATING=activation,
-        INTERLEAVED=experts.interleaved,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        *here,
+        FORM=Form("", *matrix.shape[1:]),
         BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        PDL=pdl,
-        num_warps=config.num_warps,
-        **launch_options(pdl),
+        **flags,
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from tpctl.kernels.experts.finish import finish
 from tpctl.kernels.experts.gating import gated
-from tpctl.kernels.experts.tiles import ask_for, load_tile, row_factors, scale_rows
+from tpctl.kernels.experts.tiles import ask_for, load_tile
 
 
 @triton.jit
@@ -40,6 +40,45 @@ def _tile_of_pair(
 
 
 @triton.jit
+def tile_of(
+    ids_ptr,
+    pairs_ptr,
+    tiles_ptr,
+    rows,
+    first,
+    count,
+    PER_TOKEN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LISTED: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The expert (-1: none) and the pairs of this program's tile.
+
+    Programs of a down matrix look before their wait: ids and tiles were there when those of gate_up, which let them
+    start, had ended theirs. They have still to wait for h.
+    """
+    if PDL and GATED:
+        tl.extra.cuda.gdc_wait()
+    if LISTED:
+        expert, pair = _tile_of_list(pairs_ptr, tiles_ptr, tl.program_id(1), BLOCK_M)
+    else:
+        expert, pair = _tile_of_pair(ids_ptr, tl.program_id(1), rows, first, count, PER_TOKEN, SLOTS, BLOCK_M)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    return expert, pair
+
+
+@triton.jit
+def store_pairs(value, out_ptr, pair, n, WIDTH: tl.constexpr):
+    """`value` [M, N] as columns n of the rows of these pairs."""
+    mask = (pair >= 0)[:, None] & (n < WIDTH)[None, :]
+    pointers = out_ptr + tl.maximum(pair, 0).to(tl.int64)[:, None] * WIDTH + n[None, :]
+    tl.store(pointers, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _product(
     acc,  # [N, M] float32
     w,  # [N, K]
@@ -56,10 +95,6 @@ def grouped_linear_kernel(
     tiles_ptr,
     weights_ptr,
     w_ptr,
-    s_ptr,
-    z_ptr,
-    f_ptr,
-    r_ptr,
     bias_ptr,
     out_ptr,  # [T * PER_TOKEN, width]
     rows,
@@ -83,32 +118,21 @@ def grouped_linear_kernel(
     GATED: tl.constexpr = GATING is not None
     WIDTH: tl.constexpr = FORM.outputs // 2 if GATED else FORM.outputs
     WHOLE: tl.constexpr = FORM.inputs % BLOCK_K == 0
-    if PDL and GATED:
-        tl.extra.cuda.gdc_wait()
-    if LISTED:
-        expert, pair = _tile_of_list(pairs_ptr, tiles_ptr, tl.program_id(1), BLOCK_M)
-    else:
-        expert, pair = _tile_of_pair(ids_ptr, tl.program_id(1), rows, first, count, PER_TOKEN, SLOTS, BLOCK_M)
-    if PDL:  # from down on ids and tiles are read before the wait: they were there when gate_up's had ended
-        tl.extra.cuda.gdc_launch_dependents()
+    expert, pair = tile_of(ids_ptr, pairs_ptr, tiles_ptr, rows, first, count, PER_TOKEN, SLOTS, LISTED, GATED, BLOCK_M,
+                           PDL)  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < WIDTH
     n_safe = tl.minimum(n, WIDTH - 1)  # no mask on the weights' loads: what is read twice is not stored
     if expert >= 0:
-        wide = expert.to(tl.int64)
-        if GATED:
-            row_n = 2 * n_safe if INTERLEAVED else n_safe
-            up_n = row_n + 1 if INTERLEAVED else row_n + WIDTH
-            up_row, up_scales = wide * FORM.outputs + up_n, scale_rows(r_ptr, wide, up_n, n_ok, FORM)
-        else:
-            row_n = n_safe
-        row, s_row = wide * FORM.outputs + row_n, scale_rows(r_ptr, wide, row_n, n_ok, FORM)
+        wide = expert.to(tl.int64) * FORM.outputs
+        row = wide + (2 * n_safe if INTERLEAVED and GATED else n_safe)
+        up_row = row + (1 if INTERLEAVED else WIDTH)
         if PDL and not GATED:
             ask_for(w_ptr, row, 0, FORM, BLOCK_K)
             tl.extra.cuda.gdc_wait()
         m_ok = pair >= 0
-        x_row = (pair // PER_TOKEN if GATED else pair).to(tl.int64)
-        x_rows = x_ptr + tl.where(m_ok, x_row, 0)[:, None] * x_stride
+        x_row = tl.maximum(pair // PER_TOKEN if GATED else pair, 0).to(tl.int64)
+        x_rows = x_ptr + x_row[:, None] * x_stride
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         up_acc = acc
         for k0 in tl.range(0, FORM.inputs, BLOCK_K, num_stages=STAGES):
@@ -117,23 +141,20 @@ def grouped_linear_kernel(
             if not WHOLE:
                 x_mask &= (k < FORM.inputs)[None, :]
             x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
-            w = load_tile(w_ptr, s_ptr, z_ptr, row, s_row, n_ok, k0, FORM, BLOCK_K, WHOLE)
-            acc = _product(acc, w, x)
+            acc = _product(acc, load_tile(w_ptr, w_ptr, w_ptr, row, row, n_ok, k0, FORM, BLOCK_K, WHOLE), x)
             if GATED:
-                up = load_tile(w_ptr, s_ptr, z_ptr, up_row, up_scales, n_ok, k0, FORM, BLOCK_K, WHOLE)
+                up = load_tile(w_ptr, w_ptr, w_ptr, up_row, up_row, n_ok, k0, FORM, BLOCK_K, WHOLE)
                 up_acc = _product(up_acc, up, x)
-        value = acc * row_factors(s_ptr, f_ptr, row, s_row, n_ok, FORM)[:, None]
+        value = acc
         if HAS_BIAS:
             value += tl.load(bias_ptr + row, mask=n_ok, other=0.0).to(tl.float32)[:, None]
         if GATED:
-            up_value = up_acc * row_factors(s_ptr, f_ptr, up_row, up_scales, n_ok, FORM)[:, None]
             if HAS_BIAS:
-                up_value += tl.load(bias_ptr + up_row, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-            value = gated(value, up_value, GATING)
+                up_acc += tl.load(bias_ptr + up_row, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+            value = gated(value, up_acc, GATING)
         else:
             value *= tl.load(weights_ptr + pair, mask=m_ok, other=0.0)[None, :]
-        pointers = out_ptr + tl.where(m_ok, pair, 0).to(tl.int64)[:, None] * WIDTH + n[None, :]
-        tl.store(pointers, tl.trans(value).to(out_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+        store_pairs(tl.trans(value), out_ptr, pair, n, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -168,7 +168,7 @@ def codes_linear(
         if needed > scratch.partial.numel():
             raise ValueError(f"{needed} partial sums exceed the scratch of {scratch.partial.numel()}")
     norm_K = x_TK if norm is None else norm[0]
-    form, tile, groups = form_of(codes, config.bytes, fast=_may_be_fast(x_TK, norm_K))
+    form, tile, groups = form_of(codes, config.bytes, fast=may_be_fast(x_TK, norm_K))
     pairs = form.packed and form.fast
     args = (
         x_TK.view(torch.int32) if pairs else x_TK,
@@ -221,7 +221,7 @@ def codes_linear(
     return out
 
 
-def _may_be_fast(x_TK: Tensor, norm_K: Tensor) -> bool:
+def may_be_fast(x_TK: Tensor, norm_K: Tensor) -> bool:
     """Whether x and the norm's weight are of the dtype that numbers are made in by bits, and can be read in pairs."""
     aligned = all(one.data_ptr() % 4 == 0 for one in (x_TK, norm_K)) and x_TK.stride(0) % 2 == 0
     return x_TK.dtype == norm_K.dtype == torch.bfloat16 and aligned

@@ -260,7 +260,7 @@ def _codes(w_rows, at, FORM: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _sums(
+def tile_sums(
     x_rows,
     norm_ptr,
     w_rows,
@@ -313,7 +313,7 @@ def _sums(
 
 
 @triton.jit
-def _finished_sums(acc, s_rows, factors_ptr, n, FORM: tl.constexpr):
+def finished_sums(acc, s_rows, factors_ptr, n, FORM: tl.constexpr):
     """Sums [N, M] as [M, N], times what is the same for a whole row of W."""
     KIND: tl.constexpr = FORM.kind
     SCALES: tl.constexpr = FORM.scales
@@ -400,14 +400,14 @@ def codes_linear_kernel(
     epoch = m
     if WORLD > 1:
         epoch = tl.load(epochs_ptr + m, mask=m < rows, other=0) + 1
-    acc, up, squares = _sums(
+    acc, up, squares = tile_sums(
         x_rows, norm_ptr, w_rows, s_rows, z_rows, up_w_rows, up_s_rows, up_z_rows, groups_ptr, start, m < rows, FORM,
         FORM.row_bytes % (BYTES * SPLIT_K) == 0, HAS_NORM, UNIT_OFFSET, WIDTH == 2, BLOCK_M, BLOCK_N, BYTES, GROUPS,
         TILES, STAGES
     )  # fmt: skip
-    acc = _finished_sums(acc, s_rows, factors_ptr, n_safe, FORM)
+    acc = finished_sums(acc, s_rows, factors_ptr, n_safe, FORM)
     if WIDTH == 2:
-        up = _finished_sums(up, up_s_rows, factors_ptr, out_features + n_safe, FORM)
+        up = finished_sums(up, up_s_rows, factors_ptr, out_features + n_safe, FORM)
     else:
         up = acc
     if SPLIT_K == 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tpctl.errors import UnsupportedModelError
-from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.experts.grouped import grouped
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row import one_row
@@ -53,6 +53,7 @@ class CudaExperts(FusedExperts):
             first,
         )
         self._scratch, self._state, self._facts = scratch, state, facts
+        self._by_row = all(map(_read_by_row, (self._matrices.gate_up, self._matrices.down)))
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return grouped(Routed(x, ids, weights), self._matrices, pdl=self._state.pdl)
@@ -63,11 +64,13 @@ class CudaExperts(FusedExperts):
         state = self._state
         routed = self._routed(rows, parts)
         outlet = state.sums if partial and state.sends else None
-        if len(rows.x) == 1 and self._facts.takes(rows.x) and (parts.shared is None or _plain(parts) is not None):
+        shared = _plain(parts)
+        alone = len(rows.x) == 1 and self._by_row and self._facts.takes(rows.x)
+        if alone and (parts.shared is None or shared is not None):
             return one_row(
                 routed,
                 self._matrices,
-                shared=_plain(parts),
+                shared=shared,
                 residual_TH=residual,
                 out=residual,
                 outlet=outlet,
@@ -136,12 +139,19 @@ def _matrix(stack: Stack) -> Tensor | Codes:
         return stack.matrix.contiguous()
     if len(stack.matrix) > 1:
         raise UnsupportedModelError("experts whose gate and up are quantised in other groups do not run on a GPU")
-    (codes,) = stack.matrix
+    return stack.matrix[0]
+
+
+def _read_by_row(matrix: Tensor | Codes) -> bool:
+    """Whether one row goes through CUDA cores. Numbers of 4 bits are made faster where the tensor cores take them, and
+    some codes are not read there."""
+    if isinstance(matrix, Tensor):
+        return True
     try:
-        as_stored(codes)
-    except ValueError as error:
-        raise UnsupportedModelError(f"these experts do not run on a GPU: {error}") from None
-    return codes
+        as_stored(matrix)
+    except ValueError:
+        return False
+    return matrix.kind not in PACKED
 
 
 def _plain(parts: MixtureParts) -> SharedMatrices | None:
