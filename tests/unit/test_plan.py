@@ -14,9 +14,9 @@ from tpctl.arch.blueprint import LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.cuts import Even, Units
+from tpctl.partition.cuts import Even, KVHeads, Units
 from tpctl.partition.plan import PartitionPlan
-from tpctl.partition.split import Part, Rule, TensorSplit
+from tpctl.partition.split import EACH, Part, Rule, TensorSplit, tensor_names
 
 
 @st.composite
@@ -48,22 +48,26 @@ def test_every_source_element_is_held_by_the_right_number_of_ranks(model: tuple[
     attention = config.blueprint.blocks[0].attention
     copies = {name: np.zeros(shape, int) for name, shape in plan.source_shapes.items()}
     for _, stored, piece in plan.pieces():
-        window = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
-        before = copies[piece.source][window]
-        assert before.shape == piece.shape, (stored.name, "reaches outside its source")
-        copies[piece.source][window] += 1
-    kv = {source for s in plan.splits if s.rule is Rule.QKV for p in s.parts[1:] for source in [p.source]}
+        apart = int(EACH in piece.source)  # a tensor an expert
+        window = tuple(slice(a, a + n) for a, n in zip(piece.start[apart:], piece.shape[apart:], strict=True))
+        for source in piece.tensors:
+            before = copies[source][window]
+            assert before.shape == piece.shape[apart:], (stored.name, "reaches outside its source")
+            copies[source][window] += 1
     for split in plan.splits:
         for part in split.parts:
-            rows = copies[part.source].take(range(part.offset, part.offset + part.length), axis=split.dim)
+            count = 0 if split.stack is None else split.stack.count
+            counted = np.stack([copies[source] for source in tensor_names(part.source, count)])
+            axis = counted.ndim - len(split.shape(0)) + split.dim  # behind those of the stack
+            rows = counted.take(range(part.offset, part.offset + part.length), axis=axis)
             if split.rule is Rule.REPLICATED:
                 assert (rows == tp).all(), split.name
-            elif part.source in kv and part.label in ("k", "v"):
+            elif isinstance(part.cut, KVHeads):
                 held = np.zeros(attention.num_kv_heads, int)
                 for share in attention.shares(tp):
                     held[share.kv.start : share.kv.stop] += 1
                 wanted = np.repeat(held, attention.head_dim)
-                assert (rows.reshape(len(wanted), -1) == wanted[:, None]).all(), split.name
+                assert (rows[0].reshape(len(wanted), -1) == wanted[:, None]).all(), split.name
             else:
                 assert (rows == 1).all(), split.name
 
