@@ -7,7 +7,8 @@ import triton.language as tl
 
 from tpctl.kernels.experts.gating import gated
 from tpctl.kernels.experts.grouped_kernels import store_pairs, tile_of
-from tpctl.kernels.linear.codes_linear_kernels import code_rows, finished_sums, tile_sums
+from tpctl.kernels.linear.codes_linear_kernels import finished_sums, tile_sums
+from tpctl.kernels.linear.codes_tiles import code_rows
 
 
 @triton.jit(do_not_specialize=["rows"])

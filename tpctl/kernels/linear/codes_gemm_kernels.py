@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.common.codes_kernels import scale_float
-from tpctl.kernels.linear.codes_linear_kernels import code_rows, number, tile_scales
+from tpctl.kernels.linear.codes_tiles import code_rows, number, tile_scales
 
 
 @triton.jit

@@ -18,7 +18,8 @@ from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import Activation
 from tpctl.kernels.common.codes import PACKED, Codes, decode
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
-from tpctl.kernels.linear.codes_linear_kernels import Form, codes_linear_kernel
+from tpctl.kernels.linear.codes_linear_kernels import codes_linear_kernel
+from tpctl.kernels.linear.codes_tiles import Form
 from tpctl.kernels.linear.gemv import GemvScratch, small_linear_reference
 
 MOST_ROWS = 512
