@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import make_mixture
-from tests.unit.test_models import _logits
+from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
@@ -37,7 +37,7 @@ def check(folder: Path, model: Any, shards: Path, tp_size: int, groups: int) -> 
     with torch.no_grad():
         expected = model(prompts).logits
     shard_checkpoint(folder, shards, tp_size, cutting=Cutting(groups))
-    torch.testing.assert_close(_logits(shards, tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(shards, tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("tp_size", "groups"), CUTS)
