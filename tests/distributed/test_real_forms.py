@@ -41,9 +41,9 @@ pytestmark = pytest.mark.slow
 PROMPT_LENGTH, LENGTH = 12, 8
 IN_CI = {("copies", 2), ("slices", 3), ("fp8-block", 3), ("gptq", 2)}
 """Forms and sizes that are always tried; the rest with ``--whole-grid``."""
-FIRST = 1e-3
-"""Of the first two tokens, whose activations are some thousands: the dense model's own logits are 5e-4 from those in
-float64 there."""
+FIRST, NEAR = 4, 1e-3
+"""How many tokens of a prompt have activations of some thousands, and how near their logits are to be. From those in
+float64 the dense model's own are, in float32 on one rank, 5e-4 at the first token, 1.4e-4 at the third, 1e-4 behind."""
 GROUPS = {("copies", 3): 3, ("slices", 2): 2}
 """Groups of ranks that experts are dealt to, where not all ranks cut each."""
 
@@ -88,8 +88,8 @@ def check(model: Any, folder: Path, prompts: list[list[int]], tp_size: int, grou
     assert logits[:, PROMPT_LENGTH - 1 : -1].argmax(-1).tolist() == answers
     assert len({tuple(answer) for answer in answers}) == len(prompts)
     own = logits_of(shards, tp_size, whole[:2], dtype="float32", kv_cache_memory=32 << 20)
-    torch.testing.assert_close(own[:, 2:], logits[:2, 2:], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(own[:, :2], logits[:2, :2], rtol=1e-4, atol=FIRST)
+    torch.testing.assert_close(own[:, FIRST:], logits[:2, FIRST:], rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(own[:, :FIRST], logits[:2, :FIRST], rtol=1e-4, atol=NEAR)
 
 
 def replaced(model: Any, matrices: dict[str, torch.Tensor]) -> Any:
