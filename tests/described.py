@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+from tpctl.arch.block import Experts, Gated
 from tpctl.arch.config import ModelConfig
 
 
@@ -19,6 +21,7 @@ def described(config: ModelConfig) -> SimpleNamespace:
         num_kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
         intermediate_size=mlp.down.inputs,
+        mlps=[_mlp(block.mlp) for block in blueprint.blocks],
         vocab_size=config.vocab_size,
         rms_norm_eps=blueprint.norm.eps,
         tie_word_embeddings=blueprint.tied,
@@ -34,3 +37,54 @@ def described(config: ModelConfig) -> SimpleNamespace:
         bos_token_id=config.bos_token_id,
         max_position_embeddings=config.max_position_embeddings,
     )
+
+
+def _mlp(mlp: Gated | Experts) -> tuple[Any, ...]:
+    """An MLP's width; of a mixture also how many experts there are and how they are chosen, and the shared one."""
+    if isinstance(mlp, Gated):
+        return (mlp.down.inputs,)
+    how = mlp.routing
+    assert how is not None
+    shared = None if mlp.shared is None else mlp.shared.down.inputs
+    routing = (how.scores, how.renormalise, how.groups, how.top_groups, how.scale)
+    return mlp.count, mlp.per_token, mlp.down.inputs, shared, mlp.shared_gate is not None, routing
+
+
+def mlps_by_transformers(config: Any) -> list[tuple[Any, ...]]:
+    """What each layer's MLP is by transformers' configuration, as its modelling code reads it."""
+    family = config.model_type
+    dense = (config.intermediate_size,)
+    experts = {
+        "mixtral": lambda: (
+            *(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size),
+            *(None, False, ("softmax", True, 1, 1, 1.0)),
+        ),
+        "qwen2_moe": lambda: (
+            *(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size),
+            *(config.shared_expert_intermediate_size, True, ("softmax", config.norm_topk_prob, 1, 1, 1.0)),
+        ),
+        "qwen3_moe": lambda: (
+            *(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size),
+            *(None, False, ("softmax", config.norm_topk_prob, 1, 1, 1.0)),
+        ),
+        "glm4_moe": lambda: (
+            *(config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size),
+            *(config.moe_intermediate_size * config.n_shared_experts or None, False),
+            ("sigmoid", config.norm_topk_prob, config.n_group, config.topk_group, config.routed_scaling_factor),
+        ),
+        "gpt_oss": lambda: (
+            *(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size),
+            *(None, False, ("softmax of chosen", False, 1, 1, 1.0)),
+        ),
+        "minimax_m2": lambda: (
+            *(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size),
+            *(None, False, ("sigmoid", True, 1, 1, 1.0)),
+        ),
+    }.get(family, lambda: dense)()
+
+    def sparse(layer: int) -> bool:
+        if hasattr(config, "decoder_sparse_step"):
+            return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+        return layer >= getattr(config, "first_k_dense_replace", 0)
+
+    return [experts if sparse(layer) else dense for layer in range(config.num_hidden_layers)]

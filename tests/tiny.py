@@ -172,7 +172,8 @@ GATED_DELTA_NET: dict[str, Any] = {
     "linear_conv_kernel_dim": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
-SHARED: dict[str, Any] = {"moe_intermediate_size": 23, "shared_expert_intermediate_size": 29, "num_experts_per_tok": 3}
+FEW: dict[str, Any] = {"num_experts": 6, "moe_intermediate_size": 23, "num_experts_per_tok": 3}
+SHARED: dict[str, Any] = {**FEW, "shared_expert_intermediate_size": 29}
 CORRECTED: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
@@ -206,11 +207,11 @@ VISION: dict[str, Any] = {
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**HEADS, "num_local_experts": 6, "intermediate_size": 23}),
-    "qwen2_moe": ("Qwen2Moe", {**SHARED, **HEADS, "num_experts": 6, "mlp_only_layers": [1], "norm_topk_prob": True}),
-    "qwen3_moe": ("Qwen3Moe", {**SHARED, **HEADS, "num_experts": 6, "decoder_sparse_step": 2, "attention_bias": True}),
+    "qwen2_moe": ("Qwen2Moe", {**SHARED, **HEADS, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3_moe": ("Qwen3Moe", {**FEW, **HEADS, "decoder_sparse_step": 2, "attention_bias": True}),
     "qwen3_next": (
         "Qwen3Next",
-        {**GATED_DELTA_NET, **SHARED, "num_experts": 6, "linear_num_key_heads": 6, "linear_num_value_heads": 12},
+        {**GATED_DELTA_NET, **SHARED, "linear_num_key_heads": 6, "linear_num_value_heads": 12},
     ),
     "qwen3_5_text": (
         "Qwen3_5Text",
@@ -218,7 +219,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5_moe_text": (
         "Qwen3_5MoeText",
-        {**GATED_DELTA_NET, **SHARED, "num_experts": 6, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+        {**GATED_DELTA_NET, **SHARED, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
     ),
     "gpt_oss": ("GptOss", {**HEADS, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 23}),
     "glm4_moe": ("Glm4Moe", {**CORRECTED, "head_dim": 8, "use_qk_norm": True, "attention_bias": True}),
@@ -227,7 +228,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3", {**LATENT, "attention_bias": True}),
     "deepseek_v3-no-q-rank": ("DeepseekV3", {**LATENT, "q_lora_rank": None}),
 }
-"""Those that tpctl cuts and does not run."""
+"""Mixtures of experts, and what is beside them in models that tpctl cuts and does not run."""
 
 
 def make_mixture(name: str, folder: Path, *, stacked: bool = False, sees: bool = False, **changes: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.described import described
+from tests.described import described, mlps_by_transformers
 from tests.fuzz.case import Case, Outcome
 from tests.fuzz.judge import Fault
 
@@ -109,7 +109,7 @@ def read_by_transformers(model: Path, ours: Any) -> dict[str, tuple[Any, Any]]:
         "num_heads": (ours.num_heads, heads),
         "num_kv_heads": (ours.num_kv_heads, config.num_key_value_heads),
         "head_dim": (ours.head_dim, getattr(config, "head_dim", None) or config.hidden_size // heads),
-        "intermediate_size": (ours.intermediate_size, config.intermediate_size),
+        "mlps": (ours.mlps, mlps_by_transformers(config)),
         "vocab_size": (ours.vocab_size, config.vocab_size),
         "rms_norm_eps": (ours.rms_norm_eps, config.rms_norm_eps),
         "tie_word_embeddings": (ours.tie_word_embeddings, bool(config.tie_word_embeddings)),
@@ -144,9 +144,9 @@ def _windows(config: Any, ours: Any) -> tuple[int | None, ...]:
     """Each layer's sliding window as the model class of transformers applies it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if ours.model_type == "llama":
+    if ours.model_type in ("llama", "glm4_moe"):
         return (None,) * ours.num_layers
-    if ours.model_type in ("mistral", "phi3") or not kinds:
+    if ours.model_type in ("mistral", "phi3", "mixtral", "qwen3_moe") or not kinds:
         return (window,) * ours.num_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 

@@ -60,6 +60,7 @@ def prepare(folder: Path) -> None:
     make_checkpoint(folder / "other", make_config("qwen3"))
     experts = {"num_experts": 6, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
     make_checkpoint(folder / "experts", make_config("qwen3_moe", **experts))
+    make_checkpoint(folder / "recurrent", make_config("qwen3_next"))
     for name, change in CHANGES.items():
         change(shutil.copytree(folder / "shards", folder / name))
     make_checkpoint(folder / "narrow", make_config()).joinpath("config.json").write_text(

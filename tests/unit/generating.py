@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ SHARED = [(7 * i) % 120 + 3 for i in range(40)]
 PROMPTS = [*(SHARED[:length] for length in (3, 17, 23, 24, 25, 40)), [*SHARED[:20], 77, 78], [9, 8, 7], [50] * 13]
 
 
-def answers(model: Any) -> list[list[int]]:
-    """What transformers' ``generate`` makes of ``PROMPTS``, one by one."""
+def answers(model: Any, prompts: Sequence[list[int]] = PROMPTS, count: int = TOKENS) -> list[list[int]]:
+    """What transformers' ``generate`` makes of ``prompts``, one by one: ``count`` tokens each."""
     model.generation_config.eos_token_id = None
     found = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = torch.tensor([prompt])
-        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
         found.append(answer[0, len(prompt) :].tolist())
     return found
 
@@ -52,7 +53,7 @@ def run(shards: Path, tp_size: int, groups: list[list[Request]], **settings: Any
     return results[0]
 
 
-def requests(prefix: str = "", **way: Any) -> list[Request]:
-    """One for each of ``PROMPTS``."""
+def requests(prefix: str = "", prompts: Sequence[list[int]] = PROMPTS, **way: Any) -> list[Request]:
+    """One for each of ``prompts``."""
     params = SamplingParams(**{"max_tokens": TOKENS, "ignore_eos": True, **way})
-    return [Request(f"{prefix}{index}", prompt, params) for index, prompt in enumerate(PROMPTS)]
+    return [Request(f"{prefix}{index}", prompt, params) for index, prompt in enumerate(prompts)]

@@ -58,7 +58,8 @@ NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite", "minimax_m2", "glm4")
 BIASED = ("cohere2", "llama", "qwen3", "seed_oss", "olmo2", "granite", "smollm3", "gpt_oss")
 """Families that may have biases in attention."""
 MLP_BIASED = ("llama", "seed_oss", "granite", "smollm3")
-APART = ("gemma2", "gemma3", "gemma3_text", "mistral3", "olmo3")
+MIXED = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
+APART = ("gemma2", "gemma3", "gemma3_text", "mistral3", "olmo3", *MIXED)
 """Families that have tests of their own."""
 
 
@@ -89,8 +90,8 @@ def config_of(family: str, rope: str, key: str, value: Any) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if value is not MISSING}
 
 
-def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """What transformers understands; raises what it raises."""
+def understood(family: str, raw: dict[str, Any]) -> Any:
+    """The configuration that transformers makes of it; raises what it raises."""
     from transformers import CONFIG_MAPPING
 
     with warnings.catch_warnings():
@@ -101,31 +102,24 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the class knows no such field, and its attention takes it as it is")
     if family in ("cohere2", "gpt_oss") and config.sliding_window is None:
         raise ValueError("no mask can be made of this")
-    rope, layers = config.rope_parameters, config.num_hidden_layers
+    rope = config.rope_parameters
     if rope["rope_theta"] is None or rope.get("original_max_position_embeddings", 1) is None:
         raise ValueError("no table can be made of this")
-    kinds = (
-        config.layer_types
-        if family.startswith(("qwen", "smollm3", "gpt_oss", "cohere2"))
-        else ["sliding_attention"] * layers
-    )
-    window = None if family in NO_WINDOW else config.sliding_window
-    ends = config.eos_token_id
-    attention_bias = family in BIASED and config.attention_bias
+    return config
+
+
+def usual(config: Any) -> dict[str, Any]:
+    """What all families have."""
+    rope, ends = config.rope_parameters, config.eos_token_id
     return {
         "hidden_size": config.hidden_size,
-        "num_layers": layers,
+        "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.layer_norm_eps if family == "cohere2" else config.rms_norm_eps,
+        "rms_norm_eps": config.layer_norm_eps if config.model_type == "cohere2" else config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "qkv_bias": family == "qwen2" or attention_bias or (family == "glm4" and config.attention_bias),
-        "o_bias": config.attention_out_bias if family == "seed_oss" else attention_bias,
-        "mlp_bias": family == "gpt_oss" or (family in MLP_BIASED and config.mlp_bias),
-        "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
         "eos_token_ids": tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
         "bos_token_id": config.bos_token_id,
         "positions": config.max_position_embeddings,
@@ -134,13 +128,33 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def found(raw: dict[str, Any]) -> dict[str, Any]:
+def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """What transformers understands; raises what it raises."""
+    config = understood(family, raw)
+    kinds = (
+        config.layer_types
+        if family.startswith(("qwen", "smollm3", "gpt_oss", "cohere2"))
+        else ["sliding_attention"] * config.num_hidden_layers
+    )
+    window = None if family in NO_WINDOW else config.sliding_window
+    attention_bias = family in BIASED and config.attention_bias
+    return {
+        **usual(config),
+        "intermediate_size": config.intermediate_size,
+        "qkv_bias": family == "qwen2" or attention_bias or (family == "glm4" and config.attention_bias),
+        "o_bias": config.attention_out_bias if family == "seed_oss" else attention_bias,
+        "mlp_bias": family == "gpt_oss" or (family in MLP_BIASED and config.mlp_bias),
+        "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+    }
+
+
+def found(raw: dict[str, Any], *more: str) -> dict[str, Any]:
+    """The same here, with ``more`` of what is described."""
     config = described(ModelConfig.from_dict(raw))
     rope = config.rope
     names = (
-        *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
-        *("rms_norm_eps", "tie_word_embeddings", "qkv_bias", "o_bias", "mlp_bias", "windows", "eos_token_ids"),
-        "bos_token_id",
+        *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "rms_norm_eps"),
+        *("tie_word_embeddings", "qkv_bias", "o_bias", "windows", "eos_token_ids", "bos_token_id", *more),
     )
     return {
         **{name: getattr(config, name) for name in names},
@@ -160,7 +174,7 @@ def test_a_field_that_is_missing_or_null(case: tuple[str, str, str, Any]) -> Non
         with pytest.raises(TpctlError, match=key):
             ModelConfig.from_dict(raw)
         return
-    assert found(raw) == expected
+    assert found(raw, "intermediate_size", "mlp_bias") == expected
 
 
 OWN: dict[str, dict[str, Any]] = {

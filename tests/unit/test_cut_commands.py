@@ -141,8 +141,9 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("where", ["model", "shards"])
 @pytest.mark.parametrize("template", [True, False], ids=["chat", "base"])
 def test_what_does_not_run_is_refused_before_it_is_cut_or_hashed(
-    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str, where: str, template: bool
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str, where: str, template: bool
 ) -> None:
+    model = make_checkpoint(tmp_path / "model", make_config("qwen3_next"))
     if template:
         (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     shard_checkpoint(model, tmp_path / "shards", 2)
@@ -176,9 +177,9 @@ def test_without_a_tokenizer_nothing_is_cut(
 def test_of_a_hub_model_that_does_not_run_only_headers_travel(
     hub: Hub, run: Run, prompts: Path, tmp_path: Path, ask: str
 ) -> None:
-    config = make_config("qwen3_moe", **MOE, hidden_size=384)
+    config = make_config("deepseek_v3", hidden_size=384)
     weights = files(str(make_checkpoint(tmp_path / "made", config)))
-    hub.add("org/experts", weights)
+    hub.add("org/latent", weights)
     assert len(weights["model.safetensors"]) > 200_000
-    assert f"a mixture of experts, {WHY}" in failed(run(*ask.format(model="org/experts", prompts=prompts).split()))
+    assert f"latent attention (MLA), {WHY}" in failed(run(*ask.format(model="org/latent", prompts=prompts).split()))
     assert set(hub.bodies("model.safetensors")) <= {"bytes=0-100000"}

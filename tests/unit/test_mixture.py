@@ -13,7 +13,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.safetensors import TensorSpec
-from tpctl.errors import CheckpointError, PartitionError, UnsupportedModelError
+from tpctl.errors import CheckpointError, PartitionError
 from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
@@ -115,15 +115,6 @@ def test_a_scale_is_where_its_block_is(tmp_path: Path) -> None:
         for rank, (first, stop) in enumerate(rows):
             wanted = np.concatenate([gate[:, first:stop], up[:, first:stop]], axis=1)
             assert np.array_equal(held(tmp_path / folder, rank, name), wanted)
-
-
-def test_running_one_is_refused_by_name(tmp_path: Path) -> None:
-    for config, why in (
-        (config_of(), "a mixture of experts"),
-        (make_config("llama", quantization_config=FP8), r"quantised weights \(FP8 in blocks of 16 x 8\)"),
-    ):
-        with pytest.raises(UnsupportedModelError, match=f"the model has {why}, which tpctl cuts but does not run yet"):
-            _ = ModelConfig.from_dict(config).blueprint.blocks
 
 
 def test_experts_cannot_be_dealt_to_more_groups_than_there_are() -> None:

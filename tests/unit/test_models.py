@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     return {}
 
 
-def logits_of(folder: Path, tp_size: int, prompts: list[list[int]]) -> torch.Tensor:
+def logits_of(folder: Path, tp_size: int, prompts: list[list[int]], **changes: Any) -> torch.Tensor:
     """[prompts, length, vocabulary] of equally long prompts, computed together in chunks."""
 
     def rank(group: TPGroup) -> torch.Tensor:
-        config = EngineConfig(folder, tp_size, kv_cache_memory=1 << 22, block_size=4, max_num_seqs=8)
+        values: dict[str, Any] = {"kv_cache_memory": 1 << 22, "block_size": 4, "max_num_seqs": 8, **changes}
+        config = EngineConfig(folder, tp_size, **values)
         runner = make_runner(config, group)
         blocks = BlockManager(runner.memory.num_blocks, 4, enable_prefix_caching=False)
         sequences = [Sequence(str(i), ids, SamplingParams(), 256) for i, ids in enumerate(prompts)]

@@ -20,7 +20,7 @@ from tests.unit.quantised_model import Quantised, quantise
 from tests.unit.synthetic import make_config
 from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
-from tpctl.errors import PartitionError
+from tpctl.errors import PartitionError, TpctlError
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 SIZES: dict[str, Any] = {
@@ -154,3 +154,15 @@ def test_experts_of_gpt_oss_in_mxfp4(tp_size: int, groups: int, tmp_path: Path) 
     torch.testing.assert_close(
         logits_of(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4
     )
+
+
+def test_an_order_that_names_no_group_is_refused(tmp_path: Path) -> None:
+    made = model_of("llama", PACKERS["gptq in order of activation"])
+    name = "model.layers.1.self_attn.o_proj.g_idx"
+    for wrong, said in ((7, "group 7"), (-1, "group -1")):
+        order = made.tensors[name].clone()
+        order[5] = wrong
+        replace(made, tensors={**made.tensors, name: order}).save(tmp_path / f"model{wrong}")
+        with pytest.raises(TpctlError, match=rf"o_proj\.g_idx puts an input into {said}, but .* for groups 0 to 2"):
+            shard_checkpoint(tmp_path / f"model{wrong}", tmp_path / f"shards{wrong}", 1)
+            logits_of(tmp_path / f"shards{wrong}", 1, [[3, 4, 5]])

@@ -83,9 +83,6 @@ class Blueprint:
                     return "a mixture of experts with a router of its own kind"
                 if isinstance(part, Mixer):
                     return part.kind
-                for linear in linears(part):
-                    if not linear.storage.is_dense and linear.storage.coding is None:
-                        return f"quantised weights ({linear.storage.format})"
         return self.lacks
 
     def splits(self) -> Iterator[TensorSplit]:

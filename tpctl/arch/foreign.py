@@ -31,6 +31,8 @@ _FIELDS: Mapping[str, tuple[Any, ...]] = {
     r"use_parallel_residual|parallel_attn|scale_embedding|per_layer_config": (),
     r"hidden_activation": ("silu", "swish"),
     r"num_(local_|routed_)?experts|n_(routed|shared)_experts|num_experts_per_tok|moe_intermediate_size": (0, 1),
+    r"(n|topk)_group|routed_scaling_factor": (0, 1),
+    r"shared_expert_intermediate_size|first_k_dense_replace": (0,),
     r"(kv|q)_lora_rank": (0,),
     # transformers reads the weights from the file that this names.
     r"transformers_weights": ("model.safetensors",),
@@ -38,7 +40,7 @@ _FIELDS: Mapping[str, tuple[Any, ...]] = {
 """Patterns of fields, and their values that change nothing, besides null, false and empty ones."""
 
 _KINDS: Mapping[str, str] = {
-    r".*experts.*|moe_intermediate_size": _EXPERTS,
+    r".*expert.*|moe_intermediate_size|(n|topk)_group|routed_scaling_factor|first_k_dense_replace": _EXPERTS,
     r"(kv|q)_lora_rank": _MLA,
 }
 

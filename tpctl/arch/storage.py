@@ -109,7 +109,7 @@ class Storage:
     Attributes:
         format: what people call it.
         entries: its tensors.
-        coding: what the values stand for; ``None``: they are floats, or codes that tpctl cuts and does not run.
+        coding: what the values stand for; ``None``: they are floats.
         constants: suffixes of tensors that hold the weight's shape, [out, in]; no rank needs them.
         unread: suffixes of further ones that no rank needs.
         ordered: suffix of a tensor with the group of each input, and how many inputs a group has, in order: it has to

@@ -27,9 +27,9 @@ def no_window(fields: Fields, num_layers: int, longest: int, architecture: str) 
     return (None,) * num_layers
 
 
-def one_window(fields: Fields, num_layers: int, architecture: str) -> Windows:
-    """Of a family whose ``sliding_window`` applies to every layer where it is set."""
-    kinds, window = layer_kinds(fields, num_layers), fields.optional_whole("sliding_window")
+def one_window(fields: Fields, num_layers: int, architecture: str, *, used: bool = True) -> Windows:
+    """Of a family whose ``sliding_window`` applies to every layer where it is set, and ``used``."""
+    kinds, window = layer_kinds(fields, num_layers), fields.optional_whole("sliding_window") if used else None
     if kinds is None:
         return (window,) * num_layers
     if window is None and SLIDING in kinds:

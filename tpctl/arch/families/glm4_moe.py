@@ -7,6 +7,7 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.rope import read_rope
+from tpctl.arch.windows import no_window
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 
@@ -14,6 +15,7 @@ ARCHITECTURE = "Glm4MoeForCausalLM"
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim, partial=True)
     bias, qk_norm = fields.flag("attention_bias"), fields.flag("use_qk_norm")
+    no_window(fields, sizes.num_layers, rope.longest, ARCHITECTURE)
     attention = parts.attention(sizes, rope, None, qkv_bias=bias, qk_norm=qk_norm)
     return mixture.dense_first(fields, sizes, attention)
 
@@ -43,7 +45,13 @@ FAMILY = Family(
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
     },
-    frozenset({"n_shared_experts"}),
+    frozenset({"sliding_window"}),
     describe,
-    mixture.OWN | {"use_qk_norm"},
+    frozenset(
+        {
+            *("n_routed_experts", "num_local_experts", "n_shared_experts", "num_experts_per_tok"),
+            *("moe_intermediate_size", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"),
+            "use_qk_norm",
+        }
+    ),
 )

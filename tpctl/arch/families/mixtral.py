@@ -46,7 +46,7 @@ FAMILY = Family(
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    frozenset({"num_key_value_heads", "head_dim", "sliding_window"}),
+    frozenset({"head_dim", "sliding_window"}),
     describe,
-    mixture.OWN,
+    frozenset({"num_local_experts", "num_experts", "num_experts_per_tok"}),
 )

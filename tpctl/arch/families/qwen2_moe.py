@@ -58,5 +58,5 @@ FAMILY = Family(
     },
     frozenset({"num_key_value_heads", "mlp_only_layers", "sliding_window"}),
     describe,
-    mixture.OWN,
+    frozenset({"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}),
 )

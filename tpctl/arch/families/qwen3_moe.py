@@ -8,6 +8,8 @@ from tpctl.arch.families import qwen2
 from tpctl.arch.family import MOST_EXPERTS, Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.rope import read_rope
+from tpctl.arch.windows import one_window
+from tpctl.errors import UnsupportedModelError
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 
@@ -25,8 +27,10 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         routing=mixture.softmax(fields),
     )
     mlp = parts.gated(sizes, parts.read_activation(fields))
-    window = fields.optional_whole("sliding_window") if fields.flag("use_sliding_window") else None
-    attention = parts.attention(sizes, rope, window, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    if not fields.flag("use_qk_norm"):  # no field of its class in transformers, but of Qwen3-Coder's config
+        raise UnsupportedModelError(f"config.json: use_qk_norm is false, but {ARCHITECTURE} has norms over its heads")
+    windows = one_window(fields, sizes.num_layers, ARCHITECTURE, used=fields.flag("use_sliding_window"))
+    attention = parts.attention(sizes, rope, windows[0], qkv_bias=bias, o_bias=bias, qk_norm=True)
     sparse = mixture.sparse_layers(fields, sizes.num_layers)
     return parts.model(sizes, tuple(parts.block(sizes, attention, experts if one else mlp) for one in sparse))
 
@@ -46,8 +50,9 @@ FAMILY = Family(
         "num_experts": 128,
         "norm_topk_prob": False,
         "mlp_only_layers": [],
+        "use_qk_norm": True,
     },
     frozenset({"mlp_only_layers", "sliding_window"}),
     describe,
-    mixture.OWN,
+    frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "use_qk_norm"}),
 )

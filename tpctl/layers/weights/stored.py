@@ -30,7 +30,7 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> tuple[Codes, ..
     each other.
 
     Raises:
-        ShardFolderError: a tensor has another dtype than the format.
+        ShardFolderError: a tensor has another dtype than the format, or names a group that has no scale.
     """
     storage = held.linear.storage
     coding = storage.coding
@@ -56,7 +56,21 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> tuple[Codes, ..
         factors=None if divisor is None else _factors(held, divisor, tensors[divisor.name], stacked),
         rounds=coding.rounds,
     )
-    return (codes,) if order is None else tuple(_ordered(held, codes, tensors[order.name]))
+    if order is None:
+        return (codes,)
+    groups = tensors[order.name]
+    _check_order(held.name + order.name, groups, codes.scales.shape[-1])
+    return tuple(_ordered(held, codes, groups))
+
+
+def _check_order(name: str, groups: Tensor, count: int) -> None:
+    """Refuse an order that names groups which are not there."""
+    low, high = (int(one) for one in groups.aminmax())
+    if low < 0 or high >= count:
+        raise ShardFolderError(
+            f"{name} puts an input into group {low if low < 0 else high}, but the weights have scales for groups 0 to "
+            f"{count - 1}; the checkpoint is damaged, or was written wrongly"
+        )
 
 
 def _ordered(held: HeldLinear, codes: Codes, groups: Tensor) -> Iterator[Codes]:

@@ -1,0 +1,177 @@
+"""The same of mixtures of experts: what a field means that is missing or null, as transformers has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.described import mlps_by_transformers
+from tests.unit.test_config_defaults import BASE, MISSING, ROPES, config_of, found, understood, usual
+from tpctl.arch.config import ModelConfig
+from tpctl.errors import TpctlError
+
+OF_QWEN: dict[str, Any] = {
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3, 5],
+}
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 3},
+    "qwen2_moe": {**OF_QWEN, "shared_expert_intermediate_size": 28, "qkv_bias": False},
+    "qwen3_moe": OF_QWEN,
+    "glm4_moe": {
+        "n_routed_experts": 24,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 2,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.25,
+    },
+}
+"""What each has beside ``BASE``, all of it unlike the default."""
+NO_WINDOW = ("glm4_moe",)
+
+
+def raw_of(family: str, rope: str = "default", key: str = "", value: Any = None, **changes: Any) -> dict[str, Any]:
+    raw = {**config_of(family, rope, "", None), **OWN[family], **changes, **({key: value} if key else {})}
+    if family in NO_WINDOW and key != "sliding_window":
+        del raw["sliding_window"]  # refused
+    return {name: given for name, given in raw.items() if given is not MISSING}
+
+
+def cases() -> Iterator[tuple[str, str, str, Any]]:
+    for family in OWN:
+        for rope in ROPES:
+            if family == "glm4_moe" and rope == "longrope":
+                continue  # whose factors are for whole heads
+            yield family, rope, "", None
+        for key in {**BASE, **OWN[family]}:
+            if (family, key) not in (("glm4_moe", "sliding_window"), ("glm4_moe", "n_group")):
+                yield family, "default", key, MISSING
+            if key not in ("original_max_position_embeddings", "partial_rotary_factor"):
+                yield family, "default", key, None
+
+
+def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """What transformers understands; raises what it raises, here or as it builds a model."""
+    config = understood(family, raw)
+    if config.hidden_act is None or (raw.get("head_dim", 1) is None and family != "mixtral"):
+        raise ValueError("no model can be built of this")
+    if config.num_key_value_heads is None:
+        config.num_key_value_heads = config.num_attention_heads  # which it leaves to the cache to fail at
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    kinds = config.layer_types if family == "qwen2_moe" else ["sliding_attention"] * layers
+    bias = {"mixtral": False, "qwen2_moe": getattr(config, "qkv_bias", None)}.get(family, config_bias(config))
+    rotated = config.rope_parameters.get("partial_rotary_factor", 1.0) if family == "glm4_moe" else 1.0
+    common = usual(config)
+    return {
+        **common,
+        "qkv_bias": bias,
+        "o_bias": bias and family == "qwen3_moe",
+        "qk_norm": family == "qwen3_moe" or (family == "glm4_moe" and config.use_qk_norm),
+        "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "mlps": mlps_by_transformers(config),
+        "rotated": int(common["head_dim"] * rotated),
+    }
+
+
+def config_bias(config: Any) -> bool:
+    return getattr(config, "attention_bias", False)
+
+
+def read(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same as tpctl reads it."""
+    return {
+        **found(raw, "qk_norm", "mlps"),
+        "rotated": ModelConfig.from_dict(raw).blueprint.blocks[0].attention.rope.rotary_dim,
+    }
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_a_field_of_a_mixture_that_is_missing_or_null(case: tuple[str, str, str, Any]) -> None:
+    family, rope, key, value = case
+    raw = raw_of(family, rope, key, value)
+    try:
+        expected = wanted(family, raw_of(family, rope, key, value))
+    except Exception:  # of many kinds, from the depths of its checks
+        with pytest.raises(TpctlError, match=key):
+            ModelConfig.from_dict(raw)
+        return
+    assert read(raw) == expected
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_a_config_without_any_field(family: str) -> None:
+    raw = {"model_type": family, "architectures": raw_of(family)["architectures"]}
+    if family == "glm4_moe":  # whose 4096 are no multiple of 96 heads
+        raw["head_dim"] = 128
+    assert read(raw) == wanted(family, raw)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"sliding_window": None}),
+        ("qwen2_moe", {"max_window_layers": 12}),
+        ("qwen2_moe", {"use_sliding_window": False}),
+        ("qwen2_moe", {"layer_types": ["full_attention", "sliding_attention"] * 15}),
+        ("qwen3_moe", {"use_sliding_window": False}),
+        ("qwen3_moe", {"decoder_sparse_step": 3, "mlp_only_layers": None}),
+        ("qwen3_moe", {"num_local_experts": 9, "num_experts": MISSING}),
+        ("qwen3_moe", {"use_qk_norm": True, "shared_expert_intermediate_size": 0, "qkv_bias": False}),
+        ("glm4_moe", {"n_group": 1, "topk_group": 1}),
+        ("glm4_moe", {"n_group": MISSING, "topk_group": MISSING}),
+        ("glm4_moe", {"n_shared_experts": 0}),
+        ("glm4_moe", {"first_k_dense_replace": 0}),
+        ("glm4_moe", {"num_local_experts": 8, "n_routed_experts": MISSING}),
+    ],
+    ids=str,
+)
+def test_fields_that_mean_something(family: str, changes: dict[str, Any]) -> None:
+    assert read(raw_of(family, **changes)) == wanted(family, raw_of(family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("mixtral", {"hidden_act": "gelu"}, 'activation "gelu" is not supported'),
+        ("qwen2_moe", {"hidden_act": "relu"}, 'activation "relu" is not supported'),
+        ("qwen3_moe", {"hidden_act": "gelu_pytorch_tanh"}, 'activation "gelu_pytorch_tanh" is not supported'),
+        ("glm4_moe", {"hidden_act": "gelu"}, 'activation "gelu" is not supported'),
+        ("glm4_moe", {"sliding_window": 64}, "sliding_window is 64, which Glm4MoeForCausalLM does not have"),
+        ("glm4_moe", {"partial_rotary_factor": 0.06}, "1 rotated dimensions a head do not form"),
+        ("glm4_moe", {"n_group": 5}, "24 experts do not form n_group 5 equal groups"),
+        ("glm4_moe", {"n_group": 1}, "topk_group is 2, but a whole number from 1 to 1"),
+        ("glm4_moe", {"partial_rotary_factor": None}, "partial_rotary_factor is null, but a number"),
+        ("glm4_moe", {"num_experts_per_tok": 13}, "num_experts_per_tok is 13, but topk_group 2 of n_group 4 have 12"),
+        ("glm4_moe", {"routed_scaling_factor": 0}, "routed_scaling_factor is 0, but a number from"),
+        ("mixtral", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported for Mixtral"),
+        ("qwen3_moe", {"layer_types": ["full_attention"] * 30}, "layer_types names full_attention"),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 30},
+            "layer_types names slid",
+        ),
+        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm is false, but Qwen3MoeForCausalLM has norms"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "it belongs to a mixture of experts"),
+        ("qwen3_moe", {"n_shared_experts": 2}, "n_shared_experts is 2, which Qwen3MoeForCausalLM does not have"),
+        ("mixtral", {"moe_intermediate_size": 64}, "moe_intermediate_size is 64, which MixtralForCausalLM does not"),
+        ("mixtral", {"n_group": 2}, "n_group is 2, which MixtralForCausalLM does not have"),
+        ("qwen2_moe", {"num_local_experts": 12}, "num_local_experts is 12, which Qwen2MoeForCausalLM does not have"),
+        ("glm4_moe", {"shared_expert_intermediate_size": 64}, "it belongs to a mixture of experts"),
+    ],
+    ids=str,
+)
+def test_what_a_mixture_cannot_be(family: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(TpctlError, match=said):
+        ModelConfig.from_dict({**raw_of(family), **changes})

@@ -1,0 +1,58 @@
+"""Mixtures of experts: logits equal transformers', cut inside of the experts or whole ones dealt to groups of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import make_mixture
+from tests.unit.test_models import logits_of
+from tpctl.arch.quantised import Cutting
+from tpctl.sharding.cutting.shard import shard_checkpoint
+
+NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe-plain")
+CUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (5, 1), (6, 3))
+"""Ranks, and groups that experts are dealt to: 23 and 29 rows of an expert are uneven at each size."""
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mixtral": {"sliding_window": 7},
+    "qwen2_moe": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 9, "norm_topk_prob": True, "tie_word_embeddings": True},
+    "glm4_moe": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+    "glm4_moe-plain": {"n_shared_experts": 1, "num_experts_per_tok": 8, "head_dim": 12},
+}
+"""What else changes a result."""
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[tuple[str, bool], tuple[Path, Any]]:
+    return {}
+
+
+def check(folder: Path, model: Any, shards: Path, tp_size: int, groups: int) -> None:
+    torch.manual_seed(7)
+    prompts = torch.randint(3, 131, (2, 30))
+    with torch.no_grad():
+        expected = model(prompts).logits
+    shard_checkpoint(folder, shards, tp_size, cutting=Cutting(groups))
+    torch.testing.assert_close(logits_of(shards, tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tp_size", "groups"), CUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_transformers(
+    name: str, tp_size: int, groups: int, made: dict[tuple[str, bool], tuple[Path, Any]], tmp_path_factory: Any
+) -> None:
+    stacked = (CUTS.index((tp_size, groups)) + NAMES.index(name)) % 2 == 1
+    if (name, stacked) not in made:
+        folder = tmp_path_factory.mktemp(name)
+        made[name, stacked] = folder, make_mixture(name, folder, stacked=stacked)
+    check(*made[name, stacked], tmp_path_factory.mktemp("cut") / "shards", tp_size, groups)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_other_windows_and_routers(name: str, tmp_path: Path) -> None:
+    model = make_mixture(name, tmp_path / "model", **WINDOWS[name])
+    check(tmp_path / "model", model, tmp_path / "shards", 3, 1)
