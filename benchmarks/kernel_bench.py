@@ -205,7 +205,7 @@ def bench_decode() -> None:
                     len(lens), shape.heads, shape.kv_heads, shape.head_dim, 256, scratch, long=long, packed=True
                 )
                 narrow.update(seq_lens)
-                call = partial(paged_decode, q, k, v, exponents=exponents, out=out, pdl=True)
+                call = partial(paged_decode, q, k, v, factors=exponents, out=out, pdl=True)
                 us = graph_us([partial(call, block_tables=t, seq_lens_S=seq_lens, plan=narrow) for t in tables])
                 less = f"{us:.1f}"
             theirs = "-"
@@ -243,7 +243,7 @@ def bench_prefill() -> None:
             ours = graph_us([partial(paged_prefill, q, *caches, tables[0], starts, seq_lens, out=out)] * 4)
             k, v, exponents = packed(caches)
             less = graph_us(
-                [partial(paged_prefill, q, k, v, tables[0], starts, seq_lens, exponents=exponents, out=out)] * 4
+                [partial(paged_prefill, q, k, v, tables[0], starts, seq_lens, factors=exponents, out=out)] * 4
             )
             flops = 2 * seqs * length * length * shape.heads * shape.head_dim
             theirs = "-"

@@ -6,6 +6,10 @@ Sizes are in bytes unless a name says otherwise.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
+
+KvForm = Literal["model", "packed", "fp8"]
+"""How keys and values are kept: as the model computes them; bfloat16 in 12 bits; in 8, one scale a vector."""
 
 RESERVE = 512 << 20
 """Left of a GPU for what is not counted: the graphs themselves (with 28 layers 0.7 MiB each for decodes, 4 to 7 with
@@ -14,10 +18,10 @@ prompts; docs/log/2026-11-26-loading-and-memory.md), kernels that are loaded lat
 _LAYERS, _MORE = 32, 16 << 20
 
 PACKED_HEAD_DIMS = (64, 128, 256)
-"""Of heads whose keys and values can be packed (``kernels.attention.packed_kv``)."""
+"""Of heads whose keys and values can be packed (``kernels.attention.packed_kv``), or that kernels read in FP8."""
 
 _MOST_UNPACKED = 8
-"""Of a packed KV cache, what a step's prompts read at most unpacked, in steps of the largest size."""
+"""Of a packed or an FP8 KV cache, what a step's prompts read at most unpacked, in steps of the largest size."""
 
 _SAMPLED = 64
 """Rows that are sampled are padded to a multiple of this many in captured steps."""
@@ -35,20 +39,27 @@ def reserve(num_layers: int) -> int:
     return RESERVE + _MORE * max(0, num_layers - _LAYERS)
 
 
-def kv_bytes_per_token(heads: Iterable[tuple[int, int]], itemsize: int, *, packed: bool) -> int:
+def kv_bytes_per_token(heads: Iterable[tuple[int, int]], itemsize: int, form: KvForm = "model") -> int:
     """What the keys and values of one token take in all layers.
 
     Args:
         heads: KV heads and their dimensions, of each layer.
-        itemsize: of a value that is not packed.
-        packed: a vector is kept in 12 bits a value and a byte for the exponent of its largest.
+        itemsize: of a value that is kept as it is.
+        form: ``"packed"``: a vector is kept in 12 bits a value and a byte for the exponent of its largest; ``"fp8"``:
+            in 8 bits a value and 2 bytes for its scale.
     """
-    vectors = ((2 * count, dim * 3 // 2 + 1 if packed else dim * itemsize) for count, dim in heads)
-    return sum(count * size for count, size in vectors)
+    return sum(2 * count * _vector_bytes(dim, itemsize, form) for count, dim in heads)
+
+
+def _vector_bytes(dim: int, itemsize: int, form: KvForm) -> int:
+    """Of what one token leaves in one head."""
+    if form == "packed":
+        return dim * 3 // 2 + 1
+    return dim + 2 if form == "fp8" else dim * itemsize
 
 
 def unpacked_tokens(step: int, max_model_len: int) -> int:
-    """Tokens of a packed cache that the prompts of a step of ``step`` tokens read unpacked at most."""
+    """Tokens of a packed or an FP8 cache that the prompts of a step of ``step`` tokens read unpacked at most."""
     return min(_MOST_UNPACKED * step, step + max_model_len)
 
 

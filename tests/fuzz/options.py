@@ -163,6 +163,7 @@ _WORDS = [
     "sglang",
     "model",
     "packed",
+    "fp8",
     "short",
     "nano",
 ]

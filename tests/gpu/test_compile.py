@@ -42,7 +42,9 @@ POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*
 POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
 POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "sums_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64"}
 POINTERS |= {"q_size": "fp32", "k_size": "fp32"}
-PACKED = {"exponents_ptr": "*i16", "k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
+BYTES = {"k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
+FORMS = {"model": {}, "packed": BYTES | {"factors_ptr": "*i16"}, "fp8": BYTES | {"factors_ptr": "*i32"}}
+"""Pointers to keys and values that are kept so; ``_rope_cache_kernel`` writes each factor by itself."""
 POINTERS |= {"peers_ptr": "*i64", "epochs_ptr": "*i32", "eps": "fp32"}
 POINTERS |= {
     f"{name}_ptr": "*fp32" for name in ("temperature", "top_p", "min_p", "weights", "maxima", "targets", "floors")
@@ -57,7 +59,7 @@ def shared_memory(
     arch: int,
     config: Any,
     *,
-    packed: bool = False,
+    form: str = "model",
     pointers: dict[str, str] | None = None,
     **constants: Any,
 ) -> int:
@@ -66,7 +68,7 @@ def shared_memory(
     pointers: types of those that are not of ``dtype``.
     """
     names = kernel.arg_names
-    pointers = POINTERS | (PACKED if packed else {}) | (pointers or {})
+    pointers = POINTERS | FORMS[form] | (pointers or {})
     types = {name: pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
     types = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
     aligned = [name for name in names if name.endswith(("_ptr", "_stride")) and name not in constants]
@@ -107,14 +109,22 @@ def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig, *, window
 
 
 def packed_decode(
-    head_dim: int, group: int, arch: int, config: DecodeConfig, *, window: int = 0, sinks: bool = False
+    head_dim: int,
+    group: int,
+    arch: int,
+    config: DecodeConfig,
+    *,
+    form: str = "packed",
+    window: int = 0,
+    sinks: bool = False,
 ) -> int:
     return shared_memory(
         packed_decode_kernel,
         "bf16",
         arch,
         config,
-        packed=True,
+        form=form,
+        FP8=form == "fp8",
         NUM_KV_HEADS=KV_HEADS,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -137,7 +147,7 @@ def prefill(
     arch: int,
     config: PrefillConfig,
     *,
-    packed: bool = False,
+    form: str = "model",
     window: int = 0,
     sinks: bool = False,
 ) -> int:
@@ -155,13 +165,17 @@ def prefill(
         TILE=config.tile,
         WINDOW=window,
         SINKS=sinks,
-        PACKED=packed,
+        PACKED=form != "model",
+        FP8=form == "fp8",
+        PURE=arch // 10 == 10,
         STAGES=config.num_stages,
         PDL=arch >= 90,
-        packed=packed,
+        form=form,
     )
 
 
+PACKED_FORMS = [(arch, form) for arch in (90, 89, 80) for form in ("packed", "fp8")]
+PACKED_FORMS += [(100, "packed"), (100, "fp8"), (120, "fp8")]
 CASES = [
     (90, 80, "bf16"),
     (90, 128, "bf16"),
@@ -186,8 +200,8 @@ def test_attention_fits(arch: int, head_dim: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("arch", [90, 89, 80])
-def test_packed_attention_fits(arch: int, head_dim: int) -> None:
+@pytest.mark.parametrize("arch,form", PACKED_FORMS)
+def test_packed_attention_fits(arch: int, form: str, head_dim: int) -> None:
     limit = SHARED[arch]
     for group in (2, 4):
         tuned = {
@@ -195,10 +209,10 @@ def test_packed_attention_fits(arch: int, head_dim: int) -> None:
             for count, long in BATCHES
         }
         for config in tuned:
-            assert packed_decode(head_dim, group, arch, config) <= limit, config
+            assert packed_decode(head_dim, group, arch, config, form=form) <= limit, config
     for tokens in (256, 16384):
         found = prefill_config(tokens, 1, head_dim, BLOCK, 2, limit)
-        assert prefill(head_dim, "bf16", arch, found, packed=True) <= limit, found
+        assert prefill(head_dim, "bf16", arch, found, form=form) <= limit, found
 
 
 @pytest.mark.parametrize("window", [0, 128])
@@ -210,27 +224,37 @@ def test_attention_with_sinks_fits(arch: int, window: int) -> None:
         config = decode_config(count, HEADS, KV_HEADS, 100, long=long)
         assert decode(64, "bf16", arch, config, **has) <= limit, config
         config = packed_decode_config(count, 8 * KV_HEADS, KV_HEADS, 64, BLOCK, 100, limit, long=long)
-        assert packed_decode(64, 8, arch, config, **has) <= limit, config
+        for form in ("packed", "fp8"):
+            assert packed_decode(64, 8, arch, config, form=form, **has) <= limit, config
     for tokens in (256, 16384):
         config = prefill_config(tokens, 1, 64, BLOCK, 2, limit)
-        for packed in (False, True):
-            assert prefill(64, "bf16", arch, config, packed=packed, **has) <= limit, config
+        for form in FORMS:
+            assert prefill(64, "bf16", arch, config, form=form, **has) <= limit, config
 
 
 @pytest.mark.parametrize("arch", [90, 80])
 @pytest.mark.parametrize(
-    "rotated,interleaved,norm,rest,packed",
-    [(True, False, 2, 32, 0), (True, True, 0, 32, 0), (True, True, 2, 0, 128), (False, False, 1, 0, 128)],
+    "rotated,interleaved,norm,rest,form",
+    [
+        (True, False, 2, 32, "model"),
+        (True, True, 0, 32, "fp8"),
+        (True, True, 2, 0, "packed"),
+        (True, False, 1, 0, "fp8"),
+        (False, False, 1, 0, "packed"),
+    ],
 )
 def test_heads_prepared_in_all_ways_fit(
-    rotated: bool, interleaved: bool, norm: int, rest: int, packed: int, arch: int
+    rotated: bool, interleaved: bool, norm: int, rest: int, form: str, arch: int
 ) -> None:
     half = 32 if rest == 0 else 16
-    options: dict[str, Any] = {"HEAD_DIM": 64, "HALF": half, "BLOCK_HALF": half, "BLOCK_REST": rest, "PACKED": packed}
+    options: dict[str, Any] = {"HEAD_DIM": 64, "HALF": half, "BLOCK_HALF": half, "BLOCK_REST": rest}
+    options |= {"PACKED": 0 if form == "model" else BLOCK, "FP8": form == "fp8"}
     options |= {"ROTATED": rotated, "INTERLEAVED": interleaved, "NORM": norm, "UNIT_OFFSET": False}
     options |= {"NUM_HEADS": HEADS, "NUM_KV_HEADS": KV_HEADS, "HEADS": 4, "SPLITS": 2, "PDL": arch >= 90}
     config = DecodeConfig(1, 1, num_warps=1, num_stages=1)
-    assert shared_memory(_rope_cache_kernel, "bf16", arch, config, packed=bool(packed), **options) <= SHARED[arch]
+    pointers = {"factors_ptr": "*bf16" if form == "fp8" else "*u8"}
+    found = shared_memory(_rope_cache_kernel, "bf16", arch, config, form=form, pointers=pointers, **options)
+    assert found <= SHARED[arch]
     sizes: dict[str, Any] = {"Q_SIZE": 6144, "K_SIZE": 1024 * (norm // 2), "BLOCK_Q": 8192, "BLOCK_K": 1024}
     config = DecodeConfig(1, 1, num_warps=16, num_stages=1)
     found = shared_memory(_head_squares_kernel, "bf16", arch, config, SPLITS=2, PDL=arch >= 90, **sizes)

@@ -289,9 +289,12 @@ def test_the_general_sampler_takes_no_more_memory_than_is_kept_for_it(more: dict
     assert taken <= sampler.working_bytes(len(rows)) <= 512 << 20
 
 
-def test_a_small_packed_cache_stays_near_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "vector"), [("packed", 3 * 128 // 2 + 1), ("fp8", 128 + 2)])
+def test_a_small_packed_cache_stays_near_float32(
+    form: str, vector: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sequences that are preempted leave packed blocks behind, which others fill or they find again; a step's prompts
-    read them unpacked before."""
+    read them unpacked before. On a CPU FP8 is 0.12 behind."""
     unpacked: list[int] = []
     original = triton_backend.unpack_blocks
     monkeypatch.setattr(triton_backend, "unpack_blocks", lambda *args: unpacked.append(1) or original(*args))
@@ -299,10 +302,10 @@ def test_a_small_packed_cache_stays_near_float32(tmp_path: Path, monkeypatch: py
     model = make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128}).cuda()
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")
     prompts = prompts_of(517, tuple(60 + 11 * i for i in range(12)))
-    vector = 3 * 128 // 2 + 1
     cache = 700 * 2 * 3 * 2 * vector  # tokens of 3 layers of 2 heads, of 2,200 that are wanted
     settings: dict[str, Any] = {"max_num_seqs": 12, "max_num_batched_tokens": 2048, "max_model_len": 256}
-    found = run(tmp_path / "tp1", prompts, 60, block_size=16, kv_cache_memory=cache, **settings)
+    settings |= {"kv_cache_dtype": form, "block_size": 16, "kv_cache_memory": cache}
+    found = run(tmp_path / "tp1", prompts, 60, **settings)
     assert counted.calls > 3
     assert unpacked
     assert most_behind(model, prompts, found) < 0.25

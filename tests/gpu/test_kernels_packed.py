@@ -84,7 +84,7 @@ def test_rope_cache_packs(rope: str, tokens: int, heads: int, kv_heads: int, hea
     shape = (blocks, kv_heads, block_size)
     k, v = torch.full((2, *shape, row_bytes(head_dim)), 77, dtype=torch.uint8, device=DEVICE)
     exponents = torch.full((*shape, 2), 7, dtype=torch.uint8, device=DEVICE)
-    q = rope_cache(qkv, k, v, tables, positions, slots, heads, exponents=exponents, **options)
+    q = rope_cache(qkv, k, v, tables, positions, slots, heads, factors=exponents, **options)
 
     plain_k, plain_v = torch.zeros(2, blocks, block_size, kv_heads, head_dim, dtype=DTYPE, device=DEVICE)
     wanted_q = rope_cache_reference(qkv, plain_k, plain_v, tables, positions, slots, heads, **options)
@@ -154,7 +154,7 @@ def test_decode(sunk, lens, heads, kv_heads, head_dim, block_size, window) -> No
         )
         plan.update(seq_lens)
         options = {"scale": 0.1, "sinks_N": sinks_of(heads) if sunk else None}
-        got = paged_decode(q, k, v, tables, seq_lens, plan, exponents=exponents, **options)
+        got = paged_decode(q, k, v, tables, seq_lens, plan, factors=exponents, **options)
         want = paged_decode_reference(q, *plain, tables, seq_lens, window=window, **options)
         live = seq_lens > 0
         torch.testing.assert_close(got[live], want[live], rtol=2e-2, atol=2e-2 * want.abs().max().item())
@@ -170,7 +170,7 @@ def test_prefill(sunk, new, heads, kv_heads, head_dim, block_size, window) -> No
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     q = torch.randn(sum(new), heads, head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
     options = {"scale": 0.1, "window": window, "sinks_N": sinks_of(heads) if sunk else None}
-    got = paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents, **options)
+    got = paged_prefill(q, k, v, tables, starts, seq_lens, factors=exponents, **options)
     want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, **options)
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
 
@@ -201,7 +201,7 @@ def test_decodes_computed_ahead(window: int | None) -> None:
     plan = DecodePlan(len(lens), 2, 1, 64, 16, scratch, window=window, packed=True)
     assert plan.config.ahead
     plan.update(seq_lens)
-    got = paged_decode(q, k, v, tables, seq_lens, plan, exponents=exponents, scale=0.1)
+    got = paged_decode(q, k, v, tables, seq_lens, plan, factors=exponents, scale=0.1)
     want = paged_decode_reference(q, *plain, tables, seq_lens, scale=0.1, window=window)
     live = seq_lens > 0
     torch.testing.assert_close(got[live], want[live], rtol=2e-2, atol=2e-2 * want.abs().max().item())
@@ -220,20 +220,20 @@ def test_rope_cache_packs_the_ends_of_the_range() -> None:
     exponents = torch.zeros(1, 1, 16, 2, dtype=torch.uint8, device=DEVICE)
     tables = torch.ones(1, 32, device=DEVICE), torch.zeros(1, 32, device=DEVICE)
     positions, slots = torch.zeros(6, dtype=torch.int64, device=DEVICE), torch.arange(6, device=DEVICE)
-    rope_cache(qkv, rows[0], rows[1], tables, positions, slots, 1, exponents=exponents)
+    rope_cache(qkv, rows[0], rows[1], tables, positions, slots, 1, factors=exponents)
     want_rows, want_largest = pack_reference(x.to(DEVICE))
     assert torch.equal(exponents[0, 0, :6, 1], want_largest)
     assert torch.equal(rows[1, 0, 0, :6], want_rows)
 
 
 def backend_of(kv_heads: int, head_dim: int, block_size: int, layers: int = 2) -> TritonBackend:
-    return TritonBackend([AttentionSpec(2 * kv_heads, kv_heads, head_dim, 0.1)] * layers, block_size, packed=True)
+    return TritonBackend([AttentionSpec(2 * kv_heads, kv_heads, head_dim, 0.1)] * layers, block_size, "packed")
 
 
 def test_memory_is_what_is_counted() -> None:
     backend = backend_of(3, 64, 32)
     layers = backend.allocate(7, torch.bfloat16, DEVICE)
-    held = sum(tensor.nbytes for layer in layers for tensor in (layer.k, layer.v, layer.exponents))
+    held = sum(tensor.nbytes for layer in layers for tensor in (layer.k, layer.v, layer.factors))
     assert held == 7 * backend.bytes_per_block(torch.bfloat16)
     backend.reserve(40, 60, DEVICE)  # 4 blocks, and 2 for contexts that fill no whole number of them
     assert [tensor.shape for tensor in backend._unpacked_for(backend.layers[0])] == [(6, 32, 3, 64)] * 2
@@ -257,7 +257,7 @@ def test_prompts_read_what_was_unpacked_for_them(fits: bool, monkeypatch: pytest
         torch.zeros(sum(new), dtype=torch.int64), empty, empty, tables, new, lens, 2, empty, starts, seq_lens
     )
     q = torch.randn(sum(new), 4, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
-    kv = LayerKV(backend.layers[0], k, v, exponents=exponents)
+    kv = LayerKV(backend.layers[0], k, v, factors=exponents)
     plan = backend.begin(batch)
     for _ in range(2):  # two layers, which share what was prepared
         got = backend.attend_cached(q, kv, plan).view_as(q)
@@ -274,7 +274,7 @@ def test_stored_by_the_readable_decoder() -> None:
     backend.store(x, -x, kv, plan)
     rows, largest = pack_reference(x[0].contiguous())
     assert torch.equal(kv.k[1, :, 1], rows)
-    assert torch.equal(kv.exponents[1, :, 1, 1], largest)
+    assert torch.equal(kv.factors[1, :, 1, 1], largest)
     kv.k[1, :, 1] = 0
     assert not kv.k.any()  # -1 is written nowhere
 
@@ -287,14 +287,14 @@ def test_prompts_do_not_read_behind_their_ends(block_size: int) -> None:
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
     starts = torch.tensor([0, 20, 40], dtype=torch.int32, device=DEVICE)
     q = torch.randn(40, 4, 64, device=DEVICE).to(DTYPE)
-    want = paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents)
+    want = paged_prefill(q, k, v, tables, starts, seq_lens, factors=exponents)
     used = torch.zeros(exponents.shape[0], block_size, dtype=torch.bool, device=DEVICE)
     for s, length in enumerate(lens):
         for token in range(length):
             used[int(tables[s, token // block_size]), token % block_size] = True
     for cache in (k, v, exponents):
         cache[~used[:, None].expand(cache.shape[:3])] = 255
-    assert torch.equal(paged_prefill(q, k, v, tables, starts, seq_lens, exponents=exponents), want)
+    assert torch.equal(paged_prefill(q, k, v, tables, starts, seq_lens, factors=exponents), want)
     assert torch.isfinite(want).all()
 
 
@@ -307,11 +307,11 @@ def test_nothing_but_a_context_counts() -> None:
     scratch = DecodeScratch.allocate(2, 4, 128, DEVICE)
     plan = DecodePlan(2, 4, 2, 128, 128, scratch, packed=True)
     plan.update(seq_lens)
-    want = paged_decode(q, k, v, tables, seq_lens, plan, exponents=exponents)
+    want = paged_decode(q, k, v, tables, seq_lens, plan, factors=exponents)
     for s, length in enumerate(lens):
         block = int(tables[s, length // 128])
         for cache in (k, v, exponents):
             cache[block, :, length % 128 :] = 255
-    got = paged_decode(q, k, v, tables, seq_lens, plan, exponents=exponents)
+    got = paged_decode(q, k, v, tables, seq_lens, plan, factors=exponents)
     assert torch.equal(got, want)
     assert math.isfinite(got.float().sum().item())

@@ -78,7 +78,7 @@ class Chain:
         for layer, (qkv, o, gate_up, down) in enumerate(self.weights):
             k_cache, v_cache = self.caches[2 * layer : 2 * layer + 2]
             rows = self.linear(x, qkv, pdl)
-            packed = {"exponents": self.exponents[layer], "pdl": pdl}
+            packed = {"factors": self.exponents[layer], "pdl": pdl}
             q = rope_cache(rows, k_cache, v_cache, self.rope, positions, slots, HEADS, **packed)
             a = paged_decode(q, k_cache, v_cache, self.tables, self.lens, self.plan, **packed)
             self.add(a.view(self.batch, -1), o, x, pdl)

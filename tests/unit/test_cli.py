@@ -201,8 +201,8 @@ def test_the_command_line_knows_every_attention_backend() -> None:
     ("settings", "said"),
     [
         ({"attention_backend": "triton"}, "--attention-backend triton needs a GPU; on a CPU use auto or sdpa"),
-        ({"kv_cache_dtype": "packed"}, "--kv-cache-dtype packed needs a GPU; on a CPU use auto or model"),
-        ({"kv_cache_dtype": "fp8"}, "unknown KV cache dtype 'fp8'; use auto, model, packed"),
+        ({"kv_cache_dtype": "packed"}, "--kv-cache-dtype packed needs a GPU; on a CPU use auto, model or fp8"),
+        ({"kv_cache_dtype": "int8"}, "unknown KV cache dtype 'int8'; use auto, model, packed, fp8"),
         ({"scheduling_policy": "sjf"}, "unknown scheduling policy 'sjf'"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "8 is less than --max-num-seqs 9"),
     ],

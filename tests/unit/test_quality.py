@@ -195,6 +195,9 @@ def test_a_model_beside_itself_and_in_another_dtype(run: Callable[..., Any]) -> 
     assert (half["engine"]["dtype"], half["against_engine"]["dtype"]) == ("bfloat16", "float32")
     assert 0 < half["divergence"]["mean"] < 0.01
     assert half["tokens"] == 89
+    kept = run("whole --kv-cache-dtype fp8 --against-kv-cache-dtype model --tokens 90 --json")
+    assert (kept["engine"]["kv_cache_dtype"], kept["against_engine"]["kv_cache_dtype"]) == ("fp8", "float32")
+    assert 0 < kept["divergence"]["mean"] < 0.01
 
 
 def test_a_bos_stands_before_every_window(run: Callable[..., Any], made: dict[str, Any]) -> None:
@@ -225,9 +228,9 @@ def test_the_table(run: Callable[..., Any]) -> None:
     shown = run("rounded --against whole --tokens 100", text=None).splitlines()
     assert shown[0] == "99 tokens of the package's own text, windows of 127, stride 63"
     assert [line.split() for line in shown[1:4]] == [
-        ["tp", "dtype", "perplexity"],
-        ["rounded", "1", "float32", shown[2].split()[-1]],
-        ["against", "whole", "1", "float32", shown[3].split()[-1]],
+        ["tp", "dtype", "KV", "cache", "perplexity"],
+        ["rounded", "1", "float32", "float32", shown[2].split()[-1]],
+        ["against", "whole", "1", "float32", "float32", shown[3].split()[-1]],
     ]
     assert shown[4].split() == ["mean", "median", "99th", "percentile", "max"]
     assert shown[5].split()[:2] == ["KL,", "nats"]

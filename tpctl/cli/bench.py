@@ -9,7 +9,15 @@ import typer
 from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.console import byte_progress, print_json, status
 from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
-from tpctl.cli.options import MODEL_HELP, POLICY, DistributionOptions, EngineOptions, SchedulingPolicy, grouped
+from tpctl.cli.options import (
+    KV_FORMS,
+    MODEL_HELP,
+    POLICY,
+    DistributionOptions,
+    EngineOptions,
+    SchedulingPolicy,
+    grouped,
+)
 from tpctl.cli.quality import quality
 from tpctl.errors import UsageError
 
@@ -159,7 +167,7 @@ def _print(
         return
     gpus = report.machine["gpus"]
     where = f"{len(gpus)} x {gpus[0]}" if info.device == "cuda" and gpus else report.machine["cpu"]
-    cache = "  packed KV cache" if info.kv_cache_dtype == "packed" else ""
+    cache = f"  {KV_FORMS[info.kv_cache_dtype]}" if info.kv_cache_dtype in KV_FORMS else ""
     print(f"{model}  tp {info.tp_size}  {info.dtype}  {info.attention_backend}{cache}  on {where}")
     for name, figure in measured.figures.items():
         low, high = figure.spread

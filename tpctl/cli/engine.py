@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress, note
-from tpctl.cli.options import EngineOptions, SchedulingPolicy
+from tpctl.cli.options import KV_FORMS, EngineOptions, SchedulingPolicy
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError, format_bytes
 from tpctl.wire.report import EngineInfo
@@ -78,7 +78,7 @@ def describe(info: EngineInfo) -> str:
     """How an engine runs, from what it said of itself when it was ready."""
     where = "GPU" if info.device == "cuda" else "CPU"
     sums = f", all-reduce by {info.all_reduce}" if info.all_reduce else ""
-    cache = ", packed KV cache" if info.kv_cache_dtype == "packed" else ""
+    cache = f", {KV_FORMS[info.kv_cache_dtype]}" if info.kv_cache_dtype in KV_FORMS else ""
     return f"tp {info.tp_size}, {info.dtype}, {info.attention_backend} attention on {where}{cache}{sums}"
 
 

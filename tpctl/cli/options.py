@@ -52,6 +52,11 @@ class KvCacheDType(StrEnum):
     auto = "auto"
     model = "model"
     packed = "packed"
+    fp8 = "fp8"
+
+
+KV_FORMS = {"packed": "packed KV cache", "fp8": "FP8 KV cache"}
+"""What is said of a KV cache that is not kept as the model computes."""
 
 
 class SchedulingPolicy(StrEnum):
@@ -120,7 +125,10 @@ class EngineOptions:
     ] = None
     kv_cache_dtype: Annotated[
         KvCacheDType,
-        typer.Option(help="packed: bfloat16 in 12 bits a value, on GPUs; model: as it is; auto: packed if it can be."),
+        typer.Option(
+            help="fp8: in 8 bits a value, rounded; packed: bfloat16 in 12, on GPUs; model: as it is; auto: packed if "
+            "it can be."
+        ),
     ] = KvCacheDType.auto
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")

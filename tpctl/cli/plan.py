@@ -49,7 +49,10 @@ def plan(
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = GPU_TOKENS,
     kv_cache_dtype: Annotated[
         KvCacheDType,
-        typer.Option(help="packed: bfloat16 in 12 bits a value; model: as it is, for other backends than triton."),
+        typer.Option(
+            help="fp8: in 8 bits a value, rounded; packed: bfloat16 in 12; model: as it is, for other backends than "
+            "triton."
+        ),
     ] = KvCacheDType.auto,
     quantize: Annotated[
         Method | None, typer.Option(help="Plan what `tpctl shard --quantize` would make: fp8, fp8-block or int4.")

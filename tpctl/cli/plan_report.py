@@ -8,6 +8,7 @@ from dataclasses import replace
 from rich.table import Table
 
 from tpctl.cli.console import stdout
+from tpctl.cli.options import KV_FORMS
 from tpctl.errors import counted
 from tpctl.manifest.manifest import describe_ranks, rank_list
 from tpctl.planning.check import SizeCheck
@@ -43,7 +44,7 @@ def _print_model(report: FitReport) -> None:
     console.print(
         f"on GPUs of {_gib(report.gpu_memory)}, {report.utilization:.0%} used: sequences of up to "
         f"{report.max_model_len} tokens, {report.max_num_batched_tokens} tokens a step, {report.dtype}"
-        f"{', packed KV cache' if report.kv_cache_dtype == 'packed' else ''}",
+        f"{', ' + KV_FORMS[report.kv_cache_dtype] if report.kv_cache_dtype in KV_FORMS else ''}",
         soft_wrap=True,
     )
     for line in _remarks(report):

@@ -11,7 +11,7 @@ import typer
 
 from tpctl.cli.console import note, print_json, stdout
 from tpctl.cli.engine import prepare
-from tpctl.cli.options import MODEL_HELP, DType, EngineOptions, grouped
+from tpctl.cli.options import MODEL_HELP, DType, EngineOptions, KvCacheDType, grouped
 from tpctl.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ def quality(
     ] = None,
     against_tp: Annotated[int | None, typer.Option(min=1, help="Its tensor-parallel size. Default: --tp.")] = None,
     against_dtype: Annotated[DType | None, typer.Option(help="Its dtype. Default: --dtype.")] = None,
+    against_kv_cache_dtype: Annotated[
+        KvCacheDType | None, typer.Option(help="Its KV cache. Default: --kv-cache-dtype.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text in UTF-8. Default: one of this package.")
     ] = None,
@@ -49,9 +52,10 @@ def quality(
 ) -> None:
     """Perplexity of a text, and how far a model's distributions are from those of another form of it.
 
-    With --against, --against-tp or --against-dtype: the Kullback-Leibler divergence KL(P || Q) in nats at every token,
-    P of the model compared with and Q of MODEL, and how often both have the same likeliest token. One model runs after
-    the other; P's distributions wait in a file (4 bytes a token of the text and of the vocabulary).
+    With --against, --against-tp, --against-dtype or --against-kv-cache-dtype: the Kullback-Leibler divergence
+    KL(P || Q) in nats at every token, P of the model compared with and Q of MODEL, and how often both have the same
+    likeliest token. One model runs after the other; P's distributions wait in a file (4 bytes a token of the text and
+    of the vocabulary).
     """
     from tpctl.bench.quality import check_alike, tokens_of
     from tpctl.bench.quality import quality as measured
@@ -61,8 +65,13 @@ def quality(
     options = replace(engine, max_num_seqs=engine.max_num_seqs or _SEQS, enforce_eager=True)
     names = {"model": model, "against": against or model}
     config, other = prepare(model, options), None
-    if against is not None or against_tp is not None or against_dtype is not None:
-        theirs = replace(options, tp=against_tp or engine.tp, dtype=against_dtype or engine.dtype)
+    if any(one is not None for one in (against, against_tp, against_dtype, against_kv_cache_dtype)):
+        theirs = replace(
+            options,
+            tp=against_tp or engine.tp,
+            dtype=against_dtype or engine.dtype,
+            kv_cache_dtype=against_kv_cache_dtype or engine.kv_cache_dtype,
+        )
         own = config.text_dir
         other = prepare(names["against"], theirs, look=lambda source: check_alike(own, source.folder, names.values()))
     prefix, ids = tokens_of(config, passage, tokens)
@@ -127,13 +136,13 @@ def _print(result: Quality, model: str, against: str, asked: Mapping[str, object
         f"{result.tokens:,} tokens of {what}, windows of {asked['context']}, stride {asked['stride']}", soft_wrap=True
     )
     table = Table(box=None, pad_edge=False)
-    for name, left in (("", True), ("tp", False), ("dtype", True), ("perplexity", False)):
+    for name, left in (("", True), ("tp", False), ("dtype", True), ("KV cache", True), ("perplexity", False)):
         table.add_column(name, justify="left" if left else "right")
     rows = [(model, result.engine, result.perplexity)]
     if result.against_engine is not None and result.against_perplexity is not None:
         rows.append((f"against {against}", result.against_engine, result.against_perplexity))
     for name, info, perplexity in rows:
-        table.add_row(name, str(info.tp_size), info.dtype, f"{perplexity:.4f}")
+        table.add_row(name, str(info.tp_size), info.dtype, info.kv_cache_dtype, f"{perplexity:.4f}")
     console.print(table)
     if result.divergence is None or result.same_top is None:
         return

@@ -78,8 +78,8 @@ def plan_model(
     Raises:
         CheckpointError, UnsupportedModelError: the config or the headers are unsound or unknown.
         PartitionError: ``tp_size`` cannot work.
-        UsageError: ``dtype`` or the GPU is unknown, more tokens are asked for than the model allows, or a packed KV
-            cache that it cannot have.
+        UsageError: ``dtype`` or the GPU is unknown, more tokens are asked for than the model allows, or a packed or FP8
+            KV cache that it cannot have.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
@@ -91,12 +91,15 @@ def plan_model(
             f"--max-model-len {length} is more than the model's {config.max_position_embeddings}; use at most that"
         )
     cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
-    model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype != "model", cutting)
+    model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype, cutting)
     run_dtype = TORCH_NAMES.get(model.dtype, model.dtype)
-    if budget.kv_cache_dtype == "packed" and not model.packs:
+    asked = budget.kv_cache_dtype
+    if asked in ("packed", "fp8") and model.kv_form != asked:
+        dims = ", ".join(map(str, PACKED_HEAD_DIMS))
+        dtypes, rotated = ("bfloat16 or float16", "") if asked == "fp8" else ("bfloat16", ", all of them rotated")
         raise UsageError(
-            f"--kv-cache-dtype packed needs bfloat16 and heads of {', '.join(map(str, PACKED_HEAD_DIMS))} dimensions, "
-            f"all of them rotated; this model runs in {run_dtype} with {model.kept_heads}, use auto or model"
+            f"--kv-cache-dtype {asked} needs {dtypes} and heads of {dims} dimensions{rotated}; "
+            f"this model runs in {run_dtype} with {model.kept_heads}, use auto or model"
         )
     budget = replace(budget, max_model_len=length)
     checks, limit, reason = _checks(model)
@@ -121,7 +124,7 @@ def plan_model(
         active_parameters=model.active_parameters,
         source_bytes=model.source_bytes,
         dtype=run_dtype,
-        kv_cache_dtype="packed" if model.packs else run_dtype,
+        kv_cache_dtype=run_dtype if model.kv_form == "model" else model.kv_form,
         exact=metadata.tensors is not None,
         gpu=budget.gpu,
         gpu_memory=budget.memory,

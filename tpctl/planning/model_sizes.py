@@ -13,6 +13,7 @@ from math import prod
 
 from tpctl.accounting import (
     PACKED_HEAD_DIMS,
+    KvForm,
     gathered_logits,
     kv_bytes_per_token,
     sampled_rows,
@@ -55,7 +56,7 @@ class ModelSizes:
 
     Args:
         cast: safetensors dtype that floats are cast to.
-        may_pack: keys and values may be packed.
+        kv_cache_dtype: as the engine's.
 
     Attributes:
         dtypes: the safetensors dtype of every stored tensor.
@@ -71,11 +72,11 @@ class ModelSizes:
         config: ModelConfig,
         metadata: ModelMetadata,
         cast: str | None,
-        may_pack: bool = True,
+        kv_cache_dtype: str = "auto",
         cutting: Cuttings = as_usual,
     ) -> None:
         self.config = as_held(config, metadata.tensors or ())
-        self._cutting, self._may_pack = cutting, may_pack
+        self._cutting, self._kv_cache_dtype = cutting, kv_cache_dtype
         found = None if metadata.tensors is None else {name: info.dtype for name, info in metadata.tensors.items()}
         if metadata.tensors is not None:
             checked_source_plan(config, {name: tensor.shape for name, tensor in metadata.tensors.items()}, 1)
@@ -193,20 +194,22 @@ class ModelSizes:
         heads = self._kv_heads(tp_size, rank)
         others = [mixer for mixer in self.mixers if isinstance(mixer, Mixer)]
         kept = sum(mixer.kept * len(mixer.shares(tp_size)[rank].kv) for mixer in others)
-        return kv_bytes_per_token(heads, self._itemsize, packed=self.packs) + kept * self._itemsize
+        return kv_bytes_per_token(heads, self._itemsize, self.kv_form) + kept * self._itemsize
 
     @property
-    def packs(self) -> bool:
-        """Whether GPUs keep bfloat16 keys and values in 12 bits."""
-        fit = all(
-            isinstance(mixer, Attention) and not mixer.rotates_part and mixer.head_dim in PACKED_HEAD_DIMS
-            for mixer in self._mixers
-        )
-        return self._may_pack and self.dtype == DTYPES["bfloat16"] and fit
+    def kv_form(self) -> KvForm:
+        """How GPUs keep keys and values, as they are where what is asked for cannot be."""
+        known = [mixer for mixer in self._mixers if isinstance(mixer, Attention) and mixer.head_dim in PACKED_HEAD_DIMS]
+        if self._kv_cache_dtype == "model" or len(known) < len(self._mixers):
+            return "model"
+        if self._kv_cache_dtype == "fp8":
+            return "fp8" if self.dtype in (DTYPES["bfloat16"], DTYPES["float16"]) else "model"
+        packs = self.dtype == DTYPES["bfloat16"] and not any(mixer.rotates_part for mixer in known)
+        return "packed" if packs else "model"
 
     def unpacked_bytes(self, tp_size: int, rank: int, tokens: int, max_model_len: int) -> int:
-        """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is packed."""
-        if not self.packs:
+        """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is not as it is."""
+        if self.kv_form == "model":
             return 0
         kept = unpacked_tokens(tokens, max_model_len) + tokens  # some blocks are not full
         return kept * max(heads * dim for heads, dim in self._kv_heads(tp_size, rank)) * 2 * 2

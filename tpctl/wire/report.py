@@ -13,7 +13,7 @@ class EngineInfo:
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of weights and activations, by torch's name.
-        kv_cache_dtype: that of keys and values; ``"packed"`` is bfloat16 in 12 bits.
+        kv_cache_dtype: that of keys and values; ``"packed"`` is bfloat16 in 12 bits, ``"fp8"`` e4m3 with scales.
         block_size: tokens in a KV block.
         num_blocks: KV blocks, the minimum over the ranks.
         max_model_len: tokens of prompt and answer at most, which the KV cache may have lowered.

@@ -13,7 +13,7 @@ DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "triton", "flash-attn")
 POLICIES = ("fcfs", "makespan")
-KV_CACHE_DTYPES = ("auto", "model", "packed")
+KV_CACHE_DTYPES = ("auto", "model", "packed", "fp8")
 
 CPU_SEQS, CPU_TOKENS = 64, 4096
 GPU_SEQS, GPU_TOKENS = 512, 16384
@@ -34,7 +34,8 @@ class EngineSettings:
         block_size: tokens in a KV block; ``None`` lets the attention backend choose.
         kv_cache_memory: bytes of KV cache per rank; ``None`` measures what is free.
         kv_cache_dtype: ``"model"`` (that of activations), ``"packed"`` (bfloat16 in 12 bits,
-            ``kernels.attention.packed_kv``), or ``"auto"``: packed where that can be.
+            ``kernels.attention.packed_kv``), ``"fp8"`` (``kernels.attention.fp8_vectors``), or ``"auto"``: packed where
+            that can be.
         gpu_memory_utilization: share of a GPU's memory that weights, activations and KV cache may take together.
         attention_backend: ``"auto"`` or a backend's name.
         enforce_eager: capture no CUDA graphs.
@@ -72,7 +73,7 @@ class EngineSettings:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise UsageError(f"unknown KV cache dtype {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)}")
         if self.device == "cpu" and self.kv_cache_dtype == "packed":
-            raise UsageError("--kv-cache-dtype packed needs a GPU; on a CPU use auto or model")
+            raise UsageError("--kv-cache-dtype packed needs a GPU; on a CPU use auto, model or fp8")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs "

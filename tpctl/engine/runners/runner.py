@@ -111,7 +111,7 @@ class ModelRunner:
             dtype=dtype,
             tp_size=self.group.size,
             attention_backend=self.backend.name,
-            kv_cache_dtype="packed" if self.backend.packed else dtype,
+            kv_cache_dtype=dtype if self.backend.kv_form == "model" else self.backend.kv_form,
             block_size=self.backend.block_size,
             num_blocks=memory.num_blocks,
             max_model_len=memory.max_model_len,

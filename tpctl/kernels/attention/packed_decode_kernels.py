@@ -1,4 +1,6 @@
-"""The device code of `paged_decode` for a packed cache: as `decode_kernel`, but for how a tile is read and multiplied.
+"""The device code of `paged_decode` for a cache that is packed or in FP8.
+
+It does as `decode_kernel`, but for how a tile is read and multiplied.
 
 A query group is the narrow side of both products, keys [TILE, D] times queries [D, M] and values [D, TILE] times
 weights [TILE, M]: M is 8 where `decode_kernel` pads to 16, and half as much arithmetic is left beside the unpacking.
@@ -10,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.attention.packed_kv import factor, load_exponents, unpack
+from tpctl.kernels.attention.fp8_kv import load_scales, numbers
+from tpctl.kernels.attention.packed_kv import key_factor, load_exponents, unpack, value_factor
 from tpctl.kernels.attention.tile_runs import block_of, first_run, leave_partial, next_run, softmax_start, window_of
 from tpctl.kernels.common.prefetch import prefetch
 
@@ -20,7 +23,7 @@ def packed_decode_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    exponents_ptr,
+    factors_ptr,  # exponents, or scales: a word a token
     block_tables_ptr,
     seq_lens_ptr,
     cu_tiles_ptr,
@@ -45,6 +48,7 @@ def packed_decode_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    FP8: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -55,7 +59,7 @@ def packed_decode_kernel(
     program = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
-    ROW: tl.constexpr = HEAD_DIM + HALF
+    ROW: tl.constexpr = HEAD_DIM if FP8 else HEAD_DIM + HALF
     m = tl.arange(0, BLOCK_M)  # the group's query heads, padded to what a dot needs
     d = tl.arange(0, HALF)
     col = tl.arange(0, TILE)
@@ -85,27 +89,28 @@ def packed_decode_kernel(
         top, weight = softmax_start(sinks_ptr, kv_head, m, tile == seq_start, GROUP, BLOCK_M, SINKS)
         acc_low = tl.zeros([HALF, BLOCK_M], tl.float32)
         acc_high = tl.zeros([HALF, BLOCK_M], tl.float32)
-        # The next tile's place and exponents are read a tile ahead, so that its loads can be asked for before this
+        # The next tile's place and factors are read a tile ahead, so that its loads can be asked for before this
         # tile's are used.
         place = (block_of(table, first_token, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
         next_place = place + first_token % BLOCK_SIZE
-        next_exponents = load_exponents(exponents_ptr + next_place + col)
+        next_factors = _load_factors(factors_ptr + next_place + col, FP8)
         for i in tl.range(0, last - tile, num_stages=STAGES):
             token0 = first_token + i * TILE
             token = token0 + col
             offsets = next_place * ROW + tile_offsets
-            exponents = next_exponents
+            factors = next_factors
             place = (block_of(table, token0 + TILE, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
             next_place = place + (token0 + TILE) % BLOCK_SIZE
-            next_exponents = load_exponents(exponents_ptr + next_place + col)
+            next_factors = _load_factors(factors_ptr + next_place + col, FP8)
 
             low = tl.load(k_cache_ptr + offsets)
             high = tl.load(k_cache_ptr + offsets + HALF)
-            codes = tl.load(k_cache_ptr + offsets + HEAD_DIM)
-            k_low = unpack(low, codes, False, True)
+            codes = low if FP8 else tl.load(k_cache_ptr + offsets + HEAD_DIM)
+            k_low = _half(low, codes, False, True, FP8)
             score = tl.dot(k_low, q_low.to(k_low.dtype), input_precision="ieee")
-            score = tl.dot(unpack(high, codes, True, True), q_high.to(k_low.dtype), score, input_precision="ieee")
-            score *= (factor(exponents & 0xFF) * scale_log2e)[:, None]
+            k_high = _half(high, codes, True, True, FP8)
+            score = tl.dot(k_high, q_high.to(k_low.dtype), score, input_precision="ieee")
+            score *= (key_factor(factors, FP8) * scale_log2e)[:, None]
             ok = token < length
             if WINDOW > 0:
                 ok &= token >= window_start
@@ -118,13 +123,13 @@ def packed_decode_kernel(
             top = new_top
             low = tl.load(v_cache_ptr + offsets)
             high = tl.load(v_cache_ptr + offsets + HALF)
-            codes = tl.load(v_cache_ptr + offsets + HEAD_DIM)
+            codes = low if FP8 else tl.load(v_cache_ptr + offsets + HEAD_DIM)
             # A token beyond the length weighs nothing, whatever its bytes say.
-            p = tl.where(ok[:, None], p * factor((exponents >> 8) & 0xFF)[:, None], 0.0)
-            v_low = unpack(low, codes, False, False)
+            p = tl.where(ok[:, None], p * value_factor(factors, FP8)[:, None], 0.0)
+            v_low = _half(low, codes, False, False, FP8)
             p = p.to(v_low.dtype)
             acc_low = tl.dot(tl.trans(v_low), p, acc_low * fade[None, :], input_precision="ieee")
-            v_high = unpack(high, codes, True, False)
+            v_high = _half(high, codes, True, False, FP8)
             acc_high = tl.dot(tl.trans(v_high), p, acc_high * fade[None, :], input_precision="ieee")
 
         out_row = out_ptr + seq.to(tl.int64) * out_stride
@@ -146,6 +151,17 @@ def packed_decode_kernel(
         )
         if AHEAD:
             ahead = tl.full([], False, tl.int1)
+
+
+@triton.jit
+def _load_factors(ptr, FP8: tl.constexpr):
+    return load_scales(ptr) if FP8 else load_exponents(ptr)
+
+
+@triton.jit
+def _half(values, codes, HIGH: tl.constexpr, PURE: tl.constexpr, FP8: tl.constexpr):
+    """One half of the vectors of a tile, without their factors."""
+    return numbers(values, PURE) if FP8 else unpack(values, codes, HIGH, PURE)
 
 
 @triton.jit

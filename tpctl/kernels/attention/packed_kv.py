@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tpctl.kernels.attention.fp8_kv import key_scale, numbers, value_scale
+
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
 # Four values at a time, from four bytes of sign and mantissa ($2) and four of codes ($3). A byte is doubled so that its
@@ -113,10 +115,67 @@ def pack(bits, largest):
 
 
 @triton.jit
+def store_packed(
+    k_cache_ptr,
+    v_cache_ptr,
+    exponents_ptr,
+    y1,  # [H, D / 2], the first half of some heads' vectors
+    y2,
+    place,  # [H], of vectors in the cache
+    is_k,  # [H], which of them are keys, and which values, to be stored
+    is_v,
+    half,
+    in_half,
+    HALF: tl.constexpr,
+):
+    """Pack vectors [y1 | y2] and write them."""
+    bits1 = y1.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    bits2 = y2.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    largest = largest_exponent(bits1, bits2)
+    value1, code1 = pack(bits1, largest)
+    value2, code2 = pack(bits2, largest)
+    offsets = place[:, None] * (3 * HALF) + half[None, :]
+    for cache in tl.static_range(2):
+        row = (v_cache_ptr if cache else k_cache_ptr) + offsets
+        mask = (is_v if cache else is_k)[:, None] & in_half[None, :]
+        tl.store(row, value1.to(tl.uint8), mask=mask)
+        tl.store(row + HALF, value2.to(tl.uint8), mask=mask)
+        tl.store(row + 2 * HALF, (code1 | (code2 << 4)).to(tl.uint8), mask=mask)
+    tl.store(exponents_ptr + place * 2 + is_v.to(tl.int64), largest.to(tl.uint8), mask=is_k | is_v)
+
+
+@triton.jit
+def key_factor(word, FP8: tl.constexpr):
+    """float32: what the values of keys are to be multiplied by. word: what is kept for a key and a value."""
+    return key_scale(word) if FP8 else factor(word & 0xFF)
+
+
+@triton.jit
+def value_factor(word, FP8: tl.constexpr):
+    """float32: what the values of values are to be multiplied by."""
+    return value_scale(word) if FP8 else factor((word >> 8) & 0xFF)
+
+
+@triton.jit
+def load_vectors(cache_ptr, place, HEAD_DIM: tl.constexpr, FP8: tl.constexpr, PURE: tl.constexpr):
+    """Vectors [TILE] as values [TILE, D], without their factors. PURE: as of `unpack`."""
+    if FP8:
+        values = numbers(tl.load(cache_ptr + place[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]), PURE)
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        row = cache_ptr + place[:, None] * (HEAD_DIM + HALF) + tl.arange(0, HALF)[None, :]
+        codes = tl.load(row + HEAD_DIM)
+        low = unpack(tl.load(row), codes, False, PURE)
+        high = unpack(tl.load(row + HALF), codes, True, PURE)
+        values = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (place.shape[0], HEAD_DIM))
+    return values
+
+
+@triton.jit
 def _unpack_blocks_kernel(
     k_ptr,
     v_ptr,
-    exponents_ptr,
+    factors_ptr,
     tables_ptr,
     lens_ptr,
     starts_ptr,
@@ -127,6 +186,7 @@ def _unpack_blocks_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     seq, index, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if index * BLOCK_SIZE >= tl.load(lens_ptr + seq):
@@ -140,12 +200,17 @@ def _unpack_blocks_kernel(
         place = (block * NUM_KV_HEADS + head) * BLOCK_SIZE + row
         to = (((target * BLOCK_SIZE + row) * NUM_KV_HEADS + head) * HEAD_DIM)[:, None] + d
         for side in tl.static_range(2):
-            source = (v_ptr if side else k_ptr) + (place * (HEAD_DIM + HALF))[:, None] + d
+            source = (v_ptr if side else k_ptr) + (place * (HEAD_DIM if FP8 else HEAD_DIM + HALF))[:, None] + d
             out = (v_out_ptr if side else k_out_ptr) + to
-            scale = factor(tl.load(exponents_ptr + place * 2 + side))[:, None]
-            codes = tl.load(source + HEAD_DIM)
-            low = unpack(tl.load(source), codes, False, True).to(tl.float32) * scale
-            high = unpack(tl.load(source + HALF), codes, True, True).to(tl.float32) * scale
+            if FP8:
+                scale = tl.load(factors_ptr + place * 2 + side).to(tl.float32)[:, None]
+                low = numbers(tl.load(source), True).to(tl.float32) * scale
+                high = numbers(tl.load(source + HALF), True).to(tl.float32) * scale
+            else:
+                scale = factor(tl.load(factors_ptr + place * 2 + side))[:, None]
+                codes = tl.load(source + HEAD_DIM)
+                low = unpack(tl.load(source), codes, False, True).to(tl.float32) * scale
+                high = unpack(tl.load(source + HALF), codes, True, True).to(tl.float32) * scale
             tl.store(out, low.to(out.dtype.element_ty))
             tl.store(out + HALF, high.to(out.dtype.element_ty))
 
@@ -153,34 +218,47 @@ def _unpack_blocks_kernel(
 def unpack_blocks(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    exponents: torch.Tensor,
+    factors: torch.Tensor,
     block_tables: torch.Tensor,
     seq_lens_S: torch.Tensor,
     starts_S: torch.Tensor,
     longest: int,
     out: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Copy the blocks of some sequences out of a packed cache, as they are without packing.
+    """Copy the blocks of some sequences out of a cache that is packed or in FP8, as the numbers that they stand for.
 
-    k_cache, v_cache, exponents: packed. block_tables: int32 [S, max_blocks]. seq_lens_S: int32 [S], the longest of
-    them `longest`. out: keys and values [n, B, K, D]; block j of sequence s goes to starts_S[s] + j, int32.
+    k_cache, v_cache: packed, or FP8 codes (`fp8_kv`). factors: exponents or, bfloat16, scales. block_tables: int32 [S,
+    max_blocks]. seq_lens_S: int32 [S], the longest of them `longest`. out: keys and values [n, B, K, D]; block j of
+    sequence s goes to starts_S[s] + j, int32.
     """
     _, num_kv_heads, block_size, row = k_cache.shape
+    fp8 = is_fp8(factors)
     _unpack_blocks_kernel[(seq_lens_S.shape[0], -(-longest // block_size), num_kv_heads)](
         k_cache,
         v_cache,
-        exponents,
+        factors,
         block_tables,
         seq_lens_S,
         starts_S,
         *out,
         block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=row * 2 // 3,
+        HEAD_DIM=row if fp8 else row * 2 // 3,
         BLOCK_SIZE=block_size,
         ROWS=min(block_size, 32),
+        FP8=fp8,
         num_warps=4,
     )
+
+
+def is_fp8(factors: torch.Tensor) -> bool:
+    """Whether what is kept for vectors, [num_blocks, K, B, 2], are scales (`fp8_kv`), and not exponents."""
+    return factors.dtype == torch.bfloat16
+
+
+def as_words(factors: torch.Tensor) -> torch.Tensor:
+    """[num_blocks, K, B, 1]: what is kept for a key and a value as one word."""
+    return factors.view(torch.int32 if is_fp8(factors) else torch.int16)
 
 
 def row_bytes(head_dim: int) -> int:

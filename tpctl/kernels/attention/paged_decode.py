@@ -14,7 +14,8 @@ computed once a step and serves all layers.
 In large batches a program begins with the end of its run, the sequence that the next program goes on with (p0 with s1
 above), so that combining happens while others still read, and most programs end with a whole sequence.
 
-The cache holds keys and values as they are, or packed (`kernels.attention.packed_kv`), which is a kernel of its own.
+The cache holds keys and values as they are; or packed (`packed_kv`) or in FP8 (`fp8_kv`), for which there is a kernel
+of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 import triton
 
 from tpctl.kernels.attention.packed_decode_kernels import packed_decode_kernel
-from tpctl.kernels.attention.packed_kv import row_bytes
+from tpctl.kernels.attention.packed_kv import as_words, is_fp8, row_bytes
 from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
 from tpctl.kernels.attention.tile_runs import LOG2E, plan_kernel
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
@@ -146,7 +147,7 @@ class DecodePlan:
 
     num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that
     differ in window need a plan each. long: see `decode_config`. config: overrides the tuned choice. itemsize: bytes of
-    an element of the cache. packed: the cache is packed.
+    an element of the cache. packed: the cache is packed or in FP8.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ def paged_decode(
     seq_lens_S: torch.Tensor,
     plan: DecodePlan,
     *,
-    exponents: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
     scale: float | None = None,
     sinks_N: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -228,10 +229,10 @@ def paged_decode(
     """Attention of one query token per sequence over its cached context, the token itself included.
 
     q_SND: [S, N, D], heads contiguous. k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, B a
-    power of two; or, with exponents, packed (`kernels.attention.packed_kv`), and so the plan. block_tables: int32
-    [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 marks a row without work: its output
-    is undefined, and not touched if no row with work follows. plan: updated with these seq_lens; with pdl, at least two
-    kernels before this one.
+    power of two; or, with exponents for factors, packed (`packed_kv`), or, with scales, in FP8 (`fp8_kv`), and so the
+    plan. block_tables: int32 [S, max_blocks], rows any stride. seq_lens_S: int32 [S], tokens in the cache; 0 marks a
+    row without work: its output is undefined, and not touched if no row with work follows. plan: updated with these
+    seq_lens; with pdl, at least two kernels before this one.
     scale: softmax scale (default D ** -0.5). sinks_N: [N], scores that join the softmax of each head, with no value of
     their own. Returns [S, N, D] in q's dtype.
     """
@@ -276,9 +277,9 @@ def paged_decode(
         "num_warps": config.num_warps,
         **launch_options(pdl),
     }
-    if exponents is not None:
-        packed = exponents.view(torch.int16)
-        packed_decode_kernel[grid](q_SND, k_cache, v_cache, packed, *args, BLOCK_M=max(8, group), **flags)
+    if factors is not None:
+        flags |= {"BLOCK_M": max(8, group), "FP8": is_fp8(factors)}
+        packed_decode_kernel[grid](q_SND, k_cache, v_cache, as_words(factors), *args, **flags)
     else:
         block_dim = next_power_of_2(head_dim)
         decode_kernel[grid](q_SND, k_cache, v_cache, *args, BLOCK_DIM=block_dim, BLOCK_M=max(16, group), **flags)

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from tpctl.kernels.attention.packed_kv import factor, unpack
+from tpctl.kernels.attention.packed_kv import as_words, is_fp8, key_factor, load_vectors, value_factor
 from tpctl.kernels.attention.paged_decode import softmax_reference
 from tpctl.kernels.attention.tile_runs import LOG2E
-from tpctl.kernels.common.launch import launch_options, next_power_of_2, shared_memory
+from tpctl.kernels.common.launch import launch_options, next_power_of_2, pipelines_pure_alone, shared_memory
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _attend(
     q,
     k_cache_ptr,
     v_cache_ptr,
-    exponents_ptr,
+    factors_ptr,
     table,
     kv_head,
     length,
@@ -37,7 +37,9 @@ def _attend(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr,  # or in FP8
+    FP8: tl.constexpr,
+    PURE: tl.constexpr,  # as of `unpack`
     STAGES: tl.constexpr,
 ):
     """Fold the key tiles [first, last) into the running softmax; MASKED where causality, window or length can cut."""
@@ -59,10 +61,10 @@ def _attend(
             slot = block * BLOCK_SIZE + token % BLOCK_SIZE
             offsets = ((slot * NUM_KV_HEADS + kv_head) * HEAD_DIM)[:, None] + d[None, :]
         if PACKED:
-            exponents = tl.load(exponents_ptr + place).to(tl.int32)
-            if MASKED:  # an old exponent behind the end may stand for infinity, which is not to be multiplied
-                exponents = tl.where(live, exponents, 0)
-            k = _unpacked(k_cache_ptr, place, HEAD_DIM)
+            factors = tl.load(factors_ptr + place).to(tl.int32)
+            if MASKED:  # an old factor behind the end may stand for infinity, which is not to be multiplied
+                factors = tl.where(live, factors, 0)
+            k = load_vectors(k_cache_ptr, place, HEAD_DIM, FP8, PURE)
         elif MASKED:
             k = tl.load(k_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
         elif BLOCK_DIM == HEAD_DIM:
@@ -71,7 +73,7 @@ def _attend(
             k = tl.load(k_cache_ptr + offsets, mask=in_dim, other=0.0)
         score = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
         if PACKED:
-            score *= factor(exponents & 0xFF)[None, :]
+            score *= key_factor(factors, FP8)[None, :]
         if MASKED:
             ok = token[None, :] <= q_position[:, None]
             if WINDOW > 0:
@@ -87,8 +89,8 @@ def _attend(
         weight = weight * fade + tl.sum(p, 1)
         top = new_top
         if PACKED:
-            v = _unpacked(v_cache_ptr, place, HEAD_DIM)
-            p *= factor((exponents >> 8) & 0xFF)[None, :]
+            v = load_vectors(v_cache_ptr, place, HEAD_DIM, FP8, PURE)
+            p *= value_factor(factors, FP8)[None, :]
         elif MASKED:
             v = tl.load(v_cache_ptr + offsets, mask=live[:, None] & in_dim, other=0.0)
         elif BLOCK_DIM == HEAD_DIM:
@@ -99,23 +101,12 @@ def _attend(
     return acc, top, weight
 
 
-@triton.jit
-def _unpacked(cache_ptr, place, HEAD_DIM: tl.constexpr):
-    """Packed rows [TILE] as values [TILE, D], without their factors."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    row = cache_ptr + place[:, None] * (HEAD_DIM + HALF) + tl.arange(0, HALF)[None, :]
-    codes = tl.load(row + HEAD_DIM)
-    low = unpack(tl.load(row), codes, False, False)
-    high = unpack(tl.load(row + HALF), codes, True, False)
-    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (place.shape[0], HEAD_DIM))
-
-
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _prefill_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    exponents_ptr,
+    factors_ptr,
     block_tables_ptr,
     query_start_ptr,
     seq_lens_ptr,
@@ -135,7 +126,9 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr,  # or in FP8
+    FP8: tl.constexpr,
+    PURE: tl.constexpr,  # as of `unpack`
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -189,12 +182,12 @@ def _prefill_kernel(
         weight += 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     if WINDOW == 0:
-        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, exponents_ptr, table, kv_head,
+        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head,
                                    length, position, start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
-                                   BLOCK_SIZE, TILE, WINDOW, False, PACKED, STAGES)  # fmt: skip
-    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, exponents_ptr, table, kv_head,
+                                   BLOCK_SIZE, TILE, WINDOW, False, PACKED, FP8, PURE, STAGES)  # fmt: skip
+    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head,
                                length, position, full_end, end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
-                               BLOCK_SIZE, TILE, WINDOW, True, PACKED, STAGES)  # fmt: skip
+                               BLOCK_SIZE, TILE, WINDOW, True, PACKED, FP8, PURE, STAGES)  # fmt: skip
     result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
     out_offsets = q_row[:, None] * out_stride + head * HEAD_DIM + d[None, :]
     tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -245,7 +238,7 @@ def paged_prefill(
     query_start_loc: torch.Tensor,
     seq_lens_S: torch.Tensor,
     *,
-    exponents: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     sinks_N: torch.Tensor | None = None,
@@ -256,8 +249,8 @@ def paged_prefill(
 
     q_TND: [T, N, D], heads contiguous; sequence s owns rows query_start_loc[s] to query_start_loc[s + 1], which may
     be none. Rows before the first sequence's and behind the last one's are not touched.
-    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype, or, with exponents, packed
-    (`kernels.attention.packed_kv`); the new tokens already written.
+    k_cache, v_cache: [num_blocks, B, K, D] contiguous, q's dtype; or, with exponents for factors, packed (`packed_kv`),
+    or, with scales, in FP8 (`fp8_kv`); the new tokens already written.
     block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
     included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
     all). sinks_N: [N], scores that join the softmax of each head, with no value of their own. scale: default D ** -0.5.
@@ -265,7 +258,7 @@ def paged_prefill(
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
-    if exponents is not None:
+    if factors is not None:
         block_size, num_kv_heads = num_kv_heads, block_size
     out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format) if out is None else out
     if num_tokens == 0:
@@ -280,7 +273,7 @@ def paged_prefill(
         q_TND,
         k_cache,
         v_cache,
-        k_cache if exponents is None else exponents.view(torch.int16),
+        k_cache if factors is None else as_words(factors),
         block_tables,
         query_start_loc,
         seq_lens_S,
@@ -300,7 +293,9 @@ def paged_prefill(
         TILE=config.tile,
         WINDOW=window or 0,
         SINKS=sinks_N is not None,
-        PACKED=exponents is not None,
+        PACKED=factors is not None,
+        FP8=factors is not None and is_fp8(factors),
+        PURE=pipelines_pure_alone(q_TND.device),
         STAGES=config.num_stages,
         PDL=pdl,
         num_warps=config.num_warps,

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tpctl.kernels.attention.packed_kv import largest_exponent, pack
+from tpctl.kernels.attention.fp8_kv import store_fp8
+from tpctl.kernels.attention.packed_kv import is_fp8, store_packed
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
 from tpctl.kernels.common.runs import as_runs, sum_runs
 
@@ -19,7 +20,7 @@ def _rope_cache_kernel(
     q_out_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    exponents_ptr,
+    factors_ptr,
     cos_ptr,
     sin_ptr,
     positions_ptr,
@@ -44,7 +45,8 @@ def _rope_cache_kernel(
     HEADS: tl.constexpr,  # heads per program
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,  # 0 when the whole head is rotated
-    PACKED: tl.constexpr,  # KV blocks of so many tokens, packed; 0: not packed
+    PACKED: tl.constexpr,  # KV blocks of so many tokens, packed or in FP8; 0: as they are
+    FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # A head is [x1 (HALF) | x2 (HALF) | rest]; x1 and x2 rotate into each other, the rest passes through. Where pairs
@@ -122,31 +124,27 @@ def _rope_cache_kernel(
     v_mask = (is_v & cached)[:, None] & in_half[None, :]
     tl.store(q_row + half[None, :], y1, mask=q_mask)
     tl.store(q_row + HALF + half[None, :], y2, mask=q_mask)
+    y3, in_rest, inside_row = y1, in_half, in_half[None, :]
+    if BLOCK_REST > 0:
+        y3 = tl.where(rotated[:, None], x3.to(dtype), raw3)
+        in_rest = rest < HEAD_DIM - 2 * HALF
+        inside_row = in_rest[None, :]
+        tl.store(q_row + 2 * HALF + rest[None, :], y3, mask=is_q[:, None] & inside_row)
     if PACKED > 0:
-        bits1 = y1.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-        bits2 = y2.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-        largest = largest_exponent(bits1, bits2)
-        value1, code1 = pack(bits1, largest)
-        value2, code2 = pack(bits2, largest)
         kv_head = head - tl.where(is_k, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
         place = (slot // PACKED * NUM_KV_HEADS + kv_head) * PACKED + slot % PACKED
-        offsets = place[:, None] * (3 * HALF) + half[None, :]
-        for cache in tl.static_range(2):
-            row = (v_cache_ptr if cache else k_cache_ptr) + offsets
-            mask = v_mask if cache else k_mask
-            tl.store(row, value1.to(tl.uint8), mask=mask)
-            tl.store(row + HALF, value2.to(tl.uint8), mask=mask)
-            tl.store(row + 2 * HALF, (code1 | (code2 << 4)).to(tl.uint8), mask=mask)
-        tl.store(exponents_ptr + place * 2 + is_v.to(tl.int64), largest.to(tl.uint8), mask=(is_k | is_v) & cached)
+        if FP8:
+            store_fp8(k_cache_ptr, v_cache_ptr, factors_ptr, y1, y2, y3, place, is_k & cached, is_v & cached, half,
+                      in_half, in_rest, HALF, HEAD_DIM, BLOCK_REST)  # fmt: skip
+        else:
+            store_packed(k_cache_ptr, v_cache_ptr, factors_ptr, y1, y2, place, is_k & cached, is_v & cached, half,
+                         in_half, HALF)  # fmt: skip
     else:
         tl.store(k_row + half[None, :], y1, mask=k_mask)
         tl.store(k_row + HALF + half[None, :], y2, mask=k_mask)
         tl.store(v_row + half[None, :], y1, mask=v_mask)
         tl.store(v_row + HALF + half[None, :], y2, mask=v_mask)
         if BLOCK_REST > 0:
-            y3 = tl.where(rotated[:, None], x3.to(dtype), raw3)
-            inside_row = (rest < HEAD_DIM - 2 * HALF)[None, :]
-            tl.store(q_row + 2 * HALF + rest[None, :], y3, mask=is_q[:, None] & inside_row)
             tl.store(k_row + 2 * HALF + rest[None, :], y3, mask=(is_k & cached)[:, None] & inside_row)
             tl.store(v_row + 2 * HALF + rest[None, :], y3, mask=(is_v & cached)[:, None] & inside_row)
 
@@ -205,7 +203,7 @@ def rope_cache(
     slot_mapping_T: torch.Tensor,
     num_heads: int,
     *,
-    exponents: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
@@ -219,7 +217,8 @@ def rope_cache(
 
     qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous, or the runs [S, T, (N + 2K) * D] of
     `split_linear`, which are summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D], contiguous, in qkv's
-    dtype; or, with exponents, packed (`kernels.attention.packed_kv`), which takes heads that are rotated whole.
+    dtype; or, with exponents for factors, packed (`packed_kv`), which takes heads that are rotated whole; or, with
+    scales, in FP8 (`fp8_kv`).
     cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D; None: nothing is rotated.
     positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing.
     q_norm, k_norm: RMSNorm weights of the query and key heads, both or neither (`unit_offset`: Gemma's 1 + weight): [D]
@@ -231,7 +230,7 @@ def rope_cache(
     qkv_STF = as_runs(qkv_TF)
     splits, num_tokens, _ = qkv_STF.shape
     num_kv_heads, block_size = k_cache.shape[2], 0
-    if exponents is not None:
+    if factors is not None:
         num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     head_dim = qkv_TF.shape[-1] // (num_heads + 2 * num_kv_heads)
     half = head_dim // 2 if cos_sin is None else cos_sin[0].shape[1]
@@ -250,7 +249,7 @@ def rope_cache(
         q_TND,
         k_cache,
         v_cache,
-        unread if exponents is None else exponents,
+        unread if factors is None else factors,
         cos,
         sin,
         positions_T,
@@ -276,6 +275,7 @@ def rope_cache(
         BLOCK_HALF=next_power_of_2(half),
         BLOCK_REST=next_power_of_2(rest) if rest > 0 else 0,
         PACKED=block_size,
+        FP8=factors is not None and is_fp8(factors),
         PDL=pdl,
         num_warps=1 if heads <= 4 else 4,
         **launch_options(pdl),

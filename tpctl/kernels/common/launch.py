@@ -24,6 +24,13 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=32)
+def pipelines_pure_alone(device: torch.device) -> bool:
+    """Whether Triton (3.7) puts only pure assembly into a pipelined loop with tensor core products of that generation
+    (compute capability 10); of impure one it says that it does not know how to predicate it."""
+    return capability(device)[0] == 10
+
+
+@functools.lru_cache(maxsize=32)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; an H100's for the CPU (Triton's interpreter)."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from tpctl.accounting import kv_bytes_per_token
+from tpctl.accounting import KvForm, kv_bytes_per_token
 from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.rotary import RotaryTable
@@ -53,8 +53,9 @@ class LayerKV:
     spec: AttentionSpec
     k: Tensor
     v: Tensor
-    exponents: Tensor | None = field(default=None, kw_only=True)
-    """Of a packed cache (``kernels.attention.packed_kv``): uint8 [blocks, K, B, 2]; ``k`` and ``v`` are its rows."""
+    factors: Tensor | None = field(default=None, kw_only=True)
+    """Of a key and a value each, [blocks, K, B, 2], where ``k`` and ``v`` are bytes: exponents, uint8, of a packed
+    cache (``kernels.attention.packed_kv``); scales, bfloat16, of one in FP8 (``kernels.attention.fp8_kv``)."""
 
 
 @dataclass
@@ -92,9 +93,9 @@ class AttentionBackend(ABC, Generic[PlanT]):
         self.block_size = block_size
 
     @property
-    def packed(self) -> bool:
-        """Whether keys and values are kept in 12 bits each."""
-        return False
+    def kv_form(self) -> KvForm:
+        """How keys and values are kept."""
+        return "model"
 
     @abstractmethod
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
@@ -102,8 +103,12 @@ class AttentionBackend(ABC, Generic[PlanT]):
 
     def bytes_per_block(self, dtype: torch.dtype) -> int:
         """Bytes that one block of ``allocate``'s caches takes over all layers, keys and values together."""
-        heads = ((spec.num_kv_heads, spec.head_dim) for spec in self.layers)
-        return self.block_size * kv_bytes_per_token(heads, dtype.itemsize, packed=self.packed)
+        return self.block_size * kv_bytes_per_token(self._heads, dtype.itemsize, self.kv_form)
+
+    @property
+    def _heads(self) -> list[tuple[int, int]]:
+        """KV heads and their dimensions, of each layer."""
+        return [(spec.num_kv_heads, spec.head_dim) for spec in self.layers]
 
     @abstractmethod
     def begin(self, batch: ForwardBatch) -> PlanT:

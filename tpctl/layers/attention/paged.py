@@ -71,7 +71,7 @@ class PagedBackend(AttentionBackend[PlanT]):
             batch.rope_positions,
             batch.slot_mapping,
             kv.spec.num_heads,
-            exponents=kv.exponents,
+            factors=kv.factors,
             q_norm=None if q_norm is None else q_norm.weight,
             k_norm=None if k_norm is None else k_norm.weight,
             eps=1e-6 if q_norm is None else q_norm.eps,

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpctl.accounting import kv_bytes_per_token
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
 from tpctl.layers.attention.sdpa_cache import PagedKV, as_words, lazy_zeros
 from tpctl.layers.batch import ForwardBatch
@@ -107,14 +108,14 @@ class SdpaPlan(AttentionPlan):
     """A step, with what one layer finds out for those that are alike; ``buckets`` are the same for all.
 
     Attributes:
-        words: the new keys and values of the layer that is being computed, as ``sdpa_cache.as_words`` has them.
+        new: [T, 2 K, D], the new keys and values of the layer that is being computed, as its cache keeps them.
         biases: of decodes, by bucket and window; of prompts, by queries, columns and window.
     """
 
     buckets: list[_Bucket] | None = None
     begun: dict[int, Tensor | None] = field(default_factory=dict)
     cells: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    words: Tensor | None = None
+    new: Tensor | None = None
     decode_biases: dict[tuple[int, AttentionSpec], Tensor] = field(default_factory=dict)
     causal_biases: dict[tuple[int, int, AttentionSpec], Tensor] = field(default_factory=dict)
 
@@ -129,16 +130,17 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         self._most_kept = 0  # tokens
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        token = self.bytes_per_block(dtype) // self.block_size
-        self._most_kept = min(_MOST_KEPT // token, num_blocks * self.block_size // 4)
-        num_blocks += 1  # the last one stays empty
-        found: list[LayerKV] = []
-        for spec in self.layers:
-            half = spec.num_kv_heads
-            both = lazy_zeros((2 * half, num_blocks, self.block_size, spec.head_dim), dtype, device)
-            blocks = both.view(2 * half * num_blocks, -1)
-            found.append(PagedKV(spec, both[:half], both[half:], blocks, as_words(both), num_blocks))
-        return found
+        token = kv_bytes_per_token(self._heads, dtype.itemsize)
+        self._most_kept = min(_MOST_KEPT, num_blocks * self.bytes_per_block(dtype) // 4) // token
+        # One block more, which stays empty.
+        return [self._layer(spec, num_blocks + 1, dtype, device) for spec in self.layers]
+
+    def _layer(self, spec: AttentionSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> PagedKV:
+        """One layer's cache, the empty block included."""
+        heads = 2 * spec.num_kv_heads
+        both = lazy_zeros((heads, num_blocks, self.block_size, spec.head_dim), dtype, device)
+        keys, values = both.chunk(2)
+        return PagedKV(spec, keys, values, both.view(heads * num_blocks, -1), as_words(both), num_blocks)
 
     def begin(self, batch: ForwardBatch) -> SdpaPlan:
         return SdpaPlan(batch)
@@ -147,12 +149,9 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         assert isinstance(kv, PagedKV)
         begun = self._begun(kv, plan)
         if begun is not None:
-            kv.blocks.index_fill_(0, begun, 0)
+            kv.empty(begun)
         cells, rows = self._cells(kv, plan)
-        words = as_words(torch.cat((k_TKD, v_TKD), dim=1))
-        words = words.view(plan.batch.num_tokens, 2 * kv.spec.num_kv_heads, words.shape[1])
-        plan.words = words
-        kv.cells.index_copy_(0, cells, (words if rows is None else words[rows]).flatten(0, 1))
+        plan.new = kv.write(cells, torch.cat((k_TKD, v_TKD), dim=1), rows)
 
     def _begun(self, kv: PagedKV, plan: SdpaPlan) -> Tensor | None:
         """Rows of ``kv.blocks``: the blocks whose first tokens are among the new ones, and that these do not fill."""
@@ -233,11 +232,11 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         kept, layer = bucket.kept, kv.blocks.data_ptr()
         if kept is not None and bucket.cells is not None:
             gathered = kept.layers[layer]
-            assert plan.words is not None
-            new = plan.words[: bucket.count] if bucket.rows is None else plan.words[bucket.rows]
-            as_words(gathered).index_copy_(0, bucket.cells_of(heads), new.flatten(0, 1))
+            assert plan.new is not None
+            new = plan.new[: bucket.count] if bucket.rows is None else plan.new[bucket.rows]
+            as_words(gathered).index_copy_(0, bucket.cells_of(heads), as_words(new))
             return gathered
-        gathered = kv.blocks.index_select(0, kv.rows(bucket.blocks)).view(shape)
+        gathered = kv.gather(kv.rows(bucket.blocks)).view(shape)
         if kept is not None:
             kept.layers[layer] = gathered
         return gathered
@@ -308,7 +307,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         length = batch.seq_lens[index]
         rows = kv.rows(batch.block_tables[index, : -(-length // self.block_size)])
         shape = (2, 1, kv.spec.num_kv_heads, -1, kv.spec.head_dim)
-        keys, values = kv.blocks.index_select(0, rows).view(shape)[:, :, :, :length]
+        keys, values = kv.gather(rows).view(shape)[:, :, :, :length]
         return keys, values
 
     def _prefill(

@@ -25,6 +25,22 @@ class PagedKV(LayerKV):
     cells: Tensor
     num_blocks: int
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """[R, B * D]: blocks, by their rows of ``blocks``, as numbers."""
+        return self.blocks.index_select(0, rows)
+
+    def empty(self, rows: Tensor) -> None:
+        """Make these rows of ``blocks`` zero."""
+        self.blocks.index_fill_(0, rows, 0)
+
+    def write(self, cells: Tensor, new_TKD: Tensor, rows: Tensor | None) -> Tensor:
+        """Write to ``cells`` the keys and values [T, 2 K, D] of these rows of T (``None``: of all); returns those of
+        all as they are kept."""
+        words = as_words(new_TKD)
+        words = words.view(*new_TKD.shape[:2], words.shape[1])
+        self.cells.index_copy_(0, cells, (words if rows is None else words[rows]).flatten(0, 1))
+        return new_TKD
+
     def rows(self, block_ids: Tensor) -> Tensor:
         """The rows of ``blocks`` that hold these blocks of every head, head by head.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tpctl.accounting import PACKED_HEAD_DIMS
+from tpctl.accounting import PACKED_HEAD_DIMS, KvForm
 from tpctl.errors import EngineError
 from tpctl.layers.attention.base import AttentionBackend, AttentionSpec
 
@@ -78,22 +78,62 @@ def make_backend(
     size = block_size or kind.default_block_size
     if size < 1 or (chosen != "sdpa" and (size & (size - 1) or size < 16)):
         raise EngineError(f"--block-size {size} does not suit {chosen}; use a power of two from 16 up")
-    obstacle = _not_packed(chosen, dtype, layers, whole_heads)
-    if kv_cache_dtype == "packed" and obstacle is not None:
-        raise EngineError(f"--kv-cache-dtype packed needs {obstacle}; use auto or model")
-    if kv_cache_dtype == "model" or obstacle is not None:
+    form = _kv_form(kv_cache_dtype, chosen, dtype, layers, whole_heads)
+    if form == "model":
         return kind(layers, size)
+    if chosen == "sdpa":
+        from tpctl.layers.attention.sdpa_fp8 import SdpaFp8Backend
+
+        return SdpaFp8Backend(layers, size)
     from tpctl.layers.attention.triton import TritonBackend
 
-    return TritonBackend(layers, size, packed=True)
+    return TritonBackend(layers, size, form)
+
+
+def _kv_form(
+    asked: str, backend: str, dtype: torch.dtype, layers: Sequence[AttentionSpec], whole_heads: bool
+) -> KvForm:
+    """How keys and values are kept where ``asked`` is as ``EngineConfig.kv_cache_dtype``. Raises ``EngineError``."""
+    if asked == "model":
+        return "model"
+    if asked == "fp8":
+        obstacle = _not_fp8(backend, dtype, layers)
+    else:
+        obstacle = _not_packed(backend, dtype, layers, whole_heads)
+    if obstacle is None:
+        return "fp8" if asked == "fp8" else "packed"
+    if asked != "auto":
+        raise EngineError(f"--kv-cache-dtype {asked} needs {obstacle}; use auto or model")
+    return "model"
+
+
+def _not_fp8(backend: str, dtype: torch.dtype, layers: Sequence[AttentionSpec]) -> str | None:
+    """What is missing for an FP8 KV cache (``kernels.attention.fp8_kv``); ``None`` if nothing is."""
+    if backend == "flash-attn":
+        return "--attention-backend triton or sdpa, not flash-attn"
+    if backend == "sdpa":
+        return None
+    if _without_bfloat16():
+        return _BFLOAT16
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"bfloat16 or float16 on a GPU, not {str(dtype).removeprefix('torch.')}"
+    others = [spec.head_dim for spec in layers if spec.head_dim not in PACKED_HEAD_DIMS]
+    return f"heads of {', '.join(map(str, PACKED_HEAD_DIMS))} dimensions on a GPU, not {others[0]}" if others else None
+
+
+_BFLOAT16 = "a GPU of compute capability 8.0 or more, whose bfloat16 arithmetic it takes"
+
+
+def _without_bfloat16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
 
 
 def _not_packed(backend: str, dtype: torch.dtype, layers: Sequence[AttentionSpec], whole_heads: bool) -> str | None:
     """What is missing for a packed KV cache (``kernels.attention.packed_kv``); ``None`` if nothing is."""
     if backend != "triton":
         return f"--attention-backend triton, not {backend}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "a GPU of compute capability 8.0 or more, whose bfloat16 arithmetic it takes"
+    if _without_bfloat16():
+        return _BFLOAT16
     if dtype != torch.bfloat16:
         return f"bfloat16, not {str(dtype).removeprefix('torch.')}"
     others = [spec.head_dim for spec in layers if spec.head_dim not in PACKED_HEAD_DIMS]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tpctl.accounting import unpacked_tokens
+from tpctl.accounting import KvForm, unpacked_tokens
+from tpctl.kernels.attention.fp8_vectors import quantise
 from tpctl.kernels.attention.packed_kv import pack_reference, row_bytes, unpack_blocks
 from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.attention.paged_prefill import paged_prefill
@@ -60,15 +61,15 @@ class TritonBackend(PagedBackend[TritonPlan]):
     default_block_size = 128
     captures_prefill = True
 
-    def __init__(self, layers: Sequence[AttentionSpec], block_size: int, packed: bool = False) -> None:
+    def __init__(self, layers: Sequence[AttentionSpec], block_size: int, kv_form: KvForm = "model") -> None:
         """A backend for these layers.
 
         Args:
-            packed: keep keys and values in 12 bits each (``kernels.attention.packed_kv``), which takes bfloat16 and
-                heads of ``PACKED_HEAD_DIMS`` dimensions that are rotated whole.
+            kv_form: how to keep keys and values. ``"packed"`` takes bfloat16 and heads of ``PACKED_HEAD_DIMS``
+                dimensions that are rotated whole; ``"fp8"`` bfloat16 or float16, and heads of as many dimensions.
         """
         super().__init__(layers, block_size)
-        self._packed = packed
+        self._kv_form = kv_form
         self._sorts = tuple(dict.fromkeys(self.layers))
         self._unpacked: tuple[Tensor, Tensor] | None = None  # of the widest layer, bfloat16 [blocks, B * K * D]
         self._itemsize = 2
@@ -77,26 +78,26 @@ class TritonBackend(PagedBackend[TritonPlan]):
         self._side: torch.cuda.Stream | None = None
 
     @property
-    def packed(self) -> bool:
-        return self._packed
+    def kv_form(self) -> KvForm:
+        return self._kv_form
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
         self._itemsize = dtype.itemsize
-        if not self.packed:
+        if self.kv_form == "model":
             return super().allocate(num_blocks, dtype, device)
+        fp8 = self.kv_form == "fp8"
         blocks = [(num_blocks, spec.num_kv_heads, self.block_size) for spec in self.layers]
-        widths = [row_bytes(spec.head_dim) for spec in self.layers]
+        widths = [spec.head_dim if fp8 else row_bytes(spec.head_dim) for spec in self.layers]
         rows = zeros([(2, *shape, width) for shape, width in zip(blocks, widths, strict=True)], torch.uint8, device)
-        exponents = zeros([(*shape, 2) for shape in blocks], torch.uint8, device)
+        factors = zeros([(*shape, 2) for shape in blocks], torch.bfloat16 if fp8 else torch.uint8, device)
         return [
-            LayerKV(spec, *cache, exponents=largest)
-            for spec, cache, largest in zip(self.layers, rows, exponents, strict=True)
+            LayerKV(spec, *cache, factors=pairs) for spec, cache, pairs in zip(self.layers, rows, factors, strict=True)
         ]
 
     def reserve(self, step: int, max_model_len: int, device: torch.device) -> None:
-        """Keep memory into which a packed cache's contexts are unpacked before the prompts of a large step attend to
-        them; beyond, and in captured steps, each program unpacks what it reads."""
-        if self.packed:
+        """Keep memory into which the contexts of a packed or an FP8 cache are unpacked before the prompts of a large
+        step attend to them; beyond, and in captured steps, each program unpacks what it reads."""
+        if self.kv_form != "model":
             tokens = unpacked_tokens(step, max_model_len)
             room = -(-tokens // self.block_size) + -(-step // self.block_size)  # some do not fill their last block
             widest = self.block_size * max(spec.num_kv_heads * spec.head_dim for spec in self.layers)
@@ -104,7 +105,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
             self._unpacked = keys, values
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: TritonPlan) -> None:
-        if kv.exponents is None:
+        if kv.factors is None:
             super().store(k_TKD, v_TKD, kv, plan)
             return
         slot_mapping = plan.batch.slot_mapping
@@ -112,8 +113,13 @@ class TritonBackend(PagedBackend[TritonPlan]):
         slots = slot_mapping[live]
         block, offset = slots // self.block_size, slots % self.block_size
         for index, (new_TKD, cache) in enumerate(((k_TKD, kv.k), (v_TKD, kv.v))):
-            rows, largest = pack_reference(new_TKD[live].contiguous())
-            cache[block, :, offset], kv.exponents[block, :, offset, index] = rows, largest
+            new = new_TKD[live].contiguous()
+            if self.kv_form == "fp8":
+                codes, factors = quantise(new)
+                rows = codes.view(torch.uint8)
+            else:
+                rows, factors = pack_reference(new)
+            cache[block, :, offset], kv.factors[block, :, offset, index] = rows, factors
 
     def is_long(self, count: int, longest: int) -> bool:
         return count <= 2 and longest >= LONG_CONTEXT
@@ -147,7 +153,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
                 window=spec.window,
                 long=long,
                 itemsize=self._itemsize,
-                packed=self.packed,
+                packed=self.kv_form != "model",
             )
             self._plans[count, spec, long] = plan
         return plan
@@ -170,7 +176,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
             tables_SM,
             lens_S,
             plan.decodes[kv.spec],
-            exponents=kv.exponents,
+            factors=kv.factors,
             scale=kv.spec.scale,
             sinks_N=sinks_N,
             out=out_SND,
@@ -199,10 +205,10 @@ class TritonBackend(PagedBackend[TritonPlan]):
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, plan: TritonPlan, out_TND: Tensor, sinks_N: Tensor | None) -> None:
         chunks = plan.prefill_chunks
-        if kv.exponents is not None and q_TND.shape[0] >= _MANY_ROWS and (found := plan.contexts):
+        if kv.factors is not None and q_TND.shape[0] >= _MANY_ROWS and (found := plan.contexts):
             out = self._unpacked_for(kv.spec)
             unpack_blocks(
-                kv.k, kv.v, kv.exponents, chunks.block_tables, chunks.seq_lens_P, found.starts, found.longest, out
+                kv.k, kv.v, kv.factors, chunks.block_tables, chunks.seq_lens_P, found.starts, found.longest, out
             )
             kv, chunks = LayerKV(kv.spec, *out), chunks._replace(block_tables=found.tables)
         self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
@@ -223,7 +229,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
             kv.k,
             kv.v,
             *chunks,
-            exponents=kv.exponents,
+            factors=kv.factors,
             scale=kv.spec.scale,
             window=kv.spec.window,
             sinks_N=sinks_N,
