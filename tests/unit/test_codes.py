@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.random_codes import random_codes
+from tpctl.errors import ShardFolderError
 from tpctl.kernels.common.codes import E2M1, Codes, Kind, as_floats, decode
+from tpctl.layers.weights.stored import check_numbers
 
 
 def number(codes: Codes, n: int, k: int) -> float:
@@ -63,3 +65,10 @@ def test_an_expert_s_matrix() -> None:
     one = both.of_expert(1)
     assert torch.equal(one.values, both.values[1]) and one.zeros is not None and one.outputs == 5
     assert decode(one).shape == (5, 8)
+
+
+def test_codes_of_no_number_are_refused_by_name() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    check_numbers("q_proj.weight", values[:127])
+    with pytest.raises(ShardFolderError, match="^q_proj.weight holds 2 of 256 values that are no numbers"):
+        check_numbers("q_proj.weight", values)

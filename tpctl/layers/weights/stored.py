@@ -125,6 +125,8 @@ def _values(
         wanted = torch.float8_e4m3fn if coding.kind == "e4m3" else torch.int8
         if matrix.dtype != wanted:
             raise ShardFolderError(f"{name}{entry.name} is {matrix.dtype}, but its format has {wanted}")
+        if coding.kind == "e4m3" and matrix.is_cuda:
+            check_numbers(name + entry.name, matrix)
         return matrix.contiguous()
     if coding.kind == "e2m1":  # bytes of two, along the inputs
         return matrix.reshape(*lead, outputs, -1).contiguous()
@@ -143,6 +145,20 @@ def _values(
             codes = _unpacked(rows, coding, entry.out, entry.inp)[: outputs - start, :inputs]
             target[start : start + step] = codes if coding.bits == 8 else _nibbles(codes)
     return _signed(found) if coding.bits == 8 else found
+
+
+def check_numbers(name: str, values: Tensor) -> None:
+    """Refuse e4m3 codes that stand for no number, which kernels on GPUs would take for 480; a CPU computes with them,
+    and the request that meets one ends with an error.
+
+    Raises:
+        ShardFolderError: there is one.
+    """
+    found = int((values.view(torch.uint8) & 127 == 127).sum())
+    if found:
+        raise ShardFolderError(
+            f"{name} holds {found} of {values.numel()} values that are no numbers (NaN); take another copy of the model"
+        )
 
 
 def _signed(codes: Tensor) -> Tensor:
