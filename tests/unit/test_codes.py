@@ -70,5 +70,5 @@ def test_an_expert_s_matrix() -> None:
 def test_codes_of_no_number_are_refused_by_name() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     check_numbers("q_proj.weight", values[:127])
-    with pytest.raises(ShardFolderError, match="^q_proj.weight holds 2 of 256 values that are no numbers"):
+    with pytest.raises(ShardFolderError, match=r"^q_proj\.weight holds 2 of 256 values that are no numbers"):
         check_numbers("q_proj.weight", values)
