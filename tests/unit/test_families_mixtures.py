@@ -249,7 +249,7 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], said: str) -
 
 def test_what_is_not_run_says_why() -> None:
     for model_type, said in {
-        "minimax_m2": "attention with norms over all heads at once",
+        "gemma4_text": "attention that norms its values",
         "qwen3_5": "gated delta net layers",
         "deepseek_v3": r"latent attention \(MLA\)",
     }.items():
