@@ -83,11 +83,11 @@ def dense(made: Quantised, folder: Path) -> Any:
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def model_of(family: str, packer: Packer) -> Quantised:
+def model_of(family: str, packer: Packer, **changes: int) -> Quantised:
     sizes = {key: value for key, value in SIZES.items() if not key.startswith("moe") or "moe" in family}
     if "moe" in family:
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
-    made = quantise(make_config(family, **sizes), packer)
+    made = quantise(make_config(family, **{**sizes, **changes}), packer)
     if "moe" in family:  # which transformers has no biases for
         made = replace(made, tensors={name: one for name, one in made.tensors.items() if not name.endswith(".bias")})
     return usual_size(made)
@@ -120,6 +120,35 @@ def test_logits_equal_those_of_the_numbers(family: str, name: str, tmp_path: Pat
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         ran += 1
     assert ran >= 2
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "tp_size", "changes"),
+    [
+        ("llama", "awq", 1, {"intermediate_size": 132}),  # words of outputs that end before they are full
+        ("llama", "awq", 3, {"intermediate_size": 132}),
+        ("llama", "gptq", 5, {"intermediate_size": 64}),  # one word of inputs on a rank
+        (
+            "qwen2_moe",
+            "ct fp8 in blocks",
+            2,
+            {"shared_expert_intermediate_size": 48, "qkv_bias": False},
+        ),  # the shared gate
+    ],
+)
+def test_words_that_are_few_or_not_full(
+    family: str, name: str, tp_size: int, changes: dict[str, int], tmp_path: Path
+) -> None:
+    made = model_of(family, PACKERS[name], **changes)
+    made.save(tmp_path / "model")
+    model = dense(made, tmp_path / "dense")
+    prompts = torch.randint(3, 131, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(prompts).logits
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size)
+    torch.testing.assert_close(
+        logits_of(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def packed_experts(weight: Tensor, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:

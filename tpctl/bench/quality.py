@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,8 +63,9 @@ class Scored:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood of a token."""
-        return math.exp(-math.fsum(self.logprobs) / len(self.logprobs))
+        """exp of the mean negative log-likelihood of a token; infinite where that is beyond a float."""
+        mean = -math.fsum(self.logprobs) / len(self.logprobs)
+        return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
 
 
 @dataclass(frozen=True)

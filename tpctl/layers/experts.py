@@ -24,6 +24,7 @@ from tpctl.arch import block
 from tpctl.arch.held import HeldLinear, Hold
 from tpctl.arch.linear import Linear, Vector
 from tpctl.distributed import TPGroup
+from tpctl.kernels.common.codes import decode
 from tpctl.kernels.experts.routing_reference import route
 from tpctl.layers.linear import ReplicatedLinear, emptied
 from tpctl.layers.mlp import MLP
@@ -45,6 +46,24 @@ class Gate(ReplicatedLinear):
         """Normed [T, H] -> float32 [T, E]."""
         assert norm is None
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class SharedGate(ReplicatedLinear):
+    """The linear of one output by which the shared MLP counts; of a quantised one kernels read the numbers."""
+
+    def use(self, device: WeightMaker) -> None:
+        """Once, after loading."""
+        if self.held.is_dense:
+            return
+        row = torch.cat([decode(codes) for codes in self._codes()]).to(self.dtype or torch.float32)
+        for kind in self.held.shapes.keys() - {"bias"}:
+            emptied(self, kind)
+        self.weight = nn.Parameter(row, requires_grad=False)
+
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Normed [T, H] -> [T, 1]."""
+        assert norm is None
+        return F.linear(x, self.weight, self.bias)
 
 
 class Router:
@@ -134,7 +153,7 @@ class Mixture:
             self._shared = MLP(made_of.shared, hold, group, dtype)
             attach(layer, made_of.shared.down.name.rpartition(".")[0], self._shared)
         if made_of.shared_gate is not None:
-            self._shared_gate = ReplicatedLinear(hold(made_of.shared_gate), dtype)
+            self._shared_gate = SharedGate(hold(made_of.shared_gate), dtype)
             attach(layer, made_of.shared_gate.name, self._shared_gate)
 
     def summand(self, rows: Rows) -> tuple[Mixture, Rows]:

@@ -59,6 +59,7 @@ class ReplicatedLinear(Layer):
             self.register_parameter(kind, nn.Parameter(empty, requires_grad=False))
         if "bias" not in held.shapes:
             self.bias = None
+        self.dtype = dtype
         self._matrix: Weight | None = None
 
     @property

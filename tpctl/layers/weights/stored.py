@@ -46,7 +46,7 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> tuple[Codes, ..
     codes = Codes(
         kind=_kind(coding),
         columns=inputs,
-        values=_values(held.name, values, coding, tensors[values.name], outputs, inputs, stacked),
+        values=_values(held, values, coding, tensors[values.name]),
         scales=found_scales if found_scales.dtype == torch.uint8 else _plain(found_scales),
         rows=None if own_rows else torch.tensor(rows, dtype=torch.int32, device=device),
         unit=1 if scales.inp is None else min(scales.inp.unit, 1 << 30),
@@ -115,16 +115,15 @@ def _grid(entry: Entry, tensor: Tensor, stacked: bool) -> Tensor:
     return tensor.reshape(*lead, -1, 1)
 
 
-def _values(
-    name: str, entry: Entry, coding: Coding, tensor: Tensor, outputs: int, inputs: int, stacked: bool
-) -> Tensor:
+def _values(held: HeldLinear, entry: Entry, coding: Coding, tensor: Tensor) -> Tensor:
     """The values as ``Codes`` has them."""
+    name, stacked, outputs, inputs = held.name, held.experts is not None, held.out_features, held.in_features
     lead = tensor.shape[: int(stacked)]
     matrix = _matrix(entry, tensor, stacked)
     if coding.kind in ("e4m3", "int"):
-        wanted = torch.float8_e4m3fn if coding.kind == "e4m3" else torch.int8
-        if matrix.dtype != wanted:
-            raise ShardFolderError(f"{name}{entry.name} is {matrix.dtype}, but its format has {wanted}")
+        wanted_dtype = torch.float8_e4m3fn if coding.kind == "e4m3" else torch.int8
+        if matrix.dtype != wanted_dtype:
+            raise ShardFolderError(f"{name}{entry.name} is {matrix.dtype}, but its format has {wanted_dtype}")
         if coding.kind == "e4m3" and matrix.is_cuda:
             check_numbers(name + entry.name, matrix)
         return matrix.contiguous()
@@ -132,17 +131,22 @@ def _values(
         return matrix.reshape(*lead, outputs, -1).contiguous()
     assert entry.out is not None and entry.inp is not None
     if not entry.out.packed and coding.bits in (4, 8):  # a word's bytes are in order: the lowest first
+        if matrix.stride(-1) != 1:  # also where a dimension of one entry passes for contiguous
+            matrix = matrix.clone(memory_format=torch.contiguous_format)
         codes = matrix.contiguous().view(torch.uint8)[..., : -(-inputs * coding.bits // 8)]
         return codes.contiguous() if coding.bits == 4 else _signed(codes)
     shape = (outputs, inputs) if coding.bits == 8 else (outputs, -(-inputs // 2))
     found = torch.empty((*lead, *shape), dtype=torch.uint8, device=tensor.device)
     flat, source = found.view(-1, *shape), matrix.reshape(-1, *matrix.shape[-2:])
-    per = _WORD // coding.bits if entry.out.packed else 1
+    # Words of outputs end where a part does, so that one may hold fewer than fit.
+    per, places = (_WORD // coding.bits, held.places(entry)) if entry.out.packed else (1, list(range(outputs)))
     step = max(1, _AT_ONCE // inputs // per) * per
     for one, target in zip(source, flat, strict=True):
         for start in range(0, outputs, step):
-            rows = one[start // per : -(-(start + step) // per)]
-            codes = _unpacked(rows, coding, entry.out, entry.inp)[: outputs - start, :inputs]
+            wanted = places[start : start + step]
+            first = wanted[0] // per
+            codes = _unpacked(one[first : wanted[-1] // per + 1], coding, entry.out, entry.inp)[:, :inputs]
+            codes = codes.index_select(0, torch.tensor(wanted, device=tensor.device) - first * per)
             target[start : start + step] = codes if coding.bits == 8 else _nibbles(codes)
     return _signed(found) if coding.bits == 8 else found
 
