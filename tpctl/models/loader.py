@@ -53,12 +53,11 @@ def load_shard(
             raise ShardFolderError(
                 f"{name} is {list(tensor.shape)} in the shard but {list(parameter.shape)} by the plan; shard it again"
             )
-        if name not in kept:
-            converted |= tensor.dtype != parameter.dtype
-            tensor = _converted(name, tensor, parameter.dtype)
-        _replace(model, name, tensor)
+        dtype = tensor.dtype if name in kept else parameter.dtype
+        converted |= tensor.dtype != dtype
+        _replace(model, name, tensor if name in kept else _converted(name, tensor, dtype))
         filled.add(name)
-        total += tensor.nbytes
+        total += tensor.numel() * dtype.itemsize
         del tensor
     if converted and device.type == "cuda":
         torch.cuda.empty_cache()  # what they were stored in is the KV cache's now
