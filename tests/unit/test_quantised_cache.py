@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import TensorSpec
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.cli import shard as shard_command
-from tpctl.errors import CheckpointError, UsageError
+from tpctl.errors import CheckpointError, SourceError, UsageError
 from tpctl.manifest.manifest import Manifest
 from tpctl.quantizing import cache as cache_module
 from tpctl.quantizing.cache import ensure_quantised
@@ -190,3 +191,21 @@ def test_there_and_back_again(source: ResolvedSource, method: Method) -> None:
     assert proved["compared_bytes"] == proved["hashed_bytes"]  # its source is found in the cache
     assert local_answer(f"merge model-{method}-tp2 -o merged", place).code == 0
     assert folder_bytes(place / "merged") == folder_bytes(made.source.folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "report.json"])
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "altered"])
+def test_what_was_damaged_in_the_cache_is_not_used(source: ResolvedSource, file: str, lost: bool) -> None:
+    folder = ensure_quantised(source, Method.FP8, notify=lambda text: None).source.folder
+    path = (folder.parent if file == "report.json" else folder) / file
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    if lost:
+        path.unlink()
+    else:
+        path.write_bytes(data[:-9] if file == "report.json" else data)
+    with pytest.raises(SourceError, match="is damaged, tpctl made it otherwise; remove that folder") as caught:
+        ensure_quantised(source, Method.FP8, notify=lambda text: None)
+    assert str(folder.parent) in str(caught.value)
+    shutil.rmtree(folder.parent)
+    assert ensure_quantised(source, Method.FP8, notify=lambda text: None).source.folder == folder

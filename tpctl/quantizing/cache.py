@@ -6,18 +6,20 @@ import json
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from tpctl.checkpoint.cache import build_once, cache_root, file_name
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import Notify, ResolvedSource, to_stderr
-from tpctl.errors import UsageError
+from tpctl.errors import CheckpointError, SourceError, UsageError
 from tpctl.manifest.manifest import MANIFEST
 from tpctl.quantizing.linears import cut_block
 from tpctl.quantizing.schemes import FORMAT_RELEASE, SCHEMES, Method
 from tpctl.quantizing.writer import QuantizationReport, TensorLoss, linears_of, quantise_checkpoint
+from tpctl.sharding.moving.copied import hash_file
 
-VERSION = 1
+VERSION = 2
 """Raised when a model is quantised to something else than before, so that the cache's old folders are not used."""
 
 _REPORT = "report.json"
@@ -66,15 +68,33 @@ def ensure_quantised(
         notify(f"quantising {source.id} to {method} (once)")
         (entry / name).mkdir()
         report = quantise_checkpoint(checkpoint, entry / name, method, progress=progress)
-        (entry / _REPORT).write_text(json.dumps(asdict(report)), encoding="utf-8")
+        files = {path.name: asdict(hash_file(path, path.stat().st_size)) for path in sorted((entry / name).iterdir())}
+        (entry / _REPORT).write_text(json.dumps({**asdict(report), "files": files}), encoding="utf-8")
 
     entry = build_once(cache_root() / "models" / f"{name}-{_key(source, checkpoint, method)}", build)
-    kept = json.loads((entry / _REPORT).read_text(encoding="utf-8"))
+    kept = _checked(entry, entry / name)
     tensors = tuple(TensorLoss(**{**one, "shape": tuple(one["shape"])}) for one in kept["tensors"])
     return QuantisedSource(
         ResolvedSource(entry / name, f"{source.id} ({method} by tpctl)", source.revision),
         QuantizationReport(**{**kept, "tensors": tensors}),
     )
+
+
+def _checked(entry: Path, folder: Path) -> dict[str, Any]:
+    """The report of what is in ``folder``, after hashing that.
+
+    Raises:
+        SourceError: a file is missing, or not as it was made.
+    """
+    damaged = SourceError(f"{entry} is damaged, tpctl made it otherwise; remove that folder, and run the command again")
+    try:
+        kept: dict[str, Any] = json.loads((entry / _REPORT).read_text(encoding="utf-8"))
+        files = kept.pop("files")
+        if any(asdict(hash_file(folder / name, one["size"])) != one for name, one in files.items()):
+            raise damaged
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError):
+        raise damaged from None
+    return kept
 
 
 def _key(source: ResolvedSource, checkpoint: CheckpointFolder, method: Method) -> str:
