@@ -53,3 +53,15 @@ def test_vllm_sharded_state(demo: ResolvedSource) -> None:
         assert done.returncode == 1
         assert done.stderr.startswith(f"vLLM failed on {demo.folder} at tp 1:")
         assert "No module named 'vllm'" in done.stderr
+
+
+def test_engine_state(demo: ResolvedSource) -> None:
+    """The same of parameters alone."""
+    done = run("engine_state.py", str(demo.folder), "--tp", "1", "--python", sys.executable)
+    if find_spec("vllm"):
+        assert done.returncode == 0, done.stderr
+        assert "tp 1, rank 0: the same" in done.stdout
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"vllm failed on {demo.folder} at tp 1:")
+        assert "No module named 'vllm'" in done.stderr
