@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_next": SHARED,
     "qwen3_moe": {**WIDE, "head_dim": 64},
     "glm4_moe": {**WIDE, "head_dim": 64},
-    "mixtral": {**WIDE, "head_dim": 64},
+    "mixtral": {key: value for key, value in WIDE.items() if key != "moe_intermediate_size"} | {"head_dim": 64},
     "minimax_m2": {**WIDE, "head_dim": 64},
     "gemma4-text-moe": {**WIDE, "head_dim": 32, "global_head_dim": 48, "num_attention_heads": 8},
 }
