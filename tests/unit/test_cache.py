@@ -47,6 +47,7 @@ def test_what_differs_has_another_folder(source: ResolvedSource) -> None:
     others = [
         ensure_sharded(source, 3),
         ensure_sharded(source, 2, dtype="float32"),
+        ensure_sharded(source, 2, text_only=True),  # which without is refused, of a model that sees
         ensure_sharded(ResolvedSource(source.folder, "org/model", "def"), 2),
         ensure_sharded(ResolvedSource(source.folder, "org/other", "abc"), 2),
     ]
@@ -54,7 +55,7 @@ def test_what_differs_has_another_folder(source: ResolvedSource) -> None:
     others.append(ensure_sharded(source, 2))
     (source.folder / "config.json").write_text(json.dumps(make_config(rms_norm_eps=1e-3)))
     others.append(ensure_sharded(source, 2))
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 8
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "manifest"])

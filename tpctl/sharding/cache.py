@@ -52,7 +52,7 @@ def ensure_sharded(
         check_copied(source.folder, manifest)
         return source.folder
     groups, name = expert_parallel or 1, file_name(Path(source.id).name)
-    folder = cache_root() / "shards" / f"{name}-tp{tp_size}-{_key(source, tp_size, dtype, groups)}"
+    folder = cache_root() / "shards" / f"{name}-tp{tp_size}-{_key(source, tp_size, dtype, groups, text_only)}"
     with locked(folder.with_name(f".{folder.name}.lock")):
         try:
             manifest = Manifest.load(folder)
@@ -75,7 +75,7 @@ def ensure_sharded(
     return folder
 
 
-def _key(source: ResolvedSource, tp_size: int, dtype: str | None, groups: int) -> str:
+def _key(source: ResolvedSource, tp_size: int, dtype: str | None, groups: int, text_only: bool) -> str:
     """Changes whenever shards made earlier would differ from those made now."""
     checkpoint = CheckpointFolder.open(source.folder)
     stats = [(path.name, path.stat()) for path in checkpoint.small_files()]
@@ -83,5 +83,6 @@ def _key(source: ResolvedSource, tp_size: int, dtype: str | None, groups: int) -
     files += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     # A revision pins the content; a local folder is told from another of the same name by its place.
     place = source.revision or str(source.folder.resolve())
-    text = repr([FORMAT_VERSION, source.id, place, files, tp_size, dtype, *([groups] if groups > 1 else [])])
+    further = [*([groups] if groups > 1 else []), *(["text only"] if text_only else [])]
+    text = repr([FORMAT_VERSION, source.id, place, files, tp_size, dtype, *further])
     return sha256(text.encode()).hexdigest()[:12]
