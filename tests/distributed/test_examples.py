@@ -43,25 +43,22 @@ def test_engine_client(demo: ResolvedSource) -> None:
     assert re.search("[A-Za-z]{3}", done.stdout)
 
 
-def test_vllm_sharded_state(demo: ResolvedSource) -> None:
+def check_vllm(name: str, folder: Path, option: str, proven: str, failed: str) -> None:
     """Where vLLM is not installed it is asked all the same, and what it said is shown."""
-    done = run("vllm_sharded_state.py", str(demo.folder), "--tp", "1", "--vllm", sys.executable)
+    done = run(name, str(folder), "--tp", "1", option, sys.executable)
     if find_spec("vllm"):
         assert done.returncode == 0, done.stderr
-        assert "tp 1, from the shards: the same tokens" in done.stdout
+        assert proven in done.stdout
     else:
         assert done.returncode == 1
-        assert done.stderr.startswith(f"vLLM failed on {demo.folder} at tp 1:")
+        assert done.stderr.startswith(f"{failed} on {folder} at tp 1:")
         assert "No module named 'vllm'" in done.stderr
+
+
+def test_vllm_sharded_state(demo: ResolvedSource) -> None:
+    proven = "tp 1, from the shards: the same tokens"
+    check_vllm("vllm_sharded_state.py", demo.folder, "--vllm", proven, "vLLM failed")
 
 
 def test_engine_state(demo: ResolvedSource) -> None:
-    """The same of parameters alone."""
-    done = run("engine_state.py", str(demo.folder), "--tp", "1", "--python", sys.executable)
-    if find_spec("vllm"):
-        assert done.returncode == 0, done.stderr
-        assert "tp 1, rank 0: the same" in done.stdout
-    else:
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"vllm failed on {demo.folder} at tp 1:")
-        assert "No module named 'vllm'" in done.stderr
+    check_vllm("engine_state.py", demo.folder, "--python", "tp 1, rank 0: the same", "vllm failed")

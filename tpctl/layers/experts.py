@@ -17,35 +17,27 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpctl.arch import block
 from tpctl.arch.held import HeldLinear, Hold
-from tpctl.arch.linear import Linear, Vector
+from tpctl.arch.linear import Linear
 from tpctl.distributed import TPGroup
 from tpctl.kernels.common.codes import decode
-from tpctl.kernels.experts.routing_reference import route
-from tpctl.layers.linear import ReplicatedLinear, emptied
+from tpctl.layers.linear import ReplicatedLinear, declare, emptied
 from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
-from tpctl.layers.norm import RMSNorm
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import WeightMaker
-from tpctl.layers.weights.experts import ExpertWeights, FusedExperts, Gating, MixtureParts, Stack
+from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Stack
 from tpctl.layers.weights.stored import to_codes
 
 
 class Gate(ReplicatedLinear):
-    """The linear of a router."""
+    """The linear of a router, whose weights are read as they are."""
 
     def use(self, device: WeightMaker) -> None:
-        """Nothing: its weights are read as they are, in float32."""
-
-    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """Normed [T, H] -> float32 [T, E]."""
-        assert norm is None
-        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        """Nothing."""
 
 
 class SharedGate(ReplicatedLinear):
@@ -60,40 +52,6 @@ class SharedGate(ReplicatedLinear):
             emptied(self, kind)
         self.weight = nn.Parameter(row, requires_grad=False)
 
-    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """Normed [T, H] -> [T, 1]."""
-        assert norm is None
-        return F.linear(x, self.weight, self.bias)
-
-
-class Router:
-    """Chooses a token's experts, in float32 whatever the model's dtype is: near ties decide a token's way.
-
-    Args:
-        layer: the block, under whose names the weights are.
-    """
-
-    def __init__(self, made_of: block.Experts, hold: Hold, layer: nn.Module, dtype: torch.dtype | None) -> None:
-        assert made_of.routing is not None
-        self.routing, self.per_token = made_of.routing, made_of.per_token
-        gate = next(one for one in made_of.router if isinstance(one, Linear))
-        self.gate = Gate(hold(gate), dtype)
-        attach(layer, gate.name, self.gate)
-        self._correction: tuple[nn.Module, str] | None = None
-        for one in made_of.router:
-            if isinstance(one, Vector):
-                empty = nn.Parameter(torch.empty(one.size, dtype=torch.float32), requires_grad=False)
-                self._correction = attach(layer, one.name, empty)
-
-    @property
-    def correction(self) -> Tensor | None:
-        """What is added to scores for the choice alone, [E]."""
-        return None if self._correction is None else getattr(*self._correction)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] -> ids int32 [T, K] and weights float32 [T, K]."""
-        return route(self.gate(x), self.routing, self.per_token, self.correction)
-
 
 class Stacks(Layer):
     """The two linears of all experts, whose tensors are parameters under the names that they have in a shard."""
@@ -107,10 +65,7 @@ class Stacks(Layer):
         self._gating = Gating(made_of.activation, made_of.interleaved)
         self.weights: ExpertWeights | None = None
         for held in self._held:
-            for kind, shape in held.shapes.items():
-                name = self._name(held, kind)
-                empty = torch.empty(shape, dtype=torch.uint8 if kind in held.kept else dtype)
-                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            declare(self, held, dtype, self._prefix(held))
 
     def use(self, device: ExpertMaker) -> None:
         """Called once, after loading: let the device have them in its own form, which replaces the parameters."""
@@ -118,10 +73,10 @@ class Stacks(Layer):
         self.weights = device.experts(gate_up, down, self._gating, self._first)
         for held in self._held:
             for kind in held.shapes:
-                emptied(self, self._name(held, kind))
+                emptied(self, self._prefix(held) + kind)
 
     def _stack(self, held: HeldLinear) -> Stack:
-        tensors = {kind: getattr(self, self._name(held, kind)) for kind in held.shapes}
+        tensors = {kind: getattr(self, self._prefix(held) + kind) for kind in held.shapes}
         bias = tensors.get("bias") if held.adds_bias else None
         if not held.is_dense:
             return Stack(to_codes(held, tensors), bias)
@@ -130,8 +85,8 @@ class Stacks(Layer):
         matrix = tensors[entry.name]
         return Stack(matrix if entry.out.dim < entry.inp.dim else matrix.transpose(1, 2), bias)
 
-    def _name(self, held: HeldLinear, kind: str) -> str:
-        return f"{held.linear.name.rpartition('.')[2]}{held.linear.joiner}{kind}"
+    def _prefix(self, held: HeldLinear) -> str:
+        return f"{held.linear.name.rpartition('.')[2]}{held.linear.joiner}"
 
 
 class Mixture:
@@ -143,10 +98,18 @@ class Mixture:
     def __init__(
         self, made_of: block.Experts, hold: Hold, group: TPGroup, layer: nn.Module, dtype: torch.dtype | None
     ) -> None:
-        self._group = group
+        assert made_of.routing is not None
+        self._group, self._routing, self._per_token = group, made_of.routing, made_of.per_token
         self._stacks = Stacks(made_of, hold, dtype)
         attach(layer, made_of.down.name.rpartition(".")[0], self._stacks)
-        self._router = Router(made_of, hold, layer, dtype)  # which may have a name inside of the experts'
+        self._correction: tuple[nn.Module, str] | None = None
+        for one in made_of.router:  # whose names may be inside of the experts'
+            if isinstance(one, Linear):
+                self._gate = Gate(hold(one), dtype)
+                attach(layer, one.name, self._gate)
+            else:
+                empty = nn.Parameter(torch.empty(one.size, dtype=torch.float32), requires_grad=False)
+                self._correction = attach(layer, one.name, empty)
         self._shared: MLP | None = None
         self._shared_gate: ReplicatedLinear | None = None
         if made_of.shared is not None:
@@ -163,40 +126,32 @@ class Mixture:
     @cached_property
     def _parts(self) -> MixtureParts:
         """What is around the experts, once it is loaded."""
-        router, shared_gate = self._router, self._shared_gate
+        shared_gate = self._shared_gate
         return MixtureParts(
-            count=len(router.gate.weight),
-            per_token=router.per_token,
-            routing=router.routing,
-            gate=router.gate.weight,
-            bias=router.gate.bias,
-            correction=router.correction,
+            count=len(self._gate.weight),
+            per_token=self._per_token,
+            routing=self._routing,
+            gate=self._gate.weight,
+            bias=self._gate.bias,
+            correction=None if self._correction is None else getattr(*self._correction),
             shared=self._shared,
             shared_gate=None if shared_gate is None else shared_gate.weight.view(-1),
         )
 
+    @property
+    def _experts(self) -> ExpertWeights:
+        assert self._stacks.weights is not None, "Decoder.use comes first"
+        return self._stacks.weights
+
     def local(self, rows: Rows) -> Tensor:
         """This rank's partial sum of normed [T, H]."""
-        if isinstance(self._stacks.weights, FusedExperts):
-            return self._stacks.weights.mixture(rows, self._parts)
-        x = rows.x if rows.norm is None else rows.norm(rows.x)
-        assert self._stacks.weights is not None, "Decoder.use comes first"
-        total = self._stacks.weights(x, *self._router(x))
-        if self._shared is not None:
-            shared = self._shared.local(Rows(x))
-            total += shared if self._shared_gate is None else shared * self._shared_gate(x).sigmoid()
-        return total
+        return self._experts.mixture(rows, self._parts)
 
     def partial(self, rows: Rows) -> Tensor:
-        if isinstance(self._stacks.weights, FusedExperts):
-            return self._stacks.weights.mixture(rows, self._parts, partial=True)
-        return self.local(rows)
+        return self._experts.mixture(rows, self._parts, partial=True)
 
     def add_to(self, residual: Tensor, rows: Rows) -> None:
-        if isinstance(self._stacks.weights, FusedExperts):
-            self._stacks.weights.mixture(rows, self._parts, residual)
-        else:
-            residual.add_(self.local(rows))
+        self._experts.mixture(rows, self._parts, residual)
 
     def __call__(self, rows: Rows) -> Tensor:
         return self._group.all_reduce(self.local(rows))

@@ -31,6 +31,14 @@ from tpctl.layers.weights.dense import DenseWeight, Weight, WeightMaker
 from tpctl.layers.weights.stored import to_codes
 
 
+def declare(layer: nn.Module, held: HeldLinear, dtype: torch.dtype | None, prefix: str = "") -> None:
+    """Give ``layer`` an empty parameter for every tensor of ``held``, named ``prefix`` and its kind; codes have
+    whatever dtype a shard has them in."""
+    for kind, shape in held.shapes.items():
+        empty = torch.empty(shape, dtype=torch.uint8 if kind in held.kept else dtype)
+        layer.register_parameter(prefix + kind, nn.Parameter(empty, requires_grad=False))
+
+
 def emptied(layer: nn.Module, name: str) -> None:
     """Leave nothing of a parameter whose values are elsewhere now."""
     setattr(layer, name, nn.Parameter(getattr(layer, name).new_empty(0), requires_grad=False))
@@ -54,9 +62,7 @@ class ReplicatedLinear(Layer):
         super().__init__()
         self.held = held
         self.in_features, self.out_features = held.in_features, held.out_features
-        for kind, shape in held.shapes.items():
-            empty = torch.empty(shape, dtype=torch.uint8 if kind in held.kept else dtype)
-            self.register_parameter(kind, nn.Parameter(empty, requires_grad=False))
+        declare(self, held, dtype)
         if "bias" not in held.shapes:
             self.bias = None
         self.dtype = dtype

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.arch.block import Activation, Clamped
 from tpctl.arch.routing import Routing
 from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.experts.routing_reference import route
 from tpctl.layers.activation import act_and_mul, clamped_act_and_mul
 from tpctl.layers.mlp import MLP
 from tpctl.layers.stream import Rows
@@ -59,23 +61,6 @@ class Gating:
         return act_and_mul(gate_up, self.activation)
 
 
-class ExpertWeights(ABC):
-    """Experts ``first`` to ``first + E`` of a mixture, or this rank's slices of them."""
-
-    @abstractmethod
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """This rank's partial sum over the experts that tokens chose; others than its own add nothing.
-
-        Args:
-            x: normed [T, H].
-            ids: int32 [T, K], chosen experts of all.
-            weights: float32 [T, K], by which they count.
-
-        Returns:
-            [T, H] in the dtype of ``x``, which depends on a token and not on those beside it.
-        """
-
-
 @dataclass(frozen=True)
 class MixtureParts:
     """What is around the experts of a mixture.
@@ -97,14 +82,17 @@ class MixtureParts:
     shared_gate: Tensor | None
 
 
-class FusedExperts(ExpertWeights):
-    """Experts of a device that computes a mixture in fewer steps than there are."""
+class ExpertWeights(ABC):
+    """Experts ``first`` to ``first + E`` of a mixture, or this rank's slices of them."""
 
     @abstractmethod
     def mixture(
         self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
     ) -> Tensor:
-        """This rank's partial sum [T, H] of experts and shared MLP.
+        """This rank's partial sum of the experts that tokens chose, to which others than its own add nothing, and of
+        the shared MLP: [T, H] in the dtype of ``rows``, which depends on a token and not on those beside it.
+
+        Experts are chosen in float32 whatever the model's dtype is: near ties decide a token's way.
 
         Args:
             residual: [T, H], to which it is added in place.
@@ -122,7 +110,21 @@ class PlainExperts(ExpertWeights):
         self._biases = gate_up.bias, down.bias
         self._gating, self._fused, self._first = gating, fused, first
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def mixture(
+        self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
+    ) -> Tensor:
+        x = rows.x if rows.norm is None else rows.norm(rows.x)
+        bias = None if parts.bias is None else parts.bias.float()
+        logits = F.linear(x.float(), parts.gate.float(), bias)
+        total = self._routed(x, *route(logits, parts.routing, parts.per_token, parts.correction))
+        if parts.shared is not None:
+            shared = parts.shared.local(Rows(x))
+            gate = parts.shared_gate
+            total += shared if gate is None else shared * F.linear(x, gate.view(1, -1)).sigmoid()
+        return total if residual is None else residual.add_(total)
+
+    def _routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The chosen experts' sum [T, H], for ``ids`` int32 [T, K] of all experts and ``weights`` float32 [T, K]."""
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         chosen = ids - self._first
         for number in torch.unique(chosen).tolist():

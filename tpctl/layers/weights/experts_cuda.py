@@ -19,11 +19,11 @@ from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, gate, 
 from tpctl.kernels.experts.tiles import as_stored
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import DenseWeight
-from tpctl.layers.weights.experts import FusedExperts, Gating, MixtureParts, Stack
+from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Stack
 from tpctl.layers.weights.kernels import GpuFacts, StepState, normed
 
 
-class CudaExperts(FusedExperts):
+class CudaExperts(ExpertWeights):
     """Experts ``first`` and on, stacked as a rank has them.
 
     Args:
@@ -54,9 +54,6 @@ class CudaExperts(FusedExperts):
         )
         self._scratch, self._state, self._facts = scratch, state, facts
         self._by_row = all(map(_read_by_row, (self._matrices.gate_up, self._matrices.down)))
-
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return grouped(Routed(x, ids, weights), self._matrices, pdl=self._state.pdl)
 
     def mixture(
         self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
