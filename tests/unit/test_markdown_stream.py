@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tpctl.chat.markdown_stream import MarkdownStream
-from tpctl.chat.screen import PlainStream, console, safe
+from tpctl.chat.streams import PlainStream, console, safe
 from tpctl.chat.wrap import break_points
 
 

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from tpctl.chat.screen import PlainStream, console, safe
+from tpctl.chat.streams import PlainStream, console, safe
 
 BEGIN, END = "(thinking)\n", "(end of thinking)\n"
 _DIM, _NORMAL = "\x1b[2m", "\x1b[0m"

@@ -110,7 +110,7 @@ def _answer_once(conversation: Conversation, message: str, *, plain: bool = Fals
 
 
 def _print(piece: str) -> None:
-    from tpctl.chat.screen import safe
+    from tpctl.chat.streams import safe
 
     sys.stdout.write(safe(piece))
     sys.stdout.flush()
