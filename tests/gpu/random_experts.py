@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.gpu.here import DEVICE
+from tests.gpu.here import DEVICE, INTERPRET, relative_error
 from tests.unit.random_codes import random_codes
 from tpctl.arch.block import Clamped
 from tpctl.kernels.common.codes import Codes
@@ -20,6 +20,20 @@ CLAMPED = Clamped(alpha=1.702, limit=1.5)
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+
+PDL = (False,) if INTERPRET else (False, True)
+
+
+def check_launch(launch, routed: Routed, experts, want: torch.Tensor, error: float, *, residual: bool, **more) -> None:
+    """What ``launch`` gives, launched early or not, is what is ``want``ed, plus the residual if there is one."""
+    if residual:
+        more["residual_TH"] = random(*routed.x.shape, dtype=routed.x.dtype)
+        want = want + more["residual_TH"].double()
+    for pdl in PDL:
+        out = torch.full_like(routed.x, float("nan"))
+        got = launch(routed, experts, out=out, pdl=pdl, **more)
+        assert got is out and relative_error(got, want) < error
 
 
 def random_experts(

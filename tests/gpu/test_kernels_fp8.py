@@ -11,7 +11,16 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
-from tests.gpu.test_kernels_packed import sinks_of, vectors
+from tests.gpu.test_kernels_packed import (
+    check_contexts,
+    check_prefill,
+    close,
+    prompts_over,
+    queries,
+    sinks_of,
+    tables_of,
+    vectors,
+)
 from tpctl.kernels.attention.fp8_vectors import dequantise, quantise
 from tpctl.kernels.attention.packed_kv import unpack_blocks
 from tpctl.kernels.attention.paged_decode import DecodePlan, DecodeScratch, paged_decode, paged_decode_reference
@@ -20,7 +29,6 @@ from tpctl.kernels.attention.rope_cache import rope_cache, rope_cache_reference
 from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.base import AttentionSpec, LayerKV
 from tpctl.layers.attention.triton import TritonBackend
-from tpctl.layers.batch import ForwardBatch
 
 pytestmark = pytest.mark.gpu
 
@@ -110,20 +118,12 @@ def test_rope_cache_quantises(
 
 def cache_of(lens: list[int], kv_heads: int, head_dim: int, block_size: int):
     """Block tables, an FP8 cache (codes of keys, of values, scales), and the one that it stands for."""
-    counts = [-(-n // block_size) for n in lens]
-    order = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(3)).int()
-    tables = torch.zeros(len(lens), max(counts) + 1, dtype=torch.int32)
-    for s, count in enumerate(counts):
-        tables[s, :count] = order[sum(counts[:s]) :][:count]
-    sides = [quantise(vectors(len(order), kv_heads, block_size, head_dim, seed=seed)) for seed in (1, 2)]
+    tables, blocks = tables_of(lens, block_size)
+    sides = [quantise(vectors(blocks, kv_heads, block_size, head_dim, seed=seed)) for seed in (1, 2)]
     plain = [dequantise(*side, torch.float32).transpose(1, 2).contiguous().to(DTYPE) for side in sides]
     (k, k_scale), (v, v_scale) = sides
     fp8 = k.view(torch.uint8), v.view(torch.uint8), torch.stack([k_scale, v_scale], -1)
-    return tables.to(DEVICE), fp8, plain
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+    return tables, fp8, plain
 
 
 DECODES = [
@@ -166,28 +166,11 @@ def test_decode(lens, heads, kv_heads, head_dim, block_size, window, sunk) -> No
     [([70], 4, 2, 128, 128, None, False), ([3, 40, 1], 6, 2, 64, 16, None, True), ([50, 5], 2, 2, 256, 64, 30, False)],
 )
 def test_prefill(new, heads, kv_heads, head_dim, block_size, window, sunk) -> None:
-    lens = [count + 17 * (number % 3) for number, count in enumerate(new)]
-    tables, (k, v, scales), plain = cache_of(lens, kv_heads, head_dim, block_size)
-    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    q = torch.randn(sum(new), heads, head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
-    options = {"scale": 0.1, "window": window, "sinks_N": sinks_of(heads) if sunk else None}
-    got = paged_prefill(q, k, v, tables, starts, seq_lens, factors=scales, **options)
-    close(got, paged_prefill_reference(q, *plain, tables, starts, seq_lens, **options))
+    check_prefill(cache_of, new, heads, kv_heads, head_dim, block_size, window, sunk)
 
 
 def test_contexts_are_made_numbers() -> None:
-    lens, kv_heads, head_dim, block_size = [5, 200, 0, 64], 2, 128, 32
-    tables, (k, v, scales), plain = cache_of(lens, kv_heads, head_dim, block_size)
-    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    counts = [-(-length // block_size) for length in lens]
-    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()[:-1]], dtype=torch.int32, device=DEVICE)
-    out = torch.full((2, sum(counts), block_size, kv_heads, head_dim), 7.0, dtype=DTYPE, device=DEVICE)
-    unpack_blocks(k, v, scales, tables, seq_lens, starts, max(lens), (out[0], out[1]))
-    for s, count in enumerate(counts):
-        for j in range(count):
-            for side in range(2):
-                assert torch.equal(out[side, int(starts[s]) + j], plain[side][int(tables[s, j])])
+    check_contexts(cache_of, 2, 128, 32)
 
 
 def test_what_lies_behind_an_end_reaches_no_answer() -> None:
@@ -236,15 +219,10 @@ def test_prompts_read_what_was_made_numbers_for_them(fits: bool, monkeypatch: py
     backend = backend_of(2, 64, 16)
     backend.reserve(16, 87 if fits else 34, DEVICE)
     backend._unpacked = tuple(kept.to(DTYPE) for kept in backend._unpacked)
-    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    ids = torch.zeros(sum(new), dtype=torch.int64)
-    batch = ForwardBatch(ids, empty, empty, tables, new, lens, 2, empty, starts, seq_lens)
-    q = torch.randn(sum(new), 4, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
+    batch, q = prompts_over(tables, new, lens), queries(sum(new), 4, 64)
     kv = LayerKV(backend.layers[0], k, v, factors=scales)
     got = backend.attend_cached(q, kv, backend.begin(batch)).view_as(q)
-    close(got, paged_prefill_reference(q, *plain, tables, starts, seq_lens, scale=0.1))
+    close(got, paged_prefill_reference(q, *plain, tables, batch.query_start_S1, batch.seq_lens_S, scale=0.1))
     assert len(calls) == (1 if fits else 0)
 
 

@@ -8,14 +8,13 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
-from tests.gpu.here import DTYPES, INTERPRET, relative_error
-from tests.gpu.random_experts import CLAMPED, coded_experts, random, random_experts, random_routed, wanted
+from tests.gpu.here import DTYPES, INTERPRET
+from tests.gpu.random_experts import CLAMPED, check_launch, coded_experts, random, random_experts, random_routed, wanted
 from tests.gpu.test_kernels_one_row import CODES
 from tpctl.kernels.experts.grouped import TileConfig, grouped, pick_block_m, pick_tile
 
 pytestmark = pytest.mark.gpu
 
-PDL = (False,) if INTERPRET else (False, True)
 CONFIGS = [None, (TileConfig(16, 16, 32, 4, 2), TileConfig(16, 64, 16, 2, 3))]
 
 
@@ -24,13 +23,7 @@ def check(routed, experts, error: float, *, configs=None, shared: bool = False, 
     if shared:
         more["shared_TH"] = random(*routed.x.shape, dtype=routed.x.dtype)
         want = want + more["shared_TH"].double() * (1 if routed.factors is None else routed.factors.double()[:, None])
-    if residual:
-        more["residual_TH"] = random(*routed.x.shape, dtype=routed.x.dtype)
-        want = want + more["residual_TH"].double()
-    for pdl in PDL:
-        out = torch.full_like(routed.x, float("nan"))
-        got = grouped(routed, experts, out=out, configs=configs, pdl=pdl, **more)
-        assert got is out and relative_error(got, want) < error
+    check_launch(grouped, routed, experts, want, error, residual=residual, configs=configs, **more)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

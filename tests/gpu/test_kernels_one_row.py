@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
+from tests.gpu.here import DEVICE, DTYPES, INTERPRET
 from tests.gpu.random_experts import (
     CLAMPED,
+    check_launch,
     coded_experts,
-    random,
     random_experts,
     random_routed,
     random_shared,
@@ -24,19 +24,11 @@ pytestmark = pytest.mark.gpu
 # experts, of a token, hidden size, width
 SHAPES = [(8, 8, 48, 96), (5, 2, 136, 36), (16, 4, 64, 48)]
 CONFIGS = [None, (RowConfig(8, 64, 2), RowConfig(16, 32, 2)), (RowConfig(16, 32, 4), RowConfig(8, 128, 1))]
-PDL = (False,) if INTERPRET else (False, True)
 
 
 def check(routed, experts, error: float, *, shared=None, residual: bool = False, configs=None) -> None:
     want = wanted(routed, experts, shared)
-    more = {}
-    if residual:
-        more["residual_TH"] = random(*routed.x.shape, dtype=routed.x.dtype)
-        want = want + more["residual_TH"].double()
-    for pdl in PDL:
-        out = torch.full_like(routed.x, float("nan"))
-        got = one_row(routed, experts, shared=shared, out=out, configs=configs, pdl=pdl, **more)
-        assert got is out and relative_error(got, want) < error
+    check_launch(one_row, routed, experts, want, error, residual=residual, shared=shared, configs=configs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

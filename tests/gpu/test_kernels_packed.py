@@ -112,24 +112,73 @@ SHAPES = [
 ]
 
 
-def cache_of(lens: list[int], kv_heads: int, head_dim: int, block_size: int):
+def tables_of(lens: list[int], block_size: int) -> tuple[torch.Tensor, int]:
+    """Block tables of sequences whose blocks lie anywhere, and how many blocks there are: two more than these."""
     counts = [-(-n // block_size) for n in lens]
-    blocks = sum(counts) + 2
-    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(3)).int()
+    order = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(3)).int()
     tables = torch.zeros(len(lens), max(counts) + 1, dtype=torch.int32)
-    at = 0
     for s, count in enumerate(counts):
-        tables[s, :count] = order[at : at + count]
-        at += count
+        tables[s, :count] = order[sum(counts[:s]) :][:count]
+    return tables.to(DEVICE), len(order)
+
+
+def cache_of(lens: list[int], kv_heads: int, head_dim: int, block_size: int):
+    tables, blocks = tables_of(lens, block_size)
     k, v = (vectors(blocks, block_size, kv_heads, head_dim, seed=seed) for seed in (1, 2))
     k_rows, k_largest, k_kept = packed_cache(k)
     v_rows, v_largest, v_kept = packed_cache(v)
     exponents = torch.stack([k_largest, v_largest], -1)
-    return tables.to(DEVICE), (k_rows, v_rows, exponents), (k_kept.to(DTYPE), v_kept.to(DTYPE))
+    return tables, (k_rows, v_rows, exponents), (k_kept.to(DTYPE), v_kept.to(DTYPE))
 
 
 def sinks_of(heads: int) -> torch.Tensor:
     return (2 * torch.randn(heads, generator=torch.Generator().manual_seed(6))).to(DEVICE, DTYPE)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+
+
+def queries(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
+
+
+def starts_of(counts: list[int]) -> torch.Tensor:
+    """Where runs of so many begin, and where the last one ends."""
+    return torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+
+
+def check_prefill(cache_of, new, heads, kv_heads, head_dim, block_size, window, sunk) -> None:
+    """Prompts over what ``cache_of`` keeps, against the reference over what that stands for."""
+    lens = [count + 17 * (number % 3) for number, count in enumerate(new)]
+    tables, (k, v, factors), plain = cache_of(lens, kv_heads, head_dim, block_size)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    starts, q = starts_of(new), queries(sum(new), heads, head_dim)
+    options = {"scale": 0.1, "window": window, "sinks_N": sinks_of(heads) if sunk else None}
+    got = paged_prefill(q, k, v, tables, starts, seq_lens, factors=factors, **options)
+    close(got, paged_prefill_reference(q, *plain, tables, starts, seq_lens, **options))
+
+
+def check_contexts(cache_of, kv_heads: int, head_dim: int, block_size: int) -> None:
+    """Whole contexts as numbers, to the bit what the cache stands for."""
+    lens = [5, 200, 0, 64]
+    tables, (k, v, factors), plain = cache_of(lens, kv_heads, head_dim, block_size)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    counts = [-(-length // block_size) for length in lens]
+    starts = starts_of(counts)[:-1]
+    out = torch.full((2, sum(counts), block_size, kv_heads, head_dim), 7.0, dtype=DTYPE, device=DEVICE)
+    unpack_blocks(k, v, factors, tables, seq_lens, starts, max(lens), (out[0], out[1]))
+    for s, count in enumerate(counts):
+        for j in range(count):
+            for side in range(2):
+                assert torch.equal(out[side, int(starts[s]) + j], plain[side][int(tables[s, j])].to(DTYPE))
+
+
+def prompts_over(tables: torch.Tensor, new: list[int], lens: list[int]) -> ForwardBatch:
+    """A step of two decodes, and then prompts."""
+    empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    ids, seq_lens = torch.zeros(sum(new), dtype=torch.int64), torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    return ForwardBatch(ids, empty, empty, tables, new, lens, 2, empty, starts_of(new), seq_lens)
 
 
 def quick(tokens: list[list[int]], work: int) -> list[tuple]:
@@ -164,30 +213,12 @@ def test_decode(sunk, lens, heads, kv_heads, head_dim, block_size, window) -> No
 @pytest.mark.parametrize(("new", "heads", "kv_heads", "head_dim", "block_size", "window"), PREFILLS)
 @pytest.mark.parametrize("sunk", [False, True])
 def test_prefill(sunk, new, heads, kv_heads, head_dim, block_size, window) -> None:
-    lens = [count + 17 * (number % 3) for number, count in enumerate(new)]
-    tables, (k, v, exponents), plain = cache_of(lens, kv_heads, head_dim, block_size)
-    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    q = torch.randn(sum(new), heads, head_dim, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
-    options = {"scale": 0.1, "window": window, "sinks_N": sinks_of(heads) if sunk else None}
-    got = paged_prefill(q, k, v, tables, starts, seq_lens, factors=exponents, **options)
-    want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, **options)
-    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+    check_prefill(cache_of, new, heads, kv_heads, head_dim, block_size, window, sunk)
 
 
 @pytest.mark.parametrize(("kv_heads", "head_dim", "block_size"), [(2, 128, 128), (1, 64, 16), (3, 256, 32)])
 def test_contexts_are_unpacked(kv_heads: int, head_dim: int, block_size: int) -> None:
-    lens = [5, 200, 0, 64]
-    tables, (k, v, exponents), plain = cache_of(lens, kv_heads, head_dim, block_size)
-    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    counts = [-(-length // block_size) for length in lens]
-    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()[:-1]], dtype=torch.int32, device=DEVICE)
-    out = torch.full((2, sum(counts), block_size, kv_heads, head_dim), 7.0, dtype=DTYPE, device=DEVICE)
-    unpack_blocks(k, v, exponents, tables, seq_lens, starts, max(lens), (out[0], out[1]))
-    for s, count in enumerate(counts):
-        for j in range(count):
-            for side in range(2):
-                assert torch.equal(out[side, int(starts[s]) + j], plain[side][int(tables[s, j])].to(DTYPE))
+    check_contexts(cache_of, kv_heads, head_dim, block_size)
 
 
 @pytest.mark.parametrize("window", [None, 30])
@@ -250,19 +281,12 @@ def test_prompts_read_what_was_unpacked_for_them(fits: bool, monkeypatch: pytest
     backend = backend_of(2, 64, 16)
     backend.reserve(16, 87 if fits else 34, DEVICE)
     backend._unpacked = tuple(kept.to(DTYPE) for kept in backend._unpacked)
-    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    batch = ForwardBatch(
-        torch.zeros(sum(new), dtype=torch.int64), empty, empty, tables, new, lens, 2, empty, starts, seq_lens
-    )
-    q = torch.randn(sum(new), 4, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE, DTYPE)
+    batch, q = prompts_over(tables, new, lens), queries(sum(new), 4, 64)
     kv = LayerKV(backend.layers[0], k, v, factors=exponents)
     plan = backend.begin(batch)
     for _ in range(2):  # two layers, which share what was prepared
         got = backend.attend_cached(q, kv, plan).view_as(q)
-        want = paged_prefill_reference(q, *plain, tables, starts, seq_lens, scale=0.1)
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+        close(got, paged_prefill_reference(q, *plain, tables, batch.query_start_S1, batch.seq_lens_S, scale=0.1))
     assert len(calls) == (2 if fits else 0)
 
 
