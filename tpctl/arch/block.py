@@ -249,14 +249,19 @@ def with_weights(part: LayerPart, change: Callable[[Weight], Weight]) -> LayerPa
         assert new is None or isinstance(new, Norm)
         return new
 
+    def vector(one: Vector | None) -> Vector | None:
+        new = None if one is None else change(one)
+        assert new is None or isinstance(new, Vector)
+        return new
+
     def router(weights: tuple[Linear | Vector, ...]) -> tuple[Linear | Vector, ...]:
         return tuple(new for one in weights if not isinstance(new := change(one), Norm))
 
     if isinstance(part, Linear | Norm | Vector):
         return change(part)
     if isinstance(part, Attention):
-        q_norm, k_norm = norm(part.q_norm), norm(part.k_norm)
-        return replace(part, qkv=linear(part.qkv), out=linear(part.out), q_norm=q_norm, k_norm=k_norm)
+        q_norm, k_norm, sinks = norm(part.q_norm), norm(part.k_norm), vector(part.sinks)
+        return replace(part, qkv=linear(part.qkv), out=linear(part.out), q_norm=q_norm, k_norm=k_norm, sinks=sinks)
     if isinstance(part, Mixer):
         return replace(part, parts=tuple(change(one) for one in part.parts))
     if isinstance(part, Gated):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import gcd, lcm
 
-from tpctl.arch.block import Attention, Block, Experts, Gated, Layer, LayerPart, Mixer, linears
+from tpctl.arch.block import Attention, Block, Experts, Gated, Layer, LayerPart, Mixer, linears, with_weights
 from tpctl.arch.blueprint import Blueprint, renamed
 from tpctl.arch.formats.scheme import Scheme
-from tpctl.arch.linear import Linear
+from tpctl.arch.linear import Linear, Weight
 from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.partition.cuts import Blocks, Cut, Dealt, Scaled, Whole, Within
 from tpctl.partition.split import EACH, Rule
@@ -121,26 +121,13 @@ def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:
 
 def with_linears(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPart:
     """``part`` with its linears changed, but for routers and tables of embeddings, which no format quantises."""
-    if isinstance(part, Linear):
-        return part if part.rule is Rule.VOCAB else change(part)
-    if isinstance(part, Attention):
-        return replace(part, qkv=change(part.qkv), out=change(part.out))
-    if isinstance(part, Mixer):
-        return replace(part, parts=tuple(change(one) if isinstance(one, Linear) else one for one in part.parts))
-    if isinstance(part, Gated):
-        return replace(part, gate_up=change(part.gate_up), down=change(part.down))
-    if isinstance(part, Experts):
-        shared = None if part.shared is None else with_linears(part.shared, change)
-        assert shared is None or isinstance(shared, Gated)
-        return replace(
-            part,
-            gate_up=change(part.gate_up),
-            down=change(part.down),
-            forms=tuple((change(gate_up), change(down), router) for gate_up, down, router in part.forms),
-            shared=shared,
-            shared_gate=None if part.shared_gate is None else change(part.shared_gate),
-        )
-    return part
+    routers = (part.router, *(router for _, _, router in part.forms)) if isinstance(part, Experts) else ()
+
+    def changed(one: Weight) -> Weight:
+        chooses = any(one is weight for router in routers for weight in router)
+        return change(one) if isinstance(one, Linear) and one.rule is not Rule.VOCAB and not chooses else one
+
+    return with_weights(part, changed)
 
 
 def _aligned(gate_up: Linear, down: Linear, cutting: Cutting) -> tuple[Linear, Linear]:
