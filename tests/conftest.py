@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "every case, under Triton's interpreter, too (tests/gpu), or where the day chooses some (families and formats)"
     )
     parser.addoption("--whole-grid", action="store_true", help=every)
+    parser.addoption("--sampled-grid", action="store_true", help="of kernels' grids of cases a sample, on GPUs too")
     parser.addoption("--fuzz-minutes", type=float, help="fuzz for so long with new cases (of tests/fuzz)")
     parser.addoption("--fuzz-seed", type=int, help="fuzz with the cases of an earlier run, whose seed this is")
 

@@ -1,5 +1,5 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
-grids of cases are sampled; on GPUs they run whole."""
+grids of cases are sampled; on GPUs they run whole, unless ``--sampled-grid`` is given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _SMALL = 6
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (torch.cuda.is_available() and not INTERPRET) or config.getoption("--whole-grid"):
+    whole = torch.cuda.is_available() and not INTERPRET and not config.getoption("--sampled-grid")
+    if whole or config.getoption("--whole-grid"):
         return
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
