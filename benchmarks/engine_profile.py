@@ -22,11 +22,10 @@ from collections import defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tpctl.bench.synthetic import synthetic_source
+from tpctl.bench.synthetic import synthetic_shards
 from tpctl.bench.workload import make_workload
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
-from tpctl.sharding.cache import ensure_sharded
 from tpctl.wire.messages import Add
 from tpctl.wire.settings import POLICIES, EngineConfig
 
@@ -119,7 +118,7 @@ def main() -> None:
 
 def report(args: argparse.Namespace, group: TPGroup) -> None:
     for shape in args.shapes:
-        folder = ensure_sharded(synthetic_source(shape), group.size)
+        folder = synthetic_shards(shape, group.size).folder
         config = EngineConfig(
             folder,
             group.size,

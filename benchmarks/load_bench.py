@@ -29,11 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tpctl.bench.synthetic import synthetic_source
+from tpctl.bench.synthetic import synthetic_shards
 from tpctl.errors import TpctlError
 from tpctl.manifest.manifest import Manifest
 from tpctl.models import device_loader
-from tpctl.sharding.cache import ensure_sharded
 
 DEVICE = torch.device("cuda")
 READ_ONLY = 8  # cudaHostRegisterReadOnly
@@ -119,7 +118,7 @@ def main() -> None:
     if options.one:
         return one(options.one, options.files)
     try:
-        folder = ensure_sharded(synthetic_source(options.shape), options.tp)
+        folder = synthetic_shards(options.shape, options.tp).folder
     except TpctlError as error:
         raise SystemExit(f"{options.shape}: {error}") from None
     files = [folder / name for name in Manifest.load(folder).rank_files(0)]

@@ -1,4 +1,4 @@
-"""Random checkpoints for benchmarks: of every shape a small one is cut, and its weights are of the usual size."""
+"""Random shards for benchmarks: of every shape a small one is made, proven, and its weights are of the usual size."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tpctl.arch.block import linears
-from tpctl.arch.config import ModelConfig
+from tpctl.arch.block import Experts, linears
 from tpctl.arch.held import HeldLinear
+from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan
-from tpctl.bench.shapes import COMMON, SHAPES
-from tpctl.bench.synthetic import _write
+from tpctl.bench.shapes import SHAPES
+from tpctl.bench.synthetic import shape_config, synthetic_shards
 from tpctl.kernels.common.codes import decode
 from tpctl.layers.weights.stored import to_codes
+from tpctl.manifest.manifest import Manifest
+from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.proving.verify import verify_digests
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 1,
@@ -34,14 +37,20 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_small_one(shape: str, tmp_path: Path) -> None:
-    made = {**COMMON, **SHAPES[shape]}
-    made |= {key: value for key, value in SMALL.items() if key in made}
-    config = ModelConfig.from_dict(made)
-    _write(made, config, tmp_path / "model")
-    shard_checkpoint(tmp_path / "model", tmp_path / "shards", 1)
-    (file,) = (tmp_path / "shards").glob("model-rank-0-*.safetensors")
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a shape, which is a small one here."""
+    name: str = request.param
+    small = {key: value for key, value in SMALL.items() if key in SHAPES[name]}
+    monkeypatch.setitem(SHAPES, name, SHAPES[name] | small)
+    monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
+    return name
+
+
+def test_weights_of_the_usual_size(shape: str) -> None:
+    config = shape_config(shape)
+    folder = synthetic_shards(shape, 1).folder
+    (file,) = folder.glob("model-rank-0-*.safetensors")
     tensors = load_file(file)
     plan, blueprint = build_plan(config, 1), config.blueprint
     seen = 0
@@ -56,4 +65,20 @@ def test_a_small_one(shape: str, tmp_path: Path) -> None:
             seen += 1
         assert 0.015 < float(found.std()) < 0.025 and abs(float(found.mean())) < 0.005, held.name
         assert bool(torch.isfinite(found).all())
-    assert bool(seen) == ("quantization_config" in made)
+    assert bool(seen) == ("quantization_config" in SHAPES[shape])
+    assert all(bool((tensor == 1).all()) for name, tensor in tensors.items() if name.endswith("norm.weight"))
+
+
+def test_cut_as_their_checkpoint_would_be(shape: str, tmp_path: Path) -> None:
+    """What is written without a checkpoint is what ``shard`` makes of it; and nothing else is left in the cache."""
+    groups = 2 if isinstance(shape_config(shape).blueprint.blocks[0].mlp, Experts) else 1
+    folder = synthetic_shards(shape, 2, groups).folder
+    verify_digests(folder, Manifest.load(folder), range(2))
+    merge_shards(folder, tmp_path / "model")
+    shard_checkpoint(tmp_path / "model", tmp_path / "again", 2, cutting=Cutting(groups))
+    for path in (tmp_path / "again").glob("*.safetensors"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    seen = {path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")}
+    assert seen == {folder.name}
+    before = (folder / "config.json").stat().st_mtime_ns
+    assert (synthetic_shards(shape, 2, groups).folder / "config.json").stat().st_mtime_ns == before

@@ -137,16 +137,14 @@ def _config(
         return config, model, ModelConfig.load(config.text_dir).vocab_size
     if model is not None:
         raise UsageError(f"{model} and --shape {shape} are two models; give one of them")
-    from tpctl.arch.source_plan import build_plan
-    from tpctl.bench.synthetic import shape_config, synthetic_source
+    from tpctl.bench.synthetic import shape_config, synthetic_shards
     from tpctl.client.prepare import configure
 
     known, args = shape_config(shape), engine_args(options, policy)
-    settings = args.settle()
-    build_plan(known, args.tp or 1)
+    settings, tp_size = args.settle(), args.tp or 1
     settings.longest(known.max_position_embeddings)
     with status(f"making random weights of {shape}"):
-        source = synthetic_source(shape)
+        source = synthetic_shards(shape, tp_size, args.groups(tp_size) or 1)
     return configure(source, args, progress=byte_progress), shape, known.vocab_size
 
 

@@ -36,7 +36,9 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
     What the codes of a vector say that is not finite does not matter: its scale is not a number.
     """
-    scale = rounded_up(x.abs().amax(-1).float() / LARGEST)
+    largest = x.abs().amax(-1).float()
+    # By a tensor: with a number torch multiplies on GPUs, by its rounded reciprocal, which is another quotient.
+    scale = rounded_up(largest / torch.full_like(largest, LARGEST))
     divisor = scale.clamp(min=_LEAST)
     return (x.float() / divisor.unsqueeze(-1)).to(torch.float8_e4m3fn), scale.to(torch.bfloat16)
 

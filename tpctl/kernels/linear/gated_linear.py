@@ -37,8 +37,9 @@ class GatedConfig(NamedTuple):
     num_stages: int
 
 
-def pick_gated(rows: int, intermediate: int, hidden: int, num_sms: int) -> GatedConfig | None:
-    """How to cut [2 * intermediate, hidden] of 2-byte values into a program for each of num_sms multiprocessors.
+def pick_gated(rows: int, intermediate: int, hidden: int, num_sms: int, itemsize: int = 2) -> GatedConfig | None:
+    """How to cut [2 * intermediate, hidden] of values of itemsize bytes into a program for each of num_sms
+    multiprocessors.
 
     None where another way is faster: few or many rows, or a stride that fills too little of its tile; or where rows of
     the weight do not begin at multiples of 16 bytes. Measured on an H100, whose shared memory it fills.
@@ -49,7 +50,7 @@ def pick_gated(rows: int, intermediate: int, hidden: int, num_sms: int) -> Gated
         return None
     block_m = 64 if rows <= 64 else 128
     block_k = 64 if tile == 128 else 128
-    num_stages = _BUFFER_BYTES // ((2 * tile + block_m) * block_k * 2)
+    num_stages = _BUFFER_BYTES // ((2 * tile + block_m) * block_k * itemsize)
     return GatedConfig(stride, tile, block_m, block_k, 8 if block_m == tile == 128 else 4, num_stages)
 
 

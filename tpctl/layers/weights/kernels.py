@@ -85,7 +85,7 @@ class KernelWeight(DenseWeight):
                 return small_linear(
                     x, self.weight, self._scratch, **fused(norm), activation=activation, config=config, pdl=state.pdl
                 )
-            cut = pick_gated(rows, width, x.shape[1], self._facts.multiprocessors)
+            cut = pick_gated(rows, width, x.shape[1], self._facts.multiprocessors, x.itemsize)
             if cut is not None and norm is None and self._facts.hopper:
                 return gated_linear(x, self.weight, cut, activation=activation, pdl=state.pdl)
         return act_and_mul(self._linear(x, bias, norm, None), activation=activation, pdl=state.pdl)
