@@ -232,6 +232,7 @@ CASES = [
     Case("batch x --tp -3", "(given: -3)", code=2),
     Case("bench throughput x --tp 0", "(given: 0); see `tpctl bench throughput --help`", code=2),
     Case("bench latency --runs 0", "'--runs'", code=2),
+    Case("bench latency --sequences 1,0", "--sequences 1,0 is no list of numbers from 1 on, as 1,8,64 is", code=2),
     Case(
         "batch x --scheduling-policy sjf", "policy': 'sjf' is not one of 'fcfs', 'makespan'; see `tpctl batch", code=2
     ),

@@ -16,7 +16,7 @@ from tpctl.bench.workload import make_workload, one_request
 from tpctl.cli import bench as cli_bench
 from tpctl.cli.app import app
 from tpctl.errors import EngineError, PartitionError, UsageError
-from tpctl.wire.messages import Output
+from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.settings import EngineConfig
 
@@ -39,18 +39,29 @@ class _Client:
 
 def test_time_per_token_needs_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "EngineClient", _Client)
-    config: Any = None
+    config: Any = EngineConfig(Path("shards"), 1, max_num_seqs=8)
     with pytest.raises(EngineError, match="8 prompt tokens and 9 to generate are more than the 16 of --max-model-len"):
         measure.latency(config, 8, 8, 100, 1)
+    with pytest.raises(EngineError, match="9 sequences are more than the 8 of --max-num-seqs"):
+        measure.latency(config, 8, 7, 100, 1, sequences=(1, 9))
 
 
 def test_time_per_token_leaves_the_first_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+
+    def timed(client: object, requests: list[Request]) -> float:
+        seen.extend(requests)
+        return len(requests) * (0.5 + 0.01 * (requests[0].sampling.max_tokens - 1))
+
     monkeypatch.setattr(measure, "EngineClient", _Client)
-    monkeypatch.setattr(measure, "_timed", lambda client, request: 0.5 + 0.01 * (request.sampling.max_tokens - 1))
-    config: Any = None
-    figures = measure.latency(config, 8, 5, 100, 3).figures
+    monkeypatch.setattr(measure, "_timed", timed)
+    config: Any = EngineConfig(Path("shards"), 1, max_num_seqs=8)
+    figures = measure.latency(config, 8, 5, 10**6, 3, sequences=(1, 4)).figures
     assert figures["tpot"].values == pytest.approx([10.0] * 3)
     assert figures["ttft"].values == pytest.approx([500.0] * 3)
+    assert figures["step 4"].values == pytest.approx([40.0] * 3)
+    assert figures["ttft 4"].values == pytest.approx([2000.0] * 3)
+    assert len({tuple(request.token_ids) for request in seen}) == len({request.id for request in seen}) == len(seen)
 
 
 def test_nano_is_the_peers_workload() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,15 +105,23 @@ def latency(
     vocab_size: int,
     runs: int,
     sampling: Mapping[str, Any] | None = None,
+    sequences: Sequence[int] = (1,),
 ) -> Measured:
-    """One request at a time: time to first token, and time per token after it.
+    """Time to first token, and time per token after it, of requests handed in at once: one, or as many as
+    ``sequences`` says, each number by itself.
 
-    TPOT is (time of ``output_tokens`` + 1 tokens - time of one token) / ``output_tokens``.
+    Of one request TPOT is (time of ``output_tokens`` + 1 tokens - time of one token) / ``output_tokens``; of N the same
+    quotient is the time of a step that generates N tokens ("step N").
 
     Raises:
-        EngineError: so many tokens do not fit the context.
+        EngineError: so many tokens do not fit the context, or so many sequences the engine.
     """
-    first, per_token = [], []
+    figures: dict[str, Figure] = {}
+    numbers = itertools.count()
+
+    def requests(count: int, tokens: int) -> list[Request]:
+        return [one_request(prompt_tokens, tokens, next(numbers), vocab_size, sampling) for _ in range(count)]
+
     with EngineClient(config) as client:
         info = client.wait_ready()
         if prompt_tokens + output_tokens + 1 > info.max_model_len:
@@ -120,14 +129,22 @@ def latency(
                 f"{prompt_tokens} prompt tokens and {output_tokens + 1} to generate are more than the "
                 f"{info.max_model_len} of --max-model-len; ask for fewer, or raise it"
             )
-        for run in range(runs + 1):
-            one = _timed(client, one_request(prompt_tokens, 1, 2 * run, vocab_size, sampling))
-            longer = one_request(prompt_tokens, output_tokens + 1, 2 * run + 1, vocab_size, sampling)
-            many = _timed(client, longer)
-            if run:
-                first.append(one * 1e3)
-                per_token.append((many - one) / output_tokens * 1e3)
-    return Measured({"ttft": Figure("ms", first), "tpot": Figure("ms", per_token)}, info)
+        if (most := max(sequences)) > config.max_num_seqs:
+            raise EngineError(
+                f"{most} sequences are more than the {config.max_num_seqs} of --max-num-seqs; ask for fewer, or raise "
+                "it"
+            )
+        for count in sequences:
+            first, per_token = [], []
+            for run in range(runs + 1):
+                one = _timed(client, requests(count, 1))
+                many = _timed(client, requests(count, output_tokens + 1))
+                if run:
+                    first.append(one * 1e3)
+                    per_token.append((many - one) / output_tokens * 1e3)
+            names = ("ttft", "tpot") if count == 1 else (f"ttft {count}", f"step {count}")
+            figures |= {name: Figure("ms", values) for name, values in zip(names, (first, per_token), strict=True)}
+    return Measured(figures, info)
 
 
 def startup(config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int) -> Measured:
@@ -187,9 +204,9 @@ def _drain(client: EngineClient, requests: list[Request]) -> None:
         raise EngineError(f"the engine produced {produced} tokens instead of {wanted}")
 
 
-def _timed(client: EngineClient, request: Request) -> float:
+def _timed(client: EngineClient, requests: list[Request]) -> float:
     started = time.perf_counter()
-    _drain(client, [request])
+    _drain(client, requests)
     return time.perf_counter() - started
 
 

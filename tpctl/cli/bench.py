@@ -73,23 +73,32 @@ def latency(
     shape: Shape = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens after the first.")] = 256,
+    sequences: Annotated[
+        str, typer.Option(metavar="N,...", help="Requests at once, e.g. 1,8,64; of more than one, the time of a step.")
+    ] = "1",
     runs: Runs = 3,
     as_json: AsJson = False,
     *,
     engine: EngineOptions,
     sampling: DistributionOptions,
 ) -> None:
-    """Time to first token and time per token of a single request, after a warm-up.
+    """Time to first token and time per token of a request, or a step's of several at once, after a warm-up.
 
     Greedy unless sampling options are given.
     """
     from tpctl.bench import measure
 
     sampling.check()
+    counts = _counts(sequences)
     config, name, vocab = _config(model, shape, engine)
-    with status("running one request at a time"):
-        measured = measure.latency(config, prompt_tokens, output_tokens, vocab, runs, sampling.given())
-    settings = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "sampling": sampling.given()}
+    with status("running requests"):
+        measured = measure.latency(config, prompt_tokens, output_tokens, vocab, runs, sampling.given(), counts)
+    settings = {
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "sequences": counts,
+        "sampling": sampling.given(),
+    }
     _print("latency", name, config, measured, settings, as_json)
 
 
@@ -120,6 +129,17 @@ bench.command("throughput", cls=CheckedCommand, short_help="Tokens a second of a
 bench.command("latency", cls=CheckedCommand, short_help="Time to first token, and per token.")(latency)
 bench.command("startup", cls=CheckedCommand, short_help="Time from starting the workers to the first token.")(startup)
 bench.command("quality", cls=CheckedCommand, short_help="Perplexity, and divergence from another form.")(quality)
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of ``--sequences``."""
+    try:
+        counts = [int(one) for one in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise UsageError(f"--sequences {text} is no list of numbers from 1 on, as 1,8,64 is")
+    return counts
 
 
 def _config(
