@@ -154,7 +154,7 @@ def _attention(blueprint: Blueprint, number: int, qkv: Linear, out: Linear) -> C
     if len(qkv.parts) == 1:
         for before in range(number):
             other, after = _projections(blueprint.layers[before].mixer)
-            if len(other.parts) > 1 and after.input_cut.head_dim == head_dim:
+            if len(other.parts) > 1 and getattr(after.input_cut, "head_dim", None) == head_dim:
                 prefix, keys = blueprint.prefix.format(before), other
 
     def compute(x_TH: Array, get: Weights) -> Array:

@@ -77,8 +77,8 @@ def test_every_rank_has_the_same_messages_at_the_same_step(ends: Ends) -> None:
 
 def test_a_follower_ends_with_rank_0(ends: Ends) -> None:
     _, leader, followers = ends
-    for follower in leader._followers:
-        follower.close()
+    for connection in leader._followers:
+        connection.close()
     for follower in followers:
         with pytest.raises(SystemExit):
             follower.next(wait=False)

@@ -174,6 +174,7 @@ def test_memory_is_what_is_counted_and_planned(tmp_path: Path) -> None:
     assert (info.dtype, info.kv_cache_dtype) == ("bfloat16", "fp8")
     assert info.num_blocks == 100_000 // rank.kv_bytes_per_token // 16
     assert info.kv_cache_bytes == info.num_blocks * 16 * rank.kv_bytes_per_token
+    kv: Any
     for kv in runner.kv:  # and a block that stays empty
         assert (kv.blocks.nbytes + kv.scales.nbytes) * layers == (info.num_blocks + 1) * 16 * rank.kv_bytes_per_token
     with pytest.raises(

@@ -22,7 +22,7 @@ TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FINITE = {"BF16": (0x7F80, "<u2"), "F16": (0x7C00, "<u2"), "F32": (0x7F800000, "<u4")}
 
 
-def as_torch(bits: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
+def as_torch(bits: np.ndarray[Any, Any], dtype: str) -> Any:
     return torch.from_numpy(bits.copy().view(np.uint8)).view(TORCH[dtype])
 
 

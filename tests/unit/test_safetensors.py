@@ -56,7 +56,10 @@ def test_built_headers_are_the_reference_writers(tensors: dict[str, tuple[str, l
 
 
 def test_a_file_of_the_reference_writer_is_read(tmp_path: Path) -> None:
-    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.arange(4, dtype=np.uint8)}
+    arrays: dict[str, Any] = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.arange(4, dtype=np.uint8),
+    }
     save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
     data = (tmp_path / "x.safetensors").read_bytes()

@@ -248,7 +248,7 @@ def _shard_files(repo: str, tensors: Sequence[str], ranks: Sequence[int] | None)
 def _blob(remote: RemoteModel, file: RemoteFile, token: str | None, local_dir: Path | None) -> Download | None:
     """The resumable download of ``file``, or ``None`` if it is one for huggingface_hub alone."""
     from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers
 
     if file.sha256 is None or file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
         return None

@@ -82,7 +82,7 @@ def _local(folder: Path, id: str, revision: str | None) -> ModelMetadata:
 def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadata:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # which would be drawn where stderr is no terminal too
     hub.check_model(remote)

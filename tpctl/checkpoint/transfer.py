@@ -129,7 +129,7 @@ class Download:
     def _receive(self, file: FileIO, position: int, meter: Meter) -> int:
         """Append one answer's bytes; the seconds to wait before the next request."""
         from huggingface_hub import constants
-        from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import get_session, hf_raise_for_status
 
         headers = {**self.headers, "Accept-Encoding": "identity"}
         if position:

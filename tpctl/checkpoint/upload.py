@@ -49,7 +49,7 @@ def upload_folder(
 
     check_settings(token, revision=revision, message=message)
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     with explained(repo, revision, "and run the command again"):
