@@ -55,7 +55,7 @@ def main() -> None:
     if what == "exit-0":
         sys.exit(0)
     if what == "import":
-        import no_such_module  # noqa: F401  # type: ignore[import-not-found]
+        import no_such_module  # type: ignore[import-not-found]  # noqa: F401
     if what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "lose-peer":
