@@ -14,11 +14,11 @@ from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED, shared_memory
 from tpctl.arch.block import Clamped
 from tpctl.kernels.common.codes import PACKED, Codes
-from tpctl.kernels.experts.grouped import pick_tile
+from tpctl.kernels.experts.grouped import TileConfig, most_bytes, pick_tile
 from tpctl.kernels.experts.grouped_codes_kernels import grouped_codes_kernel
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
-from tpctl.kernels.experts.one_row import RowConfig, pick_gated_row, pick_row
-from tpctl.kernels.experts.one_row_kernels import one_row_down_kernel, one_row_gate_up_kernel
+from tpctl.kernels.experts.one_row import RowConfig, pick_row
+from tpctl.kernels.experts.one_row_kernels import one_row_kernel
 from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_kernel
 from tpctl.kernels.experts.routing_kernels import gate_kernel, route_kernel
 from tpctl.kernels.experts.tiles import Form
@@ -30,8 +30,9 @@ pytestmark = [
 ]
 
 ALONE = {"RANK": 0, "WORLD": 1, "PEERS": 1}
-TYPES = dict.fromkeys(("ids_ptr", "pairs_ptr", "tiles_ptr", "counts_ptr", "r_ptr", "rows_ptr", "groups_ptr"), "*i32")
-TYPES |= dict.fromkeys(("factors_ptr", "factor_ptr", "f_ptr", "weights_ptr"), "*fp32")
+TYPES = dict.fromkeys(("ids_ptr", "pairs_ptr", "tiles_ptr", "counts_ptr", "rows_ptr", "groups_ptr"), "*i32")
+TYPES |= dict.fromkeys(("counters_ptr", "up_r_ptr", "down_r_ptr"), "*i32")
+TYPES |= dict.fromkeys(("factors_ptr", "up_f_ptr", "down_f_ptr", "weights_ptr"), "*fp32")
 TYPES |= dict.fromkeys(("logits_ptr", "correction_ptr", "y_ptr"), "*fp32")
 
 # hidden size, width, experts, of a token, activation
@@ -58,7 +59,7 @@ def coded(form: Form, block_k: int) -> dict[str, Any]:
     rows = torch.empty(form.outputs, dtype=torch.int32, device="meta") if form.has_rows else None
     values = torch.empty(1, form.outputs, 1, dtype=torch.uint8, device="meta")
     codes = Codes(form.kind, form.inputs, values, scales, rows=rows, unit=form.unit, zero=form.zero)  # type: ignore[arg-type]
-    found, tile, groups = form_of(codes, block_k // 2 if form.kind in PACKED else block_k, fast=True)
+    found, tile, groups = form_of(codes, most_bytes(codes, block_k), fast=True)
     return {"FORM": found, "OUTPUTS": form.outputs, "SCALE_ROWS": form.scale_rows, "BYTES": tile, "GROUPS": groups}
 
 
@@ -66,8 +67,8 @@ def taken(kernel: Any, arch: int, config: Any, kind: str = "", exponents: bool =
     """Bytes of shared memory that `kernel` takes."""
     types = dict(TYPES)
     if kind:
-        types |= dict.fromkeys(("w_ptr", "z_ptr", "zeros_ptr"), "*u8")
-        types |= dict.fromkeys(("s_ptr", "scales_ptr"), "*u8" if exponents else "*fp32")
+        types |= dict.fromkeys(("w_ptr", "zeros_ptr", "up_w_ptr", "up_z_ptr", "down_w_ptr", "down_z_ptr"), "*u8")
+        types |= dict.fromkeys(("scales_ptr", "up_s_ptr", "down_s_ptr"), "*u8" if exponents else "*fp32")
         types |= {"x_ptr": "*i32"} if kernel is grouped_codes_kernel and kind in PACKED else {}
     return shared_memory(kernel, "bf16", arch, config, pointers=types, PDL=arch >= 90, **constants)
 
@@ -90,26 +91,46 @@ def test_linears_of_experts_fit(arch, model, kind, codes) -> None:
                 kernel, stored = grouped_codes_kernel, coded(form, config.block_k)
             found = taken(kernel, arch, config, STAGES=config.num_stages, **stored, **flags, **more)
             assert found <= SHARED[arch], config
-    first, second = pick_gated_row(hidden), pick_row(width)
-    shared = None if biases else Form("", 2 * width, hidden), None if biases else Form("", hidden, width)
-    found = taken(one_row_gate_up_kernel, arch, first, FORM=forms[0], SHARED_FORM=shared[0], HAS_BIAS=biases,
-                  GATING=activation, INTERLEAVED=biases, BLOCK_N=first.block_n, BLOCK_K=first.block_k,
-                  STAGES=first.num_stages, **more)  # fmt: skip
-    assert found <= SHARED[arch], first
-    found = taken(one_row_down_kernel, arch, second, FORM=forms[1], SHARED_FORM=shared[1], HAS_BIAS=biases,
-                  HAS_FACTOR=False, HAS_RESIDUAL=True, PER_TOKEN=per_token, BLOCK_N=second.block_n,
-                  BLOCK_K=second.block_k, STAGES=second.num_stages, PREFETCH=2, **ALONE, **more)  # fmt: skip
-    assert found <= SHARED[arch], second
+    shared = (None, None) if biases else (Form("", 2 * width, hidden), Form("", hidden, width))
+    row = pick_row(hidden, width)
+    assert row_taken(arch, model, row, *forms, *shared, **more) <= SHARED[arch], row
+
+
+@pytest.mark.parametrize("kind,codes", [("uint4", UINT4), ("e2m1", E2M1), ("e4m3", E4M3)])
+def test_the_smallest_tiles_are_what_tensor_cores_take(kind, codes) -> None:
+    form, config = Form(kind, 96, 2880, scale_rows=96, **codes), TileConfig(16, 64, 16, 2, 3)
+    flags = {"LISTED": False, "PER_TOKEN": 2, "SLOTS": 2, "INTERLEAVED": False, "BLOCK_M": 16, "BLOCK_N": 64}
+    flags |= {"GATING": "silu", "HAS_BIAS": False, "STAGES": 3, **coded(form, config.block_k)}
+    assert taken(grouped_codes_kernel, 90, config, kind, bool(codes.get("exponents")), **flags) <= SHARED[90]
+
+
+def row_taken(arch: int, model: Any, row: RowConfig, up: Form, down: Form, shared_up: Any, shared_down: Any,
+              kind: str = "", exponents: bool = False) -> int:  # fmt: skip
+    """Bytes of shared memory that the mixture of one row takes."""
+    hidden, _, count, per_token, activation = model
+    biases = isinstance(activation, Clamped)
+    return taken(
+        one_row_kernel, arch, row, kind, exponents, IN_FEATURES=hidden, HAS_GATE_BIAS=biases, HAS_SHARED_GATE=False,
+        HAS_NORM=True, UNIT_OFFSET=False, **choice_of(count, per_token), SLOTS=per_token, UP_FORM=up, DOWN_FORM=down,
+        SHARED_UP_FORM=shared_up, SHARED_DOWN_FORM=shared_down, HAS_UP_BIAS=biases, HAS_DOWN_BIAS=biases,
+        GATING=activation, INTERLEAVED=biases, HAS_RESIDUAL=True, GATE_N=1, GATE_K=1 << (hidden - 1).bit_length(),
+        UP_N=row.up_n, UP_K=row.up_k, UP_STAGES=row.up_stages, DOWN_N=row.down_n, DOWN_K=row.down_k,
+        DOWN_STAGES=row.down_stages, PREFETCH=row.prefetch, STAGE=0, **ALONE,
+    )  # fmt: skip
+
+
+def choice_of(count: int, per_token: int) -> dict[str, Any]:
+    groups = 8 if count == 256 else 1
+    chosen = {"SCORES": "sigmoid", "RENORMALISE": True, "HAS_CORRECTION": True, "SCALE": 2.5, "EPSILON": 1e-20}
+    chosen |= {"GROUPS": groups, "TOP_GROUPS": (groups + 1) // 2, "COUNT": count, "PER_TOKEN": per_token}
+    return chosen | {"ROWS": groups, "SIZE": count // groups}
 
 
 @pytest.mark.parametrize("arch,model", [(90, QWEN), (80, DEEPSEEK), (120, GPT_OSS)])
 def test_what_is_around_them_fits(arch, model) -> None:
     hidden, _, count, per_token, _ = model
-    config = RowConfig(1, 1)
-    groups = 8 if count == 256 else 1
-    chosen = {"SCORES": "sigmoid", "RENORMALISE": True, "HAS_CORRECTION": True, "SCALE": 2.5, "EPSILON": 1e-20}
-    chosen |= {"GROUPS": groups, "TOP_GROUPS": (groups + 1) // 2, "COUNT": count, "PER_TOKEN": per_token}
-    chosen |= {"ROWS": groups, "SIZE": count // groups}
+    config = TileConfig(16, 16, 16)
+    chosen = choice_of(count, per_token)
     assert taken(route_kernel, arch, config, **chosen) <= SHARED[arch]
     block_k = 1 << (hidden - 1).bit_length()
     gate = {"IN_FEATURES": hidden, "HAS_BIAS": True, "HAS_SHARED": True, "HAS_NORM": True, "UNIT_OFFSET": False}

@@ -8,53 +8,61 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET
-from tests.gpu.random_experts import (
-    CLAMPED,
-    check_launch,
-    coded_experts,
-    random_experts,
-    random_routed,
-    random_shared,
-    wanted,
-)
-from tpctl.kernels.experts.one_row import RowConfig, one_row, pick_gated_row, pick_row
+from tests.gpu.random_experts import CLAMPED, check_launch, coded_experts, random, random_experts, random_shared, wanted
+from tpctl.arch.routing import Routing
+from tpctl.kernels.experts.one_row import RowConfig, one_row, pick_row
+from tpctl.kernels.experts.routing import GateScratch, Router, gate_reference
 
 pytestmark = pytest.mark.gpu
 
 # experts, of a token, hidden size, width
 SHAPES = [(8, 8, 48, 96), (5, 2, 136, 36), (16, 4, 64, 48)]
-CONFIGS = [None, (RowConfig(8, 64, 2), RowConfig(16, 32, 2)), (RowConfig(16, 32, 4), RowConfig(8, 128, 1))]
+CONFIGS = [None, RowConfig(8, 64, 2, 16, 32, 2, 1, 4, 0), RowConfig(16, 32, 4, 8, 128, 1, 2, 8, 2)]
 
 
-def check(routed, experts, error: float, *, shared=None, residual: bool = False, configs=None) -> None:
+def check(x, router, experts, error: float, *, shared=None, residual: bool = False, config=None, **norm) -> None:
+    routed = gate_reference(x, router, **norm)
     want = wanted(routed, experts, shared)
-    check_launch(one_row, routed, experts, want, error, residual=residual, shared=shared, configs=configs)
+    scratch = GateScratch.allocate(DEVICE)
+
+    def launch(routed, experts, **more):
+        return one_row(x, router, scratch, experts, shared=shared, config=config, **norm, **more)
+
+    for _ in range(3):
+        check_launch(launch, routed, experts, want, error, residual=residual)
+
+
+def random_router(count: int, per_token: int, hidden: int, dtype, *, everything: bool = False) -> Router:
+    router = Router(random(count, hidden, dtype=dtype, scale=2 * hidden**-0.5), Routing("softmax", True), per_token)
+    if not everything:
+        return router
+    bias, shared = random(count, dtype=dtype), random(1, hidden, dtype=dtype, scale=hidden**-0.5)
+    return router._replace(bias=bias, correction=torch.rand(count, device=DEVICE), shared=shared)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation,biases,interleaved", [("silu", False, False), (CLAMPED, True, True),
                                                        ("gelu_tanh", True, False)])  # fmt: skip
-@pytest.mark.parametrize("configs", CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("parts", ["plain", "shared", "residual", "all"])
 @pytest.mark.parametrize("count,per_token,hidden,width", SHAPES)
-def test_one_row(count, per_token, hidden, width, parts, configs, activation, biases, interleaved, dtype) -> None:
+def test_one_row(count, per_token, hidden, width, parts, config, activation, biases, interleaved, dtype) -> None:
     torch.manual_seed(count)
     everything = parts == "all"
-    experts = random_experts(
-        count, hidden, width, dtype, biases=biases, activation=activation, interleaved=interleaved, first=3
-    )
-    routed = random_routed(1, hidden, count, per_token, dtype, factors=everything)
-    routed = routed._replace(ids=routed.ids + 3)
+    experts = random_experts(count, hidden, width, dtype, biases=biases, activation=activation, interleaved=interleaved)
+    router = random_router(count, per_token, hidden, dtype, everything=everything)
     shared = random_shared(hidden, 3 * width // 2, dtype) if parts in ("shared", "all") else None
-    error = 1e-5 if dtype is torch.float32 else 1e-2
-    check(routed, experts, error, shared=shared, residual=parts in ("residual", "all"), configs=configs)
+    norm = {"norm": (random(hidden, dtype=dtype), 1e-6), "unit_offset": biases} if parts != "plain" else {}
+    check(random(1, hidden, dtype=dtype), router, experts, 1e-5 if dtype is torch.float32 else 1e-2, shared=shared,
+          residual=parts in ("residual", "all"), config=config, **norm)  # fmt: skip
 
 
 def test_experts_of_other_ranks_add_nothing() -> None:
+    torch.manual_seed(0)
     experts = random_experts(4, 64, 32, DTYPES[0], biases=True, first=4)
-    for ids in ([1, 4, 9, 7], [0, 1, 2, 3], [4, 5, 6, 7]):
-        routed = random_routed(1, 64, 4, 4, DTYPES[0])._replace(ids=torch.tensor([ids], dtype=torch.int32).to(DEVICE))
-        check(routed, experts, 1e-5 if INTERPRET else 1e-2)
+    for per_token in (1, 4, 12):
+        router = random_router(12, per_token, 64, DTYPES[0])
+        check(random(1, 64, dtype=DTYPES[0]), router, experts, 1e-5 if INTERPRET else 1e-2)
 
 
 CODES = [
@@ -74,20 +82,19 @@ def test_codes(kind, codes) -> None:
     dtype = DTYPES[0]
     plain = random_experts(4, 64, 48, dtype, biases=True, activation=CLAMPED, interleaved=True)
     experts = coded_experts(4, 64, 48, kind, experts=plain, **codes)
-    routed = random_routed(1, 64, 4, 2, dtype)
-    for configs in (None, (RowConfig(8, 32, 1), RowConfig(8, 64, 2))):
-        check(routed, experts, 1e-5 if INTERPRET else 1e-2, configs=configs)
+    router = random_router(4, 2, 64, dtype)
+    for config in (None, RowConfig(8, 32, 1, 8, 64, 2)):
+        check(random(1, 64, dtype=dtype), router, experts, 1e-5 if INTERPRET else 1e-2, config=config)
 
 
-def test_codes_of_inputs_in_no_order_are_refused() -> None:
+def test_what_is_refused() -> None:
     experts = coded_experts(2, 32, 32, "uint4", experts=random_experts(2, 32, 32, DTYPES[0]), unit=16, groups=True)
+    router, scratch = random_router(2, 1, 32, DTYPES[0]), GateScratch.allocate(DEVICE)
     with pytest.raises(ValueError, match="groups in no order"):
-        one_row(random_routed(1, 32, 2, 1, DTYPES[0]), experts)
+        one_row(random(1, 32, dtype=DTYPES[0]), router, scratch, experts)
     with pytest.raises(ValueError, match="2 rows are more than one"):
-        one_row(random_routed(2, 32, 2, 1, DTYPES[0]), experts)
+        one_row(random(2, 32, dtype=DTYPES[0]), router, scratch, experts)
 
 
 def test_choice() -> None:
-    assert pick_row(768) == RowConfig(4, 1024, 4, 3, 2) and pick_row(14336) == RowConfig(4, 1024, 4, 3, 2)
-    assert pick_row(192) == RowConfig(4, 256, 4, 3, 2)
-    assert pick_gated_row(2048) == RowConfig(2, 2048) and pick_gated_row(576) == RowConfig(4, 1024)
+    assert pick_row(2048, 768) == RowConfig(4, 2048, 3, 8, 1024, 4)

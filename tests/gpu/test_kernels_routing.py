@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET
 from tpctl.arch.routing import Routing
-from tpctl.kernels.experts.routing import GateScratch, Routed, gate, gate_reference, route
+from tpctl.kernels.experts.routing import GateScratch, Routed, Router, gate, gate_reference, route
 from tpctl.kernels.experts.routing_reference import route as route_reference
 
 pytestmark = pytest.mark.gpu
@@ -74,17 +74,19 @@ def test_gates(rows, hidden, routing, count, per_token, corrected, parts, dtype)
         return torch.randn(*shape).to(DEVICE, dtype)
 
     x, weight = random(rows, hidden + 8)[:, :hidden], random(count, hidden) / hidden**0.5
-    options = {"correction_E": torch.rand(count, device=DEVICE)} if corrected else {}
+    router, options = Router(weight, routing, per_token), {}
+    if corrected:
+        router = router._replace(correction=torch.rand(count, device=DEVICE))
     if parts in ("bias", "all"):
-        options["bias_E"] = random(count)
+        router = router._replace(bias=random(count))
     if parts in ("shared", "all"):
-        options["shared_H"] = random(1, hidden) / hidden**0.5
+        router = router._replace(shared=random(1, hidden) / hidden**0.5)
     if parts in ("norm", "all"):
         options |= {"norm": (random(hidden), 1e-6), "unit_offset": parts == "all"}
-    want = gate_reference(x, weight, routing, per_token, **options)
+    want = gate_reference(x, router, **options)
     scratch = GateScratch.allocate(DEVICE)
     for pdl in (False,) if INTERPRET else (False, True):
-        got = gate(x, weight, routing, per_token, scratch, pdl=pdl, **options)
+        got = gate(x, router, scratch, pdl=pdl, **options)
         agree(got, want, 1e-5 if dtype is torch.float32 else 1e-3)
         torch.testing.assert_close(got.x, want.x)
         assert (got.factors is None) == (want.factors is None)
@@ -95,5 +97,5 @@ def test_gates(rows, hidden, routing, count, per_token, corrected, parts, dtype)
 
 def test_more_rows_than_the_scratch_is_for_are_refused() -> None:
     with pytest.raises(ValueError, match="17 rows of 4 experts"):
-        gate(torch.zeros(17, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE), ROUTINGS[8][0], 2,
+        gate(torch.zeros(17, 8, device=DEVICE), Router(torch.zeros(4, 8, device=DEVICE), ROUTINGS[8][0], 2),
              GateScratch.allocate(DEVICE))  # fmt: skip

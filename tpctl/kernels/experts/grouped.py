@@ -165,6 +165,12 @@ def grouped_down(
     return y
 
 
+def most_bytes(codes: Codes, block_k: int) -> int:
+    """Of a row in a tile of so many inputs. Tensor cores multiply by 16 at least, and of packed codes the even and the
+    odd inputs are two products."""
+    return max(16, block_k // 2) if codes.kind in PACKED else block_k
+
+
 def _configs(x: torch.Tensor, pairs: int, experts: ExpertMatrices, total: int) -> tuple[TileConfig, TileConfig]:
     few = x.shape[0] <= UNLISTED_ROWS or x.dtype == torch.float32
     block_m = UNLISTED_ROWS if few else pick_block_m(pairs, total)
@@ -210,8 +216,7 @@ def _linear(
     held = x if bias is None else bias
     here = (experts.first, experts.count)
     if isinstance(matrix, Codes):
-        most_bytes = config.block_k // 2 if matrix.kind in PACKED else config.block_k
-        form, tile, groups = form_of(matrix, most_bytes, fast=may_be_fast(x, x))
+        form, tile, groups = form_of(matrix, most_bytes(matrix, config.block_k), fast=may_be_fast(x, x))
         pairs = form.packed and form.fast
         grouped_codes_kernel[grid](
             x.view(torch.int32) if pairs else x,

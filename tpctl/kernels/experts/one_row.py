@@ -1,11 +1,14 @@
-"""The experts of one token, in two launches that read the weights of the chosen ones alone.
+"""The mixture of one token in one launch, router and norm included, its experts read once.
 
-    x ─┬─ gate·up of the shared expert (its programs come first) ─┐
-       └─ gate·up of K chosen experts ────────────────────────────┴─ down: all K and the shared one in one sum,
-                                                                     plus the residual, or sent to the peers
+    norm, router ┬─ shared gate·up ─┐
+                 └─ choice ─ gate·up of K experts ┴─ down: all K and the shared one in one sum, plus the residual,
+                                                     or sent to the peers
 
-One row only streams its weights, so everything runs on the CUDA cores. The second kernel starts before the first has
-ended and reads its first weights: the ids are there by then. The sum runs over the slots in their order.
+One row only streams its weights, so everything runs on the CUDA cores. All programs are on the GPU at once, a few on
+each multiprocessor, and wait for each other twice: for the logits, after which each of them makes the choice for
+itself, and for what is between an expert's linears. Between launches the memory would stand still for longer, and
+programs of the next kernel that are placed early crowd the multiprocessors that are free first. The sum runs over the
+slots in their order.
 """
 
 from __future__ import annotations
@@ -16,139 +19,133 @@ import torch
 import triton
 
 from tpctl.kernels.collective.all_reduce import PeerBuffer
-from tpctl.kernels.common.launch import launch_options, next_power_of_2
+from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
-from tpctl.kernels.experts.one_row_kernels import one_row_down_kernel, one_row_gate_up_kernel
-from tpctl.kernels.experts.routing import Routed
+from tpctl.kernels.experts.one_row_kernels import one_row_kernel
+from tpctl.kernels.experts.routing import GateScratch, Router, check_scratch, choice_flags
 from tpctl.kernels.experts.tiles import as_stored
 
 
 class RowConfig(NamedTuple):
-    """Output features of a program, inputs in a tile, launch parameters; prefetch: tiles of down that a program asks
-    the L2 cache for while it waits."""
+    """Output features and inputs of the tiles of gate_up and down, and how many of them are under way; programs of a
+    multiprocessor and their warps; prefetch: tiles of down that a program asks the L2 cache for while it waits."""
 
-    block_n: int
-    block_k: int
-    num_warps: int = 4
-    num_stages: int = 3
-    prefetch: int = 0
+    up_n: int
+    up_k: int
+    up_stages: int
+    down_n: int
+    down_k: int
+    down_stages: int
+    programs: int = 2
+    num_warps: int = 8
+    prefetch: int = 4
+
+    @property
+    def num_stages(self) -> int:
+        return self.up_stages
 
 
-def pick_row(inputs: int) -> RowConfig:
-    """For a down matrix of so many inputs of every expert: a row of a tile for each warp."""
-    return RowConfig(4, min(1024, next_power_of_2(inputs)), num_stages=3, prefetch=2)
-
-
-def pick_gated_row(inputs: int) -> RowConfig:
-    """For a gate and its up half of so many inputs: at once, where 16 KiB of bfloat16 hold two rows of both."""
-    block_k = next_power_of_2(inputs)
-    return RowConfig(4096 // block_k, block_k) if block_k <= 2048 else RowConfig(2, 1024, num_stages=4)
+def pick_row(hidden: int, width: int) -> RowConfig:
+    """For experts of such sizes on this rank."""
+    up_k = min(2048, next_power_of_2(hidden))
+    down_k = min(1024, next_power_of_2(width))
+    return RowConfig(8192 // up_k, up_k, 3, 8192 // down_k, down_k, 4)
 
 
 def one_row(
-    routed: Routed,
+    x_1H: torch.Tensor,
+    router: Router,
+    scratch: GateScratch,
     experts: ExpertMatrices,
     *,
+    norm: tuple[torch.Tensor, float] | None = None,
+    unit_offset: bool = False,
     shared: SharedMatrices | None = None,
     residual_TH: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     outlet: PeerBuffer | None = None,
-    configs: tuple[RowConfig, RowConfig] | None = None,
+    config: RowConfig | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """[1, H]: residual + the weighed experts of one token + the shared one, in x's dtype (`out`, if given).
 
-    routed: of one row, in the dtype of weights that are no codes. residual_TH: may be `out`. outlet: sends the result
-    as well; the all-reduce that follows must be told so. configs: of gate_up and down. Raises ValueError for more rows,
-    for codes that no kernel reads and for what an outlet does not take.
+    x_1H: in the dtype of weights that are no codes. norm: (weight [H], eps) of an RMSNorm over x. residual_TH: may be
+    `out`, and x. outlet: sends the result as well; the all-reduce that follows must be told so. Raises ValueError for
+    more rows, for codes that no kernel reads and for what an outlet does not take.
     """
-    first, second = configs or (pick_gated_row(experts.hidden), pick_row(experts.width))
-    h, shared_h = row_gate_up(routed, experts, shared, first, pdl=pdl)
-    return row_down(
-        h, shared_h, routed, experts, shared, second, residual_TH=residual_TH, out=out, outlet=outlet, pdl=pdl
-    )
-
-
-def row_gate_up(
-    routed: Routed, experts: ExpertMatrices, shared: SharedMatrices | None, config: RowConfig, *, pdl: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the chosen experts [K, I] and the shared one [1, S] have between their linears; the former twice, where
-    there is no shared one."""
-    x, ids = routed.x, routed.ids
-    if len(x) != 1:
-        raise ValueError(f"{len(x)} rows are more than one; use `grouped`")
-    pointers, form = as_stored(experts.gate_up)
-    h = x.new_empty(ids.shape[1], experts.width)
-    shared_h = h if shared is None else x.new_empty(1, shared.gate_up.shape[0] // 2)
-    blocks = ids.shape[1] * triton.cdiv(experts.width, config.block_n)
-    if shared is not None:
-        blocks += triton.cdiv(shared_h.shape[1], config.block_n)
-    one_row_gate_up_kernel[(blocks,)](
-        x,
-        ids,
-        *pointers,
-        x if experts.gate_up_bias is None else experts.gate_up_bias,
-        x if shared is None else shared.gate_up,
-        h,
-        shared_h,
-        experts.first,
-        experts.count,
-        FORM=form,
-        SHARED_FORM=None if shared is None else as_stored(shared.gate_up[None])[1],
-        HAS_BIAS=experts.gate_up_bias is not None,
-        GATING=experts.activation,
-        INTERLEAVED=experts.interleaved,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        PDL=pdl,
-        num_warps=config.num_warps,
-        **launch_options(pdl),
-    )
-    return h, shared_h
-
-
-def row_down(
-    h: torch.Tensor,
-    shared_h: torch.Tensor,
-    routed: Routed,
-    experts: ExpertMatrices,
-    shared: SharedMatrices | None,
-    config: RowConfig,
-    *,
-    residual_TH: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    outlet: PeerBuffer | None = None,
-    pdl: bool = False,
-) -> torch.Tensor:
-    """The rest of `one_row`. pdl: it must follow `row_gate_up` at once, whose ids it reads before that has ended."""
-    x, ids, weights, factors = routed
-    pointers, form = as_stored(experts.down)
-    out = x.new_empty(x.shape) if out is None else out
-    one_row_down_kernel[(triton.cdiv(experts.hidden, config.block_n),)](
-        h,
-        shared_h,
-        ids,
-        weights,
-        weights if factors is None else factors,
-        *pointers,
-        x if experts.down_bias is None else experts.down_bias,
-        x if shared is None else shared.down,
-        first=experts.first,
-        count=experts.count,
-        **finish_options(out, residual_TH, outlet, config.block_n),
-        FORM=form,
-        SHARED_FORM=None if shared is None else as_stored(shared.down[None])[1],
-        HAS_BIAS=experts.down_bias is not None,
-        HAS_FACTOR=factors is not None,
-        PER_TOKEN=ids.shape[1],
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
-        PREFETCH=min(config.prefetch, ids.shape[1] * triton.cdiv(experts.width, config.block_k)),
-        PDL=pdl,
-        num_warps=config.num_warps,
-        **launch_options(pdl),
-    )
+    rows, hidden = x_1H.shape
+    if rows != 1:
+        raise ValueError(f"{rows} rows are more than one; use `grouped`")
+    check_scratch(scratch, rows, router.count)
+    config = config or pick_row(experts.hidden, experts.width)
+    programs = config.programs * num_multiprocessors(x_1H.device)
+    gate_n = next_power_of_2(-(-router.count // (programs - (router.shared is not None))))
+    up_pointers, up_form = as_stored(experts.gate_up)
+    down_pointers, down_form = as_stored(experts.down)
+    shared_width = 0 if shared is None else shared.gate_up.shape[0] // 2
+    out = torch.empty_like(x_1H) if out is None else out
+    normed = x_1H if norm is None else x_1H.new_empty(programs, hidden)
+    ids = x_1H.new_empty(programs, router.per_token, dtype=torch.int32)
+    weights = torch.empty_like(ids, dtype=torch.float32)
+    factors = x_1H.new_empty(programs, dtype=torch.float32)
+    h = x_1H.new_empty(router.per_token, experts.width)
+    shared_h = x_1H.new_empty(1, shared_width)
+    flags = choice_flags(router.routing, router.count, router.per_token, router.correction)
+    down_parts = triton.cdiv(experts.width, config.down_k)
+    for stage in (0,) if x_1H.is_cuda else (1, 2, 3):  # elsewhere (Triton's interpreter) they run one after the other
+        one_row_kernel[(programs,)](
+            x_1H,
+            router.weight,
+            x_1H if router.bias is None else router.bias,
+            router.weight if router.shared is None else router.shared,
+            x_1H if norm is None else norm[0],
+            x_1H if router.correction is None else router.correction,
+            *up_pointers,
+            x_1H if experts.gate_up_bias is None else experts.gate_up_bias,
+            *down_pointers,
+            x_1H if experts.down_bias is None else experts.down_bias,
+            x_1H if shared is None else shared.gate_up,
+            x_1H if shared is None else shared.down,
+            scratch.logits,
+            scratch.barriers,
+            normed,
+            ids,
+            weights,
+            factors,
+            h,
+            shared_h,
+            eps=0.0 if norm is None else norm[1],
+            first=experts.first,
+            count=experts.count,
+            **finish_options(out, residual_TH, outlet, config.down_n),
+            IN_FEATURES=hidden,
+            HAS_GATE_BIAS=router.bias is not None,
+            HAS_SHARED_GATE=router.shared is not None,
+            HAS_NORM=norm is not None,
+            UNIT_OFFSET=unit_offset,
+            **flags,
+            SLOTS=next_power_of_2(router.per_token),
+            UP_FORM=up_form,
+            DOWN_FORM=down_form,
+            SHARED_UP_FORM=None if shared is None else as_stored(shared.gate_up[None])[1],
+            SHARED_DOWN_FORM=None if shared is None else as_stored(shared.down[None])[1],
+            HAS_UP_BIAS=experts.gate_up_bias is not None,
+            HAS_DOWN_BIAS=experts.down_bias is not None,
+            GATING=experts.activation,
+            INTERLEAVED=experts.interleaved,
+            GATE_N=gate_n,
+            GATE_K=next_power_of_2(hidden),
+            UP_N=config.up_n,
+            UP_K=config.up_k,
+            UP_STAGES=config.up_stages,
+            DOWN_N=config.down_n,
+            DOWN_K=config.down_k,
+            DOWN_STAGES=config.down_stages,
+            PREFETCH=min(config.prefetch, router.per_token * down_parts),
+            STAGE=stage,
+            PDL=pdl,
+            num_warps=config.num_warps,
+            **launch_options(pdl),
+        )
     return out

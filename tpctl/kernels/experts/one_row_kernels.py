@@ -7,66 +7,40 @@ import triton.language as tl
 
 from tpctl.kernels.experts.finish import finish
 from tpctl.kernels.experts.gating import gated
+from tpctl.kernels.experts.routing_kernels import choose_of, leave_logits
 from tpctl.kernels.experts.tiles import ask_for, load_tile, row_factors, scale_rows
 
 
 @triton.jit
-def _gate_up_tile(
-    gate_sum,
-    up_sum,
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    gate_row,
-    gate_scales,
-    up_row,
-    up_scales,
-    ok,
-    k0,
-    FORM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    gate = load_tile(w_ptr, s_ptr, z_ptr, gate_row, gate_scales, ok, k0, FORM, BLOCK_K, False)
-    up = load_tile(w_ptr, s_ptr, z_ptr, up_row, up_scales, ok, k0, FORM, BLOCK_K, False)
-    k = k0 + tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + k, mask=k < FORM.inputs, other=0.0).to(tl.float32)
-    return gate_sum + gate.to(tl.float32) * x[None, :], up_sum + up.to(tl.float32) * x[None, :]
+def _arrive(counter_ptr):
+    """What this program has written is there for all that `_await` the counter."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _await(counter_ptr):
+    """Until all programs have arrived: they are all on the GPU at once."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < tl.num_programs(0):
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _of_slots(ptr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr):
+    """What there is for each slot. Loaded in the loop over tiles, it would keep their copies from being far ahead."""
+    slot = tl.arange(0, SLOTS)
+    return tl.load(ptr + slot, mask=slot < PER_TOKEN, other=0)
+
+
+@triton.jit
+def _of_slot(values, slot):
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == slot, values, 0), 0)
 
 
 @triton.jit
 def _gate_up(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    gate_row,  # [N] int64, rows of all experts, and of their scales; the same of the up half
-    gate_scales,
-    up_row,
-    up_scales,
-    ok,
-    FORM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Products of x with BLOCK_N rows of a gate and of its up half."""
-    TILES: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
-    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    if TILES == 1:
-        gate, up = _gate_up_tile(gate, up, x_ptr, w_ptr, s_ptr, z_ptr, gate_row, gate_scales, up_row, up_scales, ok, 0,
-                                 FORM, BLOCK_K)  # fmt: skip
-    else:
-        for i in tl.range(0, TILES, num_stages=STAGES):
-            gate, up = _gate_up_tile(gate, up, x_ptr, w_ptr, s_ptr, z_ptr, gate_row, gate_scales, up_row, up_scales,
-                                     ok, i * BLOCK_K, FORM, BLOCK_K)  # fmt: skip
-    return tl.sum(gate, 1), tl.sum(up, 1)
-
-
-@triton.jit
-def one_row_gate_up_kernel(
-    x_ptr,
+    x_ptr,  # [inputs]
     ids_ptr,
     w_ptr,
     s_ptr,
@@ -74,80 +48,102 @@ def one_row_gate_up_kernel(
     f_ptr,
     r_ptr,
     bias_ptr,
-    shared_ptr,
-    out_ptr,  # [K, WIDTH]
-    shared_out_ptr,
+    out_ptr,  # [PER_TOKEN, WIDTH]
     first,
     count,
     FORM: tl.constexpr,
-    SHARED_FORM: tl.constexpr,  # None: there is no shared expert
+    PER_TOKEN: tl.constexpr,
+    SLOTS: tl.constexpr,  # PER_TOKEN, or the next power of two; 0: of one MLP, with no ids
     HAS_BIAS: tl.constexpr,
     GATING: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """BLOCK_N features of a chosen expert, or of the shared one, whose programs come first: they need no router."""
+    """This program's tiles of BLOCK_N features of all chosen experts, in one loop over their parts of BLOCK_K inputs;
+    experts of other ranks are not read."""
     WIDTH: tl.constexpr = FORM.outputs // 2
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    SHARED: tl.constexpr = 0 if SHARED_FORM is None else (SHARED_FORM.outputs // 2 + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    if program < SHARED:
-        if SHARED_FORM is not None:
-            n = program * BLOCK_N + tl.arange(0, BLOCK_N)
-            ok = n < SHARED_FORM.outputs // 2
-            row = tl.minimum(n, SHARED_FORM.outputs // 2 - 1).to(tl.int64)
-            up_row = row + SHARED_FORM.outputs // 2
-            if PDL:
-                ask_for(shared_ptr, row, 0, SHARED_FORM, BLOCK_K)
-                ask_for(shared_ptr, up_row, 0, SHARED_FORM, BLOCK_K)
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
-            gate, up = _gate_up(x_ptr, shared_ptr, shared_ptr, shared_ptr, row, row, up_row, row, ok, SHARED_FORM,
-                                BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
-            tl.store(shared_out_ptr + n, gated(gate, up, "silu").to(shared_out_ptr.dtype.element_ty), mask=ok)
-    else:
-        slot = (program - SHARED) // BLOCKS
-        n = (program - SHARED) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        expert = tl.load(ids_ptr + slot) - first
-        if PDL:  # only now: the kernel that follows reads the ids before its own wait
-            tl.extra.cuda.gdc_launch_dependents()
-        if (expert >= 0) & (expert < count):
-            ok = n < WIDTH
-            if INTERLEAVED:
-                gate_n, up_n = 2 * n, 2 * n + 1
-            else:
-                gate_n, up_n = n, n + WIDTH
-            wide = expert.to(tl.int64)
-            gate_row, up_row = wide * FORM.outputs + gate_n, wide * FORM.outputs + up_n
-            gate_scales = scale_rows(r_ptr, wide, gate_n, ok, FORM)
-            up_scales = scale_rows(r_ptr, wide, up_n, ok, FORM)
-            gate, up = _gate_up(x_ptr, w_ptr, s_ptr, z_ptr, gate_row, gate_scales, up_row, up_scales, ok, FORM,
-                                BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
-            gate *= row_factors(s_ptr, f_ptr, gate_row, gate_scales, ok, FORM)
-            up *= row_factors(s_ptr, f_ptr, up_row, up_scales, ok, FORM)
+    TILES: tl.constexpr = BLOCKS * PER_TOKEN
+    PARTS: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
+    WHOLE: tl.constexpr = SLOTS == 0 and WIDTH % BLOCK_N == 0 and FORM.inputs % BLOCK_K == 0
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    mine = (TILES - program + programs - 1) // programs
+    k = tl.arange(0, BLOCK_K)
+    if PARTS == 1:
+        x = tl.load(x_ptr + k, mask=k < FORM.inputs, other=0.0)
+    if SLOTS > 0:
+        ids = _of_slots(ids_ptr, PER_TOKEN, SLOTS)
+    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for step in tl.range(0, mine * PARTS, num_stages=STAGES):
+        tile, k0 = program + step // PARTS * programs, step % PARTS * BLOCK_K
+        n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+        ok = n < WIDTH
+        wide = tl.full([], 0, tl.int64)
+        if SLOTS > 0:
+            expert = _of_slot(ids, tile // BLOCKS) - first
+            here = (expert >= 0) & (expert < count)
+            ok = ok & here
+            wide = tl.where(here, expert, 0).to(tl.int64)
+        n_safe = tl.minimum(n, WIDTH - 1)
+        if INTERLEAVED:
+            gate_n, up_n = 2 * n_safe, 2 * n_safe + 1
+        else:
+            gate_n, up_n = n_safe, n_safe + WIDTH
+        gate_row, up_row = wide * FORM.outputs + gate_n, wide * FORM.outputs + up_n
+        gate_scales = scale_rows(r_ptr, wide, gate_n, ok, FORM)
+        up_scales = scale_rows(r_ptr, wide, up_n, ok, FORM)
+        gate_w = load_tile(w_ptr, s_ptr, z_ptr, gate_row, gate_scales, ok, k0, FORM, BLOCK_K, WHOLE)
+        up_w = load_tile(w_ptr, s_ptr, z_ptr, up_row, up_scales, ok, k0, FORM, BLOCK_K, WHOLE)
+        if PARTS > 1:
+            x = tl.load(x_ptr + k0 + k, mask=k0 + k < FORM.inputs, other=0.0)
+        wide_x = x.to(tl.float32)[None, :]
+        gate = tl.where(k0 == 0, 0.0, gate) + gate_w.to(tl.float32) * wide_x
+        up = tl.where(k0 == 0, 0.0, up) + up_w.to(tl.float32) * wide_x
+        if k0 + BLOCK_K >= FORM.inputs:
+            gate_sum = tl.sum(gate, 1) * row_factors(s_ptr, f_ptr, gate_row, gate_scales, ok, FORM)
+            up_sum = tl.sum(up, 1) * row_factors(s_ptr, f_ptr, up_row, up_scales, ok, FORM)
             if HAS_BIAS:
-                gate += tl.load(bias_ptr + gate_row, mask=ok, other=0.0).to(tl.float32)
-                up += tl.load(bias_ptr + up_row, mask=ok, other=0.0).to(tl.float32)
-            value = gated(gate, up, GATING)
-            tl.store(out_ptr + slot * WIDTH + n, value.to(out_ptr.dtype.element_ty), mask=ok)
+                gate_sum += tl.load(bias_ptr + gate_row, mask=ok, other=0.0).to(tl.float32)
+                up_sum += tl.load(bias_ptr + up_row, mask=ok, other=0.0).to(tl.float32)
+            value = gated(gate_sum, up_sum, GATING)
+            tl.store(out_ptr + tile // BLOCKS * WIDTH + n, value.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _add_products(total, w, h_ptr, here, factor, k0, FORM: tl.constexpr):
-    """`total` [N, BLOCK_K] plus a tile of weights times h, which every row of lanes reads for itself."""
-    k = k0 + tl.arange(0, total.shape[1])[None, :] + tl.zeros([total.shape[0], 1], tl.int32)
-    h = tl.load(h_ptr + k, mask=(k < FORM.inputs) & here, other=0.0).to(tl.float32)
-    return total + w.to(tl.float32) * (h * factor[:, None])
+def _ask_for_down(
+    ids_ptr,
+    w_ptr,
+    first,
+    count,
+    FORM: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Ask the L2 cache for what this program reads first in STEPS of `_down`'s steps."""
+    PARTS: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
+    n = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), FORM.outputs - 1)
+    for step in tl.static_range(STEPS):
+        expert = tl.load(ids_ptr + step // PARTS) - first
+        if (expert >= 0) & (expert < count):
+            ask_for(w_ptr, expert.to(tl.int64) * FORM.outputs + n, step % PARTS * BLOCK_K, FORM, BLOCK_K)
 
 
 @triton.jit
-def one_row_down_kernel(
-    h_ptr,  # [K, WIDTH]
+def _add_products(total, w, h_ptr, here, factor, k0, INPUTS: tl.constexpr):
+    """`total` [N, BLOCK_K] plus a tile of weights times h, which another program may just have written."""
+    k = k0 + tl.arange(0, total.shape[1])
+    h = tl.load(h_ptr + k, mask=(k < INPUTS) & here, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return total + w.to(tl.float32) * (h[None, :] * factor[:, None])
+
+
+@triton.jit
+def _down(
+    block,
+    h_ptr,  # [PER_TOKEN, inputs]
     shared_h_ptr,
     ids_ptr,
     weights_ptr,
@@ -159,6 +155,82 @@ def one_row_down_kernel(
     r_ptr,
     bias_ptr,
     shared_ptr,
+    first,
+    count,
+    FORM: tl.constexpr,
+    SHARED_FORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_N outputs: the shared expert, then all chosen ones in the order of their slots, in one loop over their
+    parts of BLOCK_K inputs; experts of other ranks are not read."""
+    PARTS: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = n < FORM.outputs
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    row = tl.minimum(n, FORM.outputs - 1).to(tl.int64)
+    if SHARED_FORM is not None:
+        factor = tl.full([BLOCK_N], 1.0, tl.float32)
+        if HAS_FACTOR:
+            factor *= tl.load(factor_ptr)
+        for k0 in tl.range(0, SHARED_FORM.inputs, BLOCK_K, num_stages=STAGES):
+            w = load_tile(shared_ptr, shared_ptr, shared_ptr, row, row, ok, k0, SHARED_FORM, BLOCK_K, False)
+            total = _add_products(total, w, shared_h_ptr, True, factor, k0, SHARED_FORM.inputs)
+    ids, weights = _of_slots(ids_ptr, PER_TOKEN, SLOTS), _of_slots(weights_ptr, PER_TOKEN, SLOTS)
+    scale_row = scale_rows(r_ptr, 0, row, ok, FORM)
+    for step in tl.range(0, PER_TOKEN * PARTS, num_stages=STAGES):
+        slot, k0 = step // PARTS, step % PARTS * BLOCK_K
+        expert = _of_slot(ids, slot) - first
+        here = (expert >= 0) & (expert < count)
+        wide = tl.where(here, expert, 0).to(tl.int64)
+        expert_row = wide * FORM.outputs + row
+        s_row = wide * FORM.scale_rows + scale_row
+        w = load_tile(w_ptr, s_ptr, z_ptr, expert_row, s_row, ok & here, k0, FORM, BLOCK_K, False)
+        weight = tl.where(here, _of_slot(weights, slot), 0.0)
+        factor = weight * row_factors(s_ptr, f_ptr, expert_row, s_row, ok & here, FORM)
+        total = _add_products(total, w, h_ptr + slot * FORM.inputs, here, factor, k0, FORM.inputs)
+        if HAS_BIAS:
+            now = ok & here & (k0 == 0)
+            bias += weight * tl.load(bias_ptr + expert_row, mask=now, other=0.0).to(tl.float32)
+    return tl.sum(total, 1) + bias
+
+
+@triton.jit
+def one_row_kernel(
+    x_ptr,
+    gate_ptr,
+    gate_bias_ptr,
+    shared_gate_ptr,
+    norm_ptr,
+    correction_ptr,
+    up_w_ptr,
+    up_s_ptr,
+    up_z_ptr,
+    up_f_ptr,
+    up_r_ptr,
+    up_bias_ptr,
+    down_w_ptr,
+    down_s_ptr,
+    down_z_ptr,
+    down_f_ptr,
+    down_r_ptr,
+    down_bias_ptr,
+    shared_up_ptr,
+    shared_down_ptr,
+    logits_ptr,  # [COUNT + 1]
+    counters_ptr,  # [2], zero at the start
+    normed_ptr,  # [programs, IN_FEATURES]
+    ids_ptr,  # [programs, PER_TOKEN]
+    weights_ptr,
+    factors_ptr,  # [programs]
+    h_ptr,  # [PER_TOKEN, width]
+    shared_h_ptr,
     out_ptr,
     residual_ptr,
     peers_ptr,
@@ -167,63 +239,96 @@ def one_row_down_kernel(
     residual_stride,
     row_words,
     plane_words,
+    eps,
     first,
     count,
-    FORM: tl.constexpr,
-    SHARED_FORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    IN_FEATURES: tl.constexpr,
+    HAS_GATE_BIAS: tl.constexpr,
+    HAS_SHARED_GATE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    SCORES: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    COUNT: tl.constexpr,  # of all ranks' experts
     PER_TOKEN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    UP_FORM: tl.constexpr,
+    DOWN_FORM: tl.constexpr,
+    SHARED_UP_FORM: tl.constexpr,  # None: there is no shared expert
+    SHARED_DOWN_FORM: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
+    HAS_DOWN_BIAS: tl.constexpr,
+    GATING: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATE_N: tl.constexpr,  # experts whose logits a program computes
+    GATE_K: tl.constexpr,
+    UP_N: tl.constexpr,
+    UP_K: tl.constexpr,
+    UP_STAGES: tl.constexpr,
+    DOWN_N: tl.constexpr,
+    DOWN_K: tl.constexpr,
+    DOWN_STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # steps of down whose weights a program asks for while it waits
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     PEERS: tl.constexpr,
+    STAGE: tl.constexpr,  # 0: all, with programs that wait for each other; else the launch 1, 2 or 3
     PDL: tl.constexpr,
 ):
-    """BLOCK_N outputs: the shared expert, then all chosen ones in the order of their slots, in one loop over their
-    tiles; experts of other ranks are not read. While it waits for h it asks the L2 cache for PREFETCH tiles."""
-    TILES: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
-    block = tl.program_id(0)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = n < FORM.outputs
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    bias = tl.zeros([BLOCK_N], tl.float32)
-    row = tl.minimum(n, FORM.outputs - 1).to(tl.int64)
+    program = tl.program_id(0)
+    if HAS_NORM:
+        normed_ptr += program * IN_FEATURES
+    ids_ptr += program * PER_TOKEN
+    weights_ptr += program * PER_TOKEN
+    if STAGE <= 1:
+        leave_logits(x_ptr, gate_ptr, gate_bias_ptr, shared_gate_ptr, norm_ptr, logits_ptr, normed_ptr, program, True,
+                     eps, IN_FEATURES, HAS_GATE_BIAS, HAS_SHARED_GATE, HAS_NORM, UNIT_OFFSET, COUNT, GATE_N, GATE_K,
+                     PDL, False)  # fmt: skip
+        if STAGE == 0:
+            if program == 0:
+                tl.store(counters_ptr + 1, 0)
+            _arrive(counters_ptr)
+    if HAS_NORM:
+        own_x_ptr = normed_ptr
+    else:
+        own_x_ptr = x_ptr
+    if STAGE <= 1 and SHARED_UP_FORM is not None:
+        tl.debug_barrier()
+        _gate_up(own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr,
+                 shared_up_ptr, shared_h_ptr, 0, 0, SHARED_UP_FORM, 1, 0, False, "silu", False, UP_N, UP_K,
+                 UP_STAGES)  # fmt: skip
+    if STAGE == 0:
+        _await(counters_ptr)
+    if STAGE == 0 or STAGE == 2:
+        choose_of(logits_ptr, correction_ptr, ids_ptr, weights_ptr, factors_ptr + program, HAS_SHARED_GATE, SCORES,
+                  RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, COUNT, PER_TOKEN, ROWS,
+                  SIZE)  # fmt: skip
+        tl.debug_barrier()
+        _gate_up(own_x_ptr, ids_ptr, up_w_ptr, up_s_ptr, up_z_ptr, up_f_ptr, up_r_ptr, up_bias_ptr, h_ptr, first,
+                 count, UP_FORM, PER_TOKEN, SLOTS, HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip
+    if STAGE == 0:
+        _arrive(counters_ptr + 1)
+        if PREFETCH > 0:
+            _ask_for_down(ids_ptr, down_w_ptr, first, count, DOWN_FORM, PREFETCH, DOWN_N, DOWN_K)
+        _await(counters_ptr + 1)
+        if program == 0:
+            tl.store(counters_ptr, 0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if SHARED_FORM is not None:
-            ask_for(shared_ptr, row, 0, SHARED_FORM, BLOCK_K)
-        for step in tl.static_range(PREFETCH):
-            expert = tl.load(ids_ptr + step // TILES) - first
-            if (expert >= 0) & (expert < count):
-                expert_row = expert.to(tl.int64) * FORM.outputs + row
-                ask_for(w_ptr, expert_row, step % TILES * BLOCK_K, FORM, BLOCK_K)
-        tl.extra.cuda.gdc_wait()
-    if SHARED_FORM is not None:
-        factor = tl.full([BLOCK_N], 1.0, tl.float32)
-        if HAS_FACTOR:
-            factor *= tl.load(factor_ptr)
-        for k0 in tl.range(0, SHARED_FORM.inputs, BLOCK_K, num_stages=STAGES):
-            w = load_tile(shared_ptr, shared_ptr, shared_ptr, row, row, ok, k0, SHARED_FORM, BLOCK_K, False)
-            total = _add_products(total, w, shared_h_ptr, True, factor, k0, SHARED_FORM)
-    for step in tl.range(0, PER_TOKEN * TILES, num_stages=STAGES):
-        slot, k0 = step // TILES, step % TILES * BLOCK_K
-        expert = tl.load(ids_ptr + slot) - first
-        here = (expert >= 0) & (expert < count)
-        wide = tl.where(here, expert, 0).to(tl.int64)
-        expert_row = wide * FORM.outputs + row
-        s_row = scale_rows(r_ptr, wide, row, ok & here, FORM)
-        w = load_tile(w_ptr, s_ptr, z_ptr, expert_row, s_row, ok & here, k0, FORM, BLOCK_K, False)
-        weight = tl.where(here, tl.load(weights_ptr + slot), 0.0)
-        factor = weight * row_factors(s_ptr, f_ptr, expert_row, s_row, ok & here, FORM)
-        total = _add_products(total, w, h_ptr + slot * FORM.inputs, here, factor, k0, FORM)
-        if HAS_BIAS:
-            now = ok & here & (k0 == 0)
-            bias += weight * tl.load(bias_ptr + expert_row, mask=now, other=0.0).to(tl.float32)
-    value = (tl.sum(total, 1) + bias)[None, :]
-    finish(value, tl.arange(0, 1), block, 1, out_ptr, residual_ptr, peers_ptr, epochs_ptr, out_stride, residual_stride,
-           row_words, plane_words, FORM.outputs, HAS_RESIDUAL, RANK, WORLD, PEERS)  # fmt: skip
+    if STAGE == 0 or STAGE == 3:
+        for block in range(program, (DOWN_FORM.outputs + DOWN_N - 1) // DOWN_N, tl.num_programs(0)):
+            value = _down(block, h_ptr, shared_h_ptr, ids_ptr, weights_ptr, factors_ptr + program, down_w_ptr,
+                          down_s_ptr, down_z_ptr, down_f_ptr, down_r_ptr, down_bias_ptr, shared_down_ptr, first, count,
+                          DOWN_FORM, SHARED_DOWN_FORM, HAS_DOWN_BIAS, HAS_SHARED_GATE, PER_TOKEN, SLOTS, DOWN_N, DOWN_K,
+                          DOWN_STAGES)  # fmt: skip
+            finish(value[None, :], tl.arange(0, 1), block, 1, out_ptr, residual_ptr, peers_ptr, epochs_ptr, out_stride,
+                   residual_stride, row_words, plane_words, DOWN_FORM.outputs, HAS_RESIDUAL, RANK, WORLD,
+                   PEERS)  # fmt: skip

@@ -45,18 +45,43 @@ class Routed(NamedTuple):
     factors: torch.Tensor | None = None
 
 
+class Router(NamedTuple):
+    """The linear that routes, and how.
+
+    Attributes:
+        weight: [E, H] contiguous, of any float dtype; products are summed in float32.
+        bias: [E] of that linear.
+        correction: [E], added to the scores for the choice alone.
+        shared: [H], the linear that weighs a shared expert.
+    """
+
+    weight: torch.Tensor
+    routing: Routing
+    per_token: int
+    bias: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
+    shared: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return self.weight.shape[0]
+
+
 @dataclass(frozen=True)
 class GateScratch:
-    """Device memory that the routers on one stream share: logits, and counters (zero between calls)."""
+    """Device memory that the routers on one stream share: logits, and counters and barriers (zero between calls)."""
 
     logits: torch.Tensor
     counters: torch.Tensor
+    barriers: torch.Tensor
 
     @staticmethod
     def allocate(device: torch.device, *, rows: int = GATE_ROWS, experts: int = 512) -> GateScratch:
         return GateScratch(
             logits=torch.empty(rows * (experts + 1), dtype=torch.float32, device=device),
             counters=torch.zeros(rows, dtype=torch.int32, device=device),
+            barriers=torch.zeros(2, dtype=torch.int32, device=device),
         )
 
 
@@ -76,7 +101,7 @@ def route(
     ids, weights = _outputs(logits_TE, per_token)
     if rows == 0:
         return ids, weights
-    flags = _flags(routing, count, per_token, correction_E)
+    flags = choice_flags(routing, count, per_token, correction_E)
     route_kernel[(rows,)](
         logits_TE,
         logits_TE if correction_E is None else correction_E,
@@ -93,45 +118,38 @@ def route(
 
 def gate(
     x_TH: torch.Tensor,
-    weight_EH: torch.Tensor,
-    routing: Routing,
-    per_token: int,
+    router: Router,
     scratch: GateScratch,
     *,
-    bias_E: torch.Tensor | None = None,
-    correction_E: torch.Tensor | None = None,
-    shared_H: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     unit_offset: bool = False,
     pdl: bool = False,
 ) -> Routed:
     """Norm, router and choice of few rows in one launch.
 
-    x_TH: [T, H], T at most what the scratch has counters for, columns contiguous. weight_EH: [E, H] contiguous, of any
-    float dtype. bias_E: of that linear. shared_H: the linear that weighs a shared expert. norm: (weight [H], eps) of
-    an RMSNorm over x, whose result is then `Routed.x`. Products are summed in float32.
+    x_TH: [T, H], T at most what the scratch has counters for, columns contiguous. norm: (weight [H], eps) of an
+    RMSNorm over x, whose result is then `Routed.x`.
 
     Raises ValueError for more rows or experts than the scratch is for.
     """
     rows, hidden = x_TH.shape
-    count = weight_EH.shape[0]
-    if rows > scratch.counters.numel() or rows * (count + 1) > scratch.logits.numel():
-        raise ValueError(f"{rows} rows of {count} experts are more than the scratch of {scratch.logits.numel()} takes")
-    ids, weights = _outputs(x_TH, per_token)
+    count = router.count
+    check_scratch(scratch, rows, count)
+    ids, weights = _outputs(x_TH, router.per_token)
     normed = x_TH if norm is None else x_TH.new_empty(x_TH.shape)
-    factors = None if shared_H is None else x_TH.new_empty(rows, dtype=torch.float32)
+    factors = None if router.shared is None else x_TH.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return Routed(normed, ids, weights, factors)
     block_k = next_power_of_2(hidden)
     block_n = max(1, min(4, _VALUES // block_k))
-    flags = _flags(routing, count, per_token, correction_E)
-    gate_kernel[(triton.cdiv(count, block_n) + (shared_H is not None), rows)](
+    flags = choice_flags(router.routing, count, router.per_token, router.correction)
+    gate_kernel[(triton.cdiv(count, block_n) + (router.shared is not None), rows)](
         x_TH,
-        weight_EH,
-        x_TH if bias_E is None else bias_E,
-        weight_EH if shared_H is None else shared_H,
+        router.weight,
+        x_TH if router.bias is None else router.bias,
+        router.weight if router.shared is None else router.shared,
         x_TH if norm is None else norm[0],
-        x_TH if correction_E is None else correction_E,
+        x_TH if router.correction is None else router.correction,
         scratch.logits,
         scratch.counters,
         normed,
@@ -142,8 +160,8 @@ def gate(
         normed.stride(0),
         0.0 if norm is None else norm[1],
         IN_FEATURES=hidden,
-        HAS_BIAS=bias_E is not None,
-        HAS_SHARED=shared_H is not None,
+        HAS_BIAS=router.bias is not None,
+        HAS_SHARED=router.shared is not None,
         HAS_NORM=norm is not None,
         UNIT_OFFSET=unit_offset,
         **flags,
@@ -158,24 +176,25 @@ def gate(
 
 def gate_reference(
     x_TH: torch.Tensor,
-    weight_EH: torch.Tensor,
-    routing: Routing,
-    per_token: int,
+    router: Router,
     *,
-    bias_E: torch.Tensor | None = None,
-    correction_E: torch.Tensor | None = None,
-    shared_H: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     unit_offset: bool = False,
 ) -> Routed:
     """`gate` in plain torch: norm, linear and choice one after the other."""
     x = x_TH if norm is None else rms_norm_reference(x_TH, norm[0], norm[1], unit_offset=unit_offset)
-    logits = x.float() @ weight_EH.float().T
-    if bias_E is not None:
-        logits += bias_E.float()
-    ids, weights = route_reference(logits, routing, per_token, correction_E)
-    factors = None if shared_H is None else (x.float() @ shared_H.flatten().float()).sigmoid()
+    logits = x.float() @ router.weight.float().T
+    if router.bias is not None:
+        logits += router.bias.float()
+    ids, weights = route_reference(logits, router.routing, router.per_token, router.correction)
+    factors = None if router.shared is None else (x.float() @ router.shared.flatten().float()).sigmoid()
     return Routed(x, ids, weights, factors)
+
+
+def check_scratch(scratch: GateScratch, rows: int, count: int) -> None:
+    """Raises ValueError for more rows or experts than the scratch is for."""
+    if rows > scratch.counters.numel() or rows * (count + 1) > scratch.logits.numel():
+        raise ValueError(f"{rows} rows of {count} experts are more than the scratch of {scratch.logits.numel()} takes")
 
 
 def _outputs(like: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +202,10 @@ def _outputs(like: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Te
     return like.new_empty(shape, dtype=torch.int32), like.new_empty(shape, dtype=torch.float32)
 
 
-def _flags(routing: Routing, count: int, per_token: int, correction_E: torch.Tensor | None) -> dict[str, Any]:
+def choice_flags(
+    routing: Routing, count: int, per_token: int, correction_E: torch.Tensor | None
+) -> dict[str, Any]:
+    """What a kernel that chooses is compiled for."""
     if count % routing.groups:
         raise ValueError(f"{count} experts are not {routing.groups} equal groups")
     return {

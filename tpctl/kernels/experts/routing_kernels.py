@@ -131,6 +131,92 @@ def _normed(x, norm, eps, IN_FEATURES: tl.constexpr, UNIT_OFFSET: tl.constexpr):
 
 
 @triton.jit
+def leave_logits(
+    x_ptr,  # of one token
+    gate_ptr,  # [COUNT, IN_FEATURES]
+    bias_ptr,
+    shared_ptr,  # [IN_FEATURES]
+    norm_ptr,
+    logits_ptr,  # [COUNT + 1] float32
+    normed_ptr,
+    block,
+    keep,  # whether this program stores the normed row
+    eps,
+    IN_FEATURES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+    LAUNCH: tl.constexpr,  # whether the kernel that follows may start
+):
+    """Logits of experts block * BLOCK_N and on; what they weigh is loaded before the wait for x."""
+    BLOCKS: tl.constexpr = (COUNT + BLOCK_N - 1) // BLOCK_N
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    k_ok = k < IN_FEATURES
+    rows = gate_ptr + n[:, None] * IN_FEATURES
+    if HAS_SHARED:  # the block behind those of the experts
+        shared = block == BLOCKS
+        rows = tl.where(shared, shared_ptr + 0 * n[:, None], rows)
+        n_ok = (n < COUNT) | (shared & (n == BLOCKS * BLOCK_N))
+    else:
+        n_ok = n < COUNT
+    gate = tl.load(rows + k[None, :], mask=n_ok[:, None] & k_ok[None, :], other=0.0)
+    norm = k
+    if HAS_NORM:
+        norm = tl.load(norm_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
+    if PDL:
+        if LAUNCH:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + k, mask=k_ok, other=0.0)
+    if HAS_NORM:
+        x = _normed(x, norm, eps, IN_FEATURES, UNIT_OFFSET)
+        if keep:
+            tl.store(normed_ptr + k, x, mask=k_ok)
+    logits = tl.sum(gate.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+    if HAS_BIAS:
+        logits += tl.load(bias_ptr + n, mask=n < COUNT, other=0.0).to(tl.float32)
+    if HAS_SHARED:
+        tl.store(logits_ptr + tl.where(block == BLOCKS, COUNT, n), logits, mask=n_ok)
+    else:
+        tl.store(logits_ptr + n, logits, mask=n_ok)
+
+
+@triton.jit
+def choose_of(
+    logits_ptr,  # what `leave_logits` of all programs has left
+    correction_ptr,
+    ids_ptr,
+    weights_ptr,
+    factor_ptr,
+    HAS_SHARED: tl.constexpr,
+    SCORES: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    COUNT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    if HAS_SHARED:
+        factor = tl.load(logits_ptr + COUNT, cache_modifier=".cg")
+        tl.store(factor_ptr, 1.0 / (1.0 + tl.exp(-factor)))
+    expert, real = _experts(COUNT, GROUPS, ROWS, SIZE)
+    logits = tl.load(logits_ptr + expert, mask=real, other=0.0, cache_modifier=".cg")
+    choose(logits, expert, real, correction_ptr, ids_ptr, weights_ptr, SCORES, RENORMALISE, HAS_CORRECTION, GROUPS,
+           TOP_GROUPS, SCALE, EPSILON, PER_TOKEN, ROWS, SIZE)  # fmt: skip
+
+
+@triton.jit
 def gate_kernel(
     x_ptr,
     gate_ptr,  # [COUNT, IN_FEATURES]
@@ -168,48 +254,15 @@ def gate_kernel(
     PDL: tl.constexpr,
 ):
     """Logits of BLOCK_N experts for one token; the program that comes last chooses."""
-    BLOCKS: tl.constexpr = (COUNT + BLOCK_N - 1) // BLOCK_N
-    block = tl.program_id(0)
-    token = tl.program_id(1).to(tl.int64)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    k_ok = k < IN_FEATURES
-    rows = gate_ptr + n[:, None] * IN_FEATURES
-    if HAS_SHARED:  # the block behind those of the experts
-        shared = block == BLOCKS
-        rows = tl.where(shared, shared_ptr + 0 * n[:, None], rows)
-        n_ok = (n < COUNT) | (shared & (n == BLOCKS * BLOCK_N))
-    else:
-        n_ok = n < COUNT
-    gate = tl.load(rows + k[None, :], mask=n_ok[:, None] & k_ok[None, :], other=0.0)
-    norm = k
-    if HAS_NORM:
-        norm = tl.load(norm_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + token * x_stride + k, mask=k_ok, other=0.0)
-    if HAS_NORM:
-        x = _normed(x, norm, eps, IN_FEATURES, UNIT_OFFSET)
-        if block == 0:
-            tl.store(normed_ptr + token * normed_stride + k, x, mask=k_ok)
-    logits = tl.sum(gate.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-    if HAS_BIAS:
-        logits += tl.load(bias_ptr + n, mask=n < COUNT, other=0.0).to(tl.float32)
+    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     logits_ptr += token * (COUNT + 1)
-    if HAS_SHARED:
-        tl.store(logits_ptr + tl.where(block == BLOCKS, COUNT, n), logits, mask=n_ok)
-    else:
-        tl.store(logits_ptr + n, logits, mask=n_ok)
+    leave_logits(x_ptr + token * x_stride, gate_ptr, bias_ptr, shared_ptr, norm_ptr, logits_ptr,
+                 normed_ptr + token * normed_stride, block, block == 0, eps, IN_FEATURES, HAS_BIAS, HAS_SHARED,
+                 HAS_NORM, UNIT_OFFSET, COUNT, BLOCK_N, BLOCK_K, PDL, True)  # fmt: skip
     tl.debug_barrier()
     done = tl.atomic_add(counters_ptr + token, 1, sem="acq_rel", scope="gpu")
     if done == tl.num_programs(0) - 1:
         tl.store(counters_ptr + token, 0)
-        if HAS_SHARED:
-            factor = tl.load(logits_ptr + COUNT, cache_modifier=".cg")
-            tl.store(factors_ptr + token, 1.0 / (1.0 + tl.exp(-factor)))
-        expert, real = _experts(COUNT, GROUPS, ROWS, SIZE)
-        all_logits = tl.load(logits_ptr + expert, mask=real, other=0.0, cache_modifier=".cg")
-        choose(all_logits, expert, real, correction_ptr, ids_ptr + token * PER_TOKEN, weights_ptr + token * PER_TOKEN,
-               SCORES, RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, PER_TOKEN, ROWS,
-               SIZE)  # fmt: skip
+        choose_of(logits_ptr, correction_ptr, ids_ptr + token * PER_TOKEN, weights_ptr + token * PER_TOKEN,
+                  factors_ptr + token, HAS_SHARED, SCORES, RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE,
+                  EPSILON, COUNT, PER_TOKEN, ROWS, SIZE)  # fmt: skip

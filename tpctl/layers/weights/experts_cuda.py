@@ -1,11 +1,13 @@
 """Mixtures of experts on a GPU, in as few launches as there are rows for.
 
-one row            norm + router + choice | gate·up of the chosen (and shared) | down of all + residual
+one row            norm + router + choice + gate·up of the chosen (and shared) + down of all + residual
 up to 16           norm + router + choice | gate·up | down | sum over a token's experts + shared + residual
 more               norm | router | choice | tiles | gate·up | down | sum
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.experts.grouped import grouped
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row import one_row
-from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, gate, route
+from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
 from tpctl.kernels.experts.tiles import as_stored
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import DenseWeight
@@ -59,20 +61,23 @@ class CudaExperts(ExpertWeights):
         self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
     ) -> Tensor:
         state = self._state
-        routed = self._routed(rows, parts)
         outlet = state.sums if partial and state.sends else None
         shared = _plain(parts)
         alone = len(rows.x) == 1 and self._by_row and self._facts.takes(rows.x)
         if alone and (parts.shared is None or shared is not None):
             return one_row(
-                routed,
+                rows.x,
+                _router(parts),
+                self._scratch,
                 self._matrices,
+                **_norm(rows),
                 shared=shared,
                 residual_TH=residual,
                 out=residual,
                 outlet=outlet,
                 pdl=state.pdl,
             )
+        routed = self._routed(rows, parts)
         return grouped(
             routed,
             self._matrices,
@@ -98,20 +103,7 @@ class CudaExperts(ExpertWeights):
         return Routed(x, ids, weights, torch.cat(factors) if factors else None)
 
     def _gated(self, rows: Rows, parts: MixtureParts) -> Routed:
-        norm = rows.norm
-        return gate(
-            rows.x,
-            parts.gate,
-            parts.routing,
-            parts.per_token,
-            self._scratch,
-            bias_E=parts.bias,
-            correction_E=parts.correction,
-            shared_H=parts.shared_gate,
-            norm=None if norm is None else (norm.weight, norm.eps),
-            unit_offset=norm is not None and norm.unit_offset,
-            pdl=self._state.pdl,
-        )
+        return gate(rows.x, _router(parts), self._scratch, **_norm(rows), pdl=self._state.pdl)
 
     def _many(self, rows: Rows, parts: MixtureParts) -> Routed:
         x = rows.x if rows.norm is None else normed(rows.x, rows.norm, self._state)
@@ -121,6 +113,16 @@ class CudaExperts(ExpertWeights):
         ids, weights = route(logits, parts.routing, parts.per_token, parts.correction, pdl=self._state.pdl)
         factors = None if parts.shared_gate is None else _wide_product(x, parts.shared_gate.view(1, -1)).sigmoid()
         return Routed(x, ids, weights, factors)
+
+
+def _router(parts: MixtureParts) -> Router:
+    return Router(parts.gate, parts.routing, parts.per_token, parts.bias, parts.correction, parts.shared_gate)
+
+
+def _norm(rows: Rows) -> dict[str, Any]:
+    """The norm that is still to be applied, as the kernels take it."""
+    norm = rows.norm
+    return {} if norm is None else {"norm": (norm.weight, norm.eps), "unit_offset": norm.unit_offset}
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
