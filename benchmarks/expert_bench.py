@@ -3,19 +3,19 @@
     python benchmarks/expert_bench.py [route] [one] [rows] [codes] [step] [sweep]
 
 Every figure is the median of several replays of a CUDA graph whose calls choose other experts of several layers, so
-that weights come from memory. A floor is the larger of the bytes that must be read over the bandwidth that a large sum
-reaches here, and the operations over 990 TFLOP/s. `error`: of the result, beside float32 by the same numbers. Torch is
-a loop over the experts that were chosen, known beforehand.
+that weights come from memory. A floor is the larger of the bytes that must be read over the bandwidth that a large copy
+reaches here, and the operations over 990 TFLOP/s. `error`: of the result, beside float32 by the same numbers. One row
+counts norm, router and choice. Torch is a loop over the experts that were chosen, known beforehand.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,9 @@ from tpctl.kernels.experts.grouped import (
     pick_tile,
 )
 from tpctl.kernels.experts.matrices import ExpertMatrices, experts_reference
-from tpctl.kernels.experts.one_row import RowConfig, one_row, pick_gated_row, pick_row, row_down, row_gate_up
+from tpctl.kernels.experts.one_row import RowConfig, one_row, pick_row
 from tpctl.kernels.experts.placing import place
-from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, gate, route
+from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
 
 SHARED_MEMORY = 232448
 RATE = 990e6  # bfloat16 operations a microsecond
@@ -77,9 +77,10 @@ SHAPES = (QWEN, GPT_OSS, GLM, MIXTRAL)
 
 @cache
 def bandwidth() -> float:
-    """Bytes a microsecond that a sum over 8 GB reads."""
-    data = torch.zeros(1 << 31, dtype=torch.int32, device=DEVICE)
-    return data.nbytes / graph_us([partial(torch.sum, data)])
+    """Bytes a microsecond that a copy of 4 GB reads and writes."""
+    data = torch.empty(1 << 32, dtype=torch.uint8, device=DEVICE).random_()
+    copy = torch.empty_like(data)
+    return 2 * data.nbytes / graph_us([partial(copy.copy_, data)])
 
 
 def random_layers(shape: Shape) -> list[ExpertMatrices]:
@@ -118,6 +119,38 @@ def random_routed(shape: Shape, rows: int) -> Routed:
     x = torch.randn(rows, shape.hidden, device=DEVICE, dtype=BF16)
     ids, weights = route(torch.randn(rows, shape.count, device=DEVICE), shape.routing, shape.per_token)
     return Routed(x, ids, weights)
+
+
+class Alone(NamedTuple):
+    """What `one_row` takes of one call, and its norm."""
+
+    x: torch.Tensor
+    router: Router
+    scratch: GateScratch
+    experts: ExpertMatrices
+    norm: tuple[torch.Tensor, float]
+
+    def call(self, **options: Any) -> torch.Tensor:
+        return one_row(*self[:4], norm=self.norm, **options)
+
+    @property
+    def routed(self) -> Routed:
+        return gate(*self[:3], norm=self.norm)
+
+
+def alone(shape: Shape, layers: list[ExpertMatrices], calls: int = CALLS) -> list[Alone]:
+    scratch = GateScratch.allocate(DEVICE)
+    norm = (torch.ones(shape.hidden, device=DEVICE, dtype=BF16), 1e-6)
+    return [
+        Alone(torch.randn(1, shape.hidden, device=DEVICE, dtype=BF16), random_router(shape), scratch,
+              layers[i % len(layers)], norm)
+        for i in range(calls)
+    ]  # fmt: skip
+
+
+def random_router(shape: Shape) -> Router:
+    weight = torch.randn(shape.count, shape.hidden, device=DEVICE, dtype=BF16) / 50
+    return Router(weight, shape.routing, shape.per_token)
 
 
 def floor_us(shape: Shape, routed: Routed, bits: float = 16) -> float:
@@ -160,36 +193,35 @@ def bench_route() -> None:
     row("norm + router + choice", "rows", "us", "us, no pdl", "choice alone", "torch")
     scratch = GateScratch.allocate(DEVICE)
     for shape in (*SHAPES, Shape("DeepSeek-V3", 7168, 2048, 256, 8, Routing("sigmoid", True, 8, 4, 2.5, 1e-20))):
-        weights = [torch.randn(shape.count, shape.hidden, device=DEVICE, dtype=BF16) / 50 for _ in range(16)]
+        routers = [random_router(shape) for _ in range(16)]
         norm = (torch.ones(shape.hidden, device=DEVICE, dtype=BF16), 1e-6)
         for rows in (1, 4, 16, 64, 512, 8192):
             x = torch.randn(rows, shape.hidden, device=DEVICE, dtype=BF16)
             logits = torch.randn(rows, shape.count, device=DEVICE)
             times = ["-", "-"]
             if rows <= GATE_ROWS:
-                call = partial(gate, x, routing=shape.routing, per_token=shape.per_token, scratch=scratch, norm=norm)
-                times = [f"{graph_us([partial(call, w, pdl=pdl) for w in weights]):.1f}" for pdl in (True, False)]
-            alone = graph_us([partial(route, logits, shape.routing, shape.per_token, pdl=True)] * 16)
+                call = partial(gate, x, scratch=scratch, norm=norm)
+                both = (graph_us([partial(call, router=r, pdl=pdl) for r in routers]) for pdl in (True, False))
+                times = [f"{us:.1f}" for us in both]
+            choice = graph_us([partial(route, logits, shape.routing, shape.per_token, pdl=True)] * 16)
 
             def plain(w: torch.Tensor, x: torch.Tensor = x, shape: Shape = shape) -> Any:
                 return torch.mm(x, w.t(), out_dtype=torch.float32).softmax(-1).topk(shape.per_token)
 
-            row(shape.name, rows, *times, f"{alone:.1f}", f"{graph_us([partial(plain, w) for w in weights]):.1f}")
+            torch_us = graph_us([partial(plain, r.weight) for r in routers])
+            row(shape.name, rows, *times, f"{choice:.1f}", f"{torch_us:.1f}")
 
 
 def bench_one() -> None:
-    row("one row", "gate_up", "down", "both, pdl", "both, no pdl", "floor", "reached", "error", "torch loop")
+    row("one row", "us, pdl", "us, no pdl", "floor", "reached", "error", "torch loop")
     for shape in SHAPES:
-        made = cases(random_layers(shape), shape, 1)
-        first, second = pick_gated_row(shape.hidden), pick_row(shape.width)
-        up = graph_us([partial(row_gate_up, r, e, None, first) for r, e in made])
-        h = torch.randn(shape.per_token, shape.width, device=DEVICE, dtype=BF16)
-        down = graph_us([partial(row_down, h, h, r, e, None, second) for r, e in made])
-        both, plain = (graph_us([partial(one_row, r, e, pdl=pdl) for r, e in made]) for pdl in (True, False))
-        floor = floor_us(shape, made[0][0])
-        row(shape.name, f"{up:.1f}", f"{down:.1f}", f"{both:.1f}", f"{plain:.1f}", f"{floor:.1f}",
-            f"{floor / both:.0%}", error_of(partial(one_row, *made[0]), *made[0]),
-            f"{graph_us([torch_loop(*one) for one in made]):.1f}")  # fmt: skip
+        made = alone(shape, random_layers(shape))
+        times = [graph_us([partial(one.call, pdl=pdl) for one in made]) for pdl in (True, False)]
+        routed, experts = made[0].routed, made[0].experts
+        floor = floor_us(shape, routed)
+        row(shape.name, *(f"{us:.1f}" for us in times), f"{floor:.1f}", f"{floor / min(times):.0%}",
+            error_of(made[0].call, routed, experts),
+            f"{graph_us([torch_loop(one.routed, one.experts) for one in made]):.1f}")  # fmt: skip
 
 
 def bench_rows() -> None:
@@ -246,15 +278,22 @@ def bench_codes() -> None:
                 for one in plain
             ]
             for rows in (1, 8, 64, 1024):
-                plainly: Callable[..., torch.Tensor] = one_row if rows == 1 else grouped
-                call = plainly if bits == 8 else grouped  # as `CudaExperts` does
-                made = cases(coded, shape, rows)
-                us = graph_us([partial(call, r, e, pdl=rows <= 512) for r, e in made])
-                same = cases(plain, shape, rows)
-                dense = graph_us([partial(plainly, r, e, pdl=rows <= 512) for r, e in same])
-                floor = floor_us(shape, made[0][0], bits)
+                us, routed, call = timed(coded, shape, rows, by_row=bits == 8)
+                dense, _, _ = timed(plain, shape, rows, by_row=True)
+                floor = floor_us(shape, routed, bits)
                 row(f"{shape.name} {name}", rows, f"{us:.1f}", f"{floor:.1f}", f"{floor / us:.0%}", f"{dense:.1f}",
-                    error_of(partial(call, *made[0]), *made[0]))  # fmt: skip
+                    error_of(call, routed, coded[0]))  # fmt: skip
+
+
+def timed(
+    layers: list[ExpertMatrices], shape: Shape, rows: int, *, by_row: bool
+) -> tuple[float, Routed, Callable[[], torch.Tensor]]:
+    """Microseconds, and what the first call was of. by_row: one row goes through `one_row`, as in `CudaExperts`."""
+    if rows == 1 and by_row:
+        single = alone(shape, layers)
+        return graph_us([partial(one.call, pdl=True) for one in single]), single[0].routed, single[0].call
+    made = cases(layers, shape, rows)
+    return graph_us([partial(grouped, r, e, pdl=rows <= 512) for r, e in made]), made[0][0], partial(grouped, *made[0])
 
 
 def bench_step() -> None:
@@ -263,92 +302,101 @@ def bench_step() -> None:
     shape, layers = QWEN, random_layers(QWEN)
     scratch = GateScratch.allocate(DEVICE)
     norm = (torch.ones(shape.hidden, device=DEVICE, dtype=BF16), 1e-6)
-    gates = [torch.randn(shape.count, shape.hidden, device=DEVICE, dtype=BF16) / 50 for _ in range(48)]
+    routers = [random_router(shape) for _ in range(48)]
     for rows in (1, 2, 4, 8, 16):
         x = torch.randn(rows, shape.hidden, device=DEVICE, dtype=BF16)
-        call: Callable[..., torch.Tensor] = one_row if rows == 1 else grouped
 
-        def step(pdl: bool, x: torch.Tensor = x, call: Callable[..., torch.Tensor] = call) -> None:
-            for i, weight in enumerate(gates):
-                routed = gate(x, weight, shape.routing, shape.per_token, scratch, norm=norm, pdl=pdl)
-                call(routed, layers[i % 2], residual_TH=x, out=x, pdl=pdl)
+        def step(pdl: bool, x: torch.Tensor = x) -> None:
+            for i, router in enumerate(routers):
+                if len(x) == 1:
+                    one_row(x, router, scratch, layers[i % 2], norm=norm, residual_TH=x, out=x, pdl=pdl)
+                else:
+                    grouped(gate(x, router, scratch, norm=norm, pdl=pdl), layers[i % 2], residual_TH=x, out=x, pdl=pdl)
 
         times = [graph_us([partial(step, pdl)]) / 1e3 for pdl in (True, False)]
         x.normal_()
-        floors = [
-            floor_us(shape, gate(x, weight, shape.routing, shape.per_token, scratch, norm=norm)) for weight in gates
-        ]
+        floors = [floor_us(shape, gate(x, router, scratch, norm=norm)) for router in routers]
         row("", rows, *(f"{ms:.3f}" for ms in times), f"{sum(floors) / 1e3:.3f}")
 
 
-def best(name: str, made: dict[Any, Callable[[], float]], count: int = 5) -> None:
-    """The fastest of several configurations; those that do not compile are left out."""
+Sweep = tuple[str, Callable[..., float], list[Any]]
+"""A name, what times a configuration, and those to try."""
+
+
+def best(sweep: Sweep, count: int = 5) -> list[Any]:
+    """The fastest configurations, first; those that do not compile are left out."""
+    name, time, configs = sweep
     found: list[tuple[float, Any]] = []
-    for config, time in made.items():
+    for config in configs:
         try:
-            found.append((time(), config))
+            found.append((time(config), config))
         except Exception as error:  # more shared memory or registers than there are
             print(f"{name} {config}: {type(error).__name__}", file=sys.stderr)
-    for us, config in sorted(found, key=lambda one: one[0])[:count]:
-        row(name, f"{us:.1f}", config)
+    found.sort(key=lambda one: one[0])
+    for us, config in found[:count]:
+        row(name, f"{us:.1f}", tuple(config))
+    print(f"{name}: all {[(round(us, 1), tuple(config)) for us, config in found]}", file=sys.stderr)
+    return [config for _, config in found]
+
+
+def row_sweeps(shape: Shape, layers: list[ExpertMatrices]) -> Iterator[Sweep]:
+    """Tiles of gate_up; those of down; what is asked for ahead: each with the best of those before."""
+    made = alone(shape, layers)
+
+    def time(config: RowConfig) -> float:
+        return graph_us([partial(one.call, config=config, pdl=True) for one in made])
+
+    start = pick_row(shape.hidden, shape.width)
+    placed = ((1, 8), (1, 16), (2, 4), (2, 8), (4, 4))
+
+    def fits(n: int, k: int, stages: int, matrices: int, programs: int, warps: int) -> bool:
+        under_way = (stages - 1) * n * k * 2 * matrices * programs
+        return 48 << 10 <= under_way <= 210 << 10 and n * k * matrices <= 128 * 32 * warps
+
+    ups = [
+        start._replace(up_n=n, up_k=k, up_stages=stages, programs=programs, num_warps=warps, down_n=16, down_k=256,
+                       down_stages=5)
+        for n, k, stages, (programs, warps) in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (3, 4), placed)
+        if k <= 2 * shape.hidden and fits(n, k, stages, 2, programs, warps)
+    ]  # fmt: skip
+    yield f"{shape.name} up", time, ups
+
+
+def tile_sweeps(shape: Shape, layers: list[ExpertMatrices], rows: int) -> Iterator[Sweep]:
+    made = cases(layers, shape, rows)[:6]
+    sizes = (16,) if rows <= UNLISTED_ROWS else (16, 32, 64) if rows <= 512 else (64, 128, 256)
+    h = torch.randn(rows * shape.per_token, shape.width, device=DEVICE, dtype=BF16)
+    for block_m in sizes:
+        placed: list[Any] = [place(r.ids, shape.count, block_m) if rows > UNLISTED_ROWS else None for r, _ in made]
+
+        def up(config: TileConfig, placed: Any = placed) -> float:
+            return graph_us([partial(grouped_gate_up, r, e, p, config) for (r, e), p in zip(made, placed, strict=True)])
+
+        def down(config: TileConfig, placed: Any = placed) -> float:
+            return graph_us([partial(grouped_down, h, r, e, p, config) for (r, e), p in zip(made, placed, strict=True)])
+
+        widths = (32, 64, 128) if block_m <= 32 else (64, 128)
+        for gated, time in ((True, up), (False, down)):
+            configs = [
+                TileConfig(block_m, *one)
+                for one in itertools.product(widths, (64, 128, 256), (2, 4, 8), (3, 4))
+                if one[3] * (block_m + one[0] * (1 + gated)) * one[1] * 2 <= SHARED_MEMORY
+                and 2048 <= block_m * one[0] * (1 + gated) // one[2] * 4 <= 16384
+            ]
+            if block_m > 32:
+                configs = [one for one in configs if one.num_warps > 2 and one.block_k <= 128]
+            yield f"{shape.name} {rows} rows {'gate_up' if gated else 'down'} of {block_m}", time, configs
 
 
 def bench_sweep() -> None:
     row("best configurations", "us")
     for shape in (QWEN, GPT_OSS):
         layers = random_layers(shape)
-        made = cases(layers, shape, 1)
-        h = torch.randn(shape.per_token, shape.width, device=DEVICE, dtype=BF16)
-        rows_configs = [
-            RowConfig(n, k, warps, stages, ahead)
-            for n, k, warps, stages, ahead in itertools.product(
-                (1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8), (2, 3, 4), (0, 2)
-            )
-            if 2048 <= n * k <= 8192
-        ]
-
-        def up(config: RowConfig, made: Any = made) -> float:
-            return graph_us([partial(row_gate_up, r, e, None, config) for r, e in made])
-
-        def down(config: RowConfig, made: Any = made, h: torch.Tensor = h) -> float:
-            return graph_us([partial(row_down, h, h, r, e, None, config) for r, e in made])
-
-        plain = [config for config in rows_configs if config.prefetch == 0]
-        best(f"{shape.name} one row gate_up", {config: partial(up, config) for config in plain})
-        best(f"{shape.name} one row down", {config: partial(down, config) for config in plain})
-        first, second = pick_gated_row(shape.hidden), pick_row(shape.width)
-
-        def both(ahead: int, made: Any = made, first: Any = first, second: Any = second) -> float:
-            configs = first, second._replace(prefetch=ahead)
-            return graph_us([partial(one_row, r, e, configs=configs, pdl=True) for r, e in made])
-
-        best(f"{shape.name} one row, prefetch", {ahead: partial(both, ahead) for ahead in (0, 1, 2, 4, 8)})
+        for sweep in row_sweeps(shape, layers):
+            best(sweep)
         for rows in (8, 64, 512, 8192):
-            sweep_tiles(shape, layers, rows)
-
-
-def sweep_tiles(shape: Shape, layers: list[ExpertMatrices], rows: int) -> None:
-    made = cases(layers, shape, rows)[:6]
-    sizes = (16,) if rows <= UNLISTED_ROWS else (16, 32, 64) if rows <= 512 else (64, 128)
-    for block_m in sizes:
-        placed: list[Any] = [place(r.ids, shape.count, block_m) if rows > UNLISTED_ROWS else None for r, _ in made]
-        h = torch.randn(rows * shape.per_token, shape.width, device=DEVICE, dtype=BF16)
-
-        def up(config: TileConfig, placed: Any = placed) -> float:
-            return graph_us([partial(grouped_gate_up, r, e, p, config) for (r, e), p in zip(made, placed, strict=True)])
-
-        def down(config: TileConfig, placed: Any = placed, h: torch.Tensor = h) -> float:
-            return graph_us([partial(grouped_down, h, r, e, p, config) for (r, e), p in zip(made, placed, strict=True)])
-
-        few = block_m <= 32
-        for gated, time in ((True, up), (False, down)):
-            configs = [
-                TileConfig(block_m, *one)
-                for one in itertools.product((64, 128), (64, 128, 256) if few else (64,), (4, 8), (2, 3, 4))
-                if one[3] * (block_m + one[0] * (1 + gated)) * one[1] * 2 <= SHARED_MEMORY
-            ]
-            name = f"{shape.name} {rows} rows {'gate_up' if gated else 'down'}"
-            best(name, {config: partial(time, config) for config in configs}, 3)
+            for sweep in tile_sweeps(shape, layers, rows):
+                best(sweep, 3)
 
 
 SECTIONS = {

@@ -111,7 +111,8 @@ def row_taken(arch: int, model: Any, row: RowConfig, up: Form, down: Form, share
     biases = isinstance(activation, Clamped)
     return taken(
         one_row_kernel, arch, row, kind, exponents, IN_FEATURES=hidden, HAS_GATE_BIAS=biases, HAS_SHARED_GATE=False,
-        HAS_NORM=True, UNIT_OFFSET=False, **choice_of(count, per_token), SLOTS=per_token, UP_FORM=up, DOWN_FORM=down,
+        HAS_NORM=True, UNIT_OFFSET=False, **choice_of(count, per_token), SLOTS=per_token,
+        COPIES=max(1, 32 * row.num_warps // count), UP_FORM=up, DOWN_FORM=down,
         SHARED_UP_FORM=shared_up, SHARED_DOWN_FORM=shared_down, HAS_UP_BIAS=biases, HAS_DOWN_BIAS=biases,
         GATING=activation, INTERLEAVED=biases, HAS_RESIDUAL=True, GATE_N=1, GATE_K=1 << (hidden - 1).bit_length(),
         UP_N=row.up_n, UP_K=row.up_k, UP_STAGES=row.up_stages, DOWN_N=row.down_n, DOWN_K=row.down_k,
@@ -134,7 +135,7 @@ def test_what_is_around_them_fits(arch, model) -> None:
     assert taken(route_kernel, arch, config, **chosen) <= SHARED[arch]
     block_k = 1 << (hidden - 1).bit_length()
     gate = {"IN_FEATURES": hidden, "HAS_BIAS": True, "HAS_SHARED": True, "HAS_NORM": True, "UNIT_OFFSET": False}
-    assert taken(gate_kernel, arch, config, BLOCK_N=1, BLOCK_K=block_k, **gate, **chosen) <= SHARED[arch]
+    assert taken(gate_kernel, arch, config, BLOCK_N=1, BLOCK_K=block_k, COPIES=1, **gate, **chosen) <= SHARED[arch]
     place = {"EXPERTS": count, "CHUNK": CHUNK}
     assert taken(_count_kernel, arch, config, STEP=1024, **place) <= SHARED[arch]
     for one in (True, False):

@@ -23,7 +23,7 @@ from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_mul
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
-from tpctl.kernels.experts.routing import GateScratch, Router, check_scratch, choice_flags
+from tpctl.kernels.experts.routing import GateScratch, Router, check_scratch, choice_flags, copies
 from tpctl.kernels.experts.tiles import as_stored
 
 
@@ -77,10 +77,10 @@ def one_row(
     rows, hidden = x_1H.shape
     if rows != 1:
         raise ValueError(f"{rows} rows are more than one; use `grouped`")
-    check_scratch(scratch, rows, router.count)
+    check_scratch(scratch, rows, router.experts)
     config = config or pick_row(experts.hidden, experts.width)
     programs = config.programs * num_multiprocessors(x_1H.device)
-    gate_n = next_power_of_2(-(-router.count // (programs - (router.shared is not None))))
+    gate_n = next_power_of_2(-(-router.experts // (programs - (router.shared is not None))))
     up_pointers, up_form = as_stored(experts.gate_up)
     down_pointers, down_form = as_stored(experts.down)
     shared_width = 0 if shared is None else shared.gate_up.shape[0] // 2
@@ -91,9 +91,9 @@ def one_row(
     factors = x_1H.new_empty(programs, dtype=torch.float32)
     h = x_1H.new_empty(router.per_token, experts.width)
     shared_h = x_1H.new_empty(1, shared_width)
-    flags = choice_flags(router.routing, router.count, router.per_token, router.correction)
+    flags = choice_flags(router.routing, router.experts, router.per_token, router.correction)
     down_parts = triton.cdiv(experts.width, config.down_k)
-    for stage in (0,) if x_1H.is_cuda else (1, 2, 3):  # elsewhere (Triton's interpreter) they run one after the other
+    for stage in _stages(x_1H.device):
         one_row_kernel[(programs,)](
             x_1H,
             router.weight,
@@ -125,6 +125,7 @@ def one_row(
             HAS_NORM=norm is not None,
             UNIT_OFFSET=unit_offset,
             **flags,
+            COPIES=copies(flags, config.num_warps),
             SLOTS=next_power_of_2(router.per_token),
             UP_FORM=up_form,
             DOWN_FORM=down_form,
@@ -149,3 +150,8 @@ def one_row(
             **launch_options(pdl),
         )
     return out
+
+
+def _stages(device: torch.device) -> tuple[int, ...]:
+    """The launches. Programs that Triton's interpreter runs one after the other cannot wait for each other."""
+    return (0,) if device.type == "cuda" else (1, 2, 3)

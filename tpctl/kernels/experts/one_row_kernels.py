@@ -259,6 +259,7 @@ def one_row_kernel(
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
+    COPIES: tl.constexpr,
     UP_FORM: tl.constexpr,
     DOWN_FORM: tl.constexpr,
     SHARED_UP_FORM: tl.constexpr,  # None: there is no shared expert
@@ -310,7 +311,7 @@ def one_row_kernel(
     if STAGE == 0 or STAGE == 2:
         choose_of(logits_ptr, correction_ptr, ids_ptr, weights_ptr, factors_ptr + program, HAS_SHARED_GATE, SCORES,
                   RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, COUNT, PER_TOKEN, ROWS,
-                  SIZE)  # fmt: skip
+                  SIZE, COPIES)  # fmt: skip
         tl.debug_barrier()
         _gate_up(own_x_ptr, ids_ptr, up_w_ptr, up_s_ptr, up_z_ptr, up_f_ptr, up_r_ptr, up_bias_ptr, h_ptr, first,
                  count, UP_FORM, PER_TOKEN, SLOTS, HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip

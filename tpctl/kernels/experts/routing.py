@@ -63,7 +63,7 @@ class Router(NamedTuple):
     shared: torch.Tensor | None = None
 
     @property
-    def count(self) -> int:
+    def experts(self) -> int:
         """E."""
         return self.weight.shape[0]
 
@@ -133,7 +133,7 @@ def gate(
     Raises ValueError for more rows or experts than the scratch is for.
     """
     rows, hidden = x_TH.shape
-    count = router.count
+    count = router.experts
     check_scratch(scratch, rows, count)
     ids, weights = _outputs(x_TH, router.per_token)
     normed = x_TH if norm is None else x_TH.new_empty(x_TH.shape)
@@ -143,6 +143,7 @@ def gate(
     block_k = next_power_of_2(hidden)
     block_n = max(1, min(4, _VALUES // block_k))
     flags = choice_flags(router.routing, count, router.per_token, router.correction)
+    num_warps = max(4, _warps(flags))
     gate_kernel[(triton.cdiv(count, block_n) + (router.shared is not None), rows)](
         x_TH,
         router.weight,
@@ -165,10 +166,11 @@ def gate(
         HAS_NORM=norm is not None,
         UNIT_OFFSET=unit_offset,
         **flags,
+        COPIES=copies(flags, num_warps),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         PDL=pdl,
-        num_warps=max(4, _warps(flags)),
+        num_warps=num_warps,
         **launch_options(pdl),
     )
     return Routed(normed, ids, weights, factors)
@@ -202,9 +204,7 @@ def _outputs(like: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Te
     return like.new_empty(shape, dtype=torch.int32), like.new_empty(shape, dtype=torch.float32)
 
 
-def choice_flags(
-    routing: Routing, count: int, per_token: int, correction_E: torch.Tensor | None
-) -> dict[str, Any]:
+def choice_flags(routing: Routing, count: int, per_token: int, correction_E: torch.Tensor | None) -> dict[str, Any]:
     """What a kernel that chooses is compiled for."""
     if count % routing.groups:
         raise ValueError(f"{count} experts are not {routing.groups} equal groups")
@@ -221,6 +221,11 @@ def choice_flags(
         "ROWS": next_power_of_2(routing.groups),
         "SIZE": next_power_of_2(count // routing.groups),
     }
+
+
+def copies(flags: dict[str, Any], num_warps: int) -> int:
+    """How often a program of so many warps loads each logit of a choice, so that each thread loads one."""
+    return max(1, 32 * num_warps // int(flags["ROWS"] * flags["SIZE"]))
 
 
 def _warps(flags: dict[str, Any]) -> int:

@@ -206,12 +206,15 @@ def choose_of(
     PER_TOKEN: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
+    COPIES: tl.constexpr,  # of each logit in the threads; of fewer logits than threads, each would load them all
 ):
+    """One token's experts and weights, and by what its shared expert counts."""
     if HAS_SHARED:
         factor = tl.load(logits_ptr + COUNT, cache_modifier=".cg")
         tl.store(factor_ptr, 1.0 / (1.0 + tl.exp(-factor)))
     expert, real = _experts(COUNT, GROUPS, ROWS, SIZE)
-    logits = tl.load(logits_ptr + expert, mask=real, other=0.0, cache_modifier=".cg")
+    at = expert[None, :, :] + tl.zeros([COPIES, 1, 1], tl.int32)
+    logits = tl.max(tl.load(logits_ptr + at, mask=real[None, :, :], other=0.0, cache_modifier=".cg"), 0)
     choose(logits, expert, real, correction_ptr, ids_ptr, weights_ptr, SCORES, RENORMALISE, HAS_CORRECTION, GROUPS,
            TOP_GROUPS, SCALE, EPSILON, PER_TOKEN, ROWS, SIZE)  # fmt: skip
 
@@ -249,6 +252,7 @@ def gate_kernel(
     PER_TOKEN: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -265,4 +269,4 @@ def gate_kernel(
         tl.store(counters_ptr + token, 0)
         choose_of(logits_ptr, correction_ptr, ids_ptr + token * PER_TOKEN, weights_ptr + token * PER_TOKEN,
                   factors_ptr + token, HAS_SHARED, SCORES, RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE,
-                  EPSILON, COUNT, PER_TOKEN, ROWS, SIZE)  # fmt: skip
+                  EPSILON, COUNT, PER_TOKEN, ROWS, SIZE, COPIES)  # fmt: skip
