@@ -25,6 +25,7 @@ from kernel_bench import BF16, DEVICE, graph_us, row
 from tpctl.arch.block import Activation, Clamped
 from tpctl.arch.routing import Routing
 from tpctl.kernels.common.codes import Codes, Kind
+from tpctl.kernels.common.launch import num_multiprocessors
 from tpctl.kernels.experts.gating import gated_reference
 from tpctl.kernels.experts.grouped import (
     UNLISTED_ROWS,
@@ -340,26 +341,23 @@ def best(sweep: Sweep, count: int = 5) -> list[Any]:
 
 
 def row_sweeps(shape: Shape, layers: list[ExpertMatrices]) -> Iterator[Sweep]:
-    """Tiles of gate_up; those of down; what is asked for ahead: each with the best of those before."""
+    """Tiles of gate_up beside the chosen ones of down, and the other way round."""
     made = alone(shape, layers)
+    start = pick_row(shape.hidden, shape.width, itemsize=2, programs=num_multiprocessors(DEVICE), limit=SHARED_MEMORY)
 
     def time(config: RowConfig) -> float:
         return graph_us([partial(one.call, config=config, pdl=True) for one in made])
 
-    start = pick_row(shape.hidden, shape.width)
-    placed = ((1, 8), (1, 16), (2, 4), (2, 8), (4, 4))
-
-    def fits(n: int, k: int, stages: int, matrices: int, programs: int, warps: int) -> bool:
-        under_way = (stages - 1) * n * k * 2 * matrices * programs
-        return 48 << 10 <= under_way <= 210 << 10 and n * k * matrices <= 128 * 32 * warps
-
-    ups = [
-        start._replace(up_n=n, up_k=k, up_stages=stages, programs=programs, num_warps=warps, down_n=16, down_k=256,
-                       down_stages=5)
-        for n, k, stages, (programs, warps) in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (3, 4), placed)
-        if k <= 2 * shape.hidden and fits(n, k, stages, 2, programs, warps)
-    ]  # fmt: skip
-    yield f"{shape.name} up", time, ups
+    sizes = [
+        (n, k, stages, warps)
+        for n, k, stages, warps in itertools.product((2, 4, 8, 16), (256, 512, 1024, 2048), (3, 4, 6, 10), (8, 16))
+        if 32 << 10 <= (stages - 1) * n * k * 2 <= 100 << 10 and 4096 <= n * k <= 16384
+    ]
+    ups = [start._replace(up_n=n, up_k=k, up_stages=s, num_warps=w) for n, k, s, w in sizes]
+    yield f"{shape.name} one row, gate_up", time, ups
+    downs = [start._replace(down_n=n, down_k=k, down_stages=s, num_warps=w) for n, k, s, w in sizes]
+    yield f"{shape.name} one row, down", time, downs
+    yield f"{shape.name} one row, prefetch", time, [start._replace(prefetch=ahead) for ahead in (0, 2, 4, 8, 24)]
 
 
 def tile_sweeps(shape: Shape, layers: list[ExpertMatrices], rows: int) -> Iterator[Sweep]:

@@ -92,7 +92,7 @@ def test_linears_of_experts_fit(arch, model, kind, codes) -> None:
             found = taken(kernel, arch, config, STAGES=config.num_stages, **stored, **flags, **more)
             assert found <= SHARED[arch], config
     shared = (None, None) if biases else (Form("", 2 * width, hidden), Form("", hidden, width))
-    row = pick_row(hidden, width)
+    row = pick_row(hidden, width, itemsize=1 if kind and biases else 2, programs=132, limit=SHARED[arch])
     assert row_taken(arch, model, row, *forms, *shared, **more) <= SHARED[arch], row
 
 

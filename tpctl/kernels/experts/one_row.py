@@ -4,11 +4,11 @@
                  └─ choice ─ gate·up of K experts ┴─ down: all K and the shared one in one sum, plus the residual,
                                                      or sent to the peers
 
-One row only streams its weights, so everything runs on the CUDA cores. All programs are on the GPU at once, a few on
-each multiprocessor, and wait for each other twice: for the logits, after which each of them makes the choice for
-itself, and for what is between an expert's linears. Between launches the memory would stand still for longer, and
-programs of the next kernel that are placed early crowd the multiprocessors that are free first. The sum runs over the
-slots in their order.
+One row only streams its weights, so everything runs on the CUDA cores. Each multiprocessor has one program, so that all
+are on the GPU at once, whatever registers and memory they take, and can wait for each other: for the logits, after
+which each of them makes the choice for itself, and for what is between an expert's linears. Between launches the memory
+would stand still for longer, and programs of the next kernel that are placed early crowd the multiprocessors that are
+free first. The sum runs over the slots in their order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 import triton
 
 from tpctl.kernels.collective.all_reduce import PeerBuffer
-from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors
+from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
@@ -28,8 +29,8 @@ from tpctl.kernels.experts.tiles import as_stored
 
 
 class RowConfig(NamedTuple):
-    """Output features and inputs of the tiles of gate_up and down, and how many of them are under way; programs of a
-    multiprocessor and their warps; prefetch: tiles of down that a program asks the L2 cache for while it waits."""
+    """Output features and inputs of the tiles of gate_up and down, and how many of them are under way; warps; prefetch:
+    tiles of down that a program asks the L2 cache for while it waits."""
 
     up_n: int
     up_k: int
@@ -37,20 +38,35 @@ class RowConfig(NamedTuple):
     down_n: int
     down_k: int
     down_stages: int
-    programs: int = 2
     num_warps: int = 8
-    prefetch: int = 4
+    prefetch: int = 8
 
     @property
     def num_stages(self) -> int:
         return self.up_stages
 
 
-def pick_row(hidden: int, width: int) -> RowConfig:
-    """For experts of such sizes on this rank."""
-    up_k = min(2048, next_power_of_2(hidden))
-    down_k = min(1024, next_power_of_2(width))
-    return RowConfig(8192 // up_k, up_k, 3, 8192 // down_k, down_k, 4)
+def pick_row(hidden: int, width: int, *, itemsize: int, programs: int, limit: int) -> RowConfig:
+    """For experts of such sizes on this rank, of at most `itemsize` bytes a weight; `limit` bytes of shared memory, two
+    fifths of which are for weights under way: on an H200 three times what hides the latency of memory."""
+    up_k = 2048 if 1024 < hidden <= 2048 else _least_padded(hidden)
+    down_k = _least_padded(width)
+    up_n, down_n = 8192 // up_k, max((16, 8, 4), key=lambda n: (round(_balance(hidden, n, programs), 1), n))
+    up_stages, down_stages = (
+        max(2, min(12, 1 + limit * 2 // 5 // tile)) for tile in (2 * up_n * up_k * itemsize, down_n * down_k * itemsize)
+    )
+    return RowConfig(up_n, up_k, up_stages, down_n, down_k, down_stages)
+
+
+def _least_padded(inputs: int) -> int:
+    """Inputs in a tile: of 256 to 1024, what comes closest to whole tiles, and the most of those alike."""
+    return min((1024, 512, 256), key=lambda k: -(-inputs // k) * k)
+
+
+def _balance(outputs: int, block_n: int, programs: int) -> float:
+    """What part of the time a program has work, where blocks are dealt out."""
+    blocks = -(-outputs // block_n)
+    return blocks / (-(-blocks // programs) * programs)
 
 
 def one_row(
@@ -78,8 +94,11 @@ def one_row(
     if rows != 1:
         raise ValueError(f"{rows} rows are more than one; use `grouped`")
     check_scratch(scratch, rows, router.experts)
-    config = config or pick_row(experts.hidden, experts.width)
-    programs = config.programs * num_multiprocessors(x_1H.device)
+    programs = num_multiprocessors(x_1H.device)
+    if config is None:
+        itemsize = 1 if isinstance(experts.gate_up, Codes) and shared is None else x_1H.element_size()
+        limit = shared_memory(x_1H.device)
+        config = pick_row(experts.hidden, experts.width, itemsize=itemsize, programs=programs, limit=limit)
     gate_n = next_power_of_2(-(-router.experts // (programs - (router.shared is not None))))
     up_pointers, up_form = as_stored(experts.gate_up)
     down_pointers, down_form = as_stored(experts.down)
