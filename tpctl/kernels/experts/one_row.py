@@ -47,14 +47,16 @@ class RowConfig(NamedTuple):
 
 
 def pick_row(hidden: int, width: int, *, itemsize: int, programs: int, limit: int) -> RowConfig:
-    """For experts of such sizes on this rank, of at most `itemsize` bytes a weight; `limit` bytes of shared memory, two
-    fifths of which are for weights under way: on an H200 three times what hides the latency of memory."""
-    up_k = 2048 if 1024 < hidden <= 2048 else _least_padded(hidden)
+    """For experts of such sizes on this rank, of at most `itemsize` bytes a weight, and `limit` bytes of shared memory.
+
+    More than half of it is for gate_up's weights under way, so that no multiprocessor gets two programs where those of
+    the kernel before still fill others.
+    """
+    up_k = 2048 if 1024 < hidden <= 2048 else max(512, _least_padded(hidden))
     down_k = _least_padded(width)
     up_n, down_n = 8192 // up_k, max((16, 8, 4), key=lambda n: (round(_balance(hidden, n, programs), 1), n))
-    up_stages, down_stages = (
-        max(2, min(12, 1 + limit * 2 // 5 // tile)) for tile in (2 * up_n * up_k * itemsize, down_n * down_k * itemsize)
-    )
+    up_stages = 2 + limit // 2 // (2 * up_n * up_k * itemsize)
+    down_stages = max(2, min(12, 1 + limit * 2 // 5 // (down_n * down_k * itemsize)))
     return RowConfig(up_n, up_k, up_stages, down_n, down_k, down_stages)
 
 
@@ -108,8 +110,9 @@ def one_row(
     ids = x_1H.new_empty(programs, router.per_token, dtype=torch.int32)
     weights = torch.empty_like(ids, dtype=torch.float32)
     factors = x_1H.new_empty(programs, dtype=torch.float32)
-    h = x_1H.new_empty(router.per_token, experts.width)
-    shared_h = x_1H.new_empty(1, shared_width)
+    # In float32, of which threads copy one each ahead; fewer bytes than four they would load when they are needed.
+    h = x_1H.new_empty(router.per_token, experts.width, dtype=torch.float32)
+    shared_h = x_1H.new_empty(1, shared_width, dtype=torch.float32)
     flags = choice_flags(router.routing, router.experts, router.per_token, router.correction)
     down_parts = triton.cdiv(experts.width, config.down_k)
     for stage in _stages(x_1H.device):
