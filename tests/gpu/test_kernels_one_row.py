@@ -97,6 +97,6 @@ def test_what_is_refused() -> None:
 
 
 def test_choice() -> None:
-    assert pick_row(2048, 768, itemsize=2, programs=132, limit=232448) == RowConfig(4, 2048, 5, 16, 256, 12)
-    assert pick_row(2880, 2880, itemsize=2, programs=132, limit=232448) == RowConfig(8, 1024, 5, 8, 1024, 6)
-    assert pick_row(4096, 1408, itemsize=1, programs=132, limit=232448) == RowConfig(8, 1024, 9, 16, 512, 12)
+    assert pick_row(2048, 768, itemsize=2, programs=132, limit=232448) == RowConfig(4, 2048, 5, 16, 256, 16)
+    assert pick_row(2880, 2880, itemsize=2, programs=132, limit=232448) == RowConfig(8, 1024, 5, 8, 1024, 9)
+    assert pick_row(4096, 1408, itemsize=1, programs=132, limit=232448) == RowConfig(8, 1024, 9, 16, 512, 16)

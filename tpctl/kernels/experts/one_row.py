@@ -1,14 +1,16 @@
-"""The mixture of one token in one launch, router and norm included, its experts read once.
+"""The mixture of one token, router and norm included, its experts read once.
 
-    norm, router ┬─ shared gate·up ─┐
+    norm, router ┬─ shared gate·up ───────────────┐
                  └─ choice ─ gate·up of K experts ┴─ down: all K and the shared one in one sum, plus the residual,
                                                      or sent to the peers
 
-One row only streams its weights, so everything runs on the CUDA cores. Each multiprocessor has one program, so that all
-are on the GPU at once, whatever registers and memory they take, and can wait for each other: for the logits, after
-which each of them makes the choice for itself, and for what is between an expert's linears. Between launches the memory
-would stand still for longer, and programs of the next kernel that are placed early crowd the multiprocessors that are
-free first. The sum runs over the slots in their order.
+One row only streams its weights, so everything runs on the CUDA cores, in three launches: logits; choice, which every
+program makes for itself, and gate·up; down. The sum runs over the slots in their order. Each multiprocessor has one
+program, with more than half of its memory: smaller ones, placed while the kernel before still runs, would crowd the
+multiprocessors that are free first.
+
+`together`, all is one launch, whose programs wait for each other. They are on the GPU at once, whatever registers they
+take, if no other kernel waits for them.
 """
 
 from __future__ import annotations
@@ -49,14 +51,14 @@ class RowConfig(NamedTuple):
 def pick_row(hidden: int, width: int, *, itemsize: int, programs: int, limit: int) -> RowConfig:
     """For experts of such sizes on this rank, of at most `itemsize` bytes a weight, and `limit` bytes of shared memory.
 
-    More than half of it is for gate_up's weights under way, so that no multiprocessor gets two programs where those of
-    the kernel before still fill others.
+    More than half of it is for weights under way, so that no multiprocessor gets two programs.
     """
     up_k = 2048 if 1024 < hidden <= 2048 else max(512, _least_padded(hidden))
     down_k = _least_padded(width)
     up_n, down_n = 8192 // up_k, max((16, 8, 4), key=lambda n: (round(_balance(hidden, n, programs), 1), n))
-    up_stages = 2 + limit // 2 // (2 * up_n * up_k * itemsize)
-    down_stages = max(2, min(12, 1 + limit * 2 // 5 // (down_n * down_k * itemsize)))
+    up_stages, down_stages = (
+        2 + limit // 2 // tile for tile in (2 * up_n * up_k * itemsize, down_n * down_k * itemsize)
+    )
     return RowConfig(up_n, up_k, up_stages, down_n, down_k, down_stages)
 
 
@@ -84,6 +86,7 @@ def one_row(
     out: torch.Tensor | None = None,
     outlet: PeerBuffer | None = None,
     config: RowConfig | None = None,
+    together: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """[1, H]: residual + the weighed experts of one token + the shared one, in x's dtype (`out`, if given).
@@ -115,7 +118,7 @@ def one_row(
     shared_h = x_1H.new_empty(1, shared_width, dtype=torch.float32)
     flags = choice_flags(router.routing, router.experts, router.per_token, router.correction)
     down_parts = triton.cdiv(experts.width, config.down_k)
-    for stage in _stages(x_1H.device):
+    for stage in (0,) if together else (1, 2, 3):
         one_row_kernel[(programs,)](
             x_1H,
             router.weight,
@@ -172,8 +175,3 @@ def one_row(
             **launch_options(pdl),
         )
     return out
-
-
-def _stages(device: torch.device) -> tuple[int, ...]:
-    """The launches. Programs that Triton's interpreter runs one after the other cannot wait for each other."""
-    return (0,) if device.type == "cuda" else (1, 2, 3)

@@ -281,7 +281,7 @@ def one_row_kernel(
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     PEERS: tl.constexpr,
-    STAGE: tl.constexpr,  # 0: all, with programs that wait for each other; else the launch 1, 2 or 3
+    STAGE: tl.constexpr,  # 0: all in one launch, whose programs wait for each other; else the launch 1, 2 or 3
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -289,10 +289,13 @@ def one_row_kernel(
         normed_ptr += program * IN_FEATURES
     ids_ptr += program * PER_TOKEN
     weights_ptr += program * PER_TOKEN
+    if PDL and STAGE > 1:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if STAGE <= 1:
         leave_logits(x_ptr, gate_ptr, gate_bias_ptr, shared_gate_ptr, norm_ptr, logits_ptr, normed_ptr, program, True,
                      eps, IN_FEATURES, HAS_GATE_BIAS, HAS_SHARED_GATE, HAS_NORM, UNIT_OFFSET, COUNT, GATE_N, GATE_K,
-                     PDL, False)  # fmt: skip
+                     PDL, STAGE == 1)  # fmt: skip
         if STAGE == 0:
             if program == 0:
                 tl.store(counters_ptr + 1, 0)
@@ -322,8 +325,8 @@ def one_row_kernel(
         _await(counters_ptr + 1)
         if program == 0:
             tl.store(counters_ptr, 0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if PDL:  # only now: all programs are on the GPU
+            tl.extra.cuda.gdc_launch_dependents()
     if STAGE == 0 or STAGE == 3:
         for block in range(program, (DOWN_FORM.outputs + DOWN_N - 1) // DOWN_N, tl.num_programs(0)):
             value = _down(block, h_ptr, shared_h_ptr, ids_ptr, weights_ptr, factors_ptr + program, down_w_ptr,

@@ -1,6 +1,6 @@
 """Mixtures of experts on a GPU, in as few launches as there are rows for.
 
-one row            norm + router + choice + gate·up of the chosen (and shared) + down of all + residual
+one row            norm + router (+ shared gate·up) | choice + gate·up of the chosen | down of all + residual
 up to 16           norm + router + choice | gate·up | down | sum over a token's experts + shared + residual
 more               norm | router | choice | tiles | gate·up | down | sum
 """
