@@ -14,7 +14,7 @@ _SCALE_PAIRS = tl.constexpr("fma.rn.bf16x2 $0, $1, $2, $3;")
 
 
 @triton.jit
-def _normed_pairs(x, factor, UNIT_OFFSET: tl.constexpr):
+def normed_pairs(x, factor, UNIT_OFFSET: tl.constexpr):
     """x * factor, or x * (1 + factor), of words of two bfloat16 numbers, rounded once."""
     if UNIT_OFFSET:
         added = x
@@ -70,7 +70,7 @@ def _inputs(
             high = (x & -65536).to(tl.float32, bitcast=True)
             squares += low * low + high * high
             factor = tl.load(norm_ptr + at, mask=at < FORM.row_bytes, other=0)
-            x = _normed_pairs(x, factor[None, :], UNIT_OFFSET)
+            x = normed_pairs(x, factor[None, :], UNIT_OFFSET)
         even, odd = planes(tl.trans(x))
     elif FORM.packed:
         even, squares = _plain_inputs(x_rows, norm_ptr, squares, 2 * at, m_ok, COLUMNS, HAS_NORM, UNIT_OFFSET)

@@ -56,7 +56,7 @@ class Form(NamedTuple):
 
 
 @triton.jit
-def _as_zero(zero, KIND: tl.constexpr):
+def as_zero(zero, KIND: tl.constexpr):
     if KIND == "e4m3":
         found = e4m3_float(zero)
     elif zero.dtype == tl.uint8 and KIND == "int8":
@@ -78,7 +78,7 @@ def tile_scales(s_rows, z_rows, at, FORM: tl.constexpr, BYTES: tl.constexpr, GRO
         column = tl.minimum(column, FORM.scale_columns - 1)
     scale = scale_float(tl.load(s_rows + column[None, :]), SCALES)
     if FORM.has_zeros:
-        zero = _as_zero(tl.load(z_rows + column[None, :]), KIND)
+        zero = as_zero(tl.load(z_rows + column[None, :]), KIND)
     else:
         zero = tl.full(scale.shape, FORM.zero, tl.float32)
     return scale, zero
@@ -104,7 +104,7 @@ def number(code, s_rows, z_rows, groups_ptr, k, scale, zero, FORM: tl.constexpr)
         else:
             column = tl.minimum((k + FORM.first) // FORM.unit, FORM.scale_columns - 1)[None, :]
         if FORM.has_zeros:
-            value -= _as_zero(tl.load(z_rows + column), KIND)
+            value -= as_zero(tl.load(z_rows + column), KIND)
         else:
             value -= FORM.zero
         value *= scale_float(tl.load(s_rows + column), SCALES)
