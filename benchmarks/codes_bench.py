@@ -31,6 +31,7 @@ from kernel_bench import BF16, DEVICE, graph_us, row
 
 from tpctl.kernels.common.codes import PACKED, Codes, Kind
 from tpctl.kernels.common.launch import capability, is_hopper, num_multiprocessors, shared_memory
+from tpctl.kernels.common.norm import rms_norm
 from tpctl.kernels.linear.codes_gemm import (
     decode_rows,
     decoded_linear,
@@ -39,6 +40,7 @@ from tpctl.kernels.linear.codes_gemm import (
     quantize_rows,
     scaled_gemm,
 )
+from tpctl.kernels.linear.codes_gemv import CodesGemvConfig, codes_gemv, pick_codes_gemv
 from tpctl.kernels.linear.codes_linear import MOST_ROWS, CodesConfig, codes_linear, codes_linear_reference, pick_codes
 from tpctl.kernels.linear.gemv import GemvScratch
 
@@ -121,7 +123,14 @@ def random_codes(form: Format, shape: Shape) -> Codes:
     )
 
 
-def picked(rows: int, codes: Codes, shape: Shape) -> CodesConfig:
+def picked(rows: int, codes: Codes, shape: Shape) -> CodesConfig | CodesGemvConfig:
+    few = pick_codes_gemv(
+        rows, codes, gated=shape.gated, multiprocessors=num_multiprocessors(DEVICE), hopper=is_hopper(DEVICE)
+    )
+    return few or picked_linear(rows, codes, shape)
+
+
+def picked_linear(rows: int, codes: Codes, shape: Shape) -> CodesConfig:
     config = pick_codes(
         min(rows, MOST_ROWS),
         shape.outputs,
@@ -135,8 +144,19 @@ def picked(rows: int, codes: Codes, shape: Shape) -> CodesConfig:
     return config
 
 
+def multiplied(
+    x: torch.Tensor, codes: Codes, scratch: GemvScratch, config: CodesConfig | CodesGemvConfig, **options: Any
+) -> torch.Tensor:
+    if isinstance(config, CodesConfig):
+        return codes_linear(x, codes, scratch, config=config, pdl=True, **options)
+    if "norm" in options and len(x) > 1:
+        weight, eps = options.pop("norm")
+        x = rms_norm(x, weight, eps, pdl=True)
+    return codes_gemv(x, codes, config=config, pdl=True, **options)
+
+
 def scaled(x: torch.Tensor, codes: Codes) -> torch.Tensor:
-    config = gemm_config(codes, capability(DEVICE), shared_memory(DEVICE))
+    config = gemm_config(codes, len(x), capability(DEVICE), shared_memory(DEVICE), num_multiprocessors(DEVICE))
     assert codes.kind in ("e4m3", "int8")
     q, scales = quantize_rows(x, codes.kind, None if codes.scales.shape[1] == 1 else config.block_k)
     return scaled_gemm(q, scales, codes, config, out=x.new_empty(len(x), codes.outputs))
@@ -158,13 +178,13 @@ def bench_correct(args: argparse.Namespace) -> None:
         cells = ["-", "-", "-", f"{error(decoded_linear(x, codes), want):.1e}"]
         if rows <= MOST_ROWS:
             out = torch.full((rows, 1000), torch.nan, device=DEVICE, dtype=BF16)
-            codes_linear(x, codes, scratch, config=picked(rows, codes, shape), out=out, pdl=True)
+            multiplied(x, codes, scratch, picked(rows, codes, shape), out=out)
             cells[0] = f"{error(out, want):.1e}"
             half = Shape(500, shape.inputs, True)
             options: dict[str, Any] = {"activation": "silu"}
             if rows <= 16:
                 options["norm"] = (torch.rand(shape.inputs, device=DEVICE, dtype=BF16) + 0.5, 1e-6)
-            out = codes_linear(x, codes, scratch, config=picked(rows, codes, half), pdl=True, **options)
+            out = multiplied(x, codes, scratch, picked(rows, codes, half), **options)
             if rows <= 16:
                 options["norm"] = (options["norm"][0].double(), 1e-6)
             cells[1] = f"{error(out, codes_linear_reference(x.double(), codes, **options)):.1e}"
@@ -190,13 +210,15 @@ def fused(shape: Shape, x: torch.Tensor, out: torch.Tensor) -> dict[str, Any]:
     return {"residual_TO": out} if shape.outputs <= shape.inputs else {"norm": (x[0], 1e-6)}
 
 
-def stored(rows: int, held: list[Codes], shape: Shape, scratch: GemvScratch, config: CodesConfig) -> float:
+def stored(
+    rows: int, held: list[Codes], shape: Shape, scratch: GemvScratch, config: CodesConfig | CodesGemvConfig
+) -> float:
     x = torch.randn(rows, shape.inputs, device=DEVICE, dtype=BF16)
     out = torch.empty(rows, shape.outputs, device=DEVICE, dtype=BF16)
     options = fused(shape, x, out)
     if rows > 16:
         options.pop("norm", None)
-    return in_turns(lambda codes: codes_linear(x, codes, scratch, config=config, out=out, pdl=True, **options), held)
+    return in_turns(lambda codes: multiplied(x, codes, scratch, config, out=out, **options), held)
 
 
 def cublas(rows: int, shape: Shape) -> float:
@@ -210,7 +232,7 @@ def cublas(rows: int, shape: Shape) -> float:
 
 def bench_few(args: argparse.Namespace) -> None:
     peak = next((rate for name, rate in BANDWIDTH.items() if name in torch.cuda.get_device_name()), 4.8e12)
-    row("1 to 16 rows", "rows", "us", "TB/s", "of floor", "decode us", "cuBLAS us", "splits")
+    row("1 to 16 rows", "rows", "us", "TB/s", "of floor", "decode us", "cuBLAS us", "kernel")
     scratch = GemvScratch.allocate(DEVICE)
     for shape in args.shapes:
         plain = {rows: cublas(rows, shape) for rows in args.rows or (1, 4, 16)}
@@ -222,7 +244,7 @@ def bench_few(args: argparse.Namespace) -> None:
                 us = stored(rows, held, shape, scratch, config)
                 rate = held[0].nbytes / us * 1e6
                 row(f"{name} {shape}", rows, f"{us:.2f}", f"{rate / 1e12:.2f}", f"{rate / peak:.0%}", f"{before:.1f}",
-                    f"{theirs:.1f}", config.split_k)  # fmt: skip
+                    f"{theirs:.1f}", "linear" if isinstance(config, CodesConfig) else "gemv")  # fmt: skip
 
 
 def bench_many(args: argparse.Namespace) -> None:
@@ -285,7 +307,7 @@ def bench_sweep(args: argparse.Namespace) -> None:
     for name, shape, rows in itertools.product(args.kinds, args.shapes, args.rows or (1, 16, 64)):
         held = copies(FORMATS[name], shape)
         row_bytes = held[0].values.shape[1]
-        default = picked(rows, held[0], shape)
+        default = picked_linear(rows, held[0], shape)
         times: dict[CodesConfig, float] = {}
         for config in {default, *configs(rows, default, row_bytes)}:
             try:

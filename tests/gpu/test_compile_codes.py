@@ -21,6 +21,8 @@ from tests.unit.random_codes import random_codes
 from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.linear.codes_gemm import GemmConfig, gemm_config
 from tpctl.kernels.linear.codes_gemm_kernels import decode_kernel, quantize_kernel, scaled_gemm_kernel
+from tpctl.kernels.linear.codes_gemv import gemv_form, pick_codes_gemv
+from tpctl.kernels.linear.codes_gemv_kernels import codes_gemv_kernel
 from tpctl.kernels.linear.codes_linear import form_of, pick_codes
 from tpctl.kernels.linear.codes_linear_kernels import codes_linear_kernel
 
@@ -48,7 +50,14 @@ class Built(NamedTuple):
 
 
 def build(
-    kernel: Any, arch: int, folder: Path, types: dict[str, str], warps: int, stages: int, **constants: Any
+    kernel: Any,
+    arch: int,
+    folder: Path,
+    types: dict[str, str],
+    warps: int,
+    stages: int,
+    registers: int | None = None,
+    **constants: Any,
 ) -> Built:
     names = kernel.arg_names
     types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in names} | types
@@ -59,7 +68,7 @@ def build(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     binary = folder / "kernel.cubin"
     binary.write_bytes(found.asm["cubin"])
@@ -95,6 +104,20 @@ def linear(codes: Codes, rows: int, arch: int, folder: Path, *, gated: bool) -> 
     flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT_K": config.split_k}
     flags |= {"STAGES": config.num_stages, "PREFETCH": config.prefetch, "RANK": 0, "WORLD": 1, "PEERS": 1}
     return build(kernel, arch, folder, types, config.num_warps, config.num_stages, PDL=arch >= 90, **flags)
+
+
+def gemv(codes: Codes, rows: int, folder: Path, *, gated: bool) -> Built:
+    config, found = pick_codes_gemv(rows, codes, gated=gated, multiprocessors=132, hopper=True), gemv_form(codes)
+    assert config is not None and found is not None
+    width = 2 if gated else 1
+    kernel = codes_gemv_kernel
+    types = {name: kind for name, kind in pointers(codes).items() if name in kernel.arg_names}
+    flags: dict[str, Any] = {"FORM": found[0], "G": found[1], "HAS_BIAS": False, "HAS_RESIDUAL": not gated}
+    flags |= {"HAS_NORM": gated, "UNIT_OFFSET": False, "ACTIVATION": "silu" if gated else "", "NORM_ROWS": 1}
+    flags |= {"MR": -(-rows // 8), "R": config.outputs * width // 8, "WARPS": config.num_warps, "AHEAD": config.ahead}
+    flags |= {"RANK": 0, "WORLD": 1, "PEERS": 1, "PDL": True}
+    types |= {"x_ptr": "*i32", "norm_ptr": "*i32"}
+    return build(kernel, 90, folder, types, config.num_warps, 1, registers=config.registers, **flags)
 
 
 def gemm(codes: Codes, config: GemmConfig, arch: int, folder: Path) -> Built:
@@ -141,13 +164,25 @@ def test_stored_codes(arch: int, kind: str, rows: int, gated: bool, tmp_path: Pa
         assert built.registers * 64 <= 65536 // 4 and built.shared <= SHARED[arch] // 4
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_into_registers(kind: str, gated: bool, tmp_path: Path) -> None:
+    """Codes come 16 bytes at a time, and nothing moves between threads on the way to the tensor cores."""
+    codes = random_codes(n=OUT * (2 if gated else 1), k=IN, **KINDS[kind])
+    built = gemv(codes, 1, tmp_path, gated=gated)
+    assert "LDG.E.EF.128" in built.sass and "HMMA" in built.sass
+    assert "SHFL.IDX" not in built.sass and "LDSM" not in built.sass
+    assert built.sass.count("BAR.SYNC") < 12  # sums and squares
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90, 120])
 @pytest.mark.parametrize("kind", ["fp8 block", "fp8 channel", "int8 channel"])
-def test_products_of_8_bits(arch: int, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [32, 2048])
+def test_products_of_8_bits(arch: int, kind: str, rows: int, tmp_path: Path) -> None:
     if arch < 89 and kind != "int8 channel":
         pytest.skip("no FP8 there")
     codes = random_codes(n=256, k=IN, **KINDS[kind])
-    config = gemm_config(codes, (arch // 10, arch % 10), SHARED[arch])
+    config = gemm_config(codes, rows, (arch // 10, arch % 10), SHARED[arch], 132)
     built = gemm(codes, config, arch, tmp_path)
     assert built.shared <= SHARED[arch]
     assert built.stack <= SPILLED

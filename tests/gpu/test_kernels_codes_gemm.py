@@ -66,7 +66,7 @@ def test_products_of_8_bits(name, rows, out_features, columns, bias, tma):
     else:
         codes = codes_of(name, out_features, columns)
     assert pick_way(513, replace(codes, rounds=True), (9, 0), 132) == "scaled"
-    config = gemm_config(codes, (9, 0), shared_memory(DEVICE))._replace(tma=tma)
+    config = gemm_config(codes, rows, (9, 0), shared_memory(DEVICE), 132)._replace(tma=tma)
     if INTERPRET:
         config = config._replace(block_m=64, block_n=64)
     elif tma and torch.cuda.get_device_capability() < (9, 0):
@@ -92,26 +92,32 @@ def test_which_way():
     for name in ("fp8 block", "fp8 channel"):
         assert way(name) == way(name, (8, 9)) == "scaled"
         assert way(name, (8, 0)) == way(name, columns=264) == "decoded"
-        assert way(name, (8, 0), rows=512) == way(name, rows=512) == "stored"
+        assert way(name, (8, 9), rows=512) == way(name, (8, 0), rows=128) == "stored"
+        assert way(name, (8, 0), rows=129) == "decoded"
     assert way("int8 channel", (8, 0), zeros=False) == "scaled"
     for name in ("int8 channel", "awq", "mxfp4", "fp8, odd blocks"):
         assert way(name) == "decoded"
-    # Whether x may be rounded is the format's to say, and below 513 rows there are to be tiles for all programs.
+    assert [way("fp8 channel", rows=rows) for rows in (16, 17)] == ["stored", "scaled"]
+    assert [way("fp8 block", rows=rows) for rows in (32, 33)] == ["stored", "scaled"]
+    # Whether x may be rounded is the format's to say; elsewhere there are to be tiles for all programs.
     wide = codes_of("fp8 channel", 128 * 132, 64)
     assert pick_way(9999, wide, (9, 0), 132) == "decoded"
     wide = replace(wide, rounds=True)
-    assert [pick_way(rows, wide, (9, 0), 132) for rows in (64, 65)] == ["stored", "scaled"]
-    assert pick_way(65, wide, (9, 0), 133) == "stored"
+    assert [pick_way(rows, wide, (8, 9), 132) for rows in (64, 65)] == ["stored", "scaled"]
+    assert pick_way(65, wide, (8, 9), 133) == "stored"
 
 
 def test_tiles():
-    blocks, channel = codes_of("fp8 block", 32, 256), codes_of("fp8 channel", 32, 256)
-    for codes in (blocks, channel):
-        assert gemm_config(codes, (9, 0), 232448) == GemmConfig(128, 128, 128, 8, 4)
-        assert gemm_config(codes, (8, 9), 101376) == GemmConfig(128, 128, 128, 8, 2, tma=False)
-    assert gemm_config(codes_of("int8 channel", 32, 256), (9, 0), 232448) == GemmConfig(128, 256, 128, 8, 4)
+    blocks, channel = codes_of("fp8 block", 32, 256), codes_of("fp8 channel", 128 * 132, 64)
+    assert gemm_config(blocks, 33, (9, 0), 232448, 132) == GemmConfig(64, 64, 128, 4, 6)
+    assert gemm_config(blocks, 513, (9, 0), 232448, 132) == GemmConfig(64, 128, 128, 4, 5)
+    assert gemm_config(channel, 64, (9, 0), 232448, 132) == GemmConfig(64, 128, 128, 4, 5)
+    assert gemm_config(channel, 65, (9, 0), 232448, 132) == GemmConfig(128, 128, 128, 8, 4)
+    assert gemm_config(channel, 65, (8, 9), 101376, 142) == GemmConfig(128, 128, 128, 8, 2, tma=False)
+    wide = codes_of("int8 channel", 128 * 132, 64)
+    assert gemm_config(wide, 65, (9, 0), 232448, 132) == GemmConfig(128, 256, 128, 8, 4)
     cut = codes_of("fp8 block, cut inside one", 32, 256)
-    assert gemm_config(cut, (9, 0), 232448) == GemmConfig(128, 128, 64, 8, 4)
+    assert gemm_config(cut, 513, (9, 0), 232448, 132) == GemmConfig(64, 128, 64, 4, 5)
 
 
 @pytest.mark.parametrize("columns", [576, 321])

@@ -23,6 +23,8 @@ from tpctl.kernels.linear.codes_linear import MOST_ROWS, as_bytes, form_of
 Way = Literal["stored", "scaled", "decoded"]
 
 _BLOCK_K = 128
+_STORED = 128
+"""Most rows that are multiplied by the codes as they are where they can be decoded before."""
 _LARGEST = {"e4m3": 448.0, "int8": 127.0}
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 _DECODED = 1 << 26
@@ -46,28 +48,40 @@ def pick_way(rows: int, codes: Codes, capability: tuple[int, int], multiprocesso
     as W and x then have them, or by numbers "decoded" before.
 
     FP8 tensor cores are there from compute capability 8.9 on, and rows of W must be at multiples of 16 bytes for the
-    copies that feed them. Below `MOST_ROWS` they are for so many outputs that their tiles fill the device. An estimate,
-    made without a GPU.
+    copies that feed them. Measured on an H200: 8-bit numbers are faster from 17 rows on, with scales for blocks of
+    inputs from 33 where outputs are few; of other codes, decoding pays beyond some 128 rows. Elsewhere, an estimate.
     """
     form, tile, _ = form_of(codes, _BLOCK_K, fast=False)
     enough = codes.kind == "int8" or (codes.kind == "e4m3" and capability >= (8, 9))
     plain = form.mode in ("end", "tile") and tile >= 32 and not form.has_zeros and form.zero == 0
-    scaled = codes.rounds and enough and plain and codes.columns % 16 == 0
-    tiles = -(-rows // 128) * -(-codes.outputs // 128)
-    if rows <= MOST_ROWS and not (scaled and rows > 64 and tiles >= multiprocessors):
-        return "stored"
-    return "scaled" if scaled else "decoded"
+    if codes.rounds and enough and plain and codes.columns % 16 == 0:
+        least = 17 if form.mode == "end" or codes.outputs > 64 * multiprocessors else 33
+        if capability[0] != 9:
+            tiles = -(-rows // 128) * -(-codes.outputs // 128)
+            least = 65 if tiles >= multiprocessors else MOST_ROWS + 1
+        return "scaled" if rows >= least else "stored"
+    return "stored" if rows <= _STORED else "decoded"
 
 
-def gemm_config(codes: Codes, capability: tuple[int, int], shared_memory: int) -> GemmConfig:
-    """For a device whose programs may have so many bytes of shared memory. Estimates, made without a GPU."""
+def gemm_config(
+    codes: Codes, rows: int, capability: tuple[int, int], shared_memory: int, multiprocessors: int
+) -> GemmConfig:
+    """For a device whose programs may have so many bytes of shared memory. Measured in FP8 on an H200; elsewhere, and
+    for int8 of many rows, estimates."""
     form, tile, _ = form_of(codes, _BLOCK_K, fast=False)
     block_k = _BLOCK_K if form.mode == "end" else tile
     large = shared_memory > 200 << 10
-    # Sums in float32 beside those of the tensor cores leave no registers for wider tiles of FP8.
-    block_n = 256 if large and form.mode == "end" and codes.kind == "int8" else 128
-    stages = min(4, (shared_memory - 4096) // ((128 + block_n) * block_k))
-    return GemmConfig(128, block_n, block_k, 8, stages, tma=capability >= (9, 0))
+    block_m, block_n, warps, stages = 128, 128, 8, 4
+    columns = -(-codes.outputs // 128)
+    if large and rows <= 64 and 2 * columns <= multiprocessors:
+        block_m, block_n, warps, stages = 64, 64, 4, 6
+    elif large and (rows <= 64 or form.mode == "tile" or -(-rows // 64) * columns <= multiprocessors):
+        # A block's sums in float32 beside those of the tensor cores leave no registers for more.
+        block_m, warps, stages = 64, 4, 5
+    elif large and codes.kind == "int8":
+        block_n = 256
+    stages = min(stages, (shared_memory - 4096) // ((block_m + block_n) * block_k))
+    return GemmConfig(block_m, block_n, block_k, warps, stages, tma=capability >= (9, 0))
 
 
 def quantize_rows(

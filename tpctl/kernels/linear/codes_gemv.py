@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import Activation
-from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
 from tpctl.kernels.linear.codes_gemv_kernels import codes_gemv_kernel
 from tpctl.kernels.linear.codes_linear import as_bytes, form_of, may_be_fast
@@ -32,6 +32,28 @@ class CodesGemvConfig(NamedTuple):
     num_warps: int
     ahead: int
     registers: int = 128
+
+
+def pick_codes_gemv(
+    rows: int, codes: Codes, *, gated: bool, multiprocessors: int, hopper: bool
+) -> CodesGemvConfig | None:
+    """How to cut a linear, or None for what `codes_linear` is for. Measured on an H200 at the sizes of Llama-8B, by FP8
+    with a scale a row and GPTQ; other kinds are taken for alike.
+
+    Beyond 8 rows x is read twice as often as W for packed kinds, and registers are short: only for few outputs of 8
+    bits that is faster. hopper: whether that generation's shared memory does not bound it.
+    """
+    if not hopper or gemv_form(codes) is None:
+        return None
+    packed = codes.kind in PACKED
+    few = codes.outputs <= 32 * multiprocessors  # two programs a multiprocessor take all of them at once
+    if rows > 8:
+        return CodesGemvConfig(16, 8, 2) if rows <= MOST_ROWS and few and not packed and not gated else None
+    if gated:
+        return CodesGemvConfig(16, 4, 4, 168) if packed else CodesGemvConfig(16, 4, 2)
+    if few:
+        return CodesGemvConfig(16, 8, 4)
+    return CodesGemvConfig(16, 4, 8) if packed else CodesGemvConfig(16, 8, 2, 80)
 
 
 def gemv_form(codes: Codes) -> tuple[Form, int] | None:
@@ -60,14 +82,17 @@ def codes_gemv(
     outlet: PeerBuffer | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """What `codes_linear` does, for x_TK [T, K] bfloat16 with T <= 16 and codes that `takes` allows."""
+    """What `codes_linear` does, for x_TK [T, K] bfloat16 with T <= 16 and codes that have a `gemv_form`.
+
+    Raises ValueError for others, and for what an outlet does not take.
+    """
     rows, in_features = x_TK.shape
     if in_features != codes.columns:
         raise ValueError(f"x has {in_features} columns, the codes {codes.columns}")
     norm_K = x_TK if norm is None else norm[0]
     found = gemv_form(codes)
     if found is None or rows > MOST_ROWS or not may_be_fast(x_TK, norm_K):
-        raise ValueError("these codes and inputs are for codes_linear")
+        raise ValueError(f"{rows} rows of {x_TK.dtype} and such {codes.kind} codes: use codes_linear")
     form, parts = found
     width = 2 if activation else 1
     out_features = codes.outputs // width

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.common.codes_kernels import fast_pair, fast_single, lifted, minus_zero, planes, scale_float
-from tpctl.kernels.linear.codes_linear_kernels import finished_sums, normed_pairs
-from tpctl.kernels.linear.codes_tiles import as_zero, code_rows
+from tpctl.kernels.common.codes_kernels import fast_pair, fast_single, lifted, minus_zero, planes, scale_float, unlifted
+from tpctl.kernels.linear.codes_linear_kernels import normed_pairs
+from tpctl.kernels.linear.codes_tiles import as_zero
 from tpctl.kernels.linear.epilogue import finish
 
 # Axes of a tile, from the outermost: R groups of 8 rows; WARPS; 8 rows; 4 threads; 16 bytes. A piece is a thread's 16.
@@ -83,6 +83,34 @@ def _scales(
     if FORM.has_zeros:
         zero = as_zero(tl.load(zeros_ptr + offset), KIND)
     return scale, zero
+
+
+@triton.jit
+def _row_factors(
+    scales_ptr,
+    rows_ptr,
+    factors_ptr,
+    first_row,
+    out_features,
+    FORM: tl.constexpr,
+    R: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What the sums of a program's rows are multiplied by, [8 * R]."""
+    KIND: tl.constexpr = FORM.kind
+    SCALES: tl.constexpr = FORM.scales
+    N: tl.constexpr = 8 * R // WIDTH
+    at = tl.arange(0, 8 * R)
+    row = tl.minimum(first_row + at % N, out_features - 1) + at // N * out_features
+    found = unlifted(tl.full([8 * R], 1.0, tl.float32), KIND)
+    if FORM.mode == "end":
+        of = row
+        if FORM.has_rows:
+            of = tl.load(rows_ptr + row)
+        found *= scale_float(tl.load(scales_ptr + of.to(tl.int64) * FORM.scale_columns), SCALES)
+    if FORM.has_factors:
+        found *= tl.load(factors_ptr + row)
+    return found
 
 
 @triton.jit
@@ -243,13 +271,14 @@ def codes_gemv_kernel(
     scales_ahead = ()
     for i in tl.static_range(AHEAD):
         if i < TILES:
-            w_ahead += (_codes(w_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, WHOLE),)
+            w = _codes(w_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, WHOLE)
+            w_ahead += (w,)  # type: ignore[assignment]
             if SCALED:
-                scales_ahead += (
-                    _scales(
-                        scales_ptr, zeros_ptr, rows_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, G
-                    ),
+                scales = _scales(
+                    scales_ptr, zeros_ptr, rows_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, G
                 )
+                scales_ahead += (scales,)  # type: ignore[assignment]
+    factors = _row_factors(scales_ptr, rows_ptr, factors_ptr, first_row, out_features, FORM, R, WIDTH)
     targets = m
     if WORLD > 1:
         targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
@@ -278,23 +307,18 @@ def codes_gemv_kernel(
         acc += _tile_sums(w_ahead[i], x, scale, zero, FORM, R, MR, WARPS, G)
         if i + AHEAD < TILES:
             start = (i + AHEAD) * TILE
-            w_ahead += (_codes(w_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, WHOLE),)
+            w = _codes(w_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, WHOLE)
+            w_ahead += (w,)  # type: ignore[assignment]
             if SCALED:
-                scales_ahead += (
-                    _scales(scales_ptr, zeros_ptr, rows_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, G),
+                scales = _scales(
+                    scales_ptr, zeros_ptr, rows_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, G
                 )
-    acc = tl.sum(acc, 0)
-    n = first_row + tl.arange(0, N)
-    n_safe = tl.minimum(n, out_features - 1)
-    _, s_rows, _ = code_rows(w_ptr, scales_ptr, zeros_ptr, rows_ptr, n_safe, FORM)
+                scales_ahead += (scales,)  # type: ignore[assignment]
+    acc = tl.trans(tl.sum(acc, 0) * factors[:, None])
+    up = acc
     if WIDTH == 2:
-        acc, up = tl.split(tl.permute(tl.reshape(acc, [2, N, 8 * MR]), 1, 2, 0))
-        _, up_s_rows, _ = code_rows(w_ptr, scales_ptr, zeros_ptr, rows_ptr, out_features + n_safe, FORM)
-        up = finished_sums(up, up_s_rows, factors_ptr, out_features + n_safe, FORM)
-        acc = finished_sums(acc, s_rows, factors_ptr, n_safe, FORM)
-    else:
-        acc = finished_sums(acc, s_rows, factors_ptr, n_safe, FORM)
-        up = acc
+        acc, up = tl.split(tl.permute(tl.reshape(acc, [8 * MR, 2, N]), 0, 2, 1))
+    n = first_row + tl.arange(0, N)
     scale = tl.full([8 * MR], 1.0, tl.float32)
     if HAS_NORM:
         scale *= tl.rsqrt(squares / FORM.columns + eps)

@@ -169,7 +169,9 @@ def tile_sums(
     # Scales are read a tile ahead: codes come through shared memory, several tiles ahead, and these do not.
     next_scale, next_zero, next_up_scale, next_up_zero = scale, zero, up_scale, up_zero
     MOVING: tl.constexpr = FORM.mode == "tile" or FORM.mode == "inside"
-    for i in tl.range(0, TILES, num_stages=STAGES):
+    # Scales of every input would fill shared memory several times over: they wait for each tile instead.
+    AHEAD: tl.constexpr = 1 if FORM.mode == "each" else STAGES
+    for i in tl.range(0, TILES, num_stages=AHEAD):
         first = start + i * BYTES
         at = first + tl.arange(0, BYTES)
         if MOVING:

@@ -15,7 +15,8 @@ from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.common.launch import capability, shared_memory
 from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
-from tpctl.kernels.linear.codes_linear import codes_linear, pick_codes
+from tpctl.kernels.linear.codes_gemv import codes_gemv, pick_codes_gemv
+from tpctl.kernels.linear.codes_linear import codes_linear, may_be_fast, pick_codes
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.codes import CodesWeight
@@ -77,6 +78,29 @@ class KernelCodesWeight(CodesWeight):
         if norm is not None and (x.shape[0] > _NORM_WITHIN or x.dtype == torch.float16):
             x, norm = normed(x, norm, self._state), None
         gated = activation is not None
+        if may_be_fast(x, x if norm is None else norm.weight):
+            found = pick_codes_gemv(
+                x.shape[0],
+                self.codes,
+                gated=gated,
+                multiprocessors=self._facts.multiprocessors,
+                hopper=self._facts.hopper,
+            )
+            if found is not None:
+                if norm is not None and x.shape[0] > 1:  # each program would square all rows
+                    x, norm = normed(x, norm, self._state), None
+                return codes_gemv(
+                    x,
+                    self.codes,
+                    bias_O=bias,
+                    **fused(norm),
+                    activation=activation,
+                    residual_TO=residual,
+                    out=residual,
+                    config=found,
+                    outlet=outlet,
+                    pdl=self._state.pdl,
+                )
         config = pick_codes(
             x.shape[0],
             self.codes.outputs // (2 if gated else 1),
@@ -104,7 +128,9 @@ class KernelCodesWeight(CodesWeight):
     def _scaled(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None) -> Tensor:
         """Inputs rounded by one launch, and multiplied by another."""
         codes, pdl = self.codes, self._state.pdl
-        config = gemm_config(codes, capability(x.device), shared_memory(x.device))
+        config = gemm_config(
+            codes, x.shape[0], capability(x.device), shared_memory(x.device), self._facts.multiprocessors
+        )
         block = None if codes.scales.shape[-1] == 1 else config.block_k
         assert codes.kind in ("e4m3", "int8")
         q, scales = quantize_rows(x, codes.kind, block, **fused(norm), pdl=pdl)
