@@ -98,6 +98,29 @@ BAD: list[tuple[str, Any, bytes, str]] = [
 ]
 
 
+def _changed(**changes: Any) -> dict[str, Any]:
+    """A sound entry, and behind it one of the same dtype and shape but for ``changes``."""
+    return {"a": entry(), "b": {**entry(offsets=(4, 8)), **changes}}
+
+
+# Each would equal the entry before it, were only values compared.
+BAD += [
+    (f"{what}, behind a sound one", _changed(**changes), bytes(8), message)
+    for what, changes, message in (
+        ("shape of truth", {"shape": [True]}, "shape"),
+        ("shape of a float", {"shape": [1.0]}, "shape"),
+        ("shape of texts", {"shape": ["1"]}, "shape"),
+        ("shape of a text", {"shape": "1"}, "shape"),
+        ("shape of lists", {"shape": [[1]]}, "shape"),
+        ("no list of a dtype", {"dtype": ["F32"]}, "dtype"),
+        ("offset of a float", {"data_offsets": [4.0, 8]}, "offsets"),
+        ("three offsets", {"data_offsets": [4, 8, 8]}, "offsets"),
+        ("larger span", {"data_offsets": [4, 9]}, "spans"),
+        ("further key", {"more": 1}, "exactly"),
+    )
+]
+
+
 @pytest.mark.parametrize(("entries", "data", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
 def test_malformed_headers_are_refused_with_file_and_reason(
     tmp_path: Path, entries: Any, data: bytes, message: str

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -139,7 +138,7 @@ class _Values:
     def _place(self, name: str) -> tuple[FileTensor, Path]:
         info = self._tensors[name]
         start = self._numbers[name] * 7919 % _SHIFTS * 16
-        return replace(info, start=start, stop=start + info.nbytes), self.folder / _kind(info)
+        return info._replace(start=start, stop=start + info.nbytes), self.folder / _kind(info)
 
 
 @contextmanager

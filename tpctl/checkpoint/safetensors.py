@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpctl.errors import CheckpointError, counted, shorten, shown
 from tpctl.manifest.records import LONGEST_TEXT, SourceFile
@@ -35,8 +36,7 @@ MOST_VALUES = 6_000_000
 """Most brackets, commas and colons in a header, about nine a tensor: what bounds the memory that reading it takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileTensor:
+class FileTensor(NamedTuple):
     """One tensor of a file; ``start`` and ``stop`` are byte offsets from the beginning of the file."""
 
     name: str
@@ -48,6 +48,10 @@ class FileTensor:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+
+_KINDS = 1000
+"""Dtypes with shapes whose sizes are kept in mind while a header is read."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +169,17 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
         if not name.isascii() and name.encode("utf-8", "replace") != name.encode("utf-8", "surrogatepass"):
             raise bad(f"{shown(name)} holds half a character")
     base = 8 + len(body)
-    tensors = {name: _tensor(name, entry, base, bad) for name, entry in entries.items()}
+    tensors: dict[str, FileTensor] = {}
+    sizes: dict[tuple[Any, ...], int] = {}
+    for name, entry in entries.items():
+        info = _like_another(name, entry, base, sizes)
+        if info is None:
+            info = _tensor(name, entry, base, bad)
+            if len(sizes) < _KINDS:
+                sizes[_kind(info.dtype, info.shape)] = info.nbytes
+        tensors[name] = info
     reach = base
-    for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
+    for info in sorted(tensors.values(), key=attrgetter("start", "stop")):
         if info.start != reach:
             kind = "overlaps another tensor" if info.start < reach else "leaves a gap before it"
             place = f"begins at byte {info.start - base}, expected {reach - base}"
@@ -190,6 +202,25 @@ def source_headers(files: Iterable[SourceFile], manifest: Path | None = None) ->
     """
     within = "" if manifest is None else f" in {manifest}"
     return {file.name: parse_header(file.header.encode(), file.size, file.name + within) for file in files}
+
+
+def _like_another(name: str, entry: Any, base: int, sizes: Mapping[tuple[Any, ...], int]) -> FileTensor | None:
+    """The tensor of a sound ``entry`` whose dtype and shape are those of an earlier one, which has the size given;
+    ``None``: it has to be looked at as a whole. Experts are thousands of tensors of a few kinds."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        nbytes = sizes.get(_kind(dtype, shape))
+    except (KeyError, TypeError, ValueError):
+        return None
+    if nbytes is None or len(entry) != len(_FIELDS) or len(name) > LONGEST_TEXT:
+        return None
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= MOST_BYTES or end - begin != nbytes:
+        return None
+    return FileTensor(name, dtype, tuple(shape), base + begin, base + end)
+
+
+def _kind(dtype: Any, shape: Iterable[Any]) -> tuple[Any, ...]:
+    return dtype, *shape, *map(type, shape)  # types too, since 1 is equal to true and to 1.0
 
 
 def _tensor(name: str, entry: Any, base: int, bad: Callable[[str], CheckpointError]) -> FileTensor:
@@ -224,8 +255,7 @@ def _are_natural(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """What a tensor is, wherever its bytes may be: one to be written, or of a model that is not here."""
 
     name: str
