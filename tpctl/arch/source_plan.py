@@ -76,7 +76,7 @@ def second_copies(config: ModelConfig, names: Container[str]) -> dict[str, str]:
 def towers(config: ModelConfig, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that belong to what sees or hears, beside the text model."""
     patterns = config.blueprint.towers
-    return [name for name in names if patterns and re.fullmatch("|".join(patterns), name)]
+    return list(filter(re.compile("|".join(patterns)).fullmatch, names)) if patterns else []
 
 
 def check_text_only(config: ModelConfig, names: Iterable[str], text_only: bool) -> None:

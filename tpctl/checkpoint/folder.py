@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from tpctl.checkpoint.outputs import require_utf8
@@ -143,9 +143,8 @@ class CheckpointFolder:
             if not is_file(path / name):
                 raise CheckpointError(f"{path} has no {name}, which its {INDEX} lists; the download is incomplete")
             file = CheckpointFile.open(path / name, name)
-            for tensor in sorted(tensors):
-                if tensor not in file.header.tensors:
-                    raise CheckpointError(f"{INDEX} says that {name} holds {tensor}, but it does not")
+            if absent := tensors.difference(file.header.tensors):
+                raise CheckpointError(f"{INDEX} says that {name} holds {min(absent)}, but it does not")
             files.append(file)
         folder = cls(path, tuple(files), text, beside)
         _ = folder.tensors
@@ -198,7 +197,7 @@ def small_files_of(folder: Path) -> list[Path]:
     return found
 
 
-def read_index(index: Path, where: str | None = None) -> tuple[str, dict[str, frozenset[str]]]:
+def read_index(index: Path, where: str | None = None) -> tuple[str, Mapping[str, frozenset[str]]]:
     """The text of ``index``, line ends as they are, since ``merge`` gives it back byte for byte; and what it lists.
 
     Args:
@@ -219,8 +218,10 @@ def read_index(index: Path, where: str | None = None) -> tuple[str, dict[str, fr
     return text, indexed_files(text, where)
 
 
-def indexed_files(text: str, where: str) -> dict[str, frozenset[str]]:
-    """The files that an index lists, each with its tensors.
+@lru_cache(maxsize=1)
+def indexed_files(text: str, where: str) -> Mapping[str, frozenset[str]]:
+    """The files that an index lists, each with its tensors; a command looks at one when it finds a folder, and again
+    when it opens it.
 
     Raises:
         CheckpointError: ``text``, which ``where`` names, is no index of safetensors files.

@@ -70,6 +70,7 @@ def plan(
     from tpctl.cli.plan_report import print_report
     from tpctl.planning.fit import Budget, plan_model
     from tpctl.quantizing.planned import quantised_metadata
+    from tpctl.sharding.moving.files import few_collections
 
     memory = None if gpu_memory is None else parse_bytes(gpu_memory, "GiB")
     if memory is not None and memory < LEAST_GPU:
@@ -88,9 +89,10 @@ def plan(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_dtype=str(kv_cache_dtype),
     )
-    metadata = read_metadata(model, revision=revision, token=token)
-    with nullcontext(metadata) if quantize is None else quantised_metadata(metadata, quantize) as described:
-        report = plan_model(described, budget, tp_size=tp, dtype=dtype.value, cutting=cut.cutting)
+    with few_collections():
+        metadata = read_metadata(model, revision=revision, token=token)
+        with nullcontext(metadata) if quantize is None else quantised_metadata(metadata, quantize) as described:
+            report = plan_model(described, budget, tp_size=tp, dtype=dtype.value, cutting=cut.cutting)
     report = replace(report, exact=metadata.tensors is not None)  # what --quantize would make has made-up headers
     if json:
         print_json(asdict(report))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,8 +100,8 @@ class Manifest:
 
     def text(self) -> str:
         """The file's canonical text."""
-        value = _to_dict(self)
-        return _text({**value, "sha256": _sha256(_text(value))})
+        text = _text(_to_dict(self))
+        return f'{text.removesuffix(_END)},\n "sha256":"{_sha256(text)}"{_END}'
 
     def shard(self, rank: int) -> Shard:
         """``rank``'s shard.
@@ -186,19 +186,30 @@ def _sha256(text: str) -> str:
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
-def _text(value: Mapping[str, Any], depth: int = 4) -> str:
+_END = "\n}\n"
+"""How every text ends; the digest of the rest is put before it."""
+
+
+def _text(value: Mapping[str, Any]) -> str:
     """Canonical JSON: one line for each tensor, so that the file can be read and compared by people."""
+    return "".join(_fragments(value, 0)) + "\n"
 
-    def dump(value: Any, level: int) -> str:
-        if not isinstance(value, dict | list) or not value or level == depth:
-            return _encode(value)
-        inner, outer = "\n" + " " * (level + 1), "\n" + " " * level
-        if isinstance(value, list):
-            return f"[{inner}" + f",{inner}".join(dump(item, level + 1) for item in value) + f"{outer}]"
-        items = (f"{_encode(key)}:{dump(item, level + 1)}" for key, item in value.items())
-        return f"{{{inner}" + f",{inner}".join(items) + f"{outer}}}"
 
-    return dump(value, 0) + "\n"
+def _fragments(value: Any, level: int, depth: int = 4) -> Iterator[str]:
+    """What the text of ``value`` is made of: it may be long, and is put together once."""
+    if not isinstance(value, dict | list) or not value or level == depth:
+        yield _encode(value)
+        return
+    opening, closing = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    before = f"{opening}\n" + " " * (level + 1)
+    for item in value:
+        yield before
+        if isinstance(value, dict):
+            yield _encode(item) + ":"
+            item = value[item]
+        yield from _fragments(item, level + 1)
+        before = ",\n" + " " * (level + 1)
+    yield "\n" + " " * level + closing
 
 
 def _to_dict(manifest: Manifest) -> dict[str, Any]:

@@ -79,7 +79,6 @@ class PartitionPlan:
 
     tp_size: int
     splits: tuple[TensorSplit, ...]
-    source_shapes: Mapping[str, Shape]
     shards: tuple[Mapping[str, PlannedTensor], ...]
 
     @classmethod
@@ -107,13 +106,18 @@ class PartitionPlan:
             experts = None if split.stack is None else ranges(split.stack.cut, split.stack.count)
             for rank, stored in enumerate(_cut(split, held, experts, tp_size)):
                 shards[rank][split.name] = stored
-        plan = cls(tp_size, tuple(splits), source_shapes(splits), shards)
+        plan = cls(tp_size, tuple(splits), shards)
         plan.check()
         return plan
 
     def shape(self, rank: int, name: str) -> Shape:
         """The shape of stored tensor ``name`` on ``rank``."""
         return self.shards[rank][name].shape
+
+    @cached_property
+    def source_shapes(self) -> Mapping[str, Shape]:
+        """The shape that each tensor of the checkpoint must have."""
+        return source_shapes(self.splits)
 
     @cached_property
     def stacks(self) -> frozenset[str]:
@@ -181,9 +185,7 @@ class PartitionPlan:
                     f"tensor {name} is {_dims(found)} in the checkpoint but {_dims(expected)} by config.json; "
                     "the two do not belong together"
                 )
-        known = set(self.source_shapes) | set(ignored)
-        unknown = sorted(name for name in shapes if name not in known)
-        if unknown:
+        if unknown := sorted(shapes.keys() - self.source_shapes.keys() - set(ignored)):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise CheckpointError(
                 f"the checkpoint holds a tensor that this architecture does not use: {unknown[0]}{more}; "

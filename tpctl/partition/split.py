@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from tpctl.partition.cuts import Cut
 
@@ -109,7 +110,7 @@ def tensor_names(source: str, stop: int, start: int = 0) -> Iterable[str]:
     """The checkpoint's tensors that ``source`` of a ``TensorSplit`` stands for: one, or one for each expert."""
     if EACH not in source:
         return (source,)
-    return (source.replace(EACH, str(expert)) for expert in range(start, stop))
+    return map(partial(source.replace, EACH), map(str, range(start, stop)))
 
 
 def source_shapes(splits: Iterable[TensorSplit]) -> dict[str, tuple[int, ...]]:
@@ -126,6 +127,5 @@ def source_shapes(splits: Iterable[TensorSplit]) -> dict[str, tuple[int, ...]]:
         shape, stack = split.shape(along), split.stack
         if stack is not None and EACH not in source:
             shape = (stack.count, *shape)
-        for name in tensor_names(source, 0 if stack is None else stack.count):
-            shapes[name] = shape
+        shapes |= dict.fromkeys(tensor_names(source, 0 if stack is None else stack.count), shape)
     return shapes

@@ -5,7 +5,7 @@ A plan with one layer of each sort stands for all layers that are cut alike; onl
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -84,7 +84,8 @@ class ModelSizes:
         dtypes = {split.name: _source_dtypes(split, found, DTYPES[config.dtype]) for split in splits}
         self.dtypes = {split.name: stored_dtype(split, dtypes[split.name], cast) for split in splits}
         dtype_of = {source: dtype for read in dtypes.values() for source, dtype in read.items()}
-        self.source_bytes = sum(tensor_nbytes(dtype_of[name], shape) for name, shape in source_shapes(splits).items())
+        kinds = Counter((dtype_of[name], shape) for name, shape in source_shapes(splits).items())  # experts are alike
+        self.source_bytes = sum(count * tensor_nbytes(*kind) for kind, count in kinds.items())
         self._sorts = Sorts.of(config.blueprint, splits, found or ())
         self._bits: dict[str, int] = defaultdict(int)  # of one element in all layers that a name stands for
         self._times: dict[str, int] = defaultdict(int)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tpctl.arch.fields import Fields
@@ -51,12 +52,19 @@ class Compressed:
     unused: tuple[str, ...] = ()
 
     def storage(self, names: Sequence[str]) -> Storage | None:
-        if any(one.text in CLASSES or any(map(one.names, names)) for one in self.ignored):
+        plain, patterns = self._ignored
+        if not plain.isdisjoint((*CLASSES, *names)) or any(any(map(one.names, names)) for one in patterns):
             return None
         for target, stored in self.targets:
             if any(map(target.names, names)):
                 return stored
         return next((stored for target, stored in self.targets if target.text in CLASSES), None)
+
+    @cached_property
+    def _ignored(self) -> tuple[frozenset[str], tuple[Target, ...]]:
+        """Names and classes, of which there may be hundreds, and patterns."""
+        patterns = tuple(one for one in self.ignored if one.is_pattern)
+        return frozenset(one.text for one in self.ignored if not one.is_pattern), patterns
 
 
 def read(fields: Fields) -> Compressed:

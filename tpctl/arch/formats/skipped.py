@@ -10,6 +10,7 @@ from functools import cached_property
 from tpctl.errors import CheckpointError, shown
 
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+_STACK = re.compile(r"\.experts\.[^.\d][^.]*$")
 _STACKED = re.compile(r"(.*\.experts)\.[^.]+(?:\..*)?")
 
 
@@ -52,4 +53,4 @@ class Skipped:
 
 def is_stack(module: str) -> bool:
     """Whether ``module`` is what a checkpoint names experts that it stacks."""
-    return re.search(r"\.experts\.[^.\d][^.]*$", module) is not None
+    return _STACK.search(module) is not None
