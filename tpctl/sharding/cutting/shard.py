@@ -88,7 +88,7 @@ def shard_checkpoint(
     config = ModelConfig.load(source, cutting)
     plan = checked_source_plan(config, folder.shapes, tp_size)
     check_constants(config, folder)
-    check_text_only(config, folder.shapes, text_only)
+    check_text_only(config, folder.tensors, text_only)
     held = {name: info.dtype for name, (_, info) in folder.tensors.items()}
     found = {split.name: {source: held[source] for source in split.sources} for split in plan.splits}
     dtypes = {split.name: stored_dtype(split, found[split.name], target) for split in plan.splits}
@@ -151,5 +151,5 @@ def _aliases(copies: dict[str, str], tensors: SourceTensors) -> dict[str, str]:
 
 
 def _identity(folder: CheckpointFolder, source_id: str | None, revision: str | None, allow_overflow: bool) -> str:
-    files = [(file.name, file.stamp, file.sha256, file.header.text) for file in folder.files]
+    files = [(f.name, f.stamp, f.sha256, sha256(f.header.text.encode()).hexdigest()) for f in folder.files]
     return sha256(repr([FORMAT_VERSION, source_id, revision, files, allow_overflow]).encode()).hexdigest()

@@ -189,25 +189,26 @@ class _Writer:
     def _write_part(self, index: int, files: Sequence[PartFile]) -> Digests:
         moves: list[Move] = []
         with Files() as handles:
-            for file in files:
-                handles.open(file.create(self.pending.path), os.O_RDWR)
+            paths = [file.create(self.pending.path) for file in files]
+            for path in paths:
+                handles.open(path, os.O_RDWR)
             if files[0].rank is None:
-                path, tensors = self.pending.path / EXTRA_FILE, files[0].header.tensors
-                moves += [Move((extra,), (whole(tensors[extra.name], path),)) for extra in self.recipe.extra]
+                tensors = files[0].header.tensors
+                moves += [Move((extra,), (whole(tensors[extra.name], paths[0]),)) for extra in self.recipe.extra]
             else:
                 for name in (name for name, part in self.parts.items() if part == index):
-                    moves += self._moves(name, files)
+                    moves += self._moves(name, files, paths)
             digests = move_all(moves, handles, self.tally, may_overflow=self.recipe.may_overflow)
-            handles.sync(self.pending.path / file.file for file in files)
+            handles.sync(paths)
         return digests
 
-    def _moves(self, name: str, files: Sequence[PartFile]) -> list[Move]:
+    def _moves(self, name: str, files: Sequence[PartFile], paths: Sequence[Path]) -> list[Move]:
         reads = self.recipe.inputs[name]
         writes = []
-        for file in files:
+        for file, path in zip(files, paths, strict=True):
             assert file.rank is not None
             stored = self.recipe.shards[file.rank][name]
-            path, info, fill = self.pending.path / file.file, file.header.tensors[name], self.recipe.fills.get(name, 0)
+            info, fill = file.header.tensors[name], self.recipe.fills.get(name, 0)
             writes.append(in_shard(info, stored.pieces, path, file.rank, stacked=stored.stacked, fill=fill))
         checked = any(stored.digest is not None for stored in reads)
         if checked or not self.recipe.shards[0][name].by_rows or are_small(reads):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from threading import Event, Lock
 
@@ -23,6 +24,12 @@ Bytes = NDArray[np.uint8]
 FLUSH_BYTES = 8 << 20
 """Of a file, so many are sent to the disk at once."""
 
+GAP_BYTES, MOST_PIECES = 4096, 500
+"""What is read at once has at most such gaps, which are read along, and so many pieces (the system takes 1024)."""
+
+_GAP = np.empty(GAP_BYTES, np.uint8)
+"""Where they are read to, by all threads; nobody looks at it."""
+
 
 class Files:
     """Open file descriptors by path; reads and writes at offsets. Close it with ``with``.
@@ -32,7 +39,7 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
-        self._unsynced: dict[Path, int] = {}
+        self._unsynced: dict[int, int] = {}
         self._flusher = ThreadPoolExecutor(1)
         self._failure: OSError | None = None
 
@@ -58,29 +65,51 @@ class Files:
 
     def read(self, path: Path, out: Bytes, offset: int) -> None:
         """Fill ``out`` from byte ``offset`` of ``path`` on."""
-        view = out.data.cast("B")
-        while view:
+        self._read(path, [out], offset)
+
+    def read_pieces(self, path: Path, pieces: Iterable[tuple[int, Bytes]]) -> None:
+        """Fill the array of each of ``pieces`` of ``path``, given with its first byte; neighbours are read at once."""
+        views: list[Bytes] = []
+        first = reach = 0
+        for offset, out in sorted(pieces, key=itemgetter(0)):
+            if views and (not reach <= offset <= reach + GAP_BYTES or len(views) >= MOST_PIECES):
+                self._read(path, views, first)
+                views = []
+            if not views:
+                first = reach = offset
+            if offset > reach:
+                views.append(_GAP[: offset - reach])
+            views.append(out)
+            reach = offset + out.nbytes
+        self._read(path, views, first)
+
+    def _read(self, path: Path, views: Sequence[Bytes], offset: int) -> None:
+        """Fill ``views``, one behind the other, from byte ``offset`` of ``path`` on."""
+        left = sum(view.nbytes for view in views)
+        while left:
             try:
-                got = os.preadv(self._open[path], [view], offset)
+                got = os.preadv(self._open[path], [view.data for view in views], offset)
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read at byte {offset}: {error.strerror}") from None
             if not got:
                 raise CheckpointError(
-                    f"{path} ends at byte {offset}, {counted(len(view), 'byte')} too early: it was cut while it was "
+                    f"{path} ends at byte {offset}, {counted(left, 'byte')} too early: it was cut while it was "
                     "read; fetch or copy it again, and run the command again"
                 )
-            view, offset = view[got:], offset + got
+            left, offset = left - got, offset + got
+            if left:
+                views = _rest(views, got)
 
     def write(self, path: Path, data: Bytes, offset: int) -> None:
         """Write ``data`` at byte ``offset`` of ``path``."""
-        view = data.data.cast("B")
+        view, file = data.data.cast("B"), self._open[path]
         while view:
-            put = os.pwrite(self._open[path], view, offset)
+            put = os.pwrite(file, view, offset)
             view, offset = view[put:], offset + put
-        waiting = self._unsynced.get(path, 0) + data.nbytes  # of threads at once, some may be left out
-        self._unsynced[path] = 0 if waiting > FLUSH_BYTES else waiting
+        waiting = self._unsynced.get(file, 0) + data.nbytes  # of threads at once, some may be left out
+        self._unsynced[file] = 0 if waiting > FLUSH_BYTES else waiting
         if waiting > FLUSH_BYTES:
-            self._flusher.submit(self._flush, self._open[path])
+            self._flusher.submit(self._flush, file)
 
     def _flush(self, fd: int) -> None:
         try:
@@ -99,6 +128,16 @@ class Files:
             os.fsync(self._open[path])
         if self._failure is not None:
             raise self._failure
+
+
+def _rest(views: Sequence[Bytes], done: int) -> list[Bytes]:
+    """``views`` without their first ``done`` bytes."""
+    left = []
+    for view in views:
+        if done < view.nbytes:
+            left.append(view.reshape(-1)[done:])
+        done = max(0, done - view.nbytes)
+    return left
 
 
 @contextmanager

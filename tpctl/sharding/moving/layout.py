@@ -100,9 +100,14 @@ class Stored:
         return self.width * item_size(self.dtype, self.name)
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """Rows of the strips of one frame, and bytes of each."""
+        return sum(len(strip.rows) for strip in self.strips), self.line
+
+    @property
     def frame_bytes(self) -> int:
         """Bytes of the strips of one frame."""
-        return sum(len(strip.rows) for strip in self.strips) * self.line
+        return prod(self.frame_size)
 
     @property
     def covered(self) -> int:
@@ -167,7 +172,7 @@ def pile(source: str, tensors: Sequence[tuple[FileTensor, Path]]) -> Stored:
         (len(tensors), *info.shape),
         path,
         info.start,
-        sum(one.nbytes for one, _ in tensors),
+        len(tensors) * info.nbytes,
         width,
         strips,
         frames=Range(0, len(tensors)),

@@ -9,7 +9,7 @@ import numpy as np
 from tpctl.sharding.moving.files import Bytes, Files
 from tpctl.sharding.moving.layout import Stored
 
-WAIT_BYTES = 1 << 18
+WAIT_BYTES = 1 << 16
 """What is written at once waits for its neighbours if it is smaller."""
 
 

@@ -14,7 +14,7 @@ The memory used is a few bands a thread, whatever the size of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from tpctl.checkpoint.cast import cast, check_range
 from tpctl.errors import ShardFolderError
 from tpctl.partition.cuts import Range
 from tpctl.sharding.moving.files import ByteCounter, Bytes, Files, in_parallel
+from tpctl.sharding.moving.frames import LaneFrames, dtypes, placed
 from tpctl.sharding.moving.lanes import Lane, Move, Place, lanes, overlap, segments
-from tpctl.sharding.moving.layout import Region, Stored, Strip, expert_name, item_size
+from tpctl.sharding.moving.layout import Stored, Strip, expert_name, item_size
 from tpctl.sharding.moving.output import Output
 from tpctl.sharding.moving.space import Space
 
@@ -125,61 +126,56 @@ class _Mover:
 
     def _move_frames(self, held: Sequence[Lane], frames: Range) -> None:
         """Move experts that the same tensors hold: many at once where they are small, else one by one, in bands."""
-        stored = {id(one): one for lane in held for one, _ in (*lane.reads, *lane.writes)}
-        largest = max((one.frame_bytes for one in stored.values()), default=0)
+        read = list(_distinct(lane.reads for lane in held))
+        written = list(_distinct(lane.writes for lane in held))
+        sizes = {id(one): one.frame_size for one in (*read, *written)}
+        largest = max((rows * line for rows, line in sizes.values()), default=0)
         step = min(BAND_BYTES // max(1, largest), len(frames))
         if step > 1 and all(lane.is_read_whole for lane in held):
+            every = [LaneFrames(lane) for lane in held]
             for first in range(frames.start, frames.stop, step):
                 self.tally.check()
-                self._move_together(held, Range(first, min(first + step, frames.stop)))
+                self.space.free(0)
+                some = Range(first, min(first + step, frames.stop))
+                arrays = {one: self.space.take(len(some), *size) for one, size in sizes.items()}
+                self._read_frames(read, some, arrays)
+                self._move_together(every, some, arrays)
+                for stored in written:
+                    self._put_frames(stored, some, arrays[id(stored)])
             return
         for frame in range(frames.start, frames.stop):
             for lane in held:
                 self._move_lane(lane, frame)
 
-    def _move_together(self, held: Sequence[Lane], frames: Range) -> None:
-        """Move whole frames of all lanes, an array of all of them for each stored tensor."""
-        self.space.free(0)
-        inputs = {id(one): self._read_frames(one, frames) for one in _distinct(lane.reads for lane in held)}
-        outputs = {
-            id(one): (one, self.space.take(len(frames), one.frame_bytes // one.line, one.line))
-            for one in _distinct(lane.writes for lane in held)
-        }
+    def _move_together(self, held: Sequence[LaneFrames], frames: Range, arrays: Mapping[int, Bytes]) -> None:
+        """Make whole frames of what is written of those that were read."""
         for lane in held:
-            dtype_in, dtype_out, size_in, size_out = _dtypes(lane)
-            views: dict[str, Bytes] = {}
-            for source, (height, width) in lane.sizes().items():
-                views[source] = self.space.take(len(frames), height, width * size_in)
-            for stored, strip in lane.reads:
-                for region, rows, left in _placed(strip, size_in):
-                    cols = region.cols.scaled(size_in)
-                    view = views[region.source][:, region.rows.start : region.rows.stop, cols.start : cols.stop]
-                    view[...] = inputs[id(stored)][:, rows, left]
+            views = lane.gathered(arrays, self.space)
             for source, view in views.items():
-                out = cast(view, dtype_in, dtype_out)
-                if not self.may_overflow and dtype_in != dtype_out:
+                views[source] = cast(view, *lane.dtypes)
+                if not self.may_overflow and lane.dtypes[0] != lane.dtypes[1]:
                     for at, frame in enumerate(range(frames.start, frames.stop)):
-                        name = expert_name(source, frame, lane.reads[0][0].frames)
-                        check_range(view[at], out[at], dtype_in, dtype_out, name)
-                views[source] = out
-            for stored, strip in lane.writes:
-                for region, rows, left in _placed(strip, size_out):
-                    cols = region.cols.scaled(size_out)
-                    view = views[region.source][:, region.rows.start : region.rows.stop, cols.start : cols.stop]
-                    outputs[id(stored)][1][:, rows, left] = view
-        for stored, data in outputs.values():
-            self._put_frames(stored, frames, data)
+                        name = expert_name(source, frame, lane.lane.reads[0][0].frames)
+                        check_range(view[at], views[source][at], *lane.dtypes, name)
+            lane.dealt(views, arrays)
 
-    def _read_frames(self, stored: Stored, frames: Range) -> Bytes:
-        data = self.space.take(len(frames), stored.frame_bytes // stored.line, stored.line)
-        if stored.places:
-            for at, frame in enumerate(range(frames.start, frames.stop)):
-                self.files.read(*_of(stored.place(frame), data[at]))
-        else:
-            self.files.read(*_of(stored.place(frames.start), data))
-        if stored.digest is not None:
-            self.read_hashes[_key(stored)].update(data.data)
-        return data
+    def _read_frames(self, tensors: Sequence[Stored], frames: Range, arrays: Mapping[int, Bytes]) -> None:
+        """Fill the arrays of ``tensors``; what lies beside each other is read at once."""
+        pieces: dict[Path, list[tuple[int, Bytes]]] = {}
+        for stored in tensors:
+            data = arrays[id(stored)]
+            if stored.places:
+                first = frames.start - stored.frames.start
+                for (path, offset), out in zip(stored.places[first : first + len(frames)], data, strict=True):
+                    pieces.setdefault(path, []).append((offset, out))
+            else:
+                path, offset = stored.place(frames.start)
+                pieces.setdefault(path, []).append((offset, data))
+        for path, some in pieces.items():
+            self.files.read_pieces(path, some)
+        for stored in tensors:
+            if stored.digest is not None:
+                self.read_hashes[_key(stored)].update(arrays[id(stored)].data)
 
     def _put_frames(self, stored: Stored, frames: Range, data: Bytes) -> None:
         if self.compare:
@@ -194,11 +190,11 @@ class _Mover:
                 path, offset = stored.place(frame)
                 self.files.write(path, data[at], offset)
         else:
-            self.outputs[_key(stored)].write(data, (frames.start - stored.frames.start) * stored.frame_bytes)
+            self.outputs[_key(stored)].write(data, (frames.start - stored.frames.start) * data[0].nbytes)
         self.tally.add(data.nbytes)
 
     def _move_lane(self, lane: Lane, frame: int) -> None:
-        dtype_in, dtype_out, size_in, size_out = _dtypes(lane)
+        (dtype_in, dtype_out), (size_in, size_out) = dtypes(lane)
         widths = {source: width for source, (_, width) in lane.sizes().items()}
         runs = lane.wanted_rows()
         step = max(1, BAND_BYTES // max(1, sum(widths.values()) * max(size_in, size_out)))
@@ -234,7 +230,7 @@ class _Mover:
         path, offset = stored.place(frame)
         self.files.read(path, data, offset + (strip.at + rows.start - strip.rows.start) * line)
         if not straight:
-            for region, _, left in _placed(strip, size):
+            for region, _, left in placed(strip, size):
                 cols = region.cols.scaled(size)
                 views[region.source][inside, cols.start : cols.stop] = data[:, left]
         if stored.digest is not None:
@@ -270,7 +266,7 @@ class _Mover:
         if np.array_equal(found, data):
             return
         row, byte = (int(place) for place in np.argwhere(found != data)[0])
-        for region, _, left in _placed(strip, size):
+        for region, _, left in placed(strip, size):
             if left.start <= byte < left.stop:
                 place = f"row {rows.start + row}, column {region.cols.start + (byte - left.start) // size}"
                 source = expert_name(region.source, frame, stored.frames)
@@ -307,26 +303,6 @@ class _Mover:
 
 def _distinct(places: Iterable[Sequence[Place]]) -> Iterable[Stored]:
     return {id(stored): stored for held in places for stored, _ in held}.values()
-
-
-def _dtypes(lane: Lane) -> tuple[str, str, int, int]:
-    """Of what is read and of what is written, and bytes per element."""
-    read = lane.reads[0][0].dtype
-    written = lane.writes[0][0].dtype if lane.writes else read
-    return read, written, item_size(read, lane.sources[0]), item_size(written, lane.sources[0])
-
-
-def _placed(strip: Strip, size: int) -> Iterator[tuple[Region, slice, slice]]:
-    """The regions of ``strip``, each with its rows and its bytes of a row in a frame of the stored tensor."""
-    rows, left = slice(strip.at, strip.at + len(strip.rows)), 0
-    for region in strip.regions:
-        width = len(region.cols) * size
-        yield region, rows, slice(left, left + width)
-        left += width
-
-
-def _of(place: tuple[Path, int], data: Bytes) -> tuple[Path, Bytes, int]:
-    return place[0], data, place[1]
 
 
 def check_digest(stored: Stored, found: str) -> None:
