@@ -168,6 +168,29 @@ def stored_dtype(split: TensorSplit, sources: Mapping[str, str], target: str | N
     raise MixedDtypesError(f"{differ}, cast with --dtype {', '.join(DTYPES)}")
 
 
+def check_scaled(config: ModelConfig, splits: Iterable[TensorSplit], dtypes: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse a quantised model's floats of 8 bits that no scale stands beside: at face value they are other weights.
+
+    Where config.json has no ``quantization_config``, they are floats like any others.
+
+    Args:
+        dtypes: of the tensors that each stored tensor is made of, as ``stored_dtype`` takes them.
+
+    Raises:
+        UnsupportedModelError: there is one; the message names it.
+    """
+    if config.scheme is None:
+        return
+    for split in splits:
+        if split.dtypes is None:
+            for source, dtype in dtypes[split.name].items():
+                if dtype.startswith("F8_"):
+                    raise UnsupportedModelError(
+                        f"{source} is {dtype} without a scale beside it, and by the quantization_config of config.json "
+                        "it is not quantised; correct the modules that this leaves out, or use the unquantised original"
+                    )
+
+
 def _plan(config: ModelConfig, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:
     mixers = (config.blueprint.layers[layer].mixer for layer in config.blueprint.alike)
     for mixer in sorted(mixers, key=lambda one: one.num_heads):  # said first, in words of heads

@@ -27,6 +27,7 @@ from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
     as_held,
+    check_scaled,
     checked_source_plan,
     source_plan,
     source_splits,
@@ -65,6 +66,7 @@ class ModelSizes:
 
     Raises:
         CheckpointError: the checkpoint's headers do not fit its config.
+        UnsupportedModelError: weights are no floats, or codes without scales.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ModelSizes:
             checked_source_plan(config, {name: tensor.shape for name, tensor in metadata.tensors.items()}, 1)
         splits = source_splits(config, found or ())
         dtypes = {split.name: _source_dtypes(split, found, DTYPES[config.dtype]) for split in splits}
+        check_scaled(config, splits, dtypes)
         self.dtypes = {split.name: stored_dtype(split, dtypes[split.name], cast) for split in splits}
         dtype_of = {source: dtype for read in dtypes.values() for source, dtype in read.items()}
         self.source_bytes = sum(tensor_nbytes(dtype_of[name], shape) for name, shape in source_shapes(splits).items())

@@ -13,7 +13,7 @@ import torch
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
-from tpctl.arch.source_plan import as_held, build_plan
+from tpctl.arch.source_plan import as_held, build_plan, check_scaled
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
@@ -78,6 +78,7 @@ def load(
 
     Raises:
         ShardFolderError: the folder is none, or not for this many ranks.
+        UnsupportedModelError: it was cut from codes without scales.
         EngineError: the settings do not fit the model, or the weights do not fit the device.
     """
     folder = settings.shard_dir
@@ -89,10 +90,12 @@ def load(
     made_of = config.blueprint
     if made_of.tied and made_of.head not in tensors:  # in shards for vLLM it may have the embedding's name
         tensors[made_of.head] = tensors.pop(made_of.embedding)
+    plan = build_plan(config, settings.tp_size)
+    there = [split for split in plan.splits if split.name in tensors]
+    check_scaled(config, there, {split.name: {split.name: tensors[split.name].dtype} for split in there})
     stored = tensors[made_of.head].dtype
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
-    plan = build_plan(config, settings.tp_size)
     attentions = [block.attention for block in made_of.blocks]
     backend = make_backend(
         settings.attention_backend,

@@ -11,6 +11,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
+    check_scaled,
     check_text_only,
     checked_source_plan,
     second_copies,
@@ -91,6 +92,7 @@ def shard_checkpoint(
     check_text_only(config, folder.shapes, text_only)
     held = {name: info.dtype for name, (_, info) in folder.tensors.items()}
     found = {split.name: {source: held[source] for source in split.sources} for split in plan.splits}
+    check_scaled(config, plan.splits, found)
     dtypes = {split.name: stored_dtype(split, found[split.name], target) for split in plan.splits}
     if all(set(sources.values()) == {dtypes[name]} for name, sources in found.items()):
         target = None
