@@ -193,6 +193,29 @@ def test_there_and_back_again(source: ResolvedSource, method: Method) -> None:
     assert folder_bytes(place / "merged") == folder_bytes(made.source.folder)
 
 
+def test_shards_of_a_quantised_model_are_held_against_the_original(source: ResolvedSource, cache: Path) -> None:
+    place, report = source.folder.parent, json.loads
+    assert local_answer("shard ./model --tp 2 --quantize fp8 -o out", place).code == 0
+    shutil.rmtree(cache)
+    told = local_answer("inspect-shards out --verify", place)
+    assert told.code == 0 and "; --source MODEL compares every element with it, and the original quantised" in told.err
+    said = "the shards were quantised before they were cut, so they are compared with ./model (fp8 by tpctl)\n"
+    proved = local_answer("inspect-shards out --verify --source ./model --json", place)
+    assert (proved.code, proved.err) == (0, f"quantising ./model to fp8 (once)\n{said}")
+    found = report(proved.out)["verified"]
+    assert found["compared_bytes"] == found["hashed_bytes"] > 0
+    again = local_answer(f"inspect-shards out --source {found['source']} --json", place)  # quantised as it is
+    assert (again.code, again.err) == (0, "") and report(again.out)["verified"]["compared_bytes"]
+    path = source.folder / "model.safetensors"  # of another model, whose header is the same
+    data = bytearray(path.read_bytes())
+    data[-40:] = bytes(40)
+    path.write_bytes(data)
+    other = local_answer("inspect-shards out --verify --source ./model", place)
+    assert other.code == 1 and " differs from its source " in other.err
+    named = local_answer("inspect-shards out --source out", place)
+    assert named.code == 1 and "out holds shards; give --source the checkpoint that out was cut from" in named.err
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "report.json"])
 @pytest.mark.parametrize("lost", [True, False], ids=["lost", "altered"])
 def test_what_was_damaged_in_the_cache_is_not_used(source: ResolvedSource, file: str, lost: bool) -> None:

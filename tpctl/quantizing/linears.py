@@ -145,13 +145,19 @@ def ignored(tensors: Mapping[str, Described], stacks: Unstacked = Unstacked()) -
     return [*sorted(set(others)), *(module for _, module in sorted(kept)), _HEAD]
 
 
+def is_quantised(config: Mapping[str, object]) -> str | None:
+    """The field of a model's ``config`` that says so; ``None``: there is none."""
+    text = config.get("text_config")
+    parts = (config, text if isinstance(text, Mapping) else {})
+    return next(
+        (key for key in ("quantization_config", "compression_config") if any(one.get(key) for one in parts)), None
+    )
+
+
 def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:
     """Raise ``UsageError`` if a model's ``config``, or a name of its tensors, shows that it is quantised already."""
-    text = config.get("text_config")
-    for held in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if held.get(key):
-                raise UsageError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
+    if (key := is_quantised(config)) is not None:
+        raise UsageError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
     for name in names:
         if _SCALE.search(name):
             raise UsageError(f"the model is quantised already (it holds {name}); {_instead(method)}")

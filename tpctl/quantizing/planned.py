@@ -13,6 +13,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import TensorSpec
+from tpctl.checkpoint.sources import quantised_id
 from tpctl.json_file import read_object
 from tpctl.partition.dtypes import DTYPES
 from tpctl.quantizing.linears import ignored, quantised_shapes, refuse_quantised
@@ -45,6 +46,6 @@ def quantised_metadata(metadata: ModelMetadata, method: Method) -> Iterator[Mode
         yield replace(
             metadata,
             folder=folder,
-            id=f"{metadata.id} ({method} by tpctl)",
+            id=quantised_id(metadata.id, method),
             tensors={name: TensorSpec(name, dtype, shape) for name, (dtype, shape) in found.items()},
         )
