@@ -21,6 +21,9 @@ from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.publishing.pending import refuse_existing
 
+NO_ENGINE = "none"
+"""In place of an engine's name: no other engine shall load the folder."""
+
 
 @few_collections()
 def reshard(
@@ -43,11 +46,13 @@ def reshard(
     Args:
         max_part_size: most tensor bytes in one file; as in ``folder`` by default.
         cutting: how experts are dealt, and where borders may be; as in ``folder`` by default.
-        ranks, compat, force: as in ``shard_checkpoint``.
+        compat: the engine that shall load it too, or ``"none"``; as in ``folder`` by default.
+        ranks, force: as in ``shard_checkpoint``.
 
     Raises:
         ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
-        PartitionError: the model cannot be cut into ``tp_size`` shards.
+        PartitionError: the model cannot be cut into ``tp_size`` shards, or not so that the engine loads them.
+        UnsupportedModelError: nobody has proven that the engine loads such a model.
         OutputError: ``out`` exists and ``force`` is not given, is not apart from ``folder``, or cannot be written.
     """
     refuse_overlap(out, folder)
@@ -57,7 +62,8 @@ def reshard(
     check_copied(folder, manifest)
     own = own_plan(folder, manifest)
     was = own.config.cutting
-    cutting = replace(cutting or was, engine=compat or manifest.compat)
+    engine = manifest.compat if compat is None else None if compat == NO_ENGINE else compat
+    cutting = replace(cutting or was, engine=engine)
     config = own.config if cutting == was else ModelConfig.load(folder, cutting)
     plan = source_plan(config, own.tensors, tp_size)
     shards = open_shards(folder, manifest, range(manifest.tp_size))
@@ -70,13 +76,14 @@ def reshard(
         dtype=manifest.dtype,
         max_part_size=max_part_size or manifest.max_part_size,
         ranks=ranks,
-        compat=compat or manifest.compat,
+        compat=engine,
         cutting=cutting,
         dtypes={name: manifest.tensors(0)[held[name]].dtype for name in plan.shards[0]},
         inputs={name: shards[held[name]] for name in plan.shards[0]},
         extra=open_extra(folder, manifest),
         small_files={folder / name: manifest.files[name] for name in sorted(manifest.files)},
         identity=sha256(manifest.text().encode()).hexdigest(),
+        without=f"give --compat {NO_ENGINE}",
     )
     # What is read is checked against its digests on the way, so a change meanwhile cannot go unseen.
     return write_shards(recipe, out, force=force, add=ranks is not None, check=lambda: None, progress=progress)
