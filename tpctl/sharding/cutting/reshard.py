@@ -7,11 +7,13 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from tpctl.arch.compat import check_compat
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.outputs import refuse_overlap
 from tpctl.checkpoint.progress import Progress
+from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting.merge import require_all_ranks
 from tpctl.sharding.cutting.recipe import make_recipe
@@ -23,6 +25,29 @@ from tpctl.sharding.publishing.pending import refuse_existing
 
 NO_ENGINE = "none"
 """In place of an engine's name: no other engine shall load the folder."""
+
+
+def reshard_command(folder: Path, manifest: Manifest, tp_size: int, expert_parallel: int | None = None) -> str:
+    """The command that cuts ``folder`` for ``tp_size`` ranks: for its engine if that loads the result, else for none.
+
+    Args:
+        expert_parallel: groups of ranks that experts are dealt to; ``None``: as in ``folder``.
+
+    Raises:
+        TpctlError: it would be refused.
+    """
+    require_all_ranks(folder, manifest)
+    own = own_plan(folder, manifest)
+    groups = expert_parallel or manifest.expert_parallel
+    config = ModelConfig.load(folder, replace(own.config.cutting, expert_parallel=groups))
+    plan = source_plan(config, own.tensors, tp_size)
+    options = f" --tp {tp_size}" if expert_parallel is None else f" --tp {tp_size} --ep {groups}"
+    if manifest.compat is not None:
+        try:
+            check_compat(manifest.compat, config, plan, () if manifest.extra is None else manifest.extra.tensors)
+        except (PartitionError, UnsupportedModelError):
+            options += f" --compat {NO_ENGINE}"
+    return f"tpctl reshard {folder}{options} -o FOLDER"
 
 
 @few_collections()
