@@ -186,7 +186,8 @@ def _print(
     gpus = report.machine["gpus"]
     where = f"{len(gpus)} x {gpus[0]}" if info.device == "cuda" and gpus else report.machine["cpu"]
     cache = f"  {KV_FORMS[info.kv_cache_dtype]}" if info.kv_cache_dtype in KV_FORMS else ""
-    print(f"{model}  tp {info.tp_size}  {info.dtype}  {info.attention_backend}{cache}  on {where}")
+    dealt = f"  ep {info.expert_parallel}" if info.expert_parallel > 1 else ""
+    print(f"{model}  tp {info.tp_size}{dealt}  {info.dtype}  {info.attention_backend}{cache}  on {where}")
     for name, figure in measured.figures.items():
         low, high = figure.spread
         print(

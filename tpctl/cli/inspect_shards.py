@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say, stdout
+from tpctl.cli.shard import how_cut
 from tpctl.errors import counted, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 
@@ -75,9 +76,8 @@ def _print(report: InspectReport, detail: bool) -> None:
     revision = f"@{report.revision}" if report.revision else ""
     dtype = f", cast to {report.dtype}" if report.dtype else ""
     source = f"{report.source}{revision} ({report.model_type})"
-    cut = f", experts dealt to {report.expert_parallel} groups of ranks" if report.expert_parallel > 1 else ""
-    even = ", evenly: borders may divide blocks of a scale" if report.even else ""
-    say(f"{report.folder}: {source} cut for tp {report.tp_size}{cut}{even}{dtype}")
+    how = how_cut(report.expert_parallel, even=report.even)
+    say(f"{report.folder}: {source} cut for tp {report.tp_size}{how}{dtype}")
     say()
     for rank in report.ranks:
         files = counted(len(rank.files), "file")

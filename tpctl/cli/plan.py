@@ -66,6 +66,7 @@ def plan(
 
     It reads headers, never weights.
     """
+    from tpctl.arch.quantised import Cutting
     from tpctl.checkpoint.metadata import read_metadata
     from tpctl.cli.plan_report import print_report
     from tpctl.planning.fit import Budget, plan_model
@@ -89,8 +90,11 @@ def plan(
         kv_cache_dtype=str(kv_cache_dtype),
     )
     metadata = read_metadata(model, revision=revision, token=token)
+    was = Cutting(metadata.expert_parallel, metadata.even)  # of shards: as `tpctl reshard` would cut them
     with nullcontext(metadata) if quantize is None else quantised_metadata(metadata, quantize) as described:
-        report = plan_model(described, budget, tp_size=tp, dtype=dtype.value, cutting=cut.cutting)
+        report = plan_model(
+            described, budget, tp_size=tp, dtype=dtype.value, cutting=lambda size: cut.cutting(size, was)
+        )
     report = replace(report, exact=metadata.tensors is not None)  # what --quantize would make has made-up headers
     if json:
         print_json(asdict(report))

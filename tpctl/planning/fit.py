@@ -145,6 +145,8 @@ def plan_model(
         limit_reason=reason,
         tp_size=tp_size,
         ranks=tuple(_ranks(model, budget, model.small_plan(tp_size), files=True)),
+        expert_parallel=cutting(tp_size).expert_parallel,
+        even=cutting(tp_size).even,
     )
 
 

@@ -63,7 +63,8 @@ class FitReport:
     On each GPU the process itself takes ``context_bytes`` (at ``tp_size``) and ``reserve_bytes`` are kept for CUDA
     graphs and fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
     ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
-    is, if none does). ``checks`` has every size below ``limit``. ``active_parameters`` are those that a token meets.
+    is, if none does), cut with ``expert_parallel`` and ``even`` as a manifest has them. ``checks`` has every size below
+    ``limit``. ``active_parameters`` are those that a token meets.
     ``not_run`` is what tpctl would have to know to run the model, not only cut it.
     ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
     constant size for each sequence, which is not counted, and no keys and values; ``windowed`` those that look back
@@ -98,3 +99,5 @@ class FitReport:
     limit_reason: str
     tp_size: int
     ranks: tuple[RankFit, ...]
+    expert_parallel: int
+    even: bool
