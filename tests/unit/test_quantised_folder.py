@@ -17,7 +17,7 @@ from tests.tiny import make_mixture
 from tests.unit.synthetic import folder_bytes, make_config
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import TensorSpec, build_header
-from tpctl.errors import CheckpointError, TpctlError, UsageError
+from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError
 from tpctl.quantizing import writer
 from tpctl.quantizing.linears import ignored, linears, quantised_shapes
 from tpctl.quantizing.schemes import Method
@@ -218,16 +218,16 @@ def test_a_mixtrals_experts_are_linears_too() -> None:
         (
             Method.FP8,
             ("mlp.up_proj.weight", "F8_E4M3", (8, 128)),
-            UsageError,
+            UnsupportedModelError,
             "quantised already .*up_proj.weight is F8",
         ),
         (
             Method.FP8,
             ("mlp.up_proj.weight_scale", "F32", (8, 1)),
-            UsageError,
+            UnsupportedModelError,
             r"already \(.* is F32|already \(it holds",
         ),
-        (Method.FP8, ("mlp.up_proj.qweight", "I32", (8, 16)), UsageError, "quantised already"),
+        (Method.FP8, ("mlp.up_proj.qweight", "I32", (8, 16)), UnsupportedModelError, "quantised already"),
         (Method.FP8, ("mlp.up_proj.weight", "BF16", (8,)), CheckpointError, r"the shape \[8\], but a linear's weight"),
         (Method.FP8, ("mlp.up_proj.weight", "BF16", (0, 8)), CheckpointError, r"the shape \[0, 8\]"),
         (
@@ -261,7 +261,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(
 def test_a_config_that_tells_of_quantised_weights_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     source = write(tmp_path / "source", dense(), config=config)
     with pytest.raises(
-        UsageError, match=r"^the model is quantised already \(\w+ in its config.json\); leave out --quan"
+        UnsupportedModelError, match=r"^the model is quantised already \(\w+ in its config.json\); leave out --quan"
     ):
         quantise(source, tmp_path / "out", Method.FP8)
 

@@ -13,7 +13,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
 from tpctl.arch.linear import Linear
 from tpctl.arch.quantised import mapped, with_linears
-from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, UsageError, counted
+from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, counted
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import EACH, TensorSplit
@@ -80,9 +80,13 @@ def towers(config: ModelConfig, names: Iterable[str]) -> list[str]:
 
 
 def check_text_only(config: ModelConfig, names: Iterable[str], text_only: bool) -> None:
-    """Raise ``UsageError`` if ``names`` hold what sees or hears, unless ``text_only`` says that it is known."""
+    """Refuse ``names`` that hold what sees or hears, unless ``text_only`` says that it is known.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
     if not text_only and (seen := towers(config, names)):
-        raise UsageError(
+        raise UnsupportedModelError(
             f"the checkpoint also holds {counted(len(seen), 'tensor')} of what sees or hears, such as {seen[0]}, which "
             "tpctl does not run; cut the text model with --text-only (merge gives the rest back)"
         )

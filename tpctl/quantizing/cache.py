@@ -12,7 +12,7 @@ from tpctl.checkpoint.cache import build_once, cache_root, file_name
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import Notify, ResolvedSource, made_of, quantised_id, to_stderr
-from tpctl.errors import CheckpointError, SourceError, UsageError
+from tpctl.errors import CheckpointError, ShardFolderError, SourceError
 from tpctl.json_file import read_object
 from tpctl.manifest.manifest import MANIFEST
 from tpctl.quantizing.linears import cut_block, is_quantised
@@ -46,12 +46,13 @@ def ensure_quantised(
         notify: told that it is made, and where other engines will not run it.
 
     Raises:
-        UsageError: ``source`` is quantised already, or cut into shards.
+        UnsupportedModelError: ``source`` is quantised already.
+        ShardFolderError: it is cut into shards.
         CheckpointError: it cannot be quantised; the message names the tensor.
         SourceError: the cache cannot be written, or its disk is full.
     """
     if (source.folder / MANIFEST).is_file():
-        raise UsageError(
+        raise ShardFolderError(
             f"{source.folder} is cut into shards already; quantise the model itself: `tpctl shard MODEL --tp N "
             f"--quantize {method}`"
         )

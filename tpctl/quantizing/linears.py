@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from tpctl.arch.formats.skipped import is_stack
-from tpctl.errors import CheckpointError, UsageError
+from tpctl.errors import CheckpointError, UnsupportedModelError
 from tpctl.quantizing.schemes import SCHEMES, Method, Scheme
 from tpctl.quantizing.stacks import Unstacked, Weight
 
@@ -51,7 +51,7 @@ def quantised_shapes(
     """The dtype and shape of every tensor of a checkpoint of ``tensors`` once it is quantised by ``method``.
 
     Raises:
-        UsageError, CheckpointError: as ``linears``.
+        UnsupportedModelError, CheckpointError: as ``linears``.
     """
     chosen = linears(tensors, method, stacks)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -82,7 +82,7 @@ def linears(
         stacks: those of ``tensors`` that hold several.
 
     Raises:
-        UsageError: the checkpoint is quantised already.
+        UnsupportedModelError: the checkpoint is quantised already.
         CheckpointError: a layer holds something that is no linear by itself, or one that ``method`` cannot cut into
             its groups.
     """
@@ -155,19 +155,23 @@ def is_quantised(config: Mapping[str, object]) -> str | None:
 
 
 def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:
-    """Raise ``UsageError`` if a model's ``config``, or a name of its tensors, shows that it is quantised already."""
+    """Refuse a model whose ``config``, or a name of whose tensors, shows that it is quantised already.
+
+    Raises:
+        UnsupportedModelError: one does.
+    """
     if (key := is_quantised(config)) is not None:
-        raise UsageError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
+        raise UnsupportedModelError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
     for name in names:
         if _SCALE.search(name):
-            raise UsageError(f"the model is quantised already (it holds {name}); {_instead(method)}")
+            raise UnsupportedModelError(f"the model is quantised already (it holds {name}); {_instead(method)}")
 
 
 def _require_float(name: str, tensor: Described, method: Method) -> None:
     if tensor.dtype == "F64":
         raise CheckpointError(f"{name} is F64; --quantize {method} takes {', '.join(sorted(FLOATS))}")
     if tensor.dtype not in FLOATS:
-        raise UsageError(f"the model is quantised already ({name} is {tensor.dtype}); {_instead(method)}")
+        raise UnsupportedModelError(f"the model is quantised already ({name} is {tensor.dtype}); {_instead(method)}")
 
 
 def _instead(method: Method) -> str:

@@ -26,7 +26,7 @@ def quantised_metadata(metadata: ModelMetadata, method: Method) -> Iterator[Mode
     """``metadata`` of the model that ``--quantize`` would make; where there is only a config, of the usual names.
 
     Raises:
-        UsageError: the model is quantised already.
+        UnsupportedModelError: the model is quantised already.
         CheckpointError: ``method`` does not take one of its linears.
     """
     config = read_object(metadata.folder / "config.json")

@@ -72,11 +72,12 @@ def shard_checkpoint(
             that it holds already are left alone.
 
     Raises:
-        CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown.
+        CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown, or of a model that also sees, and
+            ``text_only`` is not given.
         OverflowedError: a value is beyond the range of ``dtype``. Nothing of the run is kept.
         PartitionError: the model cannot be cut into ``tp_size`` shards.
         OutputError: ``out`` exists and is not to be replaced or added to, or cannot be written.
-        UsageError: ``dtype`` is unknown, or the model also sees and ``text_only`` is not given.
+        UsageError: ``dtype`` is unknown.
     """
     if (source / MANIFEST).is_file():
         raise ShardFolderError(
