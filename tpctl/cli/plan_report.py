@@ -213,6 +213,12 @@ def _print_ranks(report: FitReport) -> None:
             f"{max(0, rank.kv_cache_bytes // max(1, rank.kv_bytes_per_token)):,}",
         )
     console.print(table)
+    if more := max(rank.growth_bytes for rank in report.ranks):
+        console.print(
+            f"weights take up to {_gib(more)} more than stored when they run: codes of 2 bits become codes of 4, and "
+            "packed zero points one or two bytes each; what is left for the KV cache is less by that",
+            soft_wrap=True,
+        )
     usable = int(report.gpu_memory * report.utilization)
     console.print(
         f"KV cache: what is left of {_gib(usable)} ({report.utilization:.0%} of {_gib(report.gpu_memory)}) after "

@@ -94,7 +94,7 @@ class ModelSizes:
         for name, first in self._sorts.stands_for.items():
             self._bits[first] += DTYPE_BITS[self.dtypes[name]]
             self._times[first] += 1
-        self._weights, self._chosen = self._meanings()
+        self._weights, self._chosen, self._growth = self._meanings()
         self._dealt: dict[Cutting, DealtBytes] = {}
         self.parameters = self.active_parameters = 0
         for split in self._small_splits(Cutting()):
@@ -132,8 +132,9 @@ class ModelSizes:
     def _small_splits(self, cutting: Cutting) -> list[TensorSplit]:
         return source_splits(self._small(cutting), self._sorts.names)
 
-    def _meanings(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
-        """How many weights an element of each tensor of ``small_plan`` is; and of experts how many a token takes."""
+    def _meanings(self) -> tuple[Mapping[str, float], Mapping[str, int], Mapping[str, int]]:
+        """How many weights an element of each tensor of ``small_plan`` is; of experts how many a token takes; and how
+        many times its bytes it takes when it runs, where that is more."""
         blueprint = self.small_blueprint
         prefixes = [blueprint.prefix.format(number) for number in range(len(blueprint.layers))]
         owners = {
@@ -144,6 +145,7 @@ class ModelSizes:
         }
         weights: dict[str, float] = {}
         chosen: dict[str, int] = {}
+        growth: dict[str, int] = {}
         for split in self._small_splits(Cutting()):
             owner = next((owner for owner in owners if split.name.startswith(owner)), None)
             kind = "" if owner is None else split.name.removeprefix(owner)
@@ -152,9 +154,10 @@ class ModelSizes:
                 linear, part = owners[owner]
                 if (entry := next((one for one in linear.storage if one.name == kind), None)) is not None:
                     weights[split.name] = _weights_an_element(entry)
+                    growth[split.name] = linear.storage.growth(entry)
                 if linear.stack is not None and isinstance(part, Experts):
                     chosen[split.name] = part.per_token
-        return weights, chosen
+        return weights, chosen, growth
 
     @property
     def dtype(self) -> str:
@@ -166,6 +169,11 @@ class ModelSizes:
         shard = plan.shards[rank].items()
         nbytes = sum(stored.numel * self._bits[name] for name, stored in shard) // 8
         return nbytes, int(sum(stored.numel * self._times[name] * self._weights[name] for name, stored in shard))
+
+    def growth_bytes(self, plan: PartitionPlan, rank: int) -> int:
+        """What all layers take on ``rank`` of ``plan``, a small one, beyond their stored bytes when they run."""
+        shard = plan.shards[rank].items()
+        return sum(stored.numel * self._bits[name] * (self._growth.get(name, 1) - 1) for name, stored in shard) // 8
 
     def file_bytes(self, plan: PartitionPlan, ranks: Sequence[int]) -> list[int]:
         """Bytes of the part files of ``ranks``, headers included, as ``tpctl shard`` writes them by default.

@@ -9,7 +9,8 @@ from tpctl.planning.check import SizeCheck
 
 @dataclass(frozen=True)
 class RankFit:
-    """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors.
+    """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors, which take
+    ``growth_bytes`` more when they run.
 
     ``kv_cache_bytes`` is what is left for the KV cache; negative where the rest alone is too much.
     """
@@ -23,6 +24,7 @@ class RankFit:
     kv_bytes_per_token: int
     activation_bytes: int
     kv_cache_bytes: int
+    growth_bytes: int
 
 
 @dataclass(frozen=True)
