@@ -24,10 +24,11 @@ from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.loading import load, run_bytes
-from tpctl.errors import PartitionError, TpctlError
+from tpctl.errors import PartitionError, TpctlError, UnsupportedModelError
 from tpctl.layers.linear import ReplicatedLinear
 from tpctl.layers.weights.codes import CodesWeight
 from tpctl.manifest.manifest import Manifest
+from tpctl.models.loader import load_shard, refuse_orders
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.settings import EngineConfig
@@ -245,3 +246,30 @@ def test_weights_are_counted_as_they_run(
         (rank,) = plan_model(read_metadata(str(source)), Budget(), tp_size=1).ranks
         assert rank.weight_bytes + rank.growth_bytes == counted
         assert (rank.growth_bytes > 0) is (packer not in ("ct int4", "fp8"))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_experts_in_two_orders_are_refused_on_gpus_before_they_are_read(alike: bool, tmp_path: Path) -> None:
+    experts = {
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "num_experts_per_tok": 2,
+        "hidden_size": 64,
+        "head_dim": 32,
+    }
+    made = quantise(make_config("qwen3_moe", **experts), PACKERS["gptq in order of activation"])
+    if alike:
+        pairs = [(one, one.replace("up_proj", "gate_proj")) for one in made.tensors if ".up_proj.g_idx" in one]
+        made.tensors.update({one: made.tensors[other].clone() for one, other in pairs})
+    out = tmp_path / "out"
+    shard_checkpoint(made.save(tmp_path / "model"), out, 2)
+    model = load(EngineConfig(out, 2), TPGroup(0, 2)).model
+    files = [out / name for name in Manifest.load(out).rank_files(0)]
+    if alike:
+        refuse_orders(model.held, files)
+        return
+    said = r"^model\.layers\.0\.mlp\.experts\.w13_g_idx has the inputs of experts' gate and up in different groups,"
+    with pytest.raises(UnsupportedModelError, match=said):
+        refuse_orders(model.held, files)
+    with pytest.raises(UnsupportedModelError, match=said):  # before anything is read, and so without a GPU
+        load_shard(model, files, torch.device("cuda"))
