@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tests.unit.fake_client import engine_info, engine_stats
 from tpctl.bench import measure
+from tpctl.bench.shapes import SHAPES
 from tpctl.bench.workload import make_workload, one_request
 from tpctl.cli import bench as cli_bench
 from tpctl.cli.app import app
@@ -124,6 +125,12 @@ def test_prompts_stay_within_a_small_vocabulary() -> None:
     work = make_workload("short", 131, 5, sampling)
     assert {(r.sampling.temperature, r.sampling.top_p) for r in work.requests} == {(0.7, 0.9)}
     assert max(max(r.token_ids) for r in work.requests) < 131
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput", "startup"])
+def test_help_names_every_shape(command: str) -> None:
+    said = "".join(CliRunner().invoke(app, ["bench", command, "--help"]).stdout.split())
+    assert f"Randomweightsofthisshapeinstead:{','.join(SHAPES)}." in said
 
 
 def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

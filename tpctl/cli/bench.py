@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpctl.bench.shapes import SHAPES
 from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.console import byte_progress, print_json, status
 from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
@@ -31,9 +32,7 @@ bench = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: demo]")]
-Shape = Annotated[
-    str | None, typer.Option(help="Random weights of this shape instead: smollm2-135m, qwen3-0.6b or llama-3.1-8b.")
-]
+Shape = Annotated[str | None, typer.Option(help=f"Random weights of this shape instead: {', '.join(SHAPES)}.")]
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs; the median is what to quote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
