@@ -55,7 +55,7 @@ def plan(
         ),
     ] = KvCacheDType.auto,
     quantize: Annotated[
-        Method | None, typer.Option(help="Plan what `tpctl shard --quantize` would make: fp8, fp8-block or int4.")
+        Method | None, typer.Option(help=f"Plan what `tpctl shard --quantize` would make: {', '.join(Method)}.")
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Cast floats to it; auto: as stored.")] = DType.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,

@@ -30,8 +30,8 @@ def shard(
     quantize: Annotated[
         Method | None,
         typer.Option(
-            help="Quantise the layers' linears first: fp8 (a scale a row), fp8-block (128 x 128) or int4 (groups of "
-            "128), in compressed-tensors' format."
+            help="Quantise the layers' linears first: fp8 (a scale a row), fp8-block (128 x 128), int4 (groups of "
+            "128), int4-g64 or int4-g32, in compressed-tensors' format."
         ),
     ] = None,
     allow_overflow: Annotated[

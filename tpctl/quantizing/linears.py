@@ -178,6 +178,15 @@ def _instead(method: Method) -> str:
     return f"leave out --quantize {method}, or give its unquantised original"
 
 
+def _fitting(columns: int) -> str:
+    """What to quantise to where the groups that were asked for do not divide ``columns``."""
+    for method in (Method.INT4_G64, Method.INT4_G32):
+        group = SCHEMES[method].columns
+        if group is not None and columns % group == 0:
+            return f"{method}, whose groups are of {group}"
+    return f"{Method.FP8}, which has no groups"
+
+
 def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
     if len(shape) != 2 or 0 in shape:
         raise CheckpointError(f"{name} has the shape {list(shape)}, but a linear's weight has rows and columns")
@@ -185,7 +194,7 @@ def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int
     if scheme.strategy == "group" and scheme.columns is not None and columns % scheme.columns:
         # As compressed-tensors does.
         raise CheckpointError(
-            f"{name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize fp8, which "
-            "has no groups"
+            f"{name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize "
+            f"{_fitting(columns)}"
         )
     return rows, columns
