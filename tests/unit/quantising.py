@@ -11,6 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
+    QuantizationScheme,
     QuantizationStatus,
     apply_quantization_config,
     preset_name_to_scheme,
@@ -25,6 +26,16 @@ from compressed_tensors.quantization.utils import (
 from tpctl.quantizing.schemes import Method
 
 PRESETS = {Method.FP8: "FP8_DYNAMIC", Method.FP8_BLOCK: "FP8_BLOCK", Method.INT4: "W4A16"}
+GROUPS = {Method.INT4_G64: 64, Method.INT4_G32: 32}
+
+
+def scheme_of(method: Method) -> QuantizationScheme:
+    """The preset, or W4A16 with smaller groups."""
+    scheme = preset_name_to_scheme(PRESETS.get(method, "W4A16"), ["Linear"])
+    if method in GROUPS:
+        assert scheme.weights is not None
+        scheme.weights = scheme.weights.model_copy(update={"group_size": GROUPS[method]})
+    return scheme
 
 
 def calibrated(weight: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,21 +53,21 @@ def calibrated(weight: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tens
 
 def quantised(weight: torch.Tensor, method: Method) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``weight`` is stored as, and its scales."""
-    args = preset_name_to_scheme(PRESETS[method], ["Linear"]).weights
+    args = scheme_of(method).weights
     assert args is not None
     scales, zeros = calibrated(weight, args)
     if args.strategy == "block":
         height, width = weight.shape
         weight = maybe_pad_tensor_for_block_quant(weight, args.block_structure)
         return quantize(weight, scales, zeros, args, dtype=torch.float8_e4m3fn)[:height, :width].contiguous(), scales
-    if method is Method.INT4:
+    if args.num_bits == 4:
         return pack_to_int32(quantize(weight, scales, zeros, args, dtype=torch.int8), 4), scales
     return quantize(weight, scales, zeros, args, dtype=torch.float8_e4m3fn), scales
 
 
 def save_quantised(model: Any, method: Method, folder: Path, ignore: list[str], **options: Any) -> None:
     """Quantise a transformers ``model`` in place, and save it, with ``options`` of ``save_pretrained``."""
-    scheme = preset_name_to_scheme(PRESETS[method], ["Linear"])
+    scheme = scheme_of(method)
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=ignore))
     for module in model.modules():
         if is_module_quantized(module):

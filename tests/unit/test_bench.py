@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tests.unit.fake_client import engine_info, engine_stats
 from tpctl.bench import measure
+from tpctl.bench.shapes import SHAPES
 from tpctl.bench.workload import make_workload, one_request
 from tpctl.cli import bench as cli_bench
 from tpctl.cli.app import app
@@ -126,6 +127,12 @@ def test_prompts_stay_within_a_small_vocabulary() -> None:
     assert max(max(r.token_ids) for r in work.requests) < 131
 
 
+@pytest.mark.parametrize("command", ["latency", "throughput", "startup"])
+def test_help_names_every_shape(command: str) -> None:
+    said = "".join(CliRunner().invoke(app, ["bench", command, "--help"]).stdout.split())
+    assert f"Randomweightsofthisshapeinstead:{','.join(SHAPES)}." in said
+
+
 def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And the scheduling policy in effect; a request's own sampling reaches the engine."""
     seen: list[Any] = []
@@ -146,7 +153,7 @@ def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsy
     assert report["settings"]["engine"]["max_num_batched_tokens"] == 4096
     assert report["engine"]["scheduling_policy"] == "fcfs"
     assert list(report) == ["benchmark", "model", "figures", "engine", "machine", "settings"]
-    assert list(report["engine"])[-2:] == ["max_num_seqs", "stats"]
+    assert list(report["engine"])[-2:] == ["expert_parallel", "stats"]
     assert report["engine"]["stats"]["steps"] == 7
     assert report["machine"]["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", report["machine"]["commit"])
     assert "makespan needs a GPU" in result.stderr

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.unit.bad_input import local_answer
 from tests.unit.synthetic import make_checkpoint, make_config
+from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import OutputError, ShardFolderError
 from tpctl.manifest.manifest import Manifest
@@ -83,6 +87,48 @@ def test_a_shard_folder_is_used_as_it_is(source: ResolvedSource, tmp_path: Path)
     (tmp_path / "mine" / "model-rank-2-part-0.safetensors").unlink()
     with pytest.raises(ShardFolderError, match="is missing"):
         ensure_sharded(given, 3)
+
+
+WANTED: list[tuple[str, dict[str, Any], tuple[int, int | None], str]] = [
+    ("dense", {}, (2, 2), r"mine is cut for --ep 1, and not to be had for --ep 2: the model has no experts that"),
+    ("dense", {}, (64, None), r"mine is cut for tp 2, and not to be had for tp 64: .*use --tp 1 to 4$"),
+    (
+        "experts",
+        {},
+        (2, 2),
+        r"--ep 1, but --ep 2 is asked for; make a new one: `tpctl reshard \S*mine --tp 2 --ep 2 -o",
+    ),
+    (
+        "experts",
+        {"cutting": Cutting(2)},
+        (2, 1),
+        r"but --ep 1 is asked for; .* `tpctl reshard \S*mine --tp 2 --ep 1 -o",
+    ),
+    ("experts", {"cutting": Cutting(2)}, (3, None), r"not to be had for tp 3: 3 ranks do not form 2 equal groups"),
+    ("experts", {"compat": "vllm"}, (2, 2), r"`tpctl reshard \S*mine --tp 2 --ep 2 --compat none -o FOLDER`$"),
+    ("experts", {"compat": "vllm"}, (4, None), r"use --tp 2, or .*`tpctl reshard \S*mine --tp 4 -o FOLDER`$"),
+    ("experts", {"compat": "vllm"}, (3, 3), r"use --tp 2, or .*mine --tp 3 --ep 3 --compat none -o FOLDER`$"),
+    (
+        "dense",
+        {"ranks": [0]},
+        (3, None),
+        r"not to be had for tp 3: \S*mine holds rank 0 of tp 2, but all are needed; add",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "how", "asked", "said"), WANTED)
+def test_a_shard_folder_that_is_cut_otherwise_suggests_only_what_works(
+    tmp_path: Path, kind: str, how: dict[str, Any], asked: tuple[int, int | None], said: str
+) -> None:
+    mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "vocab_size": 64}
+    config = make_config() if kind == "dense" else make_config("qwen3_moe", **mixture)
+    folder, (tp_size, groups) = tmp_path / "mine", asked
+    shard_checkpoint(make_checkpoint(tmp_path / "model", config), folder, 2, **how)
+    with pytest.raises(ShardFolderError, match=said) as caught:
+        ensure_sharded(ResolvedSource(folder, "mine", None), tp_size, expert_parallel=groups)
+    if (command := re.search("`tpctl (reshard .*) -o FOLDER`", str(caught.value))) is not None:
+        assert local_answer(f"{command[1]} -o out", tmp_path).code == 0
 
 
 def test_a_folder_of_some_ranks_names_the_missing_ones(source: ResolvedSource, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
+from tpctl.arch import vllm
 from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.safetensors import TensorSpec
-from tpctl.errors import PartitionError, UnsupportedModelError, UsageError
+from tpctl.errors import PartitionError, ShardFolderError, UnsupportedModelError, UsageError
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
 from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -81,7 +82,10 @@ def test_folders_with_scales_are_shown(source: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_uneven_splits_are_refused_with_the_sizes_that_work(source: Path, tmp_path: Path, engine: str) -> None:
-    with pytest.raises(PartitionError, match=rf"{engine} loads only even splits, but at tp 3 .*use --tp 1, 2, 4$"):
+    with pytest.raises(
+        PartitionError,
+        match=rf"{engine} loads only even splits, but at tp 3 .*use --tp 1, 2, 4, or leave --compat out$",
+    ):
         shard_checkpoint(source, tmp_path / "out", 3, compat=engine)
     assert not (tmp_path / "out").exists()
 
@@ -89,7 +93,7 @@ def test_uneven_splits_are_refused_with_the_sizes_that_work(source: Path, tmp_pa
 def test_nine_heads_over_three_kv_heads(tmp_path: Path) -> None:
     config = make_config(num_attention_heads=9, num_key_value_heads=3, intermediate_size=36, vocab_size=192)
     source = make_checkpoint(tmp_path / "model", config)
-    with pytest.raises(PartitionError, match=r"use --tp 1, 3$"):
+    with pytest.raises(PartitionError, match=r"use --tp 1, 3, or leave --compat out$"):
         shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
     shard_checkpoint(source, tmp_path / "out", 3, compat="vllm")
 
@@ -128,6 +132,24 @@ def round_trip(source: Path, shards: Path, scratch: Path, tp_size: int = 4) -> N
     assert folder_bytes(scratch / "to-other") == folder_bytes(scratch / "other")
 
 
+def test_reshard_makes_a_folder_for_no_engine_and_says_how(tmp_path: Path) -> None:
+    mixture = make_config("qwen3_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, vocab_size=64)
+    source = make_checkpoint(tmp_path / "experts", mixture)
+    shard_checkpoint(source, tmp_path / "vllm", 2, compat="vllm")
+    with pytest.raises(PartitionError, match=r"loads only even splits, .*; use --tp 1, 2, 4, or give --compat none$"):
+        reshard(tmp_path / "vllm", tmp_path / "x", 3)
+    for tp_size, cutting in ((2, Cutting(2)), (3, None)):
+        made, wanted = tmp_path / f"none-{tp_size}", tmp_path / f"wanted-{tp_size}"
+        if cutting is not None:
+            with pytest.raises(UnsupportedModelError, match=r"experts that are dealt .*; give --compat none$"):
+                reshard(tmp_path / "vllm", made, tp_size, cutting=cutting)
+        reshard(tmp_path / "vllm", made, tp_size, cutting=cutting, compat="none")
+        shard_checkpoint(source, wanted, tp_size, cutting=cutting or Cutting())
+        assert folder_bytes(made) == folder_bytes(wanted)
+    with pytest.raises(UnsupportedModelError, match=r"experts that are dealt to the ranks; leave --compat out$"):
+        shard_checkpoint(source, tmp_path / "x", 2, compat="vllm", cutting=Cutting(2))
+
+
 def test_a_tied_head_has_the_name_that_vllms_model_has(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "gemma", make_config("gemma2", tie_word_embeddings=True))
     shard_checkpoint(source, tmp_path / "vllm", 2, compat="vllm")
@@ -137,6 +159,25 @@ def test_a_tied_head_has_the_name_that_vllms_model_has(tmp_path: Path) -> None:
     assert "lm_head.weight" not in theirs
     assert torch.equal(one.view(torch.int16), other.view(torch.int16))
     round_trip(source, tmp_path / "vllm", tmp_path)
+
+
+def test_a_tied_head_by_the_name_of_older_releases_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = make_checkpoint(tmp_path / "gemma", make_config("gemma2", tie_word_embeddings=True)), tmp_path / "old"
+    with monkeypatch.context() as older:
+        older.setitem(vllm._FAMILIES, "gemma2", vllm._USUAL)
+        shard_checkpoint(source, out, 2, compat="vllm")
+    said = (
+        r"old/tpctl\.json was made by an older tpctl: the shards hold lm_head\.weight, which vllm only loads as "
+        r"model\.embed_tokens\.weight; shard the model again$"
+    )
+    for use in (
+        lambda: inspect_shards(out),
+        lambda: inspect_shards(out, verify=True, source=source),
+        lambda: merge_shards(out, tmp_path / "x"),
+        lambda: reshard(out, tmp_path / "x", 4),
+    ):
+        with pytest.raises(ShardFolderError, match=said):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +211,10 @@ def test_scales_of_a_cache_are_refused_since_vllm_would_read_them(tmp_path: Path
 def test_a_scale_that_two_ranks_would_share_is_refused(tmp_path: Path) -> None:
     """At tp 4 a head of 64 features is half a block, which tpctl alone gives a copy of the scale."""
     source = make_checkpoint(tmp_path / "model", make_config(**WIDE, quantization_config=BLOCKS))
-    with pytest.raises(PartitionError, match=r"at tp 4 a border in .*qkv_proj would be inside .*; use --tp 1, 2$"):
+    with pytest.raises(
+        PartitionError,
+        match=r"at tp 4 a border in .*qkv_proj would be inside .*; use --tp 1, 2, or leave --compat out$",
+    ):
         shard_checkpoint(source, tmp_path / "out", 4, compat="vllm")
     shard_checkpoint(source, tmp_path / "out", 2, compat="vllm")
 

@@ -35,6 +35,22 @@ def answered(command: str, folder: Path) -> str:
     return answer.out
 
 
+def test_the_groups_that_experts_are_dealt_to_are_said(model: Path, tmp_path: Path) -> None:
+    said = answered("shard model --tp 4 --ep 2 --even -o two", tmp_path)
+    assert said.startswith("two: model (qwen3_moe) cut for tp 4, experts dealt to 2 groups of ranks, evenly: borders ")
+    report = json.loads(answered("shard model --tp 4 --ep 4 -o four --json", tmp_path))
+    assert (report["expert_parallel"], report["even"]) == (4, False)
+    of_shards = answered("plan two --tp 4", tmp_path)
+    assert "tp 4 fits, experts dealt to 2 groups of ranks, evenly: borders may divide blocks" in of_shards
+    same, found = (answered(f"plan {what} --tp 4 --json", tmp_path) for what in ("model --ep 2 --even", "two"))
+    assert {**json.loads(same), "model": "two"} == json.loads(found)
+    assert json.loads(answered("plan two --ep 1 --no-even --tp 4 --json", tmp_path))["expert_parallel"] == 1
+    sizes = answered("plan model --ep 4", tmp_path)  # every size that cannot be is explained
+    assert "\ntp 1 is impossible: 1 rank does not form 4 equal groups; use --ep 1\n" in sizes
+    assert "\ntp 2-3 are impossible; of tp 2: 2 ranks do not form 4 equal groups; use --ep 1, 2\n" in sizes
+    assert "groups of ranks" not in answered("shard model --tp 2 -o one", tmp_path) + answered("plan one", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "cutting"),
     [
@@ -109,7 +125,7 @@ def seeing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_sees_is_left_out_by_name(seeing: Path, tmp_path: Path) -> None:
     refused = local_answer("shard seeing --tp 2", tmp_path)
-    assert refused.code == 2 and "1 tensor of what sees or hears, such as vision.patch.weight" in refused.err
+    assert refused.code == 1 and "1 tensor of what sees or hears, such as vision.patch.weight" in refused.err
     assert "--text-only" in refused.err and not (tmp_path / "seeing-tp2").exists()
     assert "left out: 1 tensor of what sees or hears" in answered("plan seeing", tmp_path)
     answered("shard seeing --tp 2 --text-only -o two", tmp_path)

@@ -21,7 +21,7 @@ from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, checked_source_plan, towers
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.metadata import read_metadata
-from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError, UsageError
+from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
@@ -77,7 +77,7 @@ def test_merge_and_reshard_are_exact_at_every_size(
 
 @pytest.mark.parametrize("name", SEEING)
 def test_what_sees_has_to_be_left_out_by_word(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cut the text model with --text-only"):
+    with pytest.raises(UnsupportedModelError, match="cut the text model with --text-only"):
         shard_checkpoint(checkpoints[name], tmp_path / "out", 2)
 
 

@@ -21,7 +21,7 @@ from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, checked_source_plan
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.metadata import read_metadata
-from tpctl.errors import CheckpointError, PartitionError, TpctlError, UsageError
+from tpctl.errors import CheckpointError, PartitionError, TpctlError, UnsupportedModelError
 from tpctl.manifest.manifest import Manifest
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.merge import merge_shards
@@ -81,7 +81,7 @@ def test_whole_experts_by_rank(tmp_path: Path, name: str, stacked: bool) -> None
 @pytest.mark.parametrize("name", SEEING)
 def test_the_text_model_of_one_that_sees(tmp_path: Path, name: str, stacked: bool) -> None:
     make_mixture(name, tmp_path / "model", stacked=stacked, sees=True)
-    with pytest.raises(UsageError, match=r"tensors of what sees or hears, such as model\.visual\..* --text-only"):
+    with pytest.raises(UnsupportedModelError, match=r"of what sees or hears, such as model\.visual\..* --text-only"):
         shard_checkpoint(tmp_path / "model", tmp_path / "out", 2)
     round_trip(tmp_path / "model", tmp_path, [(tp, Cutting()) for tp in range(1, HEADS + 1)], text_only=True)
     manifest = Manifest.load(tmp_path / "2-1")

@@ -21,6 +21,7 @@ from tpctl.arch.formats.skipped import Skipped
 from tpctl.arch.source_plan import as_held, build_plan, checked_source_plan
 from tpctl.arch.storage import Storage
 from tpctl.checkpoint.metadata import read_metadata
+from tpctl.errors import CheckpointError
 from tpctl.partition.split import source_shapes
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.merge import merge_shards
@@ -282,3 +283,15 @@ def test_the_planner_counts_what_is_written(tmp_path: Path, name: str, family: s
         shard_checkpoint(source, tmp_path / "out", size.tp_size, force=True)
         ranks = [read_shard(tmp_path / "out", rank).values() for rank in range(size.tp_size)]
         assert size.weight_bytes == max(sum(tensor.nbytes for tensor in tensors) for tensors in ranks)
+
+
+@pytest.mark.parametrize(
+    "given", [{"bits": 4, "group_size": 128}, {"format": "pack-quantized"}, {"quant_method": None}]
+)
+def test_a_quantization_config_without_a_method_is_refused_plainly(given: dict[str, Any]) -> None:
+    said = (
+        r"^config\.json: quantization_config has no quant_method, which says how the weights are stored; add the right "
+        r"one of awq, compressed-tensors, fp8, gptq, mxfp4, or use the unquantised original$"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        ModelConfig.from_dict(make_config(quantization_config=given))

@@ -17,10 +17,15 @@ from tests.unit.quantised_model import Quantised, quantise
 from tests.unit.synthetic import make_config
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
+from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.safetensors import read_header
+from tpctl.distributed import TPGroup
+from tpctl.engine.runners.loading import load
 from tpctl.errors import PartitionError, ShardFolderError, TpctlError, UnsupportedModelError
+from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.inspect import inspect_shards
+from tpctl.wire.settings import EngineConfig
 
 Q = "model.layers.0.self_attn.q_proj"
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": 1}
@@ -99,6 +104,34 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(TpctlError, match=message) as caught:
         shard_checkpoint(made.save(tmp_path / "model"), tmp_path / "out", 2)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+OUT = "model.layers.0.self_attn.o_proj"
+UNSCALED = [("fp8", f"{OUT}.weight"), ("fp8", "lm_head.weight"), ("ct fp8 by channel", "model.embed_tokens.weight")]
+
+
+@pytest.mark.parametrize(("packer", "name"), UNSCALED)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_codes_without_a_scale_are_refused_by_name(
+    tmp_path: Path, packer: str, name: str, dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = model(packer)
+    if name.startswith(OUT):
+        told(modules_to_not_convert=[OUT])(made)
+        del made.tensors[f"{OUT}.weight_scale_inv"]
+    made.tensors[name] = made.tensors[name].to(torch.float8_e4m3fn)
+    source, out = made.save(tmp_path / "model"), tmp_path / "out"
+    said = rf"^{name} is F8_E4M3 without a scale beside it, and by the quantization_config of config\.json it is not"
+    with pytest.raises(UnsupportedModelError, match=said):
+        shard_checkpoint(source, out, 2, dtype=dtype)
+    with pytest.raises(UnsupportedModelError, match=said):
+        plan_model(read_metadata(str(source)), Budget(), dtype=dtype or "auto")
+    assert not out.exists()
+    if dtype is None:  # a folder that was cut before they were refused
+        monkeypatch.setattr("tpctl.sharding.cutting.shard.check_scaled", lambda *given: None)
+        shard_checkpoint(source, out, 1)
+        with pytest.raises(UnsupportedModelError, match=said):
+            load(EngineConfig(out, 1, out), TPGroup())
 
 
 def group(kind: str = "pack-quantized", **weights: Any) -> dict[str, Any]:

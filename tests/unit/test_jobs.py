@@ -66,6 +66,10 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({"prompt": "a" * 64}, "the prompt has 64 tokens, but this engine takes at most 63"),
         ({"messages": []}, 'messages is [], but must be a list of {"role": "…", "content": "…"}, not empty'),
         ({"messages": "hi"}, 'messages is "hi", but must be a list of'),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning": "b", "reasoning_content": "c"}]},
+            "message 1 has two different thoughts, as its reasoning_content and as its reasoning; leave one of",
+        ),
         ({"messages": [{"role": "user"}]}, 'message 1 is {"role": "user"}, but must have a string as its content'),
         ({"messages": [{"role": "a", "content": "b"}, 5]}, "message 2 is 5, but must have a string as its role"),
         ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from tests.tiny import make_mixture
 from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
+from tpctl.cli.engine import describe
+from tpctl.engine.engine import make_runner
 from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.settings import EngineConfig
 
 NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe-plain")
 CUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (5, 1), (6, 3))
@@ -56,3 +60,13 @@ def test_logits_equal_transformers(
 def test_logits_of_other_windows_and_routers(name: str, tmp_path: Path) -> None:
     model = make_mixture(name, tmp_path / "model", **WINDOWS[name])
     check(tmp_path / "model", model, tmp_path / "shards", 3, 1)
+
+
+@pytest.mark.parametrize(("groups", "said"), [(2, "tp 2, ep 2, float32, sdpa"), (1, "tp 2, float32, sdpa")])
+def test_an_engine_says_what_its_experts_are_dealt_to(tmp_path: Path, groups: int, said: str) -> None:
+    make_mixture("qwen3_moe", tmp_path / "model")
+    shard_checkpoint(tmp_path / "model", tmp_path / "out", 2, cutting=Cutting(groups))
+    config = EngineConfig(tmp_path / "out", 2, kv_cache_memory=1 << 22)
+    found = run_ranks(2, lambda group: torch.inference_mode()(make_runner)(config, group).info())
+    assert [one.expert_parallel for one in found] == [groups, groups]
+    assert describe(found[0]).startswith(said)

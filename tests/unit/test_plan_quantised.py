@@ -11,7 +11,7 @@ import pytest
 from tests.unit.synthetic import make_config, source_tensors, write_checkpoint
 from tpctl.checkpoint.metadata import ModelMetadata, read_metadata
 from tpctl.checkpoint.sources import ResolvedSource
-from tpctl.errors import UsageError
+from tpctl.errors import UnsupportedModelError
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.quantizing.cache import ensure_quantised
 from tpctl.quantizing.planned import quantised_metadata
@@ -57,7 +57,7 @@ def test_bytes_are_those_of_the_shards(
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(make_config(quantization_config={"quant_method": "fp8"})))
     with (
-        pytest.raises(UsageError, match="the model is quantised already"),
+        pytest.raises(UnsupportedModelError, match="the model is quantised already"),
         quantised_metadata(read_metadata(str(tmp_path)), Method.FP8),
     ):
         raise AssertionError

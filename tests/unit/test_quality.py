@@ -26,7 +26,15 @@ from tpctl.cli.app import app
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
-from tpctl.errors import CheckpointError, EngineError, OutputError, RequestError, SourceError, TpctlError, UsageError
+from tpctl.errors import (
+    CheckpointError,
+    EngineError,
+    OutputError,
+    RequestError,
+    SourceError,
+    TpctlError,
+    UsageError,
+)
 from tpctl.wire.messages import Add, Output, Request
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.scoring import TokenScore
@@ -281,7 +289,7 @@ def test_models_of_different_tokens_are_refused(
             "whole --context 128",
             "text",
             UsageError,
-            "--context 128 is more than 127, one less than the model's own limit",
+            "--context 128 is more than 127, one less than the limit of whole",
         ),
         ("whole --context 60 --max-model-len 60", "text", UsageError, "more than 59, one less than --max-model-len"),
         ("whole --context 60 --stride 60", "text", UsageError, "--stride 60 is not between 1 and 59"),

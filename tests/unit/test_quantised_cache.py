@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.unit.bad_input import local_answer
-from tests.unit.synthetic import folder_bytes, make_config, source_shapes
+from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, source_shapes
 from tests.unit.test_quantised_folder import HIDDEN, LAYER, dense, write
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import TensorSpec
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.cli import shard as shard_command
-from tpctl.errors import CheckpointError, SourceError, UsageError
+from tpctl.errors import CheckpointError, ShardFolderError, SourceError
 from tpctl.manifest.manifest import Manifest
 from tpctl.quantizing import cache as cache_module
 from tpctl.quantizing.cache import ensure_quantised
@@ -127,7 +127,7 @@ def test_two_that_ask_at_once_make_it_once(source: ResolvedSource, tmp_path: Pat
 
 def test_shards_are_refused(source: ResolvedSource) -> None:
     (source.folder / "tpctl.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"cut into shards already; quantise the model itself: `tpctl shard MODEL"):
+    with pytest.raises(ShardFolderError, match=r"cut into shards already; quantise the model itself: `tpctl shard M"):
         ensure_quantised(source, Method.FP8)
 
 
@@ -149,6 +149,26 @@ def test_usage_errors(source: ResolvedSource, cache: Path, options: str, said: s
     assert (answer.code, answer.out) == (2, "")
     assert said in answer.err
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("shard quantised --tp 2 --quantize int4", "the model is quantised already (quantization_config in its con"),
+        ("plan quantised --quantize int4", "the model is quantised already (quantization_config in its config.json); "),
+        ("shard odd --tp 2 --quantize int4", "which groups of 128 do not divide"),
+        ("plan odd --quantize int4", "which groups of 128 do not divide"),
+        ("shard shards --tp 2 --quantize fp8", "shards is cut into shards already; quantise the model itself"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_no_usage_error(source: ResolvedSource, command: str, said: str) -> None:
+    place = source.folder.parent
+    made = ensure_quantised(source, Method.FP8, notify=lambda text: None).source.folder
+    shutil.copytree(made, place / "quantised")
+    make_checkpoint(place / "odd", make_config(hidden_size=96))
+    assert local_answer("shard model --tp 2 -o shards", place).code == 0
+    answer = local_answer(command, place)
+    assert (answer.code, answer.out) == (1, "") and said in answer.err
 
 
 def test_an_output_that_exists_is_refused_before_the_work(source: ResolvedSource, cache: Path) -> None:
@@ -191,6 +211,29 @@ def test_there_and_back_again(source: ResolvedSource, method: Method) -> None:
     assert proved["compared_bytes"] == proved["hashed_bytes"]  # its source is found in the cache
     assert local_answer(f"merge model-{method}-tp2 -o merged", place).code == 0
     assert folder_bytes(place / "merged") == folder_bytes(made.source.folder)
+
+
+def test_shards_of_a_quantised_model_are_held_against_the_original(source: ResolvedSource, cache: Path) -> None:
+    place, report = source.folder.parent, json.loads
+    assert local_answer("shard ./model --tp 2 --quantize fp8 -o out", place).code == 0
+    shutil.rmtree(cache)
+    told = local_answer("inspect-shards out --verify", place)
+    assert told.code == 0 and "; --source MODEL compares every element with it, and the original quantised" in told.err
+    said = "the shards were quantised before they were cut, so they are compared with ./model (fp8 by tpctl)\n"
+    proved = local_answer("inspect-shards out --verify --source ./model --json", place)
+    assert (proved.code, proved.err) == (0, f"quantising ./model to fp8 (once)\n{said}")
+    found = report(proved.out)["verified"]
+    assert found["compared_bytes"] == found["hashed_bytes"] > 0
+    again = local_answer(f"inspect-shards out --source {found['source']} --json", place)  # quantised as it is
+    assert (again.code, again.err) == (0, "") and report(again.out)["verified"]["compared_bytes"]
+    path = source.folder / "model.safetensors"  # of another model, whose header is the same
+    data = bytearray(path.read_bytes())
+    data[-40:] = bytes(40)
+    path.write_bytes(data)
+    other = local_answer("inspect-shards out --verify --source ./model", place)
+    assert other.code == 1 and " differs from its source " in other.err
+    named = local_answer("inspect-shards out --source out", place)
+    assert named.code == 1 and "out holds shards; give --source the checkpoint that out was cut from" in named.err
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "report.json"])

@@ -17,10 +17,10 @@ from tests.tiny import make_mixture
 from tests.unit.synthetic import folder_bytes, make_config
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import TensorSpec, build_header
-from tpctl.errors import CheckpointError, TpctlError, UsageError
+from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError
 from tpctl.quantizing import writer
 from tpctl.quantizing.linears import ignored, linears, quantised_shapes
-from tpctl.quantizing.schemes import Method
+from tpctl.quantizing.schemes import SCHEMES, Method
 from tpctl.quantizing.writer import QuantizationReport, quantise_checkpoint
 
 HIDDEN, INNER = 128, 256
@@ -112,7 +112,7 @@ def test_files_are_those_that_llm_compressor_saves(tmp_path: Path, family: str, 
         hidden_size=hidden,
         num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"] if family == "gemma3" else None,
-        intermediate_size=256 if method is Method.INT4 else 200,
+        intermediate_size=256 if SCHEMES[method].kind == "int" else 200,
     )
     model.to(getattr(torch, dtype)).save_pretrained(source)
     quantise(source, tmp_path / "ours", method)
@@ -212,22 +212,38 @@ def test_a_mixtrals_experts_are_linears_too() -> None:
 @pytest.mark.parametrize(
     ("method", "extra", "error", "said"),
     [
-        (Method.INT4, ("mlp.up_proj.weight", "BF16", (8, 200)), CheckpointError, "200 columns, which groups of 128"),
-        (Method.INT4, ("mlp.up_proj.weight", "BF16", (8, 64)), CheckpointError, "64 columns, which groups of 128"),
+        (
+            Method.INT4,
+            ("mlp.up_proj.weight", "BF16", (8, 200)),
+            CheckpointError,
+            "200 columns, which groups of 128 do not divide; use --quantize fp8, which has no groups",
+        ),
+        (
+            Method.INT4,
+            ("mlp.up_proj.weight", "BF16", (8, 64)),
+            CheckpointError,
+            "64 columns, which groups of 128 do not divide; use --quantize int4-g64, whose groups are of 64",
+        ),
+        (
+            Method.INT4_G64,
+            ("mlp.up_proj.weight", "BF16", (8, 96)),
+            CheckpointError,
+            "96 columns, which groups of 64 do not divide; use --quantize int4-g32, whose groups are of 32",
+        ),
         (Method.FP8, ("mlp.up_proj.weight", "F64", (8, 128)), CheckpointError, r"is F64; --quantize fp8 takes BF16"),
         (
             Method.FP8,
             ("mlp.up_proj.weight", "F8_E4M3", (8, 128)),
-            UsageError,
+            UnsupportedModelError,
             "quantised already .*up_proj.weight is F8",
         ),
         (
             Method.FP8,
             ("mlp.up_proj.weight_scale", "F32", (8, 1)),
-            UsageError,
+            UnsupportedModelError,
             r"already \(.* is F32|already \(it holds",
         ),
-        (Method.FP8, ("mlp.up_proj.qweight", "I32", (8, 16)), UsageError, "quantised already"),
+        (Method.FP8, ("mlp.up_proj.qweight", "I32", (8, 16)), UnsupportedModelError, "quantised already"),
         (Method.FP8, ("mlp.up_proj.weight", "BF16", (8,)), CheckpointError, r"the shape \[8\], but a linear's weight"),
         (Method.FP8, ("mlp.up_proj.weight", "BF16", (0, 8)), CheckpointError, r"the shape \[0, 8\]"),
         (
@@ -261,7 +277,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(
 def test_a_config_that_tells_of_quantised_weights_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     source = write(tmp_path / "source", dense(), config=config)
     with pytest.raises(
-        UsageError, match=r"^the model is quantised already \(\w+ in its config.json\); leave out --quan"
+        UnsupportedModelError, match=r"^the model is quantised already \(\w+ in its config.json\); leave out --quan"
     ):
         quantise(source, tmp_path / "out", Method.FP8)
 
@@ -298,7 +314,7 @@ import re, sys
 from pathlib import Path
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.quantizing.writer import quantise_checkpoint
-from tpctl.quantizing.schemes import Method
+from tpctl.quantizing.schemes import SCHEMES, Method
 quantise_checkpoint(CheckpointFolder.open(Path(sys.argv[1])), Path(sys.argv[2]), Method(sys.argv[3]))
 print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10)
 assert not {"torch", "transformers"} & set(sys.modules)

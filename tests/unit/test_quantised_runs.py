@@ -14,14 +14,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import make_mixture
-from tests.unit.packers import PACKERS, mxfp4
+from tests.unit.packers import PACKERS, compressed, mxfp4
 from tests.unit.packing import Packer
 from tests.unit.quantised_model import Quantised, quantise
 from tests.unit.synthetic import make_config
 from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
-from tpctl.errors import PartitionError, TpctlError
+from tpctl.arch.source_plan import build_plan
+from tpctl.checkpoint.metadata import read_metadata
+from tpctl.distributed import TPGroup
+from tpctl.engine.runners.loading import load, run_bytes
+from tpctl.errors import PartitionError, TpctlError, UnsupportedModelError
+from tpctl.layers.linear import ReplicatedLinear
+from tpctl.layers.weights.codes import CodesWeight
+from tpctl.manifest.manifest import Manifest
+from tpctl.models.loader import load_shard, refuse_orders
+from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.settings import EngineConfig
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
@@ -195,3 +205,71 @@ def test_an_order_that_names_no_group_is_refused(tmp_path: Path) -> None:
         with pytest.raises(TpctlError, match=rf"o_proj\.g_idx puts an input into {said}, but .* for groups 0 to 2"):
             shard_checkpoint(tmp_path / f"model{wrong}", tmp_path / f"shards{wrong}", 1)
             logits_of(tmp_path / f"shards{wrong}", 1, [[3, 4, 5]])
+
+
+COUNTED = {
+    "ct int4": PACKERS["ct int4"],
+    "ct int4 with zeros": PACKERS["ct int4 with zeros"],
+    "ct int2": compressed("pack-quantized", num_bits=2, strategy="group", group_size=32, symmetric=False),
+    "gptq of 8 bits": PACKERS["gptq of 8 bits"],
+    "awq": PACKERS["awq"],
+    "fp8": PACKERS["fp8"],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packer", COUNTED)
+def test_weights_are_counted_as_they_run(
+    packer: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they are loaded, and in a plan: floats in the dtype, codes and scales as stored, but for what grows."""
+    made = quantise(make_config(hidden_size=128, intermediate_size=256, head_dim=32), COUNTED[packer])
+    source, out = made.save(tmp_path / "model"), tmp_path / "out"
+    shard_checkpoint(source, out, 1)
+    held: list[int] = []  # which a GPU is asked for
+    monkeypatch.setattr("tpctl.engine.runners.loading._share", lambda settings, group, nbytes: held.append(nbytes))
+    loaded, shard = load(EngineConfig(out, 1, dtype=dtype), TPGroup()), Manifest.load(out).shard(0)
+    tensors = shard.tensors
+    linears = [one for one in loaded.model.modules() if isinstance(one, ReplicatedLinear) and not one.held.is_dense]
+    kept = {one.held.name + kind for one in linears for kind in one.held.kept}
+    floats = sum(one.nbytes for name, one in loaded.model.named_parameters() if name not in kept)
+    codes = 0
+    for linear in linears:
+        assert isinstance(linear.matrix, CodesWeight)
+        found = linear.matrix.codes
+        codes += found.nbytes - (0 if found.rows is None else found.rows.nbytes)  # which the shard does not hold
+    unread = sum(4 * tensors[name].shape[0] for linear in linears for name in linear.held.unread)
+    counted = run_bytes(build_plan(loaded.config, 1), loaded.config.blueprint, tensors, loaded.dtype)
+    assert counted - unread == codes + floats
+    assert held == [max(counted, shard.nbytes)]
+    if dtype == "bfloat16":
+        (rank,) = plan_model(read_metadata(str(source)), Budget(), tp_size=1).ranks
+        assert rank.weight_bytes + rank.growth_bytes == counted
+        assert (rank.growth_bytes > 0) is (packer not in ("ct int4", "fp8"))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_experts_in_two_orders_are_refused_on_gpus_before_they_are_read(alike: bool, tmp_path: Path) -> None:
+    experts = {
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "num_experts_per_tok": 2,
+        "hidden_size": 64,
+        "head_dim": 32,
+    }
+    made = quantise(make_config("qwen3_moe", **experts), PACKERS["gptq in order of activation"])
+    if alike:
+        pairs = [(one, one.replace("up_proj", "gate_proj")) for one in made.tensors if ".up_proj.g_idx" in one]
+        made.tensors.update({one: made.tensors[other].clone() for one, other in pairs})
+    out = tmp_path / "out"
+    shard_checkpoint(made.save(tmp_path / "model"), out, 2)
+    model = load(EngineConfig(out, 2), TPGroup(0, 2)).model
+    files = [out / name for name in Manifest.load(out).rank_files(0)]
+    if alike:
+        refuse_orders(model.held, files)
+        return
+    said = r"^model\.layers\.0\.mlp\.experts\.w13_g_idx has the inputs of experts' gate and up in different groups,"
+    with pytest.raises(UnsupportedModelError, match=said):
+        refuse_orders(model.held, files)
+    with pytest.raises(UnsupportedModelError, match=said):  # before anything is read, and so without a GPU
+        load_shard(model, files, torch.device("cuda"))

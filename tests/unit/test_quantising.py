@@ -31,7 +31,7 @@ def weights(draw: st.DrawFn, dtype: str, method: Method) -> np.ndarray[Any, Any]
     """Bits of a weight: like trained ones, any finite patterns, or half way between the numbers; with rows of zeros."""
     rows = draw(st.integers(1, 130 if method is Method.FP8_BLOCK else 5))
     columns = 128 * draw(st.integers(1, 3))
-    if method is not Method.INT4:
+    if SCHEMES[method].kind != "int":
         columns = max(1, columns - draw(st.sampled_from([0, 1, 56, 127])))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     infinity, element = FINITE[dtype]
@@ -61,7 +61,7 @@ def test_rows_are_compressed_tensors_own(method: Method, dtype: str, data: st.Da
     bits = data.draw(weights(dtype, method))
     numbers, scales = quantised(as_torch(bits, dtype), method)
     step = 128 if method is Method.FP8_BLOCK else len(bits)
-    largest = 8.0 if method is Method.INT4 else 448.0
+    largest = 8.0 if SCHEMES[method].kind == "int" else 448.0
     assume(float(scales.max()) * largest <= torch.finfo(TORCH[dtype]).max)  # else it is refused
     bands = [quantise_rows(bits[row : row + step], dtype, SCHEMES[method], "w") for row in range(0, len(bits), step)]
     assert b"".join(band.scales.tobytes() for band in bands) == scales.view(torch.uint8).numpy().tobytes()
@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_the_values_that_are_stored(method: Method, dtype: s
     bits = weight.view(torch.uint8).numpy().view(FINITE[dtype][1])
     loss = quantise_rows(bits, dtype, SCHEMES[method], "w").loss
     numbers, scales = quantised(weight, method)
-    if method is Method.INT4:
+    if SCHEMES[method].kind == "int":
         shifts = torch.arange(0, 32, 4)
         numbers = ((numbers.unsqueeze(-1) >> shifts) & 15).flatten(1) - 8
     scales = scales.double().repeat_interleave(384 // scales.shape[1], 1)
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_refused_by_name(dtype: str, value: float) -> None
 @pytest.mark.parametrize("method", Method)
 def test_what_rounding_would_make_infinite_is_refused(method: Method, dtype: str) -> None:
     largest = float(torch.finfo(TORCH[dtype]).max)
-    for size, bad in ((largest, method is Method.INT4 or dtype != "F32"), (largest * 0.9, False)):
+    for size, bad in ((largest, SCHEMES[method].kind == "int" or dtype != "F32"), (largest * 0.9, False)):
         weight = torch.full((1, 128), -size, dtype=TORCH[dtype])
         bits = elements(weight.view(torch.uint8).numpy(), dtype)
         if bad:

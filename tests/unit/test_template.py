@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.unit.test_tokenizer import CHATML, MESSAGES, NAMED, make
 from tpctl.client import template_process
+from tpctl.client.chat_messages import check_messages
 from tpctl.client.template import ChatTemplate, TemplateRefusal
 from tpctl.client.template_process import TemplateProcess
 from tpctl.client.template_uses import uses
@@ -150,6 +151,25 @@ def test_what_was_thought_is_there_under_the_name_that_is_read(process: Template
     template = compiled(FIELDS.replace("reasoning_content", read), process)
     messages = [user("hi"), {"role": "assistant", "content": "yo", given: "hm"}]
     assert template.render(messages) == "[user]hi[assistant](hm)yo"
+
+
+def test_thoughts_under_two_names_are_one_or_refused(process: TemplateProcess) -> None:
+    def answered(**thoughts: object) -> str:
+        messages = check_messages([user("hi"), {"role": "assistant", "content": "yo", **thoughts}])
+        return compiled(FIELDS, process).render(messages)
+
+    both = "[user]hi[assistant](hm)yo"
+    assert answered(reasoning="hm", reasoning_content="hm", thinking="hm") == both
+    assert answered(reasoning="hm", reasoning_content="") == answered(reasoning="", thinking="hm") == both
+    assert answered(reasoning=None, reasoning_content="") == "[user]hi[assistant]()yo"
+    reads_own = compiled(FIELDS.replace("reasoning_content", "reasoning"), process)
+    assert reads_own.render([{"role": "assistant", "content": "yo", "reasoning": "", "thinking": "hm"}]).endswith(
+        "(hm)yo"
+    )
+    for one, other in (("reasoning_content", "reasoning"), ("reasoning", "thinking")):
+        said = f"message 2 has two different thoughts, as its {one} and as its {other}; leave one of them out"
+        with pytest.raises(RequestError, match=said):
+            answered(**{one: "hm", other: "so"})
 
 
 def test_fields_are_those_of_transformers(process: TemplateProcess, tmp_path: Path) -> None:

@@ -22,11 +22,18 @@ from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import Rule
 
 
-def check_compat(engine: str, config: ModelConfig, plan: PartitionPlan, left: Collection[str] = ()) -> None:
+def check_compat(
+    engine: str,
+    config: ModelConfig,
+    plan: PartitionPlan,
+    left: Collection[str] = (),
+    without: str = "leave --compat out",
+) -> None:
     """Check that ``engine`` is known and can load what ``plan`` makes.
 
     Args:
         left: tensors of the checkpoint that no rank has.
+        without: what to do for a folder that no other engine loads.
 
     Raises:
         UsageError: the engine is unknown.
@@ -37,10 +44,10 @@ def check_compat(engine: str, config: ModelConfig, plan: PartitionPlan, left: Co
         raise UsageError(f"--compat {engine} is unknown; use {' or '.join(ENGINES)}")
     config = as_held(config, plan.source_shapes)
     if (why := _unproven(ENGINES[engine], config, plan, left)) is not None:
-        raise UnsupportedModelError(f"--compat {engine} is not known to work for a model that has {why}; leave it out")
+        raise UnsupportedModelError(f"--compat {engine} is not known to work for a model that has {why}; {without}")
     if (what := _unfit(config.blueprint, plan)) is not None:
         even = [tp for tp in range(1, config.blueprint.max_tp + 1) if _fits(config, tp)]
-        advice = f"use --tp {', '.join(map(str, even))}" if even else "leave --compat out"
+        advice = f"use --tp {', '.join(map(str, even))}, or {without}" if even else without
         raise PartitionError(f"{engine} loads only even splits, but at tp {plan.tp_size} {what}; {advice}")
 
 

@@ -13,7 +13,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
 from tpctl.arch.linear import Linear
 from tpctl.arch.quantised import mapped, with_linears
-from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, UsageError, counted
+from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, counted
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.partition.split import EACH, TensorSplit
@@ -80,9 +80,13 @@ def towers(config: ModelConfig, names: Iterable[str]) -> list[str]:
 
 
 def check_text_only(config: ModelConfig, names: Iterable[str], text_only: bool) -> None:
-    """Raise ``UsageError`` if ``names`` hold what sees or hears, unless ``text_only`` says that it is known."""
+    """Refuse ``names`` that hold what sees or hears, unless ``text_only`` says that it is known.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
     if not text_only and (seen := towers(config, names)):
-        raise UsageError(
+        raise UnsupportedModelError(
             f"the checkpoint also holds {counted(len(seen), 'tensor')} of what sees or hears, such as {seen[0]}, which "
             "tpctl does not run; cut the text model with --text-only (merge gives the rest back)"
         )
@@ -166,6 +170,29 @@ def stored_dtype(split: TensorSplit, sources: Mapping[str, str], target: str | N
     if split.dtypes is not None:
         raise CheckpointError(differ)
     raise MixedDtypesError(f"{differ}, cast with --dtype {', '.join(DTYPES)}")
+
+
+def check_scaled(config: ModelConfig, splits: Iterable[TensorSplit], dtypes: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse a quantised model's floats of 8 bits that no scale stands beside: at face value they are other weights.
+
+    Where config.json has no ``quantization_config``, they are floats like any others.
+
+    Args:
+        dtypes: of the tensors that each stored tensor is made of, as ``stored_dtype`` takes them.
+
+    Raises:
+        UnsupportedModelError: there is one; the message names it.
+    """
+    if config.scheme is None:
+        return
+    for split in splits:
+        if split.dtypes is None:
+            for source, dtype in dtypes[split.name].items():
+                if dtype.startswith("F8_"):
+                    raise UnsupportedModelError(
+                        f"{source} is {dtype} without a scale beside it, and by the quantization_config of config.json "
+                        "it is not quantised; correct the modules that this leaves out, or use the unquantised original"
+                    )
 
 
 def _plan(config: ModelConfig, splits: Sequence[TensorSplit], tp_size: int) -> PartitionPlan:

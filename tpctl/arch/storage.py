@@ -147,6 +147,15 @@ class Storage:
     def is_dense(self) -> bool:
         return self.format == DENSE.format
 
+    def growth(self, entry: Entry) -> int:
+        """How many times as many bytes as stored the tensor ``entry`` takes while the weight is multiplied by: what is
+        packed has codes of 4 bits or of 8 then, and zeros are of a byte each, of 8 bits of two."""
+        if self.coding is None or self.coding.kind != "uint":
+            return 1
+        if entry.role == "zeros":
+            return max(2, 8 // self.coding.bits)
+        return max(1, 4 // self.coding.bits) if entry.role == "values" else 1
+
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
 

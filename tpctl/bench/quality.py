@@ -14,7 +14,7 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,27 +132,27 @@ def quality(
     config: EngineConfig,
     windows: Windows,
     against: EngineConfig | None = None,
-    told: Callable[[str], object] = lambda what: None,
+    running: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Quality:
     """Score a text with a model, and where ``against`` is given, compare with that.
 
     Args:
-        told: is told which of both runs, "model" or "against".
+        running: what holds while one of both runs, "model" or "against".
 
     Raises:
         OutputError: the distributions of ``against`` do not fit the disk.
         RequestError, EngineError: the workers failed, or what they computed is not finite.
     """
     if against is None:
-        told("model")
-        own = _score(config, windows, {})
+        with running("model"):
+            own = _score(config, windows, {})
         return Quality(windows.count, own.perplexity, own.engine)
     vocab_size = ModelConfig.load(config.text_dir).vocab_size
     with _kept(windows.count, vocab_size) as file:
-        told("against")
-        other = _score(against, windows, {"keep": file, "rows": windows.count})
-        told("model")
-        own = _score(config, windows, {"against": file, "rows": windows.count})
+        with running("against"):
+            other = _score(against, windows, {"keep": file, "rows": windows.count})
+        with running("model"):
+            own = _score(config, windows, {"against": file, "rows": windows.count})
     return Quality(
         windows.count,
         own.perplexity,

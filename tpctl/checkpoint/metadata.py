@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tpctl.checkpoint import hub
 from tpctl.checkpoint.folder import INDEX, SINGLE, CheckpointFolder, read_index
@@ -26,6 +27,7 @@ class ModelMetadata:
         folder: where ``config.json`` is; the weights need not be there.
         tensors: of the source checkpoint, by name; ``None`` where there is only a config.
         cast: the safetensors dtype that its floats were cast to, if these are shards of it.
+        expert_parallel, even: how they were cut then, as in the manifest.
     """
 
     folder: Path
@@ -33,6 +35,8 @@ class ModelMetadata:
     revision: str | None
     tensors: Mapping[str, TensorSpec] | None
     cast: str | None = None
+    expert_parallel: int = 1
+    even: bool = False
 
 
 def read_metadata(
@@ -64,10 +68,10 @@ def read_metadata(
 
 
 def _local(folder: Path, id: str, revision: str | None) -> ModelMetadata:
-    cast = None
+    cut: dict[str, Any] = {}
     if (folder / MANIFEST).is_file():
         manifest = Manifest.load(folder)
-        cast = manifest.dtype
+        cut = {"cast": manifest.dtype, "expert_parallel": manifest.expert_parallel, "even": manifest.even}
         headers = list(source_headers(manifest.source.files, folder / MANIFEST).values())
     elif any(folder.glob("*.safetensors")):
         headers = [file.header for file in CheckpointFolder.open(folder).files]
@@ -76,7 +80,7 @@ def _local(folder: Path, id: str, revision: str | None) -> ModelMetadata:
             read_index(folder / INDEX)  # the weights may be elsewhere, but one that is broken is not to be passed over
         return ModelMetadata(folder, id, revision, None)
     tensors = {name: TensorSpec(name, t.dtype, t.shape) for header in headers for name, t in header.tensors.items()}
-    return ModelMetadata(folder, id, revision, tensors, cast)
+    return ModelMetadata(folder, id, revision, tensors, **cut)
 
 
 def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadata:

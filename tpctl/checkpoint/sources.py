@@ -59,6 +59,17 @@ class ResolvedSource:
     revision: str | None
 
 
+def quantised_id(source: str, method: str) -> str:
+    """What the model ``source`` is called once it is quantised, which is no name to ask the Hub for."""
+    return f"{source} ({method} by tpctl)"
+
+
+def made_of(name: str) -> tuple[str, str] | None:
+    """The original and the method that ``quantised_id`` gave ``name`` for; ``None``: it gave no such name."""
+    found = re.fullmatch(r"(.+) \((.+) by tpctl\)", name)
+    return None if found is None else (found[1], found[2])
+
+
 Notify = Callable[[str], None]
 
 

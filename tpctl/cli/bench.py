@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpctl.bench.shapes import SHAPES
 from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.console import byte_progress, print_json, status
 from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
@@ -31,9 +32,7 @@ bench = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: demo]")]
-Shape = Annotated[
-    str | None, typer.Option(help="Random weights of this shape instead: smollm2-135m, qwen3-0.6b or llama-3.1-8b.")
-]
+Shape = Annotated[str | None, typer.Option(help=f"Random weights of this shape instead: {', '.join(SHAPES)}.")]
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs; the median is what to quote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
@@ -186,7 +185,8 @@ def _print(
     gpus = report.machine["gpus"]
     where = f"{len(gpus)} x {gpus[0]}" if info.device == "cuda" and gpus else report.machine["cpu"]
     cache = f"  {KV_FORMS[info.kv_cache_dtype]}" if info.kv_cache_dtype in KV_FORMS else ""
-    print(f"{model}  tp {info.tp_size}  {info.dtype}  {info.attention_backend}{cache}  on {where}")
+    dealt = f"  ep {info.expert_parallel}" if info.expert_parallel > 1 else ""
+    print(f"{model}  tp {info.tp_size}{dealt}  {info.dtype}  {info.attention_backend}{cache}  on {where}")
     for name, figure in measured.figures.items():
         low, high = figure.spread
         print(

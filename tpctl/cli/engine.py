@@ -79,7 +79,8 @@ def describe(info: EngineInfo) -> str:
     where = "GPU" if info.device == "cuda" else "CPU"
     sums = f", all-reduce by {info.all_reduce}" if info.all_reduce else ""
     cache = f", {KV_FORMS[info.kv_cache_dtype]}" if info.kv_cache_dtype in KV_FORMS else ""
-    return f"tp {info.tp_size}, {info.dtype}, {info.attention_backend} attention on {where}{cache}{sums}"
+    dealt = f", ep {info.expert_parallel}" if info.expert_parallel > 1 else ""
+    return f"tp {info.tp_size}{dealt}, {info.dtype}, {info.attention_backend} attention on {where}{cache}{sums}"
 
 
 def say_policy(asked: SchedulingPolicy | None, info: EngineInfo) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say, stdout
+from tpctl.cli.shard import how_cut
 from tpctl.errors import counted, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 
@@ -34,7 +35,8 @@ def inspect_shards(
 ) -> None:
     """Show what each rank of a shard folder holds and how every weight was cut; --verify proves it."""
     from tpctl.arch.config import ModelConfig
-    from tpctl.checkpoint.sources import resolve
+    from tpctl.checkpoint.sources import made_of, resolve
+    from tpctl.quantizing.cache import as_cut
     from tpctl.sharding.proving.at_hand import source_at_hand
     from tpctl.sharding.proving.damage import load_manifest
     from tpctl.sharding.showing.inspect import inspect_shards as inspect
@@ -43,7 +45,12 @@ def inspect_shards(
     manifest = load_manifest(folder, verify=verify)
     origin = None
     if source is not None:
-        origin = resolve(source).folder
+        given = resolve(source)
+        with byte_progress("quantising") as progress:
+            found = as_cut(given, manifest.source.id, progress=progress)
+        if found is not given:
+            note(f"the shards were quantised before they were cut, so they are compared with {found.id}")
+        origin = found.folder
     elif verify:
         origin = source_at_hand(manifest)
     with byte_progress("verifying") as progress:
@@ -58,8 +65,9 @@ def inspect_shards(
     else:
         _print(report, detail=rank is not None)
     if verify and origin is None:
-        name = printable(manifest.source.id)
-        note(f"not compared: {name} is not at hand; --source MODEL compares every element with it")
+        name, made = printable(manifest.source.id), made_of(manifest.source.id)
+        again = "" if made is None else ", and the original quantised again"
+        note(f"not compared: {name} is not at hand; --source MODEL compares every element with it{again}")
 
 
 def _print(report: InspectReport, detail: bool) -> None:
@@ -68,9 +76,8 @@ def _print(report: InspectReport, detail: bool) -> None:
     revision = f"@{report.revision}" if report.revision else ""
     dtype = f", cast to {report.dtype}" if report.dtype else ""
     source = f"{report.source}{revision} ({report.model_type})"
-    cut = f", experts dealt to {report.expert_parallel} groups of ranks" if report.expert_parallel > 1 else ""
-    even = ", evenly: borders may divide blocks of a scale" if report.even else ""
-    say(f"{report.folder}: {source} cut for tp {report.tp_size}{cut}{even}{dtype}")
+    how = how_cut(report.expert_parallel, even=report.even)
+    say(f"{report.folder}: {source} cut for tp {report.tp_size}{how}{dtype}")
     say()
     for rank in report.ranks:
         files = counted(len(rank.files), "file")

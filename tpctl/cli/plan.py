@@ -55,7 +55,7 @@ def plan(
         ),
     ] = KvCacheDType.auto,
     quantize: Annotated[
-        Method | None, typer.Option(help="Plan what `tpctl shard --quantize` would make: fp8, fp8-block or int4.")
+        Method | None, typer.Option(help=f"Plan what `tpctl shard --quantize` would make: {', '.join(Method)}.")
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Cast floats to it; auto: as stored.")] = DType.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
@@ -66,6 +66,7 @@ def plan(
 
     It reads headers, never weights.
     """
+    from tpctl.arch.quantised import Cutting
     from tpctl.checkpoint.metadata import read_metadata
     from tpctl.cli.plan_report import print_report
     from tpctl.planning.fit import Budget, plan_model
@@ -91,8 +92,11 @@ def plan(
     )
     with few_collections():
         metadata = read_metadata(model, revision=revision, token=token)
+        was = Cutting(metadata.expert_parallel, metadata.even)  # of shards: as `tpctl reshard` would cut them
         with nullcontext(metadata) if quantize is None else quantised_metadata(metadata, quantize) as described:
-            report = plan_model(described, budget, tp_size=tp, dtype=dtype.value, cutting=cut.cutting)
+            report = plan_model(
+                described, budget, tp_size=tp, dtype=dtype.value, cutting=lambda size: cut.cutting(size, was)
+            )
     report = replace(report, exact=metadata.tensors is not None)  # what --quantize would make has made-up headers
     if json:
         print_json(asdict(report))

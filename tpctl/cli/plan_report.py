@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from tpctl.cli.console import stdout
 from tpctl.cli.options import KV_FORMS
+from tpctl.cli.shard import how_cut
 from tpctl.errors import counted
 from tpctl.manifest.manifest import describe_ranks, rank_list
 from tpctl.planning.check import SizeCheck
@@ -172,8 +174,16 @@ def _reasons(checks: Sequence[SizeCheck]) -> Iterator[str]:
                 found.setdefault(one.rule, (check.tp_size, one.why))
                 if one.source not in sources.setdefault(one.rule, []):
                     sources[one.rule].append(one.source)
-    if (bad := next((check for check in checks if check.why is not None), None)) is not None:
-        yield f"tp {bad.tp_size} is impossible: {bad.why}"
+    impossible: dict[str, list[SizeCheck]] = {}
+    for check in checks:
+        if check.why is not None:  # the same of several sizes, but for the numbers in it
+            impossible.setdefault(re.sub(r"\d+(, \d+)*", "0", check.why), []).append(check)
+    for alike in impossible.values():
+        sizes, first = rank_list(check.tp_size for check in alike).replace(",", ", "), alike[0]
+        if len(alike) == 1:
+            yield f"tp {sizes} is impossible: {first.why}"
+        else:
+            yield f"tp {sizes} are impossible; of tp {first.tp_size}: {first.why}"
     for rule, (tp_size, why) in found.items():
         yield f"{rule}: at tp {tp_size} {why} ({'; '.join(sources[rule])})"
 
@@ -183,7 +193,8 @@ def _print_ranks(report: FitReport) -> None:
     console = stdout()
     chosen = next(size for size in report.sizes if size.tp_size == report.tp_size)
     verdict = "fits" if chosen.concurrency else f"does not fit one sequence of {report.max_model_len} tokens"
-    console.print(f"tp {report.tp_size} {verdict}; each rank:", soft_wrap=True)
+    how = how_cut(report.expert_parallel, even=report.even)
+    console.print(f"tp {report.tp_size} {verdict}{how}; each rank:", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     titles = ("ranks", "parameters", "heads q/kv", "weights", "activations", "KV cache", "KV tokens")
     for title in titles:
@@ -202,6 +213,12 @@ def _print_ranks(report: FitReport) -> None:
             f"{max(0, rank.kv_cache_bytes // max(1, rank.kv_bytes_per_token)):,}",
         )
     console.print(table)
+    if more := max(rank.growth_bytes for rank in report.ranks):
+        console.print(
+            f"weights take up to {_gib(more)} more than stored when they run: codes of 2 bits become codes of 4, and "
+            "packed zero points one or two bytes each; what is left for the KV cache is less by that",
+            soft_wrap=True,
+        )
     usable = int(report.gpu_memory * report.utilization)
     console.print(
         f"KV cache: what is left of {_gib(usable)} ({report.utilization:.0%} of {_gib(report.gpu_memory)}) after "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +14,7 @@ import typer
 from tpctl.cli.console import note, print_json, stdout
 from tpctl.cli.engine import prepare
 from tpctl.cli.options import MODEL_HELP, DType, EngineOptions, KvCacheDType, grouped
-from tpctl.errors import SourceError, UsageError
+from tpctl.errors import SourceError, TpctlError, UsageError
 
 if TYPE_CHECKING:
     from tpctl.bench.quality import Quality
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 CONTEXT = 2048
 """Tokens of a window, where nothing else is asked for and the model takes as many."""
+
+_OWN = re.compile(r"(?<![\w-])--(?=(tp|ep|dtype|kv-cache-dtype)(?![\w-]))")
+"""Where options begin of which the model compared with has its own."""
 
 _MOST_TEXT = 64 << 20  # bytes
 _SEQS = 4  # windows computed together: they are long
@@ -32,6 +37,9 @@ def quality(
         str | None, typer.Option(help="Model to compare with, as the unquantised form. Default: MODEL.")
     ] = None,
     against_tp: Annotated[int | None, typer.Option(min=1, help="Its tensor-parallel size. Default: --tp.")] = None,
+    against_ep: Annotated[
+        int | None, typer.Option(min=1, help="Groups of ranks that its experts are dealt to. Default: as of MODEL.")
+    ] = None,
     against_dtype: Annotated[DType | None, typer.Option(help="Its dtype. Default: --dtype.")] = None,
     against_kv_cache_dtype: Annotated[
         KvCacheDType | None, typer.Option(help="Its KV cache. Default: --kv-cache-dtype.")
@@ -52,10 +60,9 @@ def quality(
 ) -> None:
     """Perplexity of a text, and how far a model's distributions are from those of another form of it.
 
-    With --against, --against-tp, --against-dtype or --against-kv-cache-dtype: the Kullback-Leibler divergence
-    KL(P || Q) in nats at every token, P of the model compared with and Q of MODEL, and how often both have the same
-    likeliest token. One model runs after the other; P's distributions wait in a file (4 bytes a token of the text and
-    of the vocabulary).
+    With --against, or another option that begins so: the Kullback-Leibler divergence KL(P || Q) in nats at every
+    token, P of the model compared with and Q of MODEL, and how often both have the same likeliest token. One model runs
+    after the other; P's distributions wait in a file (4 bytes a token of the text and of the vocabulary).
     """
     from tpctl.bench.quality import check_alike, tokens_of
     from tpctl.bench.quality import quality as measured
@@ -64,22 +71,35 @@ def quality(
     passage = _read(text)
     options = replace(engine, max_num_seqs=engine.max_num_seqs or _SEQS, enforce_eager=True)
     names = {"model": model, "against": against or model}
+
+    @contextmanager
+    def running(who: str) -> Iterator[None]:
+        note(f"running {names[who]}")
+        with _of_other(against) if who == "against" else nullcontext():
+            yield
+
     config, other = prepare(model, options), None
-    if any(one is not None for one in (against, against_tp, against_dtype, against_kv_cache_dtype)):
+    if any(one is not None for one in (against, against_tp, against_ep, against_dtype, against_kv_cache_dtype)):
         theirs = replace(
             options,
             tp=against_tp or engine.tp,
+            ep=against_ep or engine.ep,
+            expert_parallel=engine.expert_parallel and against_ep is None,
             dtype=against_dtype or engine.dtype,
             kv_cache_dtype=against_kv_cache_dtype or engine.kv_cache_dtype,
         )
         own = config.text_dir
-        other = prepare(names["against"], theirs, look=lambda source: check_alike(own, source.folder, names.values()))
+        with _of_other(against):
+            other = prepare(
+                names["against"], theirs, look=lambda source: check_alike(own, source.folder, names.values())
+            )
     prefix, ids = tokens_of(config, passage, tokens)
-    size = _context(context, engine.max_model_len, config, other)
+    configs = {model: config} if other is None else {names["against"]: other, model: config}
+    size = _context(context, engine.max_model_len, configs)
     windows = Windows(prefix, ids, size, stride or max(1, size // 2))
     # Engines that take windows and nothing longer, so that their KV caches are no larger.
     config, other = replace(config, max_model_len=size + 1), other and replace(other, max_model_len=size + 1)
-    result = measured(config, windows, other, told=lambda who: note(f"running {names[who]}"))
+    result = measured(config, windows, other, running=running)
     asked = {"text": None if text is None else str(text), "context": size, "stride": windows.stride, "tokens": tokens}
     if as_json:
         from tpctl.bench.measure import machine
@@ -111,18 +131,36 @@ def _read(file: Path | None) -> str:
         raise SourceError(f"{file} is not UTF-8 (byte {error.start + 1}); convert it") from None
 
 
-def _context(asked: int | None, limit: int | None, *configs: EngineConfig | None) -> int:
+@contextmanager
+def _of_other(name: str | None) -> Iterator[None]:
+    """Errors of the model compared with: they name its options, and where it is not MODEL, it as ``name``."""
+    try:
+        yield
+    except TpctlError as error:
+        said = "`".join(
+            part if at % 2 else _OWN.sub("--against-", part) for at, part in enumerate(str(error).split("`"))
+        )
+        said = said.replace("leave --against-ep and --expert-parallel out", "use --against-ep 1")
+        error.args = (said if name is None or name in said else f"{name}: {said}",)
+        raise
+
+
+def _context(asked: int | None, limit: int | None, configs: Mapping[str, EngineConfig]) -> int:
     """Tokens of a window that every model takes, and one that it answers with.
+
+    Args:
+        configs: by the names of the models.
 
     Raises:
         UsageError: one takes fewer than ``asked``.
     """
     from tpctl.arch.config import ModelConfig
 
-    limits = [ModelConfig.load(one.text_dir).max_position_embeddings for one in configs if one is not None]
-    most = min([*limits, limit or limits[0]]) - 1
+    limits = {name: ModelConfig.load(one.text_dir).max_position_embeddings for name, one in configs.items()}
+    least = min(limits, key=lambda name: limits[name])
+    most = min(limits[least], limit or limits[least]) - 1
     if asked is not None and asked > most:
-        what = "--max-model-len" if limit is not None and limit <= min(limits) else "the model's own limit"
+        what = "--max-model-len" if limit is not None and limit <= limits[least] else f"the limit of {least}"
         raise UsageError(f"--context {asked} is more than {most}, one less than {what}; lower it")
     return asked or min(CONTEXT, most)
 

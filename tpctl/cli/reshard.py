@@ -27,7 +27,7 @@ def reshard(
         str | None, typer.Option(help="Write only these ranks, e.g. 0-3; added to the folder if it holds others.")
     ] = None,
     compat: Annotated[
-        str | None, typer.Option(help="Make it loadable by vllm or sglang too. Default: as FOLDER is.")
+        str | None, typer.Option(help="Make it loadable by vllm or sglang too, or none. Default: as FOLDER is.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,

@@ -30,8 +30,8 @@ def shard(
     quantize: Annotated[
         Method | None,
         typer.Option(
-            help="Quantise the layers' linears first: fp8 (a scale a row), fp8-block (128 x 128) or int4 (groups of "
-            "128), in compressed-tensors' format."
+            help="Quantise the layers' linears first: fp8 (a scale a row), fp8-block (128 x 128), int4 (groups of "
+            "128), int4-g64 or int4-g32, in compressed-tensors' format."
         ),
     ] = None,
     allow_overflow: Annotated[
@@ -115,13 +115,20 @@ def print_losses(report: QuantizationReport) -> None:
         say(f"  {one.relative:>14.3%}  {one.largest:>9.2g}  {one.name}")
 
 
+def how_cut(expert_parallel: int, *, even: bool) -> str:
+    """What is said of a cut behind its size, where experts are dealt or borders need not be where blocks end."""
+    dealt = f", experts dealt to {expert_parallel} groups of ranks" if expert_parallel > 1 else ""
+    return dealt + (", evenly: borders may divide blocks of a scale" if even else "")
+
+
 def print_report(report: ShardReport) -> None:
     """What was written, as text."""
     from tpctl.manifest.manifest import describe_ranks, rank_list
 
     total = sum(report.bytes_per_rank.values())
     dtype = f", cast to {report.dtype}" if report.dtype else ""
-    say(f"{report.folder}: {report.source} ({report.model_type}) cut for tp {report.tp_size}{dtype}")
+    how = how_cut(report.expert_parallel, even=report.even)
+    say(f"{report.folder}: {report.source} ({report.model_type}) cut for tp {report.tp_size}{how}{dtype}")
     files, tensors = counted(report.files, "file"), counted(report.tensors_per_rank, "tensor")
     say(f"{files}, {format_bytes(total)}, {tensors} a rank")
     for rank, size in report.bytes_per_rank.items():

@@ -20,6 +20,9 @@ Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which services and templates keep what a model thought before it answered."""
 
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""Values of a field that say nothing."""
+
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
     """``value`` as messages.
@@ -40,6 +43,12 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
             _check_parts(number, content)
         elif not isinstance(content, str) and (content is not None or not _says_else(fields)):
             raise RequestError(f"message {number} is {shown(message)}, but must have a string as its content")
+        thoughts = _thoughts(fields)
+        if other := [name for name, thought in thoughts.items() if thought != next(iter(thoughts.values()))]:
+            raise RequestError(
+                f"message {number} has two different thoughts, as its {next(iter(thoughts))} and as its {other[0]}; "
+                "leave one of them out"
+            )
     return list(value)
 
 
@@ -78,7 +87,7 @@ def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
     """
     for number, message in enumerate(messages, start=1):
         for name, value in message.items():
-            if value not in (None, "", [], {}) and not uses.reads(name):
+            if value not in _NOTHING and not uses.reads(name):
                 raise RequestError(
                     f"message {number} has the field {shown(name)}, which the model's chat template does not read; "
                     "leave it out"
@@ -110,11 +119,13 @@ def _prepared(
     message: Message, uses: Uses, takes_parts: Callable[[], bool], takes_thoughts: Callable[[], bool]
 ) -> dict[str, Any]:
     fields = {name: value for name, value in message.items() if value is not None}
-    thought = next((fields[name] for name in REASONING if name in fields), None)
+    given = {name: fields[name] for name in REASONING if name in fields}
+    thought = next(iter({**_thoughts(given), **given}.values()), None)
     if thought is not None:
         # The first two are there always, as in transformers, for templates that show a message whole.
         read = {"reasoning_content", "thinking"} | {name for name in REASONING if name in uses.names}
-        fields = {**{name: thought for name in REASONING if name in read}, **fields, "reasoning_content": thought}
+        known, alike = dict.fromkeys(sorted(read, key=REASONING.index), thought), dict.fromkeys(given, thought)
+        fields = {**known, **fields, **alike, "reasoning_content": thought}
     if isinstance(fields.get("content"), list) and not takes_parts():
         fields["content"] = "\n".join(part["text"] for part in fields["content"])
     if isinstance(thought, str) and isinstance(fields.get("content"), str) and takes_thoughts():
@@ -122,6 +133,11 @@ def _prepared(
     if isinstance(fields.get("tool_calls"), list) and not uses.text_arguments:
         fields["tool_calls"] = [_call(call) for call in fields["tool_calls"]]
     return fields
+
+
+def _thoughts(message: Message) -> dict[str, Any]:
+    """What a message holds of thoughts, by the names for them; what is null or empty is none."""
+    return {name: message[name] for name in REASONING if message.get(name) not in _NOTHING}
 
 
 def _call(call: Any) -> Any:

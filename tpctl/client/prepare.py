@@ -204,8 +204,8 @@ def supported_source(
 
     Raises:
         SourceError: it cannot be found or reached.
-        UnsupportedModelError, PartitionError, CheckpointError: it cannot be run, or not at this size.
-        UsageError: it also sees, and ``text_only`` is not given.
+        UnsupportedModelError, PartitionError, CheckpointError: it cannot be run, or not at this size; or it also sees,
+            and ``text_only`` is not given.
     """
     known = _known(model, revision, token)
     if known is not None:

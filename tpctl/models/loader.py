@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tpctl.errors import OverflowedError, ShardFolderError
+from tpctl.arch.held import HeldLinear
+from tpctl.errors import OverflowedError, ShardFolderError, UnsupportedModelError
+from tpctl.layers.weights.stored import orders
 from tpctl.models.decoder import Decoder
 
 
@@ -30,8 +32,12 @@ def load_shard(
     Raises:
         ShardFolderError: a tensor is missing, unknown, stored twice, or has another shape than the plan gives it,
             or holds no floats.
+        UnsupportedModelError: no kernel of the device reads how experts are quantised.
         OverflowedError: a value is beyond the range of the dtype that the model is run in.
     """
+    if device.type == "cuda":
+        files = list(files)
+        refuse_orders(model.held, files)
     wanted = dict(model.named_parameters(remove_duplicate=False))
     kept = {held.name + kind for held in model.held for kind in held.kept}
     unread = {name for held in model.held for name in held.unread}
@@ -69,6 +75,31 @@ def load_shard(
             f"no shard file of this rank holds {missing[0]} ({len(missing)} missing); shard it again"
         )
     return total
+
+
+def refuse_orders(linears: Iterable[HeldLinear], files: Iterable[Path]) -> None:
+    """Refuse, before weights are read, experts that kernels on GPUs do not read: of which gate and up have their inputs
+    in different groups (GPTQ in order of activation, each by its own).
+
+    Args:
+        files: this rank's safetensors files.
+
+    Raises:
+        UnsupportedModelError: there are such ones; the message names them.
+    """
+    wanted = {}
+    for linear in linears:
+        order = linear.entry("order")
+        if order is not None and linear.experts is not None:
+            wanted[linear.name + order.name] = linear
+    for path in files if wanted else ():
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(wanted.keys() & set(file.keys())):
+                if len(orders(wanted[name], file.get_tensor(name))) > 1:
+                    raise UnsupportedModelError(
+                        f"{name} has the inputs of experts' gate and up in different groups, which kernels on GPUs do "
+                        "not read; use --device cpu, or the model in another format"
+                    )
 
 
 def _read(files: Iterable[Path], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -145,6 +145,8 @@ def plan_model(
         limit_reason=reason,
         tp_size=tp_size,
         ranks=tuple(_ranks(model, budget, model.small_plan(tp_size), files=True)),
+        expert_parallel=cutting(tp_size).expert_parallel,
+        even=cutting(tp_size).even,
     )
 
 
@@ -203,7 +205,7 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
     heads = model.heads(plan.tp_size)
     found: dict[int, RankFit] = {}
     for (first, *others), file_bytes in zip(alike.values(), written, strict=True):
-        weights, parameters = model.weights(plan, first)
+        (weights, parameters), growth = model.weights(plan, first), model.growth_bytes(plan, first)
         query_heads, kv_heads = heads[first]
         tokens, length = budget.max_num_batched_tokens, budget.max_model_len or model.config.max_position_embeddings
         activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs)
@@ -218,7 +220,8 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
             kv_heads=kv_heads,
             kv_bytes_per_token=model.kv_bytes_per_token(plan.tp_size, first),
             activation_bytes=activations,
-            kv_cache_bytes=share - weights - activations - reserved - _context_bytes(plan.tp_size),
+            kv_cache_bytes=share - weights - growth - activations - reserved - _context_bytes(plan.tp_size),
+            growth_bytes=growth,
         )
         found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
     return [found[rank] for rank in range(plan.tp_size)]

@@ -27,6 +27,7 @@ from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
     as_held,
+    check_scaled,
     checked_source_plan,
     source_plan,
     source_splits,
@@ -65,6 +66,7 @@ class ModelSizes:
 
     Raises:
         CheckpointError: the checkpoint's headers do not fit its config.
+        UnsupportedModelError: weights are no floats, or codes without scales.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ModelSizes:
             checked_source_plan(config, {name: tensor.shape for name, tensor in metadata.tensors.items()}, 1)
         splits = source_splits(config, found or ())
         dtypes = {split.name: _source_dtypes(split, found, DTYPES[config.dtype]) for split in splits}
+        check_scaled(config, splits, dtypes)
         self.dtypes = {split.name: stored_dtype(split, dtypes[split.name], cast) for split in splits}
         dtype_of = {source: dtype for read in dtypes.values() for source, dtype in read.items()}
         kinds = Counter((dtype_of[name], shape) for name, shape in source_shapes(splits).items())  # experts are alike
@@ -92,7 +95,7 @@ class ModelSizes:
         for name, first in self._sorts.stands_for.items():
             self._bits[first] += DTYPE_BITS[self.dtypes[name]]
             self._times[first] += 1
-        self._weights, self._chosen = self._meanings()
+        self._weights, self._chosen, self._growth = self._meanings()
         self._dealt: dict[Cutting, DealtBytes] = {}
         self.parameters = self.active_parameters = 0
         for split in self._small_splits(Cutting()):
@@ -130,8 +133,9 @@ class ModelSizes:
     def _small_splits(self, cutting: Cutting) -> list[TensorSplit]:
         return source_splits(self._small(cutting), self._sorts.names)
 
-    def _meanings(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
-        """How many weights an element of each tensor of ``small_plan`` is; and of experts how many a token takes."""
+    def _meanings(self) -> tuple[Mapping[str, float], Mapping[str, int], Mapping[str, int]]:
+        """How many weights an element of each tensor of ``small_plan`` is; of experts how many a token takes; and how
+        many times its bytes it takes when it runs, where that is more."""
         blueprint = self.small_blueprint
         prefixes = [blueprint.prefix.format(number) for number in range(len(blueprint.layers))]
         owners = {
@@ -142,6 +146,7 @@ class ModelSizes:
         }
         weights: dict[str, float] = {}
         chosen: dict[str, int] = {}
+        growth: dict[str, int] = {}
         for split in self._small_splits(Cutting()):
             owner = next((owner for owner in owners if split.name.startswith(owner)), None)
             kind = "" if owner is None else split.name.removeprefix(owner)
@@ -150,9 +155,10 @@ class ModelSizes:
                 linear, part = owners[owner]
                 if (entry := next((one for one in linear.storage if one.name == kind), None)) is not None:
                     weights[split.name] = _weights_an_element(entry)
+                    growth[split.name] = linear.storage.growth(entry)
                 if linear.stack is not None and isinstance(part, Experts):
                     chosen[split.name] = part.per_token
-        return weights, chosen
+        return weights, chosen, growth
 
     @property
     def dtype(self) -> str:
@@ -164,6 +170,11 @@ class ModelSizes:
         shard = plan.shards[rank].items()
         nbytes = sum(stored.numel * self._bits[name] for name, stored in shard) // 8
         return nbytes, int(sum(stored.numel * self._times[name] * self._weights[name] for name, stored in shard))
+
+    def growth_bytes(self, plan: PartitionPlan, rank: int) -> int:
+        """What all layers take on ``rank`` of ``plan``, a small one, beyond their stored bytes when they run."""
+        shard = plan.shards[rank].items()
+        return sum(stored.numel * self._bits[name] * (self._growth.get(name, 1) - 1) for name, stored in shard) // 8
 
     def file_bytes(self, plan: PartitionPlan, ranks: Sequence[int]) -> list[int]:
         """Bytes of the part files of ``ranks``, headers included, as ``tpctl shard`` writes them by default.

@@ -9,7 +9,8 @@ from tpctl.planning.check import SizeCheck
 
 @dataclass(frozen=True)
 class RankFit:
-    """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors.
+    """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors, which take
+    ``growth_bytes`` more when they run.
 
     ``kv_cache_bytes`` is what is left for the KV cache; negative where the rest alone is too much.
     """
@@ -23,6 +24,7 @@ class RankFit:
     kv_bytes_per_token: int
     activation_bytes: int
     kv_cache_bytes: int
+    growth_bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class FitReport:
     On each GPU the process itself takes ``context_bytes`` (at ``tp_size``) and ``reserve_bytes`` are kept for CUDA
     graphs and fragmentation; both are estimates. ``limit`` is the smallest size that cannot work, ``limit_reason`` why.
     ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
-    is, if none does). ``checks`` has every size below ``limit``. ``active_parameters`` are those that a token meets.
+    is, if none does), cut with ``expert_parallel`` and ``even`` as a manifest has them. ``checks`` has every size below
+    ``limit``. ``active_parameters`` are those that a token meets.
     ``not_run`` is what tpctl would have to know to run the model, not only cut it.
     ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
     constant size for each sequence, which is not counted, and no keys and values; ``windowed`` those that look back
@@ -98,3 +101,5 @@ class FitReport:
     limit_reason: str
     tp_size: int
     ranks: tuple[RankFit, ...]
+    expert_parallel: int
+    even: bool

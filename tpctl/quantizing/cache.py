@@ -11,10 +11,11 @@ from typing import Any
 from tpctl.checkpoint.cache import build_once, cache_root, file_name
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
-from tpctl.checkpoint.sources import Notify, ResolvedSource, to_stderr
-from tpctl.errors import CheckpointError, SourceError, UsageError
+from tpctl.checkpoint.sources import Notify, ResolvedSource, made_of, quantised_id, to_stderr
+from tpctl.errors import CheckpointError, ShardFolderError, SourceError
+from tpctl.json_file import read_object
 from tpctl.manifest.manifest import MANIFEST
-from tpctl.quantizing.linears import cut_block
+from tpctl.quantizing.linears import cut_block, is_quantised
 from tpctl.quantizing.schemes import FORMAT_RELEASE, SCHEMES, Method
 from tpctl.quantizing.writer import QuantizationReport, TensorLoss, linears_of, quantise_checkpoint
 from tpctl.sharding.moving.copied import hash_file
@@ -29,8 +30,7 @@ _REPORT = "report.json"
 class QuantisedSource:
     """A quantised model in the cache: its folder, and what it has lost.
 
-    ``source.id`` is the original's with the method, ``org/name (fp8 by tpctl)``, which is no name of a model: nobody
-    shall look for it on the Hub. ``source.revision`` is the original's.
+    ``source.id`` is the original's with the method, ``org/name (fp8 by tpctl)``; ``source.revision`` is the original's.
     """
 
     source: ResolvedSource
@@ -46,12 +46,13 @@ def ensure_quantised(
         notify: told that it is made, and where other engines will not run it.
 
     Raises:
-        UsageError: ``source`` is quantised already, or cut into shards.
+        UnsupportedModelError: ``source`` is quantised already.
+        ShardFolderError: it is cut into shards.
         CheckpointError: it cannot be quantised; the message names the tensor.
         SourceError: the cache cannot be written, or its disk is full.
     """
     if (source.folder / MANIFEST).is_file():
-        raise UsageError(
+        raise ShardFolderError(
             f"{source.folder} is cut into shards already; quantise the model itself: `tpctl shard MODEL --tp N "
             f"--quantize {method}`"
         )
@@ -75,9 +76,20 @@ def ensure_quantised(
     kept = _checked(entry, entry / name)
     tensors = tuple(TensorLoss(**{**one, "shape": tuple(one["shape"])}) for one in kept["tensors"])
     return QuantisedSource(
-        ResolvedSource(entry / name, f"{source.id} ({method} by tpctl)", source.revision),
+        ResolvedSource(entry / name, quantised_id(source.id, method), source.revision),
         QuantizationReport(**{**kept, "tensors": tensors}),
     )
+
+
+def as_cut(source: ResolvedSource, cut_from: str, *, progress: Progress | None = None) -> ResolvedSource:
+    """``source`` as shards of ``cut_from``, the id in their manifest, can be compared with it: where that was quantised
+    for them and ``source`` is not, quantised likewise, which gives the same bytes. Raises as ``ensure_quantised``."""
+    made = made_of(cut_from)
+    if made is None or made[1] not in list(Method) or (source.folder / MANIFEST).is_file():
+        return source
+    if is_quantised(read_object(source.folder / "config.json")):
+        return source
+    return ensure_quantised(source, Method(made[1]), progress=progress).source
 
 
 def _checked(entry: Path, folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from tpctl.arch.formats.skipped import is_stack
-from tpctl.errors import CheckpointError, UsageError
+from tpctl.errors import CheckpointError, UnsupportedModelError
 from tpctl.quantizing.schemes import SCHEMES, Method, Scheme
 from tpctl.quantizing.stacks import Unstacked, Weight
 
@@ -51,7 +51,7 @@ def quantised_shapes(
     """The dtype and shape of every tensor of a checkpoint of ``tensors`` once it is quantised by ``method``.
 
     Raises:
-        UsageError, CheckpointError: as ``linears``.
+        UnsupportedModelError, CheckpointError: as ``linears``.
     """
     chosen = linears(tensors, method, stacks)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -82,7 +82,7 @@ def linears(
         stacks: those of ``tensors`` that hold several.
 
     Raises:
-        UsageError: the checkpoint is quantised already.
+        UnsupportedModelError: the checkpoint is quantised already.
         CheckpointError: a layer holds something that is no linear by itself, or one that ``method`` cannot cut into
             its groups.
     """
@@ -145,27 +145,46 @@ def ignored(tensors: Mapping[str, Described], stacks: Unstacked = Unstacked()) -
     return [*sorted(set(others)), *(module for _, module in sorted(kept)), _HEAD]
 
 
-def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:
-    """Raise ``UsageError`` if a model's ``config``, or a name of its tensors, shows that it is quantised already."""
+def is_quantised(config: Mapping[str, object]) -> str | None:
+    """The field of a model's ``config`` that says so; ``None``: there is none."""
     text = config.get("text_config")
-    for held in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if held.get(key):
-                raise UsageError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
+    parts = (config, text if isinstance(text, Mapping) else {})
+    return next(
+        (key for key in ("quantization_config", "compression_config") if any(one.get(key) for one in parts)), None
+    )
+
+
+def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:
+    """Refuse a model whose ``config``, or a name of whose tensors, shows that it is quantised already.
+
+    Raises:
+        UnsupportedModelError: one does.
+    """
+    if (key := is_quantised(config)) is not None:
+        raise UnsupportedModelError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
     for name in names:
         if _SCALE.search(name):
-            raise UsageError(f"the model is quantised already (it holds {name}); {_instead(method)}")
+            raise UnsupportedModelError(f"the model is quantised already (it holds {name}); {_instead(method)}")
 
 
 def _require_float(name: str, tensor: Described, method: Method) -> None:
     if tensor.dtype == "F64":
         raise CheckpointError(f"{name} is F64; --quantize {method} takes {', '.join(sorted(FLOATS))}")
     if tensor.dtype not in FLOATS:
-        raise UsageError(f"the model is quantised already ({name} is {tensor.dtype}); {_instead(method)}")
+        raise UnsupportedModelError(f"the model is quantised already ({name} is {tensor.dtype}); {_instead(method)}")
 
 
 def _instead(method: Method) -> str:
     return f"leave out --quantize {method}, or give its unquantised original"
+
+
+def _fitting(columns: int) -> str:
+    """What to quantise to where the groups that were asked for do not divide ``columns``."""
+    for method in (Method.INT4_G64, Method.INT4_G32):
+        group = SCHEMES[method].columns
+        if group is not None and columns % group == 0:
+            return f"{method}, whose groups are of {group}"
+    return f"{Method.FP8}, which has no groups"
 
 
 def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
@@ -175,7 +194,7 @@ def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int
     if scheme.strategy == "group" and scheme.columns is not None and columns % scheme.columns:
         # As compressed-tensors does.
         raise CheckpointError(
-            f"{name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize fp8, which "
-            "has no groups"
+            f"{name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize "
+            f"{_fitting(columns)}"
         )
     return rows, columns

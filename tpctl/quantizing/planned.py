@@ -13,6 +13,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import TensorSpec
+from tpctl.checkpoint.sources import quantised_id
 from tpctl.json_file import read_object
 from tpctl.partition.dtypes import DTYPES
 from tpctl.quantizing.linears import ignored, quantised_shapes, refuse_quantised
@@ -25,7 +26,7 @@ def quantised_metadata(metadata: ModelMetadata, method: Method) -> Iterator[Mode
     """``metadata`` of the model that ``--quantize`` would make; where there is only a config, of the usual names.
 
     Raises:
-        UsageError: the model is quantised already.
+        UnsupportedModelError: the model is quantised already.
         CheckpointError: ``method`` does not take one of its linears.
     """
     config = read_object(metadata.folder / "config.json")
@@ -45,6 +46,6 @@ def quantised_metadata(metadata: ModelMetadata, method: Method) -> Iterator[Mode
         yield replace(
             metadata,
             folder=folder,
-            id=f"{metadata.id} ({method} by tpctl)",
+            id=quantised_id(metadata.id, method),
             tensors={name: TensorSpec(name, dtype, shape) for name, (dtype, shape) in found.items()},
         )

@@ -1,8 +1,9 @@
 """The ways to quantise, and the ``quantization_config`` that tells loaders of each.
 
 The format is compressed-tensors' (https://github.com/vllm-project/compressed-tensors), the schemes are its presets
-FP8_DYNAMIC, FP8_BLOCK and W4A16, and the configuration has the fields and values that its ``QuantizationConfig`` gives
-when llm-compressor saves a model. Tests hold all of it against the package.
+FP8_DYNAMIC, FP8_BLOCK and W4A16, the last also in groups of 64 and 32, which vLLM's Marlin kernels read too
+(``MARLIN_SUPPORTED_GROUP_SIZES``), and the configuration has the fields and values that its ``QuantizationConfig``
+gives when llm-compressor saves a model. Tests hold all of it against the package.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Method(StrEnum):
     FP8 = "fp8"
     FP8_BLOCK = "fp8-block"
     INT4 = "int4"
+    INT4_G64 = "int4-g64"
+    INT4_G32 = "int4-g32"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ class Scheme:
         return -(-rows // self.rows), 1 if self.columns is None else -(-columns // self.columns)
 
 
+def _int4(group: int) -> Scheme:
+    return Scheme(
+        layout="pack-quantized",
+        bits=4,
+        kind="int",
+        limit=7.5,
+        rows=1,
+        columns=group,
+        strategy="group",
+        grid={"group_size": group},
+        inputs=None,
+    )
+
+
 SCHEMES: Mapping[Method, Scheme] = {
     Method.FP8: Scheme(
         layout="float-quantized",
@@ -80,17 +97,9 @@ SCHEMES: Mapping[Method, Scheme] = {
         grid={"group_size": None, "block_structure": [BLOCK, BLOCK]},
         inputs={"strategy": "group", "group_size": BLOCK},
     ),
-    Method.INT4: Scheme(
-        layout="pack-quantized",
-        bits=4,
-        kind="int",
-        limit=7.5,
-        rows=1,
-        columns=BLOCK,
-        strategy="group",
-        grid={"group_size": BLOCK},
-        inputs=None,
-    ),
+    Method.INT4: _int4(BLOCK),
+    Method.INT4_G64: _int4(64),
+    Method.INT4_G32: _int4(32),
 }
 
 

@@ -63,7 +63,7 @@ def quantise_checkpoint(
     bands for each thread.
 
     Raises:
-        UsageError: the source is quantised already.
+        UnsupportedModelError: the source is quantised already.
         CheckpointError: it holds a linear that cannot be quantised, or a value that is NaN or infinite.
         SourceError: the disk has too little space.
         OSError: as the file system says.
@@ -105,7 +105,7 @@ def linears_of(source: CheckpointFolder, method: Method) -> tuple[dict[str, tupl
     """The weights of ``source`` that are quantised, by the tensors that hold them; and its stacks of experts.
 
     Raises:
-        UsageError: it is quantised already.
+        UnsupportedModelError: it is quantised already.
         CheckpointError: it holds a linear that cannot be quantised.
         UnsupportedModelError: it holds stacks of experts, and is of a model that tpctl does not know.
     """

@@ -10,8 +10,9 @@ from tpctl.checkpoint.cache import cache_root, file_name, locked
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import ResolvedSource
-from tpctl.errors import ShardFolderError
+from tpctl.errors import ShardFolderError, TpctlError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from tpctl.sharding.cutting.reshard import reshard_command
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.moving.opened import check_copied
 from tpctl.sharding.proving.verified import remember_verified
@@ -42,12 +43,8 @@ def ensure_sharded(
     """
     if (source.folder / MANIFEST).is_file():
         manifest = Manifest.load(source.folder)
-        manifest.check_tp(tp_size, source.folder)
-        if expert_parallel not in (None, manifest.expert_parallel):
-            raise ShardFolderError(
-                f"{source.folder} is cut for --ep {manifest.expert_parallel}, but --ep {expert_parallel} is asked for; "
-                f"make a new one: `tpctl reshard {source.folder} --tp {tp_size} --ep {expert_parallel} -o FOLDER`"
-            )
+        if tp_size != manifest.tp_size or expert_parallel not in (None, manifest.expert_parallel):
+            raise _cut_otherwise(source.folder, manifest, tp_size, expert_parallel)
         manifest.check_files(source.folder, range(tp_size))
         check_copied(source.folder, manifest)
         return source.folder
@@ -73,6 +70,19 @@ def ensure_sharded(
             )
             remember_verified(folder)
     return folder
+
+
+def _cut_otherwise(folder: Path, manifest: Manifest, tp_size: int, groups: int | None) -> ShardFolderError:
+    """What to say where ``folder`` is cut for another number of ranks, or of groups of them, than is asked for: how to
+    make one that is, or why there can be none."""
+    held, asked, use = f"tp {manifest.tp_size}", f"tp {tp_size}", f"use --tp {manifest.tp_size}, or "
+    if tp_size == manifest.tp_size:
+        held, asked, use = f"--ep {manifest.expert_parallel}", f"--ep {groups}", ""
+    try:
+        command = reshard_command(folder, manifest, tp_size, groups)
+    except TpctlError as error:
+        return ShardFolderError(f"{folder} is cut for {held}, and not to be had for {asked}: {error}")
+    return ShardFolderError(f"{folder} is cut for {held}, but {asked} is asked for; {use}make a new one: `{command}`")
 
 
 def _key(source: ResolvedSource, tp_size: int, dtype: str | None, groups: int, text_only: bool) -> str:

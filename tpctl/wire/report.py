@@ -13,6 +13,7 @@ class EngineInfo:
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of weights and activations, by torch's name.
+        expert_parallel: groups of ranks that whole experts are dealt to.
         kv_cache_dtype: that of keys and values; ``"packed"`` is bfloat16 in 12 bits, ``"fp8"`` e4m3 with scales.
         block_size: tokens in a KV block.
         num_blocks: KV blocks, the minimum over the ranks.
@@ -40,6 +41,7 @@ class EngineInfo:
     weight_bytes: int
     timings: dict[str, float]
     max_num_seqs: int
+    expert_parallel: int = 1
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,12 @@ def read_scheme(fields: Fields) -> Scheme | None:
     if len(found) > 1 and found[0][1] != found[1][1]:
         raise CheckpointError("config.json has a quantization_config and a compression_config that differ; remove one")
     key, value = found[0]
-    default = "compressed-tensors" if key == "compression_config" else value.get("format", "unknown")
-    method = value.get("quant_method") or default
+    method = value.get("quant_method") or ("compressed-tensors" if key == "compression_config" else None)
+    if method is None:
+        raise CheckpointError(
+            f"config.json: {key} has no quant_method, which says how the weights are stored; add the right one of "
+            f"{', '.join(METHODS)}, or use the unquantised original"
+        )
     if not isinstance(method, str) or method not in METHODS:
         why = OTHERS.get(method) if isinstance(method, str) else None
         known = f"tpctl knows {', '.join(METHODS)}; use one of these or its unquantised original"

@@ -6,14 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tpctl.arch.block import linears
+from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
-from tpctl.arch.source_plan import as_held, build_plan
+from tpctl.arch.source_plan import as_held, build_plan, check_scaled
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
@@ -28,6 +31,7 @@ from tpctl.manifest.records import ManifestTensor
 from tpctl.models.decoder import Decoder
 from tpctl.models.loader import load_shard
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
+from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.split import EACH
 from tpctl.wire.settings import EngineConfig
 
@@ -78,6 +82,7 @@ def load(
 
     Raises:
         ShardFolderError: the folder is none, or not for this many ranks.
+        UnsupportedModelError: it was cut from codes without scales.
         EngineError: the settings do not fit the model, or the weights do not fit the device.
     """
     folder = settings.shard_dir
@@ -89,10 +94,12 @@ def load(
     made_of = config.blueprint
     if made_of.tied and made_of.head not in tensors:  # in shards for vLLM it may have the embedding's name
         tensors[made_of.head] = tensors.pop(made_of.embedding)
+    plan = build_plan(config, settings.tp_size)
+    there = [split for split in plan.splits if split.name in tensors]
+    check_scaled(config, there, {split.name: {split.name: tensors[split.name].dtype} for split in there})
     stored = tensors[made_of.head].dtype
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
-    plan = build_plan(config, settings.tp_size)
     attentions = [block.attention for block in made_of.blocks]
     backend = make_backend(
         settings.attention_backend,
@@ -103,9 +110,9 @@ def load(
         kv_cache_dtype=settings.kv_cache_dtype,
         whole_heads=not any(attention.rotates_part for attention in attentions),
     )
-    held = manifest.shard(group.rank).nbytes
-    # While they are converted, weights are held in either dtype.
-    share = _share(settings, group, max(held, held * 8 // DTYPE_BITS[stored] * dtype.itemsize))
+    # While they are converted, weights are held in either form.
+    held = max(manifest.shard(group.rank).nbytes, run_bytes(plan, made_of, tensors, dtype))
+    share = _share(settings, group, held)
     warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
 
     timings, started = Timings(), time.perf_counter()
@@ -166,6 +173,33 @@ class Beside:
             work()
         except BaseException as error:  # handed to the caller's thread
             self._failure = error
+
+
+def run_bytes(
+    plan: PartitionPlan, blueprint: Blueprint, tensors: Mapping[str, ManifestTensor], dtype: torch.dtype
+) -> int:
+    """What a rank's weights take when they run in ``dtype``: floats in that, quantised weights and their scales in the
+    bytes that they are stored in, or more (``Storage.growth``).
+
+    Args:
+        tensors: those of its shard, by name.
+    """
+    layers = enumerate(blueprint.layers)
+    parts = [("", part) for part in blueprint.beside]
+    parts += [(blueprint.prefix.format(number), part) for number, layer in layers for part in layer.parts]
+    growth = {
+        f"{prefix}{linear.name}{linear.joiner}{entry.name}": linear.storage.growth(entry)
+        for prefix, part in parts
+        for linear in linears(part)
+        for entry in linear.storage
+    }
+    total = 0
+    for split in plan.splits:
+        if (tensor := tensors.get(split.name)) is not None:
+            kept = split.dtypes is not None
+            bits = DTYPE_BITS[tensor.dtype] * growth.get(split.name, 1) if kept else 8 * dtype.itemsize
+            total += prod(tensor.shape) * bits // 8
+    return total
 
 
 def _share(settings: EngineConfig, group: TPGroup, weight_bytes: int) -> GpuShare | None:

@@ -122,6 +122,7 @@ class ModelRunner:
             weight_bytes=loaded.weight_bytes,
             timings=loaded.timings,
             max_num_seqs=loaded.settings.max_num_seqs,
+            expert_parallel=loaded.config.cutting.expert_parallel,
         )
 
     def device_memory(self) -> int:

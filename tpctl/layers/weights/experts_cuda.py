@@ -136,7 +136,7 @@ def _matrix(stack: Stack) -> Tensor | Codes:
     """A stack's matrix, each row of it in one piece."""
     if isinstance(stack.matrix, Tensor):
         return stack.matrix.contiguous()
-    if len(stack.matrix) > 1:
+    if len(stack.matrix) > 1:  # of a checkpoint's, the loader says it before it reads them
         raise UnsupportedModelError("experts whose gate and up are quantised in other groups do not run on a GPU")
     return stack.matrix[0]
 

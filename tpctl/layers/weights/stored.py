@@ -73,10 +73,16 @@ def _check_order(name: str, groups: Tensor, count: int) -> None:
         )
 
 
+def orders(held: HeldLinear, groups: Tensor) -> tuple[Tensor, ...]:
+    """The groups [.., K] of each source's inputs that ``groups`` [.., P * K] say; one, if all P say the same."""
+    each = groups.reshape(*groups.shape[:-1], -1, held.in_features).unbind(-2)
+    return each[:1] if all(torch.equal(one, each[0]) for one in each) else each
+
+
 def _ordered(held: HeldLinear, codes: Codes, groups: Tensor) -> Iterator[Codes]:
     """``codes``, apart where ``groups`` [.., P * K] say other things of each of P sources' inputs."""
-    each = groups.reshape(*groups.shape[:-1], -1, held.in_features).unbind(-2)
-    if all(torch.equal(one, each[0]) for one in each):
+    each = orders(held, groups)
+    if len(each) == 1:
         yield replace(codes, groups=each[0])
         return
     start = 0

@@ -66,15 +66,19 @@ def make_recipe(
     identity: str,
     cutting: Cutting = Cutting(),
     may_overflow: bool = False,
+    without: str = "leave --compat out",
 ) -> Recipe:
     """The recipe for ``plan``, with what another engine needs added where ``compat`` names one.
+
+    Args:
+        without: what messages say makes a folder for no other engine.
 
     Raises:
         PartitionError: a rank does not exist, or ``compat`` does not take this split.
         UsageError: ``compat`` is unknown.
     """
     if compat is not None:
-        check_compat(compat, config, plan, {one.name for one in extra})
+        check_compat(compat, config, plan, {one.name for one in extra}, without)
     expected = Expected.of(config, plan, compat)
     more = expected.fills.keys()
     return Recipe(

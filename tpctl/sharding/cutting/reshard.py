@@ -7,11 +7,13 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from tpctl.arch.compat import check_compat
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.outputs import refuse_overlap
 from tpctl.checkpoint.progress import Progress
+from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting.merge import require_all_ranks
 from tpctl.sharding.cutting.recipe import make_recipe
@@ -20,6 +22,32 @@ from tpctl.sharding.moving.files import few_collections
 from tpctl.sharding.moving.opened import check_copied, open_extra, open_shards
 from tpctl.sharding.moving.own_plan import own_plan
 from tpctl.sharding.publishing.pending import refuse_existing
+
+NO_ENGINE = "none"
+"""In place of an engine's name: no other engine shall load the folder."""
+
+
+def reshard_command(folder: Path, manifest: Manifest, tp_size: int, expert_parallel: int | None = None) -> str:
+    """The command that cuts ``folder`` for ``tp_size`` ranks: for its engine if that loads the result, else for none.
+
+    Args:
+        expert_parallel: groups of ranks that experts are dealt to; ``None``: as in ``folder``.
+
+    Raises:
+        TpctlError: it would be refused.
+    """
+    require_all_ranks(folder, manifest)
+    own = own_plan(folder, manifest)
+    groups = expert_parallel or manifest.expert_parallel
+    config = ModelConfig.load(folder, replace(own.config.cutting, expert_parallel=groups))
+    plan = source_plan(config, own.tensors, tp_size)
+    options = f" --tp {tp_size}" if expert_parallel is None else f" --tp {tp_size} --ep {groups}"
+    if manifest.compat is not None:
+        try:
+            check_compat(manifest.compat, config, plan, () if manifest.extra is None else manifest.extra.tensors)
+        except (PartitionError, UnsupportedModelError):
+            options += f" --compat {NO_ENGINE}"
+    return f"tpctl reshard {folder}{options} -o FOLDER"
 
 
 @few_collections()
@@ -43,11 +71,13 @@ def reshard(
     Args:
         max_part_size: most tensor bytes in one file; as in ``folder`` by default.
         cutting: how experts are dealt, and where borders may be; as in ``folder`` by default.
-        ranks, compat, force: as in ``shard_checkpoint``.
+        compat: the engine that shall load it too, or ``"none"``; as in ``folder`` by default.
+        ranks, force: as in ``shard_checkpoint``.
 
     Raises:
         ShardFolderError: ``folder`` lacks a rank, is incomplete or damaged.
-        PartitionError: the model cannot be cut into ``tp_size`` shards.
+        PartitionError: the model cannot be cut into ``tp_size`` shards, or not so that the engine loads them.
+        UnsupportedModelError: nobody has proven that the engine loads such a model.
         OutputError: ``out`` exists and ``force`` is not given, is not apart from ``folder``, or cannot be written.
     """
     refuse_overlap(out, folder)
@@ -57,7 +87,8 @@ def reshard(
     check_copied(folder, manifest)
     own = own_plan(folder, manifest)
     was = own.config.cutting
-    cutting = replace(cutting or was, engine=compat or manifest.compat)
+    engine = manifest.compat if compat is None else None if compat == NO_ENGINE else compat
+    cutting = replace(cutting or was, engine=engine)
     config = own.config if cutting == was else ModelConfig.load(folder, cutting)
     plan = source_plan(config, own.tensors, tp_size)
     shards = open_shards(folder, manifest, range(manifest.tp_size))
@@ -70,13 +101,14 @@ def reshard(
         dtype=manifest.dtype,
         max_part_size=max_part_size or manifest.max_part_size,
         ranks=ranks,
-        compat=compat or manifest.compat,
+        compat=engine,
         cutting=cutting,
         dtypes={name: manifest.tensors(0)[held[name]].dtype for name in plan.shards[0]},
         inputs={name: shards[held[name]] for name in plan.shards[0]},
         extra=open_extra(folder, manifest),
         small_files={folder / name: manifest.files[name] for name in sorted(manifest.files)},
         identity=sha256(manifest.text().encode()).hexdigest(),
+        without=f"give --compat {NO_ENGINE}",
     )
     # What is read is checked against its digests on the way, so a change meanwhile cannot go unseen.
     return write_shards(recipe, out, force=force, add=ranks is not None, check=lambda: None, progress=progress)

@@ -11,6 +11,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
+    check_scaled,
     check_text_only,
     checked_source_plan,
     second_copies,
@@ -71,11 +72,12 @@ def shard_checkpoint(
             that it holds already are left alone.
 
     Raises:
-        CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown.
+        CheckpointError, UnsupportedModelError: the checkpoint is unsound or unknown, or of a model that also sees, and
+            ``text_only`` is not given.
         OverflowedError: a value is beyond the range of ``dtype``. Nothing of the run is kept.
         PartitionError: the model cannot be cut into ``tp_size`` shards.
         OutputError: ``out`` exists and is not to be replaced or added to, or cannot be written.
-        UsageError: ``dtype`` is unknown, or the model also sees and ``text_only`` is not given.
+        UsageError: ``dtype`` is unknown.
     """
     if (source / MANIFEST).is_file():
         raise ShardFolderError(
@@ -91,6 +93,7 @@ def shard_checkpoint(
     check_text_only(config, folder.tensors, text_only)
     held = {name: info.dtype for name, (_, info) in folder.tensors.items()}
     found = {split.name: {source: held[source] for source in split.sources} for split in plan.splits}
+    check_scaled(config, plan.splits, found)
     dtypes = {split.name: stored_dtype(split, found[split.name], target) for split in plan.splits}
     if all(set(sources.values()) == {dtypes[name]} for name, sources in found.items()):
         target = None

@@ -36,6 +36,8 @@ class ShardReport:
     """The folder that was written. Sizes in bytes; ``imbalance`` is the largest rank's bytes over the mean.
 
     Attributes:
+        expert_parallel: groups of ranks that whole experts were dealt to.
+        even: borders may divide what has one scale.
         missing_ranks: those that the folder does not hold, since nobody asked for them yet.
         resumed_bytes: were complete already, from a run that was killed or failed.
         dropped_bytes: such a run's, but of another source, revision or set of options.
@@ -54,6 +56,8 @@ class ShardReport:
     missing_ranks: tuple[int, ...]
     resumed_bytes: int
     dropped_bytes: int
+    expert_parallel: int = 1
+    even: bool = False
 
 
 def write_shards(
@@ -98,6 +102,8 @@ def write_shards(
         missing_ranks=tuple(rank for rank in range(len(recipe.shards)) if rank not in sizes),
         resumed_bytes=writer.resumed,
         dropped_bytes=writer.dropped,
+        expert_parallel=recipe.cutting.expert_parallel,
+        even=recipe.cutting.even,
     )
 
 

@@ -73,12 +73,26 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
         )
     if manifest.compat not in (None, *ENGINES):
         raise _contradicts(path, f"the engine {_short(manifest.compat or '')} is unknown")
+    refuse_older_names(path, manifest, config)
     exact = {split.name for split in plan.splits if split.dtypes is not None}
     _check_shards(path, manifest, Expected.of(config, plan, manifest.compat), tensors, exact)
     _check_rest(path, manifest, second_copies(config, tensors), set(tensors) - set(plan.source_shapes), tensors)
     _check_index(path, manifest.source.index, headers)
     _check_names(path, manifest)
     return OwnPlan(config, headers, tensors, plan)
+
+
+def refuse_older_names(path: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """Raise ``ShardFolderError`` for shards of an older tpctl, in which a tied head has another name than the engine
+    that they are for gives it; ``config`` is as it would be cut now."""
+    for rank in manifest.shards:
+        held = manifest.tensors(rank)
+        for own, theirs in config.blueprint.stored:
+            if own in held and theirs not in held:
+                raise ShardFolderError(
+                    f"{path} was made by an older tpctl: the shards hold {own}, which {manifest.compat} only loads as "
+                    f"{theirs}; shard the model again"
+                )
 
 
 def _check_shards(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import glob
 import json
-import re
 from pathlib import Path
 
 from tpctl.checkpoint.cache import cache_root, file_name
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub_cache import cached
-from tpctl.checkpoint.sources import HUB_ID, SOURCE_RECORD, converted_gguf, local_path, pypi_entry
+from tpctl.checkpoint.sources import HUB_ID, SOURCE_RECORD, converted_gguf, local_path, made_of, pypi_entry
 from tpctl.errors import CheckpointError, SourceError
 from tpctl.manifest.manifest import Manifest
 
@@ -30,8 +29,8 @@ def source_at_hand(manifest: Manifest) -> Path | None:
 
 def _local_copies(name: str, revision: str | None) -> list[Path]:
     """Where the source may be: of one that tpctl quantised, what it has in its cache under that name."""
-    if (made := re.fullmatch(r"(.+) \((.+) by tpctl\)", name)) is not None:
-        folder = f"{file_name(Path(made[1]).name)}-{made[2]}"
+    if (made := made_of(name)) is not None:
+        folder = f"{file_name(Path(made[0]).name)}-{made[1]}"
         return sorted(entry / folder for entry in (cache_root() / "models").glob(f"{glob.escape(folder)}-*"))
     found = _local_copy(name, revision)
     return [] if found is None else [found]

@@ -28,6 +28,7 @@ from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import Stored, copy_of, in_shard
 from tpctl.sharding.moving.opened import open_extra, tensor_infos
+from tpctl.sharding.moving.own_plan import refuse_older_names
 from tpctl.sharding.moving.sources import SourceTensors
 from tpctl.sharding.moving.transfer import move_all
 
@@ -65,6 +66,7 @@ def verify_source(
     exact = {split.name for split in plan.splits if split.dtypes is not None}
     if manifest.model_type != config.model_type:
         raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
+    refuse_older_names(folder / MANIFEST, manifest, config)
     expected = Expected.of(config, plan, manifest.compat)
     for rank in manifest.shards:
         _check_entries(manifest, rank, expected, held, exact)
