@@ -357,7 +357,6 @@ def row_sweeps(shape: Shape, layers: list[ExpertMatrices]) -> Iterator[Sweep]:
     yield f"{shape.name} one row, gate_up", time, ups
     downs = [start._replace(down_n=n, down_k=k, down_stages=s, num_warps=w) for n, k, s, w in sizes]
     yield f"{shape.name} one row, down", time, downs
-    yield f"{shape.name} one row, prefetch", time, [start._replace(prefetch=ahead) for ahead in (0, 2, 4, 8, 24)]
 
 
 def tile_sweeps(shape: Shape, layers: list[ExpertMatrices], rows: int) -> Iterator[Sweep]:

@@ -106,7 +106,7 @@ def test_the_smallest_tiles_are_what_tensor_cores_take(kind, codes) -> None:
 
 
 def row_taken(arch: int, model: Any, row: RowConfig, up: Form, down: Form, shared_up: Any, shared_down: Any,
-              kind: str = "", exponents: bool = False, stage: int = 0) -> int:  # fmt: skip
+              kind: str = "", exponents: bool = False, stage: int = 1) -> int:  # fmt: skip
     """Bytes of shared memory that the mixture of one row takes."""
     hidden, _, count, per_token, activation = model
     biases = isinstance(activation, Clamped)
@@ -117,7 +117,7 @@ def row_taken(arch: int, model: Any, row: RowConfig, up: Form, down: Form, share
         SHARED_UP_FORM=shared_up, SHARED_DOWN_FORM=shared_down, HAS_UP_BIAS=biases, HAS_DOWN_BIAS=biases,
         GATING=activation, INTERLEAVED=biases, HAS_RESIDUAL=True, GATE_N=1, GATE_K=1 << (hidden - 1).bit_length(),
         UP_N=row.up_n, UP_K=row.up_k, UP_STAGES=row.up_stages, DOWN_N=row.down_n, DOWN_K=row.down_k,
-        DOWN_STAGES=row.down_stages, PREFETCH=row.prefetch, STAGE=stage, **ALONE,
+        DOWN_STAGES=row.down_stages, STAGE=stage, **ALONE,
     )  # fmt: skip
 
 

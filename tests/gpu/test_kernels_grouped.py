@@ -97,7 +97,7 @@ def test_codes_in_bfloat16(kind, codes) -> None:
 
 @pytest.mark.parametrize("limit", [232448, 166912, 101376])
 def test_choice(limit: int) -> None:
-    assert pick_block_m(64 * 8, 128) == 16 and pick_block_m(512 * 8, 128) == 32 and pick_block_m(8192 * 8, 128) == 128
+    assert [pick_block_m(rows * 8, 128) for rows in (64, 256, 512, 8192)] == [16, 32, 64, 128]
     assert pick_tile(16, gated=True, itemsize=2, limit=232448) == TileConfig(16, 64, 128, 4, 3)
     assert pick_tile(16, gated=True, itemsize=2, limit=232448, codes=True).num_warps == 2
     for block_m in (16, 32, 64, 128):

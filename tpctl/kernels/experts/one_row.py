@@ -8,9 +8,6 @@ One row only streams its weights, so everything runs on the CUDA cores, in three
 program makes for itself, and gate·up; down. The sum runs over the slots in their order. Each multiprocessor has one
 program, with more than half of its memory: smaller ones, placed while the kernel before still runs, would crowd the
 multiprocessors that are free first.
-
-`together`, all is one launch, whose programs wait for each other. They are on the GPU at once, whatever registers they
-take, if no other kernel waits for them.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.codes import Codes
@@ -31,8 +27,7 @@ from tpctl.kernels.experts.tiles import as_stored
 
 
 class RowConfig(NamedTuple):
-    """Output features and inputs of the tiles of gate_up and down, and how many of them are under way; warps; prefetch:
-    tiles of down that a program asks the L2 cache for while it waits."""
+    """Output features and inputs of the tiles of gate_up and down, and how many of them are under way; warps."""
 
     up_n: int
     up_k: int
@@ -41,7 +36,6 @@ class RowConfig(NamedTuple):
     down_k: int
     down_stages: int
     num_warps: int = 8
-    prefetch: int = 8
 
     @property
     def num_stages(self) -> int:
@@ -51,11 +45,12 @@ class RowConfig(NamedTuple):
 def pick_row(hidden: int, width: int, *, itemsize: int, programs: int, limit: int) -> RowConfig:
     """For experts of such sizes on this rank, of at most `itemsize` bytes a weight, and `limit` bytes of shared memory.
 
-    More than half of it is for weights under way, so that no multiprocessor gets two programs.
+    More than half of it is for weights under way, so that no multiprocessor gets two programs. Measured on an H200 at
+    2048 x 768, gate_up and down each beside another tile of the other; whole rows were better than parts there.
     """
     up_k = 2048 if 1024 < hidden <= 2048 else max(512, _least_padded(hidden))
-    down_k = _least_padded(width)
-    up_n, down_n = 8192 // up_k, max((16, 8, 4), key=lambda n: (round(_balance(hidden, n, programs), 1), n))
+    down_k = next_power_of_2(width) if 512 < width <= 1024 else _least_padded(width)
+    up_n, down_n = max(8, 8192 // up_k), max((16, 8, 4), key=lambda n: (round(_balance(hidden, n, programs), 1), n))
     up_stages, down_stages = (
         2 + limit // 2 // tile for tile in (2 * up_n * up_k * itemsize, down_n * down_k * itemsize)
     )
@@ -86,7 +81,6 @@ def one_row(
     out: torch.Tensor | None = None,
     outlet: PeerBuffer | None = None,
     config: RowConfig | None = None,
-    together: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """[1, H]: residual + the weighed experts of one token + the shared one, in x's dtype (`out`, if given).
@@ -117,8 +111,7 @@ def one_row(
     h = x_1H.new_empty(router.per_token, experts.width, dtype=torch.float32)
     shared_h = x_1H.new_empty(1, shared_width, dtype=torch.float32)
     flags = choice_flags(router.routing, router.experts, router.per_token, router.correction)
-    down_parts = triton.cdiv(experts.width, config.down_k)
-    for stage in (0,) if together else (1, 2, 3):
+    for stage in (1, 2, 3):
         one_row_kernel[(programs,)](
             x_1H,
             router.weight,
@@ -133,7 +126,6 @@ def one_row(
             x_1H if shared is None else shared.gate_up,
             x_1H if shared is None else shared.down,
             scratch.logits,
-            scratch.barriers,
             normed,
             ids,
             weights,
@@ -168,7 +160,6 @@ def one_row(
             DOWN_N=config.down_n,
             DOWN_K=config.down_k,
             DOWN_STAGES=config.down_stages,
-            PREFETCH=min(config.prefetch, router.per_token * down_parts),
             STAGE=stage,
             PDL=pdl,
             num_warps=config.num_warps,

@@ -8,22 +8,7 @@ import triton.language as tl
 from tpctl.kernels.experts.finish import finish
 from tpctl.kernels.experts.gating import gated
 from tpctl.kernels.experts.routing_kernels import choose_of, leave_logits
-from tpctl.kernels.experts.tiles import ask_for, load_tile, row_factors, scale_rows
-
-
-@triton.jit
-def _arrive(counter_ptr):
-    """What this program has written is there for all that `_await` the counter."""
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _await(counter_ptr):
-    """Until all programs have arrived: they are all on the GPU at once."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < tl.num_programs(0):
-        pass
-    tl.debug_barrier()
+from tpctl.kernels.experts.tiles import load_tile, row_factors, scale_rows
 
 
 @triton.jit
@@ -110,26 +95,6 @@ def _gate_up(
                 up_sum += tl.load(bias_ptr + up_row, mask=ok, other=0.0).to(tl.float32)
             value = gated(gate_sum, up_sum, GATING)
             tl.store(out_ptr + tile // BLOCKS * WIDTH + n, value.to(out_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _ask_for_down(
-    ids_ptr,
-    w_ptr,
-    first,
-    count,
-    FORM: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Ask the L2 cache for what this program reads first in STEPS of `_down`'s steps."""
-    PARTS: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
-    n = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), FORM.outputs - 1)
-    for step in tl.static_range(STEPS):
-        expert = tl.load(ids_ptr + step // PARTS) - first
-        if (expert >= 0) & (expert < count):
-            ask_for(w_ptr, expert.to(tl.int64) * FORM.outputs + n, step % PARTS * BLOCK_K, FORM, BLOCK_K)
 
 
 @triton.jit
@@ -224,7 +189,6 @@ def one_row_kernel(
     shared_up_ptr,
     shared_down_ptr,
     logits_ptr,  # [COUNT + 1]
-    counters_ptr,  # [2], zero at the start
     normed_ptr,  # [programs, IN_FEATURES]
     ids_ptr,  # [programs, PER_TOKEN]
     weights_ptr,
@@ -277,57 +241,40 @@ def one_row_kernel(
     DOWN_N: tl.constexpr,
     DOWN_K: tl.constexpr,
     DOWN_STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,  # steps of down whose weights a program asks for while it waits
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     PEERS: tl.constexpr,
-    STAGE: tl.constexpr,  # 0: all in one launch, whose programs wait for each other; else the launch 1, 2 or 3
+    STAGE: tl.constexpr,  # 1: logits, and gate_up of the shared expert; 2: choice and gate_up; 3: down
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
     if HAS_NORM:
         normed_ptr += program * IN_FEATURES
+        own_x_ptr = normed_ptr
+    else:
+        own_x_ptr = x_ptr
     ids_ptr += program * PER_TOKEN
     weights_ptr += program * PER_TOKEN
     if PDL and STAGE > 1:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if STAGE <= 1:
+    if STAGE == 1:
         leave_logits(x_ptr, gate_ptr, gate_bias_ptr, shared_gate_ptr, norm_ptr, logits_ptr, normed_ptr, program, True,
                      eps, IN_FEATURES, HAS_GATE_BIAS, HAS_SHARED_GATE, HAS_NORM, UNIT_OFFSET, COUNT, GATE_N, GATE_K,
-                     PDL, STAGE == 1)  # fmt: skip
-        if STAGE == 0:
-            if program == 0:
-                tl.store(counters_ptr + 1, 0)
-            _arrive(counters_ptr)
-    if HAS_NORM:
-        own_x_ptr = normed_ptr
-    else:
-        own_x_ptr = x_ptr
-    if STAGE <= 1 and SHARED_UP_FORM is not None:
-        tl.debug_barrier()
-        _gate_up(own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr,
-                 shared_up_ptr, shared_h_ptr, 0, 0, SHARED_UP_FORM, 1, 0, False, "silu", False, UP_N, UP_K,
-                 UP_STAGES)  # fmt: skip
-    if STAGE == 0:
-        _await(counters_ptr)
-    if STAGE == 0 or STAGE == 2:
+                     PDL)  # fmt: skip
+        if SHARED_UP_FORM is not None:
+            tl.debug_barrier()
+            _gate_up(own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr,
+                     shared_up_ptr, shared_h_ptr, 0, 0, SHARED_UP_FORM, 1, 0, False, "silu", False, UP_N, UP_K,
+                     UP_STAGES)  # fmt: skip
+    if STAGE == 2:
         choose_of(logits_ptr, correction_ptr, ids_ptr, weights_ptr, factors_ptr + program, HAS_SHARED_GATE, SCORES,
                   RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, COUNT, PER_TOKEN, ROWS,
                   SIZE, COPIES)  # fmt: skip
         tl.debug_barrier()
         _gate_up(own_x_ptr, ids_ptr, up_w_ptr, up_s_ptr, up_z_ptr, up_f_ptr, up_r_ptr, up_bias_ptr, h_ptr, first,
                  count, UP_FORM, PER_TOKEN, SLOTS, HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip
-    if STAGE == 0:
-        _arrive(counters_ptr + 1)
-        if PREFETCH > 0:
-            _ask_for_down(ids_ptr, down_w_ptr, first, count, DOWN_FORM, PREFETCH, DOWN_N, DOWN_K)
-        _await(counters_ptr + 1)
-        if program == 0:
-            tl.store(counters_ptr, 0)
-        if PDL:  # only now: all programs are on the GPU
-            tl.extra.cuda.gdc_launch_dependents()
-    if STAGE == 0 or STAGE == 3:
+    if STAGE == 3:
         for block in range(program, (DOWN_FORM.outputs + DOWN_N - 1) // DOWN_N, tl.num_programs(0)):
             value = _down(block, h_ptr, shared_h_ptr, ids_ptr, weights_ptr, factors_ptr + program, down_w_ptr,
                           down_s_ptr, down_z_ptr, down_f_ptr, down_r_ptr, down_bias_ptr, shared_down_ptr, first, count,

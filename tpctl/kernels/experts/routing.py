@@ -70,18 +70,16 @@ class Router(NamedTuple):
 
 @dataclass(frozen=True)
 class GateScratch:
-    """Device memory that the routers on one stream share: logits, and counters and barriers (zero between calls)."""
+    """Device memory that the routers on one stream share: logits, and counters (zero between calls)."""
 
     logits: torch.Tensor
     counters: torch.Tensor
-    barriers: torch.Tensor
 
     @staticmethod
     def allocate(device: torch.device, *, rows: int = GATE_ROWS, experts: int = 512) -> GateScratch:
         return GateScratch(
             logits=torch.empty(rows * (experts + 1), dtype=torch.float32, device=device),
             counters=torch.zeros(rows, dtype=torch.int32, device=device),
-            barriers=torch.zeros(2, dtype=torch.int32, device=device),
         )
 
 

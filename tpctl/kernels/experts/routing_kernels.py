@@ -151,7 +151,6 @@ def leave_logits(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-    LAUNCH: tl.constexpr,  # whether the kernel that follows may start
 ):
     """Logits of experts block * BLOCK_N and on; what they weigh is loaded before the wait for x."""
     BLOCKS: tl.constexpr = (COUNT + BLOCK_N - 1) // BLOCK_N
@@ -170,8 +169,7 @@ def leave_logits(
     if HAS_NORM:
         norm = tl.load(norm_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
     if PDL:
-        if LAUNCH:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + k, mask=k_ok, other=0.0)
     if HAS_NORM:
@@ -262,7 +260,7 @@ def gate_kernel(
     logits_ptr += token * (COUNT + 1)
     leave_logits(x_ptr + token * x_stride, gate_ptr, bias_ptr, shared_ptr, norm_ptr, logits_ptr,
                  normed_ptr + token * normed_stride, block, block == 0, eps, IN_FEATURES, HAS_BIAS, HAS_SHARED,
-                 HAS_NORM, UNIT_OFFSET, COUNT, BLOCK_N, BLOCK_K, PDL, True)  # fmt: skip
+                 HAS_NORM, UNIT_OFFSET, COUNT, BLOCK_N, BLOCK_K, PDL)  # fmt: skip
     tl.debug_barrier()
     done = tl.atomic_add(counters_ptr + token, 1, sem="acq_rel", scope="gpu")
     if done == tl.num_programs(0) - 1:
