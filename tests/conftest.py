@@ -8,6 +8,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.sampling import by_test, leave_out, sampled
 from tpctl.checkpoint.sources import ResolvedSource, resolve
 
 # Where the tests run in the background of a shell, SIGINT is ignored, and every process they start would inherit that.
@@ -26,6 +27,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sampled-grid", action="store_true", help="of kernels' grids of cases a sample, on GPUs too")
     parser.addoption("--fuzz-minutes", type=float, help="fuzz for so long with new cases (of tests/fuzz)")
     parser.addoption("--fuzz-seed", type=int, help="fuzz with the cases of an earlier run, whose seed this is")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests marked ``grid(times)``, take each value of each parameter so often, and all with ``--whole-grid``."""
+    if config.getoption("--whole-grid"):
+        return
+    out: set[pytest.Item] = set()
+    for cases in by_test(item for item in items if item.get_closest_marker("grid")).values():
+        mark = cases[0].get_closest_marker("grid")
+        assert mark is not None
+        out.update(set(cases) - set(sampled(cases, mark.args[0])))
+    leave_out(config, items, out)
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,7 @@ def chosen(name: str, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return weights, numbers
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(
     ("name", "tp", "groups"),
@@ -204,6 +205,7 @@ def with_norms_over_all(parts: list[nn.Module], shares: list[HeadShare], x: Tens
             setattr(part, norm, OverAll(old.weight, mean, old.variance_epsilon))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("tp", [tp for tp, groups in CUTTINGS if groups == 1])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixers(whole: Whole, tmp_path: Path, name: str, tp: int) -> None:

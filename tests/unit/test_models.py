@@ -66,6 +66,7 @@ def logits_of(folder: Path, tp_size: int, prompts: list[list[int]], **changes: A
     return results[0]
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, tmp_path_factory) -> None:

@@ -56,6 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Made()
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(("tp_size", "groups"), [(1, 1), (2, 1), (3, 1), (4, 1), (6, 1), (4, 2), (3, 3)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_logits_equal_transformers(name: str, tp_size: int, groups: int, made: Any, tmp_path: Path) -> None:
@@ -75,6 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(("tp_size", "way"), [(1, "whole"), (2, "chunks"), (3, "crowded"), (4, "whole")])
 @pytest.mark.parametrize("name", [*DENSE, *MIXTURES])
 def test_greedy_tokens_equal_generate(name: str, way: str, tp_size: int, made: Any, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Grids of cases of which a run takes a few: each value of each parameter some times, beside other values."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import pytest
+
+
+def by_test(items: Iterable[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The cases of each test that has parameters."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    return tests
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], left_out: set[pytest.Item]) -> None:
+    """Take ``left_out`` from the collected ``items``."""
+    if left_out:
+        config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def sampled(cases: list[pytest.Item], times: int) -> list[pytest.Item]:
+    """Few of ``cases``, the same in every run: each value of each parameter ``times`` times, where as many have it.
+
+    Greedy: the case taken next is the one with the most values that are still wanted, and among those the one whose
+    pairs of values have been seen least.
+    """
+    values = {case: _values(case) for case in cases}
+    held = Counter(value for own in values.values() for value in own)
+    wanted = {value: min(times, count) for value, count in held.items()}
+    pairs: Counter[tuple[object, object]] = Counter()
+    taken: list[pytest.Item] = []
+    left = list(cases)
+    while any(wanted.values()):
+        best = max(
+            left,
+            key=lambda case: (
+                sum(wanted[value] > 0 for value in values[case]),
+                -sum(pairs[one, other] for one in values[case] for other in values[case]),
+            ),
+        )
+        left.remove(best)
+        taken.append(best)
+        for one in values[best]:
+            wanted[one] = max(0, wanted[one] - 1)
+            pairs.update((one, other) for other in values[best])
+    return taken
+
+
+def _values(case: pytest.Item) -> list[tuple[str, str]]:
+    """What ``case`` has of each ``parametrize`` (its names and their values, those of several names as one), and of
+    each fixture with parameters."""
+    params = dict(case.callspec.params)  # type: ignore[attr-defined]
+    found = []
+    for mark in case.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        found.append((str(names), repr([params.pop(name.strip()) for name in names])))
+    return found + [(name, repr(value)) for name, value in params.items()]
