@@ -29,6 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, help="fuzz with the cases of an earlier run, whose seed this is")
 
 
+def pytest_configure() -> None:
+    """One of several processes that share the cores (``-n``) computes in one thread: waiting threads spin."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of tests marked ``grid(times)``, take each value of each parameter so often, and all with ``--whole-grid``."""
     if config.getoption("--whole-grid"):

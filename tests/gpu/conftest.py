@@ -9,7 +9,7 @@ import torch
 from tests.gpu.here import INTERPRET
 from tests.sampling import by_test, leave_out, sampled
 
-_TIMES = 2
+_TIMES = 1
 """How often each value of each parameter is run at least, where its grid has as many cases of it."""
 _SMALL = 6
 """Cases that a test may have before it is sampled."""
