@@ -6,7 +6,6 @@ only what was being computed; of the rows themselves only the place in that file
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -14,12 +13,12 @@ import shutil
 import stat
 import tempfile
 from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from tpctl.client.disk import writing
 from tpctl.client.jobs import Line
 from tpctl.errors import OutputError, RequestError, UsageError
 
@@ -59,13 +58,13 @@ class Results:
         self._places = array("Q")  # by index: 1 + offset of the row, 0 for none
         self._checksums = array("I")
         self._emitted = 0
-        self._found = None if target is None else _state(target)  # what publishing replaces
+        self._found = None if target is None else state_of(target)  # what publishing replaces
         header = {"tpctl_batch": _VERSION, "settings": dict(settings), "replaces": force}
         self._file: IO[bytes]
         if self.partial is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 — closed by __exit__
             return
-        with _writing(self.partial):
+        with writing(self.partial):
             if target is not None and target.is_dir():
                 raise OutputError(f"{target} is a folder; name a file to write to")
             if self.partial.exists() and not self.partial.is_file():
@@ -118,7 +117,7 @@ class Results:
                 "the answer's numbers are not finite (NaN or infinity), which JSON has no form for"
             ) from None
         data = text.encode("utf-8", "replace") + b"\n"
-        with _writing(self.partial):
+        with writing(self.partial):
             place = self._file.seek(0, os.SEEK_END)
             self._file.write(data)
             self._file.flush()
@@ -140,7 +139,7 @@ class Results:
                 where its folder is gone, a copy of it.
         """
         assert self._target is not None and self.partial is not None
-        if _state(self._target) not in (None, self._found):
+        if state_of(self._target) not in (None, self._found):
             what = "appeared" if self._found is None else "changed"
             raise OutputError(
                 f"{self._target} {what} while this ran, and is left as it is; move it away, or replace it with "
@@ -152,7 +151,7 @@ class Results:
                 f"`mv {self._rescued()} {self.partial}`, which holds the finished rows"
             )
         temporary = self._target.with_name(f".{self._target.name}.publishing")
-        with _writing(self._target):
+        with writing(self._target):
             try:
                 with temporary.open("wb") as out:
                     for index in range(count):
@@ -169,7 +168,7 @@ class Results:
     def _rescued(self) -> Path:
         """A copy of the partial file, which is open but has no name any more."""
         assert self.partial is not None
-        with _writing(None):
+        with writing(None):
             self._file.seek(0)
             with tempfile.NamedTemporaryFile(prefix=f"{self.partial.name}.", delete=False) as copy:
                 shutil.copyfileobj(self._file, copy)
@@ -187,7 +186,7 @@ class Results:
             raise OutputError(f"{self.partial} holds the rows of an interrupted run; go on with --resume, or delete it")
         if not first.endswith(b"\n"):
             self._file.truncate(0)
-            with _writing(self.partial):
+            with writing(self.partial):
                 self._file.write(json.dumps(header).encode() + b"\n")
                 self._file.flush()
             return
@@ -200,16 +199,8 @@ class Results:
                 "with --resume --force"
             )
         now = json.loads(json.dumps(header))["settings"]
-        for name in now.keys() | found["settings"].keys():
-            before, after = found["settings"].get(name), now.get(name)
-            if isinstance(before, dict) or isinstance(after, dict):  # options by name; earlier versions had fewer
-                before, after = before or {}, after or {}
-            if before != after:
-                if isinstance(before, dict):
-                    made = _differing(before, after)
-                else:
-                    made = f"{name} {before}, but now it is {after}"
-                raise UsageError(f"{self.partial} was made with {made}; use the same, or delete the file")
+        if made := differing(found["settings"], now):
+            raise UsageError(f"{self.partial} was made with {made}; use the same, or delete the file")
         self._read_rows(len(first))
 
     def _read_rows(self, place: int) -> None:
@@ -236,7 +227,7 @@ class Results:
         return json.dumps(json.loads(self._file.readline())[2], ensure_ascii=False).encode() + b"\n"
 
 
-def _state(target: Path) -> tuple[int, int, int] | None:
+def state_of(target: Path) -> tuple[int, int, int] | None:
     """What tells a file with content from another one; ``None``: there is none."""
     try:
         stat = target.stat()
@@ -245,7 +236,20 @@ def _state(target: Path) -> tuple[int, int, int] | None:
     return (stat.st_ino, stat.st_size, stat.st_mtime_ns) if stat.st_size else None
 
 
-def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What settings differ in, as they were and are; empty if in nothing."""
+    before, after = json.loads(json.dumps(before)), json.loads(json.dumps(after))
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name), after.get(name)
+        if isinstance(was, dict) or isinstance(now, dict):  # options by name; earlier versions had fewer
+            if made := _options(was or {}, now or {}):
+                return made
+        elif was != now:
+            return f"{name} {was}, but now it is {now}"
+    return ""
+
+
+def _options(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The options that differ, as they were and are."""
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return ", ".join(
@@ -267,22 +271,3 @@ def _parse(raw: bytes) -> Any:
         return json.loads(raw)
     except ValueError:
         return None
-
-
-@contextmanager
-def _writing(path: Path | None) -> Iterator[None]:
-    """Turn what the system refuses into one line with the next step."""
-    try:
-        yield
-    except OSError as error:
-        hint = {
-            errno.ENOSPC: "the disk is full; free some space",
-            errno.EDQUOT: "the disk quota is used up; free some space",
-            errno.EFBIG: "files may not be that large here (ulimit -f); allow larger ones",
-            errno.ENOENT: "the folder does not exist; make it first"
-            if path is None or not path.parent.is_dir()
-            else "that folder takes no new files; name another one",
-            errno.EACCES: "no permission; name a file where you may write",
-            errno.EROFS: "the disk is read-only; name a file where you may write",
-        }.get(error.errno or 0, error.strerror or str(error))
-        raise OutputError(f"cannot write {path or 'a temporary file'}: {hint}") from None
