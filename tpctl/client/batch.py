@@ -6,13 +6,12 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.jobs import BadLine, Job, JobParser, Line
-from tpctl.client.results import Results
 from tpctl.client.router import Mailbox
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import token_texts
@@ -52,16 +51,26 @@ class Tally:
         return self.completion_tokens / max(self.seconds, 1e-9)
 
 
+class Kept(Protocol):
+    """Where finished rows go."""
+
+    def has(self, line: Line) -> bool:
+        """Whether an earlier run answered this very line."""
+
+    def add(self, line: Line, row: Mapping[str, Any]) -> None:
+        """Keep a row. Raises ``RequestError`` if there is no JSON for it, ``OutputError`` if it cannot be written."""
+
+
 class _Feed:
     """A thread that parses and tokenizes lines ahead, so that a slow input does not hold up answers.
 
-    It waits for ``together`` lines before it parses them.
+    The lines of a group are parsed together.
     """
 
-    def __init__(self, lines: Iterable[Line], parser: JobParser, results: Results, ahead: int, together: int) -> None:
+    def __init__(self, groups: Iterable[Sequence[Line]], parser: JobParser, results: Kept, ahead: int) -> None:
         self._queue: queue.Queue[Job | BadLine | Line | BaseException | None] = queue.Queue(ahead)
         self._stop = threading.Event()
-        threading.Thread(target=self._run, args=(iter(lines), parser, results, together), daemon=True).start()
+        threading.Thread(target=self._run, args=(groups, parser, results), daemon=True).start()
 
     def take(self, wait: bool) -> Job | BadLine | Line | None:
         """What comes next: a ``Line`` if it was answered before, ``None`` at the end.
@@ -77,9 +86,9 @@ class _Feed:
     def stop(self) -> None:
         self._stop.set()
 
-    def _run(self, lines: Iterator[Line], parser: JobParser, results: Results, together: int) -> None:
+    def _run(self, groups: Iterable[Sequence[Line]], parser: JobParser, results: Kept) -> None:
         try:
-            while group := list(itertools.islice(lines, together)):
+            for group in groups:
                 parser.ahead(group)
                 for line in group:
                     parsed = parser.parse(line)
@@ -106,7 +115,7 @@ class Batch:
         tally: how far it is.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, results: Results, window: int) -> None:
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, results: Kept, window: int) -> None:
         """Prepare.
 
         Args:
@@ -139,9 +148,20 @@ class Batch:
             OutputError: a row cannot be kept.
             EngineError: the workers failed. Rows that finished are kept in both cases.
         """
+        return self.run_groups(in_groups(lines, together), parser, step=step, should_stop=should_stop)
+
+    def run_groups(
+        self,
+        groups: Iterable[Sequence[Line]],
+        parser: JobParser,
+        *,
+        step: Callable[[Tally], object],
+        should_stop: Callable[[], object],
+    ) -> Tally:
+        """As ``run``, of lines that come in groups; those of one are parsed together."""
         self.tally = Tally(started=time.monotonic())
         self._open = {}
-        feed = _Feed(lines, parser, self._results, self._window, together)
+        feed = _Feed(groups, parser, self._results, self._window)
         more = True
         try:
             with self._client.mailbox() as mailbox:  # which aborts what is under way at its end
@@ -246,3 +266,10 @@ class Batch:
         self.tally.lines += 1
         self.tally.errors += 1
         self._results.add(line, {"id": id, "error": printable(message)})
+
+
+def in_groups(lines: Iterable[Line], together: int) -> Iterator[list[Line]]:
+    """Lines, so many at a time."""
+    rest = iter(lines)
+    while group := list(itertools.islice(rest, together)):
+        yield group

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import count
@@ -95,7 +95,7 @@ def read_lines(stream: Iterable[bytes]) -> Iterator[Line]:
 class JobParser:
     """Turns lines into jobs.
 
-    Remembers a digest of the ids it has seen, about 100 bytes each, to find duplicates.
+    Remembers a digest of the ids it has seen, about 100 bytes each, to find duplicates, unless others do.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class JobParser:
         sampling: Mapping[str, Any],
         stop: Sequence[str],
         max_model_len: int,
+        repeated: Callable[[Line], bool] | None = None,
     ) -> None:
         """Set what lines may leave out.
 
@@ -113,11 +114,13 @@ class JobParser:
                 that equal prompts are sampled differently, and the same way on every run.
             stop: texts that end an answer.
             max_model_len: tokens of the longest sequence.
+            repeated: says whether an earlier line has a line's id, if somebody else remembers them.
         """
         self._tokenizer = tokenizer
         self._sampling = {"seed": 0, **sampling}
         self._stop = tuple(stop)
         self._max_model_len = max_model_len
+        self._repeated = repeated
         self._seen: set[bytes] = set()
         self._rendered: dict[int, str] = {}
 
@@ -150,7 +153,7 @@ class JobParser:
             if isinstance(given, str):
                 check_text(given, "id")
             id = given
-            self._check_new(id)
+            self._check_new(line, id)
             return self._job(line, id, entry)
         except (_Refused, TpctlError) as error:
             return BadLine(line, id, f"line {line.number}: {error}")
@@ -188,12 +191,13 @@ class JobParser:
             raise _Refused("the prompt is empty")
         return self._tokenizer.encode(prompt, most=self._max_model_len - 1)
 
-    def _check_new(self, id: JobId) -> None:
+    def _check_new(self, line: Line, id: JobId) -> None:
         # Not hash(): it is the same for -1 and -2, and for n and n + 2**61 - 1.
         key = blake2b(repr((type(id).__name__, id)).encode(), digest_size=8).digest()
-        if key in self._seen:
+        if key in self._seen if self._repeated is None else self._repeated(line):
             raise _Refused(f"id {id!r} was used before; ids must differ (without one, the line number is taken)")
-        self._seen.add(key)
+        if self._repeated is None:
+            self._seen.add(key)
 
 
 class _Refused(Exception):
