@@ -521,7 +521,7 @@ def test_what_could_not_be_written_is_not_said_again(tmp_path: Path) -> None:
         results.add(Line(1, 2, b"b"), {"id": 2, "text": "x"})
 
 
-@pytest.mark.parametrize(("output", "said"), [("", "-o is empty"), ("/", "/ is a folder; name a file")])
+@pytest.mark.parametrize(("output", "said"), [("", "-o is empty"), ("/", "/ holds files that are no batch's")])
 def test_outputs_without_a_name(output: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     error = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), "-o", output]).exception

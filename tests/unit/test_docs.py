@@ -110,7 +110,7 @@ def test_the_checks_check(tmp_path: Path) -> None:
 
 
 _ROOMS = "|".join(sorted(path.name for path in (ROOT / "tpctl").iterdir() if (path / "__init__.py").is_file()))
-_MODULE = re.compile(rf"`(?:tpctl\.)?((?:{_ROOMS})(?:\.(?!txt)\w+)+)`")
+_MODULE = re.compile(rf"`(?:tpctl\.)?((?:{_ROOMS})(?:\.(?!txt|json)\w+)+)`")
 
 
 def is_there(address: str) -> bool:

@@ -155,7 +155,11 @@ assert not hasattr(tpctl, "nothing") and LLM and SamplingParams
 
 def test_the_client_never_imports_torch() -> None:
     """All that chat and batch use in the parent process, tokenizer and template included."""
-    names = [name for name, _ in modules() if name.partition(".")[0] in ("cli", "chat", "client", "launch", "sharding")]
+    names = [
+        name
+        for name, _ in modules()
+        if name.partition(".")[0] in ("cli", "chat", "client", "batch", "launch", "sharding")
+    ]
     names = [f"tpctl.{name}" for name in names if name != "launch.agent"]
     code = f"import {', '.join(names)}, tokenizers, jinja2, sys\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

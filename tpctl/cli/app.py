@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.streams import CLOSED_PIPE, give_stderr_back, is_closed_pipe, settle_stdout, take_streams
@@ -23,8 +24,19 @@ from tpctl.version import __version__
 LONGEST = 4000
 """Characters of a message, whatever it repeats of a file."""
 
+
+class _Commands(TyperGroup):
+    """``batch`` is a command with arguments, and ``batch status`` is another one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:2] == ["batch", "status"]:
+            args = ["batch status", *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="tpctl",
+    cls=_Commands,
     help="Shard checkpoints and run tensor-parallel inference.",
     epilog="Converted models and shards that commands make for themselves are kept in TPCTL_CACHE, else in "
     "~/.cache/tpctl; downloads are where the Hub's own tools keep them (HF_HOME).",
@@ -49,7 +61,21 @@ def _root(
 
 
 def _register() -> None:
-    from tpctl.cli import batch, bench, chat, doctor, download, inspect_shards, merge, plan, reshard, shard, upload
+    from tpctl.cli import (
+        batch,
+        batch_status,
+        bench,
+        chat,
+        doctor,
+        download,
+        inspect_shards,
+        merge,
+        plan,
+        replica,
+        reshard,
+        shard,
+        upload,
+    )
 
     for name, command, summary in (
         ("download", download.download, "Fetch a model."),
@@ -61,6 +87,8 @@ def _register() -> None:
         ("reshard", reshard.reshard, "Cut shards anew for another number of ranks."),
         ("chat", chat.chat, "Chat with a model."),
         ("batch", batch.batch, "Answer every line of a JSONL file."),
+        ("batch status", batch_status.batch_status, "Say how far a batch is."),
+        ("replica", replica.replica, "Run one engine of a batch, on any host."),
         ("doctor", doctor.doctor, "Report what this machine offers."),
     ):
         app.command(name, cls=CheckedCommand, short_help=summary)(command)

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpctl.cli.batch_job import Job, JobOptions, is_job, run_job
 from tpctl.cli.batch_report import left_behind, progress, summary
 from tpctl.cli.console import note, status
 from tpctl.cli.engine import describe, interrupts, prepare, say_context, say_policy
@@ -39,7 +40,9 @@ DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256, "seed": 0}
 @grouped
 def batch(
     prompts: Annotated[str, typer.Argument(help="JSONL file; - for stdin.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="JSONL file; - for stdout.")] = "-",
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="JSONL file, or FOLDER/ for parts; - for stdout.")
+    ] = "-",
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
@@ -48,6 +51,7 @@ def batch(
     engine: EngineOptions,
     sampling: SamplingOptions,
     template: TemplateOptions,
+    job: JobOptions,
 ) -> None:
     """Answer every line of a JSONL file: {"id"?, "prompt"} or {"id"?, "messages"}, with sampling fields.
 
@@ -65,6 +69,11 @@ def batch(
 
     The scheduling policy is makespan if prompts and answers are files. Elsewhere somebody may wait for the first
     rows, so it is fcfs.
+
+    With several --replicas the rows are made in parts, in OUTPUT.parts, and put together at the end. A FOLDER keeps
+    them as they are: part-00000.jsonl and so on, manifest.json, stats.json. Whatever dies meanwhile, no row is lost,
+    and none is there twice. `tpctl batch status OUTPUT` says how far it is (a file of prompts that is called status:
+    ./status).
     """
     from tpctl.client.batch import Batch
     from tpctl.client.engine_client import EngineClient
@@ -75,6 +84,10 @@ def batch(
     sampling.check(DEFAULTS)
     values = {**DEFAULTS, **sampling.given()}
     stop = sampling.stop or []
+    if is_job(output, job):
+        policy = scheduling_policy or SchedulingPolicy.makespan
+        run_job(Job(prompts, output, model, resume, force, policy, engine, values, stop, template, job))
+        return
     target, silent = target_of(output), output == "-" and sys.stdout.isatty()  # answers on a terminal show themselves
     if resume and target is None:
         raise UsageError("--resume needs a file to go on with; name it with -o")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tpctl.cli.console import note, stderr
 from tpctl.errors import counted
 
 if TYPE_CHECKING:
+    from tpctl.batch.coordinator import Progress as JobProgress
     from tpctl.client.batch import Tally
     from tpctl.client.results import Results
     from tpctl.wire.report import EngineStats
@@ -100,3 +101,63 @@ def _without_row(numbers: list[int]) -> str:
 def _speed(tally: Tally) -> str:
     errors = f", {counted(tally.errors, 'error')}" if tally.errors else ""
     return f"{tally.tokens_per_second:,.0f} tok/s{errors}"
+
+
+@contextmanager
+def job_progress(replicas: int, tp_size: int) -> Iterator[Callable[[JobProgress], None]]:
+    """As ``progress``, of a batch over several replicas."""
+    if not sys.stderr.isatty():
+        due = time.monotonic() + REPORTS
+
+        def report(job: JobProgress) -> None:
+            nonlocal due
+            if time.monotonic() >= due:
+                due = time.monotonic() + REPORTS
+                of = f"{job.total:,}" if job.whole else f"about {job.total:,}"
+                left = "" if job.left is None else f", {job.left:.0f} s left"
+                note(f"{job.rows:,} of {of} rows after {job.seconds:.0f} s, {_job_speed(job)}{left}")
+
+        yield report
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=stderr(), transient=True) as bar:
+        task = bar.add_task(f"{counted(replicas, 'replica')}, tp {tp_size}", total=None, speed="", left="")
+
+        def show(job: JobProgress) -> None:
+            left = "" if job.left is None else f"{job.left / 3600:.0f}:{job.left / 60 % 60:02.0f}:{job.left % 60:02.0f}"
+            bar.update(task, completed=job.rows, total=job.total, speed=_job_speed(job), left=left)
+
+        yield show
+
+
+def job_summary(stats: Mapping[str, Any], prompts: int | None) -> str:
+    """What a batch over parts came to, over all its runs, in one line; ``prompts`` is ``None`` if it is not done."""
+    parts = [f"{counted(stats['rows'], 'row')} in {stats['seconds']:.1f} s"]
+    if prompts is not None and prompts != stats["rows"]:
+        parts[0] += f" for {counted(prompts, 'prompt')}"
+    parts.append(f"{counted(stats['prompt_tokens'], 'token')} in")
+    parts.append(f"{stats['completion_tokens']:,} out ({stats['tokens_per_second']:,.1f} tok/s)")
+    share = stats["cached_tokens"] / max(1, stats["prompt_tokens"])
+    parts.append(f"prefix cache {counted(stats['cached_tokens'], 'token')} ({share:.0%})")
+    if stats["cut"]:
+        parts.append(f"{counted(stats['cut'], 'answer')} cut by the end of the context")
+    if stats["gpu_hours"]:
+        parts.append(f"{stats['gpu_hours']:.4g} GPU hours")
+    if "cost" in stats:
+        parts.append(f"cost {stats['cost']:,.2f}")
+    parts.append(counted(stats["errors"], "error"))
+    return ", ".join(parts)
+
+
+def _job_speed(job: JobProgress) -> str:
+    errors = f", {counted(job.errors, 'error')}" if job.errors else ""
+    replicas = f"{job.alive} of {counted(job.wanted, 'replica')}"
+    return f"{job.prompt_speed:,.0f} tok/s in, {job.speed:,.0f} out, {replicas}{errors}"

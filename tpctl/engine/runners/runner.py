@@ -95,7 +95,7 @@ class ModelRunner:
             begin += item.num_new_tokens
 
     def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
-        """Wait for a step: the token ids of its ``batch.sampled``, and log-probabilities where any are wanted."""
+        """Wait for a step: the token ids of its batch's ``sampled``, and log-probabilities where any are wanted."""
         return launched.token_ids, launched.logprobs
 
     def may_overlap(self, batch: ScheduledBatch) -> bool:
@@ -146,7 +146,7 @@ def make_plain_runner(settings: EngineConfig, group: TPGroup) -> ModelRunner:
 
 
 def sampling_rows(batch: ScheduledBatch) -> list[SamplingRow]:
-    """What the sampler needs for each of ``batch.sampled``; all tokens before must be known."""
+    """What the sampler needs for each of the batch's ``sampled``; all tokens before must be known."""
     rows = []
     for item in batch.sampled:
         sequence = item.sequence

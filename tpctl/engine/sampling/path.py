@@ -23,7 +23,7 @@ class SamplingPath(Enum):
 
     @classmethod
     def of(cls, batch: ScheduledBatch) -> SamplingPath:
-        """The path for all of ``batch.sampled`` together."""
+        """The path for all of the batch's ``sampled`` together."""
         paths = {cls._of(item.sequence.params, item.num_generated) for item in batch.sampled}
         return next((path for path in (cls.HOST, cls.TWO_FLOORS, cls.ONE_FLOOR) if path in paths), cls.DIRECT)
 

@@ -179,7 +179,7 @@ class Scheduler:
         token_ids: SequenceType[int],
         logprobs: SequenceType[TokenLogprob | None] | None = None,
     ) -> list[Output]:
-        """Take in the tokens that a step sampled, one for each of ``batch.sampled``.
+        """Take in the tokens that a step sampled, one for each of the batch's ``sampled``.
 
         Returns:
             What is new for each request that is still wanted.

@@ -1,0 +1,238 @@
+"""Kill processes of a batch over several replicas at random, go on each time, and compare with an undisturbed run.
+
+    python -m tests.distributed.batch_kills [--rows 100000] [--replicas 4] [--tp 1] [--kills 30] [--seed 0]
+        [--engine fast|real] [--model demo]
+
+A kill is SIGKILL to a replica, one of its ranks, or the coordinator, which is then started again with ``--resume``;
+they are spread over the run. ``fast`` is an engine without a model (``fast_worker.py``), in the same replicas. Exits
+with 1 unless every id is there exactly once, in order, with the same content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.processes import with_variable
+from tpctl.batch.folder import JobFolder, load, names
+
+KINDS = ("replica", "rank", "coordinator")
+LIMIT = 3600.0  # seconds for everything
+MARK = "TPCTL_BATCH_KILLS"
+
+
+@dataclass
+class Report:
+    """What happened.
+
+    Attributes:
+        kills: by kind; ``starts``: of the coordinator.
+        wrong: what was not as it should be; empty if all was.
+    """
+
+    rows: int
+    seconds: float = 0.0
+    undisturbed: float = 0.0
+    starts: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    computed: int = 0
+    needed: int = 0
+
+
+@dataclass
+class Batch:
+    """One batch: its input, where to, and how."""
+
+    prompts: Path
+    out: Path
+    replicas: int
+    options: tuple[str, ...]
+    env: dict[str, str]
+
+    def start(self, *more: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tpctl", "batch", str(self.prompts), "-o", f"{self.out}/"]
+        command += ["--replicas", str(self.replicas), *self.options, *more]
+        with (self.out.parent / f"{self.out.name}.log").open("ab") as log:
+            return subprocess.Popen(command, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def rows(self) -> int:
+        """Rows that are there, by the parts and the journals: whoever counts them may be dead."""
+        folder = JobFolder(self.out)
+        done = sum(_lines(part) for part in folder.parts().values())
+        return done + sum(_lines(place / name) for place in (folder.work, folder.kept) for name in names(place))
+
+
+def _lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def write_prompts(path: Path, rows: int) -> Path:
+    with path.open("w") as file:
+        for number in range(rows):
+            file.write(
+                json.dumps({"id": f"row-{number}", "prompt": f"{number} and {number * 7919 % 1000} make"}) + "\n"
+            )
+    return path
+
+
+def victims(mark: str) -> dict[str, list[int]]:
+    """The batch's live processes by kind."""
+    found: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    for pid in with_variable(f"{MARK}={mark}"):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if " tpctl batch " in command:
+            found["coordinator"].append(pid)
+        elif " tpctl replica " in command:
+            found["replica"].append(pid)
+        elif "worker" in command:
+            found["rank"].append(pid)
+    return found
+
+
+def kill_and_go_on(batch: Batch, mark: str, rows: int, kills: int, chance: random.Random, report: Report) -> None:
+    """Run a batch to its end, with so many kills, when about as many rows are there as chance says."""
+    due = sorted(chance.uniform(0.02, 0.95) * rows for _ in range(kills))
+    process = batch.start("--resume")
+    report.starts = 1
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        code = process.poll()
+        if code is not None:
+            if code >= 0 and not due:
+                report.wrong += [] if code == 0 else [f"exit code {code}"]
+                return
+            if code >= 0:
+                report.wrong.append(f"exit code {code} with {len(due)} kills to come")
+                return
+            process = batch.start("--resume")
+            report.starts += 1
+        if due and batch.rows() >= due[0]:
+            alive = victims(mark)
+            kind = chance.choice([kind for kind in KINDS if alive[kind]] or ["none"])
+            if kind != "none":
+                pid = chance.choice(alive[kind])
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                report.kills[kind] += 1
+                due.pop(0)
+                if kind == "coordinator":
+                    process.wait()
+        time.sleep(chance.uniform(0.0, 0.2))
+    process.kill()
+    report.wrong.append(f"not done after {LIMIT:.0f} s")
+
+
+def compare(left: Path, right: Path, rows: int) -> list[str]:
+    """What of the rows is not as in the other folder, or not once and in order."""
+    wrong = []
+    lines = [
+        [line for number in sorted(JobFolder(root).parts()) for line in JobFolder(root).part(number).open()]
+        for root in (left, right)
+    ]
+    ids = [json.loads(line)["id"] for line in lines[0]]
+    if ids != [f"row-{number}" for number in range(rows)]:
+        wrong.append(f"{len(ids)} rows, {len(set(ids))} different ids, of {rows}")
+    differing = sum(a != b for a, b in zip(*lines, strict=False))
+    if differing:
+        wrong.append(f"{differing} rows are not those of the undisturbed run")
+    for name in ("offers", "leases", "work", "finished", "kept"):
+        if left_over := names(JobFolder(left).job / name):
+            wrong.append(f"left in {name}: {left_over[:3]}")
+    return wrong
+
+
+def run(
+    scratch: Path,
+    *,
+    rows: int,
+    replicas: int,
+    kills: int,
+    seed: int,
+    engine: str = "fast",
+    options: tuple[str, ...] = (),
+    delay: float = 0.0,
+) -> Report:
+    """Both runs, in ``scratch``."""
+    report = Report(rows)
+    prompts = write_prompts(scratch / "prompts.jsonl", rows)
+    options = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "256", "--max-tokens", "8", *options)
+    mark = f"{os.getpid()}-{seed}"
+    env = {**os.environ, MARK: mark, "FAST_WORKER_DELAY": str(delay)}
+    if engine == "fast":
+        env["TPCTL_WORKER"] = "tests.distributed.fast_worker"
+    try:
+        began = time.monotonic()
+        calm = Batch(prompts, scratch / "calm", replicas, options, env)
+        if (code := calm.start().wait(LIMIT)) != 0:
+            report.wrong.append(f"the undisturbed run ended with {code}: {(scratch / 'calm.log').read_text()[-500:]}")
+            return report
+        report.undisturbed = time.monotonic() - began
+        began = time.monotonic()
+        stormy = Batch(prompts, scratch / "stormy", replicas, options, env)
+        kill_and_go_on(stormy, mark, rows, kills, random.Random(seed), report)
+        report.seconds = time.monotonic() - began
+        report.wrong += compare(scratch / "stormy", scratch / "calm", rows)
+        if report.wrong:
+            report.wrong.append((scratch / "stormy.log").read_text()[-500:])
+        stats = load(JobFolder(scratch / "stormy").stats) or {}
+        report.computed, report.needed = stats.get("computed_tokens", 0), stats.get("completion_tokens", 0)
+        left = with_variable(f"{MARK}={mark}")
+        report.wrong += [f"{len(left)} processes are left"] if left else []
+    finally:
+        for pid in with_variable(f"{MARK}={mark}"):
+            os.kill(pid, signal.SIGKILL)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=("fast", "real"), default="fast")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds that the fast engine takes for a group")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="batch-kills-") as scratch:
+        report = run(
+            Path(scratch),
+            rows=args.rows,
+            replicas=args.replicas,
+            kills=args.kills,
+            seed=args.seed,
+            engine=args.engine,
+            options=("--tp", str(args.tp), "--model", args.model),
+            delay=args.delay,
+        )
+    print(
+        f"{report.rows:,} rows: {report.undisturbed:.1f} s undisturbed, {report.seconds:.1f} s with "
+        f"{sum(report.kills.values())} kills ({dict(report.kills)}), {report.starts} starts of the coordinator, "
+        f"{report.computed:,} tokens computed for {report.needed:,}"
+    )
+    print("\n".join(report.wrong) or "every row once, in order, as undisturbed")
+    sys.exit(bool(report.wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""An engine without a model or torch, as fast as messages go: for everything around an engine (``TPCTL_WORKER``).
+
+Its answer to a prompt is a function of the prompt's tokens alone: a few of them, from the end to the front. A prompt
+that holds the text of ``FAST_WORKER_DEADLY`` as its own ids (comma between them) kills the rank that is asked;
+``FAST_WORKER_DELAY`` seconds pass before each group of answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from pathlib import Path
+
+from tpctl.launch.lifeline import connect, tie_to_parent
+from tpctl.wire.channel import ChannelClosed
+from tpctl.wire.messages import Abort, Add, GetStats, Output, Outputs, Ready, Request, Stats, Stop
+from tpctl.wire.report import EngineInfo, EngineStats
+from tpctl.wire.settings import EngineConfig
+
+
+def answer(token_ids: list[int], max_tokens: int) -> list[int]:
+    return token_ids[::-1][: min(max_tokens, 8)]
+
+
+def main() -> None:
+    tie_to_parent()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--socket", type=Path)
+    arguments = parser.parse_args()
+    config = EngineConfig.load(arguments.config)
+    stopped = arguments.config.parent / "stop"
+    if int(os.environ["RANK"]) == 0:
+        serve(config, arguments.socket)
+        stopped.touch()
+    while not stopped.exists():  # the other ranks have nothing to do
+        time.sleep(0.05)
+
+
+def serve(config: EngineConfig, path: Path) -> None:
+    deadly = [int(id) for id in os.environ.get("FAST_WORKER_DEADLY", "").split(",") if id]
+    delay = float(os.environ.get("FAST_WORKER_DELAY", "0"))
+    channel = connect(path)
+    longest = config.max_model_len or 2048
+    channel.send(
+        Ready(
+            EngineInfo(
+                device=config.device,
+                dtype="float32",
+                tp_size=config.tp_size,
+                attention_backend="none",
+                kv_cache_dtype="float32",
+                block_size=16,
+                num_blocks=4,
+                max_model_len=longest,
+                wanted_model_len=longest,
+                kv_cache_bytes=0,
+                all_reduce=None,
+                scheduling_policy="fcfs",
+                weight_bytes=0,
+                timings={},
+                max_num_seqs=config.max_num_seqs,
+            )
+        )
+    )
+
+    def outputs(requests: list[Request]) -> list[Output]:
+        found = []
+        for request in requests:
+            if deadly and any(request.token_ids[at:][: len(deadly)] == deadly for at in range(len(request.token_ids))):
+                os.kill(os.getpid(), signal.SIGKILL)
+            found.append(Output(request.id, answer(request.token_ids, request.sampling.max_tokens), "length"))
+        return found
+
+    try:
+        while not isinstance(message := channel.receive(), Stop):
+            if isinstance(message, GetStats):
+                channel.send(Stats(EngineStats(*[0] * 13)))
+            if isinstance(message, Abort):
+                channel.send(Outputs([Output(id, [], "abort") for id in message.ids]))
+            if isinstance(message, Add):
+                time.sleep(delay)
+                channel.send(Outputs(outputs(message.requests)))
+    except ChannelClosed:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The coordinator's side of the folder: what is offered, who has taken it, what goes back, what is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from tpctl.batch.folder import DEATHS, JobFolder, Span, json_lines, load, move, names, spans_in
+from tpctl.batch.ids import id_of
+from tpctl.batch.leases import Sums, kept_rows, offer, write_part
+from tpctl.batch.plan import Part, read_part
+from tpctl.client.disk import writing
+
+PIECES = 8
+"""Spans that a part which engines died over is cut into, again and again, until the deadly line is alone."""
+
+
+class Board:
+    """What of the batch is done, offered and taken. One process at a time has one.
+
+    Attributes:
+        sums: of all parts that are done.
+        done: their numbers.
+    """
+
+    def __init__(self, folder: JobFolder, prompts: Path) -> None:
+        """Read what an earlier run left.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        self._folder = folder
+        self._prompts = prompts
+        self._parts: dict[int, Part] = {}  # of which lines are offered or taken
+        self.sums = Sums()
+        self._sums_of: dict[int, Sums] = {}
+        self.done = set(folder.parts())
+        for entry in json_lines(folder.log):
+            self._sums_of[entry["part"]] = Sums(**entry["sums"])
+        for number in self.done:
+            if number not in self._sums_of:
+                self._sums_of[number] = sums_of(folder.part(number))
+            self.sums.add(self._sums_of[number])
+        with writing(folder.log):
+            self._log: IO[bytes] = folder.log.open("ab")
+            if self._log.tell() and not folder.log.read_bytes().endswith(b"\n"):
+                self._log.write(b"\n")
+        for name, span, _ in [*spans_in(folder.offers), *spans_in(folder.leases)]:
+            place = folder.offers if "@" not in name else folder.leases
+            if span.part not in self.done and (value := load(place / name)) is not None:
+                self._parts[span.part] = Part.from_json(value)
+        leases = {name for name, _, _ in spans_in(folder.leases)}
+        for name, span, _ in spans_in(folder.work):
+            if name not in leases and span.part not in self.done:
+                self._save(name)
+        places = (folder.offers, folder.leases, folder.work, folder.kept, folder.finished)
+        for number in set().union(*map(_numbers, places)) & self.done:
+            self._tidy(number)
+
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk; the sums are read from the parts next time
+            self._log.close()
+
+    @property
+    def offered(self) -> int:
+        """Spans that nobody has taken."""
+        return sum(1 for _ in spans_in(self._folder.offers))
+
+    def under_way(self, part: Part) -> bool:
+        return part.number in self._parts
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is offered and nothing taken."""
+        return not self._parts
+
+    def errors_of(self, number: int) -> int:
+        return self._sums_of[number].errors
+
+    def offer(self, part: Part) -> None:
+        """Let replicas take a part."""
+        offer(self._folder, [Span(part.number, 0, part.rows)], part)
+        self._parts[part.number] = part
+
+    def reopen(self, part: Part) -> None:
+        """Have the error rows of a part that is done tried again; it stays until the new one takes its place."""
+        with self._folder.part(part.number).open("rb") as file:
+            rows = dict(enumerate(json.loads(raw) for raw in file))
+        good = {place: row for place, row in rows.items() if "error" not in row}
+        write_part(self._folder.kept / f"{part.number:05d}.good", good, places=True)
+        self.done.discard(part.number)
+        self.sums.less(self._sums_of[part.number])
+        self.offer(part)
+
+    def drop_errors(self) -> None:
+        """Have error rows tried again that replicas left in parts which are not done."""
+        for number in _numbers(self._folder.kept) - self.done:
+            good = {place: row for place, row in kept_rows(self._folder, number).items() if "error" not in row}
+            together = self._folder.kept / f"{number:05d}.good"
+            write_part(together, good, places=True)
+            for name in names(self._folder.kept):
+                if name.startswith(f"{number:05d}.") and name != together.name:
+                    (self._folder.kept / name).unlink(missing_ok=True)
+
+    def collect(self) -> int:
+        """Take up what replicas have handed in; how many spans."""
+        count = 0
+        for name, span, _ in spans_in(self._folder.finished):
+            count += 1
+            handed, beside = self._folder.finished / name, self._folder.finished / f"{name}.sums"
+            part = self._parts.get(span.part)
+            if part is None:  # another one was faster
+                self._tidy(span.part)
+            elif span.count == part.rows:
+                found = load(beside)
+                self._publish(part, handed, Sums(**found) if found else sums_of(handed))
+            else:
+                move(handed, self._folder.kept / f"{name}.rows")
+                self._remove(name)
+                self._settle(part)
+            beside.unlink(missing_ok=True)
+        return count
+
+    def holders(self) -> dict[str, list[str]]:
+        """The leases by the replica that holds them."""
+        found: dict[str, list[str]] = {}
+        for name, span, holder in spans_in(self._folder.leases):
+            if span.part not in self._parts:  # its part is done
+                self._remove(name)
+                continue
+            found.setdefault(holder, []).append(name)
+        return found
+
+    def give_back(self, leases: Iterable[str], *, died: bool) -> None:
+        """Take leases from a replica that is gone, and offer what it did not answer.
+
+        Args:
+            died: whether one of their lines may be the reason.
+        """
+        for name in leases:
+            parsed = Span.parse(name)
+            if parsed is None or (part := self._parts.get(parsed[0].part)) is None:
+                continue
+            span = parsed[0]
+            self._save(name)
+            again = Span(span.part, span.first, span.count, span.deaths + died)
+            if died and again.alone:
+                self._narrow(again, part)
+                self._remove(name)
+                self._settle(part)
+            else:
+                move(self._folder.leases / name, self._folder.offers / again.name)
+
+    def _save(self, name: str) -> None:
+        """Keep the rows of a replica that is gone for who takes its lines next."""
+        move(self._folder.work / name, self._folder.kept / f"{name}.rows")
+
+    def _narrow(self, span: Span, part: Part) -> None:
+        """Offer what is left of a span in pieces.
+
+        A line that two engines died over while it was alone becomes an error row: that is one more than chance would
+        often blame it for.
+        """
+        rows = kept_rows(self._folder, part.number)
+        left = [place for place in range(span.first, span.first + span.count) if place not in rows]
+        if span.count == 1 and left and span.deaths > DEATHS:
+            with self._prompts.open("rb") as stream:
+                line = read_part(stream, part, str(self._prompts))[left[0]]
+            error = f"line {line.number}: at least {DEATHS} engines died while they answered it"
+            row = {"id": id_of(line.raw, line.number), "error": error}
+            write_part(self._folder.kept / f"{span.name}.rows", {left[0]: row}, places=True)
+            return
+        size = -(-len(left) // PIECES)
+        pieces = [left[start : start + size] for start in range(0, len(left), size)] if left else []
+        offer(self._folder, [_piece(span, piece) for piece in pieces], part)
+
+    def _settle(self, part: Part) -> None:
+        """Once no span of a part is offered or taken: put it together, or offer what is missing."""
+        for place in (self._folder.offers, self._folder.leases):
+            if any(span.part == part.number for _, span, _ in spans_in(place)):
+                return
+        rows = kept_rows(self._folder, part.number)
+        if len(rows) < part.rows:
+            self.offer(part)
+            return
+        whole = self._folder.finished / f"{part.number:05d}.whole"
+        self._publish(part, whole, write_part(whole, rows, places=False))
+
+    def _publish(self, part: Part, file: Path, sums: Sums) -> None:
+        number = part.number
+        with writing(self._folder.log):
+            self._log.write(json.dumps({"part": number, "sums": sums.to_dict()}).encode() + b"\n")
+            self._log.flush()
+        move(file, self._folder.part(number))
+        self._sums_of[number] = sums
+        self.sums.add(sums)
+        self.done.add(number)
+        del self._parts[number]
+        self._tidy(number)
+
+    def _tidy(self, number: int) -> None:
+        """Remove what else there is of a part that is done."""
+        folder = self._folder
+        for place in (folder.leases, folder.offers, folder.kept, folder.work, folder.finished):
+            for name in names(place):
+                if name.startswith((f"{number:05d}.", f".{number:05d}.")):
+                    (place / name).unlink(missing_ok=True)
+
+    def _remove(self, name: str) -> None:
+        (self._folder.leases / name).unlink(missing_ok=True)
+
+
+def _numbers(place: Path) -> set[int]:
+    """The parts that files are of, whole ones and those that somebody was writing."""
+    found = {name.lstrip(".").partition(".")[0] for name in names(place)}
+    return {int(number) for number in found if number.isdigit()}
+
+
+def _piece(span: Span, places: list[int]) -> Span:
+    """The span of some lines of another one; one line begins to count its deaths anew."""
+    first, count = places[0], places[-1] + 1 - places[0]
+    return Span(span.part, first, count, DEATHS - 1 if count == 1 < span.count else span.deaths)
+
+
+def sums_of(file: Path) -> Sums:
+    """What the rows of a part come to, read from it."""
+    sums = Sums()
+    with file.open("rb") as stream:
+        for raw in stream:
+            row: dict[str, Any] = json.loads(raw)
+            sums.count(row)
+    return sums
+
+
+def assemble(folder: JobFolder, target: Path, count: int, check: Callable[[], object]) -> None:
+    """Put the first ``count`` parts together to one file, which appears whole.
+
+    Args:
+        check: raises if the target may not be replaced any more.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from shutil import copyfileobj, copymode
+
+    temporary = target.with_name(f".{target.name}.publishing")
+    with writing(target):
+        try:
+            with temporary.open("wb") as out:
+                for number in range(count):
+                    with folder.part(number).open("rb") as part:
+                        copyfileobj(part, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())
+            check()
+            if target.exists():
+                copymode(target, temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)

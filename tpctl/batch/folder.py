@@ -1,0 +1,200 @@
+"""The folder that a batch over several engines lives in. docs/batch.md draws it.
+
+What is done stands in it, and nowhere else: each file appears, moves and disappears by one rename, so that whoever is
+killed at any moment leaves the state before or the state after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpctl.client.disk import writing
+from tpctl.errors import OutputError
+
+_SPAN = re.compile(r"(\d{5,})\.(\d+)-(\d+)\.(\d+)(?:@([\w-]+))?")
+
+DEATHS = 3
+"""Engines, at least, that died over a line before it becomes an error row."""
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Lines of one part: ``count`` of them from its line ``first`` on (counted from 0), which ``deaths`` engines have
+    died over."""
+
+    part: int
+    first: int
+    count: int
+    deaths: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.part:05d}.{self.first}-{self.count}.{self.deaths}"
+
+    @property
+    def alone(self) -> bool:
+        """Whether a replica that takes it takes nothing else meanwhile: one of its lines may be deadly."""
+        return self.deaths >= DEATHS - 1
+
+    def held_by(self, replica: str) -> str:
+        """The name of the file that says so."""
+        return f"{self.name}@{replica}"
+
+    @staticmethod
+    def parse(name: str) -> tuple[Span, str] | None:
+        """A file's name as a span and who holds it (empty: nobody); ``None`` for other files."""
+        if (found := _SPAN.fullmatch(name)) is None:
+            return None
+        part, first, count, deaths = map(int, found.groups()[:4])
+        return Span(part, first, count, deaths), found[5] or ""
+
+
+class JobFolder:
+    """Where everything lies.
+
+    Attributes:
+        root: the parts and what is said of them; the rest is in its subfolder ``.job``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.job = root / ".job"
+        self.manifest = root / "manifest.json"
+        self.stats = root / "stats.json"
+        self.offers = self.job / "offers"
+        self.leases = self.job / "leases"
+        self.work = self.job / "work"
+        self.finished = self.job / "finished"
+        self.kept = self.job / "kept"
+        self.replicas = self.job / "replicas"
+        self.lock = self.job / "lock"
+        self.state = self.job / "state.json"
+        self.spec = self.job / "job.json"
+        self.template = self.job / "chat_template.jinja"
+        self.index = self.job / "parts.index"
+        self.ids = self.job / "ids"
+        self.log = self.job / "parts.log"
+        self.stop = self.job / "stop"
+
+    def make(self) -> None:
+        """Create what is missing.
+
+        Raises:
+            OutputError: it cannot be written there.
+        """
+        with writing(self.root):
+            for folder in (self.offers, self.leases, self.work, self.finished, self.kept, self.replicas):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def part(self, number: int) -> Path:
+        return self.root / f"part-{number:05d}.jsonl"
+
+    def parts(self) -> dict[int, Path]:
+        """The parts that are there."""
+        found = {}
+        for name in names(self.root):
+            if name.startswith("part-") and name.endswith(".jsonl") and name[5:-6].isdigit():
+                found[int(name[5:-6])] = self.root / name
+        return found
+
+    def check_there(self) -> None:
+        """Raise ``OutputError`` if the folder was removed, or its file system is gone."""
+        if not self.job.is_dir():
+            raise OutputError(
+                f"{self.root} is gone; bring it back (mount its disk again) and go on with --resume, or begin anew"
+            )
+
+
+def names(folder: Path) -> list[str]:
+    """The names in a folder; none if it is not there."""
+    try:
+        return os.listdir(folder)  # noqa: PTH208 — hundreds a second, and only names are wanted
+    except FileNotFoundError:
+        return []
+
+
+def spans_in(folder: Path) -> Iterator[tuple[str, Span, str]]:
+    """Files that stand for spans: name, span, holder; in the order of the input."""
+    found = [
+        (span, holder, name) for name in names(folder) if (parsed := Span.parse(name)) for span, holder in [parsed]
+    ]
+    for span, holder, name in sorted(found):
+        yield name, span, holder
+
+
+def put(path: Path, data: bytes | Mapping[str, Any], *, sync: bool = False) -> None:
+    """Make a file appear whole.
+
+    Args:
+        sync: on the disk before it has its name.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if not isinstance(data, bytes):
+        data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            _discard(temporary)
+            raise
+
+
+def move(source: Path, target: Path) -> bool:
+    """Rename; whether ``source`` was still there. On a network's file system an answer may be lost: then the file has
+    its new name, though the rename says that there was none.
+
+    Raises:
+        OutputError: it cannot be done.
+    """
+    with writing(target):
+        try:
+            source.rename(target)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """A JSON object; ``None`` if there is none to be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """The values of a file that is only appended to, up to one that was cut off."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(raw)
+            except ValueError:
+                return
+
+
+def _discard(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return

@@ -1,0 +1,200 @@
+"""Replicas on this host: started, each on its own GPUs or cores, watched, and started again when they die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from tpctl.children import python_environment
+from tpctl.cores import affinity_cores
+from tpctl.errors import UsageError
+from tpctl.launch.device import visible_gpus
+from tpctl.launch.lifeline import PARENT_PID
+
+ENGINE_FAILED = 75
+"""A replica's exit code where its engine failed: another may do better (EX_TEMPFAIL of sysexits.h)."""
+
+MOST_STARTS = 5
+"""Deaths in a row, without a row answered in between, after which a replica is not started again."""
+
+_SLOWEST = 30.0  # seconds between two starts
+
+
+def places(count: int | None, tp_size: int, device: str, shared: bool) -> list[str | None]:
+    """The GPUs of each replica, as ``CUDA_VISIBLE_DEVICES`` has them; ``None`` each on a CPU.
+
+    Args:
+        count: ``None``: as many as there is room for; on a CPU one for each memory node.
+        shared: several replicas may use a GPU: what each takes of it is said.
+
+    Raises:
+        UsageError: there is no room for so many.
+    """
+    if device == "cpu":
+        return [None] * (count or max(1, min(_memory_nodes(), affinity_cores() // tp_size)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(visible_gpus())]
+    count = count or max(1, len(gpus) // tp_size)
+    if count * tp_size > len(gpus) and not shared:
+        raise UsageError(
+            f"--replicas {count} with --tp {tp_size} need {count * tp_size} GPUs, but {len(gpus)} visible; lower one, "
+            "or give --kv-cache-memory, and replicas share GPUs"
+        )
+    dealt = [gpus[at % len(gpus)] for at in range(count * tp_size)]
+    return [",".join(dealt[first : first + tp_size]) for first in range(0, count * tp_size, tp_size)]
+
+
+def cores_of(replica: int, count: int) -> set[int] | None:
+    """A share of this process's cores; ``None`` where there are fewer than replicas, or the system pins nothing."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    if count > len(cores):
+        return None
+    return set(cores[replica * len(cores) // count : (replica + 1) * len(cores) // count])
+
+
+def _memory_nodes(folder: Path = Path("/sys/devices/system/node")) -> int:
+    return len(list(folder.glob("node[0-9]*"))) or 1
+
+
+@dataclass
+class Slot:
+    """A place for one replica, and who is in it.
+
+    Attributes:
+        name: of the replica that is there, or was last.
+        deaths: in a row, without a row answered in between.
+    """
+
+    number: int
+    gpus: str | None
+    name: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    log: IO[bytes] | None = None
+    starts: int = 0
+    deaths: int = 0
+    due: float = 0.0
+    reason: str = ""
+    given_up: bool = False
+
+
+@dataclass(frozen=True)
+class Death:
+    """``fatal``: no other replica would do better."""
+
+    name: str
+    reason: str
+    fatal: bool
+
+
+@dataclass
+class Local:
+    """The replicas of this host. Only the thread that made it may call it: the kernel ties a child to its thread."""
+
+    root: Path
+    slots: list[Slot]
+    token: str
+    command: Sequence[str] = (sys.executable, "-m", "tpctl", "replica")
+    backoff: float = 0.5
+    _pinned: bool = field(default=False, init=False)
+
+    @property
+    def all_given_up(self) -> bool:
+        return all(slot.given_up for slot in self.slots)
+
+    def start_due(self) -> None:
+        """Start what is not running and has waited long enough."""
+        for slot in self.slots:
+            if slot.process is None and not slot.given_up and time.monotonic() >= slot.due:
+                self._start(slot)
+
+    def deaths(self, answered: dict[str, int]) -> list[Death]:
+        """Replicas that ended since the last call.
+
+        Args:
+            answered: rows by replica.
+        """
+        found = []
+        for slot in self.slots:
+            if slot.process is None or (code := slot.process.poll()) is None:
+                continue
+            reason, fatal = _why(code, _last_line(slot.log))
+            slot.process = None
+            slot.deaths = 1 if answered.get(slot.name) else slot.deaths + 1
+            slot.given_up = slot.deaths >= MOST_STARTS
+            slot.due = time.monotonic() + min(_SLOWEST, self.backoff * 2 ** (slot.deaths - 1))
+            slot.reason = reason
+            found.append(Death(slot.name, reason, fatal))
+        return found
+
+    def stop(self, patience: float) -> None:
+        """End all of them: those that do not end by themselves within ``patience`` seconds are killed, and what they
+        have started ends with them."""
+        deadline = time.monotonic() + patience
+        for slot in self.slots:
+            if slot.process is None:
+                continue
+            try:
+                slot.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                slot.process.send_signal(signal.SIGTERM)
+                try:
+                    slot.process.wait(5)
+                except subprocess.TimeoutExpired:
+                    slot.process.kill()
+                    slot.process.wait()
+            slot.process = None
+
+    def kill(self) -> None:
+        for slot in self.slots:
+            if slot.process is not None:
+                slot.process.kill()
+                slot.process.wait()
+                slot.process = None
+
+    def _start(self, slot: Slot) -> None:
+        slot.starts += 1
+        slot.name = f"{slot.number}-{self.token}-{slot.starts}"
+        env = {**python_environment(os.environ), PARENT_PID: str(os.getpid())}
+        if slot.gpus is not None:
+            env["CUDA_VISIBLE_DEVICES"] = slot.gpus
+        if slot.log is not None:
+            slot.log.close()
+        slot.log = tempfile.TemporaryFile()  # noqa: SIM115 — closed with the next one, or with this process
+        slot.process = subprocess.Popen(
+            [*self.command, str(self.root), "--name", slot.name],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=slot.log,
+            stderr=slot.log,
+            start_new_session=True,  # Ctrl-C at the terminal is the coordinator's to handle
+        )
+        if slot.gpus is None and (cores := cores_of(slot.number, len(self.slots))) is not None:
+            os.sched_setaffinity(slot.process.pid, cores)  # before it has other threads, which then have it too
+
+
+def _why(code: int, last: str) -> tuple[str, bool]:
+    """What to say of a replica that ended, and whether no other one would do better."""
+    if code < 0:
+        return f"was killed ({signal.Signals(-code).name})", False
+    ours = last.startswith("tpctl: ")
+    said = last.removeprefix("tpctl: ")
+    return (said or f"ended with exit code {code}"), ours and code in (1, 2)
+
+
+def _last_line(log: IO[bytes] | None) -> str:
+    if log is None:
+        return ""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - 8192))
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""

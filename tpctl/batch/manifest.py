@@ -1,0 +1,108 @@
+"""What a folder of answers says of itself: ``manifest.json``, what they depend on; ``stats.json``, what they took."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpctl.batch.board import Board
+from tpctl.batch.folder import JobFolder, load, put
+from tpctl.batch.plan import Plan
+from tpctl.client.results import differing
+from tpctl.errors import OutputError, UsageError
+from tpctl.version import __version__
+
+VERSION = 1
+
+
+def begun(folder: JobFolder, *, resume: bool, force: bool) -> bool:
+    """Whether a batch that is to go on was begun in a folder; with ``force`` alone it is removed.
+
+    Raises:
+        OutputError: there is one, and nobody asked to go on with it.
+    """
+    found = load(folder.manifest)
+    if found is not None and not resume:
+        if not force:
+            raise OutputError(
+                f"{folder.root} holds a batch; go on with --resume, replace it with --force, or name another with -o"
+            )
+        _clear(folder)
+        found = None
+    if found is not None and found.get("tpctl_batch") != VERSION:
+        raise OutputError(f"{folder.manifest} was not written by this version of tpctl batch; name another with -o")
+    return found is not None
+
+
+def check_settings(folder: JobFolder, settings: Mapping[str, Any]) -> int:
+    """Compare a batch that goes on with how it was begun, as far as ``settings`` are known yet.
+
+    Returns:
+        Rows of a part.
+
+    Raises:
+        UsageError: it was begun with other settings.
+    """
+    found = load(folder.manifest) or {}
+    before = {name: found["settings"].get(name) for name in settings}
+    if made := differing(before, settings):
+        raise UsageError(f"{folder.root} was made with {made}; use the same, or name another with -o")
+    return int(found["part_rows"])
+
+
+def write_manifest(folder: JobFolder, settings: Mapping[str, Any], prompts: Path, plan: Plan, part_rows: int) -> None:
+    """Say what the answers depend on; of the input as much as is known, all at the end of the batch.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    whole = {"rows": plan.rows, "bytes": plan.end, "digest": plan.digest} if plan.whole else {}
+    value = {
+        "tpctl_batch": VERSION,
+        "tpctl": __version__,
+        "input": {"path": str(prompts), **whole},
+        "part_rows": part_rows,
+        "settings": dict(settings),
+    }
+    put(folder.manifest, value, sync=True)
+
+
+def stats_of(board: Board, totals: Mapping[str, float], *, price: float | None) -> dict[str, Any]:
+    """What the answers took, over all runs; ``price`` is that of a GPU's hour.
+
+    Token counts of prompts and answers are those of the rows; cached and computed ones are what engines did, which is
+    more where one died, and the row was begun again.
+    """
+    sums = board.sums
+    seconds = totals["seconds"]
+    hours = totals["gpu_seconds"] / 3600
+    found: dict[str, Any] = {
+        "rows": sums.rows,
+        "errors": sums.errors,
+        "cut": sums.cut,
+        "prompt_tokens": sums.prompt_tokens,
+        "cached_tokens": round(totals["cached_tokens"]),
+        "completion_tokens": sums.completion_tokens,
+        "computed_tokens": round(totals["computed_tokens"]),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(sums.completion_tokens / max(seconds, 1e-9), 1),
+        "replica_hours": round(totals["replica_seconds"] / 3600, 4),
+        "gpu_hours": round(hours, 4),
+    }
+    if price is not None:
+        found["cost"] = round(hours * price, 4)
+    return found
+
+
+def _clear(folder: JobFolder) -> None:
+    """Remove a batch that its owner gives up; the parts first, so that what is left is never taken for answers."""
+    for path in (*folder.parts().values(), folder.stats, folder.manifest):
+        path.unlink(missing_ok=True)
+    for path in folder.job.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != folder.lock:
+            path.unlink()
+    folder.make()

@@ -1,0 +1,158 @@
+"""One replica: an engine of its own that answers what the folder offers, until the batch is over."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from tpctl.batch.folder import JobFolder
+from tpctl.batch.leases import Leases
+from tpctl.batch.signs import Signs, Watch, lock
+from tpctl.client.batch import Batch, Tally
+from tpctl.client.disk import writing
+from tpctl.client.engine_client import EngineClient
+from tpctl.client.jobs import JobParser
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import EngineError, OutputError, TpctlError
+
+POLL = 0.1
+"""Seconds between looks at what is offered."""
+
+LOOK = 0.25
+"""Seconds between looks at whether the batch goes on."""
+
+TOGETHER = 32
+"""Lines that are parsed at once."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every line of the batch is answered with, but for what it says itself."""
+
+    prompts: Path
+    sampling: dict[str, Any]
+    stop: list[str]
+
+
+def new_name() -> str:
+    """A name that no other replica has."""
+    host = re.sub(r"[^\w-]", "-", os.uname().nodename)[:40]
+    return f"{host}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+class Replica:
+    """A replica's place in the folder, from its start on: it is seen before its engine is ready."""
+
+    def __init__(self, folder: JobFolder, name: str, ranks: int) -> None:
+        """Appear.
+
+        Raises:
+            OutputError: the folder cannot be used.
+        """
+        self._folder = folder
+        self._name = name
+        self._ranks = ranks
+        self._state = "starting"
+        self._reason: str | None = None
+        self._fatal = False
+        self._looked = 0.0
+        self._stopped = False
+        self._tally = Tally()
+        self._leases: Leases | None = None
+        self._coordinator = Watch(folder.state, folder.lock)
+        folder.check_there()
+        held: IO[bytes] | None
+        with writing(folder.replicas):
+            held = lock(folder.replicas / f"{name}.lock")
+        if held is None:
+            raise OutputError(f"a replica {name} is at work in {folder.root}; give another --name")
+        self._lock = held
+        self._signs = Signs(folder.replicas / f"{name}.json", self._sign)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave. Whoever leaves in order takes no line with it; an error may be a line's doing."""
+        self._signs.stop()
+        if self._leases is not None:
+            self._leases.close()
+        self._state = "ended"
+        if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
+            self._state = "failed"
+            self._reason = str(error) if isinstance(error, TpctlError) else f"{type(error).__name__}: {error}"
+            self._fatal = isinstance(error, TpctlError) and not isinstance(error, EngineError)
+        with suppress(OutputError):  # whoever watches sees that the lock is free, or that no sign comes
+            self._signs.write()
+        self._lock.close()
+
+    def begin(self, prompts: Path) -> Leases:
+        """From here on this replica is at work."""
+        self._leases = Leases(self._folder, prompts, self._name)
+        self._state = "working"
+        return self._leases
+
+    def answer(self, client: EngineClient, tokenizer: Tokenizer, asked: Asked, max_num_seqs: int) -> Tally:
+        """Take lines and answer them until the coordinator says that all are, or is gone.
+
+        Raises:
+            EngineError: the engine failed.
+            OutputError: the folder is gone, or takes no more.
+            SourceError: the input is not what it was.
+        """
+        info = client.wait_ready()
+        leases = self.begin(asked.prompts)
+        parser = JobParser(
+            tokenizer,
+            sampling=asked.sampling,
+            stop=asked.stop,
+            max_model_len=info.max_model_len,
+            repeated=leases.repeated,
+        )
+        batch = Batch(client, tokenizer, leases, window=2 * max_num_seqs)
+        self._tally = batch.tally
+
+        def step(tally: Tally) -> None:
+            self._tally = tally
+            if (failure := client.failure_now()) is not None:
+                raise failure
+
+        groups = leases.groups(TOGETHER, POLL)
+        return batch.run_groups(groups, parser, step=step, should_stop=self.over)
+
+    def over(self) -> bool:
+        """Whether there is nothing to do any more; looked at a few times a second.
+
+        Raises:
+            OutputError: no signs of life can be written.
+        """
+        if self._signs.failure is not None:
+            raise self._signs.failure
+        now = time.monotonic()
+        if now - self._looked > LOOK:
+            self._looked = now
+            self._stopped = self._folder.stop.exists() or not self._coordinator.look()
+        return self._stopped
+
+    def _sign(self) -> dict[str, Any]:
+        tally, leases = self._tally, self._leases
+        return {
+            "state": self._state,
+            "reason": self._reason,
+            "fatal": self._fatal,
+            "ranks": self._ranks,
+            "rows": 0 if leases is None else leases.sums.rows,
+            "open_rows": 0 if leases is None else leases.open_rows,
+            "prompt_tokens": tally.prompt_tokens,
+            "cached_tokens": tally.cached_tokens,
+            "completion_tokens": tally.completion_tokens,
+        }

@@ -1,0 +1,102 @@
+"""The roll of replicas: who gives signs of life, wherever they run, and what they say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpctl.batch.folder import JobFolder, names
+from tpctl.batch.signs import Watch
+from tpctl.errors import SourceError
+
+HEARD = ("rows", "prompt_tokens", "cached_tokens", "completion_tokens")
+"""Counters in a replica's signs."""
+
+_EVERY = 0.25  # seconds between looks
+
+
+@dataclass
+class _Known:
+    """``seen``: it was alive at some time of this run; ``gone``: for good."""
+
+    watch: Watch
+    seen: bool = False
+    gone: bool = False
+
+
+@dataclass
+class Roll:
+    """All replicas that there were in this run.
+
+    Attributes:
+        heard: what each said last, of ``HEARD``.
+    """
+
+    folder: JobFolder
+    clock: Callable[[], float] = time.monotonic
+    heard: dict[str, dict[str, int]] = field(default_factory=dict)
+    _known: dict[str, _Known] = field(default_factory=dict)
+    _fatal: list[str] = field(default_factory=list)
+    _looked: float = field(default=float("-inf"))
+
+    def look(self, *, now: bool = False) -> None:
+        """See who is there, a few times a second; or ``now``, however short ago it was done.
+
+        Raises:
+            SourceError: a replica says what no other could mend, as an input that has changed.
+        """
+        if self.clock() - self._looked < _EVERY and not now:
+            return
+        self._looked = self.clock()
+        for name in names(self.folder.replicas):
+            if name.endswith(".json") and not name.startswith("."):
+                self._meet(name.removesuffix(".json"))
+        for replica, known in self._known.items():
+            if not known.gone:
+                self._look_at(replica, known)
+        if self._fatal:
+            reason = self._fatal[0]
+            self._fatal.clear()
+            raise SourceError(reason)
+
+    def alive(self, replica: str) -> bool:
+        """Whether a replica lives, also one that was not met yet."""
+        known = self._meet(replica)
+        return known.watch.alive and not known.gone
+
+    def mourned(self, replica: str) -> bool:
+        """Whether one that does not live came to its end in this run, and not in order: a line may have done it."""
+        known = self._meet(replica)
+        return known.seen and known.watch.said.get("state") != "ended"
+
+    def living(self) -> dict[str, Mapping[str, Any]]:
+        """What those that live said last."""
+        return {name: known.watch.said for name, known in self._known.items() if known.seen and self.alive(name)}
+
+    def sum(self, counter: str) -> int:
+        """A counter of all replicas of this run."""
+        return sum(said[counter] for said in self.heard.values())
+
+    def _meet(self, replica: str) -> _Known:
+        if replica not in self._known:
+            path = self.folder.replicas / f"{replica}.json"
+            self._known[replica] = _Known(Watch(path, path.with_suffix(".lock"), self.clock))
+        return self._known[replica]
+
+    def _look_at(self, replica: str, known: _Known) -> None:
+        alive = known.watch.look()
+        known.seen |= alive and bool(known.watch.said)
+        said = known.watch.said
+        if known.seen:
+            self.heard[replica] = {name: int(said.get(name, 0)) for name in HEARD}
+        if alive:
+            return
+        # One that only fell silent may speak again; one that left, or whose lock is free, will not.
+        known.gone = known.watch.gone
+        if known.seen and said.get("fatal"):
+            self._fatal.append(str(said.get("reason")))
+        if known.gone:
+            for end in (".json", ".lock"):
+                (self.folder.replicas / f"{replica}{end}").unlink(missing_ok=True)

@@ -1,0 +1,275 @@
+"""``tpctl batch`` over several engines, or into a folder of parts: docs/batch.md."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tpctl.cli.batch_report import job_progress, job_summary
+from tpctl.cli.console import note
+from tpctl.cli.engine import engine_args, interrupts, prepare
+from tpctl.cli.options import EngineOptions, SchedulingPolicy, TemplateOptions
+from tpctl.cli.template import TemplateAtHand, look_ahead
+from tpctl.errors import OutputError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from tpctl.batch.folder import JobFolder
+    from tpctl.wire.settings import EngineConfig
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What only a batch over parts has; ``None`` and ``False``: not given."""
+
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Engines, each on its own --tp GPUs or its share of the cores. auto: as many as the GPUs allow; on a "
+            "CPU one for each memory node. Default: 1.",
+        ),
+    ] = None
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="With --resume: answer rows that are errors again.")
+    ] = False
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(metavar="PRICE", min=0.0, help="Of one GPU for an hour: stats then have the cost.")
+    ] = None
+    part_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a part. Default: 1000, or fewer if the input is small.")
+    ] = None
+
+    def count(self) -> int | None:
+        """Replicas that are asked for; ``None``: as many as there is room for.
+
+        Raises:
+            UsageError: it is no number, and not auto.
+        """
+        if self.replicas is None or self.replicas == "auto":
+            return None if self.replicas else 1
+        if not self.replicas.isascii() or not self.replicas.isdigit() or not 1 <= int(self.replicas) <= 1024:
+            raise UsageError(f"--replicas is {self.replicas}, but must be a whole number from 1 to 1024, or auto")
+        return int(self.replicas)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of ``tpctl batch``: what is answered with what, and where to."""
+
+    prompts: str
+    output: str
+    model: str
+    resume: bool
+    force: bool
+    policy: SchedulingPolicy
+    engine: EngineOptions
+    sampling: dict[str, Any]
+    stop: list[str]
+    template: TemplateOptions
+    options: JobOptions
+
+    @property
+    def folder(self) -> bool:
+        """Whether the output is a folder of parts, which stays."""
+        return self.output.endswith("/") or Path(self.output).is_dir()
+
+
+def is_job(output: str, options: JobOptions) -> bool:
+    """Whether a batch runs over parts: into a folder, or with several replicas.
+
+    Raises:
+        UsageError: it does not, but is given what only such a batch has.
+    """
+    if output != "-" and (output.endswith("/") or Path(output).is_dir()):
+        return True
+    if options.count() != 1:
+        if output == "-":
+            raise UsageError(f"--replicas {options.replicas} needs a file or a folder for the rows; name it with -o")
+        return True
+    for name in ("retry_errors", "gpu_hour_price", "part_rows"):
+        if getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} needs a folder (-o FOLDER/) or --replicas above 1")
+    return False
+
+
+def run_job(job: Job) -> None:
+    """Answer every line over parts.
+
+    Raises:
+        TpctlError: it cannot be begun, or not go on.
+        typer.Exit: 1 if a row is an error, 130 if it was interrupted.
+    """
+    from tpctl.batch.claim import claimed
+    from tpctl.batch.folder import JobFolder
+    from tpctl.batch.manifest import begun, check_settings
+    from tpctl.batch.status import parts_folder
+
+    prompts = _input(job.prompts)
+    target = None if job.folder else _target(job)
+    folder = JobFolder(parts_folder(target) if target is not None else Path(job.output))
+    if job.options.retry_errors and not job.resume:
+        raise UsageError("--retry-errors is for a batch that was begun before; add --resume")
+    at_hand = TemplateAtHand(job.template)
+    settings = _settings(job, at_hand)
+    with claimed(folder):
+        goes_on = begun(folder, resume=job.resume, force=job.force)
+        if goes_on:
+            check_settings(folder, settings)
+        needed = _mentions_messages(prompts)
+        config = prepare(job.model, job.engine, job.policy, lambda source: look_ahead(at_hand, source, needed=needed))
+        settings["model_digest"] = model_digest(config)
+        part_rows = check_settings(folder, settings) if goes_on else 0
+        errors = _run(job, folder, prompts, config, settings, part_rows, target)
+        if target is not None:
+            shutil.rmtree(folder.root)
+    if errors:
+        raise typer.Exit(1)
+
+
+def _run(
+    job: Job,
+    folder: JobFolder,
+    prompts: Path,
+    config: EngineConfig,
+    settings: dict[str, Any],
+    part_rows: int,
+    target: Path | None,
+) -> int:
+    """Answer what is not answered; how many rows are errors."""
+    import secrets
+
+    from tpctl.batch.board import assemble
+    from tpctl.batch.coordinator import Coordinator
+    from tpctl.batch.folder import put
+    from tpctl.batch.local import Local, Slot, places
+    from tpctl.batch.manifest import stats_of, write_manifest
+    from tpctl.batch.plan import Plan, rows_of_a_part, said_repeated
+    from tpctl.client.results import state_of
+
+    gpus = places(job.options.count(), config.tp_size, config.device, job.engine.kv_cache_memory is not None)
+    if part_rows and job.options.part_rows not in (None, part_rows):
+        raise UsageError(
+            f"--part-rows {job.options.part_rows} is given, but the parts of {folder.root} have {part_rows} rows; "
+            "leave it out"
+        )
+    before = None if target is None else state_of(target)
+    part_rows = part_rows or job.options.part_rows or rows_of_a_part(prompts, len(gpus))
+    plan = Plan(folder, prompts, part_rows)
+    write_manifest(folder, settings, prompts, plan, part_rows)
+    _write_spec(job, folder, prompts, settings["model_digest"])
+    local = Local(folder.root, [Slot(number, place) for number, place in enumerate(gpus)], secrets.token_hex(2))
+    ranks = config.tp_size if config.device == "cuda" else 0
+    with Coordinator(folder, plan, local, gpus=ranks, retry_errors=job.options.retry_errors) as coordinator:
+        with job_progress(len(gpus), config.tp_size) as show, interrupts() as noted:
+            done = coordinator.run(show, lambda: noted)
+        if done:
+            write_manifest(folder, settings, prompts, plan, part_rows)
+    stats = stats_of(coordinator.board, coordinator.totals(), price=job.options.gpu_hour_price)
+    put(folder.stats, stats)
+    note(job_summary(stats, plan.rows if done else None))
+    if not done:
+        note(f"interrupted; finished rows are kept in {folder.root}, go on with --resume")
+        raise typer.Exit(130)
+    if coordinator.repeated:
+        note(said_repeated(coordinator.repeated))
+    if target is not None:
+
+        def unchanged() -> None:
+            if state_of(target) not in (None, before):
+                raise OutputError(f"{target} changed while this ran, and is left as it is; move it away and --resume")
+
+        assemble(folder, target, len(coordinator.board.done), unchanged)
+    return int(stats["errors"])
+
+
+def _input(prompts: str) -> Path:
+    """The file of lines, by a path that replicas can use wherever they are.
+
+    Raises:
+        UsageError: it is no file; SourceError: it cannot be read.
+    """
+    if prompts == "-":
+        raise UsageError("a batch over parts reads its lines by their place in a file; give a file in place of -")
+    path = Path(prompts)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UsageError(f"a batch over parts reads its lines by their place in a file; {prompts} is no file, give one")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(4)
+    except OSError as error:
+        raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
+    if head == b"GGUF":
+        raise SourceError(f"{prompts} is a GGUF model, not a file of prompts; give it with --model")
+    return path.resolve()
+
+
+def _target(job: Job) -> Path:
+    """The file that the rows are put together in.
+
+    Raises:
+        OutputError: it may not be written.
+    """
+    from tpctl.batch.status import parts_folder
+    from tpctl.cli.places import refuse_own_input, target_of
+    from tpctl.client.results import partial_of
+
+    target = target_of(job.output)
+    if target is None:
+        raise OutputError(f"{job.output} is no file that parts can be put together in; name a file or a folder with -o")
+    refuse_own_input(job.prompts, job.output)
+    if partial_of(target).exists():
+        raise OutputError(
+            f"{partial_of(target)} holds the rows of an interrupted run with one engine; go on with it without "
+            "--replicas, or delete it"
+        )
+    if target.exists() and target.stat().st_size and not job.force:
+        how = "--resume --force" if job.resume else "--force"
+        raise OutputError(f"{target} exists already; use {how} to replace it, or name another file with -o")
+    if job.force and not job.resume and parts_folder(target).exists():
+        raise OutputError(
+            f"{parts_folder(target)} holds the rows of an interrupted run; go on with --resume, or delete it"
+        )
+    return target
+
+
+def _settings(job: Job, at_hand: TemplateAtHand) -> dict[str, Any]:
+    """What answers depend on besides their lines."""
+    return {
+        "model": job.model,
+        "dtype": str(job.engine.dtype),
+        "kv_cache_dtype": str(job.engine.kv_cache_dtype),
+        "max_model_len": job.engine.max_model_len,
+        "sampling": job.sampling,
+        "stop": job.stop,
+        "template": at_hand.settings,
+    }
+
+
+def model_digest(config: EngineConfig) -> str:
+    """What tells a model's weights and texts from those of another revision."""
+    from tpctl.manifest.manifest import Manifest
+
+    manifest = Manifest.load(config.shard_dir)
+    return blake2b(repr((manifest.source.files, manifest.dtype)).encode(), digest_size=16).hexdigest()
+
+
+def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str) -> None:
+    from tpctl.batch.folder import put
+    from tpctl.batch.spec import JobSpec
+
+    if job.template.chat_template is not None:
+        put(folder.template, job.template.chat_template.read_bytes())
+    variables = job.template.chat_template_kwargs
+    args = engine_args(job.engine, job.policy)
+    JobSpec(str(prompts), job.model, digest, args, job.sampling, job.stop, variables).write(folder)
+
+
+def _mentions_messages(prompts: Path, enough: int = 1 << 20) -> bool:
+    """Whether one of the first lines is for the chat template."""
+    with prompts.open("rb") as stream:
+        return b'"messages"' in stream.read(enough)
