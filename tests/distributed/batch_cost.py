@@ -62,6 +62,7 @@ def measure(root: Path, prompts: Path, replicas: int, *, until: int | None = Non
 
     def step(progress: Progress) -> None:
         nonlocal first
+        assert any(process.poll() is None for process in running), "all replicas have ended"
         if not first and (names(folder.leases) or names(folder.finished)):
             first = time.monotonic() - began
 

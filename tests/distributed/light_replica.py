@@ -25,6 +25,7 @@ def answer_all(leases: Leases, place: Replica) -> None:
     for group in leases.groups(1000, 0.02, place.over):
         for line in group:
             leases.add(line, row_of(line))
+        leases.flush()
 
 
 def main() -> None:

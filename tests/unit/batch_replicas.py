@@ -60,6 +60,7 @@ class Replicas:
                         return name
                     done += 1
                     leases.add(line, self.answer(line))
+                    leases.flush()
         finally:
             leases.close()
         return name

@@ -11,8 +11,9 @@ from typing import IO, Any
 
 from tpctl.batch.folder import DEATHS, JobFolder, Span, json_lines, load, move, names, spans_in
 from tpctl.batch.ids import id_of
-from tpctl.batch.leases import Sums, kept_rows, offer, write_part
+from tpctl.batch.leases import offer
 from tpctl.batch.plan import Part, read_part
+from tpctl.batch.rows import Sums, kept_rows, write_part
 from tpctl.client.disk import writing
 
 PIECES = 8

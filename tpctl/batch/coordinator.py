@@ -75,6 +75,7 @@ class Coordinator:
         gpus: int = 0,
         retry_errors: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], object] = lambda text: None,
     ) -> None:
         """Begin a run, in a folder that is claimed (``claim.claimed``).
 
@@ -82,6 +83,7 @@ class Coordinator:
             gpus: that a replica has.
             retry_errors: rows that are errors are tried again.
             clock: seconds, of this process alone.
+            say: is told of replicas that die.
 
         Raises:
             OutputError: the folder cannot be written to.
@@ -92,6 +94,7 @@ class Coordinator:
         self._gpus = gpus
         self._retry = retry_errors
         self._clock = clock
+        self._say = say
         self._state = "running"
         self._reason: str | None = None
         self._started = self._looked = clock()
@@ -126,7 +129,8 @@ class Coordinator:
         try:
             with writing(self._folder.stop):
                 self._folder.stop.touch()
-            self._local.stop(10.0)
+            living = self._roll.living()
+            self._local.stop(10.0, [name for name, said in living.items() if said.get("state") == "working"])
             with suppress(SourceError):  # of a replica that has ended; this run does, too
                 self._roll.look(now=True)
             self._take_up()
@@ -214,6 +218,7 @@ class Coordinator:
         for death in self._local.deaths(answered):
             if death.fatal:
                 raise SourceError(death.reason)
+            self._say(f"replica {death.name}: {death.reason}; {death.again}")
         if self._local.slots and self._local.all_given_up and not self._roll.living():
             raise EngineError(f"no replica stays alive; the last one {self._local.slots[-1].reason}")
 

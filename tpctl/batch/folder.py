@@ -89,6 +89,7 @@ class JobFolder:
             OutputError: it cannot be written there.
         """
         with writing(self.root):
+            self.root.mkdir(exist_ok=True)
             for folder in (self.offers, self.leases, self.work, self.finished, self.kept, self.replicas):
                 folder.mkdir(parents=True, exist_ok=True)
 
@@ -177,20 +178,25 @@ def load(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def json_lines(path: Path) -> Iterator[Any]:
-    """The values of a file that is only appended to, up to one that was cut off."""
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that is only appended to; one that was cut off at the end is none."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return
     with file:
         for raw in file:
-            if not raw.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(raw)
-            except ValueError:
-                return
+            if raw.endswith(b"\n"):
+                yield raw
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """The values of such a file, up to a line that is none."""
+    for raw in whole_lines(path):
+        try:
+            yield json.loads(raw)
+        except ValueError:
+            return
 
 
 def _discard(path: Path) -> None:

@@ -8,116 +8,85 @@ finished/SPAN@ME          all rows are there; the coordinator takes them up and 
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from tpctl.batch.folder import JobFolder, Span, json_lines, load, move, names, put, spans_in
+from tpctl.batch.folder import JobFolder, Span, load, move, put, spans_in
 from tpctl.batch.plan import Part, read_part
+from tpctl.batch.rows import Sums, json_row, kept_lines, write_rows
 from tpctl.client.disk import writing
 from tpctl.client.jobs import Line
-from tpctl.errors import OutputError, RequestError, SourceError
-
-
-@dataclass
-class Sums:
-    """What rows come to. ``tokens`` of prompts and answers; ``cut``: answers that ended with the context."""
-
-    rows: int = 0
-    errors: int = 0
-    cut: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def count(self, row: Mapping[str, Any]) -> None:
-        self.rows += 1
-        self.errors += "error" in row
-        self.cut += "note" in row
-        self.prompt_tokens += row.get("prompt_tokens", 0)
-        self.completion_tokens += row.get("completion_tokens", 0)
-
-    def add(self, other: Sums) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-    def less(self, other: Sums) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) - getattr(other, field.name))
-
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
-
-
-def kept_rows(folder: JobFolder, part: int) -> dict[int, dict[str, Any]]:
-    """Rows of a part that were saved from replicas which did not finish it, by their line's place in the part."""
-    rows: dict[int, dict[str, Any]] = {}
-    for name in sorted(names(folder.kept)):
-        if name.startswith(f"{part:05d}."):
-            for place, row in json_lines(folder.kept / name):
-                rows.setdefault(place, row)
-    return rows
-
-
-def write_part(path: Path, rows: Mapping[int, Mapping[str, Any]], *, places: bool) -> Sums:
-    """Write rows in the order of their lines, through to the disk; with their ``places``, or as they are given out.
-
-    Raises:
-        OutputError: they cannot be written.
-    """
-    sums = Sums()
-    temporary = path.with_name(f".{path.name}")
-    with writing(path), temporary.open("wb") as file:
-        for place in sorted(rows):
-            row = rows[place]
-            sums.count(row)
-            file.write(_json([place, row] if places else row))
-        file.flush()
-        os.fsync(file.fileno())
-    with writing(path):
-        temporary.replace(path)
-    return sums
+from tpctl.errors import OutputError, SourceError
 
 
 class Lease:
-    """A span that this replica answers.
+    """A span that this replica answers. Its rows are in its journal; memory has where.
 
     Attributes:
         lines: those that nobody has answered; ``missing`` of them have no row yet.
-        rows: those that are there, by their line's place in the part.
+        sums: of all rows that are there.
     """
 
-    def __init__(self, span: Span, part: Part, lines: list[Line], rows: dict[int, dict[str, Any]], journal: Path):
+    def __init__(self, span: Span, part: Part, lines: list[Line], kept: Mapping[int, bytes], journal: Path) -> None:
+        """Begin with the rows that others left.
+
+        Args:
+            lines: of the whole part.
+
+        Raises:
+            OutputError: they cannot be written to the journal.
+        """
         self.span = span
         self.part = part
-        mine = lines[span.first : span.first + span.count]
-        self.rows = {place: row for place, row in rows.items() if span.first <= place < span.first + span.count}
-        self.lines = [line for line in mine if line.index - part.index not in self.rows]
-        self.missing = len(self.lines)
-        self._journal: IO[bytes] | None = None
+        self.sums = Sums()
         self._path = journal
+        self._places: dict[int, tuple[int, int]] = {}  # offset and length of a row in the journal
+        self._size = 0
+        with writing(journal):
+            self._file: IO[bytes] = journal.open("w+b")
+        for place in range(span.first, span.first + span.count):
+            if place in kept:
+                self._keep(place, json.loads(kept[place])[1], kept[place])
+        mine = lines[span.first : span.first + span.count]
+        self.lines = [line for line in mine if line.index - part.index not in self._places]
+        self.missing = len(self.lines)
 
     @property
-    def whole(self) -> bool:
-        """Whether all rows of the span are there."""
-        return self.missing == 0
+    def rows(self) -> int:
+        return len(self._places)
 
-    def add(self, line: Line, row: dict[str, Any], data: bytes) -> None:
-        with writing(self._path):
-            if self._journal is None:
-                self._journal = self._path.open("ab")
-            self._journal.write(data)
-            self._journal.flush()
-        self.rows[line.index - self.part.index] = row
+    def add(self, line: Line, row: Mapping[str, Any]) -> None:
+        """Keep a row; it is in the journal after the next ``flush``."""
+        place = line.index - self.part.index
+        self._keep(place, row, json_row([place, row]))
         self.missing -= 1
 
+    def flush(self) -> None:
+        with writing(self._path):
+            self._file.flush()
+
+    def given_out(self) -> Iterator[bytes]:
+        """The rows in order: a whole part's as users have them, otherwise with their places."""
+        whole = self.span.count == self.part.rows
+        for place, (offset, length) in sorted(self._places.items()):
+            self._file.seek(offset)
+            raw = self._file.read(length)
+            yield raw[len(f"[{place}, ") : -len("]\n")] + b"\n" if whole else raw
+
     def close(self) -> None:
-        if self._journal is not None:
-            with suppress(OSError):  # a full disk, of which was told when it was written to
-                self._journal.close()
+        with suppress(OSError):  # a full disk, of which was told when it was written to
+            self._file.close()
+
+    def _keep(self, place: int, row: Mapping[str, Any], raw: bytes) -> None:
+        with writing(self._path):
+            self._file.write(raw)
+        self._places[place] = (self._size, len(raw))
+        self._size += len(raw)
+        self.sums.count(row)
 
 
 class Leases:
@@ -154,7 +123,7 @@ class Leases:
                 if (lease := self._take(stream)) is None:
                     self.closed.wait(poll)
                     continue
-                if lease.whole:  # another one had answered all of it, and did not come to say so
+                if not lease.missing:  # another one had answered all of it, and did not come to say so
                     self._finish(lease)
                 for start in range(0, len(lease.lines), together):
                     if self.closed.is_set():
@@ -170,7 +139,7 @@ class Leases:
         return False
 
     def add(self, line: Line, row: Mapping[str, Any]) -> None:
-        """Keep a finished row, and hand in its span if it was the last.
+        """Keep a finished row, and hand in its span if it was the last; ``flush`` after the last of several.
 
         Raises:
             OutputError: it cannot be written.
@@ -178,17 +147,27 @@ class Leases:
         """
         with self._lock:
             lease = next(lease for lease in self._held.values() if 0 <= line.index - lease.part.index < lease.part.rows)
-        row = dict(row)
-        lease.add(line, row, _json([line.index - lease.part.index, row]))
+        lease.add(line, row)
         self.sums.count(row)
-        if lease.whole:
+        if not lease.missing:
             self._finish(lease)
+
+    def flush(self) -> None:
+        """Write down what was added, so that it outlives this process.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._lock:
+            held = list(self._held.values())
+        for lease in held:
+            lease.flush()
 
     @property
     def open_rows(self) -> int:
         """Rows that are there of spans that are not handed in."""
         with self._lock:
-            return sum(len(lease.rows) for lease in self._held.values())
+            return sum(lease.rows for lease in self._held.values())
 
     def close(self) -> None:
         """Give up what is under way; what was answered stays in the folder for who takes the lines next."""
@@ -214,9 +193,9 @@ class Leases:
                 continue
             with writing(mine):
                 part = Part.from_json(json.loads(mine.read_bytes()))
-            rows = kept_rows(self._folder, span.part)
+            kept = kept_lines(self._folder, span.part)
             journal = self._folder.work / mine.name
-            lease = Lease(span, part, read_part(stream, part, str(self._prompts)), rows, journal)
+            lease = Lease(span, part, read_part(stream, part, str(self._prompts)), kept, journal)
             self._repeated.update(part.index + place for place in part.repeated)
             with self._lock:
                 self._held[span.part] = lease
@@ -226,14 +205,9 @@ class Leases:
     def _finish(self, lease: Lease) -> None:
         """Hand in a span: a whole part as it will be given out, or rows with their places."""
         target = self._folder.finished / lease.span.held_by(self._name)
-        whole = lease.span.count == lease.part.rows
-        beside = target.with_name(f"{target.name}.sums")
-        sums = Sums()
-        for row in lease.rows.values():
-            sums.count(row)
         try:
-            put(beside, sums.to_dict())
-            write_part(target, lease.rows, places=not whole)
+            put(target.with_name(f"{target.name}.sums"), lease.sums.to_dict())
+            write_rows(target, lease.given_out())
         except OutputError:
             if (self._folder.leases / target.name).exists():
                 raise  # otherwise this one was thought dead, another one was faster, and all of this is cleared away
@@ -242,15 +216,6 @@ class Leases:
             del self._held[lease.span.part]
         first = lease.part.index
         self._repeated.difference_update(range(first, first + lease.part.rows))
-
-
-def _json(value: Any) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-    except ValueError:
-        raise RequestError(
-            "the answer's numbers are not finite (NaN or infinity), which JSON has no form for"
-        ) from None
 
 
 def offer(folder: JobFolder, spans: Iterable[Span], part: Part) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -89,11 +89,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Death:
-    """``fatal``: no other replica would do better."""
+    """``fatal``: no other replica would do better. ``again``: what comes next."""
 
     name: str
     reason: str
     fatal: bool
+    again: str = ""
 
 
 @dataclass
@@ -133,12 +134,20 @@ class Local:
             slot.given_up = slot.deaths >= MOST_STARTS
             slot.due = time.monotonic() + min(_SLOWEST, self.backoff * 2 ** (slot.deaths - 1))
             slot.reason = reason
-            found.append(Death(slot.name, reason, fatal))
+            again = "not started again" if slot.given_up else "started again"
+            found.append(Death(slot.name, reason, fatal, again))
         return found
 
-    def stop(self, patience: float) -> None:
-        """End all of them: those that do not end by themselves within ``patience`` seconds are killed, and what they
-        have started ends with them."""
+    def stop(self, patience: float, at_work: Container[str]) -> None:
+        """End all of them, and what they have started.
+
+        Args:
+            patience: seconds in which those that are ``at_work`` may end by themselves. Others do not look whether
+                they should: their engine is not ready.
+        """
+        for slot in self.slots:
+            if slot.process is not None and slot.name not in at_work:
+                slot.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + patience
         for slot in self.slots:
             if slot.process is None:

@@ -123,6 +123,7 @@ class Replica:
 
         def step(tally: Tally) -> None:
             self._tally = tally
+            leases.flush()
             if (failure := client.failure_now()) is not None:
                 raise failure
 

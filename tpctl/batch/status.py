@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.batch.folder import JobFolder, json_lines, load, names
-from tpctl.batch.leases import Sums
+from tpctl.batch.rows import Sums
 from tpctl.batch.signs import Watch
 from tpctl.errors import SourceError
 

@@ -164,7 +164,8 @@ def _run(
     _write_spec(job, folder, prompts, settings["model_digest"])
     local = Local(folder.root, [Slot(number, place) for number, place in enumerate(gpus)], secrets.token_hex(2))
     ranks = config.tp_size if config.device == "cuda" else 0
-    with Coordinator(folder, plan, local, gpus=ranks, retry_errors=job.options.retry_errors) as coordinator:
+    retry = job.options.retry_errors
+    with Coordinator(folder, plan, local, gpus=ranks, retry_errors=retry, say=note) as coordinator:
         with job_progress(len(gpus), config.tp_size) as show, interrupts() as noted:
             done = coordinator.run(show, lambda: noted)
         if done:
