@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,32 @@ def test_the_roll_tells_who_died_from_who_left_and_from_who_was_gone_before(fold
         roll.look()
 
 
+def test_a_replica_that_is_stopped_is_silent_and_killed(folder: JobFolder) -> None:
+    clock = Clock()
+    roll = Roll(folder, clock)
+    held = lock(folder.replicas / "r.lock")
+    assert held is not None
+    sign(folder.replicas / "r.json", 1, machine=signs.machine())
+    for _ in range(int(PATIENCE) + 3):
+        roll.look()
+        clock.now += 1
+    assert roll.silent() == ["r"] and not roll.alive("r") and roll.mourned("r")
+    local = Local(folder.root, [Slot(0, None)], "t", command=(sys.executable, "-c", "import time; time.sleep(600)"))
+    local.start_due()
+    process = local.slots[0].process
+    assert process is not None
+    local.slots[0].name = "r"
+    local.kill_silent([])
+    assert process.poll() is None
+    local.kill_silent(roll.silent())
+    assert process.wait(60) == -9
+    sign(folder.replicas / "r.json", 2, machine=signs.machine())
+    clock.now += 1
+    roll.look()
+    assert not roll.silent() and roll.alive("r")
+    held.close()
+
+
 def test_signs_are_given_until_they_are_stopped_and_a_failure_is_kept(folder: JobFolder) -> None:
     given = Signs(folder.state, lambda: {"state": "working"})
     first = load(folder.state)
@@ -137,8 +166,6 @@ def test_signs_are_given_until_they_are_stopped_and_a_failure_is_kept(folder: Jo
     second = load(folder.state)
     assert first is not None and second is not None and second["count"] > first["count"]
     given.stop()
-    import shutil
-
     shutil.rmtree(folder.root)
     with pytest.raises(OutputError):
         given.write()
@@ -235,9 +262,6 @@ def test_why_a_replica_ended(code: int, last: str, reason: str, fatal: bool) -> 
 
 
 def test_a_replica_that_dies_at_once_is_started_again_and_then_given_up(tmp_path: Path) -> None:
-    import sys
-    import time
-
     command = (sys.executable, "-c", "import sys; print('tpctl: no room', file=sys.stderr); sys.exit(75)")
     local = Local(tmp_path, [Slot(0, None)], "t", command=command, backoff=0.001)
     found: list[Death] = []
@@ -253,8 +277,6 @@ def test_a_replica_that_dies_at_once_is_started_again_and_then_given_up(tmp_path
 
 
 def test_replicas_that_do_not_end_are_killed(tmp_path: Path) -> None:
-    import sys
-
     code = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
     )

@@ -15,6 +15,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.engine import make_runner
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
+from tpctl.engine.runners import memory_plan
 from tpctl.engine.runners.loading import Beside
 from tpctl.engine.runners.memory_plan import check_cache, plain_budget
 from tpctl.errors import EngineError
@@ -76,10 +77,16 @@ def test_what_others_hold_counts_against_the_share(free: int, utilization: float
     assert GpuShare(80 * GIB, free * GIB, utilization).nbytes == expected * GIB
 
 
+def test_engines_on_one_host_divide_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "available_host_memory", lambda: 64 * GIB)
+    assert plain_budget(loaded(device="cpu", size=2)) == 8 * GIB
+    assert plain_budget(loaded(device="cpu", size=2, engines_on_host=4)) == 2 * GIB
+
+
 def loaded(
     *, device: str, size: int = 1, rank: int = 1, layers: int = 32, share: GpuShare | None = None, **settings: Any
 ) -> Any:
-    given = {"kv_cache_memory": None, "max_model_len": None, "max_num_seqs": 3, **settings}
+    given = {"kv_cache_memory": None, "max_model_len": None, "max_num_seqs": 3, "engines_on_host": 1, **settings}
     return SimpleNamespace(
         group=SimpleNamespace(rank=rank, device=torch.device(device), size=size),
         settings=SimpleNamespace(**given),

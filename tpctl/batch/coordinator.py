@@ -214,6 +214,7 @@ class Coordinator:
                 self.board.offer(self._waiting.popleft())
 
     def _watch_local(self) -> None:
+        self._local.kill_silent(self._roll.silent())
         answered = {name: said["rows"] for name, said in self._roll.heard.items()}
         for death in self._local.deaths(answered):
             if death.fatal:

@@ -138,6 +138,12 @@ class Local:
             found.append(Death(slot.name, reason, fatal, again))
         return found
 
+    def kill_silent(self, silent: Container[str]) -> None:
+        """Kill replicas that give no signs of life: their engines hold what others could use."""
+        for slot in self.slots:
+            if slot.process is not None and slot.name in silent:
+                slot.process.kill()
+
     def stop(self, patience: float, at_work: Container[str]) -> None:
         """End all of them, and what they have started.
 

@@ -66,6 +66,10 @@ class Roll:
         known = self._meet(replica)
         return known.watch.alive and not known.gone
 
+    def silent(self) -> list[str]:
+        """Those that have given no sign for too long, and have not ended."""
+        return [name for name, known in self._known.items() if known.seen and not known.gone and not known.watch.alive]
+
     def mourned(self, replica: str) -> bool:
         """Whether one that does not live came to its end in this run, and not in order: a line may have done it."""
         known = self._meet(replica)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,7 +161,7 @@ def _run(
     part_rows = part_rows or job.options.part_rows or rows_of_a_part(prompts, len(gpus))
     plan = Plan(folder, prompts, part_rows)
     write_manifest(folder, settings, prompts, plan, part_rows)
-    _write_spec(job, folder, prompts, settings["model_digest"])
+    _write_spec(job, folder, prompts, settings["model_digest"], len(gpus))
     local = Local(folder.root, [Slot(number, place) for number, place in enumerate(gpus)], secrets.token_hex(2))
     ranks = config.tp_size if config.device == "cuda" else 0
     retry = job.options.retry_errors
@@ -259,14 +259,14 @@ def model_digest(config: EngineConfig) -> str:
     return blake2b(repr((manifest.source.files, manifest.dtype)).encode(), digest_size=16).hexdigest()
 
 
-def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str) -> None:
+def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str, replicas: int) -> None:
     from tpctl.batch.folder import put
     from tpctl.batch.spec import JobSpec
 
     if job.template.chat_template is not None:
         put(folder.template, job.template.chat_template.read_bytes())
     variables = job.template.chat_template_kwargs
-    args = engine_args(job.engine, job.policy)
+    args = replace(engine_args(job.engine, job.policy), engines_on_host=replicas)
     JobSpec(str(prompts), job.model, digest, args, job.sampling, job.stop, variables).write(folder)
 
 

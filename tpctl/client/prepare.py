@@ -50,6 +50,7 @@ class EngineArgs:
         expert_parallel: groups of ranks that whole experts are dealt to; ``True``: as many as ranks; ``None``: as the
             shard folder, if MODEL is one, else one, so that every rank has a part of each expert.
         text_only: run the text of a model that also sees, of which no more is cut.
+        engines_on_host: engines that run on this machine at once.
 
     Raises:
         UsageError: a value is out of range.
@@ -71,6 +72,7 @@ class EngineArgs:
     scheduling_policy: str = "fcfs"
     expert_parallel: int | bool | None = None
     text_only: bool = False
+    engines_on_host: int = 1
 
     def __post_init__(self) -> None:
         if self.device not in (None, *DEVICES):
@@ -121,6 +123,7 @@ class EngineArgs:
             attention_backend=self.attention_backend,
             enforce_eager=self.enforce_eager,
             scheduling_policy=self.scheduling_policy,
+            engines_on_host=self.engines_on_host,
         )
 
 

@@ -42,6 +42,7 @@ class EngineSettings:
         scheduling_policy: ``"fcfs"``, first come, first served; or ``"makespan"``, which on GPUs may start requests
             later and in another order, so that all of a job's end sooner (``engine.scheduling.pacing``).
         enable_prefix_caching: share the KV blocks of equal prefixes.
+        engines_on_host: engines that share this machine's memory: on a CPU each takes its part of what is free.
 
     Raises:
         UsageError: a setting is unknown, does not suit the device, or contradicts another one.
@@ -60,6 +61,7 @@ class EngineSettings:
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
     enable_prefix_caching: bool = True
+    engines_on_host: int = 1
 
     def __post_init__(self) -> None:
         for what, known in (("device", DEVICES), ("dtype", DTYPES), ("attention backend", ATTENTION_BACKENDS)):

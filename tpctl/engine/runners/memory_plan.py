@@ -64,7 +64,7 @@ def plain_budget(loaded: LoadedModel) -> int:
         # The reference gathers the keys and values that it reads anew: what is left is for both.
         left = loaded.share.nbytes - loaded.share.taken(loaded.group.device) - reserve(loaded.config.num_layers)
         return max(left, 0) // 2
-    return int(available_host_memory() * CPU_SHARE) // loaded.group.size
+    return int(available_host_memory() * CPU_SHARE) // (loaded.group.size * loaded.settings.engines_on_host)
 
 
 def check_cache(loaded: LoadedModel, used: int, max_model_len: int, later: int) -> None:
