@@ -181,8 +181,16 @@ def test_settings_that_differ_are_named(folder: JobFolder, tmp_path: Path) -> No
             check_settings(folder, {**settings, **changed})
     with pytest.raises(OutputError, match="holds a batch; go on with --resume"):
         begun(folder, resume=False, force=False)
+    folder.manifest.write_text("{")
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"manifest\.json cannot be read, and there are parts; bring it back"):
+            begun(folder, resume=resume, force=False)
+    assert len(folder.parts()) == 3
     put(folder.manifest, {"tpctl_batch": 99})
     with pytest.raises(OutputError, match="not written by this version"):
         begun(folder, resume=True, force=False)
-    assert not begun(folder, resume=False, force=True)
+    (folder.kept / "00000.x").touch()
+    assert not begun(folder, resume=False, force=True) and not list(folder.kept.iterdir())
+    (folder.kept / "00000.x").touch()
+    assert not begun(folder, resume=True, force=False) and not list(folder.kept.iterdir())
     assert not folder.parts() and not folder.manifest.exists() and folder.offers.is_dir()

@@ -18,10 +18,10 @@ VERSION = 1
 
 
 def begun(folder: JobFolder, *, resume: bool, force: bool) -> bool:
-    """Whether a batch that is to go on was begun in a folder; with ``force`` alone it is removed.
+    """Whether a batch that is to go on was begun in a folder, which is claimed; with ``force`` alone it is removed.
 
     Raises:
-        OutputError: there is one, and nobody asked to go on with it.
+        OutputError: there is one, and nobody asked to go on with it, or it cannot be read.
     """
     found = load(folder.manifest)
     if found is not None and not resume:
@@ -29,9 +29,14 @@ def begun(folder: JobFolder, *, resume: bool, force: bool) -> bool:
             raise OutputError(
                 f"{folder.root} holds a batch; go on with --resume, replace it with --force, or name another with -o"
             )
-        _clear(folder)
         found = None
-    if found is not None and found.get("tpctl_batch") != VERSION:
+    elif found is None and not force and (folder.parts() or folder.manifest.exists()):
+        raise OutputError(
+            f"{folder.manifest} cannot be read, and there are parts; bring it back, or begin anew with --force"
+        )
+    if found is None:
+        _clear(folder)  # also what is left of one that was being removed when somebody was killed
+    elif found.get("tpctl_batch") != VERSION:
         raise OutputError(f"{folder.manifest} was not written by this version of tpctl batch; name another with -o")
     return found is not None
 

@@ -142,6 +142,8 @@ class Replica:
         if now - self._looked > LOOK:
             self._looked = now
             self._stopped = self._folder.stop.exists() or not self._coordinator.look()
+            if self._stopped and self._leases is not None:
+                self._leases.closed.set()  # the thread that takes lines must take no more
         return self._stopped
 
     def _sign(self) -> dict[str, Any]:

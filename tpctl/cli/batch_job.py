@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -15,9 +17,10 @@ from tpctl.cli.console import note
 from tpctl.cli.engine import engine_args, interrupts, prepare
 from tpctl.cli.options import EngineOptions, SchedulingPolicy, TemplateOptions
 from tpctl.cli.template import TemplateAtHand, look_ahead
-from tpctl.errors import OutputError, SourceError, UsageError
+from tpctl.errors import EngineError, OutputError, SourceError, UsageError, counted
 
 if TYPE_CHECKING:
+    from tpctl.batch.board import Board
     from tpctl.batch.folder import JobFolder
     from tpctl.wire.settings import EngineConfig
 
@@ -165,7 +168,8 @@ def _run(
     local = Local(folder.root, [Slot(number, place) for number, place in enumerate(gpus)], secrets.token_hex(2))
     ranks = config.tp_size if config.device == "cuda" else 0
     retry = job.options.retry_errors
-    with Coordinator(folder, plan, local, gpus=ranks, retry_errors=retry, say=note) as coordinator:
+    coordinator = Coordinator(folder, plan, local, gpus=ranks, retry_errors=retry, say=note)
+    with _remains(folder, coordinator.board), coordinator:
         with job_progress(len(gpus), config.tp_size) as show, interrupts() as noted:
             done = coordinator.run(show, lambda: noted)
         if done:
@@ -186,6 +190,20 @@ def _run(
 
         assemble(folder, target, len(coordinator.board.done), unchanged)
     return int(stats["errors"])
+
+
+@contextmanager
+def _remains(folder: JobFolder, board: Board) -> Iterator[None]:
+    """Adds to an error what became of the rows that were finished before it."""
+    try:
+        yield
+    except (EngineError, OutputError, SourceError, KeyboardInterrupt) as error:
+        if not board.sums.rows or not folder.job.is_dir():
+            raise
+        kept = f"parts with {counted(board.sums.rows, 'row')} are in {folder.root}, go on with --resume"
+        if isinstance(error, KeyboardInterrupt):  # the second one
+            raise KeyboardInterrupt(kept) from None
+        raise type(error)(f"{error}; {kept}") from None
 
 
 def _input(prompts: str) -> Path:
