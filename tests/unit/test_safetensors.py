@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,9 @@ BAD: list[tuple[str, Any, bytes, str]] = [
 ]
 
 
-def _changed(**changes: Any) -> dict[str, Any]:
-    """A sound entry, and behind it one of the same dtype and shape but for ``changes``."""
-    return {"a": entry(), "b": {**entry(offsets=(4, 8)), **changes}}
+def _changed(before: Sequence[int] = (1,), **changes: Any) -> dict[str, Any]:
+    """A sound entry of the shape ``before``, and behind it one of the same dtype and shape but for ``changes``."""
+    return {"a": entry(shape=before), "b": {**entry(shape=before, offsets=(4, 8)), **changes}}
 
 
 # Each would equal the entry before it, were only values compared.
@@ -117,6 +118,8 @@ BAD += [
         ("three offsets", {"data_offsets": [4, 8, 8]}, "offsets"),
         ("larger span", {"data_offsets": [4, 9]}, "spans"),
         ("further key", {"more": 1}, "exactly"),
+        ("empty text for a shape", {"before": (), "shape": ""}, "shape"),
+        ("empty object for a shape", {"before": (), "shape": {}}, "shape"),
     )
 ]
 

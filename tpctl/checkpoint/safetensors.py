@@ -212,7 +212,7 @@ def _like_another(name: str, entry: Any, base: int, sizes: Mapping[tuple[Any, ..
         nbytes = sizes.get(_kind(dtype, shape))
     except (KeyError, TypeError, ValueError):
         return None
-    if nbytes is None or len(entry) != len(_FIELDS) or len(name) > LONGEST_TEXT:
+    if nbytes is None or type(shape) is not list or len(entry) != len(_FIELDS) or len(name) > LONGEST_TEXT:
         return None
     if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= MOST_BYTES or end - begin != nbytes:
         return None
