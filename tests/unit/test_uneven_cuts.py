@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.arch.block import Experts, Gated
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.formats import METHODS
 from tpctl.arch.quantised import Cutting
-from tpctl.arch.storage import Axis, Entry, Storage
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.errors import counted
 from tpctl.partition.cuts import Range
@@ -35,37 +32,26 @@ from tpctl.sharding.showing.inspect import inspect_shards
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "where-even-cuts-fail.md"
 
-NVFP4 = Storage(
-    "NVFP4",
-    (
-        Entry(".weight_packed", "weight_packed", ("U8",), Axis(0), Axis(1, 2, packed=True)),
-        Entry(".weight_scale", "weight_scale", ("F8_E4M3",), Axis(0), Axis(1, 16)),
-    ),
-)
-AWQ = Storage(
-    "AWQ",
-    (
-        Entry(".qweight", "qweight", ("I32",), Axis(1, 8, packed=True), Axis(0)),
-        Entry(".qzeros", "qzeros", ("I32",), Axis(1, 8, packed=True), Axis(0, 128)),
-        Entry(".scales", "scales", None, Axis(1), Axis(0, 128)),
-    ),
-)
 FP8 = {
     "quant_method": "fp8",
     "weight_block_size": [128, 128],
     "modules_to_not_convert": ["model.layers.0.self_attn", "lm_head"],
 }
-
-
-@dataclass(frozen=True)
-class OfMlp:
-    """A scheme for this test: MLPs are ``stored`` so, attention is not."""
-
-    stored: Storage
-    unused: tuple[str, ...] = ()
-
-    def storage(self, names: Sequence[str]) -> Storage | None:
-        return None if "self_attn" in names[0] else self.stored
+_FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+NVFP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "config_groups": {"g": {"targets": ["Linear"], "weights": _FP4, "input_activations": {**_FP4, "dynamic": "local"}}},
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
+}
+AWQ = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 128,
+    "version": "gemm",
+    "zero_point": True,
+    "modules_to_not_convert": ["self_attn", "lm_head"],
+}
 
 
 @dataclass(frozen=True)
@@ -106,8 +92,7 @@ class Row:
 
     def cuts(self, tp_size: int, *, even: bool) -> tuple[Range, ...]:
         """Each rank's range of the width."""
-        with schemes():
-            config = ModelConfig.from_dict(self.config, cutting=Cutting(1, even))
+        config = ModelConfig.from_dict(self.config, cutting=Cutting(1, even))
         mlp = config.blueprint.layers[0].parts[-1]
         assert isinstance(mlp, Experts | Gated)
         return mlp.down.input_cut.ranges(self.width, tp_size)
@@ -115,17 +100,9 @@ class Row:
     def check(self, tp_size: int, folder: Path) -> SizeCheck:
         """What ``plan`` says of it."""
         (folder / "config.json").write_text(json.dumps(self.config))
-        with schemes():
-            return plan_model(read_metadata(str(folder)), Budget()).checks[tp_size - 1]
+        return plan_model(read_metadata(str(folder)), Budget()).checks[tp_size - 1]
 
 
-def schemes() -> Any:
-    """The formats of this page, as far as they are MLPs'."""
-    made = {"nvfp4 here": lambda fields: OfMlp(NVFP4), "awq here": lambda fields: OfMlp(AWQ)}
-    return mock.patch.dict(METHODS, made)
-
-
-_NVFP4, _AWQ = {"quant_method": "nvfp4 here"}, {"quant_method": "awq here"}
 ROWS = (
     Row("Qwen3-30B-A3B FP8", "experts", 768, 128, (4, 8), FP8, "vllm#25292, #44763"),
     Row("Qwen3.5-35B-A3B FP8", "shared expert", 512, 128, (8,), FP8, "vllm#52997", experts=False),
@@ -133,8 +110,8 @@ ROWS = (
     Row("Qwen3-235B-A22B FP8 and MiniMax-M2", "experts", 1536, 128, (8,), FP8, "vllm#39046, #48173"),
     Row("GLM-4.5-Air in such blocks", "experts", 1408, 128, (2, 4, 8), FP8, ""),
     Row("Gemma-4-26B-A4B in such blocks", "experts", 704, 128, (2, 4, 8), FP8, ""),
-    Row("Nemotron-3-Nano NVFP4", "experts", 1856, 16, (8,), _NVFP4, "vllm#49949"),
-    Row("Qwen2.5-72B AWQ", "MLP", 29568, 128, (2, 4, 8), _AWQ, "vllm#21695", experts=False),
+    Row("Nemotron-3-Nano NVFP4", "experts", 1856, 16, (8,), NVFP4, "vllm#49949"),
+    Row("Qwen2.5-72B AWQ", "MLP", 29568, 128, (2, 4, 8), AWQ, "vllm#21695", experts=False),
 )
 CASES = [(row, tp_size) for row in ROWS for tp_size in row.sizes]
 IDS = [f"{row.model} tp {tp_size}" for row, tp_size in CASES]
@@ -220,11 +197,11 @@ def test_the_page_says_what_plan_says() -> None:
 @pytest.mark.parametrize(("row", "tp_size"), CASES, ids=IDS)
 @pytest.mark.parametrize("even", [False, True], ids=["blocks", "even"])
 def test_it_is_cut_proven_and_merged(tmp_path: Path, row: Row, tp_size: int, even: bool) -> None:
-    with schemes():
-        source = make_checkpoint(tmp_path / "source", row.config)
-        shard_checkpoint(source, tmp_path / "cut", tp_size, cutting=Cutting(1, even))
-        inspect_shards(tmp_path / "cut", verify=True, source=source)
-        merge_shards(tmp_path / "cut", tmp_path / "merged")
+    source = make_checkpoint(tmp_path / "source", row.config)
+    shard_checkpoint(source, tmp_path / "cut", tp_size, cutting=Cutting(1, even))
+    verified = inspect_shards(tmp_path / "cut", verify=True, source=source).verified
+    assert verified is not None and verified.compared_bytes == verified.hashed_bytes
+    merge_shards(tmp_path / "cut", tmp_path / "merged")
     assert folder_bytes(tmp_path / "merged") == folder_bytes(source)
 
 
