@@ -236,6 +236,25 @@ def test_shards_of_a_quantised_model_are_held_against_the_original(source: Resol
     assert named.code == 1 and "out holds shards; give --source the checkpoint that out was cut from" in named.err
 
 
+def test_shards_of_two_models_of_one_name_are_each_held_against_their_own(source: ResolvedSource) -> None:
+    """The first changes in its place, and both are in the cache, with the same headers."""
+    place, path = source.folder.parent, source.folder / "model.safetensors"
+    assert local_answer("shard ./model --tp 2 --quantize fp8 -o one", place).code == 0
+    data = bytearray(path.read_bytes())
+    data[-40:] = bytes(40)
+    path.write_bytes(data)
+    assert local_answer("shard ./model --tp 2 --quantize fp8 -o two", place).code == 0
+    found = {}
+    for name in ("one", "two"):
+        answer = local_answer(f"inspect-shards {name} --verify --json", place)
+        assert answer.code == 0, answer.err
+        found[name] = json.loads(answer.out)["verified"]["source"]
+    assert found["one"] != found["two"]
+    part = place / "two" / "model-rank-0-part-0.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    assert " of rank 0 is damaged" in local_answer("inspect-shards two --verify", place).err
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "report.json"])
 @pytest.mark.parametrize("lost", [True, False], ids=["lost", "altered"])
 def test_what_was_damaged_in_the_cache_is_not_used(source: ResolvedSource, file: str, lost: bool) -> None:

@@ -17,7 +17,7 @@ from tpctl.checkpoint.sources import converted_gguf, pypi_entry
 from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.sharding.cutting.shard import shard_checkpoint
-from tpctl.sharding.proving.at_hand import source_at_hand
+from tpctl.sharding.proving.at_hand import sources_at_hand
 from tpctl.sharding.showing.inspect import inspect_shards
 
 TABLE = TensorSpec("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", (3,))
@@ -163,10 +163,10 @@ def test_the_source_is_at_hand_only_while_it_is_the_same(made: Path, tmp_path: P
     source = make_checkpoint(tmp_path / "model", make_config())
     shard_checkpoint(source, tmp_path / "out", 2, source_id=str(source))
     manifest = Manifest.load(tmp_path / "out")
-    assert source_at_hand(manifest) == source
-    assert source_at_hand(Manifest.load(made / "out")) is None
+    assert sources_at_hand(manifest) == [source]
+    assert sources_at_hand(Manifest.load(made / "out")) == []
     (source / "model.safetensors").unlink()
-    assert source_at_hand(manifest) is None
+    assert sources_at_hand(manifest) == []
 
 
 @pytest.mark.parametrize("wheel", ["llm-tiny", "llm-tiny==0.1.2"])
@@ -178,9 +178,9 @@ def test_a_wheels_model_is_at_hand_in_the_cache(tmp_path: Path, monkeypatch: pyt
     manifest = Manifest.load(tmp_path / "out")
     for record in ("{", '{"folder": 3, "revision": "0.1.2"}', '{"folder": "tiny", "revision": "0.1.3"}'):
         (folder / "source.json").write_text(record)
-        assert source_at_hand(manifest) is None
+        assert sources_at_hand(manifest) == []
     (folder / "source.json").write_text('{"folder": "tiny", "revision": "0.1.2"}')
-    assert source_at_hand(manifest) == source
+    assert sources_at_hand(manifest) == [source]
 
 
 def test_a_gguf_files_model_is_at_hand_while_the_file_is_the_same(
@@ -192,8 +192,8 @@ def test_a_gguf_files_model_is_at_hand_while_the_file_is_the_same(
     source = make_checkpoint(converted_gguf(file), make_config())
     shard_checkpoint(source, tmp_path / "out", 2, source_id=str(file))
     manifest = Manifest.load(tmp_path / "out")
-    assert source_at_hand(manifest) == source
+    assert sources_at_hand(manifest) == [source]
     os.utime(file, ns=(3, 3))
-    assert source_at_hand(manifest) is None
+    assert sources_at_hand(manifest) == []
     file.unlink()
-    assert source_at_hand(manifest) is None
+    assert sources_at_hand(manifest) == []

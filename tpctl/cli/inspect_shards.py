@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +13,7 @@ import typer
 
 from tpctl.cli.console import byte_progress, note, print_json, say, stdout
 from tpctl.cli.shard import how_cut
-from tpctl.errors import counted, format_bytes, printable
+from tpctl.errors import ShardFolderError, counted, format_bytes, printable
 from tpctl.manifest.manifest import describe_ranks
 
 if TYPE_CHECKING:
@@ -37,25 +39,27 @@ def inspect_shards(
     from tpctl.arch.config import ModelConfig
     from tpctl.checkpoint.sources import made_of, resolve
     from tpctl.quantizing.cache import as_cut
-    from tpctl.sharding.proving.at_hand import source_at_hand
+    from tpctl.sharding.proving.at_hand import sources_at_hand
     from tpctl.sharding.proving.damage import load_manifest
     from tpctl.sharding.showing.inspect import inspect_shards as inspect
     from tpctl.sharding.showing.page import write_page
 
     manifest = load_manifest(folder, verify=verify)
-    origin = None
+    origins: Sequence[Path] = ()
     if source is not None:
         given = resolve(source)
         with byte_progress("quantising") as progress:
             found = as_cut(given, manifest.source.id, progress=progress)
         if found is not given:
             note(f"the shards were quantised before they were cut, so they are compared with {found.id}")
-        origin = found.folder
+        origins = (found.folder,)
     elif verify:
-        origin = source_at_hand(manifest)
+        origins = sources_at_hand(manifest)
     with byte_progress("verifying") as progress:
-        report = inspect(
-            folder, ranks=None if rank is None else [rank], verify=verify, source=origin, progress=progress
+        ranks = None if rank is None else [rank]
+        report = _equal_to_one(
+            [partial(inspect, folder, ranks=ranks, verify=verify, source=one, progress=progress) for one in origins]
+            or [partial(inspect, folder, ranks=ranks, verify=verify, progress=progress)]
         )
     if html is not None:
         write_page(report if rank is None else inspect(folder), ModelConfig.load(folder), html)
@@ -64,10 +68,22 @@ def inspect_shards(
         print_json(asdict(report))
     else:
         _print(report, detail=rank is not None)
-    if verify and origin is None:
+    if verify and not origins:
         name, made = printable(manifest.source.id), made_of(manifest.source.id)
         again = "" if made is None else ", and the original quantised again"
         note(f"not compared: {name} is not at hand; --source MODEL compares every element with it{again}")
+
+
+def _equal_to_one(attempts: Sequence[Callable[[], InspectReport]]) -> InspectReport:
+    """The report of the first of ``attempts`` that finds nothing wrong; raises as the first one if all do."""
+    failure: ShardFolderError | None = None
+    for attempt in attempts:
+        try:
+            return attempt()
+        except ShardFolderError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
 
 
 def _print(report: InspectReport, detail: bool) -> None:

@@ -14,17 +14,21 @@ from tpctl.errors import CheckpointError, SourceError
 from tpctl.manifest.manifest import Manifest
 
 
-def source_at_hand(manifest: Manifest) -> Path | None:
-    """The folder that the shards were cut from, if it is on this machine and still has the same headers."""
+def sources_at_hand(manifest: Manifest) -> list[Path]:
+    """The folders on this machine that the shards may have been cut from: of its name, and with the same headers.
+
+    Of a model that tpctl quantised there may be several: another of the same name, or the same before it was changed.
+    """
     known = [(file.name, file.size, file.header) for file in manifest.source.files]
+    matching = []
     for found in _local_copies(manifest.source.id, manifest.source.revision):
         try:
             files = CheckpointFolder.open(found).files
         except CheckpointError:
             continue
         if [(file.name, file.size, file.header.text) for file in files] == known:
-            return found
-    return None
+            matching.append(found)
+    return matching
 
 
 def _local_copies(name: str, revision: str | None) -> list[Path]:
