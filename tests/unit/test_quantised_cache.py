@@ -232,6 +232,10 @@ def test_shards_of_a_quantised_model_are_held_against_the_original(source: Resol
     path.write_bytes(data)
     other = local_answer("inspect-shards out --verify --source ./model", place)
     assert other.code == 1 and " differs from its source " in other.err
+    assert local_answer("merge out -o merged", place).code == 0
+    assert local_answer("shard ./merged --tp 2 -o theirs", place).code == 0  # which somebody else quantised
+    unlike = local_answer("inspect-shards theirs --source ./model", place)
+    assert unlike.code == 1 and "theirs is of a quantised model, but " in unlike.err
     named = local_answer("inspect-shards out --source out", place)
     assert named.code == 1 and "out holds shards; give --source the checkpoint that out was cut from" in named.err
 

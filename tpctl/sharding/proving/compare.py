@@ -66,6 +66,11 @@ def verify_source(
     exact = {split.name for split in plan.splits if split.dtypes is not None}
     if manifest.model_type != config.model_type:
         raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
+    if config.scheme is None and ModelConfig.load(folder).scheme is not None:
+        raise ShardFolderError(
+            f"{folder} is of a quantised model, but {source} is not quantised; give --source the quantised checkpoint "
+            "that it was cut from"
+        )
     refuse_older_names(folder / MANIFEST, manifest, config)
     expected = Expected.of(config, plan, manifest.compat)
     for rank in manifest.shards:
