@@ -74,6 +74,16 @@ DAMAGED: list[tuple[str, Callable[[Quantised], object], str]] = [
         put(".g_idx", torch.arange(64).int() // 32),
         r"g_idx has input 32 in group 1, but in one group",
     ),
+    (
+        "gptq in order of activation",
+        put(".g_idx", torch.arange(64).int() // 16),
+        rf"{Q}\.g_idx puts input 32 into group 2, but by config\.json there are groups 0 to 1; the checkpoint is dam",
+    ),
+    (
+        "ct int4 in order of activation",
+        put(".weight_g_idx", torch.arange(64).int() // 32 - 1),
+        rf"{Q}\.weight_g_idx puts input 0 into group -1",
+    ),
     ("gptq", told(bits=8), r"q_proj\.qweight is 8 x 64 in the checkpoint but 16 x 64"),
     ("gptq", told(group_size=-1), r"q_proj\.qzeros is 2 x 8 in the checkpoint but 1 x 8"),
     ("ct int4", removed(".weight_scale"), rf"has no tensor {Q}\.weight_scale \(64 x 2 expected"),

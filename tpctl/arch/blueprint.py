@@ -133,6 +133,15 @@ class Blueprint:
             if (held := renamed(prefix + name, root)) in names
         }
 
+    def free_orders(self, names: Collection[str]) -> dict[str, int]:
+        """Those that put the inputs of a weight into groups in any order, with how many groups there are."""
+        return {
+            held: count
+            for prefix, root, linear in self._linears(names)
+            for name, count in linear.free_orders()
+            if (held := renamed(prefix + name, root)) in names
+        }
+
     def _linears(self, names: Container[str]) -> Iterator[tuple[str, str, Linear]]:
         """Every linear, with what stands before its names here, and the root of ``names``."""
         root = self.root(names)

@@ -110,6 +110,16 @@ class Linear:
             for name in tensor_names(source, 0 if self.stack is None else self.stack.count):
                 yield name + suffix, group
 
+    def free_orders(self) -> Iterator[tuple[str, int]]:
+        """The tensors that put inputs into groups in any order, by their names: how many groups have scales."""
+        by_role = {entry.role: entry for entry in self.storage}
+        order, scales = by_role.get("order"), by_role.get("scales")
+        if self.storage.ordered is not None or order is None or scales is None or scales.inp is None:
+            return
+        for source in dict.fromkeys(part.source for part in self.parts):
+            for name in tensor_names(source, 0 if self.stack is None else self.stack.count):
+                yield name + order.suffix, scales.inp.entries(self.inputs)
+
     def splits(self) -> Iterator[TensorSplit]:
         for entry in self.storage:
             yield self._split(entry)

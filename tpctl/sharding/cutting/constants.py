@@ -23,7 +23,8 @@ def check_constants(config: ModelConfig, folder: CheckpointFolder) -> None:
     """Check that they say what ``config.json`` says, by which the packed weights are cut.
 
     Raises:
-        CheckpointError: one says another shape, or groups in another order; or it cannot be read.
+        CheckpointError: one says another shape, or groups in another order, or that are not there; or it cannot be
+            read.
     """
     blueprint = as_held(config, folder.tensors).blueprint
     with Files() as files:
@@ -50,6 +51,18 @@ def check_constants(config: ModelConfig, folder: CheckpointFolder) -> None:
                 raise CheckpointError(
                     f"{name} has input {at} in group {groups[at]}, but in {size} as they come, which desc_act false in "
                     f"config.json means, it is in group {expected[at]}; set it to true if that is so"
+                )
+        for name, count in blueprint.free_orders(folder.tensors).items():
+            file, info = folder.tensors[name]
+            if info.dtype not in _DTYPES:
+                continue
+            groups = _read(files, file.path, info)
+            wrong = np.flatnonzero((groups < 0) | (groups >= count))
+            if len(wrong):
+                at = int(wrong[0])
+                raise CheckpointError(
+                    f"{name} puts input {at} into group {groups[at]}, but by config.json there are groups 0 to "
+                    f"{count - 1}; the checkpoint is damaged, or was written wrongly"
                 )
 
 
