@@ -104,7 +104,7 @@ def test_a_scale_of_two_parts_is_stored_for_each_and_written_once(
 @pytest.mark.parametrize("name", PACKERS)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    width=st.sampled_from([96, 192, 231 * 8, 704, 1408, 1856]),
+    width=st.sampled_from([96, 192, 231 * 8, 231 * 32, 704, 1408, 1856]),
     tp=st.integers(1, 8),
     even=st.booleans(),
     heads=st.sampled_from([(4, 2, 64), (8, 8, 16), (6, 2, 32)]),
