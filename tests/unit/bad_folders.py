@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.unit.synthetic import make_checkpoint, make_config
+from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.safetensors import TensorSpec, read_header
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
@@ -59,8 +60,11 @@ def prepare(folder: Path) -> None:
     shard_checkpoint(model, folder / "two-of-4", 4, ranks=[0, 3])
     make_checkpoint(folder / "other", make_config("qwen3"))
     experts = {"num_experts": 6, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
-    make_checkpoint(folder / "experts", make_config("qwen3_moe", **experts))
+    dealt = make_checkpoint(folder / "experts", make_config("qwen3_moe", **experts))
+    shard_checkpoint(dealt, folder / "dealt", 2, cutting=Cutting(2))
     make_checkpoint(folder / "recurrent", make_config("qwen3_next"))
+    shutil.copytree(folder / "shards", folder / "my shards")
+    shutil.copytree(folder / "rank0", folder / "my rank")
     for name, change in CHANGES.items():
         change(shutil.copytree(folder / "shards", folder / name))
     make_checkpoint(folder / "narrow", make_config()).joinpath("config.json").write_text(

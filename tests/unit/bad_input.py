@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,6 +158,18 @@ CASES = [
     Case("shard wrong --tp 2", "40 x 24 in the checkpoint but 41 x 24 by config"),
     Case("shard notjson --tp 2", "notjson/config.json is not valid JSON"),
     Case("shard shards --tp 3", "shards is cut into shards already; use `tpctl reshard shards --tp 3 -o FOLDER`"),
+    # commands that can be pasted into a shell, where a name needs quotes
+    Case("shard 'my shards' --tp 3", "use `tpctl reshard 'my shards' --tp 3 -o FOLDER`"),
+    Case("reshard 'my rank' --tp 3 -o out", "`tpctl shard MODEL --tp 2 --ranks 1 -o 'my rank'`"),
+    Case(
+        "batch prompts.jsonl --model 'my shards' --tp 3", "make a new one: `tpctl reshard 'my shards' --tp 3 -o FOLDER`"
+    ),
+    # an option without its value: the help is the command's
+    Case("shard model --tp", "see `tpctl shard --help`", code=2),
+    Case("bench latency --tp", "see `tpctl bench latency --help`", code=2),
+    # another family's source: said before its experts and heads are looked at
+    Case("inspect-shards dealt --source model", "dealt is of a qwen3_moe model, but model of a llama"),
+    Case("inspect-shards dealt --source model --verify", "dealt is of a qwen3_moe model, but model of a llama"),
     Case("shard model --tp 2 --revision main", "--revision main is for models on the Hub, but model is not one"),
     Case("shard model --tp 4 --ranks 2-4", "rank 4 does not exist at tp 4; ranks are 0 to 3"),
     Case("shard model --tp 4 --ranks 3-1", "'3-1' is no list of ranks; write it like 0-3 or 0,2,5-6", code=2),
@@ -296,7 +309,7 @@ def local_answer(command: str, folder: Path) -> Answer:
         contextlib.chdir(folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "argv", ["tpctl", *command.split()]),
+        mock.patch.object(sys, "argv", ["tpctl", *shlex.split(command)]),
         mock.patch("signal.signal"),
     ):
         try:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tpctl.cli.arguments import CheckedCommand
+from tpctl.cli.arguments import USAGE_ERROR, CheckedCommand
 from tpctl.cli.streams import CLOSED_PIPE, give_stderr_back, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import OutputError, TpctlError, printable, shorten
 from tpctl.version import __version__
@@ -98,10 +98,6 @@ def _register() -> None:
 _register()
 
 
-# Typer brings its own copy of Click, or takes the installed one: the class of all usage errors is found by this one's.
-_UsageError: Any = typer.BadParameter.__mro__[1]
-
-
 def _explain(error: Any) -> str:
     """A usage error of Typer's in one line: what is wrong, the value that was given, and where to look."""
     text = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
@@ -154,7 +150,7 @@ def _run(work: Callable[[], None]) -> int:
         return error.exit_code
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except _UsageError as error:
+    except USAGE_ERROR as error:
         text = error.format_message()
         if "\n" in text:  # no arguments at all: the help page
             _print(text)

@@ -6,10 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
 from tpctl.checkpoint.outputs import require_utf8
 from tpctl.errors import SourceError, UsageError
+
+# Typer brings its own copy of Click, or takes the installed one: the class of all usage errors is found by this one's.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 _MODELS = frozenset({"model", "source", "against"})
 """Parameters that may be a path or another name."""
@@ -24,7 +28,11 @@ class CheckedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         typed = list(args)
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except USAGE_ERROR as error:  # where an option lacks its value, it does not know the command
+            error.ctx = error.ctx or ctx
+            raise
         _require_folder()
         values, _, _ = self.make_parser(ctx).parse_args(args=typed)
         for parameter in self.params:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from stat import S_ISFIFO, S_ISREG
 from typing import Any, TypeVar
 
@@ -128,7 +129,8 @@ class Manifest:
         if tp_size != self.tp_size:
             raise ShardFolderError(
                 f"{folder} is cut for tp {self.tp_size}, but tp {tp_size} is asked for; "
-                f"use --tp {self.tp_size}, or make a new one: `tpctl reshard {folder} --tp {tp_size} -o FOLDER`"
+                f"use --tp {self.tp_size}, or make a new one: `tpctl reshard {quote(str(folder))} "
+                f"--tp {tp_size} -o FOLDER`"
             )
 
     def check_files(self, folder: Path, ranks: Iterable[int] | None = None) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.outputs import refuse_overlap
@@ -110,7 +111,7 @@ def require_all_ranks(folder: Path, manifest: Manifest) -> None:
         raise ShardFolderError(
             f"{folder} holds {describe_ranks(manifest.shards)} of tp {manifest.tp_size}, but all are needed; "
             f"add {describe_ranks(missing)}: `tpctl shard MODEL --tp {manifest.tp_size}{dealt}{even} "
-            f"--ranks {rank_list(missing)} -o {folder}`"
+            f"--ranks {rank_list(missing)} -o {quote(str(folder))}`"
         )
 
 

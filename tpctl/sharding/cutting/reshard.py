@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 
 from tpctl.arch.compat import check_compat
 from tpctl.arch.config import ModelConfig
@@ -47,7 +48,7 @@ def reshard_command(folder: Path, manifest: Manifest, tp_size: int, expert_paral
             check_compat(manifest.compat, config, plan, () if manifest.extra is None else manifest.extra.tensors)
         except (PartitionError, UnsupportedModelError):
             options += f" --compat {NO_ENGINE}"
-    return f"tpctl reshard {folder}{options} -o FOLDER"
+    return f"tpctl reshard {quote(str(folder))}{options} -o FOLDER"
 
 
 @few_collections()

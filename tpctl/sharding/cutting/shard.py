@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
@@ -81,7 +82,7 @@ def shard_checkpoint(
     """
     if (source / MANIFEST).is_file():
         raise ShardFolderError(
-            f"{source} is cut into shards already; use `tpctl reshard {source} --tp {tp_size} -o FOLDER`"
+            f"{source} is cut into shards already; use `tpctl reshard {quote(str(source))} --tp {tp_size} -o FOLDER`"
         )
     refuse_existing(out, force, [source], add=ranks is not None)
     target = _safetensors_dtype(dtype)

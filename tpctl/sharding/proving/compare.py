@@ -58,14 +58,15 @@ def verify_source(
     """
     if (source / MANIFEST).is_file():
         raise CheckpointError(f"{source} holds shards; give --source the checkpoint that {folder} was cut from")
+    config = ModelConfig.load(source)  # of another family, it may have no experts to deal
+    if manifest.model_type != config.model_type:
+        raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
     config = ModelConfig.load(source, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
     checkpoint = CheckpointFolder.open(source)
     plan = checked_source_plan(config, checkpoint.shapes, manifest.tp_size)
     tensors = SourceTensors(checkpoint, plan)
     held = {name: info for name, (_, info) in checkpoint.tensors.items()}
     exact = {split.name for split in plan.splits if split.dtypes is not None}
-    if manifest.model_type != config.model_type:
-        raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
     if config.scheme is None and ModelConfig.load(folder).scheme is not None:
         raise ShardFolderError(
             f"{folder} is of a quantised model, but {source} is not quantised; give --source the quantised checkpoint "
