@@ -162,7 +162,12 @@ CASES = [
     Case("shard 'my shards' --tp 3", "use `tpctl reshard 'my shards' --tp 3 -o FOLDER`"),
     Case("reshard 'my rank' --tp 3 -o out", "`tpctl shard MODEL --tp 2 --ranks 1 -o 'my rank'`"),
     Case(
-        "batch prompts.jsonl --model 'my shards' --tp 3", "make a new one: `tpctl reshard 'my shards' --tp 3 -o FOLDER`"
+        "batch prompts.jsonl --model 'my shards' --tp 3 -o rows.jsonl",
+        "make a new one: `tpctl reshard 'my shards' --tp 3 -o FOLDER`",
+    ),
+    Case(
+        "batch prompts.jsonl --model rank0 --tp 2 -o rows.jsonl",
+        "rank0 holds rank 0 of tp 2, but all are needed; add rank 1: `tpctl shard MODEL --tp 2 --ranks 1 -o rank0`",
     ),
     # an option without its value: the help is the command's
     Case("shard model --tp", "see `tpctl shard --help`", code=2),

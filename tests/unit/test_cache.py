@@ -133,7 +133,7 @@ def test_a_shard_folder_that_is_cut_otherwise_suggests_only_what_works(
 
 def test_a_folder_of_some_ranks_names_the_missing_ones(source: ResolvedSource, tmp_path: Path) -> None:
     shard_checkpoint(source.folder, tmp_path / "mine", 4, ranks=[0, 1])
-    with pytest.raises(ShardFolderError, match="no shard of rank 2: it has ranks 0-1 of tp 4"):
+    with pytest.raises(ShardFolderError, match="mine holds ranks 0-1 of tp 4, but all are needed; add ranks 2-3: "):
         ensure_sharded(ResolvedSource(tmp_path / "mine", "mine", None), 4)
 
 

@@ -12,6 +12,7 @@ from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.errors import ShardFolderError, TpctlError
 from tpctl.manifest.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from tpctl.sharding.cutting.merge import require_all_ranks
 from tpctl.sharding.cutting.reshard import reshard_command
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.moving.opened import check_copied
@@ -45,6 +46,7 @@ def ensure_sharded(
         manifest = Manifest.load(source.folder)
         if tp_size != manifest.tp_size or expert_parallel not in (None, manifest.expert_parallel):
             raise _cut_otherwise(source.folder, manifest, tp_size, expert_parallel)
+        require_all_ranks(source.folder, manifest)
         manifest.check_files(source.folder, range(tp_size))
         check_copied(source.folder, manifest)
         return source.folder
