@@ -181,21 +181,18 @@ def test_a_killed_worker_is_one_line(model: str, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "a", "max_tokens": 4000, "ignore_eos": True}])
     arguments = ("batch", str(source), "-o", str(tmp_path / "out.jsonl"), "--model", model, "--tp", "2", *EXACT)
     process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
-    ready = tmp_path / "out.jsonl.partial"
-    wait_until(ready.exists, "it has begun")
 
     def ranks() -> list[int]:
         """The forked ones: they have the agent's environment."""
         return [pid for agent in children_of(process.pid) for pid in children_of(agent)]
 
     wait_until(lambda: len(ranks()) == 2, "both ranks are there")
-    time.sleep(2)
+    assert process.stderr is not None
+    assert "is ready" in process.stderr.readline()
     os.kill(max(ranks()), signal.SIGKILL)
-    _, said = process.communicate(timeout=PATIENCE)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    ready, error = said.splitlines()
-    assert "is ready" in ready
-    assert re.fullmatch(r"tpctl: rank [01] was killed \(SIGKILL\).*", error)
+    assert re.fullmatch(r"tpctl: rank [01] was killed \(SIGKILL\).*\n", error)
 
 
 def test_one_answer_from_two_ranks(model: str) -> None:

@@ -131,19 +131,18 @@ def run_in_processes(config: EngineConfig, groups: Sequence[Sequence[Request]]) 
 
 @pytest.fixture(scope="module")
 def by_ranks(demo: ResolvedSource, prompts: list[list[int]]) -> dict[int, Tokens]:
-    """For every tensor-parallel size, the greedy answers; up to 3 ranks, also the sampled ones, alone and together."""
+    """For some tensor-parallel sizes, the greedy answers, and the sampled ones, alone and together."""
     found = {}
-    for tp_size in (1, 2, 3, 9):
+    for tp_size in (1, 2, 3):
         groups: list[list[Request]] = [greedy_requests(prompts)]
-        if tp_size <= 3:
-            groups += [[request] for request in sampled_requests(prompts, "alone")]
-            company = [Request(f"company {n}", ids, SamplingParams(max_tokens=9)) for n, ids in enumerate(prompts)]
-            groups.append([*company[:3], *sampled_requests(prompts, "together"), *company[3:]])
+        groups += [[request] for request in sampled_requests(prompts, "alone")]
+        company = [Request(f"company {n}", ids, SamplingParams(max_tokens=9)) for n, ids in enumerate(prompts)]
+        groups.append([*company[:3], *sampled_requests(prompts, "together"), *company[3:]])
         found[tp_size] = run_in_threads(engine_config(demo, tp_size), groups)
     return found
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 3, 9])
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
 def test_greedy_tokens_equal_transformers(by_ranks: dict[int, Tokens], expected: list[list[int]], tp_size: int) -> None:
     assert [by_ranks[tp_size][f"greedy {n}"] for n in range(len(expected))] == expected
 
