@@ -11,12 +11,14 @@ import argparse
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from tests.distributed.fake_worker import info
 from tpctl.launch.lifeline import connect, tie_to_parent
 from tpctl.wire.channel import ChannelClosed
 from tpctl.wire.messages import Abort, Add, GetStats, Output, Outputs, Ready, Request, Stats, Stop
-from tpctl.wire.report import EngineInfo, EngineStats
+from tpctl.wire.report import EngineStats
 from tpctl.wire.settings import EngineConfig
 
 
@@ -44,27 +46,7 @@ def serve(config: EngineConfig, path: Path) -> None:
     delay = float(os.environ.get("FAST_WORKER_DELAY", "0"))
     channel = connect(path)
     longest = config.max_model_len or 2048
-    channel.send(
-        Ready(
-            EngineInfo(
-                device=config.device,
-                dtype="float32",
-                tp_size=config.tp_size,
-                attention_backend="none",
-                kv_cache_dtype="float32",
-                block_size=16,
-                num_blocks=4,
-                max_model_len=longest,
-                wanted_model_len=longest,
-                kv_cache_bytes=0,
-                all_reduce=None,
-                scheduling_policy="fcfs",
-                weight_bytes=0,
-                timings={},
-                max_num_seqs=config.max_num_seqs,
-            )
-        )
-    )
+    channel.send(Ready(replace(info(config), max_model_len=longest, wanted_model_len=longest)))
 
     def outputs(requests: list[Request]) -> list[Output]:
         found = []

@@ -127,6 +127,8 @@ class PeerBuffer:
     def check(self, x_TH: torch.Tensor, *, sent: bool = False) -> None:
         """Raise ValueError unless x_TH fits; sent: unless a kernel can send it before the all-reduce."""
         rows, hidden = x_TH.shape[-2:]
+        if sent and hidden % 2:
+            raise ValueError(f"{hidden} features cannot be sent in pairs")
         if not self.fits(x_TH):
             raise ValueError(
                 f"[{rows}, {hidden}] {x_TH.dtype} does not fit a peer buffer of {self.dtype}, "

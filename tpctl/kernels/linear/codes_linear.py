@@ -161,8 +161,6 @@ def codes_linear(
     if out is None:
         out = x_TK.new_empty((rows, out_features))
     if outlet is not None:
-        if out_features % 2:
-            raise ValueError(f"{out_features} features cannot be sent in pairs")
         outlet.check(out, sent=True)
     if config.split_k > 1:
         needed = config.split_k * rows * (codes.outputs + 1)
