@@ -17,8 +17,9 @@ from tpctl.arch.storage import Axis, Coding, Entry
 from tpctl.errors import ShardFolderError
 from tpctl.kernels.common.codes import Codes, Kind, as_floats
 
-_AT_ONCE = 1 << 22
-"""Codes that are unpacked together: 16 MB of their 32-bit words."""
+_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Codes that are unpacked together: 1 MB of their 32-bit words, which a core's cache holds, or 16 MB. malloc keeps what is
+freed for what is asked for next, and puts weights that stay among it: from 16 MB on, holes of twice the weights' size."""
 
 _WORD = 32
 
@@ -146,7 +147,7 @@ def _values(held: HeldLinear, entry: Entry, coding: Coding, tensor: Tensor) -> T
     flat, source = found.view(-1, *shape), matrix.reshape(-1, *matrix.shape[-2:])
     # Words of outputs end where a part does, so that one may hold fewer than fit.
     per, places = (_WORD // coding.bits, held.places(entry)) if entry.out.packed else (1, list(range(outputs)))
-    step = max(1, _AT_ONCE // inputs // per) * per
+    step = max(1, _AT_ONCE[tensor.device.type] // inputs // per) * per
     for one, target in zip(source, flat, strict=True):
         for start in range(0, outputs, step):
             wanted = places[start : start + step]
