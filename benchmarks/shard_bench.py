@@ -68,7 +68,7 @@ SCALES: dict[str, Any] = {
     "moe_intermediate_size": 128,
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
-"""60,000 small tensors in 2 GB: experts in FP8, each with a scale of a few bytes."""
+"""60,000 small tensors in 2 GB: experts in FP8, each with a scale of a few bytes. In 8 GB as many of four times the size."""
 
 SCRIPT = """
 import sys, torch
@@ -111,7 +111,9 @@ for rank in range(tp):
 def make_config(shape: str, gigabytes: float) -> dict[str, Any]:
     """The config of a model of about that size; the small experts' size is fixed."""
     if shape == "scales":
-        return {**SCALES, "num_hidden_layers": 40}
+        grown = (gigabytes / 2.1) ** 0.5
+        sizes = {"hidden_size": 128 * round(4 * grown), "moe_intermediate_size": 128 * max(1, round(grown))}
+        return {**SCALES, **sizes, "num_hidden_layers": 40}
     config = dict(LLAMA if shape == "dense" else EXPERTS)
     one, two = (_bytes({**config, "num_hidden_layers": layers}) for layers in (1, 2))
     config["num_hidden_layers"] = max(1, 1 + round((gigabytes * 1e9 - one) / (two - one)))
