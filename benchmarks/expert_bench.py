@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -36,10 +36,12 @@ from tpctl.kernels.experts.grouped import (
     pick_block_m,
     pick_tile,
 )
+from tpctl.kernels.experts.grouped_scaled import LEAST_PAIRS
 from tpctl.kernels.experts.matrices import ExpertMatrices, experts_reference
 from tpctl.kernels.experts.one_row import RowConfig, one_row, pick_row
 from tpctl.kernels.experts.placing import place
 from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
+from tpctl.kernels.linear.codes_gemm import is_scaled
 
 SHARED_MEMORY = 232448
 RATE = 990e6  # bfloat16 operations a microsecond
@@ -262,7 +264,7 @@ CODES: list[tuple[str, Kind, int | None, bool, float]] = [
 
 
 def bench_codes() -> None:
-    row("codes", "rows", "us", "floor", "reached", "bf16 us", "error")
+    row("codes", "rows", "us", "floor", "reached", "bf16 us", "error", "8-bit us", "error")
     for shape in (QWEN, GPT_OSS):
         plain = random_layers(shape)
         for name, kind, unit, exponents, bits in CODES:
@@ -278,12 +280,26 @@ def bench_codes() -> None:
                 )
                 for one in plain
             ]
-            for rows in (1, 8, 64, 1024):
+            for rows in (1, 8, 64, 512, 1024, 8192):
                 us, routed, call = timed(coded, shape, rows, by_row=bits == 8)
                 dense, _, _ = timed(plain, shape, rows, by_row=True)
                 floor = floor_us(shape, routed, bits)
                 row(f"{shape.name} {name}", rows, f"{us:.1f}", f"{floor:.1f}", f"{floor / us:.0%}", f"{dense:.1f}",
-                    error_of(call, routed, coded[0]))  # fmt: skip
+                    error_of(call, routed, coded[0]), *in_8_bits(coded, shape, rows))  # fmt: skip
+
+
+def in_8_bits(layers: list[ExpertMatrices], shape: Shape, rows: int) -> tuple[str, str]:
+    """Microseconds and error where x is rounded to the weights' 8 bits, if so many rows would be."""
+    rounding = []
+    for one in layers:
+        assert isinstance(one.gate_up, Codes) and isinstance(one.down, Codes)
+        gate_up, down = replace(one.gate_up, rounds=True), replace(one.down, rounds=True)
+        enough = rows * shape.per_token >= LEAST_PAIRS * shape.count
+        if not (enough and is_scaled(gate_up, (9, 0)) and is_scaled(down, (9, 0))):
+            return "", ""
+        rounding.append(replace(one, gate_up=gate_up, down=down))
+    us, routed, call = timed(rounding, shape, rows, by_row=False)
+    return f"{us:.1f}", error_of(call, routed, rounding[0])
 
 
 def timed(

@@ -68,7 +68,7 @@ SCALES: dict[str, Any] = {
     "moe_intermediate_size": 128,
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
-"""60,000 small tensors in 2 GB: experts in FP8, each with a scale of a few bytes. In 8 GB as many of four times the size."""
+"""60,000 small tensors in 2 GB: experts in FP8, each with a scale of a few bytes; in 8 GB as many."""
 
 SCRIPT = """
 import sys, torch

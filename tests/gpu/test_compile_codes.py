@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED
 from tests.unit.random_codes import random_codes
 from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.experts.grouped_scaled import pick_scaled
+from tpctl.kernels.experts.grouped_scaled_kernels import grouped_scaled_kernel
+from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.linear.codes_gemm import GemmConfig, gemm_config
 from tpctl.kernels.linear.codes_gemm_kernels import decode_kernel, quantize_kernel, scaled_gemm_kernel
 from tpctl.kernels.linear.codes_gemv import gemv_form, pick_codes_gemv
@@ -189,6 +193,36 @@ def test_products_of_8_bits(arch: int, kind: str, rows: int, tmp_path: Path) -> 
     wanted = {"int8 channel": "I", "fp8 block": "Q", "fp8 channel": "Q"}[kind] + ("GMMA" if arch == 90 else "MMA")
     assert wanted in built.sass
     assert not re.search(r"ld\.global\S*\.[bus]8 ", built.ptx)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+@pytest.mark.parametrize("kind", ["fp8 block", "fp8 channel", "int8 channel"])
+@pytest.mark.parametrize("block_m,gated", [(64, True), (128, True), (64, False), (128, False)])
+def test_experts_in_8_bits(arch: int, kind: str, block_m: int, gated: bool, tmp_path: Path) -> None:
+    """Those of Qwen3-30B-A3B."""
+    if arch < 89 and kind != "int8 channel":
+        pytest.skip("no FP8 there")
+    hidden, width = 2048, 768
+    up, down = (
+        replace(random_codes(n=n, k=k, experts=2, **KINDS[kind]), rounds=True)
+        for n, k in ((2 * width, hidden), (hidden, width))
+    )
+    found = pick_scaled(9999, ExpertMatrices(up, down), 2, block_m, (arch // 10, arch % 10), SHARED[arch])
+    assert found is not None
+    codes, config = (up, found[0]) if gated else (down, found[1])
+    form, _, _ = form_of(codes, config.block_k, fast=False)
+    element = {"e4m3": "*fp8e4nv", "int8": "*i8"}[codes.kind]
+    types = {name: one for name, one in pointers(codes).items() if name in grouped_scaled_kernel.arg_names}
+    types |= {"q_ptr": element, "w_ptr": element, "pairs_ptr": "*i32", "tiles_ptr": "*i32", "weights_ptr": "*fp32"}
+    flags: dict[str, Any] = {"FORM": form, "OUTPUTS": codes.outputs, "SCALE_ROWS": codes.scales.shape[1]}
+    flags |= {"PER_TOKEN": 8, "GATING": "silu" if gated else None, "INTERLEAVED": False, "HAS_BIAS": False}
+    flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    flags |= {"STAGES": config.num_stages, "PDL": arch >= 90}
+    built = build(grouped_scaled_kernel, arch, tmp_path, types, config.num_warps, config.num_stages, **flags)
+    assert built.shared <= SHARED[arch]
+    assert built.stack <= SPILLED
+    assert {"int8 channel": "I"}.get(kind, "Q") + ("GMMA" if arch == 90 else "MMA") in built.sass
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", built.ptx)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

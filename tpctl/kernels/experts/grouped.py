@@ -2,6 +2,8 @@
 
     x [T, H] ── gate·up of each tile's expert ── h [T·K, I] ── down, weighed ── y [T·K, H] ── sum over K ── [T, H]
 
+Many pairs of experts whose format rounds inputs are multiplied in 8-bit numbers (`grouped_scaled`).
+
 Few tokens need no list of tiles: the program of a pair takes all tokens that chose its expert, and ends at once if it
 is not the first of its pairs. Above, `placing` makes the list. In float32 a result does not depend on the batch: every
 batch has tiles of one shape, and a token's sum runs over its slots in their order.
@@ -17,10 +19,11 @@ import triton
 from tpctl.arch.block import Activation, Clamped
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.codes import PACKED, Codes
-from tpctl.kernels.common.launch import launch_options, next_power_of_2, shared_memory
+from tpctl.kernels.common.launch import capability, launch_options, next_power_of_2, shared_memory
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.grouped_codes_kernels import grouped_codes_kernel
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
+from tpctl.kernels.experts.grouped_scaled import ScaledConfig, pick_scaled, scaled_pairs
 from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import Placed, place
 from tpctl.kernels.experts.routing import Routed
@@ -108,13 +111,13 @@ def grouped(
     out = x.new_empty(x.shape) if out is None else out
     if rows == 0:
         return out
-    if configs is None:
-        configs = _configs(x, pairs, experts, total_experts or experts.count)
-    placed = None
-    if rows > UNLISTED_ROWS:
-        placed = place(ids, experts.count, configs[0].block_m, first=experts.first, pdl=pdl)
-    h = grouped_gate_up(routed, experts, placed, configs[0], pdl=pdl)
-    y = grouped_down(h, routed, experts, placed, configs[1], pdl=pdl)
+    total = total_experts or experts.count
+    scaled = None if configs is not None else _scaled(x, pairs, experts, total)
+    if scaled is not None:
+        placed = place(ids, experts.count, scaled[0].block_m, first=experts.first, pdl=pdl)
+        y = scaled_pairs(routed, experts, placed, scaled, pdl=pdl)
+    else:
+        y = _plain_pairs(routed, experts, configs or _configs(x, pairs, experts, total), pdl=pdl)
     block = min(1024, next_power_of_2(experts.hidden))
     gather_sum_kernel[(triton.cdiv(experts.hidden, block), rows)](
         y,
@@ -136,6 +139,26 @@ def grouped(
         **launch_options(pdl),
     )
     return out
+
+
+def _scaled(
+    x: torch.Tensor, pairs: int, experts: ExpertMatrices, total: int
+) -> tuple[ScaledConfig, ScaledConfig] | None:
+    """Tiles of 8-bit numbers, if that is how so many pairs are multiplied."""
+    if x.dtype == torch.float32:
+        return None
+    return pick_scaled(pairs, experts, total, pick_block_m(pairs, total), capability(x.device), shared_memory(x.device))
+
+
+def _plain_pairs(
+    routed: Routed, experts: ExpertMatrices, configs: tuple[TileConfig, TileConfig], *, pdl: bool
+) -> torch.Tensor:
+    """What every pair adds to its token's sum, by numbers of x's dtype."""
+    placed = None
+    if len(routed.x) > UNLISTED_ROWS:
+        placed = place(routed.ids, experts.count, configs[0].block_m, first=experts.first, pdl=pdl)
+    h = grouped_gate_up(routed, experts, placed, configs[0], pdl=pdl)
+    return grouped_down(h, routed, experts, placed, configs[1], pdl=pdl)
 
 
 def grouped_gate_up(

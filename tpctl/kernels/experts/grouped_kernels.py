@@ -11,7 +11,7 @@ from tpctl.kernels.experts.tiles import ask_for, load_tile
 
 
 @triton.jit
-def _tile_of_list(pairs_ptr, tiles_ptr, tile, BLOCK_M: tl.constexpr):
+def tile_of_list(pairs_ptr, tiles_ptr, tile, BLOCK_M: tl.constexpr):
     """A tile that `placing` made: its expert (-1: none) and pairs (-1: none)."""
     m = tl.arange(0, BLOCK_M)
     expert = tl.load(tiles_ptr + 3 * tile)
@@ -62,7 +62,7 @@ def tile_of(
     if PDL and GATED:
         tl.extra.cuda.gdc_wait()
     if LISTED:
-        expert, pair = _tile_of_list(pairs_ptr, tiles_ptr, tl.program_id(1), BLOCK_M)
+        expert, pair = tile_of_list(pairs_ptr, tiles_ptr, tl.program_id(1), BLOCK_M)
     else:
         expert, pair = _tile_of_pair(ids_ptr, tl.program_id(1), rows, first, count, PER_TOKEN, SLOTS, BLOCK_M)
     if PDL:

@@ -51,16 +51,22 @@ def pick_way(rows: int, codes: Codes, capability: tuple[int, int], multiprocesso
     copies that feed them. Measured on an H200: 8-bit numbers are faster from 17 rows on, with scales for blocks of
     inputs from 33 where outputs are few; of other codes, decoding pays beyond some 128 rows. Elsewhere, an estimate.
     """
-    form, tile, _ = form_of(codes, _BLOCK_K, fast=False)
-    enough = codes.kind == "int8" or (codes.kind == "e4m3" and capability >= (8, 9))
-    plain = form.mode in ("end", "tile") and tile >= 32 and not form.has_zeros and form.zero == 0
-    if codes.rounds and enough and plain and codes.columns % 16 == 0:
+    if is_scaled(codes, capability):
+        form, _, _ = form_of(codes, _BLOCK_K, fast=False)
         least = 17 if form.mode == "end" or codes.outputs > 64 * multiprocessors else 33
         if capability[0] != 9:
             tiles = -(-rows // 128) * -(-codes.outputs // 128)
             least = 65 if tiles >= multiprocessors else MOST_ROWS + 1
         return "scaled" if rows >= least else "stored"
     return "stored" if rows <= _STORED else "decoded"
+
+
+def is_scaled(codes: Codes, capability: tuple[int, int]) -> bool:
+    """Whether many rows are multiplied in 8-bit numbers, on the tensor cores for those."""
+    form, tile, _ = form_of(codes, _BLOCK_K, fast=False)
+    enough = codes.kind == "int8" or (codes.kind == "e4m3" and capability >= (8, 9))
+    plain = form.mode in ("end", "tile") and tile >= 32 and not form.has_zeros and form.zero == 0
+    return codes.rounds and enough and plain and codes.columns % 16 == 0
 
 
 def gemm_config(

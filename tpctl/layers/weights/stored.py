@@ -18,8 +18,8 @@ from tpctl.errors import ShardFolderError
 from tpctl.kernels.common.codes import Codes, Kind, as_floats
 
 _AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Codes that are unpacked together: 1 MB of their 32-bit words, which a core's cache holds, or 16 MB. malloc keeps what is
-freed for what is asked for next, and puts weights that stay among it: from 16 MB on, holes of twice the weights' size."""
+"""Codes that are unpacked together: 1 MB of their 32-bit words, which a core's cache holds, or 16 MB. malloc keeps what
+is freed for what is asked for next, and puts weights that stay among it: from 16 MB on, holes of twice their size."""
 
 _WORD = 32
 
