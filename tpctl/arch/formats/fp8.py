@@ -28,6 +28,9 @@ KEPT = (
 )
 """Scales of a cache of keys and values in FP8, which no rank needs: the cache is kept in the model's dtype."""
 
+KNOWN = {"fmt": ("e4m3", "float8_e4m3fn"), "scale_fmt": ("float", "ue8m0"), "expert_dtype": ("fp8",)}
+"""Fields and what they may say. MiniMax' models have torch's name of the dtype where others have the short one."""
+
 _MOST = 4096
 
 
@@ -47,7 +50,7 @@ class FP8:
 
 
 def read(fields: Fields) -> FP8:
-    for key, known in (("fmt", ("e4m3",)), ("scale_fmt", ("float", "ue8m0")), ("expert_dtype", ("fp8",))):
+    for key, known in KNOWN.items():
         if (value := fields.get(key)) is not None and value not in known:
             raise UnsupportedModelError(
                 f"config.json: {key} of the quantised weights is {shown(value)}, tpctl knows {' and '.join(known)}"
