@@ -18,6 +18,7 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats import read_scheme
 from tpctl.arch.formats.skipped import Skipped
+from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import as_held, build_plan, checked_source_plan
 from tpctl.arch.storage import Storage
 from tpctl.checkpoint.metadata import read_metadata
@@ -295,3 +296,34 @@ def test_a_quantization_config_without_a_method_is_refused_plainly(given: dict[s
     )
     with pytest.raises(CheckpointError, match=said):
         ModelConfig.from_dict(make_config(quantization_config=given))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("cutting", [Cutting(), Cutting(even=True)], ids=["blocks", "even"])
+def test_weights_with_one_scale_are_cut_evenly_though_the_config_could_mean_blocks(
+    tmp_path: Path, family: str, cutting: Cutting
+) -> None:
+    sizes = {**MIXTURE, "moe_intermediate_size": 200} if family == "qwen3_moe" else {**SIZES, "intermediate_size": 200}
+    model = quantise(make_config(family, **sizes), PACKERS["fp8 of vllm"])
+    source, name = model.save(tmp_path / "model"), {"llama": "down_proj", "qwen3_moe": "experts.w2_"}[family]
+    plan = check(model, 2, cutting)
+    widths = [plan.shards[rank][found].shape[-1] for rank in range(2) for found in plan.shards[rank] if name in found]
+    assert {width for width in widths if width > 4} == {100}
+    planned = plan_model(read_metadata(str(source)), Budget(), tp_size=2, cutting=lambda tp: cutting)
+    assert planned.checks[1].verdict == "even"
+    written = shard_checkpoint(source, tmp_path / "out", 2, cutting=cutting)
+    assert {rank.rank: rank.file_bytes for rank in planned.ranks} == written.bytes_per_rank
+    if family == "qwen3_moe":
+        check(model, 4, replace(cutting, expert_parallel=2))
+
+
+def test_blocks_that_only_the_tensors_tell_are_planned_as_they_are_cut(tmp_path: Path) -> None:
+    """With a border inside of a block, where that is asked for."""
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    made = quantise(make_config(**{**SIZES, "intermediate_size": 384}), replace(PACKERS["fp8"], config=config))
+    source, even = made.save(tmp_path / "model"), Cutting(even=True)
+    plan = check(made, 2, even)
+    assert [plan.shape(rank, "model.layers.0.mlp.down_proj.weight") for rank in range(2)] == [(64, 192)] * 2
+    planned = plan_model(read_metadata(str(source)), Budget(), tp_size=2, cutting=lambda tp: even)
+    written = shard_checkpoint(source, tmp_path / "out", 2, cutting=even)
+    assert {rank.rank: rank.file_bytes for rank in planned.ranks} == written.bytes_per_rank

@@ -11,7 +11,7 @@ from tpctl.arch.blueprint import Blueprint, renamed
 from tpctl.arch.formats.scheme import Scheme
 from tpctl.arch.linear import Linear, Weight
 from tpctl.errors import PartitionError, UnsupportedModelError
-from tpctl.partition.cuts import Blocks, Cut, Dealt, Scaled, Whole, Within
+from tpctl.partition.cuts import Blocks, Cut, Dealt, Even, Scaled, Whole, Within
 from tpctl.partition.split import EACH, Rule
 
 
@@ -85,22 +85,27 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
     if cutting.expert_parallel == 1 and all(one.storage.is_dense for one in _linears(blueprint)):
         return blueprint
 
-    def part_cut(part: LayerPart) -> LayerPart:
-        if isinstance(part, Gated):
-            gate_up, down = _aligned(part.gate_up, part.down, cutting)
-            return replace(part, gate_up=gate_up, down=down)
-        if isinstance(part, Experts):
-            gate_up, down = _dealt(_aligned(part.gate_up, part.down, cutting), cutting.expert_parallel)
-            forms = (
-                (*_dealt(_aligned(one, other, cutting), cutting.expert_parallel), router)
-                for one, other, router in part.forms
-            )
-            shared = None if part.shared is None else part_cut(part.shared)
-            assert shared is None or isinstance(shared, Gated)
-            return replace(part, gate_up=gate_up, down=down, forms=tuple(forms), shared=shared)
-        return part
+    def cut(part: LayerPart) -> LayerPart:
+        return part_cut(part, cutting)
 
-    return replace(blueprint, layers=tuple(mapped(layer, part_cut) for layer in blueprint.layers))
+    return replace(blueprint, layers=tuple(mapped(layer, cut) for layer in blueprint.layers))
+
+
+def part_cut(part: LayerPart, cutting: Cutting) -> LayerPart:
+    """``part`` of a layer as ``cut_by`` has it, whether it was cut by ``cutting`` before or not."""
+    if isinstance(part, Gated):
+        gate_up, down = _aligned(part.gate_up, part.down, cutting)
+        return replace(part, gate_up=gate_up, down=down)
+    if isinstance(part, Experts):
+        gate_up, down = _dealt(_aligned(part.gate_up, part.down, cutting), cutting.expert_parallel)
+        forms = (
+            (*_dealt(_aligned(one, other, cutting), cutting.expert_parallel), router)
+            for one, other, router in part.forms
+        )
+        shared = None if part.shared is None else part_cut(part.shared, cutting)
+        assert shared is None or isinstance(shared, Gated)
+        return replace(part, gate_up=gate_up, down=down, forms=tuple(forms), shared=shared)
+    return part
 
 
 def _linears(blueprint: Blueprint) -> Iterator[Linear]:
@@ -131,14 +136,14 @@ def with_linears(part: LayerPart, change: Callable[[Linear], Linear]) -> LayerPa
 
 
 def _aligned(gate_up: Linear, down: Linear, cutting: Cutting) -> tuple[Linear, Linear]:
-    """Both with one cut of the width between them: where units of either end."""
+    """Both with one cut of the width between them: where units of either end, if there are any."""
     width = gate_up.parts[0].cut
+    if isinstance(width, Within):
+        width = width.cut
     factor = width.factor if isinstance(width, Scaled) else 1  # gate and up side by side
     unit = lcm(_per(gate_up.storage.out_unit, factor), down.storage.inp_unit)
     word = lcm(_per(gate_up.storage.out_word, factor), down.storage.inp_word)
-    if unit == 1:
-        return gate_up, down
-    cut = Blocks(unit, word, cutting.even)
+    cut: Cut = Even() if unit == 1 else Blocks(unit, word, cutting.even)
     beside: Cut = cut if factor == 1 else Scaled(cut, factor)
     parts = tuple(replace(part, cut=beside) for part in gate_up.parts)
     return replace(gate_up, parts=parts), replace(down, input_cut=cut)

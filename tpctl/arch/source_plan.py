@@ -12,7 +12,7 @@ from tpctl.arch.blueprint import ROOT, renamed
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
 from tpctl.arch.linear import Linear
-from tpctl.arch.quantised import mapped, with_linears
+from tpctl.arch.quantised import Cutting, mapped, part_cut, with_linears
 from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, counted
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
@@ -53,10 +53,10 @@ def as_held(config: ModelConfig, names: Container[str]) -> ModelConfig:
     blueprint = config.blueprint
     root = blueprint.root(names)
     layers = tuple(
-        mapped(layer, partial(_as_held, prefix=blueprint.prefix.format(number), root=root, names=names))
+        mapped(layer, partial(_as_held, config.cutting, prefix=blueprint.prefix.format(number), root=root, names=names))
         for number, layer in enumerate(blueprint.layers)
     )
-    beside = tuple(_as_held(part, "", root, names) for part in blueprint.beside)
+    beside = tuple(_as_held(config.cutting, part, "", root, names) for part in blueprint.beside)
     return replace(config, blueprint=replace(blueprint, layers=layers, beside=beside))
 
 
@@ -92,8 +92,9 @@ def check_text_only(config: ModelConfig, names: Iterable[str], text_only: bool) 
         )
 
 
-def _as_held(part: LayerPart, prefix: str, root: str, names: Container[str]) -> LayerPart:
-    """``part`` with its experts in the form, and its weights under the names, that a checkpoint with ``names`` has."""
+def _as_held(cutting: Cutting, part: LayerPart, prefix: str, root: str, names: Container[str]) -> LayerPart:
+    """``part`` with its experts in the form, and its weights under the names, that a checkpoint with ``names`` has; cut
+    where the units of those end."""
 
     def source(linear: Linear) -> str:
         return renamed(prefix + linear.parts[0].source.replace(EACH, "0"), root)
@@ -107,7 +108,9 @@ def _as_held(part: LayerPart, prefix: str, root: str, names: Container[str]) -> 
             if source(gate_up) + gate_up.storage.entries[0].suffix in names:
                 part = replace(part, gate_up=gate_up, down=down, router=router)
                 break
-    return with_linears(part, named) if any(linear.storage.others for linear in linears(part)) else part
+    if any(linear.storage.others for linear in linears(part)):
+        return part_cut(with_linears(part, named), cutting)
+    return part
 
 
 def _from(root: str, split: TensorSplit) -> TensorSplit:

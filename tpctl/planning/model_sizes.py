@@ -128,7 +128,8 @@ class ModelSizes:
 
     def _small(self, cutting: Cutting) -> ModelConfig:
         small = self.small_blueprint
-        return replace(self.config, blueprint=small if cutting == Cutting() else cut_by(small, cutting))
+        blueprint = small if cutting == Cutting() else cut_by(small, cutting)
+        return replace(self.config, blueprint=blueprint, cutting=cutting)
 
     def _small_splits(self, cutting: Cutting) -> list[TensorSplit]:
         return source_splits(self._small(cutting), self._sorts.names)
