@@ -41,16 +41,16 @@ def report_of(
     reports = []
     for rank in range(tp_size) if ranks is None else ranks:
         file = f"model-rank-{rank}-part-0.safetensors"
+        means = {name: meaning.get(name, Meaning()) for name in plan.shards[rank]}
         tensors = tuple(
-            tensor_report(name, stored, file, dtypes[name], meaning.get(name, Meaning()))
-            for name, stored in plan.shards[rank].items()
+            tensor_report(name, stored, file, dtypes[name], means[name]) for name, stored in plan.shards[rank].items()
         )
         reports.append(
             RankReport(
                 rank=rank,
                 files=(file,),
                 nbytes=sum(tensor.nbytes for tensor in tensors),
-                parameters=sum(prod(tensor.shape) for tensor in tensors),
+                parameters=int(sum(prod(tensor.shape) * means[tensor.name].weights for tensor in tensors)),
                 tensors=tensors,
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from tpctl.arch.formats.skipped import Skipped
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import as_held, build_plan, checked_source_plan
 from tpctl.arch.storage import Storage
-from tpctl.checkpoint.metadata import read_metadata
+from tpctl.checkpoint.metadata import ModelMetadata, read_metadata
 from tpctl.errors import CheckpointError
 from tpctl.partition.split import source_shapes
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.sharding.showing.inspect import inspect_shards
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": 1}
 MIXTURE: dict[str, Any] = {**SIZES, "num_experts": 4, "moe_intermediate_size": 96, "num_experts_per_tok": 2}
@@ -284,6 +286,34 @@ def test_the_planner_counts_what_is_written(tmp_path: Path, name: str, family: s
         shard_checkpoint(source, tmp_path / "out", size.tp_size, force=True)
         ranks = [read_shard(tmp_path / "out", rank).values() for rank in range(size.tp_size)]
         assert size.weight_bytes == max(sum(tensor.nbytes for tensor in tensors) for tensors in ranks)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "fp8"),
+        ("qwen3_moe", "ct int4 with zeros"),
+        ("qwen3_moe", "gptq of 8 bits"),
+        ("llama", "awq"),
+        ("gemma4_text", "ct nvfp4"),
+    ],
+)
+def test_parameters_are_weights_whatever_they_are_stored_as(tmp_path: Path, family: str, name: str) -> None:
+    """Of what is shown as of what is planned: no scales, and all of the values that a word packs."""
+    config = make_config(family, **(MIXTURE if family == "qwen3_moe" else SIZES))
+    source = quantise(config, PACKERS[name]).save(tmp_path / "model")
+    packed, whole = read_metadata(str(source)), plan_model(config_alone(tmp_path / "floats", config), Budget())
+    planned = plan_model(packed, Budget(), tp_size=2)
+    assert planned.parameters == whole.parameters
+    shard_checkpoint(source, tmp_path / "out", 2)
+    found = {rank.rank: rank.parameters for rank in inspect_shards(tmp_path / "out").ranks}
+    assert found == {rank.rank: rank.parameters for rank in planned.ranks}
+
+
+def config_alone(folder: Path, config: dict[str, Any]) -> ModelMetadata:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_metadata(str(folder))
 
 
 @pytest.mark.parametrize(

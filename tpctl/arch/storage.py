@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from typing import Literal
 
 from tpctl.partition.cuts import Cut, Units, Whole
@@ -100,6 +100,13 @@ class Entry:
         lengths = [(axis.dim, axis.entries(n)) for axis, n in ((self.out, outputs), (self.inp, inputs)) if axis]
         shape = tuple(length for _, length in sorted(lengths)) + self.tail
         return shape or (1,)
+
+    @property
+    def weights(self) -> float:
+        """How many weights one element is: several of packed values, none of scales."""
+        if self.out is None or self.inp is None or any(a.unit > 1 and not a.packed for a in (self.out, self.inp)):
+            return 0
+        return self.out.unit * self.inp.unit / prod(self.tail)
 
 
 @dataclass(frozen=True)

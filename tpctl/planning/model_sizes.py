@@ -33,7 +33,6 @@ from tpctl.arch.source_plan import (
     source_splits,
     stored_dtype,
 )
-from tpctl.arch.storage import Entry
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
@@ -138,11 +137,12 @@ class ModelSizes:
         """How many weights an element of each tensor of ``small_plan`` is; of experts how many a token takes; and how
         many times its bytes it takes when it runs, where that is more."""
         blueprint = self.small_blueprint
-        prefixes = [blueprint.prefix.format(number) for number in range(len(blueprint.layers))]
+        parts = [("", part) for part in blueprint.beside]
+        for number, layer in enumerate(blueprint.layers):
+            parts += [(blueprint.prefix.format(number), part) for part in layer.parts]
         owners = {
             f"{prefix}{linear.name}{linear.joiner}": (linear, part)
-            for prefix, layer in zip(prefixes, blueprint.layers, strict=True)
-            for part in layer.parts
+            for prefix, part in parts
             for linear in linears(part)
         }
         weights: dict[str, float] = {}
@@ -155,7 +155,7 @@ class ModelSizes:
             if owner is not None:
                 linear, part = owners[owner]
                 if (entry := next((one for one in linear.storage if one.name == kind), None)) is not None:
-                    weights[split.name] = _weights_an_element(entry)
+                    weights[split.name] = entry.weights
                     growth[split.name] = linear.storage.growth(entry)
                 if linear.stack is not None and isinstance(part, Experts):
                     chosen[split.name] = part.per_token
@@ -287,15 +287,6 @@ def _source_dtypes(split: TensorSplit, found: Mapping[str, str] | None, usual: s
     if found is not None:
         return {source: found[source] for source in split.sources}
     return dict.fromkeys(split.sources, usual if split.dtypes is None else split.dtypes[0])
-
-
-def _weights_an_element(entry: Entry) -> float:
-    """How many weights one element of a stored tensor is: several of packed ones, none of scales."""
-    if entry.out is None or entry.inp is None:
-        return 0
-    if any(axis.unit > 1 and not axis.packed for axis in (entry.out, entry.inp)):
-        return 0
-    return entry.out.unit * entry.inp.unit / prod(entry.tail)
 
 
 def _width(part: object, tp_size: int, rank: int) -> int:

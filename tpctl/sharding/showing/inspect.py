@@ -133,17 +133,16 @@ def _left_out(manifest: Manifest, done: Sequence[int], absent: Sequence[int], ex
 
 def _rank(manifest: Manifest, rank: int, meaning: Mapping[str, Meaning]) -> RankReport:
     shard = manifest.shard(rank)
+    means = {name: meaning.get(name, Meaning()) for name in shard.tensors}
     tensors = tuple(
-        tensor_report(
-            name, tensor, shard.parts[tensor.part].file, tensor.dtype, meaning.get(name, Meaning()), tensor.fill
-        )
+        tensor_report(name, tensor, shard.parts[tensor.part].file, tensor.dtype, means[name], tensor.fill)
         for name, tensor in shard.tensors.items()
     )
     return RankReport(
         rank=rank,
         files=tuple(part.file for part in shard.parts),
         nbytes=shard.nbytes,
-        parameters=sum(prod(tensor.shape) for tensor in shard.tensors.values()),
+        parameters=int(sum(prod(tensor.shape) * means[name].weights for name, tensor in shard.tensors.items())),
         tensors=tensors,
     )
 

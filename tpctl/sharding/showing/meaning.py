@@ -10,6 +10,7 @@ from tpctl.arch.block import linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.linear import Linear
 from tpctl.arch.storage import Axis, Entry, Storage
+from tpctl.partition.split import Rule
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Meaning:
         values: it holds the weight itself; the others of that weight belong to it.
         holds: what one entry stands for, in words; empty: a value.
         axes: what there is an entry for, along each axis.
+        weights: how many of the model's weights one entry is.
     """
 
     weight: str = ""
@@ -29,12 +31,15 @@ class Meaning:
     values: bool = True
     holds: str = ""
     axes: tuple[str, ...] = ()
+    weights: float = 1
 
 
 def meanings(blueprint: Blueprint) -> Mapping[str, Meaning]:
     """By the name of the stored tensor; ``blueprint`` has its experts as the checkpoint has them."""
     vocabulary = map(blueprint.stored_name, (blueprint.embedding, blueprint.head))
     found = {name: Meaning(axes=("tokens", "features")) for name in vocabulary}
+    for linear in (linear for part in blueprint.beside for linear in linears(part) if linear.rule is not Rule.VOCAB):
+        found.update(_of_linear(linear, ""))
     for number, layer in enumerate(blueprint.layers):
         prefix = blueprint.prefix.format(number)
         for part in layer.parts:
@@ -62,8 +67,9 @@ def _of_linear(linear: Linear, prefix: str) -> Iterator[tuple[str, Meaning]]:
     values = values_of(linear.storage)
     experts = ("experts",) if linear.stack is not None else ()
     for entry in linear.storage:
+        axes = (*experts, *_axes(entry))
         meaning = Meaning(
-            prefix + linear.name, linear.storage.format, entry is values, _holds(entry), (*experts, *_axes(entry))
+            prefix + linear.name, linear.storage.format, entry is values, _holds(entry), axes, entry.weights
         )
         yield f"{linear.name}{linear.joiner}{entry.name}", meaning
     if linear.bias:
