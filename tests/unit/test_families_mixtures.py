@@ -257,6 +257,34 @@ def test_what_is_not_run_says_why() -> None:
             _ = ModelConfig.from_dict({"model_type": model_type}).blueprint.blocks
 
 
+def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path: Path) -> None:
+    make_mixture("deepseek_v3", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "kimi_k2"}))
+    round_trip(tmp_path / "model", tmp_path, [(2, Cutting()), (5, Cutting()), (4, Cutting(2))])
+
+
+def test_published_kimi_k2_has_experts_of_four_bits_alone() -> None:
+    """K2-Thinking: its routed experts are packed, all else is as DeepSeek's."""
+    four = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    left = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
+    quantised = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": four}},
+        "ignore": left,
+    }
+    sizes = {"num_attention_heads": 64, "n_routed_experts": 384, "first_k_dense_replace": 1, "n_group": 1}
+    sizes |= {"num_key_value_heads": 64, "vocab_size": 163840, "num_nextn_predict_layers": 0, "topk_group": 1}
+    config = ModelConfig.from_dict(
+        {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], **sizes, "quantization_config": quantised}
+    )
+    plan = build_plan(config, 64)
+    packed = {name.split(".", 3)[3] for name in plan.shards[0] if name.endswith("weight_packed")}
+    assert packed == {"mlp.experts.w13_weight_packed", "mlp.experts.w2_weight_packed"}
+    assert plan.shape(63, "model.layers.60.mlp.experts.w2_weight_packed") == (384, 7168, 4)  # one group of 32
+
+
 FP8: dict[str, Any] = {
     "quant_method": "fp8",
     "weight_block_size": [16, 8],

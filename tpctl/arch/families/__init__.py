@@ -46,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": glm4_moe.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
     "granite": granite.FAMILY,
+    "kimi_k2": deepseek_v3.FAMILY,
     "llama": llama.FAMILY,
     "minimax_m2": minimax_m2.FAMILY,
     "ministral3": ministral3.FAMILY,

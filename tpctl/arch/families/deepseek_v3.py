@@ -1,4 +1,7 @@
-"""DeepSeek V3, R1 and V3.1: latent attention; dense layers first, then experts chosen by sigmoid and a correction."""
+"""DeepSeek V3, R1 and V3.1: latent attention; dense layers first, then experts chosen by sigmoid and a correction.
+
+Kimi K2 is the same: its ``config.json`` names the class and has a model_type of its own.
+"""
 
 from __future__ import annotations
 
