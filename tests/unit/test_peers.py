@@ -73,6 +73,58 @@ def test_blocks_of_linears(tmp_path: Path) -> None:
     assert "64 of 1024 inputs of self_attn.o_proj" in found[15].vllm[0].why
 
 
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "block",
+                "block_structure": [128, 128],
+                "symmetric": True,
+                "dynamic": False,
+            },
+            "input_activations": None,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(("form", "loads"), [(COMPRESSED, False), (FP8, True)])
+def test_experts_of_a_block_and_a_half_are_refused_at_every_size(
+    tmp_path: Path, form: dict[str, Any], loads: bool
+) -> None:
+    """Both engines look at an expert's outputs where one rank has all of them, too; vLLM makes ``fp8`` finer."""
+    config = make_config("qwen3_moe", **SIZES, **{**MOE, "moe_intermediate_size": 192}, quantization_config=form)
+    for found in (checks(tmp_path / "m", config)[0], checks(tmp_path / "n", config, Cutting)[1]):
+        assert rules(found) == (["Triton only" if loads else "expert blocks"], ["expert blocks"])
+        assert found.vllm[0].loads is loads
+        assert found.vllm[0].why.startswith("the experts' inner size 192 ends in a block of 128")
+    narrow = {**config, "moe_intermediate_size": 64, "hidden_size": 128}  # one block has more than all inputs
+    assert rules(checks(tmp_path / "o", narrow)[0])[1] == ["expert blocks"]
+
+
+def test_merged_linears_of_compressed_tensors_are_looked_at(tmp_path: Path) -> None:
+    """vLLM lets those of ``fp8`` be. On one rank the last part may be of any length, but not in SGLang's ``fp8``."""
+    config = {**SIZES, "intermediate_size": 2048 + 64}
+    own, other = [
+        checks(tmp_path / name, make_config(**config, quantization_config=form))[0]
+        for name, form in (("m", COMPRESSED), ("n", FP8))
+    ]
+    assert rules(own) == (["blocks"], ["blocks"]) and rules(other) == ([], ["blocks"])
+    assert "2112 of 2112 outputs of mlp.gate_up_proj a rank end in a block of 128" in own.vllm[0].why
+    one_head = {**SIZES, "num_key_value_heads": 1}
+    own, other = [
+        checks(tmp_path / name, make_config(**one_head, quantization_config=form))[0]
+        for name, form in (("o", COMPRESSED), ("p", FP8))
+    ]
+    assert rules(own) == (["blocks"], ["blocks"]) and rules(other) == ([], ["blocks"])
+
+
 def test_blocks_of_experts_and_whole_experts(tmp_path: Path) -> None:
     config = make_config(
         "qwen3_moe",

@@ -88,19 +88,21 @@ def _axis(linear: Linear, part: LayerPart) -> Iterator[Axis]:
 
 
 def _scales(storage: Storage, inputs: int) -> Scales | None:
-    """``None``: of a dense weight, and where scales are of whole rows (of ``inputs``) or of the whole weight."""
+    """``None``: of a dense weight, and where scales are of whole rows (of ``inputs``) or of the whole weight. A block
+    may have more inputs than there are."""
     found = [
-        entry for entry in storage if entry.inp and entry.out and 1 < entry.inp.unit < inputs and not entry.inp.packed
+        (entry, 1 if entry.out.packed else entry.out.unit, entry.inp.unit)
+        for entry in storage
+        if entry.inp and entry.out and not entry.inp.packed
     ]
-    if not found:
+    divided = [(entry, out, inp) for entry, out, inp in found if inp > 1 and (inp < inputs or out > 1)]
+    if not divided:
         return None
-    entry, values = found[0], storage.entries[0].dtypes or ()
-    assert entry.inp is not None and entry.out is not None
-    out = 1 if entry.out.packed else entry.out.unit
+    (entry, out, inp), values = divided[0], storage.entries[0].dtypes or ()
     if "F8_E4M3" in values:
         kind = "fp8 native" if entry.name.endswith("scale_inv") else "fp8"
     elif "U8" in values:
         kind = "nvfp4" if "F8_E4M3" in (entry.dtypes or ()) else "mxfp4"
     else:
         kind = "int"
-    return Scales(kind, out, entry.inp.unit)
+    return Scales(kind, out, inp)

@@ -41,15 +41,24 @@ class Dealing:
                     if length % ranks:
                         yield axis, length, ranks
 
-    def torn(self, kinds: Iterable[str], kind: str, *, experts: bool) -> Iterator[tuple[Axis, int, int, int]]:
+    def torn(
+        self, kinds: Iterable[str], kind: str, *, experts: bool, looks: int | None = None
+    ) -> Iterator[tuple[Axis, int, int, int]]:
         """Axes of that kind whose scales are of one of ``kinds``, with a length, its ranks, and the unit of a scale
-        that the even share is no multiple of."""
+        that the even share is no multiple of.
+
+        Args:
+            looks: whether one rank with all of an axis is looked at, too: at all parts but so many last ones.
+        """
         for axis in self.axes:
             if (axis.kind, axis.experts) != (kind, experts) or axis.scales is None or axis.scales.kind not in kinds:
                 continue
             unit = axis.scales.inp if kind == "rows" else axis.scales.out
-            for length, ranks in axis.a_rank(self.ranks(axis)):
-                if ranks > 1 and length % ranks == 0 and (length // ranks) % unit:
+            parts = list(axis.a_rank(self.ranks(axis)))
+            if self.ranks(axis) == 1:
+                parts = [] if looks is None else parts[: len(parts) - looks]
+            for length, ranks in parts:
+                if length % ranks == 0 and (length // ranks) % unit:
                     yield axis, length, ranks, unit
 
 
@@ -120,33 +129,39 @@ def _expert_width(dealt: Dealing) -> str | None:
     return None
 
 
-def _torn(kinds: tuple[str, ...], kind: str, what: str, *, single: bool = False) -> Broken:
-    """Even shares of linears that end inside of ``what``; ``single``: but for merged linears."""
+def _torn(kinds: tuple[str, ...], kind: str, what: str, *, merged: bool = False, looks: int | None = None) -> Broken:
+    """Even shares of linears of one part, or of ``merged`` ones, that end inside of ``what``; ``looks`` as ``torn``."""
 
     def broken(dealt: Dealing) -> str | None:
-        for axis, length, ranks, unit in dealt.torn(kinds, kind, experts=False):
-            if not single or len(axis.parts) == 1:
-                return (
-                    f"{length // ranks} of {length} {_FEATURES[kind]} of {axis.name} a rank end in a {what} of {unit}"
-                )
+        for axis, length, ranks, unit in dealt.torn(kinds, kind, experts=False, looks=looks):
+            if merged is (len(axis.parts) > 1):
+                whole = f"{length // ranks} of {length} {_FEATURES[kind]} of {axis.name}"
+                return f"{whole} a rank end in a {what} of {unit}"
         return None
 
     return broken
 
 
 def _torn_expert(dealt: Dealing, kinds: tuple[str, ...]) -> tuple[Axis, int, int, int] | None:
-    """``Dealing.torn`` of experts: the first, input features before output features."""
-    found = (one for kind in ("rows", "columns") for one in dealt.torn(kinds, kind, experts=True))
+    """``Dealing.torn`` of experts: the first, input features before output features, which both engines look at also
+    where experts are whole."""
+    found = (
+        one
+        for kind, looks in (("rows", None), ("columns", 0))
+        for one in dealt.torn(kinds, kind, experts=True, looks=looks)
+    )
     return next(found, None)
 
 
 def _torn_experts(kinds: tuple[str, ...], what: str) -> Broken:
-    """Even shares of experts that end inside of ``what``, whose scale is one."""
+    """Shares of experts that end inside of ``what``, whose scale is one."""
 
     def broken(dealt: Dealing) -> str | None:
         if (torn := _torn_expert(dealt, kinds)) is None:
             return None
         _, length, ranks, unit = torn
+        if ranks == 1:
+            return f"the experts' inner size {length} ends in a {what} of {unit}"
         return f"{length // ranks} of the experts' inner size {length} a rank end in a {what} of {unit}"
 
     return broken
@@ -183,6 +198,8 @@ _SGLANG_FP8 = f"{_SGLANG}/quantization/fp8.py"
 _SGLANG_CT = f"{_SGLANG}/quantization/compressed_tensors/schemes/compressed_tensors"
 
 _ROWS, _COLUMNS = _torn(_FP8, "rows", "block"), _torn(_FP8, "columns", "block")
+_MERGED = _torn(("fp8",), "columns", "block", merged=True, looks=1)
+_NATIVE = _torn(("fp8 native",), "columns", "block", merged=True, looks=0)
 _GROUPS = _torn(("int", "nvfp4"), "rows", "group")
 
 RULES = (
@@ -193,7 +210,8 @@ RULES = (
     Rule("vllm", "width", _width, "vllm/distributed/utils.py:51"),
     Rule("vllm", "expert width", _expert_width, f"{_VLLM}/fused_moe/config.py:1352"),
     Rule("vllm", "blocks", _ROWS, f"{_VLLM_FP8}:1296; vllm#52997"),
-    Rule("vllm", "blocks", _torn(_FP8, "columns", "block", single=True), f"{_VLLM_FP8}:1332"),
+    Rule("vllm", "blocks", _COLUMNS, f"{_VLLM_FP8}:1332"),
+    Rule("vllm", "blocks", _MERGED, f"{_VLLM_FP8}:1332"),  # of fp8 native linear.py:562 lets them be
     Rule("vllm", "expert blocks", _torn_experts(("fp8",), "block"), f"{_VLLM_CT}_w8a8_fp8.py:137"),
     Rule("vllm", "expert blocks", _not_refined, f"{_VLLM}/fused_moe/oracle/fp8.py:293, {_VLLM_FP8}:1347"),
     Rule("vllm", "Triton only", _triton_only, f"{_VLLM}/fused_moe/oracle/fp8.py:293", loads=True),
@@ -207,6 +225,8 @@ RULES = (
     Rule("sglang", "expert width", _expert_width, f"{_SGLANG}/moe/fused_moe_triton/layer.py:427"),
     Rule("sglang", "blocks", _ROWS, f"{_SGLANG_FP8}:594"),
     Rule("sglang", "blocks", _COLUMNS, f"{_SGLANG_FP8}:605"),
+    Rule("sglang", "blocks", _MERGED, f"{_SGLANG}/quantization/fp8_utils.py:2887"),
+    Rule("sglang", "blocks", _NATIVE, f"{_SGLANG_FP8}:605"),
     Rule("sglang", "expert blocks", _torn_experts(_FP8, "block"), f"{_SGLANG_FP8}:1586"),
     Rule("sglang", "groups", _GROUPS, f"{_SGLANG_CT}_wNa16.py:128, {_SGLANG}/quantization/marlin_utils.py:187"),
     Rule("sglang", "expert groups", _torn_experts(("int", "nvfp4"), "group"), f"{_SGLANG_CT}_wNa16_moe.py:158"),
