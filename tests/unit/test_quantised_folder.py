@@ -266,6 +266,16 @@ def test_what_cannot_be_quantised_is_refused_by_name(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_groups_that_divide_every_weight_are_advised() -> None:
+    """Not those that divide the first weight alone, which the next run would refuse."""
+    columns = {"mlp.up_proj": 64, "mlp.down_proj": 96}
+    chosen = {f"{LAYER}{name}.weight": TensorSpec(name, "BF16", (8, width)) for name, width in columns.items()}
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight has 64 columns, .* 128 do not .*; use --quantize int4-g32"
+    ):
+        linears(chosen, Method.INT4)
+
+
 @pytest.mark.parametrize(
     "config",
     [

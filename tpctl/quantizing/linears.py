@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import gcd
 from typing import Protocol
 
 from tpctl.arch.formats.skipped import is_stack
@@ -96,10 +97,10 @@ def linears(
         if is_linear or len(tensor.shape) > 1:
             _require_float(name, tensor, method)
         if is_linear:
-            found[name] = (Weight(name, _matrix(name, tensor.shape, SCHEMES[method])),)
+            found[name] = (Weight(name, _matrix(name, tensor.shape)),)
         elif name in stacks.weights:
             for weight in stacks.weights[name]:
-                _matrix(weight.name, weight.shape, SCHEMES[method])
+                _matrix(weight.name, weight.shape)
             found[name] = stacks.weights[name]
         elif len(tensor.shape) > 1 and not (suffix == "weight" and _KEPT.fullmatch(module)):
             raise CheckpointError(
@@ -107,6 +108,7 @@ def linears(
             )
     if not found:
         raise CheckpointError("no linear of a decoder layer is among the checkpoint's tensors; leave out --quantize")
+    _require_whole_groups([weight for held in found.values() for weight in held], SCHEMES[method])
     return found
 
 
@@ -178,23 +180,30 @@ def _instead(method: Method) -> str:
     return f"leave out --quantize {method}, or give its unquantised original"
 
 
-def _fitting(columns: int) -> str:
-    """What to quantise to where the groups that were asked for do not divide ``columns``."""
+def _matrix(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2 or 0 in shape:
+        raise CheckpointError(f"{name} has the shape {list(shape)}, but a linear's weight has rows and columns")
+    rows, columns = shape
+    return rows, columns
+
+
+def _require_whole_groups(weights: Sequence[Weight], scheme: Scheme) -> None:
+    """Refuse weights whose columns the groups of ``scheme`` do not divide, as compressed-tensors does."""
+    if scheme.strategy != "group" or scheme.columns is None:
+        return
+    for weight in weights:
+        if (columns := weight.shape[1]) % scheme.columns:
+            raise CheckpointError(
+                f"{weight.name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize "
+                f"{_fitting(weights)}"
+            )
+
+
+def _fitting(weights: Iterable[Weight]) -> str:
+    """What to quantise to, where some groups do not divide the columns of all ``weights``."""
+    columns = gcd(*(weight.shape[1] for weight in weights))
     for method in (Method.INT4_G64, Method.INT4_G32):
         group = SCHEMES[method].columns
         if group is not None and columns % group == 0:
             return f"{method}, whose groups are of {group}"
     return f"{Method.FP8}, which has no groups"
-
-
-def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
-    if len(shape) != 2 or 0 in shape:
-        raise CheckpointError(f"{name} has the shape {list(shape)}, but a linear's weight has rows and columns")
-    rows, columns = shape
-    if scheme.strategy == "group" and scheme.columns is not None and columns % scheme.columns:
-        # As compressed-tensors does.
-        raise CheckpointError(
-            f"{name} has {columns} columns, which groups of {scheme.columns} do not divide; use --quantize "
-            f"{_fitting(columns)}"
-        )
-    return rows, columns
