@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
+from tpctl.arch.config import Cutting
 from tpctl.checkpoint.folder import CheckpointFile
 from tpctl.checkpoint.locks import exclusive
 from tpctl.checkpoint.safetensors import TensorSpec, read_header
@@ -188,9 +189,18 @@ def other_weights(source: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (None, {"max_part_size": 4000}, "cut with part size 3000, but 4000 is asked for"),
-        (None, {"dtype": "float32"}, "cut with dtype as in the source, but F32 is asked for"),
-        (None, {"compat": "vllm"}, "cut with compat None, but vllm is asked for"),
+        (
+            None,
+            {"max_part_size": 4000},
+            "cut with --max-part-size 3000B, but --max-part-size 4000B is asked for; ask for --max-part-size 3000B",
+        ),
+        (
+            None,
+            {"dtype": "float32"},
+            "cut with --dtype auto, but --dtype float32 is asked for; ask for --dtype auto, use --force",
+        ),
+        (None, {"compat": "vllm"}, "cut with no --compat, but --compat vllm is asked for; ask for no --compat, use"),
+        (None, {"cutting": Cutting(even=True)}, "cut with --no-even, but --even is asked for; ask for --no-even, use"),
         (None, {"revision": "b"}, "cut with revision a, but b is asked for"),
         ("config", {}, "a source with another config.json"),
         ("tokenizer", {}, "a source with another tokenizer.json"),

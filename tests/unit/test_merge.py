@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.bad_input import local_answer
 from tests.unit.synthetic import RUN, folder_bytes, make_checkpoint, make_config, read_tensors
 from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
+from tpctl.arch.config import Cutting
 from tpctl.checkpoint.cast import cast
 from tpctl.checkpoint.folder import INDEX
 from tpctl.checkpoint.safetensors import TensorSpec, read_header
@@ -207,6 +209,27 @@ def test_every_rank_is_needed(tmp_path: Path, source: Path) -> None:
         merge_shards(tmp_path / "n", tmp_path / "out")
     with pytest.raises(ShardFolderError, match=message):
         reshard(tmp_path / "n", tmp_path / "out", 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ({"dtype": "float32"}, " --dtype float32"),
+        ({"max_part_size": 4000}, " --max-part-size 4000B"),
+        ({"compat": "vllm", "cutting": Cutting(even=True)}, " --compat vllm --even"),
+    ],
+)
+def test_the_command_for_the_other_ranks_has_the_options_of_those_that_are_there(
+    tmp_path: Path, source: Path, how: dict[str, Any], options: str
+) -> None:
+    folder = tmp_path / "n"
+    shard_checkpoint(source, folder, 2, ranks=[0], **how)
+    with pytest.raises(ShardFolderError) as caught:
+        merge_shards(folder, tmp_path / "out")
+    command = f"shard MODEL --tp 2{options} --ranks 1 -o {folder}"
+    assert f"add rank 1: `tpctl {command}`" in str(caught.value)
+    assert local_answer(command.replace("MODEL", str(source)), tmp_path).code == 0
+    assert merge_shards(folder, tmp_path / "out").exact is ("dtype" not in how)
 
 
 def test_reshard_refuses_too_many_ranks_and_an_existing_target(tmp_path: Path, source: Path) -> None:

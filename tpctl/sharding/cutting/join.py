@@ -14,6 +14,7 @@ from tpctl.checkpoint.progress import Progress
 from tpctl.errors import OutputError, ShardFolderError
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.manifest.records import Source
+from tpctl.sharding.cutting.options import option
 from tpctl.sharding.moving.contents import absent_ranks
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import ByteCounter, Files
@@ -68,13 +69,12 @@ def check_same_cut(folder: Path, held: Manifest, wanted: Manifest) -> None:
     for what, one, other in (
         ("model type", held.model_type, wanted.model_type),
         ("revision", held.source.revision, wanted.source.revision),
-        ("dtype", held.dtype or "as in the source", wanted.dtype or "as in the source"),
-        ("part size", held.max_part_size, wanted.max_part_size),
-        ("compat", held.compat, wanted.compat),
-        ("expert-parallel size", held.expert_parallel, wanted.expert_parallel),
-        ("even borders", held.even, wanted.even),
     ):
         _same(what, folder, one, other)
+    for field in ("dtype", "max_part_size", "compat", "expert_parallel", "even"):
+        if getattr(held, field) != getattr(wanted, field):
+            one, other = option(held, field), option(wanted, field)
+            raise OutputError(f"{folder} holds ranks cut with {one}, but {other} is asked for; ask for {one}, {_ELSE}")
     if (name := _other_file(held.source, wanted.source)) is not None:
         raise OutputError(f"{folder} holds ranks cut from a source with another {name}; {_ELSE}")
     for name in sorted({*held.files, *wanted.files}):

@@ -18,6 +18,7 @@ from tpctl.json_file import parse_object
 from tpctl.manifest.manifest import Manifest, describe_ranks, rank_list
 from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.split import EACH, TensorSplit, tensor_names
+from tpctl.sharding.cutting.options import cut_options
 from tpctl.sharding.moving.copied import copy_file
 from tpctl.sharding.moving.files import ByteCounter, Files, few_collections
 from tpctl.sharding.moving.lanes import Move
@@ -106,11 +107,9 @@ def require_all_ranks(folder: Path, manifest: Manifest) -> None:
     """Raise ``ShardFolderError`` unless the folder holds every rank."""
     missing = [rank for rank in range(manifest.tp_size) if rank not in manifest.shards]
     if missing:
-        dealt = f" --ep {manifest.expert_parallel}" if manifest.expert_parallel > 1 else ""
-        even = " --even" if manifest.even else ""
         raise ShardFolderError(
             f"{folder} holds {describe_ranks(manifest.shards)} of tp {manifest.tp_size}, but all are needed; "
-            f"add {describe_ranks(missing)}: `tpctl shard MODEL --tp {manifest.tp_size}{dealt}{even} "
+            f"add {describe_ranks(missing)}: `tpctl shard MODEL --tp {manifest.tp_size}{cut_options(manifest)} "
             f"--ranks {rank_list(missing)} -o {quote(str(folder))}`"
         )
 
