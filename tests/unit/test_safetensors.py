@@ -94,7 +94,7 @@ BAD: list[tuple[str, Any, bytes, str]] = [
     ("gap at the start", {"a": entry(offsets=(4, 8))}, b"12345678", "leaves a gap before it"),
     ("gap inside", {"a": entry(), "b": entry(offsets=(8, 12))}, b"1" * 12, "b leaves a gap"),
     ("overlap", {"a": entry(), "b": entry(shape=(2,), offsets=(0, 8))}, b"1" * 8, "b overlaps another"),
-    ("trailing bytes", {"a": entry()}, b"12345", "tensors end at byte"),
+    ("trailing bytes", {"a": entry()}, b"12345", "is damaged: its tensors end at byte .*; fetch it again"),
     ("data cut short", {"a": entry()}, b"123", "is truncated: its tensors end"),
 ]
 
@@ -139,7 +139,11 @@ def test_malformed_headers_are_refused_with_file_and_reason(
     ("data", "message"),
     [
         (b"", "has 0 bytes, at least 8"),
-        (b"1234567", "has 7 bytes"),
+        (b"1234567", "has 7 bytes, at least 8 are needed; fetch it again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n",
+            "Git LFS leaves in its place; run `git lfs pull",
+        ),
         (struct.pack("<Q", MAX_HEADER + 1), "would be 100000001 bytes long"),
         (struct.pack("<Q", 2**63), "would be"),
         (struct.pack("<Q", 100) + b"{}", "header ends at byte 108, the file has 10"),

@@ -158,7 +158,10 @@ def stored_dtype(split: TensorSplit, sources: Mapping[str, str], target: str | N
     if split.dtypes is not None:
         for source, dtype in sources.items():
             if dtype not in split.dtypes:
-                raise CheckpointError(f"{source} is {dtype}, but its format has {' or '.join(split.dtypes)}")
+                raise CheckpointError(
+                    f"{source} is {dtype}, but its format has {' or '.join(split.dtypes)}; take the config.json that "
+                    "belongs to the checkpoint, or fetch it again"
+                )
         target = None
     elif strange := [source for source, dtype in sources.items() if dtype not in FLOATS]:
         raise UnsupportedModelError(

@@ -119,7 +119,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     if free < needed:
         raise SourceError(
             f"{what} needs {readable_bytes(needed)} but {existing} has {readable_bytes(free)} free; "
-            "free some space or choose another folder"
+            "free some space or choose another place (-o, or TPCTL_CACHE for the cache)"
         )
 
 

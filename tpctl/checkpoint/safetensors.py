@@ -123,7 +123,13 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     """The header's length in bytes from a file's first eight; ``file_size`` bounds it. Errors as ``read_header``."""
     if len(prefix) < 8:
         raise CheckpointError(
-            f"{where} is no safetensors file: it has {counted(file_size, 'byte')}, at least 8 are needed"
+            f"{where} is no safetensors file: it has {counted(file_size, 'byte')}, at least 8 are needed; "
+            "fetch it again"
+        )
+    if prefix == _LFS_POINTER:
+        raise CheckpointError(
+            f"{where} is no safetensors file but the pointer to one that Git LFS leaves in its place; run `git lfs "
+            "pull` in the clone, or fetch the model with `tpctl download`"
         )
     length: int = struct.unpack("<Q", prefix)[0]
     if length > MAX_HEADER:
@@ -134,6 +140,9 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
         )
     return length
 
+
+_LFS_POINTER = b"version "
+"""How the text begins that Git LFS has in place of a large file: its first line names the pointers' version."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -190,7 +199,9 @@ def parse_header(body: bytes, file_size: int, where: str) -> Header:
             f"{where} is truncated: its tensors end at byte {reach}, the file has {file_size}; fetch it again"
         )
     if reach < file_size:
-        raise bad(f"its tensors end at byte {reach}, but the file has {file_size}")
+        raise CheckpointError(
+            f"{where} is damaged: its tensors end at byte {reach}, but the file has {file_size}; fetch it again"
+        )
     return Header(tensors, metadata, text, base)
 
 
