@@ -1,7 +1,8 @@
 """An engine without a model or torch, as fast as messages go: for everything around an engine (``TPCTL_WORKER``).
 
 Its answer to a prompt is a function of the prompt's tokens alone: a few of them, from the end to the front. A prompt
-that holds the text of ``FAST_WORKER_DEADLY`` as its own ids (comma between them) kills the rank that is asked;
+that holds the text of ``FAST_WORKER_DEADLY`` as its own ids (comma between them) kills the rank that is asked, and one
+that holds those of ``FAST_WORKER_HANGS`` is thought about for ever;
 ``FAST_WORKER_DELAY`` seconds pass before each group of answers.
 """
 
@@ -26,6 +27,14 @@ def answer(token_ids: list[int], max_tokens: int) -> list[int]:
     return token_ids[::-1][: min(max_tokens, 8)]
 
 
+def ids_of(variable: str) -> list[int]:
+    return [int(id) for id in os.environ.get(variable, "").split(",") if id]
+
+
+def holds(token_ids: list[int], part: list[int]) -> bool:
+    return bool(part) and any(token_ids[at:][: len(part)] == part for at in range(len(token_ids)))
+
+
 def main() -> None:
     tie_to_parent()
     parser = argparse.ArgumentParser()
@@ -42,7 +51,7 @@ def main() -> None:
 
 
 def serve(config: EngineConfig, path: Path) -> None:
-    deadly = [int(id) for id in os.environ.get("FAST_WORKER_DEADLY", "").split(",") if id]
+    deadly, hangs = (ids_of(f"FAST_WORKER_{name}") for name in ("DEADLY", "HANGS"))
     delay = float(os.environ.get("FAST_WORKER_DELAY", "0"))
     channel = connect(path)
     longest = config.max_model_len or 2048
@@ -51,8 +60,10 @@ def serve(config: EngineConfig, path: Path) -> None:
     def outputs(requests: list[Request]) -> list[Output]:
         found = []
         for request in requests:
-            if deadly and any(request.token_ids[at:][: len(deadly)] == deadly for at in range(len(request.token_ids))):
+            if holds(request.token_ids, deadly):
                 os.kill(os.getpid(), signal.SIGKILL)
+            while holds(request.token_ids, hangs):
+                time.sleep(1)
             found.append(Output(request.id, answer(request.token_ids, request.sampling.max_tokens), "length"))
         return found
 

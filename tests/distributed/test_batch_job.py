@@ -145,22 +145,26 @@ def parts(run: Runner) -> list[Any]:
     return [Part.from_json(value) for value in json_lines(run.folder.index)]
 
 
-def test_a_line_that_kills_engines_is_found_and_the_others_are_answered(batch: Make) -> None:
+@pytest.mark.parametrize(("what", "options"), [("DEADLY", ()), ("HANGS", ("--step-timeout", "2"))])
+def test_a_line_that_kills_or_hangs_engines_is_found_and_the_others_are_answered(
+    batch: Make, what: str, options: tuple[str, ...]
+) -> None:
     from tpctl.client.tokenizer import Tokenizer
 
     run = batch(60)
     model = Path(run.command[-1])
-    deadly = Tokenizer(model).encode("a poisonous prompt")
-    run.env["FAST_WORKER_DEADLY"] = ",".join(map(str, deadly))
+    ids = Tokenizer(model).encode("a poisonous prompt")
+    run.env[f"FAST_WORKER_{what}"] = ",".join(map(str, ids))
     lines = run.prompts.read_text().splitlines()
     lines[33] = json.dumps({"id": "row-33", "prompt": "a poisonous prompt"})
     run.prompts.write_text("\n".join(lines))
-    result = run("--replicas", "2", "--part-rows", "30")
+    result = run("--replicas", "2", "--part-rows", "30", *options)
     assert result.returncode == 1, result.stderr
+    assert ("the engine made no step for 2 s and was ended" in result.stderr) == (what == "HANGS")
     wrong = [row for row in run.rows() if "error" in row]
-    assert wrong == [{"id": "row-33", "error": "line 34: at least 3 engines died while they answered it"}]
+    assert wrong == [{"id": "row-33", "error": "line 34: at least 3 engines died or hung while they answered it"}]
     assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(60)]
-    del run.env["FAST_WORKER_DEADLY"]
+    del run.env[f"FAST_WORKER_{what}"]
     assert run("--resume").returncode == 1
     assert run("--resume", "--retry-errors").returncode == 0
     assert not [row for row in run.rows() if "error" in row] and len(run.rows()) == 60

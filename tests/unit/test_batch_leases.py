@@ -97,7 +97,7 @@ def test_killed_at_any_change_of_any_file(tmp_path: Path, prompts: Path, monkeyp
             finish(folder, prompts, parts, Replicas(folder, prompts, deadly))
         found = rows_of(folder)
         error = found.pop(12)
-        assert error["id"] == 13 and "engines died while they answered it" in error["error"], seen[-1]
+        assert error["id"] == 13 and "engines died or hung while they answered it" in error["error"], seen[-1]
         assert found == WANTED[:12] + WANTED[13:], seen[-1]
         assert not left_over(folder), seen[-1]
         if len(seen) == steps:  # nothing was left to die before
@@ -134,7 +134,7 @@ def test_a_deadly_line_becomes_an_error_row_after_some_deaths(folder: JobFolder,
     found = rows_of(folder)
     assert found[line - 1] == {
         "id": line,
-        "error": f"line {line}: at least {DEATHS} engines died while they answered it",
+        "error": f"line {line}: at least {DEATHS} engines died or hung while they answered it",
     }
     assert found[: line - 1] + found[line:] == WANTED[: line - 1] + WANTED[line:]
     assert board.sums.errors == 1 and replicas.deaths >= DEATHS

@@ -171,7 +171,7 @@ class Board:
         if span.count == 1 and left and span.deaths > DEATHS:
             with self._prompts.open("rb") as stream:
                 line = read_part(stream, part, str(self._prompts))[left[0]]
-            error = f"line {line.number}: at least {DEATHS} engines died while they answered it"
+            error = f"line {line.number}: at least {DEATHS} engines died or hung while they answered it"
             row = {"id": id_of(line.raw, line.number), "error": error}
             write_part(self._folder.kept / f"{span.name}.rows", {left[0]: row}, places=True)
             return

@@ -15,12 +15,14 @@ from typing import IO, Any, Self
 from tpctl.batch.folder import JobFolder
 from tpctl.batch.leases import Leases
 from tpctl.batch.signs import Signs, Watch, lock
+from tpctl.batch.watchdog import Watchdog, step_timeout
 from tpctl.client.batch import Batch, Tally
 from tpctl.client.disk import writing
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.jobs import JobParser
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, OutputError, TpctlError
+from tpctl.wire.settings import EngineConfig
 
 POLL = 0.1
 """Seconds between looks at what is offered."""
@@ -34,11 +36,16 @@ TOGETHER = 32
 
 @dataclass(frozen=True)
 class Asked:
-    """What every line of the batch is answered with, but for what it says itself."""
+    """What every line of the batch is answered with, but for what it says itself.
+
+    Attributes:
+        step_timeout: seconds without a step after which the engine counts as hung; ``None``: as its model has it.
+    """
 
     prompts: Path
     sampling: dict[str, Any]
     stop: list[str]
+    step_timeout: float | None = None
 
 
 def new_name() -> str:
@@ -101,11 +108,11 @@ class Replica:
         self._state = "working"
         return self._leases
 
-    def answer(self, client: EngineClient, tokenizer: Tokenizer, asked: Asked, max_num_seqs: int) -> Tally:
+    def answer(self, client: EngineClient, tokenizer: Tokenizer, asked: Asked, config: EngineConfig) -> Tally:
         """Take lines and answer them until the coordinator says that all are, or is gone.
 
         Raises:
-            EngineError: the engine failed.
+            EngineError: the engine failed, or makes no steps.
             OutputError: the folder is gone, or takes no more.
             SourceError: the input is not what it was.
         """
@@ -118,7 +125,7 @@ class Replica:
             max_model_len=info.max_model_len,
             repeated=leases.repeated,
         )
-        batch = Batch(client, tokenizer, leases, window=2 * max_num_seqs)
+        batch = Batch(client, tokenizer, leases, window=2 * config.max_num_seqs)
         self._tally = batch.tally
 
         def step(tally: Tally) -> None:
@@ -127,8 +134,13 @@ class Replica:
             if (failure := client.failure_now()) is not None:
                 raise failure
 
+        def at_work() -> tuple[int, ...] | None:
+            return (batch.tally.lines, batch.tally.completion_tokens) if batch.under_way else None
+
+        longest = step_timeout(info.device, info.weight_bytes, config.max_num_batched_tokens)
         groups = leases.groups(TOGETHER, POLL)
-        return batch.run_groups(groups, parser, step=step, should_stop=self.over)
+        with Watchdog(client, at_work, asked.step_timeout or longest):
+            return batch.run_groups(groups, parser, step=step, should_stop=self.over)
 
     def over(self) -> bool:
         """Whether there is nothing to do any more; looked at a few times a second.

@@ -22,6 +22,7 @@ class JobSpec:
         model: as the user named it; ``model_digest`` tells whether another host has the same.
         sampling: fields of ``SamplingParams`` for lines that do not set them; ``stop``: texts that end answers.
         template_variables: for the chat template, as JSON; its file is in the folder, if it is not the model's own.
+        step_timeout: seconds without a step after which an engine counts as hung; ``None``: as its model has it.
     """
 
     prompts: str
@@ -31,6 +32,7 @@ class JobSpec:
     sampling: dict[str, Any]
     stop: list[str]
     template_variables: str | None
+    step_timeout: float | None = None
 
     def write(self, folder: JobFolder) -> None:
         """Raises ``OutputError`` if it cannot be written."""

@@ -46,6 +46,15 @@ class JobOptions:
     part_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows of a part. Default: 1000, or fewer if the input is small.")
     ] = None
+    step_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1.0,
+            help="An engine that has work and makes no step for so long counts as dead. Default: 300 on GPUs, on a CPU "
+            "600, or more where the model is large.",
+        ),
+    ] = None
 
     def count(self) -> int | None:
         """Replicas that are asked for; ``None``: as many as there is room for.
@@ -94,7 +103,7 @@ def is_job(output: str, options: JobOptions) -> bool:
         if output == "-":
             raise UsageError(f"--replicas {options.replicas} needs a file or a folder for the rows; name it with -o")
         return True
-    for name in ("retry_errors", "gpu_hour_price", "part_rows"):
+    for name in ("retry_errors", "gpu_hour_price", "part_rows", "step_timeout"):
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} needs a folder (-o FOLDER/) or --replicas above 1")
     return False
@@ -283,9 +292,9 @@ def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str, replica
 
     if job.template.chat_template is not None:
         put(folder.template, job.template.chat_template.read_bytes())
-    variables = job.template.chat_template_kwargs
+    variables, timeout = job.template.chat_template_kwargs, job.options.step_timeout
     args = replace(engine_args(job.engine, job.policy), engines_on_host=replicas)
-    JobSpec(str(prompts), job.model, digest, args, job.sampling, job.stop, variables).write(folder)
+    JobSpec(str(prompts), job.model, digest, args, job.sampling, job.stop, variables, timeout).write(folder)
 
 
 def _mentions_messages(prompts: Path, enough: int = 1 << 20) -> bool:

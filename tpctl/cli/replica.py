@@ -58,8 +58,8 @@ def replica(
                 )
             with EngineClient(config, module=os.environ.get(WORKER_VARIABLE) or WORKER) as engine:
                 tokenizer = at_hand.tokenizer(config.text_dir)
-                asked = Asked(Path(spec.prompts), spec.sampling, spec.stop)
-                tally = place.answer(engine, tokenizer, asked, config.max_num_seqs)
+                asked = Asked(Path(spec.prompts), spec.sampling, spec.stop, spec.step_timeout)
+                tally = place.answer(engine, tokenizer, asked, config)
     except EngineError as error:
         note(f"tpctl: {error}")
         raise typer.Exit(ENGINE_FAILED) from None

@@ -128,6 +128,11 @@ class Batch:
         self._open: dict[str, tuple[Job, TextStream]] = {}
         self.tally = Tally()
 
+    @property
+    def under_way(self) -> int:
+        """Jobs that the engine has."""
+        return len(self._open)
+
     def run(
         self,
         lines: Iterable[Line],

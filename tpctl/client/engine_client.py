@@ -131,6 +131,15 @@ class EngineClient:
         if failure is not None:
             callback(failure)
 
+    def give_up(self, reason: TpctlError) -> None:
+        """End every process of an engine that does not go on; whoever waits for it is told ``reason``. Any thread."""
+        if self._closed or self._failure is not None:
+            return
+        self._fail(reason)
+        self._workers.close()
+        if self._channel is not None:
+            self._channel.close()
+
     def close(self) -> None:
         """End every process of the engine. Takes up to a few seconds; may be called again."""
         if self._closed:
@@ -175,7 +184,7 @@ class EngineClient:
             if self._channel is not None:
                 self._channel.close()  # rank 0 ends when nobody listens
         finally:
-            if not self._closed:
+            if not self._closed and self._failure is None:
                 self._fail(self._workers.failure(fatal))
             self._router.fail(self._reason())
             self._ended.set()
