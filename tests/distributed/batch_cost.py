@@ -24,7 +24,7 @@ from tpctl.batch.coordinator import Coordinator, Progress
 from tpctl.batch.folder import JobFolder, names
 from tpctl.batch.local import Local
 from tpctl.batch.manifest import write_manifest
-from tpctl.batch.plan import Plan, rows_of_a_part
+from tpctl.batch.plan import Plan, division_of
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ def measure(root: Path, prompts: Path, replicas: int, *, until: int | None = Non
             first = time.monotonic() - began
 
     with claimed(folder):
-        part_rows = rows_of_a_part(prompts, replicas)
-        plan = Plan(folder, prompts, part_rows)
-        write_manifest(folder, {}, prompts, plan, part_rows)
+        plan = Plan(folder, prompts, division_of(prompts, replicas))
+        write_manifest(folder, {}, prompts, plan)
         with Coordinator(folder, plan, Local(root, [], "")) as coordinator:
             start = coordinator.board.sums.rows
             command = [sys.executable, "-m", "tests.distributed.light_replica", str(root), str(prompts)]
@@ -79,7 +78,7 @@ def measure(root: Path, prompts: Path, replicas: int, *, until: int | None = Non
             seconds, cpu = time.monotonic() - began, time.process_time() - cpu
         for process in running:
             process.wait()
-        write_manifest(folder, {}, prompts, plan, part_rows)
+        write_manifest(folder, {}, prompts, plan)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Cost(coordinator.board.sums.rows - start, seconds, cpu, first, peak)
 

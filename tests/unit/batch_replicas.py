@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.batch.board import Board
-from tpctl.batch.folder import JobFolder, names
+from tpctl.batch.folder import JobFolder, names, spans_in
 from tpctl.batch.leases import Leases
-from tpctl.batch.plan import Part, Plan
+from tpctl.batch.plan import Division, Part, Plan
+from tpctl.batch.prefixes import UNSHARED, Sharing
 from tpctl.client.jobs import Line
 
 Answer = Callable[[Line], dict[str, Any]]
@@ -30,15 +31,15 @@ def write_prompts(tmp_path: Path, count: int) -> Path:
     return prompts
 
 
-def parts_of(folder: JobFolder, prompts: Path, rows: int) -> list[Part]:
+def parts_of(folder: JobFolder, prompts: Path, rows: int, sharing: Sharing = UNSHARED) -> list[Part]:
     folder.make()
-    plan = Plan(folder, prompts, rows)
+    plan = Plan(folder, prompts, Division(rows, sharing))
     plan._run()
     return list(plan.ready())
 
 
 class Replicas:
-    """Replicas that take turns, one line each; each new one has a new name."""
+    """Replicas that take turns, one line each; each new one has a new name. Of line n there are n tokens cached."""
 
     def __init__(self, folder: JobFolder, prompts: Path, answer: Answer = row) -> None:
         self.folder = folder
@@ -54,12 +55,12 @@ class Replicas:
         leases = Leases(self.folder, self.prompts, name)
         done = 0
         try:
-            for group in leases.groups(1, 0.0, over=lambda: not any(self.folder.offers.iterdir())):
+            for group in leases.groups(1, 0.0, over=lambda: not any(spans_in(self.folder.offers))):
                 for line in group:
                     if lines is not None and done >= lines:
                         return name
                     done += 1
-                    leases.add(line, self.answer(line))
+                    leases.add(line, self.answer(line), line.number)
                     leases.flush()
         finally:
             leases.close()

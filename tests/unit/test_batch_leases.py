@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.unit.batch_replicas import (
 from tpctl.batch.board import Board
 from tpctl.batch.folder import DEATHS, JobFolder, Span, names, put
 from tpctl.batch.leases import Leases
+from tpctl.batch.prefixes import Sharing
 from tpctl.batch.rows import kept_rows
 from tpctl.client.jobs import Line
 from tpctl.errors import OutputError, RequestError
@@ -74,7 +76,10 @@ def killed_at(step: int, patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield seen
 
 
-def test_killed_at_any_change_of_any_file(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "sharing"), [(10, Sharing()), (25, Sharing(3, 64))], ids=["parts", "shares"])
+def test_killed_at_any_change_of_any_file(
+    tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, rows: int, sharing: Sharing
+) -> None:
     """Of coordinator and replicas at once, with a line that kills engines, so that parts are narrowed, too."""
 
     def deadly(line: Line) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def test_killed_at_any_change_of_any_file(tmp_path: Path, prompts: Path, monkeyp
     steps = 0
     while True:
         folder = JobFolder(tmp_path / f"out-{steps}")
-        parts = parts_of(folder, prompts, 10)
+        parts = parts_of(folder, prompts, rows, sharing)
         replicas = Replicas(folder, prompts, deadly)
         with killed_at(steps, monkeypatch) as seen:
             try:
@@ -97,9 +102,11 @@ def test_killed_at_any_change_of_any_file(tmp_path: Path, prompts: Path, monkeyp
             finish(folder, prompts, parts, Replicas(folder, prompts, deadly))
         found = rows_of(folder)
         error = found.pop(12)
-        assert error["id"] == 13 and "engines died or hung while they answered it" in error["error"], seen[-1]
+        assert error["id"] == 13 and "died or hung while they answered it" in error["error"], seen[-1]
         assert found == WANTED[:12] + WANTED[13:], seen[-1]
         assert not left_over(folder), seen[-1]
+        # Of each row that is there, and none twice, whoever was killed.
+        assert Board(folder, prompts).sums.cached_tokens == sum(range(1, COUNT + 1)) - 13, seen[-1]
         if len(seen) == steps:  # nothing was left to die before
             break
         steps += 1
@@ -216,6 +223,7 @@ def test_error_rows_are_tried_again_on_demand_and_the_part_stays_until_then(fold
     assert board.sums.errors == 2
     computed = []
     again = Board(folder, prompts)
+    cached = again.sums.cached_tokens
     assert [again.errors_of(number) for number in range(3)] == [1, 1, 0]
     for number in (0, 1):
         again.reopen(parts[number])
@@ -224,6 +232,7 @@ def test_error_rows_are_tried_again_on_demand_and_the_part_stays_until_then(fold
     replicas.work()
     again.collect()
     assert computed == [3, 14] and rows_of(folder) == WANTED and again.sums.errors == 0
+    assert again.sums.cached_tokens == cached + 3 + 14
     assert Board(folder, prompts).sums == again.sums
 
 
@@ -244,10 +253,14 @@ def test_error_rows_in_unfinished_parts_are_tried_again_too(folder: JobFolder, p
 
 def test_sums_that_were_lost_are_read_from_the_parts(folder: JobFolder, prompts: Path) -> None:
     board = finish(folder, prompts, parts_of(folder, prompts, 10), Replicas(folder, prompts))
-    folder.log.write_bytes(folder.log.read_bytes()[:-20])
+    kept = folder.log.read_bytes()
+    folder.log.write_bytes(kept[:20] + b"\n" + kept)  # a full disk, and later there was room again
     assert Board(folder, prompts).sums == board.sums
-    folder.log.unlink()
-    assert Board(folder, prompts).sums == board.sums
+    for log in (kept[:-20], b""):
+        folder.log.write_bytes(log)
+        found = Board(folder, prompts).sums
+        assert found.cached_tokens < board.sums.cached_tokens  # of which the rows say nothing
+        assert replace(found, cached_tokens=board.sums.cached_tokens) == board.sums
 
 
 def test_numbers_that_json_has_no_form_for_are_the_lines_error(folder: JobFolder, prompts: Path) -> None:
@@ -280,5 +293,8 @@ def test_names_of_spans() -> None:
     span = Span(12, 3, 40, 1)
     assert span.name == "00012.3-40.1" and Span.parse(span.held_by("host-7_x")) == (span, "host-7_x")
     assert Span.parse(Span(123456, 0, 1).name) == (Span(123456, 0, 1), "")
+    span = Span(12, 3, 40, 1, 16)
+    assert span.name == "00012.3-40.1~16" and Span.parse(span.held_by("r")) == (span, "r")
+    assert span.meets(Span(12, 42, 1)) and not span.meets(Span(12, 43, 1)) and not span.meets(Span(11, 3, 40))
     for other in ("00012.3-40.1@", ".00012.3-40.1.99", "00012.3-40.1@r.sums", "x", "00012.3-40"):
         assert Span.parse(other) is None

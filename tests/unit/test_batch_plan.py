@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.fake_client import job_parser, write_tokenizer
 from tpctl.batch.folder import JobFolder
 from tpctl.batch.ids import Ids, id_of, keys_of
-from tpctl.batch.plan import PARTS_EACH, Part, Plan, read_part, rows_of_a_part
+from tpctl.batch.plan import PARTS_EACH, Division, Part, Plan, division_of, read_part
 from tpctl.client.jobs import Line, read_lines
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import SourceError, TpctlError, UsageError
@@ -22,7 +22,7 @@ from tpctl.errors import SourceError, TpctlError, UsageError
 def plan(folder: JobFolder, prompts: Path, rows: int = 3) -> list[Part]:
     """All parts, found in this thread."""
     folder.make()
-    found = Plan(folder, prompts, rows)
+    found = Plan(folder, prompts, Division(rows))
     found._run()
     parts = list(found.ready())
     assert found.whole and found.rows == sum(part.rows for part in parts)
@@ -103,11 +103,11 @@ def test_an_index_that_was_cut_off_anywhere_is_found_anew(folder: JobFolder, tmp
 def test_small_inputs_are_divided_for_all_replicas(tmp_path: Path) -> None:
     prompts = tmp_path / "p"
     prompts.write_text("x\n" * 100)
-    assert rows_of_a_part(prompts, 4) == -(-100 // (4 * PARTS_EACH))
+    assert division_of(prompts, 4) == Division(-(-100 // (4 * PARTS_EACH)))
     prompts.write_text("x\n" * 40000)
-    assert rows_of_a_part(prompts, 4) == 1000
+    assert division_of(prompts, 4) == Division(1000)
     prompts.write_text("\n")
-    assert rows_of_a_part(prompts, 4) == 1
+    assert division_of(prompts, 4) == Division(1)
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=20), max_size=12))
@@ -162,7 +162,7 @@ def test_an_input_that_vanishes_is_said(folder: JobFolder, tmp_path: Path) -> No
     prompts = tmp_path / "p"
     prompts.write_text("a\n")
     folder.make()
-    found = Plan(folder, prompts, 3)
+    found = Plan(folder, prompts, Division(3))
     prompts.unlink()
     found._run()
     with pytest.raises((OSError, TpctlError)):

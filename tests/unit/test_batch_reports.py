@@ -17,7 +17,7 @@ from tpctl.batch.coordinator import Coordinator, Progress
 from tpctl.batch.folder import JobFolder, load, put
 from tpctl.batch.local import Local
 from tpctl.batch.manifest import begun, check_settings, stats_of, write_manifest
-from tpctl.batch.plan import Plan
+from tpctl.batch.plan import Division, Plan
 from tpctl.batch.signs import lock
 from tpctl.batch.status import read_status
 from tpctl.cli import batch_report
@@ -53,7 +53,7 @@ def done(folder: JobFolder, tmp_path: Path) -> Path:
 
 def run(folder: JobFolder, prompts: Path, **how: Any) -> Coordinator:
     """One run without replicas, of a batch that is done."""
-    with Coordinator(folder, Plan(folder, prompts, 10), Local(folder.root, [], ""), **how) as coordinator:
+    with Coordinator(folder, Plan(folder, prompts, Division(10)), Local(folder.root, [], ""), **how) as coordinator:
         assert coordinator.run(lambda progress: None, lambda: False)
     return coordinator
 
@@ -69,8 +69,9 @@ def test_progress_where_stderr_is_no_terminal(
         now[0] = 1130.0
         show(replace(PROGRESS, whole=True, left=None, errors=0))
     assert capsys.readouterr().err == (
-        "1,200 of about 5,000 rows after 60 s, 1,500 tok/s in, 301 out, 3 of 4 replicas, 2 errors, 190 s left\n"
-        "1,200 of 5,000 rows after 60 s, 1,500 tok/s in, 301 out, 3 of 4 replicas\n"
+        "1,200 of about 5,000 rows after 1 min 00 s, 1,500 tok/s in, 301 out, 3 of 4 replicas, 2 errors, "
+        "3 min 10 s left\n"
+        "1,200 of 5,000 rows after 1 min 00 s, 1,500 tok/s in, 301 out, 3 of 4 replicas\n"
     )
 
 
@@ -87,12 +88,13 @@ def test_progress_on_a_terminal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
         show(PROGRESS)
     shown = file.getvalue()
     assert "4 replicas, tp 2" in shown and "1200/5000" in shown
-    assert "1,500 tok/s in, 301 out, 3 of 4 replicas, 2 errors" in shown and "0:03:10" in shown
+    assert "1,500 tok/s in, 301 out, 3 of 4 replicas, 2 errors" in shown and "3 min 10 s left" in shown
 
 
 def test_the_end_in_one_line(folder: JobFolder, tmp_path: Path) -> None:
-    coordinator = run(folder, done(folder, tmp_path), gpus=2)
-    totals = {**coordinator.totals(), "seconds": 10.0, "gpu_seconds": 7200.0, "cached_tokens": 5.0}
+    coordinator = run(folder, done(folder, tmp_path))
+    coordinator.board.sums.cached_tokens = 5
+    totals = {**coordinator.totals(), "seconds": 10.0, "gpu_seconds": 7200.0}
     stats = stats_of(coordinator.board, totals, price=2.5)
     assert (stats["rows"], stats["gpu_hours"], stats["cost"], stats["tokens_per_second"]) == (25, 2.0, 5.0, 2.5)
     assert "cost" not in stats_of(coordinator.board, totals, price=None)
@@ -168,9 +170,9 @@ def test_which_batches_run_over_parts(tmp_path: Path) -> None:
 def test_settings_that_differ_are_named(folder: JobFolder, tmp_path: Path) -> None:
     prompts = done(folder, tmp_path)
     settings = {"model": "m", "sampling": {"max_tokens": 8}, "model_digest": "abc"}
-    write_manifest(folder, settings, prompts, Plan(folder, prompts, 10), 10)
+    write_manifest(folder, settings, prompts, Plan(folder, prompts, Division(10)))
     assert begun(folder, resume=True, force=False)
-    assert check_settings(folder, settings) == check_settings(folder, {"model": "m"}) == 10
+    assert check_settings(folder, settings) == check_settings(folder, {"model": "m"}) == Division(10)
     for changed, said in (
         ({"model": "n"}, "was made with model m, but now it is n;"),
         ({"sampling": {"max_tokens": 9}}, r"was made with --max-tokens 8 \(now 9\);"),

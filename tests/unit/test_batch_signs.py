@@ -19,7 +19,7 @@ from tpctl.batch.claim import claimed
 from tpctl.batch.coordinator import Coordinator
 from tpctl.batch.folder import JobFolder, load, put
 from tpctl.batch.local import Death, Local, Slot, _why, cores_of, places
-from tpctl.batch.plan import Plan
+from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
 from tpctl.batch.roll import Roll
 from tpctl.batch.signs import PATIENCE, Signs, Watch, is_locked, lock
@@ -133,6 +133,45 @@ def test_the_roll_tells_who_died_from_who_left_and_from_who_was_gone_before(fold
         roll.look()
 
 
+def test_what_lives_took_is_counted_once_whoever_is_killed(folder: JobFolder) -> None:
+    clock = Clock()
+    held = lock(folder.replicas / "r.lock")
+    assert held is not None
+
+    def says(life: str, seconds: float) -> None:
+        sign(folder.replicas / "r.json", int(seconds), machine=signs.machine(), life=life, seconds=seconds)
+
+    def spent() -> float:
+        """Of a coordinator that begins now, twice."""
+        found = set()
+        for _ in range(2):
+            roll = Roll(folder, clock)
+            for _ in range(2):
+                roll.look(now=True)
+                found.add(roll.spent("seconds"))
+            roll.close()
+        assert len(found) == 1
+        return found.pop()
+
+    says("a", 5)
+    assert spent() == 5
+    says("a", 7)
+    kept = (folder.replicas / "r.json").read_bytes()
+    assert spent() == 7
+    held.close()  # it was killed, while no coordinator was there
+    assert spent() == 7 and not (folder.replicas / "r.json").exists()
+    (folder.replicas / "r.json").write_bytes(kept)  # the coordinator, after it had written that down
+    assert spent() == 7
+    with folder.lives.open("ab") as log:
+        log.write(b'{"life": "b", "sec')  # a full disk
+    held = lock(folder.replicas / "r.lock")
+    assert held is not None
+    says("c", 2)  # another one of that name
+    assert spent() == 9
+    held.close()
+    assert spent() == 9 and len(folder.lives.read_bytes().splitlines()) == 3
+
+
 def test_a_replica_that_is_stopped_is_silent_and_killed(folder: JobFolder) -> None:
     clock = Clock()
     roll = Roll(folder, clock)
@@ -199,7 +238,7 @@ def test_one_on_another_machine_is_seen_by_its_signs(folder: JobFolder, monkeypa
 
 def test_a_coordinator_that_was_taken_over_ends(folder: JobFolder, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, 3)
-    plan = Plan(folder, prompts, 2)
+    plan = Plan(folder, prompts, Division(2))
     taken_over = pytest.raises(OutputError, match=r"has taken .*out over")
     with taken_over, Coordinator(folder, plan, Local(folder.root, [], "")) as coordinator:
         state = load(folder.state)

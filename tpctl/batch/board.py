@@ -6,14 +6,16 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from tpctl.batch.folder import DEATHS, JobFolder, Span, json_lines, load, move, names, spans_in
+from tpctl.batch.folder import DEATHS, JobFolder, Span, load, log_lines, move, names, open_log, spans_in
 from tpctl.batch.ids import id_of
 from tpctl.batch.leases import offer
 from tpctl.batch.plan import Part, read_part
-from tpctl.batch.rows import Sums, kept_rows, write_part
+from tpctl.batch.prefixes import order_of
+from tpctl.batch.rows import KeptRow, Sums, keep_rows, kept_rows, put_together, sums_beside
 from tpctl.client.disk import writing
 
 PIECES = 8
@@ -40,16 +42,13 @@ class Board:
         self.sums = Sums()
         self._sums_of: dict[int, Sums] = {}
         self.done = set(folder.parts())
-        for entry in json_lines(folder.log):
+        for entry in log_lines(folder.log):
             self._sums_of[entry["part"]] = Sums(**entry["sums"])
         for number in self.done:
             if number not in self._sums_of:
                 self._sums_of[number] = sums_of(folder.part(number))
             self.sums.add(self._sums_of[number])
-        with writing(folder.log):
-            self._log: IO[bytes] = folder.log.open("ab")
-            if self._log.tell() and not folder.log.read_bytes().endswith(b"\n"):
-                self._log.write(b"\n")
+        self._log: IO[bytes] = open_log(folder.log)
         for name, span, _ in [*spans_in(folder.offers), *spans_in(folder.leases)]:
             place = folder.offers if "@" not in name else folder.leases
             if span.part not in self.done and (value := load(place / name)) is not None:
@@ -84,15 +83,18 @@ class Board:
 
     def offer(self, part: Part) -> None:
         """Let replicas take a part."""
-        offer(self._folder, [Span(part.number, 0, part.rows)], part)
+        offer(self._folder, part.spans(), part)
         self._parts[part.number] = part
 
     def reopen(self, part: Part) -> None:
         """Have the error rows of a part that is done tried again; it stays until the new one takes its place."""
         with self._folder.part(part.number).open("rb") as file:
             rows = dict(enumerate(json.loads(raw) for raw in file))
-        good = {place: row for place, row in rows.items() if "error" not in row}
-        write_part(self._folder.kept / f"{part.number:05d}.good", good, places=True)
+        good = {place: KeptRow(row) for place, row in rows.items() if "error" not in row}
+        if good:  # parts do not say which of their rows had how much cached; the first one counts for all
+            place = next(iter(good))
+            good[place] = KeptRow(good[place].row, self._sums_of[part.number].cached_tokens)
+        keep_rows(self._folder.kept / f"{part.number:05d}.good", good)
         self.done.discard(part.number)
         self.sums.less(self._sums_of[part.number])
         self.offer(part)
@@ -100,9 +102,9 @@ class Board:
     def drop_errors(self) -> None:
         """Have error rows tried again that replicas left in parts which are not done."""
         for number in _numbers(self._folder.kept) - self.done:
-            good = {place: row for place, row in kept_rows(self._folder, number).items() if "error" not in row}
+            good = {at: kept for at, kept in kept_rows(self._folder, number).items() if "error" not in kept.row}
             together = self._folder.kept / f"{number:05d}.good"
-            write_part(together, good, places=True)
+            keep_rows(together, good)
             for name in names(self._folder.kept):
                 if name.startswith(f"{number:05d}.") and name != together.name:
                     (self._folder.kept / name).unlink(missing_ok=True)
@@ -110,9 +112,11 @@ class Board:
     def collect(self) -> int:
         """Take up what replicas have handed in; how many spans."""
         count = 0
+        pieces: dict[int, Part] = {}
         for name, span, _ in spans_in(self._folder.finished):
             count += 1
-            handed, beside = self._folder.finished / name, self._folder.finished / f"{name}.sums"
+            handed = self._folder.finished / name
+            beside = sums_beside(handed)
             part = self._parts.get(span.part)
             if part is None:  # another one was faster
                 self._tidy(span.part)
@@ -120,10 +124,16 @@ class Board:
                 found = load(beside)
                 self._publish(part, handed, Sums(**found) if found else sums_of(handed))
             else:
-                move(handed, self._folder.kept / f"{name}.rows")
+                kept = self._folder.kept / f"{name}.rows"
+                move(beside, sums_beside(kept))
+                move(handed, kept)
+                (self._folder.work / name).unlink(missing_ok=True)
                 self._remove(name)
-                self._settle(part)
+                pieces[part.number] = part
             beside.unlink(missing_ok=True)
+        for part in pieces.values():
+            if part.number in self._parts:
+                self._settle(part)
         return count
 
     def holders(self) -> dict[str, list[str]]:
@@ -148,7 +158,7 @@ class Board:
                 continue
             span = parsed[0]
             self._save(name)
-            again = Span(span.part, span.first, span.count, span.deaths + died)
+            again = replace(span, deaths=span.deaths + died)
             if died and again.alone:
                 self._narrow(again, part)
                 self._remove(name)
@@ -166,14 +176,17 @@ class Board:
         A line that two engines died over while it was alone becomes an error row: that is one more than chance would
         often blame it for.
         """
+        with self._prompts.open("rb") as stream:
+            lines = read_part(stream, part, str(self._prompts))
+        order = order_of(lines, part.sharing)
         rows = kept_rows(self._folder, part.number)
-        left = [place for place in range(span.first, span.first + span.count) if place not in rows]
+        left = [at for at in range(span.first, span.end) if order[at] not in rows]
         if span.count == 1 and left and span.deaths > DEATHS:
-            with self._prompts.open("rb") as stream:
-                line = read_part(stream, part, str(self._prompts))[left[0]]
+            place = order[left[0]]
+            line = lines[place]
             error = f"line {line.number}: at least {DEATHS} engines died or hung while they answered it"
-            row = {"id": id_of(line.raw, line.number), "error": error}
-            write_part(self._folder.kept / f"{span.name}.rows", {left[0]: row}, places=True)
+            row = KeptRow({"id": id_of(line.raw, line.number), "error": error})
+            keep_rows(self._folder.kept / f"{span.name}.rows", {place: row})
             return
         size = -(-len(left) // PIECES)
         pieces = [left[start : start + size] for start in range(0, len(left), size)] if left else []
@@ -184,12 +197,12 @@ class Board:
         for place in (self._folder.offers, self._folder.leases):
             if any(span.part == part.number for _, span, _ in spans_in(place)):
                 return
-        rows = kept_rows(self._folder, part.number)
-        if len(rows) < part.rows:
-            self.offer(part)
-            return
         whole = self._folder.finished / f"{part.number:05d}.whole"
-        self._publish(part, whole, write_part(whole, rows, places=False))
+        sums = put_together(self._folder, part.number, part.rows, whole)
+        if sums is None:
+            self.offer(part)
+        else:
+            self._publish(part, whole, sums)
 
     def _publish(self, part: Part, file: Path, sums: Sums) -> None:
         number = part.number
@@ -221,14 +234,15 @@ def _numbers(place: Path) -> set[int]:
     return {int(number) for number in found if number.isdigit()}
 
 
-def _piece(span: Span, places: list[int]) -> Span:
+def _piece(span: Span, left: list[int]) -> Span:
     """The span of some lines of another one; one line begins to count its deaths anew."""
-    first, count = places[0], places[-1] + 1 - places[0]
-    return Span(span.part, first, count, DEATHS - 1 if count == 1 < span.count else span.deaths)
+    first, count = left[0], left[-1] + 1 - left[0]
+    deaths = DEATHS - 1 if count == 1 < span.count else span.deaths
+    return replace(span, first=first, count=count, deaths=deaths)
 
 
 def sums_of(file: Path) -> Sums:
-    """What the rows of a part come to, read from it."""
+    """What the rows of a part come to, read from it; it does not say what was cached."""
     sums = Sums()
     with file.open("rb") as stream:
         for raw in stream:

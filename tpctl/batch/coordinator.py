@@ -18,7 +18,7 @@ from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder, load
 from tpctl.batch.local import Local
 from tpctl.batch.plan import Part, Plan
-from tpctl.batch.roll import Roll
+from tpctl.batch.roll import SPENT, Roll
 from tpctl.batch.signs import EVERY, Signs
 from tpctl.client.disk import writing
 from tpctl.errors import EngineError, OutputError, SourceError
@@ -29,7 +29,7 @@ POLL = 0.05
 OFFERS = 2
 """Parts that are offered for each replica, beside those that are taken."""
 
-TOTALS = ("seconds", "replica_seconds", "gpu_seconds", "cached_tokens", "computed_tokens")
+TOTALS = ("seconds", "replica_seconds", "gpu_seconds", "computed_tokens")
 """Sums over all runs of a batch; ``computed_tokens``: of answers, those included that were computed twice."""
 
 _WINDOW = 30.0  # seconds that speeds are taken over
@@ -72,7 +72,6 @@ class Coordinator:
         plan: Plan,
         local: Local,
         *,
-        gpus: int = 0,
         retry_errors: bool = False,
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], object] = lambda text: None,
@@ -80,7 +79,6 @@ class Coordinator:
         """Begin a run, in a folder that is claimed (``claim.claimed``).
 
         Args:
-            gpus: that a replica has.
             retry_errors: rows that are errors are tried again.
             clock: seconds, of this process alone.
             say: is told of replicas that die.
@@ -91,7 +89,6 @@ class Coordinator:
         self._folder = folder
         self._plan = plan
         self._local = local
-        self._gpus = gpus
         self._retry = retry_errors
         self._clock = clock
         self._say = say
@@ -104,11 +101,11 @@ class Coordinator:
         self.repeated = 0
         before = load(folder.state) or {}
         self._generation = int(before.get("generation", 0)) + 1
-        self._before = {name: float(before.get("totals", {}).get(name, 0)) for name in TOTALS}
-        self._totals = dict.fromkeys(TOTALS, 0.0)
+        self._seconds = float(before.get("totals", {}).get("seconds", 0))
         with writing(folder.stop):
             folder.stop.unlink(missing_ok=True)
         self._roll = Roll(folder, clock)
+        self._spent = tuple(map(self._roll.spent, SPENT))
         self.board = Board(folder, plan.prompts)
         self._shown = self._progress()
         self._signs = Signs(folder.state, self._sign)
@@ -145,6 +142,7 @@ class Coordinator:
             self._signs.stop()
             self._local.kill()
             self.board.close()
+            self._roll.close()
 
     def run(self, step: Callable[[Progress], object], should_stop: Callable[[], object]) -> bool:
         """Answer every line; whether all have a row now.
@@ -173,7 +171,7 @@ class Coordinator:
 
     def totals(self) -> dict[str, float]:
         """``TOTALS`` of all runs of this batch."""
-        return {name: self._before[name] + self._totals[name] for name in TOTALS}
+        return dict(zip(TOTALS, (self._seconds, *self._spent), strict=True))
 
     def _tick(self) -> None:
         self._folder.check_there()
@@ -226,12 +224,8 @@ class Coordinator:
     def _count(self) -> None:
         now = self._clock()
         gap, self._looked = now - self._looked, now
-        alive = len(self._roll.living())
-        self._totals["seconds"] += gap
-        self._totals["replica_seconds"] += gap * alive
-        self._totals["gpu_seconds"] += gap * alive * self._gpus
-        self._totals["cached_tokens"] = self._roll.sum("cached_tokens")
-        self._totals["computed_tokens"] = self._roll.sum("completion_tokens")
+        self._seconds += gap
+        self._spent = tuple(map(self._roll.spent, SPENT))  # not when it is asked for: the thread of signs does that
         if now - self._samples[-1][0] >= EVERY:
             counters = [self._roll.sum(name) for name in ("rows", "prompt_tokens", "completion_tokens")]
             self._samples.append((now, counters[0], counters[1], counters[2]))

@@ -10,14 +10,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tpctl.client.disk import writing
 from tpctl.errors import OutputError
 
-_SPAN = re.compile(r"(\d{5,})\.(\d+)-(\d+)\.(\d+)(?:@([\w-]+))?")
+_SPAN = re.compile(r"(\d{5,})\.(\d+)-(\d+)\.(\d+)(?:~(\d+))?(?:@([\w-]+))?")
 
 DEATHS = 3
 """Engines, at least, that died over a line before it becomes an error row."""
@@ -25,17 +26,20 @@ DEATHS = 3
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Lines of one part: ``count`` of them from its line ``first`` on (counted from 0), which ``deaths`` engines have
-    died over."""
+    """Lines of one part: ``count`` of them from the line ``first`` on (counted from 0) in the order in which they are
+    answered (``prefixes.order_of``), which ``deaths`` engines have died over. ``share``: those that begin alike, from
+    1; 0 if lines are not told apart."""
 
     part: int
     first: int
     count: int
     deaths: int = 0
+    share: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.part:05d}.{self.first}-{self.count}.{self.deaths}"
+        share = f"~{self.share}" if self.share else ""
+        return f"{self.part:05d}.{self.first}-{self.count}.{self.deaths}{share}"
 
     @property
     def alone(self) -> bool:
@@ -51,8 +55,16 @@ class Span:
         """A file's name as a span and who holds it (empty: nobody); ``None`` for other files."""
         if (found := _SPAN.fullmatch(name)) is None:
             return None
-        part, first, count, deaths = map(int, found.groups()[:4])
-        return Span(part, first, count, deaths), found[5] or ""
+        part, first, count, deaths, share = (int(text or 0) for text in found.groups()[:5])
+        return Span(part, first, count, deaths, share), found[6] or ""
+
+    def meets(self, other: Span) -> bool:
+        """Whether a line is in both."""
+        return self.part == other.part and max(self.first, other.first) < min(self.end, other.end)
+
+    @property
+    def end(self) -> int:
+        return self.first + self.count
 
 
 class JobFolder:
@@ -80,6 +92,7 @@ class JobFolder:
         self.index = self.job / "parts.index"
         self.ids = self.job / "ids"
         self.log = self.job / "parts.log"
+        self.lives = self.job / "replicas.log"
         self.stop = self.job / "stop"
 
     def make(self) -> None:
@@ -197,6 +210,28 @@ def json_lines(path: Path) -> Iterator[Any]:
             yield json.loads(raw)
         except ValueError:
             return
+
+
+def log_lines(path: Path) -> Iterator[Any]:
+    """The values of a file of ``open_log``, but for what a full disk or a power cut left of one."""
+    for raw in whole_lines(path):
+        with suppress(ValueError):
+            yield json.loads(raw)
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """A file that each run appends lines to; behind one that was cut off begins a new one.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with writing(path):
+        file = path.open("a+b")
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        return file
 
 
 def _discard(path: Path) -> None:

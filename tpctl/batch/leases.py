@@ -17,17 +17,22 @@ from typing import IO, Any
 
 from tpctl.batch.folder import JobFolder, Span, load, move, put, spans_in
 from tpctl.batch.plan import Part, read_part
-from tpctl.batch.rows import Sums, json_row, kept_lines, write_rows
+from tpctl.batch.prefixes import order_of
+from tpctl.batch.rows import KeptRow, Sums, kept_lines, sums_beside, write_rows
 from tpctl.client.disk import writing
 from tpctl.client.jobs import Line
 from tpctl.errors import OutputError, SourceError
+
+FREE, TAKEN = 1 << 20, 1 << 21
+"""Ranks of shares that nobody has, and that others have, behind those that a replica has."""
 
 
 class Lease:
     """A span that this replica answers. Its rows are in its journal; memory has where.
 
     Attributes:
-        lines: those that nobody has answered; ``missing`` of them have no row yet.
+        lines: those that nobody has answered, in the order in which they should be; ``missing`` of them have no row.
+        repeated: indexes of its lines whose id an earlier line has.
         sums: of all rows that are there.
     """
 
@@ -48,21 +53,22 @@ class Lease:
         self._size = 0
         with writing(journal):
             self._file: IO[bytes] = journal.open("w+b")
-        for place in range(span.first, span.first + span.count):
+        places = order_of(lines, part.sharing)[span.first : span.end]
+        self.repeated = {part.index + place for place in {*places} & {*part.repeated}}
+        for place in places:
             if place in kept:
-                self._keep(place, json.loads(kept[place])[1], kept[place])
-        mine = lines[span.first : span.first + span.count]
-        self.lines = [line for line in mine if line.index - part.index not in self._places]
+                self._keep(place, KeptRow.parse(kept[place])[1], kept[place])
+        self.lines = [lines[place] for place in places if place not in self._places]
         self.missing = len(self.lines)
 
     @property
     def rows(self) -> int:
         return len(self._places)
 
-    def add(self, line: Line, row: Mapping[str, Any]) -> None:
+    def add(self, line: Line, row: KeptRow) -> None:
         """Keep a row; it is in the journal after the next ``flush``."""
         place = line.index - self.part.index
-        self._keep(place, row, json_row([place, row]))
+        self._keep(place, row, row.line(place))
         self.missing -= 1
 
     def flush(self) -> None:
@@ -72,21 +78,21 @@ class Lease:
     def given_out(self) -> Iterator[bytes]:
         """The rows in order: a whole part's as users have them, otherwise with their places."""
         whole = self.span.count == self.part.rows
-        for place, (offset, length) in sorted(self._places.items()):
+        for _, (offset, length) in sorted(self._places.items()):
             self._file.seek(offset)
             raw = self._file.read(length)
-            yield raw[len(f"[{place}, ") : -len("]\n")] + b"\n" if whole else raw
+            yield raw.split(b", ", 2)[2][: -len("]\n")] + b"\n" if whole else raw
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk, of which was told when it was written to
             self._file.close()
 
-    def _keep(self, place: int, row: Mapping[str, Any], raw: bytes) -> None:
+    def _keep(self, place: int, row: KeptRow, raw: bytes) -> None:
         with writing(self._path):
             self._file.write(raw)
         self._places[place] = (self._size, len(raw))
         self._size += len(raw)
-        self.sums.count(row)
+        self.sums.count(row.row, row.cached)
 
 
 class Leases:
@@ -97,13 +103,22 @@ class Leases:
         closed: no more is taken.
     """
 
-    def __init__(self, folder: JobFolder, prompts: Path, name: str) -> None:
+    def __init__(self, folder: JobFolder, prompts: Path, name: str, enough: int = 1) -> None:
+        """Begin with none.
+
+        Args:
+            enough: lines under way at once that keep the engine busy. With fewer it takes also lines that begin like
+                none it has answered.
+        """
         self._folder = folder
         self._prompts = prompts
         self._name = name
-        self._held: dict[int, Lease] = {}  # by part
+        self._enough = enough
+        self._held: list[Lease] = []
         self._lock = threading.Lock()  # of it
+        self._asked: dict[int, Lease] = {}  # by the index of a line that has no row yet
         self._repeated: set[int] = set()  # indexes of lines
+        self._shares: list[int] = []  # those whose beginnings the engine has in its cache, the last one last
         self.sums = Sums()
         self.closed = threading.Event()
 
@@ -138,17 +153,20 @@ class Leases:
         """As of ``Results``: those that are there were never given out."""
         return False
 
-    def add(self, line: Line, row: Mapping[str, Any]) -> None:
+    def add(self, line: Line, row: Mapping[str, Any], cached: int = 0) -> None:
         """Keep a finished row, and hand in its span if it was the last; ``flush`` after the last of several.
+
+        Args:
+            cached: tokens of its prompt that were in the engine's prefix cache.
 
         Raises:
             OutputError: it cannot be written.
             RequestError: it holds a number that JSON knows no form of.
         """
-        with self._lock:
-            lease = next(lease for lease in self._held.values() if 0 <= line.index - lease.part.index < lease.part.rows)
-        lease.add(line, row)
-        self.sums.count(row)
+        lease = self._asked[line.index]
+        lease.add(line, KeptRow(row, cached))
+        del self._asked[line.index]
+        self.sums.count(row, cached)
         if not lease.missing:
             self._finish(lease)
 
@@ -159,7 +177,7 @@ class Leases:
             OutputError: it cannot be written.
         """
         with self._lock:
-            held = list(self._held.values())
+            held = list(self._held)
         for lease in held:
             lease.flush()
 
@@ -167,55 +185,80 @@ class Leases:
     def open_rows(self) -> int:
         """Rows that are there of spans that are not handed in."""
         with self._lock:
-            return sum(lease.rows for lease in self._held.values())
+            return sum(lease.rows for lease in self._held)
 
     def close(self) -> None:
         """Give up what is under way; what was answered stays in the folder for who takes the lines next."""
         self.closed.set()
         with self._lock:
-            for lease in self._held.values():
+            for lease in self._held:
                 lease.close()
 
     def _take(self, stream: IO[bytes]) -> Lease | None:
-        """The first span that is offered and may be taken now."""
+        """The next span, of those that are offered and may be taken now."""
         with self._lock:
-            held = {part: lease.span.alone for part, lease in self._held.items()}
-            open_rows = sum(lease.missing for lease in self._held.values())
-        if any(held.values()):
+            held = [lease.span for lease in self._held]
+            open_rows = sum(lease.missing for lease in self._held)
+        if any(span.alone for span in held):
             return None
         self._folder.check_there()
         share = (load(self._folder.state) or {}).get("share", 0) if held else 0
-        for name, span, _ in spans_in(self._folder.offers):
-            if span.part in held or (held and (span.alone or open_rows + span.count > share)):
+        for name, span, adopted in self._wanted(open_rows):
+            if any(span.meets(other) for other in held):
+                continue
+            if held and (span.alone or open_rows + span.count > share):
                 continue
             mine = self._folder.leases / span.held_by(self._name)
-            if not (move(self._folder.offers / name, mine) or mine.exists()):
-                continue
-            with writing(mine):
-                part = Part.from_json(json.loads(mine.read_bytes()))
-            kept = kept_lines(self._folder, span.part)
-            journal = self._folder.work / mine.name
-            lease = Lease(span, part, read_part(stream, part, str(self._prompts)), kept, journal)
-            self._repeated.update(part.index + place for place in part.repeated)
-            with self._lock:
-                self._held[span.part] = lease
-            return lease
+            if move(self._folder.offers / name, mine) or mine.exists():
+                if adopted:
+                    self._shares = [*(share for share in self._shares if share != span.share), span.share]
+                return self._begin(stream, span, mine)
         return None
+
+    def _wanted(self, open_rows: int) -> list[tuple[str, Span, bool]]:
+        """Spans that are offered, the best first: of rows that begin like those which the engine answered last. While
+        it is busy no others; then those that nobody else is at; and what another one is at, rather than nothing. Beside
+        each whether its share is this replica's from then on: of what it helps another one with it is not."""
+        offers = [(name, span) for name, span, _ in spans_in(self._folder.offers)]
+        if not any(span.share for _, span in offers):
+            return [(name, span, False) for name, span in offers]
+        others = {span.share for _, span, holder in spans_in(self._folder.leases) if holder != self._name}
+
+        def rank(span: Span) -> int:
+            if not span.share:
+                return 0
+            if span.share in self._shares:
+                return len(self._shares) - self._shares.index(span.share)
+            return TAKEN if span.share in others else FREE
+
+        ranked = sorted(((rank(span), span, name) for name, span in offers), key=lambda one: one[:2])
+        busy = open_rows >= self._enough
+        return [(name, span, 0 < rank <= FREE) for rank, span, name in ranked if rank < FREE or not busy]
+
+    def _begin(self, stream: IO[bytes], span: Span, mine: Path) -> Lease:
+        with writing(mine):
+            part = Part.from_json(json.loads(mine.read_bytes()))
+        kept = kept_lines(self._folder, span.part, span)
+        lease = Lease(span, part, read_part(stream, part, str(self._prompts)), kept, self._folder.work / mine.name)
+        self._repeated |= lease.repeated
+        self._asked.update((line.index, lease) for line in lease.lines)
+        with self._lock:
+            self._held.append(lease)
+        return lease
 
     def _finish(self, lease: Lease) -> None:
         """Hand in a span: a whole part as it will be given out, or rows with their places."""
         target = self._folder.finished / lease.span.held_by(self._name)
         try:
-            put(target.with_name(f"{target.name}.sums"), lease.sums.to_dict())
+            put(sums_beside(target), lease.sums.to_dict())
             write_rows(target, lease.given_out())
         except OutputError:
             if (self._folder.leases / target.name).exists():
                 raise  # otherwise this one was thought dead, another one was faster, and all of this is cleared away
         lease.close()
         with self._lock:
-            del self._held[lease.span.part]
-        first = lease.part.index
-        self._repeated.difference_update(range(first, first + lease.part.rows))
+            self._held.remove(lease)
+        self._repeated -= lease.repeated
 
 
 def offer(folder: JobFolder, spans: Iterable[Span], part: Part) -> None:

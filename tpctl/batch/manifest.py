@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder, load, put
-from tpctl.batch.plan import Plan
+from tpctl.batch.plan import Division, Plan
+from tpctl.batch.prefixes import Sharing
 from tpctl.client.results import differing
 from tpctl.errors import OutputError, UsageError
 from tpctl.version import __version__
@@ -41,11 +43,11 @@ def begun(folder: JobFolder, *, resume: bool, force: bool) -> bool:
     return found is not None
 
 
-def check_settings(folder: JobFolder, settings: Mapping[str, Any]) -> int:
+def check_settings(folder: JobFolder, settings: Mapping[str, Any]) -> Division:
     """Compare a batch that goes on with how it was begun, as far as ``settings`` are known yet.
 
     Returns:
-        Rows of a part.
+        How the input was divided.
 
     Raises:
         UsageError: it was begun with other settings.
@@ -54,10 +56,10 @@ def check_settings(folder: JobFolder, settings: Mapping[str, Any]) -> int:
     before = {name: found["settings"].get(name) for name in settings}
     if made := differing(before, settings):
         raise UsageError(f"{folder.root} was made with {made}; use the same, or name another with -o")
-    return int(found["part_rows"])
+    return Division(int(found["part_rows"]), Sharing(**found.get("sharing", {})))
 
 
-def write_manifest(folder: JobFolder, settings: Mapping[str, Any], prompts: Path, plan: Plan, part_rows: int) -> None:
+def write_manifest(folder: JobFolder, settings: Mapping[str, Any], prompts: Path, plan: Plan) -> None:
     """Say what the answers depend on; of the input as much as is known, all at the end of the batch.
 
     Raises:
@@ -68,7 +70,8 @@ def write_manifest(folder: JobFolder, settings: Mapping[str, Any], prompts: Path
         "tpctl_batch": VERSION,
         "tpctl": __version__,
         "input": {"path": str(prompts), **whole},
-        "part_rows": part_rows,
+        "part_rows": plan.division.rows,
+        "sharing": asdict(plan.division.sharing),
         "settings": dict(settings),
     }
     put(folder.manifest, value, sync=True)
@@ -77,8 +80,8 @@ def write_manifest(folder: JobFolder, settings: Mapping[str, Any], prompts: Path
 def stats_of(board: Board, totals: Mapping[str, float], *, price: float | None) -> dict[str, Any]:
     """What the answers took, over all runs; ``price`` is that of a GPU's hour.
 
-    Token counts of prompts and answers are those of the rows; cached and computed ones are what engines did, which is
-    more where one died, and the row was begun again.
+    What is counted of rows, cached tokens too, is exact: of those that are there, whoever was killed meanwhile. What
+    replicas took (hours, computed tokens) is counted up to the last sign of each, a second before its end at most.
     """
     sums = board.sums
     seconds = totals["seconds"]
@@ -88,7 +91,7 @@ def stats_of(board: Board, totals: Mapping[str, float], *, price: float | None) 
         "errors": sums.errors,
         "cut": sums.cut,
         "prompt_tokens": sums.prompt_tokens,
-        "cached_tokens": round(totals["cached_tokens"]),
+        "cached_tokens": sums.cached_tokens,
         "completion_tokens": sums.completion_tokens,
         "computed_tokens": round(totals["computed_tokens"]),
         "seconds": round(seconds, 1),

@@ -12,14 +12,16 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
 import blake3
 import numpy as np
 
-from tpctl.batch.folder import JobFolder, json_lines
+from tpctl.batch.folder import JobFolder, Span, json_lines
 from tpctl.batch.ids import Ids, Keys, keys_of
+from tpctl.batch.prefixes import MOST_SHARES, UNSHARED, Sharing, sharing_of, sizes
 from tpctl.client.disk import writing
 from tpctl.client.jobs import Line, bounded_lines
 from tpctl.errors import SourceError, UsageError, counted
@@ -28,6 +30,9 @@ PART_ROWS = 1000
 """Rows of a part where the input has many; a small one is divided so that every replica has several."""
 
 PARTS_EACH = 4
+SAMPLE_ROWS = 20_000
+"""Rows of the input's beginning that say whether rows share prefixes."""
+
 LARGEST = 32 << 20
 """Bytes of the input after which a part ends, however few lines they are."""
 
@@ -43,6 +48,8 @@ class Part:
         rows: its lines with text.
         digest: BLAKE3 of its bytes, 32 hexadecimal digits.
         repeated: lines with text, counted from 0 in the part, whose id an earlier line had.
+        shares: how many of its rows are in each share of rows that begin alike, by their first ``depth`` bytes; empty:
+            they are not told apart.
     """
 
     number: int
@@ -54,14 +61,27 @@ class Part:
     lines: int
     digest: str
     repeated: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
+    depth: int = 0
 
     @property
     def end(self) -> int:
         return self.offset + self.length
 
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(len(self.shares) or 1, self.depth)
+
+    def spans(self) -> list[Span]:
+        """All of it, as it is offered at first."""
+        ends = list(accumulate(self.shares, initial=0))
+        found = [Span(self.number, ends[at], rows, share=at + 1) for at, rows in enumerate(self.shares) if rows]
+        return found or [Span(self.number, 0, self.rows)]
+
     @staticmethod
     def from_json(value: dict[str, Any]) -> Part:
-        return Part(**{**value, "repeated": tuple(value["repeated"])})
+        lists = {name: tuple(value.get(name, ())) for name in ("repeated", "shares")}
+        return Part(**{**value, **lists})
 
     def named(self) -> str:
         """As messages call it."""
@@ -83,33 +103,52 @@ def read_part(stream: IO[bytes], part: Part, shown: str) -> list[Line]:
     return [Line(part.index + place, number, raw) for place, (number, raw) in enumerate(texts)]
 
 
-def rows_of_a_part(prompts: Path, replicas: int) -> int:
-    """How many rows a part of this input should have, so that each of ``replicas`` has a few parts to answer."""
+@dataclass(frozen=True)
+class Division:
+    """How an input is divided: ``rows`` of a part, and how they are shared out."""
+
+    rows: int
+    sharing: Sharing = UNSHARED
+
+
+def division_of(prompts: Path, replicas: int, rows: int | None = None) -> Division:
+    """How this input should be divided, so that each of ``replicas`` has a few spans of it to answer.
+
+    Args:
+        rows: of a part, if that is given.
+    """
     enough = PART_ROWS * PARTS_EACH * replicas
-    rows = 0
+    found, first, size = 0, [], 0
     with prompts.open("rb") as stream:
         for line in bounded_lines(stream, str(prompts)):
-            rows += bool(line.strip())
-            if rows >= enough:
-                return PART_ROWS
-    return max(1, -(-rows // (PARTS_EACH * replicas)))
+            if not line.strip():
+                continue
+            found += 1
+            if found <= SAMPLE_ROWS and size < LARGEST:
+                first.append(line)
+                size += len(line)
+            if found >= enough:
+                break
+    alone = rows or min(PART_ROWS, max(1, -(-found // (PARTS_EACH * replicas))))
+    sharing = sharing_of(first, alone, min(MOST_SHARES, PARTS_EACH * replicas))
+    return Division(rows or alone * sharing.shares, sharing)
 
 
 class Plan:
     """Finds an input's parts in a thread: first it compares those that are known with the input, then come new ones.
 
     Attributes:
-        prompts: the input.
+        prompts: the input; ``division``: of it into parts.
         known: parts that an earlier run found.
         rows, end: lines with text and bytes up to where the plan has come; ``size``: bytes of the input.
         whole: the plan has come to its end.
     """
 
-    def __init__(self, folder: JobFolder, prompts: Path, part_rows: int) -> None:
+    def __init__(self, folder: JobFolder, prompts: Path, division: Division) -> None:
         """Begin; the thread starts with ``start``."""
         self._folder = folder
         self.prompts = prompts
-        self._part_rows = part_rows
+        self.division = division
         self._queue: queue.SimpleQueue[Part | BaseException | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self.known = [Part.from_json(value) for value in json_lines(folder.index)]
@@ -190,7 +229,7 @@ class Plan:
         with kept, log:
             lines = bounded_lines(stream, str(self.prompts))
             while not self._stop.is_set():
-                raws, texts = _take(lines, line, self._part_rows)
+                raws, texts = _take(lines, line, self.division.rows)
                 if not texts:
                     return
                 if ids is None:
@@ -198,7 +237,11 @@ class Plan:
                 keys = keys_of(texts)
                 data = b"".join(raws)
                 repeated = tuple(ids.add(keys))
-                part = Part(number, offset, len(data), line, index, len(texts), len(raws), _digest(data), repeated)
+                part = Part(
+                    *(number, offset, len(data), line, index, len(texts), len(raws), _digest(data), repeated),
+                    sizes((raw for _, raw in texts), self.division.sharing),
+                    self.division.sharing.depth,
+                )
                 with writing(self._folder.index):
                     kept.write(keys.tobytes())
                     kept.flush()

@@ -55,7 +55,11 @@ def new_name() -> str:
 
 
 class Replica:
-    """A replica's place in the folder, from its start on: it is seen before its engine is ready."""
+    """A replica's place in the folder, from its start on: it is seen before its engine is ready.
+
+    Attributes:
+        gpus: that it has, once that is known.
+    """
 
     def __init__(self, folder: JobFolder, name: str, ranks: int) -> None:
         """Appear.
@@ -66,6 +70,9 @@ class Replica:
         self._folder = folder
         self._name = name
         self._ranks = ranks
+        self.gpus = 0
+        self._life = secrets.token_hex(8)
+        self._began = time.monotonic()
         self._state = "starting"
         self._reason: str | None = None
         self._fatal = False
@@ -102,9 +109,9 @@ class Replica:
             self._signs.write()
         self._lock.close()
 
-    def begin(self, prompts: Path) -> Leases:
-        """From here on this replica is at work."""
-        self._leases = Leases(self._folder, prompts, self._name)
+    def begin(self, prompts: Path, enough: int = 1) -> Leases:
+        """From here on this replica is at work; so many lines at once keep it busy."""
+        self._leases = Leases(self._folder, prompts, self._name, enough)
         self._state = "working"
         return self._leases
 
@@ -117,7 +124,7 @@ class Replica:
             SourceError: the input is not what it was.
         """
         info = client.wait_ready()
-        leases = self.begin(asked.prompts)
+        leases = self.begin(asked.prompts, config.max_num_seqs)
         parser = JobParser(
             tokenizer,
             sampling=asked.sampling,
@@ -160,14 +167,18 @@ class Replica:
 
     def _sign(self) -> dict[str, Any]:
         tally, leases = self._tally, self._leases
+        seconds = time.monotonic() - self._began
         return {
             "state": self._state,
             "reason": self._reason,
             "fatal": self._fatal,
             "ranks": self._ranks,
+            "gpus": self.gpus,
+            "life": self._life,
+            "seconds": round(seconds, 3),
+            "gpu_seconds": round(seconds * self.gpus, 3),
             "rows": 0 if leases is None else leases.sums.rows,
             "open_rows": 0 if leases is None else leases.open_rows,
             "prompt_tokens": tally.prompt_tokens,
-            "cached_tokens": tally.cached_tokens,
             "completion_tokens": tally.completion_tokens,
         }

@@ -1,18 +1,28 @@
-"""The roll of replicas: who gives signs of life, wherever they run, and what they say."""
+"""The roll of replicas: who gives signs of life, wherever they run, and what they say.
+
+What a replica has taken (time, tokens) is counted from its signs, up to the last one: who is killed cannot say more. Of
+those that are gone it stands in a log, under a name that no other life has, so that whichever process is killed counts
+nothing twice.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
-from tpctl.batch.folder import JobFolder, names
+from tpctl.batch.folder import JobFolder, log_lines, names, open_log
 from tpctl.batch.signs import Watch
+from tpctl.client.disk import writing
 from tpctl.errors import SourceError
 
-HEARD = ("rows", "prompt_tokens", "cached_tokens", "completion_tokens")
+HEARD = ("rows", "prompt_tokens", "completion_tokens")
 """Counters in a replica's signs."""
+
+SPENT = ("seconds", "gpu_seconds", "completion_tokens")
+"""What a replica's life has taken, in its signs."""
 
 _EVERY = 0.25  # seconds between looks
 
@@ -39,13 +49,20 @@ class Roll:
     heard: dict[str, dict[str, int]] = field(default_factory=dict)
     _known: dict[str, _Known] = field(default_factory=dict)
     _fatal: list[str] = field(default_factory=list)
+    _ended: dict[str, dict[str, float]] = field(default_factory=dict)  # what lives that ended have taken
+    _log: IO[bytes] | None = None
     _looked: float = field(default=float("-inf"))
+
+    def __post_init__(self) -> None:
+        for entry in log_lines(self.folder.lives):
+            self._ended[entry["life"]] = entry
 
     def look(self, *, now: bool = False) -> None:
         """See who is there, a few times a second; or ``now``, however short ago it was done.
 
         Raises:
             SourceError: a replica says what no other could mend, as an input that has changed.
+            OutputError: what a replica has taken cannot be written down.
         """
         if self.clock() - self._looked < _EVERY and not now:
             return
@@ -83,6 +100,15 @@ class Roll:
         """A counter of all replicas of this run."""
         return sum(said[counter] for said in self.heard.values())
 
+    def spent(self, counter: str) -> float:
+        """One of ``SPENT``, of all replicas of the batch up to the last sign of each."""
+        lives = {str(known.watch.said.get("life")): known.watch.said for known in self._known.values()}
+        return sum(float(said.get(counter, 0)) for said in {**lives, **self._ended}.values())
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
     def _meet(self, replica: str) -> _Known:
         if replica not in self._known:
             path = self.folder.replicas / f"{replica}.json"
@@ -102,5 +128,20 @@ class Roll:
         if known.seen and said.get("fatal"):
             self._fatal.append(str(said.get("reason")))
         if known.gone:
+            if said:
+                self._write_down(said)
             for end in (".json", ".lock"):
                 (self.folder.replicas / f"{replica}{end}").unlink(missing_ok=True)
+
+    def _write_down(self, said: Mapping[str, Any]) -> None:
+        """Count a life that has ended."""
+        life = str(said.get("life"))
+        if life in self._ended:
+            return
+        entry = {"life": life, **{counter: said.get(counter, 0) for counter in SPENT}}
+        if self._log is None:
+            self._log = open_log(self.folder.lives)
+        with writing(self.folder.lives):
+            self._log.write(json.dumps(entry).encode() + b"\n")
+            self._log.flush()
+        self._ended[life] = entry

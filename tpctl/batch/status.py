@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tpctl.batch.folder import JobFolder, json_lines, load, names
+from tpctl.batch.folder import JobFolder, load, log_lines, names
 from tpctl.batch.rows import Sums
 from tpctl.batch.signs import Watch
 from tpctl.errors import SourceError
@@ -114,7 +114,7 @@ def _lives(folder: JobFolder) -> bool:
 
 def _done(folder: JobFolder) -> tuple[Sums, int]:
     there = folder.parts()
-    by_part = {entry["part"]: Sums(**entry["sums"]) for entry in json_lines(folder.log)}
+    by_part = {entry["part"]: Sums(**entry["sums"]) for entry in log_lines(folder.log)}
     sums = Sums()
     for number in there:
         sums.add(by_part.get(number, Sums()))

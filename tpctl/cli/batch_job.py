@@ -22,6 +22,7 @@ from tpctl.errors import EngineError, OutputError, SourceError, UsageError, coun
 if TYPE_CHECKING:
     from tpctl.batch.board import Board
     from tpctl.batch.folder import JobFolder
+    from tpctl.batch.plan import Division
     from tpctl.wire.settings import EngineConfig
 
 
@@ -135,8 +136,8 @@ def run_job(job: Job) -> None:
         needed = _mentions_messages(prompts)
         config = prepare(job.model, job.engine, job.policy, lambda source: look_ahead(at_hand, source, needed=needed))
         settings["model_digest"] = model_digest(config)
-        part_rows = check_settings(folder, settings) if goes_on else 0
-        errors = _run(job, folder, prompts, config, settings, part_rows, target)
+        division = check_settings(folder, settings) if goes_on else None
+        errors = _run(job, folder, prompts, config, settings, division, target)
         if target is not None:
             shutil.rmtree(folder.root)
     if errors:
@@ -149,7 +150,7 @@ def _run(
     prompts: Path,
     config: EngineConfig,
     settings: dict[str, Any],
-    part_rows: int,
+    division: Division | None,
     target: Path | None,
 ) -> int:
     """Answer what is not answered; how many rows are errors."""
@@ -160,29 +161,27 @@ def _run(
     from tpctl.batch.folder import put
     from tpctl.batch.local import Local, Slot, places
     from tpctl.batch.manifest import stats_of, write_manifest
-    from tpctl.batch.plan import Plan, rows_of_a_part, said_repeated
+    from tpctl.batch.plan import Plan, division_of, said_repeated
     from tpctl.client.results import state_of
 
     gpus = places(job.options.count(), config.tp_size, config.device, job.engine.kv_cache_memory is not None)
-    if part_rows and job.options.part_rows not in (None, part_rows):
+    part_rows = job.options.part_rows
+    if division is not None and part_rows not in (None, division.rows):
         raise UsageError(
-            f"--part-rows {job.options.part_rows} is given, but the parts of {folder.root} have {part_rows} rows; "
-            "leave it out"
+            f"--part-rows {part_rows} is given, but the parts of {folder.root} have {division.rows} rows; leave it out"
         )
     before = None if target is None else state_of(target)
-    part_rows = part_rows or job.options.part_rows or rows_of_a_part(prompts, len(gpus))
-    plan = Plan(folder, prompts, part_rows)
-    write_manifest(folder, settings, prompts, plan, part_rows)
+    plan = Plan(folder, prompts, division or division_of(prompts, len(gpus), part_rows))
+    write_manifest(folder, settings, prompts, plan)
     _write_spec(job, folder, prompts, settings["model_digest"], len(gpus))
     local = Local(folder.root, [Slot(number, place) for number, place in enumerate(gpus)], secrets.token_hex(2))
-    ranks = config.tp_size if config.device == "cuda" else 0
     retry = job.options.retry_errors
-    coordinator = Coordinator(folder, plan, local, gpus=ranks, retry_errors=retry, say=note)
+    coordinator = Coordinator(folder, plan, local, retry_errors=retry, say=note)
     with _remains(folder, coordinator.board), coordinator:
         with job_progress(len(gpus), config.tp_size) as show, interrupts() as noted:
             done = coordinator.run(show, lambda: noted)
         if done:
-            write_manifest(folder, settings, prompts, plan, part_rows)
+            write_manifest(folder, settings, prompts, plan)
     stats = stats_of(coordinator.board, coordinator.totals(), price=job.options.gpu_hour_price)
     put(folder.stats, stats)
     note(job_summary(stats, plan.rows if done else None))

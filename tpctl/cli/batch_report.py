@@ -114,8 +114,8 @@ def job_progress(replicas: int, tp_size: int) -> Iterator[Callable[[JobProgress]
             if time.monotonic() >= due:
                 due = time.monotonic() + REPORTS
                 of = f"{job.total:,}" if job.whole else f"about {job.total:,}"
-                left = "" if job.left is None else f", {job.left:.0f} s left"
-                note(f"{job.rows:,} of {of} rows after {job.seconds:.0f} s, {_job_speed(job)}{left}")
+                left = "" if job.left is None else f", {duration(job.left)} left"
+                note(f"{job.rows:,} of {of} rows after {duration(job.seconds)}, {_job_speed(job)}{left}")
 
         yield report
         return
@@ -132,10 +132,20 @@ def job_progress(replicas: int, tp_size: int) -> Iterator[Callable[[JobProgress]
         task = bar.add_task(f"{counted(replicas, 'replica')}, tp {tp_size}", total=None, speed="", left="")
 
         def show(job: JobProgress) -> None:
-            left = "" if job.left is None else f"{job.left / 3600:.0f}:{job.left / 60 % 60:02.0f}:{job.left % 60:02.0f}"
+            left = "" if job.left is None else f"{duration(job.left)} left"
             bar.update(task, completed=job.rows, total=job.total, speed=_job_speed(job), left=left)
 
         yield show
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 42 s, 3 min 05 s, 12 h 30 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def job_summary(stats: Mapping[str, Any], prompts: int | None) -> str:

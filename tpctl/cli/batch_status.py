@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tpctl.cli.batch_report import duration
 from tpctl.cli.console import print_json, say
 from tpctl.errors import counted
 
@@ -41,7 +42,7 @@ def _lines(status: BatchStatus) -> list[str]:
         f"{status.state}{reason}",
         f"{status.rows:,} of {of} rows{share}, {counted(status.errors, 'error')}, {counted(status.parts, 'part')} done",
         f"{counted(status.prompt_tokens, 'token')} in, {status.completion_tokens:,} out",
-        f"since {status.since}, {_duration(status.seconds)}",
+        f"since {status.since}, {duration(status.seconds)}",
     ]
     if status.state == "running":
         working = sum(replica["state"] == "working" for replica in status.replicas)
@@ -51,16 +52,7 @@ def _lines(status: BatchStatus) -> list[str]:
         )
         found += [f"  {one['name']} on {one['host']}: {one['state']}, {one['rows']:,} rows" for one in status.replicas]
         if status.left is not None and status.end is not None:
-            found.append(f"ends about {status.end}, in {_duration(status.left)}")
+            found.append(f"ends about {status.end}, in {duration(status.left)}")
     elif status.state != "done":
         found.append("go on with `tpctl batch … --resume`")
     return found
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -57,8 +57,9 @@ class Kept(Protocol):
     def has(self, line: Line) -> bool:
         """Whether an earlier run answered this very line."""
 
-    def add(self, line: Line, row: Mapping[str, Any]) -> None:
-        """Keep a row. Raises ``RequestError`` if there is no JSON for it, ``OutputError`` if it cannot be written."""
+    def add(self, line: Line, row: Mapping[str, Any], cached: int = 0) -> None:
+        """Keep a row; so many tokens of its prompt were ``cached``. Raises ``RequestError`` if there is no JSON for it,
+        ``OutputError`` if it cannot be written."""
 
 
 class _Feed:
@@ -238,7 +239,7 @@ class Batch:
                 row["note"] = output.message
                 self.tally.cut += 1
             try:
-                self._results.add(job.line, row)
+                self._results.add(job.line, row, stream.num_cached_tokens)
             except RequestError as error:
                 self._fail(job.line, job.id, f"line {job.line.number}: {error}")
                 continue

@@ -103,8 +103,8 @@ class Results:
         index = line.index
         return index < len(self._places) and self._places[index] > 0 and self._checksums[index] == line.checksum
 
-    def add(self, line: Line, row: Mapping[str, Any]) -> None:
-        """Keep a finished row.
+    def add(self, line: Line, row: Mapping[str, Any], cached: int = 0) -> None:
+        """Keep a finished row; how much of its prompt was cached is not kept.
 
         Raises:
             OutputError: it cannot be written.
