@@ -1,11 +1,12 @@
 """Kill processes of a batch over several replicas at random, go on each time, and compare with an undisturbed run.
 
     python -m tests.distributed.batch_kills [--rows 100000] [--replicas 4] [--tp 1] [--kills 30] [--seed 0]
-        [--engine fast|real] [--model demo]
+        [--engine fast|demo] [--model demo] [--max-tokens 8]
 
 A kill is SIGKILL to a replica, one of its ranks, or the coordinator, which is then started again with ``--resume``;
-they are spread over the run. ``fast`` is an engine without a model (``fast_worker.py``), in the same replicas. Exits
-with 1 unless every id is there exactly once, in order, with the same content.
+they are spread over the run. ``fast`` is an engine without a model (``fast_worker.py``), in the same replicas; ``demo``
+runs the model, in float32, on short prompts. Exits with 1 unless every id is there exactly once, in order, with the
+same content, and the published sums are those of the rows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.processes import with_variable
 from tpctl.batch.folder import JobFolder, load, names
@@ -160,6 +163,19 @@ def compare(left: Path, right: Path, rows: int) -> list[str]:
     return wrong
 
 
+def check_stats(root: Path, stats: Mapping[str, Any]) -> list[str]:
+    """Which published sums are not those of the rows."""
+    parts = JobFolder(root).parts().values()
+    rows = [json.loads(line) for part in parts for line in part.open()]
+    wrong = []
+    for name in ("prompt_tokens", "completion_tokens"):
+        if (found := sum(row.get(name, 0) for row in rows)) != stats.get(name):
+            wrong.append(f"{name} are {found:,}, published {stats.get(name)}")
+    if not 0 <= stats.get("cached_tokens", -1) <= stats.get("prompt_tokens", 0):
+        wrong.append(f"cached_tokens are {stats.get('cached_tokens')}")
+    return wrong
+
+
 def run(
     scratch: Path,
     *,
@@ -168,13 +184,15 @@ def run(
     kills: int,
     seed: int,
     engine: str = "fast",
+    max_tokens: int = 8,
     options: tuple[str, ...] = (),
     delay: float = 0.0,
 ) -> Report:
     """Both runs, in ``scratch``."""
     report = Report(rows)
     prompts = write_prompts(scratch / "prompts.jsonl", rows)
-    options = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "256", "--max-tokens", "8", *options)
+    fixed = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "256", "--max-tokens", str(max_tokens))
+    options = (*fixed, *options)
     mark = f"{os.getpid()}-{seed}"
     env = {**os.environ, MARK: mark, "FAST_WORKER_DELAY": str(delay)}
     if engine == "fast":
@@ -195,6 +213,7 @@ def run(
             report.wrong.append((scratch / "stormy.log").read_text()[-500:])
         stats = load(JobFolder(scratch / "stormy").stats) or {}
         report.computed, report.needed = stats.get("computed_tokens", 0), stats.get("completion_tokens", 0)
+        report.wrong += check_stats(scratch / "stormy", stats)
         left = with_variable(f"{MARK}={mark}")
         report.wrong += [f"{len(left)} processes are left"] if left else []
     finally:
@@ -210,10 +229,13 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", choices=("fast", "real"), default="fast")
+    parser.add_argument("--engine", choices=("fast", "demo"), default="fast")
+    parser.add_argument("--max-tokens", type=int, default=8)
+    parser.add_argument("--kv-cache-memory", help="of a replica; several on a small machine need less than all of it")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that the fast engine takes for a group")
     args = parser.parse_args()
+    memory = ("--kv-cache-memory", args.kv_cache_memory) if args.kv_cache_memory else ()
     with tempfile.TemporaryDirectory(prefix="batch-kills-") as scratch:
         report = run(
             Path(scratch),
@@ -222,7 +244,8 @@ def main() -> None:
             kills=args.kills,
             seed=args.seed,
             engine=args.engine,
-            options=("--tp", str(args.tp), "--model", args.model),
+            max_tokens=args.max_tokens,
+            options=("--tp", str(args.tp), "--model", args.model, *memory),
             delay=args.delay,
         )
     print(

@@ -280,6 +280,8 @@ CASES = [
     Case("batch prompts.jsonl -o rows.jsonl --replicas 0", "--replicas is 0, but must be a whole number", code=2),
     Case("batch x -o rows/ --part-rows 0", "'--part-rows'", code=2),
     Case("batch x -o rows/ --gpu-hour-price -1", "'--gpu-hour-price'", code=2),
+    Case("batch x -o rows/ --step-timeout 0", "'--step-timeout'", code=2),
+    Case("batch model/config.json -o model/ --force", "model/config.json lies in model, where the rows go", code=2),
     Case("batch absent.jsonl -o rows/", "cannot read absent.jsonl: No such file or directory"),
     Case("batch model -o rows/", "cannot read model: Is a directory"),
     Case("batch pipe -o rows/", "pipe is no file, give one", code=2),

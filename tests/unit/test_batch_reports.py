@@ -160,6 +160,7 @@ def test_which_batches_run_over_parts(tmp_path: Path) -> None:
         (JobOptions(replicas="2000"), "must be a whole number"),
         (JobOptions(gpu_hour_price=1.0), "--gpu-hour-price needs a folder"),
         (JobOptions(retry_errors=True), "--retry-errors needs a folder"),
+        (JobOptions(step_timeout=5.0), "--step-timeout needs a folder"),
     ):
         with pytest.raises(UsageError, match=said):
             is_job("rows.jsonl", options)

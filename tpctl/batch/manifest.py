@@ -93,7 +93,7 @@ def stats_of(board: Board, totals: Mapping[str, float], *, price: float | None) 
         "prompt_tokens": sums.prompt_tokens,
         "cached_tokens": sums.cached_tokens,
         "completion_tokens": sums.completion_tokens,
-        "computed_tokens": round(totals["computed_tokens"]),
+        "computed_tokens": max(round(totals["computed_tokens"]), sums.completion_tokens),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(sums.completion_tokens / max(seconds, 1e-9), 1),
         "replica_hours": round(totals["replica_seconds"] / 3600, 4),

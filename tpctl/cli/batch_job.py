@@ -127,6 +127,8 @@ def run_job(job: Job) -> None:
     folder = JobFolder(parts_folder(target) if target is not None else Path(job.output))
     if job.options.retry_errors and not job.resume:
         raise UsageError("--retry-errors is for a batch that was begun before; add --resume")
+    if folder.root.resolve() in prompts.parents:
+        raise UsageError(f"{job.prompts} lies in {folder.root}, where the rows go; move it, or name another with -o")
     at_hand = TemplateAtHand(job.template)
     settings = _settings(job, at_hand)
     with claimed(folder):

@@ -23,7 +23,7 @@ def writing(path: Path | None) -> Iterator[None]:
             errno.ENOENT: "the folder does not exist; make it first"
             if path is None or not path.parent.is_dir()
             else "that folder takes no new files; name another one",
-            errno.EACCES: "no permission; name a file where you may write",
-            errno.EROFS: "the disk is read-only; name a file where you may write",
+            errno.EACCES: "no permission; name a place where you may write",
+            errno.EROFS: "the disk is read-only; name a place where you may write",
         }.get(error.errno or 0, error.strerror or str(error))
         raise OutputError(f"cannot write {path or 'a temporary file'}: {hint}") from None
