@@ -1,10 +1,12 @@
 """What a batch's coordinator costs a row, how much memory it takes, and how soon it begins: with replicas that have no
 engine.
 
-    python -m tests.distributed.batch_cost [--rows 1000000] [--replicas 1 16 64] [--resume] [--folder FOLDER]
+    python -m tests.distributed.batch_cost [--rows 1000000] [--replicas 1 16 64] [--resume] [--documents 5000]
+        [--folder FOLDER]
 
 Each line: replicas, rows a second, the coordinator's CPU time a row (planning and ids included), its largest resident
 memory, seconds until the first lease. ``--resume`` interrupts a run half-way, and says how soon the next one goes on.
+With ``--documents`` each row begins with 200 bytes that one in so many has, so that parts are divided into shares.
 """
 
 from __future__ import annotations
@@ -45,10 +47,12 @@ class Cost:
         )
 
 
-def write_prompts(path: Path, rows: int) -> Path:
+def write_prompts(path: Path, rows: int, documents: int | None = None) -> Path:
     with path.open("w") as file:
         for number in range(rows):
-            file.write(f'{{"id": "row-{number}", "prompt": "What is the square of {number}, and why is that so?"}}\n')
+            text = f"{number % documents} or so " * 20 if documents else ""
+            asked = f"{text}What is the square of {number}, and why is that so?"
+            file.write(f'{{"id": "row-{number}", "prompt": "{asked}"}}\n')
     return path
 
 
@@ -99,10 +103,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--documents", type=int)
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        prompts = write_prompts(Path(scratch, "prompts.jsonl"), args.rows)
+        prompts = write_prompts(Path(scratch, "prompts.jsonl"), args.rows, args.documents)
         for replicas in args.replicas:
             root = Path(scratch, f"out-{replicas}")
             if args.resume:

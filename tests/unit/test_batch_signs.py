@@ -172,6 +172,16 @@ def test_what_lives_took_is_counted_once_whoever_is_killed(folder: JobFolder) ->
     assert spent() == 9 and len(folder.lives.read_bytes().splitlines()) == 3
 
 
+def test_what_lives_took_and_a_full_disk(folder: JobFolder) -> None:
+    folder.lives.symlink_to("/dev/full")
+    sign(folder.replicas / "r.json", 1, life="a", seconds=1, state="ended")
+    roll = Roll(folder, Clock())
+    with pytest.raises(OutputError, match="the disk is full"):
+        roll.look(now=True)
+    roll.close()
+    assert (folder.replicas / "r.json").exists()  # it is counted when there is room
+
+
 def test_a_replica_that_is_stopped_is_silent_and_killed(folder: JobFolder) -> None:
     clock = Clock()
     roll = Roll(folder, clock)

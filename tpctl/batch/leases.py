@@ -53,7 +53,8 @@ class Lease:
         self._size = 0
         with writing(journal):
             self._file: IO[bytes] = journal.open("w+b")
-        places = order_of(lines, part.sharing)[span.first : span.end]
+        before = part.before(span.share)
+        places = order_of(lines, part.sharing, span.share)[span.first - before : span.end - before]
         self.repeated = {part.index + place for place in {*places} & {*part.repeated}}
         for place in places:
             if place in kept:

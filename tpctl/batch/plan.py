@@ -12,7 +12,6 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,10 +71,14 @@ class Part:
     def sharing(self) -> Sharing:
         return Sharing(len(self.shares) or 1, self.depth)
 
+    def before(self, share: int) -> int:
+        """Rows of shares before this one, from 1."""
+        return sum(self.shares[: max(share - 1, 0)])
+
     def spans(self) -> list[Span]:
         """All of it, as it is offered at first."""
-        ends = list(accumulate(self.shares, initial=0))
-        found = [Span(self.number, ends[at], rows, share=at + 1) for at, rows in enumerate(self.shares) if rows]
+        shares = [(share, rows) for share, rows in enumerate(self.shares, start=1) if rows]
+        found = [Span(self.number, self.before(share), rows, share=share) for share, rows in shares]
         return found or [Span(self.number, 0, self.rows)]
 
     @staticmethod

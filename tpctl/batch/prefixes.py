@@ -55,18 +55,24 @@ def _start(raw: bytes) -> int:
     return max(at, 0)
 
 
-def order_of(lines: Sequence[Line], sharing: Sharing) -> list[int]:
+def order_of(lines: Sequence[Line], sharing: Sharing, share: int = 0) -> list[int]:
     """The places of a part's lines, counted from 0, in the order in which they are answered: share by share, and in
-    each of them those that begin alike beside each other. Where few do, as in the input."""
-    texts = [beginning(line.raw) for line in lines]
-    places = list(range(len(lines)))
-    if sharing.shares > 1:
-        shares = [share_of(line.raw, sharing) for line in lines]
-        return sorted(places, key=lambda place: (shares[place], texts[place]))
-    starts = [text[: DEPTHS[0]] for text in texts]
-    if len(starts) - len(set(starts)) < _PAYS * len(starts):
-        return places
-    return sorted(places, key=texts.__getitem__)
+    each of them those that begin alike beside each other. Where few do, as in the input.
+
+    Args:
+        share: only of this one, from 1.
+    """
+    if sharing.shares == 1:
+        starts = [beginning(line.raw)[: DEPTHS[0]] for line in lines]
+        places = list(range(len(lines)))
+        if len(starts) - len(set(starts)) < _PAYS * len(starts):
+            return places
+        return sorted(places, key=lambda place: beginning(lines[place].raw))
+    found: list[list[int]] = [[] for _ in range(sharing.shares)]
+    for place, line in enumerate(lines):
+        found[share_of(line.raw, sharing)].append(place)
+    wanted = found if not share else [found[share - 1]]
+    return [place for one in wanted for place in sorted(one, key=lambda place: beginning(lines[place].raw))]
 
 
 def sharing_of(raws: Sequence[bytes], part_rows: int, most: int) -> Sharing:

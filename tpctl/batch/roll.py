@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -107,7 +108,8 @@ class Roll:
 
     def close(self) -> None:
         if self._log is not None:
-            self._log.close()
+            with suppress(OSError):  # a full disk, of which was told when it was written to
+                self._log.close()
 
     def _meet(self, replica: str) -> _Known:
         if replica not in self._known:
