@@ -173,9 +173,9 @@ def test_what_lives_took_is_counted_once_whoever_is_killed(folder: JobFolder) ->
 
 
 def test_what_lives_took_and_a_full_disk(folder: JobFolder) -> None:
-    folder.lives.symlink_to("/dev/full")
     sign(folder.replicas / "r.json", 1, life="a", seconds=1, state="ended")
     roll = Roll(folder, Clock())
+    folder.lives.symlink_to("/dev/full")
     with pytest.raises(OutputError, match="the disk is full"):
         roll.look(now=True)
     roll.close()
