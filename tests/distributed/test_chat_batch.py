@@ -30,12 +30,6 @@ def model() -> str:
     return str(resolve("demo").folder)
 
 
-@pytest.fixture
-def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that answers at once, for what the command does itself."""
-    monkeypatch.setenv("TPCTL_WORKER", "tests.distributed.fake_worker")
-
-
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tpctl", *arguments]
 
@@ -122,11 +116,9 @@ def test_rows(alone: str) -> None:
         ("2>/dev/full", '"completion_tokens": 3', None),  # a log that takes no more ends nothing
     ],
 )
-def test_streams_that_fail(
-    redirected: str, answers: str, said: str | None, model: str, tmp_path: Path, no_engine: None
-) -> None:
+def test_streams_that_fail(redirected: str, answers: str, said: str | None, small: str, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "Hello", "max_tokens": 3}])
-    line = f'"{sys.executable}" -m tpctl batch {source} --model "{model}" {" ".join(EXACT)} {redirected}'
+    line = f'"{sys.executable}" -m tpctl batch {source} --model "{small}" {" ".join(EXACT)} {redirected}'
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == (said is not None)
     assert answers in done.stdout
@@ -162,7 +154,7 @@ def test_stdin_to_stdout_under_preemption(small: str) -> None:
 
 
 def test_interrupted_and_resumed(small: str, tmp_path: Path) -> None:
-    lines = [{"prompt": f"Fact {n}:", "max_tokens": 12 if n < 4 else 800, "ignore_eos": True} for n in range(6)]
+    lines = [{"prompt": f"Fact {n}:", "max_tokens": 12 if n < 4 else 500, "ignore_eos": True} for n in range(6)]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     arguments = ("batch", str(source), "-o", str(out), "--model", small, *EXACT, "--max-num-seqs", "2")
@@ -210,8 +202,8 @@ def test_one_answer_from_two_ranks(model: str) -> None:
     assert result.stdout.count("\n") == 1
 
 
-def test_a_prompt_longer_than_the_model_allows(model: str, no_engine: None) -> None:
-    result = tpctl("chat", model, "-m", "why? " * 40, *EXACT, "--max-model-len", "32")
+def test_a_prompt_longer_than_the_model_allows(small: str) -> None:
+    result = tpctl("chat", small, "-m", "why? " * 40, *EXACT, "--max-model-len", "32")
     assert result.returncode == 1
     assert re.fullmatch(r"tpctl: the message has \d+ tokens .*, but at most 31 leave room .*\n", result.stderr)
 
