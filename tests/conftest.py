@@ -44,7 +44,7 @@ LONG = (
     *("test_real_weights", "test_chat_batch", "test_batch_job", "test_launch", "test_shared_memory", "test_fuzz"),
     *("test_command_line", "test_quality", "test_chat_terminal", "test_examples", "test_real_forms"),
 )
-"""The slow folders' files that take long, the longest first: begun last, one of them would keep a process for itself."""
+"""Files that take long, the longest first: begun last, one of them would keep a process for itself."""
 
 
 def _place(item: pytest.Item) -> int:

@@ -44,7 +44,7 @@ def shape(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     name: str = request.param
     small = {key: value for key, value in SMALL.items() if key in SHAPES[name]}
     monkeypatch.setitem(SHAPES, name, SHAPES[name] | small)
-    monkeypatch.setattr(synthetic, "_BLOCK", 1 << 20)  # the largest tensor here has a quarter of that
+    monkeypatch.setattr(synthetic, "_BLOCK", 1 << 20)  # values: more than any tensor has here
     monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
     return name
 
