@@ -21,8 +21,8 @@ settings.load_profile("tpctl")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     every = (
-        "every case, under Triton's interpreter, too (tests/gpu), or where the day chooses some (families and formats); "
-        "real weights at full length"
+        "every case, under Triton's interpreter, too (tests/gpu), or where the day chooses (families and formats), "
+        "and real weights at full length"
     )
     parser.addoption("--whole-grid", action="store_true", help=every)
     parser.addoption("--sampled-grid", action="store_true", help="of kernels' grids of cases a sample, on GPUs too")
