@@ -21,7 +21,8 @@ settings.load_profile("tpctl")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     every = (
-        "every case, under Triton's interpreter, too (tests/gpu), or where the day chooses some (families and formats)"
+        "every case, under Triton's interpreter, too (tests/gpu), or where the day chooses (families and formats), "
+        "and real weights at full length"
     )
     parser.addoption("--whole-grid", action="store_true", help=every)
     parser.addoption("--sampled-grid", action="store_true", help="of kernels' grids of cases a sample, on GPUs too")
@@ -29,16 +30,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, help="fuzz with the cases of an earlier run, whose seed this is")
 
 
-def pytest_configure() -> None:
-    """One of several processes that share the cores (``-n``) computes in one thread: waiting threads spin."""
+def pytest_configure(config: pytest.Config) -> None:
+    """One of several processes that share the cores (``-n``) computes in one thread: waiting threads spin. They take
+    files in our order, not those of most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
     if "PYTEST_XDIST_WORKER" in os.environ:
         import torch
 
         torch.set_num_threads(1)
 
 
+LONG = (
+    *("test_real_weights", "test_chat_batch", "test_batch_job", "test_launch", "test_shared_memory", "test_fuzz"),
+    *("test_command_line", "test_quality", "test_chat_terminal", "test_examples", "test_real_forms"),
+)
+"""Files that take long, the longest first: begun last, one of them would keep a process for itself."""
+
+
+def _place(item: pytest.Item) -> int:
+    """What answers fast comes first, then what takes long, and what fills the end."""
+    if item.path.parent.name == "unit":
+        return -1
+    return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of tests marked ``grid(times)``, take each value of each parameter so often, and all with ``--whole-grid``."""
+    items.sort(key=_place)
     if config.getoption("--whole-grid"):
         return
     out: set[pytest.Item] = set()

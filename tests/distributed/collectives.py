@@ -1,4 +1,8 @@
-"""One rank of ``test_shared_memory``: many collectives of random shapes and dtypes, checked on every rank.
+"""The ranks of ``test_shared_memory``: many collectives of random shapes and dtypes, checked on every rank.
+
+    python -m tests.distributed.collectives SIZE ROUNDS LONGEST
+
+The ranks are forked, so that all of them find torch imported.
 
 Every rank draws the same random script, and can make every other rank's tensors itself.
 """
@@ -6,12 +10,16 @@ Every rank draws the same random script, and can make every other rank's tensors
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import signal
 import sys
 import time
+import traceback
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from tpctl.distributed import TPGroup
 
@@ -61,9 +69,8 @@ def check_one(
     digest.update(found.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
-def main() -> None:
+def run_rank(rounds: int, longest: int) -> None:
     torch.set_num_threads(1)
-    rounds, longest = int(sys.argv[1]), int(sys.argv[2])
     group = TPGroup.from_environment("cpu")
     assert group._shared is not None, "these tests are about shared memory"
     rng, pauses, digest = random.Random(3), random.Random(group.rank), hashlib.sha256()
@@ -80,8 +87,37 @@ def main() -> None:
     seen = group.all_gather(torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
     assert seen.eq(seen[0]).all(), "the ranks saw different bits"
     group.close()
-    print(f"rank {group.rank} is done")
+    print(f"rank {group.rank} is done", flush=True)
+
+
+def main() -> int:
+    """Start the ranks, and end them all when one fails; 1 then."""
+    size, rounds, longest = map(int, sys.argv[1:])
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    ranks = set()
+    for rank in range(size):
+        if (pid := os.fork()) == 0:
+            os.environ["RANK"] = str(rank)
+            code = 1
+            try:
+                run_rank(rounds, longest)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        ranks.add(pid)
+    failed = 0
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status and not failed:
+            failed = 1
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -67,6 +67,9 @@ def main() -> None:
         time.sleep(600)
     if own_rank() != 0:
         if what == "die-later":
+            notes = Path(os.environ["FAKE_WORKER_PIDS"])
+            while len(list(notes.iterdir())) < int(os.environ["WORLD_SIZE"]):
+                time.sleep(0.01)
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         while not (arguments.config.parent / "stop").exists():

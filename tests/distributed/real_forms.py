@@ -37,6 +37,17 @@ def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     return folder
 
 
+def shallow(source: Path, folder: Path, layers: int) -> Path:
+    """The first ``layers`` of ``source``, and what is beside them."""
+    config, tensors = read(source)
+    held = {
+        name: one
+        for name, one in tensors.items()
+        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < layers
+    }
+    return write(folder, {**config, "num_hidden_layers": layers}, held)
+
+
 def projections(gate: Tensor, up: Tensor, down: Tensor, where: str, names: tuple[str, str, str]) -> Tensors:
     return {f"{where}.{name}.weight": one for name, one in zip(names, (gate, up, down), strict=True)}
 

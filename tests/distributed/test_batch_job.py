@@ -254,8 +254,7 @@ def test_whoever_is_killed_every_row_is_there_once(model: str, tmp_path: Path) -
     assert not report.wrong and sum(report.kills.values()) == 5
 
 
-def test_with_the_real_engine_and_several_ranks(demo: ResolvedSource, tmp_path: Path) -> None:
-    ensure_sharded(demo, 2)
-    options = ("--tp", "2", "--model", str(demo.folder), "--kv-cache-memory", "16MiB")
-    report = batch_kills.run(tmp_path, rows=60, replicas=2, kills=2, seed=3, engine="demo", options=options)
+def test_with_the_real_engine_and_several_ranks(small: str, tmp_path: Path) -> None:
+    options = ("--tp", "2", "--model", small, "--kv-cache-memory", "16MiB", "--max-num-seqs", "8")
+    report = batch_kills.run(tmp_path, rows=200, replicas=2, kills=2, seed=4, engine="demo", options=options)
     assert not report.wrong and sum(report.kills.values()) == 2

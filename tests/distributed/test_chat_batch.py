@@ -116,9 +116,9 @@ def test_rows(alone: str) -> None:
         ("2>/dev/full", '"completion_tokens": 3', None),  # a log that takes no more ends nothing
     ],
 )
-def test_streams_that_fail(redirected: str, answers: str, said: str | None, model: str, tmp_path: Path) -> None:
+def test_streams_that_fail(redirected: str, answers: str, said: str | None, small: str, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "Hello", "max_tokens": 3}])
-    line = f'"{sys.executable}" -m tpctl batch {source} --model "{model}" {" ".join(EXACT)} {redirected}'
+    line = f'"{sys.executable}" -m tpctl batch {source} --model "{small}" {" ".join(EXACT)} {redirected}'
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == (said is not None)
     assert answers in done.stdout
@@ -139,13 +139,13 @@ def test_the_same_rows_together_and_on_several_ranks(model: str, alone: str, tmp
     assert result.stdout == ""
 
 
-def test_stdin_to_stdout_under_preemption(model: str) -> None:
-    lines = [{"prompt": f"Story {n}: the old man and the", "max_tokens": 40} for n in range(12)]
+def test_stdin_to_stdout_under_preemption(small: str) -> None:
+    lines = [{"prompt": f"Story {n}: the old man and the", "max_tokens": 40, "ignore_eos": True} for n in range(12)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    wide = tpctl("batch", "-", "--model", model, *EXACT, stdin=text)
-    # 12 x 50 tokens want about 38 blocks of 16; in float32 on one rank a token takes 45 KiB.
-    small = (*EXACT[:-1], "12MiB", "--block-size", "16", "--max-model-len", "128")
-    narrow = tpctl("batch", "-", "--model", model, *small, stdin=text)
+    wide = tpctl("batch", "-", "--model", small, *EXACT, stdin=text)
+    # 12 x 50 tokens want about 38 blocks of 16; in float32 on one rank a token takes 3 KiB.
+    few = (*EXACT[:-1], "800KiB", "--block-size", "16", "--max-model-len", "128")
+    narrow = tpctl("batch", "-", "--model", small, *few, stdin=text)
     assert (wide.returncode, narrow.returncode) == (0, 0), narrow.stderr
     assert narrow.stdout == wide.stdout
     assert len(rows(wide.stdout)) == 12
@@ -153,11 +153,11 @@ def test_stdin_to_stdout_under_preemption(model: str) -> None:
     assert " 0 preemptions" in wide.stderr
 
 
-def test_interrupted_and_resumed(model: str, tmp_path: Path) -> None:
-    lines = [{"prompt": f"Fact {n}:", "max_tokens": 12 if n < 4 else 200} for n in range(6)]
+def test_interrupted_and_resumed(small: str, tmp_path: Path) -> None:
+    lines = [{"prompt": f"Fact {n}:", "max_tokens": 12 if n < 4 else 500, "ignore_eos": True} for n in range(6)]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
-    arguments = ("batch", str(source), "-o", str(out), "--model", model, *EXACT, "--max-num-seqs", "2")
+    arguments = ("batch", str(source), "-o", str(out), "--model", small, *EXACT, "--max-num-seqs", "2")
     process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: partial.exists() and partial.read_text().count("\n") >= 4, "rows are kept")
     found = workers_of(process.pid)
@@ -177,9 +177,9 @@ def test_interrupted_and_resumed(model: str, tmp_path: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_killed_worker_is_one_line(model: str, tmp_path: Path) -> None:
+def test_a_killed_worker_is_one_line(small: str, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "a", "max_tokens": 4000, "ignore_eos": True}])
-    arguments = ("batch", str(source), "-o", str(tmp_path / "out.jsonl"), "--model", model, "--tp", "2", *EXACT)
+    arguments = ("batch", str(source), "-o", str(tmp_path / "out.jsonl"), "--model", small, "--tp", "2", *EXACT)
     process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
 
     def ranks() -> list[int]:
@@ -202,8 +202,8 @@ def test_one_answer_from_two_ranks(model: str) -> None:
     assert result.stdout.count("\n") == 1
 
 
-def test_a_prompt_longer_than_the_model_allows(model: str) -> None:
-    result = tpctl("chat", model, "-m", "why? " * 40, *EXACT, "--max-model-len", "32")
+def test_a_prompt_longer_than_the_model_allows(small: str) -> None:
+    result = tpctl("chat", small, "-m", "why? " * 40, *EXACT, "--max-model-len", "32")
     assert result.returncode == 1
     assert re.fullmatch(r"tpctl: the message has \d+ tokens .*, but at most 31 leave room .*\n", result.stderr)
 

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.test_chat_batch import EXACT, PATIENCE, workers_of
+from tests.processes import with_variable
 from tpctl.checkpoint.sources import resolve
 
 pytestmark = [
@@ -32,6 +34,7 @@ class Window:
     """A terminal of 80 x 24 with one program in it."""
 
     def __init__(self, folder: Path, *command: str) -> None:
+        self._folder = folder
         self._socket = str(folder / "tmux")
         self._paste = folder / "paste"
         # Ctrl-C is for the program: the shell, which gets it too, must not end of it.
@@ -56,6 +59,15 @@ class Window:
 
     def resize(self, width: int, height: int) -> None:
         self.tmux("resize-window", "-x", str(width), "-y", str(height))
+
+    def processor_seconds(self) -> float:
+        """What the chat and its workers have computed so far, however busy the machine is."""
+        ticks = 0
+        for pid in with_variable(f"TPCTL_CACHE={self._folder / 'cache'}"):
+            with suppress(OSError):  # of one that has just ended
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     @property
     def screen(self) -> str:
@@ -114,10 +126,10 @@ def test_one_interrupt_stops_a_prompt_that_is_computed(window: Window) -> None:
     window.type("", "Enter")
     window.until("computing the prompt")
     time.sleep(1)
-    pressed = time.monotonic()
+    before = window.processor_seconds()
     window.type("", "C-c")
     window.until(rf"\(stopped: nothing was said yet\)\n>>> {ASK}")
-    assert time.monotonic() - pressed < 2
+    assert window.processor_seconds() - before < 6  # a chunk, on two cores; all of the prompt takes 30 and more
     assert "computing" not in window.screen
     window.type("What is the capital of France?", "Enter")
     assert "\nThe capital of France is Paris.\n" in window.until(rf"Paris\.\n>>> {ASK}")

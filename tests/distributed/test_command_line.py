@@ -140,7 +140,7 @@ def test_a_rank_that_dies_while_the_chat_is_idle_is_told_at_once(model: Path, tm
         (worker,) = with_variable(f"TPCTL_PARENT_PID={chat.pid}")
         _until(ours, None)
         os.kill(worker, signal.SIGKILL)
-        assert chat.wait(20) == 1
+        assert chat.wait(PATIENCE) == 1  # it would wait for a message for ever
     finally:
         chat.kill()
         chat.wait()

@@ -22,6 +22,7 @@ from tests.distributed.real_forms import (
     of_fp8,
     read,
     rounded,
+    shallow,
 )
 from tests.distributed.test_real_weights import TEXTS, run_in_threads
 from tests.unit.test_models import logits_of
@@ -40,7 +41,8 @@ pytestmark = pytest.mark.slow
 
 PROMPT_LENGTH, LENGTH = 12, 8
 IN_CI = {("copies", 2), ("slices", 3), ("fp8-block", 3), ("gptq", 2)}
-"""Forms and sizes that are always tried; the rest with ``--whole-grid``."""
+"""Forms and sizes that are always tried; the rest, and all of the model's layers, with ``--whole-grid``."""
+LAYERS = 6
 FIRST, NEAR = 4, 1e-3
 """How many tokens of a prompt have activations of some thousands, and how near their logits are to be. From those in
 float64 the dense model's own are, in float32 on one rank, 5e-4 at the first token, 1.4e-4 at the third, 1e-4 behind."""
@@ -54,12 +56,20 @@ def prompts(demo: ResolvedSource) -> list[list[int]]:
     return [tokenizer.encode(text)[:PROMPT_LENGTH] for text in TEXTS[:4]]
 
 
+@pytest.fixture(scope="module")
+def source(request: pytest.FixtureRequest, demo: ResolvedSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model."""
+    if request.config.getoption("--whole-grid"):
+        return demo.folder
+    return shallow(demo.folder, tmp_path_factory.mktemp("shallow") / "model", LAYERS)
+
+
 @pytest.fixture
-def model(demo: ResolvedSource) -> Any:
-    """transformers' dense model in float32."""
+def model(source: Path) -> Any:
+    """The same by transformers, in float32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(demo.folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -104,26 +114,26 @@ def replaced(model: Any, matrices: dict[str, torch.Tensor]) -> Any:
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_that_are_the_dense_model(
-    request: pytest.FixtureRequest, demo: ResolvedSource, prompts: list[list[int]], place: Path, name: str, tp_size: int
+    request: pytest.FixtureRequest, source: Path, prompts: list[list[int]], place: Path, name: str, tp_size: int
 ) -> None:
     wanted(request, name, tp_size)
-    folder = mixture(name, demo.folder, place / "model")
+    folder = mixture(name, source, place / "model")
     check(request.getfixturevalue("model"), folder, prompts, tp_size, GROUPS.get((name, tp_size), 1))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["fp8", "fp8-block", *FORMATS, "mxfp4"])
 def test_weights_rounded_into_a_format(
-    request: pytest.FixtureRequest, demo: ResolvedSource, prompts: list[list[int]], place: Path, name: str, tp_size: int
+    request: pytest.FixtureRequest, source: Path, prompts: list[list[int]], place: Path, name: str, tp_size: int
 ) -> None:
     wanted(request, name, tp_size)
     folder = place / "model"
     if name.startswith("fp8"):
         folder.mkdir()
-        quantise_checkpoint(CheckpointFolder.open(demo.folder), folder, Method(name))
+        quantise_checkpoint(CheckpointFolder.open(source), folder, Method(name))
         _, tensors = read(folder)
         matrices = {f"{module}.weight": of_fp8(tensors, module) for module in linears(tensors)}
     else:
         make = in_blocks_of_four_bits if name == "mxfp4" else partial(rounded, name)
-        matrices = make(demo.folder, folder)
+        matrices = make(source, folder)
     check(replaced(request.getfixturevalue("model"), matrices), folder, prompts, tp_size)

@@ -1,4 +1,7 @@
-"""The demo model's real weights: tokens equal transformers', whatever the batch, the memory and the number of ranks."""
+"""The demo model's real weights: tokens equal transformers', whatever the batch, the memory and the number of ranks.
+
+Fewer and shorter answers than with ``--whole-grid``, the same way.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.slow
 
-PROMPT_LENGTH, GREEDY_LENGTH, SAMPLED_LENGTH = 12, 48, 16
+PROMPT_LENGTH, SAMPLED_LENGTH = 12, 10
 TEXTS = (
     "The capital of France is a city that is known all over the world for its museums",
     "Once upon a time there was a little girl who lived in a house near the forest and",
@@ -48,6 +51,12 @@ Tokens = dict[str, list[int]]
 
 
 @pytest.fixture(scope="module")
+def greedy_length(pytestconfig: pytest.Config) -> int:
+    """Tokens of a greedy answer."""
+    return 48 if pytestconfig.getoption("--whole-grid") else 24
+
+
+@pytest.fixture(scope="module")
 def prompts(demo: ResolvedSource) -> list[list[int]]:
     """Eight prompts of equal length, so that transformers needs no padding."""
     tokenizer = Tokenizer(demo.folder)
@@ -57,15 +66,15 @@ def prompts(demo: ResolvedSource) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(demo: ResolvedSource, prompts: list[list[int]]) -> list[list[int]]:
+def expected(demo: ResolvedSource, prompts: list[list[int]], greedy_length: int) -> list[list[int]]:
     """What transformers' own ``generate`` answers, greedily and in float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(demo.folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # all of 48 tokens, as ignore_eos below
+    model.generation_config.eos_token_id = None  # all tokens, as ignore_eos below
     ids = torch.tensor(prompts)
-    answers = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY_LENGTH, do_sample=False)
-    assert answers.shape == (len(prompts), PROMPT_LENGTH + GREEDY_LENGTH)
+    answers = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=greedy_length, do_sample=False)
+    assert answers.shape == (len(prompts), PROMPT_LENGTH + greedy_length)
     return answers[:, PROMPT_LENGTH:].tolist()
 
 
@@ -74,8 +83,8 @@ def engine_config(demo: ResolvedSource, tp_size: int, **changes: Any) -> EngineC
     return EngineConfig(ensure_sharded(demo, tp_size), tp_size, **values)
 
 
-def greedy_requests(prompts: list[list[int]]) -> list[Request]:
-    params = SamplingParams(max_tokens=GREEDY_LENGTH, ignore_eos=True)
+def greedy_requests(prompts: list[list[int]], length: int) -> list[Request]:
+    params = SamplingParams(max_tokens=length, ignore_eos=True)
     return [Request(f"greedy {n}", ids, params) for n, ids in enumerate(prompts)]
 
 
@@ -130,11 +139,11 @@ def run_in_processes(config: EngineConfig, groups: Sequence[Sequence[Request]]) 
 
 
 @pytest.fixture(scope="module")
-def by_ranks(demo: ResolvedSource, prompts: list[list[int]]) -> dict[int, Tokens]:
+def by_ranks(demo: ResolvedSource, prompts: list[list[int]], greedy_length: int) -> dict[int, Tokens]:
     """For some tensor-parallel sizes, the greedy answers, and the sampled ones, alone and together."""
     found = {}
     for tp_size in (1, 2, 3):
-        groups: list[list[Request]] = [greedy_requests(prompts)]
+        groups: list[list[Request]] = [greedy_requests(prompts, greedy_length)]
         groups += [[request] for request in sampled_requests(prompts, "alone")]
         company = [Request(f"company {n}", ids, SamplingParams(max_tokens=9)) for n, ids in enumerate(prompts)]
         groups.append([*company[:3], *sampled_requests(prompts, "together"), *company[3:]])
@@ -148,24 +157,26 @@ def test_greedy_tokens_equal_transformers(by_ranks: dict[int, Tokens], expected:
 
 
 def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
-    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]]
+    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]], greedy_length: int
 ) -> None:
-    # 12 blocks of 16 tokens, 480 KiB each on rank 0: room for three of the eight answers.
-    tokens, stats = run_in_processes(engine_config(demo, 2, kv_cache_memory=6 << 20), [greedy_requests(prompts)])
+    # 12 blocks of 16 tokens, 480 KiB each on rank 0: not enough for eight answers, each of which wants 3 or 4.
+    config = engine_config(demo, 2, kv_cache_memory=6 << 20)
+    tokens, stats = run_in_processes(config, [greedy_requests(prompts, greedy_length)])
     assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
     assert stats.num_blocks == stats.free_blocks == 12
     assert stats.preemptions > 0
     assert stats.evictions > 0
-    assert stats.generated_tokens == len(prompts) * GREEDY_LENGTH
+    assert stats.generated_tokens == len(prompts) * greedy_length
 
 
 @pytest.mark.parametrize("tp_size", [5, 9])
 def test_greedy_tokens_of_more_processes_than_kv_heads_equal_transformers(
-    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]], tp_size: int
+    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]], tp_size: int, greedy_length: int
 ) -> None:
-    tokens, stats = run_in_processes(engine_config(demo, tp_size), [greedy_requests(prompts)])
-    assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
-    assert stats.generated_tokens == len(prompts) * GREEDY_LENGTH
+    length = greedy_length if tp_size == 5 else greedy_length // 3  # where processes outnumber cores, a step takes long
+    tokens, stats = run_in_processes(engine_config(demo, tp_size), [greedy_requests(prompts, length)])
+    assert [tokens[f"greedy {n}"] for n in range(len(expected))] == [answer[:length] for answer in expected]
+    assert stats.generated_tokens == len(prompts) * length
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
@@ -188,25 +199,28 @@ LINES: list[dict[str, Any]] = [
 ]
 
 
-def batch(tmp_path: Path, demo: ResolvedSource, *options: str) -> tuple[list[dict[str, Any]], str]:
+def batch(tmp_path: Path, model: str, *options: str) -> tuple[list[dict[str, Any]], str]:
     """The rows that ``tpctl batch`` writes for ``LINES`` at tp 2, and what it says on stderr."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in LINES))
     out.unlink(missing_ok=True)
-    common = ("--model", str(demo.folder), "--tp", "2", "--device", "cpu", "--dtype", "float32", "--block-size", "16")
+    common = ("--model", model, "--tp", "2", "--device", "cpu", "--dtype", "float32", "--block-size", "16")
     command = [sys.executable, "-m", "tpctl", "batch", str(source), "-o", str(out), *common, *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in out.read_text().splitlines()], result.stderr
 
 
-def test_64_prompts_together_equal_one_at_a_time(tmp_path: Path, demo: ResolvedSource) -> None:
-    alone, _ = batch(tmp_path, demo, "--kv-cache-memory", "64MiB", "--max-num-seqs", "1")
-    together, said = batch(tmp_path, demo, "--kv-cache-memory", "128MiB")
+def test_64_prompts_together_equal_one_at_a_time(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Of two of the model's layers, and of all with ``--whole-grid``."""
+    whole = request.config.getoption("--whole-grid")
+    model = str(request.getfixturevalue("demo").folder) if whole else request.getfixturevalue("small")
+    alone, _ = batch(tmp_path, model, "--kv-cache-memory", "64MiB", "--max-num-seqs", "1")
+    together, said = batch(tmp_path, model, "--kv-cache-memory", "128MiB")
     assert together == alone
     assert len(together) == 64
     assert " 0 preemptions" in said
     # 8 blocks of 16 tokens, where any two of the first four lines want 10 in the end.
-    crowded, said = batch(tmp_path, demo, "--kv-cache-memory", "4MiB")
+    crowded, said = batch(tmp_path, model, "--kv-cache-memory", "4MiB" if whole else "270KiB")
     assert crowded == alone
     assert re.search(r"prefix cache [1-9]\d* tokens .* [1-9]\d* preemptions", said), said

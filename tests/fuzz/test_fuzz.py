@@ -22,9 +22,9 @@ from tests.fuzz.sandbox import PYTHON
 from tests.fuzz.targets import TARGETS
 from tpctl.arch.config import ModelConfig
 
-CASES = {"config": 90, "index": 60, "manifest": 40, "template": 40}
+CASES = {"config": 50, "index": 30, "manifest": 25, "template": 25}
 """Cases of a target in a run of all tests; ``_OTHERS`` where it is not named."""
-_OTHERS = 80
+_OTHERS = 45
 _ROUND = 100
 
 

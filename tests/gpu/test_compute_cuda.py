@@ -14,8 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tests.gpu.here import DEVICE
-from tests.tiny import LONG_ROPES, make_checkpoint
+from tests.gpu.here import DEVICE, INTERPRET
+from tests.tiny import FAMILIES, LONG_ROPES, make_checkpoint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
@@ -51,6 +51,12 @@ ROPES: dict[str, Any] = {"phi4-mini": {"rope_parameters": LONG_ROPES[12] | {"par
 TABLES = torch.tensor([[1, 2], [3, 0], [4, 5], [6, 7], [8, 0]], dtype=torch.int32)
 # Float32 is left to cuBLAS; here it stands for bfloat16, which the interpreter gets wrong.
 HOPPER = GpuFacts(hopper=True, multiprocessors=4, few_rows=16, wide=True)
+
+
+def few_layers(name: str) -> dict[str, int]:
+    """Two, so that one follows another, where all are alike and an interpreter takes seconds for each."""
+    differ = {"num_hidden_layers", "layer_types", "max_window_layers", "no_rope_layer_interval", "no_rope_layers"}
+    return {"num_hidden_layers": 2} if INTERPRET and not differ & FAMILIES[name][1].keys() else {}
 
 
 class FirstOfTwo(TPGroup):
@@ -199,7 +205,8 @@ def test_same_logits_and_cache(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make_checkpoint(name, tmp_path / "hf", **{**SHAPE, **ROPES.get(name, {})}, intermediate_size=intermediate)
+    sizes = {**SHAPE, **ROPES.get(name, {}), **few_layers(name)}
+    make_checkpoint(name, tmp_path / "hf", **sizes, intermediate_size=intermediate)
     shard_checkpoint(tmp_path / "hf", tmp_path / "shards", tp_size)
     group = (TPGroup if tp_size == 1 else FirstOfTwo)(0, tp_size, DEVICE)
     monkeypatch.setattr(gated_linear, "_BUFFER_BYTES", 100 << 10)  # of values half as large

@@ -13,6 +13,7 @@ from tpctl.arch.block import Experts, linears
 from tpctl.arch.held import HeldLinear
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan
+from tpctl.bench import synthetic
 from tpctl.bench.shapes import SHAPES
 from tpctl.bench.synthetic import shape_config, synthetic_shards
 from tpctl.kernels.common.codes import decode
@@ -43,6 +44,7 @@ def shape(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     name: str = request.param
     small = {key: value for key, value in SMALL.items() if key in SHAPES[name]}
     monkeypatch.setitem(SHAPES, name, SHAPES[name] | small)
+    monkeypatch.setattr(synthetic, "_BLOCK", 1 << 20)  # values: more than any tensor has here
     monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
     return name
 

@@ -59,7 +59,7 @@ def named(raw: bytes, place: int) -> list[str]:
     return [key[1]] if key is not None and place > first + line.index('"') and line.startswith(' "') else []
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_and_named(out: Path, data: st.DataObject) -> None:
     raw = (out / MANIFEST).read_bytes()

@@ -455,7 +455,7 @@ def test_after_a_failure_the_other_transfers_are_stopped_and_end_first() -> None
         raise SourceError("no such file")
 
     def runs() -> None:
-        assert stopped.wait(5)
+        assert stopped.wait(60)
         time.sleep(0.2)
         ended.set()
 

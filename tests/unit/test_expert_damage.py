@@ -56,7 +56,7 @@ def flipped(path: Path, place: int, bit: int, **options: Any) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_of_a_weight_or_scale_is_placed(made: Path, data: st.DataObject) -> None:
     manifest = Manifest.load(made / "out")
@@ -82,7 +82,7 @@ def test_a_flipped_bit_of_a_weight_or_scale_is_placed(made: Path, data: st.DataO
     assert with_source == said
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_in_the_files_is_found(made: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted((made / "out").glob("model-rank-*"))))
@@ -92,7 +92,7 @@ def test_a_flipped_bit_anywhere_in_the_files_is_found(made: Path, data: st.DataO
     assert all(name in message for name in inside) and f"rank {path.name.split('-')[2]}" in message
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_of_the_manifest_is_found_and_named(made: Path, data: st.DataObject) -> None:
     out = made / "out"

@@ -66,8 +66,10 @@ def round_trip(source: Path, folder: Path, cuttings: list[tuple[int, Cutting]], 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_between_all_sizes(tmp_path: Path, name: str, stacked: bool) -> None:
+    """From any to any; of stacked experts, which are the same numbers under fewer names, from some to some."""
     make_mixture(name, tmp_path / "model", stacked=stacked)
-    round_trip(tmp_path / "model", tmp_path, [(tp, Cutting()) for tp in range(1, HEADS + 1)])
+    sizes = (1, 2, 5) if stacked else range(1, HEADS + 1)
+    round_trip(tmp_path / "model", tmp_path, [(tp, Cutting()) for tp in sizes])
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -186,7 +188,7 @@ def test_released_models_have_the_tensors_of_transformers(path: Path) -> None:
         model = made_by.from_config(whole)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert type(model).__name__ in raw["architectures"]
-    for tp in {1, 8, config.blueprint.max_tp}:
+    for tp in {8, config.blueprint.max_tp}:
         plan = checked_source_plan(config, shapes, tp)
         assert plan.source_shapes.items() <= shapes.items()
 

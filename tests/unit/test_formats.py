@@ -102,7 +102,7 @@ def test_a_scale_of_two_parts_is_stored_for_each_and_written_once(
 
 
 @pytest.mark.parametrize("name", PACKERS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     width=st.sampled_from([96, 192, 231 * 8, 231 * 32, 704, 1408, 1856]),
     tp=st.integers(1, 8),
@@ -125,7 +125,7 @@ def test_sums_of_ranks(name: str, width: int, tp: int, even: bool, heads: tuple[
 
 
 @pytest.mark.parametrize("name", PACKERS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(width=st.sampled_from([96, 192, 352]), tp=st.sampled_from([2, 4]), even=st.booleans(), seed=st.integers(0, 9))
 def test_sums_of_dealt_experts(name: str, width: int, tp: int, even: bool, seed: int) -> None:
     config = make_config("qwen3_moe", **{**MODELS["qwen3_moe"], "moe_intermediate_size": width, "num_experts": 3})

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.tiny import make_checkpoint, make_mixture
-from tests.unit.generating import PROMPTS, TOKENS, requests, run
+from tests.unit.generating import PROMPTS, answers, requests, run
 from tests.unit.synthetic import make_checkpoint as make_source
 from tests.unit.synthetic import make_config
 from tpctl.checkpoint.metadata import read_metadata
@@ -90,17 +90,6 @@ class RoundedCache(DynamicCache):
         return found
 
 
-def rounded_answers(model: Any) -> list[list[int]]:
-    """What transformers answers with such a cache."""
-    model.generation_config.eos_token_id = None
-    found = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        settings = {"max_new_tokens": TOKENS, "do_sample": False, "past_key_values": RoundedCache(config=model.config)}
-        found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist())
-    return found
-
-
 NAMES = ["llama3", "gemma2-caps", "gemma3", "gpt_oss", "phi3-long-rope"]
 
 
@@ -117,7 +106,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "phi3-long-rope":  # of which generate begins a new cache at the border
         tokens, _ = run(folder / "tp1", 1, [[one] for one in requests()], kv_cache_dtype="fp8")
         return folder, [tokens[str(index)] for index in range(len(PROMPTS))]
-    return folder, rounded_answers(model)
+    return folder, answers(model, cache=lambda: RoundedCache(config=model.config))
 
 
 WAYS: dict[str, dict[str, Any]] = {

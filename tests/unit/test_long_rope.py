@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import make_checkpoint
-from tests.unit.generating import PROMPTS, TOKENS, answers, requests, run
+from tests.unit.generating import PROMPTS, TOKENS, generated, requests, run
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 BORDER = 24
@@ -20,12 +20,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Shards for one and two ranks, and what transformers' ``generate`` answers."""
     folder = tmp_path_factory.mktemp(request.param)
     model = make_checkpoint(request.param, folder / "hf")
-    expected = answers(model)
+    expected = generated(model)
     for tp_size in (1, 2):
         shard_checkpoint(folder / "hf", folder / f"tp{tp_size}", tp_size)
     return folder, expected
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize(
     "settings",

@@ -1,0 +1,30 @@
+"""What several modules of this folder need once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.real_forms import shallow
+from tpctl.checkpoint.cache import cache_root
+from tpctl.checkpoint.sources import ResolvedSource
+
+
+@pytest.fixture(scope="session")
+def small(demo: ResolvedSource, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two of the demo model's layers: quick, for where it does not matter what is answered. Shards of it are not left
+    in the cache."""
+    name = f"two-layers-{os.getpid()}"
+    folder = shallow(demo.folder, tmp_path_factory.mktemp("small") / name, 2)
+    for file in demo.folder.iterdir():
+        if "token" in file.name or "template" in file.name:
+            shutil.copy(file, folder)
+    yield str(folder)
+    for made in (cache_root() / "shards").glob(f"*{name}-*"):
+        if made.is_dir():
+            shutil.rmtree(made)
+        else:
+            made.unlink()
