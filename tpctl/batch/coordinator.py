@@ -180,6 +180,10 @@ class Coordinator:
         self._find_parts()
         self._watch_local()
         self._take_up()
+        own = {slot.name for slot in self._local.slots}
+        for name, reason in self._roll.lost():
+            if name not in own:
+                self._say(f"replica {name}: {reason}")
         self._offer()
         if self._waiting or not self.board.idle:
             self._local.start_due()

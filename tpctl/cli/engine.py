@@ -104,18 +104,23 @@ def say_context(info: EngineInfo) -> None:
 
 
 class Interrupts:
-    """Counts Ctrl-C while something runs that should end tidily."""
+    """Counts signals while something runs that should end tidily.
+
+    Attributes:
+        number: the last one's.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.number = int(signal.SIGINT)
 
     def __bool__(self) -> bool:
         return self.count > 0
 
 
 @contextmanager
-def interrupts() -> Iterator[Interrupts]:
-    """Let the first Ctrl-C only be noted; the second raises ``KeyboardInterrupt``.
+def interrupts(*signals: signal.Signals) -> Iterator[Interrupts]:
+    """Let the first Ctrl-C, or the first of ``signals``, only be noted; the second raises ``KeyboardInterrupt``.
 
     A note is safer than an exception, which could strike in the middle of a message to the workers.
     """
@@ -123,11 +128,13 @@ def interrupts() -> Iterator[Interrupts]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         noted.count += 1
+        noted.number = number
         if noted.count > 1:
             raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in signals or (signal.SIGINT,)}
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
