@@ -17,7 +17,7 @@ host=$(hostname -s)
 end() { # the daemon whose pid is in a file
     local pid
     [ -f "$1" ] && pid=$(cat "$1") && kill "$pid" 2>/dev/null || return 0
-    for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || return 0; sleep 0.1; done
+    for _ in $(seq 10); do kill -0 "$pid" 2>/dev/null || return 0; sleep 0.1; done
     kill -9 "$pid" 2>/dev/null || true
 }
 

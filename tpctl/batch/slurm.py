@@ -22,7 +22,9 @@ from tpctl.errors import UsageError
 
 _GPUS = ("SLURM_JOB_GPUS", "SLURM_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
 # What a script's own options would add to every step: tasks a node, GPUs a task and so on. A step here is one task.
-_STEPS = re.compile(r"(SLURM|SRUN)_(NTASKS|NPROCS|NTASKS_PER_\w+|CPUS_PER_\w+|GPUS_PER_\w+|TRES_PER_TASK|GPU_BIND)")
+_STEPS = re.compile(
+    r"(SLURM|SRUN)_(NTASKS|NPROCS|NTASKS_PER_\w+|CPUS_PER_\w+|GPUS|GPUS_PER_\w+|TRES_PER_TASK|GPU_BIND)"
+)
 
 
 _ONE_TASK = ("--nodes=1", "--ntasks=1", "--exact", "--mpi=none", "--job-name=tpctl-replica")
