@@ -100,6 +100,36 @@ def test_a_coordinator_that_is_killed_takes_its_replicas_along(model: str, tmp_p
     assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(400)]
 
 
+def test_a_share_that_vanishes_is_one_line_and_goes_on_when_it_is_back(model: str, tmp_path: Path, path: str) -> None:
+    run = started(model, tmp_path, path, "alpha\nbeta\n", 400, FAST_WORKER_DELAY="0.3")
+    process = run.start("--max-num-seqs", "4")
+    wait_until(run.at_work, "a replica is at work")
+    away = run.out.rename(run.out.with_name("away"))
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and ("is gone; bring it back" in said(err) or "cannot write" in said(err)), err
+    wait_until(lambda: not replicas(run), "replicas end")
+    assert not run.out.exists()
+    away.rename(run.out)
+    run.env["TPCTL_FAST_DELAY"] = run.env["FAST_WORKER_DELAY"] = "0"
+    done = run("--resume")
+    assert done.returncode == 0, done.stderr
+    assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(400)]
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="no faketime here (apt-get install faketime)")
+def test_hosts_whose_clocks_are_years_apart_and_run_faster(model: str, tmp_path: Path) -> None:
+    (tmp_path / "ssh").mkdir()
+    clock = """case $2 in alpha) when="-9y x1.5";; *) when="+5y x0.7";; esac"""
+    text = SSH.replace("cd /\n", f"cd /\n{clock}\n").replace('sh -c "$3"', 'faketime -f "$when" sh -c "$3"')
+    (tmp_path / "ssh" / "ssh").write_text(text)
+    (tmp_path / "ssh" / "ssh").chmod(0o755)
+    path = f"{tmp_path / 'ssh'}:{os.environ['PATH']}"
+    run = started(model, tmp_path, path, "alpha\nbeta\n", 300, FAST_WORKER_DELAY="0.1")
+    done = run("--max-num-seqs", "8")
+    assert done.returncode == 0 and "started again" not in done.stderr, done.stderr
+    assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(300)]
+
+
 def test_hosts_of_which_none_is_there(model: str, tmp_path: Path, path: str) -> None:
     run = started(model, tmp_path, path, "delta slots=2\n", 10)
     done = run()
