@@ -48,9 +48,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[di
     tpctl.parent.mkdir()
     tpctl.write_text(f'#!/bin/sh\nexec {sys.executable} -m tpctl "$@"\n')
     tpctl.chmod(0o755)
+    scontrol = folder / "bin" / "scontrol"  # a job that is queued again begins after two minutes
+    scontrol.write_text('#!/bin/sh\necho "$@" >> "$REQUEUED"\n')
+    scontrol.chmod(0o755)
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{tpctl.parent}:{os.environ['PATH']}"}
     env |= {"TPCTL_WORKER": "tests.distributed.fast_worker", MARK: str(folder), "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": str(ROOT), "TPCTL_NO_REQUEUE": "1"}
+    env |= {"PYTHONPATH": str(ROOT)}
     try:
         yield env
     finally:
@@ -101,22 +104,30 @@ def test_steps_that_are_killed_cost_no_row(cluster: dict[str, str], model: str) 
     assert "with 3 kills" in done.stdout
 
 
-def test_a_job_that_is_cancelled_ends_in_order_and_goes_on(cluster: dict[str, str], model: str, tmp_path: Path) -> None:
+def test_a_job_that_is_told_to_end_ends_in_order_and_goes_on(
+    cluster: dict[str, str], model: str, tmp_path: Path
+) -> None:
+    """Before its time limit it queues itself again; after scancel it does not."""
     write_prompts(tmp_path / "prompts.jsonl", 600)
-    env = {**cluster, "ASKED": f"--model {model}", "FAST_WORKER_DELAY": "0.3"}
+    env = {**cluster, "ASKED": f"--model {model}", "FAST_WORKER_DELAY": "0.3", "REQUEUED": str(tmp_path / "requeued")}
     batch = Batch(tmp_path / "prompts.jsonl", tmp_path / "rows", 2, (), env)
-    job = submit(env, tmp_path, "slurm_batch.sh", "--ntasks=2", "--cpus-per-task=2")
-    wait_until(lambda: batch.rows() > 0, "rows are there")
-    # What SLURM itself sends before a time limit (--signal=B:TERM@120).
-    subprocess.run(["scancel", "--batch", "--signal=TERM", job], env=env, check=True)
-    wait_until(lambda: not running(env, job), "the job ends")
-    state = load(JobFolder(tmp_path / "rows").state)
-    assert state is not None and state["state"] == "interrupted", logs(tmp_path)
-    assert "interrupted; finished rows are kept in rows, go on with --resume" in logs(tmp_path)
-    assert 0 < batch.rows() < 600
+    folder = JobFolder(tmp_path / "rows")
+    before = 0
+    for told in (["--batch", "--signal=USR1"], []):
+        job = submit(env, tmp_path, "slurm_batch.sh", "--ntasks=2", "--cpus-per-task=2")
+        wait_until(lambda: batch.rows() > before, "rows are there")  # noqa: B023 — it is called here
+        subprocess.run(["scancel", *told, job], env=env, check=True)
+        wait_until(lambda: not running(env, job), "the job ends")  # noqa: B023
+        state = load(folder.state)
+        assert state is not None and state["state"] == "interrupted", logs(tmp_path)
+        assert "interrupted; finished rows are kept in rows, go on with --resume" in logs(tmp_path)
+        before = batch.rows()
+        assert 0 < before < 600
+    requeued = (tmp_path / "requeued").read_text().splitlines()
+    assert len(requeued) == 1 and requeued[0] == f"requeue {int(job) - 1}"
     env["FAST_WORKER_DELAY"] = "0"
     job = submit(env, tmp_path, "slurm_batch.sh", "--ntasks=2", "--cpus-per-task=2")
-    wait_until(lambda: not running(env, job), "the second job ends")
+    wait_until(lambda: not running(env, job), "the last job ends")
     check_rows(tmp_path, 600)
 
 
