@@ -26,12 +26,14 @@ class TPGroup:
     Attributes:
         rank, size: this process's place, ``0 <= rank < size``.
         device: where this rank's tensors live.
+        one_host: all ranks are on this host.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
         self.rank = rank
         self.size = size
         self.device = torch.device(device)
+        self.one_host = True
         self._shared: SharedMemory | None = None
 
     @classmethod
@@ -39,7 +41,8 @@ class TPGroup:
         """Join the group that torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describe.
 
         On ``"cuda"`` device tensors travel by NCCL. CPU tensors travel by gloo, or through shared memory where that
-        works and all ranks run on one host; ``TPCTL_CPU_COLLECTIVES=gloo`` in the environment rules it out.
+        works and all ranks run on one host, as they do where one agent has started them all;
+        ``TPCTL_CPU_COLLECTIVES=gloo`` in the environment rules it out.
         """
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device_type == "cuda":
@@ -51,8 +54,8 @@ class TPGroup:
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         group = cls(rank, size, device)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size
-        if size > 1 and device_type == "cpu" and local and os.environ.get("TPCTL_CPU_COLLECTIVES") != "gloo":
+        group.one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size
+        if size > 1 and device_type == "cpu" and group.one_host and os.environ.get("TPCTL_CPU_COLLECTIVES") != "gloo":
             timeout = COLLECTIVE_TIMEOUT.total_seconds()
             group._shared = shared_memory.connect(rank, size, timeout, group.broadcast_text, group.minimum)
         return group

@@ -29,6 +29,7 @@ from torch import Tensor
 from tpctl.cores import affinity_cores
 from tpctl.errors import EngineError
 
+_SECRET = 16  # bytes, by which a rank knows that it mapped rank 0's memory, and not another host's
 _LINE = 64  # bytes: each rank's count has a cache line of its own
 _SLOT = 1 << 20  # bytes; longer tensors travel in pieces
 _STRIDE = _SLOT + _LINE  # slots a power of two apart would compete for the same cache sets
@@ -166,11 +167,13 @@ def connect(
         minimum: gives every rank the smallest number.
     """
     able = is_supported()
-    descriptor = -1
+    descriptor, secret, start = -1, b"", _first_slot(size)  # the secret stands where the first exchange will
     if able and rank == 0:
         descriptor = os.memfd_create("tpctl-ranks", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, required_bytes(size))
-    path = broadcast(f"/proc/{os.getpid()}/fd/{descriptor}")
+        secret = os.urandom(_SECRET)
+        os.pwrite(descriptor, secret, start)
+    path, _, told = broadcast(f"/proc/{os.getpid()}/fd/{descriptor} {secret.hex()}").rpartition(" ")
     memory = None
     if able:
         try:
@@ -178,6 +181,8 @@ def connect(
             memory = mmap.mmap(opened, required_bytes(size))
             if rank != 0:
                 os.close(opened)
+            if memory[start : start + _SECRET].hex() != told:
+                memory = None
         except (OSError, ValueError):  # another process namespace: the path leads nowhere, or elsewhere
             memory = None
     everywhere = minimum(int(memory is not None))  # rank 0's descriptor must stay open until all have used it

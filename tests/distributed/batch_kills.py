@@ -1,12 +1,13 @@
 """Kill processes of a batch over several replicas at random, go on each time, and compare with an undisturbed run.
 
     python -m tests.distributed.batch_kills [--rows 100000] [--replicas 4] [--tp 1] [--kills 30] [--seed 0]
-        [--engine fast|demo] [--model demo] [--max-tokens 8]
+        [--engine fast|demo] [--model demo] [--max-tokens 8] [--hosts FILE|slurm]
 
 A kill is SIGKILL to a replica, one of its ranks, or the coordinator, which is then started again with ``--resume``;
-they are spread over the run. ``fast`` is an engine without a model (``fast_worker.py``), in the same replicas; ``demo``
-runs the model, in float32, on short prompts. Exits with 1 unless every id is there exactly once, in order, with the
-same content, and the published sums are those of the rows.
+they are spread over the run. With ``--hosts`` the process that stands for a replica (srun, ssh) is killed, too; inside
+a SLURM job (``salloc --ntasks=4 python -m …``) also a step, as ``scancel`` does it. ``fast`` is an engine without a
+model (``fast_worker.py``), in the same replicas; ``demo`` runs the model, in float32, on short prompts. Exits with 1
+unless every id is there exactly once, in order, with the same content, and the published sums are those of the rows.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Any
 from tests.processes import with_variable
 from tpctl.batch.folder import JobFolder, load, names
 
-KINDS = ("replica", "rank", "coordinator")
+KINDS = ("replica", "rank", "coordinator", "launcher", "step")
 LIMIT = 3600.0  # seconds for everything
+PATIENCE = 20.0  # seconds until all processes have ended
 MARK = "TPCTL_BATCH_KILLS"
 
 
@@ -65,7 +67,8 @@ class Batch:
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tpctl", "batch", str(self.prompts), "-o", f"{self.out}/"]
-        command += ["--replicas", str(self.replicas), *self.options, *more]
+        command += ["--replicas", str(self.replicas)] if self.replicas else []
+        command += [*self.options, *more]
         with (self.out.parent / f"{self.out.name}.log").open("ab") as log:
             return subprocess.Popen(command, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
@@ -100,13 +103,41 @@ def victims(mark: str) -> dict[str, list[int]]:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
+        program = Path(command.partition(" ")[0]).name
         if " tpctl batch " in command:
             found["coordinator"].append(pid)
-        elif " tpctl replica " in command:
+        elif program in ("srun", "ssh"):
+            found["launcher"].append(pid)
+        elif " tpctl replica " in command and program.startswith("python"):
             found["replica"].append(pid)
+            if step_of(pid):
+                found["step"].append(pid)
         elif "worker" in command:
             found["rank"].append(pid)
     return found
+
+
+def step_of(pid: int) -> str:
+    """``JOB.STEP`` of a process that srun started; empty for others."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    said = dict(variable.partition("=")[::2] for variable in variables)
+    step = said.get("SLURM_STEP_ID", "")
+    return f"{said['SLURM_JOB_ID']}.{step}" if step.isdigit() and int(step) < 1 << 31 else ""
+
+
+def kill(kind: str, pid: int) -> bool:
+    """Whether there was something to kill."""
+    if kind == "step":
+        step = step_of(pid)
+        return bool(step) and subprocess.run(["scancel", "--signal=KILL", step]).returncode == 0
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def kill_and_go_on(batch: Batch, mark: str, rows: int, kills: int, chance: random.Random, report: Report) -> None:
@@ -130,10 +161,7 @@ def kill_and_go_on(batch: Batch, mark: str, rows: int, kills: int, chance: rando
             alive = victims(mark)
             kind = chance.choice([kind for kind in KINDS if alive[kind]] or ["none"])
             if kind != "none":
-                pid = chance.choice(alive[kind])
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
+                if not kill(kind, chance.choice(alive[kind])):
                     continue
                 report.kills[kind] += 1
                 due.pop(0)
@@ -142,6 +170,14 @@ def kill_and_go_on(batch: Batch, mark: str, rows: int, kills: int, chance: rando
         time.sleep(chance.uniform(0.0, 0.2))
     process.kill()
     report.wrong.append(f"not done after {LIMIT:.0f} s")
+
+
+def processes(mark: str, patience: float) -> list[int]:
+    """What is left of a batch after a while: a replica elsewhere ends a little later than what stands for it here."""
+    deadline = time.monotonic() + patience
+    while (left := with_variable(f"{MARK}={mark}")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
 
 
 def compare(left: Path, right: Path, rows: int) -> list[str]:
@@ -214,7 +250,7 @@ def run(
         stats = load(JobFolder(scratch / "stormy").stats) or {}
         report.computed, report.needed = stats.get("computed_tokens", 0), stats.get("completion_tokens", 0)
         report.wrong += check_stats(scratch / "stormy", stats)
-        left = with_variable(f"{MARK}={mark}")
+        left = processes(mark, PATIENCE)
         report.wrong += [f"{len(left)} processes are left"] if left else []
     finally:
         for pid in with_variable(f"{MARK}={mark}"):
@@ -233,19 +269,21 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("--kv-cache-memory", help="of a replica; several on a small machine need less than all of it")
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--hosts", help="as of tpctl batch; FILE says itself how many replicas there are")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that the fast engine takes for a group")
     args = parser.parse_args()
     memory = ("--kv-cache-memory", args.kv_cache_memory) if args.kv_cache_memory else ()
+    hosts = ("--hosts", args.hosts) if args.hosts else ()
     with tempfile.TemporaryDirectory(prefix="batch-kills-") as scratch:
         report = run(
             Path(scratch),
             rows=args.rows,
-            replicas=args.replicas,
+            replicas=args.replicas if args.hosts in (None, "slurm") else 0,
             kills=args.kills,
             seed=args.seed,
             engine=args.engine,
             max_tokens=args.max_tokens,
-            options=("--tp", str(args.tp), "--model", args.model, *memory),
+            options=("--tp", str(args.tp), "--model", args.model, *memory, *hosts),
             delay=args.delay,
         )
     print(

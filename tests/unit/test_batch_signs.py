@@ -127,7 +127,15 @@ def test_the_roll_tells_who_died_from_who_left_and_from_who_was_gone_before(fold
     assert sorted(roll.living()) == ["stays"] and roll.sum("rows") == 17
     assert roll.mourned("dies") and not roll.mourned("leaves")
     assert roll.alive("never-met")
-    sign(folder.replicas / "stays.json", 2, fatal=True, reason="the input changed", state="failed")
+    sign(folder.replicas / "far.json", 1)
+    clock.now += 1
+    roll.look()
+    sign(folder.replicas / "far.json", 2, fatal=True, reason="no model here", state="failed", host="far-host")
+    clock.now += 1
+    roll.look()  # another machine may lack what the others have
+    assert roll.lost() == [("far", "no model here (on far-host)")] and not roll.lost()
+    dead = {"fatal": True, "reason": "the input changed", "state": "failed", "machine": signs.machine()}
+    sign(folder.replicas / "stays.json", 2, **dead)
     clock.now += 1
     with pytest.raises(SourceError, match="the input changed"):
         roll.look()

@@ -31,7 +31,7 @@ def group(said: queue.SimpleQueue[str]) -> Any:
             said.put(text)
         return text
 
-    return SimpleNamespace(size=RANKS, broadcast_text=broadcast)
+    return SimpleNamespace(rank=0, size=RANKS, broadcast_text=broadcast)
 
 
 Ends = tuple[Channel, Leader, list[Follower]]

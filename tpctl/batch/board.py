@@ -121,8 +121,7 @@ class Board:
             if part is None:  # another one was faster
                 self._tidy(span.part)
             elif span.count == part.rows:
-                found = load(beside)
-                self._publish(part, handed, Sums(**found) if found else sums_of(handed))
+                self._publish(part, handed, load(beside))
             else:
                 kept = self._folder.kept / f"{name}.rows"
                 move(beside, sums_beside(kept))
@@ -135,6 +134,16 @@ class Board:
             if part.number in self._parts:
                 self._settle(part)
         return count
+
+    def offer_lost(self) -> None:
+        """Offer parts again that are under way and of which no file is there: a coordinator that was taken over, and
+        did not know it yet, has removed them."""
+        folder = self._folder
+        # In this order, in which files move, so that none is missed that moves meanwhile.
+        places = (folder.offers, folder.leases, folder.finished)
+        there = {span.part for place in places for _, span, _ in spans_in(place)}
+        for number in set(self._parts) - there:
+            self._settle(self._parts[number])
 
     def holders(self) -> dict[str, list[str]]:
         """The leases by the replica that holds them."""
@@ -202,14 +211,28 @@ class Board:
         if sums is None:
             self.offer(part)
         else:
-            self._publish(part, whole, sums)
+            self._publish(part, whole, sums.to_dict())
 
-    def _publish(self, part: Part, file: Path, sums: Sums) -> None:
-        number = part.number
+    def _publish(self, part: Part, file: Path, told: dict[str, Any] | None) -> None:
+        """Give a file its place; ``told``: what its rows come to.
+
+        A coordinator that was taken over, and does not know it yet, may be faster at any moment: then the part is
+        there, or is offered again.
+        """
+        number, target = part.number, self._folder.part(part.number)
+        try:
+            sums = Sums(**told) if told else sums_of(file)
+        except FileNotFoundError:
+            if not target.exists():
+                self._settle(part)
+                return
+            sums = sums_of(target)
         with writing(self._folder.log):
             self._log.write(json.dumps({"part": number, "sums": sums.to_dict()}).encode() + b"\n")
             self._log.flush()
-        move(file, self._folder.part(number))
+        if not move(file, target) and not target.exists():
+            self._settle(part)
+            return
         self._sums_of[number] = sums
         self.sums.add(sums)
         self.done.add(number)

@@ -124,6 +124,9 @@ class Coordinator:
         elif self._state == "running":
             self._state = "interrupted"
         try:
+            if self._taken_over():  # the folder, and who works in it, are another one's
+                self._local.stop(0.0, ())
+                return
             with writing(self._folder.stop):
                 self._folder.stop.touch()
             living = self._roll.living()
@@ -180,6 +183,12 @@ class Coordinator:
         self._find_parts()
         self._watch_local()
         self._take_up()
+        if self._clock() - self._samples[-1][0] >= EVERY:
+            self.board.offer_lost()
+        own = {slot.name for slot in self._local.slots}
+        for name, reason in self._roll.lost():
+            if name not in own:
+                self._say(f"replica {name}: {reason}")
         self._offer()
         if self._waiting or not self.board.idle:
             self._local.start_due()
@@ -258,13 +267,16 @@ class Coordinator:
             return self._plan.rows
         return max(self._plan.rows, round(self._plan.rows * self._plan.size / self._plan.end))
 
+    def _taken_over(self) -> bool:
+        return int((load(self._folder.state) or {}).get("generation", 0)) > self._generation
+
     def _sign(self) -> dict[str, Any]:
         """What the state file says; called by the thread that writes it.
 
         Raises:
             OutputError: a later coordinator has written it, which could not see that this one lives.
         """
-        if int((load(self._folder.state) or {}).get("generation", 0)) > self._generation:
+        if self._taken_over():
             raise OutputError(f"another tpctl batch has taken {self._folder.root} over; this one ends")
         shown = self._shown
         replicas = max(1, shown.wanted, shown.alive)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -106,7 +106,6 @@ class Local:
     token: str
     command: Sequence[str] = (sys.executable, "-m", "tpctl", "replica")
     backoff: float = 0.5
-    _pinned: bool = field(default=False, init=False)
 
     @property
     def all_given_up(self) -> bool:
@@ -128,10 +127,10 @@ class Local:
         for slot in self.slots:
             if slot.process is None or (code := slot.process.poll()) is None:
                 continue
-            reason, fatal = _why(code, _last_line(slot.log))
+            reason, fatal, hopeless = self._judge(slot, code)
             slot.process = None
             slot.deaths = 1 if answered.get(slot.name) else slot.deaths + 1
-            slot.given_up = slot.deaths >= MOST_STARTS
+            slot.given_up = hopeless or slot.deaths >= MOST_STARTS
             slot.due = time.monotonic() + min(_SLOWEST, self.backoff * 2 ** (slot.deaths - 1))
             slot.reason = reason
             again = "not started again" if slot.given_up else "started again"
@@ -142,7 +141,7 @@ class Local:
         """Kill replicas that give no signs of life: their engines hold what others could use."""
         for slot in self.slots:
             if slot.process is not None and slot.name in silent:
-                slot.process.kill()
+                self._kill(slot.process)
 
     def stop(self, patience: float, at_work: Container[str]) -> None:
         """End all of them, and what they have started.
@@ -153,7 +152,7 @@ class Local:
         """
         for slot in self.slots:
             if slot.process is not None and slot.name not in at_work:
-                slot.process.send_signal(signal.SIGTERM)
+                self._ask_to_end(slot.process)
         deadline = time.monotonic() + patience
         for slot in self.slots:
             if slot.process is None:
@@ -161,40 +160,58 @@ class Local:
             try:
                 slot.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                slot.process.send_signal(signal.SIGTERM)
+                self._ask_to_end(slot.process)
                 try:
                     slot.process.wait(5)
                 except subprocess.TimeoutExpired:
-                    slot.process.kill()
+                    self._kill(slot.process)
                     slot.process.wait()
             slot.process = None
 
     def kill(self) -> None:
         for slot in self.slots:
             if slot.process is not None:
-                slot.process.kill()
+                self._kill(slot.process)
                 slot.process.wait()
                 slot.process = None
 
     def _start(self, slot: Slot) -> None:
         slot.starts += 1
-        slot.name = f"{slot.number}-{self.token}-{slot.starts}"
-        env = {**python_environment(os.environ), PARENT_PID: str(os.getpid())}
-        if slot.gpus is not None:
-            env["CUDA_VISIBLE_DEVICES"] = slot.gpus
+        slot.name = self._name(slot)
         if slot.log is not None:
             slot.log.close()
         slot.log = tempfile.TemporaryFile()  # noqa: SIM115 — closed with the next one, or with this process
-        slot.process = subprocess.Popen(
+        slot.process = self._launch(slot, slot.log)
+
+    def _name(self, slot: Slot) -> str:
+        return f"{slot.number}-{self.token}-{slot.starts}"
+
+    def _launch(self, slot: Slot, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """The replica's process, or what stands for one that runs elsewhere; both write to ``log``."""
+        env = {**python_environment(os.environ), PARENT_PID: str(os.getpid())}
+        if slot.gpus is not None:
+            env["CUDA_VISIBLE_DEVICES"] = slot.gpus
+        process = subprocess.Popen(
             [*self.command, str(self.root), "--name", slot.name],
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=slot.log,
-            stderr=slot.log,
+            stdout=log,
+            stderr=log,
             start_new_session=True,  # Ctrl-C at the terminal is the coordinator's to handle
         )
         if slot.gpus is None and (cores := cores_of(slot.number, len(self.slots))) is not None:
-            os.sched_setaffinity(slot.process.pid, cores)  # before it has other threads, which then have it too
+            os.sched_setaffinity(process.pid, cores)  # before it has other threads, which then have it too
+        return process
+
+    def _ask_to_end(self, process: subprocess.Popen[bytes]) -> None:
+        process.send_signal(signal.SIGTERM)
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+
+    def _judge(self, slot: Slot, code: int) -> tuple[str, bool, bool]:
+        """Why a replica ended; whether no other one, and whether no next one in its place would do better."""
+        return (*_why(code, last_line(slot.log)), False)
 
 
 def _why(code: int, last: str) -> tuple[str, bool]:
@@ -206,10 +223,11 @@ def _why(code: int, last: str) -> tuple[str, bool]:
     return (said or f"ended with exit code {code}"), ours and code in (1, 2)
 
 
-def _last_line(log: IO[bytes] | None) -> str:
+def last_line(log: IO[bytes] | None, but: tuple[str, ...] = ()) -> str:
+    """The last line with text that begins with none of ``but``."""
     if log is None:
         return ""
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - 8192))
-    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith(but)), "")

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,23 @@ def new_name() -> str:
     """A name that no other replica has."""
     host = re.sub(r"[^\w-]", "-", os.uname().nodename)[:40]
     return f"{host}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def await_batch(folder: JobFolder, seconds: float, clock: Callable[[], float] = time.monotonic) -> bool:
+    """Wait until somebody runs a batch in a folder: a coordinator that gives signs. False: nobody has in ``seconds``,
+    or the batch that is there is done."""
+    watch = Watch(folder.state, folder.lock, clock)
+    deadline = clock() + seconds
+    before = watch.look() and watch.said.get("count")
+    while True:
+        alive = watch.look()
+        state = watch.said.get("state")
+        # A count tells where a lock does not; the first one that is seen may be that of a coordinator long gone.
+        if alive and state == "running" and (watch.locked or watch.said["count"] != before):
+            return True
+        if state == "done" or clock() >= deadline:
+            return False
+        time.sleep(POLL)
 
 
 class Replica:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from tpctl.batch.folder import JobFolder, log_lines, names, open_log
-from tpctl.batch.signs import Watch
+from tpctl.batch.signs import Watch, machine
 from tpctl.client.disk import writing
 from tpctl.errors import SourceError
 
@@ -50,6 +50,7 @@ class Roll:
     heard: dict[str, dict[str, int]] = field(default_factory=dict)
     _known: dict[str, _Known] = field(default_factory=dict)
     _fatal: list[str] = field(default_factory=list)
+    _lost: list[tuple[str, str]] = field(default_factory=list)
     _ended: dict[str, dict[str, float]] = field(default_factory=dict)  # what lives that ended have taken
     _log: IO[bytes] | None = None
     _looked: float = field(default=float("-inf"))
@@ -62,7 +63,8 @@ class Roll:
         """See who is there, a few times a second; or ``now``, however short ago it was done.
 
         Raises:
-            SourceError: a replica says what no other could mend, as an input that has changed.
+            SourceError: a replica of this machine says what no other could mend, as an input that has changed. One of
+                another machine may have missed what that one lacks (``lost``).
             OutputError: what a replica has taken cannot be written down.
         """
         if self.clock() - self._looked < _EVERY and not now:
@@ -78,6 +80,11 @@ class Roll:
             reason = self._fatal[0]
             self._fatal.clear()
             raise SourceError(reason)
+
+    def lost(self) -> list[tuple[str, str]]:
+        """Replicas of other machines that have ended since the last call and would again, and why."""
+        lost, self._lost = self._lost, []
+        return lost
 
     def alive(self, replica: str) -> bool:
         """Whether a replica lives, also one that was not met yet."""
@@ -128,7 +135,10 @@ class Roll:
         # One that only fell silent may speak again; one that left, or whose lock is free, will not.
         known.gone = known.watch.gone
         if known.seen and said.get("fatal"):
-            self._fatal.append(str(said.get("reason")))
+            if said.get("machine") == machine():
+                self._fatal.append(str(said.get("reason")))
+            else:
+                self._lost.append((replica, f"{said.get('reason')} (on {said.get('host')})"))
         if known.gone:
             if said:
                 self._write_down(said)

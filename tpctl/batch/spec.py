@@ -9,6 +9,7 @@ from typing import Any
 from tpctl.batch.folder import JobFolder, load, put
 from tpctl.client.prepare import EngineArgs
 from tpctl.errors import SourceError
+from tpctl.launch.nodes import Nodes
 
 VERSION = 1
 
@@ -50,4 +51,5 @@ class JobSpec:
             raise SourceError(f"{root} holds no batch to answer lines of; `tpctl batch` begins one")
         if (version := values.pop("version", None)) != VERSION:
             raise SourceError(f"{root} holds a batch of version {version}; this tpctl reads version {VERSION}")
-        return JobSpec(**{**values, "engine": EngineArgs(**values["engine"])})
+        engine = values["engine"]
+        return JobSpec(**{**values, "engine": EngineArgs(**{**engine, "nodes": Nodes(**engine["nodes"])})})

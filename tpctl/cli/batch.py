@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,12 @@ import typer
 from tpctl.cli.batch_job import Job, JobOptions, is_job, run_job
 from tpctl.cli.batch_report import left_behind, progress, summary
 from tpctl.cli.console import note, status
-from tpctl.cli.engine import describe, interrupts, prepare, say_context, say_policy
+from tpctl.cli.engine import describe, interrupts, lend_ranks, prepare, say_context, say_nodes, say_policy
 from tpctl.cli.options import (
     MODEL_HELP,
     POLICY,
     EngineOptions,
+    NodeOptions,
     SamplingOptions,
     SchedulingPolicy,
     TemplateOptions,
@@ -49,6 +51,7 @@ def batch(
     scheduling_policy: Annotated[SchedulingPolicy | None, POLICY] = None,
     *,
     engine: EngineOptions,
+    node: NodeOptions,
     sampling: SamplingOptions,
     template: TemplateOptions,
     job: JobOptions,
@@ -74,6 +77,9 @@ def batch(
     them as they are: part-00000.jsonl and so on, manifest.json, stats.json. Whatever dies meanwhile, no row is lost,
     and none is there twice. `tpctl batch status OUTPUT` says how far it is (a file of prompts that is called status:
     ./status).
+
+    --hosts has replicas run on other hosts, by ssh or within a SLURM job. A model that fits no host runs on several
+    with --nnodes, --node-rank and --rdzv-endpoint: the same command on each, of which the first writes the rows.
     """
     from tpctl.client.batch import Batch
     from tpctl.client.engine_client import EngineClient
@@ -84,6 +90,12 @@ def batch(
     sampling.check(DEFAULTS)
     values = {**DEFAULTS, **sampling.given()}
     stop = sampling.stop or []
+    nodes = node.nodes()
+    if nodes.count > 1 and is_job(output, job):
+        raise UsageError("--nnodes is for one engine, into one file; leave out --replicas, --hosts and FOLDER/")
+    if nodes.rank > 0:
+        lend_ranks(prepare(model, engine, nodes=nodes), nodes)
+        return
     if is_job(output, job):
         policy = scheduling_policy or SchedulingPolicy.makespan
         run_job(Job(prompts, output, model, resume, force, policy, engine, values, stop, template, job))
@@ -105,9 +117,11 @@ def batch(
         _check_kept(prompts, stream, results)
         policy = scheduling_policy or _policy(prompts, target)
         needed = mentions(stream, b'"messages"') and not mentions(stream, b'"chat_template_kwargs"')
-        config = prepare(model, engine, policy, lambda source: look_ahead(at_hand, source, needed=needed))
+        look = partial(look_ahead, at_hand, needed=needed)
+        config = prepare(model, engine, policy, look, nodes=nodes)
         emit = _emitter(results, out)
-        with remains(results, note), EngineClient(config) as client:
+        with remains(results, note), EngineClient(config, nodes=nodes) as client:
+            say_nodes(config, nodes)
             tokenizer = at_hand.tokenizer(config.text_dir)
             info = _wait_ready(client, model, scheduling_policy, silent=silent)
             parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info.max_model_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,14 @@ import typer
 from tpctl.cli.batch_report import job_progress, job_summary
 from tpctl.cli.console import note
 from tpctl.cli.engine import engine_args, interrupts, prepare
-from tpctl.cli.options import EngineOptions, SchedulingPolicy, TemplateOptions
+from tpctl.cli.options import (
+    AttentionBackend,
+    Device,
+    EngineOptions,
+    KvCacheDType,
+    SchedulingPolicy,
+    TemplateOptions,
+)
 from tpctl.cli.template import TemplateAtHand, look_ahead
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError, counted
 
@@ -35,7 +43,16 @@ class JobOptions:
         typer.Option(
             metavar="N|auto",
             help="Engines, each on its own --tp GPUs or its share of the cores. auto: as many as the GPUs allow; on a "
-            "CPU one for each memory node. Default: 1.",
+            "CPU one for each memory node. 0: only those that others start (tpctl replica). Default: 1, or the tasks "
+            "of the SLURM job.",
+        ),
+    ] = None
+    hosts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|slurm",
+            help="Where replicas run. FILE: hosts to reach by ssh, one a line, slots=N for several replicas. slurm: "
+            "inside a SLURM job, one a task. All see OUTPUT and PROMPTS by the same paths.",
         ),
     ] = None
     retry_errors: Annotated[
@@ -64,10 +81,15 @@ class JobOptions:
             UsageError: it is no number, and not auto.
         """
         if self.replicas is None or self.replicas == "auto":
-            return None if self.replicas else 1
-        if not self.replicas.isascii() or not self.replicas.isdigit() or not 1 <= int(self.replicas) <= 1024:
-            raise UsageError(f"--replicas is {self.replicas}, but must be a whole number from 1 to 1024, or auto")
+            return None if self.replicas or self.hosts else 1
+        if not self.replicas.isascii() or not self.replicas.isdigit() or not int(self.replicas) <= 1024:
+            raise UsageError(f"--replicas is {self.replicas}, but must be a whole number from 0 to 1024, or auto")
         return int(self.replicas)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether replicas run on other hosts alone, which may have GPUs that this one has not."""
+        return self.hosts is not None or self.count() == 0
 
 
 @dataclass(frozen=True)
@@ -100,9 +122,10 @@ def is_job(output: str, options: JobOptions) -> bool:
     """
     if output != "-" and (output.endswith("/") or Path(output).is_dir()):
         return True
-    if options.count() != 1:
+    if options.hosts is not None or options.count() != 1:
         if output == "-":
-            raise UsageError(f"--replicas {options.replicas} needs a file or a folder for the rows; name it with -o")
+            given = f"--replicas {options.replicas}" if options.hosts is None else f"--hosts {options.hosts}"
+            raise UsageError(f"{given} needs a file or a folder for the rows; name it with -o")
         return True
     for name in ("retry_errors", "gpu_hour_price", "part_rows", "step_timeout"):
         if getattr(options, name) not in (None, False):
@@ -136,7 +159,8 @@ def run_job(job: Job) -> None:
         if goes_on:
             check_settings(folder, settings)
         needed = _mentions_messages(prompts)
-        config = prepare(job.model, job.engine, job.policy, lambda source: look_ahead(at_hand, source, needed=needed))
+        engine = _without_device(job.engine) if job.options.elsewhere else job.engine
+        config = prepare(job.model, engine, job.policy, lambda source: look_ahead(at_hand, source, needed=needed))
         settings["model_digest"] = model_digest(config)
         division = check_settings(folder, settings) if goes_on else None
         errors = _run(job, folder, prompts, config, settings, division, target)
@@ -156,31 +180,32 @@ def _run(
     target: Path | None,
 ) -> int:
     """Answer what is not answered; how many rows are errors."""
-    import secrets
-
     from tpctl.batch.board import assemble
     from tpctl.batch.coordinator import Coordinator
     from tpctl.batch.folder import put
-    from tpctl.batch.local import Local, Slot, places
+    from tpctl.batch.launchers import Wanted, launcher
     from tpctl.batch.manifest import stats_of, write_manifest
     from tpctl.batch.plan import Plan, division_of, said_repeated
     from tpctl.client.results import state_of
 
-    gpus = places(job.options.count(), config.tp_size, config.device, job.engine.kv_cache_memory is not None)
-    part_rows = job.options.part_rows
+    options, shared = job.options, job.engine.kv_cache_memory is not None
+    device = job.engine.device if options.elsewhere else config.device
+    local, on_a_host = launcher(folder.root, Wanted(options.count(), options.hosts, config.tp_size, device, shared))
+    replicas = len(local.slots)
+    part_rows = options.part_rows
     if division is not None and part_rows not in (None, division.rows):
         raise UsageError(
             f"--part-rows {part_rows} is given, but the parts of {folder.root} have {division.rows} rows; leave it out"
         )
     before = None if target is None else state_of(target)
-    plan = Plan(folder, prompts, division or division_of(prompts, len(gpus), part_rows))
+    plan = Plan(folder, prompts, division or division_of(prompts, max(1, replicas), part_rows))
     write_manifest(folder, settings, prompts, plan)
-    _write_spec(job, folder, prompts, settings["model_digest"], len(gpus))
-    local = Local(folder.root, [Slot(number, place) for number, place in enumerate(gpus)], secrets.token_hex(2))
-    retry = job.options.retry_errors
-    coordinator = Coordinator(folder, plan, local, retry_errors=retry, say=note)
+    _write_spec(job, folder, prompts, settings["model_digest"], config.tp_size, on_a_host)
+    coordinator = Coordinator(folder, plan, local, retry_errors=options.retry_errors, say=note)
+    if not replicas:
+        note(f"waiting for replicas: `tpctl replica {folder.root.resolve()}`")
     with _remains(folder, coordinator.board), coordinator:
-        with job_progress(len(gpus), config.tp_size) as show, interrupts() as noted:
+        with job_progress(replicas, config.tp_size) as show, interrupts(signal.SIGINT, signal.SIGTERM) as noted:
             done = coordinator.run(show, lambda: noted)
         if done:
             write_manifest(folder, settings, prompts, plan)
@@ -189,7 +214,7 @@ def _run(
     note(job_summary(stats, plan.rows if done else None))
     if not done:
         note(f"interrupted; finished rows are kept in {folder.root}, go on with --resume")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + noted.number)
     if coordinator.repeated:
         note(said_repeated(coordinator.repeated))
     if target is not None:
@@ -287,15 +312,23 @@ def model_digest(config: EngineConfig) -> str:
     return blake2b(repr((manifest.source.files, manifest.dtype)).encode(), digest_size=16).hexdigest()
 
 
-def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str, replicas: int) -> None:
+def _without_device(engine: EngineOptions) -> EngineOptions:
+    """The options by which this host finds a model that it will not run."""
+    auto, backend = KvCacheDType.auto, AttentionBackend.auto
+    return replace(engine, device=Device.cpu, kv_cache_dtype=auto, attention_backend=backend)
+
+
+def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str, tp_size: int, on_a_host: int) -> None:
     from tpctl.batch.folder import put
     from tpctl.batch.spec import JobSpec
+    from tpctl.checkpoint.sources import local_path
 
     if job.template.chat_template is not None:
         put(folder.template, job.template.chat_template.read_bytes())
     variables, timeout = job.template.chat_template_kwargs, job.options.step_timeout
-    args = replace(engine_args(job.engine, job.policy), engines_on_host=replicas)
-    JobSpec(str(prompts), job.model, digest, args, job.sampling, job.stop, variables, timeout).write(folder)
+    args = replace(engine_args(job.engine, job.policy), tp=tp_size, engines_on_host=on_a_host)
+    model = str(local_path(job.model).resolve()) if local_path(job.model).exists() else job.model
+    JobSpec(str(prompts), model, digest, args, job.sampling, job.stop, variables, timeout).write(folder)
 
 
 def _mentions_messages(prompts: Path, enough: int = 1 << 20) -> bool:

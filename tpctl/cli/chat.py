@@ -6,16 +6,18 @@ import io
 import os
 import secrets
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tpctl.cli.console import note, status
-from tpctl.cli.engine import describe, prepare, say_context
+from tpctl.cli.engine import describe, lend_ranks, prepare, say_context, say_nodes
 from tpctl.cli.options import (
     CHAT_CPU_TOKENS,
     MODEL_HELP,
     EngineOptions,
+    NodeOptions,
     SamplingOptions,
     TemplateOptions,
     grouped,
@@ -44,6 +46,7 @@ def chat(
     ] = False,
     *,
     engine: EngineOptions,
+    node: NodeOptions,
     sampling: SamplingOptions,
     template: TemplateOptions,
 ) -> None:
@@ -51,12 +54,19 @@ def chat(
 
     Sampling defaults to what the model's generation_config.json recommends, else temperature 0.7, top-p 0.95,
     and an answer may fill the context. Text piped in without -m is taken as one message.
+
+    A model that fits no host runs on several: the same command on each, with --nnodes, --node-rank and --rdzv-endpoint.
+    The first host talks; the others lend their ranks until it ends.
     """
     from tpctl.client.conversation import Conversation, recommended_sampling
     from tpctl.client.engine_client import EngineClient
     from tpctl.client.tokenizer import check_text
 
     sampling.check()
+    nodes = node.nodes()
+    if nodes.rank > 0:
+        lend_ranks(prepare(model, engine, cpu_tokens=CHAT_CPU_TOKENS, nodes=nodes), nodes)
+        return
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with the text, not on reading
         sys.stdin.reconfigure(errors="surrogateescape")
     if message is not None and not message.strip():
@@ -73,8 +83,10 @@ def chat(
     at_hand = TemplateAtHand(template)
     first = {"role": "user", "content": message} if message is not None else GREETING[0]
     begun = [first] if system is None else [{"role": "system", "content": system}, first]
-    config = prepare(model, engine, look=lambda source: at_hand.look(source, begun), cpu_tokens=CHAT_CPU_TOKENS)
-    with EngineClient(config) as client:
+    look = partial(at_hand.look, messages=begun)
+    config = prepare(model, engine, look=look, cpu_tokens=CHAT_CPU_TOKENS, nodes=nodes)
+    with EngineClient(config, nodes=nodes) as client:
+        say_nodes(config, nodes)
         tokenizer = at_hand.tokenizer(config.text_dir)
         recommended = recommended_sampling(config.text_dir, sampling.given(), at_hand.shown)
         values = {"seed": secrets.randbits(63), **recommended}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from tpctl.wire.settings import CPU_TOKENS, EngineConfig
 if TYPE_CHECKING:
     from tpctl.checkpoint.sources import ResolvedSource
     from tpctl.client.prepare import EngineArgs
+    from tpctl.launch.nodes import Nodes
 
 
 def prepare(
@@ -26,19 +28,48 @@ def prepare(
     policy: SchedulingPolicy = SchedulingPolicy.fcfs,
     look: Callable[[ResolvedSource], object] = lambda source: None,
     cpu_tokens: int = CPU_TOKENS,
+    nodes: Nodes | None = None,
 ) -> EngineConfig:
     """Find the model and settle how it is run, with progress on stderr (``client.prepare``).
 
     Args:
         look: sees the model's files before its weights are read, and raises if they cannot be used.
         cpu_tokens: of a step on a CPU, where the options name none.
+        nodes: hosts that its ranks are on, where they are several.
 
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
     from tpctl.client import prepare as client
 
-    return client.prepare(model, engine_args(options, policy, cpu_tokens), look=look, progress=byte_progress)
+    args = engine_args(options, policy, cpu_tokens)
+    if nodes is not None:
+        args = replace(args, nodes=nodes)
+    return client.prepare(model, args, look=look, progress=byte_progress)
+
+
+def lend_ranks(config: EngineConfig, nodes: Nodes) -> None:
+    """Run this host's ranks of an engine that is talked to on the first host, until it ends.
+
+    Raises:
+        TpctlError: a rank here failed, or another host did.
+    """
+    from tpctl.launch.torchrun import Workers
+
+    workers = Workers(config, nodes=nodes)
+    try:
+        say_nodes(config, nodes)
+        workers.wait()
+    finally:
+        workers.close()
+
+
+def say_nodes(config: EngineConfig, nodes: Nodes) -> None:
+    """Tell which ranks are here, where others are on other hosts."""
+    if nodes.count > 1:
+        ranks = nodes.ranks_here(config.tp_size)
+        here = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        note(f"host {nodes.rank + 1} of {nodes.count}: {here} of {config.tp_size}; all meet at {nodes.endpoint}")
 
 
 def engine_args(
@@ -104,18 +135,23 @@ def say_context(info: EngineInfo) -> None:
 
 
 class Interrupts:
-    """Counts Ctrl-C while something runs that should end tidily."""
+    """Counts signals while something runs that should end tidily.
+
+    Attributes:
+        number: the last one's.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.number = int(signal.SIGINT)
 
     def __bool__(self) -> bool:
         return self.count > 0
 
 
 @contextmanager
-def interrupts() -> Iterator[Interrupts]:
-    """Let the first Ctrl-C only be noted; the second raises ``KeyboardInterrupt``.
+def interrupts(*signals: signal.Signals) -> Iterator[Interrupts]:
+    """Let the first Ctrl-C, or the first of ``signals``, only be noted; the second raises ``KeyboardInterrupt``.
 
     A note is safer than an exception, which could strike in the middle of a message to the workers.
     """
@@ -123,11 +159,13 @@ def interrupts() -> Iterator[Interrupts]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         noted.count += 1
+        noted.number = number
         if noted.count > 1:
             raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in signals or (signal.SIGINT,)}
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

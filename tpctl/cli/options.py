@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
@@ -23,6 +24,7 @@ from tpctl.wire.settings import CPU_SEQS, CPU_TOKENS, GPU_SEQS, GPU_TOKENS
 
 if TYPE_CHECKING:
     from tpctl.arch.quantised import Cutting
+    from tpctl.launch.nodes import Nodes
 
 CHAT_CPU_TOKENS = 256
 """Tokens of a step of a chat on a CPU. Its Ctrl-C waits for no step, but the next message does; and there a prompt
@@ -137,6 +139,32 @@ class EngineOptions:
         AttentionBackend.auto
     )
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Capture no CUDA graphs.")] = False
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """One model over several hosts, by torchrun's names; ``None``: not given."""
+
+    nnodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Hosts that the ranks are divided among; the same command is started on each. Default: 1."
+        ),
+    ] = None
+    node_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Which of them this is; 0 is where you are answered. Under srun: SLURM_PROCID."),
+    ] = None
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of the first host, where all meet. Under srun: its first node."),
+    ] = None
+
+    def nodes(self) -> Nodes:
+        """Raises ``UsageError`` where something is missing, out of range, or no address."""
+        from tpctl.launch.nodes import find_nodes
+
+        return find_nodes(self.nnodes, self.node_rank, self.rdzv_endpoint, os.environ)
 
 
 @dataclass(frozen=True)

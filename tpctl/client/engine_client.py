@@ -11,6 +11,7 @@ from typing import Self
 
 from tpctl.client.router import Mailbox, Router
 from tpctl.errors import EngineError, TpctlError
+from tpctl.launch.nodes import ONE_HOST, Nodes
 from tpctl.launch.torchrun import WORKER, Workers
 from tpctl.wire.channel import Channel, ChannelClosed
 from tpctl.wire.messages import Fatal, GetStats, Message, Output, Outputs, Ready, Request, Stats, Stop
@@ -36,6 +37,7 @@ class EngineClient:
         module: str = WORKER,
         env: Mapping[str, str] | None = None,
         start_timeout: float = START_TIMEOUT,
+        nodes: Nodes = ONE_HOST,
     ) -> None:
         """Start the workers.
 
@@ -43,6 +45,7 @@ class EngineClient:
             module: the Python module that every rank runs.
             env: variables for the workers beside this process's own.
             start_timeout: seconds until ``wait_ready`` gives up.
+            nodes: hosts that the ranks are on; this one is the first.
 
         Raises:
             EngineError: the interpreter could not be started.
@@ -61,7 +64,7 @@ class EngineClient:
         self._closed = False
         self._router = Router(self._send, lambda: self.wait_ready().max_model_len)
         self._own = self._router.mailbox()
-        self._workers = Workers(config, module, env)
+        self._workers = Workers(config, module, env, nodes)
         threading.Thread(target=self._receive, daemon=True).start()
 
     def __enter__(self) -> Self:

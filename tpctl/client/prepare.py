@@ -23,6 +23,7 @@ from tpctl.checkpoint.sources import ResolvedSource, hub_id, is_local, local_pat
 from tpctl.errors import MixedDtypesError, UsageError, shown
 from tpctl.launch.device import choose_device
 from tpctl.launch.loopback import require_loopback
+from tpctl.launch.nodes import ONE_HOST, Nodes
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.sharding.cache import ensure_sharded
 from tpctl.sharding.proving.verified import ensure_verified
@@ -51,6 +52,7 @@ class EngineArgs:
             shard folder, if MODEL is one, else one, so that every rank has a part of each expert.
         text_only: run the text of a model that also sees, of which no more is cut.
         engines_on_host: engines that run on this machine at once.
+        nodes: hosts that the ranks of one engine are on.
 
     Raises:
         UsageError: a value is out of range.
@@ -73,6 +75,7 @@ class EngineArgs:
     expert_parallel: int | bool | None = None
     text_only: bool = False
     engines_on_host: int = 1
+    nodes: Nodes = ONE_HOST
 
     def __post_init__(self) -> None:
         if self.device not in (None, *DEVICES):
@@ -101,13 +104,14 @@ class EngineArgs:
             tp_size: the ranks, once it is known how many; ``None`` takes what is asked for, or 1.
 
         Raises:
-            UsageError: a setting is unknown, or does not suit this machine or another one.
+            UsageError: a setting is unknown, or does not suit this machine or another one; or the hosts would not have
+                equally many ranks.
             EngineError: several ranks are asked for, and cannot reach each other.
         """
         tp_size = tp_size or self.tp or 1
-        if tp_size > 1:
+        if tp_size > 1 and self.nodes.count == 1:
             require_loopback()
-        device = choose_device(self.device, tp_size)
+        device = choose_device(self.device, len(self.nodes.ranks_here(tp_size)))
         seqs, tokens = (CPU_SEQS, self.cpu_batched_tokens) if device == "cpu" else (GPU_SEQS, GPU_TOKENS)
         num_seqs = self.max_num_seqs or seqs
         return EngineSettings(
@@ -176,7 +180,7 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
                 raise
             folder = ensure_sharded(source, tp_size, args.dtype, told, **how)
     with progress("verifying") as told:
-        ensure_verified(folder, range(tp_size), told)
+        ensure_verified(folder, args.nodes.ranks_here(tp_size), told)
     return EngineConfig(folder, tp_size, source.folder, **asdict(settings))
 
 

@@ -3,6 +3,9 @@
 Only rank 0 hears the command line. At the start of each step it says to every other rank which messages arrived since
 the last one: a frame on a TCP connection, usually empty. Nothing is waited for but that frame, and rank 0 waits for
 nothing, so the feed works the same within a host and between hosts and costs a few microseconds a step.
+
+Within a host the agent ends all ranks when one has ended. Between hosts nobody else sees it, and a collective may wait
+for minutes, so each end also watches whether the other's host still holds the connection (``engine.lost_hosts``).
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import queue
 import secrets
 import socket
 import threading
+from dataclasses import asdict
 from typing import Any
 
 from tpctl.distributed import TPGroup
+from tpctl.engine.lost_hosts import Peer, leave_after, own_peer, watch
 from tpctl.wire.channel import Channel, ChannelClosed
-from tpctl.wire.messages import Message, from_wire
+from tpctl.wire.messages import Message, Stop, from_wire
 
 _JOIN_TIMEOUT = 60.0  # seconds for the other ranks to connect
 _HELLO_TIMEOUT = 5.0  # seconds for a connection to name the secret
@@ -29,7 +34,11 @@ class Leader:
     def __init__(self, group: TPGroup, channel: Channel) -> None:
         self._channel = channel
         self._inbox: queue.SimpleQueue[tuple[Message, bytes]] = queue.SimpleQueue()  # each beside its JSON
-        self._followers = _accept_followers(group)
+        self._ending = threading.Event()
+        self._followers: list[Channel] = []
+        for connection, peer in _accept_followers(group):
+            self._followers.append(Channel(connection))
+            watch(connection, peer, self._ending)
         threading.Thread(target=self._listen, daemon=True, name="tpctl-listen").start()
 
     def next(self, wait: bool) -> list[Message]:
@@ -37,6 +46,8 @@ class Leader:
         arrived = [self._inbox.get()] if wait else []
         while not self._inbox.empty():
             arrived.append(self._inbox.get())
+        if any(isinstance(message, Stop) for message, _ in arrived):
+            self._ending.set()
         if self._followers:
             data = b"[" + b",".join(text for _, text in arrived) + b"]"
             for follower in self._followers:
@@ -60,22 +71,28 @@ class Follower:
     """Every other rank's end."""
 
     def __init__(self, group: TPGroup) -> None:
-        self._leader = _connect_to_leader(group)
+        self._ending = threading.Event()
+        connection, self._peer = _connect_to_leader(group)
+        self._leader = Channel(connection)
+        watch(connection, self._peer, self._ending)
 
     def next(self, wait: bool) -> list[Message]:
         """The messages that rank 0 applies at the same step. Rank 0 decides whether to wait."""
         try:
             frame = self._leader.receive_json()
         except ChannelClosed:
-            os._exit(1)  # rank 0 is gone
-        return [from_wire(wire) for wire in json.loads(frame)]
+            leave_after(self._peer)  # rank 0 is gone
+        messages = [from_wire(wire) for wire in json.loads(frame)]
+        if any(isinstance(message, Stop) for message in messages):
+            self._ending.set()
+        return messages
 
     def send(self, message: Message) -> None:
         """Followers compute the same outputs as rank 0, which alone reports them."""
 
 
-def _accept_followers(group: TPGroup) -> list[Channel]:
-    """Listen, tell the group where and with which secret, and wait for every other rank."""
+def _accept_followers(group: TPGroup) -> list[tuple[socket.socket, Peer]]:
+    """Listen, tell the group where and with which secret, and wait for every other rank, which says who it is."""
     if group.size == 1:
         return []
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -83,15 +100,16 @@ def _accept_followers(group: TPGroup) -> list[Channel]:
     with socket.create_server(("127.0.0.1" if _is_local(host) else "", 0)) as server:
         server.settimeout(_JOIN_TIMEOUT)
         address = "127.0.0.1" if _is_local(host) else host
-        group.broadcast_text(json.dumps([address, server.getsockname()[1], token]))
-        followers: list[Channel] = []
+        group.broadcast_text(json.dumps([address, server.getsockname()[1], token, asdict(own_peer(group.rank))]))
+        followers: list[tuple[socket.socket, Peer]] = []
         while len(followers) < group.size - 1:
             connection, _ = server.accept()
             connection.settimeout(_HELLO_TIMEOUT)
             if secrets.compare_digest(_hello(connection, len(token)), token.encode()):
+                peer = Peer(**json.loads(Channel(connection).receive_json()))
                 connection.settimeout(None)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                followers.append(Channel(connection))
+                followers.append((connection, peer))
             else:
                 connection.close()
     return followers
@@ -105,13 +123,14 @@ def _hello(connection: socket.socket, length: int) -> bytes:
         return b""
 
 
-def _connect_to_leader(group: TPGroup) -> Channel:
+def _connect_to_leader(group: TPGroup) -> tuple[socket.socket, Peer]:
     where: list[Any] = json.loads(group.broadcast_text(""))
-    address, port, token = where
+    address, port, token, leader = where
     connection = socket.create_connection((address, port), timeout=_JOIN_TIMEOUT)
     connection.sendall(token.encode())
+    Channel(connection).send_json(json.dumps(asdict(own_peer(group.rank))).encode())
     connection.settimeout(None)
-    return Channel(connection)
+    return connection, Peer(**leader)
 
 
 def _is_local(host: str) -> bool:

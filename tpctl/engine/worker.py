@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from tpctl.distributed import TPGroup  # noqa: E402
 from tpctl.engine.engine import Engine  # noqa: E402
 from tpctl.engine.feed import Follower, Leader  # noqa: E402
+from tpctl.engine.runners.agreement import agree  # noqa: E402
 from tpctl.engine.wait_policy import WaitPolicy, watch_waiting  # noqa: E402
 from tpctl.errors import TpctlError  # noqa: E402
 from tpctl.wire.messages import Fatal, GetStats, Outputs, Ready, Stats, Stop  # noqa: E402
@@ -84,8 +85,11 @@ def main() -> None:
     channel = lifeline.connect(args.socket) if group.rank == 0 else None
     try:
         joined = time.perf_counter()
-        engine = Engine(config, group)
+        # First, since between hosts it is by the feed that one learns of the other's end.
         feed = Leader(group, channel) if channel is not None else Follower(group)
+        if not group.one_host:
+            config = agree(group, config)
+        engine = Engine(config, group)
         timings = engine.runner.loaded.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))

@@ -11,6 +11,7 @@ from tpctl.children import python_environment
 from tpctl.cores import affinity_cores
 from tpctl.launch.bytecode import bytecode_environment
 from tpctl.launch.lifeline import PARENT_PID
+from tpctl.launch.nodes import ONE_HOST, Nodes, socket_interface
 from tpctl.launch.processes import MARK
 
 # glibc returns large freed blocks to the kernel at once and takes them back, page by page and zeroed, at the next call.
@@ -18,10 +19,13 @@ from tpctl.launch.processes import MARK
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 # torch asks name servers what this host's addresses are called, to put it into messages. One that does not answer would
 # cost ten seconds a question (resolv.conf(5)).
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 _HASTY_RESOLVER = {"RES_OPTIONS": "timeout:1 attempts:1"}
 
 
-def worker_environment(base: Mapping[str, str], more: Mapping[str, str], tp_size: int, folder: Path) -> dict[str, str]:
+def worker_environment(
+    base: Mapping[str, str], more: Mapping[str, str], tp_size: int, folder: Path, nodes: Nodes = ONE_HOST
+) -> dict[str, str]:
     """What the process started by ``launch.torchrun`` is given: the only rank, or the agent, which adds RANK and so on.
 
     Args:
@@ -29,13 +33,16 @@ def worker_environment(base: Mapping[str, str], more: Mapping[str, str], tp_size
         more: variables that are wanted whatever they are called.
         folder: the engine's, in which a single rank leaves its error and by which its processes are found.
     """
-    threads = str(max(1, available_cores() // tp_size))
+    threads = str(max(1, available_cores() // len(nodes.ranks_here(tp_size))))
     defaults = {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", **_KEEP_FREED_MEMORY, **_HASTY_RESOLVER}
     given = {name: value for name, value in base.items() if value or name not in defaults}
     env = {**python_environment({**defaults, **given}), **more}
     env |= bytecode_environment(env)
-    if sys.platform == "linux":
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: do not depend on what its name resolves to
+    if nodes.count > 1:
+        interface = base.get(_INTERFACE) or socket_interface(nodes.endpoint)
+        env |= {} if interface is None else {_INTERFACE: interface}
+    elif sys.platform == "linux":
+        env.setdefault(_INTERFACE, "lo")  # one host: do not depend on what its name resolves to
     env |= {PARENT_PID: str(os.getpid()), MARK: str(folder)}
     if tp_size == 1:
         # Port 0 lets the store choose; nobody else has to find it.

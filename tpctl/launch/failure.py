@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def read_error_file(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return text if isinstance(text, str) else None
+
+
+def write_error_file(text: str, env: Mapping[str, str]) -> None:
+    """In a rank: leave an exception, as "Kind: text", where its agent looks for one (``read_error_file``), in place of
+    what may stand there."""
+    if place := env.get("TORCHELASTIC_ERROR_FILE"):
+        part = Path(f"{place}.part")
+        part.write_text(json.dumps({"message": text}), encoding="utf-8")
+        part.replace(place)
 
 
 def root_cause(failures: list[RankFailure]) -> RankFailure | None:

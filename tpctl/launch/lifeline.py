@@ -6,6 +6,7 @@ collective), and rank 0 reads an end of file from the socket when the command li
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -19,6 +20,7 @@ from tpctl.wire.channel import Channel
 
 PARENT_PID = "TPCTL_PARENT_PID"
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_LEAVE = 15.0  # seconds that a process may take to leave in order
 
 
 def tie_to_parent() -> None:
@@ -37,6 +39,12 @@ def tie_to_parent() -> None:
         os._exit(1)
 
 
+def tie_to_stdin() -> None:
+    """Have this process sent SIGTERM when its standard input ends, and killed when that does not end it: whoever holds
+    the other end, on this host or another, is gone. Nothing else may read it."""
+    threading.Thread(target=_watch_stdin, daemon=True, name="tpctl-tie").start()
+
+
 def connect(path: Path) -> Channel:
     """Connect to the command line's socket at ``path``.
 
@@ -50,6 +58,15 @@ def connect(path: Path) -> Channel:
         sock.close()
         raise
     return Channel(sock)
+
+
+def _watch_stdin() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_LEAVE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _watch_parent(expected: int) -> None:

@@ -6,7 +6,8 @@
          └────────────── Unix socket in a private folder ────────── rank 0
 
 One rank needs no rendezvous, so it is started directly with the environment torchrun would give it, which
-saves the seconds that the agent takes to import torch. The worker sees no difference.
+saves the seconds that the agent takes to import torch. The worker sees no difference. Ranks on other hosts are started
+by the same command there (``launch.nodes``).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tpctl.launch.failure import (
     was_asked_to_end,
 )
 from tpctl.launch.loopback import require_loopback
+from tpctl.launch.nodes import ONE_HOST, Nodes
 from tpctl.launch.processes import kill_marked
 from tpctl.launch.run_folder import RunFolder
 from tpctl.wire.channel import Channel
@@ -54,18 +56,30 @@ class Workers:
     The folder of their logs outlives ``close`` only if an error named it.
     """
 
-    def __init__(self, config: EngineConfig, module: str = WORKER, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        module: str = WORKER,
+        env: Mapping[str, str] | None = None,
+        nodes: Nodes = ONE_HOST,
+    ) -> None:
         """Start the workers; returns at once.
 
         Args:
             module: the Python module whose ``main()`` every rank runs.
             env: variables for the workers beside this process's own.
+            nodes: hosts that the ranks are on, and which this one is.
 
         Raises:
             EngineError: the interpreter could not be started, there is no place for temporary files, or ranks could
                 not reach each other.
+            UsageError: the hosts would not have equally many ranks.
         """
-        if config.tp_size > 1:
+        self._nodes = nodes
+        self._ranks = nodes.ranks_here(config.tp_size)
+        if nodes.count > 1:
+            nodes.check_endpoint()
+        elif config.tp_size > 1:
             require_loopback()
         self._tp_size = config.tp_size
         self._keep_folder = False
@@ -83,7 +97,7 @@ class Workers:
         self._start_error: OSError | None = None
         started = threading.Event()
         command = self._command(module)
-        variables = worker_environment(os.environ, env or {}, self._tp_size, self._folder)
+        variables = worker_environment(os.environ, env or {}, self._tp_size, self._folder, nodes)
         # The kernel ties a child to the thread that started it, so this thread stays as long as the child.
         threading.Thread(target=self._run, args=(command, variables, started), daemon=True).start()
         started.wait()
@@ -99,6 +113,17 @@ class Workers:
     def failed(self) -> bool:
         """Whether a rank has ended in a failure, or all of them in any way."""
         return self.exited or bool(self._failures())
+
+    def wait(self) -> None:
+        """Until the ranks of this host have ended, as those of the first told them to.
+
+        Raises:
+            TpctlError: they failed, or another host did.
+        """
+        while not self.failed:
+            self._exited.wait(_LOOK)
+        if self._failures() or self._process is None or self._process.returncode:
+            raise self.failure()
 
     def accept(self, timeout: float) -> Channel | None:
         """Wait for rank 0 to connect: its channel; ``None`` after ``timeout`` s or once a rank has failed."""
@@ -200,11 +225,19 @@ class Workers:
             return [sys.executable, "-m", *worker]
         return [
             *(sys.executable, "-m", "tpctl.launch.agent", str(self._folder / "report.json")),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", self._folder.name),
-            *("--local-addr", "127.0.0.1", "--max-restarts", "0"),
-            *("--nproc-per-node", str(self._tp_size), "--log-dir", str(self._logs), "--redirects", "3"),
+            *self._rendezvous(),
+            *("--max-restarts", "0"),
+            *("--nproc-per-node", str(len(self._ranks)), "--log-dir", str(self._logs), "--redirects", "3"),
             *worker,
         ]
+
+    def _rendezvous(self) -> list[str]:
+        """torchrun's options for where its agents meet. "static" gives each host the ranks that it was told to have."""
+        if self._nodes.count == 1:
+            options = ("c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", self._folder.name)
+            return ["--rdzv-backend", *options, "--local-addr", "127.0.0.1"]
+        place = ("--nnodes", str(self._nodes.count), "--node-rank", str(self._nodes.rank))
+        return ["--rdzv-backend", "static", "--rdzv-endpoint", self._nodes.endpoint, *place]
 
     def _await_reason(self, reported: bool) -> None:
         """Until it is known why the workers end, or nothing more will be known."""
@@ -216,7 +249,7 @@ class Workers:
             cause = root_cause(failures)
             if cause is None:
                 continue
-            if is_sure(cause) or (len(failures) == self._tp_size and not was_asked_to_end(cause)):
+            if is_sure(cause) or (len(failures) == len(self._ranks) and not was_asked_to_end(cause)):
                 return
             if not hinted:
                 hinted, patient_until = True, time.monotonic() + _PATIENCE
@@ -245,8 +278,9 @@ class Workers:
     def _rank_log(self, rank: int) -> Path:
         if self._tp_size == 1:
             return self._logs / "launcher.log"
-        # torchrun's layout: <its own run id>/attempt_0/<rank>/stderr.log
-        return next(self._logs.glob(f"*/attempt_0/{rank}/stderr.log"), self._logs / "launcher.log")
+        # torchrun's layout: <its own run id>/attempt_0/<rank on this host>/stderr.log
+        own = rank - self._ranks.start
+        return next(self._logs.glob(f"*/attempt_0/{own}/stderr.log"), self._logs / "launcher.log")
 
     def _end(self, polite: float) -> None:
         process = self._process

@@ -40,7 +40,10 @@ PEER_PIECE = 8 << 20
 
 
 def reach_each_other(group: TPGroup) -> bool:
-    """Whether every rank's GPU can address the memory of all others' (collective); else NCCL does all sums."""
+    """Whether every rank's GPU can address the memory of all others' (collective); else NCCL does all sums. Those of
+    another host cannot be addressed, whatever GPUs of the same numbers are here."""
+    if not group.one_host:
+        return False
     device, count = group.device, torch.cuda.device_count()
     others = [index for index in range(min(count, group.size)) if index != device.index]
     mine = count >= group.size and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)

@@ -1,0 +1,61 @@
+"""Which launcher starts a batch's replicas: on this host, as steps of a SLURM job, or by ssh. The coordinator is told
+none of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpctl.batch.local import Local, Slot, places
+from tpctl.batch.slurm import Slurm, allocation, share_of
+from tpctl.batch.ssh import Ssh, read_hosts, ssh_slots
+from tpctl.errors import UsageError
+
+SLURM = "slurm"
+"""The value of ``--hosts`` that is no file."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        count: replicas; ``None``: as many as there is room for.
+        hosts: ``None``: this one; ``SLURM``; or a file of hosts.
+        device: ``"cpu"``, ``"cuda"``, or ``None`` where each host is to find out.
+        shared: several replicas may use a GPU: what each takes of it is said.
+    """
+
+    count: int | None
+    hosts: str | None
+    tp_size: int
+    device: str | None
+    shared: bool
+
+
+def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:
+    """What starts the replicas of the batch in ``root``, and how many of them one host has at most.
+
+    Raises:
+        SourceError: the file of hosts cannot be read.
+        UsageError: there is no room for so many, the file of hosts is none, or there is no SLURM job.
+    """
+    token = secrets.token_hex(2)
+    root = root.resolve()
+    if wanted.hosts == SLURM:
+        found = allocation(os.environ, wanted.count, wanted.tp_size)
+        share = share_of(found, wanted.tp_size, wanted.device)
+        slots = [Slot(number, None) for number in range(found.tasks)]
+        threads = max(1, found.cores // wanted.tp_size)
+        return Slurm(root, slots, token, share=share, threads=threads), found.on_a_host
+    if wanted.hosts is not None:
+        if wanted.count is not None:
+            raise UsageError(f"--replicas and --hosts {wanted.hosts} say two things; write slots=N behind a host")
+        hosts = read_hosts(Path(wanted.hosts))
+        return Ssh(root, ssh_slots(hosts), token), max(host.slots for host in hosts)
+    if wanted.count == 0:
+        return Local(root, [], token), 1
+    gpu_sets = places(wanted.count, wanted.tp_size, wanted.device or "cpu", wanted.shared)
+    return Local(root, [Slot(number, place) for number, place in enumerate(gpu_sets)], token), len(gpu_sets)
