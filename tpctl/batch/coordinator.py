@@ -21,7 +21,7 @@ from tpctl.batch.plan import Part, Plan
 from tpctl.batch.roll import SPENT, Roll
 from tpctl.batch.signs import EVERY, Signs
 from tpctl.client.disk import writing
-from tpctl.errors import EngineError, OutputError, SourceError
+from tpctl.errors import EngineError, OutputError, SourceError, counted
 
 POLL = 0.05
 """Seconds between two looks at the folder."""
@@ -44,6 +44,7 @@ class Progress:
         prompt_speed, speed: tokens a second of prompts and answers, over the last half minute.
         alive: replicas at work, of ``wanted``.
         seconds: of this run; ``left``: until it ends, if that can be told.
+        pending: of replicas that cannot be started yet.
     """
 
     rows: int
@@ -56,6 +57,7 @@ class Progress:
     wanted: int
     seconds: float
     left: float | None
+    pending: str = ""
 
 
 class Coordinator:
@@ -81,7 +83,7 @@ class Coordinator:
         Args:
             retry_errors: rows that are errors are tried again.
             clock: seconds, of this process alone.
-            say: is told of replicas that die.
+            say: is told of replicas that die, and of those that wait for room.
 
         Raises:
             OutputError: the folder cannot be written to.
@@ -94,6 +96,7 @@ class Coordinator:
         self._say = say
         self._state = "running"
         self._reason: str | None = None
+        self._pending = ""
         self._started = self._looked = clock()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._samples: deque[tuple[float, int, int, int]] = deque([(self._started, 0, 0, 0)])
@@ -194,6 +197,11 @@ class Coordinator:
             self._local.start_due()
         self._count()
         self._shown = self._progress()
+        if self._shown.pending != self._pending:
+            self._pending = self._shown.pending
+            if self._pending:
+                replicas = counted(self._shown.wanted, "replica")
+                self._say(f"{self._shown.alive} of {replicas}, {self._pending}")
 
     def _take_up(self) -> None:
         """What replicas have handed in, and what those that are gone have left."""
@@ -227,6 +235,8 @@ class Coordinator:
             if death.fatal:
                 raise SourceError(death.reason)
             self._say(f"replica {death.name}: {death.reason}; {death.again}")
+            if death.certain:
+                self._roll.bury(death.name, blameless=death.blameless)
         if self._local.slots and self._local.all_given_up and not self._roll.living():
             raise EngineError(f"no replica stays alive; the last one {self._local.slots[-1].reason}")
 
@@ -259,6 +269,7 @@ class Coordinator:
             wanted=len(self._local.slots),
             seconds=self._clock() - self._started,
             left=(total - rows) / a_second if a_second > 0 else None,
+            pending=self._local.pending,
         )
 
     def _estimated(self) -> int:

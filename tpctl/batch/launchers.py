@@ -1,5 +1,5 @@
-"""Which launcher starts a batch's replicas: on this host, as steps of a SLURM job, or by ssh. The coordinator is told
-none of it."""
+"""Which launcher starts a batch's replicas: on this host, as steps of a SLURM job, by ssh, or on a Ray cluster. The
+coordinator is told none of it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Wanted:
         hosts: ``None``: this one; ``SLURM``; or a file of hosts.
         device: ``"cpu"``, ``"cuda"``, or ``None`` where each host is to find out.
         shared: several replicas may use a GPU: what each takes of it is said.
+        ray: on the Ray cluster that this process is connected to (``ray_cluster.connected``).
     """
 
     count: int | None
@@ -33,6 +34,7 @@ class Wanted:
     tp_size: int
     device: str | None
     shared: bool
+    ray: bool = False
 
 
 def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:
@@ -44,6 +46,13 @@ def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:
     """
     token = secrets.token_hex(2)
     root = root.resolve()
+    if wanted.ray:
+        from tpctl.batch.ray_replicas import RayReplicas, room
+
+        found_room = room(wanted.tp_size, wanted.device)
+        count = wanted.count or max(1, found_room.replicas)
+        slots = [Slot(number, None) for number in range(count)]
+        return RayReplicas(root, slots, token, room=found_room), min(count, found_room.on_a_host)
     if wanted.hosts == SLURM:
         found = allocation(os.environ, wanted.count, wanted.tp_size)
         share = share_of(found, wanted.tp_size, wanted.device)

@@ -89,12 +89,21 @@ class Slot:
 
 @dataclass(frozen=True)
 class Death:
-    """``fatal``: no other replica would do better. ``again``: what comes next."""
+    """A replica's end.
+
+    Attributes:
+        fatal: no other replica would do better.
+        again: what comes next.
+        certain: it has ended, whatever its signs, which come from another host, may say.
+        blameless: no line that it was answering has done it.
+    """
 
     name: str
     reason: str
     fatal: bool
     again: str = ""
+    certain: bool = False
+    blameless: bool = False
 
 
 @dataclass
@@ -106,6 +115,11 @@ class Local:
     token: str
     command: Sequence[str] = (sys.executable, "-m", "tpctl", "replica")
     backoff: float = 0.5
+
+    @property
+    def pending(self) -> str:
+        """What is to be said of replicas that cannot be started yet."""
+        return ""
 
     @property
     def all_given_up(self) -> bool:

@@ -30,11 +30,12 @@ _EVERY = 0.25  # seconds between looks
 
 @dataclass
 class _Known:
-    """``seen``: it was alive at some time of this run; ``gone``: for good."""
+    """``seen``: it was alive at some time of this run; ``gone``: for good; ``blameless``: no line has done that."""
 
     watch: Watch
     seen: bool = False
     gone: bool = False
+    blameless: bool = False
 
 
 @dataclass
@@ -98,7 +99,16 @@ class Roll:
     def mourned(self, replica: str) -> bool:
         """Whether one that does not live came to its end in this run, and not in order: a line may have done it."""
         known = self._meet(replica)
-        return known.seen and known.watch.said.get("state") != "ended"
+        return known.seen and known.watch.said.get("state") != "ended" and not known.blameless
+
+    def bury(self, replica: str, *, blameless: bool) -> None:
+        """Be told that one has ended, by who knows better than its signs; its lines are offered again at once."""
+        known = self._meet(replica)
+        if not known.gone:
+            self._look_at(replica, known)  # it may have left in order
+        known.gone, known.blameless = True, blameless
+        for end in (".json", ".lock"):
+            (self.folder.replicas / f"{replica}{end}").unlink(missing_ok=True)
 
     def living(self) -> dict[str, Mapping[str, Any]]:
         """What those that live said last."""

@@ -26,6 +26,7 @@ class BatchStatus:
         parts: that are done.
         since: when the run began, and ``end``, when it is expected to end: UTC, ISO 8601.
         prompt_tokens, completion_tokens: of rows in parts that are done; speeds are a second's.
+        pending: of replicas that cannot be started yet.
         replicas: name, machine's name, state and rows of each that gives signs.
     """
 
@@ -45,6 +46,7 @@ class BatchStatus:
     left: float | None
     end: str | None
     wanted: int
+    pending: str
     replicas: list[dict[str, Any]]
 
 
@@ -92,6 +94,7 @@ def read_status(out: Path) -> BatchStatus:
         left=None if left is None else round(left, 1),
         end=None if end is None else end.isoformat(timespec="seconds"),
         wanted=said["wanted"],
+        pending=said.get("pending", "") if running else "",
         replicas=_replicas(folder) if running else [],
     )
 

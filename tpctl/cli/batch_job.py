@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -43,8 +43,8 @@ class JobOptions:
         typer.Option(
             metavar="N|auto",
             help="Engines, each on its own --tp GPUs or its share of the cores. auto: as many as the GPUs allow; on a "
-            "CPU one for each memory node. 0: only those that others start (tpctl replica). Default: 1, or the tasks "
-            "of the SLURM job.",
+            "CPU one for each memory node. 0: only those that others start (tpctl replica). Default: 1, the tasks of "
+            "the SLURM job, or what the Ray cluster has room for.",
         ),
     ] = None
     hosts: Annotated[
@@ -53,6 +53,14 @@ class JobOptions:
             metavar="FILE|slurm",
             help="Where replicas run. FILE: hosts to reach by ssh, one a line, slots=N for several replicas. slurm: "
             "inside a SLURM job, one a task. All see OUTPUT and PROMPTS by the same paths.",
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="Run the replicas on a Ray cluster, each in a placement group of --tp GPUs or CPUs; auto: the cluster "
+            "that this machine is a node of. All nodes see OUTPUT and PROMPTS by the same paths.",
         ),
     ] = None
     retry_errors: Annotated[
@@ -81,7 +89,7 @@ class JobOptions:
             UsageError: it is no number, and not auto.
         """
         if self.replicas is None or self.replicas == "auto":
-            return None if self.replicas or self.hosts else 1
+            return None if self.replicas or self.hosts or self.ray else 1
         if not self.replicas.isascii() or not self.replicas.isdigit() or not int(self.replicas) <= 1024:
             raise UsageError(f"--replicas is {self.replicas}, but must be a whole number from 0 to 1024, or auto")
         return int(self.replicas)
@@ -89,7 +97,7 @@ class JobOptions:
     @property
     def elsewhere(self) -> bool:
         """Whether replicas run on other hosts alone, which may have GPUs that this one has not."""
-        return self.hosts is not None or self.count() == 0
+        return self.hosts is not None or self.ray is not None or self.count() == 0
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,10 @@ def is_job(output: str, options: JobOptions) -> bool:
     """
     if output != "-" and (output.endswith("/") or Path(output).is_dir()):
         return True
-    if options.hosts is not None or options.count() != 1:
+    if options.hosts is not None or options.ray is not None or options.count() != 1:
         if output == "-":
-            given = f"--replicas {options.replicas}" if options.hosts is None else f"--hosts {options.hosts}"
+            named = {"hosts": options.hosts, "ray": options.ray, "replicas": options.replicas}
+            given = next(f"--{name} {value}" for name, value in named.items() if value is not None)
             raise UsageError(f"{given} needs a file or a folder for the rows; name it with -o")
         return True
     for name in ("retry_errors", "gpu_hour_price", "part_rows", "step_timeout"):
@@ -143,6 +152,7 @@ def run_job(job: Job) -> None:
     from tpctl.batch.claim import claimed
     from tpctl.batch.folder import JobFolder
     from tpctl.batch.manifest import begun, check_settings
+    from tpctl.batch.ray_cluster import connected
     from tpctl.batch.status import parts_folder
 
     prompts = _input(job.prompts)
@@ -152,9 +162,13 @@ def run_job(job: Job) -> None:
         raise UsageError("--retry-errors is for a batch that was begun before; add --resume")
     if folder.root.resolve() in prompts.parents:
         raise UsageError(f"{job.prompts} lies in {folder.root}, where the rows go; move it, or name another with -o")
+    if job.options.ray is not None and (job.options.hosts is not None or job.options.count() == 0):
+        other = "--replicas 0" if job.options.hosts is None else f"--hosts {job.options.hosts}"
+        raise UsageError(f"--ray {job.options.ray} and {other} say two things; leave one out")
     at_hand = TemplateAtHand(job.template)
     settings = _settings(job, at_hand)
-    with claimed(folder):
+    cluster = nullcontext() if job.options.ray is None else connected(job.options.ray)
+    with cluster, claimed(folder):
         goes_on = begun(folder, resume=job.resume, force=job.force)
         if goes_on:
             check_settings(folder, settings)
@@ -190,7 +204,8 @@ def _run(
 
     options, shared = job.options, job.engine.kv_cache_memory is not None
     device = job.engine.device if options.elsewhere else config.device
-    local, on_a_host = launcher(folder.root, Wanted(options.count(), options.hosts, config.tp_size, device, shared))
+    wanted = Wanted(options.count(), options.hosts, config.tp_size, device, shared, options.ray is not None)
+    local, on_a_host = launcher(folder.root, wanted)
     replicas = len(local.slots)
     part_rows = options.part_rows
     if division is not None and part_rows not in (None, division.rows):

@@ -170,4 +170,5 @@ def job_summary(stats: Mapping[str, Any], prompts: int | None) -> str:
 def _job_speed(job: JobProgress) -> str:
     errors = f", {counted(job.errors, 'error')}" if job.errors else ""
     replicas = f"{job.alive} of {counted(job.wanted, 'replica')}"
-    return f"{job.prompt_speed:,.0f} tok/s in, {job.speed:,.0f} out, {replicas}{errors}"
+    pending = f", {job.pending}" if job.pending else ""
+    return f"{job.prompt_speed:,.0f} tok/s in, {job.speed:,.0f} out, {replicas}{pending}{errors}"

@@ -50,6 +50,8 @@ def _lines(status: BatchStatus) -> list[str]:
             f"{status.prompt_tokens_per_second:,.0f} tok/s in, {status.tokens_per_second:,.0f} out, "
             f"{working} of {counted(max(status.wanted, len(status.replicas)), 'replica')} at work"
         )
+        if status.pending:
+            found.append(status.pending)
         found += [f"  {one['name']} on {one['host']}: {one['state']}, {one['rows']:,} rows" for one in status.replicas]
         if status.left is not None and status.end is not None:
             found.append(f"ends about {status.end}, in {duration(status.left)}")
