@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Batch:
     replicas: int
     options: tuple[str, ...]
     env: dict[str, str]
+    find: Callable[[str], dict[str, list[int]]] = field(default_factory=lambda: victims)
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tpctl", "batch", str(self.prompts), "-o", f"{self.out}/"]
@@ -140,8 +141,21 @@ def kill(kind: str, pid: int) -> bool:
     return True
 
 
-def kill_and_go_on(batch: Batch, mark: str, rows: int, kills: int, chance: random.Random, report: Report) -> None:
-    """Run a batch to its end, with so many kills, when about as many rows are there as chance says."""
+def kill_and_go_on(
+    batch: Batch,
+    mark: str,
+    rows: int,
+    kills: int,
+    chance: random.Random,
+    report: Report,
+    events: Sequence[tuple[float, Callable[[], object]]] = (),
+) -> None:
+    """Run a batch to its end, with so many kills, when about as many rows are there as chance says.
+
+    Args:
+        events: what else happens, each once that share of the rows is there.
+    """
+    events = sorted(events, key=lambda event: event[0])
     due = sorted(chance.uniform(0.02, 0.95) * rows for _ in range(kills))
     process = batch.start("--resume")
     report.starts = 1
@@ -149,17 +163,19 @@ def kill_and_go_on(batch: Batch, mark: str, rows: int, kills: int, chance: rando
     while time.monotonic() < deadline:
         code = process.poll()
         if code is not None:
-            if code >= 0 and not due:
+            if code >= 0 and not due and not events:
                 report.wrong += [] if code == 0 else [f"exit code {code}"]
                 return
             if code >= 0:
-                report.wrong.append(f"exit code {code} with {len(due)} kills to come")
+                report.wrong.append(f"exit code {code} with {len(due)} kills to come and {len(events)} events")
                 return
             process = batch.start("--resume")
             report.starts += 1
+        if events and batch.rows() >= events[0][0] * rows:
+            events.pop(0)[1]()
         if due and batch.rows() >= due[0]:
-            alive = victims(mark)
-            kind = chance.choice([kind for kind in KINDS if alive[kind]] or ["none"])
+            alive = batch.find(mark)
+            kind = chance.choice([kind for kind, pids in alive.items() if pids] or ["none"])
             if kind != "none":
                 if not kill(kind, chance.choice(alive[kind])):
                     continue

@@ -128,7 +128,8 @@ class ActorProcess:
         elif "No module named 'tpctl" in text:
             self._code, self.said = 1, "tpctl: tpctl is not installed on a node of the cluster; install it on all"
         else:
-            self.said = f"its actor ended: {text[:300]}"
+            detail = text.partition("Worker exit detail: ")[2] or text
+            self.said = f"its actor ended: {detail[:200]}"
 
 
 @dataclass

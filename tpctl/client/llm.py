@@ -79,6 +79,11 @@ class LLM:
             self.close()
             raise
 
+    @property
+    def client(self) -> EngineClient:
+        """The engine as ``client.batch`` takes it."""
+        return self._client
+
     def __enter__(self) -> Self:
         return self
 
