@@ -2,11 +2,12 @@
 
     python -m tests.distributed.ray_cluster [--rows 100000] [--kills 12] [--seed 0] [--engine fast|real] [--model demo]
 
-The cluster (``ray.cluster_utils``) has a head without CPUs and two nodes of two each, so there is room for four replicas
-of one rank. When about a third of the rows are there a node is removed, and at about half another one is added. A kill
-is SIGKILL to a replica, its rank, the actor that keeps it, or the coordinator, which is then started again with
-``--resume``. Exits with 1 unless every id is there exactly once, in order, with the content of an undisturbed run on
-this machine without Ray. Needs Ray, 2.5 GB of memory, and for the fast engine (``fast_worker.py``) no model's weights.
+The cluster (``ray.cluster_utils``) has a head without CPUs and two nodes of two each, so there is room for four
+replicas of one rank. When about a third of the rows are there a node is removed, and at about half another one is
+added. A kill is SIGKILL to a replica, its rank, its actor, or the coordinator, which is then started again
+with ``--resume``. Exits with 1 unless every id is there exactly once, in order, with the content of an undisturbed run
+on this machine without Ray. Needs Ray, 2.5 GB of memory, and for the fast engine (``fast_worker.py``) no more of the
+model than its tokenizer.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def victims(mark: str) -> dict[str, list[int]]:
         for kind, sign in (
             ("coordinator", " tpctl batch "),
             ("replica", " tpctl replica "),
-            ("rank", "_worker "),
+            ("rank", "fast_worker"),
             ("rank", "engine.worker"),
             ("actor", "ray::Keeper"),
         ):
@@ -87,40 +88,61 @@ def victims(mark: str) -> dict[str, list[int]]:
     return found
 
 
+def environment(engine: str, mark: str, delay: float = 0.0) -> dict[str, str]:
+    """What a cluster's nodes and a batch's coordinator are started with, besides."""
+    found = {MARK: mark, "FAST_WORKER_DELAY": str(delay), "OMP_NUM_THREADS": "1"}
+    return found | ({"TPCTL_WORKER": "tests.distributed.fast_worker"} if engine == "fast" else {})
+
+
+def undisturbed(scratch: Path, prompts: Path, options: tuple[str, ...], env: dict[str, str]) -> float:
+    """Answer ``prompts`` into ``scratch / "calm"`` without Ray; seconds."""
+    began = time.monotonic()
+    code = (
+        Batch(prompts, scratch / "calm", 2, options, {**os.environ, **env, "FAST_WORKER_DELAY": "0"})
+        .start()
+        .wait(LIMIT)
+    )
+    if code != 0:
+        said = (scratch / "calm.log").read_text()[-500:]
+        raise RuntimeError(f"the undisturbed run ended with {code}: {said}")
+    return time.monotonic() - began
+
+
 def run(
-    scratch: Path, *, rows: int, kills: int, seed: int, engine: str = "fast", model: str = "demo", delay: float = 0.0
+    scratch: Path, found: Any, env: dict[str, str], *, rows: int, kills: int, seed: int, model: str = "demo"
 ) -> Report:
-    """Both runs, in ``scratch``."""
+    """An undisturbed run, and one on a cluster of two nodes with two CPUs, in ``scratch``.
+
+    Args:
+        env: ``environment``, which the cluster's nodes have, too.
+    """
     report = Report(rows)
     prompts = write_prompts(scratch / "prompts.jsonl", rows)
-    mark = f"ray-{os.getpid()}-{seed}"
-    ours = {MARK: mark, "FAST_WORKER_DELAY": str(delay), "OMP_NUM_THREADS": "1"}
-    if engine == "fast":
-        ours["TPCTL_WORKER"] = "tests.distributed.fast_worker"
     options = (*OPTIONS, "--model", model, "--kv-cache-memory", "16MiB")
-    calm = Batch(prompts, scratch / "calm", 2, options, {**os.environ, **ours})
+    report.undisturbed = undisturbed(scratch, prompts, options, env)
     began = time.monotonic()
-    if (code := calm.start().wait(LIMIT)) != 0:
-        report.wrong.append(f"the undisturbed run ended with {code}: {(scratch / 'calm.log').read_text()[-500:]}")
-        return report
-    report.undisturbed = time.monotonic() - began
-    with cluster(2, 2, **ours) as found:
-        began = time.monotonic()
-        stormy = Batch(
-            prompts, scratch / "stormy", 4, (*options, "--ray", found.address), {**os.environ, **ours}, victims
-        )
-        leaving = list(found.worker_nodes)[-1]
-        events = [(0.3, lambda: found.remove_node(leaving)), (0.5, lambda: add(found, 2))]
-        kill_and_go_on(stormy, mark, rows, kills, random.Random(seed), report, events)
-        report.seconds = time.monotonic() - began
-        report.wrong += compare(scratch / "stormy", scratch / "calm", rows)
-        stats = load(JobFolder(scratch / "stormy").stats) or {}
-        report.computed, report.needed = stats.get("computed_tokens", 0), stats.get("completion_tokens", 0)
-        left = [pid for pids in victims(mark).values() for pid in pids]
-        report.wrong += [f"{len(left)} processes are left"] if left else []
+    ours = {**os.environ, **env}
+    stormy = Batch(prompts, scratch / "stormy", 4, (*options, "--ray", found.address), ours, victims)
+    leaving = list(found.worker_nodes)[-1]
+    events = [(0.3, lambda: found.remove_node(leaving)), (0.5, lambda: add(found, 2))]
+    kill_and_go_on(stormy, env[MARK], rows, kills, random.Random(seed), report, events)
+    report.seconds = time.monotonic() - began
+    report.wrong += compare(scratch / "stormy", scratch / "calm", rows)
+    stats = load(JobFolder(scratch / "stormy").stats) or {}
+    report.computed, report.needed = stats.get("computed_tokens", 0), stats.get("completion_tokens", 0)
+    if left := _left(env[MARK]):
+        report.wrong.append(f"{len(left)} processes are left")
     if report.wrong:
         report.wrong.append((scratch / "stormy.log").read_text()[-2000:])
     return report
+
+
+def _left(mark: str, patience: float = 20.0) -> list[int]:
+    """The batch's processes that live, after some time in which Ray may end its actors."""
+    deadline = time.monotonic() + patience
+    while (left := [pid for pids in victims(mark).values() for pid in pids]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
 
 
 def main() -> None:
@@ -133,21 +155,14 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that the fast engine takes for a group")
     parser.add_argument("--log", action="store_true", help="show what the coordinators said")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ray-cluster-") as scratch:
-        report = run(
-            Path(scratch),
-            rows=args.rows,
-            kills=args.kills,
-            seed=args.seed,
-            engine=args.engine,
-            model=args.model,
-            delay=args.delay,
-        )
+    env = environment(args.engine, f"ray-{os.getpid()}-{args.seed}", args.delay)
+    with tempfile.TemporaryDirectory(prefix="ray-cluster-") as scratch, cluster(2, 2, **env) as found:
+        report = run(Path(scratch), found, env, rows=args.rows, kills=args.kills, seed=args.seed, model=args.model)
         if args.log:
             print(Path(scratch, "stormy.log").read_text())
     print(
-        f"{report.rows:,} rows: {report.undisturbed:.1f} s undisturbed, {report.seconds:.1f} s with a node removed, one "
-        f"added, and {sum(report.kills.values())} kills ({dict(report.kills)}), {report.starts} starts of the "
+        f"{report.rows:,} rows: {report.undisturbed:.1f} s undisturbed, {report.seconds:.1f} s with a node removed, "
+        f"one added, and {sum(report.kills.values())} kills ({dict(report.kills)}), {report.starts} starts of the "
         f"coordinator, {report.computed:,} tokens computed for {report.needed:,}"
     )
     print("\n".join(report.wrong) or "every row once, in order, as undisturbed")

@@ -53,8 +53,8 @@ def connected(address: str) -> Iterator[None]:
         EngineError: there is none, it does not answer, or another version runs there.
         UsageError: Ray is not installed, or the address is none.
     """
-    require_ray("--ray")
     _check_address(address)
+    require_ray("--ray")
     os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
     _probe(address)
     import ray

@@ -41,14 +41,12 @@ class Keeper:
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = False
 
-    def run(
-        self, root: str, name: str, token: str, ranks: int, gpus: int, command: Sequence[str] = COMMAND
-    ) -> tuple[int, str]:
+    def run(self, root: str, name: str, token: str, gpus: int, command: Sequence[str] = COMMAND) -> tuple[int, str]:
         """Run replica ``name`` of the batch in ``root`` to its end.
 
         Args:
             token: of the coordinator's run, which tells its folder from another one with the same path.
-            ranks, gpus: of the replica. It has the GPUs that Ray gave this actor, or a core for each rank.
+            gpus: that the replica has, of which Ray told this actor; 0: a core for each of its ranks.
 
         Returns:
             Its exit code, and the last line that it said, with the host's name.

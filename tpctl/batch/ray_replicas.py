@@ -111,17 +111,15 @@ class ActorProcess:
 
     def kill(self) -> None:
         """End the actor, and the replica with it."""
-        import ray
-
         with suppress(Exception):  # it is gone, or the cluster is
+            import ray
+
             ray.kill(self._actor)
 
     def _fail(self, error: BaseException) -> None:
         """The actor ended before its replica did."""
-        from ray.exceptions import ActorUnavailableError
-
         text = " ".join(str(error).split())
-        self.lost = isinstance(error, ActorUnavailableError) or self._node not in nodes()
+        self.lost = type(error).__name__ == "ActorUnavailableError" or self._node not in nodes()
         self._code = _LOST
         if self.lost:
             self.said = "its node is gone"
@@ -191,31 +189,36 @@ class RayReplicas(Local):
             self._remove(slot)
 
     def _look(self) -> None:
-        """Ask for groups that are not there, and see which have a node."""
-        import ray
-
+        """See which replicas have a place."""
         if time.monotonic() - self._looked < _LOOK:
             return
         self._looked = time.monotonic()
         wanted = [slot for slot in self.slots if not slot.given_up]
-        for slot in wanted:
-            if slot.number not in self._groups:
-                self._groups[slot.number] = ray.util.placement_group(
-                    [self.room.bundle], strategy="STRICT_PACK", name=f"tpctl-{self.token}-{slot.number}"
-                )
-        table = ray.util.placement_group_table()
-        self._placed = {}
-        for slot in wanted:
-            entry = table.get(self._groups[slot.number].id.hex(), {})
-            if entry.get("state") == "CREATED":
-                self._placed[slot.number] = entry["bundles_to_node_id"][0]
-            elif entry.get("state") == "REMOVED":
-                del self._groups[slot.number]  # by somebody else
+        self._placed = self._place(wanted)
         count = len(wanted) - len(self._placed)
         if count != self._waiting[0]:
             self._waiting = (count, time.monotonic())
         if count:
             self.room = replace(self.room, most=max(_each(self.room.resource), default=0))
+
+    def _place(self, slots: list[Slot]) -> dict[int, str]:
+        """Ask for groups that are not there; the nodes of those that have one, by the slots' numbers."""
+        import ray
+
+        for slot in slots:
+            if slot.number not in self._groups:
+                self._groups[slot.number] = ray.util.placement_group(
+                    [self.room.bundle], strategy="STRICT_PACK", name=f"tpctl-{self.token}-{slot.number}"
+                )
+        table = ray.util.placement_group_table()
+        placed = {}
+        for slot in slots:
+            entry = table.get(self._groups[slot.number].id.hex(), {})
+            if entry.get("state") == "CREATED":
+                placed[slot.number] = entry["bundles_to_node_id"][0]
+            elif entry.get("state") == "REMOVED":
+                del self._groups[slot.number]  # by somebody else
+        return placed
 
     def _remove(self, slot: Slot) -> None:
         import ray

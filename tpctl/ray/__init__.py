@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib.util
 
-if (_found := find_spec("ray")) is None or _found.origin is None:
+if (_found := importlib.util.find_spec("ray")) is None or _found.origin is None:
     raise ImportError("tpctl.ray needs Ray, which is not installed here; `pip install 'tpctl[ray]'`")
 
 from tpctl.ray.generator import Generator

@@ -42,10 +42,10 @@ class Generator:
             concurrency=4,  # engines
         )
 
-    A row's ``prompt`` (a text) or ``messages`` (a conversation) is answered. The batch comes back with all that it had,
-    and columns ``text``, ``finish_reason``, ``prompt_tokens``, ``completion_tokens``, ``note`` (why the context, and not
-    ``max_tokens``, ended an answer), ``error``, and, where the model's chat template marks it, ``reasoning``. A row that
-    cannot be answered has an ``error`` and no ``text``, and its ``finish_reason`` is ``"error"``.
+    A row's ``prompt`` (a text) or ``messages`` (a conversation) is answered. The batch comes back with all that it
+    had, and columns ``text``, ``finish_reason``, ``prompt_tokens``, ``completion_tokens``, ``note`` (why the context,
+    and not ``max_tokens``, ended an answer), ``error``, and, where the model's chat template marks it, ``reasoning``. A
+    row that cannot be answered has an ``error`` and no ``text``, and its ``finish_reason`` is ``"error"``.
     """
 
     def __init__(
@@ -128,7 +128,9 @@ class Generator:
     def _check(self, names: Sequence[str]) -> None:
         wanted = [self._prompt_column] if self._prompt_column is not None else ["prompt", "messages"]
         if not any(name in names for name in wanted):
-            raise UsageError(f"the batch has no column {' or '.join(wanted)}, but {', '.join(names)}; set prompt_column")
+            raise UsageError(
+                f"the batch has no column {' or '.join(wanted)}, but {', '.join(names)}; set prompt_column"
+            )
         if missing := [name for name in self._columns if name not in names]:
             raise UsageError(f"the batch has no column {missing[0]}, which sampling_columns names")
         if taken := [name for name in (*self._texts(), *NUMBERS) if self._prefix + name in names]:
