@@ -2,9 +2,9 @@
 
 Its answer to a prompt is a function of the prompt's tokens alone: a few of them, from the end to the front. A prompt
 that holds the text of ``FAST_WORKER_DEADLY`` as its own ids (comma between them) kills the rank that is asked, and one
-that holds those of ``FAST_WORKER_HANGS`` is thought about for ever;
-``FAST_WORKER_DELAY`` seconds pass before each group of answers (``TPCTL_FAST_DELAY`` on other hosts, which
-are told of variables that begin so).
+that holds those of ``FAST_WORKER_HANGS`` is thought about for ever; ``FAST_WORKER_DELAY`` seconds pass before each group
+of answers (``TPCTL_FAST_DELAY`` on other hosts, which are told of variables that begin so), and while the file
+``FAST_WORKER_PAUSE`` is there, none comes.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
 def serve(config: EngineConfig, path: Path) -> None:
     deadly, hangs = (ids_of(f"FAST_WORKER_{name}") for name in ("DEADLY", "HANGS"))
     delay = float(os.environ.get("FAST_WORKER_DELAY") or os.environ.get("TPCTL_FAST_DELAY", "0"))
+    pause = os.environ.get("FAST_WORKER_PAUSE")
     channel = connect(path)
     longest = config.max_model_len or 2048
     channel.send(Ready(replace(info(config), max_model_len=longest, wanted_model_len=longest)))
@@ -76,6 +77,8 @@ def serve(config: EngineConfig, path: Path) -> None:
                 channel.send(Outputs([Output(id, [], "abort") for id in message.ids]))
             if isinstance(message, Add):
                 time.sleep(delay)
+                while pause and Path(pause).exists():
+                    time.sleep(0.02)
                 channel.send(Outputs(outputs(message.requests)))
     except ChannelClosed:
         os._exit(1)

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,21 @@ def undisturbed(scratch: Path, prompts: Path, options: tuple[str, ...], env: dic
 
 
 def run(
-    scratch: Path, found: Any, env: dict[str, str], *, rows: int, kills: int, seed: int, model: str = "demo"
+    scratch: Path,
+    found: Any,
+    env: dict[str, str],
+    *,
+    rows: int,
+    kills: int = 0,
+    seed: int = 0,
+    model: str = "demo",
+    events: Sequence[tuple[float, Callable[[], object]]] = (),
 ) -> Report:
     """An undisturbed run, and one on a cluster of two nodes with two CPUs, in ``scratch``.
 
     Args:
         env: ``environment``, which the cluster's nodes have, too.
+        events: what happens besides, as ``kill_and_go_on`` takes it.
     """
     report = Report(rows)
     prompts = write_prompts(scratch / "prompts.jsonl", rows)
@@ -123,8 +132,6 @@ def run(
     began = time.monotonic()
     ours = {**os.environ, **env}
     stormy = Batch(prompts, scratch / "stormy", 4, (*options, "--ray", found.address), ours, victims)
-    leaving = list(found.worker_nodes)[-1]
-    events = [(0.3, lambda: found.remove_node(leaving)), (0.5, lambda: add(found, 2))]
     kill_and_go_on(stormy, env[MARK], rows, kills, random.Random(seed), report, events)
     report.seconds = time.monotonic() - began
     report.wrong += compare(scratch / "stormy", scratch / "calm", rows)
@@ -157,7 +164,17 @@ def main() -> None:
     args = parser.parse_args()
     env = environment(args.engine, f"ray-{os.getpid()}-{args.seed}", args.delay)
     with tempfile.TemporaryDirectory(prefix="ray-cluster-") as scratch, cluster(2, 2, **env) as found:
-        report = run(Path(scratch), found, env, rows=args.rows, kills=args.kills, seed=args.seed, model=args.model)
+        leaving = list(found.worker_nodes)[-1]
+        report = run(
+            Path(scratch),
+            found,
+            env,
+            rows=args.rows,
+            kills=args.kills,
+            seed=args.seed,
+            model=args.model,
+            events=[(0.3, lambda: found.remove_node(leaving)), (0.5, lambda: add(found, 2))],
+        )
         if args.log:
             print(Path(scratch, "stormy.log").read_text())
     print(

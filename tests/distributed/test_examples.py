@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -41,6 +42,19 @@ def test_engine_client(demo: ResolvedSource) -> None:
     done = run("engine_client.py", *(("--model", model) if model else ()))
     assert done.returncode == 0, done.stderr
     assert re.search("[A-Za-z]{3}", done.stdout)
+
+
+def test_ray_data(demo: ResolvedSource) -> None:
+    pytest.importorskip("ray", reason="needs Ray (pip install 'tpctl[ray]')")
+    from tests.distributed.ray_cluster import cluster
+
+    with cluster(3) as found:
+        done = run("ray_data.py", "--model", str(demo.folder), "--ray", found.address)
+    assert done.returncode == 0, done.stderr
+    paris, three, empty, water = (json.loads(line) for line in done.stdout.splitlines())
+    assert "Paris" in paris["text"] and paris["number"] == 0 and paris["error"] is None
+    assert (empty["error"], empty["text"], empty["finish_reason"]) == ("the prompt is empty", None, "error")
+    assert all(0 < row["completion_tokens"] <= 12 for row in (paris, three, water))
 
 
 def check_vllm(name: str, folder: Path, option: str, proven: str, failed: str) -> None:
