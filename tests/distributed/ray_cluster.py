@@ -48,14 +48,16 @@ def cluster(*cpus: int, **env: str) -> Iterator[Any]:
     mine = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
     with mock.patch.dict(os.environ, {**mine, "TPCTL_RAY_TEST": str(folder), **env}):
         head = {"num_cpus": 0, "num_gpus": 0, "object_store_memory": STORE, "include_dashboard": False}
-        found = Cluster(initialize_head=True, head_node_args=head)
+        found = None
         try:
+            found = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
             for count in cpus:
                 add(found, count)
             yield found
         finally:
             ray.shutdown()  # of a driver in this process
-            found.shutdown()
+            if found is not None:
+                found.shutdown()
             for pid in with_variable(f"TPCTL_RAY_TEST={folder}"):
                 if pid != os.getpid():
                     os.kill(pid, signal.SIGKILL)
@@ -64,7 +66,18 @@ def cluster(*cpus: int, **env: str) -> Iterator[Any]:
 
 def add(found: Any, cpus: int) -> Any:
     """A new node."""
-    return found.add_node(num_cpus=cpus, num_gpus=0, object_store_memory=STORE)
+    return patiently(lambda: found.add_node(num_cpus=cpus, num_gpus=0, object_store_memory=STORE))
+
+
+def patiently(start: Callable[[], Any], tries: int = 3) -> Any:
+    """Ray gives a node 30 s to start, which is too little on a machine that does much else."""
+    for left in reversed(range(tries)):
+        try:
+            return start()
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+    raise AssertionError
 
 
 def victims(mark: str) -> dict[str, list[int]]:
