@@ -2,12 +2,12 @@
 
     python -m tests.distributed.ray_cluster [--rows 100000] [--kills 12] [--seed 0] [--engine fast|real] [--model demo]
 
-The cluster (``ray.cluster_utils``) has a head without CPUs and two nodes of two each, so there is room for four
-replicas of one rank. When about a third of the rows are there a node is removed, and at about half another one is
-added. A kill is SIGKILL to a replica, its rank, its actor, or the coordinator, which is then started again
-with ``--resume``. Exits with 1 unless every id is there exactly once, in order, with the content of an undisturbed run
-on this machine without Ray. Needs Ray, 2.5 GB of memory, and for the fast engine (``fast_worker.py``) no more of the
-model than its tokenizer.
+The cluster (the ``Cluster`` that Ray is tested with) has a head without CPUs and two nodes of two each, so there is
+room for four replicas of one rank. When about a third of the rows are there a node is removed, and at about half
+another one is added. A kill is SIGKILL to a replica, its rank, its actor, or the coordinator, which is then started
+again with ``--resume``. Exits with 1 unless every id is there exactly once, in order, with the content of an
+undisturbed run on this machine without Ray. Needs Ray, 2.5 GB of memory, and for the fast engine (``fast_worker.py``)
+no more of the model than its tokenizer.
 """
 
 from __future__ import annotations

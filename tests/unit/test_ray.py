@@ -60,7 +60,7 @@ def said_by_probe(monkeypatch: pytest.MonkeyPatch, said: str) -> str:
 
 
 def test_why_a_cluster_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The versions as Ray 2.60 tells of them (``ray._private.utils.check_version_info``)."""
+    """The versions as Ray 2.60 tells of them (its function ``check_version_info``)."""
     versions = "refused RuntimeError Version mismatch: The cluster was started with: Ray: 2.9.3 Python: 3.10.1 This "
     versions += "process on node 10.0.0.2 was started with: Ray: 2.60.0 Python: 3.11.7"
     assert said_by_probe(monkeypatch, versions) == (

@@ -117,9 +117,24 @@ def _shown(address: str) -> str:
     return "this machine" if address == "auto" else address
 
 
+@contextmanager
+def answering() -> Iterator[None]:
+    """Around calls of Ray in a batch that runs.
+
+    Raises:
+        EngineError: the cluster does not answer them any more.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise EngineError(f"the Ray cluster does not answer any more ({said[:200]})") from None
+
+
 def nodes() -> dict[str, dict[str, float]]:
     """The resources of the nodes that live, by their ids."""
     import ray
 
-    known: list[dict[str, Any]] = ray.nodes()
+    with answering():
+        known: list[dict[str, Any]] = ray.nodes()
     return {node["NodeID"]: node.get("Resources", {}) for node in known if node["Alive"]}

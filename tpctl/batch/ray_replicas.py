@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any, cast
 
 from tpctl.batch.local import Death, Local, Slot, _why
-from tpctl.batch.ray_cluster import nodes
+from tpctl.batch.ray_cluster import answering, nodes
 from tpctl.batch.ray_keeper import Keeper, show
 from tpctl.client.disk import writing
 from tpctl.errors import counted
@@ -194,7 +194,8 @@ class RayReplicas(Local):
             return
         self._looked = time.monotonic()
         wanted = [slot for slot in self.slots if not slot.given_up]
-        self._placed = self._place(wanted)
+        with answering():
+            self._placed = self._place(wanted)
         count = len(wanted) - len(self._placed)
         if count != self._waiting[0]:
             self._waiting = (count, time.monotonic())
@@ -232,19 +233,20 @@ class RayReplicas(Local):
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        where = PlacementGroupSchedulingStrategy(self._groups[slot.number], 0)
-        actor = (
-            ray.remote(Keeper)
-            .options(
-                num_gpus=self.room.gpus,
-                num_cpus=0 if self.room.gpus else self.room.ranks,
-                max_restarts=0,  # ``Local`` starts it again, after a while, and a few times
-                max_concurrency=2,
-                scheduling_strategy=where,
+        with answering():
+            where = PlacementGroupSchedulingStrategy(self._groups[slot.number], 0)
+            actor = (
+                ray.remote(Keeper)
+                .options(
+                    num_gpus=self.room.gpus,
+                    num_cpus=0 if self.room.gpus else self.room.ranks,
+                    max_restarts=0,  # ``Local`` starts it again, after a while, and a few times
+                    max_concurrency=2,
+                    scheduling_strategy=where,
+                )
+                .remote()
             )
-            .remote()
-        )
-        run = actor.run.remote(str(self.root), slot.name, self.token, self.room.gpus, list(self.command[1:]))
+            run = actor.run.remote(str(self.root), slot.name, self.token, self.room.gpus, list(self.command[1:]))
         return ActorProcess(actor, run.future(), self._placed[slot.number])
 
     def _judge(self, slot: Slot, code: int) -> tuple[str, bool, bool]:

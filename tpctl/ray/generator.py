@@ -32,7 +32,7 @@ _OF_ROWS = (frozenset(asdict(SamplingParams())) - {"logprobs"}) | {"stop", "chat
 
 
 class Generator:
-    """For ``ray.data.Dataset.map_batches``: a callable whose actor has one engine.
+    """For ``map_batches`` of a dataset of Ray Data: a callable whose actor has one engine.
 
         dataset.map_batches(
             tpctl.ray.Generator,
