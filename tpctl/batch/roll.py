@@ -107,6 +107,8 @@ class Roll:
         if not known.gone:
             self._look_at(replica, known)  # it may have left in order
         known.gone, known.blameless = True, blameless
+        if known.watch.said:
+            self._write_down(known.watch.said)
         for end in (".json", ".lock"):
             (self.folder.replicas / f"{replica}{end}").unlink(missing_ok=True)
 

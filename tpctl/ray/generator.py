@@ -215,7 +215,7 @@ class _Rows:
     def has(self, line: Line) -> bool:
         return False
 
-    def add(self, line: Line, row: Mapping[str, Any]) -> None:
+    def add(self, line: Line, row: Mapping[str, Any], cached: int = 0) -> None:
         found = {name: value for name, value in row.items() if name != "id"}
         if "error" in found:
             found["error"] = str(found["error"]).removeprefix(f"line {line.number}: ")
