@@ -2,8 +2,8 @@
 
 Its answer to a prompt is a function of the prompt's tokens alone: a few of them, from the end to the front. A prompt
 that holds the text of ``FAST_WORKER_DEADLY`` as its own ids (comma between them) kills the rank that is asked, and one
-that holds those of ``FAST_WORKER_HANGS`` is thought about for ever; ``FAST_WORKER_DELAY`` seconds pass before each group of answers
-(``TPCTL_FAST_DELAY`` on other hosts, which are told of variables that begin so), and while the file
+that holds those of ``FAST_WORKER_HANGS`` is thought about for ever. ``FAST_WORKER_DELAY`` seconds pass before each
+group of answers (``TPCTL_FAST_DELAY`` on other hosts, which are told of variables that begin so), and while the file
 ``FAST_WORKER_PAUSE`` is there, none comes.
 """
 
