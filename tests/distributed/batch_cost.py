@@ -24,6 +24,7 @@ from pathlib import Path
 from tpctl.batch.claim import claimed
 from tpctl.batch.coordinator import Coordinator, Progress
 from tpctl.batch.folder import JobFolder, names
+from tpctl.batch.formats.choose import plain
 from tpctl.batch.local import Local
 from tpctl.batch.manifest import write_manifest
 from tpctl.batch.plan import Plan, division_of
@@ -71,8 +72,8 @@ def measure(root: Path, prompts: Path, replicas: int, *, until: int | None = Non
             first = time.monotonic() - began
 
     with claimed(folder):
-        plan = Plan(folder, prompts, division_of(prompts, replicas))
-        write_manifest(folder, {}, prompts, plan)
+        plan = Plan(folder, plain(prompts), division_of(plain(prompts), replicas))
+        write_manifest(folder, {}, plan)
         with Coordinator(folder, plan, Local(root, [], "")) as coordinator:
             start = coordinator.board.sums.rows
             command = [sys.executable, "-m", "tests.distributed.light_replica", str(root), str(prompts)]
@@ -82,7 +83,7 @@ def measure(root: Path, prompts: Path, replicas: int, *, until: int | None = Non
             seconds, cpu = time.monotonic() - began, time.process_time() - cpu
         for process in running:
             process.wait()
-        write_manifest(folder, {}, prompts, plan)
+        write_manifest(folder, {}, plan)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Cost(coordinator.board.sums.rows - start, seconds, cpu, first, peak)
 

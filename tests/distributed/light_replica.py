@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.batch.folder import JobFolder
-from tpctl.batch.ids import id_of
+from tpctl.batch.formats.choose import plain
+from tpctl.batch.formats.ids import id_of
 from tpctl.batch.leases import Leases
 from tpctl.batch.replica import Replica
 from tpctl.client.jobs import Line
@@ -31,7 +32,7 @@ def answer_all(leases: Leases, place: Replica) -> None:
 def main() -> None:
     root, prompts, name = sys.argv[1:]
     with Replica(JobFolder(Path(root)), name, 1) as place:
-        answer_all(place.begin(Path(prompts)), place)
+        answer_all(place.begin(plain(Path(prompts))), place)
 
 
 if __name__ == "__main__":

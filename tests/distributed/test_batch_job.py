@@ -140,7 +140,7 @@ def test_what_goes_on_and_what_is_refused(batch: Make) -> None:
 
 def parts(run: Runner) -> list[Any]:
     from tpctl.batch.folder import json_lines
-    from tpctl.batch.plan import Part
+    from tpctl.batch.formats.place import Part
 
     return [Part.from_json(value) for value in json_lines(run.folder.index)]
 

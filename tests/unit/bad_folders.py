@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.safetensors import TensorSpec, read_header
@@ -124,6 +127,14 @@ def in_the_way(folder: Path) -> None:
     (folder / "home" / "letter.txt").write_text("dear")
     (folder / "file").write_text("x")
     (folder / "prompts.jsonl").write_text('{"prompt": "x"}')
+    asked = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+    (folder / "openai.jsonl").write_text(json.dumps(asked))
+    (folder / "mixed.jsonl").write_text('{"prompt": "x"}\n' + json.dumps(asked))
+    table = pa.table({"question": ["x", "y"], "label": [1, 2], "image": [b"x", b"y"]})
+    pq.write_table(table, folder / "rows.parquet")
+    (folder / "damaged.parquet").write_bytes((folder / "rows.parquet").read_bytes()[:-9])
+    (folder / "tables").mkdir()
+    pq.write_table(table, folder / "tables" / "a.parquet")
     (folder / "loop").symlink_to("loop")
     to_pipe(folder / "pipe")
     to_pipe(Path(shutil.copytree(folder / "model", folder / "piped")) / "tpctl.json")

@@ -9,8 +9,10 @@ from typing import Any
 
 from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder, names, spans_in
+from tpctl.batch.formats.choose import plain
+from tpctl.batch.formats.place import Formats, Part
 from tpctl.batch.leases import Leases
-from tpctl.batch.plan import Division, Part, Plan
+from tpctl.batch.plan import Division, Plan
 from tpctl.batch.prefixes import UNSHARED, Sharing
 from tpctl.client.jobs import Line
 
@@ -31,9 +33,13 @@ def write_prompts(tmp_path: Path, count: int) -> Path:
     return prompts
 
 
-def parts_of(folder: JobFolder, prompts: Path, rows: int, sharing: Sharing = UNSHARED) -> list[Part]:
+def formats_of(prompts: Path | Formats) -> Formats:
+    return prompts if isinstance(prompts, Formats) else plain(prompts)
+
+
+def parts_of(folder: JobFolder, prompts: Path | Formats, rows: int, sharing: Sharing = UNSHARED) -> list[Part]:
     folder.make()
-    plan = Plan(folder, prompts, Division(rows, sharing))
+    plan = Plan(folder, formats_of(prompts), Division(rows, sharing))
     plan._run()
     return list(plan.ready())
 
@@ -41,9 +47,9 @@ def parts_of(folder: JobFolder, prompts: Path, rows: int, sharing: Sharing = UNS
 class Replicas:
     """Replicas that take turns, one line each; each new one has a new name. Of line n there are n tokens cached."""
 
-    def __init__(self, folder: JobFolder, prompts: Path, answer: Answer = row) -> None:
+    def __init__(self, folder: JobFolder, prompts: Path | Formats, answer: Answer = row) -> None:
         self.folder = folder
-        self.prompts = prompts
+        self.formats = formats_of(prompts)
         self.answer = answer
         self.count = 0
         self.deaths = 0
@@ -52,7 +58,7 @@ class Replicas:
         """A new replica answers so many lines, or all that it is offered; its name."""
         self.count += 1
         name = f"r{self.count}"
-        leases = Leases(self.folder, self.prompts, name)
+        leases = Leases(self.folder, self.formats, name)
         done = 0
         try:
             for group in leases.groups(1, 0.0, over=lambda: not any(spans_in(self.folder.offers))):
@@ -67,13 +73,15 @@ class Replicas:
         return name
 
 
-def finish(folder: JobFolder, prompts: Path, parts: list[Part], replicas: Replicas, *, died: bool = True) -> Board:
+def finish(
+    folder: JobFolder, prompts: Path | Formats, parts: list[Part], replicas: Replicas, *, died: bool = True
+) -> Board:
     """A new coordinator, and replicas one after the other, each until it has nothing to do or dies, until all is done.
 
     Args:
         died: whether a replica that leaves leases behind has died of a line.
     """
-    board = Board(folder, prompts)
+    board = Board(folder, formats_of(prompts))
     try:
         _go_on(board, parts, replicas, died)
     finally:

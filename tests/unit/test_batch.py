@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from tests.unit.fake_client import FakeClient, engine_info, engine_stats, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
+from tpctl.batch.formats.jsonl import JsonlReader, JsonlSource
 from tpctl.cli import batch as cli_batch
 from tpctl.cli import batch_report, places
 from tpctl.cli.app import app
@@ -470,20 +471,24 @@ def test_a_link_and_the_files_mode_stay(tokenizer: Tokenizer, tmp_path: Path) ->
         assert results.partial.stat().st_mode & 0o777 == 0o600
 
 
+def reader(name: str, lines: bytes) -> JsonlReader:
+    return JsonlReader(io.BytesIO(lines), JsonlSource(Path(name)))
+
+
 def test_rows_of_another_input_are_not_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     with Results(out, {}) as results:
         for index in range(3):
             results.add(Line(index, index + 1, b"line %d" % index), {"id": index, "text": "x"})
     with Results(out, {}, resume=True) as results:
-        cli_batch._check_kept("same.jsonl", io.BytesIO(b"line 0\nline 1\nline 2\nline 3\n"), results)
+        cli_batch._check_kept(reader("same.jsonl", b"line 0\nline 1\nline 2\nline 3\n"), results)
         assert not capsys.readouterr().err
-        stream = io.BytesIO(b"line 0\nother\n")
-        cli_batch._check_kept("shorter.jsonl", stream, results)
+        shorter = reader("shorter.jsonl", b"line 0\nother\n")
+        cli_batch._check_kept(shorter, results)
         assert "2 of the 3 rows" in capsys.readouterr().err
-        assert stream.read() == b"line 0\nother\n"
+        assert [line.raw for line in shorter.lines()] == [b"line 0\n", b"other\n"]
         with pytest.raises(UsageError, match=r"none of the 3 rows in .*partial answers a line of new\.jsonl"):
-            cli_batch._check_kept("new.jsonl", io.BytesIO(b"a\nb\n"), results)
+            cli_batch._check_kept(reader("new.jsonl", b"a\nb\n"), results)
     assert out.with_name("out.jsonl.partial").exists()
 
 
@@ -521,9 +526,9 @@ def test_what_could_not_be_written_is_not_said_again(tmp_path: Path) -> None:
         results.add(Line(1, 2, b"b"), {"id": 2, "text": "x"})
 
 
-@pytest.mark.parametrize(("output", "said"), [("", "-o is empty"), ("/", "/ holds files that are no batch's")])
+@pytest.mark.parametrize(("output", "said"), [("", "-o is empty"), ("/", "lies in /, where the rows go")])
 def test_outputs_without_a_name(output: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     error = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), "-o", output]).exception
     assert isinstance(error, UsageError | OutputError)
-    assert str(error).startswith(said)
+    assert said in str(error)

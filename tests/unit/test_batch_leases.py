@@ -24,6 +24,7 @@ from tests.unit.batch_replicas import (
 )
 from tpctl.batch.board import Board
 from tpctl.batch.folder import DEATHS, JobFolder, Span, names, put
+from tpctl.batch.formats.choose import plain
 from tpctl.batch.leases import Leases
 from tpctl.batch.prefixes import Sharing
 from tpctl.batch.rows import kept_rows
@@ -106,7 +107,7 @@ def test_killed_at_any_change_of_any_file(
         assert found == WANTED[:12] + WANTED[13:], seen[-1]
         assert not left_over(folder), seen[-1]
         # Of each row that is there, and none twice, whoever was killed.
-        assert Board(folder, prompts).sums.cached_tokens == sum(range(1, COUNT + 1)) - 13, seen[-1]
+        assert Board(folder, plain(prompts)).sums.cached_tokens == sum(range(1, COUNT + 1)) - 13, seen[-1]
         if len(seen) == steps:  # nothing was left to die before
             break
         steps += 1
@@ -115,7 +116,7 @@ def test_killed_at_any_change_of_any_file(
 
 def test_rows_of_a_replica_that_died_are_not_computed_again(folder: JobFolder, prompts: Path) -> None:
     parts = parts_of(folder, prompts, 10)
-    board = Board(folder, prompts)
+    board = Board(folder, plain(prompts))
     board.offer(parts[0])
     replicas = Replicas(folder, prompts)
     name = replicas.work(7)
@@ -163,9 +164,9 @@ def test_who_was_thought_dead_and_hands_in_first_is_believed_and_the_other_one_d
     folder: JobFolder, prompts: Path
 ) -> None:
     parts = parts_of(folder, prompts, 10)
-    board = Board(folder, prompts)
+    board = Board(folder, plain(prompts))
     board.offer(parts[0])
-    slow, quick = Leases(folder, prompts, "slow"), Leases(folder, prompts, "quick")
+    slow, quick = Leases(folder, plain(prompts), "slow"), Leases(folder, plain(prompts), "quick")
     asked_slow = next(slow.groups(10, 0.0))
     slow.add(asked_slow[0], row(asked_slow[0]))
     slow.flush()
@@ -183,35 +184,35 @@ def test_who_was_thought_dead_and_hands_in_first_is_believed_and_the_other_one_d
 
 def test_of_several_that_want_a_part_one_gets_it(folder: JobFolder, prompts: Path) -> None:
     parts = parts_of(folder, prompts, 10)
-    board = Board(folder, prompts)
+    board = Board(folder, plain(prompts))
     for part in parts:
         board.offer(part)
     put(folder.state, {"share": 1000})
-    takers = [Leases(folder, prompts, f"t{number}") for number in range(5)]
-    with prompts.open("rb") as stream:
-        got = [(taker, taker._take(stream)) for _ in range(3) for taker in takers]
+    takers = [Leases(folder, plain(prompts), f"t{number}") for number in range(5)]
+    with plain(prompts).source.open() as reader:
+        got = [(taker, taker._take(reader)) for _ in range(3) for taker in takers]
     taken = [lease.span.part for _, lease in got if lease is not None]
     assert sorted(taken) == [0, 1, 2]
 
 
 def test_nobody_takes_more_than_its_share_or_anything_beside_a_suspect(folder: JobFolder, prompts: Path) -> None:
     parts = parts_of(folder, prompts, 5)
-    board = Board(folder, prompts)
+    board = Board(folder, plain(prompts))
     for part in parts:
         board.offer(part)
-    leases = Leases(folder, prompts, "r")
-    with prompts.open("rb") as stream:
+    leases = Leases(folder, plain(prompts), "r")
+    with plain(prompts).source.open() as reader:
         put(folder.state, {"share": 12})
-        assert [leases._take(stream) is not None for _ in range(3)] == [True, True, False]
-        suspect = Leases(folder, prompts, "s")
+        assert [leases._take(reader) is not None for _ in range(3)] == [True, True, False]
+        suspect = Leases(folder, plain(prompts), "s")
         for name in names(folder.offers):
             if name.startswith("00002."):
                 (folder.offers / name).rename(folder.offers / Span(2, 0, 5, DEATHS - 1).name)
-        lease = suspect._take(stream)
-        assert lease is not None and lease.span.alone and suspect._take(stream) is None
+        lease = suspect._take(reader)
+        assert lease is not None and lease.span.alone and suspect._take(reader) is None
         put(folder.state, {"share": 1000})
         (folder.leases / lease.span.held_by("s")).rename(folder.offers / lease.span.name)
-        assert [one.span.part for one in iter(lambda: leases._take(stream), None)] == [3, 4]
+        assert [one.span.part for one in iter(lambda: leases._take(reader), None)] == [3, 4]
 
 
 def test_error_rows_are_tried_again_on_demand_and_the_part_stays_until_then(folder: JobFolder, prompts: Path) -> None:
@@ -222,7 +223,7 @@ def test_error_rows_are_tried_again_on_demand_and_the_part_stays_until_then(fold
     board = finish(folder, prompts, parts, replicas)
     assert board.sums.errors == 2
     computed = []
-    again = Board(folder, prompts)
+    again = Board(folder, plain(prompts))
     cached = again.sums.cached_tokens
     assert [again.errors_of(number) for number in range(3)] == [1, 1, 0]
     for number in (0, 1):
@@ -233,18 +234,18 @@ def test_error_rows_are_tried_again_on_demand_and_the_part_stays_until_then(fold
     again.collect()
     assert computed == [3, 14] and rows_of(folder) == WANTED and again.sums.errors == 0
     assert again.sums.cached_tokens == cached + 3 + 14
-    assert Board(folder, prompts).sums == again.sums
+    assert Board(folder, plain(prompts)).sums == again.sums
 
 
 def test_error_rows_in_unfinished_parts_are_tried_again_too(folder: JobFolder, prompts: Path) -> None:
     parts = parts_of(folder, prompts, 10)
-    board = Board(folder, prompts)
+    board = Board(folder, plain(prompts))
     board.offer(parts[0])
     replicas = Replicas(folder, prompts, lambda line: {"id": line.number, "error": "no"})
     name = replicas.work(4)
     board.give_back(board.holders()[name], died=False)
     replicas.answer = row
-    again = Board(folder, prompts)
+    again = Board(folder, plain(prompts))
     again.drop_errors()
     replicas.work()
     again.collect()
@@ -255,18 +256,18 @@ def test_sums_that_were_lost_are_read_from_the_parts(folder: JobFolder, prompts:
     board = finish(folder, prompts, parts_of(folder, prompts, 10), Replicas(folder, prompts))
     kept = folder.log.read_bytes()
     folder.log.write_bytes(kept[:20] + b"\n" + kept)  # a full disk, and later there was room again
-    assert Board(folder, prompts).sums == board.sums
+    assert Board(folder, plain(prompts)).sums == board.sums
     for log in (kept[:-20], b""):
         folder.log.write_bytes(log)
-        found = Board(folder, prompts).sums
+        found = Board(folder, plain(prompts)).sums
         assert found.cached_tokens < board.sums.cached_tokens  # of which the rows say nothing
         assert replace(found, cached_tokens=board.sums.cached_tokens) == board.sums
 
 
 def test_numbers_that_json_has_no_form_for_are_the_lines_error(folder: JobFolder, prompts: Path) -> None:
     parts = parts_of(folder, prompts, 10)
-    Board(folder, prompts).offer(parts[0])
-    leases = Leases(folder, prompts, "r")
+    Board(folder, plain(prompts)).offer(parts[0])
+    leases = Leases(folder, plain(prompts), "r")
     (line, *_) = next(leases.groups(10, 0.0))
     with pytest.raises(RequestError, match="not finite"):
         leases.add(line, {"id": 1, "logprobs": [float("nan")]})
@@ -277,8 +278,8 @@ def test_a_folder_that_is_gone_is_one_line(folder: JobFolder, prompts: Path) -> 
     import shutil
 
     parts = parts_of(folder, prompts, 10)
-    Board(folder, prompts).offer(parts[0])
-    leases = Leases(folder, prompts, "r")
+    Board(folder, plain(prompts)).offer(parts[0])
+    leases = Leases(folder, plain(prompts), "r")
     groups = leases.groups(1, 0.0)
     lines = next(groups)
     shutil.rmtree(folder.root)

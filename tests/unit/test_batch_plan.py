@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from tests.unit.fake_client import job_parser, write_tokenizer
 from tpctl.batch.folder import JobFolder
-from tpctl.batch.ids import Ids, id_of, keys_of
-from tpctl.batch.plan import PARTS_EACH, Division, Part, Plan, division_of, read_part
+from tpctl.batch.formats.choose import plain
+from tpctl.batch.formats.ids import Ids, id_of, keys_of
+from tpctl.batch.formats.place import Part, read_checked
+from tpctl.batch.plan import PARTS_EACH, Division, Plan, division_of
 from tpctl.client.jobs import Line, read_lines
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import SourceError, TpctlError, UsageError
@@ -22,7 +24,7 @@ from tpctl.errors import SourceError, TpctlError, UsageError
 def plan(folder: JobFolder, prompts: Path, rows: int = 3) -> list[Part]:
     """All parts, found in this thread."""
     folder.make()
-    found = Plan(folder, prompts, Division(rows))
+    found = Plan(folder, plain(prompts), Division(rows))
     found._run()
     parts = list(found.ready())
     assert found.whole and found.rows == sum(part.rows for part in parts)
@@ -30,8 +32,8 @@ def plan(folder: JobFolder, prompts: Path, rows: int = 3) -> list[Part]:
 
 
 def lines_of(parts: list[Part], prompts: Path) -> list[Line]:
-    with prompts.open("rb") as stream:
-        return [line for part in parts for line in read_part(stream, part, "p")]
+    with plain(prompts).source.open() as reader:
+        return [line for part in parts for line in read_checked(reader, part)]
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_a_replica_reads_no_line_that_changed_meanwhile(folder: JobFolder, tmp_p
     prompts.write_text("a\nb\n")
     parts = plan(folder, prompts)
     prompts.write_text("a\nx\n")
-    with pytest.raises(SourceError, match="lines 1 to 2 of p changed after the batch began"):
+    with pytest.raises(SourceError, match=r"lines 1 to 2 of .*p changed after the batch began"):
         lines_of(parts, prompts)
 
 
@@ -103,11 +105,11 @@ def test_an_index_that_was_cut_off_anywhere_is_found_anew(folder: JobFolder, tmp
 def test_small_inputs_are_divided_for_all_replicas(tmp_path: Path) -> None:
     prompts = tmp_path / "p"
     prompts.write_text("x\n" * 100)
-    assert division_of(prompts, 4) == Division(-(-100 // (4 * PARTS_EACH)))
+    assert division_of(plain(prompts), 4) == Division(-(-100 // (4 * PARTS_EACH)))
     prompts.write_text("x\n" * 40000)
-    assert division_of(prompts, 4) == Division(1000)
+    assert division_of(plain(prompts), 4) == Division(1000)
     prompts.write_text("\n")
-    assert division_of(prompts, 4) == Division(1)
+    assert division_of(plain(prompts), 4) == Division(1)
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=20), max_size=12))
@@ -162,7 +164,7 @@ def test_an_input_that_vanishes_is_said(folder: JobFolder, tmp_path: Path) -> No
     prompts = tmp_path / "p"
     prompts.write_text("a\n")
     folder.make()
-    found = Plan(folder, prompts, Division(3))
+    found = Plan(folder, plain(prompts), Division(3))
     prompts.unlink()
     found._run()
     with pytest.raises((OSError, TpctlError)):

@@ -14,8 +14,9 @@ import pytest
 from tests.unit.batch_replicas import left_over, parts_of, row, rows_of
 from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder
+from tpctl.batch.formats.choose import plain
 from tpctl.batch.leases import Leases
-from tpctl.batch.plan import Division, division_of, read_part
+from tpctl.batch.plan import Division, division_of
 from tpctl.batch.prefixes import MOST_SHARES, Sharing, order_of, share_of, sharing_of, sizes
 from tpctl.client.jobs import Line
 
@@ -74,11 +75,14 @@ def test_rows_that_begin_alike_are_neighbours_and_where_none_do_the_order_is_the
 def test_division_says_how_many_rows_parts_have_then(tmp_path: Path) -> None:
     prompts = tmp_path / "p"
     prompts.write_bytes(b"".join(scattered(60, 10)))
-    found = division_of(prompts, 2)
+    found = division_of(plain(prompts), 2)
     assert (found.rows, found.sharing.shares) == (600, 8)
-    assert division_of(prompts, 2, 50) == Division(50, found.sharing)
+    assert division_of(plain(prompts), 2, 50) == Division(50, found.sharing)
     prompts.write_bytes(b"".join(scattered(3000, 3)))
-    assert division_of(prompts, 2).rows == 8 * 1000 and division_of(prompts, 64).sharing.shares == MOST_SHARES
+    assert (
+        division_of(plain(prompts), 2).rows == 8 * 1000
+        and division_of(plain(prompts), 64).sharing.shares == MOST_SHARES
+    )
 
 
 class Fleet:
@@ -89,12 +93,12 @@ class Fleet:
         self.prompts.write_bytes(b"".join(raws))
         self.folder = JobFolder(tmp_path / "out")
         self.parts = parts_of(self.folder, self.prompts, part_rows, sharing)
-        self.board = Board(self.folder, self.prompts)
+        self.board = Board(self.folder, plain(self.prompts))
         self.taken: dict[str, list[int]] = {}
 
     def turn(self, leases: Leases) -> bool:
-        with self.prompts.open("rb") as stream:
-            lease = leases._take(stream)
+        with plain(self.prompts).source.open() as reader:
+            lease = leases._take(reader)
         if lease is None:
             return False
         self.taken.setdefault(leases._name, []).append(lease.span.share)
@@ -109,9 +113,9 @@ def test_each_share_is_one_replicas_and_all_of_it_is_done_when_some_are_gone(tmp
     for part in fleet.parts:
         fleet.board.offer(part)
     assert len(fleet.parts) == 3 and fleet.board.offered == 18
-    one, two = (Leases(fleet.folder, fleet.prompts, name) for name in ("one", "two"))
-    with fleet.prompts.open("rb") as stream:  # both begin at once
-        first, second = one._take(stream), two._take(stream)
+    one, two = (Leases(fleet.folder, plain(fleet.prompts), name) for name in ("one", "two"))
+    with plain(fleet.prompts).source.open() as reader:  # both begin at once
+        first, second = one._take(reader), two._take(reader)
     assert first is not None and second is not None and first.span.share != second.span.share
     for leases, lease in ((one, first), (two, second)):
         for asked in lease.lines:
@@ -131,27 +135,31 @@ def test_one_that_is_busy_leaves_what_others_have_and_one_that_is_idle_helps(tmp
     fleet = Fleet(tmp_path, scattered(60, 10), 600, Sharing(2, 256))
     fleet.board.offer(fleet.parts[0])
     (fleet.folder.state).write_text('{"share": 10000}')
-    busy, other = Leases(fleet.folder, fleet.prompts, "busy", 50), Leases(fleet.folder, fleet.prompts, "other")
-    with fleet.prompts.open("rb") as stream:
-        mine = busy._take(stream)
-        assert mine is not None and busy._take(stream) is None
+    busy, other = (
+        Leases(fleet.folder, plain(fleet.prompts), "busy", 50),
+        Leases(fleet.folder, plain(fleet.prompts), "other"),
+    )
+    with plain(fleet.prompts).source.open() as reader:
+        mine = busy._take(reader)
+        assert mine is not None and busy._take(reader) is None
         for asked in mine.lines[: mine.missing - 49]:
             busy.add(asked, row(asked))
-        helped = busy._take(stream)
+        helped = busy._take(reader)
         assert helped is not None and helped.span.share != mine.span.share
-        assert other._take(stream) is None
-    assert read_part(fleet.prompts.open("rb"), fleet.parts[0], "")[0].number == 1
+        assert other._take(reader) is None
+    with plain(fleet.prompts).source.open() as reader:
+        assert reader.read(fleet.parts[0])[0].number == 1
 
 
 def test_pieces_that_lost_their_sums_are_read(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, scattered(30, 4), 120, Sharing(3, 256))
     fleet.board.offer(fleet.parts[0])
-    leases = Leases(fleet.folder, fleet.prompts, "r")
+    leases = Leases(fleet.folder, plain(fleet.prompts), "r")
     assert fleet.turn(leases)
     fleet.board.collect()
     (sums,) = fleet.folder.kept.glob("*.sums")
     sums.unlink()
-    board = Board(fleet.folder, fleet.prompts)
+    board = Board(fleet.folder, plain(fleet.prompts))
     while fleet.turn(leases):
         board.collect()
     assert board.idle and not left_over(fleet.folder)

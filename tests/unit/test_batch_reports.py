@@ -15,6 +15,7 @@ from tests.unit.batch_replicas import Replicas, finish, parts_of, write_prompts
 from tpctl.batch import signs, status
 from tpctl.batch.coordinator import Coordinator, Progress
 from tpctl.batch.folder import JobFolder, load, put
+from tpctl.batch.formats.choose import plain
 from tpctl.batch.local import Local
 from tpctl.batch.manifest import begun, check_settings, stats_of, write_manifest
 from tpctl.batch.plan import Division, Plan
@@ -53,7 +54,9 @@ def done(folder: JobFolder, tmp_path: Path) -> Path:
 
 def run(folder: JobFolder, prompts: Path, **how: Any) -> Coordinator:
     """One run without replicas, of a batch that is done."""
-    with Coordinator(folder, Plan(folder, prompts, Division(10)), Local(folder.root, [], ""), **how) as coordinator:
+    with Coordinator(
+        folder, Plan(folder, plain(prompts), Division(10)), Local(folder.root, [], ""), **how
+    ) as coordinator:
         assert coordinator.run(lambda progress: None, lambda: False)
     return coordinator
 
@@ -171,7 +174,7 @@ def test_which_batches_run_over_parts(tmp_path: Path) -> None:
 def test_settings_that_differ_are_named(folder: JobFolder, tmp_path: Path) -> None:
     prompts = done(folder, tmp_path)
     settings = {"model": "m", "sampling": {"max_tokens": 8}, "model_digest": "abc"}
-    write_manifest(folder, settings, prompts, Plan(folder, prompts, Division(10)))
+    write_manifest(folder, settings, Plan(folder, plain(prompts), Division(10)))
     assert begun(folder, resume=True, force=False)
     assert check_settings(folder, settings) == check_settings(folder, {"model": "m"}) == Division(10)
     for changed, said in (

@@ -18,6 +18,7 @@ from tpctl.batch import claim, signs
 from tpctl.batch.claim import claimed
 from tpctl.batch.coordinator import Coordinator
 from tpctl.batch.folder import JobFolder, load, put
+from tpctl.batch.formats.choose import plain
 from tpctl.batch.local import Death, Local, Slot, _why, cores_of, places
 from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
@@ -256,7 +257,7 @@ def test_one_on_another_machine_is_seen_by_its_signs(folder: JobFolder, monkeypa
 
 def test_a_coordinator_that_was_taken_over_ends(folder: JobFolder, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, 3)
-    plan = Plan(folder, prompts, Division(2))
+    plan = Plan(folder, plain(prompts), Division(2))
     taken_over = pytest.raises(OutputError, match=r"has taken .*out over")
     with taken_over, Coordinator(folder, plan, Local(folder.root, [], "")) as coordinator:
         state = load(folder.state)

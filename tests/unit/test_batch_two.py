@@ -14,6 +14,7 @@ import pytest
 from tests.unit.batch_replicas import row, write_prompts
 from tpctl.batch.coordinator import Coordinator
 from tpctl.batch.folder import JobFolder, json_lines
+from tpctl.batch.formats.choose import plain
 from tpctl.batch.local import Local
 from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
@@ -24,7 +25,7 @@ ROWS = 2000
 
 def answer(folder: JobFolder, prompts: Path, name: str, ended: threading.Event) -> None:
     with Replica(folder, name, 1) as place:
-        leases = place.begin(prompts)
+        leases = place.begin(plain(prompts))
         for group in leases.groups(5, 0.01, ended.is_set):
             for line in group:
                 leases.add(line, row(line))
@@ -42,7 +43,8 @@ def test_rows_are_there_once_and_the_first_one_ends(tmp_path: Path, later: float
 
     def first() -> None:
         try:
-            with Coordinator(folder, Plan(folder, prompts, Division(50)), Local(folder.root, [], "")) as coordinator:
+            plan = Plan(folder, plain(prompts), Division(50))
+            with Coordinator(folder, plan, Local(folder.root, [], "")) as coordinator:
                 coordinator.run(lambda progress: None, lambda: False)
         except OutputError as error:
             said.append(str(error))
@@ -55,7 +57,7 @@ def test_rows_are_there_once_and_the_first_one_ends(tmp_path: Path, later: float
     for thread in threads[1:]:
         thread.start()
     time.sleep(later)
-    with Coordinator(folder, Plan(folder, prompts, Division(50)), Local(folder.root, [], "")) as coordinator:
+    with Coordinator(folder, Plan(folder, plain(prompts), Division(50)), Local(folder.root, [], "")) as coordinator:
         done = coordinator.run(lambda progress: None, lambda: not any(thread.is_alive() for thread in threads[1:]))
         ended.set()
     for thread in threads:

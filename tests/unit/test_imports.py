@@ -80,6 +80,7 @@ def test_every_folder_is_a_room() -> None:
         "checkpoint.gguf",
         "arch.families",
         "arch.formats",
+        "batch.formats",
         "layers.attention",
         "layers.weights",
     }

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from tpctl.batch.folder import DEATHS, JobFolder, Span, load, log_lines, move, names, open_log, spans_in
-from tpctl.batch.ids import id_of
+from tpctl.batch.formats.place import Formats, Part, Sink, read_checked
 from tpctl.batch.leases import offer
-from tpctl.batch.plan import Part, read_part
 from tpctl.batch.prefixes import order_of
-from tpctl.batch.rows import KeptRow, Sums, keep_rows, kept_rows, put_together, sums_beside
+from tpctl.batch.rows import KeptRow, Sums, keep_rows, kept_rows, put_together, sums_beside, sums_of
 from tpctl.client.disk import writing
+from tpctl.client.jobs import unanswered
 
 PIECES = 8
 """Spans that a part which engines died over is cut into, again and again, until the deadly line is alone."""
@@ -30,14 +30,14 @@ class Board:
         done: their numbers.
     """
 
-    def __init__(self, folder: JobFolder, prompts: Path) -> None:
+    def __init__(self, folder: JobFolder, formats: Formats) -> None:
         """Read what an earlier run left.
 
         Raises:
             OutputError: the folder cannot be written to.
         """
         self._folder = folder
-        self._prompts = prompts
+        self._source, self._sink = formats.source, formats.sink
         self._parts: dict[int, Part] = {}  # of which lines are offered or taken
         self.sums = Sums()
         self._sums_of: dict[int, Sums] = {}
@@ -46,7 +46,7 @@ class Board:
             self._sums_of[entry["part"]] = Sums(**entry["sums"])
         for number in self.done:
             if number not in self._sums_of:
-                self._sums_of[number] = sums_of(folder.part(number))
+                self._sums_of[number] = sums_of(self._sink.decode(self._part(number)))
             self.sums.add(self._sums_of[number])
         self._log: IO[bytes] = open_log(folder.log)
         for name, span, _ in [*spans_in(folder.offers), *spans_in(folder.leases)]:
@@ -70,6 +70,9 @@ class Board:
         """Spans that nobody has taken."""
         return sum(1 for _ in spans_in(self._folder.offers))
 
+    def _part(self, number: int) -> Path:
+        return self._folder.part(number, self._sink.suffix)
+
     def under_way(self, part: Part) -> bool:
         return part.number in self._parts
 
@@ -88,8 +91,7 @@ class Board:
 
     def reopen(self, part: Part) -> None:
         """Have the error rows of a part that is done tried again; it stays until the new one takes its place."""
-        with self._folder.part(part.number).open("rb") as file:
-            rows = dict(enumerate(json.loads(raw) for raw in file))
+        rows = dict(enumerate(self._sink.decode(self._part(part.number))))
         good = {place: KeptRow(row) for place, row in rows.items() if "error" not in row}
         if good:  # parts do not say which of their rows had how much cached; the first one counts for all
             place = next(iter(good))
@@ -185,17 +187,16 @@ class Board:
         A line that two engines died over while it was alone becomes an error row: that is one more than chance would
         often blame it for.
         """
-        with self._prompts.open("rb") as stream:
-            lines = read_part(stream, part, str(self._prompts))
+        with self._source.open() as reader:
+            lines = read_checked(reader, part)
         order = order_of(lines, part.sharing)
         rows = kept_rows(self._folder, part.number)
         left = [at for at in range(span.first, span.end) if order[at] not in rows]
         if span.count == 1 and left and span.deaths > DEATHS:
             place = order[left[0]]
-            line = lines[place]
-            error = f"line {line.number}: at least {DEATHS} engines died or hung while they answered it"
-            row = KeptRow({"id": id_of(line.raw, line.number), "error": error})
-            keep_rows(self._folder.kept / f"{span.name}.rows", {place: row})
+            error = f"at least {DEATHS} engines died or hung while they answered it"
+            row = unanswered(self._source.form, lines[place], error)
+            keep_rows(self._folder.kept / f"{span.name}.rows", {place: KeptRow(row)})
             return
         size = -(-len(left) // PIECES)
         pieces = [left[start : start + size] for start in range(0, len(left), size)] if left else []
@@ -207,7 +208,11 @@ class Board:
             if any(span.part == part.number for _, span, _ in spans_in(place)):
                 return
         whole = self._folder.finished / f"{part.number:05d}.whole"
-        sums = put_together(self._folder, part.number, part.rows, whole)
+
+        def encode(out: IO[bytes], rows: Iterable[bytes]) -> None:
+            self._sink.encode(out, part.index, rows)
+
+        sums = put_together(self._folder, part.number, part.rows, whole, encode)
         if sums is None:
             self.offer(part)
         else:
@@ -219,14 +224,14 @@ class Board:
         A coordinator that was taken over, and does not know it yet, may be faster at any moment: then the part is
         there, or is offered again.
         """
-        number, target = part.number, self._folder.part(part.number)
+        number, target = part.number, self._part(part.number)
         try:
-            sums = Sums(**told) if told else sums_of(file)
+            sums = Sums(**told) if told else sums_of(self._sink.decode(file))
         except FileNotFoundError:
             if not target.exists():
                 self._settle(part)
                 return
-            sums = sums_of(target)
+            sums = sums_of(self._sink.decode(target))
         with writing(self._folder.log):
             self._log.write(json.dumps({"part": number, "sums": sums.to_dict()}).encode() + b"\n")
             self._log.flush()
@@ -264,17 +269,7 @@ def _piece(span: Span, left: list[int]) -> Span:
     return replace(span, first=first, count=count, deaths=deaths)
 
 
-def sums_of(file: Path) -> Sums:
-    """What the rows of a part come to, read from it; it does not say what was cached."""
-    sums = Sums()
-    with file.open("rb") as stream:
-        for raw in stream:
-            row: dict[str, Any] = json.loads(raw)
-            sums.count(row)
-    return sums
-
-
-def assemble(folder: JobFolder, target: Path, count: int, check: Callable[[], object]) -> None:
+def assemble(folder: JobFolder, sink: Sink, target: Path, count: int, check: Callable[[], object]) -> None:
     """Put the first ``count`` parts together to one file, which appears whole.
 
     Args:
@@ -283,15 +278,13 @@ def assemble(folder: JobFolder, target: Path, count: int, check: Callable[[], ob
     Raises:
         OutputError: it cannot be written.
     """
-    from shutil import copyfileobj, copymode
+    from shutil import copymode
 
     temporary = target.with_name(f".{target.name}.publishing")
     with writing(target):
         try:
             with temporary.open("wb") as out:
-                for number in range(count):
-                    with folder.part(number).open("rb") as part:
-                        copyfileobj(part, out, 1 << 20)
+                sink.join(out, (folder.part(number, sink.suffix) for number in range(count)))
                 out.flush()
                 os.fsync(out.fileno())
             check()

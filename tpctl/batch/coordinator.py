@@ -16,8 +16,9 @@ from typing import Any, Self
 
 from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder, load
+from tpctl.batch.formats.place import Part
 from tpctl.batch.local import Local
-from tpctl.batch.plan import Part, Plan
+from tpctl.batch.plan import Plan
 from tpctl.batch.roll import SPENT, Roll
 from tpctl.batch.signs import EVERY, Signs
 from tpctl.client.disk import writing
@@ -109,7 +110,7 @@ class Coordinator:
             folder.stop.unlink(missing_ok=True)
         self._roll = Roll(folder, clock)
         self._spent = tuple(map(self._roll.spent, SPENT))
-        self.board = Board(folder, plan.prompts)
+        self.board = Board(folder, plan.formats)
         self._shown = self._progress()
         self._signs = Signs(folder.state, self._sign)
 

@@ -19,6 +19,7 @@ from tpctl.client.disk import writing
 from tpctl.errors import OutputError
 
 _SPAN = re.compile(r"(\d{5,})\.(\d+)-(\d+)\.(\d+)(?:~(\d+))?(?:@([\w-]+))?")
+_PART = re.compile(r"part-(\d+)\.(?:jsonl|parquet)", re.ASCII)
 
 DEATHS = 3
 """Engines, at least, that died over a line before it becomes an error row."""
@@ -106,15 +107,15 @@ class JobFolder:
             for folder in (self.offers, self.leases, self.work, self.finished, self.kept, self.replicas):
                 folder.mkdir(parents=True, exist_ok=True)
 
-    def part(self, number: int) -> Path:
-        return self.root / f"part-{number:05d}.jsonl"
+    def part(self, number: int, suffix: str = ".jsonl") -> Path:
+        return self.root / f"part-{number:05d}{suffix}"
 
     def parts(self) -> dict[int, Path]:
         """The parts that are there."""
         found = {}
         for name in names(self.root):
-            if name.startswith("part-") and name.endswith(".jsonl") and name[5:-6].isdigit():
-                found[int(name[5:-6])] = self.root / name
+            if part := _PART.fullmatch(name):
+                found[int(part[1])] = self.root / name
         return found
 
     def check_there(self) -> None:

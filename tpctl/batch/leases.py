@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from tpctl.batch.folder import JobFolder, Span, load, move, put, spans_in
-from tpctl.batch.plan import Part, read_part
+from tpctl.batch.formats.place import Formats, Part, Reader, read_checked
 from tpctl.batch.prefixes import order_of
-from tpctl.batch.rows import KeptRow, Sums, kept_lines, sums_beside, write_rows
+from tpctl.batch.rows import KeptRow, Sums, kept_lines, sums_beside, write_whole
 from tpctl.client.disk import writing
 from tpctl.client.jobs import Line
-from tpctl.errors import OutputError, SourceError
+from tpctl.errors import OutputError
 
 FREE, TAKEN = 1 << 20, 1 << 21
 """Ranks of shares that nobody has, and that others have, behind those that a replica has."""
@@ -76,9 +76,14 @@ class Lease:
         with writing(self._path):
             self._file.flush()
 
-    def given_out(self) -> Iterator[bytes]:
-        """The rows in order: a whole part's as users have them, otherwise with their places."""
-        whole = self.span.count == self.part.rows
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of a part."""
+        return self.span.count == self.part.rows
+
+    def in_order(self) -> Iterator[bytes]:
+        """The rows in the order of their lines; with their places, if it is not all of a part."""
+        whole = self.whole
         for _, (offset, length) in sorted(self._places.items()):
             self._file.seek(offset)
             raw = self._file.read(length)
@@ -104,7 +109,7 @@ class Leases:
         closed: no more is taken.
     """
 
-    def __init__(self, folder: JobFolder, prompts: Path, name: str, enough: int = 1) -> None:
+    def __init__(self, folder: JobFolder, formats: Formats, name: str, enough: int = 1) -> None:
         """Begin with none.
 
         Args:
@@ -112,7 +117,7 @@ class Leases:
                 none it has answered.
         """
         self._folder = folder
-        self._prompts = prompts
+        self._source, self._sink = formats.source, formats.sink
         self._name = name
         self._enough = enough
         self._held: list[Lease] = []
@@ -128,15 +133,11 @@ class Leases:
 
         Raises:
             OutputError: the folder cannot be used.
-            SourceError: the input is not what it was.
+            SourceError: the input cannot be read, or is not what it was.
         """
-        try:
-            stream = self._prompts.open("rb")
-        except OSError as error:
-            raise SourceError(f"cannot read {self._prompts}: {error.strerror}") from None
-        with stream:
+        with self._source.open() as reader:
             while not self.closed.is_set() and not over():
-                if (lease := self._take(stream)) is None:
+                if (lease := self._take(reader)) is None:
                     self.closed.wait(poll)
                     continue
                 if not lease.missing:  # another one had answered all of it, and did not come to say so
@@ -195,7 +196,7 @@ class Leases:
             for lease in self._held:
                 lease.close()
 
-    def _take(self, stream: IO[bytes]) -> Lease | None:
+    def _take(self, reader: Reader) -> Lease | None:
         """The next span, of those that are offered and may be taken now."""
         with self._lock:
             held = [lease.span for lease in self._held]
@@ -213,7 +214,7 @@ class Leases:
             if move(self._folder.offers / name, mine) or mine.exists():
                 if adopted:
                     self._shares = [*(share for share in self._shares if share != span.share), span.share]
-                return self._begin(stream, span, mine)
+                return self._begin(reader, span, mine)
         return None
 
     def _wanted(self, open_rows: int) -> list[tuple[str, Span, bool]]:
@@ -236,11 +237,11 @@ class Leases:
         busy = open_rows >= self._enough
         return [(name, span, 0 < rank <= FREE) for rank, span, name in ranked if rank < FREE or not busy]
 
-    def _begin(self, stream: IO[bytes], span: Span, mine: Path) -> Lease:
+    def _begin(self, reader: Reader, span: Span, mine: Path) -> Lease:
         with writing(mine):
             part = Part.from_json(json.loads(mine.read_bytes()))
         kept = kept_lines(self._folder, span.part, span)
-        lease = Lease(span, part, read_part(stream, part, str(self._prompts)), kept, self._folder.work / mine.name)
+        lease = Lease(span, part, read_checked(reader, part), kept, self._folder.work / mine.name)
         self._repeated |= lease.repeated
         self._asked.update((line.index, lease) for line in lease.lines)
         with self._lock:
@@ -252,7 +253,7 @@ class Leases:
         target = self._folder.finished / lease.span.held_by(self._name)
         try:
             put(sums_beside(target), lease.sums.to_dict())
-            write_rows(target, lease.given_out())
+            write_whole(target, lambda out: self._encode(lease, out))
         except OutputError:
             if (self._folder.leases / target.name).exists():
                 raise  # otherwise this one was thought dead, another one was faster, and all of this is cleared away
@@ -260,6 +261,12 @@ class Leases:
         with self._lock:
             self._held.remove(lease)
         self._repeated -= lease.repeated
+
+    def _encode(self, lease: Lease, out: IO[bytes]) -> None:
+        if lease.whole:
+            self._sink.encode(out, lease.part.index, lease.in_order())
+        else:
+            out.writelines(lease.in_order())
 
 
 def offer(folder: JobFolder, spans: Iterable[Span], part: Part) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tpctl.batch.board import Board
@@ -59,17 +58,17 @@ def check_settings(folder: JobFolder, settings: Mapping[str, Any]) -> Division:
     return Division(int(found["part_rows"]), Sharing(**found.get("sharing", {})))
 
 
-def write_manifest(folder: JobFolder, settings: Mapping[str, Any], prompts: Path, plan: Plan) -> None:
+def write_manifest(folder: JobFolder, settings: Mapping[str, Any], plan: Plan) -> None:
     """Say what the answers depend on; of the input as much as is known, all at the end of the batch.
 
     Raises:
         OutputError: it cannot be written.
     """
-    whole = {"rows": plan.rows, "bytes": plan.end, "digest": plan.digest} if plan.whole else {}
+    whole = {"rows": plan.rows, "end": plan.end, "digest": plan.digest} if plan.whole else {}
     value = {
         "tpctl_batch": VERSION,
         "tpctl": __version__,
-        "input": {"path": str(prompts), **whole},
+        "input": {"path": plan.formats.source.shown, **whole},
         "part_rows": plan.division.rows,
         "sharing": asdict(plan.division.sharing),
         "settings": dict(settings),

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from tpctl.batch.folder import JobFolder
+from tpctl.batch.formats.place import Formats
 from tpctl.batch.leases import Leases
 from tpctl.batch.signs import Signs, Watch, lock
 from tpctl.batch.watchdog import Watchdog, step_timeout
@@ -43,7 +43,7 @@ class Asked:
         step_timeout: seconds without a step after which the engine counts as hung; ``None``: as its model has it.
     """
 
-    prompts: Path
+    formats: Formats
     sampling: dict[str, Any]
     stop: list[str]
     step_timeout: float | None = None
@@ -127,9 +127,9 @@ class Replica:
             self._signs.write()
         self._lock.close()
 
-    def begin(self, prompts: Path, enough: int = 1) -> Leases:
+    def begin(self, formats: Formats, enough: int = 1) -> Leases:
         """From here on this replica is at work; so many lines at once keep it busy."""
-        self._leases = Leases(self._folder, prompts, self._name, enough)
+        self._leases = Leases(self._folder, formats, self._name, enough)
         self._state = "working"
         return self._leases
 
@@ -142,13 +142,14 @@ class Replica:
             SourceError: the input is not what it was.
         """
         info = client.wait_ready()
-        leases = self.begin(asked.prompts, config.max_num_seqs)
+        leases = self.begin(asked.formats, config.max_num_seqs)
         parser = JobParser(
             tokenizer,
             sampling=asked.sampling,
             stop=asked.stop,
             max_model_len=info.max_model_len,
             repeated=leases.repeated,
+            form=lambda: asked.formats.source.form,
         )
         batch = Batch(client, tokenizer, leases, window=2 * config.max_num_seqs)
         self._tally = batch.tally

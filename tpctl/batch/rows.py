@@ -6,15 +6,15 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tpctl.batch.folder import JobFolder, Span, load, names, whole_lines
 from tpctl.client.disk import writing
-from tpctl.errors import RequestError
+from tpctl.client.results import json_row
 
 _KEPT = re.compile(rb"\[(\d+), \d+, (.*)\]\n")  # JSON has no line end but this one
 
@@ -89,9 +89,11 @@ def kept_rows(folder: JobFolder, part: int) -> dict[int, KeptRow]:
     return dict(KeptRow.parse(raw) for raw in kept_lines(folder, part).values())
 
 
-def put_together(folder: JobFolder, part: int, rows: int, target: Path) -> Sums | None:
+def put_together(
+    folder: JobFolder, part: int, rows: int, target: Path, encode: Callable[[IO[bytes], Iterable[bytes]], object]
+) -> Sums | None:
     """Make a part of what was saved of it: ``target`` appears whole, and has its rows in order. ``None`` and no file,
-    if one is missing.
+    if one is missing. ``encode`` writes them as they are given out.
 
     Where replicas handed in all of it, as pieces with their sums, no row is parsed.
 
@@ -120,7 +122,7 @@ def put_together(folder: JobFolder, part: int, rows: int, target: Path) -> Sums 
             places = [first[place] for place in sorted(first)]
         if [place for place, *_ in places] != list(range(rows)):
             return None
-        write_rows(target, _copied(places))
+        write_whole(target, lambda out: encode(out, _copied(places)))
     return sums
 
 
@@ -129,8 +131,8 @@ def sums_beside(rows: Path) -> Path:
     return rows.with_name(f"{rows.name}.sums")
 
 
-def write_rows(path: Path, rows: Iterable[bytes]) -> None:
-    """Make a file of rows appear whole, through to the disk.
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Make a file appear whole, through to the disk.
 
     Raises:
         OutputError: it cannot be written.
@@ -138,29 +140,23 @@ def write_rows(path: Path, rows: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}")
     with writing(path):
         with temporary.open("wb") as file:
-            file.writelines(rows)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
 
 
+def sums_of(rows: Iterable[Mapping[str, Any]]) -> Sums:
+    """What rows come to that are read from a part; it does not say what was cached."""
+    sums = Sums()
+    for row in rows:
+        sums.count(row)
+    return sums
+
+
 def keep_rows(path: Path, rows: Mapping[int, KeptRow]) -> None:
-    """Write rows by their places, in order, for who takes what is left of their part. Errors as ``write_rows``."""
-    write_rows(path, (kept.line(place) for place, kept in sorted(rows.items())))
-
-
-def json_row(value: Any) -> bytes:
-    """A line of JSON.
-
-    Raises:
-        RequestError: it holds a number that JSON knows no form of.
-    """
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-    except ValueError:
-        raise RequestError(
-            "the answer's numbers are not finite (NaN or infinity), which JSON has no form for"
-        ) from None
+    """Write rows by their places, in order, for who takes what is left of their part. Errors as ``write_whole``."""
+    write_whole(path, lambda out: out.writelines(kept.line(place) for place, kept in sorted(rows.items())))
 
 
 def _kept_files(folder: JobFolder, part: int, among: Span | None = None) -> list[Path]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.batch.folder import JobFolder, load, put
+from tpctl.batch.formats.choose import FormatSpec
 from tpctl.client.prepare import EngineArgs
 from tpctl.errors import SourceError
 from tpctl.launch.nodes import Nodes
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,14 @@ class JobSpec:
     """A batch as its replicas run it.
 
     Attributes:
-        prompts: the input, by a path that holds on every host.
+        formats: of the input, by a path that holds on every host, and of the output.
         model: as the user named it; ``model_digest`` tells whether another host has the same.
         sampling: fields of ``SamplingParams`` for lines that do not set them; ``stop``: texts that end answers.
         template_variables: for the chat template, as JSON; its file is in the folder, if it is not the model's own.
         step_timeout: seconds without a step after which an engine counts as hung; ``None``: as its model has it.
     """
 
-    prompts: str
+    formats: FormatSpec
     model: str
     model_digest: str
     engine: EngineArgs
@@ -52,4 +53,5 @@ class JobSpec:
         if (version := values.pop("version", None)) != VERSION:
             raise SourceError(f"{root} holds a batch of version {version}; this tpctl reads version {VERSION}")
         engine = values["engine"]
-        return JobSpec(**{**values, "engine": EngineArgs(**{**engine, "nodes": Nodes(**engine["nodes"])})})
+        args = EngineArgs(**{**engine, "nodes": Nodes(**engine["nodes"])})
+        return JobSpec(**{**values, "formats": FormatSpec.from_json(values["formats"]), "engine": args})

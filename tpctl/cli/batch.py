@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpctl.cli.batch_formats import FormatOptions, opened_input, refuse_among_input
 from tpctl.cli.batch_job import Job, JobOptions, is_job, run_job
 from tpctl.cli.batch_report import left_behind, progress, summary
 from tpctl.cli.console import note, status
@@ -24,11 +24,12 @@ from tpctl.cli.options import (
     TemplateOptions,
     grouped,
 )
-from tpctl.cli.places import is_file, mentions, opened, output_stream, refuse_own_input, target_of, writing
+from tpctl.cli.places import output_stream, refuse_own_input, target_of, writing
 from tpctl.cli.template import TemplateAtHand, look_ahead
 from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from tpctl.batch.formats.place import Reader
     from tpctl.client.engine_client import EngineClient
     from tpctl.client.results import Results
     from tpctl.wire.report import EngineInfo
@@ -41,9 +42,9 @@ DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256, "seed": 0}
 
 @grouped
 def batch(
-    prompts: Annotated[str, typer.Argument(help="JSONL file; - for stdin.")],
+    prompts: Annotated[str, typer.Argument(help="JSONL or Parquet; - for stdin.")],
     output: Annotated[
-        str, typer.Option("-o", "--output", help="JSONL file, or FOLDER/ for parts; - for stdout.")
+        str, typer.Option("-o", "--output", help="JSONL or .parquet file, or FOLDER/ for parts; - for stdout.")
     ] = "-",
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -54,9 +55,13 @@ def batch(
     node: NodeOptions,
     sampling: SamplingOptions,
     template: TemplateOptions,
+    formats: FormatOptions,
     job: JobOptions,
 ) -> None:
     """Answer every line of a JSONL file: {"id"?, "prompt"} or {"id"?, "messages"}, with sampling fields.
+
+    Or every row of a Parquet file, of a folder of them, of a 'pattern*.parquet', or of hf://datasets/…; or OpenAI batch
+    lines, which are answered by lines of the same kind.
 
     Messages may hold whatever the model's chat template reads; "chat_template_kwargs" of a line adds to the option.
 
@@ -81,9 +86,10 @@ def batch(
     --hosts has replicas run on other hosts, by ssh or within a SLURM job. A model that fits no host runs on several
     with --nnodes, --node-rank and --rdzv-endpoint: the same command on each, of which the first writes the rows.
     """
+    from tpctl.batch.formats.choose import choose
     from tpctl.client.batch import Batch
     from tpctl.client.engine_client import EngineClient
-    from tpctl.client.jobs import JobParser, bounded_lines, read_lines
+    from tpctl.client.jobs import JobParser
     from tpctl.client.results import Results
     from tpctl.client.resume import check_target, remains
 
@@ -96,9 +102,10 @@ def batch(
     if nodes.rank > 0:
         lend_ranks(prepare(model, engine, nodes=nodes), nodes)
         return
+    asked = formats.asked()
     if is_job(output, job):
         policy = scheduling_policy or SchedulingPolicy.makespan
-        run_job(Job(prompts, output, model, resume, force, policy, engine, values, stop, template, job))
+        run_job(Job(prompts, output, model, resume, force, policy, engine, values, stop, template, asked, job))
         return
     target, silent = target_of(output), output == "-" and sys.stdout.isatty()  # answers on a terminal show themselves
     if resume and target is None:
@@ -106,17 +113,22 @@ def batch(
     refuse_own_input(prompts, output)
     if target is not None:
         check_target(target, resume=resume, force=force)
+    spec = choose(prompts, output, asked, model)
+    refuse_among_input(spec, output)
     at_hand = TemplateAtHand(template)
     settings = {"model": model, "dtype": str(engine.dtype), "sampling": values, "stop": stop}
-    settings["template"] = at_hand.settings
+    settings |= {"template": at_hand.settings, "formats": asked.settings}
     with (
-        opened(prompts, count=not silent) as (stream, total),
-        Results(target, settings, resume=resume, force=force) as results,
+        opened_input(spec, asked, prompts, model, count=not silent) as given,
+        Results(target, settings, resume=resume, force=force, encode=given.sink.encode) as results,
         output_stream(output, target) as out,
     ):
-        _check_kept(prompts, stream, results)
-        policy = scheduling_policy or _policy(prompts, target)
-        needed = mentions(stream, b'"messages"') and not mentions(stream, b'"chat_template_kwargs"')
+        _check_kept(given.reader, results)
+        from_a_file = given.reader.again
+        policy = scheduling_policy or (
+            SchedulingPolicy.makespan if target is not None and from_a_file else SchedulingPolicy.fcfs
+        )
+        needed = given.reader.mentions("messages") and not given.reader.mentions("chat_template_kwargs")
         look = partial(look_ahead, at_hand, needed=needed)
         config = prepare(model, engine, policy, look, nodes=nodes)
         emit = _emitter(results, out)
@@ -124,13 +136,18 @@ def batch(
             say_nodes(config, nodes)
             tokenizer = at_hand.tokenizer(config.text_dir)
             info = _wait_ready(client, model, scheduling_policy, silent=silent)
-            parser = JobParser(tokenizer, sampling=values, stop=stop, max_model_len=info.max_model_len)
-            lines = read_lines(bounded_lines(stream, "standard input" if prompts == "-" else prompts))
-            with progress(total, config.tp_size, silent=silent) as show, interrupts() as noted:
+            parser = JobParser(
+                tokenizer,
+                sampling=values,
+                stop=stop,
+                max_model_len=info.max_model_len,
+                form=lambda: given.source.form,
+            )
+            with progress(given.total, config.tp_size, silent=silent) as show, interrupts() as noted:
                 tally = Batch(client, tokenizer, results, window=4 * config.max_num_seqs).run(
-                    lines,
+                    given.reader.lines(),
                     parser,
-                    together=TOGETHER if is_file(stream) else 1,
+                    together=TOGETHER if from_a_file else 1,
                     step=lambda tally: (show(tally), emit(False)),
                     should_stop=lambda: noted,
                 )
@@ -147,19 +164,14 @@ def batch(
         raise typer.Exit(1)
 
 
-def _policy(prompts: str, target: Path | None) -> SchedulingPolicy:
-    return SchedulingPolicy.makespan if target is not None and Path(prompts).is_file() else SchedulingPolicy.fcfs
-
-
-def _check_kept(prompts: str, stream: IO[bytes], results: Results) -> None:
+def _check_kept(reader: Reader, results: Results) -> None:
     """Before a run goes on: whether the rows it finds answer the lines it is given; a pipe cannot be asked."""
-    from tpctl.client.jobs import bounded_lines, read_lines
     from tpctl.client.resume import check_kept
 
-    if results.count and stream.seekable():
-        if (remark := check_kept(results, read_lines(bounded_lines(stream, prompts)), prompts)) is not None:
+    if results.count and reader.again:
+        remark = check_kept(results, reader.lines(), reader.shown)
+        if remark is not None:
             note(remark)
-        stream.seek(0)
 
 
 def _wait_ready(client: EngineClient, model: str, asked: SchedulingPolicy | None, *, silent: bool) -> EngineInfo:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tpctl.cli.batch_formats import located, refuse_among_input
 from tpctl.cli.batch_report import job_progress, job_summary
 from tpctl.cli.console import note
 from tpctl.cli.engine import engine_args, interrupts, prepare
@@ -30,8 +31,12 @@ from tpctl.errors import EngineError, OutputError, SourceError, UsageError, coun
 if TYPE_CHECKING:
     from tpctl.batch.board import Board
     from tpctl.batch.folder import JobFolder
+    from tpctl.batch.formats.choose import Asked, FormatSpec
     from tpctl.batch.plan import Division
     from tpctl.wire.settings import EngineConfig
+
+
+_FIRST = 1 << 20  # bytes of lines that are looked at before a batch begins
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Job:
     sampling: dict[str, Any]
     stop: list[str]
     template: TemplateOptions
+    asked: Asked
     options: JobOptions
 
     @property
@@ -151,16 +157,18 @@ def run_job(job: Job) -> None:
     """
     from tpctl.batch.claim import claimed
     from tpctl.batch.folder import JobFolder
+    from tpctl.batch.formats.choose import choose
     from tpctl.batch.manifest import begun, check_settings
     from tpctl.batch.ray_cluster import connected
     from tpctl.batch.status import parts_folder
 
-    prompts = _input(job.prompts)
+    spec = located(choose(job.prompts, job.output, job.asked, job.model), job.prompts)
+    refuse_among_input(spec, job.output)
     target = None if job.folder else _target(job)
     folder = JobFolder(parts_folder(target) if target is not None else Path(job.output))
     if job.options.retry_errors and not job.resume:
         raise UsageError("--retry-errors is for a batch that was begun before; add --resume")
-    if folder.root.resolve() in prompts.parents:
+    if "://" not in spec.prompts and folder.root.resolve() in Path(spec.prompts).parents:
         raise UsageError(f"{job.prompts} lies in {folder.root}, where the rows go; move it, or name another with -o")
     if job.options.ray is not None and (job.options.hosts is not None or job.options.count() == 0):
         other = "--replicas 0" if job.options.hosts is None else f"--hosts {job.options.hosts}"
@@ -172,12 +180,12 @@ def run_job(job: Job) -> None:
         goes_on = begun(folder, resume=job.resume, force=job.force)
         if goes_on:
             check_settings(folder, settings)
-        needed = _mentions_messages(prompts)
+        needed = _mentions_messages(spec)
         engine = _without_device(job.engine) if job.options.elsewhere else job.engine
         config = prepare(job.model, engine, job.policy, lambda source: look_ahead(at_hand, source, needed=needed))
         settings["model_digest"] = model_digest(config)
         division = check_settings(folder, settings) if goes_on else None
-        errors = _run(job, folder, prompts, config, settings, division, target)
+        errors = _run(job, folder, spec, config, settings, division, target)
         if target is not None:
             shutil.rmtree(folder.root)
     if errors:
@@ -187,7 +195,7 @@ def run_job(job: Job) -> None:
 def _run(
     job: Job,
     folder: JobFolder,
-    prompts: Path,
+    spec: FormatSpec,
     config: EngineConfig,
     settings: dict[str, Any],
     division: Division | None,
@@ -213,9 +221,10 @@ def _run(
             f"--part-rows {part_rows} is given, but the parts of {folder.root} have {division.rows} rows; leave it out"
         )
     before = None if target is None else state_of(target)
-    plan = Plan(folder, prompts, division or division_of(prompts, max(1, replicas), part_rows))
-    write_manifest(folder, settings, prompts, plan)
-    _write_spec(job, folder, prompts, settings["model_digest"], config.tp_size, on_a_host)
+    formats = spec.formats()
+    plan = Plan(folder, formats, division or division_of(formats, max(1, replicas), part_rows))
+    write_manifest(folder, settings, plan)
+    _write_spec(job, folder, spec, settings["model_digest"], config.tp_size, on_a_host)
     coordinator = Coordinator(folder, plan, local, retry_errors=options.retry_errors, say=note)
     if not replicas:
         note(f"waiting for replicas: `tpctl replica {folder.root.resolve()}`")
@@ -223,7 +232,7 @@ def _run(
         with job_progress(replicas, config.tp_size) as show, interrupts(signal.SIGINT, signal.SIGTERM) as noted:
             done = coordinator.run(show, lambda: noted)
         if done:
-            write_manifest(folder, settings, prompts, plan)
+            write_manifest(folder, settings, plan)
     stats = stats_of(coordinator.board, coordinator.totals(), price=job.options.gpu_hour_price)
     put(folder.stats, stats)
     note(job_summary(stats, plan.rows if done else None))
@@ -238,7 +247,7 @@ def _run(
             if state_of(target) not in (None, before):
                 raise OutputError(f"{target} changed while this ran, and is left as it is; move it away and --resume")
 
-        assemble(folder, target, len(coordinator.board.done), unchanged)
+        assemble(folder, formats.sink, target, len(coordinator.board.done), unchanged)
     return int(stats["errors"])
 
 
@@ -254,27 +263,6 @@ def _remains(folder: JobFolder, board: Board) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):  # the second one
             raise KeyboardInterrupt(kept) from None
         raise type(error)(f"{error}; {kept}") from None
-
-
-def _input(prompts: str) -> Path:
-    """The file of lines, by a path that replicas can use wherever they are.
-
-    Raises:
-        UsageError: it is no file; SourceError: it cannot be read.
-    """
-    if prompts == "-":
-        raise UsageError("a batch over parts reads its lines by their place in a file; give a file in place of -")
-    path = Path(prompts)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UsageError(f"a batch over parts reads its lines by their place in a file; {prompts} is no file, give one")
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(4)
-    except OSError as error:
-        raise SourceError(f"cannot read {prompts}: {error.strerror}") from None
-    if head == b"GGUF":
-        raise SourceError(f"{prompts} is a GGUF model, not a file of prompts; give it with --model")
-    return path.resolve()
 
 
 def _target(job: Job) -> Path:
@@ -316,6 +304,7 @@ def _settings(job: Job, at_hand: TemplateAtHand) -> dict[str, Any]:
         "sampling": job.sampling,
         "stop": job.stop,
         "template": at_hand.settings,
+        "formats": job.asked.settings,
     }
 
 
@@ -333,7 +322,7 @@ def _without_device(engine: EngineOptions) -> EngineOptions:
     return replace(engine, device=Device.cpu, kv_cache_dtype=auto, attention_backend=backend)
 
 
-def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str, tp_size: int, on_a_host: int) -> None:
+def _write_spec(job: Job, folder: JobFolder, formats: FormatSpec, digest: str, tp_size: int, on_a_host: int) -> None:
     from tpctl.batch.folder import put
     from tpctl.batch.spec import JobSpec
     from tpctl.checkpoint.sources import local_path
@@ -343,10 +332,10 @@ def _write_spec(job: Job, folder: JobFolder, prompts: Path, digest: str, tp_size
     variables, timeout = job.template.chat_template_kwargs, job.options.step_timeout
     args = replace(engine_args(job.engine, job.policy), tp=tp_size, engines_on_host=on_a_host)
     model = str(local_path(job.model).resolve()) if local_path(job.model).exists() else job.model
-    JobSpec(str(prompts), model, digest, args, job.sampling, job.stop, variables, timeout).write(folder)
+    JobSpec(formats, model, digest, args, job.sampling, job.stop, variables, timeout).write(folder)
 
 
-def _mentions_messages(prompts: Path, enough: int = 1 << 20) -> bool:
+def _mentions_messages(spec: FormatSpec) -> bool:
     """Whether one of the first lines is for the chat template."""
-    with prompts.open("rb") as stream:
-        return b'"messages"' in stream.read(enough)
+    with spec.formats().source.open() as reader:
+        return reader.mentions("messages", most=_FIRST)

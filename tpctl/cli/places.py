@@ -113,16 +113,6 @@ def output_stream(output: str, target: Path | None) -> Iterator[IO[bytes] | None
             stream.close()
 
 
-def mentions(stream: IO[bytes], word: bytes) -> bool:
-    """Whether a line of a file holds ``word``; a pipe cannot be asked."""
-    if not is_file(stream):
-        return False
-    place = stream.tell()
-    found = any(word in line for line in stream)
-    stream.seek(place)
-    return found
-
-
 def is_file(stream: IO[bytes]) -> bool:
     return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
 

@@ -85,7 +85,7 @@ def replica(
             place.gpus = config.tp_size if config.device == "cuda" else 0
             with EngineClient(config, module=os.environ.get(WORKER_VARIABLE) or WORKER) as engine:
                 tokenizer = at_hand.tokenizer(config.text_dir)
-                asked = Asked(Path(spec.prompts), spec.sampling, spec.stop, spec.step_timeout)
+                asked = Asked(spec.formats.formats(), spec.sampling, spec.stop, spec.step_timeout)
                 tally = place.answer(engine, tokenizer, asked, config)
     except EngineError as error:
         note(f"tpctl: {error}")

@@ -7,17 +7,20 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tpctl.client.engine_client import EngineClient
-from tpctl.client.jobs import BadLine, Job, JobParser, Line
+from tpctl.client.jobs import BadLine, Job, JobId, JobParser, Line
 from tpctl.client.router import Mailbox
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError, TpctlError, printable
 from tpctl.wire.messages import Output, Request
+
+CHOICES_APART = 1 << 32
+"""Between the seeds of a line's answers; those of lines are one apart."""
 
 _POLL = 0.1  # seconds between looks at interruptions and at new lines
 
@@ -49,6 +52,22 @@ class Tally:
     @property
     def tokens_per_second(self) -> float:
         return self.completion_tokens / max(self.seconds, 1e-9)
+
+
+@dataclass
+class _Answers:
+    """The answers to one line as they come; ``notes`` of those that have one, ``left``: that have not ended."""
+
+    job: Job
+    streams: list[TextStream]
+    notes: list[str | None]
+    left: int
+
+    @property
+    def ids(self) -> list[str]:
+        """Of their requests."""
+        index = self.job.line.index
+        return [str(index) if len(self.streams) == 1 else f"{index}.{at}" for at in range(len(self.streams))]
 
 
 class Kept(Protocol):
@@ -126,12 +145,12 @@ class Batch:
         self._tokenizer = tokenizer
         self._results = results
         self._window = window
-        self._open: dict[str, tuple[Job, TextStream]] = {}
+        self._open: dict[str, tuple[_Answers, int]] = {}  # by request: of which line, and which of its answers
         self.tally = Tally()
 
     @property
     def under_way(self) -> int:
-        """Jobs that the engine has."""
+        """Requests that the engine has."""
         return len(self._open)
 
     def run(
@@ -174,7 +193,7 @@ class Batch:
                 while more or self._open:
                     if should_stop():
                         self.tally.interrupted = True
-                        self.tally.given_up = sorted(job.line.number for job, _ in self._open.values())
+                        self.tally.given_up = sorted({found.job.line.number for found, _ in self._open.values()})
                         break
                     more = more and self._fill(feed, mailbox)
                     if self._open:
@@ -200,65 +219,101 @@ class Batch:
                 self.tally.lines += 1
                 self.tally.resumed += 1
             elif isinstance(item, BadLine):
-                self._fail(item.line, item.id, item.message)
+                self._fail(item.line, item.id, item.message, item.beside)
             else:
                 self.tally.prompt_tokens += len(item.token_ids)
-                form = self._tokenizer.reasoning if item.chat else None
-                stream = TextStream(self._tokenizer, item.stop, item.token_ids, item.sampling.min_tokens, form)
-                self._open[str(item.line.index)] = (item, stream)
-                requests.append(Request(str(item.line.index), item.token_ids, item.sampling))
+                requests += self._begin(item)
         mailbox.submit(requests)
         return more
 
+    def _begin(self, job: Job) -> list[Request]:
+        form = self._tokenizer.reasoning if job.chat else None
+        streams = [
+            TextStream(self._tokenizer, job.stop, job.token_ids, job.sampling.min_tokens, form)
+            for _ in range(job.choices)
+        ]
+        answers = _Answers(job, streams, [None] * len(streams), len(streams))
+        requests = []
+        for at, id in enumerate(answers.ids):
+            self._open[id] = (answers, at)
+            sampling = (
+                replace(job.sampling, seed=(job.sampling.seed + at * CHOICES_APART) % 2**63) if at else job.sampling
+            )
+            requests.append(Request(id, job.token_ids, sampling))
+        return requests
+
     def _take(self, outputs: list[Output]) -> list[str]:
         """Take in what came; ids of requests that have ended and of which the engine does not know that."""
-        stopped = []
+        stopped: list[str] = []
         for output in outputs:
             if output.id not in self._open:
                 continue  # the last words of one that a stop string ended
-            job, stream = self._open[output.id]
+            answers, at = self._open[output.id]
+            stream = answers.streams[at]
             before = len(stream.token_ids)
             try:
                 stream.push(output)
             except TpctlError as error:  # the tokenizer cannot decode this answer; others go on
-                del self._open[output.id]
-                self._fail(job.line, job.id, f"line {job.line.number}: {error}")
-                stopped.append(output.id)
+                stopped += [output.id, *self._give_up(answers, str(error))]
                 continue
             self.tally.completion_tokens += len(stream.token_ids) - before
             if stream.finish_reason is None:
                 continue
-            del self._open[output.id]
             if stream.finish_reason == "error":
-                self._fail(job.line, job.id, f"line {job.line.number}: {output.message}")
+                others = self._give_up(answers, str(output.message))
+                stopped += [id for id in others if id != output.id]
                 continue
+            del self._open[output.id]
             if stream.stopped_early and output.finish_reason is None:
                 stopped.append(output.id)
-            row = self._row(job, stream)
-            if stream.finish_reason == "length" and output.message is not None:
-                row["note"] = output.message
-                self.tally.cut += 1
-            try:
-                self._results.add(job.line, row, stream.num_cached_tokens)
-            except RequestError as error:
-                self._fail(job.line, job.id, f"line {job.line.number}: {error}")
-                continue
-            self.tally.lines += 1
-            self.tally.cached_tokens += stream.num_cached_tokens
+            if stream.finish_reason == "length":
+                answers.notes[at] = output.message
+            answers.left -= 1
+            if not answers.left:
+                self._finish(answers)
         return stopped
 
-    def _row(self, job: Job, stream: TextStream) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "id": job.id,
+    def _give_up(self, answers: _Answers, message: str) -> list[str]:
+        """Make an error row of a line; ids of its requests that were under way."""
+        under_way = [id for id in answers.ids if self._open.pop(id, None) is not None]
+        job = answers.job
+        self._fail(job.line, job.id, f"{job.line.named}: {message}", job.beside)
+        return under_way
+
+    def _finish(self, answers: _Answers) -> None:
+        """Keep the row of a line whose answers have all ended."""
+        job, streams = answers.job, answers.streams
+        choices = [self._choice(job, stream, note) for stream, note in zip(streams, answers.notes, strict=True)]
+        note = next((note for note in answers.notes if note is not None), None)
+        row: dict[str, Any] = {"id": job.id}
+        if len(choices) == 1:
+            row |= {name: value for name, value in choices[0].items() if name not in ("logprobs", "note")}
+        else:
+            row["choices"] = choices
+        row["prompt_tokens"] = len(job.token_ids)
+        row["completion_tokens"] = sum(len(stream.token_ids) for stream in streams)
+        if len(choices) == 1 and "logprobs" in choices[0]:
+            row["logprobs"] = choices[0]["logprobs"]
+        if note is not None:
+            row["note"] = note
+            self.tally.cut += 1
+        cached = streams[0].num_cached_tokens  # the prompt is counted once
+        try:
+            self._results.add(job.line, {**row, **job.beside}, cached)
+        except RequestError as error:
+            self._fail(job.line, job.id, f"{job.line.named}: {error}", job.beside)
+            return
+        self.tally.lines += 1
+        self.tally.cached_tokens += cached
+
+    def _choice(self, job: Job, stream: TextStream, note: str | None) -> dict[str, Any]:
+        return {
             "text": stream.text,
             **({} if stream.reasoning is None else {"reasoning": stream.reasoning}),
             "finish_reason": stream.finish_reason,
-            "prompt_tokens": len(job.token_ids),
-            "completion_tokens": len(stream.token_ids),
+            **({} if job.sampling.logprobs is None else {"logprobs": self._logprobs(job, stream)}),
+            **({} if note is None else {"note": note}),
         }
-        if job.sampling.logprobs is not None:
-            row["logprobs"] = self._logprobs(job, stream)
-        return row
 
     def _logprobs(self, job: Job, stream: TextStream) -> list[dict[str, Any]]:
         texts = token_texts(self._tokenizer, job.token_ids)
@@ -268,10 +323,10 @@ class Batch:
             found.append({"id": id, "token": texts.push(id), "logprob": at.logprob, "top": others})
         return found
 
-    def _fail(self, line: Line, id: str | int, message: str) -> None:
+    def _fail(self, line: Line, id: JobId, message: str, beside: Mapping[str, Any]) -> None:
         self.tally.lines += 1
         self.tally.errors += 1
-        self._results.add(line, {"id": id, "error": printable(message)})
+        self._results.add(line, {"id": id, "error": printable(message), **beside})
 
 
 def in_groups(lines: Iterable[Line], together: int) -> Iterator[list[Line]]:

@@ -9,35 +9,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
 from typing import IO, Any
 from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
+from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.errors import SourceError, TpctlError, shown
 from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.sampling import SamplingParams
 
-_SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
-_FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | _SAMPLING_FIELDS
-
 LONGEST_LINE = 16 << 20
 """Bytes; the texts of the longest contexts that models have take a third of it."""
 
-JobId = str | int
+JobId = str | int | None
+"""``None``: of a line that should have one, and has none."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line with text. ``index`` counts such lines from 0, ``number`` all lines from 1."""
+    """A line with text. ``index`` counts such lines from 0, ``number`` all lines from 1; ``unit`` is what messages call
+    it."""
 
     index: int
     number: int
     raw: bytes
+    unit: str = "line"
+
+    @property
+    def named(self) -> str:
+        """As messages call it."""
+        return f"{self.unit} {self.number}"
 
     @property
     def checksum(self) -> int:
@@ -47,7 +54,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Job:
-    """A line that can be run; ``chat`` if it has messages, and no prompt."""
+    """A line that can be run; ``chat`` if it has messages, and no prompt.
+
+    Attributes:
+        choices: answers that it asks for.
+        beside: what its row has besides them.
+    """
 
     line: Line
     id: JobId
@@ -55,15 +67,18 @@ class Job:
     sampling: SamplingParams
     stop: tuple[str, ...]
     chat: bool = False
+    choices: int = 1
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that cannot; ``message`` names it by its number."""
+    """A line that cannot; ``message`` names it by its number. ``beside`` as of ``Job``."""
 
     line: Line
     id: JobId
     message: str
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def bounded_lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
@@ -106,6 +121,7 @@ class JobParser:
         stop: Sequence[str],
         max_model_len: int,
         repeated: Callable[[Line], bool] | None = None,
+        form: Callable[[], Form] = lambda: OWN,
     ) -> None:
         """Set what lines may leave out.
 
@@ -115,12 +131,14 @@ class JobParser:
             stop: texts that end an answer.
             max_model_len: tokens of the longest sequence.
             repeated: says whether an earlier line has a line's id, if somebody else remembers them.
+            form: says how lines ask, once there are some.
         """
         self._tokenizer = tokenizer
         self._sampling = {"seed": 0, **sampling}
         self._stop = tuple(stop)
         self._max_model_len = max_model_len
         self._repeated = repeated
+        self._form = form
         self._seen: set[bytes] = set()
         self._rendered: dict[int, str] = {}
 
@@ -129,7 +147,7 @@ class JobParser:
         found = {}
         for line in lines if len(lines) > 1 else ():
             try:
-                entry = _load(line.raw)
+                entry = self._form().wanted(_load(line.raw)).fields
                 if entry.get("messages") and "prompt" not in entry and self._tokenizer.has_chat_template:
                     found[line.index] = (check_messages(entry["messages"]), _variables(entry))
             except (_Refused, TpctlError):
@@ -143,34 +161,41 @@ class JobParser:
 
     def parse(self, line: Line) -> Job | BadLine:
         """A job, or why the line is none."""
-        id: JobId = line.number
+        form = self._form()
+        id: JobId = None if form.id_needed else line.number
+        beside: Mapping[str, Any] = {}
         try:
-            # A known field that is null is not given.
-            entry = {name: value for name, value in _load(line.raw).items() if value is not None or name not in _FIELDS}
-            given = entry.get("id", line.number)
-            if isinstance(given, bool) or not isinstance(given, str | int):
-                raise _Refused(f"id is {shown(given)}, but must be a string or a whole number")
-            if isinstance(given, str):
-                check_text(given, "id")
-            id = given
+            entry = _load(line.raw)
+            beside = form.beside(entry)
+            given = entry.get(form.id_field)
+            if given is None and form.id_needed:
+                raise _Refused(f"has no {form.id_field}, which ids are to come from")
+            if given is not None:
+                if isinstance(given, bool) or not isinstance(given, str | int):
+                    raise _Refused(f"{form.id_field} is {shown(given)}, but must be a string or a whole number")
+                if isinstance(given, str):
+                    check_text(given, form.id_field)
+                id = given
             self._check_new(line, id)
-            return self._job(line, id, entry)
+            return self._job(line, id, form.wanted(entry), beside)
         except (_Refused, TpctlError) as error:
-            return BadLine(line, id, f"line {line.number}: {error}")
+            message = f"{line.named}: {error}"
         except Exception as error:  # one line must never end the run, whatever a library makes of it
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            return BadLine(line, id, f"line {line.number}: cannot be used: {said}")
+            message = f"{line.named}: cannot be used: {said}"
+        return BadLine(line, id, message, {**beside, **form.refused})
 
-    def _job(self, line: Line, id: JobId, entry: Mapping[str, Any]) -> Job:
-        if unknown := sorted(entry.keys() - _FIELDS):
-            raise _Refused(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}")
-        own = {name: value for name, value in entry.items() if name in _SAMPLING_FIELDS}
+    def _job(self, line: Line, id: JobId, wanted: Wanted, beside: Mapping[str, Any]) -> Job:
+        entry = wanted.fields
+        if unknown := sorted(entry.keys() - FIELDS):
+            raise _Refused(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
+        own = {name: value for name, value in entry.items() if name in SAMPLING_FIELDS}
         seed = (self._sampling["seed"] + line.number - 1) % 2**63
         sampling = SamplingParams.from_dict({**self._sampling, "seed": seed, **own})
         stop = _stop(entry["stop"]) if "stop" in entry else self._stop
         token_ids = self._tokenize(line, entry)
         check_length(len(token_ids), self._max_model_len)
-        return Job(line, id, token_ids, sampling, stop, "messages" in entry)
+        return Job(line, id, token_ids, sampling, stop, "messages" in entry, wanted.choices, beside)
 
     def _tokenize(self, line: Line, entry: Mapping[str, Any]) -> list[int]:
         if ("prompt" in entry) == ("messages" in entry):
@@ -198,6 +223,19 @@ class JobParser:
             raise _Refused(f"id {id!r} was used before; ids must differ (without one, the line number is taken)")
         if self._repeated is None:
             self._seen.add(key)
+
+
+def unanswered(form: Form, line: Line, message: str) -> dict[str, Any]:
+    """The error row of a line that nobody could answer, whatever it holds."""
+    found: dict[str, Any] = {"id": None if form.id_needed else line.number}
+    beside: Mapping[str, Any] = {}
+    with suppress(_Refused, TpctlError):
+        entry = _load(line.raw)
+        beside = form.beside(entry)
+        given = entry.get(form.id_field)
+        if isinstance(given, str | int) and not isinstance(given, bool):
+            found["id"] = given
+    return {**found, "error": f"{line.named}: {message}", **beside}
 
 
 class _Refused(Exception):

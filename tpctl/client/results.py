@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -30,6 +30,29 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
+Encode = Callable[[IO[bytes], int, Iterable[bytes]], object]
+"""Writes rows, JSON each with its line's end, as they are given out; the first is that of the line of this index."""
+
+
+def json_row(value: Any) -> bytes:
+    """A line of JSON.
+
+    Raises:
+        RequestError: it holds a number that JSON knows no form of.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+    except ValueError:
+        raise RequestError(
+            "the answer's numbers are not finite (NaN or infinity), which JSON has no form for"
+        ) from None
+
+
+def as_they_are(out: IO[bytes], first: int, rows: Iterable[bytes]) -> None:
+    """Rows as they are kept."""
+    out.writelines(rows)
+
+
 class Results:
     """Rows of one batch, by the index of their line.
 
@@ -38,7 +61,13 @@ class Results:
     """
 
     def __init__(
-        self, target: Path | None, settings: Mapping[str, Any], *, resume: bool = False, force: bool = False
+        self,
+        target: Path | None,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        force: bool = False,
+        encode: Encode = as_they_are,
     ) -> None:
         """Open.
 
@@ -47,6 +76,7 @@ class Results:
             settings: what the answers depend on besides their lines; a run resumes only under the same ones.
             resume: go on with the rows of an interrupted run, if there are any.
             force: a ``target`` that has content now is to be replaced.
+            encode: how rows are given out.
 
         Raises:
             OutputError: the file cannot be written there, another process writes it, or an interrupted run is in the
@@ -54,6 +84,7 @@ class Results:
             UsageError: the interrupted run was made under other settings.
         """
         self._target = target
+        self._encode = encode
         self.partial = None if target is None else partial_of(target)
         self._places = array("Q")  # by index: 1 + offset of the row, 0 for none
         self._checksums = array("I")
@@ -110,13 +141,7 @@ class Results:
             OutputError: it cannot be written.
             RequestError: it holds a number that JSON knows no form of.
         """
-        try:
-            text = json.dumps([line.index, line.checksum, row], ensure_ascii=False, allow_nan=False)
-        except ValueError:
-            raise RequestError(
-                "the answer's numbers are not finite (NaN or infinity), which JSON has no form for"
-            ) from None
-        data = text.encode("utf-8", "replace") + b"\n"
+        data = json_row([line.index, line.checksum, row])
         with writing(self.partial):
             place = self._file.seek(0, os.SEEK_END)
             self._file.write(data)
@@ -127,7 +152,7 @@ class Results:
         """Write the rows after those emitted before: up to the first unfinished one, or over ``gaps``."""
         while self._emitted < len(self._places) and (gaps or self._places[self._emitted]):
             if self._places[self._emitted]:
-                stream.write(self._row(self._emitted))
+                self._encode(stream, self._emitted, [self._row(self._emitted)])
             self._emitted += 1
         stream.flush()
 
@@ -154,8 +179,7 @@ class Results:
         with writing(self._target):
             try:
                 with temporary.open("wb") as out:
-                    for index in range(count):
-                        out.write(self._row(index))
+                    self._encode(out, 0, map(self._row, range(count)))
                     out.flush()
                     os.fsync(out.fileno())
                 if self._target.exists():

@@ -1,0 +1,150 @@
+"""What a line asks for, in whatever form it does: tpctl's own, a data set's row, or one that others bring.
+
+A form only reads; what is found is checked where lines become jobs (``jobs.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from tpctl.errors import RequestError, shown
+from tpctl.wire.sampling import SamplingParams
+
+SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | SAMPLING_FIELDS
+
+ALL = "all"
+"""In the place of the names of the fields that are kept: all of them."""
+
+ROW_FIELDS = (
+    "id",
+    "text",
+    "reasoning",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "logprobs",
+    "note",
+    "error",
+)
+"""What an answer's row may have, in this order."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a line asks for: ``fields`` as of a line in tpctl's own form, and so many answers."""
+
+    fields: Mapping[str, Any]
+    choices: int = 1
+
+
+class Form(Protocol):
+    """How the lines of an input ask.
+
+    Attributes:
+        id_field: the field that a line's id is in.
+        id_needed: a line without one is refused; otherwise it has its number.
+        refused: what the row of a line that cannot be run has besides.
+    """
+
+    @property
+    def id_field(self) -> str: ...
+
+    @property
+    def id_needed(self) -> bool: ...
+
+    @property
+    def refused(self) -> Mapping[str, Any]: ...
+
+    def beside(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row of a line has besides the answer."""
+
+    def wanted(self, entry: Mapping[str, Any]) -> Wanted:
+        """What it asks for. Raises ``RequestError`` if that cannot be had."""
+
+
+@dataclass(frozen=True)
+class OwnForm:
+    """tpctl's own, or the rows of a data set, of which a field is the prompt.
+
+    Attributes:
+        prompt_field: a text, or messages; other fields are then not looked at. ``None``: fields as README.md has them.
+        id_of: the field of the id; ``None``: "id", where there is one.
+        keep: fields that go into the row as they are; ``ALL``: all of them.
+        answer: what the answer's text is called in the row.
+    """
+
+    prompt_field: str | None = None
+    id_of: str | None = None
+    keep: tuple[str, ...] | str = ()
+    answer: str = "text"
+
+    @property
+    def id_field(self) -> str:
+        return self.id_of or "id"
+
+    @property
+    def id_needed(self) -> bool:
+        return self.id_of is not None
+
+    @property
+    def refused(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """Names that rows have themselves."""
+        return frozenset(ROW_FIELDS) - {"text"} | {self.answer}
+
+    def keeps(self, name: str) -> bool:
+        """Whether a field goes into the row as it is. That of the id is there as the row's own, if it is called so."""
+        return (self.keep == ALL or name in self.keep) and not name == self.id_field == "id"
+
+    def beside(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        if not self.keep:
+            return {}
+        kept = {name: value for name, value in entry.items() if self.keeps(name)}
+        if self.keep != ALL:
+            kept |= {name: None for name in self.keep if name not in entry}
+        if taken := kept.keys() & self.taken:
+            raise RequestError(refused_name(min(taken)))
+        return {"kept": kept}
+
+    def wanted(self, entry: Mapping[str, Any]) -> Wanted:
+        if self.prompt_field is not None:
+            return Wanted(self._prompt(entry, self.prompt_field))
+        # A known field that is null is not given.
+        given = {name: value for name, value in entry.items() if value is not None or name not in FIELDS}
+        own = {name for name in given if name not in FIELDS and self.keeps(name)}
+        if self.id_needed:
+            own.add(self.id_field)
+        return Wanted({name: value for name, value in given.items() if name not in own})
+
+    def _prompt(self, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+        if name not in entry:
+            raise RequestError(f"has no field {shown(name)}, which --prompt-column names; it has {_names(entry)}")
+        value = entry[name]
+        if value is None:
+            raise RequestError(f"{name}, the prompt, is null")
+        if isinstance(value, list):
+            return {"messages": value}
+        if not isinstance(value, str):
+            raise RequestError(f"{name}, the prompt, is {shown(value)}, but must be a string or a list of messages")
+        return {"prompt": value}
+
+
+OWN = OwnForm()
+
+
+def refused_name(name: str) -> str:
+    """What is said of something to be kept whose name an answer's row has itself."""
+    return (
+        f"{shown(name)} is kept, and what answers' rows have is called so, too; leave it out of --keep-columns, or "
+        "rename the answer's text with --answer-column"
+    )
+
+
+def _names(entry: Mapping[str, Any]) -> str:
+    return ", ".join(map(shown, entry)) or "none"
