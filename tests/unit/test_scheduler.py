@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from weakref import WeakKeyDictionary
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpctl.engine.scheduling.block_manager import BlockManager
-from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence, StateUse
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
+from tpctl.engine.scheduling.states import StatePool
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.sampling import SamplingParams
 
@@ -27,12 +29,13 @@ BROKEN = 60
 
 class Cache:
     """Pretends to be the KV cache: remembers which token every slot was written for, by which rotary table and whether
-    it is NaN, and checks every read."""
+    it is NaN, and checks every read. Of states it remembers which tokens they have seen."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.block_size = scheduler.blocks.block_size
         self.rope_offset = scheduler.rope_offset
         self.slots: dict[int, tuple[int, int, bool]] = {}
+        self.states: dict[int, tuple[list[int], bool]] = {}
 
     def run(self, batch: ScheduledBatch, known: dict[str, list[int]]) -> list[int]:
         for item in batch.items:
@@ -42,22 +45,41 @@ class Cache:
                 assert sequence.rope_offset == self.rope_offset(item.end)
             for at, token in enumerate(new, item.start):
                 self.slots[self._slot(sequence, at)] = token, sequence.rope_offset, BROKEN in new
-        sampled = []
+        sampled, spoilt = [], {item.sequence.id for item in batch.items if self._spoils_state(item, known)}
         for item in batch.items:
             found = [self.slots[self._slot(item.sequence, at)] for at in range(item.end)]
             assert {offset for _, offset, _ in found} == {item.sequence.rope_offset}
             read = [token for token, _, _ in found]
             assert read == known[item.sequence.id][: item.end], f"{item.sequence} reads another sequence's keys"
             if item.samples:
-                broken = any(broken for _, _, broken in found)
+                broken = any(broken for _, _, broken in found) or item.sequence.id in spoilt
                 sampled.append(NOT_FINITE if broken else next_token(read))
         return sampled
+
+    def _spoils_state(self, item: ScheduledSequence, known: dict[str, list[int]]) -> bool:
+        """Let a sequence's state see its new tokens; whether it is NaN then."""
+        if item.state is None:
+            return False
+        tokens, new = known[item.sequence.id], known[item.sequence.id][item.start : item.end]
+        seen, broken = ([], False) if item.state.source is None else self.states[item.state.source]
+        assert seen == tokens[: item.start], f"{item.sequence} goes on from another sequence's state"
+        for after, copy in item.state.keeps:
+            assert copy != item.state.slot and 0 < after <= item.num_new_tokens
+            self.states[copy] = tokens[: item.start + after], broken or BROKEN in new
+        self.states[item.state.slot] = tokens[: item.end], broken or BROKEN in new
+        return self.states[item.state.slot][1]
 
     def _slot(self, sequence: Sequence, at: int) -> int:
         return sequence.block_table[at // self.block_size] * self.block_size + at % self.block_size
 
 
-def make(num_blocks: int, block_size: int = 4, seqs: int = 8, budget: int = 32, length: int = 64) -> Scheduler:
+CACHES: WeakKeyDictionary[Scheduler, Cache] = WeakKeyDictionary()
+"""One a scheduler, which may be driven several times."""
+
+
+def make(
+    num_blocks: int, block_size: int = 4, seqs: int = 8, budget: int = 32, length: int = 64, states: int = 0
+) -> Scheduler:
     blocks = BlockManager(num_blocks, block_size)
     return Scheduler(
         blocks,
@@ -66,6 +88,7 @@ def make(num_blocks: int, block_size: int = 4, seqs: int = 8, budget: int = 32, 
         max_model_len=min(length, num_blocks * block_size),
         vocab_size=1000,
         eos_token_ids=[7],
+        states=StatePool(states, blocks) if states else None,
     )
 
 
@@ -80,7 +103,7 @@ def alone(prompt: list[int], params: SamplingParams, max_model_len: int) -> list
 
 def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: dict[int, str]) -> dict[str, list[int]]:
     """Run to the end, one step ahead of the results if ``overlap``; what each request produced."""
-    cache = Cache(scheduler)
+    cache = CACHES.setdefault(scheduler, Cache(scheduler))
     known = {r.id: list(r.token_ids) for r in requests}
     found: dict[str, list[int]] = {r.id: [] for r in requests}
     for request in requests:
@@ -121,12 +144,13 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
     abort=st.booleans(),
     border=st.sampled_from([5, 12, 16, 17, 1000]),
     broken=st.booleans(),
+    states=st.sampled_from([0, 1, 2, 3, 9, 40]),
 )
 def test_batched_equals_alone(
-    seed: int, num_blocks: int, overlap: bool, budget: int, abort: bool, border: int, broken: bool
+    seed: int, num_blocks: int, overlap: bool, budget: int, abort: bool, border: int, broken: bool, states: int
 ) -> None:
     rng = random.Random(seed)
-    scheduler = make(num_blocks, budget=budget)
+    scheduler = make(num_blocks, budget=budget, states=states)
     scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
     prefix = [rng.randrange(3, 9) for _ in range(9)]
     requests = []
@@ -187,6 +211,56 @@ def test_next_turn_of_a_chat_computes_only_what_is_new() -> None:
     scheduler.add(Request("b", second, SamplingParams(max_tokens=1)))
     scheduler.schedule()
     assert scheduler.stats.computed_tokens - before <= len(second) - len(first) // 4 * 4 - 4
+
+
+def served(scheduler: Scheduler, id: str, prompt: list[int], count: int) -> tuple[list[int], int]:
+    """An answer, and how many tokens of its prompt were spared."""
+    before = scheduler.blocks.hit_tokens
+    answer = drive(scheduler, [Request(id, prompt, SamplingParams(max_tokens=count, ignore_eos=True))], False, {})[id]
+    return answer, scheduler.blocks.hit_tokens - before
+
+
+def test_states_are_kept_where_prompts_end_and_part_and_answers_end() -> None:
+    scheduler = make(num_blocks=200, budget=100, states=8)
+    prompt = list(range(100, 118))  # four blocks and two tokens
+    _, spared = served(scheduler, "first", prompt, 1)
+    assert spared == 0
+    assert served(scheduler, "again", prompt, 1)[1] == 16
+    assert served(scheduler, "goes on", [*prompt, 9, 9, 9], 1)[1] == 16
+    for number, expected in enumerate([0, 8, 8]):  # others with its first two blocks: the first finds no state there
+        assert served(scheduler, f"other {number}", [*prompt[:8], *[20 + number] * 9], 1)[1] == expected
+    answer, _ = served(scheduler, "talks", [50] * 10, 15)  # 25 tokens, of which the last is not computed
+    assert served(scheduler, "next turn", [*[50] * 10, *answer, 8, 8], 1)[1] == 24
+    assert served(scheduler, "another answer", [50] * 10 + [51] * 9, 1)[1] == 8
+
+
+def test_a_running_sequence_takes_the_state_that_was_used_longest_ago() -> None:
+    scheduler = make(num_blocks=200, budget=100, states=3)
+    for token in (60, 61, 62):  # each leaves one
+        served(scheduler, str(token), [token] * 9, 1)
+    assert served(scheduler, "62 again", [62] * 9, 1)[1] == 8
+    assert served(scheduler, "60 again", [60] * 9, 1)[1] == 0
+    scheduler = make(num_blocks=200, budget=100, states=1)  # which leaves none beside the running one
+    served(scheduler, "a", [60] * 9, 1)
+    assert served(scheduler, "b", [60] * 9, 1)[1] == 0
+    scheduler.check_integrity()
+
+
+def test_no_state_is_kept_where_prefixes_are_not_shared() -> None:
+    scheduler = make(num_blocks=40, budget=100, states=8)
+    scheduler.blocks.enable_prefix_caching = False
+    scheduler.add(Request("x", [60] * 9, SamplingParams(max_tokens=2)))
+    batch = scheduler.schedule()
+    assert batch is not None and batch.items[0].state == StateUse(0, None)
+
+
+def test_integrity_check_finds_a_lost_state() -> None:
+    pool = StatePool(2, BlockManager(4, 4))
+    sequence = Sequence("a", [1, 2, 3], SamplingParams(), 256)
+    pool.admit(sequence, [])
+    pool.check_integrity([sequence])
+    with pytest.raises(AssertionError, match="overlap or leak"):
+        pool.check_integrity([])
 
 
 def test_tables_of_different_rotary_offsets_are_not_shared() -> None:

@@ -9,7 +9,7 @@ the same prefix finds it again.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceType
 from hashlib import blake2b
@@ -108,12 +108,24 @@ class BlockManager:
 
     def forget(self, sequence: Sequence) -> None:
         """Let nobody find the blocks of these tokens any more, whoever computed them."""
-        for digest in self._digests(sequence, len(sequence.token_ids) // self.block_size):
+        for digest in self.digests(sequence):
             block = self._cached.pop(digest, None)
             if block is not None:
                 self._hashes[block] = None
                 if block in self._free:
                     self._free.move_to_end(block, last=False)
+
+    def digest_of(self, block: int) -> bytes:
+        """The hash that a block is registered under; empty if it is not."""
+        return self._hashes[block] or b""
+
+    def digest(self, sequence: Sequence, count: int) -> bytes:
+        """The hash of a sequence's block number ``count``, counted from 1."""
+        return deque(self._digests(sequence, count), maxlen=1)[0]
+
+    def digests(self, sequence: Sequence) -> Iterator[bytes]:
+        """Those of all its full blocks."""
+        return self._digests(sequence, len(sequence.token_ids) // self.block_size)
 
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of ``sequence``; its last ones will be evicted first, since prefixes are shared more."""

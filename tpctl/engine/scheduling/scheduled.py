@@ -9,13 +9,24 @@ from typing import NamedTuple
 from tpctl.engine.scheduling.sequence import Sequence
 
 
+class StateUse(NamedTuple):
+    """Where recurrent layers have a sequence's state: its own ``slot``, and the ``source`` that it goes on from
+    (``None``: it begins). ``keeps``: (after so many of the step's tokens, the slot that it is copied to), in order."""
+
+    slot: int
+    source: int | None
+    keeps: tuple[tuple[int, int], ...] = ()
+
+
 class ScheduledSequence(NamedTuple):
-    """``num_new_tokens`` of ``sequence``, from token ``start``; ``samples`` when the last one yields a new token."""
+    """``num_new_tokens`` of ``sequence``, from token ``start``; ``samples`` when the last one yields a new token.
+    ``state``: of a model with recurrent layers."""
 
     sequence: Sequence
     start: int
     num_new_tokens: int
     samples: bool
+    state: StateUse | None = None
 
     @property
     def end(self) -> int:

@@ -27,6 +27,7 @@ from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.pacing import Pace, Pacer
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
+from tpctl.engine.scheduling.states import StatePool
 from tpctl.errors import shorten
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import TokenLogprob
@@ -70,6 +71,7 @@ class Scheduler:
         vocab_size: token ids from this on are refused: no embedding row belongs to them.
         eos_token_ids: tokens that end an answer.
         rope_offset: which rotary table rotates all keys of a sequence of so many tokens.
+        states: of a model with recurrent layers; a sequence runs with a slot of its own.
         pace: spread prompts over the steps where that ends all requests sooner (``engine.scheduling.pacing``).
     """
 
@@ -85,8 +87,10 @@ class Scheduler:
         rope_offset: Callable[[int], int] = lambda num_tokens: 0,
         context_full: str | None = None,
         pace: Pace | None = None,
+        states: StatePool | None = None,
     ) -> None:
         self.blocks = blocks
+        self.states = states
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -158,6 +162,8 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         paced = None if self.pacer is None else self.pacer.budget(self.stats.steps, self.running.values(), self.waiting)
         step = _Step(budget, *(paced or (budget, budget)))
+        if self.states is not None:
+            self.states.begin()
         preempted = self._schedule_running(step)
         if not preempted:
             self._admit_waiting(step)
@@ -218,6 +224,8 @@ class Scheduler:
         assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
         assert set(self._by_id) == set(self.running) | {s.id for s in self.waiting}, "a request is lost"
         self.blocks.check_integrity(list(self.running.values()))
+        if self.states is not None:
+            self.states.check_integrity(list(self.running.values()))
 
     def _schedule_running(self, step: _Step) -> bool:
         """Give running sequences their tokens, oldest first; whether any had to be preempted."""
@@ -247,18 +255,23 @@ class Scheduler:
         return preempted
 
     def _admit_waiting(self, step: _Step) -> None:
+        states = self.states
         while self.waiting and step.has_room and len(self.running) < self.max_num_seqs:
+            if states is not None and not states.has_room:
+                break
             sequence = self.waiting[0]
             if sequence.num_in_flight:
                 break  # preempted with a token under way; its id is needed before it can be computed again
             sequence.rope_offset = self.rope_offset(sequence.num_tokens)
-            matched = self.blocks.match_prefix(sequence)
+            matched = (self.blocks if states is None else states).match_prefix(sequence)
             total = len(sequence.token_ids)
             # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
             # admitting does not lead straight to preempting.
             reserve = len(self.running)
             if not self.blocks.admit(sequence, matched, total, reserve):
                 break
+            if states is not None:
+                states.admit(sequence, matched)
             del self.waiting[0]
             self.running[sequence.id] = sequence
             self._choose(step, sequence, self._room(step, sequence))
@@ -273,7 +286,6 @@ class Scheduler:
     def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
         start = sequence.num_computed_tokens
         samples = start + tokens == sequence.num_tokens
-        step.items.append(ScheduledSequence(sequence, start, tokens, samples))
         step.chosen.add(sequence.id)
         step.budget -= tokens
         if not samples or tokens > 1:
@@ -284,6 +296,8 @@ class Scheduler:
         # Shared from now on, before it is computed: in every layer all keys of a step are stored before any sequence
         # of the step reads them.
         self.blocks.register(sequence)
+        state = None if self.states is None else self.states.use(sequence, start, start + tokens)
+        step.items.append(ScheduledSequence(sequence, start, tokens, samples, state))
 
     def _awaits_its_end(self, sequence: Sequence) -> bool:
         """Whether a token in flight is known to be its last, so that no further step should be started for it."""
@@ -296,11 +310,18 @@ class Scheduler:
 
     def _stop_running(self, sequence: Sequence) -> None:
         del self.running[sequence.id]
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
+        if self.states is not None:
+            self.states.release(sequence)
 
     def _take_back(self, sequence: Sequence) -> list[Output]:
         """What becomes of a sequence whose next token cannot be chosen."""
         self.blocks.forget(sequence)
+        if self.states is not None:
+            self.states.forget(sequence)
         if sequence.has_shared and not sequence.alone:
             sequence.alone = True
             # Of a token that does not exist a later step has already computed the next one.
@@ -329,6 +350,6 @@ class Scheduler:
         sequence.finished = True
         del self._by_id[sequence.id]
         if self.running.pop(sequence.id, None) is not None:
-            self.blocks.release(sequence)
+            self._release(sequence)
         else:
             self.waiting.remove(sequence)

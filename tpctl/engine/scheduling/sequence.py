@@ -31,6 +31,10 @@ class Sequence:
         rope_offset: where the rotary table begins that its keys are rotated by (see ``RotaryTable``).
         stop_token_ids: tokens that end it.
         num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
+        state_slot: where recurrent layers have its state, of a sequence that runs.
+        state_source: the slot that its next step goes on from; ``None``: it begins.
+        state_borders: behind so many blocks of what it was admitted with its state is kept.
+        state_digest: the hash under which its state was last kept while it answers.
         scoring: that its prompt's tokens are scored, for which all of them must be computed.
         scores: those there are, by the place of the token.
     """
@@ -62,6 +66,10 @@ class Sequence:
         self.rope_offset = 0
         self.stop_token_ids: frozenset[int] = frozenset(params.stop_token_ids)
         self.finished = False
+        self.state_slot: int | None = None
+        self.state_source: int | None = None
+        self.state_borders: tuple[int, ...] = ()
+        self.state_digest = b""
         self.scoring = scoring
         self.scores: dict[int, TokenScore] = {}
 

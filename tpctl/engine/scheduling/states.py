@@ -1,0 +1,146 @@
+"""The books of recurrent layers' states: which slot belongs to whom, and which states are kept for prefixes.
+
+A slot holds one state in all recurrent layers. A running sequence has one of its own, from its admission to its
+release. The others keep states of prefixes, under the hash of the last block that a state has seen: a sequence with
+that prefix goes on from there, if the prefix's blocks are still there, too. What is kept gives way to running sequences
+and to newer ones, least recently used first.
+
+Unlike keys and values, which are there for every token, a state is of one place, and it costs as much as hundreds of
+tokens. So states are kept only where somebody is likely to go on from:
+
+    the last block border of a prompt               a prompt that is repeated, or goes on
+    the border to which others' blocks were found   where prompts part, found by the second that comes (Pan et al.,
+                                                    "Marconi: Prefix Caching for the Era of Hybrid LLMs", 2024)
+    the last block border of an answer so far       the next turn of a conversation; each takes the place of the last
+
+The step that computes those tokens copies the state on its way (``StateUse.keeps``), so no step ends early for it. What
+a step reads is not given away in it, and what it keeps is found from the next one on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceType
+
+from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.scheduled import StateUse
+from tpctl.engine.scheduling.sequence import Sequence
+
+
+class StatePool:
+    """Hands out the slots 0 to ``num_slots - 1``.
+
+    Args:
+        blocks: whose hashes states are kept under.
+    """
+
+    def __init__(self, num_slots: int, blocks: BlockManager) -> None:
+        self.num_slots = num_slots
+        self._blocks = blocks
+        self._free = list(reversed(range(num_slots)))
+        self._kept: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
+        self._new: dict[bytes, int] = {}  # kept by the step that is being scheduled
+        self._read: set[bytes] = set()  # what that step goes on from
+
+    def begin(self) -> None:
+        """Before each step."""
+        self._kept.update(self._new)
+        self._new.clear()
+        self._read.clear()
+
+    def match_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks that hold the beginning of ``sequence``, as far as there is a state, too."""
+        found = self._blocks.match_prefix(sequence)
+        sequence.state_borders = (len(found), (len(sequence.token_ids) - 1) // self._blocks.block_size)
+        while found and self._blocks.digest_of(found[-1]) not in self._kept:
+            found.pop()
+        return found
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a sequence can be given a slot."""
+        return bool(self._free) or len(self._kept) > len(self._read)
+
+    def admit(self, sequence: Sequence, matched: SequenceType[int]) -> None:
+        """Give a sequence a slot, and what it goes on from: the state behind its ``matched`` blocks."""
+        assert sequence.state_slot is None and self.has_room
+        sequence.state_source, source = None, self._blocks.digest_of(matched[-1]) if matched else None
+        if source is not None:
+            self._kept.move_to_end(source)
+            sequence.state_source = self._kept[source]
+        others = self._read | ({source} if source is not None else set())
+        slot = self._take(others)
+        if slot is None:  # there is no other: what is kept becomes its own
+            slot = self._take(self._read)
+        elif source is not None:
+            self._read.add(source)
+        sequence.state_slot = slot
+
+    def use(self, sequence: Sequence, start: int, end: int) -> StateUse:
+        """What a step does with the state of ``sequence``, of which it computes the tokens ``start`` to ``end``."""
+        slot, source = sequence.state_slot, sequence.state_source
+        assert slot is not None
+        sequence.state_source = slot
+        if not self._blocks.enable_prefix_caching or sequence.alone:
+            return StateUse(slot, source)
+        size = self._blocks.block_size
+        keeps: dict[int, int | None] = {}
+        for border in dict.fromkeys(sequence.state_borders):
+            if start < border * size <= end:
+                keeps[border * size - start] = self._keep(self._blocks.digest(sequence, border))
+        answered = end > sequence.num_prompt_tokens and end == sequence.num_hashed_blocks * size
+        if answered and end - start not in keeps:
+            keeps[end - start] = self._move_on(sequence)
+        found = sorted((after, copy) for after, copy in keeps.items() if copy is not None)
+        return StateUse(slot, source, tuple(found))
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back the slot of a sequence that had been admitted."""
+        assert sequence.state_slot is not None
+        self._free.append(sequence.state_slot)
+        sequence.state_slot = sequence.state_source = None
+        sequence.state_digest = b""
+
+    def forget(self, sequence: Sequence) -> None:
+        """Let nobody go on from a state of these tokens any more."""
+        for digest in self._blocks.digests(sequence):
+            for kept in (self._kept, self._new):
+                if digest in kept:
+                    self._free.append(kept.pop(digest))
+
+    def check_integrity(self, sequences: SequenceType[Sequence] = ()) -> None:
+        """Check that ``sequences``, all that have slots, and kept states account for every slot that is not free.
+
+        Raises:
+            AssertionError: a slot is lost, or has two uses.
+        """
+        assert not self._kept.keys() & self._new.keys(), "a state is kept twice"
+        used = [*(one.state_slot for one in sequences), *self._kept.values(), *self._new.values(), *self._free]
+        assert sorted(-1 if slot is None else slot for slot in used) == list(range(self.num_slots)), (
+            "state slots overlap or leak"
+        )
+
+    def _take(self, spared: set[bytes]) -> int | None:
+        """A free slot, else that of the kept state that was used longest ago and is not ``spared``."""
+        if self._free:
+            return self._free.pop()
+        oldest = next((digest for digest in self._kept if digest not in spared), None)
+        return None if oldest is None else self._kept.pop(oldest)
+
+    def _keep(self, digest: bytes) -> int | None:
+        """A slot for the state behind a block; ``None``: it is kept already, or there is no room."""
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+        elif digest not in self._new and (slot := self._take(self._read)) is not None:
+            self._new[digest] = slot
+            return slot
+        return None
+
+    def _move_on(self, sequence: Sequence) -> int | None:
+        """A slot for the state behind an answer so far, in place of the one before."""
+        before, digest = sequence.state_digest, sequence.block_hash
+        sequence.state_digest = digest
+        if before in self._kept and before not in self._read and digest not in self._kept and digest not in self._new:
+            self._new[digest] = self._kept.pop(before)
+            return self._new[digest]
+        return self._keep(digest)
