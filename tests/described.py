@@ -10,9 +10,9 @@ from tpctl.arch.config import ModelConfig
 
 
 def described(config: ModelConfig) -> SimpleNamespace:
-    """The sizes and switches that all blocks share; ``windows`` has one entry a layer."""
-    blueprint, block = config.blueprint, config.blueprint.blocks[0]
-    attention, mlp = block.attention, block.mlp
+    """The sizes and switches that all blocks share; ``windows`` has one entry a layer with attention."""
+    blueprint, mlp = config.blueprint, config.blueprint.blocks[0].mlp
+    attention: Any = next(iter(blueprint.attentions), _NO_ATTENTION)
     return SimpleNamespace(
         model_type=config.model_type,
         hidden_size=blueprint.hidden_size,
@@ -39,6 +39,13 @@ def described(config: ModelConfig) -> SimpleNamespace:
     )
 
 
+_NO_ATTENTION = SimpleNamespace(
+    **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "q_norm", "rope")),
+    qkv=SimpleNamespace(bias=None, parts=()),
+    out=SimpleNamespace(bias=None),
+)
+
+
 def _mlp(mlp: Gated | Experts) -> tuple[Any, ...]:
     """An MLP's width; of a mixture also how many experts there are and how they are chosen, and the shared one."""
     if isinstance(mlp, Gated):
@@ -53,7 +60,7 @@ def _mlp(mlp: Gated | Experts) -> tuple[Any, ...]:
 def mlps_by_transformers(config: Any) -> list[tuple[Any, ...]]:
     """What each layer's MLP is by transformers' configuration, as its modelling code reads it."""
     family = config.model_type
-    dense = (config.intermediate_size,)
+    dense = (getattr(config, "intermediate_size", None),)
     experts = {
         "mixtral": lambda: (
             *(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size),
@@ -62,6 +69,14 @@ def mlps_by_transformers(config: Any) -> list[tuple[Any, ...]]:
         "qwen2_moe": lambda: (
             *(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size),
             *(config.shared_expert_intermediate_size, True, ("softmax", config.norm_topk_prob, 1, 1, 1.0)),
+        ),
+        **dict.fromkeys(
+            ("qwen3_next", "qwen3_5_moe_text"),
+            lambda: (
+                *(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size),
+                *(config.shared_expert_intermediate_size, True),
+                ("softmax", getattr(config, "norm_topk_prob", True), 1, 1, 1.0),
+            ),
         ),
         "qwen3_moe": lambda: (
             *(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size),

@@ -51,6 +51,26 @@ def kv_bytes_per_token(heads: Iterable[tuple[int, int]], itemsize: int, form: Kv
     return sum(2 * count * _vector_bytes(dim, itemsize, form) for count, dim in heads)
 
 
+def state_bytes(layers: Iterable[tuple[int, int]], itemsize: int) -> int:
+    """What one sequence's state takes in all recurrent layers.
+
+    Args:
+        layers: of each, numbers in its matrices, which are float32, and in its convolution, of ``itemsize`` bytes.
+    """
+    return sum(4 * matrices + inputs * itemsize for matrices, inputs in layers)
+
+
+def state_slots(budget: int, slot_bytes: int, max_num_seqs: int) -> int:
+    """States that a cache of ``budget`` bytes has room for: one a running sequence and as many that are kept for
+    prefixes, in half of it at most."""
+    return min(2 * max_num_seqs, max(0, budget) // 2 // slot_bytes) if slot_bytes else 0
+
+
+def cache_for(kv_bytes: int, slot_bytes: int, max_num_seqs: int) -> int:
+    """The least cache that has room for ``kv_bytes`` of keys and values beside ``state_slots``, of which one is."""
+    return max(min(2 * kv_bytes, kv_bytes + 2 * max_num_seqs * slot_bytes), 2 * slot_bytes)
+
+
 def _vector_bytes(dim: int, itemsize: int, form: KvForm) -> int:
     """Of what one token leaves in one head."""
     if form == "packed":

@@ -40,6 +40,7 @@ MIXTURE: dict[str, Any] = {
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 28,
     "first_k_dense_replace": 1,
+    "full_attention_interval": 2,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 4,
     "linear_num_key_heads": 4,

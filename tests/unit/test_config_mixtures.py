@@ -20,6 +20,7 @@ OF_QWEN: dict[str, Any] = {
     "decoder_sparse_step": 2,
     "mlp_only_layers": [3, 5],
 }
+LINEAR: dict[str, Any] = {"partial_rotary_factor": 0.5, "full_attention_interval": 3}
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 3},
     "qwen2_moe": {**OF_QWEN, "shared_expert_intermediate_size": 28, "qkv_bias": False},
@@ -37,9 +38,20 @@ OWN: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "partial_rotary_factor": 0.25,
     },
+    "qwen3_next": {**OF_QWEN, **LINEAR, "shared_expert_intermediate_size": 28},
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": {
+        **LINEAR,
+        **{key: OF_QWEN[key] for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")},
+        "shared_expert_intermediate_size": 28,
+    },
 }
 """What each has beside ``BASE``, all of it unlike the default."""
-NO_WINDOW = ("glm4_moe",)
+RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Families in which layers without attention are between those with it."""
+NO_WINDOW = ("glm4_moe", *RECURRENT)
+PARTIAL = NO_WINDOW
+"""Those that rotate part of a head."""
 
 
 def raw_of(family: str, rope: str = "default", key: str = "", value: Any = None, **changes: Any) -> dict[str, Any]:
@@ -52,13 +64,13 @@ def raw_of(family: str, rope: str = "default", key: str = "", value: Any = None,
 def cases() -> Iterator[tuple[str, str, str, Any]]:
     for family in OWN:
         for rope in ROPES:
-            if family == "glm4_moe" and rope == "longrope":
+            if family in PARTIAL and rope == "longrope":
                 continue  # whose factors are for whole heads
             yield family, rope, "", None
         for key in {**BASE, **OWN[family]}:
-            if (family, key) not in (("glm4_moe", "sliding_window"), ("glm4_moe", "n_group")):
+            if (family, key) != ("glm4_moe", "n_group") and not (family in NO_WINDOW and key == "sliding_window"):
                 yield family, "default", key, MISSING
-            if key not in ("original_max_position_embeddings", "partial_rotary_factor"):
+            if key != "original_max_position_embeddings" and (key != "partial_rotary_factor" or family in RECURRENT):
                 yield family, "default", key, None
 
 
@@ -70,15 +82,17 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     if config.num_key_value_heads is None:
         config.num_key_value_heads = config.num_attention_heads  # which it leaves to the cache to fail at
     layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if family in RECURRENT:
+        layers = config.layer_types.count("full_attention")
     kinds = config.layer_types if family == "qwen2_moe" else ["sliding_attention"] * layers
     bias = {"mixtral": False, "qwen2_moe": getattr(config, "qkv_bias", None)}.get(family, config_bias(config))
-    rotated = config.rope_parameters.get("partial_rotary_factor", 1.0) if family == "glm4_moe" else 1.0
+    rotated = config.rope_parameters.get("partial_rotary_factor", 1.0) if family in PARTIAL else 1.0
     common = usual(config)
     return {
         **common,
         "qkv_bias": bias,
-        "o_bias": bias and family == "qwen3_moe",
-        "qk_norm": family == "qwen3_moe" or (family == "glm4_moe" and config.use_qk_norm),
+        "o_bias": bias and family in ("qwen3_moe", *RECURRENT),
+        "qk_norm": family in ("qwen3_moe", *RECURRENT) or (family == "glm4_moe" and config.use_qk_norm),
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
         "mlps": mlps_by_transformers(config),
         "rotated": int(common["head_dim"] * rotated),
@@ -93,7 +107,7 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     """The same as tpctl reads it."""
     return {
         **found(raw, "qk_norm", "mlps"),
-        "rotated": ModelConfig.from_dict(raw).blueprint.blocks[0].attention.rope.rotary_dim,
+        "rotated": ModelConfig.from_dict(raw).blueprint.attentions[0].rope.rotary_dim,
     }
 
 
@@ -134,6 +148,10 @@ def test_a_config_without_any_field(family: str) -> None:
         ("glm4_moe", {"n_shared_experts": 0}),
         ("glm4_moe", {"first_k_dense_replace": 0}),
         ("glm4_moe", {"num_local_experts": 8, "n_routed_experts": MISSING}),
+        ("qwen3_next", {"norm_topk_prob": False}),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 29 + ["linear_attention"]}),
+        ("qwen3_5_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "mrope_section": [1, 1, 1]}}),
+        ("qwen3_5_moe_text", {"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.25}}),
     ],
     ids=str,
 )
@@ -162,6 +180,9 @@ def test_fields_that_mean_something(family: str, changes: dict[str, Any]) -> Non
             {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 30},
             "layer_types names slid",
         ),
+        ("qwen3_next", {"sliding_window": 64}, "sliding_window is 64, which Qwen3NextForCausalLM does not have"),
+        ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate is false, but Qwen3NextForCausalLM has a gate"),
+        ("qwen3_next", {"rope_parameters": {"mrope_section": [1, 1, 1], "factor": 2.0}}, '"factor" .2.0. is not read'),
         ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm is false, but Qwen3MoeForCausalLM has norms"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "it belongs to a mixture of experts"),
         ("qwen3_moe", {"n_shared_experts": 2}, "n_shared_experts is 2, which Qwen3MoeForCausalLM does not have"),

@@ -159,7 +159,7 @@ def prompts(tmp_path: Path) -> Path:
 def test_what_does_not_run_is_refused_before_it_is_cut_or_hashed(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str, where: str, template: bool
 ) -> None:
-    model = make_checkpoint(tmp_path / "model", make_config("qwen3_next"))
+    model = make_checkpoint(tmp_path / "model", make_config("ministral3"))
     if template:
         (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     shard_checkpoint(model, tmp_path / "shards", 2)

@@ -21,6 +21,7 @@ from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, checked_source_plan
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.metadata import read_metadata
+from tpctl.client.prepare import _check_run
 from tpctl.errors import CheckpointError, PartitionError, TpctlError, UnsupportedModelError
 from tpctl.manifest.manifest import Manifest
 from tpctl.planning.fit import Budget, plan_model
@@ -28,6 +29,7 @@ from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.inspect import inspect_shards
+from tpctl.wire.settings import EngineSettings
 
 HEADS = 6
 SEEING = ("qwen3_5_text", "qwen3_5_moe_text")
@@ -252,7 +254,6 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], said: str) -
 def test_what_is_not_run_says_why() -> None:
     for model_type, said in {
         "gemma4_text": "attention that norms its values",
-        "qwen3_5": "gated delta net layers",
         "deepseek_v3": r"latent attention \(MLA\)",
     }.items():
         with pytest.raises(TpctlError, match=f"the model has {said}, which tpctl cuts but does not run yet"):
@@ -285,6 +286,17 @@ def test_published_kimi_k2_has_experts_of_four_bits_alone() -> None:
     packed = {name.split(".", 3)[3] for name in plan.shards[0] if name.endswith("weight_packed")}
     assert packed == {"mlp.experts.w13_weight_packed", "mlp.experts.w2_weight_packed"}
     assert plan.shape(63, "model.layers.60.mlp.experts.w2_weight_packed") == (384, 7168, 4)  # one group of 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, "gated delta net layers"), ({"layer_types": ["full_attention"] * 2}, "attention with an output gate")],
+)
+def test_what_is_not_run_on_gpus_says_so(changes: dict[str, Any], kind: str) -> None:
+    config = ModelConfig.from_dict(make_config("qwen3_next", **changes))
+    _check_run(config, EngineSettings(device="cpu"))
+    with pytest.raises(UnsupportedModelError, match=f"the model has {kind}, which .* on GPUs yet; use --device cpu"):
+        _check_run(config, EngineSettings(device="cuda"))
 
 
 FP8: dict[str, Any] = {

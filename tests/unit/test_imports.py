@@ -82,6 +82,7 @@ def test_every_folder_is_a_room() -> None:
         "arch.formats",
         "batch.formats",
         "layers.attention",
+        "layers.delta_net",
         "layers.weights",
     }
 

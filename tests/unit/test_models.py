@@ -15,8 +15,9 @@ from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import make_runner
+from tpctl.engine.runners.runner import ModelRunner
 from tpctl.engine.scheduling.block_manager import BlockManager
-from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence, StateUse
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.engine.steps.batch import build_forward_batch
 from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -31,7 +32,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     return {}
 
 
-def logits_of(folder: Path, tp_size: int, prompts: list[list[int]], **changes: Any) -> torch.Tensor:
+def logits_of(
+    folder: Path, tp_size: int, prompts: list[list[int]], chunks: tuple[int, ...] = CHUNKS, **changes: Any
+) -> torch.Tensor:
     """[prompts, length, vocabulary] of equally long prompts, computed together in chunks."""
 
     def rank(group: TPGroup) -> torch.Tensor:
@@ -44,10 +47,13 @@ def logits_of(folder: Path, tp_size: int, prompts: list[list[int]], **changes: A
             sequence.rope_offset = runner.rope_offset(len(sequence.token_ids))
         found, start, length = [], 0, len(prompts[0])
         while start < length:
-            size = min(CHUNKS[len(found) % len(CHUNKS)], length - start)
+            size = min(chunks[len(found) % len(chunks)], length - start)
             for sequence in sequences:
                 assert blocks.grow(sequence, start + size)
-            items = [ScheduledSequence(sequence, start, size, size == 1) for sequence in sequences]
+            items = [
+                ScheduledSequence(sequence, start, size, size == 1, state_of(runner, slot, start))
+                for slot, sequence in enumerate(sequences)
+            ]
             forward = build_forward_batch(ScheduledBatch(items, len(items) if size == 1 else 0), 4, group.device)
             found.append(runner.model(forward, runner.kv).view(len(prompts), size, -1))
             start += size
@@ -64,6 +70,11 @@ def logits_of(folder: Path, tp_size: int, prompts: list[list[int]], **changes: A
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
     return results[0]
+
+
+def state_of(runner: ModelRunner, slot: int, start: int) -> StateUse | None:
+    """Where recurrent layers have the state of a sequence that has come to token ``start``."""
+    return StateUse(slot, slot if start else None) if runner.memory.num_states else None
 
 
 @pytest.mark.grid(2)
@@ -110,13 +121,17 @@ def test_a_folder_made_for_vllm_runs_too(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(logits_of(tmp_path / "vllm", 2, prompts), logits_of(tmp_path / "plain", 2, prompts))
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "minimax_m2", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "name", ["glm4_moe", "minimax_m2", "qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
+)
 def test_a_mixture_made_for_vllm_runs_too(name: str, tmp_path: Path) -> None:
     """Whose names for routers and experts are others, one inside of another."""
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 32}
-    if name != "minimax_m2":
+    if name.startswith("qwen3"):
+        sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    if name not in ("minimax_m2", "qwen3_5_text"):
         sizes |= {"moe_intermediate_size": 32}
-    if name == "qwen2_moe":
+    if name in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"):
         sizes |= {"shared_expert_intermediate_size": 32}
     model = make_mixture(name, tmp_path / "model", **sizes)
     shard_checkpoint(tmp_path / "model", tmp_path / "vllm", 2, compat="vllm")

@@ -17,14 +17,21 @@ from tpctl.engine.engine import make_runner
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.settings import EngineConfig
 
-NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe-plain")
+NAMES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe-plain"),
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+)
 CUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (5, 1), (6, 3))
 """Ranks, and groups that experts are dealt to: 23 and 29 rows of an expert are uneven at each size."""
+MROPE = {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 WINDOWS: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 7},
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 9, "norm_topk_prob": True, "tie_word_embeddings": True},
     "glm4_moe": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+    "qwen3_next": {"norm_topk_prob": False, "decoder_sparse_step": 2, "attention_bias": True, "mlp_only_layers": [1]},
+    "qwen3_5_text": {"layer_types": ["linear_attention"] * 3, "use_cache": False, "linear_conv_kernel_dim": 2},
+    "qwen3_5_moe_text": {"layer_types": ["full_attention"] * 3, "rope_parameters": MROPE},
     "glm4_moe-plain": {"n_shared_experts": 1, "num_experts_per_tok": 8, "head_dim": 12},
 }
 """What else changes a result."""
@@ -45,8 +52,10 @@ def check(folder: Path, model: Any, shards: Path, tp_size: int, groups: int) -> 
 
 
 @pytest.mark.grid(2)
-@pytest.mark.parametrize(("tp_size", "groups"), CUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "tp_size", "groups"),
+    [(name, *cut) for name in NAMES for cut in CUTS if cut[1] == 1 or name != "qwen3_5_text"],
+)
 def test_logits_equal_transformers(
     name: str, tp_size: int, groups: int, made: dict[tuple[str, bool], tuple[Path, Any]], tmp_path_factory: Any
 ) -> None:
@@ -61,6 +70,16 @@ def test_logits_equal_transformers(
 def test_logits_of_other_windows_and_routers(name: str, tmp_path: Path) -> None:
     model = make_mixture(name, tmp_path / "model", **WINDOWS[name])
     check(tmp_path / "model", model, tmp_path / "shards", 3, 1)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_the_text_of_a_model_that_sees(name: str, tmp_path: Path) -> None:
+    model = make_mixture(name, tmp_path / "model", sees=True)
+    prompts = torch.randint(3, 131, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(prompts).logits
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", 2, text_only=True)
+    torch.testing.assert_close(logits_of(tmp_path / "shards", 2, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("groups", "said"), [(2, "tp 2, ep 2, float32, sdpa"), (1, "tp 2, float32, sdpa")])

@@ -33,6 +33,7 @@ from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.settings import EngineConfig
 
+LAYERS = ["linear_attention", "full_attention"]
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 144,
@@ -46,6 +47,15 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 """Of which 144 and 80 are no whole number of groups of 32 and blocks of 128, and heads are smaller than those."""
+
+LINEAR: dict[str, Any] = {"linear_key_head_dim": 16, "linear_value_head_dim": 8, "layer_types": LAYERS}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 48}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**LINEAR, **EXPERTS, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    "qwen3_5_text": {**LINEAR, "linear_num_key_heads": 2, "linear_num_value_heads": 12},
+    "qwen3_5_moe_text": {**LINEAR, **EXPERTS, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+}
+"""Which have few heads of few dimensions, so that borders are inside of blocks."""
 
 SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
 
@@ -93,9 +103,11 @@ def dense(made: Quantised, folder: Path) -> Any:
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def model_of(family: str, packer: Packer, **changes: int) -> Quantised:
+def model_of(family: str, packer: Packer, **changes: Any) -> Quantised:
     sizes = {key: value for key, value in SIZES.items() if not key.startswith("moe") or "moe" in family}
-    if "moe" in family:
+    if family in RECURRENT:
+        sizes |= {**RECURRENT[family], "num_hidden_layers": 2}
+    elif "moe" in family:
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
     made = quantise(make_config(family, **{**sizes, **changes}), packer)
     if "moe" in family:  # which transformers has no biases for
@@ -107,7 +119,10 @@ FUSED = [("phi3", name) for name in ("fp8", "fp8 of other blocks", "ct fp8 in bl
 """Of which q, k and v, and gate and up, begin inside of a block of one tensor."""
 
 
-@pytest.mark.parametrize(("family", "name"), [*product(("llama", "qwen3_moe"), PACKERS), *FUSED])
+NETS = [*product(RECURRENT, ("fp8", "ct int4")), ("qwen3_5_moe_text", "ct nvfp4")]
+
+
+@pytest.mark.parametrize(("family", "name"), [*product(("llama", "qwen3_moe"), PACKERS), *FUSED, *NETS])
 def test_logits_equal_those_of_the_numbers(family: str, name: str, tmp_path: Path) -> None:
     made = model_of(family, PACKERS[name])
     made.save(tmp_path / "model")
@@ -116,7 +131,7 @@ def test_logits_equal_those_of_the_numbers(family: str, name: str, tmp_path: Pat
     with torch.no_grad():
         expected = model(prompts).logits
     ran = 0
-    if family != "qwen3_moe":
+    if "num_experts" not in made.config:
         cuttings = [(1, Cutting()), (2, Cutting()), (3, Cutting()), (4, Cutting(even=True))]
     else:
         cuttings = [(1, Cutting()), (3, Cutting()), (4, Cutting(2))]

@@ -26,7 +26,14 @@ def asked(prefix: str = "", prompts: list[list[int]] = PROMPTS) -> list[Request]
     return requests(prefix, prompts, max_tokens=TOKENS)
 
 
-def check(model: Path, expected: list[list[int]], tmp_path: Path, tp_size: int, cutting: Cutting) -> None:
+def check(
+    model: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    tp_size: int,
+    cutting: Cutting,
+    crowded_memory: int | None = None,
+) -> None:
     for size, cut in ((1, Cutting()), (tp_size, cutting)):
         shard_checkpoint(model, tmp_path / f"tp{size}", size, cutting=cut)
     alone = [[one] for one in asked("alone ", PROMPTS[1:4])]
@@ -38,10 +45,11 @@ def check(model: Path, expected: list[list[int]], tmp_path: Path, tp_size: int, 
     assert wide.prefix_cache_hit_tokens > 0 and wide.preemptions == 0
 
     _, one = run(tmp_path / f"tp{tp_size}", tp_size, [], kv_cache_memory=WIDE)
-    crowded = {"kv_cache_memory": (WIDE // one.num_blocks) * CROWDED, "max_num_batched_tokens": 10, "max_num_seqs": 6}
+    memory = crowded_memory or (WIDE // one.num_blocks) * CROWDED
+    crowded = {"kv_cache_memory": memory, "max_num_batched_tokens": 10, "max_num_seqs": 6}
     tokens, stats = run(tmp_path / f"tp{tp_size}", tp_size, [asked()], **crowded)
     assert [tokens[str(number)] for number in range(len(PROMPTS))] == expected
-    assert stats.preemptions > 0 and CROWDED <= stats.num_blocks <= CROWDED + 1
+    assert stats.preemptions > 0 and CROWDED <= stats.num_blocks <= CROWDED + 2
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,35 @@ def check(model: Path, expected: list[list[int]], tmp_path: Path, tp_size: int, 
 def test_mixtures(name: str, tp_size: int, groups: int, tmp_path: Path) -> None:
     model = make_mixture(name, tmp_path / "model")
     check(tmp_path / "model", answers(model, PROMPTS, TOKENS), tmp_path, tp_size, Cutting(groups))
+
+
+SMALL_STATES = {"linear_key_head_dim": 2, "linear_value_head_dim": 2}
+"""So that a cache of few blocks has states for several sequences."""
+
+
+@pytest.mark.parametrize(
+    ("name", "tp_size", "groups", "memory"),
+    [("qwen3_next", 2, 2, 6400), ("qwen3_5_text", 5, 1, 6300), ("qwen3_5_moe_text", 3, 3, 6300)],
+)
+def test_recurrent_layers(name: str, tp_size: int, groups: int, memory: int, tmp_path: Path) -> None:
+    model = make_mixture(name, tmp_path / "model", **SMALL_STATES)
+    check(tmp_path / "model", answers(model, PROMPTS, TOKENS), tmp_path, tp_size, Cutting(groups), memory)
+
+
+@pytest.mark.parametrize(("name", "tp_size"), [("qwen3_next", 3), ("qwen3_5_text", 4)])
+def test_turns_of_a_conversation_go_on_from_the_state_before(name: str, tp_size: int, tmp_path: Path) -> None:
+    model = make_mixture(name, tmp_path / "model")
+    turns, expected = [SHARED[:13]], []
+    for said in ([5, 6, 7], [8] * 6, [9]):
+        expected += answers(model, turns[-1:], TOKENS)
+        turns.append([*turns[-1], *expected[-1], *said])
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size)
+    groups = [[Request(str(number), turn, asked()[0].sampling)] for number, turn in enumerate(turns[:3])]
+    tokens, stats = run(tmp_path / "shards", tp_size, groups, kv_cache_memory=WIDE)
+    assert [tokens[str(number)] for number in range(3)] == expected
+    # Of each turn but the first, the blocks of 4 that the one before has filled, its last token not being computed.
+    spared = [(len(turn) + TOKENS - 1) // 4 * 4 for turn in turns[:2]]
+    assert stats.prefix_cache_hit_tokens == sum(spared)
 
 
 @pytest.mark.parametrize(

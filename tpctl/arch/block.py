@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tpctl.arch.linear import Linear, Norm, Vector, Weight
 from tpctl.arch.rope import RopeConfig
@@ -38,6 +38,7 @@ class Attention:
         softcap: a score s becomes softcap * tanh(s / softcap); ``None``: it stays.
         q_norm, k_norm: before ``rope``; over each head, or, where they have a ``cut``, over all heads at once.
         sinks: a score for each query head that joins its softmax and that no value goes with.
+        gate: behind each query head ``qkv`` has as many rows more, by whose sigmoid its output counts (Qwen3-Next).
     """
 
     qkv: Linear
@@ -52,6 +53,17 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     sinks: Vector | None = None
+    gate: bool = False
+
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        """As of ``Mixer``."""
+        return ("cpu",) if self.gate else ("cpu", "cuda")
+
+    @property
+    def kind(self) -> str:
+        """As of ``Mixer``."""
+        return "attention with an output gate" if self.gate else "attention"
 
     @property
     def rotates_part(self) -> bool:
@@ -130,9 +142,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mixer:
-    """What mixes tokens in a layer that tpctl cuts and does not run: its weights, in order.
+    """What mixes tokens otherwise than ``Attention``: its weights, in order. One of which no more is known is cut and
+    not run; a kind that runs is a class of its own.
 
     Attributes:
+        runs_on: the devices that tpctl runs it on.
         kind: what people call it.
         num_heads: the most ranks that it can be dealt to.
         num_kv_heads: how many heads keep something of every token (KV heads); 0: all ranks keep the same.
@@ -140,6 +154,8 @@ class Mixer:
             one that reads another layer's.
         recurrent: whether it keeps a state of constant size for each sequence.
     """
+
+    runs_on: ClassVar[tuple[str, ...]] = ()
 
     kind: str
     parts: tuple[Linear | Norm | Vector, ...]
@@ -175,7 +191,7 @@ class Block:
     """
 
     before_attention: Norm | None
-    attention: Attention
+    attention: Attention | Mixer
     before_mlp: Norm | None
     mlp: Gated | Experts
     after_attention: Norm | None = None
@@ -193,7 +209,7 @@ class Block:
         return tuple(part for part in found if part is not None)
 
     @property
-    def mixer(self) -> Attention:
+    def mixer(self) -> Attention | Mixer:
         return self.attention
 
     @cached_property

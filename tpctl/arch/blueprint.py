@@ -11,7 +11,7 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tpctl.arch.block import Block, Experts, Layer, LayerPart, Mixer, linears
+from tpctl.arch.block import Attention, Block, Experts, Layer, LayerPart, Mixer, linears
 from tpctl.arch.linear import Linear, Norm
 from tpctl.errors import UnsupportedModelError
 from tpctl.partition.cuts import Vocab
@@ -68,12 +68,18 @@ class Blueprint:
         self.check_runs()
         return tuple(layer for layer in self.layers if isinstance(layer, Block))
 
-    def check_runs(self) -> None:
-        """Raise ``UnsupportedModelError`` if tpctl does not run the model; the message says why."""
+    def check_runs(self, device: str = "cpu") -> None:
+        """Raise ``UnsupportedModelError`` if tpctl does not run the model, or not on such a device; the message says
+        why."""
         if (why := self.why_not_run()) is not None:
             raise UnsupportedModelError(
                 f"the model has {why}, which tpctl cuts but does not run yet; use shard, plan, inspect-shards and merge"
             )
+        for layer in self.layers:
+            if device not in layer.mixer.runs_on:
+                raise UnsupportedModelError(
+                    f"the model has {layer.mixer.kind}, which tpctl does not run on GPUs yet; use --device cpu"
+                )
 
     def why_not_run(self) -> str | None:
         """What of the model tpctl does not run; ``None``: it runs it."""
@@ -81,7 +87,7 @@ class Blueprint:
             for part in layer.parts:
                 if isinstance(part, Experts) and part.routing is None:
                     return "a mixture of experts with a router of its own kind"
-                if isinstance(part, Mixer):
+                if isinstance(part, Mixer) and not part.runs_on:
                     return part.kind
         return self.lacks
 
@@ -179,9 +185,14 @@ class Blueprint:
         return min(layer.mixer.num_heads for layer in self.layers)
 
     @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Those of the layers that have one, in order. Raises as ``check_runs``."""
+        return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attention))
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
-        """Each layer's window."""
-        return tuple(block.attention.window for block in self.blocks)
+        """The window of each layer with attention."""
+        return tuple(attention.window for attention in self.attentions)
 
 
 def renamed(name: str, root: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.arch import vllm
-from tpctl.arch.block import Block
+from tpctl.arch.block import Attention, Block
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.families import FAMILIES
 from tpctl.arch.family import Family, Sizes
@@ -158,7 +158,11 @@ def _of_text(raw: Mapping[str, Any], inner: str | None) -> Mapping[str, Any]:
 
 def _longest(blueprint: Blueprint, fields: Fields) -> int:
     """The longest sequence that every layer takes, as far as layers say it; ``max_position_embeddings`` otherwise."""
-    ropes = [layer.attention.rope for layer in blueprint.layers if isinstance(layer, Block)]
+    ropes = [
+        layer.mixer.rope
+        for layer in blueprint.layers
+        if isinstance(layer, Block) and isinstance(layer.mixer, Attention)
+    ]
     said = [rope.longest for rope in ropes if rope is not None]
     return min(said) if said else fields.whole("max_position_embeddings")
 

@@ -41,6 +41,7 @@ def attention(
     fused: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
+    gate: bool = False,
 ) -> Attention:
     """Grouped-query attention.
 
@@ -50,8 +51,9 @@ def attention(
         sinks: each query head has a score that joins its softmax.
         fused: the source stores ``qkv_proj`` as one tensor.
         scale: of the scores; by default one over the root of the head's size.
+        gate: as of ``projections``.
     """
-    qkv, out = projections(sizes, qkv_bias=qkv_bias, o_bias=o_bias, fused=fused)
+    qkv, out = projections(sizes, gate=gate, qkv_bias=qkv_bias, o_bias=o_bias, fused=fused)
     head_dim, q_norm, k_norm = sizes.head_dim, None, None
     if whole_norms:
         q_norm, k_norm = norms_over_all(sizes)
@@ -71,6 +73,7 @@ def attention(
         q_norm=q_norm,
         k_norm=k_norm,
         sinks=sunk if sinks else None,
+        gate=gate,
     )
 
 

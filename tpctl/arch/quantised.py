@@ -116,7 +116,7 @@ def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:
     """``layer`` with each part changed; what is the same stays the same object."""
     if isinstance(layer, Block):
         attention, mlp = change(layer.attention), change(layer.mlp)
-        assert isinstance(attention, Attention) and isinstance(mlp, Gated | Experts)
+        assert isinstance(attention, Attention | Mixer) and isinstance(mlp, Gated | Experts)
         return replace(layer, attention=attention, mlp=mlp)
     parts = tuple(change(part) for part in layer.parts)
     mixer = next(new for new, old in zip(parts, layer.parts, strict=True) if old is layer.mixer)

@@ -6,7 +6,7 @@ Unknown kinds are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,7 @@ def read_rope(
     kinds: Mapping[str, str] = ROPE_KINDS,
     partial: bool = False,
     interleaved: bool = False,
+    unread: Collection[str] = (),
 ) -> RopeConfig:
     """The RoPE settings of a config with heads of ``head_dim`` dimensions.
 
@@ -90,12 +91,13 @@ def read_rope(
         kinds: those that the family takes, by the names that it gives them.
         partial: a head's rotated dimensions may be fewer than all (``partial_rotary_factor``).
         interleaved: as of ``RopeConfig``.
+        unread: settings that say nothing of text.
 
     Raises:
         CheckpointError: a number is missing, wrong, or contradicts another one.
         UnsupportedModelError: the kind is unknown, or one that the family does not have.
     """
-    raw = _params(fields)
+    raw = {name: value for name, value in _params(fields).items() if name not in unread}
     kind = raw.pop("rope_type", None) or raw.get("type") or "default"
     raw.pop("type", None)
     if not isinstance(kind, str) or kind not in kinds:

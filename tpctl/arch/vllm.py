@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tpctl.arch.block import Attention, Block, CutBlock, Layer, Mixer, with_weights
+from tpctl.arch.block import Attention, Block, CutBlock, Layer, LayerPart, Mixer, with_weights
 from tpctl.arch.blueprint import EMBEDDING, LM_HEAD, Blueprint
 from tpctl.arch.formats.compressed import Compressed
 from tpctl.arch.formats.fp8 import FP8
@@ -157,8 +157,12 @@ def _layer(layer: Layer, names: Names) -> Layer:
         new = name(weight.name)
         return weight if new == weight.name else replace(weight, name=new, source=weight.source or weight.name)
 
-    if isinstance(layer, Block):  # of a family whose layers have the usual names
-        return mapped(layer, lambda part: with_weights(part, one))
+    if isinstance(layer, Block):  # of a family whose norms have the usual names
+
+        def changed(part: LayerPart) -> LayerPart:
+            return with_weights(_merged(part, names) if isinstance(part, Mixer) else part, one)
+
+        return mapped(layer, changed)
     mixer = with_weights(_merged(layer.mixer, names), one)
     assert isinstance(mixer, Attention | Mixer)
     parts = tuple(mixer if part is layer.mixer else with_weights(part, one) for part in layer.parts)

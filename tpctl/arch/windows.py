@@ -15,6 +15,14 @@ _KINDS = (FULL, SLIDING)
 def no_window(fields: Fields, num_layers: int, longest: int, architecture: str) -> Windows:
     """Of a family that has none. ``longest``: positions that the model takes."""
     kinds = layer_kinds(fields, num_layers)
+    refuse_window(fields, longest, architecture)
+    if kinds is not None and SLIDING in kinds:
+        raise CheckpointError("config.json: layer_types names sliding_attention, but no sliding_window is in use")
+    return (None,) * num_layers
+
+
+def refuse_window(fields: Fields, longest: int, architecture: str) -> None:
+    """Refuse a window that hides something, of a family that has none. ``longest``: positions that the model takes."""
     window = fields.optional_whole("sliding_window")
     # transformers masks nothing by it, but its cache drops what lies further back, once an answer is generated.
     if window is not None and window < longest:
@@ -22,9 +30,6 @@ def no_window(fields: Fields, num_layers: int, longest: int, architecture: str) 
             f"config.json: sliding_window is {window}, which {architecture} does not have, and engines "
             f"differ in what they make of it; set it to null, or to the model's {longest} positions or more"
         )
-    if kinds is not None and SLIDING in kinds:
-        raise CheckpointError("config.json: layer_types names sliding_attention, but no sliding_window is in use")
-    return (None,) * num_layers
 
 
 def one_window(fields: Fields, num_layers: int, architecture: str, *, used: bool = True) -> Windows:

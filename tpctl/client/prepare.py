@@ -185,8 +185,8 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
 
 
 def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
-    """Refuse a model that tpctl cuts and does not run, or not for sequences of that length."""
-    config.blueprint.check_runs()
+    """Refuse a model that tpctl cuts and does not run, or not on that device or for sequences of that length."""
+    config.blueprint.check_runs(settings.device)
     settings.longest(config.max_position_embeddings)
 
 

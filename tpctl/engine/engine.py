@@ -12,6 +12,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.runners.runner import Launched, ModelRunner, make_plain_runner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler
+from tpctl.engine.scheduling.states import StatePool
 from tpctl.layers.attention.select import choose_backend
 from tpctl.wire.messages import Abort, Add, Message, Output
 from tpctl.wire.report import EngineInfo, EngineStats
@@ -41,6 +42,7 @@ class Engine:
             rope_offset=self.runner.rope_offset,
             context_full=memory.context_full,
             pace=self.runner.pace,
+            states=StatePool(memory.num_states, blocks) if memory.num_states else None,
         )
 
     @property

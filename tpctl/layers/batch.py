@@ -28,6 +28,20 @@ class PrefillChunks(NamedTuple):
     seq_lens_P: Tensor
 
 
+class SequenceState(NamedTuple):
+    """Where recurrent layers have the state of one sequence of a step.
+
+    Attributes:
+        slot: its own, where its state is left.
+        source: the slot that it goes on from; ``None``: it begins.
+        keeps: (of the sequence's new tokens so many, a slot), in order: after these its state is copied there, too.
+    """
+
+    slot: int
+    source: int | None
+    keeps: tuple[tuple[int, int], ...] = ()
+
+
 @dataclass
 class ForwardBatch:
     """One step's input. Sequences with one new token (decodes) come first, then prefill chunks.
@@ -46,6 +60,7 @@ class ForwardBatch:
         long_context: whether the backend called this step long (``PagedBackend.is_long``).
         chunks: set in a captured step of decodes and prefill chunks, whose split must not be part of the graph: every
             row then counts as a decode, with a length of 0 in ``seq_lens_S`` where it belongs to one of these chunks.
+        states: of each sequence, where the model has recurrent layers.
     """
 
     input_ids: Tensor
@@ -60,6 +75,7 @@ class ForwardBatch:
     seq_lens_S: Tensor | None = None
     long_context: bool = False
     chunks: PrefillChunks | None = None
+    states: list[SequenceState] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tpctl.arch import block as blocks
-from tpctl.arch import linear
+from tpctl.arch import delta_net, linear
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.held import HeldLinear, Hold
 from tpctl.distributed import TPGroup
@@ -28,6 +28,8 @@ from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
+from tpctl.layers.delta_net.layer import DeltaNet
+from tpctl.layers.delta_net.state import LayerState
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpctl.layers.experts import Mixture, Stacks
 from tpctl.layers.linear import ReplicatedLinear
@@ -64,8 +66,24 @@ class DecoderLayer(Layer):
         self.residual_scale, self.beside = made_of.residual_scale, made_of.beside
         norms = (made_of.before_attention, made_of.after_attention, made_of.before_mlp, made_of.after_mlp)
         self.norms = _Norms(*(self._norm(norm, dtype) for norm in norms))
-        self.self_attn = Attention(made_of.attention, hold, backend, rotary, group, dtype)
+        self._mixer = (self._mixing(made_of.attention, hold, backend, rotary, group, dtype),)
         self._mlp = (self._made(made_of.mlp, hold, group, dtype),)  # under the names that a shard has it by
+
+    def _mixing(
+        self,
+        mixer: blocks.Attention | blocks.Mixer,
+        hold: Hold,
+        backend: AttentionBackend[Any],
+        rotary: RotaryTable | None,
+        group: TPGroup,
+        dtype: torch.dtype,
+    ) -> Attention | DeltaNet:
+        if isinstance(mixer, blocks.Attention):
+            self.self_attn = Attention(mixer, hold, backend, rotary, group, dtype)
+            return self.self_attn
+        assert isinstance(mixer, delta_net.DeltaNet), mixer
+        self.linear_attn = DeltaNet(mixer, hold, group, dtype)
+        return self.linear_attn
 
     def _made(
         self, mlp: blocks.Gated | blocks.Experts, hold: Hold, group: TPGroup, dtype: torch.dtype
@@ -83,7 +101,9 @@ class DecoderLayer(Layer):
         self.add_module(made_of.name, norm)
         return norm
 
-    def forward(self, stream: ResidualStream, kv: LayerKV, plan: AttentionPlan, rows: Tensor | None = None) -> None:
+    def forward(
+        self, stream: ResidualStream, kv: LayerKV | LayerState, plan: AttentionPlan, rows: Tensor | None = None
+    ) -> None:
         """Add this block's two sums to ``stream``.
 
         Args:
@@ -92,7 +112,8 @@ class DecoderLayer(Layer):
         """
         norms, scale = self.norms, self.residual_scale
         read = stream.normed(norms.before_attention)
-        attended = self.self_attn(read, kv, plan)
+        mixer = self._mixer[0]
+        attended = mixer(read, kv, plan)
         if rows is not None:
             stream.keep(rows)
             attended, read = attended[rows], read._replace(x=read.x[rows])
@@ -100,10 +121,10 @@ class DecoderLayer(Layer):
                 return
         if self.beside:
             summand, x = self._mlp[0].summand(read)
-            together = Together(self.self_attn.o_proj, summand, self.self_attn.o_proj.group)
+            together = Together(mixer.o_proj, summand, mixer.o_proj.group)
             stream.add(together, (attended, x), None, scale)
             return
-        stream.add(self.self_attn.o_proj, attended, norms.after_attention, scale)
+        stream.add(mixer.o_proj, attended, norms.after_attention, scale)
         summand, x = self._mlp[0].summand(stream.normed(norms.before_mlp))
         stream.add(summand, x, norms.after_mlp, scale)
 
@@ -178,7 +199,7 @@ class Decoder(Layer):
             if isinstance(module, ReplicatedLinear | Stacks):
                 module.use(compute)
 
-    def forward(self, batch: ForwardBatch, kv: Sequence[LayerKV], rows: Tensor | None = None) -> Tensor:
+    def forward(self, batch: ForwardBatch, kv: Sequence[LayerKV | LayerState], rows: Tensor | None = None) -> Tensor:
         """This rank's slice of the logits, in the model's dtype.
 
         Args:
@@ -193,7 +214,7 @@ class Decoder(Layer):
             return self.lm_head.weight.new_empty(0, self.lm_head.out_features)
         return self.lm_head(*final)  # type: ignore[no-any-return]
 
-    def final(self, batch: ForwardBatch, kv: Sequence[LayerKV], rows: Tensor | None = None) -> Rows | None:
+    def final(self, batch: ForwardBatch, kv: Sequence[LayerKV | LayerState], rows: Tensor | None = None) -> Rows | None:
         """What the head makes the logits of ``forward`` of; ``None`` where no rows are wanted."""
         plan = self.backend.begin(batch)
         stream = self.compute.begin(self.model.embed_tokens(batch.input_ids), batch)

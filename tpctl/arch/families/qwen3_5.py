@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tpctl.arch import mixture, parts
-from tpctl.arch.block import LayerPart
+from tpctl.arch import delta_net, mixture, parts
+from tpctl.arch.block import Attention, Experts, Gated, Mixer
 from tpctl.arch.blueprint import ROOT, Blueprint
-from tpctl.arch.delta_net import DeltaNet
 from tpctl.arch.families import qwen3_next
-from tpctl.arch.families.qwen3_next import FULL, LINEAR
+from tpctl.arch.families.qwen3_next import EXPERTS, FULL, LINEAR, NULLABLE, OWN
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
+from tpctl.arch.routing import Routing
 
 DEFAULTS: dict[str, Any] = {
     **COMMON,
@@ -28,11 +28,13 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
 
 
 def describe_moe(fields: Fields, sizes: Sizes) -> Blueprint:
-    return _model(fields, sizes, mixture.weighed(fields, sizes))
+    parts.read_activation(fields)  # which the experts have, and the convolutions
+    return _model(fields, sizes, mixture.weighed(fields, sizes, Routing("softmax", renormalise=True)))
 
 
-def _model(fields: Fields, sizes: Sizes, mlp: LayerPart) -> Blueprint:
-    mixer = {LINEAR: DeltaNet.read(fields).by_value_head(sizes), FULL: qwen3_next.attention(fields, sizes)}
+def _model(fields: Fields, sizes: Sizes, mlp: Gated | Experts) -> Blueprint:
+    net = delta_net.by_value_head(delta_net.read_sizes(fields), sizes)
+    mixer: dict[str, Attention | Mixer] = {LINEAR: net, FULL: qwen3_next.attention(fields, sizes, "Qwen3.5")}
     layers = (qwen3_next.block(sizes, mixer[kind], mlp) for kind in qwen3_next.kinds(fields, sizes.num_layers))
     return replace(
         qwen3_next.model(sizes, tuple(layers)),
@@ -60,20 +62,27 @@ _MOE = {
     "num_experts_per_tok": 8,
     "num_experts": 256,
 }
-_NULLABLE: frozenset[str] = frozenset()
+_UNREAD = frozenset({"intermediate_size"})
 _TEXT, _SEES = "ForCausalLM", "ForConditionalGeneration"
 
-FAMILY = Family(
-    f"Qwen3_5{_SEES}", _DENSE, _NULLABLE, describe, others=(f"Qwen3_5{_TEXT}",), inner="text_config", runs=False
-)
-TEXT = Family(f"Qwen3_5{_TEXT}", _DENSE, _NULLABLE, describe, others=(f"Qwen3_5{_SEES}",), runs=False)
+FAMILY = Family(f"Qwen3_5{_SEES}", _DENSE, NULLABLE, describe, OWN, others=(f"Qwen3_5{_TEXT}",), inner="text_config")
+TEXT = Family(f"Qwen3_5{_TEXT}", _DENSE, NULLABLE, describe, OWN, others=(f"Qwen3_5{_SEES}",))
 MOE = Family(
     f"Qwen3_5Moe{_SEES}",
     _MOE,
-    _NULLABLE,
+    NULLABLE,
     describe_moe,
+    OWN | EXPERTS,
     others=(f"Qwen3_5Moe{_TEXT}",),
     inner="text_config",
-    runs=False,
+    unset=_UNREAD,
 )
-MOE_TEXT = Family(f"Qwen3_5Moe{_TEXT}", _MOE, _NULLABLE, describe_moe, others=(f"Qwen3_5Moe{_SEES}",), runs=False)
+MOE_TEXT = Family(
+    f"Qwen3_5Moe{_TEXT}",
+    _MOE,
+    NULLABLE,
+    describe_moe,
+    OWN | EXPERTS,
+    others=(f"Qwen3_5Moe{_SEES}",),
+    unset=_UNREAD,
+)

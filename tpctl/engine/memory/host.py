@@ -67,8 +67,13 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
 
 
-def count_blocks(budget: int, block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int) -> int:
+def count_blocks(
+    budget: int, block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int, beside: int = 0
+) -> int:
     """Blocks that ``budget`` bytes hold, and no more than ``max_num_seqs`` sequences of full length can use.
+
+    Args:
+        beside: bytes of the cache that other things take.
 
     Raises:
         EngineError: the budget does not hold two blocks.
@@ -78,6 +83,6 @@ def count_blocks(budget: int, block_bytes: int, block_size: int, max_model_len: 
     if blocks < 2 and blocks < most:
         raise EngineError(
             f"{budget} bytes of KV cache hold {blocks} blocks of {block_size} tokens ({block_bytes} bytes each), "
-            f"but at least 2 are needed; give --kv-cache-memory {2 * block_bytes} or more"
+            f"but at least 2 are needed; give --kv-cache-memory {2 * block_bytes + beside} or more"
         )
     return blocks

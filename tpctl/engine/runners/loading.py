@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from tpctl.arch.block import linears
+from tpctl.accounting import state_bytes
+from tpctl.arch.block import Attention, linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.delta_net import DeltaNet, state_sizes
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import as_held, build_plan, check_scaled
 from tpctl.distributed import TPGroup
@@ -23,8 +25,9 @@ from tpctl.engine.memory.host import available_host_memory
 from tpctl.engine.sampling.sampler import Sampler
 from tpctl.errors import EngineError
 from tpctl.layers.attention.attention import attention_spec
-from tpctl.layers.attention.base import AttentionBackend
+from tpctl.layers.attention.base import AttentionBackend, LayerKV
 from tpctl.layers.attention.select import make_backend
+from tpctl.layers.delta_net.state import LayerState
 from tpctl.layers.rotary import RotaryTable, rotary_tables
 from tpctl.manifest.manifest import Manifest
 from tpctl.manifest.records import ManifestTensor
@@ -71,6 +74,23 @@ class LoadedModel:
         """What a KV block takes on this rank."""
         return self.backend.bytes_per_block(self.dtype)
 
+    @property
+    def state_bytes(self) -> int:
+        """What one sequence's state takes on this rank; 0 without recurrent layers."""
+        nets = state_sizes(self.config.blueprint, self.group.rank, self.group.size)
+        return state_bytes((one.kept for one in nets), self.dtype.itemsize)
+
+    def caches(self, num_blocks: int, num_states: int) -> list[LayerKV | LayerState]:
+        """What each layer keeps of sequences, zeroed."""
+        group = self.group
+        kv = iter(self.backend.allocate(num_blocks, self.dtype, group.device))
+        return [
+            LayerState.allocate(one.sizes_of(group.rank, group.size), num_states, self.dtype, group.device)
+            if isinstance(one := block.attention, DeltaNet)
+            else next(kv)
+            for block in self.config.blueprint.blocks
+        ]
+
 
 def load(
     settings: EngineConfig, group: TPGroup, warm_up: Callable[[TPGroup, torch.dtype], object] | None = None
@@ -82,7 +102,7 @@ def load(
 
     Raises:
         ShardFolderError: the folder is none, or not for this many ranks.
-        UnsupportedModelError: it was cut from codes without scales.
+        UnsupportedModelError: it was cut from codes without scales, or does not run on this device.
         EngineError: the settings do not fit the model, or the weights do not fit the device.
     """
     folder = settings.shard_dir
@@ -92,6 +112,7 @@ def load(
     tensors = dict(manifest.tensors(group.rank))
     config = _config(folder, manifest, tensors)
     made_of = config.blueprint
+    made_of.check_runs(group.device.type)
     if made_of.tied and made_of.head not in tensors:  # in shards for vLLM it may have the embedding's name
         tensors[made_of.head] = tensors.pop(made_of.embedding)
     plan = build_plan(config, settings.tp_size)
@@ -100,7 +121,7 @@ def load(
     stored = tensors[made_of.head].dtype
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
-    attentions = [block.attention for block in made_of.blocks]
+    attentions = made_of.attentions
     backend = make_backend(
         settings.attention_backend,
         group.device.type,
@@ -117,7 +138,8 @@ def load(
 
     timings, started = Timings(), time.perf_counter()
     longest = min(wanted_len, _most_tokens(settings, share, backend.bytes_per_block(dtype), backend.block_size))
-    rotaries = rotary_tables([attention.rope for attention in attentions], longest, group.device)
+    ropes = [one.rope if isinstance(one := block.attention, Attention) else None for block in made_of.blocks]
+    rotaries = rotary_tables(ropes, longest, group.device)
     with torch.device("meta"):
         model = Decoder(made_of, plan, backend, rotaries, group, dtype, held=tensors.keys())
     files = [folder / name for name in manifest.rank_files(group.rank)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tpctl.accounting import reserve
+from tpctl.accounting import cache_for, reserve, state_slots
 from tpctl.engine.memory.host import CPU_SHARE, available_host_memory, count_blocks
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.errors import EngineError
@@ -18,6 +18,7 @@ class MemoryPlan:
 
     Attributes:
         num_blocks: KV blocks, the minimum over the ranks.
+        num_states: slots for states of recurrent layers, likewise; 0: the model has none.
         max_model_len: what the model, the settings and the KV cache allow, whichever is least.
         context_full: what an answer that ends at ``max_model_len`` is told.
     """
@@ -25,6 +26,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     context_full: str
+    num_states: int = 0
 
 
 def plan_memory(loaded: LoadedModel, budget: int, later: int = 0) -> MemoryPlan:
@@ -38,11 +40,16 @@ def plan_memory(loaded: LoadedModel, budget: int, later: int = 0) -> MemoryPlan:
         EngineError: it holds less than the length that was asked for, or does not fit.
     """
     settings, block_size = loaded.settings, loaded.backend.block_size
-    blocks = count_blocks(budget, loaded.block_bytes, block_size, loaded.wanted_len, settings.max_num_seqs)
+    num_states = _count_states(loaded, budget)
+    beside = num_states * loaded.state_bytes
+    blocks = count_blocks(
+        budget - beside, loaded.block_bytes, block_size, loaded.wanted_len, settings.max_num_seqs, beside
+    )
     num_blocks = loaded.group.minimum(blocks)
     held = num_blocks * block_size
     if settings.max_model_len is not None and held < loaded.wanted_len:
         needed = -(-loaded.wanted_len // block_size) * loaded.block_bytes
+        needed = cache_for(needed, loaded.state_bytes, settings.max_num_seqs)
         raise EngineError(
             f"--max-model-len {loaded.wanted_len} does not fit: the KV cache holds {held} tokens; "
             f"give --kv-cache-memory {needed} (bytes a rank) or more, or lower the length"
@@ -52,8 +59,22 @@ def plan_memory(loaded: LoadedModel, budget: int, later: int = 0) -> MemoryPlan:
     if held < loaded.wanted_len:
         full = f"the KV cache holds {held} tokens, fewer than the model's {loaded.wanted_len}; raise --kv-cache-memory"
     if settings.kv_cache_memory is not None:  # what was found to be free need not be checked again
-        check_cache(loaded, num_blocks * loaded.block_bytes, max_model_len, later)
-    return MemoryPlan(num_blocks, max_model_len, full)
+        check_cache(loaded, num_blocks * loaded.block_bytes + beside, max_model_len, later)
+    return MemoryPlan(num_blocks, max_model_len, full, num_states)
+
+
+def _count_states(loaded: LoadedModel, budget: int) -> int:
+    """Slots for states in a cache of ``budget`` bytes (collective). Raises ``EngineError`` if it has room for none."""
+    slot, most = loaded.state_bytes, loaded.settings.max_num_seqs
+    if not slot:
+        return 0
+    found = loaded.group.minimum(state_slots(budget, slot, most))
+    if not found:
+        raise EngineError(
+            f"{budget} bytes of cache have no room for the recurrent layers' state of one sequence ({slot} bytes, in "
+            f"half of it); give --kv-cache-memory {cache_for(0, slot, most)} or more"
+        )
+    return found
 
 
 def plain_budget(loaded: LoadedModel) -> int:

@@ -49,7 +49,7 @@ class ModelRunner:
         self.model = loaded.model
         self.backend = loaded.backend
         self.sampler = loaded.sampler
-        self.kv = loaded.backend.allocate(memory.num_blocks, loaded.dtype, loaded.group.device)
+        self.kv = loaded.caches(memory.num_blocks, memory.num_states)
         loaded.timings.lap("kv cache", started)
 
     def rope_offset(self, num_tokens: int) -> int:

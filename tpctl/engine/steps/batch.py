@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, SequenceState
 
 
 def build_forward_batch(batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
@@ -39,4 +39,5 @@ def build_forward_batch(batch: ScheduledBatch, block_size: int, device: torch.de
         seq_lens=seq_lens,
         num_decodes=batch.num_decodes,
         logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        states=[SequenceState(*item.state) for item in batch.items if item.state is not None] or None,
     )

@@ -58,13 +58,25 @@ class Attention(Layer):
         self.q_norm = _norm(made_of.q_norm, heads[0] * spec.head_dim, dtype)
         self.k_norm = _norm(made_of.k_norm, heads[1] * spec.head_dim, dtype)
         self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm, over_all)
+        self._gated = (spec.num_heads, spec.head_dim) if made_of.gate else None
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=dtype), requires_grad=False)
 
     def forward(self, rows: Rows, kv: LayerKV, plan: AttentionPlan) -> Tensor:
         """Normed [T, H] -> [T, N * D], what ``o_proj`` takes."""
-        return self.backend.run(self.qkv_proj.runs(*rows), self.prepare, kv, plan, self.sinks)
+        qkv = self.qkv_proj.runs(*rows)
+        if self._gated is None:
+            return self.backend.run(qkv, self.prepare, kv, plan, self.sinks)
+        qkv, gate = _without_gate(qkv, *self._gated)
+        return self.backend.run(qkv, self.prepare, kv, plan, self.sinks) * gate.sigmoid()
+
+
+def _without_gate(qkv: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """[T, (2 N + 2 K) * D], where each query head is followed by its gate -> [T, (N + 2 K) * D], gates [T, N * D]."""
+    queries = qkv[:, : 2 * num_heads * head_dim].view(-1, num_heads, 2, head_dim)
+    rest = qkv[:, 2 * num_heads * head_dim :]
+    return torch.cat((queries[:, :, 0].flatten(1), rest), dim=1), queries[:, :, 1].flatten(1)
 
 
 def _norm(made_of: linear.Norm | None, size: int, dtype: torch.dtype | None) -> RMSNorm | None:

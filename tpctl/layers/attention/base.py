@@ -102,8 +102,9 @@ class AttentionBackend(ABC, Generic[PlanT]):
         """Zeroed caches of ``num_blocks`` blocks for every layer."""
 
     def bytes_per_block(self, dtype: torch.dtype) -> int:
-        """Bytes that one block of ``allocate``'s caches takes over all layers, keys and values together."""
-        return self.block_size * kv_bytes_per_token(self._heads, dtype.itemsize, self.kv_form)
+        """Bytes that one block of ``allocate``'s caches takes over all layers, keys and values together; at least 1,
+        of a model without attention."""
+        return max(1, self.block_size * kv_bytes_per_token(self._heads, dtype.itemsize, self.kv_form))
 
     @property
     def _heads(self) -> list[tuple[int, int]]:

@@ -130,7 +130,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         self._most_kept = 0  # tokens
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        token = kv_bytes_per_token(self._heads, dtype.itemsize)
+        token = max(1, kv_bytes_per_token(self._heads, dtype.itemsize))
         self._most_kept = min(_MOST_KEPT, num_blocks * self.bytes_per_block(dtype) // 4) // token
         # One block more, which stays empty.
         return [self._layer(spec, num_blocks + 1, dtype, device) for spec in self.layers]
