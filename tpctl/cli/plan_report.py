@@ -61,9 +61,11 @@ def _remarks(report: FitReport) -> Iterator[str]:
     if report.beside:
         yield f"left out: {counted(report.beside, 'tensor')} of what sees or hears (`tpctl shard --text-only`)"
     if report.recurrent:
+        rank = max(report.ranks, key=lambda rank: rank.state_bytes)
+        states = f": {_gib(rank.state_bytes // rank.states)} a rank" if rank.states else ""
         yield (
             f"{report.recurrent} of {counted(report.layers, 'layer')} keep no keys and values but a state of constant "
-            "size for each sequence, which is not counted"
+            f"size for each sequence{states}; half of the cache is for states at most"
         )
     if report.windowed:
         yield (

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tpctl.accounting import PACKED_HEAD_DIMS, reserve
-from tpctl.arch.block import Attention, Mixer
+from tpctl.accounting import PACKED_HEAD_DIMS, cache_for, reserve, state_slots
+from tpctl.arch.block import Attention
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import towers
 from tpctl.checkpoint.metadata import ModelMetadata
@@ -136,7 +136,7 @@ def plan_model(
         layers=config.num_layers,
         not_run=config.blueprint.why_not_run(),
         beside=len(towers(config, metadata.tensors or ())),
-        recurrent=sum(isinstance(mixer, Mixer) and mixer.recurrent for mixer in model.mixers),
+        recurrent=model.recurrent,
         windowed=len(windows),
         window=max(windows, default=None),
         sizes=tuple(sizes),
@@ -174,8 +174,13 @@ def _size(model: ModelSizes, budget: Budget, check: SizeCheck) -> SizeFit:
     ranks = _ranks(model, budget, model.small_plan(check.tp_size))
     length = budget.max_model_len or 1
     tokens = max(0, min(rank.kv_cache_bytes // max(1, rank.kv_bytes_per_token) for rank in ranks))
-    taken = (int(budget.memory * budget.utilization) - rank.kv_cache_bytes for rank in ranks)
-    needed = max(use + length * rank.kv_bytes_per_token for use, rank in zip(taken, ranks, strict=True))
+    share, seqs = int(budget.memory * budget.utilization), budget.max_num_seqs
+    slots = [model.slot_bytes(check.tp_size, rank.rank) for rank in ranks]
+    needed = max(
+        share - (rank.kv_cache_bytes + rank.state_bytes) + cache_for(length * rank.kv_bytes_per_token, slot, seqs)
+        for rank, slot in zip(ranks, slots, strict=True)
+    )
+    together = min([tokens // length, *(rank.states for rank, slot in zip(ranks, slots, strict=True) if slot)])
     known = budget.known
     return SizeFit(
         tp_size=check.tp_size,
@@ -186,7 +191,7 @@ def _size(model: ModelSizes, budget: Budget, check: SizeCheck) -> SizeFit:
         kv_bytes_per_token=max(rank.kv_bytes_per_token for rank in ranks),
         kv_tokens=tokens,
         max_context=min(tokens, model.config.max_position_embeddings),
-        concurrency=tokens // length,
+        concurrency=together,
         needed=int(needed / budget.utilization),
         read_bytes=check.read_bytes,
         token_seconds=None if known is None else check.read_bytes / known.bandwidth,
@@ -211,6 +216,9 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
         activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs)
         activations += model.unpacked_bytes(plan.tp_size, first, tokens, length)
         activations += model.sampling_bytes(plan, first, budget.max_num_seqs)
+        left = share - weights - growth - activations - reserved - _context_bytes(plan.tp_size)
+        slot = model.slot_bytes(plan.tp_size, first)
+        states = state_slots(left, slot, budget.max_num_seqs)
         fit = RankFit(
             rank=first,
             parameters=parameters,
@@ -220,8 +228,10 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
             kv_heads=kv_heads,
             kv_bytes_per_token=model.kv_bytes_per_token(plan.tp_size, first),
             activation_bytes=activations,
-            kv_cache_bytes=share - weights - growth - activations - reserved - _context_bytes(plan.tp_size),
+            kv_cache_bytes=left - states * slot,
             growth_bytes=growth,
+            states=states,
+            state_bytes=states * slot,
         )
         found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
     return [found[rank] for rank in range(plan.tp_size)]

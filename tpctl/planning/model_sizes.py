@@ -18,11 +18,13 @@ from tpctl.accounting import (
     kv_bytes_per_token,
     sampled_rows,
     sampler_bytes,
+    state_bytes,
     unpacked_tokens,
 )
 from tpctl.arch.block import Attention, Experts, Gated, Mixer, linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.delta_net import state_sizes
 from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
@@ -209,6 +211,11 @@ class ModelSizes:
         kept = sum(mixer.kept * len(mixer.shares(tp_size)[rank].kv) for mixer in others)
         return kv_bytes_per_token(heads, self._itemsize, self.kv_form) + kept * self._itemsize
 
+    def slot_bytes(self, tp_size: int, rank: int) -> int:
+        """What recurrent layers keep of one sequence."""
+        nets = state_sizes(self.config.blueprint, rank, tp_size)
+        return state_bytes((net.kept for net in nets), self._itemsize)
+
     @property
     def kv_form(self) -> KvForm:
         """How GPUs keep keys and values, as they are where what is asked for cannot be."""
@@ -257,6 +264,11 @@ class ModelSizes:
         return [layer.mixer for layer in self.config.blueprint.layers]
 
     @property
+    def recurrent(self) -> int:
+        """How many layers are recurrent."""
+        return sum(isinstance(mixer, Mixer) and mixer.recurrent for mixer in self.mixers)
+
+    @property
     def kept_heads(self) -> str:
         """Whose keys and values are kept, in words."""
         dims = dict.fromkeys(
@@ -296,7 +308,7 @@ def _width(part: object, tp_size: int, rank: int) -> int:
     """
     if isinstance(part, Attention):
         share = part.shares(tp_size)[rank]
-        return (2 * len(share.query) + 2 * len(share.kv)) * part.head_dim
+        return ((3 if part.gate else 2) * len(share.query) + 2 * len(share.kv)) * part.head_dim
     if isinstance(part, Gated):
         return 3 * len(part.down.input_cut.ranges(part.down.inputs, tp_size)[rank])
     if isinstance(part, Experts):

@@ -12,7 +12,8 @@ class RankFit:
     """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors, which take
     ``growth_bytes`` more when they run.
 
-    ``kv_cache_bytes`` is what is left for the KV cache; negative where the rest alone is too much.
+    ``kv_cache_bytes`` is what is left for the KV cache beside ``state_bytes``, which ``states`` of recurrent layers
+    take; negative where the rest alone is too much.
     """
 
     rank: int
@@ -25,6 +26,8 @@ class RankFit:
     activation_bytes: int
     kv_cache_bytes: int
     growth_bytes: int
+    states: int
+    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class FitReport:
     ``limit``. ``active_parameters`` are those that a token meets.
     ``not_run`` is what tpctl would have to know to run the model, not only cut it.
     ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
-    constant size for each sequence, which is not counted, and no keys and values; ``windowed`` those that look back
+    constant size for each sequence and no keys and values; ``windowed`` those that look back
     no further than ``window`` tokens, whose keys and values are counted for the whole context all the same.
     """
 

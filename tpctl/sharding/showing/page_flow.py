@@ -106,6 +106,7 @@ def called(layer: Layer) -> str:
         words = mixer.kind
     else:
         words = "attention over all tokens" if mixer.window is None else f"attention over a window of {mixer.window:,}"
+        words += " with an output gate" if mixer.gate else ""
     parts = [
         f"{part.count} experts" + (" and a shared one" if part.shared is not None else "")
         if isinstance(part, Experts)

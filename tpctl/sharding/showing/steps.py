@@ -110,7 +110,8 @@ class _Way:
                 yield self._each("step", lambda i: ("scaled", f"by {part.name.rpartition('.')[2]}"))
 
     def _attention(self, attention: Attention) -> Iterator[Step]:
-        yield self._each("weight", self._weight(attention.qkv), "Column-parallel: own heads' q, k, v.")
+        gated = " with its gate" if attention.gate else ""
+        yield self._each("weight", self._weight(attention.qkv), f"Column-parallel: own heads' q{gated}, k, v.")
         if any(norm is not None and norm.cut is not None for norm in (attention.q_norm, attention.k_norm)):
             self._sums += 1
             of = "q and k are normed over all heads: one number each, added"
