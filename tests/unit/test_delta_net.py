@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tiny import make_mixture
 from tests.unit.test_models import logits_of
-from tpctl.layers.delta_net import conv, rule
+from tpctl.layers.delta_net import conv, layer, rule
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
@@ -117,6 +117,8 @@ def test_long_prompts_are_as_near_as_those_of_transformers(
     name: str, tp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounding grows along a prompt, so what is nearer to the truth is told by computing it in float64."""
+    if tp_size == 3:  # as if states were large
+        monkeypatch.setattr(layer, "_MOST_GATHERED", 0)
     model = make_mixture(name, tmp_path / "model", max_position_embeddings=512)
     shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size)
     prompts = torch.randint(3, 131, (2, 250), generator=torch.Generator().manual_seed(1))

@@ -5,35 +5,16 @@ from __future__ import annotations
 from tpctl.arch import parts
 from tpctl.arch.block import Mixer
 from tpctl.arch.family import Sizes
-from tpctl.arch.linear import Linear, Norm, Vector
+from tpctl.arch.linear import Linear, Norm
 from tpctl.arch.mixture import whole
 from tpctl.partition.cuts import QueryHeads, Whole
 from tpctl.partition.split import Part, Rule
 
 
-def grouped(
-    sizes: Sizes,
-    kind: str,
-    *further: Norm | Vector,
-    gate: bool = False,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-) -> Mixer:
-    """Grouped-query attention.
-
-    Args:
-        kind: what people call it.
-        further: weights it has beside its projections.
-        gate: as of ``parts.projections``.
-    """
-    qkv, out = parts.projections(sizes, gate=gate, qkv_bias=qkv_bias, o_bias=o_bias)
-    return Mixer(kind, (qkv, *further, out), sizes.num_heads, sizes.num_kv_heads, kept=2 * sizes.head_dim)
-
-
-def head_norms(sizes: Sizes, *, unit_offset: bool = False) -> tuple[Norm, Norm]:
-    """One over each query head, and one over each key head."""
-    q, k = (Norm(f"self_attn.{label}_norm", sizes.head_dim, sizes.eps, unit_offset) for label in "qk")
-    return q, k
+def grouped(sizes: Sizes, kind: str) -> Mixer:
+    """Grouped-query attention; ``kind``: what people call it."""
+    qkv, out = parts.projections(sizes)
+    return Mixer(kind, (qkv, out), sizes.num_heads, sizes.num_kv_heads, kept=2 * sizes.head_dim)
 
 
 def latent(

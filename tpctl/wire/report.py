@@ -17,6 +17,7 @@ class EngineInfo:
         kv_cache_dtype: that of keys and values; ``"packed"`` is bfloat16 in 12 bits, ``"fp8"`` e4m3 with scales.
         block_size: tokens in a KV block.
         num_blocks: KV blocks, the minimum over the ranks.
+        num_states: sequences whose states recurrent layers have room for; 0: the model has no such layers.
         max_model_len: tokens of prompt and answer at most, which the KV cache may have lowered.
         wanted_model_len: the same, had the KV cache room for it.
         kv_cache_bytes: of a rank.
@@ -42,6 +43,7 @@ class EngineInfo:
     timings: dict[str, float]
     max_num_seqs: int
     expert_parallel: int = 1
+    num_states: int = 0
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ class ModelRunner:
             timings=loaded.timings,
             max_num_seqs=loaded.settings.max_num_seqs,
             expert_parallel=loaded.config.cutting.expert_parallel,
+            num_states=memory.num_states,
         )
 
     def device_memory(self) -> int:
