@@ -14,7 +14,7 @@ from tpctl.arch.blueprint import LM_HEAD
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.cuts import Even, KVHeads, Units
+from tpctl.partition.cuts import Even, KVHeads, Units, split_heads
 from tpctl.partition.plan import PartitionPlan
 from tpctl.partition.split import EACH, Part, Rule, TensorSplit, tensor_names
 
@@ -45,7 +45,6 @@ def models(draw: st.DrawFn) -> tuple[ModelConfig, int]:
 def test_every_source_element_is_held_by_the_right_number_of_ranks(model: tuple[ModelConfig, int]) -> None:
     config, tp = model
     plan = build_plan(config, tp)
-    attention = config.blueprint.blocks[0].attention
     copies = {name: np.zeros(shape, int) for name, shape in plan.source_shapes.items()}
     for _, stored, piece in plan.pieces():
         apart = int(EACH in piece.source)  # a tensor an expert
@@ -63,10 +62,10 @@ def test_every_source_element_is_held_by_the_right_number_of_ranks(model: tuple[
             if split.rule is Rule.REPLICATED:
                 assert (rows == tp).all(), split.name
             elif isinstance(part.cut, KVHeads):
-                held = np.zeros(attention.num_kv_heads, int)
-                for share in attention.shares(tp):
+                held = np.zeros(part.cut.num_kv_heads, int)
+                for share in split_heads(part.cut.num_heads, part.cut.num_kv_heads, tp):
                     held[share.kv.start : share.kv.stop] += 1
-                wanted = np.repeat(held, attention.head_dim)
+                wanted = np.repeat(held, part.cut.head_dim)
                 assert (rows[0].reshape(len(wanted), -1) == wanted[:, None]).all(), split.name
             else:
                 assert (rows == 1).all(), split.name
