@@ -137,6 +137,20 @@ def test_greedy_tokens_are_the_same_in_any_company(made: tuple[Path, list[list[i
     assert (stats.prefix_cache_hit_tokens > 0) == (way != "unshared")
 
 
+def test_attention_between_recurrent_layers_keeps_its_keys_in_fp8(tmp_path: Path) -> None:
+    make_mixture("qwen3_next", tmp_path / "hf")
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2)
+    alone, exact, groups = [], [], [requests(), requests("again ")]
+    for form, found in (("fp8", alone), ("model", exact)):
+        tokens, _ = run(tmp_path / "tp2", 2, [[one] for one in requests()], kv_cache_dtype=form)
+        found += [tokens[str(index)] for index in range(len(PROMPTS))]
+    assert alone != exact
+    tokens, stats = run(tmp_path / "tp2", 2, groups, kv_cache_dtype="fp8", max_num_batched_tokens=10, max_num_seqs=4)
+    for way in ("", "again "):
+        assert [tokens[f"{way}{index}"] for index in range(len(PROMPTS))] == alone
+    assert stats.prefix_cache_hit_tokens > 0
+
+
 def test_the_rounding_is_seen(tmp_path: Path) -> None:
     """Else the tests above would compare nothing."""
     make_checkpoint("llama3", tmp_path / "hf")

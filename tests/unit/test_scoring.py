@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, make_mixture
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampling import scores as engine_scores
@@ -33,6 +33,7 @@ class Models:
         torch.manual_seed(3)
         self.prompts = [torch.randint(3, VOCAB, (length,)).tolist() for length in LENGTHS]
         self.models: dict[str, Any] = {"whole": make_checkpoint("llama2", folder / "whole")}
+        self.models["recurrent"] = make_mixture("qwen3_5_text", folder / "recurrent")
         disturbed: Any = make_checkpoint("llama2", folder / "disturbed")
         with torch.no_grad():
             for parameter in disturbed.parameters():
@@ -110,9 +111,18 @@ def test_logprobs_are_transformers(
     models: Models, tp_size: int, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_scores, "ELEMENTS", 5 * VOCAB)  # a few rows at a time
-    found = scored(models.shards("whole", tp_size), tp_size, requests_of(models), **settings)
+    check_logprobs(models, "whole", tp_size, settings)
+
+
+@pytest.mark.parametrize(("tp_size", "tokens"), [(1, 4096), (2, 7)])
+def test_logprobs_of_a_model_with_recurrent_layers(models: Models, tp_size: int, tokens: int) -> None:
+    check_logprobs(models, "recurrent", tp_size, {"max_num_batched_tokens": tokens, "max_num_seqs": 3})
+
+
+def check_logprobs(models: Models, name: str, tp_size: int, settings: dict[str, int]) -> None:
+    found = scored(models.shards(name, tp_size), tp_size, requests_of(models), **settings)
     for index, (prompt, first) in enumerate(zip(models.prompts, FIRSTS, strict=True)):
-        chosen = models.logprobs("whole", prompt)[range(len(prompt) - 1), prompt[1:]][first - 1 :]
+        chosen = models.logprobs(name, prompt)[range(len(prompt) - 1), prompt[1:]][first - 1 :]
         scores = found[str(index)]
         torch.testing.assert_close(torch.tensor([s.logprob for s in scores]).double(), chosen, rtol=0, atol=1e-4)
         assert {(score.divergence, score.same_top) for score in scores} == {(None, None)}
