@@ -9,10 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ranks import run_ranks
 from tests.tiny import make_mixture
 from tests.unit.test_models import logits_of
+from tpctl.checkpoint.metadata import read_metadata
+from tpctl.distributed import TPGroup
+from tpctl.engine.engine import make_runner
+from tpctl.errors import EngineError
 from tpctl.layers.delta_net import conv, layer, rule
+from tpctl.layers.delta_net.state import LayerState
+from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.shard import shard_checkpoint
+from tpctl.wire.settings import EngineConfig
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
 FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
@@ -144,6 +152,36 @@ def test_bfloat16_is_as_near_as_that_of_transformers(name: str, tmp_path: Path) 
     shard_checkpoint(tmp_path / "half", tmp_path / "shards", 2)
     ours = logits_of(tmp_path / "shards", 2, prompts.tolist())
     assert deviation(ours, exact) <= 1.5 * deviation(theirs, exact)
+
+
+def test_states_take_what_is_planned(tmp_path: Path) -> None:
+    make_mixture("qwen3_next", tmp_path / "model")
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", 4)
+    planned = plan_model(read_metadata(str(tmp_path / "model")), Budget(max_num_seqs=8), tp_size=4)
+    memory = 1 << 16
+
+    def rank(group: TPGroup) -> None:
+        runner = make_runner(EngineConfig(tmp_path / "shards", 4, kv_cache_memory=memory, max_num_seqs=8), group)
+        states = [one for one in runner.kv if isinstance(one, LayerState)]
+        held = sum(one.matrices.nbytes + one.inputs.nbytes for one in states)
+        slots, loaded, fit = runner.memory.num_states, runner.loaded, planned.ranks[group.rank]
+        assert len(states) == 2 and held == slots * loaded.state_bytes
+        assert fit.states == 16 and fit.state_bytes == 16 * loaded.state_bytes
+        assert held <= memory // 2 and held + runner.memory.num_blocks * loaded.block_bytes <= memory
+
+    run_ranks(4, torch.inference_mode()(rank))
+    assert planned.recurrent == 2 and planned.not_on_gpus == "gated delta net layers"
+
+
+def test_a_cache_without_room_for_a_state_is_refused(tmp_path: Path) -> None:
+    make_mixture("qwen3_next", tmp_path / "model")
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", 1)
+    with pytest.raises(EngineError, match=r"no room for the recurrent layers' state .* --kv-cache-memory") as refused:
+        make_runner(EngineConfig(tmp_path / "shards", 1, kv_cache_memory=5000), TPGroup())
+    enough = int(str(refused.value).split("--kv-cache-memory ")[1].split()[0])
+    config = EngineConfig(tmp_path / "shards", 1, kv_cache_memory=enough, block_size=4)
+    with torch.inference_mode():
+        assert make_runner(config, TPGroup()).memory.num_states == 1
 
 
 def deviation(found: Tensor, exact: Tensor) -> float:

@@ -75,11 +75,12 @@ class Blueprint:
             raise UnsupportedModelError(
                 f"the model has {why}, which tpctl cuts but does not run yet; use shard, plan, inspect-shards and merge"
             )
-        for layer in self.layers:
-            if device not in layer.mixer.runs_on:
-                raise UnsupportedModelError(
-                    f"the model has {layer.mixer.kind}, which tpctl does not run on GPUs yet; use --device cpu"
-                )
+        if (why := self.why_not_on(device)) is not None:
+            raise UnsupportedModelError(f"the model has {why}, which tpctl does not run on GPUs yet; use --device cpu")
+
+    def why_not_on(self, device: str) -> str | None:
+        """What of a model that tpctl runs it does not run on ``device``."""
+        return next((layer.mixer.kind for layer in self.layers if device not in layer.mixer.runs_on), None)
 
     def why_not_run(self) -> str | None:
         """What of the model tpctl does not run; ``None``: it runs it."""

@@ -58,6 +58,8 @@ def _remarks(report: FitReport) -> Iterator[str]:
     """What of the model is counted otherwise than one may think."""
     if report.not_run is not None:
         yield f"tpctl cuts the model but does not run it yet, for it has {report.not_run}"
+    elif report.not_on_gpus is not None:
+        yield f"tpctl runs the model on CPUs and not on GPUs yet, for it has {report.not_on_gpus}"
     if report.beside:
         yield f"left out: {counted(report.beside, 'tensor')} of what sees or hears (`tpctl shard --text-only`)"
     if report.recurrent:

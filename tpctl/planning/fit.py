@@ -135,6 +135,7 @@ def plan_model(
         reserve_bytes=reserve(config.num_layers),
         layers=config.num_layers,
         not_run=config.blueprint.why_not_run(),
+        not_on_gpus=config.blueprint.why_not_on("cuda"),
         beside=len(towers(config, metadata.tensors or ())),
         recurrent=model.recurrent,
         windowed=len(windows),

@@ -70,7 +70,7 @@ class FitReport:
     ``ranks`` details ``tp_size``, which is the size asked for, or else the smallest that fits (the largest there
     is, if none does), cut with ``expert_parallel`` and ``even`` as a manifest has them. ``checks`` has every size below
     ``limit``. ``active_parameters`` are those that a token meets.
-    ``not_run`` is what tpctl would have to know to run the model, not only cut it.
+    ``not_run`` is what tpctl would have to know to run the model, not only cut it; ``not_on_gpus`` to run it on them.
     ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
     constant size for each sequence and no keys and values; ``windowed`` those that look back
     no further than ``window`` tokens, whose keys and values are counted for the whole context all the same.
@@ -94,6 +94,7 @@ class FitReport:
     reserve_bytes: int
     layers: int
     not_run: str | None
+    not_on_gpus: str | None
     beside: int
     recurrent: int
     windowed: int

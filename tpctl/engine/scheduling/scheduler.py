@@ -256,9 +256,7 @@ class Scheduler:
 
     def _admit_waiting(self, step: _Step) -> None:
         states = self.states
-        while self.waiting and step.has_room and len(self.running) < self.max_num_seqs:
-            if states is not None and not states.has_room:
-                break
+        while self.waiting and step.has_room and self._has_place:
             sequence = self.waiting[0]
             if sequence.num_in_flight:
                 break  # preempted with a token under way; its id is needed before it can be computed again
@@ -275,6 +273,11 @@ class Scheduler:
             del self.waiting[0]
             self.running[sequence.id] = sequence
             self._choose(step, sequence, self._room(step, sequence))
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether one more sequence can run, as far as blocks allow."""
+        return len(self.running) < self.max_num_seqs and (self.states is None or self.states.has_room)
 
     def _room(self, step: _Step, sequence: Sequence) -> int:
         """How many of a sequence's uncomputed tokens the step has room for."""
