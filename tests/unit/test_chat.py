@@ -159,7 +159,7 @@ def fake_engine(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.Monkey
         return EngineConfig(tmp_path / "model", 1)
 
     monkeypatch.setenv("TPCTL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config: client)
+    monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config, **_: client)
     for module in ("chat", "batch"):
         monkeypatch.setattr(f"tpctl.cli.{module}.prepare", prepare)
     yield client
@@ -185,11 +185,12 @@ def test_a_chat_on_a_cpu_takes_small_steps(
 ) -> None:
     configs: list[EngineConfig] = []
 
-    def settled(model: str, options: EngineOptions, look: object, cpu_tokens: int) -> EngineConfig:
+    def settled(model: str, options: EngineOptions, look: object, cpu_tokens: int, **_: object) -> EngineConfig:
         return EngineConfig(tmp_path, 1, **asdict(engine_args(options, cpu_tokens=cpu_tokens).settle()))
 
     monkeypatch.setattr("tpctl.cli.chat.prepare", settled)
-    monkeypatch.setattr("tpctl.client.engine_client.EngineClient", lambda config: configs.append(config) or fake_engine)
+    engine = "tpctl.client.engine_client.EngineClient"
+    monkeypatch.setattr(engine, lambda config, **_: configs.append(config) or fake_engine)
     monkeypatch.setattr("tpctl.client.tokenizer.Tokenizer", lambda *given, **named: Tokenizer(tmp_path / "model"))
     assert invoke("chat", "-m", "hi", "--device", "cpu", *options).exit_code == 0
     assert [config.max_num_batched_tokens for config in configs] == [tokens]

@@ -39,7 +39,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fa
         look(ResolvedSource(folder, "org/name", None))
         return EngineConfig(folder, 1)
 
-    def start(config: EngineConfig) -> FakeClient:
+    def start(config: EngineConfig, **_: object) -> FakeClient:
         made.append(FakeClient(Tokenizer(write_tokenizer(tmp_path / "plain"))))
         return made[-1]
 
