@@ -285,3 +285,14 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub: FakeHub, monkeypatch: pyt
     monkeypatch.setattr(FakeHub, "isdir", broken)
     with pytest.raises(SourceError, match="cannot read hf://datasets/org/set: no route to the Hub"):
         formats_of("hf://datasets/org/set")
+
+
+def test_a_number_that_json_does_not_know_in_a_kept_field_is_null_and_ends_nothing(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    lines = ['{"prompt": "a", "price": NaN, "all": {"of": [1.5, Infinity]}}', '{"prompt": 7, "price": -Infinity}']
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    assert answer(tokenizer, source, tmp_path / "out.jsonl", keep_columns="all").errors == 1
+    rows = read_lines(tmp_path / "out.jsonl")
+    assert (rows[0]["text"], rows[0]["price"], rows[0]["all"]) == ("<a>", None, {"of": [1.5, None]})
+    assert "prompt is 7" in rows[1]["error"] and rows[1]["price"] is None

@@ -82,7 +82,6 @@ def replica(
                     f"{spec.model} is another one here (digest {found[:12]}) than where the batch began "
                     f"({spec.model_digest[:12]}); name a revision, or a folder that all hosts see"
                 )
-            place.gpus = config.tp_size if config.device == "cuda" else 0
             with EngineClient(config, module=os.environ.get(WORKER_VARIABLE) or WORKER) as engine:
                 tokenizer = at_hand.tokenizer(config.text_dir)
                 asked = Asked(spec.formats.formats(), spec.sampling, spec.stop, spec.step_timeout)

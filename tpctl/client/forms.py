@@ -5,6 +5,7 @@ A form only reads; what is found is checked where lines become jobs (``jobs.py``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -110,7 +111,7 @@ class OwnForm:
             kept |= {name: None for name in self.keep if name not in entry}
         if taken := kept.keys() & self.taken:
             raise RequestError(refused_name(min(taken)))
-        return {"kept": kept}
+        return {"kept": finite(kept)}
 
     def wanted(self, entry: Mapping[str, Any]) -> Wanted:
         if self.prompt_field is not None:
@@ -136,6 +137,15 @@ class OwnForm:
 
 
 OWN = OwnForm()
+
+
+def finite(value: Any) -> Any:
+    """A value with null in the place of numbers that JSON has no form for, which Python's and pandas' lines have."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def refused_name(name: str) -> str:

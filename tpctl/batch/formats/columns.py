@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tpctl.client.forms import ALL, OwnForm, refused_name
+from tpctl.client.forms import ALL, OwnForm, finite, refused_name
 from tpctl.errors import SourceError, shown
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def as_json(row: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(row), ensure_ascii=False)
+        text = json.dumps(finite(row), ensure_ascii=False)
     return text.encode("utf-8", "replace")
 
 
@@ -150,11 +149,3 @@ def _has_json(kind: pa.DataType) -> bool:
         or types.is_boolean(kind)
         or types.is_null(kind)
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
