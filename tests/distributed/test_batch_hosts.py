@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.distributed.batch_kills import write_prompts
@@ -155,3 +158,37 @@ def test_two_replicas_that_start_at_once_cut_the_model_once(demo: ResolvedSource
     shards = [folder.name for folder in (tmp_path / "cache" / "shards").iterdir() if not folder.name.startswith(".")]
     assert len(shards) == 1, shards
     assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(200)]
+
+
+def test_tables_and_openai_lines_by_ssh(model: str, tmp_path: Path, path: str) -> None:
+    """What replicas elsewhere are told of formats; one of them is killed as it answers, and its rows are kept."""
+    run = started(model, tmp_path, path, "alpha slots=2\nbeta\n", 240, FAST_WORKER_DELAY="0.2")
+    numbers = range(240)
+    table = pa.table({"q": [f"line {n}" for n in numbers], "key": [n * 3 for n in numbers], "raw": [b"x"] * 240})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=50)
+    run.command[4] = str(tmp_path / "in.parquet")
+    run.command += ["--prompt-column", "q", "--id-column", "key", "--keep-columns", "raw", "--step-timeout", "60"]
+    process = run.start("--max-num-seqs", "8")
+    wait_until(run.at_work, "a replica is at work")
+    assert {one["host"] for one in run.status()["replicas"]} == {os.uname().nodename}
+    os.kill(replicas(run)[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    found = pa.concat_tables([pq.read_table(part) for _, part in sorted(run.folder.parts().items())])
+    assert found["id"].to_pylist() == [n * 3 for n in numbers]
+    assert found["raw"].to_pylist() == [b"x"] * 240 and found["error"].null_count == 240
+    stats = load(run.folder.stats)
+    assert stats is not None and stats["rows"] == 240
+
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    url = "/v1/chat/completions"
+    lines = [{"custom_id": f"q{n}", "method": "POST", "url": url, "body": {**chat, "n": 1 + n % 2}} for n in range(60)]
+    prompts = tmp_path / "openai.jsonl"
+    prompts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    other = started(model, tmp_path, path, "alpha\nbeta\n", 1)
+    other.command[4:7] = [str(prompts), "-o", f"{tmp_path / 'answers'}/"]
+    done = other()
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for part in sorted((tmp_path / "answers").glob("part-*")) for line in part.open()]
+    assert [row["custom_id"] for row in rows] == [f"q{n}" for n in range(60)]
+    assert [len(row["response"]["body"]["choices"]) for row in rows] == [1 + n % 2 for n in range(60)]
