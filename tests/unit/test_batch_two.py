@@ -4,20 +4,23 @@ when the first was thought dead."""
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from tests.unit.batch_replicas import row, write_prompts
+from tpctl.batch import folder as folder_module
 from tpctl.batch.coordinator import Coordinator
-from tpctl.batch.folder import JobFolder, json_lines
+from tpctl.batch.folder import JobFolder, json_lines, put
 from tpctl.batch.formats.choose import plain
 from tpctl.batch.local import Local
 from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
+from tpctl.batch.rows import write_whole
 from tpctl.errors import OutputError
 
 ROWS = 2000
@@ -68,3 +71,27 @@ def test_rows_are_there_once_and_the_first_one_ends(tmp_path: Path, later: float
     assert [found["id"] for found in rows] == list(range(1, ROWS + 1))
     counted = {entry["part"]: entry["sums"]["rows"] for entry in json_lines(folder.log)}
     assert sum(counted.values()) == coordinator.board.sums.rows == ROWS
+
+
+def test_two_that_write_one_file_at_once_both_leave_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In containers on two hosts processes have the same id."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "00000.whole"
+    seen = []
+
+    def other(write: IO[bytes]) -> None:
+        write.write(b"a" * 10)
+
+    def first(write: IO[bytes]) -> None:
+        write.write(b"a" * 5)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(folder_module, "OWN", "another")
+            write_whole(path, other)
+            put(tmp_path / "state.json", b"theirs")
+        seen.append(path.read_bytes())
+        write.write(b"a" * 5)
+
+    write_whole(path, first)
+    assert [*seen, path.read_bytes()] == [b"a" * 10] * 2 and not [*tmp_path.glob(".*")]

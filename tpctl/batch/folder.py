@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ _PART = re.compile(r"part-(\d+)\.(?:jsonl|parquet)", re.ASCII)
 
 DEATHS = 3
 """Engines, at least, that died over a line before it becomes an error row."""
+
+
+OWN = secrets.token_hex(4)
+"""What tells this process from others, which in containers on other hosts may have its number."""
 
 
 @dataclass(frozen=True, order=True)
@@ -143,6 +148,11 @@ def spans_in(folder: Path) -> Iterator[tuple[str, Span, str]]:
         yield name, span, holder
 
 
+def unfinished(path: Path) -> Path:
+    """Where this process writes a file that is to appear whole; others that write the same one do it elsewhere."""
+    return path.with_name(f".{path.name}.{OWN}")
+
+
 def put(path: Path, data: bytes | Mapping[str, Any], *, sync: bool = False) -> None:
     """Make a file appear whole.
 
@@ -154,7 +164,7 @@ def put(path: Path, data: bytes | Mapping[str, Any], *, sync: bool = False) -> N
     """
     if not isinstance(data, bytes):
         data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = unfinished(path)
     with writing(path):
         try:
             with temporary.open("wb") as file:
@@ -164,7 +174,7 @@ def put(path: Path, data: bytes | Mapping[str, Any], *, sync: bool = False) -> N
                     os.fsync(file.fileno())
             temporary.replace(path)
         except OSError:
-            _discard(temporary)
+            discard(temporary)
             raise
 
 
@@ -235,7 +245,8 @@ def open_log(path: Path) -> IO[bytes]:
         return file
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Remove a file, if that can be done."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

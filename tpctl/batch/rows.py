@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from tpctl.batch.folder import JobFolder, Span, load, names, whole_lines
+from tpctl.batch.folder import JobFolder, Span, discard, load, names, unfinished, whole_lines
 from tpctl.client.disk import writing
 from tpctl.client.results import json_row
 
@@ -137,13 +137,17 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}")
+    temporary = unfinished(path)
     with writing(path):
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except Exception:
+            discard(temporary)
+            raise
 
 
 def sums_of(rows: Iterable[Mapping[str, Any]]) -> Sums:
