@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.distributed.batch_kills import MARK, write_prompts
@@ -122,3 +124,18 @@ def test_the_real_engine(found: Any, model: str, tmp_path: Path) -> None:
     assert [(row["id"], row["text"]) for row in rows] == [
         (line["id"], answer.text) for line, answer in zip(asked, answers, strict=True)
     ]
+
+
+def test_tables_on_a_cluster(found: Any, model: str, tmp_path: Path) -> None:
+    numbers = range(120)
+    rows = {"q": [f"line {n}" for n in numbers], "key": [f"k{n}" for n in numbers], "raw": [b"x"] * len(numbers)}
+    pq.write_table(pa.table(rows), tmp_path / "in.parquet", row_group_size=50)
+    wanted = ["--model", model, "--ray", found.address, "--replicas", "2", "--prompt-column", "q"]
+    wanted += ["--id-column", "key", "--keep-columns", "raw", "--step-timeout", "60", "--part-rows", "25"]
+    words = command(tmp_path, 1, *wanted)
+    words[4:7] = [str(tmp_path / "in.parquet"), "-o", str(tmp_path / "whole.parquet")]
+    done = subprocess.run(words, env={**os.environ, **ENV}, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    whole = pq.read_table(tmp_path / "whole.parquet")
+    assert whole["id"].to_pylist() == rows["key"] and whole["raw"].to_pylist() == rows["raw"]
+    assert whole["error"].null_count == len(numbers) and not (tmp_path / "whole.parquet.parts").exists()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 from tests.unit.batch_replicas import left_over, parts_of, row, rows_of
 from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder
-from tpctl.batch.formats.choose import plain
+from tpctl.batch.formats.choose import Asked, choose, plain
+from tpctl.batch.formats.place import Part
 from tpctl.batch.leases import Leases
 from tpctl.batch.plan import Division, division_of
 from tpctl.batch.prefixes import MOST_SHARES, Sharing, order_of, share_of, sharing_of, sizes
@@ -164,3 +166,21 @@ def test_pieces_that_lost_their_sums_are_read(tmp_path: Path) -> None:
         board.collect()
     assert board.idle and not left_over(fleet.folder)
     assert (board.sums.rows, board.sums.cached_tokens, board.sums.prompt_tokens) == (120, 120, 240)
+
+
+def test_prompts_in_a_field_of_another_name(tmp_path: Path) -> None:
+    """Of lines that name their ids first."""
+    raws = [raw.replace(b'"prompt"', '"fräge"'.encode()) for raw in scattered(60, 10)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(b"".join(raws))
+    spec = choose(str(prompts), "rows/", Asked(prompt_column="fräge"), "m")
+    assert spec is not None
+    formats = spec.formats()
+    sharing = division_of(formats, 2, 50).sharing
+    assert (sharing.shares, sharing.field) == (8, "fräge") and len(ALIKE) < sharing.depth <= 512
+    part = parts_of(JobFolder(tmp_path / "out"), formats, 600, sharing)[0]
+    assert part.sharing == sharing and Part.from_json(json.loads(json.dumps(asdict(part)))) == part
+    lines = [Line(place, place + 1, raw) for place, raw in enumerate(raws[:120])]
+    for one in (sharing, Sharing(field="fräge")):
+        order = order_of(lines, one)
+        assert all(abs(order.index(place) - order.index(place + 60)) == 1 for place in range(60))

@@ -21,6 +21,7 @@ from tpctl.batch.formats.ids import Ids, Keys
 from tpctl.batch.formats.place import LARGEST, ChangedError, Formats, Part, Reader
 from tpctl.batch.prefixes import MOST_SHARES, UNSHARED, Sharing, sharing_of
 from tpctl.client.disk import writing
+from tpctl.client.forms import OwnForm
 from tpctl.errors import UsageError, counted
 
 PART_ROWS = 1000
@@ -50,7 +51,9 @@ def division_of(formats: Formats, replicas: int, rows: int | None = None) -> Div
         found = reader.count(enough)
         first = _first(reader, min(SAMPLE_ROWS, enough))
     alone = rows or min(PART_ROWS, max(1, -(-found // (PARTS_EACH * replicas))))
-    sharing = sharing_of(first, alone, min(MOST_SHARES, PARTS_EACH * replicas))
+    form = formats.source.form
+    field = form.prompt_field or "" if isinstance(form, OwnForm) else ""
+    sharing = sharing_of(first, alone, min(MOST_SHARES, PARTS_EACH * replicas), field)
     return Division(rows or alone * sharing.shares, sharing)
 
 

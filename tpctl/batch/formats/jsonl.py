@@ -183,6 +183,7 @@ class JsonlReader:
                 *(number, offset, len(data), line, index, len(texts), len(raws), digest_of(data)),
                 shares=sizes((raw for _, raw in texts), sharing),
                 depth=sharing.depth,
+                field=sharing.field,
             )
             yield part, keys_of(texts, find)
             number, offset = number + 1, part.end

@@ -196,6 +196,7 @@ class ParquetReader:
                 *(number, start, count, start + 1, start, count, count, digest),
                 shares=sizes(raws, sharing),
                 depth=sharing.depth,
+                field=sharing.field,
             )
             yield part, self._keys(start, count)
             number += 1

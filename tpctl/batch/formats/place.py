@@ -34,6 +34,7 @@ class Part:
         repeated: lines with text, counted from 0 in the part, whose id an earlier line had.
         shares: how many of its rows are in each share of rows that begin alike, by their first ``depth`` bytes; empty:
             they are not told apart.
+        field: as of ``Sharing``.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Part:
     repeated: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
     depth: int = 0
+    field: str = ""
 
     @property
     def end(self) -> int:
@@ -54,7 +56,7 @@ class Part:
 
     @property
     def sharing(self) -> Sharing:
-        return Sharing(len(self.shares) or 1, self.depth)
+        return Sharing(len(self.shares) or 1, self.depth, self.field)
 
     def before(self, share: int) -> int:
         """Rows of shares before this one, from 1."""
