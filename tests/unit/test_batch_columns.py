@@ -296,3 +296,17 @@ def test_a_number_that_json_does_not_know_in_a_kept_field_is_null_and_ends_nothi
     rows = read_lines(tmp_path / "out.jsonl")
     assert (rows[0]["text"], rows[0]["price"], rows[0]["all"]) == ("<a>", None, {"of": [1.5, None]})
     assert "prompt is 7" in rows[1]["error"] and rows[1]["price"] is None
+
+
+@pytest.mark.parametrize("column", ["prompt", "id"])
+def test_a_text_that_is_no_utf8_is_one_line_that_names_its_row_group(tmp_path: Path, column: str) -> None:
+    texts = pa.array([b"a", b"\xff\xfe"], pa.binary()).view(pa.string())
+    source = write(tmp_path / "in.parquet", pa.table({"prompt": ["a", "b"], "id": ["c", "d"], column: texts}))
+    folder = JobFolder(tmp_path / "out")
+    spec = choose(str(source), "rows/", Asked(), "m")
+    assert spec is not None
+    formats = spec.formats()
+    with pytest.raises(SourceError, match=r"row group 0 of .*in.parquet: .*utf-8"):
+        for part in parts_of(folder, formats, 2):
+            with formats.source.open() as reader:
+                reader.read(part)

@@ -9,10 +9,11 @@ from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.batch_replicas import left_over, parts_of, row, rows_of
+from tests.unit.batch_replicas import Replicas, _go_on, finish, left_over, parts_of, row, rows_of
 from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder
 from tpctl.batch.formats.choose import Asked, choose, plain
@@ -184,3 +185,53 @@ def test_prompts_in_a_field_of_another_name(tmp_path: Path) -> None:
     for one in (sharing, Sharing(field="fräge")):
         order = order_of(lines, one)
         assert all(abs(order.index(place) - order.index(place + 60)) == 1 for place in range(60))
+
+
+@pytest.mark.parametrize("killed_after", [None, 0, 1, 40, 90])
+def test_errors_that_are_tried_again_in_shares_of_an_input_that_grew(tmp_path: Path, killed_after: int | None) -> None:
+    prompts, folder, sharing = tmp_path / "prompts.jsonl", JobFolder(tmp_path / "out"), Sharing(3, 256)
+    raws = scattered(30, 5)
+    prompts.write_bytes(b"".join(raws[:120]))
+
+    def fails(line: Line) -> dict[str, Any]:
+        return {"id": line.number, "error": "no"} if line.number % 7 == 0 else row(line)
+
+    first = finish(folder, prompts, parts_of(folder, prompts, 50, sharing), Replicas(folder, prompts, fails))
+    assert first.sums.errors == 17 and first.sums.rows == 120
+    prompts.write_bytes(b"".join(raws))
+    asked: list[int] = []
+
+    def answers(line: Line) -> dict[str, Any]:
+        asked.append(line.number)
+        return row(line)
+
+    replicas = Replicas(folder, prompts, answers)
+
+    def again() -> Board:
+        parts = parts_of(folder, prompts, 50, sharing)
+        assert [part.rows for part in parts] == [50, 50, 20, 30]
+        board = Board(folder, plain(prompts))
+        board.drop_errors()
+        for part in parts:
+            if part.number in board.done and board.errors_of(part.number):
+                board.reopen(part)
+        if killed_after is None or asked:
+            _go_on(board, parts, replicas, False)
+        else:
+            for part in parts[3:]:
+                board.offer(part)
+            replicas.work(killed_after)
+        return board
+
+    board = again()
+    if killed_after is not None:
+        asked.append(0)
+        board.close()
+        assert len(rows_of(folder)) >= 120
+        board = again()
+    assert [found["id"] for found in rows_of(folder)] == list(range(1, 151))
+    assert not any("error" in found for found in rows_of(folder)) and not left_over(folder)
+    assert (board.sums.rows, board.sums.errors, board.sums.prompt_tokens) == (150, 0, 300)
+    failed = sum(range(7, 121, 7))  # of which ``Replicas`` says, as an engine does not, that they had something cached
+    assert board.sums.cached_tokens == sum(range(1, 151)) + failed
+    assert sorted({*asked} - {0}) == [n for n in range(1, 151) if n % 7 == 0 or n > 120]

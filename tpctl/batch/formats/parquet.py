@@ -238,7 +238,9 @@ class ParquetReader:
     def _keys(self, first: int, count: int) -> Keys | None:
         if (name := self.footers.chosen.id) is None:
             return None
-        ids = self.table(first, count, (name,)).column(name).to_pylist()
+        column = self.table(first, count, (name,)).column(name)
+        with reading(self._named_at(first)):
+            ids = column.to_pylist()
         numbered = enumerate(ids, start=first + 1)
         return np.array([key_of(f"\0{row}" if id is None else id) for row, id in numbered], dtype=np.uint64)
 
