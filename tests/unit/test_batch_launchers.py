@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from tpctl.batch import launchers, slurm, ssh
-from tpctl.batch.folder import JobFolder, put
+from tpctl.batch.folder import JobFolder, load, put
+from tpctl.batch.formats.choose import Asked, FormatSpec
 from tpctl.batch.launchers import Wanted, launcher
 from tpctl.batch.local import MOST_STARTS, Death, Slot
 from tpctl.batch.replica import await_batch
 from tpctl.batch.signs import lock, machine
 from tpctl.batch.slurm import Slurm, allocation, share_of
+from tpctl.batch.spec import JobSpec
 from tpctl.batch.ssh import Host, Ssh, passed_environment, read_hosts, ssh_slots
-from tpctl.cli.replica import of_share, parse_share
+from tpctl.cli.replica import of_share, parse_share, replica
 from tpctl.client.prepare import EngineArgs
 from tpctl.errors import SourceError, UsageError
 
@@ -298,3 +300,19 @@ def test_a_process_that_is_tied_ends_with_its_stdin(tmp_path: Path) -> None:
     assert process.stdout.readline() == b"up\n" and process.poll() is None
     process.stdin.close()
     assert process.wait(60) == 143
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
+def test_a_host_that_does_not_see_the_input_says_so_before_it_loads_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = JobFolder(tmp_path / "out")
+    folder.make()
+    read = name.partition(".")[2]
+    formats = FormatSpec(str(tmp_path / name), read, read, Asked(), "demo")
+    JobSpec(formats, "demo", "", EngineArgs(device="cpu"), {}, [], None).write(folder)
+    monkeypatch.setattr("tpctl.client.prepare.prepare", lambda *_, **__: pytest.fail("it loads the model"))
+    with pytest.raises(SourceError, match=f"cannot read .*{name}: No such file"):
+        replica(folder.root, "r", None, None, False)
+    said = load(folder.replicas / "r.json")
+    assert said is not None and said["state"] == "failed" and said["fatal"]

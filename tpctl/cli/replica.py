@@ -74,6 +74,9 @@ def replica(
     template = TemplateOptions(job.template if job.template.exists() else None, spec.template_variables)
     try:
         with Replica(job, name or new_name(), spec.engine.tp or 1) as place:
+            formats = spec.formats.formats()
+            with formats.source.open():
+                pass  # whether this host sees the input, and can read it, is said before minutes of loading
             at_hand = TemplateAtHand(template)
             config = client.prepare(spec.model, engine_args, progress=byte_progress)
             place.gpus = config.tp_size if config.device == "cuda" else 0
@@ -84,7 +87,7 @@ def replica(
                 )
             with EngineClient(config, module=os.environ.get(WORKER_VARIABLE) or WORKER) as engine:
                 tokenizer = at_hand.tokenizer(config.text_dir)
-                asked = Asked(spec.formats.formats(), spec.sampling, spec.stop, spec.step_timeout)
+                asked = Asked(formats, spec.sampling, spec.stop, spec.step_timeout)
                 tally = place.answer(engine, tokenizer, asked, config)
     except EngineError as error:
         note(f"tpctl: {error}")
