@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -200,3 +201,20 @@ def test_settings_that_differ_are_named(folder: JobFolder, tmp_path: Path) -> No
     (folder.kept / "00000.x").touch()
     assert not begun(folder, resume=True, force=False) and not list(folder.kept.iterdir())
     assert not folder.parts() and not folder.manifest.exists() and folder.offers.is_dir()
+
+
+def test_a_replica_of_a_host_that_was_lost_is_not_at_work(folder: JobFolder, tmp_path: Path) -> None:
+    """Its file stays as it was, since nobody can tell whether it will come back."""
+    prompts = done(folder, tmp_path)
+    said = {"state": "working", "host": "h", "rows": 4, "machine": "another", "count": 9, "life": "a"}
+    put(folder.replicas / "gone.json", said)
+    held = lock(folder.lock)
+    plan, seconds = Plan(folder, plain(prompts), Division(10)), itertools.count()
+    with Coordinator(folder, plan, Local(folder.root, [], ""), clock=lambda: next(seconds)) as coordinator:
+        for state in ("working", "silent"):
+            coordinator._tick()
+            coordinator._signs.write()
+            assert [one["state"] for one in read_status(folder.root).replicas] == [state]
+            for _ in range(int(signs.PATIENCE) + 1):
+                coordinator._tick()
+    assert held is not None

@@ -98,6 +98,7 @@ class Coordinator:
         self._state = "running"
         self._reason: str | None = None
         self._pending = ""
+        self._silent: list[str] = []
         self._started = self._looked = clock()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._samples: deque[tuple[float, int, int, int]] = deque([(self._started, 0, 0, 0)])
@@ -230,7 +231,8 @@ class Coordinator:
                 self.board.offer(self._waiting.popleft())
 
     def _watch_local(self) -> None:
-        self._local.kill_silent(self._roll.silent())
+        self._silent = self._roll.silent()
+        self._local.kill_silent(self._silent)
         answered = {name: said["rows"] for name, said in self._roll.heard.items()}
         for death in self._local.deaths(answered):
             if death.fatal:
@@ -299,5 +301,6 @@ class Coordinator:
             "since": self._since,
             "share": -(-max(self._plan.rows - self.board.sums.rows, 0) // replicas),
             **asdict(shown),
+            "silent": self._silent,
             "totals": self.totals(),
         }

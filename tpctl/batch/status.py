@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ class BatchStatus:
         since: when the run began, and ``end``, when it is expected to end: UTC, ISO 8601.
         prompt_tokens, completion_tokens: of rows in parts that are done; speeds are a second's.
         pending: of replicas that cannot be started yet.
-        replicas: name, machine's name, state and rows of each that gives signs.
+        replicas: name, machine's name, state and rows of each that has given signs; silent if it gives none any more.
     """
 
     state: str
@@ -95,7 +96,7 @@ def read_status(out: Path) -> BatchStatus:
         end=None if end is None else end.isoformat(timespec="seconds"),
         wanted=said["wanted"],
         pending=said.get("pending", "") if running else "",
-        replicas=_replicas(folder) if running else [],
+        replicas=_replicas(folder, said.get("silent", ())) if running else [],
     )
 
 
@@ -124,16 +125,11 @@ def _done(folder: JobFolder) -> tuple[Sums, int]:
     return sums, len(there)
 
 
-def _replicas(folder: JobFolder) -> list[dict[str, Any]]:
+def _replicas(folder: JobFolder, silent: Collection[str]) -> list[dict[str, Any]]:
     found = []
-    for name in sorted(names(folder.replicas)):
-        if name.endswith(".json") and not name.startswith(".") and (said := load(folder.replicas / name)) is not None:
-            found.append(
-                {
-                    "name": name.removesuffix(".json"),
-                    "host": said.get("host"),
-                    "state": said.get("state"),
-                    "rows": said.get("rows"),
-                }
-            )
+    for file in sorted(names(folder.replicas)):
+        if file.endswith(".json") and not file.startswith(".") and (said := load(folder.replicas / file)) is not None:
+            name = file.removesuffix(".json")
+            state = "silent" if name in silent else said.get("state")
+            found.append({"name": name, "host": said.get("host"), "state": state, "rows": said.get("rows")})
     return found
