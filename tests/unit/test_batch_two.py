@@ -3,20 +3,21 @@ when the first was thought dead."""
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 
-from tests.unit.batch_replicas import row, write_prompts
+from tests.unit.batch_replicas import Answer, row, rows_of, write_prompts
+from tests.unit.batch_tables import formats_of, parts_read, reply, table, write
 from tpctl.batch import folder as folder_module
 from tpctl.batch.coordinator import Coordinator
 from tpctl.batch.folder import JobFolder, json_lines, put
 from tpctl.batch.formats.choose import plain
+from tpctl.batch.formats.place import Formats
 from tpctl.batch.local import Local
 from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
@@ -26,27 +27,32 @@ from tpctl.errors import OutputError
 ROWS = 2000
 
 
-def answer(folder: JobFolder, prompts: Path, name: str, ended: threading.Event) -> None:
+def answer(folder: JobFolder, formats: Formats, reply: Answer, name: str, ended: threading.Event) -> None:
     with Replica(folder, name, 1) as place:
-        leases = place.begin(plain(prompts))
+        leases = place.begin(formats)
         for group in leases.groups(5, 0.01, ended.is_set):
             for line in group:
-                leases.add(line, row(line))
+                leases.add(line, reply(line))
             leases.flush()
             time.sleep(0.03)  # it takes longer than until the first coordinator gives its next sign
 
 
-@pytest.mark.parametrize("later", [0.0, 0.3])
-def test_rows_are_there_once_and_the_first_one_ends(tmp_path: Path, later: float) -> None:
+@pytest.mark.parametrize(("later", "tables"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_rows_are_there_once_and_the_first_one_ends(tmp_path: Path, later: float, tables: bool) -> None:
     folder = JobFolder(tmp_path / "out")
     folder.make()
-    prompts = write_prompts(tmp_path, ROWS)
+    prompts = write(tmp_path / "in.parquet", table(ROWS), 300) if tables else write_prompts(tmp_path, ROWS)
+
+    def formats() -> Formats:
+        """Each process has its own."""
+        return formats_of(prompts, id_column="key", keep_columns=("image", "price")) if tables else plain(prompts)
+
     ended = threading.Event()
     said: list[str] = []
 
     def first() -> None:
         try:
-            plan = Plan(folder, plain(prompts), Division(50))
+            plan = Plan(folder, formats(), Division(50))
             with Coordinator(folder, plan, Local(folder.root, [], "")) as coordinator:
                 coordinator.run(lambda progress: None, lambda: False)
         except OutputError as error:
@@ -56,19 +62,26 @@ def test_rows_are_there_once_and_the_first_one_ends(tmp_path: Path, later: float
     threads[0].start()
     time.sleep(0.1)
     names = ("one", "other", "third")
-    threads += [threading.Thread(target=answer, args=(folder, prompts, name, ended)) for name in names]
+    threads += [
+        threading.Thread(target=answer, args=(folder, formats(), reply if tables else row, name, ended))
+        for name in names
+    ]
     for thread in threads[1:]:
         thread.start()
     time.sleep(later)
-    with Coordinator(folder, Plan(folder, plain(prompts), Division(50)), Local(folder.root, [], "")) as coordinator:
+    with Coordinator(folder, Plan(folder, formats(), Division(50)), Local(folder.root, [], "")) as coordinator:
         done = coordinator.run(lambda progress: None, lambda: not any(thread.is_alive() for thread in threads[1:]))
         ended.set()
     for thread in threads:
         thread.join(60)
     assert done and len(said) == 1 and "has taken" in said[0] and "this one ends" in said[0]
-    parts = [folder.part(number) for number in range(ROWS // 50)]
-    rows: list[dict[str, Any]] = [json.loads(line) for part in parts for line in part.open()]
-    assert [found["id"] for found in rows] == list(range(1, ROWS + 1))
+    assert len(folder.parts()) == ROWS // 50
+    if tables:
+        given = table(ROWS)
+        read = parts_read(folder)
+        assert read["id"] == given["key"] and read["image"] == given["image"] and read["error"].null_count == ROWS
+    else:
+        assert [found["id"] for found in rows_of(folder)] == list(range(1, ROWS + 1))
     counted = {entry["part"]: entry["sums"]["rows"] for entry in json_lines(folder.log)}
     assert sum(counted.values()) == coordinator.board.sums.rows == ROWS
 
