@@ -243,6 +243,9 @@ def test_which_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UsageError, match=r"--replicas and --hosts .* say two things"):
         launcher(tmp_path, Wanted(4, str(tmp_path / "hosts"), 1, None, False))
     assert not launcher(tmp_path, Wanted(0, None, 1, "cpu", False))[0].slots
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UsageError, match="--replicas 0 and --hosts slurm say two things"):
+        launcher(tmp_path, Wanted(0, "slurm", 1, None, False))
     assert len(launcher(tmp_path, Wanted(2, None, 1, "cpu", False))[0].slots) == 2
     monkeypatch.setattr(ssh.shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match="needs ssh, which is not on the PATH"):

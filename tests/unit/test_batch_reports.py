@@ -153,6 +153,10 @@ def test_status_as_json_and_by_the_name_of_the_file(folder: JobFolder, tmp_path:
     folder.root.rename(tmp_path / "rows.jsonl.parts")
     said = CliRunner().invoke(app, ["batch", "status", "--json", str(tmp_path / "rows.jsonl")])
     assert json.loads(said.stdout)["rows"] == 25
+    for name, text in (("a.jsonl.partial", "one engine writes .*a.jsonl, .* are in .*a.jsonl.partial"), ("b", "whole")):
+        (tmp_path / name).touch()
+        with pytest.raises(SourceError, match=text):
+            read_status(tmp_path / name.removesuffix(".partial"))
 
 
 def test_which_batches_run_over_parts(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:
         count = wanted.count or max(1, found_room.replicas)
         slots = [Slot(number, None) for number in range(count)]
         return RayReplicas(root, slots, token, room=found_room), min(count, found_room.on_a_host)
+    if wanted.hosts is not None and wanted.count == 0:
+        raise UsageError(f"--replicas 0 and --hosts {wanted.hosts} say two things; leave one out")
     if wanted.hosts == SLURM:
         found = allocation(os.environ, wanted.count, wanted.tp_size)
         share = share_of(found, wanted.tp_size, wanted.device)

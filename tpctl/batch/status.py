@@ -12,6 +12,7 @@ from typing import Any
 from tpctl.batch.folder import JobFolder, load, log_lines, names
 from tpctl.batch.rows import Sums
 from tpctl.batch.signs import Watch
+from tpctl.client.results import partial_of
 from tpctl.errors import SourceError
 
 _SIGN = 2.5  # seconds in which a coordinator on another machine gives one
@@ -68,9 +69,7 @@ def read_status(out: Path) -> BatchStatus:
     folder = JobFolder(out if out.is_dir() else parts_folder(out))
     said = load(folder.state)
     if said is None:
-        raise SourceError(
-            f"there is no batch at {out}, or one without parts; give the folder or file that one writes to"
-        )
+        raise SourceError(_nothing(out))
     state = said["state"]
     if state == "running" and not _lives(folder):
         state = "killed"
@@ -98,6 +97,18 @@ def read_status(out: Path) -> BatchStatus:
         pending=said.get("pending", "") if running else "",
         replicas=_replicas(folder, said.get("silent", ())) if running else [],
     )
+
+
+def _nothing(out: Path) -> str:
+    """Why there is nothing to say of an output."""
+    if partial_of(out).is_file():
+        return (
+            f"one engine writes {out}, and its own progress alone says how far it is; rows that are done are in "
+            f"{partial_of(out)}, parts come with --replicas or -o FOLDER/"
+        )
+    if out.is_file():
+        return f"no batch over parts is at work on {out}, which is there whole"
+    return f"there is no batch at {out}; give the folder or file that one writes to"
 
 
 def _lives(folder: JobFolder) -> bool:
