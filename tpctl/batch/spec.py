@@ -12,7 +12,7 @@ from tpctl.client.prepare import EngineArgs
 from tpctl.errors import SourceError
 from tpctl.launch.nodes import Nodes
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
