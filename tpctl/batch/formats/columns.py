@@ -84,8 +84,28 @@ def as_json(row: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        text = json.dumps(finite(row), ensure_ascii=False)
-    return text.encode("utf-8", "replace")
+        text = json.dumps(row := finite(row), ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # of ``values``: whoever reads the line refuses it
+        return json.dumps(row).encode()
+
+
+def values(column: Any) -> list[Any]:
+    """A column's values. A text that is no UTF-8, which files may hold all the same, has halves of surrogate pairs, so
+    that its row is refused, and no other."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(one) for one in column]
+    return found
+
+
+def _value(one: Any) -> Any:
+    try:
+        return one.as_py()
+    except UnicodeDecodeError as error:
+        return bytes(error.object).decode("utf-8", "surrogateescape")
 
 
 def _prompt(schema: pa.Schema, path: str) -> str:

@@ -230,7 +230,7 @@ class ParquetReader:
         names = self.footers.chosen.read
         table = self.table(first, count, names)
         with reading(self._named_at(first)):
-            values = [table.column(name).to_pylist() for name in names]
+            values = [columns.values(table.column(name)) for name in names]
         for place, row in enumerate(zip(*values, strict=True)):
             raw = columns.as_json(dict(zip(names, row, strict=True)))
             yield Line(first + place, first + place + 1, raw, "row")
@@ -240,7 +240,7 @@ class ParquetReader:
             return None
         column = self.table(first, count, (name,)).column(name)
         with reading(self._named_at(first)):
-            ids = column.to_pylist()
+            ids = columns.values(column)
         numbered = enumerate(ids, start=first + 1)
         return np.array([key_of(f"\0{row}" if id is None else id) for row, id in numbered], dtype=np.uint64)
 
