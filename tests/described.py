@@ -7,12 +7,15 @@ from typing import Any
 
 from tpctl.arch.block import Experts, Gated
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.latent import LatentAttention
 
 
 def described(config: ModelConfig) -> SimpleNamespace:
     """The sizes and switches that all blocks share; ``windows`` has one entry a layer with attention."""
     blueprint, mlp = config.blueprint, config.blueprint.blocks[0].mlp
     attention: Any = next(iter(blueprint.attentions), _NO_ATTENTION)
+    if isinstance(attention, LatentAttention):
+        attention = _latent(attention)
     return SimpleNamespace(
         model_type=config.model_type,
         hidden_size=blueprint.hidden_size,
@@ -44,6 +47,19 @@ _NO_ATTENTION = SimpleNamespace(
     qkv=SimpleNamespace(bias=None, parts=()),
     out=SimpleNamespace(bias=None),
 )
+
+
+def _latent(of: LatentAttention) -> SimpleNamespace:
+    """What is there of that which other attention has; transformers counts the rotated part alone as a head."""
+    return SimpleNamespace(
+        num_heads=of.num_heads,
+        num_kv_heads=of.num_heads,
+        head_dim=of.rope.rotary_dim,
+        qkv=SimpleNamespace(bias=of.down[-1].bias, parts=of.queries.parts * 2),
+        out=of.out,
+        q_norm=None,
+        rope=of.rope,
+    )
 
 
 def _mlp(mlp: Gated | Experts) -> tuple[Any, ...]:
@@ -82,10 +98,13 @@ def mlps_by_transformers(config: Any) -> list[tuple[Any, ...]]:
             *(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size),
             *(None, False, ("softmax", config.norm_topk_prob, 1, 1, 1.0)),
         ),
-        "glm4_moe": lambda: (
-            *(config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size),
-            *(config.moe_intermediate_size * config.n_shared_experts or None, False),
-            ("sigmoid", config.norm_topk_prob, config.n_group, config.topk_group, config.routed_scaling_factor),
+        **dict.fromkeys(
+            ("glm4_moe", "deepseek_v3"),
+            lambda: (
+                *(config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size),
+                *(config.moe_intermediate_size * config.n_shared_experts or None, False),
+                ("sigmoid", config.norm_topk_prob, config.n_group, config.topk_group, config.routed_scaling_factor),
+            ),
         ),
         "gpt_oss": lambda: (
             *(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size),

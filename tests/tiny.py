@@ -226,7 +226,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-plain": ("Glm4Moe", {**CORRECTED, "head_dim": 8, "first_k_dense_replace": 0}),
     "minimax_m2": ("MiniMaxM2", {**HEADS, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 23}),
     "deepseek_v3": ("DeepseekV3", {**LATENT, "attention_bias": True}),
-    "deepseek_v3-no-q-rank": ("DeepseekV3", {**LATENT, "q_lora_rank": None}),
+    "deepseek_v3-no-q-rank": ("DeepseekV3", {**LATENT, "q_lora_rank": None, "rms_norm_eps": 1e-3}),
 }
 """Mixtures of experts, and what is beside them in models that tpctl cuts and does not run."""
 

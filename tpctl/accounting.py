@@ -39,7 +39,9 @@ def reserve(num_layers: int) -> int:
     return RESERVE + _MORE * max(0, num_layers - _LAYERS)
 
 
-def kv_bytes_per_token(heads: Iterable[tuple[int, int]], itemsize: int, form: KvForm = "model") -> int:
+def kv_bytes_per_token(
+    heads: Iterable[tuple[int, int]], itemsize: int, form: KvForm = "model", latents: Iterable[int] = ()
+) -> int:
     """What the keys and values of one token take in all layers.
 
     Args:
@@ -47,8 +49,10 @@ def kv_bytes_per_token(heads: Iterable[tuple[int, int]], itemsize: int, form: Kv
         itemsize: of a value that is kept as it is.
         form: ``"packed"``: a vector is kept in 12 bits a value and a byte for the exponent of its largest; ``"fp8"``:
             in 8 bits a value and 2 bytes for its scale.
+        latents: values that a layer keeps otherwise, as they are: of each with latent attention one vector's.
     """
-    return sum(2 * count * _vector_bytes(dim, itemsize, form) for count, dim in heads)
+    vectors = sum(2 * count * _vector_bytes(dim, itemsize, form) for count, dim in heads)
+    return vectors + sum(latents) * itemsize
 
 
 def state_bytes(layers: Iterable[tuple[int, int]], itemsize: int) -> int:

@@ -45,6 +45,8 @@ MIXTURE: dict[str, Any] = {
     "linear_value_head_dim": 4,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
+    "n_group": 1,
+    "topk_group": 1,
     "q_lora_rank": 10,
     "kv_lora_rank": 8,
     "qk_nope_head_dim": 6,

@@ -70,7 +70,7 @@ def contradicted(out: Path) -> str:
     return str(caught.value)
 
 
-NOT_FOR_VLLM = ("gemma3", "gpt_oss", "mistral3", "qwen3_5", "qwen3_5_moe")
+NOT_FOR_VLLM = ("gemma3", "gpt_oss", "kimi_k2", "mistral3", "qwen3_5", "qwen3_5_moe")
 """Which ``--compat vllm`` refuses by name."""
 
 

@@ -79,7 +79,7 @@ def test_dtype_by_either_name(field: str, value: str) -> None:
     [
         (
             {"model_type": "gpt2"},
-            'model_type "gpt2" is not supported; tpctl runs cohere2, gemma2, gemma3, ',
+            'model_type "gpt2" is not supported; tpctl runs cohere2, deepseek_v3, gemma2, ',
         ),
         ({"model_type": None}, "model_type null is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, 'architecture "LlamaForSequenceClassification" of'),

@@ -58,7 +58,10 @@ NO_WINDOW = ("llama", "seed_oss", "olmo2", "granite", "minimax_m2", "glm4")
 BIASED = ("cohere2", "llama", "qwen3", "seed_oss", "olmo2", "granite", "smollm3", "gpt_oss")
 """Families that may have biases in attention."""
 MLP_BIASED = ("llama", "seed_oss", "granite", "smollm3")
-MIXED = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+MIXED = (
+    *("deepseek_v3", "glm4_moe", "kimi_k2", "mixtral", "qwen2_moe", "qwen3_moe"),
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+)
 APART = ("gemma2", "gemma3", "gemma3_text", "mistral3", "olmo3", "qwen3_5", "qwen3_5_moe", *MIXED)
 """Families that have tests of their own."""
 

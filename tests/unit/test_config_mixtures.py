@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
 import pytest
+import torch
 
 from tests.described import mlps_by_transformers
 from tests.unit.test_config_defaults import BASE, MISSING, ROPES, config_of, found, understood, usual
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.latent import LatentAttention
 from tpctl.errors import TpctlError
 
 OF_QWEN: dict[str, Any] = {
@@ -45,13 +48,30 @@ OWN: dict[str, dict[str, Any]] = {
         **{key: OF_QWEN[key] for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")},
         "shared_expert_intermediate_size": 28,
     },
+    "deepseek_v3": {
+        "n_routed_experts": 24,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 2,
+        "q_lora_rank": 14,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 24,
+        "v_head_dim": 5,
+        "rope_interleave": False,
+    },
 }
 """What each has beside ``BASE``, all of it unlike the default."""
 RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Families in which layers without attention are between those with it."""
-NO_WINDOW = ("glm4_moe", *RECURRENT)
-PARTIAL = NO_WINDOW
+PARTIAL = ("glm4_moe", *RECURRENT)
 """Those that rotate part of a head."""
+NO_WINDOW = ("deepseek_v3", *PARTIAL)
 
 
 def raw_of(family: str, rope: str = "default", key: str = "", value: Any = None, **changes: Any) -> dict[str, Any]:
@@ -67,8 +87,10 @@ def cases() -> Iterator[tuple[str, str, str, Any]]:
             if family in PARTIAL and rope == "longrope":
                 continue  # whose factors are for whole heads
             yield family, rope, "", None
-        for key in {**BASE, **OWN[family]}:
-            if (family, key) != ("glm4_moe", "n_group") and not (family in NO_WINDOW and key == "sliding_window"):
+        for key in {**BASE, **OWN[family]}:  # of deepseek_v3 the head_dim that transformers reads is ``BASE``'s
+            if (family, key) not in (("glm4_moe", "n_group"), ("deepseek_v3", "qk_rope_head_dim")) and not (
+                family in NO_WINDOW and key == "sliding_window"
+            ):
                 yield family, "default", key, MISSING
             if key != "original_max_position_embeddings" and (key != "partial_rotary_factor" or family in RECURRENT):
                 yield family, "default", key, None
@@ -81,6 +103,12 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("no model can be built of this")
     if config.num_key_value_heads is None:
         config.num_key_value_heads = config.num_attention_heads  # which it leaves to the cache to fail at
+    if family == "deepseek_v3":
+        config.num_key_value_heads = config.num_attention_heads  # whatever it is: no head is copied
+        if None in (config.n_group, config.topk_group, config.num_experts_per_tok):
+            raise ValueError("no answer can be computed of this")
+        if None in (config.norm_topk_prob, config.rope_interleave):
+            raise ValueError("it counts for false, where the default is true")
     layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     if family in RECURRENT:
         layers = config.layer_types.count("full_attention")
@@ -91,12 +119,23 @@ def wanted(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     return {
         **common,
         "qkv_bias": bias,
-        "o_bias": bias and family in ("qwen3_moe", *RECURRENT),
+        "o_bias": bias and family in ("qwen3_moe", "deepseek_v3", *RECURRENT),
         "qk_norm": family in ("qwen3_moe", *RECURRENT) or (family == "glm4_moe" and config.use_qk_norm),
         "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
         "mlps": mlps_by_transformers(config),
         "rotated": int(common["head_dim"] * rotated),
+        **(latent_by_transformers(config) if family == "deepseek_v3" else {}),
     }
+
+
+def latent_by_transformers(config: Any) -> dict[str, Any]:
+    """What latent attention is made of; the scale is its modelling code's."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    sizes = (config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim)
+    with torch.device("meta"):
+        scale = DeepseekV3Attention(config, 0).scaling
+    return {"latent": (*sizes, config.v_head_dim), "scale": scale, "interleaved": bool(config.rope_interleave)}
 
 
 def config_bias(config: Any) -> bool:
@@ -105,10 +144,12 @@ def config_bias(config: Any) -> bool:
 
 def read(raw: dict[str, Any]) -> dict[str, Any]:
     """The same as tpctl reads it."""
-    return {
-        **found(raw, "qk_norm", "mlps"),
-        "rotated": ModelConfig.from_dict(raw).blueprint.attentions[0].rope.rotary_dim,
-    }
+    attention: Any = ModelConfig.from_dict(raw).blueprint.attentions[0]
+    values = {**found(raw, "qk_norm", "mlps"), "rotated": attention.rope.rotary_dim}
+    if isinstance(attention, LatentAttention):
+        latent = astuple(attention.sizes)
+        values |= {"latent": latent, "scale": attention.scale, "interleaved": attention.rope.interleaved}
+    return values
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
@@ -152,6 +193,10 @@ def test_a_config_without_any_field(family: str) -> None:
         ("qwen3_next", {"layer_types": ["full_attention"] * 29 + ["linear_attention"]}),
         ("qwen3_5_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "mrope_section": [1, 1, 1]}}),
         ("qwen3_5_moe_text", {"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.25}}),
+        ("deepseek_v3", {"n_shared_experts": 0, "rope_interleave": True}),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 2.5, "mscale": 0.7, "mscale_all_dim": 1.3}}),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 2.5, "mscale": 1.0, "mscale_all_dim": 0}}),
+        ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}),
     ],
     ids=str,
 )
@@ -166,6 +211,16 @@ def test_fields_that_mean_something(family: str, changes: dict[str, Any]) -> Non
         ("qwen2_moe", {"hidden_act": "relu"}, 'activation "relu" is not supported'),
         ("qwen3_moe", {"hidden_act": "gelu_pytorch_tanh"}, 'activation "gelu_pytorch_tanh" is not supported'),
         ("glm4_moe", {"hidden_act": "gelu"}, 'activation "gelu" is not supported'),
+        ("deepseek_v3", {"hidden_act": "gelu"}, 'activation "gelu" is not supported'),
+        (
+            "deepseek_v3",
+            {"scoring_func": "softmax"},
+            'scoring_func is "softmax", but DeepseekV3.* knows "sigmoid" alone',
+        ),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2, but DeepseekV3ForCausalLM knows 1 alone"),
+        ("deepseek_v3", {"sliding_window": 64}, "sliding_window is 64, which DeepseekV3ForCausalLM does not have"),
+        ("deepseek_v3", {"qk_rope_head_dim": 5}, "5 rotated dimensions a head do not form"),
+        ("deepseek_v3", {"rope_interleave": 3}, "rope_interleave is 3"),
         ("glm4_moe", {"sliding_window": 64}, "sliding_window is 64, which Glm4MoeForCausalLM does not have"),
         ("glm4_moe", {"partial_rotary_factor": 0.06}, "1 rotated dimensions a head do not form"),
         ("glm4_moe", {"n_group": 5}, "24 experts do not form n_group 5 equal groups"),

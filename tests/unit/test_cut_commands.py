@@ -193,9 +193,11 @@ def test_without_a_tokenizer_nothing_is_cut(
 def test_of_a_hub_model_that_does_not_run_only_headers_travel(
     hub: Hub, run: Run, prompts: Path, tmp_path: Path, ask: str
 ) -> None:
-    config = make_config("deepseek_v3", hidden_size=384)
+    config = make_config("ministral3", hidden_size=384)
     weights = files(str(make_checkpoint(tmp_path / "made", config)))
-    hub.add("org/latent", weights)
+    hub.add("org/cut", weights)
     assert len(weights["model.safetensors"]) > 200_000
-    assert f"latent attention (MLA), {WHY}" in failed(run(*ask.format(model="org/latent", prompts=prompts).split()))
+    assert f"attention that scales queries by their position, {WHY}" in failed(
+        run(*ask.format(model="org/cut", prompts=prompts).split())
+    )
     assert set(hub.bodies("model.safetensors")) <= {"bytes=0-100000"}

@@ -38,6 +38,8 @@ SIZES: dict[str, Any] = {
     "num_experts": 3,
     "num_local_experts": 3,
     "n_routed_experts": 3,
+    "n_group": 1,
+    "topk_group": 1,
     "top_k_experts": 2,
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 64,

@@ -254,13 +254,15 @@ def test_wrong_fields_are_named(name: str, changes: dict[str, Any], said: str) -
 def test_what_is_not_run_says_why() -> None:
     for model_type, said in {
         "gemma4_text": "attention that norms its values",
-        "deepseek_v3": r"latent attention \(MLA\)",
+        "ministral3": "attention that scales queries by their position",
     }.items():
         with pytest.raises(TpctlError, match=f"the model has {said}, which tpctl cuts but does not run yet"):
             _ = ModelConfig.from_dict({"model_type": model_type}).blueprint.blocks
 
 
 def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path: Path) -> None:
+    one, other = (ModelConfig.from_dict({"model_type": name}) for name in ("kimi_k2", "deepseek_v3"))
+    assert one.blueprint == other.blueprint
     make_mixture("deepseek_v3", tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "kimi_k2"}))

@@ -122,13 +122,19 @@ def test_a_folder_made_for_vllm_runs_too(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["glm4_moe", "minimax_m2", "qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
+    "name",
+    [
+        *("glm4_moe", "minimax_m2", "qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        *("deepseek_v3", "deepseek_v3-no-q-rank"),
+    ],
 )
 def test_a_mixture_made_for_vllm_runs_too(name: str, tmp_path: Path) -> None:
     """Whose names for routers and experts are others, one inside of another."""
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 32}
     if name.startswith("qwen3"):
         sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    if name.startswith("deepseek"):
+        sizes |= {"num_key_value_heads": 8, "attention_bias": False}
     if name not in ("minimax_m2", "qwen3_5_text"):
         sizes |= {"moe_intermediate_size": 32}
     if name in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import make_mixture
+from tests.tiny import YARN_ROPE, make_mixture
 from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
 from tpctl.cli.engine import describe
@@ -19,11 +19,12 @@ from tpctl.wire.settings import EngineConfig
 
 NAMES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe-plain"),
-    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "deepseek_v3", "deepseek_v3-no-q-rank"),
 )
 CUTS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (5, 1), (6, 3))
 """Ranks, and groups that experts are dealt to: 23 and 29 rows of an expert are uneven at each size."""
 MROPE = {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+MSCALED = {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0}
 WINDOWS: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 7},
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
@@ -32,6 +33,8 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"norm_topk_prob": False, "decoder_sparse_step": 2, "attention_bias": True, "mlp_only_layers": [1]},
     "qwen3_5_text": {"layer_types": ["linear_attention"] * 3, "use_cache": False, "linear_conv_kernel_dim": 2},
     "qwen3_5_moe_text": {"layer_types": ["full_attention"] * 3, "rope_parameters": MROPE},
+    "deepseek_v3": {"rope_parameters": MSCALED, "rope_interleave": False, "norm_topk_prob": False, "v_head_dim": 13},
+    "deepseek_v3-no-q-rank": {"rope_parameters": {**MSCALED, "mscale": 0.4}, "kv_lora_rank": 3, "n_shared_experts": 1},
     "glm4_moe-plain": {"n_shared_experts": 1, "num_experts_per_tok": 8, "head_dim": 12},
 }
 """What else changes a result."""

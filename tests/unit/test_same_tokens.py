@@ -53,7 +53,11 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size", "groups"), [("mixtral", 2, 2), ("qwen2_moe", 3, 1), ("qwen3_moe", 2, 1), ("glm4_moe", 3, 3)]
+    ("name", "tp_size", "groups"),
+    [
+        *[("mixtral", 2, 2), ("qwen2_moe", 3, 1), ("qwen3_moe", 2, 1), ("glm4_moe", 3, 3)],
+        *[("deepseek_v3", 2, 1), ("deepseek_v3", 4, 2), ("deepseek_v3-no-q-rank", 5, 1)],
+    ],
 )
 def test_mixtures(name: str, tp_size: int, groups: int, tmp_path: Path) -> None:
     model = make_mixture(name, tmp_path / "model")
@@ -99,10 +103,12 @@ def test_turns_of_a_conversation_go_on_from_the_state_before(name: str, tp_size:
         ("llama", "ct nvfp4", 2, 1),
         ("qwen3_moe", "fp8", 3, 1),
         ("qwen3_moe", "ct int4", 2, 2),
+        ("deepseek_v3", "fp8 of other blocks", 4, 1),
     ],
 )
 def test_quantised(family: str, packer: str, tp_size: int, groups: int, tmp_path: Path) -> None:
-    made = model_of(family, PACKERS[packer])
+    heads = {"num_key_value_heads": 6, "qk_rope_head_dim": 16} if family == "deepseek_v3" else {}
+    made = model_of(family, PACKERS[packer], **heads)
     made.save(tmp_path / "model")
     expected = answers(dense(made, tmp_path / "dense"), PROMPTS, TOKENS)
     assert len({tuple(answer) for answer in expected}) > 3

@@ -11,7 +11,8 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tpctl.arch.block import Attention, Block, Experts, Layer, LayerPart, Mixer, linears
+from tpctl.arch.block import Block, Experts, Layer, LayerPart, Mixer, linears
+from tpctl.arch.latent import Attending
 from tpctl.arch.linear import Linear, Norm
 from tpctl.errors import UnsupportedModelError
 from tpctl.partition.cuts import Vocab
@@ -186,9 +187,9 @@ class Blueprint:
         return min(layer.mixer.num_heads for layer in self.layers)
 
     @property
-    def attentions(self) -> tuple[Attention, ...]:
+    def attentions(self) -> tuple[Attending, ...]:
         """Those of the layers that have one, in order. Raises as ``check_runs``."""
-        return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attention))
+        return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attending))
 
     @property
     def windows(self) -> tuple[int | None, ...]:

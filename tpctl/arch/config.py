@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.arch import vllm
-from tpctl.arch.block import Attention, Block
+from tpctl.arch.block import Block
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.families import FAMILIES
 from tpctl.arch.family import Family, Sizes
@@ -21,6 +21,7 @@ from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
 from tpctl.arch.formats import read_scheme
 from tpctl.arch.formats.scheme import Scheme
+from tpctl.arch.latent import Attending
 from tpctl.arch.quantised import Cutting, cut_by, quantised
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.json_file import is_file, read_object
@@ -161,7 +162,7 @@ def _longest(blueprint: Blueprint, fields: Fields) -> int:
     ropes = [
         layer.mixer.rope
         for layer in blueprint.layers
-        if isinstance(layer, Block) and isinstance(layer.mixer, Attention)
+        if isinstance(layer, Block) and isinstance(layer.mixer, Attending)
     ]
     said = [rope.longest for rope in ropes if rope is not None]
     return min(said) if said else fields.whole("max_position_embeddings")

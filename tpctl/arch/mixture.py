@@ -8,11 +8,10 @@ A checkpoint has a tensor for each expert and projection, or one stack for gate 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from tpctl.arch import parts
-from tpctl.arch.block import Attention, Experts, Gated, Layer, Mixer
+from tpctl.arch.block import Attention, Experts, Gated, Mixer
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import MOST_EXPERTS, MOST_LAYERS, Sizes
 from tpctl.arch.fields import Fields
@@ -156,7 +155,7 @@ def weighed(fields: Fields, sizes: Sizes, routing: Routing | None = None) -> Exp
     )
 
 
-def corrected(fields: Fields, sizes: Sizes, *, runs: bool = True) -> Experts:
+def corrected(fields: Fields, sizes: Sizes) -> Experts:
     """The mixture of DeepSeek's and GLM's models: a correction for the choice, and shared experts as one MLP."""
     width = fields.whole("moe_intermediate_size")
     count = fields.whole(fields.either("n_routed_experts", "num_local_experts"), most=MOST_EXPERTS)
@@ -169,22 +168,17 @@ def corrected(fields: Fields, sizes: Sizes, *, runs: bool = True) -> Experts:
         per_token,
         correction="gate.e_score_correction_bias",
         shared=_shared(sizes, "mlp.shared_experts", width * shared) if shared else None,
-        routing=sigmoid(fields, count, per_token) if runs else None,
+        routing=sigmoid(fields, count, per_token),
     )
 
 
 def dense_first(fields: Fields, sizes: Sizes, mixer: Attention | Mixer) -> Blueprint:
     """A model of DeepSeek's or GLM's kind: dense layers, then ``corrected`` ones, then those that predict more."""
-    runs, mlp = isinstance(mixer, Attention), parts.gated(sizes, parts.read_activation(fields))
-    experts = corrected(fields, sizes, runs=runs)
+    experts, mlp = corrected(fields, sizes), parts.gated(sizes, parts.read_activation(fields))
     first = fields.whole("first_k_dense_replace", least=0)
     mlps = (mlp if layer < first else experts for layer in range(sizes.num_layers))
-    layers: Iterator[Layer]
-    if isinstance(mixer, Attention):
-        layers = (parts.block(sizes, mixer, one) for one in mlps)
-    else:
-        layers = (parts.cut_block(sizes, mixer, one) for one in mlps)
-    return replace(parts.model(sizes, tuple(layers)), left_out=further_layers(fields, sizes.num_layers))
+    layers = tuple(parts.block(sizes, mixer, one) for one in mlps)
+    return replace(parts.model(sizes, layers), left_out=further_layers(fields, sizes.num_layers))
 
 
 def _shared(sizes: Sizes, where: str, width: int) -> Gated:

@@ -134,7 +134,7 @@ def gated(
     )
 
 
-def block(sizes: Sizes, attention: Attention, mlp: Gated | Experts) -> Block:
+def block(sizes: Sizes, attention: Attention | Mixer, mlp: Gated | Experts) -> Block:
     """A block with one norm before attention and one before the MLP."""
     return Block(
         before_attention=norm(sizes, "input_layernorm"),

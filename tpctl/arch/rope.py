@@ -6,6 +6,7 @@ Unknown kinds are refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,11 @@ class RopeConfig:
             stretched = int(self.original_max_position_embeddings * float(self.params["factor"]))
             return max(self.max_position_embeddings, stretched)
         return self.max_position_embeddings
+
+
+def yarn_scale(factor: float, mscale: float) -> float:
+    """By how much YaRN raises scores in a context ``factor`` times as long (Peng et al., "YaRN", 2023)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def read_rope(

@@ -11,7 +11,9 @@ Shape letters used in ``layers`` and ``engine``:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import Tensor
@@ -80,3 +82,18 @@ class ForwardBatch:
     @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
+
+    def prompts(self) -> Iterator[tuple[slice, int, int | None]]:
+        """The prefill chunks: the rows of T of some sequences and how many these are, all as long and without a cached
+        prefix; or of one sequence that has a prefix, with its number."""
+        start = index = self.num_decodes
+        lengths = list(zip(self.query_lens, self.seq_lens, strict=True))[index:]
+        for (new, length), group in groupby(lengths):
+            count = len(list(group))
+            if new == length:
+                yield slice(start, start + count * new), count, None
+            else:
+                for one in range(count):
+                    yield slice(start + one * new, start + (one + 1) * new), 1, index + one
+            start += count * new
+            index += count

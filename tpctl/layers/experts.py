@@ -23,8 +23,7 @@ from tpctl.arch import block
 from tpctl.arch.held import HeldLinear, Hold
 from tpctl.arch.linear import Linear
 from tpctl.distributed import TPGroup
-from tpctl.kernels.common.codes import decode
-from tpctl.layers.linear import ReplicatedLinear, declare, emptied
+from tpctl.layers.linear import NumbersLinear, ReplicatedLinear, declare, emptied
 from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
 from tpctl.layers.stream import Rows
@@ -38,19 +37,6 @@ class Gate(ReplicatedLinear):
 
     def use(self, device: WeightMaker) -> None:
         """Nothing."""
-
-
-class SharedGate(ReplicatedLinear):
-    """The linear of one output by which the shared MLP counts; of a quantised one kernels read the numbers."""
-
-    def use(self, device: WeightMaker) -> None:
-        """Once, after loading."""
-        if self.held.is_dense:
-            return
-        row = torch.cat([decode(codes) for codes in self._codes()]).to(self.dtype or torch.float32)
-        for kind in self.held.shapes.keys() - {"bias"}:
-            emptied(self, kind)
-        self.weight = nn.Parameter(row, requires_grad=False)
 
 
 class Stacks(Layer):
@@ -116,7 +102,7 @@ class Mixture:
             self._shared = MLP(made_of.shared, hold, group, dtype)
             attach(layer, made_of.shared.down.name.rpartition(".")[0], self._shared)
         if made_of.shared_gate is not None:
-            self._shared_gate = SharedGate(hold(made_of.shared_gate), dtype)
+            self._shared_gate = NumbersLinear(hold(made_of.shared_gate), dtype)
             attach(layer, made_of.shared_gate.name, self._shared_gate)
 
     def summand(self, rows: Rows) -> tuple[Mixture, Rows]:

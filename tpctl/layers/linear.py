@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tpctl.arch.block import Activation
 from tpctl.arch.held import HeldLinear
 from tpctl.distributed import TPGroup
-from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.common.codes import Codes, decode
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.codes import CodesWeight, joined
@@ -101,6 +101,19 @@ class ReplicatedLinear(Layer):
     def runs(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """The same, or runs of the input apart, [S, T, out_features], for kernels that add them up as they read."""
         return self.matrix.runs(x, self.bias, norm)
+
+
+class NumbersLinear(ReplicatedLinear):
+    """One whose weight is read as it is, not only multiplied by: of a quantised one the numbers, made once."""
+
+    def use(self, device: WeightMaker) -> None:
+        """Once, after loading."""
+        if self.held.is_dense:
+            return
+        numbers = torch.cat([decode(codes, dtype=self.dtype or torch.float32) for codes in self._codes()])
+        for kind in self.held.shapes.keys() - {"bias"}:
+            emptied(self, kind)
+        self.weight = nn.Parameter(numbers, requires_grad=False)
 
 
 class ColumnParallelLinear(ReplicatedLinear):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tpctl.arch.rope import RopeConfig
+from tpctl.arch.rope import RopeConfig, yarn_scale
 
 
 class RotaryTable:
@@ -111,8 +111,8 @@ def attention_scale(config: RopeConfig) -> float:
         factor = params["factor"]
         mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
         if mscale and all_dim:
-            return _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dim)
-        return _yarn_scale(factor, 1.0)
+            return yarn_scale(factor, mscale) / yarn_scale(factor, all_dim)
+        return yarn_scale(factor, 1.0)
     return 1.0
 
 
@@ -146,10 +146,6 @@ def _yarn(config: RopeConfig) -> Tensor:
         high += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return stretched * ramp + kept * (1 - ramp)
-
-
-def _yarn_scale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

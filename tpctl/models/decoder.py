@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from tpctl.arch import block as blocks
-from tpctl.arch import delta_net, linear
+from tpctl.arch import delta_net, latent, linear
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.held import HeldLinear, Hold
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV
+from tpctl.layers.attention.latent import LatentAttention
+from tpctl.layers.attention.sdpa_latent import SdpaLatentBackend
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.delta_net.layer import DeltaNet
@@ -77,10 +79,13 @@ class DecoderLayer(Layer):
         rotary: RotaryTable | None,
         group: TPGroup,
         dtype: torch.dtype,
-    ) -> Attention | DeltaNet:
+    ) -> Attention | DeltaNet | LatentAttention:
         if isinstance(mixer, blocks.Attention):
             self.self_attn = Attention(mixer, hold, backend, rotary, group, dtype)
             return self.self_attn
+        if isinstance(mixer, latent.LatentAttention):
+            assert isinstance(backend, SdpaLatentBackend)
+            return LatentAttention(mixer, hold, backend, rotary, group, self, dtype)
         assert isinstance(mixer, delta_net.DeltaNet), mixer
         self.linear_attn = DeltaNet(mixer, hold, group, dtype)
         return self.linear_attn

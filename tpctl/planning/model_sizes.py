@@ -25,6 +25,7 @@ from tpctl.arch.block import Attention, Experts, Gated, Mixer, linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import state_sizes
+from tpctl.arch.growth import growth as growth_of
 from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
@@ -150,6 +151,7 @@ class ModelSizes:
         weights: dict[str, float] = {}
         chosen: dict[str, int] = {}
         growth: dict[str, int] = {}
+        stands_in = {first: self.dtypes[name] for name, first in self._sorts.stands_for.items()}
         for split in self._small_splits(Cutting()):
             owner = next((owner for owner in owners if split.name.startswith(owner)), None)
             kind = "" if owner is None else split.name.removeprefix(owner)
@@ -158,7 +160,8 @@ class ModelSizes:
                 linear, part = owners[owner]
                 if (entry := next((one for one in linear.storage if one.name == kind), None)) is not None:
                     weights[split.name] = entry.weights
-                    growth[split.name] = linear.storage.growth(entry)
+                    stored = DTYPE_BITS[stands_in[split.name]]
+                    growth[split.name] = growth_of(part, linear, entry, stored, DTYPE_BITS[self.dtype])
                 if linear.stack is not None and isinstance(part, Experts):
                     chosen[split.name] = part.per_token
         return weights, chosen, growth
@@ -208,8 +211,8 @@ class ModelSizes:
         """What layers keep of a token. A latent that all heads share is on every rank; a recurrent layer keeps none."""
         heads = self._kv_heads(tp_size, rank)
         others = [mixer for mixer in self.mixers if isinstance(mixer, Mixer)]
-        kept = sum(mixer.kept * len(mixer.shares(tp_size)[rank].kv) for mixer in others)
-        return kv_bytes_per_token(heads, self._itemsize, self.kv_form) + kept * self._itemsize
+        kept = [mixer.kept * len(mixer.shares(tp_size)[rank].kv) for mixer in others]
+        return kv_bytes_per_token(heads, self._itemsize, self.kv_form, kept)
 
     def slot_bytes(self, tp_size: int, rank: int) -> int:
         """What recurrent layers keep of one sequence."""

@@ -5,25 +5,39 @@ Kimi K2 is the same: its ``config.json`` names the class and has a model_type of
 
 from __future__ import annotations
 
+from typing import Any
+
 from tpctl.arch import mixture
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.mixers import latent
+from tpctl.arch.latent import LatentSizes, latent
+from tpctl.arch.rope import read_rope
+from tpctl.arch.windows import no_window
+from tpctl.errors import UnsupportedModelError, shown
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
+_ONLY: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+"""Fields that published configs have, and the one thing that they can say: transformers reads none of them."""
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    attention = latent(
-        sizes,
+    for key, value in _ONLY.items():
+        if fields.get(key) not in (None, value):
+            raise UnsupportedModelError(
+                f"config.json: {key} is {shown(fields.get(key))}, but {ARCHITECTURE} knows {shown(value)} alone; "
+                "correct model_type, or remove the field if it has no meaning"
+            )
+    of = LatentSizes(
         q_rank=fields.optional_whole("q_lora_rank"),
         kv_rank=fields.whole("kv_lora_rank"),
         nope=fields.whole("qk_nope_head_dim"),
         rope=fields.whole("qk_rope_head_dim"),
         value=fields.whole("v_head_dim"),
-        bias=fields.flag("attention_bias"),
     )
+    rope = read_rope(fields, ARCHITECTURE, of.rope, interleaved=fields.flag("rope_interleave"))
+    no_window(fields, sizes.num_layers, rope.longest, ARCHITECTURE)
+    attention = latent(sizes.hidden_size, sizes.num_heads, of, rope, bias=fields.flag("attention_bias"))
     return mixture.dense_first(fields, sizes, attention)
 
 
@@ -45,15 +59,26 @@ FAMILY = Family(
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
+        "rope_interleave": True,
         "moe_intermediate_size": 2048,
         "num_experts_per_tok": 8,
         "n_routed_experts": 256,
         "n_shared_experts": 1,
         "num_nextn_predict_layers": 1,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
         "bos_token_id": 0,
         "eos_token_id": 1,
     },
-    frozenset({"num_key_value_heads", "q_lora_rank", "n_shared_experts"}),
+    frozenset({"num_key_value_heads", "q_lora_rank", "sliding_window"}),
     describe,
-    runs=False,
+    frozenset(
+        {
+            *("n_routed_experts", "num_local_experts", "n_shared_experts", "num_experts_per_tok"),
+            *("moe_intermediate_size", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"),
+            *("q_lora_rank", "kv_lora_rank"),
+        }
+    ),
 )

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from tpctl.accounting import state_bytes
-from tpctl.arch.block import Attention, linears
+from tpctl.arch.block import linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import DeltaNet, state_sizes
+from tpctl.arch.growth import growth
+from tpctl.arch.latent import Attending
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import as_held, build_plan, check_scaled
 from tpctl.distributed import TPGroup
@@ -24,8 +26,8 @@ from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
 from tpctl.engine.sampling.sampler import Sampler
 from tpctl.errors import EngineError
-from tpctl.layers.attention.attention import attention_spec
 from tpctl.layers.attention.base import AttentionBackend, LayerKV
+from tpctl.layers.attention.latent import spec_of
 from tpctl.layers.attention.select import make_backend
 from tpctl.layers.delta_net.state import LayerState
 from tpctl.layers.rotary import RotaryTable, rotary_tables
@@ -126,7 +128,7 @@ def load(
         settings.attention_backend,
         group.device.type,
         dtype,
-        [attention_spec(attention, group.rank, group.size) for attention in attentions],
+        [spec_of(attention, group.rank, group.size) for attention in attentions],
         settings.block_size,
         kv_cache_dtype=settings.kv_cache_dtype,
         whole_heads=not any(attention.rotates_part for attention in attentions),
@@ -138,7 +140,7 @@ def load(
 
     timings, started = Timings(), time.perf_counter()
     longest = min(wanted_len, _most_tokens(settings, share, backend.bytes_per_block(dtype), backend.block_size))
-    ropes = [one.rope if isinstance(one := block.attention, Attention) else None for block in made_of.blocks]
+    ropes = [one.rope if isinstance(one := block.attention, Attending) else None for block in made_of.blocks]
     rotaries = rotary_tables(ropes, longest, group.device)
     with torch.device("meta"):
         model = Decoder(made_of, plan, backend, rotaries, group, dtype, held=tensors.keys())
@@ -201,7 +203,7 @@ def run_bytes(
     plan: PartitionPlan, blueprint: Blueprint, tensors: Mapping[str, ManifestTensor], dtype: torch.dtype
 ) -> int:
     """What a rank's weights take when they run in ``dtype``: floats in that, quantised weights and their scales in the
-    bytes that they are stored in, or more (``Storage.growth``).
+    bytes that they are stored in, or more (``arch.growth``).
 
     Args:
         tensors: those of its shard, by name.
@@ -209,8 +211,8 @@ def run_bytes(
     layers = enumerate(blueprint.layers)
     parts = [("", part) for part in blueprint.beside]
     parts += [(blueprint.prefix.format(number), part) for number, layer in layers for part in layer.parts]
-    growth = {
-        f"{prefix}{linear.name}{linear.joiner}{entry.name}": linear.storage.growth(entry)
+    held = {
+        f"{prefix}{linear.name}{linear.joiner}{entry.name}": (part, linear, entry)
         for prefix, part in parts
         for linear in linears(part)
         for entry in linear.storage
@@ -218,8 +220,9 @@ def run_bytes(
     total = 0
     for split in plan.splits:
         if (tensor := tensors.get(split.name)) is not None:
-            kept = split.dtypes is not None
-            bits = DTYPE_BITS[tensor.dtype] * growth.get(split.name, 1) if kept else 8 * dtype.itemsize
+            stored, bits = DTYPE_BITS[tensor.dtype], 8 * dtype.itemsize
+            if split.dtypes is not None:
+                bits = stored * (growth(*held[split.name], stored, bits) if split.name in held else 1)
             total += prod(tensor.shape) * bits // 8
     return total
 

@@ -30,6 +30,7 @@ class AttentionSpec:
         window: limits a token to that many keys, its own included.
         softcap: a scaled score s becomes softcap * tanh(s / softcap) before the softmax.
         sinks: a score of each query head joins its softmax, and no value goes with it.
+        latent: values are the first so many numbers of keys, and no others are kept (latent attention).
     """
 
     num_heads: int
@@ -39,6 +40,7 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    latent: int | None = None
 
     @property
     def group(self) -> int:
@@ -104,12 +106,13 @@ class AttentionBackend(ABC, Generic[PlanT]):
     def bytes_per_block(self, dtype: torch.dtype) -> int:
         """Bytes that one block of ``allocate``'s caches takes over all layers, keys and values together; at least 1,
         of a model without attention."""
-        return max(1, self.block_size * kv_bytes_per_token(self._heads, dtype.itemsize, self.kv_form))
+        return max(1, self.block_size * self.bytes_per_token(dtype, self.kv_form))
 
-    @property
-    def _heads(self) -> list[tuple[int, int]]:
-        """KV heads and their dimensions, of each layer."""
-        return [(spec.num_kv_heads, spec.head_dim) for spec in self.layers]
+    def bytes_per_token(self, dtype: torch.dtype, form: KvForm) -> int:
+        """The same of one token, kept in that form."""
+        heads = [(spec.num_kv_heads, spec.head_dim) for spec in self.layers if spec.latent is None]
+        latents = [spec.head_dim for spec in self.layers if spec.latent is not None]
+        return kv_bytes_per_token(heads, dtype.itemsize, form, latents)
 
     @abstractmethod
     def begin(self, batch: ForwardBatch) -> PlanT:

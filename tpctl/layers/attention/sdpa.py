@@ -20,13 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.accounting import kv_bytes_per_token
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
 from tpctl.layers.attention.sdpa_cache import PagedKV, as_words, lazy_zeros
 from tpctl.layers.batch import ForwardBatch
@@ -46,7 +44,8 @@ _MOST_KEPT = 1 << 29
 class _Kept:
     """Gathered keys and values that the next step may continue: of ``lens`` tokens in the blocks ``tables_SW``.
 
-    ``tables_SW`` is -1 behind a sequence's own blocks. ``layers`` holds [2, K * S, L, D] for each layer, by its cache's
+    ``tables_SW`` is -1 behind a sequence's own blocks. ``layers`` holds [2, K * S, L, D] (of latent attention
+    [1, S, L, D]) for each layer, by its cache's
     address; there is room for L tokens.
     """
 
@@ -93,13 +92,13 @@ class _Bucket:
     cells: Tensor | None = None
     _cells_of: dict[int, Tensor] = field(default_factory=dict)
 
-    def cells_of(self, num_kv_heads: int) -> Tensor:
-        """The same for keys and values of all heads, token by token."""
+    def cells_of(self, vectors: int) -> Tensor:
+        """The same for that many vectors of a token, keys and values of all heads, token by token."""
         assert self.cells is not None and self.kept is not None
-        found = self._cells_of.get(num_kv_heads)
+        found = self._cells_of.get(vectors)
         if found is None:
-            heads = torch.arange(2 * num_kv_heads, device=self.cells.device) * (self.count * self.kept.room)
-            found = self._cells_of[num_kv_heads] = (self.cells + heads).flatten()
+            heads = torch.arange(vectors, device=self.cells.device) * (self.count * self.kept.room)
+            found = self._cells_of[vectors] = (self.cells + heads).flatten()
         return found
 
 
@@ -130,8 +129,8 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         self._most_kept = 0  # tokens
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        token = max(1, kv_bytes_per_token(self._heads, dtype.itemsize))
-        self._most_kept = min(_MOST_KEPT, num_blocks * self.bytes_per_block(dtype) // 4) // token
+        gathered = num_blocks * self.bytes_per_block(dtype) // 4
+        self._most_kept = min(_MOST_KEPT, gathered) // max(1, self.bytes_per_token(dtype, "model"))
         # One block more, which stays empty.
         return [self._layer(spec, num_blocks + 1, dtype, device) for spec in self.layers]
 
@@ -147,17 +146,21 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: SdpaPlan) -> None:
         assert isinstance(kv, PagedKV)
+        self.write(torch.cat((k_TKD, v_TKD), dim=1), kv, plan)
+
+    def write(self, new: Tensor, kv: PagedKV, plan: SdpaPlan) -> None:
+        """Write [T, vectors, D] to the slots of the new tokens."""
         begun = self._begun(kv, plan)
         if begun is not None:
             kv.empty(begun)
         cells, rows = self._cells(kv, plan)
-        plan.new = kv.write(cells, torch.cat((k_TKD, v_TKD), dim=1), rows)
+        plan.new = kv.write(cells, new, rows)
 
     def _begun(self, kv: PagedKV, plan: SdpaPlan) -> Tensor | None:
         """Rows of ``kv.blocks``: the blocks whose first tokens are among the new ones, and that these do not fill."""
-        heads, batch = kv.spec.num_kv_heads, plan.batch
-        if heads not in plan.begun:
-            plan.begun[heads] = None
+        vectors, batch = kv.vectors, plan.batch
+        if vectors not in plan.begun:
+            plan.begun[vectors] = None
             found = []
             for sequence, (new, length) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
                 filled = length % self.block_size
@@ -165,19 +168,19 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
                     found.append((sequence, length // self.block_size))
             if found:
                 sequences, blocks = torch.tensor(found, device=batch.block_tables.device).unbind(1)
-                plan.begun[heads] = kv.rows(batch.block_tables[sequences, blocks])
-        return plan.begun[heads]
+                plan.begun[vectors] = kv.rows(batch.block_tables[sequences, blocks])
+        return plan.begun[vectors]
 
     def _cells(self, kv: PagedKV, plan: SdpaPlan) -> tuple[Tensor, Tensor | None]:
         """Where to write: rows of ``kv.cells``, all heads of a token together; and the rows of T they come from
         (``None``: every row)."""
-        batch, found = plan.batch, plan.cells.get(kv.spec.num_kv_heads)
+        batch, found = plan.batch, plan.cells.get(kv.vectors)
         if found is None:
             kept = (batch.slot_mapping >= 0).nonzero().flatten()
             rows = kept if kept.numel() < batch.num_tokens else None
             slots = batch.slot_mapping if rows is None else batch.slot_mapping[rows]
             first = torch.arange(0, len(kv.cells), kv.num_blocks * self.block_size, device=slots.device)
-            found = plan.cells[kv.spec.num_kv_heads] = ((slots.unsqueeze(1) + first).flatten(), rows)
+            found = plan.cells[kv.vectors] = ((slots.unsqueeze(1) + first).flatten(), rows)
         return found
 
     def attend(
@@ -185,31 +188,32 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
     ) -> Tensor:
         assert isinstance(kv, PagedKV)
         batch, spec = plan.batch, kv.spec
-        decodes, buckets = batch.num_decodes, self._buckets(kv, plan)
-        if decodes == batch.num_tokens and len(buckets) == 1:
-            return self._decode(q_TND, kv, 0, buckets[0], plan, sinks_N).flatten(1)
+        decodes = batch.num_decodes
+        decoded = self.decodes(q_TND[:decodes], kv, plan, sinks_N)
+        if decoded is not None and decodes == batch.num_tokens:
+            return decoded.flatten(1)
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
-        for index, bucket in enumerate(buckets):
-            rows = slice(decodes) if bucket.rows is None else bucket.rows
-            out_TND[rows] = self._decode(q_TND[rows], kv, index, bucket, plan, sinks_N)
-        start, index = decodes, decodes
-        lengths = list(zip(batch.query_lens, batch.seq_lens, strict=True))[decodes:]
-        for (new, length), group in groupby(lengths):
-            count = len(list(group))
-            if new < length:  # a cached prefix: each sequence gathers its own blocks
-                for one in range(index, index + count):
-                    part = slice(start, start + new)
-                    keys, values = self._gather_prefix(kv, batch, one)
-                    self._prefill(q_TND[part], keys, values, spec, plan, out_TND[part], sinks_N)
-                    start = part.stop
+        if decoded is not None:
+            out_TND[:decodes] = decoded
+        for part, count, cached in batch.prompts():
+            if cached is not None:
+                keys, values = self.gather_prefix(kv, batch, cached)
             else:
-                part = slice(start, start + count * new)
-                shape = (count, new, spec.num_kv_heads, spec.head_dim)
+                shape = (count, -1, spec.num_kv_heads, spec.head_dim)
                 keys, values = (x[part].view(shape).transpose(1, 2) for x in (k_TKD, v_TKD))
-                self._prefill(q_TND[part], keys, values, spec, plan, out_TND[part], sinks_N)
-                start = part.stop
-            index += count
+            self.prefill(q_TND[part], keys, values, spec, plan, out_TND[part], sinks_N)
         return out_TND.flatten(1)
+
+    def decodes(self, q_SND: Tensor, kv: PagedKV, plan: SdpaPlan, sinks_N: Tensor | None = None) -> Tensor | None:
+        """[S, N, D of values]: the step's decodes; ``None``: it has none."""
+        buckets = self._buckets(kv, plan)
+        if len(buckets) < 2:
+            return self._decode(q_SND, kv, 0, buckets[0], plan, sinks_N) if buckets else None
+        parts = [self._decode(q_SND[one.rows], kv, at, one, plan, sinks_N) for at, one in enumerate(buckets)]
+        out_SND = parts[0].new_empty(len(q_SND), *parts[0].shape[1:])
+        for bucket, part in zip(buckets, parts, strict=True):
+            out_SND[bucket.rows] = part
+        return out_SND
 
     def _decode(
         self, q_SND: Tensor, kv: PagedKV, index: int, bucket: _Bucket, plan: SdpaPlan, sinks_N: Tensor | None
@@ -222,19 +226,20 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         q = q_KSGD.reshape(batched, spec.group, spec.head_dim)
         scores = _scores(self._decode_bias(index, bucket, spec, q.dtype, plan), q, gathered[0], spec)
         sinks_KSG = None if sinks_N is None else sinks_N.view(-1, 1, spec.group).expand(-1, count, -1)
-        out_KSGD = torch.bmm(_softmax(scores, sinks_KSG), gathered[1]).view(spec.num_kv_heads, count, spec.group, -1)
-        return out_KSGD.transpose(0, 1).reshape(count, spec.num_heads, spec.head_dim)
+        out_KSGD = torch.bmm(_softmax(scores, sinks_KSG), kv.values(gathered))
+        out_KSGD = out_KSGD.view(spec.num_kv_heads, count, spec.group, -1)
+        return out_KSGD.transpose(0, 1).reshape(count, spec.num_heads, -1)
 
     def _gather(self, kv: PagedKV, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
-        """[2, K * S, L, D]: the bucket's keys and values, for each head and sequence."""
+        """[2, K * S, L, D]: the bucket's keys and values, by head and sequence; [1, ..] where keys hold values."""
         heads = kv.spec.num_kv_heads
-        shape = (2, heads * bucket.count, -1, kv.spec.head_dim)
+        shape = (kv.vectors // heads, heads * bucket.count, -1, kv.spec.head_dim)
         kept, layer = bucket.kept, kv.blocks.data_ptr()
         if kept is not None and bucket.cells is not None:
             gathered = kept.layers[layer]
             assert plan.new is not None
             new = plan.new[: bucket.count] if bucket.rows is None else plan.new[bucket.rows]
-            as_words(gathered).index_copy_(0, bucket.cells_of(heads), as_words(new))
+            as_words(gathered).index_copy_(0, bucket.cells_of(kv.vectors), as_words(new))
             return gathered
         gathered = kv.gather(kv.rows(bucket.blocks)).view(shape)
         if kept is not None:
@@ -302,15 +307,15 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             width += 1
         return _Bucket(own, tables_SW.flatten(), len(rows), width, lens_S, fresh)
 
-    def _gather_prefix(self, kv: PagedKV, batch: ForwardBatch, index: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of one sequence, [1, K, L, D] each, the new ones included."""
+    def gather_prefix(self, kv: PagedKV, batch: ForwardBatch, index: int) -> Tensor:
+        """[2, 1, K, L, D]: all keys and values of one sequence, the new ones included; or [1, 1, 1, L, D], as
+        ``_gather``."""
         length = batch.seq_lens[index]
         rows = kv.rows(batch.block_tables[index, : -(-length // self.block_size)])
-        shape = (2, 1, kv.spec.num_kv_heads, -1, kv.spec.head_dim)
-        keys, values = kv.gather(rows).view(shape)[:, :, :, :length]
-        return keys, values
+        heads = kv.spec.num_kv_heads
+        return kv.gather(rows).view(kv.vectors // heads, 1, heads, -1, kv.spec.head_dim)[:, :, :, :length]
 
-    def _prefill(
+    def prefill(
         self,
         q_TND: Tensor,
         k_SKLD: Tensor,
@@ -318,19 +323,20 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         spec: AttentionSpec,
         plan: SdpaPlan,
         out_TND: Tensor,
-        sinks_N: Tensor | None,
+        sinks_N: Tensor | None = None,
     ) -> None:
-        """The last T / S of each sequence's L tokens, each over the keys up to its own, written to ``out_TND``."""
+        """The last T / S of each sequence's L tokens, each over the keys up to its own, written to ``out_TND``. Values
+        may have another size than keys."""
         count, _, length, _ = k_SKLD.shape
         new = q_TND.shape[0] // count
         shape = (count, new, spec.num_kv_heads, spec.group, spec.head_dim)
-        q_STKGD, out_STKGD = q_TND.view(shape), out_TND.view(shape)
+        q_STKGD, out_STKGD = q_TND.view(shape), out_TND.view(*shape[:-1], -1)
         widest = spec.num_heads * length  # scores of one query at most
         size = min(new, max(_LEAST_QUERY_BLOCK, min(_QUERY_BLOCK, _MOST_SCORES // widest)))
         together = max(1, _MOST_SCORES // (widest * size))
         for first in range(0, count, together):
             some = slice(first, first + together)
-            keys, values = (x[some].reshape(-1, length, spec.head_dim) for x in (k_SKLD, v_SKLD))
+            keys, values = (x[some].reshape(-1, length, x.shape[-1]) for x in (k_SKLD, v_SKLD))
             for start in range(0, new, size):
                 stop = min(start + size, new)
                 end = length - new + stop
@@ -344,7 +350,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
                 if sinks_N is not None:
                     sinks_SKGT = sinks_N.view(1, -1, spec.group, 1).expand(*q_SKGTD.shape[:-1])
                 out = torch.bmm(_softmax(scores, sinks_SKGT), values[:, begin:end])
-                out_STKGD[some, start:stop] = out.view(q_SKGTD.shape).permute(0, 3, 1, 2, 4)
+                out_STKGD[some, start:stop] = out.view(*q_SKGTD.shape[:-1], -1).permute(0, 3, 1, 2, 4)
 
     def _causal_bias(self, new: int, width: int, spec: AttentionSpec, like: Tensor, plan: SdpaPlan) -> Tensor:
         """[G * new, columns] to add to the last columns of a block's scores: 0 where one of ``new`` queries, the last

@@ -25,6 +25,15 @@ class PagedKV(LayerKV):
     cells: Tensor
     num_blocks: int
 
+    @property
+    def vectors(self) -> int:
+        """How many a token leaves: its keys and values."""
+        return len(self.blocks) // self.num_blocks
+
+    def values(self, gathered: Tensor) -> Tensor:
+        """Those of ``gathered`` [keys, values; ...]."""
+        return gathered[1]
+
     def gather(self, rows: Tensor) -> Tensor:
         """[R, B * D]: blocks, by their rows of ``blocks``, as numbers."""
         return self.blocks.index_select(0, rows)

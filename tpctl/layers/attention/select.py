@@ -79,6 +79,8 @@ def make_backend(
     if size < 1 or (chosen != "sdpa" and (size & (size - 1) or size < 16)):
         raise EngineError(f"--block-size {size} does not suit {chosen}; use a power of two from 16 up")
     form = _kv_form(kv_cache_dtype, chosen, dtype, layers, whole_heads)
+    if any(spec.latent is not None for spec in layers):
+        from tpctl.layers.attention.sdpa_latent import SdpaLatentBackend as kind
     if form == "model":
         return kind(layers, size)
     if chosen == "sdpa":
@@ -96,7 +98,10 @@ def _kv_form(
     """How keys and values are kept where ``asked`` is as ``EngineConfig.kv_cache_dtype``. Raises ``EngineError``."""
     if asked == "model":
         return "model"
-    if asked == "fp8":
+    obstacle: str | None
+    if any(spec.latent is not None for spec in layers):
+        obstacle = "keys and values of heads, not latent attention, which keeps a vector that all heads share"
+    elif asked == "fp8":
         obstacle = _not_fp8(backend, dtype, layers)
     else:
         obstacle = _not_packed(backend, dtype, layers, whole_heads)
