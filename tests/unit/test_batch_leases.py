@@ -264,6 +264,33 @@ def test_sums_that_were_lost_are_read_from_the_parts(folder: JobFolder, prompts:
         assert replace(found, cached_tokens=board.sums.cached_tokens) == board.sums
 
 
+def test_a_part_that_lost_rows_is_refused_and_one_that_is_removed_comes_again(folder: JobFolder, prompts: Path) -> None:
+    parts = parts_of(folder, prompts, 10)
+    finish(folder, prompts, parts, Replicas(folder, prompts))
+    path = folder.part(1)
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    with pytest.raises(OutputError, match=r"part-00001\.jsonl has 3 rows, but had 10; bring it back, or remove it"):
+        Board(folder, plain(prompts))
+    path.write_bytes(whole[:-5])
+    with pytest.raises(OutputError, match=r"part-00001\.jsonl is damaged; bring it back, or remove it"):
+        Board(folder, plain(prompts))
+    path.unlink()
+    assert finish(folder, prompts, parts, Replicas(folder, prompts)).sums.rows == COUNT and rows_of(folder) == WANTED
+
+
+def test_sums_are_those_of_the_part_that_is_there_where_the_log_knows_another_one(
+    folder: JobFolder, prompts: Path
+) -> None:
+    parts = parts_of(folder, prompts, 10)
+    finish(folder, prompts, parts, Replicas(folder, prompts))
+    path = folder.part(1)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([b'{"id": 11, "error": "e"}\n', *lines[1:]]))  # as before it was tried again
+    sums = finish(folder, prompts, parts, Replicas(folder, prompts)).sums
+    assert (sums.rows, sums.errors) == (COUNT, 1)
+
+
 def test_numbers_that_json_has_no_form_for_are_the_lines_error(folder: JobFolder, prompts: Path) -> None:
     parts = parts_of(folder, prompts, 10)
     Board(folder, plain(prompts)).offer(parts[0])

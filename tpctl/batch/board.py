@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from tpctl.batch.prefixes import order_of
 from tpctl.batch.rows import KeptRow, Sums, keep_rows, kept_rows, put_together, sums_beside, sums_of
 from tpctl.client.disk import writing
 from tpctl.client.jobs import unanswered
+from tpctl.errors import OutputError, counted
 
 PIECES = 8
 """Spans that a part which engines died over is cut into, again and again, until the deadly line is alone."""
@@ -34,7 +35,7 @@ class Board:
         """Read what an earlier run left.
 
         Raises:
-            OutputError: the folder cannot be written to.
+            OutputError: the folder cannot be written to, or a part that is done is not what was put there.
         """
         self._folder = folder
         self._source, self._sink = formats.source, formats.sink
@@ -42,11 +43,9 @@ class Board:
         self.sums = Sums()
         self._sums_of: dict[int, Sums] = {}
         self.done = set(folder.parts())
-        for entry in log_lines(folder.log):
-            self._sums_of[entry["part"]] = Sums(**entry["sums"])
+        told = {entry["part"]: entry for entry in log_lines(folder.log)}
         for number in self.done:
-            if number not in self._sums_of:
-                self._sums_of[number] = sums_of(self._sink.decode(self._part(number)))
+            self._sums_of[number] = self._read(number, told.get(number))
             self.sums.add(self._sums_of[number])
         self._log: IO[bytes] = open_log(folder.log)
         for name, span, _ in [*spans_in(folder.offers), *spans_in(folder.leases)]:
@@ -72,6 +71,26 @@ class Board:
 
     def _part(self, number: int) -> Path:
         return self._folder.part(number, self._sink.suffix)
+
+    def _read(self, number: int, told: Mapping[str, Any] | None) -> Sums:
+        """What a part that is done comes to: as the log has it, or counted anew where its file is another one.
+
+        Raises:
+            OutputError: it is damaged.
+        """
+        path = self._part(number)
+        with writing(path):
+            size = path.stat().st_size
+        if told is not None and told.get("bytes", size) == size:
+            return Sums(**told["sums"])
+        advice = "bring it back, or remove it to have its rows answered again"
+        try:
+            found = sums_of(self._sink.decode(path))
+        except (ValueError, KeyError, TypeError):  # also pyarrow's errors
+            raise OutputError(f"{path} is damaged; {advice}") from None
+        if told is not None and found.rows != told["sums"]["rows"]:
+            raise OutputError(f"{path} has {counted(found.rows, 'row')}, but had {told['sums']['rows']}; {advice}")
+        return found
 
     def under_way(self, part: Part) -> bool:
         return part.number in self._parts
@@ -226,14 +245,16 @@ class Board:
         """
         number, target = part.number, self._part(part.number)
         try:
+            size = file.stat().st_size
             sums = Sums(**told) if told else sums_of(self._sink.decode(file))
         except FileNotFoundError:
             if not target.exists():
                 self._settle(part)
                 return
+            size = target.stat().st_size
             sums = sums_of(self._sink.decode(target))
         with writing(self._folder.log):
-            self._log.write(json.dumps({"part": number, "sums": sums.to_dict()}).encode() + b"\n")
+            self._log.write(json.dumps({"part": number, "bytes": size, "sums": sums.to_dict()}).encode() + b"\n")
             self._log.flush()
         if not move(file, target) and not target.exists():
             self._settle(part)
