@@ -323,6 +323,8 @@ CASES = [
         "rows.parquet is Parquet, and not --input-format jsonl",
         code=2,
     ),
+    Case("batch prompts.jsonl -o x.parquet --output-format jsonl", "--output-format is jsonl, but x.parquet", code=2),
+    Case("batch prompts.jsonl -o x.jsonl --output-format parquet", "--output-format is parquet, but x.jsonl", code=2),
     Case("batch rows.parquet --output-format parquet --prompt-column question", "Parquet is no stream; name", code=2),
     Case("batch rows.parquet -o x --prompt-column question --id-column image", "rows.parquet is binary; ids are"),
     Case("batch rows.parquet -o x/ --prompt-column question --keep-columns a,label", 'no column "a"; it has'),

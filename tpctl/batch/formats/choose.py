@@ -16,6 +16,9 @@ from tpctl.batch.formats.place import Formats, Sink
 from tpctl.client.forms import ALL, ROW_FIELDS, OwnForm
 from tpctl.errors import SourceError, UsageError, shown
 
+NAMED = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl"}
+"""What a file's name says of its format."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -101,7 +104,10 @@ def choose(prompts: str, output: str, asked: Asked, model: str) -> FormatSpec | 
     """
     _check(asked)
     read = asked.input_format or ("parquet" if is_several(prompts) or begins_as_parquet(prompts) else None)
-    write = asked.output_format or ("parquet" if output.endswith(".parquet") else None)
+    named = next((form for end, form in NAMED.items() if output.endswith(end)), None)
+    if named is not None and asked.output_format not in (None, named) and not Path(output).is_dir():
+        raise UsageError(f"--output-format is {asked.output_format}, but {output} is called {named}; leave one out")
+    write = asked.output_format or ("parquet" if named == "parquet" else None)
     if read == "parquet":
         if prompts == "-":
             raise UsageError("Parquet is read by rows' places; give a file in place of -")
