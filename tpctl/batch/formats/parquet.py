@@ -303,7 +303,9 @@ class ParquetReader:
     def _named(self, part: Part) -> str:
         if part.offset >= self.footers.rows:
             return part.named("row")
-        return f"{part.named('row')} ({self._named_at(part.offset)})"
+        first, last = self._at(part.offset), self._at(min(part.end, self.footers.rows) - 1)
+        to = "" if first == last else f" to {self._named_group(last)}"
+        return f"{part.named('row')} ({self._named_group(first)}{to})"
 
     def _named_at(self, row: int) -> str:
         return self._named_group(self._at(row))
