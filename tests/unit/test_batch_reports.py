@@ -148,6 +148,35 @@ def test_status_of_one_that_is_done_runs_or_was_killed(
     assert read_status(folder.root).state == "killed"
 
 
+def test_rows_that_a_replicas_last_sign_counts_are_not_counted_twice(folder: JobFolder, tmp_path: Path) -> None:
+    prompts = done(folder, tmp_path)
+    folder.replicas.mkdir(parents=True, exist_ok=True)
+    with lock(folder.replicas / "r.lock"):  # type: ignore[union-attr]
+        sign = {"count": 1, "machine": signs.machine(), "state": "working", "rows": 25, "open_rows": 9}
+        put(folder.replicas / "r.json", {**sign, "prompt_tokens": 0, "completion_tokens": 0})
+        run(folder, prompts)
+    found = read_status(folder.root)
+    assert (found.state, found.rows, found.total) == ("done", 25, 25)
+
+
+def test_a_replica_by_hand_says_why_there_is_nothing_to_do(folder: JobFolder, tmp_path: Path) -> None:
+    from tpctl.batch.replica import ended
+
+    run(folder, done(folder, tmp_path))
+    assert ended(folder) == "done"
+    state = load(folder.state)
+    assert state is not None
+    put(folder.state, {**state, "state": "interrupted"})
+    assert ended(folder) == "interrupted"
+    put(folder.state, {**state, "state": "running", "count": 9})
+    assert ended(folder) == "killed"
+    held = lock(folder.lock)
+    assert held is not None and ended(folder) is None
+    held.close()
+    put(folder.state, {**state, "state": "running", "count": 9, "machine": "another"})
+    assert ended(folder) is None  # its count may move yet
+
+
 def test_status_as_json_and_by_the_name_of_the_file(folder: JobFolder, tmp_path: Path) -> None:
     run(folder, done(folder, tmp_path))
     folder.root.rename(tmp_path / "rows.jsonl.parts")
@@ -185,6 +214,7 @@ def test_settings_that_differ_are_named(folder: JobFolder, tmp_path: Path) -> No
     for changed, said in (
         ({"model": "n"}, "was made with model m, but now it is n;"),
         ({"sampling": {"max_tokens": 9}}, r"was made with --max-tokens 8 \(now 9\);"),
+        ({"formats": {"keep_columns": ["a", "b"]}}, r"was made with --keep-columns left out \(now a,b\);"),
         ({"sampling": {}}, r"was made with --max-tokens 8 \(now left out\);"),
         ({"model_digest": "abd"}, "was made with model_digest abc, but now it is abd;"),
     ):

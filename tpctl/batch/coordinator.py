@@ -256,7 +256,8 @@ class Coordinator:
 
     def _progress(self) -> Progress:
         living = self._roll.living().values()
-        rows = self.board.sums.rows + sum(said.get("open_rows", 0) for said in living)
+        # A replica's last sign may count rows of a part that is done meanwhile.
+        rows = min(self.board.sums.rows + sum(said.get("open_rows", 0) for said in living), self._plan.rows)
         first, last = self._samples[0], self._samples[-1]
         span = max(last[0] - first[0], 1e-9)
         total = max(self._estimated(), rows)

@@ -72,6 +72,16 @@ def await_batch(folder: JobFolder, seconds: float, clock: Callable[[], float] = 
         time.sleep(POLL)
 
 
+def ended(folder: JobFolder) -> str | None:
+    """How the last run of a batch ended, if that is certain: one of another machine may only be seen late."""
+    watch = Watch(folder.state, folder.lock)
+    watch.look()
+    state = watch.said.get("state")
+    if state == "running":
+        return "killed" if watch.gone else None
+    return None if state is None else str(state)
+
+
 class Replica:
     """A replica's place in the folder, from its start on: it is seen before its engine is ready.
 

@@ -51,7 +51,7 @@ def replica(
     """
     from tpctl.batch.folder import JobFolder
     from tpctl.batch.local import ENGINE_FAILED
-    from tpctl.batch.replica import Asked, Replica, await_batch, new_name
+    from tpctl.batch.replica import Asked, Replica, await_batch, ended, new_name
     from tpctl.batch.spec import JobSpec
     from tpctl.client import prepare as client
     from tpctl.client.engine_client import EngineClient
@@ -70,6 +70,10 @@ def replica(
         note(f"nobody runs a batch in {folder}, or it is done")
         return
     spec = JobSpec.read(folder)
+    if wait is None and not tied and PARENT_PID not in os.environ and (state := ended(job)) is not None:
+        advice = "" if state == "done" else "; go on with `tpctl batch … --resume`, or give --wait SECONDS for who does"
+        note(f"nobody runs the batch in {folder}: it is {state}{advice}")
+        return
     engine_args = spec.engine if which is None else of_share(spec.engine, *which)
     template = TemplateOptions(job.template if job.template.exists() else None, spec.template_variables)
     try:

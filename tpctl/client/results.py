@@ -277,9 +277,14 @@ def _options(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The options that differ, as they were and are."""
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return ", ".join(
-        f"--{name.replace('_', '-')} {before.get(name, 'left out')} (now {after.get(name, 'left out')})"
+        f"--{name.replace('_', '-')} {_value(before.get(name, 'left out'))} (now {_value(after.get(name, 'left out'))})"
         for name in names
     )
+
+
+def _value(value: Any) -> Any:
+    """A value as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _has_nan(raw: bytes) -> bool:
