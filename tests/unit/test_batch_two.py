@@ -108,3 +108,18 @@ def test_two_that_write_one_file_at_once_both_leave_a_whole_one(
 
     write_whole(path, first)
     assert [*seen, path.read_bytes()] == [b"a" * 10] * 2 and not [*tmp_path.glob(".*")]
+
+
+def test_what_another_tidies_away_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that was taken over, and does not know it yet, offers a part that the other one has published."""
+    replace, taken = Path.replace, []
+
+    def tidied(path: Path, target: Path) -> Path:
+        if not taken:
+            taken.append(path)
+            path.unlink()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", tidied)
+    put(tmp_path / "00010.0-50.0", b"{}")
+    assert taken and (tmp_path / "00010.0-50.0").read_bytes() == b"{}" and not [*tmp_path.glob(".*")]

@@ -164,18 +164,26 @@ def put(path: Path, data: bytes | Mapping[str, Any], *, sync: bool = False) -> N
     """
     if not isinstance(data, bytes):
         data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-    temporary = unfinished(path)
     with writing(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                if sync:
-                    file.flush()
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            discard(temporary)
-            raise
+            _put(path, data, sync)
+        except FileNotFoundError:
+            # A coordinator that took this one's process for gone has tidied up in between.
+            _put(path, data, sync)
+
+
+def _put(path: Path, data: bytes, sync: bool) -> None:
+    temporary = unfinished(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        discard(temporary)
+        raise
 
 
 def move(source: Path, target: Path) -> bool:
