@@ -13,6 +13,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -93,13 +94,15 @@ def run_rank(rounds: int, longest: int) -> None:
 def main() -> int:
     """Start the ranks, and end them all when one fails; 1 then."""
     size, rounds, longest = map(int, sys.argv[1:])
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meet = socket.create_server(("127.0.0.1", 0), backlog=size)
+    port = meet.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     ranks = set()
     for rank in range(size):
         if (pid := os.fork()) == 0:
             os.environ["RANK"] = str(rank)
+            meet.close()
             code = 1
             try:
                 run_rank(rounds, longest)
@@ -108,6 +111,8 @@ def main() -> int:
                 traceback.print_exc()
             os._exit(code)
         ranks.add(pid)
+    # After all are forked: a fork beside the store's thread may copy a lock that it holds, which nobody frees.
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=meet.detach())
     failed = 0
     while ranks:
         pid, status = os.wait()
@@ -116,6 +121,7 @@ def main() -> int:
             failed = 1
             for other in ranks:
                 os.kill(other, signal.SIGKILL)
+    del store
     return failed
 
 

@@ -60,7 +60,7 @@ def test_the_comparison_compares() -> None:
 
 def test_the_tour_shows_every_sharding_command() -> None:
     shown = [command.split()[1] for command in STEPS if command.startswith("tpctl ")]
-    assert shown == ["plan", "shard", "inspect-shards", "reshard", "merge", "chat", "batch"]
+    assert shown == ["plan", "shard", "inspect-shards", "reshard", "merge", "chat", "batch", "batch"]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_the_tour_chats(demo: ResolvedSource, place: Path) -> None:
 def test_the_tour_answers_a_file(demo: ResolvedSource, place: Path) -> None:
     [show] = [command for command in STEPS if command.startswith("cat ")]
     (place / show.split()[1]).write_text("\n".join(STEPS[show].shown) + "\n")
-    [command] = [command for command in STEPS if command.startswith("tpctl batch")]
+    [command] = [command for command in STEPS if command.startswith("tpctl batch prompts.jsonl")]
     done = run(command, place)
     assert done.returncode == 1, done.stderr  # one line is no request
     rows = [json.loads(line) for line in done.stdout.splitlines()]
