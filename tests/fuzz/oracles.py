@@ -114,8 +114,8 @@ def read_by_transformers(model: Path, ours: Any) -> dict[str, tuple[Any, Any]]:
         "rms_norm_eps": (ours.rms_norm_eps, config.rms_norm_eps),
         "tie_word_embeddings": (ours.tie_word_embeddings, bool(config.tie_word_embeddings)),
     }
-    if hasattr(config, "kv_lora_rank"):  # latent attention has no KV heads, whatever the field says
-        del found["num_kv_heads"]
+    if hasattr(config, "kv_lora_rank"):  # latent attention has neither, whatever the fields say
+        del found["num_kv_heads"], found["head_dim"]
     if ours.model_type in ("llama", "qwen3"):
         found["attention_bias"] = (ours.o_bias, bool(config.attention_bias))
     if ours.model_type == "llama":
