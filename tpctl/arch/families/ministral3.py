@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from tpctl.arch import parts
+from tpctl.arch.block import Mixer
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import COMMON, Family, Sizes
 from tpctl.arch.fields import Fields
-from tpctl.arch.mixers import grouped
 
 ARCHITECTURE = "Ministral3ForCausalLM"
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
-    mixer = grouped(sizes, "attention that scales queries by their position")
+    kind = "attention that scales queries by their position"
+    mixer = Mixer(kind, parts.projections(sizes), sizes.num_heads, sizes.num_kv_heads, kept=2 * sizes.head_dim)
     mlp = parts.gated(sizes, parts.read_activation(fields))
     return parts.model(sizes, (parts.cut_block(sizes, mixer, mlp),) * sizes.num_layers)
 
