@@ -22,7 +22,7 @@ from tests.unit.batch_formats_run import answer
 from tests.unit.batch_replicas import Died, Replicas, finish, left_over, parts_of
 from tests.unit.batch_tables import formats_of, parts_read, reply, table, write
 from tests.unit.fake_client import FakeClient, write_tokenizer
-from tpctl.batch import rows as batch_rows
+from tpctl.batch import folder as batch_folder
 from tpctl.batch.board import Board, assemble
 from tpctl.batch.folder import JobFolder, json_lines, names
 from tpctl.batch.formats import parquet, parquet_sink
@@ -246,11 +246,11 @@ def test_a_full_disk_while_a_part_is_written_loses_nothing(
     parts = parts_of(folder, formats, 10)
     board = Board(folder, formats)
     board.offer(parts[0])
-    real = batch_rows.write_whole
+    real = batch_folder.write_whole
 
     def on_a_full_disk(path: Path, what: Callable[[Any], object]) -> None:
         Full.room = room
-        with batch_rows.writing(path), Full(path.with_name(f".{path.name}")) as file:
+        with batch_folder.writing(path), Full(path.with_name(f".{path.name}")) as file:
             what(file)
 
     monkeypatch.setattr("tpctl.batch.leases.write_whole", on_a_full_disk)

@@ -15,13 +15,12 @@ from tests.unit.batch_replicas import Answer, row, rows_of, write_prompts
 from tests.unit.batch_tables import formats_of, parts_read, reply, table, write
 from tpctl.batch import folder as folder_module
 from tpctl.batch.coordinator import Coordinator
-from tpctl.batch.folder import JobFolder, json_lines, put
+from tpctl.batch.folder import JobFolder, json_lines, put, write_whole
 from tpctl.batch.formats.choose import plain
 from tpctl.batch.formats.place import Formats
 from tpctl.batch.local import Local
 from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
-from tpctl.batch.rows import write_whole
 from tpctl.errors import OutputError
 
 ROWS = 2000

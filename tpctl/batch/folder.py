@@ -10,7 +10,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,35 +153,42 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{OWN}")
 
 
-def put(path: Path, data: bytes | Mapping[str, Any], *, sync: bool = False) -> None:
-    """Make a file appear whole.
-
-    Args:
-        sync: on the disk before it has its name.
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Make a file appear whole, through to the disk.
 
     Raises:
         OutputError: it cannot be written.
+    """
+    with writing(path):
+        _appear(path, write, sync=True)
+
+
+def put(path: Path, data: bytes | Mapping[str, Any], *, sync: bool = False) -> None:
+    """As ``write_whole``, of a few bytes, or a JSON object.
+
+    Args:
+        sync: on the disk before it has its name.
     """
     if not isinstance(data, bytes):
         data = json.dumps(data, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
     with writing(path):
         try:
-            _put(path, data, sync)
+            _appear(path, lambda file: file.write(data), sync=sync)
         except FileNotFoundError:
             # A coordinator that took this one's process for gone has tidied up in between.
-            _put(path, data, sync)
+            _appear(path, lambda file: file.write(data), sync=sync)
 
 
-def _put(path: Path, data: bytes, sync: bool) -> None:
+def _appear(path: Path, write: Callable[[IO[bytes]], object], *, sync: bool) -> None:
     temporary = unfinished(path)
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            write(file)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except Exception:
         discard(temporary)
         raise
 

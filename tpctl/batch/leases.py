@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from tpctl.batch.folder import JobFolder, Span, load, move, put, spans_in
+from tpctl.batch.folder import JobFolder, Span, load, move, put, spans_in, write_whole
 from tpctl.batch.formats.place import Formats, Part, Reader, read_checked
 from tpctl.batch.prefixes import order_of
-from tpctl.batch.rows import KeptRow, Sums, kept_lines, sums_beside, write_whole
+from tpctl.batch.rows import KeptRow, Sums, kept_lines, sums_beside
 from tpctl.client.disk import writing
 from tpctl.client.jobs import Line
 from tpctl.errors import OutputError

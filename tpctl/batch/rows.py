@@ -1,4 +1,4 @@
-"""Rows on their way into a part: sums, those that are kept of replicas which are gone, and files that appear whole."""
+"""Rows on their way into a part: sums, and those that are kept of replicas which are gone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from tpctl.batch.folder import JobFolder, Span, discard, load, names, unfinished, whole_lines
-from tpctl.client.disk import writing
+from tpctl.batch.folder import JobFolder, Span, load, names, whole_lines, write_whole
 from tpctl.client.results import json_row
 
 _KEPT = re.compile(rb"\[(\d+), \d+, (.*)\]\n")  # JSON has no line end but this one
@@ -129,25 +128,6 @@ def put_together(
 def sums_beside(rows: Path) -> Path:
     """The file of what the rows of another one come to."""
     return rows.with_name(f"{rows.name}.sums")
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Make a file appear whole, through to the disk.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    temporary = unfinished(path)
-    with writing(path):
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except Exception:
-            discard(temporary)
-            raise
 
 
 def sums_of(rows: Iterable[Mapping[str, Any]]) -> Sums:
