@@ -19,7 +19,7 @@ from tpctl.batch.claim import claimed
 from tpctl.batch.coordinator import Coordinator
 from tpctl.batch.folder import JobFolder, load, put
 from tpctl.batch.formats.choose import plain
-from tpctl.batch.local import Death, Local, Slot, _why, cores_of, places
+from tpctl.batch.local import Death, Local, Slot, cores_of, places, why_ended
 from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
 from tpctl.batch.roll import Roll
@@ -316,7 +316,7 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_why_a_replica_ended(code: int, last: str, reason: str, fatal: bool) -> None:
-    assert _why(code, last) == (reason, fatal)
+    assert why_ended(code, last) == (reason, fatal)
 
 
 def test_a_replica_that_dies_at_once_is_started_again_and_then_given_up(tmp_path: Path) -> None:

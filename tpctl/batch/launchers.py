@@ -37,6 +37,28 @@ class Wanted:
     ray: bool = False
 
 
+def check_place(count: int | None, hosts: str | None, ray: str | None = None) -> None:
+    """Refuse what contradicts itself, and a SLURM job where there is none: before a model is looked for.
+
+    Args:
+        count, hosts: as of ``Wanted``; ``ray``: the address of a Ray cluster.
+
+    Raises:
+        UsageError: it is to be refused.
+    """
+    if ray is not None and (hosts is not None or count == 0):
+        other = "--replicas 0" if hosts is None else f"--hosts {hosts}"
+        raise UsageError(f"--ray {ray} and {other} say two things; leave one out")
+    if hosts is None:
+        return
+    if count == 0:
+        raise UsageError(f"--replicas 0 and --hosts {hosts} say two things; leave one out")
+    if hosts == SLURM:
+        allocation(os.environ, 1, 1)
+    elif count is not None:
+        raise UsageError(f"--replicas and --hosts {hosts} say two things; write slots=N behind a host")
+
+
 def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:
     """What starts the replicas of the batch in ``root``, and how many of them one host has at most.
 
@@ -53,8 +75,7 @@ def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:
         count = wanted.count or max(1, found_room.replicas)
         slots = [Slot(number, None) for number in range(count)]
         return RayReplicas(root, slots, token, room=found_room), min(count, found_room.on_a_host)
-    if wanted.hosts is not None and wanted.count == 0:
-        raise UsageError(f"--replicas 0 and --hosts {wanted.hosts} say two things; leave one out")
+    check_place(wanted.count, wanted.hosts)
     if wanted.hosts == SLURM:
         found = allocation(os.environ, wanted.count, wanted.tp_size)
         share = share_of(found, wanted.tp_size, wanted.device)
@@ -62,8 +83,6 @@ def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:
         threads = max(1, found.cores // wanted.tp_size)
         return Slurm(root, slots, token, share=share, threads=threads), found.on_a_host
     if wanted.hosts is not None:
-        if wanted.count is not None:
-            raise UsageError(f"--replicas and --hosts {wanted.hosts} say two things; write slots=N behind a host")
         hosts = read_hosts(Path(wanted.hosts))
         return Ssh(root, ssh_slots(hosts), token), max(host.slots for host in hosts)
     if wanted.count == 0:

@@ -225,10 +225,10 @@ class Local:
 
     def _judge(self, slot: Slot, code: int) -> tuple[str, bool, bool]:
         """Why a replica ended; whether no other one, and whether no next one in its place would do better."""
-        return (*_why(code, last_line(slot.log)), False)
+        return (*why_ended(code, last_line(slot.log)), False)
 
 
-def _why(code: int, last: str) -> tuple[str, bool]:
+def why_ended(code: int, last: str) -> tuple[str, bool]:
     """What to say of a replica that ended, and whether no other one would do better."""
     if code < 0:
         return f"was killed ({signal.Signals(-code).name})", False

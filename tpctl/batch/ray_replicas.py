@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, cast
 
-from tpctl.batch.local import Death, Local, Slot, _why
+from tpctl.batch.local import ENGINE_FAILED, Death, Local, Slot, why_ended
 from tpctl.batch.ray_cluster import answering, nodes
 from tpctl.batch.ray_keeper import Keeper, show
 from tpctl.client.disk import writing
@@ -23,7 +23,6 @@ from tpctl.errors import counted
 _LOOK = 0.5  # seconds between looks at the placement groups
 _SETTLED = 3.0  # seconds that groups wait before it is told
 _END = 15.0  # seconds for Ray to end an actor
-_LOST = 75  # the exit code of what was not there to end
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class ActorProcess:
         code = self.poll()
         if code is None and timeout is not None:
             raise subprocess.TimeoutExpired("replica", timeout)
-        return _LOST if code is None else code
+        return ENGINE_FAILED if code is None else code
 
     def send_signal(self, number: int) -> None:
         """Only SIGTERM comes through."""
@@ -120,7 +119,7 @@ class ActorProcess:
         """The actor ended before its replica did."""
         text = " ".join(str(error).split())
         self.lost = type(error).__name__ == "ActorUnavailableError" or self._node not in nodes()
-        self._code = _LOST
+        self._code = ENGINE_FAILED
         if self.lost:
             self.said = "its node is gone"
         elif "No module named 'tpctl" in text:
@@ -252,5 +251,5 @@ class RayReplicas(Local):
     def _judge(self, slot: Slot, code: int) -> tuple[str, bool, bool]:
         """As of other hosts: what ends a replica on one of them ends no batch, others may do better."""
         process: Any = slot.process
-        reason, fatal = _why(code, process.said)
+        reason, fatal = why_ended(code, process.said)
         return reason, False, fatal

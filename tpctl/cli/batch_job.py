@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -159,9 +158,9 @@ def run_job(job: Job) -> None:
     from tpctl.batch.claim import claimed
     from tpctl.batch.folder import JobFolder
     from tpctl.batch.formats.choose import choose
+    from tpctl.batch.launchers import check_place
     from tpctl.batch.manifest import begun, check_settings
     from tpctl.batch.ray_cluster import connected
-    from tpctl.batch.slurm import allocation
     from tpctl.batch.status import parts_folder
 
     spec = located(choose(job.prompts, job.output, job.asked, job.model), job.prompts)
@@ -172,11 +171,7 @@ def run_job(job: Job) -> None:
         raise UsageError("--retry-errors is for a batch that was begun before; add --resume")
     if "://" not in spec.prompts and folder.root.resolve() in Path(spec.prompts).parents:
         raise UsageError(f"{job.prompts} lies in {folder.root}, where the rows go; move it, or name another with -o")
-    if job.options.ray is not None and (job.options.hosts is not None or job.options.count() == 0):
-        other = "--replicas 0" if job.options.hosts is None else f"--hosts {job.options.hosts}"
-        raise UsageError(f"--ray {job.options.ray} and {other} say two things; leave one out")
-    if job.options.hosts == "slurm":
-        allocation(os.environ, 1, 1)  # before a model is fetched for it
+    check_place(job.options.count(), job.options.hosts, job.options.ray)
     at_hand = TemplateAtHand(job.template)
     settings = _settings(job, at_hand)
     cluster = nullcontext() if job.options.ray is None else connected(job.options.ray)
