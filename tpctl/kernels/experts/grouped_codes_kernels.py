@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.experts.gating import gated
-from tpctl.kernels.experts.grouped_kernels import store_pairs, tile_of
+from tpctl.kernels.experts.grouped_kernels import gate_and_up, store_pairs, tile_of
 from tpctl.kernels.linear.codes_linear_kernels import finished_sums, tile_sums
 from tpctl.kernels.linear.codes_tiles import code_rows
 
@@ -55,11 +55,9 @@ def grouped_codes_kernel(
                            PDL)  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < WIDTH
-    n_safe = tl.minimum(n, WIDTH - 1)
     if expert >= 0:
         wide = expert.to(tl.int64)
-        gate_n = 2 * n_safe if INTERLEAVED and GATED else n_safe
-        up_n = gate_n + (1 if INTERLEAVED else WIDTH)
+        gate_n, up_n = gate_and_up(n, WIDTH, GATED, INTERLEAVED)
         w_ptr += wide * OUTPUTS * FORM.row_bytes
         scales_ptr += wide * SCALE_ROWS * FORM.scale_columns
         if FORM.has_zeros:

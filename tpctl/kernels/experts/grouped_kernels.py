@@ -71,6 +71,15 @@ def tile_of(
 
 
 @triton.jit
+def gate_and_up(n, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The outputs of gate and up that columns n of a result are made of; not GATED, the first are n. Beyond WIDTH the
+    last: no mask on the weights' loads, what is read twice is not stored."""
+    n_safe = tl.minimum(n, WIDTH - 1)
+    gate = 2 * n_safe if INTERLEAVED and GATED else n_safe
+    return gate, gate + (1 if INTERLEAVED else WIDTH)
+
+
+@triton.jit
 def store_pairs(value, out_ptr, pair, n, WIDTH: tl.constexpr):
     """`value` [M, N] as columns n of the rows of these pairs."""
     mask = (pair >= 0)[:, None] & (n < WIDTH)[None, :]
@@ -122,11 +131,10 @@ def grouped_linear_kernel(
                            PDL)  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < WIDTH
-    n_safe = tl.minimum(n, WIDTH - 1)  # no mask on the weights' loads: what is read twice is not stored
     if expert >= 0:
         wide = expert.to(tl.int64) * FORM.outputs
-        row = wide + (2 * n_safe if INTERLEAVED and GATED else n_safe)
-        up_row = row + (1 if INTERLEAVED else WIDTH)
+        gate_n, up_n = gate_and_up(n, WIDTH, GATED, INTERLEAVED)
+        row, up_row = wide + gate_n, wide + up_n
         if PDL and not GATED:
             ask_for(w_ptr, row, 0, FORM, BLOCK_K)
             tl.extra.cuda.gdc_wait()

@@ -7,25 +7,8 @@ import triton.language as tl
 
 from tpctl.kernels.common.codes_kernels import scale_float
 from tpctl.kernels.experts.gating import gated
-from tpctl.kernels.experts.grouped_kernels import store_pairs, tile_of_list
-
-
-@triton.jit
-def _scale_rows(scales_ptr, rows_ptr, expert, n, FORM: tl.constexpr, SCALE_ROWS: tl.constexpr):
-    """Where the scales of an expert's outputs n begin."""
-    row = tl.load(rows_ptr + n) if FORM.has_rows else n
-    return scales_ptr + (expert * SCALE_ROWS + row) * FORM.scale_columns
-
-
-@triton.jit
-def _rows(pointers, k0, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[.., BLOCK_K] of rows of FORM.columns numbers from column k0 on; zeros beyond the last."""
-    at = k0 + tl.arange(0, BLOCK_K)[None, :]
-    if FORM.columns % BLOCK_K == 0:
-        found = tl.load(pointers + at)
-    else:
-        found = tl.load(pointers + at, mask=at < FORM.columns, other=0.0)
-    return found
+from tpctl.kernels.experts.grouped_kernels import gate_and_up, store_pairs, tile_of_list
+from tpctl.kernels.linear.codes_gemm_kernels import row_tile, scales_of
 
 
 @triton.jit
@@ -80,17 +63,16 @@ def grouped_scaled_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if expert >= 0:
         wide = expert.to(tl.int64)
-        n_safe = tl.minimum(n, WIDTH - 1)  # what is read twice is not stored
-        gate_n = 2 * n_safe if INTERLEAVED and GATED else n_safe
-        up_n = gate_n + (1 if INTERLEAVED else WIDTH)
+        gate_n, up_n = gate_and_up(n, WIDTH, GATED, INTERLEAVED)
         row = tl.maximum(pair // PER_TOKEN if GATED else pair, 0).to(tl.int64)
         x_rows = q_ptr + row[:, None] * COLUMNS
         w_rows = w_ptr + (wide * OUTPUTS + gate_n)[:, None] * COLUMNS
-        s_rows = _scale_rows(scales_ptr, rows_ptr, wide, gate_n, FORM, SCALE_ROWS)
+        scales_ptr += wide * SCALE_ROWS * FORM.scale_columns
+        s_rows = scales_of(scales_ptr, rows_ptr, gate_n, FORM)
         up_rows, up_s_rows = w_rows, s_rows
         if GATED:
             up_rows = w_ptr + (wide * OUTPUTS + up_n)[:, None] * COLUMNS
-            up_s_rows = _scale_rows(scales_ptr, rows_ptr, wide, up_n, FORM, SCALE_ROWS)
+            up_s_rows = scales_of(scales_ptr, rows_ptr, up_n, FORM)
         ones = tl.full([BLOCK_N], 1.0, tl.float32)
         if IN_BLOCKS:
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -98,11 +80,11 @@ def grouped_scaled_kernel(
             for i in tl.range(0, BLOCKS, num_stages=STAGES):
                 block = (i * BLOCK_K + FORM.first) // FORM.unit
                 x_scale = tl.load(q_scales_ptr + row * BLOCKS + i)
-                x = _rows(x_rows, i * BLOCK_K, FORM, BLOCK_K)
-                part = tl.dot(x, _rows(w_rows, i * BLOCK_K, FORM, BLOCK_K).T, out_dtype=SUM).to(tl.float32)
+                x = row_tile(x_rows, i * BLOCK_K, COLUMNS, BLOCK_K)
+                part = tl.dot(x, row_tile(w_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T, out_dtype=SUM).to(tl.float32)
                 acc += part * x_scale[:, None] * scale_float(tl.load(s_rows + block), SCALES)[None, :]
                 if GATED:
-                    part = tl.dot(x, _rows(up_rows, i * BLOCK_K, FORM, BLOCK_K).T, out_dtype=SUM).to(tl.float32)
+                    part = tl.dot(x, row_tile(up_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T, out_dtype=SUM).to(tl.float32)
                     up += part * x_scale[:, None] * scale_float(tl.load(up_s_rows + block), SCALES)[None, :]
             scale, up_scale = ones, ones
         else:
@@ -110,11 +92,11 @@ def grouped_scaled_kernel(
             up_sums = sums
             for i in tl.range(0, BLOCKS, num_stages=STAGES):
                 # FP8 tensor cores keep 14 bits of their own sums: after 128 inputs those are added in float32.
-                x = _rows(x_rows, i * BLOCK_K, FORM, BLOCK_K)
-                y = _rows(w_rows, i * BLOCK_K, FORM, BLOCK_K).T
+                x = row_tile(x_rows, i * BLOCK_K, COLUMNS, BLOCK_K)
+                y = row_tile(w_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T
                 sums = tl.dot(x, y, sums, max_num_imprecise_acc=BLOCK_K, out_dtype=SUM)
                 if GATED:
-                    y = _rows(up_rows, i * BLOCK_K, FORM, BLOCK_K).T
+                    y = row_tile(up_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T
                     up_sums = tl.dot(x, y, up_sums, max_num_imprecise_acc=BLOCK_K, out_dtype=SUM)
             x_scale = tl.load(q_scales_ptr + row)[:, None]
             acc, up = sums.to(tl.float32) * x_scale, up_sums.to(tl.float32) * x_scale

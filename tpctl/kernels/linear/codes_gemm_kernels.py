@@ -54,17 +54,32 @@ def quantize_kernel(
 
 
 @triton.jit
+def row_tile(rows_at, k, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[.., BLOCK_K] of rows of COLUMNS numbers, which begin at `rows_at` [.., 1], from column k on; zeros beyond the
+    last."""
+    at = k + tl.arange(0, BLOCK_K)[None, :]
+    if COLUMNS % BLOCK_K == 0:
+        found = tl.load(rows_at + at)
+    else:
+        found = tl.load(rows_at + at, mask=at < COLUMNS, other=0.0)
+    return found
+
+
+@triton.jit
+def scales_of(scales_ptr, rows_ptr, n, FORM: tl.constexpr):
+    """Where the scales of outputs n begin."""
+    row = tl.load(rows_ptr + n) if FORM.has_rows else n
+    return scales_ptr + row.to(tl.int64) * FORM.scale_columns
+
+
+@triton.jit
 def _tile(source, row, rows, k, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
     """[BLOCK, BLOCK_K] at (row, k) of a matrix [rows, COLUMNS]; beyond its columns, zeros."""
     if TMA:
         found = source.load([row, k])
     else:
         rows_at = tl.minimum(row + tl.arange(0, BLOCK), rows - 1).to(tl.int64)[:, None] * COLUMNS
-        at = k + tl.arange(0, BLOCK_K)[None, :]
-        if COLUMNS % BLOCK_K == 0:
-            found = tl.load(source + rows_at + at)
-        else:
-            found = tl.load(source + rows_at + at, mask=at < COLUMNS, other=0.0)
+        found = row_tile(source + rows_at, k, COLUMNS, BLOCK_K)
     return found
 
 
@@ -105,8 +120,7 @@ def scaled_gemm_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     m_safe = tl.minimum(m, rows - 1).to(tl.int64)
     n_safe = tl.minimum(n, out_features - 1)
-    scale_row = tl.load(rows_ptr + n_safe) if FORM.has_rows else n_safe
-    s_rows = scales_ptr + scale_row.to(tl.int64) * FORM.scale_columns
+    s_rows = scales_of(scales_ptr, rows_ptr, n_safe, FORM)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
