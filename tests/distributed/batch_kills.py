@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.processes import with_variable
 from tpctl.batch.folder import JobFolder, load, names
@@ -274,6 +274,17 @@ def run(
     return report
 
 
+def conclude(report: Report, disturbed: str) -> NoReturn:
+    """Say what came of a run, which was ``disturbed`` besides by kills, and end with 1 if anything is wrong."""
+    print(
+        f"{report.rows:,} rows: {report.undisturbed:.1f} s undisturbed, {report.seconds:.1f} s with {disturbed}"
+        f"{sum(report.kills.values())} kills ({dict(report.kills)}), {report.starts} starts of the coordinator, "
+        f"{report.computed:,} tokens computed for {report.needed:,}"
+    )
+    print("\n".join(report.wrong) or "every row once, in order, as undisturbed")
+    sys.exit(bool(report.wrong))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -302,13 +313,7 @@ def main() -> None:
             options=("--tp", str(args.tp), "--model", args.model, *memory, *hosts),
             delay=args.delay,
         )
-    print(
-        f"{report.rows:,} rows: {report.undisturbed:.1f} s undisturbed, {report.seconds:.1f} s with "
-        f"{sum(report.kills.values())} kills ({dict(report.kills)}), {report.starts} starts of the coordinator, "
-        f"{report.computed:,} tokens computed for {report.needed:,}"
-    )
-    print("\n".join(report.wrong) or "every row once, in order, as undisturbed")
-    sys.exit(bool(report.wrong))
+    conclude(report, "")
 
 
 if __name__ == "__main__":
