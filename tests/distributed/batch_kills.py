@@ -2,6 +2,7 @@
 
     python -m tests.distributed.batch_kills [--rows 100000] [--replicas 4] [--tp 1] [--kills 30] [--seed 0]
         [--engine fast|demo] [--model demo] [--max-tokens 8] [--hosts FILE|slurm]
+        [--limit 3600]
 
 A kill is SIGKILL to a replica, one of its ranks, or the coordinator, which is then started again with ``--resume``;
 they are spread over the run. With ``--hosts`` the process that stands for a replica (srun, ssh) is killed, too; inside
@@ -31,7 +32,7 @@ from tests.processes import with_variable
 from tpctl.batch.folder import JobFolder, load, names
 
 KINDS = ("replica", "rank", "coordinator", "launcher", "step")
-LIMIT = 3600.0  # seconds for everything
+LIMIT = 3600.0  # seconds for each of the two runs
 PATIENCE = 20.0  # seconds until all processes have ended
 MARK = "TPCTL_BATCH_KILLS"
 
@@ -149,17 +150,19 @@ def kill_and_go_on(
     chance: random.Random,
     report: Report,
     events: Sequence[tuple[float, Callable[[], object]]] = (),
+    limit: float = LIMIT,
 ) -> None:
     """Run a batch to its end, with so many kills, when about as many rows are there as chance says.
 
     Args:
         events: what else happens, each once that share of the rows is there.
+        limit: seconds, after which it is given up.
     """
     events = sorted(events, key=lambda event: event[0])
     due = sorted(chance.uniform(0.02, 0.95) * rows for _ in range(kills))
     process = batch.start("--resume")
     report.starts = 1
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         code = process.poll()
         if code is not None:
@@ -185,7 +188,7 @@ def kill_and_go_on(
                     process.wait()
         time.sleep(chance.uniform(0.0, 0.2))
     process.kill()
-    report.wrong.append(f"not done after {LIMIT:.0f} s")
+    report.wrong.append(f"not done after {limit:.0f} s")
 
 
 def processes(mark: str, patience: float) -> list[int]:
@@ -239,6 +242,7 @@ def run(
     max_tokens: int = 8,
     options: tuple[str, ...] = (),
     delay: float = 0.0,
+    limit: float = LIMIT,
 ) -> Report:
     """Both runs, in ``scratch``."""
     report = Report(rows)
@@ -252,13 +256,13 @@ def run(
     try:
         began = time.monotonic()
         calm = Batch(prompts, scratch / "calm", replicas, options, env)
-        if (code := calm.start().wait(LIMIT)) != 0:
+        if (code := calm.start().wait(limit)) != 0:
             report.wrong.append(f"the undisturbed run ended with {code}: {(scratch / 'calm.log').read_text()[-500:]}")
             return report
         report.undisturbed = time.monotonic() - began
         began = time.monotonic()
         stormy = Batch(prompts, scratch / "stormy", replicas, options, env)
-        kill_and_go_on(stormy, mark, rows, kills, random.Random(seed), report)
+        kill_and_go_on(stormy, mark, rows, kills, random.Random(seed), report, limit=limit)
         report.seconds = time.monotonic() - began
         report.wrong += compare(scratch / "stormy", scratch / "calm", rows)
         if report.wrong:
@@ -298,6 +302,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--hosts", help="as of tpctl batch; FILE says itself how many replicas there are")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that the fast engine takes for a group")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for each of the two runs")
     args = parser.parse_args()
     memory = ("--kv-cache-memory", args.kv_cache_memory) if args.kv_cache_memory else ()
     hosts = ("--hosts", args.hosts) if args.hosts else ()
@@ -312,6 +317,7 @@ def main() -> None:
             max_tokens=args.max_tokens,
             options=("--tp", str(args.tp), "--model", args.model, *memory, *hosts),
             delay=args.delay,
+            limit=args.limit,
         )
     conclude(report, "")
 

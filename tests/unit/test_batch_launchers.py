@@ -112,6 +112,17 @@ def test_a_host_that_cannot_be_reached_is_one_line_and_others_go_on(tmp_path: Pa
     assert "left in order" in log_of(local.slots[4])
 
 
+def test_replicas_that_are_killed_since_their_host_is_given_up_say_why(tmp_path: Path) -> None:
+    program = tmp_path / "ssh"
+    program.write_text(f"#!/bin/sh\nmkdir {tmp_path / 'first'} || exec sleep 60\necho 'ssh: no route' >&2\nexit 255\n")
+    program.chmod(0o755)
+    local = started(tmp_path, program, "gone slots=3\n")
+    (death,) = run(local, bool)
+    time.sleep(0.2)
+    assert local.deaths({}) == [] and local.all_given_up
+    assert {slot.reason for slot in local.slots} == {death.reason} == {"gone cannot be reached (ssh: no route)"}
+
+
 def log_of(slot: Slot) -> str:
     assert slot.log is not None
     slot.log.seek(0)

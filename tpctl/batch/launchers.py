@@ -38,12 +38,14 @@ class Wanted:
 
 
 def check_place(count: int | None, hosts: str | None, ray: str | None = None) -> None:
-    """Refuse what contradicts itself, and a SLURM job where there is none: before a model is looked for.
+    """Refuse what contradicts itself, a SLURM job where there is none, and a file of no hosts: before a model is
+    looked for, which may be a download.
 
     Args:
         count, hosts: as of ``Wanted``; ``ray``: the address of a Ray cluster.
 
     Raises:
+        SourceError: the file of hosts cannot be read.
         UsageError: it is to be refused.
     """
     if ray is not None and (hosts is not None or count == 0):
@@ -57,6 +59,8 @@ def check_place(count: int | None, hosts: str | None, ray: str | None = None) ->
         allocation(os.environ, 1, 1)
     elif count is not None:
         raise UsageError(f"--replicas and --hosts {hosts} say two things; write slots=N behind a host")
+    else:
+        read_hosts(Path(hosts))
 
 
 def launcher(root: Path, wanted: Wanted) -> tuple[Local, int]:

@@ -97,7 +97,7 @@ class Ssh(Remote):
     noise: tuple[str, ...] = ("Connection to ",)
     program: Sequence[str] = ("ssh",)
     _heard: set[str] = field(default_factory=set, init=False)
-    _given_up: set[str] = field(default_factory=set, init=False)
+    _given_up: dict[str, str] = field(default_factory=dict, init=False)  # why, by host
 
     def deaths(self, answered: dict[str, int]) -> list[Death]:
         hosts = {slot.name: self._of(slot).host.name for slot in self.slots}
@@ -113,7 +113,10 @@ class Ssh(Remote):
                 told.add(host)
             found.append(death)
         for slot in self.slots:
-            if self._of(slot).host.name in self._given_up and not slot.given_up:
+            if (why := self._given_up.get(self._of(slot).host.name)) is None:
+                continue
+            slot.reason = why  # also of those that are killed because another told it
+            if not slot.given_up:
                 slot.given_up = True
                 if slot.process is not None:
                     self._kill(slot.process)
@@ -123,9 +126,9 @@ class Ssh(Remote):
         reason, fatal, hopeless = super()._judge(slot, code)
         host = self._of(slot).host.name
         if host not in self._heard and code in (_UNREACHED, 126, 127):
-            self._given_up.add(host)
             what = "cannot be reached" if code == _UNREACHED else "cannot run tpctl"
-            return f"{host} {what} ({reason})", False, True
+            self._given_up[host] = f"{host} {what} ({reason})"
+            return self._given_up[host], False, True
         return f"{reason} (on {host})", fatal, hopeless
 
     def _name(self, slot: Slot) -> str:
