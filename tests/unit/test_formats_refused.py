@@ -204,6 +204,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("torchao", {}, "by torchao"),
     ("auto-round", {}, "export it as auto_gptq, auto_awq"),
     ("aqlm", {}, "in codebooks"),
+    ("mxfp4", {}, "MXFP4, which tpctl knows of gpt_oss' stacked experts alone"),
     ("my-own", {}, r'quantised \("my-own"\), .*tpctl knows awq, compressed-tensors, fp8, gptq, mxfp4'),
 ]
 

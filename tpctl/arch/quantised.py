@@ -8,7 +8,9 @@ from math import gcd, lcm
 
 from tpctl.arch.block import Attention, Block, Experts, Gated, Layer, LayerPart, Mixer, linears, with_weights
 from tpctl.arch.blueprint import Blueprint, renamed
+from tpctl.arch.formats.mxfp4 import MXFP4
 from tpctl.arch.formats.scheme import Scheme
+from tpctl.arch.formats.skipped import is_stack
 from tpctl.arch.linear import Linear, Weight
 from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.partition.cuts import Blocks, Cut, Dealt, Even, Scaled, Whole, Within
@@ -36,8 +38,15 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
     """``blueprint`` with each linear stored as ``scheme`` says.
 
     Raises:
-        UnsupportedModelError: linears that are merged into one are stored differently.
+        UnsupportedModelError: linears that are merged into one are stored differently, or the format is one of
+            stacked experts, of which the model has none.
     """
+    sources = (part.source for linear in _linears(blueprint) for part in linear.parts)
+    if isinstance(scheme, MXFP4) and not any(map(is_stack, sources)):
+        raise UnsupportedModelError(
+            "config.json: the weights are MXFP4, which tpctl knows of gpt_oss' stacked experts alone, and this model "
+            "has none such; use it in another format, or its unquantised original"
+        )
 
     def names(source: str) -> list[str]:
         return [renamed(source.replace(EACH, "0"), root) for root in blueprint.roots]

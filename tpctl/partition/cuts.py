@@ -58,11 +58,11 @@ def split_evenly(total: int, parts: int, granularity: int = 1) -> tuple[Range, .
     holds anything.
 
     Raises:
-        PartitionError: there are fewer granules than parts, so a rank would hold nothing.
+        TooFewUnits: there are fewer granules than parts, so a rank would hold nothing.
     """
     granules = -(-total // granularity)
     if granules < parts:
-        raise PartitionError(
+        raise TooFewUnits(
             f"cannot cut {total} elements into {parts} parts of whole multiples of {granularity}: "
             f"only {granules} exist; use a tensor-parallel size of at most {granules}"
         )
@@ -117,6 +117,10 @@ def split_heads(num_heads: int, num_kv_heads: int, tp_size: int) -> tuple[HeadSh
 def pad_vocab(vocab_size: int) -> int:
     """The number of vocabulary rows that are stored: ``vocab_size`` rounded up to a multiple of 64."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class TooFewUnits(PartitionError):
+    """A rank would hold nothing."""
 
 
 class DividedWord(PartitionError):

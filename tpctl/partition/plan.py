@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from tpctl.errors import CheckpointError, PartitionError
-from tpctl.partition.cuts import Cut, DividedWord, Range, Units
+from tpctl.partition.cuts import Cut, DividedWord, Range, TooFewUnits, Units
 from tpctl.partition.split import EACH, Part, Rule, TensorSplit, source_shapes, tensor_names
 
 Shape = tuple[int, ...]
@@ -103,6 +103,8 @@ class PartitionPlan:
                 fits = ", ".join(str(size) for size in range(1, tp_size) if _fits(splits, size))
                 advice = f"use --tp {fits}" if fits else "no smaller one fits"
                 raise PartitionError(f"{split.name}: {error}; {advice}") from None
+            except TooFewUnits as error:
+                raise TooFewUnits(f"{split.name}: {error}") from None
             experts = None if split.stack is None else ranges(split.stack.cut, split.stack.count)
             for rank, stored in enumerate(_cut(split, held, experts, tp_size)):
                 shards[rank][split.name] = stored
