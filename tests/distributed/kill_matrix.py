@@ -1,8 +1,10 @@
 """Kill each process of an engine in each phase of its life: what is said, when, and who is left?
 
-    python -m tests.distributed.kill_matrix [--load 10] [--model demo] [--targets rank0 …] [--phases idle …]
+    python -m tests.distributed.kill_matrix [--load 10] [--model demo | --shape qwen3-0.6b] [--tp 2]
+        [--targets rank0 …] [--phases idle …]
 
-At tp 2 on the CPU, with real weights. A *front* process runs the engine as ``chat`` and ``batch`` do; parent is that
+On the GPUs, where there are as many as ranks, else on the CPU. On GPUs, decode is a captured step, and their memory
+has to be free again. A *front* process runs the engine as ``chat`` and ``batch`` do; parent is that
 process, agent is torchrun. ``--load`` runs so many spinning processes meanwhile. Seconds count from the kill until the
 reason is said and no process of the engine is left. Exits with 1 if a cell is wrong.
 """
@@ -14,6 +16,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +41,7 @@ REASONS = {
 LIMIT = 15.0  # seconds from the kill to the end of everything
 _PATIENCE = 300.0  # seconds for a phase to be reached on a busy machine
 _PROMPT = 1900  # tokens; computing them takes longer than the kill
+_NOISE = 64  # MiB that a GPU's own bookkeeping may differ by
 _RANK = re.compile(r"/attempt_0/(\d+)/std")
 
 
@@ -50,6 +54,7 @@ class Cell:
         seconds: from the kill until the reason was said and no process was left.
         orphans: processes of the engine that were left after ``LIMIT`` seconds.
         held: whether the phase lasted until the kill.
+        kept: MiB of the GPUs' memory that are taken afterwards and were not before.
     """
 
     target: str
@@ -58,15 +63,26 @@ class Cell:
     seconds: float
     orphans: int
     held: bool
+    kept: int = 0
 
     @property
     def right(self) -> bool:
         said = self.reason.startswith(REASONS[self.target]) if self.target in REASONS else not self.reason
-        return said and self.held and not self.orphans and self.seconds <= LIMIT
+        return said and self.held and not self.orphans and self.seconds <= LIMIT and self.kept < _NOISE
 
 
-def front(folder: Path, phase: str) -> None:
+def gpu_memory() -> int:
+    """MiB that are taken of all GPUs, whoever took them; 0 where there are none."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return sum(map(int, subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
+
+
+def front(folder: Path, phase: str, tp_size: int) -> None:
     """The process that is called parent: goes as far as ``phase``, says so, and says how the engine ended."""
+    import torch
+
     from tpctl.bench.workload import one_request
     from tpctl.client.engine_client import EngineClient
     from tpctl.errors import TpctlError
@@ -75,7 +91,8 @@ def front(folder: Path, phase: str) -> None:
     def say(event: str, **more: Any) -> None:
         print(json.dumps({"event": event, **more}), flush=True)
 
-    with EngineClient(EngineConfig(folder, 2)) as client:
+    device = "cuda" if torch.cuda.device_count() >= tp_size else "cpu"
+    with EngineClient(EngineConfig(folder, tp_size, device=device)) as client:
         # An engine that is idle has nobody who waits for it: the reason must come by itself.
         ended = threading.Event()
         client.on_failure(lambda error: (say("reason", text=str(error)), ended.set()))
@@ -94,10 +111,11 @@ def front(folder: Path, phase: str) -> None:
             ended.wait()
 
 
-def run_cell(folder: Path, target: str, phase: str) -> Cell:
+def run_cell(folder: Path, target: str, phase: str, tp_size: int = 2) -> Cell:
     with tempfile.TemporaryDirectory(prefix="kill-") as scratch:
-        command = [sys.executable, "-m", "tests.distributed.kill_matrix", "--front", str(folder), phase]
+        command = [sys.executable, "-m", "tests.distributed.kill_matrix", "--front", str(folder), phase, str(tp_size)]
         env = {**os.environ, "TMPDIR": scratch}
+        taken = gpu_memory()
         parent = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert parent.stdout is not None
         events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -116,7 +134,7 @@ def run_cell(folder: Path, target: str, phase: str) -> Cell:
             seconds = time.monotonic() - started
             late = {"loading": "ready", "idle": "submitted", "prefill": "tokens"}.get(phase)
             held = late not in [event["event"] for event in before + seen]
-            return Cell(target, phase, reason, seconds, len(processes(scratch)), held)
+            return Cell(target, phase, reason, seconds, len(processes(scratch)), held, gpu_memory() - taken)
         finally:
             parent.kill()
             parent.wait()
@@ -209,27 +227,34 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
-    parser.add_argument("--front", nargs=2, metavar=("FOLDER", "PHASE"), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help="random weights of a known shape, in place of a model")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--front", nargs=3, metavar=("FOLDER", "PHASE", "TP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.front:
-        front(Path(args.front[0]), args.front[1])
+        front(Path(args.front[0]), args.front[1], int(args.front[2]))
         return
 
+    from tpctl.bench.synthetic import synthetic_shards
     from tpctl.checkpoint.sources import resolve
     from tpctl.sharding.cache import ensure_sharded
 
-    folder = ensure_sharded(resolve(args.model), 2)
+    made = args.shape and synthetic_shards(args.shape, args.tp).folder
+    folder = made or ensure_sharded(resolve(args.model), args.tp)
     wrong = 0
     with load(args.load):
         print(f"load average {os.getloadavg()[0]:.1f}, {args.load} of them spinning for this\n")
-        print("| killed | while | reason | s | orphans | |\n|---|---|---|---|---|---|", flush=True)
+        print("| killed | while | reason | s | orphans | MiB kept | |\n|---|---|---|---|---|---|---|", flush=True)
         for target in args.targets:
             for phase in args.phases:
-                cell = run_cell(folder, target, phase)
+                cell = run_cell(folder, target, phase, args.tp)
                 wrong += not cell.right
                 mark = "right" if cell.right else "WRONG" if cell.held else "phase passed"
                 said = cell.reason.partition(",")[0] or "(none to say)"
-                print(f"| {target} | {phase} | {said} | {cell.seconds:.1f} | {cell.orphans} | {mark} |", flush=True)
+                print(
+                    f"| {target} | {phase} | {said} | {cell.seconds:.1f} | {cell.orphans} | {cell.kept} | {mark} |",
+                    flush=True,
+                )
     print(f"\nload average at the end {os.getloadavg()[0]:.1f}; {wrong} wrong")
     sys.exit(1 if wrong else 0)
 

@@ -1,4 +1,4 @@
-"""The peer all-reduce on two GPUs against its reference; the workers run this file under torchrun."""
+"""The peer all-reduce on several GPUs against its reference; the workers run this file under torchrun."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus():
+@pytest.mark.parametrize("world", [count for count in (2, 3, 4, 8) if count <= torch.cuda.device_count()] or [2])
+def test_gpus(world: int):
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), __file__]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("all-reduce ok") == 2
+    assert done.stdout.count("all-reduce ok") == world
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.test_two_gpus import generate
+from tests.gpu.test_many_gpus import generate
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ TEXTS = (
 LENGTH, TOKENS = 12, 48
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
 def test_greedy_tokens_equal_transformers(demo: ResolvedSource, tp_size: int) -> None:
     if torch.cuda.device_count() < tp_size:
         pytest.skip(f"needs {tp_size} GPUs")

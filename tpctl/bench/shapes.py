@@ -112,6 +112,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+SHAPES["llama-3.1-70b"] = SHAPES["llama-3.1-8b"] | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-8b-fp8": (
         "llama-3.1-8b",

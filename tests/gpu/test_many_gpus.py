@@ -1,4 +1,4 @@
-"""Two ranks on two GPUs, through the launcher and client that the commands use."""
+"""As many ranks as there are GPUs, and fewer, through the launcher and client that the commands use."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
+RANKS = [count for count in (2, 3, 4, 8) if count <= torch.cuda.device_count()] or [2]
+every_tp = pytest.mark.parametrize("tp_size", RANKS)
+
+
+def with_heads(tp_size: int) -> dict[str, Any]:
+    """``WIDE`` with a head for each rank at least."""
+    return WIDE | {"num_attention_heads": max(WIDE["num_attention_heads"], 2 * tp_size)}
+
 
 def generate(client: EngineClient, requests: list[Request]) -> dict[str, list[int]]:
     client.submit(requests)
@@ -41,6 +49,7 @@ def config(folder: Path, tp_size: int, **settings: Any) -> EngineConfig:
     return EngineConfig(folder, tp_size, device="cuda", **{**defaults, **settings})
 
 
+@every_tp
 @pytest.mark.parametrize(
     "count,dtype,backend,heads",
     [
@@ -55,8 +64,8 @@ def config(folder: Path, tp_size: int, **settings: Any) -> EngineConfig:
         (40, "bfloat16", "sdpa", (9, 3)),
     ],
 )
-def test_two_ranks_stay_near_float32(
-    count: int, dtype: str, backend: str, heads: tuple[int, int], tmp_path: Path
+def test_ranks_stay_near_float32(
+    count: int, dtype: str, backend: str, heads: tuple[int, int], tp_size: int, tmp_path: Path
 ) -> None:
     """In bfloat16: small linears send what they compute, larger ones are cut along their input and summed by the
     all-reduce; prefill goes through it too. In float16, as on GPUs that do not reach each other, and with the sdpa
@@ -64,24 +73,27 @@ def test_two_ranks_stay_near_float32(
     if backend == "flash-attn" and installed_flash_attention() is None:
         pytest.skip("flash-attn is not installed")
     shape = {**WIDE, "hidden_size": 512, "head_dim": 128, "intermediate_size": 6144}
-    shape |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    query_heads, kv_heads = heads
+    query_heads *= -(-tp_size // query_heads)  # one for each rank at least
+    shape |= {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads}
     model = make_checkpoint("qwen3", tmp_path / "hf", **shape).cuda()
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2, dtype=dtype)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "cut", tp_size, dtype=dtype)
     prompts = prompts_of(517, tuple(3 + 7 * i % 160 for i in range(count)))
     requests = [Request(str(i), ids, SamplingParams(max_tokens=24, ignore_eos=True)) for i, ids in enumerate(prompts)]
     settings: dict[str, Any] = {"kv_cache_memory": 256 << 20, "max_num_seqs": 40, "max_num_batched_tokens": 4096}
     settings |= {"attention_backend": backend}
-    with EngineClient(EngineConfig(tmp_path / "tp2", 2, device="cuda", **settings)) as client:
+    with EngineClient(EngineConfig(tmp_path / "cut", tp_size, device="cuda", **settings)) as client:
         by_peers = dtype == "bfloat16" and backend != "sdpa"
         assert client.wait_ready().all_reduce == ("peer memory" if by_peers else "NCCL")
         found = generate(client, requests)
     assert most_behind(model, prompts, [found[str(i)] for i in range(count)]) < 0.25
 
 
+@every_tp
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
-def test_two_ranks_equal_transformers_in_float32(name: str, tmp_path: Path) -> None:
-    model = make_checkpoint(name, tmp_path / "hf", **WIDE).cuda()
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2)
+def test_ranks_equal_transformers_in_float32(name: str, tp_size: int, tmp_path: Path) -> None:
+    model = make_checkpoint(name, tmp_path / "hf", **with_heads(tp_size)).cuda()
+    shard_checkpoint(tmp_path / "hf", tmp_path / "cut", tp_size)
     prompts = prompts_of(517)
     requests = [Request(str(i), ids, SamplingParams(max_tokens=24, ignore_eos=True)) for i, ids in enumerate(prompts)]
     sampled = [
@@ -91,7 +103,7 @@ def test_two_ranks_equal_transformers_in_float32(name: str, tmp_path: Path) -> N
     sampled.append(
         Request("both", prompts[4], SamplingParams(max_tokens=24, temperature=0.8, top_k=20, top_p=0.9, seed=4))
     )
-    with EngineClient(config(tmp_path / "tp2", 2)) as client:
+    with EngineClient(config(tmp_path / "cut", tp_size)) as client:
         found = generate(client, requests + sampled)
     for ids, request in zip(prompts, requests, strict=True):
         tokens = found[request.id]
@@ -103,9 +115,10 @@ def test_two_ranks_equal_transformers_in_float32(name: str, tmp_path: Path) -> N
         assert generate(client, sampled) == {request.id: found[request.id] for request in sampled}
 
 
-def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
-    make_checkpoint("qwen3", tmp_path / "hf", **WIDE)
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2)
+@every_tp
+def test_ranks_compute_prompts_beside_decodes(tp_size: int, tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path / "hf", **with_heads(tp_size))
+    shard_checkpoint(tmp_path / "hf", tmp_path / "cut", tp_size)
     prompts = prompts_of(517, tuple(30 + 37 * i % 270 for i in range(96)))
     answers = [8 + 53 * i % 200 for i in range(96)]
     requests = [
@@ -115,17 +128,18 @@ def test_two_ranks_compute_prompts_beside_decodes(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"kv_cache_memory": 512 << 20, "max_num_seqs": 96, "max_num_batched_tokens": 2048}
     found = {}
     for policy in ("fcfs", "makespan"):
-        with EngineClient(config(tmp_path / "tp2", 2, scheduling_policy=policy, **settings)) as client:
+        with EngineClient(config(tmp_path / "cut", tp_size, scheduling_policy=policy, **settings)) as client:
             found[policy] = generate(client, requests)
             paced = client.stats().paced_steps
             assert paced > 20 if policy == "makespan" else paced == 0
     assert found["makespan"] == found["fcfs"]
 
 
-def test_rows_that_are_not_finite_end_on_both_ranks(tmp_path: Path) -> None:
+@every_tp
+def test_rows_that_are_not_finite_end_on_every_rank(tp_size: int, tmp_path: Path) -> None:
     """By peer memory and, in float16, by NCCL."""
     broken = 300
-    make_broken("qwen3", tmp_path / "hf", broken, **{**WIDE, "head_dim": 128})
+    make_broken("qwen3", tmp_path / "hf", broken, **{**with_heads(tp_size), "head_dim": 128})
     prompts = [[token if token != broken else 3 for token in ids] for ids in prompts_of(517)]
     requests = [
         Request(f"{i} {j}", ids, SamplingParams(max_tokens=9, seed=i, ignore_eos=True, **more))
@@ -134,8 +148,8 @@ def test_rows_that_are_not_finite_end_on_both_ranks(tmp_path: Path) -> None:
     ]
     bad = [Request(f"bad {r.id}", [*r.token_ids[:16], broken], r.sampling) for r in requests]
     for dtype in ("bfloat16", "float16"):
-        shard_checkpoint(tmp_path / "hf", tmp_path / dtype, 2, dtype=dtype)
-        with EngineClient(config(tmp_path / dtype, 2, block_size=16, kv_cache_memory=64 << 20)) as client:
+        shard_checkpoint(tmp_path / "hf", tmp_path / dtype, tp_size, dtype=dtype)
+        with EngineClient(config(tmp_path / dtype, tp_size, block_size=16, kv_cache_memory=64 << 20)) as client:
             found = generate(client, [*bad[::2], *requests, *bad[1::2]])
         assert all(len(found[request.id]) == 9 for request in requests)
         assert all(found[request.id] == [] for request in bad)
@@ -151,6 +165,7 @@ MIX: list[dict[str, Any]] = [
 HELPED: list[dict[str, Any]] = [{"logprobs": 2}, {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.2}]
 
 
+@every_tp
 @pytest.mark.parametrize(
     "settings",
     [
@@ -164,10 +179,10 @@ HELPED: list[dict[str, Any]] = [{"logprobs": 2}, {"temperature": 0.8, "top_k": 9
         },
     ],
 )
-def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tp_size: int, tmp_path: Path) -> None:
     """Every way to sample, shared prefixes, and once so little memory that sequences are preempted."""
-    make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128})
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp2", 2, dtype="bfloat16")
+    make_checkpoint("qwen3", tmp_path / "hf", **{**with_heads(tp_size), "head_dim": 128})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "cut", tp_size, dtype="bfloat16")
     rng = random.Random(0)
     count = 2000
     prefixes = [[], [], *([rng.randrange(3, 500) for _ in range(80)] for _ in range(3))]
@@ -185,7 +200,7 @@ def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tmp_path: Path
         for i in range(count)
     ]
     memory, reserved, host = [], [], []
-    with EngineClient(config(tmp_path / "tp2", 2, **settings)) as client:
+    with EngineClient(config(tmp_path / "cut", tp_size, **settings)) as client:
         reasons: dict[str, str] = {}
         for start in range(0, count, 250):
             part = requests[start : start + 250]

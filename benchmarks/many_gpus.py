@@ -1,0 +1,193 @@
+"""What two, four and eight GPUs of one host do, in one call: a table and JSON, each row as soon as it is there.
+
+    python benchmarks/many_gpus.py --gpus 2 [--only dense sums tests …] [--json OUT/many.json] [--limit 560]
+    python benchmarks/many_gpus.py --gpus 2 --dry-run
+
+    dense       Qwen3-0.6B and Llama-8B at tp = the GPUs: nano in both policies, TPOT and TTFT, start-up
+    tests       tests/gpu with as many ranks
+    sums        the all-reduce of peer memory beside NCCL, by size
+    uneven      Llama-8B at every smaller tp that divides no heads evenly (3, 5, 6, 7)
+    large       Llama-70B: TPOT and throughput
+    experts     Qwen3-30B-A3B, bfloat16 and FP8, its experts cut and dealt whole; gpt-oss-20b
+    replicas    ``tpctl batch`` by one engine over all GPUs, and by replicas of half as many and of one
+    kills       a rank, and the agent, killed in a captured step: what is said, when, and the GPUs' memory
+
+Each row is a command of its own, which is printed with it and can be run alone. ``--limit``: seconds for all; what
+would begin later is not begun, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TPCTL = (sys.executable, "-m", "tpctl")
+DENSE = ("qwen3-0.6b", "llama-3.1-8b")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row: a command, and whether its output is that of ``tpctl bench --json``, or text."""
+
+    section: str
+    name: str
+    command: tuple[str, ...]
+    is_json: bool = True
+
+    @property
+    def shown(self) -> str:
+        words = ["python" if word == sys.executable else word for word in self.command]
+        return " ".join(words).replace(f"{HERE.parent}/", "").replace("python -m tpctl", "tpctl")
+
+
+@dataclass
+class Found:
+    """What came of it: ``figures`` name -> (median, least, greatest, unit); ``text``: its end, or that of the error."""
+
+    code: int
+    seconds: float
+    figures: dict[str, tuple[float, float, float, str]] = field(default_factory=dict)
+    text: str = ""
+
+
+def bench(section: str, kind: str, shape: str, tp_size: int, *more: str, runs: int = 3) -> Run:
+    options = ("--shape", shape, "--tp", str(tp_size), "--runs", str(runs), "--max-model-len", "4096", *more)
+    name = " ".join((shape, kind, f"tp {tp_size}", *more)).replace("--", "")
+    return Run(section, name, (*TPCTL, "bench", kind, *options, "--json"))
+
+
+def dense(gpus: int) -> Iterator[Run]:
+    for shape in DENSE:
+        for policy in ("fcfs", "makespan"):
+            yield bench("dense", "throughput", shape, gpus, "--workload", "nano", "--scheduling-policy", policy)
+        yield bench("dense", "latency", shape, gpus, "--sequences", "1,8,64")
+        yield bench("dense", "startup", shape, gpus)
+
+
+def tests(_: int) -> Iterator[Run]:
+    files = [str(HERE.parent / "tests/gpu" / name) for name in ("test_kernels_all_reduce.py", "test_many_gpus.py")]
+    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu", "--durations=5", *files)
+    yield Run("tests", "tests/gpu of several ranks", pytest, False)
+
+
+def sums(gpus: int) -> Iterator[Run]:
+    for size in sorted({2, gpus}):
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size))
+        yield Run("sums", f"{size} GPUs", (*torchrun, str(HERE / "kernel_bench.py"), "all_reduce"), False)
+
+
+def uneven(gpus: int) -> Iterator[Run]:
+    for size in (3, 5, 6, 7):
+        if size <= gpus:
+            yield bench("uneven", "latency", "llama-3.1-8b", size)
+
+
+def large(gpus: int) -> Iterator[Run]:
+    yield bench("large", "latency", "llama-3.1-70b", gpus, "--sequences", "1,8,64")
+    yield bench("large", "throughput", "llama-3.1-70b", gpus, "--workload", "nano", runs=1)
+    yield bench("large", "startup", "llama-3.1-70b", gpus)
+
+
+def experts(gpus: int) -> Iterator[Run]:
+    for shape in ("qwen3-30b-a3b", "qwen3-30b-a3b-fp8", "gpt-oss-20b"):
+        for ep in sorted({1, gpus}):
+            yield bench("experts", "latency", shape, gpus, "--ep", str(ep), "--sequences", "1,8,64")
+        yield bench("experts", "throughput", shape, gpus, "--workload", "nano", runs=1)
+
+
+def replicas(gpus: int) -> Iterator[Run]:
+    script = (sys.executable, str(HERE / "replicas.py"), "--shape", "llama-3.1-8b", "--rows", "2000")
+    for size in sorted({gpus, max(1, gpus // 2), 1}, reverse=True):
+        more = ("--tp", str(size), "--replicas", str(gpus // size))
+        yield Run("replicas", f"{gpus // size} of tp {size}", (*script, *more), False)
+
+
+def kills(gpus: int) -> Iterator[Run]:
+    script = (sys.executable, "-m", "tests.distributed.kill_matrix", "--shape", "llama-3.1-8b", "--tp", str(gpus))
+    yield Run("kills", "in a captured step", (*script, "--targets", "rank1", "agent", "--phases", "decode"), False)
+
+
+SECTIONS = {
+    "dense": dense,
+    "tests": tests,
+    "sums": sums,
+    "uneven": uneven,
+    "large": large,
+    "experts": experts,
+    "replicas": replicas,
+    "kills": kills,
+}
+
+
+def measured(run: Run, seconds: float) -> Found:
+    """Run it for so many seconds at most. A command that fails is a row that says how."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            run.command, env=env, cwd=HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Found(124, time.monotonic() - began, text=f"not done after {seconds:.0f} s")
+    took = time.monotonic() - began
+    if done.returncode:
+        return Found(done.returncode, took, text=(done.stdout[-1500:] + done.stderr[-1500:]).strip())
+    if not run.is_json:
+        return Found(0, took, text=done.stdout.strip()[-4000:])
+    figures = json.loads(done.stdout)["figures"]
+    return Found(0, took, {k: (f["median"], f["min"], f["max"], f["unit"]) for k, f in figures.items()})
+
+
+def show(run: Run, found: Found) -> None:
+    print(f"## {run.section}: {run.name} ({found.seconds:.0f} s)\n\n    {run.shown}\n")
+    for name, (median, low, high, unit) in found.figures.items():
+        print(f"| {name} | {median:,.2f} {unit} | {low:,.2f} to {high:,.2f} |")
+    print(found.text if not found.code else f"FAILED ({found.code}): {found.text}", flush=True)
+
+
+def machine() -> dict[str, object]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {"gpus": gpus, "torch": torch.__version__, "cores": os.cpu_count(), "time": time.strftime("%F %T")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=float, default=560.0)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
+    args = parser.parse_args()
+    runs = [run for section in args.only for run in SECTIONS[section](args.gpus)]
+    if args.dry_run:
+        print("\n".join(run.shown for run in runs))
+        return
+    here = machine()
+    print(f"{here}\n")
+    ends, rows = time.monotonic() + args.limit, []
+    for number, run in enumerate(runs):
+        left = ends - time.monotonic()
+        if left < 20:
+            print("NOT RUN:", "; ".join(f"{one.section}: {one.name}" for one in runs[number:]))
+            break
+        found = measured(run, left)
+        show(run, found)
+        rows.append({"section": run.section, "name": run.name, "command": run.shown, **vars(found)})
+        if args.json:
+            args.json.write_text(json.dumps({"machine": here, "rows": rows}, indent=1))
+    sys.exit(any(row["code"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
