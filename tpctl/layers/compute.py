@@ -12,6 +12,7 @@ from tpctl.layers.weights.codes import CodesWeight
 from tpctl.layers.weights.dense import DenseWeight, Weight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, PlainExperts, Stack
 from tpctl.layers.weights.packed_cpu import PackedGate, PackedWeight, onednn_available
+from tpctl.layers.weights.tiled_cpu import TiledWeight, multiplies
 
 
 class Compute:
@@ -22,8 +23,11 @@ class Compute:
 
     def weight(self, weight: Tensor, *, gated: bool = False) -> Weight:
         """What multiplies by ``weight`` [out, in]; ``gated``: its rows are [gate; up]."""
-        if weight.device.type == "cpu" and onednn_available(weight.dtype):
-            return PackedGate(weight) if gated else PackedWeight(weight)
+        if weight.device.type == "cpu":
+            if not multiplies(weight.dtype):
+                return TiledWeight(weight)
+            if onednn_available(weight.dtype):
+                return PackedGate(weight) if gated else PackedWeight(weight)
         return DenseWeight(weight)
 
     def codes(self, codes: Codes, *, gated: bool = False) -> Weight:

@@ -14,9 +14,7 @@ from torch import Tensor
 from tpctl.kernels.common.codes import Codes, decode
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.dense import Weight
-
-TILE = 1 << 19
-"""Numbers of a tile: 2 MiB in float32, which stay in a core's cache while they are made and multiplied."""
+from tpctl.layers.weights.tiled_cpu import TILE, multiplies
 
 
 class JoinedWeight(Weight):
@@ -46,6 +44,7 @@ class CodesWeight(Weight):
     def linear(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         x = x if norm is None else norm(x)
         found = x.new_empty(len(x), self.codes.outputs)
+        x = x if x.device.type != "cpu" or multiplies(x.dtype) else x.float()
         rows = max(1, TILE // self.codes.columns)
         for start in range(0, self.codes.outputs, rows):
             stop = min(start + rows, self.codes.outputs)
