@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.distributed.fake_engine import assert_gone
 from tests.distributed.real_forms import shallow
 from tpctl.checkpoint.cache import cache_root
 from tpctl.checkpoint.sources import ResolvedSource
@@ -28,3 +30,14 @@ def small(demo: ResolvedSource, tmp_path_factory: pytest.TempPathFactory) -> Ite
             shutil.rmtree(made)
         else:
             made.unlink()
+
+
+@pytest.fixture
+def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the workers' notes; the engine's own folder lands beside it, so it can be looked at."""
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    yield folder
+    assert_gone([int(note.read_text().split()[0]) for note in folder.iterdir() if note.read_text()])

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.distributed.fake_engine import (
+    HERE,
+    PATIENCE,
+    PYTHON_PATH,
+    assert_gone,
+    engine_folders,
+    finish,
+    processes,
+    request,
+    start,
+    surroundings,
+)
 from tpctl.client.engine_client import EngineClient
-from tpctl.errors import EngineError, RequestError, ShardFolderError, TpctlError
-from tpctl.launch import torchrun
+from tpctl.errors import EngineError, RequestError
 from tpctl.launch.torchrun import Workers
-from tpctl.wire.channel import Channel
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
-
-HERE = Path(__file__).parent
-PYTHON_PATH = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
-PATIENCE = 60.0  # seconds that anything may take on a busy machine
-
-
-def start(tp_size: int, pids: Path, fault: str = "", *, record: bool = False, timeout: float = 60) -> EngineClient:
-    env = {"PYTHONPATH": PYTHON_PATH, "FAKE_WORKER": fault, "FAKE_WORKER_PIDS": str(pids)}
-    if record:
-        env["FAKE_WORKER_RECORD"] = "1"
-    config = EngineConfig(pids, tp_size)
-    return EngineClient(config, module="fake_worker", env=env, start_timeout=timeout)
 
 
 class NoFork(Workers):
@@ -46,64 +39,6 @@ class NoFork(Workers):
         at = command.index("tpctl.launch.agent")
         script = "import os; from tpctl.launch import agent; agent._forks_well = lambda: False; os._exit(agent.main())"
         return [*command[: at - 1], "-c", script, *command[at + 1 :]]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def processes(pids: Path, count: int) -> list[int]:
-    """Ids of the workers and of the agent, once ``count`` workers have noted theirs."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        notes = [note.read_text().split() for note in pids.iterdir()]
-        if len([note for note in notes if len(note) == 2]) == count:
-            agents = {int(note[1]) for note in notes} if count > 1 else set()
-            return [int(note[0]) for note in notes] + sorted(agents)
-        time.sleep(0.05)
-    raise AssertionError(f"only {len(list(pids.iterdir()))} of {count} workers came up")
-
-
-def assert_gone(found: list[int]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while left := [pid for pid in found if alive(pid)]:
-        assert time.monotonic() < deadline, f"processes {left} are still there"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for the workers' notes; the engine's own folder lands beside it, so it can be looked at."""
-    folder = tmp_path / "pids"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    yield folder
-    assert_gone([int(note.read_text().split()[0]) for note in folder.iterdir() if note.read_text()])
-
-
-def engine_folders(pids: Path) -> list[Path]:
-    return list(pids.parent.glob("tpctl-*"))
-
-
-def surroundings(pids: Path) -> dict[str, Any]:
-    """What rank 0 found itself in: its environment, and what it could read from stdin."""
-    found: dict[str, Any] = json.loads((pids.parent / "surroundings.json").read_text())
-    return found
-
-
-def request(name: str, max_tokens: int = 3) -> Request:
-    return Request(name, [1, 2], SamplingParams(max_tokens=max_tokens))
-
-
-def finish(client: EngineClient) -> list[Output]:
-    collected: list[Output] = []
-    while not collected or collected[-1].finish_reason is None:
-        collected += client.outputs()
-    return collected
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -166,75 +101,6 @@ def test_abort_and_no_output_within_the_timeout(pids: Path) -> None:
         assert client.outputs()[0] == Output("a", [], "abort")
 
 
-@pytest.mark.parametrize("record", [True, False])
-@pytest.mark.parametrize(("tp_size", "fault"), [(1, "raise"), (2, "1:raise")])
-def test_an_exception_at_the_start_is_one_line(pids: Path, tp_size: int, fault: str, record: bool) -> None:
-    rank = tp_size - 1
-    with (
-        start(tp_size, pids, fault, record=record) as client,
-        pytest.raises(EngineError, match=f"rank {rank} .*RuntimeError: the weights are on strike") as caught,
-    ):
-        client.wait_ready()
-        client.outputs()
-    assert "\n" not in str(caught.value)
-    (folder,) = engine_folders(pids)  # kept, because the message names it
-    assert f"{folder}/logs" in str(caught.value)
-
-
-@pytest.mark.parametrize(("tp_size", "fault"), [(1, "raise-ours"), (2, "1:raise-ours")])
-def test_our_own_errors_keep_their_kind(pids: Path, tp_size: int, fault: str) -> None:
-    with (
-        start(tp_size, pids, fault, record=True) as client,
-        pytest.raises(ShardFolderError, match=r"^shard folder is for tp 2, but tp 3 was asked for$"),
-    ):
-        client.wait_ready()
-        client.outputs()
-    assert engine_folders(pids) == []
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("exit", "rank 0 ended with exit code 7 and said nothing"),
-        ("exit-0", r"the workers ended \(exit code 0\) without saying why"),
-        ("import", "rank 0 ended with exit code 1: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("fatal", "^no room for a KV cache$"),
-    ],
-)
-def test_other_ends_before_ready(pids: Path, fault: str, message: str) -> None:
-    with start(1, pids, fault) as client, pytest.raises(EngineError, match=message):
-        client.wait_ready()
-
-
-@pytest.mark.parametrize("fault", ["hang", "deaf"])
-def test_never_ready(pids: Path, fault: str) -> None:
-    with (
-        start(1, pids, fault, timeout=1) as client,
-        pytest.raises(EngineError, match="not ready after 1 s"),
-    ):
-        client.wait_ready()
-
-
-def test_a_killed_rank_is_named_and_ends_the_others(pids: Path) -> None:
-    client = start(2, pids, "1:die-later")
-    found = processes(pids, 2)
-    with pytest.raises(EngineError, match=r"rank 1 was killed \(SIGKILL\).*memory"):
-        client.outputs()
-    assert_gone(found)
-    with pytest.raises(EngineError, match="rank 1 was killed"):
-        client.submit([request("late")])
-    client.close()
-
-
-def test_the_cause_is_named_when_its_consequence_comes_first(pids: Path) -> None:
-    """Rank 0 loses its peer within the interval at which the agent looks at its ranks."""
-    with (
-        start(2, pids, "0:lose-peer,1:killed") as client,
-        pytest.raises(EngineError, match=r"rank 1 was killed \(SIGKILL\)"),
-    ):
-        client.wait_ready()
-
-
 def test_ranks_that_cannot_be_forked_are_started_anew(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpctl.client.engine_client.Workers", NoFork)
     with start(2, pids) as client:
@@ -246,94 +112,12 @@ def test_ranks_that_cannot_be_forked_are_started_anew(pids: Path, monkeypatch: p
         client.outputs()
 
 
-def test_the_only_rank_dies_during_a_request(pids: Path) -> None:
-    with start(1, pids, "die") as client:
-        client.submit([request("a")])
-        with pytest.raises(EngineError, match=r"rank 0 was killed \(SIGKILL\)"):
-            client.outputs()
-
-
-def test_kill_of_the_agent_ends_the_workers(pids: Path) -> None:
-    with start(2, pids) as client:
-        client.wait_ready()
-        found = processes(pids, 2)
-        os.kill(found[-1], signal.SIGKILL)
-        with pytest.raises(EngineError, match="the launcher was ended by SIGKILL"):
-            client.outputs()
-        assert_gone(found)
-
-
 @pytest.mark.parametrize("fault", ["ignore-stop", "1:deaf"])
 def test_close_ends_workers_that_do_not_listen(pids: Path, fault: str) -> None:
     with start(2, pids, fault) as client:
         client.wait_ready()
         found = processes(pids, 2)
     assert_gone(found)
-
-
-def test_the_end_of_the_agent_by_another_signal_is_told_as_its_own(pids: Path) -> None:
-    with start(2, pids) as client:
-        client.wait_ready()
-        os.kill(processes(pids, 2)[-1], signal.SIGTERM)  # it ends the ranks, which report that they were ended
-        with pytest.raises(EngineError, match="the launcher was ended by SIGTERM"):
-            client.outputs()
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_an_end_while_nobody_waits_is_told_at_once(pids: Path, tp_size: int) -> None:
-    told: queue.SimpleQueue[TpctlError] = queue.SimpleQueue()
-    with start(tp_size, pids) as client:
-        client.on_failure(told.put)
-        client.wait_ready()
-        processes(pids, tp_size)
-        assert client.failure_now() is None
-        os.kill(int((pids / f"{tp_size - 1}").read_text().split()[0]), signal.SIGKILL)
-        reason = told.get(timeout=PATIENCE)
-        assert str(reason).startswith(f"rank {tp_size - 1} was killed (SIGKILL)")
-        assert client.failure_now() is reason
-        client.on_failure(told.put)  # here and now
-        assert told.get_nowait() is reason
-        with pytest.raises(EngineError) as caught:
-            client.submit([request("late")])
-            client.outputs()
-        assert caught.value is reason
-    assert told.empty()
-
-
-def test_an_end_that_was_asked_for_is_no_failure(pids: Path) -> None:
-    told: queue.SimpleQueue[TpctlError] = queue.SimpleQueue()
-    with start(1, pids) as client:
-        client.on_failure(told.put)
-        client.wait_ready()
-    assert told.empty()
-    assert client.failure_now() is None
-
-
-def test_tokens_from_before_the_end_are_handed_out_after_it(pids: Path) -> None:
-    told: queue.SimpleQueue[TpctlError] = queue.SimpleQueue()
-    with start(1, pids, "answer-and-die") as client:
-        client.on_failure(told.put)
-        client.submit([request("a")])
-        told.get(timeout=PATIENCE)
-        assert [token for output in finish(client) for token in output.token_ids] == [3, 4, 5]
-        with pytest.raises(EngineError, match="rank 0 was killed"):
-            client.outputs()
-
-
-def test_a_reason_that_comes_late_is_waited_for(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a busy machine, whose agent gets no time to look at its ranks: here it is stopped meanwhile."""
-    monkeypatch.setattr(torchrun, "_PATIENCE", 0.1)
-    with start(2, pids) as client:
-        client.wait_ready()
-        *ranks, agent = processes(pids, 2)
-        os.kill(agent, signal.SIGSTOP)
-        os.kill(int((pids / "0").read_text().split()[0]), signal.SIGKILL)
-        time.sleep(1)
-        assert client.failure_now() is None
-        os.kill(agent, signal.SIGCONT)
-        with pytest.raises(EngineError, match=r"rank 0 was killed \(SIGKILL\)"):
-            client.outputs()
-        assert_gone([*ranks, agent])
 
 
 SURROUNDING = {
@@ -492,12 +276,3 @@ def test_no_room_for_temporary_files(pids: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tempfile.tempdir", str(pids / "none"))
     with pytest.raises(EngineError, match="cannot be made: No such file or directory; set TMPDIR"):
         start(1, pids)
-
-
-def test_a_garbled_message_is_an_error_and_no_hang(pids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def garbled(channel: Channel) -> None:
-        raise TypeError("fields missing")
-
-    monkeypatch.setattr(Channel, "receive", garbled)
-    with start(1, pids) as client, pytest.raises(EngineError):
-        client.wait_ready()

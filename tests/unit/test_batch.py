@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -15,59 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from typer.testing import CliRunner
 
+from tests.unit.batch_runs import prompts, rows, run
 from tests.unit.fake_client import FakeClient, engine_info, engine_stats, write_tokenizer
 from tests.unit.fake_client import job_parser as parser
-from tpctl.batch.formats.jsonl import JsonlReader, JsonlSource
-from tpctl.cli import batch as cli_batch
-from tpctl.cli import batch_report, places
-from tpctl.cli.app import app
-from tpctl.cli.console import note
+from tpctl.cli import batch_report
 from tpctl.cli.engine import say_context, say_policy
 from tpctl.cli.options import SchedulingPolicy
-from tpctl.cli.streams import NamedFile
 from tpctl.client.batch import Batch, Tally
-from tpctl.client.jobs import Line, read_lines
+from tpctl.client.jobs import read_lines
 from tpctl.client.results import Results
-from tpctl.client.resume import check_target, remains
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import EngineError, OutputError, RequestError, UsageError
+from tpctl.errors import RequestError
 from tpctl.wire.messages import Output
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-def run(
-    tokenizer: Tokenizer,
-    text: str,
-    target: Path | None,
-    *,
-    resume: bool = False,
-    window: int = 3,
-    **client: Any,
-) -> tuple[Tally, FakeClient]:
-    fake = FakeClient(tokenizer, **client)
-    with Results(target, {"model": "m"}, resume=resume) as results:
-        tally = Batch(fake, tokenizer, results, window).run(  # type: ignore[arg-type]
-            read_lines(io.BytesIO(text.encode())), parser(tokenizer)
-        )
-        results.publish(tally.lines)
-    return tally, fake
-
-
-def rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def prompts(count: int) -> str:
-    return "".join(json.dumps({"prompt": "x" * (count - n)}) + "\n" for n in range(count))
 
 
 def test_a_line_that_a_library_stumbles_over_is_an_error_row(
@@ -195,22 +159,6 @@ def test_a_row_that_json_has_no_form_for_is_an_error(tokenizer: Tokenizer, tmp_p
     }
 
 
-def test_rows_of_an_earlier_version_that_json_has_no_form_for_are_made_anew(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    out = tmp_path / "out.jsonl"
-    lines = [b'{"prompt": "a"}', b'{"prompt": "NaN"}']
-    with Results(out, {"model": "m"}) as results:
-        for index, line in enumerate(lines):
-            results.add(Line(index, index + 1, line), {"id": index + 1, "text": "NaN", "logprobs": 7})
-        partial = results.partial
-    assert partial is not None
-    partial.write_text(partial.read_text().replace("7}", "NaN}", 1))
-    tally, _ = run(tokenizer, "\n".join(line.decode() for line in lines), out, resume=True)
-    assert tally.resumed == 1
-    assert [row["text"] for row in rows(out)] == ["<a>", "NaN"]
-
-
 def test_answers_that_the_context_cuts_have_a_note(tokenizer: Tokenizer, tmp_path: Path) -> None:
     fake = FakeClient(tokenizer, max_model_len=12)
     fake.context_full = "the KV cache holds 12 tokens"
@@ -246,125 +194,6 @@ def test_stop_strings_do_not_count_before_min_tokens(tokenizer: Tokenizer) -> No
     for min_tokens, want in ((0, "a"), (2, "a"), (3, "abcda"), (6, "abcda"), (7, "abcdabcd")):
         assert read("abcdabcd", ["bc"], min_tokens) == (want, min_tokens < 7)
     assert read("aaa", ["aa"], 2) == ("a", True)  # it may begin before
-
-
-def test_an_engine_that_dies_leaves_rows_to_go_on_with(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    with pytest.raises(EngineError):
-        run(tokenizer, prompts(9), out, dies_after=18)
-    partial = tmp_path / "out.jsonl.partial"
-    finished = len(partial.read_text().splitlines()) - 1
-    assert 0 < finished < 9
-    assert not out.exists()
-    with pytest.raises(OutputError, match=r"out\.jsonl\.partial holds the rows.*--resume"):
-        run(tokenizer, prompts(9), out)
-    tally, client = run(tokenizer, prompts(9), out, resume=True)
-    assert (tally.lines, tally.resumed, len(client.requests)) == (9, finished, 9 - finished)
-    assert [row["text"] for row in rows(out)] == [f"<{'x' * (9 - n)}>" for n in range(9)]
-    assert not partial.exists()
-
-
-@settings(max_examples=30, deadline=None)
-@given(cut=st.integers(0, 900), edited=st.sets(st.integers(0, 5)))
-def test_resume_from_a_file_cut_anywhere_with_lines_edited(
-    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, cut: int, edited: set[int]
-) -> None:
-    out = tmp_path_factory.mktemp("run") / "out.jsonl"
-    lines = [{"prompt": f"line {n}"} for n in range(6)]
-    with Results(out, {"model": "m"}) as results:
-        fake: Any = FakeClient(tokenizer)
-        source = read_lines(io.BytesIO("\n".join(map(json.dumps, lines)).encode()))
-        Batch(fake, tokenizer, results, 2).run(source, parser(tokenizer))
-        assert results.partial is not None
-        partial = results.partial
-    os.truncate(partial, min(cut, partial.stat().st_size))
-    for n in edited:
-        lines[n]["prompt"] = f"other {n}"
-    tally, client = run(tokenizer, "\n".join(map(json.dumps, lines)), out, resume=True)
-    assert [row["text"] for row in rows(out)] == [f"<{line['prompt']}>" for line in lines]
-    assert len(client.requests) == 6 - tally.resumed >= len(edited)
-
-
-def test_error_rows_are_tried_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    with Results(out, {"model": "m"}) as results:
-        results.add(Line(0, 1, b'{"prompt": "a"}'), {"id": 1, "error": "passing"})
-    tally, _ = run(tokenizer, '{"prompt": "a"}', out, resume=True)
-    assert (tally.resumed, rows(out)[0]["text"]) == (0, "<a>")
-
-
-def test_resume_under_other_settings_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    with Results(out, {"model": "m", "sampling": {"temperature": 0.0}}) as results:
-        results.add(Line(0, 1, b"a"), {"id": 1, "text": "x"})
-    with pytest.raises(UsageError, match=r"made with model m, but now it is n"):
-        Results(out, {"model": "n", "sampling": {"temperature": 0.0}}, resume=True)
-
-
-def test_nothing_is_left_of_a_run_without_rows(tmp_path: Path) -> None:
-    with Results(tmp_path / "out.jsonl", {}):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
-    with (
-        Results(tmp_path / "out.jsonl", {}),
-        pytest.raises(OutputError, match="another tpctl batch is writing"),
-    ):
-        Results(tmp_path / "out.jsonl", {})
-
-
-def test_where_nothing_can_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="the folder does not exist"):
-        Results(tmp_path / "none" / "out.jsonl", {})
-    with pytest.raises(OutputError, match="is a folder; name a file"):
-        Results(tmp_path, {})
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Results(tmp_path / "out.jsonl", {}) as results:
-        results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
-        with (
-            Path("/dev/full").open("r+b", buffering=0) as full,
-            monkeypatch.context() as patch,
-            pytest.raises(OutputError, match=r"out\.jsonl\.partial: the disk is full; free some space$"),
-        ):
-            patch.setattr(results, "_file", full)
-            results.add(Line(1, 2, b"b"), {"id": 2, "text": "x"})
-        with (
-            pytest.raises(
-                OutputError, match=r"^full; 1 finished row is in .*out\.jsonl\.partial, go on with --resume$"
-            ),
-            remains(results, note),
-        ):
-            raise OutputError("full")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_stream_that_takes_no_rows_is_one_line() -> None:
-    with Results(None, {}) as results:
-        results.add(Line(0, 1, b"a"), {"id": 1, "text": "lost"})
-        said = r"^cannot write to /dev/full: No space left on device; name a file on a disk with -o, beside which"
-        with pytest.raises(OutputError, match=said), places.writing():
-            results.emit(NamedFile("/dev/full", "wb", "/dev/full"))
-        with pytest.raises(BrokenPipeError), places.writing():
-            raise BrokenPipeError(errno.EPIPE, "Broken pipe", "standard output")
-
-
-def test_an_interrupted_run_keeps_what_is_finished(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    fake: Any = FakeClient(tokenizer)
-    with Results(tmp_path / "out.jsonl", {}) as results:
-        batch = Batch(fake, tokenizer, results, 3)
-        lines = read_lines(io.BytesIO(prompts(9).encode()))
-        tally = batch.run(lines, parser(tokenizer), should_stop=lambda: batch.tally.lines >= 4)
-        assert tally.interrupted
-        assert 4 <= results.count == tally.lines < 9
-    # What was handed in and had not finished is aborted, and nothing else (the reader may not have got that far).
-    assert len(fake.aborted) == len(fake.requests) - tally.lines
-    assert tally.given_up == sorted(int(id) + 1 for id in fake.aborted)
-    assert (tmp_path / "out.jsonl.partial").exists()
 
 
 def test_answers_go_to_a_stream_in_order_as_they_come(tokenizer: Tokenizer) -> None:
@@ -415,120 +244,3 @@ def test_an_input_that_breaks_is_heard_of(tokenizer: Tokenizer) -> None:
     fake: Any = FakeClient(tokenizer)
     with Results(None, {}) as results, pytest.raises(OSError, match="went away"):
         Batch(fake, tokenizer, results, 4).run(read_lines(broken()), parser(tokenizer))
-
-
-def tpctl(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def test_finished_answers_are_replaced_only_when_told(tmp_path: Path) -> None:
-    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text('{"prompt": "a"}\n')
-    out.write_text('{"id": 1, "text": "dear"}\n')
-    for more in ([], ["--resume"]):
-        with pytest.raises(OutputError, match=r"out\.jsonl exists already; use --force to replace it"):
-            check_target(out, resume=bool(more), force=False)
-        result = tpctl("batch", str(prompts), "-o", str(out), *more)
-        assert isinstance(result.exception, OutputError)
-    assert "dear" in out.read_text()
-    check_target(out, resume=False, force=True)
-    out.with_name("out.jsonl.partial").write_text("rows of a run that was started with --force")
-    check_target(out, resume=True, force=False)
-    out.write_text("")  # as mktemp makes it
-    check_target(out, resume=False, force=False)
-
-
-def test_pipes_and_devices_are_written_to_and_never_replaced(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    assert places.target_of(str(pipe)) is None
-    assert places.target_of("/dev/null") is None
-    assert places.target_of("-") is None
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with places.output_stream(str(pipe), None) as out, Results(None, {}) as results:
-        assert out is not None
-        results.add(Line(0, 1, b"a"), {"id": 1, "text": "x"})
-        results.emit(out)
-        assert json.loads(os.read(reader, 1000)) == {"id": 1, "text": "x"}
-    os.close(reader)
-    assert pipe.is_fifo()
-    with pytest.raises(UsageError, match="--resume needs a file"):
-        raise tpctl("batch", "nothing.jsonl", "-o", str(pipe), "--resume").exception
-
-
-def test_a_link_and_the_files_mode_stay(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
-    real.write_text("")
-    real.chmod(0o600)
-    link.symlink_to(real)
-    target = places.target_of(str(link))
-    run(tokenizer, '{"prompt": "a"}', target)
-    assert link.is_symlink()
-    assert rows(real)[0]["text"] == "<a>"
-    assert real.stat().st_mode & 0o777 == 0o600
-    with Results(target, {"model": "m"}) as results:
-        assert results.partial is not None
-        assert results.partial.stat().st_mode & 0o777 == 0o600
-
-
-def reader(name: str, lines: bytes) -> JsonlReader:
-    return JsonlReader(io.BytesIO(lines), JsonlSource(Path(name)))
-
-
-def test_rows_of_another_input_are_not_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.jsonl"
-    with Results(out, {}) as results:
-        for index in range(3):
-            results.add(Line(index, index + 1, b"line %d" % index), {"id": index, "text": "x"})
-    with Results(out, {}, resume=True) as results:
-        cli_batch._check_kept(reader("same.jsonl", b"line 0\nline 1\nline 2\nline 3\n"), results)
-        assert not capsys.readouterr().err
-        shorter = reader("shorter.jsonl", b"line 0\nother\n")
-        cli_batch._check_kept(shorter, results)
-        assert "2 of the 3 rows" in capsys.readouterr().err
-        assert [line.raw for line in shorter.lines()] == [b"line 0\n", b"other\n"]
-        with pytest.raises(UsageError, match=r"none of the 3 rows in .*partial answers a line of new\.jsonl"):
-            cli_batch._check_kept(reader("new.jsonl", b"a\nb\n"), results)
-    assert out.with_name("out.jsonl.partial").exists()
-
-
-def test_a_stop_says_where_the_rows_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = r"1 finished row is in .*out\.jsonl\.partial, go on with --resume"
-    with Results(tmp_path / "out.jsonl", {}) as results:
-        results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
-        with pytest.raises(KeyboardInterrupt, match=kept), remains(results, note):
-            raise KeyboardInterrupt
-        with pytest.raises(SystemExit) as stopped, remains(results, note):
-            raise SystemExit(143)
-        assert stopped.value.code == 143
-        assert re.fullmatch(f"tpctl: stopped; {kept}\n", capsys.readouterr().err)
-
-
-def test_a_resumed_run_names_the_options_that_differ(tmp_path: Path) -> None:
-    settings = {"model": "m", "sampling": {"temperature": 0.0, "seed": 0, "max_tokens": 9}}
-    with Results(tmp_path / "out.jsonl", settings) as results:
-        results.add(Line(0, 1, b"a"), {"id": 1, "text": "kept"})
-    other = {"model": "m", "sampling": {"temperature": 0.0, "seed": 5, "max_tokens": 9, "top_p": 0.5}}
-    with pytest.raises(UsageError, match=r"with --seed 0 \(now 5\), --top-p left out \(now 0\.5\); use"):
-        Results(tmp_path / "out.jsonl", other, resume=True)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_what_could_not_be_written_is_not_said_again(tmp_path: Path) -> None:
-    """A file that is closed tries once more what it still holds."""
-    with (
-        pytest.raises(OutputError, match=r"out\.jsonl\.partial: the disk is full; free some space$"),
-        Results(tmp_path / "out.jsonl", {}) as results,
-    ):
-        results._file.close()
-        results._file = io.BufferedRandom(io.FileIO("/dev/full", "r+"))
-        results._file.seek = lambda *place: 0  # type: ignore[method-assign]
-        results.add(Line(1, 2, b"b"), {"id": 2, "text": "x"})
-
-
-@pytest.mark.parametrize(("output", "said"), [("", "-o is empty"), ("/", "lies in /, where the rows go")])
-def test_outputs_without_a_name(output: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
-    error = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), "-o", output]).exception
-    assert isinstance(error, UsageError | OutputError)
-    assert said in str(error)
