@@ -19,8 +19,8 @@ import pytest
 
 from tests.unit.bad_folders import prepare
 from tests.unit.bad_input import CASES, Answer, Case, local_answer
+from tests.unit.downloads import environment, files
 from tests.unit.hub_server import Hub, serving
-from tests.unit.test_download import environment, files
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "bad-input.md"

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.unit.bad_input import local_answer
+from tests.unit.downloads import Run, failed, files
+from tests.unit.downloads import hub as hub  # the fixtures
+from tests.unit.downloads import run as run
 from tests.unit.hub_server import Hub
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
-from tests.unit.test_download import Run, failed, files
-from tests.unit.test_download import hub as hub  # the fixtures
-from tests.unit.test_download import run as run
 from tests.unit.test_plan_sizes import FP8, MOE
 from tpctl.arch.families import FAMILIES
 from tpctl.arch.quantised import Cutting

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.downloads import Run, failed, files
+from tests.unit.downloads import hub as hub  # the fixtures
+from tests.unit.downloads import run as run
 from tests.unit.hub_server import Hub, Refusal
 from tests.unit.synthetic import make_checkpoint, make_config
-from tests.unit.test_download import Run, failed, files
-from tests.unit.test_download import hub as hub  # the fixtures
-from tests.unit.test_download import run as run
 from tests.unit.test_fit import LLAMA_405B, config_folder
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.downloads import Run, failed, files
+from tests.unit.downloads import run as run  # the fixture
 from tests.unit.hub_server import Hub, Refusal, serving
 from tests.unit.synthetic import make_checkpoint, make_config
-from tests.unit.test_download import Run, failed, files
-from tests.unit.test_download import run as run  # the fixture
 from tpctl.manifest.manifest import Manifest
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
