@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.sampling import by_test, leave_out, sampled
+from tests.sampling import by_test, leave_out, sampled, today
 from tpctl.checkpoint.sources import ResolvedSource, resolve
 
 # Where the tests run in the background of a shell, SIGINT is ignored, and every process they start would inherit that.
@@ -33,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """One of several processes that share the cores (``-n``) computes in one thread: waiting threads spin. They take
     files in our order, not those of most tests first."""
+    # Processes of one run that begin on both sides of midnight must not collect different tests.
+    os.environ.setdefault("TPCTL_TEST_DAY", datetime.date.fromordinal(today()).isoformat())
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
@@ -24,18 +26,30 @@ def leave_out(config: pytest.Config, items: list[pytest.Item], left_out: set[pyt
         items[:] = [item for item in items if item not in left_out]
 
 
-def sampled(cases: list[pytest.Item], times: int) -> list[pytest.Item]:
+def today() -> int:
+    """The day that chooses, as a number: that of ``TPCTL_TEST_DAY`` (2026-11-30), which a run sets for its processes,
+    else this one."""
+    day = os.environ.get("TPCTL_TEST_DAY")
+    return (datetime.date.fromisoformat(day) if day else datetime.date.today()).toordinal()
+
+
+def sampled(cases: list[pytest.Item], times: int, *, apart: bool = False, turn: int = 0) -> list[pytest.Item]:
     """Few of ``cases``, the same in every run: each value of each parameter ``times`` times, where as many have it.
 
     Greedy: the case taken next is the one with the most values that are still wanted, and among those the one whose
     pairs of values have been seen least.
+
+    Args:
+        apart: parameters that are listed together count as one each, not as one in all.
+        turn: another number takes others.
     """
-    values = {case: _values(case) for case in cases}
+    values = {case: _values(case, apart) for case in cases}
     held = Counter(value for own in values.values() for value in own)
     wanted = {value: min(times, count) for value, count in held.items()}
     pairs: Counter[tuple[object, object]] = Counter()
     taken: list[pytest.Item] = []
-    left = list(cases)
+    first = 7 * turn % len(cases)  # the day after takes no neighbour
+    left = cases[first:] + cases[:first]
     while any(wanted.values()):
         best = max(
             left,
@@ -52,12 +66,12 @@ def sampled(cases: list[pytest.Item], times: int) -> list[pytest.Item]:
     return taken
 
 
-def _values(case: pytest.Item) -> list[tuple[str, str]]:
-    """What ``case`` has of each ``parametrize`` (its names and their values, those of several names as one), and of
-    each fixture with parameters."""
+def _values(case: pytest.Item, apart: bool) -> list[tuple[str, str]]:
+    """What ``case`` has of each ``parametrize`` (its names and their values, those of several names as one unless they
+    are taken ``apart``), and of each fixture with parameters."""
     params = dict(case.callspec.params)  # type: ignore[attr-defined]
     found = []
-    for mark in case.iter_markers("parametrize"):
+    for mark in [] if apart else case.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
         found.append((str(names), repr([params.pop(name.strip()) for name in names])))
     return found + [(name, repr(value)) for name, value in params.items()]

@@ -1,5 +1,6 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
-grids of cases are sampled; on GPUs they run whole, unless ``--sampled-grid`` is given."""
+grids of cases are sampled; on GPUs they run whole, unless ``--sampled-grid`` is given. What is only compiled are others
+every day."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.here import INTERPRET
-from tests.sampling import by_test, leave_out, sampled
+from tests.sampling import by_test, leave_out, sampled, today
 
 _TIMES = 1
 """How often each value of each parameter is run at least, where its grid has as many cases of it."""
@@ -23,5 +24,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests = by_test(item for item in items if item.path.parent.name == "gpu").values()
     large = [cases for cases in tests if len(cases) > _SMALL]
     leave_out(config, items, {one for cases in large for one in cases} - {
-        one for cases in large for one in sampled(cases, _TIMES)
+        one for cases in large for one in _few(cases)
     })  # fmt: skip
+
+
+def _few(cases: list[pytest.Item]) -> list[pytest.Item]:
+    compiled = cases[0].path.name.startswith("test_compile")
+    return sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)

@@ -176,6 +176,11 @@ def prefill(
 
 PACKED_FORMS = [(arch, form) for arch in (90, 89, 80) for form in ("packed", "fp8")]
 PACKED_FORMS += [(100, "packed"), (100, "fp8"), (120, "fp8")]
+BATCHES = [(1, False), (1, True), (8, False), (40, False), (100, False)]
+"""Sequences of a decode step, and whether they are long."""
+Launch = tuple[int, bool] | int
+LAUNCHES: list[Launch] = [*BATCHES, 256, 16384]
+"""Of attention: a decode step, or a prefill of so many tokens."""
 CASES = [
     (90, 80, "bf16"),
     (90, 128, "bf16"),
@@ -187,49 +192,53 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("arch,head_dim,dtype", CASES)
-def test_attention_fits(arch: int, head_dim: int, dtype: str) -> None:
+def test_attention_fits(arch: int, head_dim: int, dtype: str, launch: Launch) -> None:
     limit, size = SHARED[arch], ITEMSIZE[dtype]
-    tuned = {decode_config(count, HEADS, KV_HEADS, 100, long=long, wide=head_dim == 128) for count, long in BATCHES}
-    fitted = {fit_config(config, head_dim, HEADS // KV_HEADS, size, limit) for config in tuned}
-    for config in fitted:
-        assert decode(head_dim, dtype, arch, config) <= limit, config
-    for tokens in (256, 16384):
-        found = prefill_config(tokens, 1, head_dim, BLOCK, size, limit)
-        assert prefill(head_dim, dtype, arch, found) <= limit, found
+    if isinstance(launch, int):
+        tiles = prefill_config(launch, 1, head_dim, BLOCK, size, limit)
+        assert prefill(head_dim, dtype, arch, tiles) <= limit, tiles
+        return
+    count, long = launch
+    tuned = decode_config(count, HEADS, KV_HEADS, 100, long=long, wide=head_dim == 128)
+    fitted = fit_config(tuned, head_dim, HEADS // KV_HEADS, size, limit)
+    assert decode(head_dim, dtype, arch, fitted) <= limit, fitted
 
 
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("group", [2, 4])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch,form", PACKED_FORMS)
-def test_packed_attention_fits(arch: int, form: str, head_dim: int) -> None:
+def test_packed_attention_fits(arch: int, form: str, head_dim: int, group: int, launch: Launch) -> None:
     limit = SHARED[arch]
-    for group in (2, 4):
-        tuned = {
-            packed_decode_config(count, group * KV_HEADS, KV_HEADS, head_dim, BLOCK, 100, limit, long=long)
-            for count, long in BATCHES
-        }
-        for config in tuned:
-            assert packed_decode(head_dim, group, arch, config, form=form) <= limit, config
-    for tokens in (256, 16384):
-        found = prefill_config(tokens, 1, head_dim, BLOCK, 2, limit)
-        assert prefill(head_dim, "bf16", arch, found, form=form) <= limit, found
+    if isinstance(launch, int):
+        tiles = prefill_config(launch, 1, head_dim, BLOCK, 2, limit)
+        assert prefill(head_dim, "bf16", arch, tiles, form=form) <= limit, tiles
+        return
+    count, long = launch
+    config = packed_decode_config(count, group * KV_HEADS, KV_HEADS, head_dim, BLOCK, 100, limit, long=long)
+    assert packed_decode(head_dim, group, arch, config, form=form) <= limit, config
 
 
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [0, 128])
 @pytest.mark.parametrize("arch", [90, 80])
-def test_attention_with_sinks_fits(arch: int, window: int) -> None:
+def test_attention_with_sinks_fits(arch: int, window: int, form: str, launch: Launch) -> None:
     """gpt-oss: heads of 64 dimensions, eight to a KV head."""
     limit, has = SHARED[arch], {"window": window, "sinks": True}
-    for count, long in BATCHES:
+    if isinstance(launch, int):
+        tiles = prefill_config(launch, 1, 64, BLOCK, 2, limit)
+        assert prefill(64, "bf16", arch, tiles, form=form, **has) <= limit, tiles
+        return
+    count, long = launch
+    if form == "model":
         config = decode_config(count, HEADS, KV_HEADS, 100, long=long)
         assert decode(64, "bf16", arch, config, **has) <= limit, config
+    else:
         config = packed_decode_config(count, 8 * KV_HEADS, KV_HEADS, 64, BLOCK, 100, limit, long=long)
-        for form in ("packed", "fp8"):
-            assert packed_decode(64, 8, arch, config, form=form, **has) <= limit, config
-    for tokens in (256, 16384):
-        config = prefill_config(tokens, 1, 64, BLOCK, 2, limit)
-        for form in FORMS:
-            assert prefill(64, "bf16", arch, config, form=form, **has) <= limit, config
+        assert packed_decode(64, 8, arch, config, form=form, **has) <= limit, config
 
 
 @pytest.mark.parametrize("arch", [90, 80])
@@ -292,31 +301,39 @@ LINEARS = [
 ]
 
 
-@pytest.mark.parametrize("arch", sorted(SHARED))
-def test_linears_of_few_rows_fit(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def most_rows(arch: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows that linears of few rows take there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (arch // 10, arch % 10))
     is_hopper.cache_clear()
     most = few_rows(torch.device("cuda", 7))
     is_hopper.cache_clear()
-    assert most == (16 if arch == 90 else 1)
-    assert pick(most + 1, 4096, 4096, most=most) is None
-    for rows in {1, most}:
-        for out_features, in_features, gated, norm in LINEARS:
-            assert linear(rows, out_features, in_features, arch, gated=gated, norm=norm) <= SHARED[arch]
+    return most
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED))
-def test_the_sampler_fits(arch: int) -> None:
+def test_how_many_rows_are_few(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = most_rows(arch, monkeypatch)
+    assert most == (16 if arch == 90 else 1)
+    assert pick(most + 1, 4096, 4096, most=most) is None
+
+
+@pytest.mark.parametrize("out_features,in_features,gated,norm", LINEARS)
+@pytest.mark.parametrize("arch", sorted(SHARED))
+def test_linears_of_few_rows_fit(
+    arch: int, out_features: int, in_features: int, gated: bool, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rows in {1, most_rows(arch, monkeypatch)}:
+        assert linear(rows, out_features, in_features, arch, gated=gated, norm=norm) <= SHARED[arch]
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("dtype,lowest", [("bf16", -(1 << 15)), ("fp32", -(1 << 31))])
+@pytest.mark.parametrize("arch", sorted(SHARED))
+def test_the_sampler_fits(arch: int, dtype: str, lowest: int, second: bool) -> None:
     config = DecodeConfig(1, 1, num_warps=4, num_stages=1)
-    for dtype, lowest in (("bf16", -(1 << 15)), ("fp32", -(1 << 31))):
-        for second in (False, True):
-            flags: dict[str, Any] = {"LOWEST": lowest, "SECOND": second, "PDL": arch >= 90}
-            flags |= {"CHUNKS": 256, "PARTS": 4}
-            assert shared_memory(_weigh_kernel, dtype, arch, config, CHUNK=1024, **flags) <= SHARED[arch]
-            assert shared_memory(_found_kernel, dtype, arch, config, LAUNCHES=6, LAST=second, **flags) <= SHARED[arch]
-
-
-BATCHES = [(1, False), (1, True), (8, False), (40, False), (100, False)]
+    flags: dict[str, Any] = {"LOWEST": lowest, "SECOND": second, "PDL": arch >= 90, "CHUNKS": 256, "PARTS": 4}
+    assert shared_memory(_weigh_kernel, dtype, arch, config, CHUNK=1024, **flags) <= SHARED[arch]
+    assert shared_memory(_found_kernel, dtype, arch, config, LAUNCHES=6, LAST=second, **flags) <= SHARED[arch]
 
 
 def test_what_fits_is_left_as_it_was_tuned() -> None:

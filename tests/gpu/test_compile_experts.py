@@ -73,28 +73,41 @@ def taken(kernel: Any, arch: int, config: Any, kind: str = "", exponents: bool =
     return shared_memory(kernel, "bf16", arch, config, pointers=types, PDL=arch >= 90, **constants)
 
 
-@pytest.mark.parametrize("arch,model,kind,codes", CASES)
-def test_linears_of_experts_fit(arch, model, kind, codes) -> None:
-    hidden, width, _, per_token, activation = model
-    forms = [
+def forms_of(arch: int, model: Any, kind: str, codes: dict[str, Any]) -> tuple[Form, Form]:
+    """How gate and up are stored, and how down is."""
+    hidden, width, *_ = model
+    up, down = (
         Form(kind, n, k, scale_rows=n, native=arch >= 89, **codes) for n, k in ((2 * width, hidden), (hidden, width))
-    ]
-    more = {"kind": kind, "exponents": bool(codes.get("exponents"))}
+    )
+    return up, down
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize("arch,model,kind,codes", CASES)
+def test_linears_of_experts_fit(arch, model, kind, codes, block_m, gated) -> None:
+    _, _, _, per_token, activation = model
+    form = forms_of(arch, model, kind, codes)[0 if gated else 1]
     biases = isinstance(activation, Clamped)
-    for block_m in (16, 128):
-        for form, gating in zip(forms, (activation, None), strict=True):
-            config = pick_tile(block_m, gated=gating is not None, itemsize=2, limit=SHARED[arch], codes=bool(kind))
-            flags = {"LISTED": block_m > 16, "PER_TOKEN": per_token, "SLOTS": per_token, "INTERLEAVED": biases}
-            flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "GATING": gating, "HAS_BIAS": biases}
-            kernel, stored = grouped_linear_kernel, {"FORM": form, "BLOCK_K": config.block_k}
-            if kind:
-                kernel, stored = grouped_codes_kernel, coded(form, config.block_k)
-            found = taken(kernel, arch, config, STAGES=config.num_stages, **stored, **flags, **more)
-            assert found <= SHARED[arch], config
+    config = pick_tile(block_m, gated=gated, itemsize=2, limit=SHARED[arch], codes=bool(kind))
+    flags = {"LISTED": block_m > 16, "PER_TOKEN": per_token, "SLOTS": per_token, "INTERLEAVED": biases}
+    flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "GATING": activation if gated else None}
+    kernel, stored = grouped_linear_kernel, {"FORM": form, "BLOCK_K": config.block_k}
+    if kind:
+        kernel, stored = grouped_codes_kernel, coded(form, config.block_k)
+    flags |= {"HAS_BIAS": biases, "STAGES": config.num_stages, **stored}
+    assert taken(kernel, arch, config, kind, bool(codes.get("exponents")), **flags) <= SHARED[arch], config
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("arch,model,kind,codes", CASES)
+def test_the_experts_of_one_row_fit(arch, model, kind, codes, stage) -> None:
+    hidden, width, _, _, activation = model
+    biases = isinstance(activation, Clamped)
     shared = (None, None) if biases else (Form("", 2 * width, hidden), Form("", hidden, width))
     row = pick_row(hidden, width, itemsize=1 if kind and biases else 2, programs=132, limit=SHARED[arch])
-    for stage in (1, 2, 3):
-        assert row_taken(arch, model, row, *forms, *shared, **more, stage=stage) <= SHARED[arch], row
+    more = {"kind": kind, "exponents": bool(codes.get("exponents")), "stage": stage}
+    assert row_taken(arch, model, row, *forms_of(arch, model, kind, codes), *shared, **more) <= SHARED[arch], row
 
 
 @pytest.mark.parametrize("kind,codes", [("uint4", UINT4), ("e2m1", E2M1), ("e4m3", E4M3)])
@@ -128,21 +141,24 @@ def choice_of(count: int, per_token: int) -> dict[str, Any]:
     return chosen | {"ROWS": groups, "SIZE": count // groups}
 
 
+AROUND = ("route", "gate", "count", "place one chunk", "place many", "sum")
+
+
+@pytest.mark.parametrize("what", AROUND)
 @pytest.mark.parametrize("arch,model", [(90, QWEN), (80, DEEPSEEK), (120, GPT_OSS)])
-def test_what_is_around_them_fits(arch, model) -> None:
+def test_what_is_around_them_fits(arch, model, what) -> None:
     hidden, _, count, per_token, _ = model
-    config = TileConfig(16, 16, 16)
     chosen = choice_of(count, per_token)
-    assert taken(route_kernel, arch, config, **chosen) <= SHARED[arch]
-    block_k = 1 << (hidden - 1).bit_length()
     gate = {"IN_FEATURES": hidden, "HAS_BIAS": True, "HAS_SHARED": True, "HAS_NORM": True, "UNIT_OFFSET": False}
-    assert taken(gate_kernel, arch, config, BLOCK_N=1, BLOCK_K=block_k, COPIES=1, **gate, **chosen) <= SHARED[arch]
     place = {"EXPERTS": count, "CHUNK": CHUNK}
-    assert taken(_count_kernel, arch, config, STEP=1024, **place) <= SHARED[arch]
-    for one in (True, False):
-        assert (
-            taken(_place_kernel, arch, config, ONE_CHUNK=one, BLOCK_M=64, BLOCK=64, STEP=256, COUNTED=1024, **place)
-            <= SHARED[arch]
-        )
+    places = {"BLOCK_M": 64, "BLOCK": 64, "STEP": 256, "COUNTED": 1024, **place}
     sums = {"COLUMNS": hidden, "PER_TOKEN": per_token, "HAS_SHARED": True, "HAS_FACTORS": True, "HAS_RESIDUAL": True}
-    assert taken(gather_sum_kernel, arch, config, BLOCK=1024, **sums, **ALONE) <= SHARED[arch]
+    kernel, flags = {
+        "route": (route_kernel, chosen),
+        "gate": (gate_kernel, {"BLOCK_N": 1, "BLOCK_K": 1 << (hidden - 1).bit_length(), "COPIES": 1, **gate, **chosen}),
+        "count": (_count_kernel, {"STEP": 1024, **place}),
+        "place one chunk": (_place_kernel, {"ONE_CHUNK": True, **places}),
+        "place many": (_place_kernel, {"ONE_CHUNK": False, **places}),
+        "sum": (gather_sum_kernel, {"BLOCK": 1024, **sums, **ALONE}),
+    }[what]
+    assert taken(kernel, arch, TileConfig(16, 16, 16), **flags) <= SHARED[arch]

@@ -43,8 +43,8 @@ from tpctl.models.loader import load_shard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 pytestmark = pytest.mark.gpu
-MANY, FEW = [1, 1, 19, 1, 13], [1, 1, 4, 1, 3]  # new tokens of each sequence, two of them decodes
-LENGTHS = [21, 3, 19, 17, 13]  # tokens of all
+MANY, FEW = [1, 1, 17, 1, 3], [1, 1, 4, 1, 3]  # new tokens of each sequence, two of them decodes
+LENGTHS = [21, 3, 17, 17, 13]  # tokens of all
 DECODES, BLOCK, BLOCKS = 2, 16, 9
 SHAPE: dict[str, Any] = {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 2}
 ROPES: dict[str, Any] = {"phi4-mini": {"rope_parameters": LONG_ROPES[12] | {"partial_rotary_factor": 0.75}}}

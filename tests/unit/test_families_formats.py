@@ -6,7 +6,6 @@ within a fortnight; ``--whole-grid`` takes all of them, and with it a test's id 
 
 from __future__ import annotations
 
-import datetime
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.sampling import today
 from tests.unit.packers import PACKERS, mxfp4, read_mxfp4
 from tests.unit.packing import Packer
 from tests.unit.quantised_model import Quantised, check, quantise
@@ -75,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "packing" not in metafunc.fixturenames:
         return
     count = len(FORMATS) if metafunc.config.getoption("--whole-grid") else A_DAY[metafunc.function.__name__]
-    first = datetime.date.today().toordinal() * count
+    first = today() * count
     pairs = [
         (family, FORMATS[(7 * place + first + turn) % len(FORMATS)])
         for place, family in enumerate(TEXTS)
