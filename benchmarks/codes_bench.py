@@ -27,7 +27,7 @@ try:
 except ImportError:
     raise SystemExit("this times Triton kernels: it needs the package triton and a CUDA GPU") from None
 
-from kernel_bench import BF16, DEVICE, graph_us, row
+from kernel_timing import BF16, DEVICE, graph_us, row
 
 from tpctl.kernels.common.codes import PACKED, Codes, Kind
 from tpctl.kernels.common.launch import capability, is_hopper, num_multiprocessors, shared_memory

@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from kernel_bench import BF16, DEVICE, graph_us, random_weights, row
+from kernel_timing import BF16, DEVICE, graph_us, random_weights, row
 
 from tpctl.kernels.linear.gemv import GemvConfig, GemvScratch, pick, small_linear
 

@@ -9,113 +9,27 @@ the L2 cache holds. TB/s counts weights (linear, step) or keys and values (decod
 
 from __future__ import annotations
 
-import os
-import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-
-try:
-    import triton
-except ImportError:
-    raise SystemExit("this times Triton kernels: it needs the package triton and a CUDA GPU") from None
+from kernel_all_reduce import bench_all_reduce
+from kernel_step import bench_step
+from kernel_timing import BF16, DEVICE, KV, LLAMA, QWEN, graph_us, make_cache, mixed_lengths, random_weights, row
+from triton import __version__ as triton_version
 
 from tpctl.kernels.attention.packed_kv import pack_reference
 from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.attention.paged_prefill import paged_prefill
 from tpctl.kernels.attention.rope_cache import rope_cache
 from tpctl.kernels.common.activation import act_and_mul
-from tpctl.kernels.common.launch import num_multiprocessors
 from tpctl.kernels.common.norm import add_rms_norm, rms_norm
-from tpctl.kernels.linear.gated_linear import gated_linear, pick_gated
 from tpctl.kernels.linear.gemv import GemvScratch, pick, small_linear
-from tpctl.kernels.linear.split_linear import pick_splits, split_linear
 from tpctl.kernels.sampling.floors import Filters, sampling_floors
 from tpctl.kernels.sampling.sampling import sample
-
-BF16 = torch.bfloat16
-DEVICE = torch.device("cuda")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One rank's part of a model."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
-    qk_norm: bool
-    head_dim: int = 128
-
-    def half(self) -> Shape:
-        return replace(
-            self,
-            name=self.name + " tp2",
-            heads=self.heads // 2,
-            kv_heads=self.kv_heads // 2,
-            intermediate=self.intermediate // 2,
-            vocab=self.vocab // 2,
-        )
-
-    def linears(self) -> list[tuple[str, int, int, bool]]:
-        """(name, output features, input features, gated) of a layer's linears and the lm_head."""
-        return [
-            ("qkv", (self.heads + 2 * self.kv_heads) * self.head_dim, self.hidden, False),
-            ("o", self.hidden, self.heads * self.head_dim, False),
-            ("gate_up", self.intermediate, self.hidden, True),
-            ("down", self.hidden, self.intermediate, False),
-            ("lm_head", self.vocab, self.hidden, False),
-        ]
-
-
-QWEN = Shape("qwen3-0.6b", 28, 1024, 16, 8, 3072, 151936, True)
-LLAMA = Shape("llama-8b", 32, 4096, 32, 8, 14336, 128256, False)
-
-
-def graph_us(calls: list[Callable[[], object]], repeats: int = 5) -> float:
-    """Median microseconds of one call, the calls replayed in turn from one CUDA graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    graph.replay()
-    torch.cuda.synchronize()
-    start.record()
-    graph.replay()
-    stop.record()
-    torch.cuda.synchronize()
-    # The same count on every rank of a collective, whatever each has measured.
-    inner = 10 if "LOCAL_RANK" in os.environ else max(1, min(50, int(5 / max(start.elapsed_time(stop), 1e-3))))
-    times: list[float] = []
-    for _ in range(repeats):
-        start.record()
-        for _ in range(inner):
-            graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / inner / len(calls))
-    return sorted(times)[repeats // 2]
-
-
-def random_weights(count: int, *shape: int) -> list[torch.Tensor]:
-    return [torch.randn(*shape, device=DEVICE, dtype=BF16) * 0.02 for _ in range(count)]
-
-
-def row(*cells: object) -> None:
-    print("  ".join(f"{cell:>12}" if i else f"{cell:<40}" for i, cell in enumerate(cells)), flush=True)
 
 
 def bench_linear() -> None:
@@ -142,39 +56,10 @@ def bench_linear() -> None:
                 row(f"{shape.name} {name} {weight_rows}x{in_features}", rows, f"{fused:.1f}", rate, f"{plain:.1f}")
 
 
-KV = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values, each [num_blocks, B, K, D]."""
-
-
-def make_cache(
-    lens: list[int], shape: Shape, block_size: int, layers: int
-) -> tuple[KV, list[torch.Tensor], torch.Tensor]:
-    """Caches that hold `layers` batches of these lengths, a shuffled block table for each, and the lengths."""
-    counts = [-(-length // block_size) for length in lens]
-    total = sum(counts)
-    blocks = torch.randperm(total * layers).int()
-    tables = []
-    for layer in range(layers):
-        table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
-        start = layer * total
-        for i, count in enumerate(counts):
-            table[i, :count] = blocks[start : start + count]
-            start += count
-        tables.append(table.to(DEVICE))
-    size = (total * layers, block_size, shape.kv_heads, shape.head_dim)
-    keys, values = (torch.randn(size, device=DEVICE, dtype=BF16) for _ in range(2))
-    return (keys, values), tables, torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-
-
 def packed(caches: KV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same caches packed: keys, values, exponents (`kernels.attention.packed_kv`)."""
     keys, values = (pack_reference(cache.transpose(1, 2).contiguous()) for cache in caches)
     return keys[0], values[0], torch.stack([keys[1], values[1]], -1)
-
-
-def mixed_lengths(count: int, low: int, high: int) -> list[int]:
-    generator = random.Random(0)
-    return [generator.randint(low, high) for _ in range(count)]
 
 
 def bench_decode() -> None:
@@ -299,101 +184,6 @@ def bench_small() -> None:
                 row(f"{shape.name} {name}", rows, *(f"{us:.1f}" for us in times))
 
 
-PDL = frozenset({"qkv", "rope", "decode", "o", "gate_up", "down", "lm_head", "norm", "silu", "sample"})
-
-
-class Step:
-    """One decode step of random weights: every kernel from the first norm to the sampled ids.
-
-    pdl: the kernels launched with programmatic dependent launch, by name.
-    """
-
-    def __init__(self, shape: Shape, lens: list[int]) -> None:
-        self.shape, self.batch = shape, len(lens)
-        self.pdl: frozenset[str] = frozenset()
-        self.weights = {
-            name: random_weights(1 if name == "lm_head" else shape.layers, out * (2 if gated else 1), inp)
-            for name, out, inp, gated in shape.linears()
-        }
-        self.bytes = sum(w.numel() * 2 for ws in self.weights.values() for w in ws)
-        self.norm = torch.rand(shape.hidden, device=DEVICE, dtype=BF16)
-        self.qk: dict[str, Any] = {}
-        if shape.qk_norm:
-            self.qk = {"q_norm": self.norm[: shape.head_dim], "k_norm": self.norm[: shape.head_dim]}
-        self.caches, self.tables, self.lens = make_cache(lens, shape, 256, shape.layers)
-        self.bytes += sum(lens) * shape.kv_heads * shape.head_dim * 4 * shape.layers
-        scratch = DecodeScratch.allocate(self.batch, shape.heads, shape.head_dim, DEVICE)
-        self.plan = DecodePlan(self.batch, shape.heads, shape.kv_heads, shape.head_dim, 256, scratch)
-        self.scratch = GemvScratch.allocate(DEVICE)
-        self.x = torch.randn(self.batch, shape.hidden, device=DEVICE, dtype=BF16)
-        self.rope = (torch.rand(40960, 64, device=DEVICE), torch.rand(40960, 64, device=DEVICE))
-        self.positions = self.lens.long() - 1
-        self.slots = torch.arange(self.batch, device=DEVICE) * 256
-        self.temperatures = torch.full((self.batch,), 0.6, device=DEVICE)
-        self.keys = torch.randint(0, 2**32, (self.batch, 2), device=DEVICE)
-
-    def linear(
-        self, name: str, layer: int, x: torch.Tensor, delta: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The linear `name` with its norm, activation or addition; returns (result, what is still to be added to x)."""
-        weight = self.weights[name][layer]
-        adds, gated = name in ("o", "down"), name == "gate_up"
-        config = pick(x.shape[0], weight.shape[0] // (2 if gated else 1), weight.shape[1], gated=gated)
-        if adds:
-            if config is not None:
-                return small_linear(x, weight, self.scratch, residual_TO=self.x, out=self.x, pdl=name in self.pdl), None
-            splits = pick_splits(x.shape[0], *weight.shape)
-            return x, torch.nn.functional.linear(x, weight) if splits == 1 else split_linear(x, weight, splits)
-        if config is not None and delta is None:
-            options: dict[str, Any] = {"activation": "silu"} if gated else {}
-            return small_linear(x, weight, self.scratch, norm=(self.norm, 1e-6), pdl=name in self.pdl, **options), None
-        if delta is not None:
-            x = add_rms_norm(delta, self.x, self.norm, 1e-6, pdl="norm" in self.pdl)
-        else:
-            x = rms_norm(x, self.norm, 1e-6, pdl="norm" in self.pdl)
-        if gated:
-            tiles = pick_gated(x.shape[0], weight.shape[0] // 2, x.shape[1], num_multiprocessors(DEVICE))
-            if tiles is not None:
-                return gated_linear(x, weight, tiles, pdl="gate_up" in self.pdl), None
-        y = torch.nn.functional.linear(x, weight)
-        return (act_and_mul(y, pdl="silu" in self.pdl) if gated else y), None
-
-    def __call__(self) -> torch.Tensor:
-        delta = None
-        self.plan.update(self.lens)
-        for layer in range(self.shape.layers):
-            qkv, _ = self.linear("qkv", layer, self.x, delta)
-            q = rope_cache(
-                qkv,
-                *self.caches,
-                self.rope,
-                self.positions,
-                self.slots,
-                self.shape.heads,
-                pdl="rope" in self.pdl,
-                **self.qk,
-            )
-            a = paged_decode(q, *self.caches, self.tables[layer], self.lens, self.plan, pdl="decode" in self.pdl)
-            _, delta = self.linear("o", layer, a.view(self.batch, -1), None)
-            h, _ = self.linear("gate_up", layer, self.x, delta)
-            _, delta = self.linear("down", layer, h, None)
-        logits, _ = self.linear("lm_head", 0, self.x, delta)
-        return sample(logits, self.temperatures, self.keys, pdl="sample" in self.pdl)[1]
-
-
-def bench_step() -> None:
-    row("decode step", "batch", "context", "ms", "ms with pdl", "TB/s")
-    for shape in (QWEN, LLAMA, LLAMA.half()):
-        for lens in ([256], [256] * 8, [900] * 64, mixed_lengths(256, 100, 1650)):
-            step = Step(shape, lens)
-            times = []
-            for step.pdl in (frozenset(), PDL):
-                times.append(graph_us([step]))
-            row(shape.name, len(lens), sum(lens) // len(lens), *(f"{us / 1e3:.3f}" for us in times),
-                f"{step.bytes / min(times) / 1e6:.2f}")  # fmt: skip
-            del step
-
-
 def bench_launch() -> None:
     """Host time of one call outside a graph."""
     row("host time of a launch", "us")
@@ -422,60 +212,6 @@ def bench_launch() -> None:
         row(name, f"{sorted(times)[150] * 1e6:.1f}")
 
 
-def bench_all_reduce() -> None:
-    """All-reduce alone and fused with addition and norm, beside NCCL; run under torchrun."""
-    import torch.distributed as dist
-
-    from tpctl.kernels.collective.all_reduce import PeerBuffer
-
-    rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group("nccl", device_id=device)
-    hidden = 4096
-    world = dist.group.WORLD
-    assert world is not None  # the line above made it
-    peers = PeerBuffer.connect(world, 1024, hidden, BF16, device)
-    weight = torch.rand(hidden, device=device, dtype=BF16)
-    if rank == 0:
-        row(f"all-reduce, {dist.get_world_size()} GPUs, us", "rows", "KiB", "alone", "+ norm", "+ norm, pdl",
-            "2 runs + norm", "NCCL", "NCCL + norm")  # fmt: skip
-    for rows in (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
-        x = torch.randn(rows, hidden, device=device, dtype=BF16)
-        runs = torch.randn(2, rows, hidden, device=device, dtype=BF16)
-        residual, out = torch.zeros_like(x), torch.empty_like(x)
-        fused = peers.all_reduce_add_rms_norm
-
-        def nccl_norm(x: torch.Tensor = x, residual: torch.Tensor = residual, out: torch.Tensor = out) -> None:
-            dist.all_reduce(x)
-            add_rms_norm(x, residual, weight, 1e-6, out=out)
-
-        calls: list[Callable[[], object]] = [
-            lambda: peers.all_reduce(x, out=out),  # noqa: B023
-            lambda: fused(x, residual, weight, 1e-6, out=out),  # noqa: B023
-            lambda: fused(x, residual, weight, 1e-6, out=out, pdl=True),  # noqa: B023
-            lambda: fused(runs, residual, weight, 1e-6, out=out),  # noqa: B023
-            lambda: dist.all_reduce(x),  # noqa: B023
-            nccl_norm,
-        ]
-        times = []
-        for call in calls:
-            x.normal_()
-            dist.barrier()
-            times.append(graph_us([call] * 20))
-        if rank == 0:
-            row("", rows, rows * hidden // 512, *(f"{us:.1f}" for us in times))
-    score = torch.randn(256, device=device)
-    token = torch.arange(256, device=device)
-    us = graph_us([lambda: peers.winner(score, token)] * 20)
-    if rank == 0:
-        row("winner of 256 rows", 256, 3, f"{us:.1f}")
-    if peers.timed_out():
-        raise RuntimeError("a wait for a peer ran out")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 SECTIONS = {
     "linear": bench_linear,
     "decode": bench_decode,
@@ -492,7 +228,7 @@ def main() -> None:
     if sys.argv[1:] == ["all_reduce"]:
         bench_all_reduce()
         return
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version}")
     for name in sys.argv[1:] or SECTIONS:
         SECTIONS[name]()
         print()

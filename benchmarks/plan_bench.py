@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from kernel_bench import row
+from kernel_timing import row
 
 from tpctl.bench.synthetic import synthetic_shards
 from tpctl.bench.workload import one_request
