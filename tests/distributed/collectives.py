@@ -10,6 +10,7 @@ Every rank draws the same random script, and can make every other rank's tensors
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import signal
@@ -27,9 +28,14 @@ from tpctl.distributed import TPGroup
 DTYPES = (torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
 
+PERIOD = 10_007
+"""Numbers after which a tensor repeats itself; a prime, so that no two slots of the memory hold the same."""
+
+
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-100, 100, shape, generator=generator).to(dtype).div(8).to(dtype)
+    count, generator = math.prod(shape), torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-100, 100, (min(count, PERIOD),), generator=generator).to(dtype).div(8).to(dtype)
+    return drawn.repeat(-(-count // PERIOD))[:count].view(shape)
 
 
 def check(group: TPGroup, rng: random.Random, seed: int, longest: int, digest: hashlib._Hash) -> None:

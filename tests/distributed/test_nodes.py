@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.processes import with_variable
-from tpctl.checkpoint.sources import ResolvedSource
+from tpctl.checkpoint.sources import resolve
 from tpctl.sharding.cache import ensure_sharded
 
 pytestmark = pytest.mark.slow
 PATIENCE = 240.0  # seconds that anything may take on a busy machine
-SECONDS = 30.0  # in which a host ends when another one has; a few, on a machine that does nothing else
+SECONDS = 60.0  # in which a host ends when another one has; a few, on a machine that does nothing else
 MARK = "TPCTL_NODES_TEST"
 
 
@@ -56,10 +56,10 @@ class Hosts:
 
 
 @pytest.fixture(scope="module")
-def model(demo: ResolvedSource) -> str:
+def model(small: str) -> str:
     for tp in (2, 4):
-        ensure_sharded(demo, tp)
-    return str(demo.folder)
+        ensure_sharded(resolve(small), tp)
+    return small
 
 
 def write_prompts(folder: Path, rows: int) -> None:

@@ -53,7 +53,7 @@ Tokens = dict[str, list[int]]
 @pytest.fixture(scope="module")
 def greedy_length(pytestconfig: pytest.Config) -> int:
     """Tokens of a greedy answer."""
-    return 48 if pytestconfig.getoption("--whole-grid") else 24
+    return 48 if pytestconfig.getoption("--whole-grid") else 16
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_greedy_tokens_equal_transformers(by_ranks: dict[int, Tokens], expected:
 def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
     demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]], greedy_length: int
 ) -> None:
-    # 12 blocks of 16 tokens, 480 KiB each on rank 0: not enough for eight answers, each of which wants 3 or 4.
+    # 12 blocks of 16 tokens, 480 KiB each on rank 0: not enough for eight answers, each of which wants 2, or 4.
     config = engine_config(demo, 2, kv_cache_memory=6 << 20)
     tokens, stats = run_in_processes(config, [greedy_requests(prompts, greedy_length)])
     assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
@@ -171,8 +171,15 @@ def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
 
 @pytest.mark.parametrize("tp_size", [5, 9])
 def test_greedy_tokens_of_more_processes_than_kv_heads_equal_transformers(
-    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]], tp_size: int, greedy_length: int
+    demo: ResolvedSource,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    tp_size: int,
+    greedy_length: int,
+    pytestconfig: pytest.Config,
 ) -> None:
+    if tp_size == 9 and not pytestconfig.getoption("--whole-grid"):
+        pytest.skip("a size of --whole-grid")
     length = greedy_length if tp_size == 5 else greedy_length // 3  # where processes outnumber cores, a step takes long
     tokens, stats = run_in_processes(engine_config(demo, tp_size), [greedy_requests(prompts, length)])
     assert [tokens[f"greedy {n}"] for n in range(len(expected))] == [answer[:length] for answer in expected]
@@ -194,7 +201,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_on_any_ranks(
 INTRODUCTION = "The following is a short note from the diary of a sailor who crossed the ocean. "
 LONG = {"max_tokens": 48, "ignore_eos": True}
 LINES: list[dict[str, Any]] = [
-    {"prompt": f"{INTRODUCTION if n % 2 else ''}Day {n}: {TEXTS[n % 8]}", **(LONG if n < 4 else {"max_tokens": 4})}
+    {"prompt": f"{INTRODUCTION if n % 2 else ''}Day {n}: {TEXTS[n % 8]}", **(LONG if n < 4 else {"max_tokens": 2})}
     for n in range(64)
 ]
 

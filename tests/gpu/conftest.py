@@ -4,6 +4,8 @@ every day."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -14,6 +16,13 @@ _TIMES = 1
 """How often each value of each parameter is run at least, where its grid has as many cases of it."""
 _SMALL = 6
 """Cases that a test may have before it is sampled."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRET and find_spec("triton"):
+        from tests.gpu.interpreter import hasten
+
+        hasten()
 
 
 @pytest.hookimpl(trylast=True)
