@@ -59,15 +59,18 @@ def _place(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of tests marked ``grid(times)``, take each value of each parameter so often, and all with ``--whole-grid``."""
+    """Of tests marked ``grid(times)``, take each value of each parameter so often, of those marked ``daily(share)``
+    one case of so many, and all with ``--whole-grid``."""
     items.sort(key=_place)
     if config.getoption("--whole-grid"):
         return
     out: set[pytest.Item] = set()
-    for cases in by_test(item for item in items if item.get_closest_marker("grid")).values():
-        mark = cases[0].get_closest_marker("grid")
-        assert mark is not None
-        out.update(set(cases) - set(sampled(cases, mark.args[0])))
+    for cases in by_test(items).values():
+        if mark := cases[0].get_closest_marker("grid"):
+            turn = today() if mark.kwargs.get("daily") else 0
+            out.update(set(cases) - set(sampled(cases, mark.args[0], turn=turn)))
+        if mark := cases[0].get_closest_marker("daily"):
+            out.update(case for place, case in enumerate(cases) if (place + today()) % mark.args[0])
     leave_out(config, items, out)
 
 

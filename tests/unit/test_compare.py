@@ -74,6 +74,7 @@ NOT_FOR_VLLM = ("gemma3", "gpt_oss", "kimi_k2", "mistral3", "qwen3_5", "qwen3_5_
 """Which ``--compat vllm`` refuses by name."""
 
 
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize(
     ("family", "compat"),

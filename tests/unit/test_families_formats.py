@@ -1,7 +1,7 @@
 """Every family in every quantised format: what the ranks hold, unpacked and multiplied, and shards of it.
 
 There are hundreds of pairs. A run takes some formats of each family, others every day, so that all have had their turn
-within a fortnight; ``--whole-grid`` takes all of them, and with it a test's id finds one again.
+within a month; ``--whole-grid`` takes all of them, and with it a test's id finds one again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TEXTS = sorted(name for name, family in FAMILIES.items() if family.inner is None
 FORMATS = sorted(PACKERS)
 STACKED = ("fp8 e8m0", "fp8 of other blocks")
 """Formats in which experts are stacked here, where a family has both forms."""
-A_DAY = {"test_sums_of_ranks_are_the_layers": 3, "test_shards_are_proven_planned_merged_and_cut_anew": 2}
+A_DAY = {"test_sums_of_ranks_are_the_layers": 2, "test_shards_are_proven_planned_merged_and_cut_anew": 1}
 """Formats of each family that a run takes."""
 FEW = ("linear_attn.in_proj_a", "linear_attn.in_proj_b", "linear_attn.in_proj_ba", "shared_expert_gate")
 """Linears of a row or two a head, or of one, which no published model packs: a border would be inside of a word."""

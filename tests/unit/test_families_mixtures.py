@@ -65,6 +65,7 @@ def round_trip(source: Path, folder: Path, cuttings: list[tuple[int, Cutting]], 
             assert folder_bytes(folder / "again") == folder_bytes(other), (tp, other)
 
 
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_between_all_sizes(tmp_path: Path, name: str, stacked: bool) -> None:
@@ -74,6 +75,7 @@ def test_between_all_sizes(tmp_path: Path, name: str, stacked: bool) -> None:
     round_trip(tmp_path / "model", tmp_path, [(tp, Cutting()) for tp in sizes])
 
 
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_whole_experts_by_rank(tmp_path: Path, name: str, stacked: bool) -> None:
@@ -175,6 +177,7 @@ def test_value_heads_beyond_the_key_heads(values: int, tp: int) -> None:
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
 
 
+@pytest.mark.daily(3)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_released_models_have_the_tensors_of_transformers(path: Path) -> None:
     """By name and shape, of the class that transformers gives the full config, without memory for a weight."""

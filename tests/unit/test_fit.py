@@ -47,6 +47,7 @@ def planned(folder: Path, **options: Any) -> FitReport:
     return plan_model(read_metadata(str(folder)), Budget(**options), tp_size=tp_size, dtype=dtype)
 
 
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", RUN)
 def test_bytes_are_what_sharding_writes(tmp_path: Path, family: str, tied: bool) -> None:
