@@ -274,6 +274,9 @@ def save(config: Any, model_class: str, folder: Path, seed: int) -> Any:
         for parameter in model.parameters():
             # Larger than the usual initialisation, so that a wrong mask, table or bias moves the logits visibly.
             parameter.normal_(0.0, 0.15) if parameter.ndim > 1 else parameter.normal_(0.5, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     return model
 

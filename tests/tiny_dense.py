@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of dense and Gemma-like families that tpctl cuts and does not run, made with transformers."""
+"""Tiny random checkpoints of Gemma 4, Ministral 3 and models that see, made with transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "head_dim": 8,
-    "global_head_dim": 12,
+    "global_head_dim": 16,
+    "sliding_window": 9,
     "tie_word_embeddings": True,
     "hidden_size_per_layer_input": 0,
 }

@@ -184,7 +184,7 @@ def test_a_tied_head_by_the_name_of_older_releases_is_named(tmp_path: Path, monk
     ("family", "changes", "why"),
     [
         ("gpt_oss", {}, r"model_type gpt_oss \(it is for cohere2, "),
-        ("gemma4_text", {"enable_moe_block": True, **EXPERTS, "top_k_experts": 2}, "model_type gemma4_text"),
+        ("gemma4_text", {}, "model_type gemma4_text"),
         ("qwen3_moe", {**EXPERTS, "attention_bias": True}, r"a bias of self_attn.o_proj \(layer 0\)"),
         ("gemma2", {}, "a head of its own, which the engine's model lacks"),
         ("llama", {"quantization_config": {**BLOCKS, "weight_block_size": [16, 8]}}, "FP8 in blocks of 16 x 8"),

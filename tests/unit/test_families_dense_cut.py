@@ -242,9 +242,9 @@ def test_published_fields_of_gemma_4_say_what_transformers_writes(checkpoints: d
     raw = json.loads((checkpoints["gemma4-text-moe"] / "config.json").read_text())
     written = ModelConfig.from_dict(raw)
     del raw["per_layer_config"]
-    published = ModelConfig.from_dict({**raw, "global_head_dim": 12, "num_global_key_value_heads": 2})
+    published = ModelConfig.from_dict({**raw, "global_head_dim": 16, "num_global_key_value_heads": 2})
     assert published.blueprint == written.blueprint
-    other = ModelConfig.from_dict({**raw, "global_head_dim": 12, "attention_k_eq_v": False})
+    other = ModelConfig.from_dict({**raw, "global_head_dim": 16, "attention_k_eq_v": False})
     assert [layer.mixer.num_kv_heads for layer in written.blueprint.layers] == [4, 2, 4, 2]
     assert [layer.mixer.num_kv_heads for layer in other.blueprint.layers] == [4] * 4
 
@@ -302,7 +302,7 @@ def _renamed(found: re.Match[str]) -> str:
             {"text_config": {"final_logit_softcapping": 30.0}},
             "final_logit_softcapping is 30.0, which",
         ),
-        ("gemma4-moe", {"architectures": ["Gemma4ForCausalLM"]}, "tpctl cuts Gemma4ForConditionalGeneration"),
+        ("gemma4-moe", {"architectures": ["Gemma4ForCausalLM"]}, "tpctl runs Gemma4ForConditionalGeneration"),
     ],
 )
 def test_wrong_fields_are_named(name: str, changes: dict[str, Any], said: str, checkpoints: dict[str, Path]) -> None:

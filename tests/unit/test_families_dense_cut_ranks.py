@@ -1,4 +1,4 @@
-"""Simulated ranks of families that are cut: what the stored shards compute equals what transformers' modules do.
+"""Simulated ranks of Gemma 4, Ministral 3 and models that see: what the stored shards compute equals what transformers' modules do.
 
 Projections' outputs concatenate by the plan, those of row-parallel linears, MLPs and experts sum, tables of embeddings
 sum, norms over all heads are slices; and every rank's queries meet the keys and values they belong to. Float32.
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tiny_dense import CUT, make_cut, make_seeing
-from tpctl.arch.block import Experts, Gated, LayerPart, Mixer, linears
+from tpctl.arch.block import Attention, Experts, Gated, LayerPart, linears
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.linear import Linear
 from tpctl.arch.source_plan import source_plan
@@ -104,8 +104,8 @@ def test_ranks_together_compute_what_transformers_computes(name: str, runs: dict
 def _check(
     run: Run, plan: PartitionPlan, ranks: list[dict[str, Tensor]], prefix: str, part: LayerPart, met: dict[str, int]
 ) -> None:
-    if isinstance(part, Mixer):
-        for one in part.parts:
+    if isinstance(part, Attention):
+        for one in linears(part):
             _check(run, plan, ranks, prefix, one, met)
     elif isinstance(part, Linear) and part.rule is Rule.QKV:
         _check_columns(run, plan, ranks, prefix, part)
@@ -126,7 +126,7 @@ def _check(
     elif isinstance(part, Experts):
         _check_experts(run, ranks, prefix, part)
         met["experts"] += 1
-    assert list(linears(part)) or not isinstance(part, Gated | Experts | Mixer)
+    assert list(linears(part)) or not isinstance(part, Gated | Experts | Attention)
 
 
 def _check_columns(run: Run, plan: PartitionPlan, ranks: list[dict[str, Tensor]], prefix: str, linear: Linear) -> None:
@@ -212,18 +212,16 @@ def _check_heads(run: Run, plan: PartitionPlan, ranks: list[dict[str, Tensor]], 
     """
     layers = run.config.blueprint.layers
     mixer, prefix = layers[number].mixer, f"model.layers.{number}."
-    assert isinstance(mixer, Mixer)
-    linear, out = (one for one in mixer.parts if isinstance(one, Linear))
-    head_dim, source = out.inputs // mixer.num_heads, number
-    if [part.label for part in linear.parts] == ["q"]:
-        source = max(before for before in range(number) if _keeps(layers[before].mixer, head_dim))
+    assert isinstance(mixer, Attention)
+    out, head_dim = mixer.out, mixer.head_dim
+    source = number if mixer.reads is None else mixer.reads
 
     def whole(label: str, layer: int) -> Tensor:
         name = f"model.layers.{layer}.self_attn.{label}_proj"
         return run.through[name if name in run.through else name.replace("v_proj", "k_proj")][1][0]
 
     def outputs(rank: int, layer: int) -> dict[str, Tensor]:
-        read = next(one for one in layers[layer].mixer.parts if isinstance(one, Linear))  # type: ignore[union-attr]
+        read = layers[layer].mixer.qkv  # type: ignore[union-attr]
         name = f"model.layers.{layer}.{read.name}"
         (given, *_), _ = run.through[f"model.layers.{layer}.{read.parts[0].source}"]
         found = F.linear(given[0], ranks[rank][f"{name}.weight"], ranks[rank].get(f"{name}.bias"))
@@ -240,10 +238,6 @@ def _check_heads(run: Run, plan: PartitionPlan, ranks: list[dict[str, Tensor]], 
         mine = _attended(outputs(rank, number)["q"], kv["k"], kv.get("v", kv["k"]), head_dim)
         total += mine @ ranks[rank][f"{out_name}.weight"].T
     _equal(total, expected)
-
-
-def _keeps(mixer: Any, head_dim: int) -> bool:
-    return mixer.kept == 2 * head_dim
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:

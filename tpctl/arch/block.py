@@ -39,6 +39,9 @@ class Attention:
         q_norm, k_norm: before ``rope``; over each head, or, where they have a ``cut``, over all heads at once.
         sinks: a score for each query head that joins its softmax and that no value goes with.
         gate: behind each query head ``qkv`` has as many rows more, by whose sigmoid its output counts (Qwen3-Next).
+        value_eps: values are normed, by this epsilon and without weights (Gemma 4).
+        reads: an earlier layer, to whose keys and values it attends, having queries alone.
+        shared: later layers read its keys and values.
     """
 
     qkv: Linear
@@ -54,16 +57,28 @@ class Attention:
     k_norm: Norm | None = None
     sinks: Vector | None = None
     gate: bool = False
+    value_eps: float | None = None
+    reads: int | None = None
+    shared: bool = False
 
     @property
     def runs_on(self) -> tuple[str, ...]:
         """As of ``Mixer``."""
-        return ("cpu",) if self.gate else ("cpu", "cuda")
+        return ("cpu", "cuda") if self.kind == "attention" else ("cpu",)
 
     @property
     def kind(self) -> str:
         """As of ``Mixer``."""
-        return "attention with an output gate" if self.gate else "attention"
+        if self.gate:
+            return "attention with an output gate"
+        if self.reads is not None:
+            return "attention to the keys of an earlier layer"
+        return "attention" if self.value_eps is None else "attention that norms its values"
+
+    @property
+    def held(self) -> str:
+        """What it makes of its input, of queries, keys and values: ``"qk"`` where keys serve as values."""
+        return "".join(part.label for part in self.qkv.parts)
 
     @property
     def rotates_part(self) -> bool:
@@ -116,6 +131,8 @@ class Experts:
         forms: the same ``gate_up``, ``down`` and ``router`` as other checkpoints hold them: the names tell which one
             it is.
         routing: how they are chosen; ``None``: in a way that tpctl does not know, which it cuts and does not run.
+        router_eps: ``router`` is a scale of each input, the gate, and a factor of each expert's weight (Gemma 4): what
+            it reads is not what experts do but the residual, normed by this epsilon, times the scale.
     """
 
     count: int
@@ -128,6 +145,7 @@ class Experts:
     forms: tuple[tuple[Linear, Linear, tuple[Linear | Vector, ...]], ...] = ()
     routing: Routing | None = None
     activation: Activation | Clamped = "silu"
+    router_eps: float | None = None
 
     @property
     def interleaved(self) -> bool:
@@ -179,6 +197,26 @@ class Mixer:
 
 
 @dataclass(frozen=True)
+class BesideMLP:
+    """Experts beside a dense MLP (Gemma 4): they read the residual, and each of the two sums has a norm of its own."""
+
+    after_mlp: Norm
+    before: Norm
+    experts: Experts
+    after: Norm
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer makes of its own embedding of a token, [P], and adds at its end (Gemma 4):
+    ``norm(projection(gelu_tanh(gate(residual)) * embedding))``. Whole on every rank."""
+
+    gate: Linear
+    projection: Linear
+    norm: Norm
+
+
+@dataclass(frozen=True)
 class Block:
     """One layer.
 
@@ -188,6 +226,9 @@ class Block:
         after_attention, after_mlp: norm what is added to it (Gemma's sandwich).
         residual_scale: what is added to it is multiplied by.
         beside: the MLP reads what attention reads, by the norm before that, and both are added at once (Cohere).
+        experts: their sum is added to that of ``mlp``, before ``after_mlp``.
+        input: a layer's own embeddings.
+        scalar: one number that its result, residual included, is multiplied by.
     """
 
     before_attention: Norm | None
@@ -198,13 +239,20 @@ class Block:
     after_mlp: Norm | None = None
     residual_scale: float = 1.0
     beside: bool = False
+    experts: BesideMLP | None = None
+    input: LayerInput | None = None
+    scalar: Vector | None = None
 
     @property
     def parts(self) -> tuple[LayerPart, ...]:
         """In the order in which a forward pass meets them."""
+        more, own = self.experts, self.input
         found = (
-            *(self.before_attention, self.attention, self.after_attention),
-            *(self.before_mlp, self.mlp, self.after_mlp),
+            *(self.before_attention, self.attention, self.after_attention, self.before_mlp, self.mlp),
+            *(() if more is None else (more.after_mlp, more.before, more.experts, more.after)),
+            self.after_mlp,
+            *(() if own is None else (own.gate, own.projection, own.norm)),
+            self.scalar,
         )
         return tuple(part for part in found if part is not None)
 

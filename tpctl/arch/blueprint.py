@@ -188,12 +188,13 @@ class Blueprint:
 
     @property
     def attentions(self) -> tuple[Attending, ...]:
-        """Those of the layers that have one, in order. Raises as ``check_runs``."""
-        return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attending))
+        """Those of the layers that keep something of every token, in order. Raises as ``check_runs``."""
+        attentions = (block.attention for block in self.blocks)
+        return tuple(one for one in attentions if isinstance(one, Attending) and one.reads is None)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer with attention."""
+        """The window of each of ``attentions``."""
         return tuple(attention.window for attention in self.attentions)
 
 

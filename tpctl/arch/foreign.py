@@ -29,6 +29,8 @@ _FIELDS: Mapping[str, tuple[Any, ...]] = {
     r"is_causal": (True,),
     # Blocks of other kinds.
     r"use_parallel_residual|parallel_attn|scale_embedding|per_layer_config": (),
+    r"attention_k_eq_v|enable_moe_block|use_double_wide_mlp": (),
+    r"hidden_size_per_layer_input": (0,),
     r"hidden_activation": ("silu", "swish"),
     r"num_(local_|routed_)?experts|n_(routed|shared)_experts|num_experts_per_tok|moe_intermediate_size": (0, 1),
     r"(n|topk)_group|routed_scaling_factor": (0, 1),

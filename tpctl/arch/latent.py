@@ -53,6 +53,7 @@ class LatentAttention(Mixer):
 
     runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
     window: ClassVar[None] = None
+    reads: ClassVar[None] = None
     rotates_part: ClassVar[bool] = True
 
     sizes: LatentSizes

@@ -126,7 +126,16 @@ def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:
     if isinstance(layer, Block):
         attention, mlp = change(layer.attention), change(layer.mlp)
         assert isinstance(attention, Attention | Mixer) and isinstance(mlp, Gated | Experts)
-        return replace(layer, attention=attention, mlp=mlp)
+        experts, own = layer.experts, layer.input
+        if experts is not None:
+            mixture = change(experts.experts)
+            assert isinstance(mixture, Experts)
+            experts = replace(experts, experts=mixture)
+        if own is not None:
+            gate, projection = change(own.gate), change(own.projection)
+            assert isinstance(gate, Linear) and isinstance(projection, Linear)
+            own = replace(own, gate=gate, projection=projection)
+        return replace(layer, attention=attention, mlp=mlp, experts=experts, input=own)
     parts = tuple(change(part) for part in layer.parts)
     mixer = next(new for new, old in zip(parts, layer.parts, strict=True) if old is layer.mixer)
     assert isinstance(mixer, Attention | Mixer)

@@ -21,6 +21,10 @@ MOST_POSITIONS = 2**25
 ROPE_KINDS = {kind: kind for kind in ("default", "linear", "llama3", "yarn", "longrope")}
 """The kinds there are, by the names that a config gives them."""
 
+PROPORTIONAL = "proportional"
+"""Of Gemma 4 alone: pairs are those of the whole head, and of these the first, ``partial_rotary_factor`` of them, turn,
+as fast as they would if all did."""
+
 _TOP_LEVEL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Fields that transformers 4 kept beside ``rope_scaling``, or in it."""
 
@@ -36,6 +40,7 @@ _READ = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (*_OPTIONAL, "truncate"),
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
+    PROPORTIONAL: ("factor",),
 }
 """What a kind reads. transformers drops the rest, with a warning at most."""
 _NEUTRAL = ("factor", "attention_factor")
@@ -54,6 +59,7 @@ class RopeConfig:
     """Rotary embedding: ``kind`` is one of ``ROPE_KINDS``; ``params`` holds that kind's own numbers.
 
     ``interleaved``: neighbouring dimensions are pairs, instead of those that are half of ``rotary_dim`` apart.
+    ``turned``: how many pairs turn, from the first on; the others stay. ``None``: all.
     """
 
     kind: str
@@ -63,6 +69,7 @@ class RopeConfig:
     original_max_position_embeddings: int
     params: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
+    turned: int | None = None
 
     @property
     def longest(self) -> int:
@@ -112,7 +119,8 @@ def read_rope(
     kind = kinds[kind]
     params = fields.within(raw)
     theta = (params if "rope_theta" in params else fields).number("rope_theta", least=2, most=1e18)
-    rotary_dim = int(head_dim * _share(fields, params, architecture, partial))
+    share = _share(fields, params, architecture, partial or kind == PROPORTIONAL)
+    rotary_dim = head_dim if kind == PROPORTIONAL else int(head_dim * share)
     if rotary_dim < 2 or rotary_dim % 2:
         raise CheckpointError(f"config.json: {rotary_dim} rotated dimensions a head do not form pairs")
     positions = fields.whole("max_position_embeddings", most=MOST_POSITIONS)
@@ -122,7 +130,8 @@ def read_rope(
     for key in _TOP_LEVEL:
         raw.pop(key, None)
     _check(kind, params, rotary_dim // 2)
-    rope = RopeConfig(kind, theta, rotary_dim, positions, original, raw, interleaved)
+    turned = int(share * head_dim // 2) if kind == PROPORTIONAL else None
+    rope = RopeConfig(kind, theta, rotary_dim, positions, original, raw, interleaved, turned)
     if rope.longest > MOST_POSITIONS:
         raise CheckpointError(
             f"config.json: a RoPE factor of {shown(raw['factor'])} makes {rope.longest} positions, "
@@ -131,12 +140,20 @@ def read_rope(
     return rope
 
 
-def read_rope_of(layers: str, fields: Fields, architecture: str, head_dim: int, theta: Any) -> RopeConfig:
+def read_rope_of(
+    layers: str,
+    fields: Fields,
+    architecture: str,
+    head_dim: int,
+    theta: Any,
+    kinds: Mapping[str, str] = ROPE_KINDS,
+) -> RopeConfig:
     """The RoPE settings of one kind of layers, ``SLIDING`` or ``FULL``, of a family whose ``rope_parameters`` hold
     both. ``rope_scaling``, of older files, is of those with full attention.
 
     Args:
         theta: their ``rope_theta`` where these say none.
+        kinds: as of ``read_rope``.
 
     Raises:
         CheckpointError, UnsupportedModelError: as ``read_rope``; or the parameters are not by layer type.
@@ -151,7 +168,7 @@ def read_rope_of(layers: str, fields: Fields, architecture: str, head_dim: int, 
         values["rope_parameters"] = fields.within(both).mapping(layers)
     if layers == FULL and fields.get("rope_scaling") is not None:
         values["rope_scaling"] = fields.get("rope_scaling")
-    return read_rope(fields.within(values), architecture, head_dim)
+    return read_rope(fields.within(values), architecture, head_dim, kinds=kinds)
 
 
 def _params(fields: Fields) -> dict[str, Any]:
@@ -180,7 +197,8 @@ def _share(fields: Fields, params: Fields, architecture: str, partial: bool) -> 
     """The share of a head's dimensions that is rotated."""
     key = "partial_rotary_factor"
     holder = params if key in params else fields
-    if holder.get(key) is None and (not partial or key in fields.nullable):
+    unsaid = key not in holder and key not in fields.defaults
+    if holder.get(key) is None and (not partial or key in fields.nullable or unsaid):
         return 1.0
     share = holder.number(key, least=1e-6, most=1)
     if share != 1 and not partial:

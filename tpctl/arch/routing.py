@@ -14,6 +14,7 @@ Of a token's logits, one for each expert (the router's linear with its bias, if 
     gpt_oss                 softmax of chosen
     glm4_moe, deepseek_v3   sigmoid, groups, renormalised with epsilon 1e-20 or not, scaled
     minimax_m2              sigmoid, renormalised
+    gemma4                  softmax, renormalised, then times a factor of the expert
 """
 
 from __future__ import annotations

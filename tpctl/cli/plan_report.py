@@ -69,6 +69,11 @@ def _remarks(report: FitReport) -> Iterator[str]:
             f"{report.recurrent} of {counted(report.layers, 'layer')} keep no keys and values but a state of constant "
             f"size for each sequence{states}; half of the cache is for states at most"
         )
+    if report.reading:
+        yield (
+            f"{report.reading} of {counted(report.layers, 'layer')} read the keys and values of earlier ones, and keep "
+            "none"
+        )
     if report.windowed:
         yield (
             f"{report.windowed} of {counted(report.layers, 'layer')} look back {report.window} tokens at most; their "

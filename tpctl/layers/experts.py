@@ -28,7 +28,7 @@ from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import WeightMaker
-from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Stack
+from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Scaled, Stack
 from tpctl.layers.weights.stored import to_codes
 
 
@@ -88,14 +88,16 @@ class Mixture:
         self._group, self._routing, self._per_token = group, made_of.routing, made_of.per_token
         self._stacks = Stacks(made_of, hold, dtype)
         attach(layer, made_of.down.name.rpartition(".")[0], self._stacks)
-        self._correction: tuple[nn.Module, str] | None = None
+        self._eps = made_of.router_eps
+        self._vectors: list[tuple[nn.Module, str]] = []
         for one in made_of.router:  # whose names may be inside of the experts'
             if isinstance(one, Linear):
                 self._gate = Gate(hold(one), dtype)
                 attach(layer, one.name, self._gate)
             else:
-                empty = nn.Parameter(torch.empty(one.size, dtype=torch.float32), requires_grad=False)
-                self._correction = attach(layer, one.name, empty)
+                kept = torch.float32 if self._eps is None else dtype
+                empty = nn.Parameter(torch.empty(one.size, dtype=kept), requires_grad=False)
+                self._vectors.append(attach(layer, one.name, empty))
         self._shared: MLP | None = None
         self._shared_gate: ReplicatedLinear | None = None
         if made_of.shared is not None:
@@ -113,15 +115,19 @@ class Mixture:
     def _parts(self) -> MixtureParts:
         """What is around the experts, once it is loaded."""
         shared_gate = self._shared_gate
+        vectors = [getattr(*place) for place in self._vectors]
+        correction = vectors[0] if vectors and self._eps is None else None
         return MixtureParts(
             count=len(self._gate.weight),
             per_token=self._per_token,
             routing=self._routing,
             gate=self._gate.weight,
             bias=self._gate.bias,
-            correction=None if self._correction is None else getattr(*self._correction),
+            correction=correction,
             shared=self._shared,
             shared_gate=None if shared_gate is None else shared_gate.weight.view(-1),
+            scaled=None if self._eps is None else Scaled(vectors[0], self._eps),
+            factors=None if self._eps is None else vectors[1],
         )
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tpctl.arch.rope import RopeConfig, yarn_scale
+from tpctl.arch.rope import PROPORTIONAL, RopeConfig, yarn_scale
 
 
 class RotaryTable:
@@ -91,6 +91,9 @@ def inverse_frequencies(config: RopeConfig, factor: str = "") -> Tensor:
         return _yarn(config)
     if config.kind == "longrope":
         return 1.0 / (torch.tensor(params[factor], dtype=torch.float32) * config.theta**exponents)
+    if config.kind == PROPORTIONAL:
+        frequencies[config.turned :] = 0
+        return frequencies / float(params.get("factor") or 1)
     return frequencies
 
 

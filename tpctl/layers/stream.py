@@ -84,6 +84,14 @@ class ResidualStream:
         total = summand(x)
         self._residual.add_(total if norm is None else norm(total), alpha=scale)
 
+    def join(self, whole: Tensor, norm: RMSNorm | None = None) -> None:
+        """Add [T, H] that every rank has whole; through ``norm``, if there is one."""
+        self._residual.add_(whole if norm is None else norm(whole))
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the residual by a number [1]."""
+        self._residual.mul_(factor)
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of T (int64 [R]) alone."""
         self._residual = self._residual[rows]

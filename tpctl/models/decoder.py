@@ -34,6 +34,7 @@ from tpctl.layers.delta_net.layer import DeltaNet
 from tpctl.layers.delta_net.state import LayerState
 from tpctl.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpctl.layers.experts import Mixture, Stacks
+from tpctl.layers.gemma4 import BesideMLP, LayerInput, LayerInputs
 from tpctl.layers.linear import ReplicatedLinear
 from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
@@ -55,6 +56,8 @@ class _Norms(NamedTuple):
 class DecoderLayer(Layer):
     """Attention and MLP with their norms, each added to the residual stream."""
 
+    layer_scalar: nn.Parameter
+
     def __init__(
         self,
         made_of: blocks.Block,
@@ -69,7 +72,18 @@ class DecoderLayer(Layer):
         norms = (made_of.before_attention, made_of.after_attention, made_of.before_mlp, made_of.after_mlp)
         self.norms = _Norms(*(self._norm(norm, dtype) for norm in norms))
         self._mixer = (self._mixing(made_of.attention, hold, backend, rotary, group, dtype),)
-        self._mlp = (self._made(made_of.mlp, hold, group, dtype),)  # under the names that a shard has it by
+        mlp = self._made(made_of.mlp, hold, group, dtype)
+        self._mlp = (mlp,)  # under the names that a shard has it by
+        self._experts: BesideMLP | None = None
+        self._input: LayerInput | None = None
+        if made_of.experts is not None:
+            assert isinstance(mlp, MLP)
+            self._experts = BesideMLP(made_of.experts, mlp, hold, group, self, dtype)
+        if made_of.input is not None:
+            self._input = LayerInput(made_of.input, hold, self, dtype)
+        self._scaled = made_of.scalar is not None
+        if made_of.scalar is not None:
+            attach(self, made_of.scalar.name, nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False))
 
     def _mixing(
         self,
@@ -107,13 +121,19 @@ class DecoderLayer(Layer):
         return norm
 
     def forward(
-        self, stream: ResidualStream, kv: LayerKV | LayerState, plan: AttentionPlan, rows: Tensor | None = None
+        self,
+        stream: ResidualStream,
+        kv: LayerKV | LayerState,
+        plan: AttentionPlan,
+        rows: Tensor | None = None,
+        inputs_TP: Tensor | None = None,
     ) -> None:
         """Add this block's two sums to ``stream``.
 
         Args:
             rows: int64 [R], the only rows of T that are still wanted behind attention; ``None``: all. The keys and
                 values of the others are stored all the same.
+            inputs_TP: a layer's own embeddings of the tokens.
         """
         norms, scale = self.norms, self.residual_scale
         read = stream.normed(norms.before_attention)
@@ -130,8 +150,17 @@ class DecoderLayer(Layer):
             stream.add(together, (attended, x), None, scale)
             return
         stream.add(mixer.o_proj, attended, norms.after_attention, scale)
-        summand, x = self._mlp[0].summand(stream.normed(norms.before_mlp))
-        stream.add(summand, x, norms.after_mlp, scale)
+        read = stream.normed(norms.before_mlp)
+        if self._experts is not None:
+            stream.join(self._experts(read, stream.normed(None).x), norms.after_mlp)
+        else:
+            summand, x = self._mlp[0].summand(read)
+            stream.add(summand, x, norms.after_mlp, scale)
+        if self._input is not None:
+            assert inputs_TP is not None
+            stream.join(self._input(stream.normed(None).x, inputs_TP if rows is None else inputs_TP[rows]))
+        if self._scaled:
+            stream.scale(self.layer_scalar)
 
 
 class Backbone(Layer):
@@ -192,6 +221,7 @@ class Decoder(Layer):
         )
         if made_of.tied:
             self.tie()
+        self._inputs = LayerInputs(made_of, partial(hold, ""), group, self, dtype) if made_of.beside else None
 
     def tie(self) -> None:
         """Let the embedding read the head's parameter: the shard stores the tied weight once, as ``lm_head``."""
@@ -224,9 +254,11 @@ class Decoder(Layer):
         plan = self.backend.begin(batch)
         stream = self.compute.begin(self.model.embed_tokens(batch.input_ids), batch)
         early = rows is not None and len(rows) < batch.num_tokens
+        inputs_TLP = None if self._inputs is None else self._inputs(batch.input_ids, stream.normed(None).x)
         last = len(kv) - 1
         for index, (layer, layer_kv) in enumerate(zip(self.model.layers, kv, strict=True)):
-            layer(stream, layer_kv, plan, rows if early and index == last else None)
+            inputs = None if inputs_TLP is None else inputs_TLP[:, index]
+            layer(stream, layer_kv, plan, rows if early and index == last else None, inputs)
         if rows is not None and not len(rows):
             return None
         final = stream.normed(self.model.norm)

@@ -20,7 +20,7 @@ from tpctl.partition.dtypes import DTYPES, TORCH_NAMES
 from tpctl.partition.plan import PartitionPlan, Shape
 from tpctl.planning.check import SizeCheck, check_sizes
 from tpctl.planning.gpus import GPUS, Gpu
-from tpctl.planning.model_sizes import Cuttings, ModelSizes, as_usual
+from tpctl.planning.model_sizes import Cuttings, ModelSizes, as_usual, keeps
 from tpctl.planning.report import FitReport, RankFit, SizeFit
 
 CONTEXT_BYTES = 768 << 20
@@ -114,7 +114,7 @@ def plan_model(
     windows = [
         mixer.window
         for mixer in model.mixers
-        if isinstance(mixer, Attention) and mixer.window and mixer.window < length
+        if isinstance(mixer, Attention) and keeps(mixer) and mixer.window and mixer.window < length
     ]
     return FitReport(
         model=metadata.id,
@@ -138,6 +138,7 @@ def plan_model(
         not_on_gpus=config.blueprint.why_not_on("cuda"),
         beside=len(towers(config, metadata.tensors or ())),
         recurrent=model.recurrent,
+        reading=model.reading,
         windowed=len(windows),
         window=max(windows, default=None),
         sizes=tuple(sizes),

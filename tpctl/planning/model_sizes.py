@@ -26,6 +26,7 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import state_sizes
 from tpctl.arch.growth import growth as growth_of
+from tpctl.arch.linear import Linear
 from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
@@ -40,7 +41,7 @@ from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
-from tpctl.partition.split import TensorSplit, source_shapes
+from tpctl.partition.split import Rule, TensorSplit, source_shapes
 from tpctl.planning.dealt import DealtBytes
 from tpctl.planning.sorts import Sorts
 from tpctl.sharding.moving.parts import assign_parts, part_files
@@ -115,7 +116,8 @@ class ModelSizes:
         cutting = self._cutting(tp_size)
         if cutting not in self._dealt:
             splits = self._small_splits(cutting)
-            looked_up = () if self.config.blueprint.tied else (self.config.blueprint.embedding,)
+            looked_up = [] if self.config.blueprint.tied else [self.config.blueprint.embedding]
+            looked_up += [f"{table.name}.weight" for table in self._tables]
             self._dealt[cutting] = DealtBytes(splits, self._bits, self._chosen, looked_up)
         return self._dealt[cutting]
 
@@ -201,7 +203,7 @@ class ModelSizes:
         """Query and KV heads of each rank, of the layer where it has most; of layers that keep something of a token, if
         there are any. Raises ``PartitionError`` if some layer's heads cannot be dealt to so many."""
         shares = {number: mixer.shares(tp_size) for number, mixer in enumerate(self._mixers)}
-        keep = [number for number, mixer in enumerate(self._mixers) if isinstance(mixer, Attention) or mixer.kept]
+        keep = [number for number, mixer in enumerate(self._mixers) if keeps(mixer)]
         return [
             (max(len(one.query) for one in of_rank), max(len(one.kv) for one in of_rank))
             for of_rank in zip(*(shares[number] for number in keep or shares), strict=True)
@@ -247,12 +249,13 @@ class ModelSizes:
     def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
         """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences, when most of them live.
 
-        That is in the MLP: residual, its input and its partial sum [T, H], gate and up [T, 2W], their product [T,
-        W]; or at the end, when each sequence's logits [R, V] are there in the model's dtype and twice in float32.
+        That is in the MLP: residual, its input and its partial sum [T, H], gate and up [T, 2W], their product [T, W],
+        and embeddings that layers have of their own; or at the end, when each sequence's logits [R, V] are there in the
+        model's dtype and twice in float32.
         """
         blueprint, size = self._small(self._cutting(plan.tp_size)).blueprint, self._itemsize
         widest = max(_width(part, plan.tp_size, rank) for layer in blueprint.layers for part in layer.parts)
-        step = tokens * size * (3 * blueprint.hidden_size + widest)
+        step = tokens * size * (3 * blueprint.hidden_size + widest + sum(table.inputs for table in self._tables))
         rows, vocab = min(seqs, tokens), plan.shape(rank, blueprint.head)[0]
         head = tokens * size * 2 * blueprint.hidden_size + rows * vocab * (size + 2 * 4)
         return max(step, head)
@@ -272,6 +275,17 @@ class ModelSizes:
         return sum(isinstance(mixer, Mixer) and mixer.recurrent for mixer in self.mixers)
 
     @property
+    def _tables(self) -> list[Linear]:
+        """Embeddings that layers have of their own."""
+        beside = self.config.blueprint.beside
+        return [part for part in beside if isinstance(part, Linear) and part.rule is Rule.VOCAB]
+
+    @property
+    def reading(self) -> int:
+        """How many layers read the keys and values of an earlier one."""
+        return sum(isinstance(mixer, Attention) and not keeps(mixer) for mixer in self.mixers)
+
+    @property
     def kept_heads(self) -> str:
         """Whose keys and values are kept, in words."""
         dims = dict.fromkeys(
@@ -285,11 +299,11 @@ class ModelSizes:
         return [self.config.blueprint.layers[first].mixer for first in self._sorts.firsts]
 
     def _kv_heads(self, tp_size: int, rank: int) -> list[tuple[int, int]]:
-        """KV heads of ``rank`` and their dimensions, of each layer with attention."""
+        """KV heads of ``rank`` and their dimensions, of each layer with attention that keeps its own."""
         held: dict[tuple[int, int], int] = {}
         found = []
         for mixer in self.mixers:
-            if isinstance(mixer, Attention):
+            if isinstance(mixer, Attention) and keeps(mixer):
                 heads = mixer.num_heads, mixer.num_kv_heads
                 if heads not in held:
                     held[heads] = len(mixer.shares(tp_size)[rank].kv)
@@ -304,6 +318,11 @@ def _source_dtypes(split: TensorSplit, found: Mapping[str, str] | None, usual: s
     return dict.fromkeys(split.sources, usual if split.dtypes is None else split.dtypes[0])
 
 
+def keeps(mixer: Attention | Mixer) -> bool:
+    """Whether it keeps something of every token."""
+    return mixer.reads is None if isinstance(mixer, Attention) else mixer.kept > 0
+
+
 def _width(part: object, tp_size: int, rank: int) -> int:
     """What ``rank`` keeps of a token while it computes ``part`` of a layer, in values, beside residual and sums.
 
@@ -311,7 +330,8 @@ def _width(part: object, tp_size: int, rank: int) -> int:
     """
     if isinstance(part, Attention):
         share = part.shares(tp_size)[rank]
-        return ((3 if part.gate else 2) * len(share.query) + 2 * len(share.kv)) * part.head_dim
+        kv = (len(part.held) - 1) * len(share.kv)
+        return ((3 if part.gate else 2) * len(share.query) + kv) * part.head_dim
     if isinstance(part, Gated):
         return 3 * len(part.down.input_cut.ranges(part.down.inputs, tp_size)[rank])
     if isinstance(part, Experts):

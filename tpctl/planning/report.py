@@ -72,7 +72,8 @@ class FitReport:
     ``limit``. ``active_parameters`` are those that a token meets.
     ``not_run`` is what tpctl would have to know to run the model, not only cut it; ``not_on_gpus`` to run it on them.
     ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
-    constant size for each sequence and no keys and values; ``windowed`` those that look back
+    constant size for each sequence and no keys and values; ``reading`` those that read an earlier one's keys and values
+    and keep none; ``windowed`` those that look back
     no further than ``window`` tokens, whose keys and values are counted for the whole context all the same.
     """
 
@@ -97,6 +98,7 @@ class FitReport:
     not_on_gpus: str | None
     beside: int
     recurrent: int
+    reading: int
     windowed: int
     window: int | None
     sizes: tuple[SizeFit, ...]

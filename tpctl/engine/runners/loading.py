@@ -83,15 +83,19 @@ class LoadedModel:
         return state_bytes((one.kept for one in nets), self.dtype.itemsize)
 
     def caches(self, num_blocks: int, num_states: int) -> list[LayerKV | LayerState]:
-        """What each layer keeps of sequences, zeroed."""
+        """What each layer keeps of sequences, zeroed; of one that reads an earlier layer's, that one's."""
         group = self.group
         kv = iter(self.backend.allocate(num_blocks, self.dtype, group.device))
-        return [
-            LayerState.allocate(one.sizes_of(group.rank, group.size), num_states, self.dtype, group.device)
-            if isinstance(one := block.attention, DeltaNet)
-            else next(kv)
-            for block in self.config.blueprint.blocks
-        ]
+        found: list[LayerKV | LayerState] = []
+        for block in self.config.blueprint.blocks:
+            one = block.attention
+            if isinstance(one, DeltaNet):
+                sizes = one.sizes_of(group.rank, group.size)
+                found.append(LayerState.allocate(sizes, num_states, self.dtype, group.device))
+            else:
+                reads = one.reads if isinstance(one, Attending) else None
+                found.append(next(kv) if reads is None else found[reads])
+        return found
 
 
 def load(

@@ -12,6 +12,7 @@ from tpctl.arch.held import Hold
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation, RanksSums
+from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.linear import QKVParallelLinear, RowParallelLinear
 from tpctl.layers.module import Layer
 from tpctl.layers.norm import RMSNorm
@@ -30,6 +31,7 @@ def attention_spec(attention: block.Attention, rank: int, tp_size: int) -> Atten
         window=attention.window,
         softcap=attention.softcap,
         sinks=attention.sinks is not None,
+        shared=attention.shared,
     )
 
 
@@ -37,7 +39,8 @@ class Attention(Layer):
     """One rank's heads of one attention layer.
 
     Between the column-parallel ``qkv_proj`` and the row-parallel ``o_proj`` every rank works on its own heads alone.
-    ``o_proj`` is left to the residual stream that its sum is added to.
+    ``o_proj`` is left to the residual stream that its sum is added to. A layer that reads another's keys and values has
+    queries alone, and is given that layer's cache.
     """
 
     def __init__(
@@ -51,13 +54,15 @@ class Attention(Layer):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.qkv_proj = QKVParallelLinear(hold(made_of.qkv), dtype)
+        read = QKVParallelLinear(hold(made_of.qkv), dtype)
+        self.add_module(made_of.qkv.name.rpartition(".")[2], read)
+        self._read = (read,)  # under its own name alone
         self.o_proj = RowParallelLinear(hold(made_of.out), group, dtype)
         spec, over_all = attention_spec(made_of, group.rank, group.size), _sums(made_of, group)
         heads = (spec.num_heads, spec.num_kv_heads) if over_all is not None else (1, 1)
         self.q_norm = _norm(made_of.q_norm, heads[0] * spec.head_dim, dtype)
         self.k_norm = _norm(made_of.k_norm, heads[1] * spec.head_dim, dtype)
-        self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm, over_all)
+        self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm, over_all, made_of.value_eps, made_of.held)
         self._gated = (spec.num_heads, spec.head_dim) if made_of.gate else None
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
@@ -65,7 +70,10 @@ class Attention(Layer):
 
     def forward(self, rows: Rows, kv: LayerKV, plan: AttentionPlan) -> Tensor:
         """Normed [T, H] -> [T, N * D], what ``o_proj`` takes."""
-        qkv = self.qkv_proj.runs(*rows)
+        qkv = self._read[0].runs(*rows)
+        if self.prepare.held == "q":
+            assert isinstance(self.backend, SdpaBackend)
+            return self.backend.run_again(qkv, self.prepare, kv, plan)
         if self._gated is None:
             return self.backend.run(qkv, self.prepare, kv, plan, self.sinks)
         qkv, gate = _without_gate(qkv, *self._gated)
@@ -81,7 +89,7 @@ def _without_gate(qkv: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, T
 
 def _norm(made_of: linear.Norm | None, size: int, dtype: torch.dtype | None) -> RMSNorm | None:
     """This rank's ``size`` weights of a norm."""
-    return None if made_of is None else RMSNorm(size, made_of.eps, dtype, unit_offset=made_of.unit_offset)
+    return None if made_of is None else RMSNorm.of(made_of, dtype, size)
 
 
 def _sums(made_of: block.Attention, group: TPGroup) -> RanksSums | None:

@@ -31,6 +31,7 @@ class AttentionSpec:
         softcap: a scaled score s becomes softcap * tanh(s / softcap) before the softmax.
         sinks: a score of each query head joins its softmax, and no value goes with it.
         latent: values are the first so many numbers of keys, and no others are kept (latent attention).
+        shared: later layers, which keep none of their own, attend to its keys and values.
     """
 
     num_heads: int
@@ -41,6 +42,7 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     latent: int | None = None
+    shared: bool = False
 
     @property
     def group(self) -> int:

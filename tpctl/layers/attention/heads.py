@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
-from tpctl.layers.norm import RMSNorm, scaled
+from tpctl.layers.norm import RMSNorm, rms_norm, scaled
 from tpctl.layers.rotary import RotaryTable, apply_rotary
 
 
@@ -46,12 +46,25 @@ class HeadPreparation:
         rotary: ``None``: heads are not rotated.
         q_norm, k_norm: both are there, or neither. Over each head, with weights [D]; or, with ``over_all``, over those
             of all ranks at once, with weights [N * D] and [K * D].
+        value_eps: as of ``arch.block.Attention``.
+        held: what there is of queries, keys and values; keys that serve as values do so as they are projected.
     """
 
     rotary: RotaryTable | None
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
     over_all: RanksSums | None = None
+    value_eps: float | None = None
+    held: str = "qkv"
+
+    def queries(self, q: Tensor, num_heads: int, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries alone, [T, N * D] -> [T, N, D], normed and rotated."""
+        q_TND = q.view(q.shape[0], num_heads, -1)
+        if self.q_norm is not None:
+            q_TND = self.q_norm(q_TND)
+        if self.rotary is not None and angles is not None:
+            q_TND = apply_rotary(q_TND, *angles, interleaved=self.rotary.interleaved)
+        return q_TND
 
     def __call__(
         self, qkv: Tensor, num_heads: int, num_kv_heads: int, angles: tuple[Tensor, Tensor] | None
@@ -59,12 +72,13 @@ class HeadPreparation:
         """Queries [T, N, D] and keys [T, K, D], normed and rotated, and values [T, K, D].
 
         Args:
-            qkv: [T, (N + 2 K) * D], heads of queries, keys and values in this order.
+            qkv: [T, (N + 2 K) * D], heads of queries, keys and values in this order; of values none, where keys are.
             angles: what ``rotary`` gives for the tokens.
         """
-        qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
-        rotated = num_heads + num_kv_heads
-        qk, v = qkv[:, :rotated], qkv[:, rotated:]
+        qkv = qkv.view(qkv.shape[0], num_heads + (len(self.held) - 1) * num_kv_heads, -1)
+        qk, v = qkv[:, : num_heads + num_kv_heads], qkv[:, -num_kv_heads:]
+        if self.value_eps is not None:
+            v = rms_norm(v, None, self.value_eps)
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat(self._normed(qk[:, :num_heads], qk[:, num_heads:], self.q_norm, self.k_norm), dim=1)
         if self.rotary is not None and angles is not None:
@@ -85,4 +99,4 @@ def _by_sum(x_THD: Tensor, sums_T: Tensor, size: int, norm: RMSNorm) -> Tensor:
     """Heads normed by the sum of squares of ``size`` elements."""
     scale_T = (sums_T / size + norm.eps).rsqrt()
     weight = norm.weight.view(x_THD.shape[1:])
-    return scaled(x_THD, scale_T[:, None, None], weight, unit_offset=norm.unit_offset)
+    return scaled(x_THD, scale_T[:, None, None], weight, unit_offset=norm.unit_offset, once=norm.once)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
+from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.attention.sdpa_cache import PagedKV, as_words, lazy_zeros
 from tpctl.layers.batch import ForwardBatch
 
@@ -109,12 +110,18 @@ class SdpaPlan(AttentionPlan):
     Attributes:
         new: [T, 2 K, D], the new keys and values of the layer that is being computed, as its cache keeps them.
         biases: of decodes, by bucket and window; of prompts, by queries, columns and window.
+        shared, gathered: of layers whose keys and values later ones read, by their caches' addresses: ``new``, and what
+            each bucket gathered.
+        again: whether the layer that is being computed reads those of an earlier one.
     """
 
     buckets: list[_Bucket] | None = None
     begun: dict[int, Tensor | None] = field(default_factory=dict)
     cells: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     new: Tensor | None = None
+    shared: dict[int, Tensor] = field(default_factory=dict)
+    gathered: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    again: bool = False
     decode_biases: dict[tuple[int, AttentionSpec], Tensor] = field(default_factory=dict)
     causal_biases: dict[tuple[int, int, AttentionSpec], Tensor] = field(default_factory=dict)
 
@@ -155,6 +162,19 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             kv.empty(begun)
         cells, rows = self._cells(kv, plan)
         plan.new = kv.write(cells, new, rows)
+        if kv.spec.shared:
+            plan.shared[kv.address] = plan.new
+
+    def run_again(self, q: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: AttentionPlan) -> Tensor:
+        """[T, N * D]: attention of queries [T, N * D] to the keys and values that an earlier layer has stored in this
+        step and before, in ``kv``."""
+        assert isinstance(kv, PagedKV) and isinstance(plan, SdpaPlan)
+        q_TND = prepare.queries(q, kv.spec.num_heads, plan.angles(prepare.rotary, q.dtype))
+        plan.new, plan.again = plan.shared[kv.address], True
+        k_TKD, v_TKD = plan.new.chunk(2, dim=1)
+        found = self.attend(q_TND, k_TKD, v_TKD, kv, plan)
+        plan.again = False
+        return found
 
     def _begun(self, kv: PagedKV, plan: SdpaPlan) -> Tensor | None:
         """Rows of ``kv.blocks``: the blocks whose first tokens are among the new ones, and that these do not fill."""
@@ -221,7 +241,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         """One new token for each sequence of the bucket: two batched GEMMs over (head, sequence)."""
         spec, count = kv.spec, bucket.count
         batched = spec.num_kv_heads * count
-        gathered = self._gather(kv, bucket, plan)
+        gathered = self._gathered(kv, index, bucket, plan)
         q_KSGD = q_SND.view(count, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         q = q_KSGD.reshape(batched, spec.group, spec.head_dim)
         scores = _scores(self._decode_bias(index, bucket, spec, q.dtype, plan), q, gathered[0], spec)
@@ -230,11 +250,19 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         out_KSGD = out_KSGD.view(spec.num_kv_heads, count, spec.group, -1)
         return out_KSGD.transpose(0, 1).reshape(count, spec.num_heads, -1)
 
+    def _gathered(self, kv: PagedKV, index: int, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
+        """What ``_gather`` gives, or gave a layer before whose keys and values these are."""
+        if not kv.spec.shared:
+            return self._gather(kv, bucket, plan)
+        if not plan.again:
+            plan.gathered[kv.address, index] = self._gather(kv, bucket, plan)
+        return plan.gathered[kv.address, index]
+
     def _gather(self, kv: PagedKV, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
         """[2, K * S, L, D]: the bucket's keys and values, by head and sequence; [1, ..] where keys hold values."""
         heads = kv.spec.num_kv_heads
         shape = (kv.vectors // heads, heads * bucket.count, -1, kv.spec.head_dim)
-        kept, layer = bucket.kept, kv.blocks.data_ptr()
+        kept, layer = bucket.kept, kv.address
         if kept is not None and bucket.cells is not None:
             gathered = kept.layers[layer]
             assert plan.new is not None

@@ -30,6 +30,11 @@ class PagedKV(LayerKV):
         """How many a token leaves: its keys and values."""
         return len(self.blocks) // self.num_blocks
 
+    @property
+    def address(self) -> int:
+        """What tells it from those of other layers."""
+        return self.blocks.data_ptr()
+
     def values(self, gathered: Tensor) -> Tensor:
         """Those of ``gathered`` [keys, values; ...]."""
         return gathered[1]

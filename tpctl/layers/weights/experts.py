@@ -15,6 +15,7 @@ from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.experts.routing_reference import route
 from tpctl.layers.activation import act_and_mul, clamped_act_and_mul
 from tpctl.layers.mlp import MLP
+from tpctl.layers.norm import rms_norm
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.codes import joined
 from tpctl.layers.weights.dense import Weight, WeightMaker
@@ -62,6 +63,18 @@ class Gating:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """``x / rms(x) * scale / root of H``, for ``scale`` [H] (Gemma 4's router)."""
+
+    scale: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] in any dtype -> float32."""
+        return rms_norm(x.float(), None, self.eps).mul_(self.scale.float()).mul_(x.shape[-1] ** -0.5)
+
+
+@dataclass(frozen=True)
 class MixtureParts:
     """What is around the experts of a mixture.
 
@@ -70,6 +83,8 @@ class MixtureParts:
         gate: [E, H], the router's linear, and ``bias`` [E], its bias.
         correction: float32 [E], added to scores for the choice alone.
         shared_gate: [H], by whose product's sigmoid ``shared`` counts.
+        scaled: what the router reads is not what the experts do, but what that is before its norm, scaled so.
+        factors: [E], what each expert's weight is multiplied by.
     """
 
     count: int
@@ -80,6 +95,8 @@ class MixtureParts:
     correction: Tensor | None
     shared: MLP | None
     shared_gate: Tensor | None
+    scaled: Scaled | None = None
+    factors: Tensor | None = None
 
 
 class ExpertWeights(ABC):
@@ -115,8 +132,11 @@ class PlainExperts(ExpertWeights):
     ) -> Tensor:
         x = rows.x if rows.norm is None else rows.norm(rows.x)
         bias = None if parts.bias is None else parts.bias.float()
-        logits = F.linear(x.float(), parts.gate.float(), bias)
-        total = self._routed(x, *route(logits, parts.routing, parts.per_token, parts.correction))
+        logits = F.linear(x.float() if parts.scaled is None else parts.scaled(rows.x), parts.gate.float(), bias)
+        ids, weights = route(logits, parts.routing, parts.per_token, parts.correction)
+        if parts.factors is not None:
+            weights = weights * parts.factors.float()[ids]
+        total = self._routed(x, ids, weights)
         if parts.shared is not None:
             shared = parts.shared.local(Rows(x))
             gate = parts.shared_gate

@@ -107,6 +107,7 @@ def called(layer: Layer) -> str:
     else:
         words = "attention over all tokens" if mixer.window is None else f"attention over a window of {mixer.window:,}"
         words += " with an output gate" if mixer.gate else ""
+        words += "" if mixer.reads is None else f", of the keys of layer {mixer.reads}"
     parts = [
         f"{part.count} experts" + (" and a shared one" if part.shared is not None else "")
         if isinstance(part, Experts)

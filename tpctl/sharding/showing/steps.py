@@ -111,7 +111,8 @@ class _Way:
 
     def _attention(self, attention: Attention) -> Iterator[Step]:
         gated = " with its gate" if attention.gate else ""
-        yield self._each("weight", self._weight(attention.qkv), f"Column-parallel: own heads' q{gated}, k, v.")
+        held = f"q{gated}{', k, v'[: 3 * (len(attention.held) - 1)]}"
+        yield self._each("weight", self._weight(attention.qkv), f"Column-parallel: own heads' {held}.")
         if any(norm is not None and norm.cut is not None for norm in (attention.q_norm, attention.k_norm)):
             self._sums += 1
             of = "q and k are normed over all heads: one number each, added"
@@ -122,6 +123,8 @@ class _Way:
             note = f"No exchange: {note[:1].lower()}{note[1:]}"
         else:
             note = f"Over {attention.window:,} tokens. {note}"
+        if attention.reads is not None:
+            note = f"To the keys and values of layer {attention.reads}. {note}"
         yield self._each("step", lambda i: ("attention", self._heads(attention, i)), note)
         yield self._each("weight", self._weight(attention.out, "o"), "Row-parallel: inputs are own heads.")
 
@@ -231,7 +234,9 @@ _SHORT = {"gate_up_proj": "gate, up"}
 
 def keeps_by_head(mixer: Attention | Mixer) -> bool:
     """Whether it has KV heads, which keep something of every token."""
-    return isinstance(mixer, Attention) or (mixer.num_kv_heads > 0 and mixer.kept > 0)
+    if isinstance(mixer, Attention):
+        return mixer.reads is None
+    return mixer.num_kv_heads > 0 and mixer.kept > 0
 
 
 def _run(experts: tuple[int, int]) -> str:
