@@ -73,6 +73,53 @@ GRANITE: dict[str, Any] = {
     "logits_scaling": 3.0,
 }
 
+MINISTRAL3_ROPE: dict[str, Any] = {
+    **YARN_ROPE,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.5,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+"""So short that queries grow within the tests' prompts."""
+
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 9,
+    "tie_word_embeddings": True,
+    "hidden_size_per_layer_input": 0,
+}
+GEMMA4_MOE: dict[str, Any] = {
+    **GEMMA4,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 2,
+    "enable_moe_block": True,
+    "num_experts": 5,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 28,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.6,
+            "factor": 4.0,
+        },
+    },
+}
+GEMMA4_EDGE: dict[str, Any] = {
+    **GEMMA4,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_key_value_heads": 2,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 140,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 8}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -152,6 +199,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Granite",
         {**GRANITE, **UNEVEN, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
+    "ministral3": ("Ministral3", {"head_dim": 12, "rope_parameters": MINISTRAL3_ROPE}),
+    "ministral3-window": (
+        "Ministral3",
+        {"sliding_window": 9, "num_key_value_heads": 2, "rope_parameters": MINISTRAL3_ROPE | {"mscale": 0.5}},
+    ),
+    "gemma4-text": ("Gemma4", {**GEMMA4, "attention_bias": True, "final_logit_softcapping": 3.0}),
+    "gemma4-text-moe": ("Gemma4", {**GEMMA4_MOE, "tie_word_embeddings": False}),
+    "gemma4-text-edge": ("Gemma4", GEMMA4_EDGE),
+    "gemma4-unified-text": ("Gemma4Unified", GEMMA4),
     "phi4-mini": (
         "Phi3",
         {
@@ -286,7 +342,7 @@ def make_checkpoint(name: str, folder: Path, **changes: Any) -> Any:
     import transformers
 
     kind, overrides = FAMILIES[name]
-    config = getattr(transformers, f"{kind}{'Text' if kind == 'Gemma3' else ''}Config")(
+    config = getattr(transformers, f"{kind}{'Text' if kind[:6] in ('Gemma3', 'Gemma4') else ''}Config")(
         **{**SIZES, **overrides, **changes}
     )
     return save(config, f"{kind}ForCausalLM", folder, len(name))

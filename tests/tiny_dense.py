@@ -1,11 +1,21 @@
-"""Tiny random checkpoints of Gemma 4, Ministral 3 and models that see, made with transformers."""
+"""Tiny random checkpoints of models that see or hear, made with transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import GEMMA3, SIZES, save
+from tests.tiny import (
+    FAMILIES,
+    GEMMA3,
+    GEMMA4,
+    GEMMA4_EDGE,
+    GEMMA4_MOE,
+    MINISTRAL3_ROPE,
+    SIZES,
+    make_checkpoint,
+    save,
+)
 
 PIXTRAL: dict[str, Any] = {
     "hidden_size": 16,
@@ -21,43 +31,8 @@ GEMMA4_TOWER: dict[str, Any] = {
     "num_key_value_heads": 2,
     "position_embedding_size": 32,
 }
-GEMMA4: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "sliding_window": 9,
-    "tie_word_embeddings": True,
-    "hidden_size_per_layer_input": 0,
-}
-GEMMA4_MOE: dict[str, Any] = {
-    **GEMMA4,
-    "attention_k_eq_v": True,
-    "num_global_key_value_heads": 2,
-    "enable_moe_block": True,
-    "num_experts": 5,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 28,
-}
-GEMMA4_EDGE: dict[str, Any] = {
-    **GEMMA4,
-    "num_hidden_layers": 6,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "num_key_value_heads": 2,
-    "num_kv_shared_layers": 3,
-    "use_double_wide_mlp": True,
-    "hidden_size_per_layer_input": 6,
-    "vocab_size_per_layer_input": 140,
-}
-
-CUT: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ministral3": ("Ministral3", "Ministral3ForCausalLM", {"head_dim": 12}),
-    "gemma4-text": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4, "attention_bias": True}),
-    "gemma4-text-moe": ("Gemma4Text", "Gemma4ForCausalLM", {**GEMMA4_MOE, "tie_word_embeddings": False}),
-    "gemma4-text-edge": ("Gemma4Text", "Gemma4ForCausalLM", GEMMA4_EDGE),
-    "gemma4-unified-text": ("Gemma4UnifiedText", "Gemma4UnifiedForCausalLM", GEMMA4),
-}
-"""Families that are cut and not run: class of the config, class of the model, fields."""
+ALONE = ("ministral3", "gemma4-text", "gemma4-text-moe", "gemma4-text-edge", "gemma4-unified-text")
+"""Text models without anything beside them."""
 
 SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("Gemma3", GEMMA3, {"vision_config": PIXTRAL}),
@@ -70,7 +45,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "mistral3-ministral": (
         "Mistral3",
-        {"model_type": "ministral3", "head_dim": 12},
+        {"model_type": "ministral3", "head_dim": 12, "rope_parameters": MINISTRAL3_ROPE},
         {"vision_config": PIXTRAL, "tie_word_embeddings": False},
     ),
     "gemma4-dense": ("Gemma4", {**GEMMA4, "attention_k_eq_v": True}, {"vision_config": GEMMA4_TOWER}),
@@ -101,16 +76,13 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 """Models that see or hear: prefix of their classes, fields of their text model, other fields."""
 
 
-def make_cut(name: str, folder: Path, **changes: Any) -> Any:
-    """Save a random float32 checkpoint of ``CUT[name]`` in ``folder``; the transformers model."""
-    import transformers
-
-    config, model, fields = CUT[name]
-    return save(getattr(transformers, f"{config}Config")(**{**SIZES, **fields, **changes}), model, folder, len(name))
+def make_either(name: str, folder: Path) -> Any:
+    """One of ``FAMILIES`` or of ``SEEING``."""
+    return (make_checkpoint if name in FAMILIES and name not in SEEING else make_seeing)(name, folder)
 
 
 def make_seeing(name: str, folder: Path) -> Any:
-    """The same of ``SEEING[name]``, with its towers."""
+    """Save a random float32 checkpoint of ``SEEING[name]``, towers included; the transformers model."""
     import transformers
 
     kind, text, fields = SEEING[name]

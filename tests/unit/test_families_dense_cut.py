@@ -1,4 +1,4 @@
-"""Families that are cut and not run, and models that see: names, shapes, bytes and what a config may not say."""
+"""Gemma 4, Ministral 3, and models that see: names, shapes, bytes and what a config may not say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_dense import CUT, SEEING, make_cut, make_seeing
+from tests.tiny_dense import ALONE, SEEING, make_either
 from tests.unit.synthetic import folder_bytes
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
@@ -27,7 +27,7 @@ from tpctl.sharding.cutting.merge import merge_shards
 from tpctl.sharding.cutting.reshard import reshard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
-ALL = [*CUT, *SEEING]
+ALL = [*ALONE, *SEEING]
 TOWERS = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
 
 
@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     class Made(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
             folder = tmp_path_factory.mktemp(name) / "model"
-            (make_cut if name in CUT else make_seeing)(name, folder)
+            make_either(name, folder)
             self[name] = folder
             return folder
 
@@ -90,10 +90,12 @@ def test_planned_bytes_are_what_sharding_writes(name: str, checkpoints: dict[str
         assert {rank.rank: rank.file_bytes for rank in report.ranks} == written.bytes_per_rank
 
 
-def test_no_family_that_is_cut_is_run(checkpoints: dict[str, Path]) -> None:
-    for name in CUT:
-        with pytest.raises(UnsupportedModelError, match=r"attention .*, which tpctl cuts but does not run yet"):
-            _ = ModelConfig.load(checkpoints[name]).blueprint.blocks
+def test_what_is_run_on_cpus_alone_says_why(checkpoints: dict[str, Path]) -> None:
+    for name in ALONE:
+        blueprint = ModelConfig.load(checkpoints[name]).blueprint
+        assert blueprint.blocks and blueprint.why_not_run() is None
+        with pytest.raises(UnsupportedModelError, match=r"attention that .*, which tpctl does not run on GPUs yet"):
+            blueprint.check_runs("cuda")
 
 
 FIELDS = [
@@ -104,7 +106,7 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in CUT if "biases" not in name])
+@pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("key", ["", *FIELDS])
 def test_a_missing_field_is_what_transformers_takes_it_for(name: str, key: str, checkpoints: dict[str, Path]) -> None:
     """The tensors of a config without one of its fields are those that transformers makes of it."""
@@ -179,7 +181,7 @@ def test_keys_and_values_that_nobody_reads_come_back(checkpoints: dict[str, Path
         source = tmp_path / name
         shutil.copytree(checkpoints[name], source)
         weights = load_file(source / "model.safetensors")
-        root = "model." if name in CUT else "model.language_model."
+        root = "model." if name in ALONE else "model.language_model."
         layer = f"{root}layers.{{}}.self_attn."
         assert not any(one.startswith(layer.format(4) + "k") for one in weights)
         for number in (3, 4, 5):

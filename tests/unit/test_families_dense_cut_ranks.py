@@ -1,4 +1,4 @@
-"""Simulated ranks of Gemma 4, Ministral 3 and models that see: what the stored shards compute equals what transformers' modules do.
+"""Simulated ranks of Gemma 4, Ministral 3 and models that see: shards compute what the modules of transformers do.
 
 Projections' outputs concatenate by the plan, those of row-parallel linears, MLPs and experts sum, tables of embeddings
 sum, norms over all heads are slices; and every rank's queries meet the keys and values they belong to. Float32.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.tiny_dense import CUT, make_cut, make_seeing
+from tests.tiny_dense import ALONE, make_either
 from tpctl.arch.block import Attention, Experts, Gated, LayerPart, linears
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.linear import Linear
@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     class Made(dict[str, Run]):
         def __missing__(self, name: str) -> Run:
             folder = tmp_path_factory.mktemp(name) / "model"
-            model = (make_cut if name in CUT else make_seeing)(name, folder)
+            model = make_either(name, folder)
             self[name] = _run(folder, model)
             return self[name]
 
@@ -82,7 +82,7 @@ def _run(folder: Path, model: Any) -> Run:
     return Run(folder, ModelConfig.load(folder), names, through, modules)
 
 
-@pytest.mark.parametrize("name", [*CUT, "mistral3-ministral", "gemma4-moe", "gemma4-edge", "gemma4-unified"])
+@pytest.mark.parametrize("name", [*ALONE, "mistral3-ministral", "gemma4-moe", "gemma4-edge", "gemma4-unified"])
 def test_ranks_together_compute_what_transformers_computes(name: str, runs: dict[str, Run], tmp_path: Path) -> None:
     run = runs[name]
     for tp_size in range(1, run.config.blueprint.max_tp + 1):

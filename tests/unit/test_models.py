@@ -10,7 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import FAMILIES, make_checkpoint, make_mixture
-from tests.tiny_dense import make_seeing
+from tests.tiny_dense import SEEING, make_seeing
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
@@ -98,8 +98,9 @@ def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, t
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", ["gemma3", "gemma3-untied", "mistral3", "mistral3-untied"])
+@pytest.mark.grid(2)
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("name", SEEING)
 def test_the_text_of_a_model_that_sees(name: str, tp_size: int, tmp_path: Path) -> None:
     model = make_seeing(name, tmp_path / "model")
     assert ModelConfig.load(tmp_path / "model").blueprint.towers

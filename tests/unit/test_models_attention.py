@@ -32,7 +32,10 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 12, "rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 0.5}},
     ),
 }
-DENSE = ("olmo2-copies", "olmo3-yarn", "smollm3-window", "granite-biases", "glm4", "cohere2-biases")
+DENSE = (
+    *("olmo2-copies", "olmo3-yarn", "smollm3-window", "granite-biases", "glm4", "cohere2-biases"),
+    *("gemma4-text", "gemma4-text-moe", "gemma4-text-edge", "gemma4-unified-text", "ministral3-window"),
+)
 
 
 def make(name: str, folder: Path) -> Any:
@@ -95,7 +98,7 @@ def test_greedy_tokens_equal_generate(name: str, way: str, tp_size: int, made: A
 
 def _block_bytes(folder: Path, tp_size: int) -> int:
     """Of 4 tokens, in float32, on the rank with the most KV heads."""
-    attentions = [block.attention for block in ModelConfig.load(folder).blueprint.blocks]
+    attentions = ModelConfig.load(folder).blueprint.attentions
     heads = [max(len(share.kv) for share in one.shares(tp_size)) for one in attentions]
     return sum(4 * 2 * 4 * count * one.head_dim for count, one in zip(heads, attentions, strict=True))
 

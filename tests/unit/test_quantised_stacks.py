@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import make_mixture
-from tests.tiny_dense import make_cut
+from tests.tiny import make_checkpoint, make_mixture
 from tests.unit.synthetic import folder_bytes, make_config, source_shapes
 from tests.unit.test_quantised_folder import MEASURE, quantise, write
 from tpctl.arch.config import ModelConfig
@@ -55,7 +54,7 @@ def make(name: str, folder: Path, *, stacked: bool = True) -> Any:
     """A checkpoint of transformers' class, in float32; the model."""
     pytest.importorskip("transformers")
     if name.startswith("gemma4"):
-        return make_cut(name, folder, **MODELS[name])
+        return make_checkpoint(name, folder, **MODELS[name])
     return make_mixture(name, folder, stacked=stacked, **MODELS[name])
 
 
@@ -226,7 +225,7 @@ def test_layers_that_predict_more_tokens_are_quantised_but_for_what_is_theirs() 
 def test_embeddings_for_each_layer_have_linears(tmp_path: Path) -> None:
     """Gemma 4 E2B and E4B; vLLM gives them the model's format."""
     pytest.importorskip("transformers")
-    make_cut("gemma4-text-edge", tmp_path / "source", **WIDE)
+    make_checkpoint("gemma4-text-edge", tmp_path / "source", **WIDE)
     report = quantise(tmp_path / "source", tmp_path / "made", Method.FP8)
     found = {one.name for one in report.tensors if ".layers.0." in one.name}
     assert {f"model.layers.0.per_layer_{one}.weight" for one in ("input_gate", "projection")} <= found

@@ -73,6 +73,8 @@ class Attention:
             return "attention with an output gate"
         if self.reads is not None:
             return "attention to the keys of an earlier layer"
+        if self.rope is not None and self.rope.growth is not None:
+            return "attention that scales queries by their position"
         return "attention" if self.value_eps is None else "attention that norms its values"
 
     @property

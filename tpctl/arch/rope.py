@@ -60,6 +60,7 @@ class RopeConfig:
 
     ``interleaved``: neighbouring dimensions are pairs, instead of those that are half of ``rotary_dim`` apart.
     ``turned``: how many pairs turn, from the first on; the others stay. ``None``: all.
+    ``growth``: (beta, length): a query at position p is multiplied by ``1 + beta * log(1 + floor(p / length))``.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class RopeConfig:
     params: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
     turned: int | None = None
+    growth: tuple[float, int] | None = None
 
     @property
     def longest(self) -> int:

@@ -47,6 +47,13 @@ class RotaryTable:
         cos, sin = self.cos[rows_T].to(dtype), self.sin[rows_T].to(dtype)
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
+    def growth(self, positions_T: Tensor) -> Tensor | None:
+        """float32 [T], what queries are multiplied by (Llama 4 and Ministral 3); ``None``: they stay as they are."""
+        if self.config.growth is None:
+            return None
+        beta, length = self.config.growth
+        return 1 + beta * torch.log(1 + torch.floor(positions_T / length))
+
     def offset(self, num_tokens: int) -> int:
         """The first row of the table that rotates all keys of a sequence of ``num_tokens`` tokens."""
         long = self.config.kind == "longrope" and num_tokens > self.config.original_max_position_embeddings

@@ -78,6 +78,11 @@ class AttentionPlan:
             found = self._angles[id(rotary)] = rotary.angles(self.batch.rope_positions, dtype)
         return found
 
+    def grown(self, q_TND: Tensor, rotary: RotaryTable | None) -> Tensor:
+        """Rotated queries, scaled by their positions where the model does that."""
+        growth_T = None if rotary is None else rotary.growth(self.batch.rope_positions)
+        return q_TND if growth_T is None else q_TND * growth_T.to(q_TND.dtype)[:, None, None]
+
 
 PlanT = TypeVar("PlanT", bound=AttentionPlan)
 
@@ -131,7 +136,7 @@ class AttentionBackend(ABC, Generic[PlanT]):
         angles = plan.angles(prepare.rotary, qkv.dtype)
         q_TND, k_TKD, v_TKD = prepare(qkv, kv.spec.num_heads, kv.spec.num_kv_heads, angles)
         self.store(k_TKD, v_TKD, kv, plan)
-        return self.attend(q_TND, k_TKD, v_TKD, kv, plan, sinks_N)
+        return self.attend(plan.grown(q_TND, prepare.rotary), k_TKD, v_TKD, kv, plan, sinks_N)
 
     @abstractmethod
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
