@@ -66,11 +66,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     out: set[pytest.Item] = set()
     for cases in by_test(items).values():
+        taken = cases
         if mark := cases[0].get_closest_marker("grid"):
-            turn = today() if mark.kwargs.get("daily") else 0
-            out.update(set(cases) - set(sampled(cases, mark.args[0], turn=turn)))
+            taken = sampled(cases, mark.args[0], turn=today() if mark.kwargs.get("daily") else 0)
         if mark := cases[0].get_closest_marker("daily"):
-            out.update(case for place, case in enumerate(cases) if (place + today()) % mark.args[0])
+            taken = [case for place, case in enumerate(taken) if (place + today()) % mark.args[0] == 0]
+        out.update(set(cases) - set(taken))
     leave_out(config, items, out)
 
 

@@ -88,9 +88,10 @@ def run_rank(rounds: int, longest: int) -> None:
     x = torch.ones(576)  # in quick succession, where a slot that is written too early would show
     for number in range(rounds):
         assert group.all_reduce(x.fill_(number + group.rank)).eq(group.size * (2 * number + group.size - 1) / 2).all()
-    for dtype in DTYPES:  # longer than a slot
-        check_one(group, "sum", dtype, (700_001,), rounds, digest)
-        check_one(group, "gather", dtype, (700, 1001), rounds, digest)
+    for dtype in DTYPES:  # longer than a slot: two pieces, and three of float32
+        count = 700_001 if dtype is torch.float32 else 1_400_002 // dtype.itemsize
+        check_one(group, "sum", dtype, (count,), rounds, digest)
+        check_one(group, "gather", dtype, (count // 1001, 1001), rounds, digest)
     seen = group.all_gather(torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
     assert seen.eq(seen[0]).all(), "the ranks saw different bits"
     group.close()

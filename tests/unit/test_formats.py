@@ -27,7 +27,8 @@ MODELS = {
 }
 
 
-@pytest.mark.grid(1)
+@pytest.mark.grid(1, daily=True)
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("name", PACKERS)
 def test_shards_hold_the_whole_at_every_size(tmp_path: Path, name: str, family: str) -> None:
@@ -46,7 +47,8 @@ def test_shards_hold_the_whole_at_every_size(tmp_path: Path, name: str, family: 
             assert folder_bytes(tmp_path / "again") == folder_bytes(folder)
 
 
-@pytest.mark.grid(1)
+@pytest.mark.grid(1, daily=True)
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(("head_dim", "width"), [(64, 256), (24, 104)])
 @pytest.mark.parametrize("name", PACKERS)
 def test_a_source_that_holds_several_parts(tmp_path: Path, name: str, head_dim: int, width: int) -> None:
