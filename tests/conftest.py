@@ -45,8 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG = (
-    *("test_real_weights", "test_chat_batch", "test_batch_job", "test_launch", "test_shared_memory", "test_fuzz"),
-    *("test_command_line", "test_quality", "test_chat_terminal", "test_examples", "test_real_forms"),
+    *("test_batch_job", "test_chat_batch", "test_real_weights", "test_launch_failures", "test_launch", "test_slurm"),
+    *("test_nodes", "test_ray", "test_batch_hosts", "test_chat_terminal", "test_fuzz", "test_examples"),
+    *("test_command_line", "test_quality", "test_shared_memory", "test_real_forms"),
 )
 """Files that take long, the longest first: begun last, one of them would keep a process for itself."""
 
