@@ -94,6 +94,9 @@ class ThreadGroup(TPGroup):
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x.clone()))
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        return self._exchange(x.clone())[0]
+
     def minimum(self, value: int) -> int:
         return min(self._exchange(value))
 

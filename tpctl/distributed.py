@@ -89,6 +89,14 @@ class TPGroup:
             dist.all_gather(list(gathered.unbind(0)), x.contiguous())
         return gathered
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's ``x`` on every rank; the others give one of its shape and type, which may be overwritten."""
+        if self._shared is not None:
+            return self._shared.all_gather(x)[0]
+        if self.size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
     def minimum(self, value: int) -> int:
         """The smallest ``value`` over the ranks (host side)."""
         if self._shared is not None:

@@ -18,10 +18,12 @@ from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted
+from tpctl.client.guides import check_guide
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.errors import SourceError, TpctlError, shown
 from tpctl.json_file import TwoMeanings, one_meaning
+from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.sampling import SamplingParams
 
 LONGEST_LINE = 16 << 20
@@ -191,7 +193,10 @@ class JobParser:
             raise _Refused(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
         own = {name: value for name, value in entry.items() if name in SAMPLING_FIELDS}
         seed = (self._sampling["seed"] + line.number - 1) % 2**63
+        if any(name in own for name in GUIDES):  # a line's own form takes the place of all lines'
+            own = {**dict.fromkeys(GUIDES), **own}
         sampling = SamplingParams.from_dict({**self._sampling, "seed": seed, **own})
+        check_guide(sampling.guide)
         stop = _stop(entry["stop"]) if "stop" in entry else self._stop
         token_ids = self._tokenize(line, entry)
         check_length(len(token_ids), self._max_model_len)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from tpctl.distributed import TPGroup
+from tpctl.engine.guiding.guides import Guides
 from tpctl.engine.runners.runner import Launched, ModelRunner, make_plain_runner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler
@@ -26,9 +27,11 @@ class Engine:
         EngineError: the settings do not fit the model or the memory.
     """
 
-    def __init__(self, config: EngineConfig, group: TPGroup) -> None:
+    def __init__(self, config: EngineConfig, group: TPGroup, guides: Guides | None = None) -> None:
+        """``guides``: rank 0's, where requests may have grammars; they are there before their requests come."""
         self.config = config
         self.runner = make_runner(config, group)
+        self._guides = self.runner.masks.guides = guides
         self._pending: Launched | None = None
         model, memory = self.runner.loaded.config, self.runner.memory
         blocks = BlockManager(memory.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
@@ -44,6 +47,8 @@ class Engine:
             pace=self.runner.pace,
             states=StatePool(memory.num_states, blocks) if memory.num_states else None,
         )
+        if guides is not None:
+            guides.grammars.suit(model.vocab_size, model.eos_token_ids)
 
     @property
     def has_work(self) -> bool:
@@ -57,7 +62,7 @@ class Engine:
             outputs = [self.scheduler.add(request) for request in message.requests]
         elif isinstance(message, Abort):
             outputs = [self.scheduler.abort(id) for id in message.ids]
-        return [output for output in outputs if output is not None]
+        return self._told([output for output in outputs if output is not None])
 
     def step(self) -> list[Output]:
         """Start a step and take in the one before; the tokens of that one.
@@ -81,7 +86,15 @@ class Engine:
         if launched is None:
             return []
         token_ids, logprobs = self.runner.collect(launched)
-        return self.scheduler.commit(launched.batch, token_ids, logprobs)
+        return self._told(self.scheduler.commit(launched.batch, token_ids, logprobs))
+
+    def _told(self, outputs: list[Output]) -> list[Output]:
+        """Outputs as they are; the grammars of requests that have ended are no longer needed."""
+        if self._guides is not None:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._guides.drop(output.id)
+        return outputs
 
     def info(self) -> EngineInfo:
         return self.runner.info()

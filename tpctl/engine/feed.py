@@ -20,6 +20,8 @@ from dataclasses import asdict
 from typing import Any
 
 from tpctl.distributed import TPGroup
+from tpctl.engine.guiding.gate import Gate
+from tpctl.engine.guiding.guides import Guides
 from tpctl.engine.lost_hosts import Peer, leave_after, own_peer, watch
 from tpctl.wire.channel import Channel, ChannelClosed
 from tpctl.wire.messages import Message, Stop, from_wire
@@ -31,8 +33,9 @@ _HELLO_TIMEOUT = 5.0  # seconds for a connection to name the secret
 class Leader:
     """Rank 0's end: messages from the command line, passed on to the followers step by step."""
 
-    def __init__(self, group: TPGroup, channel: Channel) -> None:
+    def __init__(self, group: TPGroup, channel: Channel, guides: Guides) -> None:
         self._channel = channel
+        self._gate = Gate(guides, lambda message, text: self._inbox.put((message, text)), channel.send)
         self._inbox: queue.SimpleQueue[tuple[Message, bytes]] = queue.SimpleQueue()  # each beside its JSON
         self._ending = threading.Event()
         self._followers: list[Channel] = []
@@ -61,7 +64,7 @@ class Leader:
         try:
             while True:
                 text = self._channel.receive_json()
-                self._inbox.put((from_wire(json.loads(text)), text))
+                self._gate.take(from_wire(json.loads(text)), text)
         finally:
             # Nobody is left to work for, or what they say makes no sense; a collective may hang, so do not unwind.
             os._exit(1)

@@ -27,6 +27,8 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from tpctl.distributed import TPGroup  # noqa: E402
 from tpctl.engine.engine import Engine  # noqa: E402
 from tpctl.engine.feed import Follower, Leader  # noqa: E402
+from tpctl.engine.guiding.grammars import Grammars  # noqa: E402
+from tpctl.engine.guiding.guides import Guides  # noqa: E402
 from tpctl.engine.runners.agreement import agree  # noqa: E402
 from tpctl.engine.wait_policy import WaitPolicy, watch_waiting  # noqa: E402
 from tpctl.errors import TpctlError  # noqa: E402
@@ -86,10 +88,11 @@ def main() -> None:
     try:
         joined = time.perf_counter()
         # First, since between hosts it is by the feed that one learns of the other's end.
-        feed = Leader(group, channel) if channel is not None else Follower(group)
+        guides = Guides(Grammars(config.text_dir)) if channel is not None else None
+        feed = Leader(group, channel, guides) if channel is not None and guides is not None else Follower(group)
         if not group.one_host:
             config = agree(group, config)
-        engine = Engine(config, group)
+        engine = Engine(config, group, guides)
         timings = engine.runner.loaded.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 from tpctl.errors import RequestError, shown
+from tpctl.wire import guide
+from tpctl.wire.guide import Guide, guide_of
 
 MAX_LOGPROBS = 20
 
@@ -31,7 +33,13 @@ class SamplingParams:
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: tokens that end the answer, besides the model's own.
         logprobs: report the log-probability of the chosen token and of this many likeliest ones, as the model gives
-            them, before temperature, penalties and filters; ``None`` reports none.
+            them, before grammar, temperature, penalties and filters; ``None`` reports none.
+        response_format: "json_object", or "json_schema" with a schema, as OpenAI's interface has it (``wire.guide``).
+        regex: an expression that the whole answer matches, in the syntax of Rust's ``regex``.
+        choice: texts, of which the answer is one.
+        grammar: what the answer must be, in Lark's language, from ``start`` on. One of these four at most.
+        guide_after: the token that a thought ends with, which stands open when the answer begins: the answer's form
+            begins behind it; ``None``: with the first token.
     """
 
     temperature: float = 0.0
@@ -47,6 +55,11 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = field(default=None, hash=False)
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    guide_after: int | None = None
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -68,6 +81,10 @@ class SamplingParams:
         _check("min_tokens", self.min_tokens, self.min_tokens <= most, f"at most {most}, which is max_tokens")
         wanted = self.logprobs
         _check("logprobs", wanted, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        after = self.guide_after
+        _check("guide_after", after, after is None or 0 <= after < 2**31, "between 0 and 2^31 - 1")
+        if self.guide is not None and self.ignore_eos:
+            raise RequestError(f"ignore_eos is true beside {self.guide.name}, which says where the answer ends")
 
     @property
     def greedy(self) -> bool:
@@ -77,6 +94,11 @@ class SamplingParams:
     def penalizes(self) -> bool:
         """Whether logits depend on the tokens before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @cached_property
+    def guide(self) -> Guide | None:
+        """The grammar that the answer must follow, if any."""
+        return guide_of({name: getattr(self, name) for name in guide.NAMES})
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as a JSON-ready dictionary that ``from_dict`` reads back."""
@@ -99,6 +121,7 @@ class SamplingParams:
 
 
 _FIELDS = {field.name: field for field in fields(SamplingParams)}
+_OPTIONAL = {"logprobs", "guide_after", *guide.NAMES}
 _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 
 
@@ -111,6 +134,17 @@ def _typed(name: str, value: Any) -> Any:
         wanted = "a list of whole numbers"
         good = isinstance(value, list | tuple) and all(_is_int(v) for v in value)
         value = tuple(value) if good else value
+    elif value is None and name in _OPTIONAL:
+        return None
+    elif name == "response_format":
+        return guide.response_format(value)
+    elif name == "choice":
+        wanted = "a list of texts, none of them empty"
+        good = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(v, str) and v for v in value)
+        value = tuple(value) if good else value
+    elif name in ("regex", "grammar"):
+        wanted = "a text that is not empty"
+        good = isinstance(value, str) and value != ""
     elif name in _FLOATS:
         wanted = "a number"
         good = isinstance(value, float) or _is_int(value)
@@ -119,7 +153,7 @@ def _typed(name: str, value: Any) -> Any:
         except OverflowError:  # a whole number beyond every float
             good = False
     else:
-        good = _is_int(value) or (name == "logprobs" and value is None)
+        good = _is_int(value)
     if not good:
         raise RequestError(f"{name} is {shown(value)}, but must be {wanted}")
     return value

@@ -10,6 +10,7 @@ kernel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -97,6 +98,7 @@ class CudaRunner(ModelRunner):
         with torch.inference_mode():
             slots = self._slots.update(batch.items)
             path = SamplingPath.of(batch)
+            masks = self.masks.begin(batch) if path is SamplingPath.HOST else None
             if batch.scores:
                 self._eager(batch, slots, path)
             elif batch.num_decodes == len(batch.items) and self._graphs is not None:
@@ -107,7 +109,7 @@ class CudaRunner(ModelRunner):
             else:
                 self._eager(batch, slots, path)
             if path is SamplingPath.HOST:
-                return self._sample_on_host(batch)
+                return self._sample_on_host(batch, self.masks.finish(masks))
             self._references = {item.sequence.id: row for row, item in enumerate(batch.sampled)}
             host = self._results[self._turn]
             self._turn = (self._turn + 1) % _RING
@@ -126,10 +128,10 @@ class CudaRunner(ModelRunner):
                 raise EngineError(_LOST_PEER)
         return launched.token_ids, launched.logprobs
 
-    def _sample_on_host(self, batch: ScheduledBatch) -> Launched:
+    def _sample_on_host(self, batch: ScheduledBatch, allowed: Mapping[int, Tensor]) -> Launched:
         """The general sampler on the step's logits. It reads back as it goes; the next step waits for it."""
         self._references = {}
-        rows = sampling_rows(batch)
+        rows = sampling_rows(batch, allowed)
         token_ids, logprobs = self.sampler.sample(self._logits[: len(rows)], rows)
         if self._compute.lost_peer():
             raise EngineError(_LOST_PEER)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
+from tpctl.engine.guiding.masks import Masks
 from tpctl.engine.runners.loading import LoadedModel, load
 from tpctl.engine.runners.memory_plan import MemoryPlan, plain_budget, plan_memory
 from tpctl.engine.sampling.sampler import SamplingRow
@@ -38,6 +40,7 @@ class ModelRunner:
 
     Attributes:
         pace: how prompts are best computed beside decodes; ``None``: as fast as possible.
+        masks: which tokens grammars allow.
     """
 
     def __init__(self, loaded: LoadedModel, memory: MemoryPlan, pace: Pace | None = None) -> None:
@@ -49,6 +52,7 @@ class ModelRunner:
         self.model = loaded.model
         self.backend = loaded.backend
         self.sampler = loaded.sampler
+        self.masks = Masks(loaded.group, loaded.config.vocab_size)
         self.kv = loaded.caches(memory.num_blocks, memory.num_states)
         loaded.timings.lap("kv cache", started)
 
@@ -59,11 +63,12 @@ class ModelRunner:
     def launch(self, batch: ScheduledBatch) -> Launched:
         """Start a step. On a CPU it ends before the call does."""
         with torch.inference_mode():
+            masks = self.masks.begin(batch)
             forward = build_forward_batch(batch, self.backend.block_size, self.group.device)
             logits = self.logits(batch, forward)
             if not len(logits):
                 return Launched(batch, [])
-            token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch))
+            token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch, self.masks.finish(masks)))
             return Launched(batch, token_ids, logprobs)
 
     def logits(self, batch: ScheduledBatch, forward: ForwardBatch) -> Tensor:
@@ -146,11 +151,16 @@ def make_plain_runner(settings: EngineConfig, group: TPGroup) -> ModelRunner:
     return ModelRunner(loaded, plan_memory(loaded, plain_budget(loaded)))
 
 
-def sampling_rows(batch: ScheduledBatch) -> list[SamplingRow]:
-    """What the sampler needs for each of the batch's ``sampled``; all tokens before must be known."""
+def sampling_rows(batch: ScheduledBatch, allowed: Mapping[int, Tensor]) -> list[SamplingRow]:
+    """What the sampler needs for each of the batch's ``sampled``; all tokens before must be known.
+
+    allowed: what ``Masks`` found, by row. It has looked to ``min_tokens`` already.
+    """
     rows = []
-    for item in batch.sampled:
-        sequence = item.sequence
-        banned = sequence.stop_token_ids if item.num_generated < sequence.params.min_tokens else ()
-        rows.append(SamplingRow(sequence.params, item.end, sequence.token_ids, sequence.num_prompt_tokens, banned))
+    for row, item in enumerate(batch.sampled):
+        sequence, mask = item.sequence, allowed.get(row)
+        early = mask is None and item.num_generated < sequence.params.min_tokens
+        banned = sequence.stop_token_ids if early else ()
+        known = sequence.token_ids, sequence.num_prompt_tokens
+        rows.append(SamplingRow(sequence.params, item.end, *known, banned, mask))
     return rows

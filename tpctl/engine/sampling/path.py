@@ -18,8 +18,8 @@ class SamplingPath(Enum):
     TWO_FLOORS = "two floors"
     """A second search within what the first one leaves: top-k with top-p."""
     HOST = "host"
-    """The general sampler: penalties need the tokens so far, log-probabilities go to the host, and where an answer may
-    not end yet some tokens are banned. The next step waits for it."""
+    """The general sampler: penalties need the tokens so far, log-probabilities go to the host, grammars mask tokens by
+    those before, and where an answer may not end yet some are banned. The next step waits for it."""
 
     @classmethod
     def of(cls, batch: ScheduledBatch) -> SamplingPath:
@@ -29,7 +29,7 @@ class SamplingPath(Enum):
 
     @classmethod
     def _of(cls, params: SamplingParams, num_generated: int) -> SamplingPath:
-        if params.penalizes or params.logprobs is not None or num_generated < params.min_tokens:
+        if params.penalizes or params.logprobs is not None or num_generated < params.min_tokens or params.guide:
             return cls.HOST
         if params.greedy or not (params.top_k or params.top_p < 1 or params.min_p):
             return cls.DIRECT

@@ -21,7 +21,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
 from tpctl.engine.sampling.logprobs import report_logprobs
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
-from tpctl.engine.scheduling.sequence import NOT_FINITE
+from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED
 from tpctl.partition.cuts import Range
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
@@ -33,7 +33,8 @@ class SamplingRow:
 
     ``position`` is the place in the sequence that the sampled token will take; ``history`` all tokens before it, of
     which the first ``num_prompt_tokens`` are the prompt's (read only where a penalty is set). ``banned``: tokens that
-    may not come here.
+    may not come here. ``allowed``: int32 [W + 1] on the device: a bit for each token of the vocabulary, the lowest
+    first, that may come here, then 0; or not 0, where none can be chosen.
     """
 
     params: SamplingParams
@@ -41,6 +42,7 @@ class SamplingRow:
     history: SequenceType[int] = ()
     num_prompt_tokens: int = 0
     banned: Collection[int] = ()
+    allowed: Tensor | None = None
 
 
 class Sampler:
@@ -80,7 +82,8 @@ class Sampler:
     ) -> tuple[list[int], list[TokenLogprob | None] | None]:
         """Token ids, one a row, the same on every rank; and log-probabilities where any row wants them.
 
-        A row whose scores hold NaN, or whose best one is infinite, gets ``NOT_FINITE``.
+        A row whose scores hold NaN, or whose best one is infinite, gets ``NOT_FINITE``; one of which ``allowed`` says
+        that none can be chosen, ``REFUSED``.
 
         Args:
             logits_RV: this rank's logits in any float dtype, padding columns included.
@@ -106,20 +109,24 @@ class Sampler:
         params = [row.params for row in rows]
         penalized = [index for index, p in enumerate(params) if p.penalizes]
         banned = [index for index, row in enumerate(rows) if row.banned]
-        if all(p.greedy and p.logprobs is None for p in params) and not penalized and not banned:
+        masked = [index for index, row in enumerate(rows) if row.allowed is not None]
+        changed = penalized or banned or masked
+        if all(p.greedy and p.logprobs is None for p in params) and not changed:
             best, ids = self._local_best(logits)  # float32 would order them alike: spare the copy
             return self._winners(best, ids).tolist(), None
         raw = logits = logits.float()
-        if penalized or banned:
+        refused = None
+        if changed:
             logits = logits.clone()
             self._penalize(logits, rows, penalized)
             self._ban(logits, rows, banned)
+            refused = self._mask(logits, rows, masked) if masked else None
         if all(p.greedy for p in params):
             best, ids = self._local_best(logits)
         else:
             best, ids = self._sampled_best(logits, rows)
         token_ids = self._winners(best, ids)
-        tokens: list[int] = token_ids.tolist()
+        tokens: list[int] = (token_ids if refused is None else token_ids.masked_fill(refused, REFUSED)).tolist()
         if all(p.logprobs is None for p in params):
             return tokens, None
         return tokens, report_logprobs(raw, token_ids, self.first, self.widest, params, self.group)
@@ -189,6 +196,19 @@ class Sampler:
             # NaN and infinity stay: they tell that the row is broken.
             logits[at] = torch.where(values < float("inf"), float("-inf"), values)
 
+    def _mask(self, logits: Tensor, rows: SequenceType[SamplingRow], which: SequenceType[int]) -> Tensor:
+        """Let only allowed tokens win in the rows ``which``, in place; of all rows, bool [R], which have none."""
+        words = torch.stack([allowed for index in which if (allowed := rows[index].allowed) is not None])
+        at = torch.tensor(which, device=logits.device)
+        if self.real:
+            values = logits[at]
+            # NaN and infinity stay: they tell that the row is broken.
+            out = ~held_bits(words, self.first, self.real) & (values < float("inf"))
+            logits[at] = values.masked_fill(out, float("-inf"))
+        refused = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+        refused[at] = words[:, -1] != 0
+        return refused
+
     def _sampled_best(self, logits: Tensor, rows: SequenceType[SamplingRow]) -> tuple[Tensor, Tensor]:
         device = logits.device
         params = [row.params for row in rows]
@@ -202,6 +222,7 @@ class Sampler:
             floor[at] = nucleus_floor(scaled[at], [params[i] for i in nucleus], self.group, self.widest)
         if any(p.min_p and not p.greedy for p in params):
             floor = torch.maximum(floor, min_p_floor(scaled, params, self.group))
+        floor.clamp_(min=torch.finfo(floor.dtype).min)  # what is masked out is never kept
 
         best, ids = self._local_best(scaled)
         keys = torch.tensor([noise_keys(row.params.seed, row.position) for row in rows], device=device)
@@ -227,6 +248,14 @@ class Sampler:
         scores.masked_fill_(values < floor.unsqueeze(1), float("-inf"))
         index = scores.argmax(-1, keepdim=True)
         return scores.gather(-1, index).squeeze(-1), ids.gather(-1, index).squeeze(-1)
+
+
+def held_bits(words_GW: Tensor, first: int, count: int) -> Tensor:
+    """bool [G, count]: the bits from ``first`` on of int32 words, the lowest of each first."""
+    bytes_GB = words_GW.view(torch.uint8)[:, first >> 3 : (first + count + 7) >> 3]
+    shifts = torch.arange(8, dtype=torch.uint8, device=words_GW.device)
+    bits = (bytes_GB.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(1)[:, first & 7 : (first & 7) + count].bool()
 
 
 def _argmax(scores_RV: Tensor, width: int = 256) -> Tensor:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.pacing import Pace, Pacer
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
+from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED, Sequence
 from tpctl.engine.scheduling.states import StatePool
 from tpctl.errors import shorten
 from tpctl.wire.messages import Output, Request
@@ -201,6 +201,10 @@ class Scheduler:
                 continue
             if token == NOT_FINITE:
                 outputs += self._take_back(sequence)
+                continue
+            if token == REFUSED:
+                self._finish(sequence)
+                outputs.append(Output(sequence.id, [], "error", sequence.problem))
                 continue
             sequence.token_ids.append(token)
             self.stats.generated_tokens += 1

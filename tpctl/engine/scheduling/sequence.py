@@ -8,6 +8,9 @@ from tpctl.wire.scoring import Scoring, TokenScore
 NOT_FINITE = -2
 """What stands for the token of a row whose scores are NaN, or whose best one is infinite (``kernels.common.noise``)."""
 
+REFUSED = -3
+"""What stands for the token of a row that has a grammar and can be given none; why, rank 0's sequence says."""
+
 
 class Sequence:
     """A prompt and the tokens generated so far.
@@ -37,6 +40,7 @@ class Sequence:
         state_digest: the hash under which its state was last kept while it answers.
         scoring: that its prompt's tokens are scored, for which all of them must be computed.
         scores: those there are, by the place of the token.
+        problem: why it can be given no token, on rank 0.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Sequence:
         self.state_digest = b""
         self.scoring = scoring
         self.scores: dict[int, TokenScore] = {}
+        self.problem: str | None = None
 
     def __repr__(self) -> str:
         return f"Sequence({self.id!r}, {len(self.token_ids)} tokens, {self.num_computed_tokens} computed)"

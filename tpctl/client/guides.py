@@ -1,0 +1,107 @@
+"""What llguidance makes of a grammar, and whether it takes it: for the front, which refuses early, and for rank 0.
+
+https://github.com/guidance-ai/llguidance. Its own limits bound what a grammar costs: fuel for regular expressions,
+items and states of the parser. Rules that name each other in a long chain it follows by recursion, so its calls are
+made by threads with room for as many as a grammar of ``MOST_CHARACTERS`` can have.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+
+from tpctl.errors import RequestError, shorten
+from tpctl.wire.guide import Guide
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+T = TypeVar("T")
+
+WHITESPACE = r"( |\n[ \t]{0,40})"
+"""Between the parts of JSON, none or this. Small models that may go on with it for ever do."""
+
+_STACK = 1 << 30  # bytes of addresses; what is not used takes no memory
+_stack_lock = threading.Lock()
+
+
+def check_guide(guide: Guide | None) -> None:
+    """Refuse a grammar that cannot be used, before an engine is asked.
+
+    Raises:
+        RequestError: llguidance is not installed, or does not take it.
+    """
+    if guide is not None and (problem := _problem(guide)) is not None:
+        raise RequestError(f"{guide.name}: {problem}")
+
+
+def grammar_text(guide: Guide) -> str:
+    """A grammar in the form that llguidance's classes take.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise RequestError(
+            f"{guide.name} needs the llguidance package; install it: pip install 'tpctl[guided]'"
+        ) from None
+    if guide.kind == "json":
+        options = {"whitespace_pattern": WHITESPACE, **({"lenient": True} if guide.lenient else {})}
+        return LLMatcher.grammar_from_json_schema(guide.text, overrides=options)  # type: ignore[arg-type]
+    if guide.kind == "regex":
+        return LLMatcher.grammar_from_regex(guide.text)
+    if guide.kind == "choice":
+        texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(guide.text))
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
+    return LLMatcher.grammar_from_lark(guide.text)
+
+
+def parser_limits() -> LLParserLimits:
+    """What a grammar may take: some 100 MB and, at a step, some tens of milliseconds, at most."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+
+def said(message: str) -> str:
+    """llguidance's words on one line."""
+    return shorten(" ".join(message.split()), 300)
+
+
+def deep_thread(work: Callable[[], None], name: str) -> threading.Thread:
+    """A thread, started, that may recurse as deeply as grammars make it."""
+    with _stack_lock:
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=work, name=name, daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return thread
+
+
+@lru_cache(maxsize=1024)
+def _problem(guide: Guide) -> str | None:
+    """Why a grammar is not taken; ``None``: it is. Lines of a batch mostly have the same."""
+    from_thread: Future[str | None] = Future()
+
+    def work() -> None:
+        try:
+            from llguidance import LLMatcher
+
+            failed, messages = LLMatcher.validate_grammar_with_warnings(grammar_text(guide), limits=parser_limits())
+            from_thread.set_result(said(messages[0]) if failed else None)
+        except RequestError as error:
+            from_thread.set_exception(error)
+        except BaseException as error:  # a panic of the library is no Exception
+            from_thread.set_result(said(f"{type(error).__name__}: {error}"))
+
+    grammar_text(guide)  # whether it is installed, told as it is
+    deep_thread(work, "tpctl-grammar")
+    return from_thread.result()

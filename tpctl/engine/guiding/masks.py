@@ -1,0 +1,58 @@
+"""Which tokens a step's rows may be given, on every rank: found on rank 0's host while its device computes."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpctl.distributed import TPGroup
+from tpctl.engine.guiding.guides import Guides, Words
+from tpctl.engine.scheduling.scheduled import ScheduledBatch
+
+
+@dataclass
+class _Pending:
+    """Of a step: which of its ``sampled`` have grammars, and on rank 0 what is being found for them."""
+
+    rows: list[int]
+    words: Words | None = None
+    found: list[Future[None]] | None = None
+
+
+class Masks:
+    """One rank's. ``guides``: rank 0's."""
+
+    def __init__(self, group: TPGroup, vocab_size: int) -> None:
+        self.guides: Guides | None = None
+        self._group = group
+        self._width = -(-vocab_size // 32) + 1
+
+    def begin(self, batch: ScheduledBatch) -> _Pending | None:
+        """Start to find what a step's rows may be given; ``None``: none has a grammar. Waits for nothing."""
+        rows = [row for row, item in enumerate(batch.sampled) if item.sequence.params.guide is not None]
+        if not rows:
+            return None
+        pending = _Pending(rows)
+        if self._group.rank == 0:
+            assert self.guides is not None
+            pending.words = np.empty((len(rows), self._width), dtype=np.uint32)
+            pending.found = self.guides.begin([batch.sampled[row] for row in rows], pending.words)
+        return pending
+
+    def finish(self, pending: _Pending | None) -> dict[int, Tensor]:
+        """What was found (collective where there is something), by row: int32 [W + 1] on the device, as
+        ``SamplingRow.allowed`` has it."""
+        if pending is None:
+            return {}
+        device = self._group.device
+        if pending.words is None or pending.found is None:
+            words = torch.empty((len(pending.rows), self._width), dtype=torch.int32, device=device)
+        else:
+            for future in pending.found:
+                future.result()
+            words = torch.from_numpy(pending.words.view(np.int32)).to(device)
+        return dict(zip(pending.rows, self._group.broadcast(words).unbind(0), strict=True))
