@@ -104,7 +104,7 @@ def test_a_file_of_the_clients_types_goes_in_and_they_read_what_comes_out(tokeni
         (line("x", chat("a"), priority=1), "unknown field 'priority'; known: body, custom_id, method, url"),
         (line(5, chat("a")), "custom_id is 5, but must be a string"),
         (line(None, chat("a")), "has no custom_id"),
-        (line("x", chat("a", response_format={"type": "json_object"})), 'response_format is {"type": "json_object"}'),
+        (line("x", chat("a", response_format={"type": "json"})), 'response_format: type is "json", but must be "text"'),
         (line("x", chat("a", tools=[{"type": "function"}])), 'tools is [{"type": "function"}], which tpctl cannot do'),
         (line("x", chat("a", tool_choice="required")), 'tool_choice is "required"'),
         (line("x", chat("a", logit_bias={"5": 1})), "logit_bias is"),

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 
 from tpctl.engine import feed
 from tpctl.engine.feed import Follower, Leader
+from tpctl.engine.guiding.grammars import Grammars
+from tpctl.engine.guiding.guides import Guides
 from tpctl.wire.channel import Channel
 from tpctl.wire.messages import Abort, Message, Stop
 
@@ -46,7 +49,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
     threads = [threading.Thread(target=lambda: followers.append(Follower(ranks))) for _ in range(RANKS - 1)]
     for thread in threads:
         thread.start()
-    leader = Leader(ranks, Channel(other))
+    leader = Leader(ranks, Channel(other), Guides(Grammars(Path("nowhere"))))
     for thread in threads:
         thread.join()
     front = Channel(one)

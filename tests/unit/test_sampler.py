@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.ranks import run_ranks
 from tpctl.distributed import TPGroup
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
+from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED
 from tpctl.partition.cuts import Range, Vocab
 from tpctl.wire.sampling import SamplingParams
 
@@ -198,3 +201,49 @@ def test_greedy_takes_the_lowest_of_equal_logits(columns: int, dtype: torch.dtyp
     tokens, _ = Sampler(TPGroup(), [Range(0, columns)], columns).sample(logits, rows)
     expected = [row.index(max(row)) for row in logits.tolist()]
     assert tokens == expected
+
+
+def allowing(ids: list[int], refused: bool = False) -> torch.Tensor:
+    """A row's ``allowed``, of these tokens."""
+    bits = torch.zeros(-(-VOCAB // 32) * 32, dtype=torch.int64)
+    bits[ids] = 1
+    words = (bits.view(-1, 32) << torch.arange(32)).sum(-1)
+    return torch.cat([words, torch.tensor([int(refused)])]).to(torch.int32)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 5, 7])
+def test_only_what_a_mask_allows_is_chosen_on_any_rank(tp_size: int) -> None:
+    """Rows without one are chosen as if there were none; each mask leaves the distribution over what it allows."""
+    torch.manual_seed(1)
+    for position in range(10):
+        logits = torch.randn(len(MIXED), VOCAB) * 3
+        sets = [torch.randperm(VOCAB)[: 1 + 7 * row].tolist() for row in range(len(MIXED))]
+        free = [SamplingRow(p, position, [1, 2, 3, 250, 251]) for p in MIXED]
+        rows = [
+            replace(row, allowed=allowing(ids)) if at % 3 else row
+            for at, (row, ids) in enumerate(zip(free, sets, strict=True))
+        ]
+        tokens, logprobs = sample(logits, rows, tp_size)
+        without, raw = sample(logits, free, 1)
+        for at, ids in enumerate(sets):
+            assert tokens[at] in ids if at % 3 else tokens[at] == without[at]
+        kept = torch.full_like(logits, float("-inf"))
+        for at, ids in enumerate(sets):
+            kept[at, ids if at % 3 else slice(None)] = logits[at, ids if at % 3 else slice(None)]
+        assert tokens == sample(kept, free, 1)[0]
+        for mine, theirs in zip(logprobs or [], raw or [], strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:  # of the model's own distribution
+                assert [pair[0] for pair in mine[1]] == [pair[0] for pair in theirs[1]]
+
+
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_masked_rows_may_be_broken_or_refused(tp_size: int) -> None:
+    logits = torch.randn(4, VOCAB)
+    logits[1, 250] = float("nan")
+    logits[2] = float("-inf")
+    ways = [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=3)]
+    for params in ways:
+        masks = [allowing([5, 6], refused=True), allowing([7]), allowing([8]), allowing([299])]
+        rows = [SamplingRow(params, 3, allowed=mask) for mask in masks]
+        assert sample(logits, rows, tp_size)[0] == [REFUSED, NOT_FINITE, NOT_FINITE, 299]

@@ -9,9 +9,10 @@ from typing import Any
 from tpctl.client.conversation import Conversation
 from tpctl.client.tokenizer import check_text
 from tpctl.errors import RequestError, shown
+from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.sampling import SamplingParams
 
-_HIDDEN = ("logprobs",)  # a chat does not show them
+_HIDDEN = ("logprobs", "guide_after", *GUIDES)  # a chat does not show the first; --json-schema sets one of the last
 NAMES = (*(field.name for field in fields(SamplingParams) if field.name not in _HIDDEN), "stop")
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)} | {"max_tokens": None}
 # What ollama and llama.cpp call the same.

@@ -187,7 +187,8 @@ class DistributionOptions:
 
     def given(self) -> dict[str, Any]:
         """The fields of ``SamplingParams`` that were set, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stop"}
+        left_out = ("stop", "json_schema")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self, defaults: Mapping[str, Any] | None = None) -> None:
@@ -221,11 +222,46 @@ class SamplingOptions(DistributionOptions):
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. Repeatable.")
     ] = None
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON Schema that answers follow. Needs tpctl[guided].")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        found = super().given()
+        return found if self.json_schema is None else {**found, "response_format": read_schema(self.json_schema)}
 
     def check(self, defaults: Mapping[str, Any] | None = None) -> None:
         super().check(defaults)
         if "" in (self.stop or ()):
             raise UsageError("--stop is empty; give the text that ends an answer")
+
+
+def read_schema(file: Path) -> dict[str, Any]:
+    """The ``response_format`` of a schema.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no schema that can be enforced.
+    """
+    from tpctl.client.guides import check_guide
+    from tpctl.wire.guide import of_schema
+    from tpctl.wire.sampling import SamplingParams
+
+    try:
+        schema = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=one_meaning)
+    except OSError as error:
+        raise UsageError(f"--json-schema: cannot read {file}: {error.strerror}") from None
+    except TwoMeanings as error:
+        raise UsageError(f"--json-schema {file}: {error}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"--json-schema {file}: the file is not valid JSON") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"--json-schema {file} holds {shown(schema)}, but must hold a JSON object")
+    asked = of_schema(schema)
+    try:
+        check_guide(SamplingParams(response_format=asked).guide)
+    except RequestError as error:
+        raise UsageError(f"--json-schema {file}{str(error).removeprefix('response_format')}") from None
+    return asked
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tpctl.client.chat_messages import REASONING
 from tpctl.client.engine_client import EngineClient
+from tpctl.client.guides import guided
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError, RequestError
@@ -222,8 +223,9 @@ class Conversation:
         # One token more than there is room for: the engine ends the answer there, and says why.
         most = min(sampling.get("max_tokens", room + 1), room + 1)
         values = {**sampling, "max_tokens": most, "min_tokens": min(sampling.get("min_tokens", 0), most)}
-        request = Request(f"turn-{next(self._requests)}", token_ids, SamplingParams.from_dict(values))
-        least, form = request.sampling.min_tokens, self._tokenizer.reasoning
+        form = self._tokenizer.reasoning
+        wanted = guided(SamplingParams.from_dict(values), self._tokenizer, token_ids, form)
+        request, least = Request(f"turn-{next(self._requests)}", token_ids, wanted), wanted.min_tokens
         stream = TextStream(self._tokenizer, self._stop, token_ids, least, form)
         note: str | None = None
         started = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from tpctl.errors import RequestError, shown
 from tpctl.wire.sampling import SamplingParams
 
-SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {"guide_after"}
 FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | SAMPLING_FIELDS
 
 ALL = "all"

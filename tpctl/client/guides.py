@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
+from tpctl.client.reasoning import Form, Tags
+from tpctl.client.reasoning_stream import begins_in_thought
+from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError, shorten
 from tpctl.wire.guide import Guide
+from tpctl.wire.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -39,6 +44,27 @@ def check_guide(guide: Guide | None) -> None:
         raise RequestError(f"{guide.name}: {problem}")
 
 
+def guided(sampling: SamplingParams, tokenizer: Tokenizer, prompt: Sequence[int], form: Form | None) -> SamplingParams:
+    """Sampling for the answer to a conversation, whose form begins where a thought ends that the template has opened.
+
+    Where none is open the answer has no thoughts, which are no part of its form.
+
+    Raises:
+        RequestError: as ``check_guide``; or it is not known where a thought ends.
+    """
+    check_guide(sampling.guide)
+    if sampling.guide is None or form is None:
+        return sampling
+    name = sampling.guide.name
+    if not isinstance(form, Tags):
+        raise RequestError(f"{name}: answers of this model are several messages (harmony), which tpctl cannot form yet")
+    if not begins_in_thought(tokenizer, prompt, form):
+        return sampling
+    if form.ids is None:
+        raise RequestError(f"{name}: the model thinks before it answers, and {form.close} is no token of its own")
+    return replace(sampling, guide_after=form.ids[1])
+
+
 def grammar_text(guide: Guide) -> str:
     """A grammar in the form that llguidance's classes take.
 
@@ -46,7 +72,7 @@ def grammar_text(guide: Guide) -> str:
         RequestError: it is not installed.
     """
     try:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, regex_to_lark
     except ImportError:
         raise RequestError(
             f"{guide.name} needs the llguidance package; install it: pip install 'tpctl[guided]'"
@@ -55,7 +81,8 @@ def grammar_text(guide: Guide) -> str:
         options = {"whitespace_pattern": WHITESPACE, **({"lenient": True} if guide.lenient else {})}
         return LLMatcher.grammar_from_json_schema(guide.text, overrides=options)  # type: ignore[arg-type]
     if guide.kind == "regex":
-        return LLMatcher.grammar_from_regex(guide.text)
+        # By itself \d would also be the digits of other scripts.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(guide.text, 'd')}/")
     if guide.kind == "choice":
         texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(guide.text))
         return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))

@@ -18,7 +18,7 @@ from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted
-from tpctl.client.guides import check_guide
+from tpctl.client.guides import guided
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.errors import SourceError, TpctlError, shown
@@ -196,10 +196,11 @@ class JobParser:
         if any(name in own for name in GUIDES):  # a line's own form takes the place of all lines'
             own = {**dict.fromkeys(GUIDES), **own}
         sampling = SamplingParams.from_dict({**self._sampling, "seed": seed, **own})
-        check_guide(sampling.guide)
         stop = _stop(entry["stop"]) if "stop" in entry else self._stop
         token_ids = self._tokenize(line, entry)
         check_length(len(token_ids), self._max_model_len)
+        form = self._tokenizer.reasoning if sampling.guide and "messages" in entry else None
+        sampling = guided(sampling, self._tokenizer, token_ids, form)
         return Job(line, id, token_ids, sampling, stop, "messages" in entry, wanted.choices, beside)
 
     def _tokenize(self, line: Line, entry: Mapping[str, Any]) -> list[int]:

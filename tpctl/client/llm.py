@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tpctl.client.chat_messages import Message, check_messages
 from tpctl.client.engine_client import EngineClient
-from tpctl.client.guides import check_guide
+from tpctl.client.guides import guided
 from tpctl.client.prepare import EngineArgs, prepare
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
@@ -173,8 +173,8 @@ class LLM:
             raise RequestError(f"stop is {shown(stop)}, but must be a text that is not empty, or a list of such")
         if wrong := [params for params in sampling if not isinstance(params, SamplingParams)]:
             raise RequestError(f"the sampling is {shown(wrong[0])}, but must be SamplingParams")
-        for params in sampling:
-            check_guide(params.guide)
+        pairs = zip(prompts, sampling, strict=True)
+        sampling = [guided(params, self.tokenizer, prompt, form) for prompt, params in pairs]
         requests = [Request(str(n), *pair) for n, pair in enumerate(zip(prompts, sampling, strict=True))]
         streams = {
             request.id: TextStream(self.tokenizer, stops, request.token_ids, request.sampling.min_tokens, form)

@@ -42,12 +42,19 @@ def splitter(tokenizer: Tokenizer, prompt: Sequence[int], form: Form | None) -> 
         return _Whole(text)
     if isinstance(form, Harmony):
         return _HarmonySplitter(text, form)
+    return _TagSplitter(text, form, _place(tokenizer, prompt, form))
+
+
+def begins_in_thought(tokenizer: Tokenizer, prompt: Sequence[int], form: Tags) -> bool:
+    """Whether the answer that follows ``prompt`` begins in a thought, which its template has opened."""
+    return _place(tokenizer, prompt, form) is _Place.reasoning
+
+
+def _place(tokenizer: Tokenizer, prompt: Sequence[int], form: Tags) -> _Place:
     tail = tokenizer.decode(prompt[-_TAIL:], skip_special=False).rstrip()
     if tail.endswith((form.open + form.label).rstrip()):
-        place = _Place.reasoning
-    else:
-        place = _Place.answer if tail.endswith(form.close) else _Place.opening
-    return _TagSplitter(text, form, place)
+        return _Place.reasoning
+    return _Place.answer if tail.endswith(form.close) else _Place.opening
 
 
 def overlap(text: str, string: str) -> int:

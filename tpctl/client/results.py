@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 from tpctl.client.disk import writing
 from tpctl.client.jobs import Line
-from tpctl.errors import OutputError, RequestError, UsageError
+from tpctl.errors import OutputError, RequestError, UsageError, shown
 
 _VERSION = 1
 
@@ -277,13 +277,19 @@ def _options(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The options that differ, as they were and are."""
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return ", ".join(
-        f"--{name.replace('_', '-')} {_value(before.get(name, 'left out'))} (now {_value(after.get(name, 'left out'))})"
+        f"{_option(name)} {_value(before.get(name, 'left out'))} (now {_value(after.get(name, 'left out'))})"
         for name in names
     )
 
 
+def _option(name: str) -> str:
+    return "--json-schema" if name == "response_format" else f"--{name.replace('_', '-')}"
+
+
 def _value(value: Any) -> Any:
-    """A value as it is typed."""
+    """A value as it is typed, or, of a schema, as it begins."""
+    if isinstance(value, dict):
+        return shown(value.get("json_schema", {}).get("schema", value))
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -35,7 +35,7 @@ class SamplingParams:
         logprobs: report the log-probability of the chosen token and of this many likeliest ones, as the model gives
             them, before grammar, temperature, penalties and filters; ``None`` reports none.
         response_format: "json_object", or "json_schema" with a schema, as OpenAI's interface has it (``wire.guide``).
-        regex: an expression that the whole answer matches, in the syntax of Rust's ``regex``.
+        regex: an expression that the whole answer matches, in the syntax of Rust's ``regex``, whose digits are ASCII.
         choice: texts, of which the answer is one.
         grammar: what the answer must be, in Lark's language, from ``start`` on. One of these four at most.
         guide_after: the token that a thought ends with, which stands open when the answer begins: the answer's form

@@ -41,7 +41,6 @@ _NOT_ASKED: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "stream": (False,),
     "stream_options": (),
     "logit_bias": ({},),

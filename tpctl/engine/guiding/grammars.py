@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tpctl.client.guides import grammar_text, parser_limits, said
 from tpctl.errors import RequestError
@@ -71,7 +71,8 @@ class Grammars:
         ends = [id for id in self.end_ids if id < self.vocab_size]
         if not ends:
             raise RequestError("the model has no token that ends an answer, so an answer's form cannot be kept to")
-        return LLTokenizer(_Wrapped(vocabulary.tokens, vocabulary.special, vocabulary.encode, ends[0]), eos_token=ends)
+        wrapped: Any = _Wrapped(vocabulary.tokens, vocabulary.special, vocabulary.encode, ends[0])
+        return LLTokenizer(wrapped, eos_token=ends)
 
 
 class _Wrapped:

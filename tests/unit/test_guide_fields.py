@@ -1,0 +1,123 @@
+"""What requests may ask for: fields that say which form an answer has, and what is no such field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tpctl.client.guides import check_guide
+from tpctl.errors import RequestError
+from tpctl.wire.guide import MOST_CHARACTERS, of_schema
+from tpctl.wire.sampling import SamplingParams
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "integer"}}}
+GOOD: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True, "name": "x"}}},
+    {"regex": "a|b"},
+    {"choice": ["yes", "no"]},
+    {"grammar": 'start: "a"'},
+]
+
+
+@pytest.mark.parametrize("fields", GOOD)
+def test_fields_travel_and_come_back(fields: dict[str, Any]) -> None:
+    params = SamplingParams.from_dict({**fields, "max_tokens": 7})
+    again = SamplingParams.from_dict(json.loads(json.dumps(params.to_dict())))
+    assert again == params and again.guide == params.guide is not None
+    hash(params)
+    check_guide(params.guide)
+
+
+def test_what_asks_for_no_form() -> None:
+    assert SamplingParams(response_format={"type": "text"}).guide is None
+    assert SamplingParams.from_dict(dict.fromkeys(("response_format", "regex", "choice", "grammar"))).guide is None
+
+
+def test_properties_keep_their_order() -> None:
+    guide = SamplingParams(response_format=of_schema(SCHEMA)).guide
+    assert guide is not None and guide.text.index('"b"') < guide.text.index('"a"')
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"response_format": "json_object"}, 'response_format is "json_object", but must be a JSON object'),
+        ({"response_format": {"type": "xml"}}, 'response_format: type is "xml", but must be "text", "json_object"'),
+        ({"response_format": {}}, "response_format: type is null, but must be"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, 'unknown field "schema" beside type'),
+        ({"response_format": {"type": "json_schema"}}, "json_schema is null, but must be a JSON object with a schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema is null"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}}, "strict is 1"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": 1}}}, "name is 1"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "n": 1}}}, 'unknown field "n"'),
+        ({"regex": ""}, 'regex is "", but must be a text that is not empty'),
+        ({"grammar": 5}, "grammar is 5, but must be a text that is not empty"),
+        ({"choice": []}, "choice is [], but must be a list of texts, none of them empty"),
+        ({"choice": ["a", ""]}, 'choice is ["a", ""], but must be a list of texts'),
+        ({"choice": "ab"}, 'choice is "ab", but must be a list of texts'),
+        ({"regex": "a", "choice": ["a"]}, "regex and choice are both set; an answer can have one form"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos is true beside regex, which says where the answer ends"),
+        ({"regex": "a\ud800"}, "regex is not valid Unicode"),
+        ({"choice": ["a" * MOST_CHARACTERS]}, f"but at most {MOST_CHARACTERS} are taken"),
+        ({"guide_after": -1}, "guide_after is -1, but must be between 0 and 2^31 - 1"),
+    ],
+)
+def test_what_is_no_such_field_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams.from_dict(fields)
+    assert said in str(caught.value)
+
+
+def chain(length: int) -> dict[str, Any]:
+    """Definitions that name each other in a row."""
+    definitions = {f"a{at}": {"$ref": f"#/$defs/a{at + 1}"} for at in range(length)}
+    return {"$ref": "#/$defs/a0", "$defs": {**definitions, f"a{length}": {"type": "null"}}}
+
+
+def rules(length: int) -> str:
+    return "start: a0\n" + "\n".join(f"a{at}: a{at + 1}" for at in range(length)) + f'\na{length}: "x"'
+
+
+def deep(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(depth):
+        schema = {"allOf": [schema]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"regex": "(["}, "regex: at 1(8): invalid regex"),
+        ({"regex": "(?=a)b"}, "regex: at 1(8): invalid regex"),
+        ({"regex": "(" * 5000 + "a" + ")" * 5000}, "regex: "),
+        ({"grammar": "start: nothing"}, 'grammar: at 1(8): unknown name: "nothing"'),
+        ({"grammar": "begin: /a/"}, "grammar: "),
+        ({"grammar": "start: " + "(" * 9000 + '"a"' + ")" * 9000}, "grammar: 1(37): lark grammar too deeply nested"),
+        ({"response_format": of_schema({"type": "objekt"})}, "response_format: Invalid type: objekt"),
+        ({"response_format": of_schema({"unevaluatedProperties": False})}, "response_format: Unimplemented keys"),
+        ({"response_format": of_schema({"$ref": "https://example.org/x.json"})}, "response_format: Resource"),
+        ({"response_format": of_schema({"$ref": "#/$defs/none"})}, "response_format: "),
+        ({"response_format": of_schema(deep(100))}, "response_format: recursion limit exceeded"),
+        ({"response_format": of_schema({"type": "integer", "minimum": 5, "maximum": 4})}, "response_format: "),
+    ],
+)
+def test_grammars_that_are_none_are_refused_by_name(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_guide(SamplingParams.from_dict(fields).guide)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"grammar": rules(15000)}, {"response_format": of_schema(chain(7000))}])
+def test_long_chains_are_followed_and_no_process_ends(fields: dict[str, Any]) -> None:
+    """By recursion, for which an ordinary thread has no room."""
+    check_guide(SamplingParams.from_dict(fields).guide)
+
+
+def test_what_cannot_be_enforced_may_be_left_out() -> None:
+    asked = {"type": "object", "properties": {"a": {"type": "null"}}, "unevaluatedProperties": False}
+    form = {"type": "json_schema", "json_schema": {"schema": asked, "strict": False}}
+    check_guide(SamplingParams(response_format=form).guide)
