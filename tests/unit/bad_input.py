@@ -343,6 +343,8 @@ CASES = [
         "chat x -m hi --attention-backend flash", "'flash' is not one of 'auto', 'sdpa', 'triton', 'flash-attn'", code=2
     ),
     Case("chat x --stop=", "--stop is empty", code=2),
+    Case("chat x --json-schema absent", "--json-schema: cannot read absent: No such file or directory", code=2),
+    Case("batch x --json-schema prompts.jsonl", "--json-schema prompts.jsonl", code=2),
     Case("shard x", "issing option '--tp'; see `tpctl shard --help`", code=2),
     Case("shard x --nope", "no such option: --nope", code=2),
     Case("shard model --tp 2 --ranks 2", "rank 2 does not exist at tp 2; ranks are 0 to 1"),

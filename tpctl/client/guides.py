@@ -69,7 +69,7 @@ def grammar_text(guide: Guide) -> str:
     """A grammar in the form that llguidance's classes take.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: it is not installed, or takes no such schema.
     """
     try:
         from llguidance import LLMatcher, regex_to_lark
@@ -79,7 +79,10 @@ def grammar_text(guide: Guide) -> str:
         ) from None
     if guide.kind == "json":
         options = {"whitespace_pattern": WHITESPACE, **({"lenient": True} if guide.lenient else {})}
-        return LLMatcher.grammar_from_json_schema(guide.text, overrides=options)  # type: ignore[arg-type]
+        try:
+            return LLMatcher.grammar_from_json_schema(guide.text, overrides=options)  # type: ignore[arg-type]
+        except ValueError as error:  # nested too deeply
+            raise RequestError(f"{guide.name}: {said(str(error))}") from None
     if guide.kind == "regex":
         # By itself \d would also be the digits of other scripts.
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(guide.text, 'd')}/")
@@ -124,11 +127,10 @@ def _problem(guide: Guide) -> str | None:
 
             failed, messages = LLMatcher.validate_grammar_with_warnings(grammar_text(guide), limits=parser_limits())
             from_thread.set_result(said(messages[0]) if failed else None)
-        except RequestError as error:
+        except RequestError as error:  # told as it is
             from_thread.set_exception(error)
         except BaseException as error:  # a panic of the library is no Exception
             from_thread.set_result(said(f"{type(error).__name__}: {error}"))
 
-    grammar_text(guide)  # whether it is installed, told as it is
     deep_thread(work, "tpctl-grammar")
     return from_thread.result()

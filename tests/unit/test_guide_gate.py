@@ -1,0 +1,120 @@
+"""Requests wait for their grammars; others do not wait for them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tpctl.engine.guiding.gate import Gate
+from tpctl.errors import RequestError
+from tpctl.wire.guide import Guide
+from tpctl.wire.messages import Abort, Add, Message, Outputs, Request, Stop, from_wire, to_wire
+from tpctl.wire.sampling import SamplingParams
+
+
+class Slow:
+    """In the place of ``Grammars``: each takes until it is ``let``; "bad" is none, "panic" more than an error."""
+
+    def __init__(self) -> None:
+        self.let = threading.Semaphore(0)
+        self.ready: set[Guide] = set()
+
+    def is_ready(self, guide: Guide) -> bool:
+        return guide in self.ready
+
+    def matcher(self, guide: Guide) -> str:
+        if guide not in self.ready:
+            assert self.let.acquire(timeout=30)
+        if guide.text == "bad":
+            raise RequestError("regex: it is bad")
+        if guide.text == "panic":
+            raise KeyboardInterrupt("the library's")
+        self.ready.add(guide)
+        return guide.text
+
+
+class Seen:
+    """A gate, and what came through it, in order."""
+
+    def __init__(self) -> None:
+        self.grammars, self.opened = Slow(), dict[str, Any]()
+        self.events: list[Message] = []
+        self.gate = Gate(self, self.passed, self.events.append)  # this is its ``Guides``, too
+
+    def open(self, request: Request, matcher: str) -> None:
+        self.opened[request.id] = matcher
+
+    def passed(self, message: Message, text: bytes) -> None:
+        assert from_wire(json.loads(text)) == message  # the other ranks get the same
+        self.events.append(message)
+
+    def take(self, message: Message) -> None:
+        self.gate.take(message, json.dumps(to_wire(message)).encode())
+
+    def wait(self, count: int) -> list[Message]:
+        """The first so many events."""
+        for _ in range(3000):
+            if len(self.events) >= count:
+                break
+            time.sleep(0.01)
+        assert len(self.events) == count
+        return self.events
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def request(id: str, regex: str | None = None) -> Request:
+    return Request(id, [1, 2], SamplingParams(regex=regex))
+
+
+def test_others_pass_while_a_grammar_is_made_ready(seen: Seen) -> None:
+    mixed = Add([request("a"), request("b", "slow"), request("c")])
+    seen.take(mixed)
+    seen.take(Add([request("d")]))
+    assert seen.wait(2) == [Add([mixed.requests[0], mixed.requests[2]]), Add([request("d")])]
+    seen.take(Add([request("e", "slow"), request("f", "slow")]))
+    seen.grammars.let.release()
+    passed = [one.id for event in seen.wait(3 + (len(seen.events) > 3))[2:] for one in event.requests]  # type: ignore[union-attr]
+    for _ in range(100):
+        if len(passed) == 3:
+            break
+        time.sleep(0.05)
+        passed = [one.id for event in seen.events[2:] for one in event.requests]
+    assert passed == ["b", "e", "f"] and seen.opened == dict.fromkeys("bef", "slow")
+
+
+def test_what_fails_ends_its_request_and_no_other(seen: Seen) -> None:
+    seen.take(Add([request("a", "bad"), request("b", "good"), request("c", "panic"), request("d", "good")]))
+    for _ in range(3):
+        seen.grammars.let.release()
+    for _ in range(600):
+        if sum(len(event.requests) if isinstance(event, Add) else 1 for event in seen.events) == 4:
+            break
+        time.sleep(0.05)
+    told = {one.id: one for event in seen.events if isinstance(event, Outputs) for one in event.outputs}
+    passed = [one.id for event in seen.events if isinstance(event, Add) for one in event.requests]
+    assert passed == ["b", "d"] and set(told) == {"a", "c"}
+    assert (told["a"].finish_reason, told["a"].message) == ("error", "regex: it is bad")
+    assert told["c"].message == "regex: KeyboardInterrupt: the library's"
+    assert set(seen.opened) == {"b", "d"}
+
+
+def test_a_request_given_up_while_it_waits_never_reaches_the_ranks(seen: Seen) -> None:
+    seen.take(Add([request("a", "slow"), request("b", "other"), request("c", "bad")]))
+    seen.take(Abort(["a", "c", "unknown"]))
+    for _ in range(3):
+        seen.grammars.let.release()
+    seen.wait(4)
+    told = {one.id: one.finish_reason for event in seen.events if isinstance(event, Outputs) for one in event.outputs}
+    assert told == {"a": "abort", "c": "abort"}
+    assert [event for event in seen.events if isinstance(event, Add)] == [Add([request("b", "other")])]
+    assert set(seen.opened) == {"b"}
+    seen.take(Stop())
+    assert seen.events[-1] == Stop()
