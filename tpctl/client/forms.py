@@ -27,6 +27,7 @@ ROW_FIELDS = (
     "prompt_tokens",
     "completion_tokens",
     "logprobs",
+    "prompt_logprobs",
     "note",
     "error",
 )

@@ -33,6 +33,8 @@ class Completion:
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
         reasoning: what was thought before ``text``, by the marks that the model's chat template knows; ``None`` where
             it knows none, or there was a prompt and no conversation.
+        prompt_logprobs: one entry for each token of the prompt, ``None`` for the first, of which nothing can be said;
+            ``None`` if none were asked for.
     """
 
     text: str
@@ -43,6 +45,7 @@ class Completion:
     cached_tokens: int
     logprobs: list[TokenLogprob]
     reasoning: str | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class LLM:
@@ -98,6 +101,7 @@ class LLM:
         prompts: str | Sequence[str | Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stop: str | Sequence[str] = (),
+        prompt_logprobs: int | None = None,
     ) -> list[Completion]:
         """Complete all prompts, computed together; the answers in their order.
 
@@ -106,6 +110,8 @@ class LLM:
             sampling: for each prompt, or for all: prompt n, counted from 0, then has ``seed + n``, so that equal ones
                 are sampled differently. ``None`` takes the likeliest tokens, 256 at most.
             stop: a text that ends an answer, or several.
+            prompt_logprobs: tell how likely the prompts' own tokens are, each with so many likeliest ones; as the field
+                of ``sampling``, for all.
 
         Raises:
             RequestError: a prompt cannot be served; the others are given up.
@@ -122,6 +128,9 @@ class LLM:
             raise RequestError(f"the sampling is {shown(sampling)}, but must be SamplingParams, or a list of them")
         if len(sampling) != len(token_ids):
             raise RequestError(f"there are {len(token_ids)} prompts, but sampling for {len(sampling)}; give one each")
+        if prompt_logprobs is not None:
+            _check_sampling(sampling)
+            sampling = [replace(params, prompt_logprobs=prompt_logprobs) for params in sampling]
         return self._complete(token_ids, sampling, stop)
 
     def chat(
@@ -171,8 +180,7 @@ class LLM:
         stops = [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
             raise RequestError(f"stop is {shown(stop)}, but must be a text that is not empty, or a list of such")
-        if wrong := [params for params in sampling if not isinstance(params, SamplingParams)]:
-            raise RequestError(f"the sampling is {shown(wrong[0])}, but must be SamplingParams")
+        _check_sampling(sampling)
         pairs = zip(prompts, sampling, strict=True)
         sampling = [guided(params, self.tokenizer, prompt, form) for prompt, params in pairs]
         requests = [Request(str(n), *pair) for n, pair in enumerate(zip(prompts, sampling, strict=True))]
@@ -202,5 +210,11 @@ class LLM:
                         stream.num_cached_tokens,
                         stream.logprobs,
                         stream.reasoning,
+                        None if stream.prompt_logprobs is None else [None, *stream.prompt_logprobs],
                     )
         return [answers[request.id] for request in requests]
+
+
+def _check_sampling(sampling: Sequence[SamplingParams]) -> None:
+    if wrong := [params for params in sampling if not isinstance(params, SamplingParams)]:
+        raise RequestError(f"the sampling is {shown(wrong[0])}, but must be SamplingParams")

@@ -61,6 +61,7 @@ class TextStream:
         finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found.
         num_cached_tokens: prompt tokens that the prefix cache spared.
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
+        prompt_logprobs: one for each token of the prompt but the first, if asked for.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class TextStream:
         self.finish_reason: str | None = None
         self.num_cached_tokens = 0
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def text(self) -> str:
@@ -107,6 +109,7 @@ class TextStream:
         if self.finish_reason is not None:
             return []
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         shown: list[Segment] = []
         for position, id in enumerate(output.token_ids):
             self.token_ids.append(id)

@@ -66,6 +66,8 @@ class Output(NamedTuple):
     ``finish_reason`` is ``None`` while the request goes on, then "stop", "length", "abort" or "error";
     ``message`` explains an error, or what else than ``max_tokens`` a "length" came from. ``logprobs`` has one entry a
     token, where they were asked for; ``scores``, with the last output, one for each scored token of the prompt.
+    ``prompt_logprobs``, where they were asked for, has with the first output that has tokens one for each token of the
+    prompt but the first.
     """
 
     id: str
@@ -75,6 +77,7 @@ class Output(NamedTuple):
     logprobs: list[TokenLogprob] | None = None
     num_cached_tokens: int = 0
     scores: list[TokenScore] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,12 +148,18 @@ def _read_output(
     logprobs: list[Any] | None,
     num_cached_tokens: int,
     scores: list[Any] | None,
+    prompt_logprobs: list[Any] | None,
 ) -> Output:
-    if logprobs is not None:
-        logprobs = [TokenLogprob(value, [(other, chance) for other, chance in top]) for value, top in logprobs]
+    logprobs, prompt_logprobs = _read_logprobs(logprobs), _read_logprobs(prompt_logprobs)
     if scores is not None:
         scores = [TokenScore(*values) for values in scores]
-    return Output(id, token_ids, finish_reason, message, logprobs, num_cached_tokens, scores)
+    return Output(id, token_ids, finish_reason, message, logprobs, num_cached_tokens, scores, prompt_logprobs)
+
+
+def _read_logprobs(found: list[Any] | None) -> list[TokenLogprob] | None:
+    if found is None:
+        return None
+    return [TokenLogprob(value, [(other, chance) for other, chance in top]) for value, top in found]
 
 
 def _packed(token_ids: list[int]) -> str:

@@ -34,6 +34,8 @@ class SamplingParams:
         stop_token_ids: tokens that end the answer, besides the model's own.
         logprobs: report the log-probability of the chosen token and of this many likeliest ones, as the model gives
             them, before grammar, temperature, penalties and filters; ``None`` reports none.
+        prompt_logprobs: the same for the prompt's own tokens, but for the first, each given those before it. The prompt
+            is then computed whole: no part of it is taken from the prefix cache, or left there.
         response_format: "json_object", or "json_schema" with a schema, as OpenAI's interface has it (``wire.guide``).
         regex: an expression that the whole answer matches, in the syntax of Rust's ``regex``, whose digits are ASCII.
         choice: texts, of which the answer is one.
@@ -55,6 +57,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     response_format: Mapping[str, Any] | None = field(default=None, hash=False)
     regex: str | None = None
     choice: tuple[str, ...] | None = None
@@ -79,8 +82,8 @@ class SamplingParams:
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
         most = self.max_tokens
         _check("min_tokens", self.min_tokens, self.min_tokens <= most, f"at most {most}, which is max_tokens")
-        wanted = self.logprobs
-        _check("logprobs", wanted, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        for name, wanted in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            _check(name, wanted, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
         after = self.guide_after
         _check("guide_after", after, after is None or 0 <= after < 2**31, "between 0 and 2^31 - 1")
         if self.guide is not None and self.ignore_eos:
@@ -121,7 +124,7 @@ class SamplingParams:
 
 
 _FIELDS = {field.name: field for field in fields(SamplingParams)}
-_OPTIONAL = {"logprobs", "guide_after", *guide.NAMES}
+_OPTIONAL = {"logprobs", "prompt_logprobs", "guide_after", *guide.NAMES}
 _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 
 

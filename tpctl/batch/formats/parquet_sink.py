@@ -76,14 +76,15 @@ class ParquetSink:
     def _own(self) -> pa.Schema:
         """The columns of the answers."""
         pa = arrow()
+        lists = ("logprobs", "prompt_logprobs")
         token = [("id", pa.int64()), ("token", pa.string()), ("logprob", pa.float64())]
         kinds = {
             "id": self._kind_of_ids(),
             "prompt_tokens": pa.int64(),
             "completion_tokens": pa.int64(),
-            "logprobs": pa.list_(pa.struct([*token, ("top", pa.list_(pa.struct(token)))])),
+            **dict.fromkeys(lists, pa.list_(pa.struct([*token, ("top", pa.list_(pa.struct(token)))]))),
         }
-        names = [name for name in ROW_FIELDS if name != "logprobs" or self._source is None]
+        names = [name for name in ROW_FIELDS if name not in lists or self._source is None]
         return pa.schema([(self._answer if name == "text" else name, kinds.get(name, pa.string())) for name in names])
 
     def _kind_of_ids(self) -> pa.DataType:

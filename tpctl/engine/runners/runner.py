@@ -94,9 +94,12 @@ class ModelRunner:
                 row = begin + some.start - 1 - item.start  # that of the token before
                 logits = head(final.x[row : row + len(some)], final.norm)
                 targets = torch.tensor(sequence.token_ids[some.start : some.stop], device=logits.device)
-                assert sequence.scoring is not None
-                scores = score_rows(logits, targets, self.sampler, vocab_size, sequence.scoring, some.start)
-                sequence.scores.update(zip(some, scores, strict=True))
+                if sequence.scoring is not None:
+                    scores = score_rows(logits, targets, self.sampler, vocab_size, sequence.scoring, some.start)
+                    sequence.scores.update(zip(some, scores, strict=True))
+                if (count := sequence.params.prompt_logprobs) is not None:
+                    found = self.sampler.logprobs(logits, targets, count)
+                    sequence.prompt_logprobs.update(zip(some, found, strict=True))
             begin += item.num_new_tokens
 
     def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from tpctl.distributed import TPGroup
 from tpctl.wire.report import TokenLogprob
-from tpctl.wire.sampling import SamplingParams
 
 
 def report_logprobs(
-    logits_RV: Tensor, chosen_R: Tensor, first: int, widest: int, params: Sequence[SamplingParams], group: TPGroup
+    logits_RV: Tensor, chosen_R: Tensor, first: int, widest: int, wanted_R: Sequence[int | None], group: TPGroup
 ) -> list[TokenLogprob | None]:
-    """One entry a row; ``None`` for one that wants none.
+    """One entry a row, with so many likeliest tokens as ``wanted_R`` says; ``None`` for one that wants none.
 
     Args:
         logits_RV: this rank's raw logits, float32, for the tokens from ``first`` on.
@@ -28,12 +27,12 @@ def report_logprobs(
     mine = logits_RV.gather(-1, local.clamp(0, logits_RV.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
     chosen = group.all_reduce_max(torch.where(held, mine, float("-inf"))) - total
 
-    wanted = max(p.logprobs or 0 for p in params)
+    wanted = max(number or 0 for number in wanted_R)
     count = min(wanted, widest)
     chances: list[float] = chosen.tolist()
-    tops: list[list[list[float]]] = [[]] * len(params)
+    tops: list[list[list[float]]] = [[]] * len(wanted_R)
     if count:
-        mine = torch.full((len(params), count, 2), float("-inf"), dtype=torch.float64, device=logits_RV.device)
+        mine = torch.full((len(wanted_R), count, 2), float("-inf"), dtype=torch.float64, device=logits_RV.device)
         values, ids = logits_RV.topk(min(count, logits_RV.shape[1]), dim=-1)
         mine[:, : values.shape[1], 0] = values.double()
         mine[:, : values.shape[1], 1] = (ids + first).double()
@@ -45,7 +44,7 @@ def report_logprobs(
         tops = best.tolist()
     return [
         None
-        if p.logprobs is None
-        else TokenLogprob(chance, [(int(id), value) for value, id in top[: p.logprobs] if value > float("-inf")])
-        for chance, top, p in zip(chances, tops, params, strict=True)
+        if number is None
+        else TokenLogprob(chance, [(int(id), value) for value, id in top[:number] if value > float("-inf")])
+        for chance, top, number in zip(chances, tops, wanted_R, strict=True)
     ]

@@ -102,10 +102,7 @@ class Sampler:
     def _sample(
         self, logits_RV: Tensor, rows: SequenceType[SamplingRow]
     ) -> tuple[list[int], list[TokenLogprob | None] | None]:
-        # Padding columns are dropped; a rank that holds nothing else keeps one column that can never win.
-        logits = logits_RV[:, : max(self.real, 1)]
-        if self.real == 0:
-            logits = torch.full_like(logits, float("-inf"))
+        logits = self._own(logits_RV)
         params = [row.params for row in rows]
         penalized = [index for index, p in enumerate(params) if p.penalizes]
         banned = [index for index, row in enumerate(rows) if row.banned]
@@ -129,7 +126,20 @@ class Sampler:
         tokens: list[int] = (token_ids if refused is None else token_ids.masked_fill(refused, REFUSED)).tolist()
         if all(p.logprobs is None for p in params):
             return tokens, None
-        return tokens, report_logprobs(raw, token_ids, self.first, self.widest, params, self.group)
+        wanted = [p.logprobs for p in params]
+        return tokens, report_logprobs(raw, token_ids, self.first, self.widest, wanted, self.group)
+
+    def logprobs(self, logits_RV: Tensor, token_ids_R: Tensor, count: int) -> list[TokenLogprob]:
+        """Of tokens that did come, each with ``count`` likeliest ones (collective); float32, as for those chosen."""
+        logits = self._own(logits_RV).float()
+        wanted = [count] * len(logits)
+        found = report_logprobs(logits, token_ids_R, self.first, self.widest, wanted, self.group)
+        return [one for one in found if one is not None]
+
+    def _own(self, logits_RV: Tensor) -> Tensor:
+        """Without padding columns; a rank that holds nothing else keeps one column that can never win."""
+        logits = logits_RV[:, : max(self.real, 1)]
+        return logits if self.real else torch.full_like(logits, float("-inf"))
 
     def _local_best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The best score of each row and its token id, the lowest id among equals."""

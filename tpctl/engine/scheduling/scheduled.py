@@ -42,9 +42,10 @@ class ScheduledSequence(NamedTuple):
     def scored(self) -> range:
         """The places of tokens that it scores: those of the prompt that follow the ones it computes."""
         sequence = self.sequence
-        if sequence.scoring is None:
+        first = sequence.scored_from
+        if first is None:
             return range(0)
-        return range(max(self.start + 1, sequence.scoring.first), min(self.end + 1, sequence.num_prompt_tokens))
+        return range(max(self.start + 1, first), min(self.end + 1, sequence.num_prompt_tokens))
 
     @property
     def is_decode(self) -> bool:

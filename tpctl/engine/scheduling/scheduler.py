@@ -220,7 +220,10 @@ class Scheduler:
             scores = None
             if reason is not None and sequence.scoring is not None:
                 scores = [sequence.scores[place] for place in sorted(sequence.scores)]
-            outputs.append(Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens, scores))
+            prompt = _prompt_logprobs(sequence)
+            outputs.append(
+                Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens, scores, prompt)
+            )
         return outputs
 
     def check_integrity(self) -> None:
@@ -360,3 +363,11 @@ class Scheduler:
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
+
+
+def _prompt_logprobs(sequence: Sequence) -> list[TokenLogprob] | None:
+    """What is told with a sequence's first token, and is then no longer kept."""
+    if sequence.params.prompt_logprobs is None or len(sequence.token_ids) != sequence.num_prompt_tokens + 1:
+        return None
+    found, sequence.prompt_logprobs = sequence.prompt_logprobs, {}
+    return [found[place] for place in sorted(found)]

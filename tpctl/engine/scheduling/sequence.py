@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.scoring import Scoring, TokenScore
 
@@ -40,6 +41,7 @@ class Sequence:
         state_digest: the hash under which its state was last kept while it answers.
         scoring: that its prompt's tokens are scored, for which all of them must be computed.
         scores: those there are, by the place of the token.
+        prompt_logprobs: those of the prompt's tokens, by their place, where they were asked for and not yet told.
         problem: why it can be given no token, on rank 0.
     """
 
@@ -64,7 +66,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.num_hashed_blocks = 0
         self.has_shared = False
-        self.alone = scoring is not None
+        self.alone = scoring is not None or params.prompt_logprobs is not None
         self.admissions = 0
         self.block_hash = b""
         self.rope_offset = 0
@@ -76,6 +78,7 @@ class Sequence:
         self.state_digest = b""
         self.scoring = scoring
         self.scores: dict[int, TokenScore] = {}
+        self.prompt_logprobs: dict[int, TokenLogprob] = {}
         self.problem: str | None = None
 
     def __repr__(self) -> str:
@@ -85,6 +88,15 @@ class Sequence:
     def num_tokens(self) -> int:
         """All tokens that exist, known or in flight."""
         return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def scored_from(self) -> int | None:
+        """The first place of the prompt whose token is scored, if any; log-probabilities are told with the first token
+        of the answer, and need not be found again after that."""
+        if self.scoring is not None:
+            return self.scoring.first
+        told = len(self.token_ids) > self.num_prompt_tokens
+        return None if told or self.params.prompt_logprobs is None else 1
 
     @property
     def num_uncomputed_tokens(self) -> int:
