@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,6 +95,37 @@ def test_equal_prompts_are_sampled_differently_and_the_same_again(llm: LLM) -> N
     first, second = ([a.token_ids for a in llm.generate([PROMPTS[0]] * 3, params)] for _ in range(2))
     assert first == second
     assert len({tuple(ids) for ids in first}) == 3
+
+
+def test_prompts_log_probabilities_are_those_of_transformers(llm: LLM, model: tuple[Path, Any]) -> None:
+    answers = llm.generate(PROMPTS, SamplingParams(max_tokens=2), prompt_logprobs=3)
+    for answer, prompt in zip(answers, PROMPTS, strict=True):
+        ids = llm.tokenizer.encode(prompt)
+        with torch.no_grad():
+            wanted = model[1](torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        assert answer.prompt_logprobs is not None and answer.prompt_logprobs[0] is None
+        assert len(answer.prompt_logprobs) == len(ids)
+        for place, one in enumerate(answer.prompt_logprobs[1:], start=1):
+            assert one is not None and one.logprob == pytest.approx(float(wanted[place - 1, ids[place]]), abs=1e-4)
+            assert [id for id, _ in one.top] == wanted[place - 1].topk(3).indices.tolist()
+    assert llm.generate("a", SamplingParams(max_tokens=1))[0].prompt_logprobs is None
+
+
+def test_forms_are_kept_to_and_what_is_none_ends_nothing(llm: LLM) -> None:
+    forms = [SamplingParams(max_tokens=40, temperature=1.0, seed=n, regex="[ab]{3}-[0-9]{2}") for n in range(6)]
+    answers = llm.generate(["x"] * 6, forms)
+    assert all(re.fullmatch("[ab]{3}-[0-9]{2}", answer.text) for answer in answers)
+    assert {answer.finish_reason for answer in answers} == {"stop"} and len({answer.text for answer in answers}) > 1
+    with pytest.raises(RequestError, match="regex: at 1"):
+        llm.generate("x", SamplingParams(regex="(["))
+    with pytest.raises(RequestError, match="prompt 2 of 2: grammar: the grammar has no text that could follow"):
+        llm.generate(["x", "y"], [SamplingParams(), SamplingParams(grammar="start: start")])
+    assert llm.chat([{"role": "user", "content": "hi"}], SamplingParams(choice=("left", "right"))).text in (
+        "left",
+        "right",
+    )
+    stats = llm.stats()
+    assert stats.free_blocks == stats.num_blocks
 
 
 def test_a_conversation(llm: LLM) -> None:

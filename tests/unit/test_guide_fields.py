@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tpctl.client.guides import check_guide
+from tpctl.client.results import differing
 from tpctl.errors import RequestError
 from tpctl.wire.guide import MOST_CHARACTERS, of_schema
 from tpctl.wire.sampling import SamplingParams
@@ -121,3 +122,10 @@ def test_what_cannot_be_enforced_may_be_left_out() -> None:
     asked = {"type": "object", "properties": {"a": {"type": "null"}}, "unevaluatedProperties": False}
     form = {"type": "json_schema", "json_schema": {"schema": asked, "strict": False}}
     check_guide(SamplingParams(response_format=form).guide)
+
+
+def test_a_batch_does_not_go_on_under_another_schema() -> None:
+    one, other = ({"sampling": {"max_tokens": 5, "response_format": of_schema({"title": title})}} for title in "ab")
+    assert differing(one, one) == ""
+    assert differing(one, other) == '--json-schema {"title": "a"} (now {"title": "b"})'
+    assert differing({"sampling": {"max_tokens": 5}}, one) == '--json-schema left out (now {"title": "a"})'
