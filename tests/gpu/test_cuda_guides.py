@@ -84,7 +84,7 @@ def test_forms_and_prompts_log_probabilities(
         wanted = model(torch.tensor([prompts["told"]])).logits[0, :-1].log_softmax(-1)
     told = outputs["told"][0].prompt_logprobs
     assert told is not None and len(told) == len(prompts["told"]) - 1
-    for one, row, token in zip(told, wanted, prompts["told"][1:], strict=True):
-        assert one.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert [value for _, value in one.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    for entry, row, token in zip(told, wanted, prompts["told"][1:], strict=True):
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [value for _, value in entry.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
     assert any(key[-1] is HOST for key in keys) == ("enforce_eager" not in settings)  # type: ignore[index]

@@ -1,37 +1,31 @@
 """What llguidance makes of a grammar, and whether it takes it: for the front, which refuses early, and for rank 0.
 
 https://github.com/guidance-ai/llguidance. Its own limits bound what a grammar costs: fuel for regular expressions,
-items and states of the parser. Rules that name each other in a long chain it follows by recursion, so its calls are
-made by threads with room for as many as a grammar of ``MOST_CHARACTERS`` can have.
+items and states of the parser.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from tpctl.client.deep_threads import deep_thread, said
 from tpctl.client.reasoning import Form, Tags
 from tpctl.client.reasoning_stream import begins_in_thought
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import RequestError, shorten
+from tpctl.errors import RequestError
 from tpctl.wire.guide import Guide
 from tpctl.wire.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-T = TypeVar("T")
-
 WHITESPACE = r"( |\n[ \t]{0,40})"
 """Between the parts of JSON, none or this. Small models that may go on with it for ever do."""
-
-_STACK = 1 << 30  # bytes of addresses; what is not used takes no memory
-_stack_lock = threading.Lock()
 
 
 def check_guide(guide: Guide | None) -> None:
@@ -97,23 +91,6 @@ def parser_limits() -> LLParserLimits:
     from llguidance import LLParserLimits
 
     return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-
-
-def said(message: str) -> str:
-    """llguidance's words on one line."""
-    return shorten(" ".join(message.split()), 300)
-
-
-def deep_thread(work: Callable[[], None], name: str) -> threading.Thread:
-    """A thread, started, that may recurse as deeply as grammars make it."""
-    with _stack_lock:
-        before = threading.stack_size(_STACK)
-        try:
-            thread = threading.Thread(target=work, name=name, daemon=True)
-            thread.start()
-        finally:
-            threading.stack_size(before)
-    return thread
 
 
 @lru_cache(maxsize=1024)

@@ -32,7 +32,7 @@ _MEANINGLESS = frozenset(
 )
 """Fields that change no answer."""
 
-_SAME = (SAMPLING_FIELDS - {"logprobs", "seed", "max_tokens"}) | {"stop", "chat_template_kwargs"}
+_SAME = (SAMPLING_FIELDS - {"logprobs", "prompt_logprobs", "seed", "max_tokens"}) | {"stop", "chat_template_kwargs"}
 """Fields that mean what tpctl's own of that name mean; some are those that other servers add."""
 
 _NOT_ASKED: Mapping[str, tuple[Any, ...]] = {

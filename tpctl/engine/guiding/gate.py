@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tpctl.client.guides import deep_thread, said
+from tpctl.client.deep_threads import deep_thread, said
 from tpctl.engine.guiding.guides import Guides
 from tpctl.errors import TpctlError
 from tpctl.wire.messages import Abort, Add, Message, Output, Outputs, Request, to_wire

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpctl.client.guides import grammar_text, parser_limits, said
+from tpctl.client.deep_threads import said
 from tpctl.errors import RequestError
 from tpctl.wire.guide import Guide
 
@@ -45,6 +45,8 @@ class Grammars:
             CheckpointError: the tokenizer cannot be used for this.
         """
         from llguidance import LLMatcher
+
+        from tpctl.client.guides import grammar_text, parser_limits
 
         made = self._kept.get(guide)
         if made is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tpctl.client.guides import deep_thread, said
+from tpctl.client.deep_threads import deep_thread, said
 from tpctl.cores import affinity_cores
 from tpctl.engine.guiding.grammars import Grammars
 from tpctl.engine.scheduling.scheduled import ScheduledSequence
