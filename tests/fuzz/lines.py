@@ -38,6 +38,17 @@ _MESSAGES: list[Any] = [
     [{"role": "user", "content": "x"}] * 2000,
     [{"role": "system", "content": "x"}],
 ]
+_SCHEMAS: list[dict[str, Any]] = [
+    {"type": "x"},
+    {"$ref": "#"},
+    {"$ref": "file:///etc/passwd"},
+    {"enum": []},
+    {"allOf": [{"type": "null"}, {"type": "integer"}]},
+    {"type": "string", "pattern": "("},
+    {"minItems": -1, "type": "array"},
+    {"minimum": 1e308, "type": "integer"},
+    {"const": "x" * 100_000},
+]
 _FIELDS: dict[str, list[Any]] = {
     "id": [None, "", "a", 0, -1, 2**64, 1.5, True, [], {}, "\x1b[31m", "x" * 10_000, "\n"],
     "prompt": [
@@ -71,6 +82,15 @@ _FIELDS: dict[str, list[Any]] = {
     "frequency_penalty": [None, 0, 2, -2, 1e300],
     "seed": [None, 0, -1, 2**63 - 1, 2**63, 2**64, 1.5, "1"],
     "logprobs": [None, 0, 1, 5, 20, 21, -1, 10**9, True, "1"],
+    "prompt_logprobs": [None, 0, 1, 20, 21, -1, True],
+    "response_format": [
+        *(None, {}, [], "json", {"type": "text"}, {"type": "json_object"}, {"type": ["x"]}, {"type": "json_schema"}),
+        *({"type": "json_schema", "json_schema": asked} for asked in (None, {}, {"schema": 5}, {"schema": {}})),
+        *({"type": "json_schema", "json_schema": {"schema": schema}} for schema in _SCHEMAS),
+    ],
+    "regex": [None, "", "a+", "(", "[", "\\", "a{1000000000}", "(" * 2000, "(?i)(?<x>a)", "\x00", 5, "\ud800", "/"],
+    "choice": [None, [], [""], ["a"], "a", [5], ["a"] * 3000, ["\n", '"', "\\", "\x00"], {}],
+    "grammar": [None, "", "start: start", 'start: "a"', "start:", "start: " + "(" * 5000, "a: b", "%import x", 5],
     "ignore_eos": [None, True, False, 1, "true"],
     "chat_template_kwargs": [None, {}, {"a": 1}, {"messages": []}, {"enable_thinking": False}, [], "x"],
     "max_completion_tokens": [5],

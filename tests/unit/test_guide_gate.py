@@ -7,9 +7,14 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
+from tpctl.client.guides import check_guide
 from tpctl.engine.guiding.gate import Gate
+from tpctl.engine.guiding.guides import Guides
+from tpctl.engine.scheduling.scheduled import ScheduledSequence
+from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.errors import RequestError
 from tpctl.wire.guide import Guide
 from tpctl.wire.messages import Abort, Add, Message, Outputs, Request, Stop, from_wire, to_wire
@@ -118,3 +123,22 @@ def test_a_request_given_up_while_it_waits_never_reaches_the_ranks(seen: Seen) -
     assert set(seen.opened) == {"b"}
     seen.take(Stop())
     assert seen.events[-1] == Stop()
+
+
+def test_without_room_for_a_thread_its_requests_are_refused(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    seen.take(Add([request("a", "slow"), request("b")]))
+    told, passed = seen.wait(2)
+    assert isinstance(told, Outputs) and told.outputs[0].finish_reason == "error"
+    assert told.outputs[0].message is not None and "raise its limit (ulimit -v)" in told.outputs[0].message
+    assert passed == Add([request("b")])
+    with pytest.raises(RequestError, match="raise its limit"):
+        check_guide(SamplingParams(regex="a thread of its own").guide)
+    guides = Guides(Slow())
+    words = np.zeros((1, 3), dtype=np.uint32)
+    item = ScheduledSequence(Sequence("a", [1], SamplingParams(regex="a"), 9), 0, 1, True)
+    assert [future.result(timeout=0) for future in guides.begin([item], words)] == [None]
+    assert words[0, -1] == 1 and "raise its limit" in str(item.sequence.problem)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tpctl.client.deep_threads import deep_thread, said
 from tpctl.engine.guiding.guides import Guides
-from tpctl.errors import TpctlError
+from tpctl.errors import RequestError, TpctlError
 from tpctl.wire.messages import Abort, Add, Message, Output, Outputs, Request, to_wire
 
 if TYPE_CHECKING:
@@ -59,7 +59,12 @@ class Gate:
         with self._lock:
             self._pending.update((request.id, True) for request in requests)
         if self._thread is None:
-            self._thread = deep_thread(self._work, "tpctl-grammars")
+            try:
+                self._thread = deep_thread(self._work, "tpctl-grammars")
+            except RequestError as error:
+                for request in requests:
+                    self._refuse(request, str(error))
+                return
         for request in requests:
             self._waiting.put(request)
 

@@ -14,7 +14,9 @@ from tpctl.wire.guide import Guide
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_KEPT = 256  # grammars that are kept ready; a copy of one takes microseconds
+_KEPT, _KEPT_TEXT = 256, 1 << 21
+"""Grammars that are kept ready, and characters of their texts, each of which takes some 60 bytes of memory at most. To
+copy one takes microseconds."""
 
 
 class Grammars:
@@ -57,7 +59,7 @@ class Grammars:
             if made.is_error():
                 raise RequestError(f"{guide.name}: {said(made.get_error())}")
             self._kept[guide] = made
-            if len(self._kept) > _KEPT:
+            while len(self._kept) > _KEPT or sum(len(one.text) for one in self._kept) > _KEPT_TEXT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(guide)
         return made.deep_copy()

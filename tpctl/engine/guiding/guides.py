@@ -15,6 +15,7 @@ from tpctl.cores import affinity_cores
 from tpctl.engine.guiding.grammars import Grammars
 from tpctl.engine.scheduling.scheduled import ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
+from tpctl.errors import RequestError
 from tpctl.wire.messages import Request
 
 if TYPE_CHECKING:
@@ -50,12 +51,24 @@ class Guides:
                 must end, for the reason that its sequence then has.
         """
         found: list[Future[None]] = [Future() for _ in items]
-        while self._threads < min(len(items), _MOST_THREADS, max(1, affinity_cores() // 2)):
-            deep_thread(self._run, f"tpctl-guide-{self._threads}")
-            self._threads += 1
+        problem = self._start_threads(len(items))
         for item, row, future in zip(items, words, found, strict=True):
-            self._work.put((item, row, future))
+            if problem is None:
+                self._work.put((item, row, future))
+            else:
+                _refuse(item, row, problem)
+                future.set_result(None)
         return found
+
+    def _start_threads(self, most: int) -> str | None:
+        """As many as are of use; why there is none, if so."""
+        try:
+            while self._threads < min(most, _MOST_THREADS, max(1, affinity_cores() // 2)):
+                deep_thread(self._run, f"tpctl-guide-{self._threads}")
+                self._threads += 1
+        except RequestError as error:
+            return None if self._threads else str(error)
+        return None
 
     def _run(self) -> None:
         """Thread."""
@@ -69,9 +82,14 @@ class Guides:
             row[-1] = 0
             if problem is not None:
                 guide = item.sequence.params.guide
-                item.sequence.problem = f"{guide.name if guide else 'grammar'}: {problem}"
-                row[:-1], row[-1] = _ALL, 1
+                _refuse(item, row, f"{guide.name if guide else 'grammar'}: {problem}")
             future.set_result(None)
+
+
+def _refuse(item: ScheduledSequence, row: Words, problem: str) -> None:
+    """A row for which no token can be chosen."""
+    item.sequence.problem = problem
+    row[:-1], row[-1] = _ALL, 1
 
 
 class _Walk:
