@@ -202,7 +202,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("Ministral3", {"head_dim": 12, "rope_parameters": MINISTRAL3_ROPE}),
     "ministral3-window": (
         "Ministral3",
-        {"sliding_window": 9, "num_key_value_heads": 2, "rope_parameters": MINISTRAL3_ROPE | {"mscale": 0.5}},
+        {
+            "head_dim": 8,
+            "sliding_window": 9,
+            "num_key_value_heads": 2,
+            "rope_parameters": MINISTRAL3_ROPE | {"mscale": 0.5},
+        },
     ),
     "gemma4-text": ("Gemma4", {**GEMMA4, "attention_bias": True, "final_logit_softcapping": 3.0}),
     "gemma4-text-moe": ("Gemma4", {**GEMMA4_MOE, "tie_word_embeddings": False}),

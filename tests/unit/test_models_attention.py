@@ -1,7 +1,7 @@
 """Models with more in their attention than Llama's: sinks, norms over all heads at once, layers without RoPE.
 
-What they answer, alone and in a crowd, is what transformers answers; the logits of the mixtures among them equal its at
-every position (those of the dense ones do in ``test_models.py``).
+The logits of the mixtures among them equal transformers' at every position (those of the dense ones do in
+``test_models.py``); what they answer, ``test_families_tokens.py`` has.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RotaryEmbedding
 
-from tests.tiny import FAMILIES, YARN_ROPE, make_checkpoint, make_mixture
-from tests.unit.generating import PROMPTS, answers, requests, run
+from tests.tiny import YARN_ROPE, make_mixture
 from tests.unit.test_models import logits_of
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
@@ -32,28 +31,17 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 12, "rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 0.5}},
     ),
 }
-DENSE = (
-    *("olmo2-copies", "olmo3-yarn", "smollm3-window", "granite-biases", "glm4", "cohere2-biases"),
-    *("gemma4-text", "gemma4-text-moe", "gemma4-text-edge", "gemma4-unified-text", "ministral3-window"),
-)
-
-
-def make(name: str, folder: Path) -> Any:
-    if name in FAMILIES:
-        return make_checkpoint(name, folder)
-    kind, changes = MIXTURES[name]
-    return make_mixture(kind, folder, **changes)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By name: a checkpoint, the model of it, and what that answers; each made when first asked for."""
+    """By name: a checkpoint, and the model of it; each made when first asked for."""
 
-    class Made(dict[str, tuple[Path, Any, list[list[int]]]]):
-        def __missing__(self, name: str) -> tuple[Path, Any, list[list[int]]]:
+    class Made(dict[str, tuple[Path, Any]]):
+        def __missing__(self, name: str) -> tuple[Path, Any]:
             folder = tmp_path_factory.mktemp(name) / "model"
-            model = make(name, folder)
-            self[name] = folder, model, answers(model)
+            kind, changes = MIXTURES[name]
+            self[name] = folder, make_mixture(kind, folder, **changes)
             return self[name]
 
     return Made()
@@ -63,44 +51,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(("tp_size", "groups"), [(1, 1), (2, 1), (3, 1), (4, 1), (6, 1), (4, 2), (3, 3)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_logits_equal_transformers(name: str, tp_size: int, groups: int, made: Any, tmp_path: Path) -> None:
-    folder, model, _ = made[name]
+    folder, model = made[name]
     shard_checkpoint(folder, tmp_path / "shards", tp_size, cutting=Cutting(groups))
     prompts = torch.randint(3, 131, (2, 40), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         expected = model(prompts).logits
     found = logits_of(tmp_path / "shards", tp_size, prompts.tolist())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "whole": {},
-    "chunks": {"max_num_batched_tokens": 10, "max_num_seqs": 4},
-    "crowded": {"max_num_seqs": 9},
-}
-
-
-@pytest.mark.grid(2)
-@pytest.mark.parametrize(("tp_size", "way"), [(1, "whole"), (2, "chunks"), (3, "crowded"), (4, "whole")])
-@pytest.mark.parametrize("name", [*DENSE, *MIXTURES])
-def test_greedy_tokens_equal_generate(name: str, way: str, tp_size: int, made: Any, tmp_path: Path) -> None:
-    folder, _, expected = made[name]
-    shard_checkpoint(folder, tmp_path / "shards", tp_size)
-    settings = dict(SETTINGS[way])
-    if way == "crowded":
-        settings["kv_cache_memory"] = 40 * _block_bytes(folder, tp_size)
-    # The second time most blocks are found in the prefix cache.
-    tokens, stats = run(tmp_path / "shards", tp_size, [requests(), requests("again ")], **settings)
-    assert [tokens[str(index)] for index in range(len(PROMPTS))] == expected
-    assert [tokens[f"again {index}"] for index in range(len(PROMPTS))] == expected
-    assert (stats.preemptions > 0) == (way == "crowded")
-    assert stats.prefix_cache_hit_tokens > 0
-
-
-def _block_bytes(folder: Path, tp_size: int) -> int:
-    """Of 4 tokens, in float32, on the rank with the most KV heads."""
-    attentions = ModelConfig.load(folder).blueprint.attentions
-    heads = [max(len(share.kv) for share in one.shares(tp_size)) for one in attentions]
-    return sum(4 * 2 * 4 * count * one.head_dim for count, one in zip(heads, attentions, strict=True))
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": None}, {"rope_parameters": None, "rope_scaling": ...}])

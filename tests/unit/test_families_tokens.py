@@ -1,0 +1,85 @@
+"""Every family answers the same tokens alone, together, from the prefix cache, in chunks and after it gave up its
+blocks, at even and uneven sizes: those of transformers, well beyond any window.
+
+The logits of every position are held against transformers' in ``test_models.py``, ``test_models_mixtures.py`` and
+``test_models_attention.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import FAMILIES, make_checkpoint, make_mixture
+from tests.tiny_dense import SEEING, make_seeing
+from tests.unit.generating import answers, run
+from tests.unit.test_models_attention import MIXTURES
+from tests.unit.test_same_tokens import PROMPTS, SMALL_STATES, TOKENS, asked
+from tpctl.errors import EngineError
+from tpctl.sharding.cutting.shard import shard_checkpoint
+
+DENSE = (
+    *("cohere2-biases", "gemma2-caps", "gemma3-caps", "gemma4-text", "gemma4-text-edge", "gemma4-text-moe"),
+    *("gemma4-unified-text", "glm4", "granite-biases", "llama3", "ministral3-window", "mistral", "olmo2-copies"),
+    *("olmo3-yarn", "phi3-window", "qwen2-window", "qwen3", "seed-oss", "smollm3-window"),
+)
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    **MIXTURES,
+    **{name: (name, {}) for name in ("deepseek_v3", "deepseek_v3-no-q-rank", "glm4_moe", "mixtral", "qwen3_moe")},
+    **{name: (name, SMALL_STATES) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
+    "qwen2_moe": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+}
+LONGEST = max(map(len, PROMPTS)) + TOKENS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By name: a checkpoint, and what transformers answers; each made when first asked for."""
+
+    class Made(dict[str, tuple[Path, list[list[int]]]]):
+        def __missing__(self, name: str) -> tuple[Path, list[list[int]]]:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            if name in MIXED:
+                kind, changes = MIXED[name]
+                model = make_mixture(kind, folder, **changes)
+            else:
+                model = (make_checkpoint if name in FAMILIES else make_seeing)(name, folder)
+            self[name] = folder, answers(model, PROMPTS, TOKENS)
+            return self[name]
+
+    return Made()
+
+
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("way", ["whole", "tight"])
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
+@pytest.mark.parametrize("name", [*DENSE, *MIXED, "mistral3-untied", "mistral3-ministral"])
+def test_greedy_tokens_equal_transformers(name: str, tp_size: int, way: str, made: Any, tmp_path: Path) -> None:
+    folder, expected = made[name]
+    assert len(expected[0]) == TOKENS and len({tuple(answer) for answer in expected}) > 3
+    shards = tmp_path / "shards"
+    shard_checkpoint(folder, shards, tp_size, text_only=name in SEEING)
+    groups, settings = [asked("first "), asked("again ")], {"kv_cache_memory": 1 << 23}
+    if way == "whole":
+        groups = [[one] for one in asked("alone ")[1:4]] + groups
+    else:
+        settings = {"kv_cache_memory": 2 * _least_memory(shards, tp_size), "max_num_batched_tokens": 10}
+    tokens, stats = run(shards, tp_size, groups, max_num_seqs=len(PROMPTS), max_model_len=LONGEST, **settings)
+    found = {name: answer for name, answer in tokens.items() if answer != expected[int(name.split()[1])]}
+    assert not found
+    assert len(tokens) == 2 * len(PROMPTS) + (3 if way == "whole" else 0)
+    assert (stats.preemptions > 0) == (way == "tight")
+    assert stats.prefix_cache_hit_tokens > 0
+
+
+def _least_memory(shards: Path, tp_size: int) -> int:
+    """Bytes of KV cache that the longest sequence needs: what the engine asks for, first for one block."""
+    memory, said = 1 << 10, ""
+    while "--max-model-len" not in said:
+        with pytest.raises(EngineError, match="give --kv-cache-memory") as caught:
+            run(shards, tp_size, [], kv_cache_memory=memory, max_num_seqs=len(PROMPTS), max_model_len=LONGEST)
+        said = str(caught.value)
+        memory = int(said.split("--kv-cache-memory ")[1].split()[0])
+    return memory
