@@ -96,6 +96,19 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
         window.tmux("kill-server")
 
 
+@pytest.fixture(scope="module")
+def failed_before(request: pytest.FixtureRequest) -> int:
+    """Tests of this process that had failed when the window was made."""
+    return request.session.testsfailed
+
+
+@pytest.fixture(autouse=True)
+def where_it_was_left(request: pytest.FixtureRequest, failed_before: int) -> None:
+    """Each test goes on where the one before it ended: behind one that failed all others would wait in vain."""
+    if request.session.testsfailed > failed_before:
+        pytest.skip("a test before failed, and the window is not where it would have left it")
+
+
 def test_a_paste_of_five_lines_is_one_message(window: Window) -> None:
     window.paste("Answer with one word.\nWhat is the\ncapital of\nFrance?\n你好，再见")
     shown = window.until("再见")

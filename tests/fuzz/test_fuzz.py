@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -92,7 +93,8 @@ def test_a_wrong_result_is_seen(runner: Runner) -> None:
     """By each oracle, of a result that was right until one thing in it was changed."""
 
     def kinds(case: Case, outcomes: list[Outcome]) -> list[str]:
-        return [fault.kind for fault in oracles.check(case, outcomes, runner.work)]
+        brief = [replace(outcome, seconds=0.0) for outcome in outcomes]  # as on a machine that does nothing else
+        return [fault.kind for fault in oracles.check(case, brief, runner.work)]
 
     case = Case("tokenizer", WORDS, (), (BATCH,))
     (outcome,) = runner.run(case)
