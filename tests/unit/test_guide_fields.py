@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tpctl.client.guides import check_guide
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.thinking import GPT_OSS, INSTRUCT, OPENS, QWEN3, THINK, TURNS, Model
+from tpctl.client.guides import check_guide, guided
 from tpctl.client.results import differing
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.engine.guiding.grammars import Grammars
 from tpctl.errors import RequestError
-from tpctl.wire.guide import MOST_CHARACTERS, of_schema
+from tpctl.wire.guide import MOST_CHARACTERS, Guide, of_schema
 from tpctl.wire.sampling import SamplingParams
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "integer"}}}
@@ -129,3 +135,51 @@ def test_a_batch_does_not_go_on_under_another_schema() -> None:
     assert differing(one, one) == ""
     assert differing(one, other) == '--json-schema {"title": "a"} (now {"title": "b"})'
     assert differing({"sampling": {"max_tokens": 5}}, one) == '--json-schema left out (now {"title": "a"})'
+
+
+def behind_a_prompt(model: Model, folder: Path, **variables: Any) -> SamplingParams:
+    """What the front makes of a request for a form, behind a conversation."""
+    tokenizer = model.tokenizer(folder)
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "Why?"}], variables)
+    return guided(SamplingParams(choice=("a", "b")), tokenizer, prompt, tokenizer.reasoning)
+
+
+def test_a_form_begins_behind_a_thought_that_the_template_opens(tmp_path: Path) -> None:
+    opened = behind_a_prompt(Model(OPENS, TURNS, THINK), tmp_path)
+    assert opened.guide_after == Tokenizer(tmp_path).backend.token_to_id("</think>")
+    assert SamplingParams.from_dict(opened.to_dict()) == opened
+    assert behind_a_prompt(Model(QWEN3, TURNS, THINK), tmp_path, enable_thinking=False).guide_after is None
+    assert behind_a_prompt(Model(QWEN3, TURNS, THINK), tmp_path).guide_after is None
+    assert behind_a_prompt(Model(INSTRUCT, TURNS), tmp_path).guide_after is None
+
+
+def test_a_form_is_refused_where_it_is_not_known_where_thoughts_end(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="choice: the model thinks before it answers, and </think> is no token"):
+        behind_a_prompt(Model(OPENS, TURNS), tmp_path)
+    marks = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+    with pytest.raises(RequestError, match=r"choice: answers of this model are several messages \(harmony\)"):
+        behind_a_prompt(Model(GPT_OSS, marks), tmp_path)
+
+
+def test_control_tokens_are_no_text_but_a_grammar_may_name_them(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, special=["<|call|>", "<end>"], added=["<tool>"])
+    grammars = Grammars(tmp_path)
+    grammars.suit(300, [256])
+    call, end, tool = 257, 258, 259
+
+    def allowed(guide: Guide | None, *tokens: int) -> set[int]:
+        assert guide is not None
+        matcher = grammars.matcher(guide)
+        assert matcher.consume_tokens(list(tokens))
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        return set(np.flatnonzero(bits).tolist())
+
+    everything = allowed(SamplingParams(regex="(?s:.)*").guide)
+    assert tool in everything and 256 in everything  # what is added may be text; the empty text matches
+    assert not everything & {call, end, *range(260, 300)}
+    named = SamplingParams(grammar='start: <|call|> "a" <end>').guide
+    check_guide(named)
+    letter = Tokenizer(tmp_path).encode("a")[0]
+    assert allowed(named) == {call} and allowed(named, call, letter) == {end}
+    spelled = SamplingParams(grammar='start: "<tool>" /[x]/').guide
+    assert tool in allowed(spelled) and allowed(spelled, tool) == {Tokenizer(tmp_path).encode("x")[0]}

@@ -16,9 +16,9 @@ from tpctl.engine.scheduling.scheduled import ScheduledBatch
 
 @dataclass
 class _Pending:
-    """Of a step: which of its ``sampled`` have grammars, and on rank 0 what is being found for them."""
+    """Of a step: which sequences have grammars, by their ids, and on rank 0 what is being found for them."""
 
-    rows: list[int]
+    ids: list[str]
     words: Words | None = None
     found: list[Future[None]] | None = None
 
@@ -32,27 +32,27 @@ class Masks:
         self._width = -(-vocab_size // 32) + 1
 
     def begin(self, batch: ScheduledBatch) -> _Pending | None:
-        """Start to find what a step's rows may be given; ``None``: none has a grammar. Waits for nothing."""
-        rows = [row for row, item in enumerate(batch.sampled) if item.sequence.params.guide is not None]
-        if not rows:
+        """Start to find what a step's sequences may be given; ``None``: none has a grammar. Waits for nothing."""
+        items = [item for item in batch.sampled if item.sequence.params.guide is not None]
+        if not items:
             return None
-        pending = _Pending(rows)
+        pending = _Pending([item.sequence.id for item in items])
         if self._group.rank == 0:
             assert self.guides is not None
-            pending.words = np.empty((len(rows), self._width), dtype=np.uint32)
-            pending.found = self.guides.begin([batch.sampled[row] for row in rows], pending.words)
+            pending.words = np.empty((len(items), self._width), dtype=np.uint32)
+            pending.found = self.guides.begin(items, pending.words)
         return pending
 
-    def finish(self, pending: _Pending | None) -> dict[int, Tensor]:
-        """What was found (collective where there is something), by row: int32 [W + 1] on the device, as
+    def finish(self, pending: _Pending | None) -> dict[str, Tensor]:
+        """What was found (collective where there is something), by sequence: int32 [W + 1] on the device, as
         ``SamplingRow.allowed`` has it."""
         if pending is None:
             return {}
         device = self._group.device
         if pending.words is None or pending.found is None:
-            words = torch.empty((len(pending.rows), self._width), dtype=torch.int32, device=device)
+            words = torch.empty((len(pending.ids), self._width), dtype=torch.int32, device=device)
         else:
             for future in pending.found:
                 future.result()
             words = torch.from_numpy(pending.words.view(np.int32)).to(device)
-        return dict(zip(pending.rows, self._group.broadcast(words).unbind(0), strict=True))
+        return dict(zip(pending.ids, self._group.broadcast(words).unbind(0), strict=True))

@@ -128,7 +128,7 @@ class CudaRunner(ModelRunner):
                 raise EngineError(_LOST_PEER)
         return launched.token_ids, launched.logprobs
 
-    def _sample_on_host(self, batch: ScheduledBatch, allowed: Mapping[int, Tensor]) -> Launched:
+    def _sample_on_host(self, batch: ScheduledBatch, allowed: Mapping[str, Tensor]) -> Launched:
         """The general sampler on the step's logits. It reads back as it goes; the next step waits for it."""
         self._references = {}
         rows = sampling_rows(batch, allowed)

@@ -154,14 +154,14 @@ def make_plain_runner(settings: EngineConfig, group: TPGroup) -> ModelRunner:
     return ModelRunner(loaded, plan_memory(loaded, plain_budget(loaded)))
 
 
-def sampling_rows(batch: ScheduledBatch, allowed: Mapping[int, Tensor]) -> list[SamplingRow]:
+def sampling_rows(batch: ScheduledBatch, allowed: Mapping[str, Tensor]) -> list[SamplingRow]:
     """What the sampler needs for each of the batch's ``sampled``; all tokens before must be known.
 
-    allowed: what ``Masks`` found, by row. It has looked to ``min_tokens`` already.
+    allowed: what ``Masks`` found, by sequence. It has looked to ``min_tokens`` already.
     """
     rows = []
-    for row, item in enumerate(batch.sampled):
-        sequence, mask = item.sequence, allowed.get(row)
+    for item in batch.sampled:
+        sequence, mask = item.sequence, allowed.get(item.sequence.id)
         early = mask is None and item.num_generated < sequence.params.min_tokens
         banned = sequence.stop_token_ids if early else ()
         known = sequence.token_ids, sequence.num_prompt_tokens
