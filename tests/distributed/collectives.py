@@ -42,7 +42,7 @@ def check(group: TPGroup, rng: random.Random, seed: int, longest: int, digest: h
     """One random collective."""
     dtype = rng.choice(DTYPES)
     shape = rng.choice([(), (1, 576), (rng.randint(1, longest),), (rng.randint(1, 40), rng.randint(0, longest // 40))])
-    kind = rng.choice(["sum", "sum", "max", "gather", "minimum"])
+    kind = rng.choice(["sum", "sum", "max", "gather", "broadcast", "minimum"])
     if kind == "minimum":
         assert group.minimum(seed * 31 % 17 - group.rank) == seed * 31 % 17 - group.size + 1
     else:
@@ -69,6 +69,8 @@ def check_one(
         assert found.data_ptr() == mine.data_ptr(), "not in place"
     elif kind == "max":
         expected, found = everyone.amax(0), group.all_reduce_max(mine)
+    elif kind == "broadcast":
+        expected, found = everyone[0], group.broadcast(mine)
     else:
         expected, found = everyone, group.all_gather(mine)
     assert found.dtype == dtype

@@ -53,7 +53,7 @@ def test_a_sample_of_schemas(demo: ResolvedSource, tp: int, start: int) -> None:
         assert llm.chat(question, SamplingParams(choice=("yes", "no"))).text in ("yes", "no")
 
 
-def test_lines_of_a_batch(demo: ResolvedSource, tmp_path: Path) -> None:
+def test_lines_of_a_batch(small: str, tmp_path: Path) -> None:
     """A schema for all lines, and lines that have forms of their own."""
     (tmp_path / "person.json").write_text(json.dumps(PERSON))
     lines = [
@@ -65,7 +65,7 @@ def test_lines_of_a_batch(demo: ResolvedSource, tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "A person, please."}], "temperature": 1.0},
     ]
     write_lines(tmp_path / "in.jsonl", lines)
-    options = ["--model", str(demo.folder), "--max-tokens", "60", "--dtype", "float32"]
+    options = ["--model", small, "--max-tokens", "120", "--dtype", "float32"]
     run = tpctl(tmp_path, "batch", "in.jsonl", "-o", "out.jsonl", "--json-schema", "person.json", *options)
     assert run.returncode == 1 and "2 errors" in run.stderr and "Traceback" not in run.stderr, run.stderr
     rows = read_lines(tmp_path / "out.jsonl")
@@ -79,9 +79,9 @@ def test_lines_of_a_batch(demo: ResolvedSource, tmp_path: Path) -> None:
     assert all(one["logprob"] <= one["top"][0]["logprob"] <= 0 for one in told[1:])
 
 
-def test_openai_lines(demo: ResolvedSource, tmp_path: Path) -> None:
+def test_openai_lines(small: str, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Describe a person as JSON."}]
-    body = {"model": "x", "messages": messages, "max_tokens": 60}
+    body = {"model": "x", "messages": messages, "max_tokens": 120}
     forms = [
         of_schema(PERSON),
         {"type": "json_object"},
@@ -99,7 +99,7 @@ def test_openai_lines(demo: ResolvedSource, tmp_path: Path) -> None:
         for at, form in enumerate(forms)
     ]
     write_lines(tmp_path / "in.jsonl", lines)
-    run = tpctl(tmp_path, "batch", "in.jsonl", "-o", "out.jsonl", "--model", str(demo.folder))
+    run = tpctl(tmp_path, "batch", "in.jsonl", "-o", "out.jsonl", "--model", small)
     rows = read_lines(tmp_path / "out.jsonl")
     assert [row["response"]["status_code"] for row in rows] == [200, 200, 200, 400, 400], run.stderr
     found = [ChatCompletion.model_validate(row["response"]["body"], strict=True).choices[0] for row in rows[:2]]
@@ -109,8 +109,8 @@ def test_openai_lines(demo: ResolvedSource, tmp_path: Path) -> None:
     assert rows[3]["response"]["body"]["error"]["message"] == "line 4: response_format: Invalid type: objekt"
 
 
-def test_a_chat(demo: ResolvedSource, tmp_path: Path) -> None:
+def test_a_chat(small: str, tmp_path: Path) -> None:
     (tmp_path / "person.json").write_text(json.dumps(PERSON))
-    run = tpctl(tmp_path, "chat", str(demo.folder), "-m", "Describe a person.", "--json-schema", "person.json")
+    run = tpctl(tmp_path, "chat", small, "-m", "Describe a person.", "--json-schema", "person.json")
     assert run.returncode == 0, run.stderr
     assert Draft202012Validator(PERSON).is_valid(json.loads(run.stdout))
