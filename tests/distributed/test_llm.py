@@ -109,6 +109,7 @@ def test_prompts_log_probabilities_are_those_of_transformers(llm: LLM, model: tu
             assert one is not None and one.logprob == pytest.approx(float(wanted[place - 1, ids[place]]), abs=1e-4)
             assert [id for id, _ in one.top] == wanted[place - 1].topk(3).indices.tolist()
     assert llm.generate("a", SamplingParams(max_tokens=1))[0].prompt_logprobs is None
+    assert llm.generate([[5]], SamplingParams(max_tokens=3), prompt_logprobs=0)[0].prompt_logprobs == [None]
 
 
 def test_forms_are_kept_to_and_what_is_none_ends_nothing(llm: LLM) -> None:

@@ -109,7 +109,8 @@ class TextStream:
         if self.finish_reason is not None:
             return []
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         shown: list[Segment] = []
         for position, id in enumerate(output.token_ids):
             self.token_ids.append(id)
