@@ -5,8 +5,10 @@ Sizes are in bytes unless a name says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Literal, NamedTuple
 
 KvForm = Literal["model", "packed", "fp8"]
 """How keys and values are kept: as the model computes them; bfloat16 in 12 bits; in 8, one scale a vector."""
@@ -26,6 +28,12 @@ _MOST_UNPACKED = 8
 _SAMPLED = 64
 """Rows that are sampled are padded to a multiple of this many in captured steps."""
 
+_LEFT_OVER = 1 / 16
+"""Of a slab, what blocks of any pool may leave unused where a larger slab would leave less."""
+
+KV_BLOCK = 128
+"""Tokens in a KV block on GPUs, unless others are asked for."""
+
 SAMPLER_A_TOKEN = 96
 """What one row takes at most while it is sampled, for each token of the vocabulary: where a top-p set is so flat that
 whole rows are sorted."""
@@ -39,20 +47,193 @@ def reserve(num_layers: int) -> int:
     return RESERVE + _MORE * max(0, num_layers - _LAYERS)
 
 
-def kv_bytes_per_token(
-    heads: Iterable[tuple[int, int]], itemsize: int, form: KvForm = "model", latents: Iterable[int] = ()
-) -> int:
-    """What the keys and values of one token take in all layers.
+class KeptLayer(NamedTuple):
+    """What a layer keeps on one rank: of each token so many vectors of ``dim`` numbers, keys and values together, for
+    as long as a token sees them (``window``, as in ``LayerPool``). ``whole``: they are kept as they are, whatever the
+    form of others."""
+
+    window: int | None
+    vectors: int
+    dim: int
+    whole: bool = False
+
+    def token_bytes(self, itemsize: int, form: KvForm) -> int:
+        return self.vectors * _vector_bytes(self.dim, itemsize, "model" if self.whole else form)
+
+
+class LayerPools(NamedTuple):
+    """The pools of a model's layers: their windows, as of ``KvLayout``, and the pool of each layer."""
+
+    windows: tuple[int | None, ...]
+    of_layer: tuple[int, ...]
+
+
+def layer_pools(ranks: Sequence[Sequence[KeptLayer]], longest: int, form: KvForm = "model") -> LayerPools:
+    """Which layers share a pool: those with the same window. One that is as long as any sequence is none.
+
+    All are in one pool, whatever their windows, if layers with the same window differ in what they keep of a token, or,
+    where keys and values are not kept as they are, any layers do: the pools' blocks could not share memory.
 
     Args:
-        heads: KV heads and their dimensions, of each layer.
-        itemsize: of a value that is kept as it is.
-        form: ``"packed"``: a vector is kept in 12 bits a value and a byte for the exponent of its largest; ``"fp8"``:
-            in 8 bits a value and 2 bytes for its scale.
-        latents: values that a layer keeps otherwise, as they are: of each with latent attention one vector's.
+        ranks: what each rank has of each layer.
+        longest: tokens of the longest sequence.
     """
-    vectors = sum(2 * count * _vector_bytes(dim, itemsize, form) for count, dim in heads)
-    return vectors + sum(latents) * itemsize
+    layers = ranks[0]
+    windows = [None if one.window is None or one.window >= longest else one.window for one in layers]
+    found = tuple(sorted(set(windows), key=lambda window: window or 0))
+    for rank in ranks:
+        sizes = {(window if form == "model" else None, one[1:]) for window, one in zip(windows, rank, strict=True)}
+        if len(found) > 1 and len(sizes) > (len(found) if form == "model" else 1):
+            found, windows = (None,), [None] * len(layers)
+    return LayerPools(found or (None,), tuple(found.index(window) for window in windows))
+
+
+class LayerPool(NamedTuple):
+    """Layers whose keys and values share block tables, as one rank has them: all that see equally far back.
+
+    Attributes:
+        window: tokens that they see, the token's own included; ``None``: all.
+        layers: how many they are.
+        layer_bytes: what one of them keeps of a KV block.
+    """
+
+    window: int | None
+    layers: int
+    layer_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        """What a block of the pool takes."""
+        return self.layers * self.layer_bytes
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """How KV memory is divided into blocks: the same on every rank.
+
+    Memory is given to pools slab by slab. A slab holds blocks of one pool at a time, ``per_slab`` of them, and is given
+    to another one when it is empty; so nobody has to know beforehand whether sequences will be short, when all layers
+    need as many blocks, or long, when those with a window need few. With one pool a slab is a block.
+
+    Attributes:
+        windows: of each pool, as ``LayerPool.window``; ``None``, if any, comes first.
+        per_slab: blocks of each pool that a slab holds.
+    """
+
+    block_size: int
+    windows: tuple[int | None, ...] = (None,)
+    per_slab: tuple[int, ...] = (1,)
+
+    def blocks(self, pool: int, length: int) -> int:
+        """Blocks of a pool that a sequence of ``length`` tokens holds at most while it is computed one by one."""
+        whole, window = -(-length // self.block_size), self.windows[pool]
+        return whole if window is None else min(whole, held_blocks(window, self.block_size))
+
+    def slabs(self, length: int, sequences: int = 1, step: int = 0) -> int:
+        """Slabs that so many sequences of ``length`` tokens hold at most, computed in steps of up to ``step`` tokens of
+        prompts, all of which a step's queries may see."""
+        total = 0
+        for pool, (window, held) in enumerate(zip(self.windows, self.per_slab, strict=True)):
+            blocks = sequences * self.blocks(pool, length)
+            if window is not None:
+                blocks += min(-(-step // self.block_size), sequences * -(-length // self.block_size) - blocks)
+            total += -(-blocks // held)
+        return total
+
+    def longest(self, slabs: int) -> int | None:
+        """Tokens of the longest sequence that so many slabs hold; ``None``: of any length, where all have windows."""
+        low, high = 0, slabs * max(self.per_slab) + 1  # in blocks: held, not held
+        if None not in self.windows and self.slabs(high * self.block_size) <= slabs:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.slabs(middle * self.block_size) <= slabs else (low, middle)
+        return low * self.block_size
+
+
+def pools_of(
+    layers: Sequence[KeptLayer], pools: LayerPools, block_size: int, itemsize: int, form: KvForm
+) -> list[LayerPool]:
+    """What the pools' blocks take on a rank that keeps ``layers``."""
+    found = []
+    for number, window in enumerate(pools.windows):
+        sizes = [
+            block_size * one.token_bytes(itemsize, form)
+            for one, pool in zip(layers, pools.of_layer, strict=True)
+            if pool == number
+        ]
+        alike = len(set(sizes)) == 1
+        found.append(LayerPool(window, len(sizes) if alike else 1, sizes[0] if alike else max(1, sum(sizes))))
+    return found
+
+
+class KvNeed(NamedTuple):
+    """What sequences take of a rank's KV cache, in bytes.
+
+    Attributes:
+        token: every token, in the layers that see all of them.
+        windows: every sequence, in the others, once it is as long as (tokens, bytes of each) say.
+    """
+
+    token: int
+    windows: tuple[tuple[int, int], ...]
+
+    def sequence(self, length: int) -> int:
+        """A sequence of so many tokens."""
+        return length * self.token + sum(min(length, tokens) * each for tokens, each in self.windows)
+
+    def longest(self, cache: int, most: int) -> int:
+        """Tokens of the longest sequence, of ``most``, that ``cache`` bytes hold."""
+        low, high = 0, most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.sequence(middle) <= cache else (low, middle)
+        return low
+
+
+def kv_need(pools: Sequence[LayerPool], layout: KvLayout) -> KvNeed:
+    """What sequences take on the rank whose pools these are. A block counts with its part of what a slab leaves over;
+    that blocks are not full does not count."""
+    slab, token, windows = slab_bytes(pools, layout), 0, []
+    for pool, held in zip(pools, layout.per_slab, strict=True):
+        each = -(-slab // (held * layout.block_size))
+        if pool.window is None:
+            token += each
+        else:
+            windows.append((held_blocks(pool.window, layout.block_size) * layout.block_size, each))
+    return KvNeed(token, tuple(windows))
+
+
+def held_blocks(window: int, block_size: int) -> int:
+    """Blocks that ``window`` tokens in a row touch at most."""
+    return -(-(window - 1) // block_size) + 1
+
+
+def layout_of(ranks: Sequence[Sequence[LayerPool]], block_size: int) -> KvLayout:
+    """The layout for these pools, given as each rank has them: slabs as small as possible of which little is left over
+    (a sixteenth at most, if any size up to eight of the largest blocks gives that)."""
+    pools = ranks[0]
+    windows = tuple(pool.window for pool in pools)
+    best, least = (1,) * len(pools), 1.0
+    for times in range(1, 9):
+        largest = [times * max(pool.block_bytes for pool in rank) for rank in ranks]
+        sizes = list(zip(largest, ranks, strict=True))
+        counts = tuple(min(size // rank[pool].block_bytes for size, rank in sizes) for pool in range(len(pools)))
+        taken = [
+            count * pool.block_bytes / size for size, rank in sizes for count, pool in zip(counts, rank, strict=True)
+        ]
+        if 1 - min(taken) < least:
+            best, least = counts, 1 - min(taken)
+        if least <= _LEFT_OVER:
+            break
+    return KvLayout(block_size, windows, best)
+
+
+def slab_bytes(pools: Sequence[LayerPool], layout: KvLayout) -> int:
+    """What a slab takes on the rank whose pools these are: a whole number of what each layer keeps of a block."""
+    most = max(pool.block_bytes * held for pool, held in zip(pools, layout.per_slab, strict=True))
+    unit = lcm(*(pool.layer_bytes for pool in pools))
+    return -(-most // unit) * unit
 
 
 def state_bytes(layers: Iterable[tuple[int, int]], itemsize: int) -> int:

@@ -29,7 +29,7 @@ from tpctl.layers.attention.base import AttentionBackend, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.attention.triton import TritonBackend
-from tpctl.layers.batch import ForwardBatch, PrefillChunks
+from tpctl.layers.batch import ForwardBatch, PoolTables, PrefillChunks
 from tpctl.layers.compute import Compute
 from tpctl.layers.compute_cuda import CudaCompute
 from tpctl.layers.norm import RMSNorm
@@ -98,11 +98,11 @@ def make_batch(ids: Tensor, new: list[int], lengths: list[int]) -> ForwardBatch:
     positions = torch.cat([torch.arange(length - count, length) for count, length in zip(new, lengths, strict=True)])
     sequence = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new))
     ends = torch.tensor(new).cumsum(0)
+    slots = TABLES[sequence, positions // BLOCK].long() * BLOCK + positions % BLOCK
     return ForwardBatch(
         input_ids=ids.to(DEVICE),
         rope_positions=positions.to(DEVICE),
-        slot_mapping=(TABLES[sequence, positions // BLOCK].long() * BLOCK + positions % BLOCK).to(DEVICE),
-        block_tables=TABLES.to(DEVICE),
+        pools=(PoolTables(slots.to(DEVICE), TABLES.to(DEVICE)),),
         query_lens=new,
         seq_lens=lengths,
         num_decodes=DECODES,
@@ -118,19 +118,19 @@ def as_captured(batch: ForwardBatch, new: list[int]) -> ForwardBatch:
     starts, padding = [0, *ends.tolist()], torch.zeros(3, dtype=torch.int64, device=DEVICE)
     sequence = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new)).to(DEVICE)
     seen = (batch.rope_positions + 1) * (sequence < DECODES)
+    ((slots, tables),) = batch.pools
     return dataclasses.replace(
         batch,
         input_ids=torch.cat([batch.input_ids, padding]),
         rope_positions=torch.cat([batch.rope_positions, padding]),
-        slot_mapping=torch.cat([batch.slot_mapping, padding - 1]),
-        block_tables=batch.block_tables[torch.cat([sequence, padding])],
+        pools=(PoolTables(torch.cat([slots, padding - 1]), tables[torch.cat([sequence, padding])]),),
         query_lens=[],
         seq_lens=[],
         num_decodes=sum(new) + 3,
         query_start_S1=None,
         seq_lens_S=torch.cat([seen, padding]).int(),
         chunks=PrefillChunks(
-            torch.cat([batch.block_tables[DECODES:], batch.block_tables[:1]]),
+            (torch.cat([tables[DECODES:], tables[:1]]),),
             torch.tensor([*starts[DECODES:], starts[-1]], dtype=torch.int32, device=DEVICE),
             torch.tensor([*LENGTHS[DECODES:], 0], dtype=torch.int32, device=DEVICE),
         ),

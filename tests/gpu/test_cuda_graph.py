@@ -22,7 +22,7 @@ from tpctl.wire.sampling import SamplingParams
 pytestmark = pytest.mark.gpu
 DIRECT, TWO_FLOORS = SamplingPath.DIRECT, SamplingPath.TWO_FLOORS
 PACE = Pace(rows=32, limit=64, chunks=4)
-BLOCK = 16
+BLOCK, POOLS = 16, 2
 
 
 class Uncaptured(CapturedSteps):
@@ -33,7 +33,7 @@ class Uncaptured(CapturedSteps):
         # As another step has left them.
         self._numbers = torch.full((MixedGraphs.most_numbers(PACE.limit, PACE.chunks),), 7, dtype=torch.int32)
         self._numbers = self._numbers.to(DEVICE)
-        self._rows = DecodeInputs.allocate(PACE.limit, 8, DEVICE)
+        self._rows = DecodeInputs.allocate(PACE.limit, SlotTables.allocate(1, 8, DEVICE, POOLS))
         for name, value in vars(self._rows).items():
             for tensor in value if name == "filters" else [value]:
                 tensor.fill_(3)
@@ -67,18 +67,20 @@ def test_packed_rows() -> None:
     assert inputs.query_start_P1.tolist() == [2, 7, 27, 27, 27]
     assert inputs.seq_lens_P.tolist() == [35, 20, 0, 0]
     assert inputs.logits_rows.tolist() == [0, 1, 6, *[31] * 29]
-    tables = SlotTables.allocate(10, 8, DEVICE)
-    tables.block_tables.copy_(torch.arange(1, 81).view(10, 8))
+    tables = SlotTables.allocate(10, 8, DEVICE, POOLS)
+    tables.block_tables.copy_(torch.arange(1, 81 + 80 * (POOLS - 1)).view(POOLS, 10, 8))
     for last, read in ((99, 99), (-2, 0)):  # a row that has failed is read as a token that there is
         sampled = torch.tensor([last, 98], device=DEVICE)
         prepare_decode(inputs.rows, sampled, tables, BLOCK)
         assert inputs.rows.input_ids[:27].tolist() == [read, *tokens[1:]]
-    assert inputs.rows.slot_mapping[27:].tolist() == [-1] * 5
-    assert inputs.rows.slot_mapping[2:7].tolist() == [(9 + at // BLOCK) * BLOCK + at % BLOCK for at in range(30, 35)]
-    # The last row of a chunk has all of its blocks.
-    chosen = inputs.rows.block_tables[inputs.last_row_P.long()]
-    assert chosen[0, :3].tolist() == [9, 10, 11]
-    assert chosen[1, :2].tolist() == [17, 18]
+    for pool in range(POOLS):
+        slots_T, first = inputs.rows.slot_mapping[pool], 80 * pool + 9
+        assert slots_T[27:].tolist() == [-1] * 5
+        assert slots_T[2:7].tolist() == [(first + at // BLOCK) * BLOCK + at % BLOCK for at in range(30, 35)]
+        # The last row of a chunk has all of its blocks.
+        chosen = inputs.rows.block_tables[pool, inputs.last_row_P.long()]
+        assert chosen[0, :3].tolist() == [first, first + 1, first + 2]
+        assert chosen[1, :2].tolist() == [first + 8, first + 9]
 
 
 def test_decodes_are_padded_to_the_ladder() -> None:
@@ -90,8 +92,8 @@ def test_decodes_are_padded_to_the_ladder() -> None:
     ((inputs, long, path),) = seen
     assert (steps.keys, long, path) == ([(4, True, TWO_FLOORS)], True, TWO_FLOORS)
     assert inputs.packed.tolist() == [[5, 3, 9, -1], [40, 9, 0, 0], [-1, 11, 12, 0]]
-    assert (inputs.block_tables.shape, inputs.keys.shape, inputs.seq_lens.shape) == ((4, 8), (4, 2), (4,))
-    assert inputs.block_tables.is_contiguous()
+    assert (inputs.block_tables.shape, inputs.keys.shape, inputs.seq_lens.shape) == ((POOLS, 4, 8), (4, 2), (4,))
+    assert all(table.is_contiguous() for table in inputs.block_tables)
 
 
 def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
@@ -122,7 +124,7 @@ def test_prepared_rows_equal_their_reference() -> None:
     torch.manual_seed(0)
     rows, slots, blocks = 23, 6, 9
     tables = SlotTables(
-        torch.randint(1, 99, (slots, blocks), dtype=torch.int32, device=DEVICE),
+        torch.randint(1, 99, (POOLS, slots, blocks), dtype=torch.int32, device=DEVICE),
         torch.randint(-(2**63), 2**63 - 1, (slots,), device=DEVICE),
         Filters(
             torch.rand(slots, device=DEVICE),
@@ -143,12 +145,14 @@ def test_prepared_rows_equal_their_reference() -> None:
     live = packed[0] >= 0
     assert 0 < int(live.sum()) < rows
     packed[1:, ~live] = 0
-    got, want = (DecodeInputs.allocate(rows, blocks, DEVICE) for _ in range(2))
+    got, want = (DecodeInputs.allocate(rows, tables) for _ in range(2))
     for inputs, prepare in ((got, prepare_decode), (want, prepare_decode_reference)):
         inputs.packed.copy_(packed)
         prepare(inputs, sampled, tables, BLOCK)
-    for name in ("input_ids", "rope_positions", "slot_mapping", "seq_lens", "block_tables", "keys"):
+    for name in ("input_ids", "rope_positions", "seq_lens", "keys"):
         assert torch.equal(getattr(got, name)[live], getattr(want, name)[live]), name
+    for name in ("slot_mapping", "block_tables"):
+        assert torch.equal(getattr(got, name)[:, live], getattr(want, name)[:, live]), name
     for name, mine, theirs in zip(Filters._fields, got.filters, want.filters, strict=True):
         assert torch.equal(mine, theirs), name
     assert not got.filters.temperature[~live].any()  # padding is greedy

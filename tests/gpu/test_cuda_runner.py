@@ -373,7 +373,7 @@ def test_the_cache_gets_what_nothing_else_needs(
     tables = 4 * (2 * 6 + cuda_runner.largest_rows(runner.loaded.settings, runner.pace)) * 96 // 16
     # And the logits of a captured step, its activations, and what sampling with the host's help takes.
     assert later > tables + 6 * config.vocab_size * 4 + runner.sampler.working_bytes(6)
-    block = runner.loaded.block_bytes
+    block = runner.loaded.slab_bytes
     rest = taken + later + RESERVE
     share[0] = GpuShare(80 * gib, rest + 10 * block + block // 2, 1.0)
     assert start(tmp_path / "tp1", kv_cache_memory=None).runner.memory.num_blocks == 10

@@ -29,6 +29,7 @@ from tpctl.kernels.attention.rope_cache import rope_cache, rope_cache_reference
 from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.base import AttentionSpec, LayerKV
 from tpctl.layers.attention.triton import TritonBackend
+from tpctl.layers.batch import PoolTables
 
 pytestmark = pytest.mark.gpu
 
@@ -231,7 +232,7 @@ def test_stored_by_the_readable_decoder() -> None:
     backend = backend_of(2, 64, 16, layers=1)
     (kv,) = backend.allocate(3, torch.bfloat16, DEVICE)
     x = vectors(2, 2, 64)
-    plan: Any = SimpleNamespace(batch=SimpleNamespace(slot_mapping=torch.tensor([17, -1], device=DEVICE)))
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(pools=[PoolTables(torch.tensor([17, -1], device=DEVICE), None)]))
     backend.store(x, -x, kv, plan)
     codes, scales = quantise(-x[0])
     assert torch.equal(kv.v[1, :, 1], codes.view(torch.uint8))

@@ -19,7 +19,7 @@ from tpctl.kernels.attention.rope_cache import rope_cache, rope_cache_reference
 from tpctl.layers.attention import triton as triton_backend
 from tpctl.layers.attention.base import AttentionSpec, LayerKV
 from tpctl.layers.attention.triton import TritonBackend
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PoolTables
 
 pytestmark = pytest.mark.gpu
 
@@ -294,7 +294,7 @@ def test_stored_by_the_readable_decoder() -> None:
     backend = backend_of(2, 64, 16, layers=1)
     (kv,) = backend.allocate(3, torch.bfloat16, DEVICE)
     x = vectors(2, 2, 64)
-    plan: Any = SimpleNamespace(batch=SimpleNamespace(slot_mapping=torch.tensor([17, -1], device=DEVICE)))
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(pools=[PoolTables(torch.tensor([17, -1], device=DEVICE), None)]))
     backend.store(x, -x, kv, plan)
     rows, largest = pack_reference(x[0].contiguous())
     assert torch.equal(kv.k[1, :, 1], rows)

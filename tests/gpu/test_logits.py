@@ -119,10 +119,7 @@ def run(
     found = Run({})
     found.logits = record(engine, 1024)
     blocks = engine.scheduler.blocks
-    order = list(blocks._free)
-    random.Random(5).shuffle(order)
-    for block in order:
-        blocks._free.move_to_end(block)
+    random.Random(5).shuffle(blocks.slabs.empty)
     # A job whose answers are short is not worth pacing.
     params = SamplingParams(max_tokens=8 * TOKENS if way == "paced" else TOKENS, ignore_eos=True)
     tables = 0
@@ -133,7 +130,7 @@ def run(
         while engine.has_work:
             for output in engine.step():
                 found.tokens[output.id] += output.token_ids
-            running = [sequence.block_table for sequence in engine.scheduler.running.values()]
+            running = [sequence.block_tables[0] for sequence in engine.scheduler.running.values()]
             tables += sum(table != sorted(table) for table in running)
         assert blocks.hit_tokens - hits >= (256 if wave is waves[0] else 5 * 256)
     assert tables > 0

@@ -167,7 +167,7 @@ def test_states_take_what_is_planned(tmp_path: Path) -> None:
         slots, loaded, fit = runner.memory.num_states, runner.loaded, planned.ranks[group.rank]
         assert len(states) == 2 and held == slots * loaded.state_bytes
         assert fit.states == 16 and fit.state_bytes == 16 * loaded.state_bytes
-        assert held <= memory // 2 and held + runner.memory.num_blocks * loaded.block_bytes <= memory
+        assert held <= memory // 2 and held + runner.memory.num_blocks * loaded.slab_bytes <= memory
 
     run_ranks(4, torch.inference_mode()(rank))
     assert planned.recurrent == 2 and planned.not_on_gpus == "gated delta net layers"

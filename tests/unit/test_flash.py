@@ -21,7 +21,7 @@ from tpctl.layers.attention import flash, select
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.flash import FlashAttentionBackend
 from tpctl.layers.attention.select import choose_backend, make_backend
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PoolTables
 
 HEADS = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=16, scale=0.3)
 Window = tuple[int, int]
@@ -209,8 +209,7 @@ def test_attention_equals_attention_written_out(case: str, window: int | None, v
     forward = ForwardBatch(
         input_ids=torch.zeros(int(news.sum()), dtype=torch.int64),
         rope_positions=torch.zeros(int(news.sum()), dtype=torch.int64),
-        slot_mapping=torch.cat(slots),
-        block_tables=tables,
+        pools=(PoolTables(torch.cat(slots), tables),),
         query_lens=news.tolist(),
         seq_lens=[length for _, length in lengths],
         num_decodes=int((news == 1).sum()),

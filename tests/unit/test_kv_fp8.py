@@ -127,7 +127,7 @@ def test_greedy_tokens_are_the_same_in_any_company(made: tuple[Path, list[list[i
     if way == "crowded":  # 28 blocks of 4 tokens, of some 120 that are wanted
         with torch.inference_mode():
             runner = make_runner(EngineConfig(folder / "tp1", 1, block_size=4, kv_cache_dtype="fp8"), TPGroup())
-        settings["kv_cache_memory"] = 28 * runner.loaded.block_bytes
+        settings["kv_cache_memory"] = 28 * runner.loaded.slab_bytes
     # The second time most blocks are found in the prefix cache.
     groups = [requests(), requests("again ")]
     tokens, stats = run(folder / f"tp{tp_size}", tp_size, groups, kv_cache_dtype="fp8", **settings)

@@ -41,7 +41,8 @@ def logits_of(
         values: dict[str, Any] = {"kv_cache_memory": 1 << 22, "block_size": 4, "max_num_seqs": 8, **changes}
         config = EngineConfig(folder, tp_size, **values)
         runner = make_runner(config, group)
-        blocks = BlockManager(runner.memory.num_blocks, 4, enable_prefix_caching=False)
+        memory = runner.memory
+        blocks = BlockManager(memory.num_blocks, 4, enable_prefix_caching=False, layout=memory.layout)
         sequences = [Sequence(str(i), ids, SamplingParams(), 256) for i, ids in enumerate(prompts)]
         for sequence in sequences:
             sequence.rope_offset = runner.rope_offset(len(sequence.token_ids))
@@ -50,11 +51,14 @@ def logits_of(
             size = min(chunks[len(found) % len(chunks)], length - start)
             for sequence in sequences:
                 assert blocks.grow(sequence, start + size)
+                sequence.num_computed_tokens = start + size
             items = [
                 ScheduledSequence(sequence, start, size, size == 1, state_of(runner, slot, start))
                 for slot, sequence in enumerate(sequences)
             ]
-            forward = build_forward_batch(ScheduledBatch(items, len(items) if size == 1 else 0), 4, group.device)
+            forward = build_forward_batch(
+                ScheduledBatch(items, len(items) if size == 1 else 0), 4, group.device, runner.backend.places
+            )
             found.append(runner.model(forward, runner.kv).view(len(prompts), size, -1))
             start += size
         whole = torch.cat(found, dim=1)

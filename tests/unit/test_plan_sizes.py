@@ -273,15 +273,17 @@ def test_what_layers_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     report = planned(folder, tp_size=2)
     assert (report.recurrent, report.windowed, report.window, report.kv_cache_dtype) == (1, 1, 8, "bfloat16")
     latent, heads = 18 * 2, 2 * 1 * 6 * 2  # bytes of a token: the latent is on every rank, KV heads are dealt
-    assert [rank.kv_bytes_per_token for rank in report.ranks] == [latent + heads] * 2
-    assert report.sizes[0].kv_bytes_per_token == latent + 2 * heads
+    assert [rank.kv_bytes_per_token for rank in report.ranks] == [latent] * 2
+    held = min(2 * 128, report.max_model_len)  # 8 tokens touch two blocks at most
+    assert [rank.window_bytes for rank in report.ranks] == [held * heads] * 2
+    assert (report.sizes[0].kv_bytes_per_token, report.sizes[0].window_bytes) == (latent, held * 2 * heads)
     assert {(rank.query_heads, rank.kv_heads) for rank in report.ranks} == {(2, 1)}
     by_size = {check.tp_size: [one.rule for one in check.vllm] for check in report.checks}
     assert "key heads" in by_size[3] and "key heads" not in by_size[4]
     said = subprocess.run([sys.executable, "-c", PRINT, str(folder)], capture_output=True, text=True, check=True).stdout
     assert "tpctl cuts the model but does not run it yet, for it has gated delta net" in said
     assert "1 of 3 layers keep no keys and values but a state of constant size" in said
-    assert "1 of 3 layers look back 8 tokens at most" in said
+    assert "1 of 3 layers look back 8 tokens at most and keep no more of a sequence" in said
 
 
 PRINT = """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
+from math import lcm
 from weakref import WeakKeyDictionary
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence, StateUse
 from tpctl.engine.scheduling.scheduler import Scheduler
@@ -29,12 +32,14 @@ BROKEN = 60
 
 class Cache:
     """Pretends to be the KV cache: remembers which token every slot was written for, by which rotary table and whether
-    it is NaN, and checks every read. Of states it remembers which tokens they have seen."""
+    it is NaN, and checks every read that a layer of each pool would do. Of states it remembers which tokens they have
+    seen."""
 
     def __init__(self, scheduler: Scheduler) -> None:
+        self.blocks = scheduler.blocks
         self.block_size = scheduler.blocks.block_size
         self.rope_offset = scheduler.rope_offset
-        self.slots: dict[int, tuple[int, int, bool]] = {}
+        self.slots: dict[tuple[Fraction, int], tuple[int, int, int, bool]] = {}
         self.states: dict[int, tuple[list[int], bool]] = {}
 
     def run(self, batch: ScheduledBatch, known: dict[str, list[int]]) -> list[int]:
@@ -43,17 +48,23 @@ class Cache:
             new = known[sequence.id][item.start : item.end]
             if item.samples:
                 assert sequence.rope_offset == self.rope_offset(item.end)
-            for at, token in enumerate(new, item.start):
-                self.slots[self._slot(sequence, at)] = token, sequence.rope_offset, BROKEN in new
+            for number in range(len(self.blocks.pools)):
+                for at, token in enumerate(new, item.start):
+                    written = number, token, sequence.rope_offset, BROKEN in new
+                    self.slots |= dict.fromkeys(self._places(number, sequence, at), written)
         sampled, spoilt = [], {item.sequence.id for item in batch.items if self._spoils_state(item, known)}
         for item in batch.items:
-            found = [self.slots[self._slot(item.sequence, at)] for at in range(item.end)]
-            assert {offset for _, offset, _ in found} == {item.sequence.rope_offset}
-            read = [token for token, _, _ in found]
-            assert read == known[item.sequence.id][: item.end], f"{item.sequence} reads another sequence's keys"
+            tokens, broken = known[item.sequence.id][: item.end], item.sequence.id in spoilt
+            for number, pool in enumerate(self.blocks.pools):
+                first = 0 if pool.window is None else max(0, item.start - pool.window + 1)
+                for at in range(first, item.end):
+                    places = self._places(number, item.sequence, at)
+                    (found,) = {self.slots[place] for place in places}
+                    expected = number, tokens[at], item.sequence.rope_offset
+                    assert found[:3] == expected, f"{item.sequence} reads another sequence's keys"
+                    broken |= found[3]
             if item.samples:
-                broken = any(broken for _, _, broken in found) or item.sequence.id in spoilt
-                sampled.append(NOT_FINITE if broken else next_token(read))
+                sampled.append(NOT_FINITE if broken else next_token(tokens))
         return sampled
 
     def _spoils_state(self, item: ScheduledSequence, known: dict[str, list[int]]) -> bool:
@@ -69,8 +80,14 @@ class Cache:
         self.states[item.state.slot] = tokens[: item.end], broken or BROKEN in new
         return self.states[item.state.slot][1]
 
-    def _slot(self, sequence: Sequence, at: int) -> int:
-        return sequence.block_table[at // self.block_size] * self.block_size + at % self.block_size
+    def _places(self, pool: int, sequence: Sequence, at: int) -> list[tuple[Fraction, int]]:
+        """What a token's keys take of memory, whichever pool it is: parts of a slab as small as any pool's blocks
+        need, and the place in the block."""
+        block, per_slab = sequence.block_tables[pool][at // self.block_size], self.blocks.pools[pool].per_slab
+        assert block >= 0, f"{sequence} reads what its window has passed"
+        part = Fraction(1, lcm(*(one.per_slab for one in self.blocks.pools)))
+        begin, count = Fraction(block, per_slab), Fraction(1, per_slab) / part
+        return [(begin + number * part, at % self.block_size) for number in range(int(count))]
 
 
 CACHES: WeakKeyDictionary[Scheduler, Cache] = WeakKeyDictionary()
@@ -78,14 +95,21 @@ CACHES: WeakKeyDictionary[Scheduler, Cache] = WeakKeyDictionary()
 
 
 def make(
-    num_blocks: int, block_size: int = 4, seqs: int = 8, budget: int = 32, length: int = 64, states: int = 0
+    num_blocks: int,
+    block_size: int = 4,
+    seqs: int = 8,
+    budget: int = 32,
+    length: int = 64,
+    states: int = 0,
+    layout: KvLayout | None = None,
 ) -> Scheduler:
-    blocks = BlockManager(num_blocks, block_size)
+    blocks = BlockManager(num_blocks, block_size, layout=layout)
+    longest = blocks.layout.longest(num_blocks)
     return Scheduler(
         blocks,
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
-        max_model_len=min(length, num_blocks * block_size),
+        max_model_len=length if longest is None else min(length, longest),
         vocab_size=1000,
         eos_token_ids=[7],
         states=StatePool(states, blocks) if states else None,
@@ -131,11 +155,21 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
         scheduler.check_integrity()
     else:
         pytest.fail("the scheduler does not come to an end")
-    assert scheduler.blocks.num_free_blocks == scheduler.blocks.num_blocks
+    assert scheduler.blocks.num_free_slabs == scheduler.blocks.num_slabs
     return found
 
 
-@settings(max_examples=60, deadline=None)
+LAYOUTS = [
+    KvLayout(4),
+    KvLayout(4, (7,), (1,)),
+    KvLayout(4, (None, 9), (1, 1)),
+    KvLayout(4, (None, 9), (5, 1)),
+    KvLayout(4, (None, 1), (3, 2)),
+    KvLayout(4, (None, 4, 14), (1, 4, 2)),
+]
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.integers(6, 40),
@@ -145,12 +179,21 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
     border=st.sampled_from([5, 12, 16, 17, 1000]),
     broken=st.booleans(),
     states=st.sampled_from([0, 1, 2, 3, 9, 40]),
+    layout=st.sampled_from(LAYOUTS),
 )
 def test_batched_equals_alone(
-    seed: int, num_blocks: int, overlap: bool, budget: int, abort: bool, border: int, broken: bool, states: int
+    seed: int,
+    num_blocks: int,
+    overlap: bool,
+    budget: int,
+    abort: bool,
+    border: int,
+    broken: bool,
+    states: int,
+    layout: KvLayout,
 ) -> None:
     rng = random.Random(seed)
-    scheduler = make(num_blocks, budget=budget, states=states)
+    scheduler = make(num_blocks, budget=budget, states=states, layout=layout)
     scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
     prefix = [rng.randrange(3, 9) for _ in range(9)]
     requests = []
@@ -198,7 +241,7 @@ def test_equal_prompts_share_blocks_within_one_step() -> None:
     batch = scheduler.schedule()
     assert batch is not None
     assert [item.num_new_tokens for item in sorted(batch.items, key=lambda i: i.sequence.id)] == [13, 1, 1]
-    tables = [item.sequence.block_table for item in batch.items]
+    tables = [item.sequence.block_tables[0] for item in batch.items]
     assert tables[0][:3] == tables[1][:3] == tables[2][:3]
 
 
@@ -255,9 +298,10 @@ def test_no_state_is_kept_where_prefixes_are_not_shared() -> None:
 
 
 def test_integrity_check_finds_a_lost_state() -> None:
-    pool = StatePool(2, BlockManager(4, 4))
+    blocks = BlockManager(4, 4)
+    pool = StatePool(2, blocks)
     sequence = Sequence("a", [1, 2, 3], SamplingParams(), 256)
-    pool.admit(sequence, [])
+    pool.admit(sequence, blocks.nothing)
     pool.check_integrity([sequence])
     with pytest.raises(AssertionError, match="overlap or leak"):
         pool.check_integrity([])
@@ -324,7 +368,7 @@ def test_a_sequence_that_crosses_the_border_is_computed_again_once() -> None:
 def test_integrity_check_finds_a_leak() -> None:
     blocks = BlockManager(4, 4)
     sequence = Sequence("a", [1, 2, 3], SamplingParams(), 256)
-    assert blocks.admit(sequence, [], 3)
+    assert blocks.admit(sequence, blocks.nothing, 3)
     blocks.check_integrity([sequence])
     with pytest.raises(AssertionError, match="users"):
         blocks.check_integrity([])

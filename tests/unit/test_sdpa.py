@@ -11,7 +11,7 @@ from torch import Tensor
 from tpctl.layers.attention import sdpa
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PoolTables
 
 BLOCK = 8
 CASES: dict[str, list[tuple[int, int]]] = {  # (new tokens, tokens in all) of each sequence, decodes first
@@ -64,8 +64,7 @@ def attend(lengths: list[tuple[int, int]], heads: AttentionSpec, dtype: torch.dt
         forward = ForwardBatch(
             input_ids=torch.zeros(len(slots), dtype=torch.int64),
             rope_positions=torch.zeros(len(slots), dtype=torch.int64),
-            slot_mapping=torch.tensor(slots, dtype=torch.int64),
-            block_tables=tables,
+            pools=(PoolTables(torch.tensor(slots, dtype=torch.int64), tables),),
             query_lens=[end - start for start, end in ranges],
             seq_lens=[end for _, end in ranges],
             num_decodes=sum(new == 1 for new, _ in lengths),

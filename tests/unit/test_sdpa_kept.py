@@ -13,7 +13,7 @@ from tests.unit.test_sdpa import BLOCK, written_out
 from tpctl.layers.attention import sdpa
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PoolTables
 
 HEADS = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=12, scale=1 / math.sqrt(12))
 SIZES = [HEADS.num_heads, HEADS.num_kv_heads, HEADS.num_kv_heads]
@@ -54,8 +54,7 @@ class Server:
         batch = ForwardBatch(
             input_ids=torch.zeros(len(slots), dtype=torch.int64),
             rope_positions=torch.zeros(len(slots), dtype=torch.int64),
-            slot_mapping=torch.tensor(slots),
-            block_tables=tables,
+            pools=(PoolTables(torch.tensor(slots), tables),),
             query_lens=list(new.values()),
             seq_lens=lens,
             num_decodes=sum(count == 1 for count in new.values()),
@@ -74,7 +73,7 @@ class Server:
                     own = slice(0, at + 1)
                     expected.append(written_out(q_all[at], k_all[own], v_all[own], self.spec))
             torch.testing.assert_close(found.double(), torch.stack(expected).flatten(1), rtol=1e-5, atol=1e-5)
-        return [bucket.cells is not None for bucket in plan.buckets or ()]
+        return [bucket.cells is not None for buckets in plan.buckets.values() for bucket in buckets]
 
     def end(self, name: str) -> None:
         self.free += reversed(self.blocks.pop(name))  # the next to be given away are those it had last

@@ -75,9 +75,14 @@ def _remarks(report: FitReport) -> Iterator[str]:
             "none"
         )
     if report.windowed:
+        rank = max(report.ranks, key=lambda rank: rank.window_bytes)
         yield (
-            f"{report.windowed} of {counted(report.layers, 'layer')} look back {report.window} tokens at most; their "
-            "keys and values are counted for the whole context"
+            f"{report.windowed} of {counted(report.layers, 'layer')} look back {report.window} tokens at most and keep "
+            + (
+                f"no more of a sequence, {_gib(rank.window_bytes)} a rank; KV/token is what the others keep"
+                if rank.window_bytes
+                else "the keys and values of all the same, for layers differ in what they keep of a token"
+            )
         )
 
 
@@ -219,7 +224,7 @@ def _print_ranks(report: FitReport) -> None:
             _gib(rank.weight_bytes),
             _gib(rank.activation_bytes),
             _gib(rank.kv_cache_bytes) if rank.kv_cache_bytes > 0 else "none",
-            f"{max(0, rank.kv_cache_bytes // max(1, rank.kv_bytes_per_token)):,}",
+            _kv_tokens(rank),
         )
     console.print(table)
     if more := max(rank.growth_bytes for rank in report.ranks):
@@ -235,6 +240,12 @@ def _print_ranks(report: FitReport) -> None:
         f"{_gib(report.reserve_bytes)} kept for CUDA graphs and fragmentation; the last three are estimates",
         soft_wrap=True,
     )
+
+
+def _kv_tokens(rank: RankFit) -> str:
+    """Tokens that a rank's KV cache holds; where layers have windows, of one sequence."""
+    left = max(0, rank.kv_cache_bytes - rank.window_bytes)
+    return f"{left // rank.kv_bytes_per_token:,}" if rank.kv_bytes_per_token else "any" if left else "0"
 
 
 def _gib(count: int) -> str:

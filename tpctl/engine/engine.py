@@ -34,7 +34,9 @@ class Engine:
         self._guides = self.runner.masks.guides = guides
         self._pending: Launched | None = None
         model, memory = self.runner.loaded.config, self.runner.memory
-        blocks = BlockManager(memory.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching)
+        blocks = BlockManager(
+            memory.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching, memory.layout
+        )
         self.scheduler = Scheduler(
             blocks,
             max_num_seqs=config.max_num_seqs,
@@ -117,8 +119,8 @@ class Engine:
             prefix_cache_queried_tokens=blocks.queried_tokens,
             prefix_cache_hit_tokens=blocks.hit_tokens,
             evictions=blocks.evictions,
-            num_blocks=blocks.num_blocks,
-            free_blocks=blocks.num_free_blocks,
+            num_blocks=blocks.num_slabs,
+            free_blocks=blocks.num_free_slabs,
             device_memory=self.runner.device_memory(),
             reserved_memory=self.runner.reserved_memory(),
         )

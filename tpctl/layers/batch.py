@@ -19,13 +19,25 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class PoolTables(NamedTuple):
+    """Where the keys and values of a step's tokens lie, in the layers of one pool: those that see equally far back.
+
+    slot_mapping: int64 [T], where each token's key and value go: ``block * block_size + offset``; -1 nowhere.
+    block_tables: int32 [S, M], block ids; entries past a sequence's blocks, and of blocks that no query of the step
+    sees, mean nothing, but are ids of blocks that there are.
+    """
+
+    slot_mapping: Tensor
+    block_tables: Tensor
+
+
 class PrefillChunks(NamedTuple):
     """Where P prefill chunks of a step lie, as in ``ForwardBatch``; in a captured step some may be empty.
 
-    block_tables: int32 [P, M]. query_start_P1: int32 [P + 1], rows of T. seq_lens_P: int32 [P].
+    block_tables: int32 [P, M], of each pool. query_start_P1: int32 [P + 1], rows of T. seq_lens_P: int32 [P].
     """
 
-    block_tables: Tensor
+    block_tables: tuple[Tensor, ...]
     query_start_P1: Tensor
     seq_lens_P: Tensor
 
@@ -52,8 +64,7 @@ class ForwardBatch:
         input_ids: int64 [T].
         rope_positions: int64 [T], rows of the rotary table. A token's position, plus the offset of the table that
             its sequence uses (long RoPE keeps two).
-        slot_mapping: int64 [T], where each token's key and value go: ``block * block_size + offset``; -1 nowhere.
-        block_tables: int32 [S, M], block ids; entries past a sequence's blocks are 0.
+        pools: of each pool of layers (``LayerKV.pool``).
         query_lens: new tokens of each sequence.
         seq_lens: tokens of each sequence up to and including the new ones.
         num_decodes: how many sequences, from the first, are decodes.
@@ -67,8 +78,7 @@ class ForwardBatch:
 
     input_ids: Tensor
     rope_positions: Tensor
-    slot_mapping: Tensor
-    block_tables: Tensor
+    pools: tuple[PoolTables, ...]
     query_lens: list[int]
     seq_lens: list[int]
     num_decodes: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tpctl.accounting import PACKED_HEAD_DIMS, cache_for, reserve, state_slots
+from tpctl.accounting import PACKED_HEAD_DIMS, KvNeed, cache_for, reserve, state_slots
 from tpctl.arch.block import Attention
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import towers
@@ -175,14 +175,17 @@ def _size(model: ModelSizes, budget: Budget, check: SizeCheck) -> SizeFit:
         raise PartitionError(check.why)
     ranks = _ranks(model, budget, model.small_plan(check.tp_size))
     length = budget.max_model_len or 1
-    tokens = max(0, min(rank.kv_cache_bytes // max(1, rank.kv_bytes_per_token) for rank in ranks))
+    needs = [model.kv_need(check.tp_size, rank.rank, length) for rank in ranks]
+    caches = [max(0, rank.kv_cache_bytes) for rank in ranks]
+    tokens = min(_tokens(need, cache, model) for need, cache in zip(needs, caches, strict=True))
     share, seqs = int(budget.memory * budget.utilization), budget.max_num_seqs
     slots = [model.slot_bytes(check.tp_size, rank.rank) for rank in ranks]
     needed = max(
-        share - (rank.kv_cache_bytes + rank.state_bytes) + cache_for(length * rank.kv_bytes_per_token, slot, seqs)
-        for rank, slot in zip(ranks, slots, strict=True)
+        share - (rank.kv_cache_bytes + rank.state_bytes) + cache_for(need.sequence(length), slot, seqs)
+        for rank, need, slot in zip(ranks, needs, slots, strict=True)
     )
-    together = min([tokens // length, *(rank.states for rank, slot in zip(ranks, slots, strict=True) if slot)])
+    fit = [cache // max(1, need.sequence(length)) for need, cache in zip(needs, caches, strict=True)]
+    together = min([*fit, *(rank.states for rank, slot in zip(ranks, slots, strict=True) if slot)])
     known = budget.known
     return SizeFit(
         tp_size=check.tp_size,
@@ -191,6 +194,7 @@ def _size(model: ModelSizes, budget: Budget, check: SizeCheck) -> SizeFit:
         kv_copies=check.kv_copies,
         weight_bytes=max(rank.weight_bytes for rank in ranks),
         kv_bytes_per_token=max(rank.kv_bytes_per_token for rank in ranks),
+        window_bytes=max(rank.window_bytes for rank in ranks),
         kv_tokens=tokens,
         max_context=min(tokens, model.config.max_position_embeddings),
         concurrency=together,
@@ -219,7 +223,7 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
         activations += model.unpacked_bytes(plan.tp_size, first, tokens, length)
         activations += model.sampling_bytes(plan, first, budget.max_num_seqs)
         left = share - weights - growth - activations - reserved - _context_bytes(plan.tp_size)
-        slot = model.slot_bytes(plan.tp_size, first)
+        slot, need = model.slot_bytes(plan.tp_size, first), model.kv_need(plan.tp_size, first, length)
         states = state_slots(left, slot, budget.max_num_seqs)
         fit = RankFit(
             rank=first,
@@ -228,7 +232,8 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
             file_bytes=file_bytes,
             query_heads=query_heads,
             kv_heads=kv_heads,
-            kv_bytes_per_token=model.kv_bytes_per_token(plan.tp_size, first),
+            kv_bytes_per_token=need.token,
+            window_bytes=need.sequence(length) - length * need.token,
             activation_bytes=activations,
             kv_cache_bytes=left - states * slot,
             growth_bytes=growth,
@@ -237,6 +242,13 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
         )
         found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
     return [found[rank] for rank in range(plan.tp_size)]
+
+
+def _tokens(need: KvNeed, cache: int, model: ModelSizes) -> int:
+    """Tokens that a cache holds; where layers have windows, of one sequence."""
+    if need.windows:
+        return need.longest(cache, model.config.max_position_embeddings)
+    return cache // max(1, need.token)
 
 
 def _context_bytes(tp_size: int) -> int:

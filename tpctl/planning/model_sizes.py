@@ -12,10 +12,16 @@ from functools import cached_property
 from math import prod
 
 from tpctl.accounting import (
+    KV_BLOCK,
     PACKED_HEAD_DIMS,
+    KeptLayer,
     KvForm,
+    KvNeed,
     gathered_logits,
-    kv_bytes_per_token,
+    kv_need,
+    layer_pools,
+    layout_of,
+    pools_of,
     sampled_rows,
     sampler_bytes,
     state_bytes,
@@ -100,6 +106,7 @@ class ModelSizes:
             self._times[first] += 1
         self._weights, self._chosen, self._growth = self._meanings()
         self._dealt: dict[Cutting, DealtBytes] = {}
+        self._needs: dict[tuple[int, int], list[KvNeed]] = {}
         self.parameters = self.active_parameters = 0
         for split in self._small_splits(Cutting()):
             count = prod(split.whole) * self._weights[split.name]
@@ -209,12 +216,33 @@ class ModelSizes:
             for of_rank in zip(*(shares[number] for number in keep or shares), strict=True)
         ]
 
-    def kv_bytes_per_token(self, tp_size: int, rank: int) -> int:
-        """What layers keep of a token. A latent that all heads share is on every rank; a recurrent layer keeps none."""
-        heads = self._kv_heads(tp_size, rank)
-        others = [mixer for mixer in self.mixers if isinstance(mixer, Mixer)]
-        kept = [mixer.kept * len(mixer.shares(tp_size)[rank].kv) for mixer in others]
-        return kv_bytes_per_token(heads, self._itemsize, self.kv_form, kept)
+    def kv_need(self, tp_size: int, rank: int, longest: int) -> KvNeed:
+        """What sequences of up to ``longest`` tokens take of a GPU's KV cache: latents, which all heads share, on every
+        rank; of a recurrent layer nothing."""
+        if (tp_size, longest) not in self._needs:
+            ranks = self._kept(tp_size)
+            kinds = list(dict.fromkeys(ranks))  # most ranks keep the same
+            pools = layer_pools(kinds, longest, self.kv_form)
+            found = [pools_of(kind, pools, KV_BLOCK, self._itemsize, self.kv_form) for kind in kinds]
+            layout = layout_of(found, KV_BLOCK)
+            needs = {kind: kv_need(one, layout) for kind, one in zip(kinds, found, strict=True)}
+            self._needs[tp_size, longest] = [needs[kind] for kind in ranks]
+        return self._needs[tp_size, longest][rank]
+
+    def _kept(self, tp_size: int) -> list[tuple[KeptLayer, ...]]:
+        """What each layer keeps of a token, on each rank."""
+        heads: dict[tuple[int, int], list[int]] = {}
+        found: list[list[KeptLayer]] = [[] for _ in range(tp_size)]
+        for mixer in self.mixers:
+            key = mixer.num_heads, mixer.num_kv_heads
+            if key not in heads:
+                heads[key] = [len(share.kv) for share in mixer.shares(tp_size)]
+            for layers, count in zip(found, heads[key], strict=True):
+                if isinstance(mixer, Attention):
+                    layers.append(KeptLayer(mixer.window, 2 * count, mixer.head_dim))
+                elif mixer.kept:
+                    layers.append(KeptLayer(None, count, mixer.kept, whole=True))
+        return [tuple(layers) for layers in found]
 
     def slot_bytes(self, tp_size: int, rank: int) -> int:
         """What recurrent layers keep of one sequence."""

@@ -12,8 +12,9 @@ class RankFit:
     """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors, which take
     ``growth_bytes`` more when they run.
 
-    ``kv_cache_bytes`` is what is left for the KV cache beside ``state_bytes``, which ``states`` of recurrent layers
-    take; negative where the rest alone is too much.
+    A token takes ``kv_bytes_per_token`` of the KV cache, in the layers that see all tokens, and a sequence at most
+    ``window_bytes`` in the others. ``kv_cache_bytes`` is what is left for the KV cache beside ``state_bytes``, which
+    ``states`` of recurrent layers take; negative where the rest alone is too much.
     """
 
     rank: int
@@ -23,6 +24,7 @@ class RankFit:
     query_heads: int
     kv_heads: int
     kv_bytes_per_token: int
+    window_bytes: int
     activation_bytes: int
     kv_cache_bytes: int
     growth_bytes: int
@@ -38,8 +40,9 @@ class SizeFit:
         verdict: ``"even"`` (all ranks hold the same), ``"uneven"``.
         imbalance: the largest rank's weight bytes over the mean; a step waits for that rank.
         kv_copies: how many ranks hold each KV head.
-        weight_bytes, kv_bytes_per_token: of the largest rank.
-        kv_tokens: tokens that the KV cache holds, the least over the ranks; 0 where the model does not fit.
+        weight_bytes, kv_bytes_per_token, window_bytes: of the largest rank.
+        kv_tokens: tokens that the KV cache holds, the least over the ranks, of one sequence where layers have windows;
+            0 where the model does not fit.
         max_context: the longest sequence that fits, at most the model's own limit.
         concurrency: sequences of ``max_model_len`` tokens that fit together.
         needed: the least GPU memory in bytes that holds one sequence of ``max_model_len`` tokens.
@@ -53,6 +56,7 @@ class SizeFit:
     kv_copies: float
     weight_bytes: int
     kv_bytes_per_token: int
+    window_bytes: int
     kv_tokens: int
     max_context: int
     concurrency: int
@@ -74,7 +78,7 @@ class FitReport:
     ``beside`` counts tensors of what sees or hears, which are left out; ``recurrent`` layers that keep a state of
     constant size for each sequence and no keys and values; ``reading`` those that read an earlier one's keys and values
     and keep none; ``windowed`` those that look back
-    no further than ``window`` tokens, whose keys and values are counted for the whole context all the same.
+    no further than ``window`` tokens.
     """
 
     model: str

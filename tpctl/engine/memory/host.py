@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from tpctl.accounting import KvLayout
 from tpctl.errors import EngineError
 
 CPU_SHARE = 0.25
@@ -67,22 +68,32 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdecimal()}
 
 
-def count_blocks(
-    budget: int, block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int, beside: int = 0
+def count_slabs(
+    budget: int,
+    slab_bytes: int,
+    layout: KvLayout,
+    max_model_len: int,
+    max_num_seqs: int,
+    step: int = 0,
+    beside: int = 0,
 ) -> int:
-    """Blocks that ``budget`` bytes hold, and no more than ``max_num_seqs`` sequences of full length can use.
+    """Slabs that ``budget`` bytes hold, and no more than ``max_num_seqs`` sequences of full length can use.
 
     Args:
+        step: tokens of prompts that are computed together at most.
         beside: bytes of the cache that other things take.
 
     Raises:
-        EngineError: the budget does not hold two blocks.
+        EngineError: the budget does not hold two blocks of each pool.
     """
-    most = -(-max_model_len // block_size) * max_num_seqs
-    blocks = min(budget // block_bytes, most)
-    if blocks < 2 and blocks < most:
+    most = layout.slabs(max_model_len, max_num_seqs, step)
+    slabs, least = min(budget // slab_bytes, most), layout.slabs(2 * layout.block_size)
+    if slabs < least and slabs < most:
+        held = f"{slabs} blocks of {layout.block_size} tokens ({slab_bytes} bytes each)"
+        if len(layout.windows) > 1:
+            held = f"{slabs} pieces of {slab_bytes} bytes, in which layers keep blocks of {layout.block_size} tokens"
         raise EngineError(
-            f"{budget} bytes of KV cache hold {blocks} blocks of {block_size} tokens ({block_bytes} bytes each), "
-            f"but at least 2 are needed; give --kv-cache-memory {2 * block_bytes + beside} or more"
+            f"{budget} bytes of KV cache hold {held}, "
+            f"but at least {least} are needed; give --kv-cache-memory {least * slab_bytes + beside} or more"
         )
-    return blocks
+    return slabs

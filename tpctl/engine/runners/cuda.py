@@ -37,7 +37,7 @@ from tpctl.kernels.sampling.floors import Filters, sampling_floors
 from tpctl.kernels.sampling.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling.sampling import sample
 from tpctl.layers.attention.paged import PagedBackend
-from tpctl.layers.batch import ForwardBatch, PrefillChunks
+from tpctl.layers.batch import ForwardBatch, PoolTables, PrefillChunks
 from tpctl.layers.compute_cuda import CudaCompute, connect_peers
 from tpctl.wire.report import EngineInfo, TokenLogprob
 from tpctl.wire.settings import EngineConfig
@@ -71,7 +71,7 @@ class CudaRunner(ModelRunner):
         self.steps = steps
         rows, blocks = largest_rows(settings, pace), table_width(loaded, memory.max_model_len)
         # More slots than can run: a step may still compute a sequence that has ended, beside its successor.
-        self._slots = Slots(2 * settings.max_num_seqs, blocks, device)
+        self._slots = Slots(2 * settings.max_num_seqs, blocks, device, loaded.backend.places)
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         self._results = [torch.zeros(rows, dtype=torch.int64).pin_memory() for _ in range(_RING)]
         self._turn = 0
@@ -80,7 +80,9 @@ class CudaRunner(ModelRunner):
         self._mixed: MixedGraphs | None = None
         if not settings.enforce_eager:
             chunks = 0 if pace is None else pace.chunks
-            captured = CapturedSteps(steps.captured, self._sampled, MixedGraphs.most_numbers(rows, chunks), blocks)
+            captured = CapturedSteps(
+                steps.captured, self._sampled, MixedGraphs.most_numbers(rows, chunks), self._slots.tables
+            )
             self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._decode_step)
             if pace is not None:
                 self._mixed = MixedGraphs(captured, pace, self._mixed_step)
@@ -153,8 +155,7 @@ class CudaRunner(ModelRunner):
         return ForwardBatch(
             input_ids=rows.input_ids,
             rope_positions=rows.rope_positions,
-            slot_mapping=rows.slot_mapping,
-            block_tables=rows.block_tables,
+            pools=tuple(map(PoolTables, rows.slot_mapping, rows.block_tables)),
             query_lens=[],
             seq_lens=[],
             num_decodes=rows.input_ids.shape[0],
@@ -193,7 +194,7 @@ class CudaRunner(ModelRunner):
             logits_rows=picked,
             seq_lens_S=rows.seq_lens * decodes,
             chunks=PrefillChunks(
-                rows.block_tables.index_select(0, inputs.last_row_P), inputs.query_start_P1, inputs.seq_lens_P
+                tuple(rows.block_tables.index_select(1, inputs.last_row_P)), inputs.query_start_P1, inputs.seq_lens_P
             ),
         )
         logits = self.model(forward, self.kv, picked)
@@ -253,15 +254,14 @@ class CudaRunner(ModelRunner):
         slots_S, ends_S, last_S = self._to_device(per_sequence).unbind(0)
         block_size = self.backend.block_size
         tables = self._slots.tables.block_tables
-        blocks_T = tables[slots_T, positions_T // block_size].long()
+        slot_mapping = tables[:, slots_T, positions_T // block_size].long() * block_size + positions_T % block_size
         width = int(-(-ends.max() // block_size))
         starts_S1 = torch.zeros(len(items) + 1, dtype=torch.int32, device=self.group.device)
         starts_S1[1:] = last_S
         return ForwardBatch(
             input_ids=torch.where(ids_T < 0, self._sampled[(-1 - ids_T).clamp(min=0)], ids_T).clamp(min=0),
             rope_positions=rope_T,
-            slot_mapping=blocks_T * block_size + positions_T % block_size,
-            block_tables=tables[slots_S, :width].contiguous(),
+            pools=tuple(map(PoolTables, slot_mapping, tables[:, slots_S, :width].contiguous())),
             query_lens=lens.tolist(),
             seq_lens=ends.tolist(),
             num_decodes=batch.num_decodes,

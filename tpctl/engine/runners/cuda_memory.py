@@ -11,7 +11,7 @@ import torch
 from tpctl.accounting import gathered_logits, reserve, sampled_rows
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.errors import EngineError
-from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.batch import ForwardBatch, PoolTables
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def measure_step(loaded: LoadedModel, rows: int) -> StepMemory:
     captured = -(-activations * rows // tokens) + logits + gathered
     eager = settings.enforce_eager
     tables = 4 * (2 * settings.max_num_seqs + (0 if eager else rows)) * table_width(loaded, loaded.wanted_len)
+    tables *= len(loaded.layout.windows)
     later = tables + (gathered if eager else captured)
     later += logits + loaded.sampler.working_bytes(settings.max_num_seqs)  # sampling with the host's help
     return StepMemory(before, activations, captured, later)
@@ -93,11 +94,14 @@ def _run_largest(loaded: LoadedModel) -> None:
     if tokens % length:
         lens.append(tokens % length)
     rows = torch.zeros(min(settings.max_num_seqs, tokens), dtype=torch.int64, device=device)
+    tables = PoolTables(
+        torch.full((sum(lens),), -1, dtype=torch.int64, device=device),
+        torch.zeros(len(lens), table_width(loaded, length), dtype=torch.int32, device=device),
+    )
     forward = ForwardBatch(
         input_ids=torch.zeros(sum(lens), dtype=torch.int64, device=device),
         rope_positions=torch.zeros(sum(lens), dtype=torch.int64, device=device),
-        slot_mapping=torch.full((sum(lens),), -1, dtype=torch.int64, device=device),
-        block_tables=torch.zeros(len(lens), table_width(loaded, length), dtype=torch.int32, device=device),
+        pools=(tables,) * len(loaded.layout.windows),
         query_lens=lens,
         seq_lens=lens,
         num_decodes=0,
@@ -106,4 +110,4 @@ def _run_largest(loaded: LoadedModel) -> None:
         seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
     )
     with torch.inference_mode():
-        loaded.model(forward, loaded.backend.allocate(1, loaded.dtype, device), rows)
+        loaded.model(forward, loaded.backend.allocate(1, loaded.dtype, device, loaded.layout), rows)

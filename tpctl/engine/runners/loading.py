@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpctl.accounting import state_bytes
+from tpctl.accounting import KvLayout, layout_of, pools_of, slab_bytes, state_bytes
 from tpctl.arch.block import linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
@@ -26,7 +26,7 @@ from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
 from tpctl.engine.sampling.sampler import Sampler
 from tpctl.errors import EngineError
-from tpctl.layers.attention.base import AttentionBackend, LayerKV
+from tpctl.layers.attention.base import AttentionBackend, LayerKV, kept_layer
 from tpctl.layers.attention.latent import spec_of
 from tpctl.layers.attention.select import make_backend
 from tpctl.layers.delta_net.state import LayerState
@@ -53,6 +53,7 @@ class LoadedModel:
     """One rank's model, before it is known how large its KV cache will be.
 
     Attributes:
+        layout: how KV memory is divided into blocks, on all ranks.
         rotaries: every layer's table, if it rotates; layers that rotate alike share one.
         wanted_len: the longest sequence that the model and the settings allow.
         share: what the rank may take of its GPU.
@@ -63,6 +64,7 @@ class LoadedModel:
     config: ModelConfig
     dtype: torch.dtype
     backend: AttentionBackend[Any]
+    layout: KvLayout
     rotaries: tuple[RotaryTable | None, ...]
     model: Decoder
     sampler: Sampler
@@ -72,9 +74,9 @@ class LoadedModel:
     timings: Timings
 
     @property
-    def block_bytes(self) -> int:
-        """What a KV block takes on this rank."""
-        return self.backend.bytes_per_block(self.dtype)
+    def slab_bytes(self) -> int:
+        """What a slab of KV blocks takes on this rank; with one pool, a block."""
+        return slab_bytes(self.backend.layer_pools(self.dtype), self.layout)
 
     @property
     def state_bytes(self) -> int:
@@ -85,7 +87,7 @@ class LoadedModel:
     def caches(self, num_blocks: int, num_states: int) -> list[LayerKV | LayerState]:
         """What each layer keeps of sequences, zeroed; of one that reads an earlier layer's, that one's."""
         group = self.group
-        kv = iter(self.backend.allocate(num_blocks, self.dtype, group.device))
+        kv = iter(self.backend.allocate(num_blocks, self.dtype, group.device, self.layout))
         found: list[LayerKV | LayerState] = []
         for block in self.config.blueprint.blocks:
             one = block.attention
@@ -128,22 +130,28 @@ def load(
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
     attentions = made_of.attentions
+    specs = [[spec_of(attention, rank, group.size) for attention in attentions] for rank in range(group.size)]
+    ranks = [[kept_layer(spec) for spec in of_rank] for of_rank in specs]
     backend = make_backend(
         settings.attention_backend,
         group.device.type,
         dtype,
-        [spec_of(attention, group.rank, group.size) for attention in attentions],
+        specs[group.rank],
         settings.block_size,
         kv_cache_dtype=settings.kv_cache_dtype,
         whole_heads=not any(attention.rotates_part for attention in attentions),
+        ranks=ranks,
+        longest=wanted_len,
     )
+    size, form = backend.block_size, backend.kv_form
+    layout = layout_of([pools_of(one, backend.pools, size, dtype.itemsize, form) for one in ranks], size)
     # While they are converted, weights are held in either form.
     held = max(manifest.shard(group.rank).nbytes, run_bytes(plan, made_of, tensors, dtype))
     share = _share(settings, group, held)
     warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
 
     timings, started = Timings(), time.perf_counter()
-    longest = min(wanted_len, _most_tokens(settings, share, backend.bytes_per_block(dtype), backend.block_size))
+    longest = _most_tokens(settings, share, slab_bytes(backend.layer_pools(dtype), layout), layout, wanted_len)
     ropes = [one.rope if isinstance(one := block.attention, Attending) else None for block in made_of.blocks]
     rotaries = rotary_tables(ropes, longest, group.device)
     with torch.device("meta"):
@@ -164,6 +172,7 @@ def load(
         config=config,
         dtype=dtype,
         backend=backend,
+        layout=layout,
         rotaries=rotaries,
         model=model,
         sampler=Sampler(group, plan.vocab_slices, config.vocab_size),
@@ -240,13 +249,16 @@ def _share(settings: EngineConfig, group: TPGroup, weight_bytes: int) -> GpuShar
     return share
 
 
-def _most_tokens(settings: EngineConfig, share: GpuShare | None, block_bytes: int, block_size: int) -> int:
-    """Tokens of the longest sequence that any KV cache here could hold: a model may promise millions, whose rotary
-    tables alone would take gigabytes."""
+def _most_tokens(
+    settings: EngineConfig, share: GpuShare | None, slab_bytes: int, layout: KvLayout, wanted_len: int
+) -> int:
+    """Tokens of the longest sequence that any KV cache here could hold, of up to ``wanted_len``: a model may promise
+    millions, whose rotary tables alone would take gigabytes."""
     room = settings.kv_cache_memory
     if room is None:
         room = available_host_memory() if share is None else max(share.nbytes, 0)
-    return (room // block_bytes + 1) * block_size
+    held = layout.longest(room // slab_bytes + 1)
+    return wanted_len if held is None else min(wanted_len, held)
 
 
 def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tpctl.accounting import cache_for, reserve, state_slots
-from tpctl.engine.memory.host import CPU_SHARE, available_host_memory, count_blocks
+from tpctl.accounting import KvLayout, cache_for, reserve, state_slots
+from tpctl.engine.memory.host import CPU_SHARE, available_host_memory, count_slabs
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.errors import EngineError
 
@@ -17,16 +17,18 @@ class MemoryPlan:
     """What all ranks agree on.
 
     Attributes:
-        num_blocks: KV blocks, the minimum over the ranks.
+        num_blocks: slabs of KV blocks, with one pool blocks; the minimum over the ranks.
         num_states: slots for states of recurrent layers, likewise; 0: the model has none.
         max_model_len: what the model, the settings and the KV cache allow, whichever is least.
         context_full: what an answer that ends at ``max_model_len`` is told.
+        layout: how slabs are divided.
     """
 
     num_blocks: int
     max_model_len: int
     context_full: str
     num_states: int = 0
+    layout: KvLayout | None = None
 
 
 def plan_memory(loaded: LoadedModel, budget: int, later: int = 0) -> MemoryPlan:
@@ -39,16 +41,16 @@ def plan_memory(loaded: LoadedModel, budget: int, later: int = 0) -> MemoryPlan:
     Raises:
         EngineError: it holds less than the length that was asked for, or does not fit.
     """
-    settings, block_size = loaded.settings, loaded.backend.block_size
+    settings, layout = loaded.settings, loaded.layout
     num_states = _count_states(loaded, budget)
     beside = num_states * loaded.state_bytes
-    blocks = count_blocks(
-        budget - beside, loaded.block_bytes, block_size, loaded.wanted_len, settings.max_num_seqs, beside
-    )
-    num_blocks = loaded.group.minimum(blocks)
-    held = num_blocks * block_size
+    seqs, step = settings.max_num_seqs, settings.max_num_batched_tokens
+    slabs = count_slabs(budget - beside, loaded.slab_bytes, layout, loaded.wanted_len, seqs, step, beside)
+    num_blocks = loaded.group.minimum(slabs)
+    longest = layout.longest(num_blocks)
+    held = loaded.wanted_len if longest is None else longest
     if settings.max_model_len is not None and held < loaded.wanted_len:
-        needed = -(-loaded.wanted_len // block_size) * loaded.block_bytes
+        needed = layout.slabs(loaded.wanted_len) * loaded.slab_bytes
         needed = cache_for(needed, loaded.state_bytes, settings.max_num_seqs)
         raise EngineError(
             f"--max-model-len {loaded.wanted_len} does not fit: the KV cache holds {held} tokens; "
@@ -59,8 +61,8 @@ def plan_memory(loaded: LoadedModel, budget: int, later: int = 0) -> MemoryPlan:
     if held < loaded.wanted_len:
         full = f"the KV cache holds {held} tokens, fewer than the model's {loaded.wanted_len}; raise --kv-cache-memory"
     if settings.kv_cache_memory is not None:  # what was found to be free need not be checked again
-        check_cache(loaded, num_blocks * loaded.block_bytes + beside, max_model_len, later)
-    return MemoryPlan(num_blocks, max_model_len, full, num_states)
+        check_cache(loaded, num_blocks * loaded.slab_bytes + beside, max_model_len, later)
+    return MemoryPlan(num_blocks, max_model_len, full, num_states, layout)
 
 
 def _count_states(loaded: LoadedModel, budget: int) -> int:

@@ -64,7 +64,7 @@ class ModelRunner:
         """Start a step. On a CPU it ends before the call does."""
         with torch.inference_mode():
             masks = self.masks.begin(batch)
-            forward = build_forward_batch(batch, self.backend.block_size, self.group.device)
+            forward = build_forward_batch(batch, self.backend.block_size, self.group.device, self.backend.places)
             logits = self.logits(batch, forward)
             if not len(logits):
                 return Launched(batch, [])
@@ -124,7 +124,7 @@ class ModelRunner:
             num_blocks=memory.num_blocks,
             max_model_len=memory.max_model_len,
             wanted_model_len=loaded.wanted_len,
-            kv_cache_bytes=memory.num_blocks * loaded.block_bytes,
+            kv_cache_bytes=memory.num_blocks * loaded.slab_bytes,
             all_reduce="NCCL" if device == "cuda" and self.group.size > 1 else None,
             scheduling_policy="fcfs" if self.pace is None else "makespan",
             weight_bytes=loaded.weight_bytes,

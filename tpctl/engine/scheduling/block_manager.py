@@ -1,93 +1,175 @@
-"""The paged KV cache's books: which block belongs to whom, and which may be shared.
+"""The paged KV cache's books: which blocks belong to whom, and which may be shared.
 
-A block holds the keys and values of ``block_size`` consecutive tokens. A full block is identified by a hash over its
-tokens and all tokens before them, so two sequences with an equal prefix share its blocks. A block that nobody uses
-keeps its content until it is needed for something else, least recently used first; until then a new sequence with
-the same prefix finds it again.
+A block holds the keys and values of ``block_size`` consecutive tokens, in the layers of its pool (``slabs``): all
+layers that see equally far back. A sequence has a block table for each pool. Where layers have a window, a block that
+no later query can see is given back, and its place in the table says ``GONE``.
+
+A full block is identified by a hash over its tokens and all tokens before them, so two sequences with an equal prefix
+share its blocks. A block that nobody uses keeps its content until its memory is needed for something else; until then a
+new sequence with the same prefix finds it again. It can go on behind block n if the pools without a window have the
+blocks 1 to n, and every other one those that the next token sees.
+
+Blocks that a window has passed are the first to be given away, but for those that somebody is likely to go on from:
+before the end of a prompt, and before the border up to which others' blocks were found, where prompts part.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Container, Iterator
 from collections.abc import Sequence as SequenceType
 from hashlib import blake2b
+from typing import NamedTuple
 
-from tpctl.engine.scheduling.sequence import Sequence
+from tpctl.accounting import KvLayout
+from tpctl.engine.scheduling.sequence import GONE, Sequence
+from tpctl.engine.scheduling.slabs import BlockPool, Slabs
+
+
+class Prefix(NamedTuple):
+    """The beginning of a sequence that is there already.
+
+    Attributes:
+        blocks: how many need not be computed.
+        tables: these, in each pool, ``GONE`` where no later token sees them.
+        digest: the hash of the last.
+        met: how far others' blocks were found, ``blocks`` or beyond.
+    """
+
+    blocks: int
+    tables: tuple[list[int], ...]
+    digest: bytes
+    met: int
 
 
 class BlockManager:
-    """Hands out the blocks 0 to ``num_blocks - 1``.
+    """Hands out the blocks of ``num_slabs`` slabs.
 
-    Every block is either used (by one or more sequences) or free. A free block may still be cached: registered under
-    its hash, to be found by ``match_prefix`` until it is evicted.
+    Args:
+        layout: the pools; by default one, whose blocks the slabs are.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
-        self.num_blocks = num_blocks
+    def __init__(
+        self,
+        num_slabs: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        layout: KvLayout | None = None,
+    ) -> None:
+        self.layout = layout or KvLayout(block_size)
+        assert self.layout.block_size == block_size
+        self.num_slabs = num_slabs
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._users = [0] * num_blocks
-        self._hashes: list[bytes | None] = [None] * num_blocks
-        self._cached: dict[bytes, int] = {}
-        # Free blocks in the order in which they are handed out: the first is the least recently used.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self.evictions = 0
+        windows, held = self.layout.windows, self.layout.per_slab
+        self.pools = tuple(BlockPool(*pool, block_size) for pool in zip(windows, held, strict=True))
+        self.slabs = Slabs(num_slabs, self.pools)
+        self.has_windows = windows != (None,)
         self.queried_tokens = 0
         self.hit_tokens = 0
+        self._whole = tuple(pool for pool in self.pools if pool.window is None)
+        self._windowed = tuple(pool for pool in self.pools if pool.window is not None)
+        self.nothing = Prefix(0, tuple([] for _ in self.pools), b"", 0)
 
     @property
-    def num_free_blocks(self) -> int:
-        return len(self._free)
+    def num_free_slabs(self) -> int:
+        return self.slabs.num_free
 
-    def match_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks that hold the beginning of ``sequence``; never all of it, since one token must be computed."""
-        if not self.enable_prefix_caching or sequence.alone:
-            return []
-        found: list[int] = []
-        for digest in self._digests(sequence, (len(sequence.token_ids) - 1) // self.block_size):
-            block = self._cached.get(digest)
-            if block is None:
-                break
-            found.append(block)
-        return found
+    @property
+    def evictions(self) -> int:
+        """Cached blocks that were given to other tokens."""
+        return self.slabs.evictions
 
-    def admit(self, sequence: Sequence, matched: SequenceType[int], num_tokens: int, reserve: int = 0) -> bool:
-        """Give a sequence without blocks its matched ones and fresh ones up to ``num_tokens``.
+    @property
+    def room(self) -> int:
+        """Tokens that it holds at least, of sequences of any lengths."""
+        each = sum(1 / held for held in self.layout.per_slab)
+        return int(self.num_slabs / each) * self.block_size
 
-        ``False`` if that would leave fewer than ``reserve`` blocks free, and then nothing has changed.
+    def match_prefix(self, sequence: Sequence, kept: Container[bytes] | None = None) -> Prefix:
+        """The longest cached beginning of ``sequence``; never all of it, since one token must be computed.
+
+        Args:
+            kept: hashes of blocks; it ends behind one of these.
         """
-        assert not sequence.block_table
-        revived = sum(1 for block in matched if self._users[block] == 0)
-        fresh = -(-num_tokens // self.block_size) - len(matched)
-        if revived + fresh + reserve > len(self._free):
+        if not self.enable_prefix_caching or sequence.alone:
+            return self.nothing
+        found: list[bytes] = []
+        runs, count, met = [0] * len(self._windowed), 0, 0
+        for digest in self._digests(sequence, (len(sequence.token_ids) - 1) // self.block_size):
+            if any(digest not in pool.cached for pool in self._whole):
+                break
+            found.append(digest)
+            suits = kept is None or digest in kept
+            for number, pool in enumerate(self._windowed):
+                runs[number] = runs[number] + 1 if digest in pool.cached else 0
+                suits = suits and runs[number] >= min(pool.reach, len(found))
+            if suits:
+                count = len(found)
+            if self._whole or any(runs):
+                met = len(found)
+        tables = []
+        for pool in self.pools:
+            gone = 0 if pool.window is None else max(0, count - pool.reach)
+            tables.append([GONE] * gone + [pool.cached[digest] for digest in found[gone:count]])
+        return Prefix(count, tuple(tables), found[count - 1] if count else b"", met)
+
+    def admit(
+        self,
+        sequence: Sequence,
+        prefix: Prefix,
+        num_tokens: int,
+        now: int = 0,
+        running: Collection[Sequence] = (),
+    ) -> bool:
+        """Give a sequence without blocks its matched ones and fresh ones up to ``num_tokens``; ``False`` if that
+        leaves too few, and then it has none.
+
+        Args:
+            now: tokens that are computed next: where layers have a window, blocks up to these do.
+            running: sequences that have to be left another block each, but where their windows are full: there one
+                comes for one that goes.
+        """
+        assert not sequence.block_tables
+        for pool, table in zip(self.pools, prefix.tables, strict=True):
+            for block in table:
+                if block != GONE:
+                    self.slabs.revive(pool, block)
+        sequence.block_tables = tuple(list(table) for table in prefix.tables)
+        whole, first = -(-num_tokens // self.block_size), -(-(prefix.blocks * self.block_size + now) // self.block_size)
+        needs = [(whole if pool.window is None else min(whole, first)) - prefix.blocks for pool in self.pools]
+        left = [need + self._reserve(pool, running) for pool, need in zip(self.pools, needs, strict=True)]
+        if self.slabs.slack(left) < 0:
+            self._release_blocks(sequence)
             return False
-        for block in matched:
-            if self._users[block] == 0:
-                del self._free[block]
-            self._users[block] += 1
-            sequence.block_table.append(block)
-            sequence.block_hash = self._hashes[block] or b""
+        sequence.block_hash = prefix.digest
+        sequence.num_hashed_blocks = prefix.blocks
+        sequence.has_shared = prefix.blocks > 0
+        sequence.num_computed_tokens = prefix.blocks * self.block_size
         sequence.admissions += 1
-        sequence.num_hashed_blocks = len(matched)
-        sequence.has_shared = bool(matched)
-        sequence.num_computed_tokens = len(matched) * self.block_size
+        sequence.borders = (prefix.met, (len(sequence.token_ids) - 1) // self.block_size)
         if sequence.admissions == 1:  # what it finds of itself after a preemption is no hit
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.queried_tokens += sequence.num_prompt_tokens
             self.hit_tokens += sequence.num_cached_tokens
-        for _ in range(fresh):
-            sequence.block_table.append(self._take())
+        self._add(sequence, needs)
         return True
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Let ``sequence`` hold ``num_tokens`` tokens; ``False`` if too few blocks are free, and nothing changes."""
-        fresh = -(-num_tokens // self.block_size) - len(sequence.block_table)
-        if fresh > len(self._free):
+        """Let ``sequence``, of which ``num_computed_tokens`` are, hold ``num_tokens`` tokens; ``False`` if there is too
+        little left, and then it has what it had, but for blocks that no later query sees."""
+        if num_tokens <= sequence.num_slots:
+            return True
+        if not sequence.block_tables:
+            sequence.block_tables = tuple([] for _ in self.pools)
+        if self._windowed:
+            self._slide(sequence)
+        blocks = -(-num_tokens // self.block_size)
+        needs = [max(0, blocks - len(table)) for table in sequence.block_tables]
+        if self.slabs.slack(needs) < 0:
             return False
-        for _ in range(fresh):
-            sequence.block_table.append(self._take())
+        self._add(sequence, needs)
         return True
 
     def register(self, sequence: Sequence) -> None:
@@ -100,24 +182,18 @@ class BlockManager:
             digest = self._hash(previous, self._tokens(sequence, index))
             sequence.block_hash = digest
             sequence.num_hashed_blocks += 1
-            block = sequence.block_table[index]
-            # An equal block may be registered already, when two such sequences were computed at the same time.
-            if digest not in self._cached:
-                self._cached[digest] = block
-                self._hashes[block] = digest
+            for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+                # An equal block may be registered already, when two such sequences were computed at the same time.
+                if digest not in pool.cached and table[index] != GONE:
+                    pool.cached[digest] = table[index]
+                    pool.hashes[table[index]] = digest
 
     def forget(self, sequence: Sequence) -> None:
         """Let nobody find the blocks of these tokens any more, whoever computed them."""
         for digest in self.digests(sequence):
-            block = self._cached.pop(digest, None)
-            if block is not None:
-                self._hashes[block] = None
-                if block in self._free:
-                    self._free.move_to_end(block, last=False)
-
-    def digest_of(self, block: int) -> bytes:
-        """The hash that a block is registered under; empty if it is not."""
-        return self._hashes[block] or b""
+            for pool in self.pools:
+                if digest in pool.cached:
+                    self.slabs.drop(pool, pool.cached[digest])
 
     def digest(self, sequence: Sequence, count: int) -> bytes:
         """The hash of a sequence's block number ``count``, counted from 1."""
@@ -129,45 +205,66 @@ class BlockManager:
 
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of ``sequence``; its last ones will be evicted first, since prefixes are shared more."""
-        for block in reversed(sequence.block_table):
-            self._users[block] -= 1
-            if self._users[block] == 0:
-                self._free[block] = None
-                if self._hashes[block] is None:
-                    self._free.move_to_end(block, last=False)
-        sequence.block_table.clear()
+        self._release_blocks(sequence)
         sequence.num_hashed_blocks = 0
         sequence.block_hash = b""
         sequence.num_computed_tokens = 0
 
     def check_integrity(self, sequences: SequenceType[Sequence] = ()) -> None:
-        """Check that ``sequences``, all that hold blocks, account for every block that is not free.
+        """Check that ``sequences``, all that hold blocks, account for every block that is not free, and hold all that
+        their next tokens see.
 
         Raises:
             AssertionError: a block is lost, freed while in use, or registered under a hash that is not its own.
         """
-        users = [0] * self.num_blocks
-        for sequence in sequences:
-            assert len(set(sequence.block_table)) == len(sequence.block_table), f"{sequence} holds a block twice"
-            for block in sequence.block_table:
-                users[block] += 1
-        assert users == self._users, "a block's users are not the sequences that hold it"
-        free = set(self._free)
-        assert free == {block for block, count in enumerate(users) if count == 0}, "free and used overlap or leak"
-        registered = {block: digest for digest, block in self._cached.items()}
-        assert len(registered) == len(self._cached), "a block is registered under two hashes"
-        hashed = {block: digest for block, digest in enumerate(self._hashes) if digest is not None}
-        assert registered == hashed, "registered hashes differ from the blocks' own"
+        for number, pool in enumerate(self.pools):
+            users: dict[int, int] = {}
+            for sequence in sequences:
+                table = sequence.block_tables[number]
+                held = [block for block in table if block != GONE]
+                assert len(set(held)) == len(held), f"{sequence} holds a block twice"
+                assert table[len(table) - len(held) :] == held, f"{sequence} has lost a block"
+                if pool.window is None:
+                    assert len(held) == len(table), f"{sequence} has lost a block that all its tokens see"
+                else:
+                    first = max(0, sequence.num_computed_tokens - pool.window + 1) // self.block_size
+                    assert GONE not in table[first:], f"{sequence} has lost a block of its window"
+                for block in held:
+                    users[block] = users.get(block, 0) + 1
+            assert users == pool.users, "a block's users are not the sequences that hold it"
+        self.slabs.check_integrity()
 
-    def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        digest = self._hashes[block]
-        if digest is not None:
-            del self._cached[digest]
-            self._hashes[block] = None
-            self.evictions += 1
-        self._users[block] = 1
-        return block
+    def _add(self, sequence: Sequence, needs: SequenceType[int]) -> None:
+        for table, blocks in zip(sequence.block_tables, self.slabs.take(needs), strict=True):
+            table += blocks
+        sequence.num_slots = min(map(len, sequence.block_tables)) * self.block_size
+
+    @staticmethod
+    def _reserve(pool: BlockPool, running: Collection[Sequence]) -> int:
+        """Blocks that ``running`` may need next."""
+        window = pool.window
+        return len(running) if window is None else sum(one.num_computed_tokens < window for one in running)
+
+    def _slide(self, sequence: Sequence) -> None:
+        """Give back what the next query and all later ones do not see: it stands behind all that is computed, however
+        many more tokens may turn out to be wanted or not."""
+        for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+            if pool.window is None:
+                continue
+            index = max(0, sequence.num_computed_tokens - pool.window + 1) // self.block_size - 1
+            while index >= 0 and table[index] != GONE:
+                likely = any(border - pool.reach <= index < border for border in sequence.borders)
+                self.slabs.give_back(pool, table[index], first=not likely)
+                table[index] = GONE
+                index -= 1
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+            for block in reversed(table):
+                if block != GONE:
+                    self.slabs.give_back(pool, block)
+        sequence.block_tables = ()
+        sequence.num_slots = 0
 
     def _digests(self, sequence: Sequence, count: int) -> Iterator[bytes]:
         """The hashes of a sequence's first ``count`` blocks."""

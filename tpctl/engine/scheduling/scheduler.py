@@ -6,6 +6,7 @@ no schedule ever travels between ranks.
 One step takes a budget of tokens. Running sequences come first, oldest first: a decode needs one token, an unfinished
 prefill as much as fits (chunked prefill). What is left admits waiting sequences, whose cached prefix costs nothing.
 With a ``Pace``, prompts may have a smaller budget, and the longest answers are then admitted first.
+Where layers have a window, a chunk is made as small as there are blocks for.
 When blocks run out, the youngest running sequence is preempted: it gives up its blocks and waits to be computed again
 from its tokens, which prefix caching often makes cheap. So does, once, a sequence that grows beyond the length up to
 which its keys were to be rotated as they are (long RoPE).
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
 
-from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.block_manager import BlockManager, Prefix
 from tpctl.engine.scheduling.pacing import Pace, Pacer
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED, Sequence
@@ -98,8 +99,7 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.rope_offset = rope_offset
         self.context_full = context_full
-        room = blocks.num_blocks * blocks.block_size
-        self.pacer = None if pace is None else Pacer(pace, room)
+        self.pacer = None if pace is None else Pacer(pace, blocks.room)
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
         self.stats = SchedulerStats()
@@ -228,7 +228,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Check the block manager's books against the sequences (see ``BlockManager.check_integrity``)."""
-        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
+        assert all(not sequence.block_tables for sequence in self.waiting), "a waiting sequence holds blocks"
         assert set(self._by_id) == set(self.running) | {s.id for s in self.waiting}, "a request is lost"
         self.blocks.check_integrity(list(self.running.values()))
         if self.states is not None:
@@ -247,14 +247,20 @@ class Scheduler:
                 self._stop_running(sequence)
                 turned.append(sequence)
                 continue
-            tokens = self._room(step, sequence)
+            tokens = self._room(step, sequence.num_uncomputed_tokens)
             if tokens == 0:
                 continue
             while not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
+                if tokens > 1 and self.blocks.has_windows:
+                    tokens //= 2
+                    continue
                 victim = next(s for s in reversed(self.running.values()) if s.id not in step.chosen)
                 self._preempt(victim)
                 preempted = True
                 if victim is sequence:
+                    # What it finds of itself may lie in so many slabs that too few are left for its windows; a
+                    # sequence that runs by itself has room if it takes all of its blocks anew.
+                    sequence.alone |= not self.running
                     break
             else:
                 self._choose(step, sequence, tokens)
@@ -268,27 +274,36 @@ class Scheduler:
             if sequence.num_in_flight:
                 break  # preempted with a token under way; its id is needed before it can be computed again
             sequence.rope_offset = self.rope_offset(sequence.num_tokens)
-            matched = (self.blocks if states is None else states).match_prefix(sequence)
-            total = len(sequence.token_ids)
-            # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
-            # admitting does not lead straight to preempting.
-            reserve = len(self.running)
-            if not self.blocks.admit(sequence, matched, total, reserve):
+            prefix = (self.blocks if states is None else states).match_prefix(sequence)
+            tokens = self._admit(sequence, prefix, step)
+            if not tokens and not self.running and prefix.blocks:  # as of one that has preempted itself
+                prefix = self.blocks.nothing
+                tokens = self._admit(sequence, prefix, step)
+            if not tokens:
                 break
             if states is not None:
-                states.admit(sequence, matched)
+                states.admit(sequence, prefix)
             del self.waiting[0]
             self.running[sequence.id] = sequence
-            self._choose(step, sequence, self._room(step, sequence))
+            self._choose(step, sequence, tokens)
+
+    def _admit(self, sequence: Sequence, prefix: Prefix, step: _Step) -> int:
+        """Give a sequence its blocks, if there are enough; how many tokens of it to compute in this step."""
+        total = len(sequence.token_ids)
+        tokens = self._room(step, total - prefix.blocks * self.blocks.block_size)
+        # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
+        # admitting does not lead straight to preempting.
+        while tokens and not self.blocks.admit(sequence, prefix, total, tokens, self.running.values()):
+            tokens = tokens // 2 if self.blocks.has_windows else 0
+        return tokens
 
     @property
     def _has_place(self) -> bool:
         """Whether one more sequence can run, as far as blocks allow."""
         return len(self.running) < self.max_num_seqs and (self.states is None or self.states.has_room)
 
-    def _room(self, step: _Step, sequence: Sequence) -> int:
-        """How many of a sequence's uncomputed tokens the step has room for."""
-        tokens = sequence.num_uncomputed_tokens
+    def _room(self, step: _Step, tokens: int) -> int:
+        """How many of so many uncomputed tokens of a sequence the step has room for."""
         if tokens <= 1:
             return min(tokens, step.budget)
         return min(tokens, step.budget, step.prefill) if step.chunks else 0

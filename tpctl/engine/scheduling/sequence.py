@@ -12,6 +12,9 @@ NOT_FINITE = -2
 REFUSED = -3
 """What stands for the token of a row that has a grammar and can be given none; why, rank 0's sequence says."""
 
+GONE = -1
+"""In a block table: what no later token sees, of a pool whose layers have a window."""
+
 
 class Sequence:
     """A prompt and the tokens generated so far.
@@ -25,11 +28,13 @@ class Sequence:
     ``num_stale`` more tokens are under way that nobody waits for any more.
 
     Attributes:
-        block_table: ids of its KV blocks, in order.
+        block_tables: of each pool, ids of its KV blocks, in order, or ``GONE``; empty while it holds none.
+        num_slots: tokens that there are blocks for.
         num_hashed_blocks: how many of them, from the first, are registered for prefix sharing.
         has_shared: whether, when it was last given blocks, any were found in the prefix cache.
         alone: share no blocks, neither found nor offered.
-        admissions: how often it was given blocks anew; tells a block table from the one before a preemption.
+        admissions: how often it was given blocks anew; tells block tables from those before a preemption.
+        borders: behind so many blocks others may go on: where its prompt ends, and where others' blocks were found to.
         arrival: how many sequences came before.
         max_num_tokens: most tokens of prompt and answer together.
         rope_offset: where the rotary table begins that its keys are rotated by (see ``RotaryTable``).
@@ -37,7 +42,6 @@ class Sequence:
         num_cached_tokens: prompt tokens that prefix caching spared when it was first admitted.
         state_slot: where recurrent layers have its state, of a sequence that runs.
         state_source: the slot that its next step goes on from; ``None``: it begins.
-        state_borders: behind so many blocks of what it was admitted with its state is kept.
         state_digest: the hash under which its state was last kept while it answers.
         scoring: that its prompt's tokens are scored, for which all of them must be computed.
         scores: those there are, by the place of the token.
@@ -63,18 +67,19 @@ class Sequence:
         self.num_stale = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
-        self.block_table: list[int] = []
+        self.block_tables: tuple[list[int], ...] = ()
+        self.num_slots = 0
         self.num_hashed_blocks = 0
         self.has_shared = False
         self.alone = scoring is not None or params.prompt_logprobs is not None
         self.admissions = 0
         self.block_hash = b""
+        self.borders: tuple[int, ...] = ()
         self.rope_offset = 0
         self.stop_token_ids: frozenset[int] = frozenset(params.stop_token_ids)
         self.finished = False
         self.state_slot: int | None = None
         self.state_source: int | None = None
-        self.state_borders: tuple[int, ...] = ()
         self.state_digest = b""
         self.scoring = scoring
         self.scores: dict[int, TokenScore] = {}

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceType
 
-from tpctl.engine.scheduling.block_manager import BlockManager
+from tpctl.engine.scheduling.block_manager import BlockManager, Prefix
 from tpctl.engine.scheduling.scheduled import StateUse
 from tpctl.engine.scheduling.sequence import Sequence
 
@@ -48,23 +48,19 @@ class StatePool:
         self._new.clear()
         self._read.clear()
 
-    def match_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks that hold the beginning of ``sequence``, as far as there is a state, too."""
-        found = self._blocks.match_prefix(sequence)
-        sequence.state_borders = (len(found), (len(sequence.token_ids) - 1) // self._blocks.block_size)
-        while found and self._blocks.digest_of(found[-1]) not in self._kept:
-            found.pop()
-        return found
+    def match_prefix(self, sequence: Sequence) -> Prefix:
+        """The longest cached beginning of ``sequence`` behind which there is a state, too."""
+        return self._blocks.match_prefix(sequence, self._kept)
 
     @property
     def has_room(self) -> bool:
         """Whether a sequence can be given a slot."""
         return bool(self._free) or len(self._kept) > len(self._read)
 
-    def admit(self, sequence: Sequence, matched: SequenceType[int]) -> None:
-        """Give a sequence a slot, and what it goes on from: the state behind its ``matched`` blocks."""
+    def admit(self, sequence: Sequence, prefix: Prefix) -> None:
+        """Give a sequence a slot, and what it goes on from: the state behind its ``prefix``."""
         assert sequence.state_slot is None and self.has_room
-        sequence.state_source, source = None, self._blocks.digest_of(matched[-1]) if matched else None
+        sequence.state_source, source = None, prefix.digest or None
         if source is not None:
             self._kept.move_to_end(source)
             sequence.state_source = self._kept[source]
@@ -85,7 +81,7 @@ class StatePool:
             return StateUse(slot, source)
         size = self._blocks.block_size
         keeps: dict[int, int | None] = {}
-        for border in dict.fromkeys(sequence.state_borders):
+        for border in dict.fromkeys(sequence.borders):
             if start < border * size <= end:
                 keeps[border * size - start] = self._keep(self._blocks.digest(sequence, border))
         answered = end > sequence.num_prompt_tokens and end == sequence.num_hashed_blocks * size

@@ -18,7 +18,7 @@ from tpctl.accounting import sampled_rows
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
-from tpctl.kernels.sampling.prepare import DecodeInputs
+from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables
 
 _RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent
 _ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
@@ -43,14 +43,14 @@ class CapturedSteps:
         sampled: int64 [rows], the token ids of the last step, which the next one reads; a step may be run to warm up
             without changing them. No step has more rows.
         most: int32 numbers that a step is given at most.
-        max_blocks: width of the block tables.
+        tables: what rows are looked up in.
     """
 
-    def __init__(self, nbytes: int, sampled: Tensor, most: int, max_blocks: int) -> None:
+    def __init__(self, nbytes: int, sampled: Tensor, most: int, tables: SlotTables) -> None:
         self.device = sampled.device
         self._sampled = sampled
         self._numbers = torch.zeros(most, dtype=torch.int32, device=self.device)
-        self._rows = DecodeInputs.allocate(sampled.shape[0], max_blocks, self.device)
+        self._rows = DecodeInputs.allocate(sampled.shape[0], tables)
         # With each graph where its numbers go, and the step, which holds what it reads.
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]] = {}
         # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has worked on.

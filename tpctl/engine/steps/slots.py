@@ -8,6 +8,7 @@ run out and their sequences have ended or been preempted.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from tpctl.engine.scheduling.scheduled import ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.kernels.sampling.floors import MAX_TOP_K
 from tpctl.kernels.sampling.prepare import SlotTables
+from tpctl.layers.attention.base import Place
 
 
 @dataclass
@@ -24,20 +26,25 @@ class _Slot:
     index: int
     sequence: Sequence
     admission: int
-    written: int = 0  # blocks of its table that are on the device
+    num_slots: int = 0  # the sequence's, when its tables were last sent
+    written: tuple[int, ...] = ()  # blocks of each that are on the device
 
     @property
     def stale(self) -> bool:
-        return self.sequence.finished or self.sequence.admissions != self.admission or not self.sequence.block_table
+        return self.sequence.finished or self.sequence.admissions != self.admission or not self.sequence.block_tables
 
 
 class Slots:
-    """Slots for ``count`` sequences of at most ``max_blocks`` blocks."""
+    """Slots for ``count`` sequences of at most ``max_blocks`` blocks in each pool, whose blocks lie at ``places``."""
 
-    def __init__(self, count: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, count: int, max_blocks: int, device: torch.device, places: SequenceType[Place] = (Place(),)
+    ) -> None:
         self.device = device
+        self.count = count
         self.max_blocks = max_blocks
-        self.tables = SlotTables.allocate(count, max_blocks, device)
+        self.places = tuple(places)
+        self.tables = SlotTables.allocate(count, max_blocks, device, len(self.places))
         self._free = list(range(count))
         self._held: dict[str, _Slot] = {}
 
@@ -53,12 +60,8 @@ class Slots:
             if slot is None or slot.sequence is not sequence or slot.admission != sequence.admissions:
                 slot = self._take(sequence)
                 fresh.append(slot)
-            table = sequence.block_table
-            if slot.written < len(table):
-                first = slot.index * self.max_blocks + slot.written
-                cells.extend(range(first, first + len(table) - slot.written))
-                blocks.extend(table[slot.written :])
-                slot.written = len(table)
+            if slot.num_slots != sequence.num_slots:
+                self._append(slot, cells, blocks)
             found.append(slot.index)
         if fresh:
             self._send_state(fresh)
@@ -66,6 +69,17 @@ class Slots:
             both = self._send(torch.tensor([cells, blocks], dtype=torch.int32))
             self.tables.block_tables.view(-1).index_copy_(0, both[0].long(), both[1])
         return found
+
+    def _append(self, slot: _Slot, cells: list[int], blocks: list[int]) -> None:
+        """Add what is new in a sequence's tables, and where it goes. What windows have passed since stays there: no
+        kernel reads it."""
+        tables = slot.sequence.block_tables
+        written = slot.written or (0,) * len(tables)
+        for pool, (table, place, start) in enumerate(zip(tables, self.places, written, strict=True)):
+            first = (pool * self.count + slot.index) * self.max_blocks
+            cells.extend(range(first + start, first + len(table)))
+            blocks.extend(place.ids(table[start:]))
+        slot.written, slot.num_slots = tuple(map(len, tables)), slot.sequence.num_slots
 
     def _take(self, sequence: Sequence) -> _Slot:
         old = self._held.pop(sequence.id, None)

@@ -23,7 +23,7 @@ from tpctl.kernels.sampling.floors import Filters
 class SlotTables:
     """Per-slot state on the device, for ``slots`` sequences.
 
-    block_tables: int32 [slots, M]. seed_hash: int64 [slots], SplitMix64 of the seed. filters: [slots].
+    block_tables: int32 [pools, slots, M]. seed_hash: int64 [slots], SplitMix64 of the seed. filters: [slots].
     rope_offset: int32 [slots].
     """
 
@@ -33,9 +33,9 @@ class SlotTables:
     rope_offset: torch.Tensor
 
     @staticmethod
-    def allocate(slots: int, max_blocks: int, device: torch.device) -> SlotTables:
+    def allocate(slots: int, max_blocks: int, device: torch.device, pools: int = 1) -> SlotTables:
         return SlotTables(
-            torch.zeros(slots, max_blocks, dtype=torch.int32, device=device),
+            torch.zeros(pools, slots, max_blocks, dtype=torch.int32, device=device),
             torch.zeros(slots, dtype=torch.int64, device=device),
             Filters.allocate(slots, device),
             torch.zeros(slots, dtype=torch.int32, device=device),
@@ -47,6 +47,7 @@ class DecodeInputs:
     """What one decode step of ``rows`` rows reads; fixed buffers, so that a captured graph can hold them.
 
     packed: int32 [3, rows] (slot or -1 for padding, position, token or -1 - reference), written by the host.
+    slot_mapping: int64 [pools, rows]. block_tables: int32 [pools, rows, M].
     """
 
     packed: torch.Tensor
@@ -59,7 +60,10 @@ class DecodeInputs:
     keys: torch.Tensor
 
     @staticmethod
-    def allocate(rows: int, max_blocks: int, device: torch.device) -> DecodeInputs:
+    def allocate(rows: int, tables: SlotTables) -> DecodeInputs:
+        pools, _, max_blocks = tables.block_tables.shape
+        device = tables.block_tables.device
+
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -67,17 +71,18 @@ class DecodeInputs:
             packed=empty(3, rows, dtype=torch.int32),
             input_ids=empty(rows),
             rope_positions=empty(rows),
-            slot_mapping=empty(rows),
+            slot_mapping=empty(pools, rows),
             seq_lens=empty(rows, dtype=torch.int32),
-            block_tables=empty(rows, max_blocks, dtype=torch.int32),
+            block_tables=empty(pools, rows, max_blocks, dtype=torch.int32),
             filters=Filters.allocate(rows, device),
             keys=empty(rows, 2),
         )
 
     def first(self, rows: int, packed: torch.Tensor) -> DecodeInputs:
         """The same memory for fewer rows; ``packed``, [3, rows], has its own."""
-        others = {name: value[:rows] for name, value in vars(self).items() if name not in ("packed", "filters")}
-        return DecodeInputs(packed=packed, filters=self.filters.rows(slice(rows)), **others)
+        of_pools = {name: getattr(self, name)[:, :rows] for name in ("slot_mapping", "block_tables")}
+        own = {name: getattr(self, name)[:rows] for name in ("input_ids", "rope_positions", "seq_lens", "keys")}
+        return DecodeInputs(packed=packed, filters=self.filters.rows(slice(rows)), **of_pools, **own)
 
 
 @triton.jit
@@ -111,6 +116,10 @@ def _prepare_kernel(
     keys_ptr,
     rows,
     max_blocks,
+    tables_stride,
+    out_tables_stride,
+    slot_mapping_stride,
+    POOLS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -121,16 +130,19 @@ def _prepare_kernel(
     live = slot >= 0
     slot = tl.maximum(slot, 0).to(tl.int64)
     used = tl.where(live, position // BLOCK_SIZE + 1, 0)
-    for start in range(0, used, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        blocks = tl.load(tables_ptr + slot * max_blocks + at, mask=at < used, other=0)
-        tl.store(out_tables_ptr + row.to(tl.int64) * max_blocks + at, blocks, mask=at < used)
-    block = tl.load(tables_ptr + slot * max_blocks + position // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    for pool in tl.static_range(POOLS):
+        table = tables_ptr + pool * tables_stride + slot * max_blocks
+        out_table = out_tables_ptr + pool * out_tables_stride + row.to(tl.int64) * max_blocks
+        for start in range(0, used, WIDTH):
+            at = start + tl.arange(0, WIDTH)
+            tl.store(out_table + at, tl.load(table + at, mask=at < used, other=0), mask=at < used)
+        block = tl.load(table + position // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+        mapped = tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1)
+        tl.store(slot_mapping_ptr + pool * slot_mapping_stride + row, mapped)
     referred = tl.load(sampled_ptr + tl.maximum(-1 - token, 0), mask=token < 0, other=0)
     tl.store(input_ids_ptr + row, tl.where(token < 0, tl.maximum(referred, 0), token.to(tl.int64)))
     offset = tl.load(rope_offset_ptr + slot)
     tl.store(rope_positions_ptr + row, tl.where(live, position + offset, 0).to(tl.int64))
-    tl.store(slot_mapping_ptr + row, tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
     tl.store(seq_lens_ptr + row, tl.where(live, position + 1, 0))
     tl.store(temperature_ptr + row, tl.where(live, tl.load(slot_temperature_ptr + slot), 0.0))  # padding is greedy
     tl.store(top_k_ptr + row, tl.load(slot_top_k_ptr + slot))
@@ -145,7 +157,7 @@ def _prepare_kernel(
 
 def prepare_decode(inputs: DecodeInputs, sampled: torch.Tensor, slots: SlotTables, block_size: int) -> None:
     """Fill ``inputs`` from its packed rows; ``sampled`` int64 holds the token ids of the step before."""
-    rows, max_blocks = inputs.block_tables.shape
+    pools, rows, max_blocks = inputs.block_tables.shape
     _prepare_kernel[(rows,)](
         inputs.packed,
         sampled,
@@ -162,6 +174,10 @@ def prepare_decode(inputs: DecodeInputs, sampled: torch.Tensor, slots: SlotTable
         inputs.keys,
         rows,
         max_blocks,
+        slots.block_tables.stride(0),
+        inputs.block_tables.stride(0),
+        inputs.slot_mapping.stride(0),
+        POOLS=pools,
         BLOCK_SIZE=block_size,
         WIDTH=min(1024, next_power_of_2(max_blocks)),
         num_warps=1,
@@ -174,11 +190,11 @@ def prepare_decode_reference(inputs: DecodeInputs, sampled: torch.Tensor, slots:
         live = slot >= 0
         slot = max(slot, 0)
         used = position // block_size + 1 if live else 0
-        inputs.block_tables[row, :used] = slots.block_tables[slot, :used]
-        block = int(slots.block_tables[slot, position // block_size]) if live else 0
+        inputs.block_tables[:, row, :used] = slots.block_tables[:, slot, :used]
+        blocks = slots.block_tables[:, slot, position // block_size].long()
         inputs.input_ids[row] = token if token >= 0 else sampled[-1 - token].clamp(min=0)
         inputs.rope_positions[row] = position + int(slots.rope_offset[slot]) if live else 0
-        inputs.slot_mapping[row] = block * block_size + position % block_size if live else -1
+        inputs.slot_mapping[:, row] = blocks * block_size + position % block_size if live else -1
         inputs.seq_lens[row] = position + 1 if live else 0
         for mine, theirs in zip(inputs.filters, slots.filters, strict=True):
             mine[row] = theirs[slot]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from tpctl.accounting import KvForm, kv_bytes_per_token
+from tpctl.accounting import KeptLayer, KvForm, KvLayout, LayerPool, LayerPools, pools_of
 from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.rotary import RotaryTable
@@ -50,9 +50,30 @@ class AttentionSpec:
         return self.num_heads // self.num_kv_heads
 
 
+class Place(NamedTuple):
+    """Where a pool's blocks lie in its layers' caches: of ``per_slab`` blocks that a slab holds, the first ``stride``
+    block ids behind that of the slab before, the others ``step`` behind each other."""
+
+    per_slab: int = 1
+    stride: int = 1
+    step: int = 1
+
+    def ids(self, table: list[int]) -> list[int]:
+        """What layers call the blocks of a table; below 0, what is gone, is 0."""
+        if table and table[0] < 0:
+            table = [max(block, 0) for block in table]
+        if self == (1, 1, 1):
+            return table
+        per_slab, stride, step = self
+        return [block // per_slab * stride + block % per_slab * step for block in table]
+
+
 @dataclass(frozen=True)
 class LayerKV:
-    """One layer's keys and values, in the layout of the backend that allocated them."""
+    """One layer's keys and values, in the layout of the backend that allocated them.
+
+    pool: whose slots and block tables it is read by (``ForwardBatch.pools``).
+    """
 
     spec: AttentionSpec
     k: Tensor
@@ -60,6 +81,13 @@ class LayerKV:
     factors: Tensor | None = field(default=None, kw_only=True)
     """Of a key and a value each, [blocks, K, B, 2], where ``k`` and ``v`` are bytes: exponents, uint8, of a packed
     cache (``kernels.attention.packed_kv``); scales, bfloat16, of one in FP8 (``kernels.attention.fp8_kv``)."""
+    pool: int = field(default=0, kw_only=True)
+
+
+def kept_layer(spec: AttentionSpec) -> KeptLayer:
+    """What is kept for a layer: of latent attention one vector a token, as it is."""
+    vectors = 1 if spec.latent is not None else 2 * spec.num_kv_heads
+    return KeptLayer(spec.window, vectors, spec.head_dim, spec.latent is not None)
 
 
 @dataclass
@@ -92,14 +120,22 @@ class AttentionBackend(ABC, Generic[PlanT]):
 
     Args:
         layers: what each layer computes.
+        pools: which of them share block tables; by default all, and no block is ever gone.
+
+    Attributes:
+        places: where the blocks of each pool lie in the caches that were allocated last.
     """
 
     name: str
     default_block_size: int
+    slides = True
+    """Whether it reads no block that windows have passed, so that these can be given away."""
 
-    def __init__(self, layers: Sequence[AttentionSpec], block_size: int) -> None:
+    def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
         self.layers = tuple(layers)
         self.block_size = block_size
+        self.pools = pools or LayerPools((None,), (0,) * len(self.layers))
+        self.places = (Place(),) * len(self.pools.windows)
 
     @property
     def kv_form(self) -> KvForm:
@@ -107,19 +143,20 @@ class AttentionBackend(ABC, Generic[PlanT]):
         return "model"
 
     @abstractmethod
-    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        """Zeroed caches of ``num_blocks`` blocks for every layer."""
+    def allocate(
+        self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
+    ) -> list[LayerKV]:
+        """Zeroed caches for every layer, of so many slabs; without a ``layout`` there is one pool, whose blocks these
+        are."""
+
+    def layer_pools(self, dtype: torch.dtype) -> list[LayerPool]:
+        """What the pools' blocks take, keys and values together; at least 1, of a model without attention."""
+        kept = [kept_layer(spec) for spec in self.layers]
+        return pools_of(kept, self.pools, self.block_size, dtype.itemsize, self.kv_form)
 
     def bytes_per_block(self, dtype: torch.dtype) -> int:
-        """Bytes that one block of ``allocate``'s caches takes over all layers, keys and values together; at least 1,
-        of a model without attention."""
-        return max(1, self.block_size * self.bytes_per_token(dtype, self.kv_form))
-
-    def bytes_per_token(self, dtype: torch.dtype, form: KvForm) -> int:
-        """The same of one token, kept in that form."""
-        heads = [(spec.num_kv_heads, spec.head_dim) for spec in self.layers if spec.latent is None]
-        latents = [spec.head_dim for spec in self.layers if spec.latent is not None]
-        return kv_bytes_per_token(heads, dtype.itemsize, form, latents)
+        """The same of one block in each pool, all together."""
+        return sum(pool.block_bytes for pool in self.layer_pools(dtype))
 
     @abstractmethod
     def begin(self, batch: ForwardBatch) -> PlanT:

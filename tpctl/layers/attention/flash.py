@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tpctl.accounting import LayerPools
 from tpctl.errors import EngineError
 from tpctl.layers.attention.base import AttentionSpec, LayerKV
 from tpctl.layers.attention.paged import PagedBackend, PagedPlan
@@ -41,9 +42,10 @@ class FlashPlan(PagedPlan):
 class FlashAttentionBackend(PagedBackend[FlashPlan]):
     name = "flash-attn"
     default_block_size = 256
+    slides = False  # which blocks the packages read beside those of a window is theirs, and differs by version
 
-    def __init__(self, layers: Sequence[AttentionSpec], block_size: int) -> None:
-        super().__init__(layers, block_size)
+    def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
+        super().__init__(layers, block_size, pools)
         self.version = installed_flash_attention()
         multiple = 16 if self.version == "fa3" else 256
         if block_size % multiple:
@@ -86,7 +88,7 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, plan: FlashPlan, out_TND: Tensor, sinks_N: Tensor | None) -> None:
         assert sinks_N is None, "select refuses flash-attn for them"
-        tables, starts, lens = plan.prefill_chunks
+        (tables,), starts, lens = plan.prefill_chunks
         batch = plan.batch
         decodes = batch.num_decodes
         longest_query, longest = max(batch.query_lens[decodes:]), max(batch.seq_lens[decodes:])

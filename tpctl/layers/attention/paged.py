@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV, PlanT
+from tpctl.accounting import KvLayout
+from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV, Place, PlanT
 from tpctl.layers.attention.heads import HeadPreparation, RanksSums
 from tpctl.layers.batch import PrefillChunks
 
@@ -37,7 +38,8 @@ class PagedPlan(AttentionPlan):
         assert batch.query_start_S1 is not None
         decodes = batch.num_decodes
         starts = batch.query_start_S1[decodes:] - decodes
-        return PrefillChunks(batch.block_tables[decodes:], starts, batch.seq_lens_S[decodes:])
+        tables = tuple(pool.block_tables[decodes:] for pool in batch.pools)
+        return PrefillChunks(tables, starts, batch.seq_lens_S[decodes:])
 
 
 class PagedBackend(AttentionBackend[PlanT]):
@@ -49,10 +51,49 @@ class PagedBackend(AttentionBackend[PlanT]):
 
     captures_prefill = False
 
-    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        shapes = [(2, num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim) for spec in self.layers]
-        caches = zeros(shapes, dtype, device)
-        return [LayerKV(spec, *cache) for spec, cache in zip(self.layers, caches, strict=True)]
+    def allocate(
+        self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
+    ) -> list[LayerKV]:
+        shapes = [(self.block_size, spec.num_kv_heads, spec.head_dim) for spec in self.layers]
+        caches = self.vectors(shapes, 2, num_slabs, dtype, device, layout)
+        return [
+            LayerKV(spec, *cache, pool=pool)
+            for spec, cache, pool in zip(self.layers, caches, self.pools.of_layer, strict=True)
+        ]
+
+    def vectors(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        count: int,
+        num_slabs: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: KvLayout | None,
+    ) -> list[list[Tensor]]:
+        """For every layer ``count`` tensors [blocks, *its shape], zeroed.
+
+        Where pools share memory, each of these is a view of what all layers share, from where the layer's part of the
+        first block lies: a block's id says how many parts of its layer's size come before its own.
+        """
+        of_layer = self.pools.of_layer
+        if layout is None or len(layout.windows) == 1:
+            own = zeros([(count, num_slabs, *shape) for shape in shapes], dtype, device)
+            return [list(one) for one in own]
+        sizes = [math.prod(shape) for shape in shapes]
+        most = max(
+            of_layer.count(pool) * size * layout.per_slab[pool] for size, pool in zip(sizes, of_layer, strict=True)
+        )
+        unit = math.lcm(*sizes)
+        slab = -(-most // unit) * unit
+        shared = torch.zeros(count, num_slabs * slab, dtype=dtype, device=device)
+        before, found = [0] * len(layout.windows), []  # layers of the pool so far
+        places: dict[int, Place] = {}
+        for shape, size, pool in zip(shapes, sizes, of_layer, strict=True):
+            found.append([one.view(-1, *shape)[before[pool] :] for one in shared])
+            before[pool] += 1
+            places[pool] = Place(layout.per_slab[pool], slab // size, of_layer.count(pool))
+        self.places = tuple(places[pool] for pool in range(len(layout.windows)))
+        return found
 
     def run(
         self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
@@ -69,7 +110,7 @@ class PagedBackend(AttentionBackend[PlanT]):
             kv.v,
             None if rotary is None else (rotary.cos, rotary.sin),
             batch.rope_positions,
-            batch.slot_mapping,
+            batch.pools[kv.pool].slot_mapping,
             kv.spec.num_heads,
             factors=kv.factors,
             q_norm=None if q_norm is None else q_norm.weight,
@@ -84,7 +125,7 @@ class PagedBackend(AttentionBackend[PlanT]):
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
         for new_TKD, cache in ((k_TKD, kv.k), (v_TKD, kv.v)):
-            cache.view(-1, *new_TKD.shape[1:]).index_copy_(0, plan.batch.slot_mapping, new_TKD)
+            cache.view(-1, *new_TKD.shape[1:]).index_copy_(0, plan.batch.pools[kv.pool].slot_mapping, new_TKD)
 
     def attend(
         self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
@@ -99,7 +140,7 @@ class PagedBackend(AttentionBackend[PlanT]):
         if batch.chunks is not None:
             self.decode_and_prefill(q_TND, kv, plan, batch.chunks, out_TND, sinks_N)
         elif decodes:
-            tables, lens = batch.block_tables[:decodes], batch.seq_lens_S[:decodes]
+            tables, lens = batch.pools[kv.pool].block_tables[:decodes], batch.seq_lens_S[:decodes]
             self.decode(q_TND[:decodes], kv, tables, lens, plan, out_TND[:decodes], sinks_N)
         if decodes < batch.num_tokens:
             self.prefill(q_TND[decodes:], kv, plan, out_TND[decodes:], sinks_N)

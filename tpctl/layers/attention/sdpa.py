@@ -12,6 +12,9 @@ key is multiplied with all of them at once and never repeated.
 While the same sequences decode, what was gathered is kept, and each step adds its new keys and values to it: gathering
 is the dearest part of a step after the linears.
 
+Of layers with a window, whose pool keeps only its blocks, a sequence is taken to begin with the block in which its
+window does: causality and window are the same from there.
+
 Prefill goes block by block of queries. A block multiplies with no key behind its last query or before its first
 query's window, and its scores are the largest thing in memory, however long the context is.
 """
@@ -25,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV
+from tpctl.accounting import KvLayout, LayerPools, pools_of, slab_bytes
+from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV, kept_layer
 from tpctl.layers.attention.heads import HeadPreparation
-from tpctl.layers.attention.sdpa_cache import PagedKV, as_words, lazy_zeros
+from tpctl.layers.attention.sdpa_cache import PagedKV, Storage, as_words, own_storage, shared_storage
 from tpctl.layers.batch import ForwardBatch
 
 _QUERY_BLOCK = 64
@@ -46,8 +50,7 @@ class _Kept:
     """Gathered keys and values that the next step may continue: of ``lens`` tokens in the blocks ``tables_SW``.
 
     ``tables_SW`` is -1 behind a sequence's own blocks. ``layers`` holds [2, K * S, L, D] (of latent attention
-    [1, S, L, D]) for each layer, by its cache's
-    address; there is room for L tokens.
+    [1, S, L, D]) for each layer; there is room for L tokens.
     """
 
     lens: list[int]
@@ -105,24 +108,25 @@ class _Bucket:
 
 @dataclass
 class SdpaPlan(AttentionPlan):
-    """A step, with what one layer finds out for those that are alike; ``buckets`` are the same for all.
+    """A step, with what one layer finds out for those that are alike.
 
     Attributes:
+        buckets, begun, cells: by pool; the latter two also by the vectors of a token.
         new: [T, 2 K, D], the new keys and values of the layer that is being computed, as its cache keeps them.
-        biases: of decodes, by bucket and window; of prompts, by queries, columns and window.
-        shared, gathered: of layers whose keys and values later ones read, by their caches' addresses: ``new``, and what
+        biases: of decodes, by pool, bucket and window; of prompts, by queries, columns and window.
+        shared, gathered: of layers whose keys and values later ones read, by ``PagedKV.layer``: ``new``, and what
             each bucket gathered.
         again: whether the layer that is being computed reads those of an earlier one.
     """
 
-    buckets: list[_Bucket] | None = None
-    begun: dict[int, Tensor | None] = field(default_factory=dict)
-    cells: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    buckets: dict[int, list[_Bucket]] = field(default_factory=dict)
+    begun: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    cells: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     new: Tensor | None = None
     shared: dict[int, Tensor] = field(default_factory=dict)
     gathered: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     again: bool = False
-    decode_biases: dict[tuple[int, AttentionSpec], Tensor] = field(default_factory=dict)
+    decode_biases: dict[tuple[int, int, AttentionSpec], Tensor] = field(default_factory=dict)
     causal_biases: dict[tuple[int, int, AttentionSpec], Tensor] = field(default_factory=dict)
 
 
@@ -130,23 +134,51 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
     name = "sdpa"
     default_block_size = 32
 
-    def __init__(self, layers: Sequence[AttentionSpec], block_size: int) -> None:
-        super().__init__(layers, block_size)
-        self._kept: dict[tuple[int, ...], _Kept] = {}  # by the rows of a bucket
-        self._most_kept = 0  # tokens
+    def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
+        super().__init__(layers, block_size, pools)
+        self._kept: dict[tuple[int, ...], _Kept] = {}  # by pool and the rows of a bucket
+        self._most_kept = 0  # bytes
+        self._token_bytes: list[int] = []  # of a token gathered in each pool
 
-    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
-        gathered = num_blocks * self.bytes_per_block(dtype) // 4
-        self._most_kept = min(_MOST_KEPT, gathered) // max(1, self.bytes_per_token(dtype, "model"))
-        # One block more, which stays empty.
-        return [self._layer(spec, num_blocks + 1, dtype, device) for spec in self.layers]
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """That of the numbers in the cache."""
+        return dtype
 
-    def _layer(self, spec: AttentionSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> PagedKV:
-        """One layer's cache, the empty block included."""
-        heads = 2 * spec.num_kv_heads
-        both = lazy_zeros((heads, num_blocks, self.block_size, spec.head_dim), dtype, device)
-        keys, values = both.chunk(2)
-        return PagedKV(spec, keys, values, both.view(heads * num_blocks, -1), as_words(both), num_blocks)
+    def allocate(
+        self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
+    ) -> list[LayerKV]:
+        kept, kind = [kept_layer(spec) for spec in self.layers], self.kept_dtype(dtype)
+        self._kept = {}
+        sizes = [layer.token_bytes(dtype.itemsize, "model") for layer in kept]
+        self._token_bytes = [
+            sum(size for size, other in zip(sizes, self.pools.of_layer, strict=True) if other == pool)
+            for pool in range(len(self.pools.windows))
+        ]
+        pools = self.layer_pools(dtype)
+        if len(pools) == 1:
+            whole = num_slabs * pools[0].block_bytes
+            storages = [
+                own_storage(number, one.vectors, num_slabs, self.block_size, one.dim, kind, device)
+                for number, one in enumerate(kept)
+            ]
+        else:
+            assert layout is not None
+            whole = num_slabs * slab_bytes(pools, layout)
+            vectors = pools_of(kept, self.pools, self.block_size, kind.itemsize, "model")
+            storages = shared_storage(kept, self.pools, layout, num_slabs, slab_bytes(vectors, layout), kind, device)
+            by_pool = dict(zip(self.pools.of_layer, storages, strict=True))
+            self.places = tuple(by_pool[pool].place for pool in range(len(pools)))
+        self._most_kept = min(_MOST_KEPT, whole // 4)
+        return list(self._layers(storages, dtype))
+
+    def _layers(self, storages: Sequence[Storage], dtype: torch.dtype) -> list[PagedKV]:
+        layers = zip(self.layers, self.pools.of_layer, storages, strict=True)
+        return [self._layer(*layer, dtype) for layer in layers]
+
+    def _layer(self, spec: AttentionSpec, pool: int, storage: Storage, dtype: torch.dtype) -> PagedKV:
+        """One layer's cache."""
+        at = storage
+        return PagedKV(spec, *at.sides, at.blocks, at.cells, at.first, at.empty_id, at.layer, pool=pool)
 
     def begin(self, batch: ForwardBatch) -> SdpaPlan:
         return SdpaPlan(batch)
@@ -163,14 +195,14 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         cells, rows = self._cells(kv, plan)
         plan.new = kv.write(cells, new, rows)
         if kv.spec.shared:
-            plan.shared[kv.address] = plan.new
+            plan.shared[kv.layer] = plan.new
 
     def run_again(self, q: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: AttentionPlan) -> Tensor:
         """[T, N * D]: attention of queries [T, N * D] to the keys and values that an earlier layer has stored in this
         step and before, in ``kv``."""
         assert isinstance(kv, PagedKV) and isinstance(plan, SdpaPlan)
         q_TND = prepare.queries(q, kv.spec.num_heads, plan.angles(prepare.rotary, q.dtype))
-        plan.new, plan.again = plan.shared[kv.address], True
+        plan.new, plan.again = plan.shared[kv.layer], True
         k_TKD, v_TKD = plan.new.chunk(2, dim=1)
         found = self.attend(q_TND, k_TKD, v_TKD, kv, plan)
         plan.again = False
@@ -178,29 +210,31 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
 
     def _begun(self, kv: PagedKV, plan: SdpaPlan) -> Tensor | None:
         """Rows of ``kv.blocks``: the blocks whose first tokens are among the new ones, and that these do not fill."""
-        vectors, batch = kv.vectors, plan.batch
-        if vectors not in plan.begun:
-            plan.begun[vectors] = None
+        key, batch = (kv.pool, kv.vectors), plan.batch
+        if key not in plan.begun:
+            plan.begun[key] = None
             found = []
             for sequence, (new, length) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
                 filled = length % self.block_size
                 if 0 < filled <= new:
                     found.append((sequence, length // self.block_size))
             if found:
-                sequences, blocks = torch.tensor(found, device=batch.block_tables.device).unbind(1)
-                plan.begun[vectors] = kv.rows(batch.block_tables[sequences, blocks])
-        return plan.begun[vectors]
+                tables = batch.pools[kv.pool].block_tables
+                sequences, blocks = torch.tensor(found, device=tables.device).unbind(1)
+                plan.begun[key] = kv.rows(tables[sequences, blocks])
+        return plan.begun[key]
 
     def _cells(self, kv: PagedKV, plan: SdpaPlan) -> tuple[Tensor, Tensor | None]:
         """Where to write: rows of ``kv.cells``, all heads of a token together; and the rows of T they come from
         (``None``: every row)."""
-        batch, found = plan.batch, plan.cells.get(kv.vectors)
+        key = (kv.pool, kv.vectors)
+        batch, found = plan.batch, plan.cells.get(key)
         if found is None:
-            kept = (batch.slot_mapping >= 0).nonzero().flatten()
+            slots = batch.pools[kv.pool].slot_mapping
+            kept = (slots >= 0).nonzero().flatten()
             rows = kept if kept.numel() < batch.num_tokens else None
-            slots = batch.slot_mapping if rows is None else batch.slot_mapping[rows]
-            first = torch.arange(0, len(kv.cells), kv.num_blocks * self.block_size, device=slots.device)
-            found = plan.cells[kv.vectors] = ((slots.unsqueeze(1) + first).flatten(), rows)
+            slots = slots if rows is None else slots[rows]
+            found = plan.cells[key] = ((slots.unsqueeze(1) + kv.first * self.block_size).flatten(), rows)
         return found
 
     def attend(
@@ -244,7 +278,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         gathered = self._gathered(kv, index, bucket, plan)
         q_KSGD = q_SND.view(count, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         q = q_KSGD.reshape(batched, spec.group, spec.head_dim)
-        scores = _scores(self._decode_bias(index, bucket, spec, q.dtype, plan), q, gathered[0], spec)
+        scores = _scores(self._decode_bias(kv, index, bucket, q.dtype, plan), q, gathered[0], spec)
         sinks_KSG = None if sinks_N is None else sinks_N.view(-1, 1, spec.group).expand(-1, count, -1)
         out_KSGD = torch.bmm(_softmax(scores, sinks_KSG), kv.values(gathered))
         out_KSGD = out_KSGD.view(spec.num_kv_heads, count, spec.group, -1)
@@ -255,14 +289,14 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         if not kv.spec.shared:
             return self._gather(kv, bucket, plan)
         if not plan.again:
-            plan.gathered[kv.address, index] = self._gather(kv, bucket, plan)
-        return plan.gathered[kv.address, index]
+            plan.gathered[kv.layer, index] = self._gather(kv, bucket, plan)
+        return plan.gathered[kv.layer, index]
 
     def _gather(self, kv: PagedKV, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
         """[2, K * S, L, D]: the bucket's keys and values, by head and sequence; [1, ..] where keys hold values."""
         heads = kv.spec.num_kv_heads
         shape = (kv.vectors // heads, heads * bucket.count, -1, kv.spec.head_dim)
-        kept, layer = bucket.kept, kv.address
+        kept, layer = bucket.kept, kv.layer
         if kept is not None and bucket.cells is not None:
             gathered = kept.layers[layer]
             assert plan.new is not None
@@ -274,11 +308,10 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             kept.layers[layer] = gathered
         return gathered
 
-    def _decode_bias(
-        self, index: int, bucket: _Bucket, spec: AttentionSpec, dtype: torch.dtype, plan: SdpaPlan
-    ) -> Tensor:
+    def _decode_bias(self, kv: PagedKV, index: int, bucket: _Bucket, dtype: torch.dtype, plan: SdpaPlan) -> Tensor:
         """[K * S, G, L] for the bucket's gathered keys: 0 for a sequence's own, -inf for others."""
-        found = plan.decode_biases.get((index, spec))
+        spec, key = kv.spec, (kv.pool, index, kv.spec)
+        found = plan.decode_biases.get(key)
         if found is None:
             lens_S1 = bucket.lens_S.unsqueeze(1)
             positions_L = torch.arange(bucket.width * self.block_size, device=lens_S1.device)
@@ -288,60 +321,90 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             bias_SL = torch.zeros(hidden_SL.shape, dtype=dtype, device=lens_S1.device)
             bias_SL.masked_fill_(hidden_SL, float("-inf"))
             found = bias_SL.unsqueeze(1).repeat(spec.num_kv_heads, spec.group, 1)
-            plan.decode_biases[index, spec] = found
+            plan.decode_biases[key] = found
         return found
 
     def _buckets(self, kv: PagedKV, plan: SdpaPlan) -> list[_Bucket]:
         """Group the decodes so that none gathers more than about twice the blocks it has."""
-        if plan.buckets is not None:
-            return plan.buckets
-        batch, members = plan.batch, dict[int, list[int]]()
-        for row in range(batch.num_decodes):
-            blocks = -(-batch.seq_lens[row] // self.block_size)
-            members.setdefault(blocks.bit_length(), []).append(row)
-        before, self._kept = self._kept, {}
+        pool, batch = kv.pool, plan.batch
+        if pool in plan.buckets:
+            return plan.buckets[pool]
+        firsts = [self._first_block(pool, length - 1) for length in batch.seq_lens[: batch.num_decodes]]
+        lens = [length - first * self.block_size for length, first in zip(batch.seq_lens, firsts, strict=False)]
+        members: dict[int, list[int]] = {}
+        for row, length in enumerate(lens):
+            members.setdefault((-(-length // self.block_size)).bit_length(), []).append(row)
+        before = {key: self._kept.pop(key) for key in list(self._kept) if key[0] == pool}
         found = []
         for rows in members.values():
-            bucket = self._bucket(kv, batch, rows, len(members) == 1, before.get(tuple(rows)))
+            key, alone = (pool, *rows), len(members) == 1
+            bucket = self._bucket(kv, batch, rows, firsts, lens, alone, before.get(key))
             found.append(bucket)
             if bucket.kept is not None:
-                self._kept[tuple(rows)] = bucket.kept
-        plan.buckets = found
+                self._kept[key] = bucket.kept
+        plan.buckets[pool] = found
         return found
 
-    def _bucket(self, kv: PagedKV, batch: ForwardBatch, rows: list[int], alone: bool, before: _Kept | None) -> _Bucket:
-        """The bucket of these rows; ``before`` is what the last step kept of them."""
-        device = batch.block_tables.device
+    def _first_block(self, pool: int, query: int) -> int:
+        """The first block that a query at that position sees, in a pool's layers."""
+        window = self.pools.windows[pool]
+        return 0 if window is None else max(0, query + 1 - window) // self.block_size
+
+    def _bucket(
+        self,
+        kv: PagedKV,
+        batch: ForwardBatch,
+        rows: list[int],
+        firsts: list[int],
+        all_lens: list[int],
+        alone: bool,
+        before: _Kept | None,
+    ) -> _Bucket:
+        """The bucket of these rows, each sequence from its block ``firsts`` on, of ``all_lens`` tokens; ``before`` is
+        what the last step kept of them."""
+        tables = batch.pools[kv.pool].block_tables
+        device = tables.device
         index = torch.tensor(rows, device=device)
         own = None if alone else index
-        lens = [batch.seq_lens[row] for row in rows]
+        lens = [all_lens[row] for row in rows]
         lens_S = torch.tensor(lens, device=device)
         width = -(-max(lens) // self.block_size)
-        tables_SW = batch.block_tables[index, :width]
+        if any(firsts):
+            columns_SW = torch.tensor([firsts[row] for row in rows], device=device).unsqueeze(1)
+            columns_SW = columns_SW + torch.arange(width, device=device)
+            tables_SW = tables[index].gather(1, columns_SW.clamp(max=tables.shape[1] - 1))
+        else:
+            tables_SW = tables[index, :width]
         used = torch.arange(width, device=device) < (-(-lens_S // self.block_size)).unsqueeze(1)
         now_SW = tables_SW.masked_fill(~used, -1)
-        tables_SW = tables_SW.masked_fill(~used, kv.num_blocks - 1)
+        tables_SW = tables_SW.masked_fill(~used, kv.empty_id)
         if before is not None and before.is_followed_by(lens, now_SW):
             kept = _Kept(lens, now_SW, before.layers)
             sequences = torch.arange(len(rows), device=device).unsqueeze(1)
             cells = sequences * kept.room + lens_S.unsqueeze(1) - 1
             return _Bucket(own, index[:0], len(rows), kept.room // self.block_size, lens_S, kept, cells)
         fresh: _Kept | None = None
-        taken = sum(len(other.lens) * (other.tables_SW.shape[1] + 1) for other in self._kept.values())
-        blocks = taken + len(rows) * (width + 1)
-        if blocks * self.block_size <= self._most_kept:
+        taken = sum(
+            len(other.lens) * (other.tables_SW.shape[1] + 1) * self._token_bytes[pool]
+            for (pool, *_), other in self._kept.items()
+        )
+        taken += len(rows) * (width + 1) * self._token_bytes[kv.pool]
+        if taken * self.block_size <= self._most_kept:
             fresh = _Kept(lens, now_SW, {})
-            tables_SW = F.pad(tables_SW, (0, 1), value=kv.num_blocks - 1)  # room for the tokens to come
+            tables_SW = F.pad(tables_SW, (0, 1), value=kv.empty_id)  # room for the tokens to come
             width += 1
         return _Bucket(own, tables_SW.flatten(), len(rows), width, lens_S, fresh)
 
     def gather_prefix(self, kv: PagedKV, batch: ForwardBatch, index: int) -> Tensor:
-        """[2, 1, K, L, D]: all keys and values of one sequence, the new ones included; or [1, 1, 1, L, D], as
-        ``_gather``."""
+        """[2, 1, K, L, D]: the keys and values of one sequence, the new ones included, from the first block on that a
+        new one sees; or [1, 1, 1, L, D], as ``_gather``."""
         length = batch.seq_lens[index]
-        rows = kv.rows(batch.block_tables[index, : -(-length // self.block_size)])
+        first = self._first_block(kv.pool, length - batch.query_lens[index])
+        table = batch.pools[kv.pool].block_tables[index]
+        rows = kv.rows(table[first : -(-length // self.block_size)])
         heads = kv.spec.num_kv_heads
-        return kv.gather(rows).view(kv.vectors // heads, 1, heads, -1, kv.spec.head_dim)[:, :, :, :length]
+        shape = (kv.vectors // heads, 1, heads, -1, kv.spec.head_dim)
+        return kv.gather(rows).view(shape)[:, :, :, : length - first * self.block_size]
 
     def prefill(
         self,

@@ -6,6 +6,7 @@ tokens were computed together, or found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from tpctl.accounting import KvForm
 from tpctl.kernels.attention.fp8_vectors import dequantise, quantise
-from tpctl.layers.attention.base import AttentionSpec, LayerKV
+from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.attention.sdpa import SdpaBackend, SdpaPlan
-from tpctl.layers.attention.sdpa_cache import PagedKV, as_words, lazy_zeros
+from tpctl.layers.attention.sdpa_cache import PagedKV, Storage, lazy_zeros
 
 
 @dataclass(frozen=True)
 class Fp8KV(PagedKV):
-    """``blocks`` and ``cells`` are bytes. ``scales``: bfloat16 [2 K * num_blocks, B]. ``dtype``: of the numbers."""
+    """``blocks`` and ``cells`` are bytes. ``scales``: bfloat16 [rows, B]. ``dtype``: of the numbers."""
 
     scales: Tensor
     dtype: torch.dtype
@@ -46,13 +47,23 @@ class SdpaFp8Backend(SdpaBackend):
     def kv_form(self) -> KvForm:
         return "fp8"
 
-    def _layer(self, spec: AttentionSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> Fp8KV:
-        heads = 2 * spec.num_kv_heads
-        both = lazy_zeros((heads, num_blocks, self.block_size, spec.head_dim), torch.uint8, device)
-        scales = lazy_zeros((heads * num_blocks, self.block_size), torch.bfloat16, device)
-        keys, values = both.chunk(2)
-        blocks = both.view(heads * num_blocks, -1)
-        return Fp8KV(spec, keys, values, blocks, as_words(both), num_blocks, scales, dtype)
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.uint8
+
+    def _layers(self, storages: Sequence[Storage], dtype: torch.dtype) -> list[PagedKV]:
+        """Layers that share their codes' memory share that of their scales."""
+        shared: dict[int, Tensor] = {}
+        found: list[PagedKV] = []
+        for spec, pool, at in zip(self.layers, self.pools.of_layer, storages, strict=True):
+            rows = at.rows
+            memory, before = rows.untyped_storage().data_ptr(), rows.storage_offset() // rows.stride(0)
+            if memory not in shared:
+                shared[memory] = lazy_zeros((before + len(rows), rows.shape[1]), torch.bfloat16, rows.device)
+            own = shared[memory][before:]
+            found.append(
+                Fp8KV(spec, *at.sides, at.blocks, at.cells, at.first, at.empty_id, at.layer, own, dtype, pool=pool)
+            )
+        return found
 
     def attend(
         self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: SdpaPlan, sinks_N: Tensor | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from tpctl.layers.attention.base import AttentionPlan, AttentionSpec
 from tpctl.layers.attention.latent_weights import LatentUp
 from tpctl.layers.attention.sdpa import SdpaBackend, SdpaPlan
-from tpctl.layers.attention.sdpa_cache import PagedKV, as_words, lazy_zeros
+from tpctl.layers.attention.sdpa_cache import PagedKV, Storage
 
 _MOST_MADE = 1 << 24
 """Numbers of keys and values that are made of latent vectors at once, if it is more than one head's."""
@@ -33,11 +33,11 @@ class LatentKV(PagedKV):
 class SdpaLatentBackend(SdpaBackend):
     """Of layers that are latent, all or some."""
 
-    def _layer(self, spec: AttentionSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> PagedKV:
+    def _layer(self, spec: AttentionSpec, pool: int, storage: Storage, dtype: torch.dtype) -> PagedKV:
         if spec.latent is None:
-            return super()._layer(spec, num_blocks, dtype, device)
-        kept = lazy_zeros((1, num_blocks, self.block_size, spec.head_dim), dtype, device)
-        return LatentKV(spec, kept, kept[..., : spec.latent], kept.view(num_blocks, -1), as_words(kept), num_blocks)
+            return super()._layer(spec, pool, storage, dtype)
+        at, latents = storage, storage.rows[..., : spec.latent]
+        return LatentKV(spec, at.rows, latents, at.blocks, at.cells, at.first, at.empty_id, at.layer, pool=pool)
 
     def run_latent(self, q_TND: Tensor, kept_T1C: Tensor, kv_b: LatentUp, kv: object, plan: AttentionPlan) -> Tensor:
         """[T, N * V]: attention of one layer.

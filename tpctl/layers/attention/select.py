@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tpctl.accounting import PACKED_HEAD_DIMS, KvForm
+from tpctl.accounting import PACKED_HEAD_DIMS, KeptLayer, KvForm, layer_pools
 from tpctl.errors import EngineError
 from tpctl.layers.attention.base import AttentionBackend, AttentionSpec
 
@@ -51,6 +51,8 @@ def make_backend(
     *,
     kv_cache_dtype: str = "model",
     whole_heads: bool = True,
+    ranks: Sequence[Sequence[KeptLayer]] | None = None,
+    longest: int | None = None,
 ) -> AttentionBackend[Any]:
     """Build the chosen backend (see ``choose_backend``).
 
@@ -59,6 +61,8 @@ def make_backend(
         block_size: tokens in a KV block; ``None`` takes the backend's own choice.
         kv_cache_dtype: as in ``EngineConfig``.
         whole_heads: all dimensions of a head are rotated, in every layer.
+        ranks: what each rank keeps of every layer; without it all blocks are kept, whatever windows layers have.
+        longest: tokens of the longest sequence.
 
     Raises:
         EngineError: it does not run here, or not with this block size.
@@ -79,17 +83,20 @@ def make_backend(
     if size < 1 or (chosen != "sdpa" and (size & (size - 1) or size < 16)):
         raise EngineError(f"--block-size {size} does not suit {chosen}; use a power of two from 16 up")
     form = _kv_form(kv_cache_dtype, chosen, dtype, layers, whole_heads)
+    pools = None
+    if kind.slides and ranks is not None and longest is not None:
+        pools = layer_pools(ranks, longest, form)
     if any(spec.latent is not None for spec in layers):
         from tpctl.layers.attention.sdpa_latent import SdpaLatentBackend as kind
     if form == "model":
-        return kind(layers, size)
+        return kind(layers, size, pools=pools)
     if chosen == "sdpa":
         from tpctl.layers.attention.sdpa_fp8 import SdpaFp8Backend
 
-        return SdpaFp8Backend(layers, size)
+        return SdpaFp8Backend(layers, size, pools)
     from tpctl.layers.attention.triton import TritonBackend
 
-    return TritonBackend(layers, size, form)
+    return TritonBackend(layers, size, form, pools)
 
 
 def _kv_form(

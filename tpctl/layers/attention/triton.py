@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tpctl.accounting import KvForm, unpacked_tokens
+from tpctl.accounting import KvForm, KvLayout, LayerPools, unpacked_tokens
 from tpctl.kernels.attention.fp8_vectors import quantise
 from tpctl.kernels.attention.packed_kv import pack_reference, row_bytes, unpack_blocks
 from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.attention.paged_prefill import paged_prefill
 from tpctl.kernels.common.launch import has_pdl
 from tpctl.layers.attention.base import AttentionSpec, LayerKV
-from tpctl.layers.attention.paged import PagedBackend, PagedPlan, zeros
+from tpctl.layers.attention.paged import PagedBackend, PagedPlan
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 
 _MANY_ROWS = 512
@@ -61,14 +61,20 @@ class TritonBackend(PagedBackend[TritonPlan]):
     default_block_size = 128
     captures_prefill = True
 
-    def __init__(self, layers: Sequence[AttentionSpec], block_size: int, kv_form: KvForm = "model") -> None:
+    def __init__(
+        self,
+        layers: Sequence[AttentionSpec],
+        block_size: int,
+        kv_form: KvForm = "model",
+        pools: LayerPools | None = None,
+    ) -> None:
         """A backend for these layers.
 
         Args:
             kv_form: how to keep keys and values. ``"packed"`` takes bfloat16 and heads of ``PACKED_HEAD_DIMS``
                 dimensions that are rotated whole; ``"fp8"`` bfloat16 or float16, and heads of as many dimensions.
         """
-        super().__init__(layers, block_size)
+        super().__init__(layers, block_size, pools)
         self._kv_form = kv_form
         self._sorts = tuple(dict.fromkeys(self.layers))
         self._unpacked: tuple[Tensor, Tensor] | None = None  # of the widest layer, bfloat16 [blocks, B * K * D]
@@ -81,17 +87,22 @@ class TritonBackend(PagedBackend[TritonPlan]):
     def kv_form(self) -> KvForm:
         return self._kv_form
 
-    def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
+    def allocate(
+        self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
+    ) -> list[LayerKV]:
         self._itemsize = dtype.itemsize
         if self.kv_form == "model":
-            return super().allocate(num_blocks, dtype, device)
+            return super().allocate(num_slabs, dtype, device, layout)
         fp8 = self.kv_form == "fp8"
-        blocks = [(num_blocks, spec.num_kv_heads, self.block_size) for spec in self.layers]
+        rows = [(spec.num_kv_heads, self.block_size) for spec in self.layers]
         widths = [spec.head_dim if fp8 else row_bytes(spec.head_dim) for spec in self.layers]
-        rows = zeros([(2, *shape, width) for shape, width in zip(blocks, widths, strict=True)], torch.uint8, device)
-        factors = zeros([(*shape, 2) for shape in blocks], torch.bfloat16 if fp8 else torch.uint8, device)
+        shapes = [(*row, width) for row, width in zip(rows, widths, strict=True)]
+        caches = self.vectors(shapes, 2, num_slabs, torch.uint8, device, layout)
+        kind = torch.bfloat16 if fp8 else torch.uint8
+        factors = self.vectors([(*row, 2) for row in rows], 1, num_slabs, kind, device, layout)
         return [
-            LayerKV(spec, *cache, factors=pairs) for spec, cache, pairs in zip(self.layers, rows, factors, strict=True)
+            LayerKV(spec, *cache, factors=pairs, pool=pool)
+            for spec, cache, (pairs,), pool in zip(self.layers, caches, factors, self.pools.of_layer, strict=True)
         ]
 
     def reserve(self, step: int, max_model_len: int, device: torch.device) -> None:
@@ -108,7 +119,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
         if kv.factors is None:
             super().store(k_TKD, v_TKD, kv, plan)
             return
-        slot_mapping = plan.batch.slot_mapping
+        slot_mapping = plan.batch.pools[kv.pool].slot_mapping
         live = slot_mapping >= 0
         slots = slot_mapping[live]
         block, offset = slots // self.block_size, slots % self.block_size
@@ -199,7 +210,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
             self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
         with _on_stream(self._side):
             self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
-        self.decode(q_TND, kv, batch.block_tables, batch.seq_lens_S, plan, out_TND, sinks_N)
+        self.decode(q_TND, kv, batch.pools[kv.pool].block_tables, batch.seq_lens_S, plan, out_TND, sinks_N)
         if self._side is not None:
             torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
 
@@ -208,9 +219,16 @@ class TritonBackend(PagedBackend[TritonPlan]):
         if kv.factors is not None and q_TND.shape[0] >= _MANY_ROWS and (found := plan.contexts):
             out = self._unpacked_for(kv.spec)
             unpack_blocks(
-                kv.k, kv.v, kv.factors, chunks.block_tables, chunks.seq_lens_P, found.starts, found.longest, out
+                kv.k,
+                kv.v,
+                kv.factors,
+                chunks.block_tables[kv.pool],
+                chunks.seq_lens_P,
+                found.starts,
+                found.longest,
+                out,
             )
-            kv, chunks = LayerKV(kv.spec, *out), chunks._replace(block_tables=found.tables)
+            kv, chunks = LayerKV(kv.spec, *out), chunks._replace(block_tables=(found.tables,))
         self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
 
     def _unpacked_for(self, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -228,7 +246,9 @@ class TritonBackend(PagedBackend[TritonPlan]):
             q_TND,
             kv.k,
             kv.v,
-            *chunks,
+            chunks.block_tables[kv.pool],
+            chunks.query_start_P1,
+            chunks.seq_lens_P,
             factors=kv.factors,
             scale=kv.spec.scale,
             window=kv.spec.window,
