@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from tests.gpu.here import INTERPRET
 from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
-from tpctl.accounting import RESERVE
+from tpctl.accounting import RESERVE, KvLayout, layer_pools
 from tpctl.distributed import TPGroup
 from tpctl.engine import engine
 from tpctl.engine.engine import Engine
@@ -121,7 +121,11 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
     use = Decoder.use
     monkeypatch.setattr(Decoder, "use", lambda self, compute: use(own_memory(self), compute))
     monkeypatch.setattr(engine, "make_runner", cuda_runner.make_cuda_runner)
-    monkeypatch.setattr(loading, "make_backend", lambda *args, **more: TritonBackend(args[3], args[4]))
+
+    def backend(*args: Any, **more: Any) -> TritonBackend:
+        return TritonBackend(args[3], args[4], pools=layer_pools(more["ranks"], more["longest"]))
+
+    monkeypatch.setattr(loading, "make_backend", backend)
     return keys
 
 
@@ -188,6 +192,41 @@ def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hash
     stats = engine.scheduler.stats
     assert (stats.preemptions > 0) == (way == "tight")
     assert (stats.paced_steps > 0) == (way == "paced")
+
+
+@pytest.mark.parametrize("way", ["graphs", "eager", "paced"])
+@pytest.mark.parametrize(("block_size", "window"), [(16, 20), (32, 15)])
+def test_layers_with_windows_keep_what_they_see(
+    block_size: int, window: int, way: str, tmp_path: Path, replayed: list[Hashable]
+) -> None:
+    """In a pool of their own, of which blocks go from one sequence to the next, whose content would be seen."""
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    shape = {**SHAPE, "num_hidden_layers": 3, "layer_types": layers, "sliding_window": window}
+    model = make_checkpoint("gemma3", tmp_path / "hf", **shape)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(3, 17, 70, 60, 50, 9)
+    prompts["5"] = prompts["2"][:64] + prompts["5"]  # a shared prefix
+    settings: dict[str, Any] = {
+        "graphs": {},
+        "eager": {"enforce_eager": True},
+        "paced": {"scheduling_policy": "makespan"},
+    }[way]
+    engine = start(tmp_path / "tp1", block_size=block_size, max_num_seqs=3, **settings)
+    assert engine.runner.loaded.layout == KvLayout(block_size, (None, window), (2, 1))
+    lengths = dict.fromkeys(prompts, 4)
+    lengths["2"] = 20
+    requests = [
+        Request(id, ids, SamplingParams(max_tokens=lengths[id], ignore_eos=True)) for id, ids in prompts.items()
+    ]
+    found: dict[str, list[int]] = {id: [] for id in prompts}
+    for some in (requests[:3], requests[3:]):
+        engine.apply(Add(some))
+        finish(engine, found)
+    for id, ids in prompts.items():
+        assert found[id] == best(model, ids, found[id]), id
+        assert len(found[id]) == lengths[id]
+    assert engine.stats().prefix_cache_hit_tokens == 64
+    assert len(replayed) > 0 or way == "eager"
 
 
 def test_slots_are_taken_over(tmp_path: Path, replayed: list[Hashable]) -> None:

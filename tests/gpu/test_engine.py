@@ -297,7 +297,9 @@ def test_a_small_packed_cache_stays_near_float32(
     read them unpacked before. On a CPU FP8 is 0.12 behind."""
     unpacked: list[int] = []
     original = triton_backend.unpack_blocks
-    monkeypatch.setattr(triton_backend, "unpack_blocks", lambda *args: unpacked.append(1) or original(*args))
+    monkeypatch.setattr(
+        triton_backend, "unpack_blocks", lambda *args, **more: unpacked.append(1) or original(*args, **more)
+    )
     monkeypatch.setattr(Scheduler, "_preempt", counted := _Counted(Scheduler._preempt))
     model = make_checkpoint("qwen3", tmp_path / "hf", **{**WIDE, "head_dim": 128}).cuda()
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1, dtype="bfloat16")

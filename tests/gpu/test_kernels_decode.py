@@ -100,6 +100,23 @@ def test_matches_reference(sunk, batch, heads, kv_heads, head_dim, block_size, w
     assert (scratch.counters == 0).all()
 
 
+@pytest.mark.parametrize("block_size,window", [(16, 40), (16, 1), (32, 100), (64, 70), (128, 33)])
+def test_blocks_that_a_window_has_passed_are_not_read(block_size: int, window: int) -> None:
+    """Their memory is another pool's by then; here it holds NaN."""
+    lens = [1, 40, 41, 130, 257]
+    k_cache, v_cache, tables = make_cache(lens, 2, 64, block_size, DTYPES[0])
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    q = torch.randn(len(lens), 4, 64).to(DEVICE, DTYPES[0])
+    scratch = DecodeScratch.allocate(len(lens), 4, 64, DEVICE)
+    plan = DecodePlan(len(lens), 4, 2, 64, block_size, scratch, window=window, itemsize=DTYPES[0].itemsize)
+    want = paged_decode_reference(q.double(), k_cache.double(), v_cache.double(), tables, seq_lens, window=window)
+    for row, length in enumerate(lens):
+        tables[row, : max(0, length - window) // block_size] = 0  # which no sequence owns
+    plan.update(seq_lens)
+    out = paged_decode(q, k_cache, v_cache, tables, seq_lens, plan)
+    assert relative_error(out, want) < (1e-5 if DTYPES[0] is torch.float32 else 8e-3)
+
+
 @pytest.mark.parametrize(
     "seqs,heads,long,tile,stages,min_tiles",
     [

@@ -215,7 +215,9 @@ def test_prompts_read_what_was_made_numbers_for_them(fits: bool, monkeypatch: py
     """Beside decodes, over prefixes; where contexts are more than there is memory for, programs do it themselves."""
     monkeypatch.setattr(triton_backend, "_MANY_ROWS", 1)
     calls: list[Any] = []
-    monkeypatch.setattr(triton_backend, "unpack_blocks", lambda *args: calls.append(args) or unpack_blocks(*args))
+    monkeypatch.setattr(
+        triton_backend, "unpack_blocks", lambda *args, **more: calls.append(args) or unpack_blocks(*args, **more)
+    )
     lens, new = [9, 40, 70, 33], [1, 1, 30, 20]
     tables, (k, v, scales), plain = cache_of(lens, 2, 64, 16)
     backend = backend_of(2, 64, 16)

@@ -178,7 +178,8 @@ def prompts_over(tables: torch.Tensor, new: list[int], lens: list[int]) -> Forwa
     """A step of two decodes, and then prompts."""
     empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     ids, seq_lens = torch.zeros(sum(new), dtype=torch.int64), torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    return ForwardBatch(ids, empty, empty, tables, new, lens, 2, empty, starts_of(new), seq_lens)
+    pools = (PoolTables(empty, tables),)
+    return ForwardBatch(ids, empty, pools, new, lens, 2, empty, starts_of(new), seq_lens)
 
 
 def quick(tokens: list[list[int]], work: int) -> list[tuple]:
@@ -275,7 +276,9 @@ def test_prompts_read_what_was_unpacked_for_them(fits: bool, monkeypatch: pytest
     """Beside decodes, over prefixes; where contexts are more than there is memory for, programs unpack themselves."""
     monkeypatch.setattr(triton_backend, "_MANY_ROWS", 1)
     calls = []
-    monkeypatch.setattr(triton_backend, "unpack_blocks", lambda *args: calls.append(args) or unpack_blocks(*args))
+    monkeypatch.setattr(
+        triton_backend, "unpack_blocks", lambda *args, **more: calls.append(args) or unpack_blocks(*args, **more)
+    )
     lens, new = [9, 40, 70, 33], [1, 1, 30, 20]
     tables, (k, v, exponents), plain = cache_of(lens, 2, 64, 16)
     backend = backend_of(2, 64, 16)

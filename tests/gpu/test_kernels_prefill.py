@@ -57,3 +57,28 @@ def test_matches_reference(sunk, batch, heads, kv_heads, head_dim, block_size, w
     want = paged_prefill_reference(q.double(), caches[0].double(), caches[1].double(), *arguments, **options)
     out = paged_prefill(q, *caches, *arguments, **options, out=torch.full_like(q, float("nan")))
     assert relative_error(out, want) < (1e-5 if dtype is torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("block_size,window", [(16, 40), (16, 1), (32, 100), (64, 70), (128, 33)])
+def test_blocks_that_every_window_has_passed_are_not_read(block_size: int, window: int) -> None:
+    """Their memory is another pool's by then; here it holds NaN."""
+    torch.manual_seed(1)
+    pairs = [(5, 130), (70, 0), (33, 200), (3, 257)]
+    lens = [new + cached for new, cached in pairs]
+    counts = [-(-length // block_size) for length in lens]
+    order = torch.randperm(sum(counts)).int() + 1
+    tables = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    for row, blocks in enumerate(order.split(counts)):
+        tables[row, : len(blocks)] = blocks
+    caches = [torch.randn(sum(counts) + 1, block_size, 2, 64).to(DEVICE, DTYPES[0]) for _ in range(2)]
+    starts = torch.tensor([0, *torch.tensor([new for new, _ in pairs]).cumsum(0).tolist()], dtype=torch.int32)
+    q = torch.randn(int(starts[-1]), 4, 64).to(DEVICE, DTYPES[0])
+    others = (starts.to(DEVICE), torch.tensor(lens, dtype=torch.int32, device=DEVICE))
+    wide = [one.double() for one in (q, *caches)]
+    want = paged_prefill_reference(*wide, tables.to(DEVICE), *others, window=window)
+    for row, (_, cached) in enumerate(pairs):
+        tables[row, : max(0, cached - window + 1) // block_size] = 0
+    for cache in caches:
+        cache[0] = float("nan")
+    out = paged_prefill(q, *caches, tables.to(DEVICE), *others, window=window)
+    assert relative_error(out, want) < (1e-5 if DTYPES[0] is torch.float32 else 8e-3)

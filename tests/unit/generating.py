@@ -11,6 +11,7 @@ import torch
 from tests.ranks import run_ranks
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
+from tpctl.engine.runners.loading import load
 from tpctl.wire.messages import Add, Request
 from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
@@ -82,3 +83,13 @@ def requests(prefix: str = "", prompts: Sequence[list[int]] = PROMPTS, **way: An
     """One for each of ``prompts``."""
     params = SamplingParams(**{"max_tokens": TOKENS, "ignore_eos": True, **way})
     return [Request(f"{prefix}{index}", prompt, params) for index, prompt in enumerate(prompts)]
+
+
+def memory_for(shards: Path, tp_size: int, length: int) -> int:
+    """Bytes of the smallest KV cache, of blocks of 4 tokens, that holds a sequence of that length on every rank."""
+
+    def rank(group: TPGroup) -> int:
+        loaded = load(EngineConfig(shards, tp_size, block_size=4), group)
+        return loaded.layout.slabs(length) * loaded.slab_bytes
+
+    return max(run_ranks(tp_size, torch.inference_mode()(rank)))

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint, make_mixture
-from tests.unit.generating import answers, run
+from tests.unit.generating import answers, memory_for, run
 from tpctl.accounting import KvLayout, LayerPool, layout_of
 from tpctl.arch.quantised import Cutting
 from tpctl.distributed import TPGroup
@@ -59,17 +58,6 @@ def asked(prefix: str = "", prompts: list[list[int]] = PROMPTS, count: int = TOK
     return [Request(f"{prefix}{number}", prompt, params) for number, prompt in enumerate(prompts)]
 
 
-def least_memory(shards: Path, tp_size: int, length: int) -> int:
-    """Bytes of the smallest cache, of blocks of 4 tokens, that holds a sequence of that length."""
-
-    def rank(group: TPGroup) -> int:
-        engine = Engine(EngineConfig(shards, tp_size, kv_cache_memory=1 << 20, block_size=4), group)
-        loaded = engine.runner.loaded
-        return group.maximum(loaded.layout.slabs(length) * loaded.slab_bytes)
-
-    return max(run_ranks(tp_size, torch.inference_mode()(rank)))
-
-
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_equal_transformers(name: str, tp_size: int, made: Any, tmp_path: Path) -> None:
@@ -85,7 +73,7 @@ def test_tokens_equal_transformers(name: str, tp_size: int, made: Any, tmp_path:
     assert stats.free_blocks == stats.num_blocks
 
     # In a cache that holds the longest and little more, in chunks of a few tokens.
-    memory = least_memory(shards, tp_size, 90)
+    memory = memory_for(shards, tp_size, 90)
     crowded = {"kv_cache_memory": memory, "max_num_batched_tokens": 13, "max_num_seqs": 5, "max_model_len": 90}
     tokens, stats = run(shards, tp_size, [asked(), asked("again ")], **crowded)
     for prefix in ("", "again "):

@@ -238,9 +238,11 @@ class ModelSizes:
             if key not in heads:
                 heads[key] = [len(share.kv) for share in mixer.shares(tp_size)]
             for layers, count in zip(found, heads[key], strict=True):
+                if not keeps(mixer):
+                    continue
                 if isinstance(mixer, Attention):
                     layers.append(KeptLayer(mixer.window, 2 * count, mixer.head_dim))
-                elif mixer.kept:
+                else:
                     layers.append(KeptLayer(None, count, mixer.kept, whole=True))
         return [tuple(layers) for layers in found]
 

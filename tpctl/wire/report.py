@@ -16,7 +16,8 @@ class EngineInfo:
         expert_parallel: groups of ranks that whole experts are dealt to.
         kv_cache_dtype: that of keys and values; ``"packed"`` is bfloat16 in 12 bits, ``"fp8"`` e4m3 with scales.
         block_size: tokens in a KV block.
-        num_blocks: KV blocks, the minimum over the ranks.
+        num_blocks: KV blocks, the minimum over the ranks; where layers have windows, slabs, each of which holds some
+            blocks of one kind of layer.
         num_states: sequences whose states recurrent layers have room for; 0: the model has no such layers.
         max_model_len: tokens of prompt and answer at most, which the KV cache may have lowered.
         wanted_model_len: the same, had the KV cache room for it.

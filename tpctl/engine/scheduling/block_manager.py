@@ -253,18 +253,25 @@ class BlockManager:
                 continue
             index = max(0, sequence.num_computed_tokens - pool.window + 1) // self.block_size - 1
             while index >= 0 and table[index] != GONE:
-                likely = any(border - pool.reach <= index < border for border in sequence.borders)
-                self.slabs.give_back(pool, table[index], first=not likely)
+                self._give_back(pool, table[index], index, sequence.borders)
                 table[index] = GONE
                 index -= 1
 
     def _release_blocks(self, sequence: Sequence) -> None:
+        borders = (*sequence.borders, sequence.num_hashed_blocks)
         for pool, table in zip(self.pools, sequence.block_tables, strict=True):
-            for block in reversed(table):
-                if block != GONE:
-                    self.slabs.give_back(pool, block)
+            for index in reversed(range(len(table))):
+                if table[index] == GONE:
+                    break
+                self._give_back(pool, table[index], index, borders)
         sequence.block_tables = ()
         sequence.num_slots = 0
+
+    def _give_back(self, pool: BlockPool, block: int, index: int, borders: tuple[int, ...]) -> None:
+        """Give back a sequence's block of that number: to be the first to go, if it is of a window that somebody sees
+        who goes on behind it, but behind none of these ``borders``."""
+        seen = pool.window is None or any(border - pool.reach <= index < border for border in borders)
+        self.slabs.give_back(pool, block, first=not seen)
 
     def _digests(self, sequence: Sequence, count: int) -> Iterator[bytes]:
         """The hashes of a sequence's first ``count`` blocks."""

@@ -179,18 +179,25 @@ def _unpack_blocks_kernel(
     tables_ptr,
     lens_ptr,
     starts_ptr,
+    query_start_ptr,
     k_out_ptr,
     v_out_ptr,
     table_stride,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     FP8: tl.constexpr,
 ):
     seq, index, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if index * BLOCK_SIZE >= tl.load(lens_ptr + seq):
+    length = tl.load(lens_ptr + seq)
+    if index * BLOCK_SIZE >= length:
         return
+    if WINDOW > 0:
+        new = tl.load(query_start_ptr + seq + 1) - tl.load(query_start_ptr + seq)
+        if (index + 1) * BLOCK_SIZE <= length - new - WINDOW + 1:
+            return
     HALF: tl.constexpr = HEAD_DIM // 2
     d = tl.arange(0, HALF)[None, :]
     block = tl.load(tables_ptr + seq.to(tl.int64) * table_stride + index).to(tl.int64)
@@ -224,12 +231,16 @@ def unpack_blocks(
     starts_S: torch.Tensor,
     longest: int,
     out: tuple[torch.Tensor, torch.Tensor],
+    *,
+    query_start: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> None:
     """Copy the blocks of some sequences out of a cache that is packed or in FP8, as the numbers that they stand for.
 
     k_cache, v_cache: packed, or FP8 codes (`fp8_kv`). factors: exponents or, bfloat16, scales. block_tables: int32 [S,
     max_blocks]. seq_lens_S: int32 [S], the longest of them `longest`. out: keys and values [n, B, K, D]; block j of
-    sequence s goes to starts_S[s] + j, int32.
+    sequence s goes to starts_S[s] + j, int32. window: only blocks that new tokens see, of which sequence s has those of
+    rows query_start[s] to query_start[s + 1], int32 [S + 1], are copied.
     """
     _, num_kv_heads, block_size, row = k_cache.shape
     fp8 = is_fp8(factors)
@@ -240,11 +251,13 @@ def unpack_blocks(
         block_tables,
         seq_lens_S,
         starts_S,
+        seq_lens_S if query_start is None else query_start,
         *out,
         block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=row if fp8 else row * 2 // 3,
         BLOCK_SIZE=block_size,
+        WINDOW=0 if query_start is None else window or 0,
         ROWS=min(block_size, 32),
         FP8=fp8,
         num_warps=4,

@@ -87,6 +87,8 @@ def decode_kernel(
                 # The next tile's block, so that its loads can be asked for before this tile's are used.
                 block = block_of(table, token0 + TILE, length, BLOCK_SIZE)
             else:
+                if WINDOW > 0:  # blocks before the window's may be others' by now
+                    live &= token >= window_start
                 block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
                 slot = block * BLOCK_SIZE + token % BLOCK_SIZE
                 offsets = ((slot * NUM_KV_HEADS + kv_head) * HEAD_DIM)[:, None] + d[None, :]

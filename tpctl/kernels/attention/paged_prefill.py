@@ -56,6 +56,8 @@ def _attend(
             base = ((block * BLOCK_SIZE + token0 % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
             offsets = base + (col * (NUM_KV_HEADS * HEAD_DIM))[:, None] + d[None, :]
         else:
+            if WINDOW > 0:  # blocks that no query's window reaches may be others' by now
+                live &= token > tl.min(q_position, 0) - WINDOW
             block = tl.load(table + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
             place = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE
             slot = block * BLOCK_SIZE + token % BLOCK_SIZE

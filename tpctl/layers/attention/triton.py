@@ -227,6 +227,8 @@ class TritonBackend(PagedBackend[TritonPlan]):
                 found.starts,
                 found.longest,
                 out,
+                query_start=chunks.query_start_P1,
+                window=kv.spec.window,
             )
             kv, chunks = LayerKV(kv.spec, *out), chunks._replace(block_tables=(found.tables,))
         self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
