@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests.ranks import run_ranks
+from tpctl.accounting import cache_for
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners.loading import load
@@ -85,11 +86,11 @@ def requests(prefix: str = "", prompts: Sequence[list[int]] = PROMPTS, **way: An
     return [Request(f"{prefix}{index}", prompt, params) for index, prompt in enumerate(prompts)]
 
 
-def memory_for(shards: Path, tp_size: int, length: int) -> int:
-    """Bytes of the smallest KV cache, of blocks of 4 tokens, that holds a sequence of that length on every rank."""
+def memory_for(shards: Path, tp_size: int, length: int, max_num_seqs: int = 64) -> int:
+    """Bytes of the smallest KV cache, of blocks of 4 tokens, in which sequences of up to that length can run."""
 
     def rank(group: TPGroup) -> int:
-        loaded = load(EngineConfig(shards, tp_size, block_size=4), group)
-        return loaded.layout.slabs(length) * loaded.slab_bytes
+        loaded = load(EngineConfig(shards, tp_size, block_size=4, max_model_len=length), group)
+        return cache_for(loaded.layout.slabs(length) * loaded.slab_bytes, loaded.state_bytes, max_num_seqs)
 
     return max(run_ranks(tp_size, torch.inference_mode()(rank)))

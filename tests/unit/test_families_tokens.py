@@ -14,10 +14,9 @@ import pytest
 
 from tests.tiny import FAMILIES, make_checkpoint, make_mixture
 from tests.tiny_dense import SEEING, make_seeing
-from tests.unit.generating import answers, run
+from tests.unit.generating import answers, memory_for, run
 from tests.unit.test_models_attention import MIXTURES
 from tests.unit.test_same_tokens import PROMPTS, SMALL_STATES, TOKENS, asked
-from tpctl.errors import EngineError
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 DENSE = (
@@ -65,21 +64,13 @@ def test_greedy_tokens_equal_transformers(name: str, tp_size: int, way: str, mad
     if way == "whole":
         groups = [[one] for one in asked("alone ")[1:4]] + groups
     else:
-        settings = {"kv_cache_memory": 2 * _least_memory(shards, tp_size), "max_num_batched_tokens": 10}
+        settings = {
+            "kv_cache_memory": 2 * memory_for(shards, tp_size, LONGEST, len(PROMPTS)),
+            "max_num_batched_tokens": 10,
+        }
     tokens, stats = run(shards, tp_size, groups, max_num_seqs=len(PROMPTS), max_model_len=LONGEST, **settings)
     found = {name: answer for name, answer in tokens.items() if answer != expected[int(name.split()[1])]}
     assert not found
     assert len(tokens) == 2 * len(PROMPTS) + (3 if way == "whole" else 0)
     assert (stats.preemptions > 0) == (way == "tight")
     assert stats.prefix_cache_hit_tokens > 0
-
-
-def _least_memory(shards: Path, tp_size: int) -> int:
-    """Bytes of KV cache that the longest sequence needs: what the engine asks for, first for one block."""
-    memory, said = 1 << 10, ""
-    while "--max-model-len" not in said:
-        with pytest.raises(EngineError, match="give --kv-cache-memory") as caught:
-            run(shards, tp_size, [], kv_cache_memory=memory, max_num_seqs=len(PROMPTS), max_model_len=LONGEST)
-        said = str(caught.value)
-        memory = int(said.split("--kv-cache-memory ")[1].split()[0])
-    return memory

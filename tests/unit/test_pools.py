@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint, make_mixture
 from tests.unit.generating import answers, memory_for, run
-from tpctl.accounting import KvLayout, LayerPool, layout_of
-from tpctl.arch.quantised import Cutting
+from tpctl import accounting
+from tpctl.accounting import KvLayout, KvNeed, LayerPool, layout_of
+from tpctl.checkpoint.metadata import read_metadata
 from tpctl.distributed import TPGroup
-from tpctl.engine.engine import Engine
+from tpctl.engine.engine import Engine, make_runner
+from tpctl.planning import model_sizes
+from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Request
 from tpctl.wire.sampling import SamplingParams
@@ -25,17 +29,8 @@ SHARED = [(11 * number) % 120 + 3 for number in range(60)]
 PROMPTS = [SHARED[:60], SHARED[:33], [*SHARED[:40], 77, 78, 79], [9, 8, 7], [50] * 21, SHARED[:5]]
 """Most are several windows long, of 7 to 11 tokens."""
 
-FAMILIES = {
-    "gemma2": {},
-    "gemma3": {},
-    "mistral": {},
-    "qwen2-window": {},
-    "phi3-window": {},
-    "olmo3": {},
-    "cohere2": {},
-    "smollm3-window": {},
-    "gpt_oss": {"sliding_window": 7},
-}
+FAMILIES: dict[str, dict[str, Any]] = {"gemma2": {}, "gemma3": {}, "mistral": {}, "gpt_oss": {"sliding_window": 7}}
+"""With two kinds of layers, and mistral, of which all have a window. Other families: ``test_families_tokens.py``."""
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +53,13 @@ def asked(prefix: str = "", prompts: list[list[int]] = PROMPTS, count: int = TOK
     return [Request(f"{prefix}{number}", prompt, params) for number, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "tp_size"), [("gemma3", 1), ("gemma3", 3), ("gemma2", 4), ("mistral", 2), ("mistral", 3), ("gpt_oss", 2)]
+)
 def test_tokens_equal_transformers(name: str, tp_size: int, made: Any, tmp_path: Path) -> None:
     folder, _, expected = made[name]
     shards = tmp_path / "shards"
-    shard_checkpoint(folder, shards, tp_size, cutting=Cutting())
+    shard_checkpoint(folder, shards, tp_size)
     alone = [[one] for one in asked("alone ", PROMPTS[:3])]
     tokens, stats = run(shards, tp_size, [*alone, asked("together "), asked("again ")])
     assert [tokens[f"alone {number}"] for number in range(3)] == expected[:3]
@@ -133,3 +129,36 @@ def test_slabs_leave_little_over(layers: list[tuple[int | None, int]], blocks: i
     layout = layout_of([pools], 128)
     assert layout.per_slab == held
     assert max(pool.block_bytes * each for pool, each in zip(pools, held, strict=True)) == blocks * 100
+
+
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_memory_is_what_is_planned(tp_size: int, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner's figures and the engine's: bytes of a token and of windows, and the longest sequence of a cache."""
+    folder, _, _ = made["gemma3"]
+    block, memory = 4, 60_000
+    for module in (accounting, model_sizes):
+        monkeypatch.setattr(module, "KV_BLOCK", block)
+    report = plan_model(read_metadata(str(folder)), Budget(), tp_size=tp_size)
+    assert (report.windowed, report.window) == (3, 9)
+    shard_checkpoint(folder, tmp_path / "shards", tp_size)
+
+    def rank(group: TPGroup) -> tuple[Any, list[Any], int]:
+        settings = {"kv_cache_memory": memory, "block_size": block, "max_num_batched_tokens": 64}
+        runner = make_runner(EngineConfig(tmp_path / "shards", tp_size, **settings), group)
+        loaded, planned = runner.loaded, report.ranks[group.rank]
+        heads = planned.kv_heads
+        assert planned.kv_bytes_per_token == heads * 2 * 16 * 4  # one of four layers, of 16 dimensions, in float32
+        assert planned.window_bytes == 3 * block * 3 * heads * 2 * 16 * 4  # 9 tokens touch three blocks at most
+        assert loaded.slab_bytes == 3 * block * planned.kv_bytes_per_token
+        assert loaded.layout.per_slab == (3, 1)
+        storages = {kv.k.untyped_storage().data_ptr(): kv.k.untyped_storage().nbytes() for kv in runner.kv}
+        assert sum(storages.values()) == (runner.memory.num_blocks + 1) * loaded.slab_bytes  # one stays empty
+        assert runner.info().kv_cache_bytes == runner.memory.num_blocks * loaded.slab_bytes <= memory
+        need = KvNeed(planned.kv_bytes_per_token, ((3 * block, 9 * heads * 2 * 16 * 4 // 3),))
+        assert need.sequence(100) == 100 * planned.kv_bytes_per_token + planned.window_bytes
+        longest = loaded.layout.longest(runner.memory.num_blocks)
+        assert longest is not None and longest > 128
+        return runner.memory.num_blocks, [need.longest(memory, 1 << 20)], longest
+
+    for _, (planned,), longest in run_ranks(tp_size, torch.inference_mode()(rank))[:1]:
+        assert planned - 2 * 3 * block <= longest <= planned  # a slab may be part of a block's, or the last one's
