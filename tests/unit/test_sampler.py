@@ -46,6 +46,22 @@ MIXED = [
 ]
 
 
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_biases_are_added_to_the_logits_of_their_tokens(tp_size: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, VOCAB)
+    given = [{7: 100.0}, {299: 60.0, 7: 40.0}, {}, {7: 2.5, 150: -100.0}]
+    rows = [SamplingRow(SamplingParams(logit_bias=tuple(one.items()), logprobs=1), 5) for one in given]
+    tokens, logprobs = sample(logits, rows, tp_size)
+    biased = logits.clone()
+    for row, one in enumerate(given):
+        for token, bias in one.items():
+            biased[row, token] += bias
+    assert tokens == biased.argmax(-1).tolist() and tokens[:2] == [7, 299]
+    raw = logits.log_softmax(-1)  # what is reported is the model's own
+    assert logprobs is not None and logprobs[0][0] == pytest.approx(float(raw[0, 7]), abs=1e-5)
+
+
 @pytest.mark.parametrize("tp_size", [2, 3, 5])
 def test_ranks_agree_with_one(tp_size: int) -> None:
     torch.manual_seed(0)

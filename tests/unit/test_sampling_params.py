@@ -32,6 +32,7 @@ DIRECT, ONE, TWO, HOST = SamplingPath.DIRECT, SamplingPath.ONE_FLOOR, SamplingPa
         ({"presence_penalty": -1.0}, HOST),
         ({"frequency_penalty": 0.1}, HOST),
         ({"logprobs": 0}, HOST),
+        ({"logit_bias": {"5": 1}}, HOST),
         ({"temperature": 0.7, "top_p": 0.5, "logprobs": 3}, HOST),
     ],
 )

@@ -341,7 +341,9 @@ def test_stop_tokens_that_the_model_does_not_know_are_refused(token: int) -> Non
     scheduler = make(num_blocks=40)
     output = scheduler.add(Request("x", [5], SamplingParams(stop_token_ids=(999, 0, token))))
     assert output == Output("x", [], "error", f"stop_token_ids holds {token}, but the model knows ids 0 to 999")
-    assert scheduler.add(Request("x", [5], SamplingParams(stop_token_ids=(999, 0)))) is None
+    output = scheduler.add(Request("x", [5], SamplingParams(logit_bias=((999, 1.0), (token, 1.0)))))
+    assert output is not None and f"logit_bias holds token {token}, but" in str(output.message)
+    assert scheduler.add(Request("x", [5], SamplingParams(stop_token_ids=(999, 0), logit_bias=((999, 1.0),)))) is None
 
 
 def test_an_answer_that_the_context_cuts_says_so() -> None:

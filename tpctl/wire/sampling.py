@@ -32,6 +32,7 @@ class SamplingParams:
         max_tokens: how many tokens to generate at most.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: tokens that end the answer, besides the model's own.
+        logit_bias: pairs of a token and what is added to its logit, -100 to 100; in JSON also an object by token.
         logprobs: report the log-probability of the chosen token and of this many likeliest ones, as the model gives
             them, before grammar, temperature, penalties and filters; ``None`` reports none.
         prompt_logprobs: the same for the prompt's own tokens, but for the first, each given those before it. The prompt
@@ -56,6 +57,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     response_format: Mapping[str, Any] | None = field(default=None, hash=False)
@@ -77,6 +79,8 @@ class SamplingParams:
         )
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "from -2 to 2")
+        for token, bias in self.logit_bias:
+            _check(f"the logit_bias of token {token}", bias, -100 <= bias <= 100, "from -100 to 100")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
@@ -148,6 +152,11 @@ def _typed(name: str, value: Any) -> Any:
     elif name in ("regex", "grammar"):
         wanted = "a text that is not empty"
         good = isinstance(value, str) and value != ""
+    elif name == "logit_bias":
+        wanted = "an object of numbers by token id"
+        pairs = _biases(value)
+        good = pairs is not None
+        value = value if pairs is None else pairs
     elif name in _FLOATS:
         wanted = "a number"
         good = isinstance(value, float) or _is_int(value)
@@ -160,6 +169,23 @@ def _typed(name: str, value: Any) -> Any:
     if not good:
         raise RequestError(f"{name} is {shown(value)}, but must be {wanted}")
     return value
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
+    """Pairs in the order of their tokens; ``None`` where ``value`` has not their form."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    try:
+        found = {_token(token): float(bias) for token, bias in pairs if not isinstance(bias, bool | str)}
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return tuple(sorted(found.items())) if len(found) == len(value) else None
+
+
+def _token(value: Any) -> int:
+    """A token id, which keys of JSON objects write as a text."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, str) and not value.isdigit()):
+        raise TypeError
+    return int(value)
 
 
 def _is_int(value: Any) -> bool:

@@ -18,8 +18,9 @@ class SamplingPath(Enum):
     TWO_FLOORS = "two floors"
     """A second search within what the first one leaves: top-k with top-p."""
     HOST = "host"
-    """The general sampler: penalties need the tokens so far, log-probabilities go to the host, grammars mask tokens by
-    those before, and where an answer may not end yet some are banned. The next step waits for it."""
+    """The general sampler: penalties need the tokens so far, biases are of a request's own tokens, log-probabilities go
+    to the host, grammars mask tokens by those before, and where an answer may not end yet some are banned. The next step
+    waits for it."""
 
     @classmethod
     def of(cls, batch: ScheduledBatch) -> SamplingPath:
@@ -29,7 +30,8 @@ class SamplingPath(Enum):
 
     @classmethod
     def _of(cls, params: SamplingParams, num_generated: int) -> SamplingPath:
-        if params.penalizes or params.logprobs is not None or num_generated < params.min_tokens or params.guide:
+        asks_host = params.penalizes or params.logit_bias or params.logprobs is not None or params.guide
+        if asks_host or num_generated < params.min_tokens:
             return cls.HOST
         if params.greedy or not (params.top_k or params.top_p < 1 or params.min_p):
             return cls.DIRECT

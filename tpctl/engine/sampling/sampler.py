@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tpctl.accounting import rows_at_once, sampler_bytes
 from tpctl.distributed import TPGroup
+from tpctl.engine.sampling.bias import add_bias
 from tpctl.engine.sampling.filters import min_p_floor, nucleus_floor
 from tpctl.engine.sampling.logprobs import report_logprobs
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
@@ -107,7 +108,7 @@ class Sampler:
         penalized = [index for index, p in enumerate(params) if p.penalizes]
         banned = [index for index, row in enumerate(rows) if row.banned]
         masked = [index for index, row in enumerate(rows) if row.allowed is not None]
-        changed = penalized or banned or masked
+        changed = penalized or banned or masked or any(p.logit_bias for p in params)
         if all(p.greedy and p.logprobs is None for p in params) and not changed:
             best, ids = self._local_best(logits)  # float32 would order them alike: spare the copy
             return self._winners(best, ids).tolist(), None
@@ -115,6 +116,7 @@ class Sampler:
         refused = None
         if changed:
             logits = logits.clone()
+            add_bias(logits, params, self.first, self.real)
             self._penalize(logits, rows, penalized)
             self._ban(logits, rows, banned)
             refused = self._mask(logits, rows, masked) if masked else None

@@ -132,6 +132,8 @@ class Scheduler:
             message = (
                 f"stop_token_ids holds {shorten(str(unknown[0]))}, but the model knows ids 0 to {self.vocab_size - 1}"
             )
+        elif unknown := [token for token, _ in request.sampling.logit_bias if not 0 <= token < self.vocab_size]:
+            message = f"logit_bias holds token {unknown[0]}, but the model knows ids 0 to {self.vocab_size - 1}"
         elif request.id in self._by_id:
             message = f"request id {request.id!r} is already in use"
         if message is not None:
