@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from tpctl.client.tokenizer import check_text
 from tpctl.errors import RequestError, shown
 from tpctl.wire.sampling import SamplingParams
 
@@ -138,6 +139,23 @@ class OwnForm:
 
 
 OWN = OwnForm()
+
+
+def read_variables(value: Any) -> dict[str, Any]:
+    """What a chat template is given besides; null is nothing. Raises ``RequestError``."""
+    if not isinstance(value, dict | None):
+        raise RequestError(f"chat_template_kwargs is {shown(value)}, but must be a JSON object")
+    return dict(value or {})
+
+
+def read_stop(value: Any) -> tuple[str, ...]:
+    """Texts that end an answer, of which one may stand alone. Raises ``RequestError``."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
+        raise RequestError(f"stop is {shown(value)}, but must be a string or a list of strings, none empty")
+    for text in values:
+        check_text(text, "stop text")
+    return tuple(values)
 
 
 def finite(value: Any) -> Any:

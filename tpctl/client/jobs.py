@@ -17,7 +17,7 @@ from typing import IO, Any
 from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
-from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted
+from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted, read_stop, read_variables
 from tpctl.client.guides import guided
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
@@ -151,7 +151,10 @@ class JobParser:
             try:
                 entry = self._form().wanted(_load(line.raw)).fields
                 if entry.get("messages") and "prompt" not in entry and self._tokenizer.has_chat_template:
-                    found[line.index] = (check_messages(entry["messages"]), _variables(entry))
+                    found[line.index] = (
+                        check_messages(entry["messages"]),
+                        _variables(entry),
+                    )
             except (_Refused, TpctlError):
                 continue  # ``parse`` says why
         if len(found) > 1:
@@ -196,7 +199,7 @@ class JobParser:
         if any(name in own for name in GUIDES):  # a line's own form takes the place of all lines'
             own = {**dict.fromkeys(GUIDES), **own}
         sampling = SamplingParams.from_dict({**self._sampling, "seed": seed, **own})
-        stop = _stop(entry["stop"]) if "stop" in entry else self._stop
+        stop = read_stop(entry["stop"]) if "stop" in entry else self._stop
         token_ids = self._tokenize(line, entry)
         check_length(len(token_ids), self._max_model_len)
         form = self._tokenizer.reasoning if sampling.guide and "messages" in entry else None
@@ -267,17 +270,4 @@ def _load(raw: bytes) -> dict[str, Any]:
 
 
 def _variables(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the line gives the chat template besides; null is nothing."""
-    value = entry.get("chat_template_kwargs")
-    if not isinstance(value, dict | None):
-        raise _Refused(f"chat_template_kwargs is {shown(value)}, but must be a JSON object")
-    return dict(value or {})
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
-        raise _Refused(f"stop is {shown(value)}, but must be a string or a list of strings, none empty")
-    for text in values:
-        check_text(text, "stop text")
-    return tuple(values)
+    return read_variables(entry.get("chat_template_kwargs"))

@@ -1,0 +1,86 @@
+"""Answers in OpenAI's form, as its client's types describe it: of lines in a batch, and of requests to a server.
+
+A choice is what ``client.batch`` makes of an answer: ``text``, ``finish_reason`` and, where there are any,
+``reasoning`` and ``logprobs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def completion(
+    id: str,
+    created: int,
+    model: str,
+    choices: Sequence[Mapping[str, Any]],
+    usage: Mapping[str, Any],
+    *,
+    chat: bool,
+) -> dict[str, Any]:
+    """The answers to one request; ``created`` in seconds since 1970."""
+    make = message if chat else completed
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{id}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [make(at, choice) for at, choice in enumerate(choices)],
+        "usage": usage,
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def error(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """What is said where there is no answer."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def message(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
+    """One answer of a chat."""
+    said = {"role": "assistant", "content": choice["text"], "refusal": None}
+    if "reasoning" in choice:
+        said["reasoning_content"] = choice["reasoning"]
+    logprobs = chat_logprobs(choice["logprobs"]) if "logprobs" in choice else None
+    return {"index": at, "message": said, "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
+
+
+def completed(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
+    """One answer to a text."""
+    logprobs = text_logprobs(choice["logprobs"]) if "logprobs" in choice else None
+    return {"index": at, "text": choice["text"], "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
+
+
+def chat_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a chat's tokens, as ``batch.logprob_rows`` has them."""
+    content = [{**_token(one), "top_logprobs": [_token(top) for top in one["top"]]} for one in tokens]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(tokens: Sequence[Mapping[str, Any]], place: int = 0) -> dict[str, Any]:
+    """Of a text's tokens; ``place``: characters before the first of them."""
+    offsets = []
+    for one in tokens:
+        offsets.append(place)
+        place += len(one["token"])
+    return {
+        "tokens": [one["token"] for one in tokens],
+        "token_logprobs": [one["logprob"] for one in tokens],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in one["top"]} for one in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _token(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A token of which a character's other bytes are elsewhere has no text, and bytes that are not known."""
+    text = one["token"]
+    return {"token": text, "logprob": one["logprob"], "bytes": list(text.encode("utf-8", "replace")) if text else None}
