@@ -19,12 +19,14 @@ from tpctl.batch.claim import claimed
 from tpctl.batch.coordinator import Coordinator
 from tpctl.batch.folder import JobFolder, load, put
 from tpctl.batch.formats.choose import plain
-from tpctl.batch.local import Death, Local, Slot, cores_of, places, why_ended
+from tpctl.batch.local import Death, Local, Slot, why_ended
 from tpctl.batch.plan import Division, Plan
 from tpctl.batch.replica import Replica
 from tpctl.batch.roll import Roll
 from tpctl.batch.signs import PATIENCE, Signs, Watch, is_locked, lock
 from tpctl.errors import EngineError, OutputError, SourceError, UsageError
+from tpctl.launch import places as launch_places
+from tpctl.launch.places import cores_of, places
 
 ROOT = Path(__file__).parent.parent.parent / "tpctl" / "batch"
 
@@ -284,9 +286,7 @@ def test_a_name_is_one_replicas(folder: JobFolder) -> None:
 
 
 def test_where_replicas_find_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpctl.batch import local
-
-    monkeypatch.setattr(local, "visible_gpus", lambda: 8)
+    monkeypatch.setattr(launch_places, "visible_gpus", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert places(None, 4, "cuda", False) == ["0,1,2,3", "4,5,6,7"]
     assert places(3, 2, "cuda", False) == ["0,1", "2,3", "4,5"]

@@ -8,10 +8,11 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpctl.batch.local import Local, Slot, places
+from tpctl.batch.local import Local, Slot
 from tpctl.batch.slurm import Slurm, allocation, share_of
 from tpctl.batch.ssh import Ssh, read_hosts, ssh_slots
 from tpctl.errors import UsageError
+from tpctl.launch.places import places
 
 SLURM = "slurm"
 """The value of ``--hosts`` that is no file."""

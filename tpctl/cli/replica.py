@@ -119,8 +119,8 @@ def of_share(args: EngineArgs, number: int, count: int) -> EngineArgs:
     Raises:
         UsageError: the host has fewer GPUs than that.
     """
-    from tpctl.batch.local import cores_of, places
     from tpctl.launch.device import choose_device
+    from tpctl.launch.places import cores_of, places
 
     device = choose_device(args.device, 1)
     (*_, gpus) = places(count, args.tp or 1, device, args.kv_cache_memory is not None)[:number]

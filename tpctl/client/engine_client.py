@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
-from tpctl.client.router import Mailbox, Router
+from tpctl.client.router import Mailbox, Router, Sink
 from tpctl.errors import EngineError, TpctlError
 from tpctl.launch.nodes import ONE_HOST, Nodes
 from tpctl.launch.torchrun import WORKER, Workers
@@ -91,9 +91,9 @@ class EngineClient:
             raise self._reason()
         return self._info
 
-    def mailbox(self) -> Mailbox:
-        """A consumer's own way to the engine, beside that of others."""
-        return self._router.mailbox()
+    def mailbox(self, sink: Sink | None = None) -> Mailbox:
+        """A consumer's own way to the engine, beside that of others; ``sink`` as ``Router.mailbox`` takes it."""
+        return self._router.mailbox(sink)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Hand in requests, as ``Mailbox.submit``; ``outputs`` will carry their tokens."""

@@ -4,7 +4,8 @@
     Mailbox.submit  ── Add ──►  rank 0  ── Outputs ──►  Router.deliver
     Mailbox.outputs ◄──────── the mailbox's queue ◄────────┘
 
-The reader never waits for a consumer: a mailbox grows until it is emptied or closed.
+The reader never waits for a consumer: a mailbox grows until it is emptied or closed. A consumer with threads of its own
+way, as an event loop, has a sink in the queue's place, which the reader calls.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Self
 
 from tpctl.errors import RequestError, TpctlError
 from tpctl.wire.messages import Abort, Add, Output, Request
+
+Sink = Callable[["list[Output] | TpctlError"], object]
+"""Takes outputs of one's own requests, or why there will be no more."""
 
 
 class Router:
@@ -40,10 +44,14 @@ class Router:
         self._routes: dict[str, tuple[Mailbox, str]] = {}  # by the id that the engine knows: whose, and its own id
         self._failure: TpctlError | None = None
 
-    def mailbox(self) -> Mailbox:
-        """One for a new consumer."""
+    def mailbox(self, sink: Sink | None = None) -> Mailbox:
+        """One for a new consumer.
+
+        Args:
+            sink: is given what ``Mailbox.outputs`` would return or raise, as it comes; it must not wait.
+        """
         with self._lock:
-            mailbox = Mailbox(self, next(self._numbers))
+            mailbox = Mailbox(self, next(self._numbers), sink)
             self._mailboxes.add(mailbox)
             failure = self._failure
         if failure is not None:
@@ -99,8 +107,9 @@ class Mailbox:
     Closing it, or leaving it as a context manager, aborts those that are under way. One thread at a time may wait.
     """
 
-    def __init__(self, router: Router, number: int) -> None:
+    def __init__(self, router: Router, number: int, sink: Sink | None = None) -> None:
         self._router = router
+        self._sink = sink
         self._prefix = f"{number}:"
         self._queue: queue.SimpleQueue[list[Output] | TpctlError] = queue.SimpleQueue()
         self._failure: TpctlError | None = None
@@ -163,7 +172,7 @@ class Mailbox:
 
     def put(self, item: list[Output] | TpctlError) -> None:
         """Called by the router."""
-        self._queue.put(item)
+        (self._queue.put if self._sink is None else self._sink)(item)
 
 
 def check_length(num_tokens: int, max_model_len: int) -> None:

@@ -123,6 +123,8 @@ class Engine:
             free_blocks=blocks.num_free_slabs,
             device_memory=self.runner.device_memory(),
             reserved_memory=self.runner.reserved_memory(),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
         )
 
 

@@ -25,6 +25,7 @@ class EngineInfo:
         all_reduce: what sums over GPUs; ``None`` on a CPU and for one rank.
         scheduling_policy: the one in effect, which may be another than was asked for.
         weight_bytes: of rank 0.
+        vocab_size: tokens that the model knows; 0: it was not said.
         timings: seconds that each part of the start took.
     """
 
@@ -45,6 +46,7 @@ class EngineInfo:
     max_num_seqs: int
     expert_parallel: int = 1
     num_states: int = 0
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class EngineStats:
         evictions: cached KV blocks that were given to other tokens.
         device_memory: bytes of GPU memory that tensors take, the maximum over the ranks; 0 on a CPU.
         reserved_memory: the same with what torch keeps for later ones.
+        running: requests that hold KV blocks; ``waiting``: that wait for some.
     """
 
     steps: int
@@ -74,6 +77,8 @@ class EngineStats:
     free_blocks: int
     device_memory: int
     reserved_memory: int
+    running: int = 0
+    waiting: int = 0
 
 
 class TokenLogprob(NamedTuple):

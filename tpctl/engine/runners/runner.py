@@ -132,6 +132,7 @@ class ModelRunner:
             max_num_seqs=loaded.settings.max_num_seqs,
             expert_parallel=loaded.config.cutting.expert_parallel,
             num_states=memory.num_states,
+            vocab_size=loaded.config.vocab_size,
         )
 
     def device_memory(self) -> int:
