@@ -73,6 +73,7 @@ def _register() -> None:
         plan,
         replica,
         reshard,
+        serve,
         shard,
         upload,
     )
@@ -86,6 +87,7 @@ def _register() -> None:
         ("merge", merge.merge, "Put shards together again."),
         ("reshard", reshard.reshard, "Cut shards anew for another number of ranks."),
         ("chat", chat.chat, "Chat with a model."),
+        ("serve", serve.serve, "Serve a model with OpenAI's interface."),
         ("batch", batch.batch, "Answer every line of a JSONL file."),
         ("batch status", batch_status.batch_status, "Say how far a batch is."),
         ("replica", replica.replica, "Run one engine of a batch, on any host."),

@@ -280,9 +280,12 @@ class Conversation:
 
 
 def recommended_sampling(
-    folder: Path, given: Mapping[str, Any] | None = None, shown: str | None = None
+    folder: Path,
+    given: Mapping[str, Any] | None = None,
+    shown: str | None = None,
+    defaults: Mapping[str, float] = CHAT_DEFAULTS,
 ) -> dict[str, Any]:
-    """Sampling for chat: ``given``, over what the model's ``generation_config.json`` sets, over our own defaults.
+    """Sampling for chat: ``given``, over what the model's ``generation_config.json`` sets, over ``defaults``.
 
     ``"do_sample": false`` there asks for greedy answers, whatever temperature stands beside it.
 
@@ -306,4 +309,4 @@ def recommended_sampling(
             option = name.replace("_", "-")
             name = f"{shown or folder}/{file.name}"
             raise CheckpointError(f"{name}: {error}; correct the file, or give --{option}") from None
-    return {**CHAT_DEFAULTS, **values, **given}
+    return {**defaults, **values, **given}

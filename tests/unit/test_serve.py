@@ -1,0 +1,204 @@
+"""The server's endpoints over a fake engine: answers are read by OpenAI's own types, and so are refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from starlette.testclient import TestClient
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import served
+from tpctl.client.batch import CHOICES_APART
+from tpctl.client.tokenizer import Tokenizer
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "Hi"}]
+ANSWER = "<[u]Hi[a]>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"model": "demo", "messages": HELLO, **more}
+
+
+def events(client: TestClient, path: str, body: dict[str, Any]) -> list[Any]:
+    """The chunks of a stream, which ends as it should."""
+    response = client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    *found, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(one.removeprefix("data: ")) for one in found]
+
+
+def test_a_chat_is_answered(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, server):
+        response = client.post(CHAT, json=chat())
+        assert response.status_code == 200 and "date" in response.headers
+        answer = ChatCompletion.model_validate(response.json(), strict=True)
+        assert answer.choices[0].message.content == ANSWER and answer.choices[0].finish_reason == "stop"
+        assert answer.model == "demo" and answer.usage is not None
+        assert answer.usage.prompt_tokens == len("[u]Hi[a]") and answer.usage.completion_tokens == len(ANSWER) + 1
+        assert answer.usage.prompt_tokens_details.cached_tokens == 2
+        sampling = server.engines[0].requests[0].sampling
+        assert sampling.temperature == 1.0 and sampling.max_tokens == 512 - len("[u]Hi[a]")
+        assert not server.notes
+
+
+def test_a_chat_streams(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        chunks = [ChatCompletionChunk.model_validate(one, strict=True) for one in events(client, CHAT, chat())]
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+        assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+        assert len({chunk.id for chunk in chunks}) == 1 and all(chunk.usage is None for chunk in chunks)
+
+        *chunks, last = events(client, CHAT, chat(stream_options={"include_usage": True}))
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] == len(ANSWER) + 1
+        assert all(chunk["usage"] is None for chunk in chunks)
+        every = events(client, CHAT, chat(stream_options={"continuous_usage_stats": True}))
+        assert every[-2]["usage"] == every[-1]["usage"] and every[-1]["choices"] == []
+        assert all(chunk["usage"]["prompt_tokens"] == len("[u]Hi[a]") for chunk in every)
+
+
+def test_several_answers_differ_in_their_seeds(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, server):
+        answer = client.post(CHAT, json=chat(n=3, seed=-1)).json()
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        assert answer["usage"]["completion_tokens"] == 3 * (len(ANSWER) + 1)
+        seeds = [request.sampling.seed for request in server.engines[0].requests]
+        assert seeds == [(2**63 - 1 + at * CHOICES_APART) % 2**63 for at in range(3)]
+        texts = {0: "", 1: "", 2: ""}
+        for chunk in events(client, CHAT, chat(n=3)):
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content", "")
+        assert set(texts.values()) == {ANSWER}
+
+
+def test_every_field_reaches_the_engine(tokenizer: Tokenizer) -> None:
+    asked = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.01,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.1,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "stop_token_ids": [5],
+    }
+    with served(tokenizer) as (client, server):
+        response = client.post(CHAT, json=chat(**asked, logit_bias={"7": -3}, max_completion_tokens=9, user="u"))
+        assert response.status_code == 200
+        assert response.json()["choices"][0]["finish_reason"] == "length"
+        sampling = server.engines[0].requests[0].sampling
+        expected = {**asked, "stop_token_ids": (5,), "max_tokens": 9, "logit_bias": ((7, -3.0),)}
+        assert {name: getattr(sampling, name) for name in expected} == expected
+
+
+def test_a_stop_text_ends_an_answer_and_the_engines_request(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, server):
+        answer = client.post(CHAT, json=chat(stop="i[")).json()["choices"][0]
+        assert (answer["message"]["content"], answer["finish_reason"]) == ("<[u]H", "stop")
+        deltas = [one["choices"][0]["delta"] for one in events(client, CHAT, chat(stop=["i["]))]
+        assert "".join(delta.get("content", "") for delta in deltas) == "<[u]H"
+        assert client.get("/health").status_code == 200
+        assert not server.engines[0].open or len(server.engines[0].aborted) == 2
+
+
+def test_log_probabilities_are_told(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        answer = ChatCompletion.model_validate(client.post(CHAT, json=chat(logprobs=True, top_logprobs=2)).json())
+        content = answer.choices[0].logprobs.content
+        assert "".join(one.token for one in content) == ANSWER + "</s>"
+        assert content[0].logprob == -0.5 and [top.logprob for top in content[0].top_logprobs] == [-0.5, -2.0]
+        chunks = events(client, CHAT, chat(logprobs=True))
+        told = [one for chunk in chunks for one in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+        assert "".join(one["token"] for one in told) == ANSWER + "</s>"
+
+        body = {"prompt": "ab", "logprobs": 1}
+        whole = Completion.model_validate(client.post(TEXT, json=body).json(), strict=True).choices[0].logprobs
+        assert whole.tokens == [*"<ab>", "</s>"] and whole.text_offset == [0, 1, 2, 3, 4]
+        found: dict[str, list[Any]] = {"tokens": [], "text_offset": []}
+        for chunk in events(client, TEXT, body):
+            for name in found:
+                found[name] += (chunk["choices"][0]["logprobs"] or {name: []})[name]
+        assert found == {"tokens": whole.tokens, "text_offset": whole.text_offset}
+
+
+def test_texts_and_tokens_are_completed(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("cd")
+    with served(tokenizer) as (client, server):
+        for prompt, texts in (
+            ("ab", ["<ab>"]),
+            (ids, ["<cd>"]),
+            (["ab", "x"], ["<ab>", "<x>"]),
+            ([ids, ids], ["<cd>", "<cd>"]),
+            (["ab", ids], ["<ab>", "<cd>"]),
+        ):
+            answer = Completion.model_validate(client.post(TEXT, json={"prompt": prompt}).json(), strict=True)
+            assert [choice.text for choice in answer.choices] == texts
+            assert answer.object == "text_completion" and answer.choices[-1].finish_reason == "stop"
+        assert server.engines[0].requests[0].sampling.max_tokens == 16
+        answer = client.post(TEXT, json={"prompt": ["ab", ids], "n": 2, "echo": True, "max_tokens": 2}).json()
+        assert [choice["text"] for choice in answer["choices"]] == ["ab<a", "ab<a", "cd<c", "cd<c"]
+        texts = {0: "", 1: ""}
+        for chunk in events(client, TEXT, {"prompt": ["ab", "cd"], "echo": True}):
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert texts == {0: "ab<ab>", 1: "cd<cd>"}
+
+
+def test_thoughts_stand_apart(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}{% if false %}</think>{% endif %}"
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, template=template, added=("<think>", "</think>")))
+    with served(tokenizer, FakeEngine(tokenizer, say=lambda *_: "<think>hm</think>So")) as (client, _):
+        message = client.post(CHAT, json=chat()).json()["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("hm", "So")
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(client, CHAT, chat())]
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
+        assert "".join(delta.get("content", "") for delta in deltas) == "So"
+
+
+def test_what_is_served_is_told(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        models = client.get("/v1/models").json()
+        assert [Model.model_validate(one, strict=True).id for one in models["data"]] == ["demo", "alias"]
+        assert models["data"][0]["max_model_len"] == 512
+        assert client.get("/v1/models/alias").json()["id"] == "alias"
+        assert client.post(CHAT, json=chat(model="alias")).json()["model"] == "alias"
+        assert client.get("/health").json() == {"status": "ready"}
+
+
+def test_tokens_and_back(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        found = client.post("/tokenize", json={"prompt": "ab", "return_token_strs": True}).json()
+        assert found == {"count": 2, "max_model_len": 512, "tokens": tokenizer.encode("ab"), "token_strs": ["a", "b"]}
+        assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "ab"}
+        chatted = client.post("/tokenize", json={"messages": HELLO}).json()
+        assert chatted["tokens"] == tokenizer.encode("[u]Hi[a]")
+
+
+def test_counters_are_told(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        client.post(CHAT, json=chat())
+        client.post(CHAT, json={})
+        client.get("/nowhere")
+        lines = client.get("/metrics").text.splitlines()
+        assert 'tpctl_http_requests_total{path="/v1/chat/completions",status="200"} 1.0' in lines
+        assert 'tpctl_http_requests_total{path="/v1/chat/completions",status="400"} 1.0' in lines
+        assert 'tpctl_http_requests_total{path="other",status="404"} 1.0' in lines
+        assert f"tpctl_generated_tokens_total {len(ANSWER) + 1}.0" in lines
+        assert "tpctl_time_to_first_token_seconds_count 1.0" in lines
+        assert f"tpctl_inter_token_seconds_count {len(ANSWER)}.0" in lines
+        assert 'tpctl_kv_cache_usage_ratio{engine="0"} 0.6' in lines
+        assert 'tpctl_preemptions_total{engine="0"} 3.0' in lines

@@ -1,0 +1,200 @@
+"""What a server refuses, and how: in OpenAI's form, with a status, and without a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types.shared.error_object import ErrorObject
+from starlette.testclient import TestClient
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import served
+from tests.unit.test_serve import CHAT, HELLO, TEXT, chat
+from tpctl.client.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def error(response: Any, status: int) -> ErrorObject:
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"}
+    return ErrorObject.model_validate(response.json()["error"], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        (CHAT, {}, "messages", "the body has no messages"),
+        (CHAT, chat(messages=[]), "messages", "messages is [], but must be a list of"),
+        (CHAT, chat(messages=[{"role": "user", "content": "forbidden"}]), None, "refuses these messages: not that"),
+        (
+            CHAT,
+            chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            "messages",
+            "tpctl takes text only",
+        ),
+        (CHAT, chat(colour=1), "colour", "unknown field 'colour' in the body of a request to /v1/chat/completions"),
+        (CHAT, chat(temperature=9e9), "temperature", "temperature is 9000000000.0, but must be"),
+        (CHAT, chat(temperature="hot"), "temperature", 'temperature is "hot", but must be a number'),
+        (CHAT, chat(max_tokens=0), "max_tokens", "max_tokens is 0, but must be at least 1"),
+        (CHAT, chat(max_tokens=600), "max_tokens", "is 600: 608 in all, but prompt and answer together may have 512"),
+        (CHAT, chat(messages=[{"role": "user", "content": "x" * 600}]), "prompt", "has 606 tokens, but prompt and ans"),
+        (CHAT, chat(n=0), "n", "n is 0, but must be a whole number from 1 to 128"),
+        (CHAT, chat(top_logprobs=3), "top_logprobs", "top_logprobs is 3, but logprobs is not true"),
+        (CHAT, chat(stream="yes"), "stream", 'stream is "yes", but must be true or false'),
+        (CHAT, chat(stream_options={}), "stream_options", "stream_options is {}, but stream is not true"),
+        (CHAT, chat(stream=True, stream_options={"a": 1}), "stream_options", "unknown field 'a' in stream_options"),
+        (CHAT, chat(tools=[{"type": "function"}]), "tools", "which tpctl cannot do; leave it out"),
+        (CHAT, chat(response_format={"type": "json_object"}), "response_format", "which tpctl cannot do"),
+        (CHAT, chat(guided_json={"type": "object"}), "guided_json", "which tpctl cannot do"),
+        (CHAT, chat(prompt_logprobs=1), "prompt_logprobs", "prompt_logprobs is 1, which tpctl cannot do"),
+        (CHAT, chat(stop=[""]), "stop", 'stop is [""], but must be a string or a list of strings, none empty'),
+        (
+            CHAT,
+            chat(stop_token_ids=[10**6]),
+            "stop_token_ids",
+            "holds token 1000000, but the model",
+        ),
+        (CHAT, chat(logit_bias={"9999": 1}), "logit_bias", "logit_bias holds token 9999, but the model knows ids 0 to"),
+        (CHAT, chat(chat_template_kwargs={"colour": 1}), "chat_template_kwargs", "has 'colour', which"),
+        (CHAT, chat(logprobs=3), "logprobs", "logprobs is 3, but must be true or false"),
+        (TEXT, {"prompt": ""}, "prompt", 'prompt is "", but must be a text or a list of token ids'),
+        (TEXT, {"prompt": []}, "prompt", "prompt has 0 prompts"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt", "prompt is 1, but must be"),
+        (TEXT, {"prompt": [[]]}, "prompt", "prompt is [], but must be"),
+        (TEXT, {"prompt": [-1]}, "prompt", "prompt holds token -1, but the model knows ids 0 to"),
+        (TEXT, {"prompt": [10**30]}, "prompt", "prompt holds token 1000000000000000000000000000000, but"),
+        (TEXT, {"prompt": ["a"] * 3000}, "prompt", "prompt has 3000 prompts, but must have from 1 to 2048"),
+        (TEXT, {"prompt": "a", "best_of": 4}, "best_of", "best_of is 4 with n 1, which tpctl cannot do"),
+        (TEXT, {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "echo is true with logprobs"),
+        (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", 'suffix is "b", which tpctl cannot do'),
+        ("/tokenize", {"prompt": 1}, "prompt", "prompt is 1, but must be a text"),
+        ("/tokenize", {"prompt": "a", "b": 1}, "b", "unknown field 'b' in the body of a request to /tokenize"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens", 'tokens is ["a"], but must be a list of token ids'),
+        ("/detokenize", {"tokens": [10**6]}, "tokens", "tokens holds token 1000000, but the model knows"),
+    ],
+)
+def test_a_body_that_cannot_be_had(tokenizer: Tokenizer, path: str, body: Any, param: str | None, said: str) -> None:
+    with served(tokenizer) as (client, server):
+        found = error(client.post(path, json=body), 400)
+        assert said in found.message and found.type == "invalid_request_error" and found.param == param
+        assert not server.notes and not server.engines[0].open
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "the body is not valid JSON"),
+        (b"{", "the body is not valid JSON"),
+        (b"[1]", "the body is [1], but must be a JSON object"),
+        (b'{"prompt": "\xff"}', "the body is not valid JSON: Invalid UTF-8"),
+        (b'{"prompt": "\\ud800"}', "the body is not valid JSON"),
+        (b'{"a":' * 10000, "nested too deeply"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "Integer value out of range"),
+        (b'{"prompt": NaN}', "the body is not valid JSON"),
+    ],
+)
+def test_bytes_that_are_no_body(tokenizer: Tokenizer, raw: bytes, said: str) -> None:
+    with served(tokenizer) as (client, server):
+        assert said in error(client.post(TEXT, content=raw), 400).message
+        assert not server.notes
+
+
+def test_paths_methods_models_and_keys(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, api_key="secret") as (client, _):
+        assert client.get("/health").status_code == 200
+        missing = client.get("/v1/models")
+        assert error(missing, 401).code == "invalid_api_key" and missing.headers["www-authenticate"] == "Bearer"
+        for wrong in ("Bearer wrong", "Basic secret", "secret", "Bearer"):
+            found = error(client.post(CHAT, json=chat(), headers={"authorization": wrong}), 401)
+            assert "is not the one" in found.message and "secret" not in found.message
+        client.headers["authorization"] = "Bearer secret"
+        assert client.post(CHAT, json=chat()).status_code == 200
+        assert "/v1/embeddings is not known here" in error(client.post("/v1/embeddings", json={}), 404).message
+        assert "is not for GET" in error(client.get(CHAT), 405).message
+        unknown = error(client.post(CHAT, json=chat(model="gpt-4")), 404)
+        assert (unknown.code, unknown.param) == ("model_not_found", "model")
+        assert unknown.message == 'the model "gpt-4" does not exist here; this server has demo or alias'
+
+
+def test_a_body_that_is_too_long(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, max_body=1000) as (client, _):
+        found = error(client.post(CHAT, json=chat(user="x" * 1500)), 413)
+        assert "but at most 1.0 kB are read (--max-body)" in found.message and found.code == "body_too_large"
+        assert error(client.post(CHAT, content=iter([b"x" * 900] * 3)), 413).code == "body_too_large"
+        assert error(client.post(CHAT, json=chat(user="x" * 50000)), 413).code == "body_too_large"
+        assert client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_a_model_without_a_template_has_completions_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, template=None))
+    with served(tokenizer) as (client, _):
+        assert "has no chat template" in error(client.post(CHAT, json=chat()), 400).message
+        assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
+
+
+def test_a_full_queue(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(tokenizer)
+    with served(tokenizer, engine, most=2) as (client, server):
+        response = client.post(CHAT, json=chat(n=3))
+        found = error(response, 429)
+        assert response.headers["retry-after"] == "1" and found.code == "queue_full"
+        assert "0 requests are under way or wait, and 3 more would be above the 2" in found.message
+        assert client.post(CHAT, json=chat(n=2)).status_code == 200
+        assert server.pool is not None and server.pool.under_way == 0
+
+
+def test_what_comes_before_the_engine_is_ready(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(tokenizer, loading=True)
+    with served(tokenizer, engine) as (client, _):
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "loading"})
+        assert error(client.post(CHAT, json=chat()), 503).code == "loading"
+        engine.ready.set()
+        while client.get("/health").status_code != 200:
+            pass
+        assert client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_a_request_that_the_engine_fails_at(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        found = error(client.post(TEXT, json={"prompt": "break"}), 500)
+        assert (found.type, found.message) == ("server_error", "the scores are not finite")
+        assert error(client.post(TEXT, json={"prompt": "break", "stream": True}), 500).type == "server_error"
+        assert error(client.post(TEXT, json={"prompt": ["long enough", "break"]}), 500).type == "server_error"
+        assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
+
+
+def test_an_engine_that_ends_ends_every_request(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(tokenizer)
+    with served(tokenizer, engine) as (client, _):
+        engine.die()
+        for _ in range(2):
+            found = error(client.post(CHAT, json=chat()), 500)
+            assert (found.type, found.code) == ("server_error", "engine_ended")
+            assert found.message == "the engine has ended: rank 1 was killed (SIGKILL)"
+        assert client.get("/health").json() == {"status": "failed"}
+
+
+def test_a_bug_is_told_to_whoever_runs_the_server(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tpctl.serve.endpoints import Endpoints
+
+    monkeypatch.setattr(Endpoints, "model", lambda self, body: 1 / 0)
+    with served(tokenizer) as (client, server):
+        found = error(client.post(CHAT, json=chat()), 500)
+        assert found.message == "the server failed at this request; its log says how"
+        assert server.notes == [f"tpctl serve: a request to {CHAT} failed: ZeroDivisionError: division by zero"]
+
+
+def test_a_text_that_is_no_conversation_costs_nobody_else(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        assert isinstance(client, TestClient)
+        for content in ("\x00", "\u202e", "a" * 100):
+            said = {"role": "user", "content": content}
+            assert client.post(CHAT, json=chat(messages=[*HELLO, said])).status_code == 200

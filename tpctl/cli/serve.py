@@ -1,0 +1,157 @@
+"""``tpctl serve``: a model behind OpenAI's interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tpctl.cli.console import byte_progress, note
+from tpctl.cli.engine import describe, engine_args, say_context
+from tpctl.cli.options import CHAT_CPU_TOKENS, MODEL_HELP, DistributionOptions, EngineOptions, TemplateOptions, grouped
+from tpctl.cli.template import TemplateAtHand, look_ahead
+from tpctl.cli.units import parse_bytes
+from tpctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from tpctl.client.engine_client import EngineClient
+    from tpctl.serve.run import ServeSettings
+    from tpctl.wire.report import EngineInfo
+    from tpctl.wire.settings import EngineConfig
+
+API_KEY = "TPCTL_API_KEY"
+WORKER_VARIABLE = "TPCTL_WORKER"
+_NEEDED = ("starlette", "uvicorn", "msgspec", "prometheus_client")
+_OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where a server listens, and what it takes."""
+
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this host's.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help=f"What clients must send. Default: {API_KEY}, where others do not see it."),
+    ] = None
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="What clients call the model. Repeatable. Default: MODEL."),
+    ] = None
+    replicas: Annotated[
+        int, typer.Option(min=1, max=64, help="Engines, each on its own --tp GPUs or its share of the cores.")
+    ] = 1
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait, besides those computed together; others get a 429.")
+    ] = 1024
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Longest body of a request.")] = "16MiB"
+    drain: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.0, help="In which requests may end after SIGTERM or Ctrl-C.")
+    ] = 30.0
+
+    def key(self) -> str | None:
+        """Raises ``UsageError`` if it is none that a header can hold."""
+        key = os.environ.get(API_KEY) or None if self.api_key is None else self.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+            raise UsageError(f"the API key ({API_KEY} or --api-key) must be of printable ASCII, and not empty")
+        return key
+
+
+@grouped
+def serve(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "demo",
+    *,
+    server: ServerOptions,
+    engine: EngineOptions,
+    sampling: DistributionOptions,
+    template: TemplateOptions,
+) -> None:
+    """Serve a model with OpenAI's interface. It is downloaded and sharded first if need be.
+
+    /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and /metrics. What a request does
+    not say is as the options here have it, else as the model's generation_config.json recommends, else as OpenAI's
+    interface has it. The first SIGTERM or Ctrl-C lets requests end, the second one does not wait.
+    """
+    check_installed()
+    sampling.check()
+    key, max_body = server.key(), parse_bytes(server.max_body, "MiB")
+    with ExitStack() as stack:
+        from tpctl.serve.sockets import listen, url_of
+
+        sock = stack.enter_context(listen(server.host, server.port))
+        at_hand = TemplateAtHand(template)
+        config = _configured(model, engine, server.replicas, at_hand)
+        engines = [stack.enter_context(one) for one in _started(config, engine, server.replicas)]
+        settings = _settings(model, server, key, max_body, sampling, config, at_hand)
+        from tpctl.serve.run import serve as run
+
+        def ready(info: EngineInfo) -> None:
+            say_context(info)
+            many = f"{server.replicas} engines, each " if server.replicas > 1 else ""
+            note(f"{model} is ready ({many}{describe(info)})")
+            note(f"Uvicorn running on {url_of(sock)} (Press CTRL+C to quit)")
+
+        at_once = config.max_num_seqs * server.replicas
+        tokenizer = at_hand.tokenizer(config.text_dir)
+        run(engines, tokenizer, sock, settings, at_once=at_once, ready=ready, note=note)
+
+
+def check_installed() -> None:
+    """Raise ``UsageError`` if a package is missing that only this command needs."""
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise UsageError(f"tpctl serve needs {', '.join(missing)}; pip install 'tpctl[serve]'")
+
+
+def _configured(model: str, engine: EngineOptions, replicas: int, at_hand: TemplateAtHand) -> EngineConfig:
+    from tpctl.client import prepare as client
+
+    args = replace(engine_args(engine, cpu_tokens=CHAT_CPU_TOKENS), engines_on_host=replicas)
+    return client.prepare(
+        model, args, look=lambda source: look_ahead(at_hand, source, needed=False), progress=byte_progress
+    )
+
+
+def _started(config: EngineConfig, engine: EngineOptions, replicas: int) -> Iterator[EngineClient]:
+    """Engines whose workers have their GPUs, or their share of the cores, to themselves."""
+    from tpctl.client.engine_client import EngineClient
+    from tpctl.launch.places import cores_of, places
+    from tpctl.launch.torchrun import WORKER
+
+    module = os.environ.get(WORKER_VARIABLE) or WORKER
+    if replicas == 1:
+        yield EngineClient(config, module=module)
+        return
+    for number, gpus in enumerate(places(replicas, config.tp_size, config.device, engine.kv_cache_memory is not None)):
+        cores = None if gpus is not None else cores_of(number, replicas)
+        env = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+        before = os.sched_getaffinity(0) if cores is not None else set()
+        if cores is not None:
+            os.sched_setaffinity(0, cores)  # of this thread, and of what it starts
+        try:
+            yield EngineClient(config, module=module, env=env)
+        finally:
+            if cores is not None:
+                os.sched_setaffinity(0, before)
+
+
+def _settings(
+    model: str,
+    server: ServerOptions,
+    key: str | None,
+    max_body: int,
+    sampling: DistributionOptions,
+    config: EngineConfig,
+    at_hand: TemplateAtHand,
+) -> ServeSettings:
+    from tpctl.client.conversation import recommended_sampling
+    from tpctl.serve.run import ServeSettings
+
+    defaults = recommended_sampling(config.text_dir, sampling.given(), at_hand.shown, _OPENAI_DEFAULTS)
+    names = tuple(server.served_model_name or (model,))
+    return ServeSettings(names, defaults, key, max_body, server.max_waiting, server.drain)

@@ -1,0 +1,112 @@
+"""A generation as an answer over HTTP: whole, or as events while it grows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tpctl.serve.errors import ApiError
+from tpctl.serve.generation import Generation, Gone, Piece
+
+encode = msgspec.json.encode
+
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+JSON = [(b"content-type", b"application/json")]
+
+
+class Writer(Protocol):
+    """What an endpoint says."""
+
+    def begin(self) -> bytes:
+        """What comes before all else."""
+
+    def pieces(self, pieces: Sequence[Piece]) -> bytes:
+        """What is said of new text."""
+
+    def end(self) -> bytes:
+        """What comes at the end."""
+
+    def broken(self, error: ApiError) -> bytes:
+        """What comes in the place of an end."""
+
+    def whole(self) -> Any:
+        """All of it, once it has ended, as JSON has it."""
+
+
+class Answered:
+    """A response that is one generation's. Whoever hangs up ends that at once."""
+
+    def __init__(self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]], *, stream: bool):
+        """``run``: has a thread do something."""
+        self._generation = generation
+        self._writer = writer
+        self._run = run
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watching = asyncio.ensure_future(self._watch(receive))
+        try:
+            await (self._events(send) if self._stream else self._at_once(send))
+        except Gone:
+            pass
+        finally:
+            watching.cancel()
+            self._generation.close()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._generation.close()
+
+    async def _at_once(self, send: Send) -> None:
+        try:
+            await self._generation.finish()
+        except ApiError as error:
+            return await refused(error, send)
+        body = await self._run(lambda: encode(self._writer.whole()))
+        return await say(200, JSON, body, send)
+
+    async def _events(self, send: Send) -> None:
+        try:
+            pieces = await self._generation.next()  # what goes wrong before there is anything has a status of its own
+        except ApiError as error:
+            return await refused(error, send)
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+        writer = self._writer
+        said = writer.begin()
+        try:
+            while pieces:
+                if said := said + writer.pieces(pieces):
+                    await send({"type": "http.response.body", "body": said, "more_body": True})
+                said = b""
+                pieces = await self._generation.next()
+            said += writer.end()
+        except ApiError as error:
+            said += writer.broken(error)
+        return await send({"type": "http.response.body", "body": said, "more_body": False})
+
+
+async def say(status: int, headers: list[tuple[bytes, bytes]], body: bytes, send: Send) -> None:
+    """A response that is all there."""
+    headers = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def refused(error: ApiError, send: Send) -> None:
+    await say(error.status, error.headers(), error.body(), send)
+
+
+class Said:
+    """A response that is all there, as a value that JSON has a form for."""
+
+    def __init__(self, value: Any, status: int = 200) -> None:
+        self._value = value
+        self._status = status
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await say(self._status, JSON, encode(self._value), send)

@@ -1,0 +1,160 @@
+"""The server's routes, and what holds for all of them: the key, the size of bodies, errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from email.utils import formatdate
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tpctl.client.openai_fields import given
+from tpctl.errors import TpctlError
+from tpctl.serve.answered import refused, say
+from tpctl.serve.bodies import BODY_SECONDS, read_object
+from tpctl.serve.endpoints import Endpoints
+from tpctl.serve.errors import ApiError
+from tpctl.serve.generation import Gone
+
+OPEN = frozenset({"/health"})
+"""Paths that need no key."""
+
+Post = Callable[[dict[str, Any], float], Awaitable[ASGIApp]]
+
+
+class App:
+    """An ASGI application. Everything but ``OPEN`` needs the key, where there is one."""
+
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        *,
+        api_key: str | None = None,
+        max_body: int = 16 << 20,
+        body_seconds: float = BODY_SECONDS,
+        note: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        """Set limits.
+
+        Args:
+            max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive.
+            note: tells whoever runs the server of what should not have happened.
+        """
+        self._endpoints = endpoints
+        self._key = None if api_key is None else api_key.encode()
+        self._max_body = max_body
+        self._body_seconds = body_seconds
+        self._note = note
+        self._date = (0, b"")
+        posts: dict[str, Post] = {
+            "/v1/chat/completions": endpoints.chat,
+            "/v1/completions": endpoints.complete,
+            "/tokenize": endpoints.tokenize,
+            "/detokenize": endpoints.detokenize,
+        }
+        routes = [Route(path, self._post(post), methods=["POST"]) for path, post in posts.items()]
+        routes += [
+            Route("/v1/models", self._get(lambda request: endpoints.models()), methods=["GET"]),
+            Route("/v1/models/{name:path}", self._get(lambda one: endpoints.one_model(one.path_params["name"]))),
+            Route("/health", self._get(lambda request: endpoints.health()), methods=["GET"]),
+            Route("/metrics", self._metrics, methods=["GET"]),
+        ]
+        self._paths = {route.path for route in routes}
+        self._router = Router(routes, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        since, status = time.monotonic(), 499  # for those who hung up
+
+        async def dated(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"date", self._now())]
+            await send(message)
+
+        scope["app"] = self  # so that the router raises for what it does not know
+        try:
+            self._check_key(scope)
+            await self._router(scope, receive, dated)
+        except Gone:
+            pass
+        except Exception as error:
+            await self._refuse(error, scope, dated)
+        path = scope["path"]
+        self._endpoints.pool.metrics.answered(path if path in self._paths else "other", status, since)
+
+    def _post(self, endpoint: Post) -> ASGIApp:
+        return _Post(self, endpoint)
+
+    def _get(self, make: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Any]]:
+        async def answer(request: Request) -> Any:
+            return make(request)
+
+        return answer
+
+    async def read(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+        """A request's body, without what is null."""
+        return given(await read_object(scope, receive, self._max_body, self._body_seconds))
+
+    async def _metrics(self, request: Request) -> Any:
+        body = await self._endpoints.pool.metrics.exposition()
+        return _Plain(body)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None or scope["path"] in OPEN:
+            return
+        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        kind, _, key = said.partition(b" ")
+        if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+            what = "is not the one that this server was started with" if said else "is missing"
+            raise ApiError(401, f"the API key {what}; send it as Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def _refuse(self, error: Exception, scope: Scope, send: Send) -> None:
+        if isinstance(error, TpctlError):
+            error = ApiError.of(error)
+        elif isinstance(error, HTTPException):
+            what = "is not known here" if error.status_code == 404 else f"is not for {scope['method']}"
+            error = ApiError(error.status_code, f"{scope['path']} {what}")
+        elif not isinstance(error, ApiError):
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            self._note(f"tpctl serve: a request to {scope['path']} failed: {said}")
+            error = ApiError(500, "the server failed at this request; its log says how")
+        await refused(error, send)
+
+    def _now(self) -> bytes:
+        """The date header, made once a second."""
+        second = int(time.time())
+        if self._date[0] != second:
+            self._date = (second, formatdate(second, usegmt=True).encode())
+        return self._date[1]
+
+
+class _Post:
+    """An endpoint that is given a body. A class, since the router calls those as applications."""
+
+    def __init__(self, app: App, endpoint: Post) -> None:
+        self._app = app
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        since = time.monotonic()
+        body = await self._app.read(scope, receive)
+        answer = await self._endpoint(body, since)
+        await answer(scope, receive, send)
+
+
+class _Plain:
+    """What Prometheus reads."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await say(200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], self._body, send)

@@ -1,0 +1,178 @@
+"""From the body of a request to prompts in tokens and how they are to be answered."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from tpctl.client.batch import CHOICES_APART
+from tpctl.client.chat_messages import check_messages
+from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
+from tpctl.client.openai_fields import FieldError, flag
+from tpctl.client.reasoning import Form
+from tpctl.client.text_stream import TextStream
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import TpctlError, shown
+from tpctl.serve.errors import ApiError
+from tpctl.serve.pool import Job
+from tpctl.wire.report import EngineInfo
+from tpctl.wire.sampling import SamplingParams
+
+MOST_PROMPTS = 2048
+"""Of one request to /v1/completions."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Whether an answer is to come as it grows, and what is said beside it."""
+
+    wanted: bool = False
+    usage: bool = False
+    continuous_usage: bool = False
+
+    @classmethod
+    def taken(cls, body: dict[str, Any]) -> Streaming:
+        """Take ``stream`` and ``stream_options`` out of a body. Raises ``FieldError``."""
+        wanted = flag(body.pop("stream", False), "stream")
+        options = body.pop("stream_options", None)
+        if options is None:
+            return cls(wanted)
+        if not wanted:
+            raise FieldError(f"stream_options is {shown(options)}, but stream is not true", "stream_options")
+        if not isinstance(options, dict):
+            raise FieldError(f"stream_options is {shown(options)}, but must be a JSON object", "stream_options")
+        known = {"include_usage", "continuous_usage_stats", "include_obfuscation"}
+        if unknown := sorted(options.keys() - known):
+            raise FieldError(f"unknown field {unknown[0]!r} in stream_options", "stream_options")
+        values = {name: flag(options.get(name) or False, f"stream_options.{name}") for name in sorted(known)}
+        return cls(True, values["include_usage"] or values["continuous_usage_stats"], values["continuous_usage_stats"])
+
+
+class Reader:
+    """Makes jobs of what is asked for; slow work is done by threads, so that the event loop goes on."""
+
+    def __init__(self, tokenizer: Tokenizer, defaults: Mapping[str, Any], threads: ThreadPoolExecutor) -> None:
+        """Prepare.
+
+        Args:
+            defaults: fields of ``SamplingParams`` that hold where a request says nothing.
+        """
+        self.tokenizer = tokenizer
+        self._defaults = defaults
+        self._threads = threads
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Have a thread do it. Raises ``ApiError`` for what the world has done wrong."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        except TpctlError as error:
+            raise ApiError.of(error) from None
+
+    async def conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
+        """A chat's; its answers are told from what is thought before them.
+
+        Raises:
+            ApiError: it cannot be had.
+        """
+        return await self.run(self._conversation, messages, wanted, info)
+
+    async def texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
+        """Texts' and token ids'. Raises ``ApiError``."""
+        return await self.run(self._texts, prompts, wanted, info)
+
+    def render(self, messages: Any, variables: Any, most: int | None) -> list[int]:
+        """The tokens of a conversation. Raises ``TpctlError``."""
+        return self.tokenizer.encode_chat(check_messages(messages), read_variables(variables), most=most)
+
+    def _conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
+        token_ids = self.render(messages, wanted.fields.get("chat_template_kwargs"), info.max_model_len - 1)
+        return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning)
+
+    def _texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
+        if wanted.fields.get("chat_template_kwargs") is not None:
+            raise FieldError("chat_template_kwargs are for messages; leave them out", "chat_template_kwargs")
+        jobs = []
+        for prompt in prompts:
+            most = info.max_model_len - 1
+            token_ids = self.tokenizer.encode(prompt, most=most) if isinstance(prompt, str) else prompt
+            jobs.append(self._job(token_ids, wanted, info, 16, None))  # so many tokens are OpenAI's default
+        return jobs
+
+    def _job(self, token_ids: list[int], wanted: Wanted, info: EngineInfo, most: int | None, form: Form | None) -> Job:
+        fields = wanted.fields
+        room = info.max_model_len - len(token_ids)
+        check_room(len(token_ids), fields.get("max_tokens"), info.max_model_len)
+        check_ids(token_ids, info.vocab_size, "prompt")
+        own = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
+        seed = secrets.randbits(63)
+        values = {"seed": seed, "max_tokens": min(room, most or room), **self._defaults, **own}
+        sampling = SamplingParams.from_dict(values)
+        check_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
+        check_ids([token for token, _ in sampling.logit_bias], info.vocab_size, "logit_bias")
+        stop = read_stop(fields["stop"]) if "stop" in fields else ()
+        each = [
+            replace(sampling, seed=(sampling.seed + at * CHOICES_APART) % 2**63) if at else sampling
+            for at in range(wanted.choices)
+        ]
+        streams = [TextStream(self.tokenizer, stop, token_ids, sampling.min_tokens, form) for _ in each]
+        return Job(token_ids, each, streams)
+
+
+def read_prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of /v1/completions: a text, token ids, or a list of either.
+
+    Raises:
+        FieldError: it is none of these.
+    """
+    each = value if isinstance(value, list) and not _are_ids(value) else [value]
+    if not each or len(each) > MOST_PROMPTS:
+        raise FieldError(f"prompt has {len(each)} prompts, but must have from 1 to {MOST_PROMPTS}", "prompt")
+    for prompt in each:
+        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
+            raise FieldError(
+                f"prompt is {shown(prompt)}, but must be a text or a list of token ids, or a list of such, none empty",
+                "prompt",
+            )
+    return each
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return bool(value) and all(type(id) is int for id in value)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
+    """Raise ``FieldError`` if a token is none of the model's."""
+    if ids and vocab_size and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(id for id in ids if not 0 <= id < vocab_size)
+        raise FieldError(
+            f"{what} holds token {shown(wrong)}, but the model knows ids 0 to {vocab_size - 1}; leave it out", what
+        )
+
+
+def check_room(num_tokens: int, max_tokens: Any, max_model_len: int) -> None:
+    """Refuse a prompt that leaves no room for an answer, or not for one as long as is asked for.
+
+    Raises:
+        ApiError: it does; the message has both numbers.
+    """
+    asked = max_tokens if isinstance(max_tokens, int) else 1
+    if num_tokens + asked <= max_model_len:
+        return
+    if max_tokens is None or num_tokens >= max_model_len:
+        said = (
+            f"the prompt has {num_tokens} tokens, but prompt and answer together may have {max_model_len}; shorten it"
+        )
+        raise ApiError(400, said, param="prompt", code="context_length_exceeded")
+    raise ApiError(
+        400,
+        f"the prompt has {num_tokens} tokens, and max_tokens is {asked}: {num_tokens + asked} in all, but prompt and "
+        f"answer together may have {max_model_len}; ask for at most {max_model_len - num_tokens}",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )

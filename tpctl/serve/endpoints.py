@@ -1,0 +1,134 @@
+"""/v1/chat/completions, /v1/completions, and the few that need no engine's work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from tpctl.client.openai_fields import FieldError, flag, settings
+from tpctl.errors import shown
+from tpctl.serve.answered import Answered, Said
+from tpctl.serve.asked import Reader, Streaming, check_ids, read_prompts
+from tpctl.serve.errors import ApiError
+from tpctl.serve.pool import Pool
+from tpctl.serve.writers import ChatWriter, TextWriter
+
+
+class Endpoints:
+    """What requests to one model are answered with."""
+
+    def __init__(self, pool: Pool, reader: Reader, names: tuple[str, ...]) -> None:
+        """``names``: what the model is called; answers say the first."""
+        self.pool = pool
+        self.reader = reader
+        self.names = names
+        self._created = int(time.time())
+
+    async def chat(self, body: dict[str, Any], since: float) -> ASGIApp:
+        """/v1/chat/completions. Raises ``ApiError`` or ``RequestError``, as all of these."""
+        model = self.model(body)
+        streaming = Streaming.taken(body)
+        messages = _taken(body, "messages")
+        wanted = settings(body, chat=True)
+        job = await self.reader.conversation(messages, wanted, self.pool.check_open(wanted.choices))
+        generation = self.pool.begin([job])
+        self.pool.metrics.begun(generation, since)
+        writer = ChatWriter(model, [job], generation, self.reader.tokenizer, streaming)
+        return Answered(generation, writer, self.reader.run, stream=streaming.wanted)
+
+    async def complete(self, body: dict[str, Any], since: float) -> ASGIApp:
+        """/v1/completions."""
+        model = self.model(body)
+        streaming = Streaming.taken(body)
+        echo = flag(body.pop("echo", False), "echo")
+        prompts = read_prompts(_taken(body, "prompt"))
+        wanted = settings(body, chat=False)
+        if echo and wanted.fields.get("logprobs") is not None:  # the prompt's log-probabilities are not had here yet
+            raise FieldError("echo is true with logprobs, which tpctl cannot do; leave one of them out", "echo")
+        info = self.pool.check_open(wanted.choices * len(prompts))
+        jobs = await self.reader.texts(prompts, wanted, info)
+        texts = None
+        if echo:
+            texts = [prompt if isinstance(prompt, str) else await self._text(prompt) for prompt in prompts]
+        generation = self.pool.begin(jobs)
+        self.pool.metrics.begun(generation, since)
+        writer = TextWriter(texts, model, jobs, generation, self.reader.tokenizer, streaming)
+        return Answered(generation, writer, self.reader.run, stream=streaming.wanted)
+
+    async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
+        """/tokenize: of a text, or of a conversation as the chat template has it."""
+        self.model(body)
+        texts = flag(body.pop("return_token_strs", False), "return_token_strs")
+        tokenizer = self.reader.tokenizer
+        if "messages" in body:
+            messages, variables = body.pop("messages"), body.pop("chat_template_kwargs", None)
+            _refuse_rest(body, "/tokenize")
+            ids = await self.reader.run(self.reader.render, messages, variables, None)
+        else:
+            prompt, special = _taken(body, "prompt"), flag(body.pop("add_special_tokens", True), "add_special_tokens")
+            _refuse_rest(body, "/tokenize")
+            if not isinstance(prompt, str):
+                raise FieldError(f"prompt is {shown(prompt)}, but must be a text", "prompt")
+            ids = await self.reader.run(tokenizer.encode if special else tokenizer.encode_rendered, prompt)
+        most = 0 if self.pool.info is None else self.pool.info.max_model_len
+        found: dict[str, Any] = {"count": len(ids), "max_model_len": most, "tokens": ids}
+        if texts:
+            found["token_strs"] = [tokenizer.backend.id_to_token(id) for id in ids]
+        return Said(found)
+
+    async def detokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
+        """/detokenize."""
+        self.model(body)
+        ids = _taken(body, "tokens")
+        _refuse_rest(body, "/detokenize")
+        if not isinstance(ids, list) or not all(type(id) is int for id in ids):
+            raise FieldError(f"tokens is {shown(ids)}, but must be a list of token ids", "tokens")
+        return Said({"prompt": await self._text(ids)})
+
+    def models(self) -> Said:
+        """/v1/models."""
+        info = self.pool.info
+        more = {} if info is None else {"max_model_len": info.max_model_len}
+        return Said({"object": "list", "data": [{**self._model(name), **more} for name in self.names]})
+
+    def one_model(self, name: str) -> Said:
+        """/v1/models/NAME."""
+        self.model({"model": name})
+        return Said(self._model(name))
+
+    def health(self) -> Said:
+        """/health: 200 only when requests are taken."""
+        pool = self.pool
+        state = "ready" if pool.ready else "failed" if pool.failure else "ending" if pool.closing else "loading"
+        return Said({"status": state}, 200 if pool.ready else 503)
+
+    def model(self, body: dict[str, Any]) -> str:
+        """Take the model's name out of a body; one that is not given is the first."""
+        name = body.pop("model", None) or self.names[0]
+        if name not in self.names:
+            known = " or ".join(self.names)
+            said = f"the model {shown(name)} does not exist here; this server has {known}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+        return str(name)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "tpctl", "root": self.names[0]}
+
+    async def _text(self, ids: list[int]) -> str:
+        tokenizer = self.reader.tokenizer
+        check_ids(ids, max(tokenizer.backend.get_vocab_size(), 1), "tokens")
+        return await self.reader.run(lambda: tokenizer.decode(ids, skip_special=False))
+
+
+def _taken(body: dict[str, Any], name: str) -> Any:
+    if name not in body:
+        raise FieldError(f"the body has no {name}", name)
+    return body.pop(name)
+
+
+def _refuse_rest(body: Mapping[str, Any], path: str) -> None:
+    if body:
+        raise FieldError(f"unknown field {min(body)!r} in the body of a request to {path}", min(body))

@@ -1,0 +1,75 @@
+"""What is said to a client that cannot be answered, in OpenAI's form."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from tpctl.client.forms import FIELDS
+from tpctl.client.openai_answers import error
+from tpctl.client.openai_fields import FieldError
+from tpctl.errors import CheckpointError, RequestError, TpctlError, printable, shorten
+
+LONGEST = 1000
+"""Characters of a message, whatever it repeats of a request."""
+
+_FIRST = re.compile(r"(?:the )?(message|\w+)(?: \d+)? (?:is|holds|has) ")
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: HTTP's.
+        param: the field of the body that it is about; ``code``: what programs go by.
+        retry_after: seconds after which another try may do better.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = shorten(printable(message), LONGEST)
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @classmethod
+    def of(cls, reason: TpctlError) -> ApiError:
+        """What the world's fault is to a client: its own where the request is wrong."""
+        said = str(reason)
+        if isinstance(reason, FieldError):
+            return cls(400, said, param=reason.param)
+        if isinstance(reason, RequestError):
+            return cls(400, said, param=_field(said))
+        if isinstance(reason, CheckpointError):  # of a model that has no chat template, or one that does not compile
+            return cls(400, said)
+        return cls(500, said)
+
+    def body(self) -> bytes:
+        """JSON."""
+        said = error(self.message, self.status, param=self.param, code=self.code)
+        return msgspec.json.encode(said)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        found = [(b"content-type", b"application/json")]
+        if self.retry_after is not None:
+            found.append((b"retry-after", b"%d" % self.retry_after))
+        if self.status == 401:
+            found.append((b"www-authenticate", b"Bearer"))
+        return found
+
+
+def _field(said: str) -> str | None:
+    """The field that a message begins with, if it does with one."""
+    found = _FIRST.match(said)
+    name = None if found is None else {"message": "messages"}.get(found[1], found[1])
+    return name if name in FIELDS else None

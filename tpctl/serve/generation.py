@@ -1,0 +1,119 @@
+"""The answers to one HTTP request while they are computed. All of it is on the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tpctl.client.reasoning_stream import Segment
+from tpctl.client.text_stream import TextStream
+from tpctl.errors import TpctlError
+from tpctl.serve.errors import ApiError
+from tpctl.wire.messages import Output
+
+
+class Gone(Exception):
+    """Whoever asked hung up."""
+
+
+class Piece(NamedTuple):
+    """What an output of the engine added to an answer.
+
+    ``at`` is which answer; ``first`` the place in it of the first of ``tokens`` tokens; ``finish_reason`` comes with
+    the last.
+    """
+
+    at: int
+    segments: list[Segment]
+    first: int
+    tokens: int
+    finish_reason: str | None
+
+
+class Generation:
+    """Texts as they grow, and a coroutine that waits for them.
+
+    Attributes:
+        streams: one for each answer.
+        arrived: when each one's last token came; 0: none yet.
+    """
+
+    def __init__(self, streams: Sequence[TextStream], cancelled: Callable[[], None]) -> None:
+        """Begin.
+
+        Args:
+            cancelled: is called once, when what is still under way is not wanted any more.
+        """
+        self.streams = streams
+        self.arrived = [0.0] * len(streams)
+        self._cancelled = cancelled
+        self._left = len(streams)
+        self._pieces: list[Piece] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing of it is under way."""
+        return not self._left or self._error is not None
+
+    def push(self, at: int, output: Output) -> bool:
+        """Take in what came for an answer; whether that has ended."""
+        stream = self.streams[at]
+        if self._error is not None or stream.finish_reason is not None:
+            return True
+        before = len(stream.token_ids)
+        try:
+            segments = stream.push(output)
+        except TpctlError as error:  # the tokenizer cannot decode it
+            self.fail(ApiError(500, str(error)))
+            return True
+        reason = stream.finish_reason
+        if reason in ("error", "abort"):
+            self.fail(ApiError(500, output.message or "the request was given up"))
+            return True
+        self._pieces.append(Piece(at, segments, before, len(stream.token_ids) - before, reason))
+        if reason is not None:
+            self._left -= 1
+        self._wake()
+        return reason is not None
+
+    def fail(self, reason: Exception) -> None:
+        """End all of it; who waits is told behind what there is."""
+        if not self.done:
+            self._error = reason
+            self._cancelled()
+            self._wake()
+
+    def close(self) -> None:
+        """Give up what is under way; may be called again."""
+        self.fail(Gone())
+
+    async def next(self) -> list[Piece]:
+        """Wait for what is new; nothing at the end.
+
+        Raises:
+            ApiError: it cannot go on.
+            Gone: it was closed.
+        """
+        while True:
+            if self._pieces:
+                pieces, self._pieces = self._pieces, []
+                return pieces
+            if self._error is not None:
+                raise self._error
+            if not self._left:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    async def finish(self) -> None:
+        """Wait for the end. Raises as ``next``."""
+        while await self.next():
+            pass
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

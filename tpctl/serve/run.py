@@ -1,0 +1,114 @@
+"""From running engines to a server that ends with them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import TpctlError
+from tpctl.serve.app import App
+from tpctl.serve.asked import Reader
+from tpctl.serve.endpoints import Endpoints
+from tpctl.serve.metrics import Metrics
+from tpctl.serve.pool import Engine, Pool
+from tpctl.serve.server import Server
+from tpctl.serve.sockets import raise_file_limit
+from tpctl.wire.report import EngineInfo
+
+_THREADS = 8  # that tokenize and render
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a server behaves.
+
+    Attributes:
+        names: what the model is called; the first one is said in answers.
+        defaults: fields of ``SamplingParams`` that hold where requests say nothing.
+        max_body: bytes of a request's body.
+        max_waiting: requests that may wait, besides those that the engines compute together.
+        drain: seconds in which the server ends once it is asked to.
+    """
+
+    names: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    api_key: str | None = None
+    max_body: int = 16 << 20
+    max_waiting: int = 1024
+    drain: float = 30.0
+
+
+def serve(
+    engines: Sequence[Engine],
+    tokenizer: Tokenizer,
+    sock: socket.socket,
+    settings: ServeSettings,
+    *,
+    at_once: int,
+    ready: Callable[[EngineInfo], object],
+    note: Callable[[str], object],
+) -> None:
+    """Serve until a signal comes; the engines have ended then.
+
+    Args:
+        sock: is bound; it is closed at the end.
+        at_once: requests that the engines compute together.
+        ready: is called when requests are taken.
+        note: is told of what should not have happened.
+
+    Raises:
+        TpctlError: an engine could not be started, or has ended.
+    """
+    raise_file_limit()
+    failure = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note))
+    if failure is not None:
+        raise failure
+
+
+async def _serve(
+    engines: Sequence[Engine],
+    tokenizer: Tokenizer,
+    sock: socket.socket,
+    settings: ServeSettings,
+    at_once: int,
+    ready: Callable[[EngineInfo], object],
+    note: Callable[[str], object],
+) -> TpctlError | None:
+    """Why an engine ended, if one did."""
+    servers: list[Server] = []
+
+    def failed(reason: TpctlError) -> None:
+        for server in servers:
+            server.failed(reason)
+
+    pool = Pool(
+        engines,
+        Metrics(),
+        most=at_once + settings.max_waiting,
+        on_failure=failed,
+    )
+    with ThreadPoolExecutor(_THREADS, "tpctl-serve") as threads:
+        endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names)
+        app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
+        server = Server(app, pool, settings.drain)
+        servers.append(server)
+        starting = asyncio.create_task(_tell(pool, ready))
+        try:
+            await server.serve([sock])
+        finally:
+            starting.cancel()
+            await pool.close()
+    return pool.failure
+
+
+async def _tell(pool: Pool, ready: Callable[[EngineInfo], object]) -> None:
+    try:
+        info = await pool.wait_ready()
+    except TpctlError:
+        return  # the pool has it
+    ready(info)

@@ -1,0 +1,121 @@
+"""Uvicorn around the application: a socket, signals, an end in order, and nothing to do while idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from tpctl.errors import TpctlError
+from tpctl.serve.app import App
+from tpctl.serve.errors import ApiError
+from tpctl.serve.pool import Pool
+
+HEAD_SECONDS = 30.0
+"""In which the head of a request has to arrive, and between two requests of a connection."""
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal comes or an engine ends.
+
+    The first signal lets what is under way finish within ``drain`` seconds, the second one ends it.
+    """
+
+    def __init__(self, app: App, pool: Pool, drain: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_protocol(),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=int(HEAD_SECONDS),
+                timeout_graceful_shutdown=None,
+                backlog=2048,
+            )
+        )
+        self._pool = pool
+        self._drain = drain
+        self._ending = asyncio.Event()
+        self._signals = 0
+
+    async def main_loop(self) -> None:
+        """In the place of uvicorn's, which looks around ten times a second."""
+        await self._ending.wait()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, self.end)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def end(self) -> None:
+        """Take no new requests, and end within the drain's seconds; at once if it is called again."""
+        self._signals += 1
+        if self._signals > 1:
+            self._give_up()
+            return
+        self._pool.closing = ApiError(503, "the server is ending", code="ending", retry_after=5)
+        self._ending.set()
+        asyncio.get_running_loop().call_later(self._drain, self._give_up)
+
+    def failed(self, reason: TpctlError) -> None:
+        """An engine has ended: so does this, once its clients have been told."""
+        self._ending.set()
+        asyncio.get_running_loop().call_later(min(self._drain, 5.0), self._give_up)
+
+    def _give_up(self) -> None:
+        self._pool.give_up(ApiError(503, "the server has ended before this answer did", code="ended"))
+        asyncio.get_running_loop().call_later(1.0, self._abandon)
+
+    def _abandon(self) -> None:
+        """End connections that read nothing of what they are told."""
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            if (transport := getattr(connection, "transport", None)) is not None:
+                transport.abort()
+
+
+def _protocol() -> type[asyncio.Protocol]:
+    """Uvicorn's, with a limit to how long the head of a request may take: else whoever sends half of one stays."""
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._look()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._look()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            super().connection_lost(exc)
+
+        def _look(self) -> None:
+            idle = self.cycle is None or self.cycle.response_complete
+            if not idle and self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+            elif idle and self._deadline is None:
+                self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    return Protocol

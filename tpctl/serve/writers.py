@@ -1,0 +1,191 @@
+"""What /v1/chat/completions and /v1/completions say of answers, whole and in chunks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from tpctl.client.openai_answers import chat_logprobs, completion, text_logprobs
+from tpctl.client.openai_answers import usage as usage_of
+from tpctl.client.text_stream import TextStream
+from tpctl.client.token_text import TokenTexts, described, token_texts
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve.answered import encode
+from tpctl.serve.asked import Streaming
+from tpctl.serve.errors import ApiError
+from tpctl.serve.generation import Generation, Piece
+from tpctl.serve.pool import Job
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ChunkWriter(ABC):
+    """What both endpoints have in common.
+
+    A chunk is put together of bytes that are made beforehand and the text: it is made for every token.
+    """
+
+    chat: bool
+
+    def __init__(
+        self, model: str, jobs: Sequence[Job], generation: Generation, tokenizer: Tokenizer, streaming: Streaming
+    ) -> None:
+        self._id = secrets.token_hex(12)
+        self._created = int(time.time())
+        self._model = model
+        self._jobs = jobs
+        self._streams = generation.streams
+        self._tokenizer = tokenizer
+        self._streaming = streaming
+        self._wants_logprobs = jobs[0].sampling[0].logprobs is not None
+        self._texts: dict[int, TokenTexts] = {}
+        kind, name = ("chatcmpl", "chat.completion.chunk") if self.chat else ("cmpl", "text_completion")
+        opened = {"id": f"{kind}-{self._id}", "object": name, "created": self._created, "model": model}
+        self._head = b"data: " + encode(opened)[:-1] + b',"choices":['
+        self._heads = [self._head + b'{"index":%d,' % at for at in range(len(self._streams))]
+        self._tail = b',"logprobs":null,"finish_reason":null}' + self._closed()
+
+    def begin(self) -> bytes:
+        return b""
+
+    def pieces(self, pieces: Sequence[Piece]) -> bytes:
+        plain = not (self._wants_logprobs or self._streaming.continuous_usage)
+        found = []
+        for piece in pieces:
+            if plain:
+                found += [self._heads[piece.at] + delta + self._tail for delta in self._deltas(piece)]
+            else:
+                found += self._full(piece)
+            if (reason := piece.finish_reason) is not None:
+                said = b',"logprobs":null,"finish_reason":"%s"}' % reason.encode()
+                found.append(self._heads[piece.at] + self._last() + said + self._closed())
+        return b"".join(found)
+
+    def end(self) -> bytes:
+        if not self._streaming.usage:
+            return DONE
+        return self._head + b'],"usage":' + encode(self.usage()) + b"}\n\n" + DONE
+
+    def broken(self, error: ApiError) -> bytes:
+        return b"data: " + error.body() + b"\n\n"
+
+    def whole(self) -> dict[str, Any]:
+        each = [(stream, job) for job in self._jobs for stream in job.streams]
+        choices = [self._choice(at, stream, job) for at, (stream, job) in enumerate(each)]
+        return completion(self._id, self._created, self._model, choices, self.usage(), chat=self.chat)
+
+    def usage(self) -> dict[str, Any]:
+        """The tokens of each prompt count once, however many answers it has."""
+        found = usage_of(
+            sum(len(job.token_ids) for job in self._jobs), sum(len(stream.token_ids) for stream in self._streams)
+        )
+        cached = sum(max(stream.num_cached_tokens for stream in job.streams) for job in self._jobs)
+        return {**found, "prompt_tokens_details": {"cached_tokens": cached}}
+
+    @abstractmethod
+    def _deltas(self, piece: Piece) -> list[bytes]:
+        """The new texts of an answer, each as the field of a chunk."""
+
+    @abstractmethod
+    def _last(self) -> bytes:
+        """That field where there is no text."""
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+        """What a chunk says of its tokens."""
+
+    def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
+        reasoning = {} if stream.reasoning is None or not self.chat else {"reasoning": stream.reasoning}
+        found: dict[str, Any] = {"text": stream.text, **reasoning, "finish_reason": stream.finish_reason}
+        if self._wants_logprobs:
+            found["logprobs"] = self._described(at, 0, len(stream.token_ids))
+        return found
+
+    def _full(self, piece: Piece) -> list[bytes]:
+        """Chunks with log-probabilities of their tokens or the usage so far."""
+        logprobs = b"null"
+        if self._wants_logprobs and piece.tokens:
+            logprobs = encode(self._logprobs(self._described(piece.at, piece.first, piece.tokens), piece))
+        deltas = self._deltas(piece) or ([self._last()] if logprobs != b"null" else [])
+        found = []
+        for delta in deltas:
+            said = b',"logprobs":' + logprobs + b',"finish_reason":null}'
+            found.append(self._heads[piece.at] + delta + said + self._closed())
+            logprobs = b"null"
+        return found
+
+    def _described(self, at: int, first: int, count: int) -> list[dict[str, Any]]:
+        stream = self._streams[at]
+        if (texts := self._texts.get(at)) is None:
+            job = next(job for job in self._jobs if stream in job.streams)
+            texts = self._texts[at] = token_texts(self._tokenizer, job.token_ids)
+        places = range(first, min(first + count, len(stream.logprobs)))
+        return [described(texts, stream.token_ids[place], stream.logprobs[place]) for place in places]
+
+    def _closed(self) -> bytes:
+        if self._streaming.continuous_usage:
+            return b'],"usage":' + encode(self.usage()) + b"}\n\n"
+        return b'],"usage":null}\n\n' if self._streaming.usage else b"]}\n\n"
+
+
+class ChatWriter(ChunkWriter):
+    """/v1/chat/completions."""
+
+    chat = True
+
+    def begin(self) -> bytes:
+        role = b'"delta":{"role":"assistant","content":""}'
+        return b"".join(head + role + self._tail for head in self._heads)
+
+    def _deltas(self, piece: Piece) -> list[bytes]:
+        return [
+            (b'"delta":{"reasoning_content":' if reasoning else b'"delta":{"content":') + encode(text) + b"}"
+            for text, reasoning in piece.segments
+        ]
+
+    def _last(self) -> bytes:
+        return b'"delta":{}'
+
+    def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+        return chat_logprobs(tokens)
+
+
+class TextWriter(ChunkWriter):
+    """/v1/completions; with ``echo`` each answer begins with its prompt."""
+
+    chat = False
+
+    def __init__(self, echo: Sequence[str] | None, *rest: Any) -> None:
+        """``echo``: the text of each prompt."""
+        super().__init__(*rest)
+        self._echo = echo
+        self._places = [0] * len(self._streams)  # characters of the tokens so far
+        self._each = len(self._streams) // len(self._jobs)  # answers of a prompt
+
+    def begin(self) -> bytes:
+        if self._echo is None:
+            return b""
+        texts = (self._echo[at // self._each] for at in range(len(self._streams)))
+        return b"".join(
+            head + b'"text":' + encode(text) + self._tail for head, text in zip(self._heads, texts, strict=True)
+        )
+
+    def _deltas(self, piece: Piece) -> list[bytes]:
+        return [b'"text":' + encode(text) for text, _ in piece.segments]
+
+    def _last(self) -> bytes:
+        return b'"text":""'
+
+    def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+        place = self._places[piece.at]
+        self._places[piece.at] += sum(len(token["token"]) for token in tokens)
+        return text_logprobs(tokens, place)
+
+    def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
+        found = super()._choice(at, stream, job)
+        if self._echo is not None:
+            found["text"] = self._echo[at // self._each] + found["text"]
+        return found
