@@ -74,20 +74,32 @@ def decode_behind(tokenizer: Tokenizer, context: Sequence[int], text: str, ids: 
 
 
 class _ByteDetokenizer:
-    """For byte-level BPE, where every token is a string of bytes and the text is their UTF-8."""
+    """For byte-level BPE, where every token is a string of bytes and the text is their UTF-8.
+
+    Most tokens are whole characters. Their texts are kept, since a server asks for thousands a second.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._token = tokenizer.backend.id_to_token
         self._special = tokenizer.special_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._known = tokenizer.whole_texts
+        self._within = False  # a character
 
     def push(self, id: int) -> str:
+        if not self._within and (text := self._known.get(id)) is not None:
+            return text
         if id in self._special:
             return ""
         token = self._token(id)
-        return self._utf8.decode(token_bytes(token)) if token is not None else ""
+        text = self._utf8.decode(token_bytes(token)) if token is not None else ""
+        before, self._within = self._within, bool(self._utf8.getstate()[0])
+        if not before and not self._within:
+            self._known[id] = text
+        return text
 
     def finish(self) -> str:
+        self._within = False
         return self._utf8.decode(b"", final=True)
 
 

@@ -108,18 +108,23 @@ class TextStream:
         """Take in an output of the engine; returns the text it adds, piece by piece."""
         if self.finish_reason is not None:
             return []
-        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         shown: list[Segment] = []
-        for position, id in enumerate(output.token_ids):
+        last = len(output.token_ids) if output.finish_reason == "stop" else 0
+        for position, id in enumerate(output.token_ids, start=1):
             self.token_ids.append(id)
             if output.logprobs is not None:
-                self.logprobs.append(output.logprobs[position])
-            ends = output.finish_reason == "stop" and position + 1 == len(output.token_ids)
-            if not ends:  # the token that stopped it is no part of the text
-                new = self._splitter.push(id)
-                shown += self._safe(new, early=len(self.token_ids) <= self._min_tokens) if new else new
+                self.logprobs.append(output.logprobs[position - 1])
+            if position == last:  # the token that stopped it is no part of the text
+                break
+            if not (new := self._splitter.push(id)):
+                continue
+            if self._stop.any:
+                new = self._safe(new, early=len(self.token_ids) <= self._min_tokens)
+            shown += new
             if self._stop.found:
                 break
         if self._stop.found:

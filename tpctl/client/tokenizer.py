@@ -51,6 +51,7 @@ class Tokenizer:
     Attributes:
         backend: the ``tokenizers`` object that does the work.
         special_tokens: ``bos_token``, ``eos_token``, … and the text of each.
+        whole_texts: of tokens that are whole characters, as far as a detokenizer has met them.
     """
 
     def __init__(self, folder: Path, *, shown: str | None = None, template: ChatTemplate | None = None) -> None:
@@ -82,6 +83,7 @@ class Tokenizer:
         # What is written like a control token is then text, even where the chat template wrote it.
         self.backend.encode_special_tokens = files.split_special_tokens
         self.special_tokens = files.special_tokens
+        self.whole_texts: dict[int, str] = {}
         self._template = template
         self._template_source = read_template(folder, files.config, self._shown) if template is None else None
         self._template_name = template_name(folder, self._shown)

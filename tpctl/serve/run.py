@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tpctl.serve.sockets import raise_file_limit
 from tpctl.wire.report import EngineInfo
 
 _THREADS = 8  # that tokenize and render
+_GARBAGE = 20_000  # objects made between two collections: at Python's 700 a third of a token's cost would be those
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def serve(
         TpctlError: an engine could not be started, or has ended.
     """
     raise_file_limit()
+    gc.freeze()  # what imports have left is visited by no collection
+    gc.set_threshold(_GARBAGE, 20, 20)
     failure = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note))
     if failure is not None:
         raise failure

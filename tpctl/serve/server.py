@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 date_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=int(HEAD_SECONDS),
                 timeout_graceful_shutdown=None,
                 backlog=2048,
@@ -55,7 +57,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        ours = threading.current_thread() is threading.main_thread()  # others are told of no signals
+        numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
         for number in numbers:
             loop.add_signal_handler(number, self.end)
         try:

@@ -1,0 +1,105 @@
+"""What a server costs a token: all of ``tpctl serve`` over an engine that costs nothing.
+
+    python benchmarks/serve_cost.py [MODEL] [--streams 256] [--tokens 200] [--step-ms 20] [--whole]
+
+The engine is a process that gives each stream a token a step (``serve_worker.py``), the clients are this process, which
+drops what comes. What is told is the processor time of the server's own process, all its threads, over the tokens: of
+the engine's message, the text, the chunk and the write to its socket. ``--whole`` asks for answers that do not stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tpctl.checkpoint.sources import resolve  # noqa: E402
+from tpctl.client.tokenizer import Tokenizer  # noqa: E402
+
+TEXT = "The sky is blue because molecules of the air scatter short waves of light more than long ones.\n"
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def processor_seconds(pid: int) -> tuple[float, float]:
+    """Of a process, in all its threads: its own, and the system's for it."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / TICK, int(fields[12]) / TICK
+
+
+async def stream(port: int, body: dict[str, object], begun: asyncio.Event) -> int:
+    """Send a request, and count the bytes that come."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    raw = json.dumps(body).encode()
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n")
+    writer.write(b"content-length: %d\r\n\r\n" % len(raw) + raw)
+    count = 0
+    while piece := await reader.read(1 << 20):
+        begun.set()
+        count += len(piece)
+    writer.close()
+    return count
+
+
+async def measure(pid: int, port: int, streams: int, body: dict[str, object]) -> tuple[float, float, float, int]:
+    """Processor seconds of its own and the system's, seconds, and bytes of all streams."""
+    begun = asyncio.Event()
+    tasks = [asyncio.create_task(stream(port, body, begun)) for _ in range(streams)]
+    await begun.wait()  # the engine begins when it has them all
+    before, started = processor_seconds(pid), time.perf_counter()
+    sizes = await asyncio.gather(*tasks)
+    seconds = time.perf_counter() - started
+    after = processor_seconds(pid)
+    return after[0] - before[0], after[1] - before[1], seconds, sum(sizes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--whole", action="store_true")
+    args = parser.parse_args()
+    ids = Tokenizer(resolve(args.model).folder).encode(TEXT)
+    ids = (ids * (args.tokens // len(ids) + 1))[: args.tokens]
+    plan = {"streams": args.streams, "step": args.step_ms / 1000, "ids": ids}
+    env = {
+        **os.environ,
+        "TPCTL_WORKER": "benchmarks.serve_worker",
+        "SERVE_COST": json.dumps(plan),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "tpctl", "serve", args.model, "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        for line in server.stderr:
+            if found := re.search(r"Uvicorn running on http://127.0.0.1:(\d+)", line):
+                break
+        else:
+            raise SystemExit("the server did not start")
+        body = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": not args.whole}
+        for run in range(3):
+            own, system, seconds, size = asyncio.run(measure(server.pid, int(found[1]), args.streams, body))
+            tokens = args.streams * args.tokens
+            print(
+                f"run {run + 1}: {args.streams} streams of {args.tokens} tokens in {seconds:.2f} s, "
+                f"{size / tokens:.0f} bytes a token; {1e6 * (own + system) / tokens:.1f} µs of the server's processor time a token "
+                f"({1e6 * own / tokens:.1f} its own, {1e6 * system / tokens:.1f} the system's)"
+            )
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()

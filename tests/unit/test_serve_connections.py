@@ -1,0 +1,340 @@
+"""A server at a real socket: clients that hang up, read slowly or send half of something, and an end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import TpctlError
+from tpctl.serve import run as run_module
+from tpctl.serve import server as server_module
+from tpctl.serve.app import App
+from tpctl.serve.run import ServeSettings, serve
+from tpctl.serve.server import Server
+from tpctl.serve.sockets import listen, url_of
+
+PATIENCE = 60.0  # seconds that anything may take on a busy machine
+LONG = "abcdefgh" * 3000
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+class Running:
+    """A server in a thread.
+
+    Attributes:
+        failed: why it ended, if not as it was told to.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, engine: FakeEngine, settings: dict[str, Any]) -> None:
+        self.engine = engine
+        self.notes: list[str] = []
+        self.failed: TpctlError | None = None
+        self.server: Server | None = None
+        self.sock = listen("127.0.0.1", 0)
+        self.address = self.sock.getsockname()
+        self.url = url_of(self.sock)
+        self._ready = threading.Event()
+        self._settings = ServeSettings(("demo",), {"temperature": 1.0}, **settings)
+        self._tokenizer = tokenizer
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self, patch: pytest.MonkeyPatch) -> None:
+        def made(*arguments: Any) -> Server:
+            self.server = Server(*arguments)
+            self.loop = asyncio.get_running_loop()
+            return self.server
+
+        patch.setattr(run_module, "Server", made)
+        self.thread.start()
+        assert self._ready.wait(PATIENCE)
+
+    def end(self) -> None:
+        assert self.server is not None
+        self.loop.call_soon_threadsafe(self.server.end)
+
+    def connect(self, room: int | None = None) -> socket.socket:
+        """A connection; ``room``: bytes that the system keeps of what is not read."""
+        sock = socket.socket()
+        sock.settimeout(PATIENCE)
+        if room is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        sock.connect(self.address)
+        return sock
+
+    def ask(self, path: str, body: dict[str, Any], room: int | None = None) -> socket.socket:
+        """A connection that a request was sent over."""
+        sock = self.connect(room)
+        raw = json.dumps(body).encode()
+        sock.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(raw)) + raw)
+        return sock
+
+    def _run(self) -> None:
+        try:
+            serve(
+                [self.engine],
+                self._tokenizer,
+                self.sock,
+                self._settings,
+                at_once=8,
+                ready=lambda info: self._ready.set(),
+                note=self.notes.append,
+            )
+        except TpctlError as error:
+            self.failed = error
+
+
+@contextmanager
+def running(tokenizer: Tokenizer, engine: FakeEngine, **settings: Any) -> Iterator[Running]:
+    """A server that is ended afterwards, if it has not been, and had nothing to complain of."""
+    found = Running(tokenizer, engine, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        found.start(patch)
+        yield found
+        if found.thread.is_alive():
+            found.end()
+        found.thread.join(PATIENCE)
+    assert not found.thread.is_alive() and not found.notes
+    assert not engine.open and engine.closed, "the engine was left with work"
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def everything(sock: socket.socket, until: bytes | None = None) -> bytes:
+    """What comes until the server closes the connection, or until the end of what came is ``until``."""
+    found = bytearray()
+    while piece := sock.recv(1 << 16):
+        found += piece
+        if until is not None and found.endswith(until):
+            break
+    return bytes(found)
+
+
+def unchunked(body: bytes) -> bytes:
+    """What chunks hold."""
+    found, at = [], 0
+    while at < len(body):
+        end = body.index(b"\r\n", at)
+        size = int(body[at:end], 16)
+        found.append(body[end + 2 : end + 2 + size])
+        at = end + 4 + size
+    return b"".join(found)
+
+
+BODY = {"prompt": "ab", "max_tokens": 20000, "stream": True}
+
+
+def talkative(tokenizer: Tokenizer) -> FakeEngine:
+    return FakeEngine(tokenizer, say=lambda *_: LONG, max_model_len=100_000)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_whoever_hangs_up_gives_up_the_engines_work(tokenizer: Tokenizer, stream: bool) -> None:
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine) as server:
+        sock = server.ask("/v1/completions", {**BODY, "stream": stream, "n": 3})
+        until(lambda: len(engine.open) == 3)
+        if stream:
+            assert sock.recv(10) == b"HTTP/1.1 2"
+        sock.close()
+        until(lambda: not engine.open)
+        assert len(engine.aborted) == 3
+        engine.gate.clear()  # now before there is any token
+        sock = server.ask("/v1/completions", {**BODY, "stream": stream})
+        until(lambda: len(engine.open) == 1)
+        sock.close()
+        until(lambda: not engine.open)
+        engine.gate.set()
+
+
+def test_a_slow_reader_holds_up_nobody_and_loses_nothing(tokenizer: Tokenizer) -> None:
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine) as server:
+        slow = server.ask("/v1/completions", BODY, room=4096)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x")
+        assert client.completions.create(model="demo", prompt="ab", max_tokens=5).choices[0].text == LONG[:5]
+        until(lambda: not engine.open)  # it is done, though nothing was read
+        _, _, body = everything(slow, until=b"0\r\n\r\n").partition(b"\r\n\r\n")
+        lines = unchunked(body).decode().split("\n\n")
+        texts = [json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {")]
+        assert "".join(texts) == LONG[: BODY["max_tokens"]]
+        slow.close()
+
+
+def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:
+    hello: Any = [{"role": "user", "content": "Hi"}]
+    with running(tokenizer, FakeEngine(tokenizer), api_key="k") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
+        assert client.chat.completions.create(model="demo", messages=hello).choices[0].message.content == "<[u]Hi[a]>"
+        pieces = client.chat.completions.create(model="demo", messages=hello, stream=True)
+        assert "".join(one.choices[0].delta.content or "" for one in pieces) == "<[u]Hi[a]>"
+        assert client.completions.create(model="demo", prompt=["a", "b"]).choices[1].text == "<b>"
+        assert [model.id for model in client.models.list()] == ["demo"]
+        with pytest.raises(openai.NotFoundError, match="does not exist here"):
+            client.completions.create(model="other", prompt="a")
+        with pytest.raises(openai.BadRequestError, match="max_tokens is 0") as refused:
+            client.completions.create(model="demo", prompt="a", max_tokens=0)
+        assert refused.value.param == "max_tokens"
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
+
+
+def test_hundreds_stream_at_once(tokenizer: Tokenizer) -> None:
+    async def all_of_them(url: str) -> list[str]:
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=PATIENCE) as client:
+
+            async def one(number: int) -> str:
+                body = {"prompt": f"p{number}", "max_tokens": 100, "stream": True}
+                found = ""
+                async with client.stream("POST", "/v1/completions", json=body) as response:
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {"):
+                            found += json.loads(line[6:])["choices"][0]["text"]
+                return found
+
+            return await asyncio.gather(*(one(number) for number in range(300)))
+
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        assert asyncio.run(all_of_them(server.url)) == [f"<p{number}>" for number in range(300)]
+
+
+def test_requests_that_are_given_up_anywhere_leave_nothing(tokenizer: Tokenizer) -> None:
+    draw = random.Random(0)
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine) as server:
+        for number in range(300):
+            sock = server.connect()
+            raw = json.dumps({**BODY, "n": draw.choice([1, 3])}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(raw)
+            whole = head + raw
+            sock.sendall(whole[: draw.choice([0, 5, len(head), len(whole) - 3, len(whole), len(whole)])])
+            if number % 3 == 0:
+                sock.settimeout(0.02)
+                with suppress(TimeoutError):
+                    sock.recv(100)
+            sock.close()
+        until(lambda: not engine.open)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x")
+        assert client.completions.create(model="demo", prompt="ab", max_tokens=5).choices[0].text == LONG[:5]
+        lines = httpx2.get(f"{server.url}/metrics").text.splitlines()
+        assert "tpctl_requests_open 0.0" in lines
+
+
+def test_what_is_half_sent_is_not_waited_for(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(run_module, "App", partial(App, body_seconds=0.3))
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        for begun in (b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /"):
+            with server.connect() as sock:
+                sock.sendall(begun)
+                answer = everything(sock)  # until the server closes
+                assert answer.startswith(b"HTTP/1.1 200") if b"health" in begun else answer == b""
+        with server.connect() as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            assert b"408" in sock.recv(1000).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("raw", [b"\x00\xff\xfe" * 50, b"GET", b"POST / HTTP/9.9", b"\x16\x03\x01\x02\x00"])
+def test_what_is_no_http_is_refused(tokenizer: Tokenizer, raw: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        with server.connect() as sock:
+            sock.sendall(raw + b"\r\n\r\n")
+            assert sock.recv(1000).startswith(b"HTTP/1.1 4")
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_an_end_in_order_lets_requests_end(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(tokenizer)
+    with running(tokenizer, engine, drain=PATIENCE) as server:
+        engine.gate.clear()
+        sock = server.ask("/v1/completions", {"prompt": "ab", "stream": True})
+        until(lambda: len(engine.open) == 1)
+        server.end()
+        until(lambda: _refused(server))
+        engine.gate.set()
+        assert everything(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        server.thread.join(PATIENCE)
+    assert server.failed is None
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_an_end_does_not_wait_for_ever(tokenizer: Tokenizer, again: bool) -> None:
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine, drain=PATIENCE if again else 0.2) as server:
+        sock = server.ask("/v1/completions", BODY)
+        until(lambda: len(engine.open) == 1)
+        sock.recv(1)
+        server.end()
+        if again:
+            server.end()
+        answer = everything(sock)
+        assert b'{"error":{"message":"the server has ended before this answer did","type":"server_error"' in answer
+        assert b"[DONE]" not in answer
+        server.thread.join(PATIENCE)
+    assert server.failed is None
+
+
+def test_a_client_that_reads_nothing_does_not_hold_up_the_end(tokenizer: Tokenizer) -> None:
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine, drain=0.2) as server:
+        sock = server.ask("/v1/completions", {**BODY, "n": 8}, room=4096)
+        until(lambda: len(engine.requests) == 8 and not engine.open)
+        server.end()
+        server.thread.join(PATIENCE)
+        assert not server.thread.is_alive()
+        sock.close()
+
+
+def test_an_engine_that_ends_takes_the_server_with_it(tokenizer: Tokenizer) -> None:
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine) as server:
+        stream = server.ask("/v1/completions", BODY)
+        until(lambda: len(engine.open) == 1)
+        stream.recv(1)
+        engine.die("rank 0 was killed (SIGKILL)")
+        engine.open.clear()
+        said = b"the engine has ended: rank 0 was killed (SIGKILL)"
+        assert said in everything(stream)
+        server.thread.join(PATIENCE)
+    assert str(server.failed) == "rank 0 was killed (SIGKILL)"
+
+
+def test_an_idle_server_does_nothing(tokenizer: Tokenizer) -> None:
+    with running(tokenizer, FakeEngine(tokenizer)) as server:
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        before = time.process_time()
+        time.sleep(2)
+        assert time.process_time() - before < 0.05
+
+
+def _refused(server: Running) -> bool:
+    try:
+        server.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
