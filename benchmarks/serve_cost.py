@@ -91,10 +91,10 @@ def main() -> None:
         for run in range(3):
             own, system, seconds, size = asyncio.run(measure(server.pid, int(found[1]), args.streams, body))
             tokens = args.streams * args.tokens
+            own, system = 1e6 * own / tokens, 1e6 * system / tokens
             print(
-                f"run {run + 1}: {args.streams} streams of {args.tokens} tokens in {seconds:.2f} s, "
-                f"{size / tokens:.0f} bytes a token; {1e6 * (own + system) / tokens:.1f} µs of the server's processor time a token "
-                f"({1e6 * own / tokens:.1f} its own, {1e6 * system / tokens:.1f} the system's)"
+                f"{run + 1}: {args.streams} streams of {args.tokens} tokens in {seconds:.1f} s, {size / tokens:.0f} "
+                f"bytes a token; server {own + system:.1f} µs a token ({own:.1f} its own, {system:.1f} the system's)"
             )
     finally:
         server.terminate()

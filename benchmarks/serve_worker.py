@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from tpctl.launch.lifeline import connect, tie_to_parent
 from tpctl.wire.channel import Channel, ChannelClosed
@@ -25,11 +26,8 @@ def main() -> None:
     parser.add_argument("--socket", type=Path)
     channel = connect(parser.parse_args().socket)
     plan = json.loads(os.environ["SERVE_COST"])
-    longest = 8192
-    info = EngineInfo(
-        "cpu", "none", 1, "none", "none", 16, 1, longest, longest, 0, None, "fcfs", 0, {}, plan["streams"]
-    )
-    channel.send(Ready(info))
+    many = plan["streams"]
+    channel.send(Ready(EngineInfo("cpu", "none", 1, "none", "none", 16, 1, 8192, 8192, 0, None, "fcfs", 0, {}, many)))
     requests: list[str] = []
     try:
         while not isinstance(message := channel.receive(), Stop):
@@ -39,20 +37,20 @@ def main() -> None:
                 channel.send(Outputs([Output(id, [], "abort") for id in message.ids]))
             elif isinstance(message, Add):
                 requests += [request.id for request in message.requests]
-                if len(requests) == plan["streams"]:
+                if len(requests) == many:
                     threading.Thread(target=answer, args=(channel, list(requests), plan), daemon=True).start()
                     requests.clear()
     except ChannelClosed:
         os._exit(1)
 
 
-def answer(channel: Channel, requests: list[str], plan: dict[str, list[int]]) -> None:
+def answer(channel: Channel, requests: list[str], plan: dict[str, Any]) -> None:
     time.sleep(1.0)
     due = time.monotonic()
     for at, id in enumerate(plan["ids"]):
         reason = "length" if at + 1 == len(plan["ids"]) else None
         channel.send(Outputs([Output(request, [id], reason) for request in requests]))
-        due += float(plan["step"])  # type: ignore[arg-type]
+        due += plan["step"]
         time.sleep(max(0.0, due - time.monotonic()))
 
 

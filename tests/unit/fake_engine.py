@@ -75,11 +75,11 @@ class FakeEngine:
             self._wake.notify()
         self.ready.set()
         self.gate.set()
+        self._router.fail(self.failure or EngineError("the engine is closed"))  # as the client does
 
     def die(self, message: str = "rank 1 was killed (SIGKILL)") -> None:
         self.failure = EngineError(message)
         self.close()
-        self._router.fail(self.failure)
 
     def _send(self, message: Add | Abort) -> None:
         if self.failure is not None:

@@ -188,6 +188,9 @@ def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:
     hello: Any = [{"role": "user", "content": "Hi"}]
     with running(tokenizer, FakeEngine(tokenizer), api_key="k") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
+        assert client.responses.create(model="demo", input="Hi").output_text == "<[u]Hi[a]>"
+        with client.responses.stream(model="demo", input="Hi") as events:
+            assert events.get_final_response().output_text == "<[u]Hi[a]>"
         assert client.chat.completions.create(model="demo", messages=hello).choices[0].message.content == "<[u]Hi[a]>"
         pieces = client.chat.completions.create(model="demo", messages=hello, stream=True)
         assert "".join(one.choices[0].delta.content or "" for one in pieces) == "<[u]Hi[a]>"

@@ -75,11 +75,12 @@ def refuse(body: dict[str, Any], names: Mapping[str, tuple[Any, ...]]) -> None:
             raise FieldError(f"{name} is {shown(value)}, which tpctl cannot do; leave it out", name)
 
 
-def settings(body: dict[str, Any], *, chat: bool) -> Wanted:
+def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wanted:
     """How a body without its prompt or messages wants its answers made: fields as of a line in tpctl's own form.
 
     Args:
         body: what is given; it is used up.
+        path: what it was sent to, if that is another than ``CHAT`` or ``TEXT``.
 
     Raises:
         FieldError: a field is unknown, or cannot be had as it is.
@@ -98,7 +99,8 @@ def settings(body: dict[str, Any], *, chat: bool) -> Wanted:
     fields |= {name: body.pop(name) for name in _SAME & body.keys()}
     if body:
         name = min(body)
-        raise FieldError(f"unknown field {name!r} in the body of a request to {CHAT if chat else TEXT}", name)
+        where = path or (CHAT if chat else TEXT)
+        raise FieldError(f"unknown field {name!r} in the body of a request to {where}", name)
     return Wanted(fields, choices)
 
 

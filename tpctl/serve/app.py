@@ -54,6 +54,7 @@ class App:
         posts: dict[str, Post] = {
             "/v1/chat/completions": endpoints.chat,
             "/v1/completions": endpoints.complete,
+            "/v1/responses": endpoints.respond,
             "/tokenize": endpoints.tokenize,
             "/detokenize": endpoints.detokenize,
         }

@@ -14,6 +14,7 @@ from tpctl.serve.answered import Answered, Said
 from tpctl.serve.asked import Reader, Streaming, check_ids, read_prompts
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
+from tpctl.serve.responses import ResponseWriter, read_response
 from tpctl.serve.writers import ChatWriter, TextWriter
 
 
@@ -57,6 +58,17 @@ class Endpoints:
         self.pool.metrics.begun(generation, since)
         writer = TextWriter(texts, model, jobs, generation, self.reader.tokenizer, streaming)
         return Answered(generation, writer, self.reader.run, stream=streaming.wanted)
+
+    async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
+        """/v1/responses."""
+        model = self.model(body)
+        stream = flag(body.pop("stream", False), "stream")
+        asked = read_response(body)
+        job = await self.reader.conversation(asked.messages, asked.wanted, self.pool.check_open())
+        generation = self.pool.begin([job])
+        self.pool.metrics.begun(generation, since)
+        writer = ResponseWriter(model, asked, job, generation)
+        return Answered(generation, writer, self.reader.run, stream=stream)
 
     async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/tokenize: of a text, or of a conversation as the chat template has it."""

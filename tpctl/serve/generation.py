@@ -37,6 +37,7 @@ class Generation:
     Attributes:
         streams: one for each answer.
         arrived: when each one's last token came; 0: none yet.
+        reasoning_tokens: that added to what was thought, of all answers.
     """
 
     def __init__(self, streams: Sequence[TextStream], cancelled: Callable[[], None]) -> None:
@@ -47,6 +48,7 @@ class Generation:
         """
         self.streams = streams
         self.arrived = [0.0] * len(streams)
+        self.reasoning_tokens = 0
         self._cancelled = cancelled
         self._left = len(streams)
         self._pieces: list[Piece] = []
@@ -73,6 +75,8 @@ class Generation:
         if reason in ("error", "abort"):
             self.fail(ApiError(500, output.message or "the request was given up"))
             return True
+        if segments and segments[0].reasoning:
+            self.reasoning_tokens += len(stream.token_ids) - before
         self._pieces.append(Piece(at, segments, before, len(stream.token_ids) - before, reason))
         if reason is not None:
             self._left -= 1

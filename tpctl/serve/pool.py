@@ -85,6 +85,7 @@ class Pool:
         self.metrics = metrics
         self.most = most
         self._on_failure = on_failure
+        self._closed = False
         self._numbers = itertools.count()
         loop = asyncio.get_running_loop()
         self._lanes = [Lane(engine, loop, self) for engine in engines]
@@ -160,8 +161,8 @@ class Pool:
         return generation
 
     def fail(self, reason: TpctlError) -> None:
-        """End everything: an engine has."""
-        if self.failure is None:
+        """End everything: an engine has, and nobody asked it to."""
+        if self.failure is None and not self._closed:
             self.failure = reason
             self.give_up(ApiError(500, f"the engine has ended: {reason}", code="engine_ended"))
             self._on_failure(reason)
@@ -181,6 +182,7 @@ class Pool:
 
     async def close(self) -> None:
         """End the engines; whoever waits for one is told."""
+        self._closed = True
         for lane in self._lanes:
             lane.close()
         await asyncio.gather(*(asyncio.to_thread(lane.engine.close) for lane in self._lanes))

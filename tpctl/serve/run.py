@@ -67,9 +67,14 @@ def serve(
         TpctlError: an engine could not be started, or has ended.
     """
     raise_file_limit()
+    before = gc.get_threshold()
     gc.freeze()  # what imports have left is visited by no collection
     gc.set_threshold(_GARBAGE, 20, 20)
-    failure = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note))
+    try:
+        failure = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note))
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
     if failure is not None:
         raise failure
 

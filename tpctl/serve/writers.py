@@ -37,6 +37,7 @@ class ChunkWriter(ABC):
         self._created = int(time.time())
         self._model = model
         self._jobs = jobs
+        self._generation = generation
         self._streams = generation.streams
         self._tokenizer = tokenizer
         self._streaming = streaming
@@ -83,7 +84,10 @@ class ChunkWriter(ABC):
             sum(len(job.token_ids) for job in self._jobs), sum(len(stream.token_ids) for stream in self._streams)
         )
         cached = sum(max(stream.num_cached_tokens for stream in job.streams) for job in self._jobs)
-        return {**found, "prompt_tokens_details": {"cached_tokens": cached}}
+        found["prompt_tokens_details"] = {"cached_tokens": cached}
+        if self.chat:
+            found["completion_tokens_details"] = {"reasoning_tokens": self._generation.reasoning_tokens}
+        return found
 
     @abstractmethod
     def _deltas(self, piece: Piece) -> list[bytes]:

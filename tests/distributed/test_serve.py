@@ -1,0 +1,198 @@
+"""``tpctl serve`` with the demo model on two ranks: OpenAI's own client, hang-ups that free blocks, and an end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from tests.distributed.server_process import PATIENCE, ServerProcess
+from tpctl.checkpoint.sources import ResolvedSource
+from tpctl.client.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
+
+CAPITAL: Any = [{"role": "user", "content": "Name the capital of France."}]
+PARIS = "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def server(demo: ResolvedSource) -> Iterator[ServerProcess]:
+    settings = ["--device", "cpu", "--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory", "64MiB"]
+    names = ["--served-model-name", "demo", "--api-key", "k"]
+    process = ServerProcess(str(demo.folder), "--tp", "2", *settings, *names)
+    with process:
+        yield process
+    assert process.process.returncode == 0 and not process.workers()
+    assert [line for line in process.said if "Traceback" in line or "Error" in line] == []
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", timeout=PATIENCE, max_retries=0) as client:
+        yield client
+
+
+def counters(server: ServerProcess) -> dict[str, float]:
+    lines = httpx2.get(f"{server.url}/metrics", headers={"authorization": "Bearer k"}, timeout=PATIENCE).text
+    pairs = (line.rpartition(" ") for line in lines.splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
+
+
+def wait_for_free_blocks(server: ServerProcess) -> None:
+    """Until the engine holds no block; it checks its books when it is asked while idle, and ends if they are wrong."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found = counters(server)
+        names = ("tpctl_requests_open", 'tpctl_requests_running{engine="0"}', 'tpctl_kv_cache_usage_ratio{engine="0"}')
+        if all(found[name] == 0 for name in names):
+            return
+        assert time.monotonic() < deadline, {name: found[name] for name in names}
+        time.sleep(0.05)
+
+
+def test_a_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo", messages=CAPITAL, temperature=0)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (PARIS, "stop")
+    stream = client.chat.completions.create(
+        model="demo", messages=CAPITAL, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = stream
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == PARIS
+    assert last.usage == answer.usage or last.usage.completion_tokens == answer.usage.completion_tokens
+    assert last.usage.prompt_tokens_details.cached_tokens > 0  # the same conversation came before
+
+
+def test_completions_of_texts_and_tokens(client: openai.OpenAI, demo: ResolvedSource) -> None:
+    tokenizer = Tokenizer(demo.folder)
+    text = "The capital of Italy is"
+    answer = client.completions.create(model="demo", prompt=[text, tokenizer.encode(text)], max_tokens=2, temperature=0)
+    assert [choice.text for choice in answer.choices] == [" Rome.", " Rome."]
+    echoed = client.completions.create(model="demo", prompt=text, max_tokens=2, temperature=0, echo=True)
+    assert echoed.choices[0].text == text + " Rome."
+    pieces = client.completions.create(model="demo", prompt=text, max_tokens=2, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == " Rome."
+
+
+def test_fields_change_what_is_answered(client: openai.OpenAI, demo: ResolvedSource) -> None:
+    paris = Tokenizer(demo.folder).encode(" Paris")[0]
+    asked: Any = {"model": "demo", "messages": CAPITAL, "temperature": 0}
+    without = client.chat.completions.create(**asked, logit_bias={str(paris): -100}).choices[0].message.content
+    assert without is not None and "Paris" not in without
+    stopped = client.chat.completions.create(**asked, stop=[" is"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == ("The capital of France", "stop")
+    longer = client.chat.completions.create(**asked, max_tokens=12, extra_body={"ignore_eos": True})
+    assert longer.usage is not None and longer.usage.completion_tokens == 12
+    told = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0].logprobs
+    assert told is not None and told.content is not None
+    assert "".join(one.token for one in told.content).startswith(PARIS)
+    assert all(one.logprob == one.top_logprobs[0].logprob <= 0 for one in told.content)
+    sampled = {"model": "demo", "messages": CAPITAL, "temperature": 1.5, "max_tokens": 8, "n": 2}
+    one, again = (client.chat.completions.create(**sampled, seed=seed).choices for seed in (1, 1))
+    assert [choice.message.content for choice in one] == [choice.message.content for choice in again]
+    assert one[0].message.content != one[1].message.content
+
+
+def test_many_at_once(server: ServerProcess) -> None:
+    async def answers() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="k", timeout=PATIENCE) as client:
+
+            async def one(number: int) -> str:
+                if number % 2:
+                    answer = await client.chat.completions.create(model="demo", messages=CAPITAL, temperature=0)
+                    return str(answer.choices[0].message.content)
+                stream = await client.chat.completions.create(
+                    model="demo", messages=CAPITAL, temperature=0, stream=True
+                )
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            return await asyncio.gather(*(one(number) for number in range(40)))
+
+    assert asyncio.run(answers()) == [PARIS] * 40
+
+
+def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"max_tokens is 2000: 20\d\d in all, but .* may have 1024"):
+        client.chat.completions.create(model="demo", messages=CAPITAL, max_tokens=2000)
+    with pytest.raises(openai.BadRequestError, match="prompt holds token 60000"):
+        client.completions.create(model="demo", prompt=[60000])
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=CAPITAL)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_whoever_hangs_up_leaves_no_block(server: ServerProcess) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    for number in range(24):
+        body = {"prompt": f"{number} Once upon a time", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 2}
+        raw = json.dumps(body).encode()
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\n")
+            sock.sendall(b"content-length: %d\r\n\r\n" % len(raw) + raw)
+            if number % 4 == 0:
+                assert sock.recv(12) == b"HTTP/1.1 200"
+    wait_for_free_blocks(server)
+
+
+def test_an_idle_server_does_nothing(server: ServerProcess) -> None:
+    wait_for_free_blocks(server)
+    time.sleep(1)
+    everybody = [server.process.pid, *server.workers()]
+    before = [server.processor_seconds(pid) for pid in everybody]
+    time.sleep(4)
+    used = [now - then for now, then in zip(map(server.processor_seconds, everybody), before, strict=True)]
+    assert max(used) <= 0.1, used
+
+
+def test_a_dead_rank_ends_the_server_with_its_reason(small: str) -> None:
+    process = ServerProcess(small, "--tp", "2", "--device", "cpu", "--kv-cache-memory", "64MiB")
+    with process.ready():
+        body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{process.url}/v1/completions", json=body, timeout=PATIENCE) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: {")
+            for pid in process.workers():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            *_, last = (line for line in lines if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_ended"
+        assert process.process.wait(PATIENCE) == 1
+    assert process.said[-1].startswith("tpctl: ") and "SIGKILL" in process.said[-1]
+    assert not any("Traceback" in line for line in process.said)
+
+
+def test_signals_end_it_in_order(small: str) -> None:
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 0)):
+        process = ServerProcess(small, "--device", "cpu", "--kv-cache-memory", "64MiB", "--drain", "60")
+        with process.ready():
+            body = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}
+            with httpx2.stream("POST", f"{process.url}/v1/completions", json=body, timeout=PATIENCE) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.process.send_signal(number)
+                *_, last = (line for line in lines if line)
+            assert last == "data: [DONE]"
+            assert process.process.wait(PATIENCE) == code
+        assert not process.workers()
+
+
+def test_a_signal_while_the_model_loads(small: str) -> None:
+    process = ServerProcess(small, "--tp", "2", "--device", "cpu")
+    deadline = time.monotonic() + PATIENCE
+    while not process.workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.process.send_signal(signal.SIGTERM)
+    assert process.process.wait(PATIENCE) in (0, 128 + signal.SIGTERM)
+    assert not process.workers()

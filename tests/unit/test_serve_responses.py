@@ -1,0 +1,142 @@
+"""/v1/responses over a fake engine, read by OpenAI's own types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+from starlette.testclient import TestClient
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import served
+from tests.unit.test_serve_refusals import error
+from tpctl.client.tokenizer import Tokenizer
+
+PATH = "/v1/responses"
+EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    template = (
+        "{% for m in messages %}[{{ m.role[0] }}]{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+        "{{ m.content }}{% endfor %}{% if false %}</think>{% endif %}{% if reasoning_effort %}!{% endif %}"
+    )
+    folder: Path = tmp_path_factory.mktemp("thinking")
+    return Tokenizer(write_tokenizer(folder, template=template, added=("<think>", "</think>")))
+
+
+def events(client: TestClient, body: dict[str, Any]) -> list[Any]:
+    """The events of a stream, each of its type and in its place."""
+    text = client.post(PATH, json={**body, "stream": True}).text
+    found = []
+    for number, block in enumerate(text.removesuffix("\n\n").split("\n\n")):
+        kind, data = block.split("\n")
+        event = EVENT.validate_python(json.loads(data.removeprefix("data: ")))
+        assert kind == f"event: {event.type}" and event.sequence_number == number
+        found.append(event)
+    return found
+
+
+def test_a_response(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, server):
+        body = {"input": "Hi", "instructions": "Be brief", "max_output_tokens": 40, "temperature": 0.5, "store": True}
+        answer = Response.model_validate(client.post(PATH, json={"model": "demo", **body}).json())
+        assert answer.output_text == "<[s]Be brief[u]Hi[a]>" and answer.status == "completed"
+        assert answer.usage is not None and answer.usage.output_tokens == len(answer.output_text) + 1
+        assert answer.instructions == "Be brief" and answer.max_output_tokens == 40 and answer.temperature == 0.5
+        sampling = server.engines[0].requests[0].sampling
+        assert (sampling.max_tokens, sampling.temperature) == (40, 0.5)
+        cut = Response.model_validate(client.post(PATH, json={**body, "max_output_tokens": 2}).json())
+        assert (cut.status, cut.output_text) == ("incomplete", "<[")
+        assert cut.incomplete_details is not None and cut.incomplete_details.reason == "max_output_tokens"
+
+
+def test_items_are_messages(thinking: Tokenizer) -> None:
+    items = [
+        {"role": "developer", "content": "D"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text} for text in "ab"]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "c", "annotations": []}]},
+        {"role": "user", "content": "d"},
+    ]
+    with served(thinking) as (client, _):
+        answer = Response.model_validate(client.post(PATH, json={"input": items}).json())
+        assert answer.output_text == "<[s]D[u]a\nb[a](hm)c[u]d>"
+        effort = Response.model_validate(client.post(PATH, json={"input": "x", "reasoning": {"effort": "low"}}).json())
+        assert effort.output_text == "<[u]x!>" and effort.reasoning is not None and effort.reasoning.effort == "low"
+
+
+def test_a_response_streams(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        found = events(client, {"input": "Hi"})
+        kinds = [event.type for event in found]
+        assert kinds[:4] == [
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.content_part.added",
+        ]
+        assert kinds[-4:] == [
+            "response.output_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.completed",
+        ]
+        deltas = [event.delta for event in found if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == found[-4].text == found[-1].response.output_text == "<[u]Hi[a]>"
+
+
+def test_thoughts_are_an_item_of_their_own(thinking: Tokenizer) -> None:
+    with served(thinking, FakeEngine(thinking, say=lambda *_: "<think>hm</think>So")) as (client, _):
+        answer = Response.model_validate(client.post(PATH, json={"input": "Hi"}).json())
+        assert [item.type for item in answer.output] == ["reasoning", "message"] and answer.output_text == "So"
+        assert answer.output[0].content[0].text == "hm"
+        found = events(client, {"input": "Hi"})
+        thought = [event.delta for event in found if event.type == "response.reasoning_text.delta"]
+        said = [event.delta for event in found if event.type == "response.output_text.delta"]
+        assert ("".join(thought), "".join(said)) == ("hm", "So")
+        assert found[-1].response.output[0].content[0].text == "hm"
+        places = [event.output_index for event in found if event.type == "response.output_item.done"]
+        assert places == [0, 1] and found[-1].response.usage.output_tokens_details.reasoning_tokens == 2
+
+
+def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, FakeEngine(tokenizer, say=lambda *_: "")) as (client, _):
+        found = events(client, {"input": "Hi"})
+        assert found[-1].response.output_text == "" and found[-1].response.output[0].type == "message"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({}, "input", "the body has no input"),
+        ({"input": []}, "input", "input is [], but must be a text or a list of items"),
+        ({"input": [{"type": "function_call"}]}, "input", 'item 1 of input is of type "function_call", which tpctl'),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "tpctl takes text only"),
+        ({"input": [5]}, "input", "item 1 of input is 5, which tpctl cannot take"),
+        ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id", "which tpctl cannot do"),
+        ({"input": "a", "tools": [{"type": "function"}]}, "tools", "which tpctl cannot do"),
+        ({"input": "a", "text": {"format": {"type": "json_object"}}}, "format", "which tpctl cannot do"),
+        ({"input": "a", "truncation": "auto"}, "truncation", "which tpctl cannot do"),
+        ({"input": "a", "colour": 1}, "colour", "unknown field 'colour' in the body of a request to /v1/responses"),
+        ({"input": "a", "n": 2}, "n", "unknown field 'n'"),
+        ({"input": "a", "max_output_tokens": 0}, "max_tokens", "max_tokens is 0, but must be at least 1"),
+        ({"input": "a", "reasoning": 5}, "reasoning", "reasoning is 5, but must be a JSON object"),
+    ],
+)
+def test_what_cannot_be_had(tokenizer: Tokenizer, body: Any, param: str, said: str) -> None:
+    with served(tokenizer) as (client, server):
+        found = error(client.post(PATH, json=body), 400)
+        assert said in found.message and found.param == param
+        assert not server.notes
