@@ -12,6 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from tests.unit.fake_client import write_tokenizer
+from tpctl.checkpoint.sources import resolve
 from tpctl.client.template import ChatTemplate
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError, RequestError
@@ -194,8 +196,6 @@ def test_a_template_cannot_reach_out(attack: str) -> None:
 def test_demo_model_equals_auto_tokenizer() -> None:
     from transformers import AutoTokenizer
 
-    from tpctl.checkpoint.sources import resolve
-
     folder = resolve("demo").folder
     reference, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
     for messages in (MESSAGES, MESSAGES[1:], MESSAGES[1:2]):
@@ -205,3 +205,20 @@ def test_demo_model_equals_auto_tokenizer() -> None:
         assert ours.encode_chat(messages) == ids
         assert ours.decode(ids, skip_special=False) == reference.decode(ids)
     assert ours.encode("Once upon a time\n\n") == reference.encode("Once upon a time\n\n")
+
+
+def test_a_long_text_has_the_same_tokens_where_others_go_on(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, special=["<s>"]))
+    text = "a<s> bé\n" * 1000
+    alone = tokenizer.encode(text)
+    tokenizer.shared = True
+    assert tokenizer.encode(text) == alone and len(alone) > len(text) / 2
+
+
+@pytest.mark.slow
+def test_a_text_far_too_long_is_known_by_its_beginning() -> None:
+    """Of a tokenizer that drops what it does not know, as the demo model's, no bound is known beforehand."""
+    tokenizer = Tokenizer(resolve("demo").folder)
+    with pytest.raises(RequestError, match=r"5,000,000 characters, of which the first 67,136 were .* most 100"):
+        tokenizer.encode("word " * 1_000_000, most=100)
+    assert len(tokenizer.encode("word " * 30_000, most=40_000)) == 30_001

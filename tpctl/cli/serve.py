@@ -79,6 +79,7 @@ def serve(
     interface has it. The first SIGTERM or Ctrl-C lets requests end, the second one does not wait.
     """
     check_installed()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads that tokenize are the server's own
     sampling.check()
     key, max_body = server.key(), parse_bytes(server.max_body, "MiB")
     with ExitStack() as stack:

@@ -32,6 +32,8 @@ LONGEST = 1 << 20
 MOST_PARSED = 64 << 20
 """Bytes of a file that is read as Python's objects, which can take 25 times as many."""
 
+_TOGETHER = 1 << 14  # characters that are measured at a time: other threads wait for that long
+
 _UNICODE = 16
 """NFKC makes at most 11 bytes of one (U+FDFA), in lower case a half more; what has been taken apart stays so."""
 _MOST_PREPENDED = 16  # they go before each part between two added tokens, which ``check_text_growth`` does not see
@@ -103,7 +105,7 @@ def check_text_growth(backend: Tokenizer, text: str, growth: float, file: str) -
     if size * min(growth, size) <= LONGEST:
         return
     most, found = LONGEST + 4 * size, 0
-    step = max(1, int(LONGEST / (4 * growth)))  # characters measured at a time
+    step = max(1, min(_TOGETHER, int(LONGEST / (4 * growth))))  # characters measured at a time
     for begin in range(0, len(text), step):
         part = text[begin : begin + step]
         if backend.normalizer is not None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 _LONG = 1 << 16  # characters of a text about which it is worth to look through the vocabulary
+_LAST_WORD = 1000  # tokens that a text cut in its last word may have more
+_QUICK = 2000  # characters that are tokenised in a millisecond or two
 MOST_BYTES = 256 << 20
 """Longest ``tokenizer.json``. The largest in use, of 260,000 tokens, have 34 MB; read, they take several times that."""
 
@@ -51,6 +53,7 @@ class Tokenizer:
     Attributes:
         backend: the ``tokenizers`` object that does the work.
         special_tokens: ``bos_token``, ``eos_token``, … and the text of each.
+        shared: other threads must go on while a long text is tokenised: the library then lets go of Python's lock.
         whole_texts: of tokens that are whole characters, as far as a detokenizer has met them.
     """
 
@@ -83,6 +86,7 @@ class Tokenizer:
         # What is written like a control token is then text, even where the chat template wrote it.
         self.backend.encode_special_tokens = files.split_special_tokens
         self.special_tokens = files.special_tokens
+        self.shared = False
         self.whole_texts: dict[int, str] = {}
         self._template = template
         self._template_source = read_template(folder, files.config, self._shown) if template is None else None
@@ -200,18 +204,35 @@ class Tokenizer:
         check_text(text)
         if most is not None and len(text) > max(_LONG, most):
             self._check_room(text, most)
+        return self._ids(text, add_special_tokens=add_special_tokens)
 
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         def encoded() -> list[int]:
             check_text_growth(self.backend, text, self._growth, self._file)
+            if self.shared and len(text) > _QUICK:  # ``encode`` holds the lock, seconds for a book
+                (found,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                return list(found.ids)
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
         return guarded(encoded, lambda said: RequestError(f"{self._file} cannot turn this text into tokens: {said}"))
 
     def _check_room(self, text: str, most: int) -> None:
-        if (each := self._most_characters) and (fewest := -(-len(text) // each)) > most:
+        """Refuse a long text that has more than ``most`` tokens, without making all of them.
+
+        Where it is not known how many characters a token has at most, its beginning tells: what follows changes no more
+        than the last word's tokens.
+        """
+        if each := self._most_characters:
+            fewest, said = -(-len(text) // each), f"has {len(text):,} characters"
+        elif len(text) > 2 * (begin := _LONG + 16 * most):
+            fewest = len(self._ids(text[:begin], add_special_tokens=False)) - _LAST_WORD
+            said = f"has {len(text):,} characters, of which the first {begin:,} were looked at,"
+        else:
+            return
+        if fewest > most:
             raise RequestError(
-                f"the text has {len(text):,} characters and so at least {fewest:,} tokens, but at most {most:,} leave "
-                "room for an answer; shorten it, or raise --max-model-len, or --kv-cache-memory if that is the limit"
+                f"the text {said} and so at least {fewest:,} tokens, but at most {most:,} leave room for an answer; "
+                "shorten it, or raise --max-model-len, or --kv-cache-memory if that is the limit"
             )
 
 

@@ -64,6 +64,7 @@ class Reader:
             defaults: fields of ``SamplingParams`` that hold where a request says nothing.
         """
         self.tokenizer = tokenizer
+        self.tokenizer.shared = True
         self._defaults = defaults
         self._threads = threads
 
@@ -130,11 +131,13 @@ def read_prompts(value: Any) -> list[str | list[int]]:
     Raises:
         FieldError: it is none of these.
     """
-    each = value if isinstance(value, list) and not _are_ids(value) else [value]
+    if isinstance(value, list) and _are_ids(value):
+        return [value]
+    each = value if isinstance(value, list) else [value]
     if not each or len(each) > MOST_PROMPTS:
         raise FieldError(f"prompt has {len(each)} prompts, but must have from 1 to {MOST_PROMPTS}", "prompt")
     for prompt in each:
-        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
+        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and _are_ids(prompt)):
             raise FieldError(
                 f"prompt is {shown(prompt)}, but must be a text or a list of token ids, or a list of such, none empty",
                 "prompt",
@@ -143,7 +146,7 @@ def read_prompts(value: Any) -> list[str | list[int]]:
 
 
 def _are_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(id) is int for id in value)
+    return set(map(type, value)) == {int}  # of millions, in a moment
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:

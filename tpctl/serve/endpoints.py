@@ -96,7 +96,7 @@ class Endpoints:
         self.model(body)
         ids = _taken(body, "tokens")
         _refuse_rest(body, "/detokenize")
-        if not isinstance(ids, list) or not all(type(id) is int for id in ids):
+        if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
             raise FieldError(f"tokens is {shown(ids)}, but must be a list of token ids", "tokens")
         return Said({"prompt": await self._text(ids)})
 

@@ -1,0 +1,153 @@
+"""Several engines behind one server: who is given what, and what becomes of the others when one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import served
+from tpctl.client.text_stream import TextStream
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.errors import EngineError
+from tpctl.serve.errors import ApiError
+from tpctl.serve.generation import Generation, Gone
+from tpctl.serve.metrics import Metrics
+from tpctl.serve.pool import AFFINITY_SLACK, Job, Pool
+from tpctl.wire.sampling import SamplingParams
+
+PATIENCE = 30.0
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    return Tokenizer(write_tokenizer(folder))
+
+
+def job(tokenizer: Tokenizer, text: str, answers: int = 1) -> Job:
+    ids = tokenizer.encode(text)
+    streams = [TextStream(tokenizer, (), ids) for _ in range(answers)]
+    return Job(ids, [SamplingParams(max_tokens=100)] * answers, streams)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def opened(engines: list[FakeEngine], most: int = 1000) -> tuple[Pool, list[str]]:
+    failures: list[str] = []
+    pool = Pool(engines, Metrics(), most=most, on_failure=lambda reason: failures.append(str(reason)))
+    await pool.wait_ready()
+    return pool, failures
+
+
+def closed(*engines: FakeEngine) -> None:
+    for engine in engines:
+        engine.gate.clear()
+
+
+def test_what_begins_alike_goes_to_one_engine_until_that_has_more_to_do(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        engines = [FakeEngine(tokenizer) for _ in range(3)]
+        closed(*engines)
+        pool, _ = await opened(engines)
+        begun = "the same beginning of all of them, which is longer than what is looked at, "
+        generations = [pool.begin([job(tokenizer, begun + str(number))]) for number in range(AFFINITY_SLACK + 1)]
+        await until(lambda: sum(len(engine.open) for engine in engines) == AFFINITY_SLACK + 1)
+        assert sorted(len(engine.open) for engine in engines) == [0, 0, AFFINITY_SLACK + 1]
+        generations += [pool.begin([job(tokenizer, begun + str(number))]) for number in range(100)]
+        await until(lambda: sum(len(engine.requests) for engine in engines) == AFFINITY_SLACK + 101)
+        loads = [len(engine.open) for engine in engines]
+        assert max(loads) - min(loads) <= AFFINITY_SLACK + 1
+        for engine in engines:
+            engine.gate.set()
+        for generation in generations:
+            await generation.finish()
+        assert pool.under_way == 0
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_different_prompts_are_spread(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        engines = [FakeEngine(tokenizer) for _ in range(2)]
+        closed(*engines)
+        pool, _ = await opened(engines)
+        for number in range(40):
+            pool.begin([job(tokenizer, f"{number} prompts")])
+        await until(lambda: sum(len(engine.open) for engine in engines) == 40)
+        assert min(len(engine.open) for engine in engines) >= 15
+        pool.give_up(ApiError(503, "enough"))
+        await until(lambda: not any(engine.open for engine in engines))
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_one_engine_s_end_is_everybody_s(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        engines = [FakeEngine(tokenizer) for _ in range(2)]
+        closed(*engines)
+        pool, failures = await opened(engines)
+        generations = [pool.begin([job(tokenizer, f"{number} prompts", answers=2)]) for number in range(10)]
+        await until(lambda: all(engine.open for engine in engines))
+        engines[0].die("rank 0 was killed (SIGKILL)")
+        for generation in generations:
+            with pytest.raises(ApiError, match=r"the engine has ended: rank 0 was killed \(SIGKILL\)"):
+                await asyncio.wait_for(generation.finish(), PATIENCE)
+        await until(lambda: not engines[1].open)
+        assert failures == ["rank 0 was killed (SIGKILL)"] and pool.under_way == 0
+        with pytest.raises(ApiError, match="the engine has ended"):
+            pool.check_open()
+        await pool.close()
+        assert isinstance(pool.failure, EngineError)
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_cannot_start(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        engines = [FakeEngine(tokenizer), FakeEngine(tokenizer, loading=True)]
+        failures: list[str] = []
+        pool = Pool(engines, Metrics(), most=9, on_failure=lambda reason: failures.append(str(reason)))
+        asyncio.get_running_loop().call_later(0.05, engines[1].die, "no room for a KV cache")
+        with pytest.raises(EngineError, match="no room for a KV cache"):
+            await pool.wait_ready()
+        assert failures == ["no room for a KV cache"] and not pool.ready
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_closed_is_told_once_and_wakes_who_waits(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        told: list[int] = []
+        generation = Generation([TextStream(tokenizer)], lambda: told.append(1))
+        waiting = asyncio.create_task(generation.finish())
+        await asyncio.sleep(0)
+        generation.close()
+        generation.close()
+        with pytest.raises(Gone):
+            await waiting
+        assert told == [1] and generation.done
+
+    asyncio.run(run())
+
+
+def test_several_engines_are_counted_one_by_one(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, FakeEngine(tokenizer), FakeEngine(tokenizer)) as (client, _):
+        lines = client.get("/metrics").text.splitlines()
+        assert [line for line in lines if line.startswith("tpctl_preemptions_total{")] == [
+            'tpctl_preemptions_total{engine="0"} 3.0',
+            'tpctl_preemptions_total{engine="1"} 3.0',
+        ]
