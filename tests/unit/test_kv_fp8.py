@@ -117,7 +117,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize(
     ("way", "tp_size"), [("whole", 1), ("chunks", 1), ("crowded", 1), ("unshared", 1), ("chunks", 2)]
 )

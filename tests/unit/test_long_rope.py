@@ -26,7 +26,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder, expected
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize(
     "settings",

@@ -102,7 +102,7 @@ def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, t
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("name", SEEING)
 def test_the_text_of_a_model_that_sees(name: str, tp_size: int, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Made()
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize(("tp_size", "groups"), [(1, 1), (2, 1), (3, 1), (4, 1), (6, 1), (4, 2), (3, 3)])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_logits_equal_transformers(name: str, tp_size: int, groups: int, made: Any, tmp_path: Path) -> None:
