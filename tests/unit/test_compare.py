@@ -70,7 +70,10 @@ def contradicted(out: Path) -> str:
     return str(caught.value)
 
 
-NOT_FOR_VLLM = ("gemma3", "gpt_oss", "kimi_k2", "mistral3", "qwen3_5", "qwen3_5_moe")
+NOT_FOR_VLLM = (
+    *("gemma3", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "gpt_oss"),
+    *("kimi_k2", "mistral3", "qwen3_5", "qwen3_5_moe"),
+)
 """Which ``--compat vllm`` refuses by name."""
 
 
