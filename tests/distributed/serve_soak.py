@@ -1,6 +1,6 @@
 """A server under load and under abuse, with the demo model on this machine: figures for docs/serve.md.
 
-    python -m tests.distributed.serve_soak [streams | aborts | garbage | start]...
+    python -m tests.distributed.serve_soak [--layers 2] [streams | aborts | garbage | start]...
 
 ``streams``: 500 at once, none lost, in rounds, and what memory the server holds after each. ``aborts``: 10,000
 requests whose clients hang up at any point. ``garbage``: long bodies, broken ones, half-open connections. ``start``:
@@ -16,14 +16,19 @@ import json
 import os
 import pty
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from tests.distributed.real_forms import shallow
 from tests.distributed.server_process import PATIENCE, ServerProcess
+from tpctl.checkpoint.sources import resolve
 
 SETTINGS = ("--device", "cpu", "--kv-cache-memory", "1GiB", "--max-model-len", "2048")
 
@@ -174,13 +179,23 @@ def start(model: str, times: int = 5) -> None:
     print(f"medians: serve {medians[0]:.2f} s, chat {medians[1]:.2f} s")
 
 
-def main(names: Sequence[str]) -> None:
+def with_layers(count: int, folder: Path) -> str:
+    """The demo model with so many of its layers, where it does not matter what is answered."""
+    demo = resolve("demo").folder
+    made = shallow(demo, folder / "shallow", count)
+    for file in demo.iterdir():
+        if "token" in file.name or "template" in file.name:
+            shutil.copy(file, made)
+    return str(made)
+
+
+def main(names: Sequence[str], model: str) -> None:
     for name in names:
         print(f"== {name}", flush=True)
         if name == "start":
-            start("demo")
+            start(model)
             continue
-        with ServerProcess("demo", *SETTINGS, "--max-waiting", "10000") as server:
+        with ServerProcess(model, *SETTINGS, "--max-waiting", "10000") as server:
             asyncio.run({"streams": streams, "aborts": aborts, "garbage": garbage}[name](server))
             pids = [server.process.pid, *server.workers()]
         left = [line for line in server.said if "Traceback" in line or "failed" in line]
@@ -189,5 +204,11 @@ def main(names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int)
     parser.add_argument("names", nargs="*", default=["streams", "aborts", "garbage", "start"])
-    main(parser.parse_args().names)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = "demo" if args.layers is None else with_layers(args.layers, Path(folder))
+        if args.layers is not None:
+            os.environ["TPCTL_CACHE"] = folder  # its shards go with it
+        main(args.names, model)

@@ -117,5 +117,7 @@ class FakeEngine:
         else:
             del self.open[id]
         wanted = request.sampling.logprobs
+        begun = request.sampling.prompt_logprobs
+        prompt = None if begun is None or done > 1 else [TokenLogprob(-0.25, [])] * (len(request.token_ids) - 1)
         told: Any = None if wanted is None else [TokenLogprob(-0.5, [(token, -0.5), (1, -2.0)][:wanted])]
-        return Output(id, [token], reason, None, told, num_cached_tokens=2)
+        return Output(id, [token], reason, None, told, num_cached_tokens=2, prompt_logprobs=prompt)

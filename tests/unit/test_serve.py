@@ -158,6 +158,28 @@ def test_texts_and_tokens_are_completed(tokenizer: Tokenizer) -> None:
         assert texts == {0: "ab<ab>", 1: "cd<cd>"}
 
 
+def test_an_echo_has_the_prompt_s_log_probabilities(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, server):
+        body = {"prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": 1}
+        answer = client.post(TEXT, json=body).json()["choices"][0]
+        assert answer["text"] == "abc<" and answer["logprobs"]["tokens"] == ["a", "b", "c", "<"]
+        assert answer["logprobs"]["token_logprobs"] == [None, -0.25, -0.25, -0.5]  # of the first nothing can be said
+        assert answer["logprobs"]["text_offset"] == [0, 1, 2, 3]
+        assert server.engines[0].requests[0].sampling.prompt_logprobs == 1
+
+
+def test_a_form_reaches_the_engine(tokenizer: Tokenizer) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}
+    with served(tokenizer) as (client, server):
+        assert client.post(CHAT, json=chat(response_format=schema)).status_code == 200
+        assert client.post(TEXT, json={"prompt": "a", "choice": ["x", "y"]}).status_code == 200
+        form = {"type": "json_schema", "name": "a", "schema": {"type": "object"}, "strict": True}
+        told = client.post("/v1/responses", json={"input": "a", "text": {"format": form}})
+        assert told.status_code == 200 and told.json()["text"]["format"] == form
+        first, second, third = (request.sampling for request in server.engines[0].requests)
+        assert first.response_format == third.response_format == schema and second.choice == ("x", "y")
+
+
 def test_thoughts_stand_apart(tmp_path: Path) -> None:
     template = "{{ messages[0].content }}{% if false %}</think>{% endif %}"
     tokenizer = Tokenizer(write_tokenizer(tmp_path, template=template, added=("<think>", "</think>")))

@@ -61,7 +61,7 @@ def completed(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chat_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of a chat's tokens, as ``batch.logprob_rows`` has them."""
+    """Of a chat's tokens, as ``client.batch.logprob_rows`` has them."""
     content = [{**_token(one), "top_logprobs": [_token(top) for top in one["top"]]} for one in tokens]
     return {"content": content, "refusal": None}
 

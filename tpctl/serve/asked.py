@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
+from tpctl.client.guides import guided
 from tpctl.client.openai_fields import FieldError, flag
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
@@ -113,7 +114,7 @@ class Reader:
         own = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
         seed = secrets.randbits(63)
         values = {"seed": seed, "max_tokens": min(room, most or room), **self._defaults, **own}
-        sampling = SamplingParams.from_dict(values)
+        sampling = guided(SamplingParams.from_dict(values), self.tokenizer, token_ids, form)
         check_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
         check_ids([token for token, _ in sampling.logit_bias], info.vocab_size, "logit_bias")
         stop = read_stop(fields["stop"]) if "stop" in fields else ()

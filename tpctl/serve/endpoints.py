@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -47,8 +48,10 @@ class Endpoints:
         echo = flag(body.pop("echo", False), "echo")
         prompts = read_prompts(_taken(body, "prompt"))
         wanted = settings(body, chat=False)
-        if echo and wanted.fields.get("logprobs") is not None:  # the prompt's log-probabilities are not had here yet
-            raise FieldError("echo is true with logprobs, which tpctl cannot do; leave one of them out", "echo")
+        if echo and (logprobs := wanted.fields.get("logprobs")) is not None:
+            if streaming.wanted:
+                raise FieldError("echo is true with logprobs and stream, which tpctl cannot do; leave one out", "echo")
+            wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": logprobs})
         info = self.pool.check_open(wanted.choices * len(prompts))
         jobs = await self.reader.texts(prompts, wanted, info)
         texts = None

@@ -14,7 +14,7 @@ from tpctl.errors import CheckpointError, RequestError, TpctlError, printable, s
 LONGEST = 1000
 """Characters of a message, whatever it repeats of a request."""
 
-_FIRST = re.compile(r"(?:the )?(message|\w+)(?: \d+)? (?:is|holds|has) ")
+_FIRST = re.compile(r"(?:the )?(message|\w+)(?: \d+)?(?: is| holds| has|:) ")
 
 
 class ApiError(Exception):

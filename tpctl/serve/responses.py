@@ -55,7 +55,10 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     messages = _messages(body)
     refuse(body, _NOT_DONE)
     text = _object(body, "text", ("format", "verbosity"))
-    refuse(text, {"format": ({"type": "text"},), "verbosity": ("medium",)})
+    refuse(text, {"verbosity": ("medium",)})
+    format_ = text.get("format")
+    if format_ is not None:
+        body["response_format"] = _response_format(format_)
     reasoning = _object(body, "reasoning", ("effort", "summary", "generate_summary"))
     for name in ("summary", "generate_summary"):
         reasoning.pop(name, None)  # thoughts are given as they are, whatever summary is wanted
@@ -66,7 +69,14 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     if "n" in body:
         raise FieldError(f"unknown field 'n' in the body of a request to {PATH}", "n")
     wanted = settings(body, chat=True, path=PATH)
-    return ResponseAsked(messages, wanted, {**said, "effort": reasoning.get("effort")})
+    return ResponseAsked(messages, wanted, {**said, "effort": reasoning.get("effort"), "format": format_})
+
+
+def _response_format(value: Any) -> Any:
+    """A chat's form of it, where a schema stands in an object of its own."""
+    if not isinstance(value, dict) or value.get("type") != "json_schema":
+        return value
+    return {"type": "json_schema", "json_schema": {name: one for name, one in value.items() if name != "type"}}
 
 
 def _object(body: dict[str, Any], name: str, known: Sequence[str]) -> dict[str, Any]:
@@ -197,7 +207,7 @@ class ResponseWriter:
             "reasoning": {"effort": said["effort"], "summary": None},
             "store": False,
             "temperature": sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": said["format"] or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "top_p": sampling.top_p,

@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from tpctl.client.batch import logprob_rows
 from tpctl.client.openai_answers import chat_logprobs, completion, text_logprobs
 from tpctl.client.openai_answers import usage as usage_of
 from tpctl.client.text_stream import TextStream
-from tpctl.client.token_text import TokenTexts, described, token_texts
+from tpctl.client.token_text import TokenTexts, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve.answered import encode
 from tpctl.serve.asked import Streaming
@@ -126,8 +127,8 @@ class ChunkWriter(ABC):
         if (texts := self._texts.get(at)) is None:
             job = next(job for job in self._jobs if stream in job.streams)
             texts = self._texts[at] = token_texts(self._tokenizer, job.token_ids)
-        places = range(first, min(first + count, len(stream.logprobs)))
-        return [described(texts, stream.token_ids[place], stream.logprobs[place]) for place in places]
+        which = slice(first, first + count)
+        return logprob_rows(texts, stream.token_ids[which], stream.logprobs[which])
 
     def _closed(self) -> bytes:
         if self._streaming.continuous_usage:
@@ -192,4 +193,9 @@ class TextWriter(ChunkWriter):
         found = super()._choice(at, stream, job)
         if self._echo is not None:
             found["text"] = self._echo[at // self._each] + found["text"]
+            if stream.prompt_logprobs is not None:
+                texts, ids = token_texts(self._tokenizer, ()), job.token_ids
+                begun = {"id": ids[0], "token": texts.push(ids[0]), "logprob": None, "top": []}
+                rows = logprob_rows(texts, ids[1:], stream.prompt_logprobs)
+                found["logprobs"] = [begun, *rows, *found["logprobs"]]
         return found

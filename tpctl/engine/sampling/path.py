@@ -18,9 +18,9 @@ class SamplingPath(Enum):
     TWO_FLOORS = "two floors"
     """A second search within what the first one leaves: top-k with top-p."""
     HOST = "host"
-    """The general sampler: penalties need the tokens so far, biases are of a request's own tokens, log-probabilities go
-    to the host, grammars mask tokens by those before, and where an answer may not end yet some are banned. The next
-    step waits for it."""
+    """The general sampler: penalties need the tokens so far, biases are each request's own, log-probabilities go to the
+    host, grammars mask tokens by those before, and where an answer may not end yet some are banned. The next step waits
+    for it."""
 
     @classmethod
     def of(cls, batch: ScheduledBatch) -> SamplingPath:
