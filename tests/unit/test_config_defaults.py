@@ -62,7 +62,19 @@ MIXED = (
     *("deepseek_v3", "glm4_moe", "kimi_k2", "mixtral", "qwen2_moe", "qwen3_moe"),
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
 )
-APART = ("gemma2", "gemma3", "gemma3_text", "mistral3", "olmo3", "qwen3_5", "qwen3_5_moe", *MIXED)
+GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+APART = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    *GEMMA4,
+    "ministral3",
+    "mistral3",
+    "olmo3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    *MIXED,
+)
 """Families that have tests of their own."""
 
 

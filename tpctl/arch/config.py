@@ -85,9 +85,9 @@ class ModelConfig:
         model_type = raw.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None or not isinstance(model_type, str):
+            cut = f", and cuts {names}" if (names := _names(runs=False)) else ""
             raise UnsupportedModelError(
-                f"model_type {shown(model_type)} is not supported; tpctl runs {_names(runs=True)}, and cuts "
-                f"{_names(runs=False)}"
+                f"model_type {shown(model_type)} is not supported; tpctl runs {_names(runs=True)}{cut}"
             )
         family = _text_family(raw, family)
         values = _of_text(raw, family.inner)
@@ -154,7 +154,15 @@ def _of_text(raw: Mapping[str, Any], inner: str | None) -> Mapping[str, Any]:
     if not isinstance(text, dict):
         return raw
     of_both, of_whole = ({key: raw[key] for key in keys if key in raw} for keys in (_OF_BOTH, _OF_WHOLE))
-    return {**of_both, **text, **of_whole}
+    return {**of_both, **text, **of_whole, **_ends(raw, text)}
+
+
+def _ends(raw: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens that end an answer, where both say some: of Gemma 4 the whole has one more than its text model."""
+    both = [one["eos_token_id"] for one in (raw, text) if one.get("eos_token_id") is not None]
+    if len(both) < 2:
+        return {}
+    return {"eos_token_id": [one for ids in both for one in (ids if isinstance(ids, list) else [ids])]}
 
 
 def _longest(blueprint: Blueprint, fields: Fields) -> int:

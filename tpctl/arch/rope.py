@@ -21,6 +21,9 @@ MOST_POSITIONS = 2**25
 ROPE_KINDS = {kind: kind for kind in ("default", "linear", "llama3", "yarn", "longrope")}
 """The kinds there are, by the names that a config gives them."""
 
+BY_LAYER = {kind: kind for kind in ROPE_KINDS if kind != "longrope"}
+"""Those that layers may have beside others: with long RoPE all keys of a sequence change together."""
+
 PROPORTIONAL = "proportional"
 """Of Gemma 4 alone: pairs are those of the whole head, and of these the first, ``partial_rotary_factor`` of them, turn,
 as fast as they would if all did."""
@@ -148,7 +151,7 @@ def read_rope_of(
     architecture: str,
     head_dim: int,
     theta: Any,
-    kinds: Mapping[str, str] = ROPE_KINDS,
+    kinds: Mapping[str, str] = BY_LAYER,
 ) -> RopeConfig:
     """The RoPE settings of one kind of layers, ``SLIDING`` or ``FULL``, of a family whose ``rope_parameters`` hold
     both. ``rope_scaling``, of older files, is of those with full attention.

@@ -22,7 +22,7 @@ from tpctl.arch.families.gemma3 import ACTIVATIONS, model
 from tpctl.arch.family import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.linear import Linear, Norm, Vector
-from tpctl.arch.rope import PROPORTIONAL, ROPE_KINDS, RopeConfig, read_rope_of
+from tpctl.arch.rope import BY_LAYER, PROPORTIONAL, RopeConfig, read_rope_of
 from tpctl.arch.routing import Routing
 from tpctl.arch.seeing import seeing
 from tpctl.arch.storage import FUSED
@@ -31,7 +31,7 @@ from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 from tpctl.partition.cuts import Cut, Even, Vocab, Whole
 from tpctl.partition.split import EACH, Part, Rule, Stack
 
-KINDS = {**ROPE_KINDS, PROPORTIONAL: PROPORTIONAL}
+KINDS = {**BY_LAYER, PROPORTIONAL: PROPORTIONAL}
 ROPES: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
@@ -316,7 +316,7 @@ TEXT = Family(
         "vocab_size_per_layer_input": 262144,
         "hidden_size_per_layer_input": 256,
     },
-    frozenset(),
+    frozenset({"num_global_key_value_heads"}),
     describe,
     own=frozenset(
         {
