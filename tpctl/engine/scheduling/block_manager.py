@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Collection, Container, Iterator
 from collections.abc import Sequence as SequenceType
 from hashlib import blake2b
+from operator import add
 from typing import NamedTuple
 
 from tpctl.accounting import KvLayout
@@ -120,33 +121,43 @@ class BlockManager:
         sequence: Sequence,
         prefix: Prefix,
         num_tokens: int,
-        now: int = 0,
+        now: int | None = None,
         running: Collection[Sequence] = (),
-    ) -> bool:
-        """Give a sequence without blocks its matched ones and fresh ones up to ``num_tokens``; ``False`` if that
-        leaves too few, and then it has none.
+    ) -> int:
+        """Give a sequence without blocks its matched ones and fresh ones up to ``num_tokens``, if that leaves enough.
 
         Args:
-            now: tokens that are computed next: where layers have a window, blocks up to these do.
+            now: how many are computed next, by default all. Where layers have a window, blocks up to these do, and
+                there may be as few as there is room for.
             running: sequences that have to be left another block each, but where their windows are full: there one
                 comes for one that goes.
+
+        Returns:
+            How many can be computed next; 0: too little is left, and nothing has changed.
         """
         assert not sequence.block_tables
+        start, whole = prefix.blocks * self.block_size, -(-num_tokens // self.block_size)
+        now = num_tokens - start if now is None else now
+        tables = zip(self.pools, prefix.tables, strict=True)
+        revived = [self.slabs.revival(pool, table) for pool, table in tables] if prefix.blocks else None
+        reserve = [self._reserve(pool, running) for pool in self.pools]
+        while now:
+            first = -(-(start + now) // self.block_size)
+            needs = [(whole if pool.window is None else min(whole, first)) - prefix.blocks for pool in self.pools]
+            if self.slabs.slack(map(add, needs, reserve), revived) >= 0:
+                break
+            now = now // 2 if self._windowed else 0
+        else:
+            return 0
         for pool, table in zip(self.pools, prefix.tables, strict=True):
             for block in table:
                 if block != GONE:
                     self.slabs.revive(pool, block)
         sequence.block_tables = tuple(list(table) for table in prefix.tables)
-        whole, first = -(-num_tokens // self.block_size), -(-(prefix.blocks * self.block_size + now) // self.block_size)
-        needs = [(whole if pool.window is None else min(whole, first)) - prefix.blocks for pool in self.pools]
-        left = [need + self._reserve(pool, running) for pool, need in zip(self.pools, needs, strict=True)]
-        if self.slabs.slack(left) < 0:
-            self._release_blocks(sequence)
-            return False
         sequence.block_hash = prefix.digest
         sequence.num_hashed_blocks = prefix.blocks
         sequence.has_shared = prefix.blocks > 0
-        sequence.num_computed_tokens = prefix.blocks * self.block_size
+        sequence.num_computed_tokens = start
         sequence.admissions += 1
         sequence.borders = (prefix.met, (len(sequence.token_ids) - 1) // self.block_size)
         if sequence.admissions == 1:  # what it finds of itself after a preemption is no hit
@@ -154,7 +165,7 @@ class BlockManager:
             self.queried_tokens += sequence.num_prompt_tokens
             self.hit_tokens += sequence.num_cached_tokens
         self._add(sequence, needs)
-        return True
+        return now
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Let ``sequence``, of which ``num_computed_tokens`` are, hold ``num_tokens`` tokens; ``False`` if there is too

@@ -295,9 +295,7 @@ class Scheduler:
         tokens = self._room(step, total - prefix.blocks * self.blocks.block_size)
         # Blocks for the whole prompt are taken at once, and each running sequence keeps one to grow into, so that
         # admitting does not lead straight to preempting.
-        while tokens and not self.blocks.admit(sequence, prefix, total, tokens, self.running.values()):
-            tokens = tokens // 2 if self.blocks.has_windows else 0
-        return tokens
+        return self.blocks.admit(sequence, prefix, total, tokens, self.running.values())
 
     @property
     def _has_place(self) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 
 class BlockPool:
@@ -76,12 +77,22 @@ class Slabs:
         """Slabs that nobody uses."""
         return len(self.empty) + sum(len(pool.idle) for pool in self.pools)
 
-    def slack(self, needs: Iterable[int]) -> int:
-        """How many slabs nobody would use if each pool were given so many blocks more; negative: they cannot be."""
+    def slack(self, needs: Iterable[int], revived: Iterable[tuple[int, int]] | None = None) -> int:
+        """How many slabs nobody would use if each pool were given so many blocks more; negative: they cannot be.
+
+        Args:
+            revived: of each pool, as ``revival`` says it, what is in use by then.
+        """
         left = len(self.empty)
-        for pool, need in zip(self.pools, needs, strict=True):
-            left += len(pool.idle) - max(0, -(-(need - pool.spare) // pool.per_slab))
+        for pool, need, (blocks, woken) in zip(self.pools, needs, revived or repeat((0, 0)), strict=False):
+            spare = pool.spare + woken * pool.per_slab - blocks
+            left += len(pool.idle) - woken - max(0, -(-(need - spare) // pool.per_slab))
         return left
+
+    def revival(self, pool: BlockPool, blocks: Iterable[int]) -> tuple[int, int]:
+        """How many of these cached blocks nobody uses, and in how many idle slabs they are."""
+        free = [block for block in blocks if block in pool.free]
+        return len(free), len({block // pool.per_slab for block in free} & pool.idle.keys())
 
     def take(self, needs: Sequence[int]) -> list[list[int]]:
         """So many blocks for each pool, where ``slack`` says that there are enough."""
