@@ -146,7 +146,10 @@ def test_a_field_that_is_missing_or_null(key: str, value: Any, changes: str) -> 
         ({"rope_parameters": {**ROPES, FULL: {**ROPES[FULL], "rope_type": "longrope"}}}, 'RoPE kind "longrope"'),
         ({"rope_parameters": {**ROPES, FULL: {**ROPES[FULL], "rope_type": "default"}}}, "partial_rotary_factor 0.25"),
         ({"rope_parameters": {**ROPES, FULL: {**ROPES[FULL], "beta_fast": 3}}}, '"beta_fast" .* is not read by the'),
-        ({"per_layer_config": {"7": {"head_dim": 12}}}, "layers of full_attention have heads of 12 and of 24"),
+        (
+            {"num_kv_shared_layers": 0, "per_layer_config": {"7": {"head_dim": 12}}},
+            "layers of full_attention have heads of 12 and of 24",
+        ),
         ({"per_layer_config": {"7": {"num_key_value_heads": 1}}}, "layer 7 has other heads than layer 3, whose keys"),
         ({"attn_logit_softcapping": 3.0}, "attn_logit_softcapping is 3.0, which Gemma4ForCausalLM does not have"),
     ],
