@@ -171,7 +171,7 @@ async def first_token_of_serve(model: str) -> float:
     return seconds
 
 
-def start(model: str, times: int = 5) -> None:
+def start(model: str, times: int = 3) -> None:
     pairs = [(asyncio.run(first_token_of_serve(model)), first_token_of_chat(model)) for _ in range(times)]
     for served, chatted in pairs:
         print(f"first token: serve {served:.2f} s, chat {chatted:.2f} s", flush=True)

@@ -1,15 +1,12 @@
-"""``tpctl serve`` with the demo model on two ranks: OpenAI's own client, hang-ups that free blocks, and an end."""
+"""``tpctl serve`` with the demo model on two ranks: OpenAI's own client, and hang-ups that free blocks."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -153,46 +150,3 @@ def test_an_idle_server_does_nothing(server: ServerProcess) -> None:
     time.sleep(4)
     used = [now - then for now, then in zip(map(server.processor_seconds, everybody), before, strict=True)]
     assert max(used) <= 0.1, used
-
-
-def test_a_dead_rank_ends_the_server_with_its_reason(small: str) -> None:
-    process = ServerProcess(small, "--tp", "2", "--device", "cpu", "--kv-cache-memory", "64MiB")
-    with process.ready():
-        body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-        with httpx2.stream("POST", f"{process.url}/v1/completions", json=body, timeout=PATIENCE) as response:
-            lines = response.iter_lines()
-            assert next(lines).startswith("data: {")
-            for pid in process.workers():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            *_, last = (line for line in lines if line)
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_ended"
-        assert process.process.wait(PATIENCE) == 1
-    assert process.said[-1].startswith("tpctl: ") and "SIGKILL" in process.said[-1]
-    assert not any("Traceback" in line for line in process.said)
-
-
-def test_signals_end_it_in_order(small: str) -> None:
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 0)):
-        process = ServerProcess(small, "--device", "cpu", "--kv-cache-memory", "64MiB", "--drain", "60")
-        with process.ready():
-            body = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}
-            with httpx2.stream("POST", f"{process.url}/v1/completions", json=body, timeout=PATIENCE) as response:
-                lines = response.iter_lines()
-                next(lines)
-                process.process.send_signal(number)
-                *_, last = (line for line in lines if line)
-            assert last == "data: [DONE]"
-            assert process.process.wait(PATIENCE) == code
-        assert not process.workers()
-
-
-def test_a_signal_while_the_model_loads(small: str) -> None:
-    process = ServerProcess(small, "--tp", "2", "--device", "cpu")
-    deadline = time.monotonic() + PATIENCE
-    while not process.workers():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.process.send_signal(signal.SIGTERM)
-    assert process.process.wait(PATIENCE) in (0, 128 + signal.SIGTERM)
-    assert not process.workers()
