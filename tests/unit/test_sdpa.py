@@ -19,6 +19,16 @@ CASES: dict[str, list[tuple[int, int]]] = {  # (new tokens, tokens in all) of ea
     "decodes of many lengths": [(1, 3), (1, 90), (1, 40), (1, 9)],
     "prompts longer than a block of queries": [(150, 150), (150, 150), (150, 150)],
     "chunks over a cached prefix": [(70, 200), (70, 200), (5, 77)],
+    "short runs over prefixes of many lengths": [
+        (1, 30),
+        (2, 31),
+        (16, 99),
+        (5, 9),
+        (13, 90),
+        (3, 33),
+        (9, 64),
+        (17, 70),
+    ],
     "all together": [(1, 60), (1, 1), (130, 130), (64, 65), (2, 120)],
 }
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from tpctl.accounting import KvLayout, LayerPools, pools_of, slab_bytes
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV, kept_layer
 from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.attention.sdpa_cache import PagedKV, Storage, as_words, own_storage, shared_storage
+from tpctl.layers.attention.sdpa_runs import Runs, find_runs
 from tpctl.layers.batch import ForwardBatch
 
 _QUERY_BLOCK = 64
@@ -113,6 +115,7 @@ class SdpaPlan(AttentionPlan):
     Attributes:
         buckets, begun, cells: by pool; the latter two also by the vectors of a token.
         new: [T, 2 K, D], the new keys and values of the layer that is being computed, as its cache keeps them.
+        runs: by pool, short runs of new tokens behind a prefix.
         biases: of decodes, by pool, bucket and window; of prompts, by queries, columns and window.
         shared, gathered: of layers whose keys and values later ones read, by ``PagedKV.layer``: ``new``, and what
             each bucket gathered.
@@ -123,6 +126,7 @@ class SdpaPlan(AttentionPlan):
     begun: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     cells: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     new: Tensor | None = None
+    runs: dict[int, list[Runs]] = field(default_factory=dict)
     shared: dict[int, Tensor] = field(default_factory=dict)
     gathered: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     again: bool = False
@@ -249,7 +253,13 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         out_TND = torch.empty_like(q_TND, memory_format=torch.contiguous_format)
         if decoded is not None:
             out_TND[:decodes] = decoded
+        alike = self._runs(kv, plan)
+        for runs in alike:
+            self._attend_runs(q_TND, kv, runs, out_TND, sinks_N)
+        together = {sequence for runs in alike for sequence in runs.sequences}
         for part, count, cached in batch.prompts():
+            if cached in together:
+                continue
             if cached is not None:
                 keys, values = self.gather_prefix(kv, batch, cached)
             else:
@@ -257,6 +267,26 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
                 keys, values = (x[part].view(shape).transpose(1, 2) for x in (k_TKD, v_TKD))
             self.prefill(q_TND[part], keys, values, spec, plan, out_TND[part], sinks_N)
         return out_TND.flatten(1)
+
+    def _runs(self, kv: PagedKV, plan: SdpaPlan) -> list[Runs]:
+        """Sequences with few new tokens, which are multiplied together."""
+        if kv.pool not in plan.runs:
+            most = _MOST_SCORES // max(spec.num_heads for spec in self.layers)
+            first = partial(self._first_block, kv.pool)
+            plan.runs[kv.pool] = find_runs(plan.batch, kv.pool, first, self.block_size, kv.empty_id, most)
+        return plan.runs[kv.pool]
+
+    def _attend_runs(self, q_TND: Tensor, kv: PagedKV, runs: Runs, out_TND: Tensor, sinks_N: Tensor | None) -> None:
+        """As ``_decode``, with several rows of a sequence, into those of ``out_TND``."""
+        spec, (count, rows) = kv.spec, runs.shape
+        heads, group = spec.num_kv_heads, spec.group
+        gathered = kv.gather(kv.rows(runs.blocks)).view(kv.vectors // heads, heads * count, -1, spec.head_dim)
+        q_SnKGD = q_TND[runs.rows_Sn.flatten()].view(count, rows, heads, group, spec.head_dim)
+        q = q_SnKGD.permute(2, 0, 1, 3, 4).reshape(heads * count, rows * group, spec.head_dim)
+        scores = _scores(runs.bias(spec, q, gathered.shape[2]), q, gathered[0], spec)
+        sinks = None if sinks_N is None else sinks_N.view(heads, 1, 1, group).expand(-1, count, rows, -1)
+        out = torch.bmm(_softmax(scores, sinks), kv.values(gathered)).view(heads, count, rows, group, -1)
+        out_TND[runs.rows] = out.permute(1, 2, 0, 3, 4).reshape(count * rows, heads * group, -1)[runs.taken]
 
     def decodes(self, q_SND: Tensor, kv: PagedKV, plan: SdpaPlan, sinks_N: Tensor | None = None) -> Tensor | None:
         """[S, N, D of values]: the step's decodes; ``None``: it has none."""
