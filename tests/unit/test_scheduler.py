@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
+from itertools import islice
 from math import lcm
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence, StateUse
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.scheduling.sequence import NOT_FINITE, Sequence
+from tpctl.engine.scheduling.speculation import Speculation, verified
 from tpctl.engine.scheduling.states import StatePool
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.sampling import SamplingParams
@@ -45,7 +47,7 @@ class Cache:
     def run(self, batch: ScheduledBatch, known: dict[str, list[int]]) -> list[int]:
         for item in batch.items:
             sequence = item.sequence
-            new = known[sequence.id][item.start : item.end]
+            new = self._new(item, known)
             if item.samples:
                 assert sequence.rope_offset == self.rope_offset(item.end)
             for number in range(len(self.blocks.pools)):
@@ -54,7 +56,8 @@ class Cache:
                     self.slots |= dict.fromkeys(self._places(number, sequence, at), written)
         sampled, spoilt = [], {item.sequence.id for item in batch.items if self._spoils_state(item, known)}
         for item in batch.items:
-            tokens, broken = known[item.sequence.id][: item.end], item.sequence.id in spoilt
+            tokens = known[item.sequence.id][: item.start] + self._new(item, known)
+            broken = [item.sequence.id in spoilt] * item.end
             for number, pool in enumerate(self.blocks.pools):
                 first = 0 if pool.window is None else max(0, item.start - pool.window + 1)
                 for at in range(first, item.end):
@@ -62,16 +65,22 @@ class Cache:
                     (found,) = {self.slots[place] for place in places}
                     expected = number, tokens[at], item.sequence.rope_offset
                     assert found[:3] == expected, f"{item.sequence} reads another sequence's keys"
-                    broken |= found[3]
-            if item.samples:
-                sampled.append(NOT_FINITE if broken else next_token(tokens))
+                    broken[at] |= found[3]
+            for place in item.places:
+                sampled.append(NOT_FINITE if any(broken[:place]) else next_token(tokens[:place]))
         return sampled
+
+    @staticmethod
+    def _new(item: ScheduledSequence, known: dict[str, list[int]]) -> list[int]:
+        """An item's tokens, also those that the scheduler does not know yet."""
+        return [*known[item.sequence.id][item.start : item.end - len(item.drafts)], *item.drafts]
 
     def _spoils_state(self, item: ScheduledSequence, known: dict[str, list[int]]) -> bool:
         """Let a sequence's state see its new tokens; whether it is NaN then."""
         if item.state is None:
             return False
-        tokens, new = known[item.sequence.id], known[item.sequence.id][item.start : item.end]
+        new = self._new(item, known)
+        tokens = known[item.sequence.id][: item.start] + new
         seen, broken = ([], False) if item.state.source is None else self.states[item.state.source]
         assert seen == tokens[: item.start], f"{item.sequence} goes on from another sequence's state"
         for after, copy in item.state.keeps:
@@ -102,6 +111,7 @@ def make(
     length: int = 64,
     states: int = 0,
     layout: KvLayout | None = None,
+    speculation: Speculation | None = None,
 ) -> Scheduler:
     blocks = BlockManager(num_blocks, block_size, layout=layout)
     longest = blocks.layout.longest(num_blocks)
@@ -113,6 +123,7 @@ def make(
         vocab_size=1000,
         eos_token_ids=[7],
         states=StatePool(states, blocks) if states else None,
+        speculation=speculation,
     )
 
 
@@ -144,9 +155,12 @@ def drive(scheduler: Scheduler, requests: list[Request], overlap: bool, aborts: 
             assert len(scheduler.running) <= scheduler.max_num_seqs
             assert all(item.is_decode == (row < batch.num_decodes) for row, item in enumerate(batch.items))
             sampled = cache.run(batch, known)
-            for item, token in zip(batch.sampled, sampled, strict=True):
-                del known[item.sequence.id][item.end :]
-                known[item.sequence.id].append(token)
+            assert len(sampled) == batch.num_sampled
+            rows = iter(sampled)
+            for item in batch.sampled:
+                tokens = known[item.sequence.id]
+                del tokens[item.places.start :]
+                tokens += verified(item.drafts, list(islice(rows, len(item.places))))
             pending.append((batch, sampled))
         if pending and (not overlap or len(pending) > 1 or batch is None):
             for output in scheduler.commit(*pending.pop(0)):

@@ -74,6 +74,7 @@ class EngineArgs:
     scheduling_policy: str = "fcfs"
     expert_parallel: int | bool | None = None
     text_only: bool = False
+    speculate: str = "off"
     engines_on_host: int = 1
     nodes: Nodes = ONE_HOST
 
@@ -127,6 +128,7 @@ class EngineArgs:
             attention_backend=self.attention_backend,
             enforce_eager=self.enforce_eager,
             scheduling_policy=self.scheduling_policy,
+            speculate=self.speculate,
             engines_on_host=self.engines_on_host,
         )
 

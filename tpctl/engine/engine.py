@@ -6,6 +6,8 @@ and samples the same tokens; only rank 0's outputs are sent anywhere.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tpctl.distributed import TPGroup
@@ -13,6 +15,7 @@ from tpctl.engine.guiding.guides import Guides
 from tpctl.engine.runners.runner import Launched, ModelRunner, make_plain_runner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler
+from tpctl.engine.scheduling.speculation import NgramDrafter, Speculation
 from tpctl.engine.scheduling.states import StatePool
 from tpctl.layers.attention.select import choose_backend
 from tpctl.wire.messages import Abort, Add, Message, Output
@@ -34,6 +37,7 @@ class Engine:
         self._guides = self.runner.masks.guides = guides
         self._pending: Launched | None = None
         model, memory = self.runner.loaded.config, self.runner.memory
+        self.speculation = self._speculation()
         blocks = BlockManager(
             memory.num_blocks, self.runner.backend.block_size, config.enable_prefix_caching, memory.layout
         )
@@ -48,6 +52,7 @@ class Engine:
             context_full=memory.context_full,
             pace=self.runner.pace,
             states=StatePool(memory.num_states, blocks) if memory.num_states else None,
+            speculation=self.speculation,
         )
         if guides is not None:
             guides.grammars.suit(model.vocab_size, model.eos_token_ids)
@@ -69,10 +74,12 @@ class Engine:
     def step(self) -> list[Output]:
         """Start a step and take in the one before; the tokens of that one.
 
-        Where the runner cannot start a step before the last one's tokens are known, both are the same step.
+        Where the runner cannot start a step before the last one's tokens are known, both are the same step; and where
+        tokens can be guessed from them, they are waited for.
         """
         outputs: list[Output] = []
-        if self._pending is not None and not self.runner.may_overlap(self._pending.batch):
+        pending = self._pending
+        if pending is not None and not (self.runner.may_overlap(pending.batch) and not self.scheduler.expects_drafts()):
             outputs += self._collect()
         batch = self.scheduler.schedule()
         launched = None if batch is None else self.runner.launch(batch)
@@ -98,8 +105,14 @@ class Engine:
                     self._guides.drop(output.id)
         return outputs
 
+    def _speculation(self) -> Speculation | None:
+        """What is asked for."""
+        if self.config.speculate == "off":
+            return None
+        return Speculation(NgramDrafter(), self.runner.row_cost, self.runner.most_rows)
+
     def info(self) -> EngineInfo:
-        return self.runner.info()
+        return replace(self.runner.info(), speculation="off" if self.speculation is None else "ngram")
 
     def stats(self) -> EngineStats:
         """Counters since the start, and how many KV blocks are free.
@@ -125,6 +138,8 @@ class Engine:
             reserved_memory=self.runner.reserved_memory(),
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
+            draft_tokens=0 if self.speculation is None else self.speculation.drafted,
+            accepted_tokens=0 if self.speculation is None else self.speculation.accepted,
         )
 
 

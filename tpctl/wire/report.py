@@ -18,6 +18,7 @@ class EngineInfo:
         block_size: tokens in a KV block.
         num_blocks: KV blocks, the minimum over the ranks; where layers have windows, slabs, each of which holds some
             blocks of one kind of layer.
+        speculation: what proposes tokens: ``"ngram"``, or ``"off"``.
         num_states: sequences whose states recurrent layers have room for; 0: the model has no such layers.
         max_model_len: tokens of prompt and answer at most, which the KV cache may have lowered.
         wanted_model_len: the same, had the KV cache room for it.
@@ -47,6 +48,7 @@ class EngineInfo:
     expert_parallel: int = 1
     num_states: int = 0
     vocab_size: int = 0
+    speculation: str = "off"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class EngineStats:
         device_memory: bytes of GPU memory that tensors take, the maximum over the ranks; 0 on a CPU.
         reserved_memory: the same with what torch keeps for later ones.
         running: requests that hold KV blocks; ``waiting``: that wait for some.
+        draft_tokens: tokens that were proposed and computed; ``accepted_tokens`` of them became part of an answer.
     """
 
     steps: int
@@ -79,6 +82,8 @@ class EngineStats:
     reserved_memory: int
     running: int = 0
     waiting: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TokenLogprob(NamedTuple):

@@ -13,6 +13,7 @@ DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "triton", "flash-attn")
 POLICIES = ("fcfs", "makespan")
+SPECULATIONS = ("off", "ngram", "auto")
 KV_CACHE_DTYPES = ("auto", "model", "packed", "fp8")
 
 CPU_SEQS, CPU_TOKENS = 64, 4096
@@ -42,6 +43,9 @@ class EngineSettings:
         scheduling_policy: ``"fcfs"``, first come, first served; or ``"makespan"``, which on GPUs may start requests
             later and in another order, so that all of a job's end sooner (``engine.scheduling.pacing``).
         enable_prefix_caching: share the KV blocks of equal prefixes.
+        speculate: propose tokens and compute several of an answer in a step, which changes none of them
+            (``engine.scheduling.speculation``): ``"ngram"``, those that followed before; ``"auto"``, what suits the
+            model; or ``"off"``.
         engines_on_host: engines that share this machine's memory: on a CPU each takes its part of what is free.
 
     Raises:
@@ -61,6 +65,7 @@ class EngineSettings:
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
     enable_prefix_caching: bool = True
+    speculate: str = "off"
     engines_on_host: int = 1
 
     def __post_init__(self) -> None:
@@ -70,6 +75,8 @@ class EngineSettings:
                 raise UsageError(f"unknown {what} {value!r}; use {', '.join(known)}")
         if self.scheduling_policy not in POLICIES:
             raise UsageError(f"unknown scheduling policy {self.scheduling_policy!r}; use {' or '.join(POLICIES)}")
+        if self.speculate not in SPECULATIONS:
+            raise UsageError(f"unknown speculation {self.speculate!r}; use {', '.join(SPECULATIONS)}")
         if self.device == "cpu" and self.attention_backend not in ("auto", "sdpa"):
             raise UsageError(f"--attention-backend {self.attention_backend} needs a GPU; on a CPU use auto or sdpa")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:

@@ -17,6 +17,7 @@ from tpctl.engine.sampling.sampler import SamplingRow
 from tpctl.engine.sampling.scores import rows_together, score_rows
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.batch import build_forward_batch
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
@@ -41,7 +42,12 @@ class ModelRunner:
     Attributes:
         pace: how prompts are best computed beside decodes; ``None``: as fast as possible.
         masks: which tokens grammars allow.
+        row_cost: what drafts cost here. most_rows: rows of a step that are sampled at most, drafts included; ``None``:
+            as many as are computed.
     """
+
+    row_cost = RowCost(first=0.08, row=0.045)
+    most_rows: int | None = None
 
     def __init__(self, loaded: LoadedModel, memory: MemoryPlan, pace: Pace | None = None) -> None:
         started = time.perf_counter()
@@ -103,7 +109,7 @@ class ModelRunner:
             begin += item.num_new_tokens
 
     def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
-        """Wait for a step: the token ids of its batch's ``sampled``, and log-probabilities where any are wanted."""
+        """Wait for a step: the tokens of its batch's ``sampled``, and log-probabilities where any are wanted."""
         return launched.token_ids, launched.logprobs
 
     def may_overlap(self, batch: ScheduledBatch) -> bool:
@@ -156,15 +162,17 @@ def make_plain_runner(settings: EngineConfig, group: TPGroup) -> ModelRunner:
 
 
 def sampling_rows(batch: ScheduledBatch, allowed: Mapping[str, Tensor]) -> list[SamplingRow]:
-    """What the sampler needs for each of the batch's ``sampled``; all tokens before must be known.
+    """What the sampler needs for each token of the batch's ``sampled``; all tokens before must be known.
 
-    allowed: what ``Masks`` found, by sequence. It has looked to ``min_tokens`` already.
+    allowed: what ``Masks`` found, by sequence, none of which has drafts. It has looked to ``min_tokens`` already.
     """
     rows = []
     for item in batch.sampled:
         sequence, mask = item.sequence, allowed.get(item.sequence.id)
-        early = mask is None and item.num_generated < sequence.params.min_tokens
-        banned = sequence.stop_token_ids if early else ()
-        known = sequence.token_ids, sequence.num_prompt_tokens
-        rows.append(SamplingRow(sequence.params, item.end, *known, banned, mask))
+        params, known, prompt = sequence.params, sequence.token_ids, sequence.num_prompt_tokens
+        for number, place in enumerate(item.places):
+            early = mask is None and place - prompt < params.min_tokens
+            banned = sequence.stop_token_ids if early else ()
+            history = [*known, *item.drafts[:number]] if number and params.penalizes else known
+            rows.append(SamplingRow(params, place, history, prompt, banned, mask))
     return rows

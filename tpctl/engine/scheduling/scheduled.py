@@ -20,23 +20,35 @@ class StateUse(NamedTuple):
 
 class ScheduledSequence(NamedTuple):
     """``num_new_tokens`` of ``sequence``, from token ``start``; ``samples`` when the last one yields a new token.
-    ``state``: of a model with recurrent layers."""
+    ``state``: of a model with recurrent layers. ``drafts``: the last of the new tokens, which are proposed to follow
+    those that are known; each of them, and the token before them, yields a token."""
 
     sequence: Sequence
     start: int
     num_new_tokens: int
     samples: bool
     state: StateUse | None = None
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
-        """The position that follows: that of the token it samples."""
+        """The position that follows: that of the last token it samples."""
         return self.start + self.num_new_tokens
 
     @property
+    def token_ids(self) -> list[int]:
+        """The new tokens, as far as they are known."""
+        return [*self.sequence.token_ids[self.start : self.end - len(self.drafts)], *self.drafts]
+
+    @property
+    def places(self) -> range:
+        """The positions of the tokens it samples."""
+        return range(self.end - len(self.drafts), self.end + 1) if self.samples else range(0)
+
+    @property
     def num_generated(self) -> int:
-        """Tokens that were generated before the one it samples."""
-        return self.end - self.sequence.num_prompt_tokens
+        """Tokens that were generated before the first one it samples."""
+        return self.end - len(self.drafts) - self.sequence.num_prompt_tokens
 
     @property
     def scored(self) -> range:
@@ -78,3 +90,18 @@ class ScheduledBatch:
     def sampled(self) -> list[ScheduledSequence]:
         """The items that yield a token, in row order."""
         return [item for item in self.items if item.samples]
+
+    @cached_property
+    def num_sampled(self) -> int:
+        """How many tokens they yield."""
+        return len(self.sampled) + sum(len(item.drafts) for item in self.sampled)
+
+    @cached_property
+    def only_answers(self) -> bool:
+        """Whether nothing of a prompt is computed: of each sequence its newest token, and drafts."""
+        return all(item.samples and item.num_new_tokens == 1 + len(item.drafts) for item in self.items)
+
+    @cached_property
+    def has_drafts(self) -> bool:
+        """Whether some of the tokens are proposed."""
+        return any(item.drafts for item in self.items)

@@ -28,6 +28,7 @@ from tpctl.engine.scheduling.block_manager import BlockManager, Prefix
 from tpctl.engine.scheduling.pacing import Pace, Pacer
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED, Sequence
+from tpctl.engine.scheduling.speculation import Speculation, verified
 from tpctl.engine.scheduling.states import StatePool
 from tpctl.errors import shorten
 from tpctl.wire.messages import Output, Request
@@ -49,11 +50,12 @@ class SchedulerStats:
 
 @dataclass
 class _Step:
-    """What a step has left (tokens in all and of prompts, parts of prompts) and has chosen so far."""
+    """What a step has left (tokens in all and of prompts, parts of prompts, drafts) and has chosen so far."""
 
     budget: int
     prefill: int
     chunks: int
+    drafts: int
     items: list[ScheduledSequence] = field(default_factory=list)
     chosen: set[str] = field(default_factory=set)
 
@@ -74,6 +76,8 @@ class Scheduler:
         rope_offset: which rotary table rotates all keys of a sequence of so many tokens.
         states: of a model with recurrent layers; a sequence runs with a slot of its own.
         pace: spread prompts over the steps where that ends all requests sooner (``engine.scheduling.pacing``).
+        speculation: propose tokens (``engine.scheduling.speculation``); a step with any is to be committed before the
+            next one is scheduled.
     """
 
     def __init__(
@@ -89,9 +93,11 @@ class Scheduler:
         context_full: str | None = None,
         pace: Pace | None = None,
         states: StatePool | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.blocks = blocks
         self.states = states
+        self.speculation = speculation
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -163,7 +169,7 @@ class Scheduler:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
         budget = self.max_num_batched_tokens
         paced = None if self.pacer is None else self.pacer.budget(self.stats.steps, self.running.values(), self.waiting)
-        step = _Step(budget, *(paced or (budget, budget)))
+        step = _Step(budget, *(paced or (budget, budget)), drafts=self._most_drafts())
         if self.states is not None:
             self.states.begin()
         preempted = self._schedule_running(step)
@@ -187,13 +193,15 @@ class Scheduler:
         token_ids: SequenceType[int],
         logprobs: SequenceType[TokenLogprob | None] | None = None,
     ) -> list[Output]:
-        """Take in the tokens that a step sampled, one for each of the batch's ``sampled``.
+        """Take in the tokens that a step sampled, as many for each of the batch's ``sampled`` as it has ``places``.
 
         Returns:
             What is new for each request that is still wanted.
         """
-        outputs = []
-        for row, (item, token) in enumerate(zip(batch.sampled, token_ids, strict=True)):
+        outputs: list[Output] = []
+        end = 0
+        for item in batch.sampled:
+            row, end = end, end + 1 + len(item.drafts)
             sequence = item.sequence
             if sequence.num_stale:
                 sequence.num_stale -= 1
@@ -201,32 +209,64 @@ class Scheduler:
             sequence.num_in_flight -= 1
             if sequence.finished:
                 continue
-            if token == NOT_FINITE:
-                outputs += self._take_back(sequence)
-                continue
-            if token == REFUSED:
+            if token_ids[row] == REFUSED:
                 self._finish(sequence)
                 outputs.append(Output(sequence.id, [], "error", sequence.problem))
                 continue
+            came = list(verified(item.drafts, token_ids[row:end])) if item.drafts else [token_ids[row]]
+            broken = came[-1] == NOT_FINITE
+            if broken:
+                del came[-1]
+            if came:
+                reported = None if logprobs is None else logprobs[row : row + len(came)]
+                ended = self._take(item, came, reported, outputs)
+            if broken and not (came and ended):
+                outputs += self._take_back(sequence)
+        assert end == len(token_ids)
+        return outputs
+
+    def _take(
+        self,
+        item: ScheduledSequence,
+        came: list[int],
+        logprobs: SequenceType[TokenLogprob | None] | None,
+        outputs: list[Output],
+    ) -> bool:
+        """Take in an item's tokens and tell of them in ``outputs``; whether its sequence has ended."""
+        sequence, reason = item.sequence, None
+        for count, token in enumerate(came, 1):
             sequence.token_ids.append(token)
-            self.stats.generated_tokens += 1
             reason = self._finish_reason(sequence, token)
             if reason is not None:
-                self._finish(sequence)
-                self.stats.finished += 1
-                if self.pacer is not None:
-                    self.pacer.ended(sequence)
+                del came[count:]
+                break
+        self.stats.generated_tokens += len(came)
+        if self.speculation is not None:
+            self._learn(item, came)
+        note = scores = None
+        if reason is not None:
             note = self.context_full if reason == "length" and self._is_cut(sequence) else None
-            logprob = None if logprobs is None else logprobs[row]
-            reported = None if logprob is None else [logprob]
-            scores = None
-            if reason is not None and sequence.scoring is not None:
+            if sequence.scoring is not None:
                 scores = [sequence.scores[place] for place in sorted(sequence.scores)]
-            prompt = _prompt_logprobs(sequence)
-            outputs.append(
-                Output(sequence.id, [token], reason, note, reported, sequence.num_cached_tokens, scores, prompt)
-            )
-        return outputs
+            self._finish(sequence)
+            self.stats.finished += 1
+            if self.pacer is not None:
+                self.pacer.ended(sequence)
+        told = None if logprobs is None else [one for one in logprobs[: len(came)] if one is not None] or None
+        prompt = _prompt_logprobs(sequence)
+        outputs.append(Output(sequence.id, came, reason, note, told, sequence.num_cached_tokens, scores, prompt))
+        return reason is not None
+
+    def _learn(self, item: ScheduledSequence, came: SequenceType[int]) -> None:
+        """Of an item's drafts those that came are computed; the others are not any more."""
+        sequence = item.sequence
+        if item.drafts:
+            sequence.num_computed_tokens = item.places.start + len(came) - 1
+            self.blocks.register(sequence)
+            if self.states is not None:
+                self.states.settle(sequence, max(0, len(came) - 1))
+        assert self.speculation is not None
+        self.speculation.learn(sequence, item.drafts, came)
 
     def check_integrity(self) -> None:
         """Check the block manager's books against the sequences (see ``BlockManager.check_integrity``)."""
@@ -252,6 +292,9 @@ class Scheduler:
             tokens = self._room(step, sequence.num_uncomputed_tokens)
             if tokens == 0:
                 continue
+            drafts = () if self.speculation is None else self._drafts(step, sequence, tokens)
+            if drafts and not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens + len(drafts)):
+                drafts = ()
             while not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
                 if tokens > 1 and self.blocks.has_windows:
                     tokens //= 2
@@ -265,7 +308,7 @@ class Scheduler:
                     sequence.alone |= not self.running
                     break
             else:
-                self._choose(step, sequence, tokens)
+                self._choose(step, sequence, tokens, drafts)
         self.waiting[:0] = turned
         return preempted
 
@@ -308,21 +351,53 @@ class Scheduler:
             return min(tokens, step.budget)
         return min(tokens, step.budget, step.prefill) if step.chunks else 0
 
-    def _choose(self, step: _Step, sequence: Sequence, tokens: int) -> None:
+    def expects_drafts(self) -> bool:
+        """Whether, with the tokens of the step under way, more are likely to be proposed than without them: then it is
+        worth waiting for."""
+        if self.speculation is None:
+            return False
+        waited = [s for s in self.running.values() if s.num_in_flight == 1 and s.num_uncomputed_tokens == 1]
+        expecting = [s for s in waited if self.speculation.expects(s, len(self.running))]  # all, since it learns by it
+        return bool(expecting)
+
+    def _most_drafts(self) -> int:
+        """How many tokens of a step may be proposed, so that each sequence that may run has its own."""
+        rows = None if self.speculation is None else self.speculation.most_rows
+        most = self.max_num_batched_tokens if rows is None else min(rows, self.max_num_batched_tokens)
+        return max(0, most - min(self.max_num_seqs, len(self._by_id)))
+
+    def _drafts(self, step: _Step, sequence: Sequence, tokens: int) -> tuple[int, ...]:
+        """What is proposed to follow the ``tokens`` of a sequence that the step computes."""
+        assert self.speculation is not None
+        if sequence.num_in_flight or tokens != 1 or sequence.num_uncomputed_tokens != 1 or sequence.params.guide:
+            return ()
+        length = len(sequence.token_ids)
+        most = min(step.drafts, sequence.max_num_tokens - length - 1)
+        if self.states is not None:
+            most = min(most, self.states.room_for_drafts(len(self.waiting)))
+        drafts = self.speculation.drafts(sequence, most, len(self.running))
+        # Keys are rotated by one table: the step that leaves its range computes no more than it has to.
+        return drafts if self.rope_offset(length + len(drafts)) == sequence.rope_offset else ()
+
+    def _choose(self, step: _Step, sequence: Sequence, tokens: int, drafts: tuple[int, ...] = ()) -> None:
         start = sequence.num_computed_tokens
         samples = start + tokens == sequence.num_tokens
         step.chosen.add(sequence.id)
-        step.budget -= tokens
+        step.budget -= tokens + len(drafts)
+        step.drafts -= len(drafts)
         if not samples or tokens > 1:
             step.prefill -= tokens
             step.chunks -= 1
+        tokens += len(drafts)
         sequence.num_computed_tokens = start + tokens
         sequence.num_in_flight += samples
         # Shared from now on, before it is computed: in every layer all keys of a step are stored before any sequence
         # of the step reads them.
         self.blocks.register(sequence)
-        state = None if self.states is None else self.states.use(sequence, start, start + tokens)
-        step.items.append(ScheduledSequence(sequence, start, tokens, samples, state))
+        state = None
+        if self.states is not None:
+            state = self.states.use(sequence, start, start + tokens - len(drafts), len(drafts))
+        step.items.append(ScheduledSequence(sequence, start, tokens, samples, state, drafts))
 
     def _awaits_its_end(self, sequence: Sequence) -> bool:
         """Whether a token in flight is known to be its last, so that no further step should be started for it."""
@@ -374,6 +449,8 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         sequence.finished = True
         del self._by_id[sequence.id]
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
         if self.running.pop(sequence.id, None) is not None:
             self._release(sequence)
         else:

@@ -13,6 +13,9 @@ tokens. So states are kept only where somebody is likely to go on from:
                                                     "Marconi: Prefix Caching for the Era of Hybrid LLMs", 2024)
     the last block border of an answer so far       the next turn of a conversation; each takes the place of the last
 
+Of a step with drafts the state in front of each of them is copied, too, until it is known which of them are the answer:
+that in front of the first one that is not becomes the sequence's own. There are as many drafts as slots are free for.
+
 The step that computes those tokens copies the state on its way (``StateUse.keeps``), so no step ends early for it. What
 a step reads is not given away in it, and what it keeps is found from the next one on.
 """
@@ -41,6 +44,7 @@ class StatePool:
         self._kept: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
         self._new: dict[bytes, int] = {}  # kept by the step that is being scheduled
         self._read: set[bytes] = set()  # what that step goes on from
+        self._drafts: dict[str, list[int]] = {}  # of a sequence with drafts under way: the slots of the states before
 
     def begin(self) -> None:
         """Before each step."""
@@ -72,13 +76,22 @@ class StatePool:
             self._read.add(source)
         sequence.state_slot = slot
 
-    def use(self, sequence: Sequence, start: int, end: int) -> StateUse:
-        """What a step does with the state of ``sequence``, of which it computes the tokens ``start`` to ``end``."""
+    def room_for_drafts(self, waiting: int) -> int:
+        """How many drafts a sequence may have, so that as many others can be admitted beside it."""
+        return max(0, len(self._free) - waiting)
+
+    def use(self, sequence: Sequence, start: int, end: int, drafts: int = 0) -> StateUse:
+        """What a step does with the state of ``sequence``, of which it computes the tokens ``start`` to ``end``; behind
+        these there are so many ``drafts``."""
         slot, source = sequence.state_slot, sequence.state_source
         assert slot is not None
         sequence.state_source = slot
+        before = []
+        if drafts:
+            copies = self._drafts[sequence.id] = [self._free.pop() for _ in range(drafts)]
+            before = list(enumerate(copies, end - start))
         if not self._blocks.enable_prefix_caching or sequence.alone:
-            return StateUse(slot, source)
+            return StateUse(slot, source, tuple(before))
         size = self._blocks.block_size
         keeps: dict[int, int | None] = {}
         for border in dict.fromkeys(sequence.borders):
@@ -87,13 +100,29 @@ class StatePool:
         answered = end > sequence.num_prompt_tokens and end == sequence.num_hashed_blocks * size
         if answered and end - start not in keeps:
             keeps[end - start] = self._move_on(sequence)
-        found = sorted((after, copy) for after, copy in keeps.items() if copy is not None)
-        return StateUse(slot, source, tuple(found))
+        found = [(after, copy) for after, copy in keeps.items() if copy is not None]
+        return StateUse(slot, source, tuple(sorted(found + before)))
+
+    def settle(self, sequence: Sequence, accepted: int) -> None:
+        """So many of the drafts under way are the answer; its tokens are known, and its blocks registered."""
+        copies = self._drafts.pop(sequence.id, [])
+        assert sequence.state_slot is not None
+        if accepted < len(copies):
+            sequence.state_slot, copies[accepted] = copies[accepted], sequence.state_slot
+            sequence.state_source = sequence.state_slot
+        size, first = self._blocks.block_size, sequence.num_computed_tokens - accepted
+        digest, behind = sequence.block_hash, sequence.num_hashed_blocks * size - first
+        # A border among the accepted ones: the state there has been copied, and is kept as ``use`` would have.
+        if 0 < behind < accepted and digest not in self._kept and digest not in self._new:
+            last = self._kept.pop(sequence.state_digest, None)
+            self._kept[digest], sequence.state_digest = copies.pop(behind), digest
+            copies += [] if last is None else [last]
+        self._free += copies
 
     def release(self, sequence: Sequence) -> None:
         """Take back the slot of a sequence that had been admitted."""
         assert sequence.state_slot is not None
-        self._free.append(sequence.state_slot)
+        self._free += [sequence.state_slot, *self._drafts.pop(sequence.id, [])]
         sequence.state_slot = sequence.state_source = None
         sequence.state_digest = b""
 
@@ -111,7 +140,8 @@ class StatePool:
             AssertionError: a slot is lost, or has two uses.
         """
         assert not self._kept.keys() & self._new.keys(), "a state is kept twice"
-        used = [*(one.state_slot for one in sequences), *self._kept.values(), *self._new.values(), *self._free]
+        kept = (*self._kept.values(), *self._new.values(), *(slot for some in self._drafts.values() for slot in some))
+        used = [*(one.state_slot for one in sequences), *kept, *self._free]
         assert sorted(-1 if slot is None else slot for slot in used) == list(range(self.num_slots)), (
             "state slots overlap or leak"
         )

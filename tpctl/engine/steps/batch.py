@@ -25,13 +25,12 @@ def build_forward_batch(
     seq_lens: list[int] = []
     rows: list[int] = []
     for item in batch.items:
-        sequence, start, end = item.sequence, item.start, item.end
-        ids.extend(sequence.token_ids[start:end])
+        sequence, start, end, begin = item.sequence, item.start, item.end, len(ids)
+        ids.extend(item.token_ids)
         rope.extend(range(sequence.rope_offset + start, sequence.rope_offset + end))
         query_lens.append(item.num_new_tokens)
         seq_lens.append(end)
-        if item.samples:
-            rows.append(len(ids) - 1)
+        rows.extend(begin + place - 1 - start for place in item.places)
     return ForwardBatch(
         input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
         rope_positions=torch.tensor(rope, dtype=torch.int64, device=device),

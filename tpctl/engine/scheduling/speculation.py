@@ -1,0 +1,167 @@
+"""Speculation that changes nothing: tokens are proposed, computed in one step, and kept as far as they are the answer.
+
+A step computes a sequence's last token and ``drafts`` behind it, as a chunk, and each of these rows samples the token
+that follows it as if the tokens before were the answer. They are as far as each draft is the token that the row before
+has sampled; the first token that differs is the answer's, and what stands behind it is thrown away: its keys are
+overwritten, and nobody finds its blocks.
+
+Nothing else is needed for the distribution: a row's sample is drawn as it is without speculation, from the same logits
+with the same filters, penalties and noise, so a draft stays with the probability that it has, and otherwise a token
+comes that is drawn from the others. That is the rule of rejection sampling for drafts that are certain of themselves
+(Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023). Since the noise is a function of
+seed, position and token, even the tokens are those that come without.
+
+How many tokens to draft follows from how often drafts held so far. n drafts of a sequence give it
+1 + a_1 + a_1 a_2 + ... + a_1 ... a_n tokens, a_i being the chance of draft i if those before it hold, the other
+sequences of the step get one each, and it takes the time that ``RowCost`` says. The n that gives the step the most
+tokens for its time is taken, often 0. What would have been proposed is compared with what comes all the same, so
+drafting begins again when it would help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceType
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from tpctl.engine.scheduling.ngram import MOST_COMPARED, Match, NgramIndex
+from tpctl.engine.scheduling.sequence import Sequence
+
+MOST_DRAFTS = 12
+"""Drafts of a sequence in a step."""
+_WEIGHT = 1 / 8
+"""Of the newest draft in the share of those that held."""
+_FIRST = (0.0, 0.0, 0.35, 0.45, 0.55, 0.65, 0.7, 0.75, 0.85)
+"""What that share is taken for at first, by the length of the match."""
+
+
+class RowCost(NamedTuple):
+    """What a step takes, in the time of one without any rows: ``row`` for each row, and ``first`` more for a sequence
+    that has drafts, which are computed as a chunk of a prompt is."""
+
+    first: float
+    row: float
+
+    def time(self, rows: int, drafts: bool) -> float:
+        return 1 + self.row * rows + self.first * drafts
+
+
+class Drafter(Protocol):
+    """Proposes what follows a sequence, on every rank the same."""
+
+    def propose(self, sequence: Sequence, most: int) -> Match | None:
+        """At most ``most`` tokens that may follow ``sequence.token_ids``, all of which are known."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+
+
+class NgramDrafter:
+    """Prompt lookup (``engine.scheduling.ngram``)."""
+
+    def __init__(self) -> None:
+        self._indices: dict[str, NgramIndex] = {}
+
+    def propose(self, sequence: Sequence, most: int) -> Match | None:
+        return self._indices.setdefault(sequence.id, NgramIndex()).find(sequence.token_ids, most)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._indices.pop(sequence.id, None)
+
+
+@dataclass
+class _Past:
+    """How often a sequence's drafts held, by the length of the match, and what was proposed last."""
+
+    shares: list[float] = field(default_factory=lambda: list(_FIRST))
+    proposed: Match | None = None
+
+
+class Speculation:
+    """What is proposed for each sequence, and how much of it is computed.
+
+    Args:
+        cost: what a step takes.
+        most_rows: of a step that are sampled; ``None``: any number.
+    """
+
+    def __init__(self, drafter: Drafter, cost: RowCost, most_rows: int | None = None) -> None:
+        self._drafter = drafter
+        self.most_rows = most_rows
+        self._cost = cost
+        self._pasts: dict[str, _Past] = {}
+        self.drafted = 0
+        self.accepted = 0
+
+    def drafts(self, sequence: Sequence, most: int, rows: int) -> tuple[int, ...]:
+        """What to compute behind the last token of ``sequence``: at most ``most`` tokens.
+
+        Args:
+            rows: those of the step without drafts: one a sequence.
+        """
+        match, count = self._propose(sequence, rows, most)
+        return () if match is None else tuple(match.tokens[:count])
+
+    def expects(self, sequence: Sequence, rows: int) -> bool:
+        """Whether tokens would be drafted behind the known ones, of which the next is already being computed: if it is
+        the one that would be proposed, the others may still be."""
+        return self._propose(sequence, rows, MOST_DRAFTS)[1] > 1
+
+    def _propose(self, sequence: Sequence, rows: int, most: int) -> tuple[Match | None, int]:
+        """What may follow a sequence, and how much of it is worth computing."""
+        past = self._pasts.setdefault(sequence.id, _Past())
+        past.proposed = match = self._drafter.propose(sequence, MOST_DRAFTS)
+        if match is None:
+            return None, 0
+        return match, best_count(_chances(past.shares, match), self._cost, rows, most)
+
+    def learn(self, sequence: Sequence, drafts: SequenceType[int], came: SequenceType[int]) -> None:
+        """A step has computed these drafts, and these tokens came."""
+        self.drafted += len(drafts)
+        self.accepted += sum(draft == token for draft, token in zip(drafts, came, strict=False))
+        past = self._pasts.get(sequence.id)
+        if past is None or past.proposed is None:
+            return
+        match, past.proposed = past.proposed, None
+        for place, (draft, token) in enumerate(zip(match.tokens, came, strict=False)):
+            at = min(match.length + place, MOST_COMPARED)
+            past.shares[at] += _WEIGHT * ((draft == token) - past.shares[at])
+            if draft != token:
+                return
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+        self._pasts.pop(sequence.id, None)
+        self._drafter.forget(sequence)
+
+
+def verified(drafts: SequenceType[int], sampled: SequenceType[int]) -> SequenceType[int]:
+    """The tokens that come, at least one: of ``sampled``, one row more than ``drafts``, those whose tokens before are
+    the answer."""
+    count = 1
+    while count < len(sampled) and sampled[count - 1] == drafts[count - 1]:
+        count += 1
+    return sampled[:count]
+
+
+def best_count(chances: SequenceType[float], cost: RowCost, rows: int, most: int) -> int:
+    """How many drafts of a sequence, at most ``most``, give the step the most tokens for its time.
+
+    Args:
+        chances: that each draft holds if those before it do.
+        rows: of the step without drafts, each of which gives one token.
+    """
+    best, best_rate = 0, rows / cost.time(rows, False)
+    tokens, reached = float(rows), 1.0
+    for count, chance in enumerate(chances[:most], 1):
+        reached *= chance
+        tokens += reached
+        rate = tokens / cost.time(rows + count, True)
+        if rate > best_rate:
+            best, best_rate = count, rate
+    return best
+
+
+def _chances(shares: SequenceType[float], match: Match) -> list[float]:
+    """A draft whose predecessors hold ends a match that is longer by them."""
+    return [shares[min(match.length + place, MOST_COMPARED)] for place in range(len(match.tokens))]
