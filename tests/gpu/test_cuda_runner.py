@@ -31,6 +31,7 @@ from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps import graphs as cuda_graph
 from tpctl.errors import EngineError
 from tpctl.layers.attention.triton import TritonBackend
@@ -227,6 +228,41 @@ def test_layers_with_windows_keep_what_they_see(
         assert len(found[id]) == lengths[id]
     assert engine.stats().prefix_cache_hit_tokens == 64
     assert len(replayed) > 0 or way == "eager"
+
+
+@pytest.mark.parametrize(
+    ("params", "eager"),
+    [
+        ({}, False),
+        ({"temperature": 0.05}, True),
+        ({"temperature": 0.05, "logprobs": 1, "repetition_penalty": 1.01}, False),
+    ],
+)
+def test_drafts_are_rows_of_a_decode(
+    params: dict[str, Any], eager: bool, tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers are those without speculation, on the device as with the host's help, in captured steps and without."""
+    monkeypatch.setattr(cuda_runner.CudaRunner, "row_cost", RowCost(0, 0))
+    make_checkpoint("qwen3", tmp_path / "hf", **{**SHAPE, "num_hidden_layers": 1})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = {"0": [5, 6, 7, 8] * 4, "1": [9, 9, 9]}
+    requests = [
+        Request(id, ids, SamplingParams(max_tokens=9, ignore_eos=True, seed=int(id), **params))
+        for id, ids in prompts.items()
+    ]
+    answers: dict[str, dict[str, list[int]]] = {}
+    for way in ("off", "ngram"):
+        replayed.clear()
+        engine = start(tmp_path / "tp1", speculate=way, max_num_seqs=8, enforce_eager=eager)
+        answers[way] = {id: [] for id in prompts}
+        engine.apply(Add(requests))
+        finish(engine, answers[way])
+    stats = engine.stats()
+    assert answers["ngram"] == answers["off"]
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+    assert stats.steps < 9
+    sizes = {key[0] for key in replayed}  # type: ignore[index]
+    assert not sizes if eager else max(sizes) > 4
 
 
 def test_slots_are_taken_over(tmp_path: Path, replayed: list[Hashable]) -> None:

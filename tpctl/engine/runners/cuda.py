@@ -29,6 +29,7 @@ from tpctl.engine.sampling.noise import noise_keys
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
 from tpctl.engine.steps.slots import Slots
 from tpctl.errors import EngineError
@@ -61,6 +62,8 @@ class CudaLaunched(Launched):
 class CudaRunner(ModelRunner):
     """One rank on one GPU, for the backends that read the paged cache in place."""
 
+    row_cost = RowCost(first=0.2, row=0.01)
+
     def __init__(
         self, loaded: LoadedModel, memory: MemoryPlan, compute: CudaCompute, steps: StepMemory, pace: Pace | None
     ) -> None:
@@ -68,6 +71,7 @@ class CudaRunner(ModelRunner):
         self._paged = paged(loaded)
         settings, device = loaded.settings, loaded.group.device
         self._compute = compute
+        self.most_rows = settings.max_num_seqs
         self.steps = steps
         rows, blocks = largest_rows(settings, pace), table_width(loaded, memory.max_model_len)
         # More slots than can run: a step may still compute a sequence that has ended, beside its successor.
@@ -94,7 +98,7 @@ class CudaRunner(ModelRunner):
         return torch.empty(rows, width, dtype=self.loaded.dtype, device=self.group.device)
 
     def may_overlap(self, batch: ScheduledBatch) -> bool:
-        return SamplingPath.of(batch) is not SamplingPath.HOST
+        return SamplingPath.of(batch) is not SamplingPath.HOST and not batch.has_drafts
 
     def launch(self, batch: ScheduledBatch) -> Launched:
         with torch.inference_mode():
@@ -103,10 +107,10 @@ class CudaRunner(ModelRunner):
             masks = self.masks.begin(batch) if path is SamplingPath.HOST else None
             if batch.scores:
                 self._eager(batch, slots, path)
-            elif batch.num_decodes == len(batch.items) and self._graphs is not None:
+            elif batch.only_answers and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
-                self._graphs.run(*rows, self._paged.is_long(len(slots), 1 + max(rows[1])), path)
-            elif batch.paced and self._mixed is not None and self._mixed.takes(batch):
+                self._graphs.run(*rows, self._paged.is_long(len(rows[0]), 1 + max(rows[1])), path)
+            elif batch.paced and not batch.has_drafts and self._mixed is not None and self._mixed.takes(batch):
                 self._mixed.run(*self._mixed_rows(batch, slots), path)
             else:
                 self._eager(batch, slots, path)
@@ -116,7 +120,7 @@ class CudaRunner(ModelRunner):
             host = self._results[self._turn]
             self._turn = (self._turn + 1) % _RING
             launched = CudaLaunched(batch, [], host=host)
-            count = len(batch.sampled)
+            count = batch.num_sampled
             host[:count].copy_(self._sampled[:count], non_blocking=True)
             launched.ready.record()
             return launched
@@ -125,7 +129,7 @@ class CudaRunner(ModelRunner):
         if isinstance(launched, CudaLaunched):
             assert launched.host is not None
             launched.ready.synchronize()
-            launched.token_ids = launched.host[: len(launched.batch.sampled)].tolist()
+            launched.token_ids = launched.host[: launched.batch.num_sampled].tolist()
             if -1 in launched.token_ids:
                 raise EngineError(_LOST_PEER)
         return launched.token_ids, launched.logprobs
@@ -147,7 +151,16 @@ class CudaRunner(ModelRunner):
         return -1 - self._references[sequence.id]
 
     def _decode_rows(self, items: list[ScheduledSequence], slots: list[int]) -> tuple[list[int], list[int], list[int]]:
-        return slots, [item.start for item in items], [self._token(item) for item in items]
+        """Slot, position and token of each row: a sequence's newest token, and the drafts behind it, each of which is a
+        decode of its own. In every layer all keys of a step are written before any row reads them."""
+        rows: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        for item, slot in zip(items, slots, strict=True):
+            rows += [slot] * item.num_new_tokens
+            positions += range(item.start, item.end)
+            tokens += [self._token(item), *item.drafts]
+        return rows, positions, tokens
 
     def _prepared(self, rows: DecodeInputs) -> ForwardBatch:
         """Every row a decode, filled in on the device from what the host has packed."""
@@ -229,8 +242,8 @@ class CudaRunner(ModelRunner):
         logits = self.logits(batch, self._forward_batch(batch, slots))
         if not batch.sampled:
             return
-        keys = [noise_keys(item.sequence.params.seed, item.end) for item in batch.sampled]
-        at = [slots[row] for row, item in enumerate(batch.items) if item.samples]
+        keys = [noise_keys(item.sequence.params.seed, place) for item in batch.sampled for place in item.places]
+        at = [slot for slot, item in zip(slots, batch.items, strict=True) for _ in item.places]
         filters = self._slots.tables.filters.rows(self._to_device(np.array(at, dtype=np.int64)))
         self._sample_into(logits, filters, self._to_device(np.array(keys, dtype=np.int64)), path)
 
@@ -238,14 +251,14 @@ class CudaRunner(ModelRunner):
         items = batch.items
         ids: list[int] = []
         for item in items:
-            known = item.sequence.token_ids[item.start : item.end]
+            known = item.token_ids
             ids.extend(known if len(known) == item.num_new_tokens else [self._token(item)])
         lens = np.array([item.num_new_tokens for item in items])
         ends = np.array([item.end for item in items])
         last = np.cumsum(lens)
         starts = last - lens
         positions = np.arange(int(last[-1])) - np.repeat(starts - (ends - lens), lens)
-        sampled = last[[row for row, item in enumerate(items) if item.samples]] - 1
+        sampled = np.array([end - 1 - after for end, item in zip(last, items, strict=True) for after in _behind(item)])
         token_slots = np.repeat(np.array(slots), lens)
         offsets = np.repeat(np.array([item.sequence.rope_offset for item in items]), lens)
         packed = self._to_device(np.stack([np.array(ids), positions, token_slots, positions + offsets]))
@@ -276,6 +289,11 @@ class CudaRunner(ModelRunner):
 
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
+
+
+def _behind(item: ScheduledSequence) -> range:
+    """How many of an item's rows come after each of those that are sampled."""
+    return range(len(item.places) - 1, -1, -1)
 
 
 def make_cuda_runner(settings: EngineConfig, group: TPGroup) -> CudaRunner:
