@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.fake_client import FakeClient, ScriptedPrompt, write_tokenizer
+from tests.unit.fake_client import FakeClient, ScriptedPrompt, engine_info, engine_stats, write_tokenizer
 from tpctl.chat.commands import COMMANDS, completions
 from tpctl.chat.repl import Repl
 from tpctl.chat.screen import Screen
@@ -148,6 +148,27 @@ def test_stats(tokenizer: Tokenizer, said: Callable[[], list[str]]) -> None:
     assert answer.startswith("answer       11 tokens, ")
     assert answer.endswith(" tokens/s")
     assert context == "context      19 of 400 tokens (5%)"
+
+
+@pytest.mark.parametrize(
+    ("counters", "shown"),
+    [
+        ({}, "0 of 0 accepted, in all answers"),
+        ({"draft_tokens": 40, "accepted_tokens": 30}, "30 of 40 accepted (75%), in all answers"),
+    ],
+)
+def test_stats_of_an_engine_that_speculates(
+    counters: dict[str, int],
+    shown: str,
+    tokenizer: Tokenizer,
+    said: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info = engine_info(speculation="ngram", max_model_len=400)
+    monkeypatch.setattr(FakeClient, "wait_ready", lambda self: info)
+    monkeypatch.setattr(FakeClient, "stats", lambda self: engine_stats(**counters))
+    Chat(tokenizer, "hi", "/stats")
+    assert said()[-1] == f"drafts       {shown}"
 
 
 def test_tokens_per_second_are_those_behind_the_first() -> None:

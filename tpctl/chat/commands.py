@@ -145,6 +145,10 @@ def _stats(session: Session, rest: str) -> None:
         ("answer", f"{answer.completion_tokens} tokens" + ("" if speed is None else f", {speed:.1f} tokens/s")),
         ("context", f"{used} of {limit} tokens ({100 * used / limit:.0f}%)"),
     ]
+    if (drafts := session.conversation.drafts()) is not None:
+        drafted, accepted = drafts
+        share = f" ({100 * accepted / drafted:.0f}%)" if drafted else ""
+        rows.append(("drafts", f"{accepted} of {drafted} accepted{share}, in all answers"))
     session.screen.note("\n".join(f"{left:<12} {right}" for left, right in rows), indent=13)
 
 
@@ -183,7 +187,7 @@ COMMANDS = (
     Command("/reset", "", "forget the conversation; keep system prompt and options", _reset, ("/clear",)),
     Command("/save", "[--force] FILE", "write the conversation and its options to a file", _save),
     Command("/load", "FILE", "go on with a conversation from a file", _load),
-    Command("/stats", "", "tokens, seconds and context of the last answer", _stats),
+    Command("/stats", "", "tokens, seconds and context of the last answer, and drafts", _stats),
     Command("/exit", "", "end", _exit, ("/quit", "/bye")),
 )
 

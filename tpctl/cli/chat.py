@@ -16,9 +16,11 @@ from tpctl.cli.engine import describe, lend_ranks, prepare, say_context, say_nod
 from tpctl.cli.options import (
     CHAT_CPU_TOKENS,
     MODEL_HELP,
+    SPECULATE,
     EngineOptions,
     NodeOptions,
     SamplingOptions,
+    Speculate,
     TemplateOptions,
     grouped,
 )
@@ -44,6 +46,7 @@ def chat(
     plain: Annotated[
         bool, typer.Option("--plain", help="Show answers as the model writes them, not Markdown.")
     ] = False,
+    speculate: Annotated[Speculate, SPECULATE] = Speculate.auto,
     *,
     engine: EngineOptions,
     node: NodeOptions,
@@ -65,7 +68,7 @@ def chat(
     sampling.check()
     nodes = node.nodes()
     if nodes.rank > 0:
-        lend_ranks(prepare(model, engine, cpu_tokens=CHAT_CPU_TOKENS, nodes=nodes), nodes)
+        lend_ranks(prepare(model, engine, cpu_tokens=CHAT_CPU_TOKENS, nodes=nodes, speculate=speculate), nodes)
         return
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 are refused with the text, not on reading
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -84,7 +87,7 @@ def chat(
     first = {"role": "user", "content": message} if message is not None else GREETING[0]
     begun = [first] if system is None else [{"role": "system", "content": system}, first]
     look = partial(at_hand.look, messages=begun)
-    config = prepare(model, engine, look=look, cpu_tokens=CHAT_CPU_TOKENS, nodes=nodes)
+    config = prepare(model, engine, look=look, cpu_tokens=CHAT_CPU_TOKENS, nodes=nodes, speculate=speculate)
     with EngineClient(config, nodes=nodes) as client:
         say_nodes(config, nodes)
         tokenizer = at_hand.tokenizer(config.text_dir)

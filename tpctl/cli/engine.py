@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress, note
-from tpctl.cli.options import KV_FORMS, EngineOptions, SchedulingPolicy
+from tpctl.cli.options import KV_FORMS, EngineOptions, SchedulingPolicy, Speculate
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError, format_bytes
 from tpctl.wire.report import EngineInfo
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from tpctl.launch.nodes import Nodes
 
 
+SPECULATIONS = {"ngram": "n-gram speculation"}
+"""What is said of an engine that speculates."""
+
+
 def prepare(
     model: str,
     options: EngineOptions,
@@ -29,6 +33,7 @@ def prepare(
     look: Callable[[ResolvedSource], object] = lambda source: None,
     cpu_tokens: int = CPU_TOKENS,
     nodes: Nodes | None = None,
+    speculate: Speculate = Speculate.off,
 ) -> EngineConfig:
     """Find the model and settle how it is run, with progress on stderr (``client.prepare``).
 
@@ -36,13 +41,14 @@ def prepare(
         look: sees the model's files before its weights are read, and raises if they cannot be used.
         cpu_tokens: of a step on a CPU, where the options name none.
         nodes: hosts that its ranks are on, where they are several.
+        speculate: what proposes tokens.
 
     Raises:
         TpctlError: the model cannot be had, or not run in this way.
     """
     from tpctl.client import prepare as client
 
-    args = engine_args(options, policy, cpu_tokens)
+    args = replace(engine_args(options, policy, cpu_tokens), speculate=str(speculate))
     if nodes is not None:
         args = replace(args, nodes=nodes)
     return client.prepare(model, args, look=look, progress=byte_progress)
@@ -111,7 +117,8 @@ def describe(info: EngineInfo) -> str:
     sums = f", all-reduce by {info.all_reduce}" if info.all_reduce else ""
     cache = f", {KV_FORMS[info.kv_cache_dtype]}" if info.kv_cache_dtype in KV_FORMS else ""
     dealt = f", ep {info.expert_parallel}" if info.expert_parallel > 1 else ""
-    return f"tp {info.tp_size}{dealt}, {info.dtype}, {info.attention_backend} attention on {where}{cache}{sums}"
+    drafts = "" if info.speculation == "off" else f", {SPECULATIONS[info.speculation]}"
+    return f"tp {info.tp_size}{dealt}, {info.dtype}, {info.attention_backend} attention on {where}{cache}{sums}{drafts}"
 
 
 def say_policy(asked: SchedulingPolicy | None, info: EngineInfo) -> None:

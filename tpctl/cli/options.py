@@ -66,6 +66,18 @@ class SchedulingPolicy(StrEnum):
     makespan = "makespan"
 
 
+class Speculate(StrEnum):
+    auto = "auto"
+    ngram = "ngram"
+    off = "off"
+
+
+SPECULATE = typer.Option(
+    help="Compute several tokens in a step where the next ones can be guessed, which changes no answer. ngram: from "
+    "what followed before; auto: what suits the model.",
+)
+
+
 POLICY = typer.Option(
     "--scheduling-policy",
     help="fcfs: first come, first served. makespan: any order that ends all requests sooner, where CUDA graphs and the "
