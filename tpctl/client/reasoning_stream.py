@@ -8,21 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tpctl.client.detokenizer import Detokenizer, detokenizer
+from tpctl.client.overlap import overlap
 from tpctl.client.reasoning import Form, Harmony, Tags
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.calls import CallPiece
+
+if TYPE_CHECKING:
+    from tpctl.client.tools.harmony import CallMessages
 
 _TAIL = 32  # tokens at a prompt's end in which a tag, and white space behind it, are looked for
 _BREAKS = "\r\n"
 
 
 class Segment(NamedTuple):
-    """A piece of an answer, or of what was thought before it."""
+    """A piece of an answer, or of what was thought before it; or of a ``call``, which has no text."""
 
     text: str
     reasoning: bool = False
+    call: CallPiece | None = None
 
 
 class Splitter(Protocol):
@@ -35,13 +41,18 @@ class Splitter(Protocol):
         ...
 
 
-def splitter(tokenizer: Tokenizer, prompt: Sequence[int], form: Form | None) -> Splitter:
-    """For the answer that follows the tokens ``prompt``; without a ``form`` all of it is answer."""
+def splitter(
+    tokenizer: Tokenizer, prompt: Sequence[int], form: Form | None, calls: CallMessages | None = None
+) -> TextSplitter:
+    """For the answer that follows the tokens ``prompt``; without a ``form`` all of it is answer.
+
+    ``calls`` reads the messages that are calls of tools, where an answer is several messages.
+    """
     text = detokenizer(tokenizer, prompt)
     if form is None:
         return _Whole(text)
     if isinstance(form, Harmony):
-        return _HarmonySplitter(text, form)
+        return _HarmonySplitter(text, form, calls)
     return _TagSplitter(text, form, _place(tokenizer, prompt, form))
 
 
@@ -57,14 +68,23 @@ def _place(tokenizer: Tokenizer, prompt: Sequence[int], form: Tags) -> _Place:
     return _Place.answer if tail.endswith(form.close) else _Place.opening
 
 
-def overlap(text: str, string: str) -> int:
-    """Length of the longest end of ``text`` that begins ``string`` and is not all of it."""
-    longest = min(len(text), len(string) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)
+class TextSplitter(Splitter, Protocol):
+    """One whose answers may hold marks that are no text."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the next token stands in a thought."""
+        ...
+
+    def cut(self) -> list[Segment]:
+        """What was held back, before a token that is no text; what comes behind it is the answer."""
+        ...
 
 
 class _Whole:
     """Where a model has no thoughts of its own."""
+
+    thinking = False
 
     def __init__(self, text: Detokenizer) -> None:
         self._detokenizer = text
@@ -75,6 +95,8 @@ class _Whole:
 
     def finish(self) -> list[Segment]:
         return _segments(self._detokenizer.finish())
+
+    cut = finish
 
 
 class _Place(Enum):
@@ -114,6 +136,17 @@ class _TagSplitter:
         held, self._held = self._held, ""
         if self._place is _Place.reasoning:
             return found + _segments(self._thoughts.push(held) + self._thoughts.finish(), reasoning=True)
+        return found + _segments(held)
+
+    @property
+    def thinking(self) -> bool:
+        return self._place is _Place.reasoning
+
+    def cut(self) -> list[Segment]:
+        found = self._take(self._detokenizer.finish())
+        held, self._held = self._held, ""
+        if self._place is _Place.opening:
+            self._place = _Place.answer
         return found + _segments(held)
 
     def _awaited(self) -> int | None:
@@ -199,12 +232,14 @@ class _Trimmed:
 class _HarmonySplitter:
     """Messages on channels: what is on ``analysis`` was thought, all else is answer.
 
-    A call of a tool, which is addressed to somebody, is part of the answer, its header included, as the model wrote it.
-    Messages of one kind are a blank line apart.
+    A call of a tool, which is addressed to somebody, is part of the answer, its header included, as the model wrote it,
+    unless ``calls`` reads it. Messages of one kind are a blank line apart.
     """
 
-    def __init__(self, text: Detokenizer, marks: Harmony) -> None:
+    def __init__(self, text: Detokenizer, marks: Harmony, calls: CallMessages | None = None) -> None:
         self._detokenizer = text
+        self._calls = calls
+        self._calling = False
         self._marks = marks
         self._header: list[str] | None = [""]  # before the channel's mark and behind it; None within a message
         self._marked = False  # whether there has been a mark: what comes without any is answer
@@ -216,19 +251,33 @@ class _HarmonySplitter:
         marks = self._marks
         if id not in (marks.start, marks.channel, marks.message, marks.end):
             return self._take(self._detokenizer.push(id))
-        found = self._take(self._detokenizer.finish())
+        found = self.cut()
         self._marked = True
         if id == marks.message and self._header is not None:
             return found + self._begin(self._header)
         if id == marks.channel and self._header is not None:
             self._header.append("")
         elif id in (marks.start, marks.end):
+            found += self._end_call()
             self._header = [""]
         return found
 
     def finish(self) -> list[Segment]:
-        found = self._take(self._detokenizer.finish())
+        found = self.cut() + self._end_call()
         return found if self._marked or self._header is None else found + _segments("".join(self._header))
+
+    @property
+    def thinking(self) -> bool:
+        return self._header is None and self._reasoning
+
+    def cut(self) -> list[Segment]:
+        return self._take(self._detokenizer.finish())
+
+    def _end_call(self) -> list[Segment]:
+        if self._calls is None or not self._calling:
+            return []
+        self._calling = False
+        return self._told(self._calls.end())
 
     def _begin(self, header: list[str]) -> list[Segment]:
         """The text of a message begins."""
@@ -237,6 +286,9 @@ class _HarmonySplitter:
         call = any(word.startswith("to=") for word in words)
         self._reasoning = not call and words[:1] == ["analysis"]
         self._between = "\n\n" if self._said[self._reasoning] else ""
+        if call and self._calls is not None and self._calls.begin(" ".join(words)):
+            self._calling = True
+            return self._told(self._calls.push(""))
         return self._take(" ".join(words) + "\n") if call else []
 
     def _take(self, text: str) -> list[Segment]:
@@ -245,6 +297,17 @@ class _HarmonySplitter:
         if self._header is not None:
             self._header[-1] += text
             return []
+        if self._calling and self._calls is not None:
+            return self._told(self._calls.push(text))
+        return self._say(text)
+
+    def _told(self, told: Sequence[str | CallPiece]) -> list[Segment]:
+        found = []
+        for piece in told:
+            found += self._say(piece) if isinstance(piece, str) else [Segment("", call=piece)]
+        return found
+
+    def _say(self, text: str) -> list[Segment]:
         text, self._between = self._between + text, ""
         self._said[self._reasoning] = True
         return _segments(text, reasoning=self._reasoning)

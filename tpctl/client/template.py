@@ -77,17 +77,20 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, ready for the model to go on.
 
         Args:
+            tools: functions that the answer may call.
             variables: what the template is given besides, over what it is given every time.
 
         Raises:
             RequestError: the template refuses these messages (roles that do not alternate, no system role, …), fails
                 or takes too much, or does not read a field of them or one of ``variables``.
         """
+        variables = variables if tools is None else {"tools": tools, **(variables or {})}
         return self._text(self._inputs(messages, variables, add_generation_prompt))
 
     def render_all(self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any]]]) -> list[str | None]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tpctl.client.overlap import overlap
 from tpctl.client.reasoning import Form
-from tpctl.client.reasoning_stream import Segment, overlap, splitter
+from tpctl.client.reasoning_stream import Segment, splitter
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.asked import Tools
+from tpctl.client.tools.calls import Calls, ToolCall
+from tpctl.client.tools.stream import call_splitter
 from tpctl.wire.messages import Output
 from tpctl.wire.report import TokenLogprob
 
@@ -58,7 +62,8 @@ class TextStream:
         text: everything of the answer shown so far.
         reasoning: what was thought before it; ``None`` where thoughts are not told from answers.
         token_ids: the tokens behind it, with the end-of-sequence token if there was one.
-        finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found.
+        finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found;
+            "tool_calls" in the place of "stop" where there are calls.
         num_cached_tokens: prompt tokens that the prefix cache spared.
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
         prompt_logprobs: one for each token of the prompt but the first, if asked for.
@@ -71,6 +76,7 @@ class TextStream:
         prompt: Sequence[int] = (),
         min_tokens: int = 0,
         form: Form | None = None,
+        tools: Tools | None = None,
     ) -> None:
         """Begin.
 
@@ -79,8 +85,11 @@ class TextStream:
             prompt: the tokens that it follows.
             min_tokens: as in ``SamplingParams``.
             form: how what is thought is marked.
+            tools: functions that it may call.
         """
-        self._splitter = splitter(tokenizer, prompt, form)
+        self._called = None if tools is None else call_splitter(tokenizer, prompt, form, tools)
+        self._splitter = self._called or splitter(tokenizer, prompt, form)
+        self._calls = Calls()
         self._min_tokens = min_tokens
         self._stop = StopStrings(stop)
         self._pieces: list[str] = []
@@ -101,8 +110,17 @@ class TextStream:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether a stop string ended it, of which the engine does not know: the request must be aborted."""
-        return self._stop.found
+        """Whether a stop string or a call ended it, of which the engine does not know: the request must be aborted."""
+        return self._stop.found or self._called_enough
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """Calls of tools, whole ones once it has ended."""
+        return self._calls.all()
+
+    @property
+    def _called_enough(self) -> bool:
+        return self._called is not None and self._called.over
 
     def push(self, output: Output) -> list[Segment]:
         """Take in an output of the engine; returns the text it adds, piece by piece."""
@@ -125,18 +143,23 @@ class TextStream:
             if self._stop.any:
                 new = self._safe(new, early=len(self.token_ids) <= self._min_tokens)
             shown += new
-            if self._stop.found:
+            if self._stop.found or self._called_enough:
                 break
-        if self._stop.found:
+        if self._stop.found or self._called_enough:
             self.finish_reason = "stop"
         elif output.finish_reason is not None:
             shown += self._safe(self._splitter.finish())
             if rest := self._stop.finish():
                 shown.append(Segment(rest))
             self.finish_reason = "stop" if self._stop.found else output.finish_reason
-        for text, reasoning in shown:
+        for text, reasoning, call in shown:
+            if call is not None:
+                self._calls.push(call)
+                continue
             into = self._thoughts if reasoning and self._thoughts is not None else self._pieces
             into.append(text)
+        if self.finish_reason == "stop" and self.calls:
+            self.finish_reason = "tool_calls"
         return shown
 
     def _safe(self, segments: list[Segment], *, early: bool = False) -> list[Segment]:
@@ -146,7 +169,9 @@ class TextStream:
         found = []
         for segment in segments:
             text = segment.text
-            if not segment.reasoning:
+            if segment.call is not None:
+                found.append(segment)
+            elif not segment.reasoning:
                 text = (self._stop.skip if early else self._stop.push)(text)
             if text:
                 found.append(Segment(text, segment.reasoning))

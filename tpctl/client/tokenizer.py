@@ -20,6 +20,8 @@ from tpctl.client.reasoning import Form, find_form
 from tpctl.client.template import ChatTemplate, no_template, read_template, template_name
 from tpctl.client.text_growth import check_steps, check_text_growth, most_added, read_steps
 from tpctl.client.token_bound import most_characters
+from tpctl.client.tools.find import find_form as find_tool_form
+from tpctl.client.tools.forms import ToolForm
 from tpctl.errors import CheckpointError, RequestError
 from tpctl.json_file import is_file
 
@@ -106,10 +108,23 @@ class Tokenizer:
     @cached_property
     def reasoning(self) -> Form | None:
         """How answers in a chat mark what was thought before them, if the model does that."""
-        source = self._template_source if self._template is None else self._template.source
-        if source is None:
-            return None
-        return find_form(source, {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()})
+        source = self._source
+        return None if source is None else find_form(source, self.added_ids)
+
+    @cached_property
+    def tool_form(self) -> ToolForm | None:
+        """How answers in a chat mark calls of tools, if the model's template knows any, in a form that is known."""
+        source = self._source
+        return None if source is None else find_tool_form(source, self.added_ids)
+
+    @cached_property
+    def added_ids(self) -> dict[str, int]:
+        """Ids of the tokens that are added to the vocabulary, by their text."""
+        return {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()}
+
+    @property
+    def _source(self) -> str | None:
+        return self._template_source if self._template is None else self._template.source
 
     @property
     def has_chat_template(self) -> bool:
@@ -157,12 +172,14 @@ class Tokenizer:
         messages: Sequence[Message],
         variables: Mapping[str, Any] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         most: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the model's next answer begins.
 
         Args:
             variables: what the template is given besides.
+            tools: functions that the answer may call, as templates take them.
             most: as ``encode`` takes it.
 
         Raises:
@@ -170,7 +187,7 @@ class Tokenizer:
             RequestError: the template refuses these messages, they hold half a surrogate pair, or they have more than
                 ``most`` tokens.
         """
-        return self.encode_rendered(self.template.render(messages, variables=variables), most=most)
+        return self.encode_rendered(self.template.render(messages, tools=tools, variables=variables), most=most)
 
     def encode_rendered(self, text: str, *, most: int | None = None) -> list[int]:
         """Token ids of what the chat template made of a conversation.

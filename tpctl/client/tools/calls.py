@@ -1,0 +1,66 @@
+"""Calls of tools as they are told: whole, and in pieces."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_LETTERS = string.ascii_letters + string.digits
+
+
+class CallPiece(NamedTuple):
+    """What an answer says of one call.
+
+    Attributes:
+        at: which of the answer's calls, from 0.
+        id, name: with the first piece; later ``None``.
+        arguments: the next characters of the JSON object that the arguments are.
+        taken_back: it turned out to be none; its text follows as text.
+    """
+
+    at: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    taken_back: bool = False
+
+
+@dataclass
+class ToolCall:
+    """A whole call; ``arguments`` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As OpenAI's interface has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+def new_id(short: bool = False) -> str:
+    """A name for a call; ``short``: of nine letters and digits, as Mistral's templates insist on."""
+    if short:
+        return "".join(secrets.choice(_LETTERS) for _ in range(9))
+    return f"call_{secrets.token_hex(12)}"
+
+
+class Calls:
+    """Calls put together of the pieces that they are told in."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, ToolCall] = {}
+
+    def push(self, piece: CallPiece) -> None:
+        if piece.taken_back:
+            del self._found[piece.at]
+        elif piece.id is not None and piece.name is not None:
+            self._found[piece.at] = ToolCall(piece.id, piece.name, piece.arguments)
+        else:
+            self._found[piece.at].arguments += piece.arguments
+
+    def all(self) -> list[ToolCall]:
+        return list(self._found.values())
