@@ -201,7 +201,7 @@ def test_a_call_that_turns_out_to_be_none_is_taken_back() -> None:
     back, text = parser.push("?}")[:2]
     assert back.taken_back and back.at == 0 and text == '<tool_call>{"name": "now", "arguments": {"a": '
     again = parser.push(f"</tool_call><tool_call>{BOTH[1]}")
-    assert next(one.at for one in again if not isinstance(one, str)) == 0
+    assert next(one.at for one in again if not isinstance(one, str)) == 1
 
 
 def test_one_call_only_where_that_is_asked_for() -> None:

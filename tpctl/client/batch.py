@@ -230,7 +230,7 @@ class Batch:
     def _begin(self, job: Job) -> list[Request]:
         form = self._tokenizer.reasoning if job.chat else None
         streams = [
-            TextStream(self._tokenizer, job.stop, job.token_ids, job.sampling.min_tokens, form)
+            TextStream(self._tokenizer, job.stop, job.token_ids, job.sampling.min_tokens, form, job.tools)
             for _ in range(job.choices)
         ]
         answers = _Answers(job, streams, [None] * len(streams), len(streams))
@@ -313,6 +313,7 @@ class Batch:
         return {
             "text": stream.text,
             **({} if stream.reasoning is None else {"reasoning": stream.reasoning}),
+            **({"tool_calls": [call.to_dict() for call in stream.calls]} if stream.calls else {}),
             "finish_reason": stream.finish_reason,
             **({} if job.sampling.logprobs is None else {"logprobs": self._logprobs(job, stream)}),
             **({} if note is None else {"note": note}),

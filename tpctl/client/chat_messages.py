@@ -20,6 +20,9 @@ Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which services and templates keep what a model thought before it answered."""
 
+_ADDRESSES = ("tool_call_id",)
+"""What says which call a result is of. Templates that do not read it go by the order, see ``in_order``."""
+
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values of a field that say nothing."""
 
@@ -87,7 +90,7 @@ def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
     """
     for number, message in enumerate(messages, start=1):
         for name, value in message.items():
-            if value not in _NOTHING and not uses.reads(name):
+            if value not in _NOTHING and not uses.reads(name) and name not in _ADDRESSES:
                 raise RequestError(
                     f"message {number} has the field {shown(name)}, which the model's chat template does not read; "
                     "leave it out"
@@ -99,15 +102,54 @@ def prepared(
     uses: Uses,
     takes_parts: Callable[[], bool],
     takes_thoughts: Callable[[], bool] = lambda: False,
+    text_arguments: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Messages under the names and in the forms that a template reads.
 
     Fields that are null are left out. What was thought is there under every name for it that the template may read, and
     where the template takes it as a part of the content, before the others, there as well.
-    The arguments of a tool's call, which services write as text, become the object that templates expect. Parts of a
+    The arguments of a tool's call, which services write as text, become the object that templates expect, or stay text
+    where the template takes nothing else; a message of calls alone has an empty content. Parts of a
     content are one text, line by line, where the template takes no parts.
     """
-    return [_prepared(message, uses, takes_parts, takes_thoughts) for message in messages]
+    ordered = messages if "tool_call_id" in uses.names else in_order(messages)
+    if "name" in uses.names:
+        ordered = named(ordered)
+    return [_prepared(message, uses, takes_parts, takes_thoughts, text_arguments) for message in ordered]
+
+
+def in_order(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the results of tools that follow each other in the order of the calls."""
+    found: list[Message] = []
+    order: dict[Any, int] = {}
+    results: list[Message] = []
+    for message in messages:
+        if message.get("role") == "tool":
+            results.append(message)
+            continue
+        found += sorted(results, key=lambda result: order.get(result.get("tool_call_id"), 0))
+        results = []
+        order = {call.get("id"): at for at, call in enumerate(_calls_of(message))}
+        found.append(message)
+    return found + sorted(results, key=lambda result: order.get(result.get("tool_call_id"), 0))
+
+
+def named(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the results of tools under the tools' names, where the calls are known by ids."""
+    names: dict[Any, Any] = {}
+    found: list[Message] = []
+    for message in messages:
+        for call in _calls_of(message):
+            function = call.get("function")
+            names[call.get("id")] = function.get("name") if isinstance(function, Mapping) else None
+        name = names.get(message.get("tool_call_id")) if message.get("role") == "tool" else None
+        found.append({**message, "name": name} if name and not message.get("name") else message)
+    return found
+
+
+def _calls_of(message: Message) -> list[Mapping[str, Any]]:
+    calls = message.get("tool_calls")
+    return [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
 
 
 def thought_parts(thought: str, text: str) -> list[dict[str, Any]]:
@@ -116,7 +158,11 @@ def thought_parts(thought: str, text: str) -> list[dict[str, Any]]:
 
 
 def _prepared(
-    message: Message, uses: Uses, takes_parts: Callable[[], bool], takes_thoughts: Callable[[], bool]
+    message: Message,
+    uses: Uses,
+    takes_parts: Callable[[], bool],
+    takes_thoughts: Callable[[], bool],
+    text_arguments: Callable[[], bool],
 ) -> dict[str, Any]:
     fields = {name: value for name, value in message.items() if value is not None}
     given = {name: fields[name] for name in REASONING if name in fields}
@@ -130,7 +176,9 @@ def _prepared(
         fields["content"] = "\n".join(part["text"] for part in fields["content"])
     if isinstance(thought, str) and isinstance(fields.get("content"), str) and takes_thoughts():
         fields["content"] = thought_parts(thought, fields["content"])
-    if isinstance(fields.get("tool_calls"), list) and not uses.text_arguments:
+    if fields.get("tool_calls"):
+        fields.setdefault("content", "")
+    if isinstance(fields.get("tool_calls"), list) and not uses.text_arguments and not text_arguments():
         fields["tool_calls"] = [_call(call) for call in fields["tool_calls"]]
     return fields
 

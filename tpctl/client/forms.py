@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tpctl.client.tokenizer import check_text
 from tpctl.errors import RequestError, shown
 from tpctl.wire.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from tpctl.client.tools.asked import Tools
 
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {"guide_after"}
 FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | SAMPLING_FIELDS
@@ -37,10 +40,11 @@ ROW_FIELDS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a line asks for: ``fields`` as of a line in tpctl's own form, and so many answers."""
+    """What a line asks for: ``fields`` as of a line in tpctl's own form, so many answers, and tools they may call."""
 
     fields: Mapping[str, Any]
     choices: int = 1
+    tools: Tools | None = None
 
 
 class Form(Protocol):

@@ -18,9 +18,11 @@ from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted, read_stop, read_variables
-from tpctl.client.guides import guided
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
+from tpctl.client.tools.asked import Tools, with_tools
+from tpctl.client.tools.enforced import formed
+from tpctl.client.tools.stream import check_tools
 from tpctl.errors import SourceError, TpctlError, shown
 from tpctl.json_file import TwoMeanings, one_meaning
 from tpctl.wire.guide import NAMES as GUIDES
@@ -60,6 +62,7 @@ class Job:
 
     Attributes:
         choices: answers that it asks for.
+        tools: functions that they may call.
         beside: what its row has besides them.
     """
 
@@ -70,6 +73,7 @@ class Job:
     stop: tuple[str, ...]
     chat: bool = False
     choices: int = 1
+    tools: Tools | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -149,11 +153,12 @@ class JobParser:
         found = {}
         for line in lines if len(lines) > 1 else ():
             try:
-                entry = self._form().wanted(_load(line.raw)).fields
+                wanted = self._form().wanted(_load(line.raw))
+                entry = wanted.fields
                 if entry.get("messages") and "prompt" not in entry and self._tokenizer.has_chat_template:
                     found[line.index] = (
                         check_messages(entry["messages"]),
-                        _variables(entry),
+                        with_tools(_variables(entry), wanted.tools),
                     )
             except (_Refused, TpctlError):
                 continue  # ``parse`` says why
@@ -200,22 +205,25 @@ class JobParser:
             own = {**dict.fromkeys(GUIDES), **own}
         sampling = SamplingParams.from_dict({**self._sampling, "seed": seed, **own})
         stop = read_stop(entry["stop"]) if "stop" in entry else self._stop
-        token_ids = self._tokenize(line, entry)
+        token_ids = self._tokenize(line, entry, wanted.tools)
         check_length(len(token_ids), self._max_model_len)
-        form = self._tokenizer.reasoning if sampling.guide and "messages" in entry else None
-        sampling = guided(sampling, self._tokenizer, token_ids, form)
-        return Job(line, id, token_ids, sampling, stop, "messages" in entry, wanted.choices, beside)
+        form = self._tokenizer.reasoning if "messages" in entry else None
+        sampling = formed(sampling, self._tokenizer, token_ids, form, wanted.tools)
+        return Job(line, id, token_ids, sampling, stop, "messages" in entry, wanted.choices, wanted.tools, beside)
 
-    def _tokenize(self, line: Line, entry: Mapping[str, Any]) -> list[int]:
+    def _tokenize(self, line: Line, entry: Mapping[str, Any], tools: Tools | None) -> list[int]:
         if ("prompt" in entry) == ("messages" in entry):
             has = 'both "prompt" and' if "prompt" in entry else 'neither "prompt" nor'
             raise _Refused(f'has {has} "messages"; give one of them')
         if "messages" in entry:
+            if tools is not None:
+                check_tools(self._tokenizer)
             text = self._rendered.pop(line.index, None)
             if text is not None:
                 return self._tokenizer.encode_rendered(text, most=self._max_model_len - 1)
             messages = check_messages(entry["messages"])
-            return self._tokenizer.encode_chat(messages, _variables(entry), most=self._max_model_len - 1)
+            variables = with_tools(_variables(entry), tools)
+            return self._tokenizer.encode_chat(messages, variables, most=self._max_model_len - 1)
         if entry.get("chat_template_kwargs") is not None:
             raise _Refused('has chat_template_kwargs, which are for "messages", with a "prompt"; leave them out')
         prompt = entry["prompt"]

@@ -1,7 +1,7 @@
 """Answers in OpenAI's form, as its client's types describe it: of lines in a batch, and of requests to a server.
 
 A choice is what ``client.batch`` makes of an answer: ``text``, ``finish_reason`` and, where there are any,
-``reasoning`` and ``logprobs``.
+``reasoning``, ``tool_calls`` and ``logprobs``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def error(message: str, status: int, *, param: str | None = None, code: str | No
 
 def message(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
     """One answer of a chat."""
-    said = {"role": "assistant", "content": choice["text"], "refusal": None}
+    calls = choice.get("tool_calls")
+    said = {"role": "assistant", "content": choice["text"] or (None if calls else ""), "refusal": None}
+    if calls:
+        said["tool_calls"] = calls
     if "reasoning" in choice:
         said["reasoning_content"] = choice["reasoning"]
     logprobs = chat_logprobs(choice["logprobs"]) if "logprobs" in choice else None

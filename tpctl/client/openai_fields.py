@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted
+from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
+from tpctl.client.tools.asked import read_tools
 from tpctl.errors import RequestError, shown
 
 CHAT = "/v1/chat/completions"
@@ -27,11 +29,8 @@ _SAME = (SAMPLING_FIELDS - {"logprobs", "prompt_logprobs", "seed", "max_tokens"}
 """Fields that mean what tpctl's own of that name mean; some are those that other servers add."""
 
 _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
@@ -91,6 +90,7 @@ def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wa
     choices = whole(body.pop("n", 1), "n", 1, MOST_CHOICES)
     if (best := body.pop("best_of", choices)) != choices:
         raise FieldError(f"best_of is {shown(best)} with n {choices}, which tpctl cannot do; leave it out", "best_of")
+    tools = read_tools({name: body.pop(name) for name in TOOL_FIELDS if name in body}) if chat else None
     fields: dict[str, Any] = {}
     if "seed" in body:
         fields["seed"] = whole(body.pop("seed"), "seed", -(2**63), 2**63 - 1) % 2**63
@@ -101,7 +101,7 @@ def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wa
         name = min(body)
         where = path or (CHAT if chat else TEXT)
         raise FieldError(f"unknown field {name!r} in the body of a request to {where}", name)
-    return Wanted(fields, choices)
+    return Wanted(fields, choices, tools)
 
 
 def whole(value: Any, name: str, least: int, most: int) -> int:

@@ -77,20 +77,17 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, ready for the model to go on.
 
         Args:
-            tools: functions that the answer may call.
             variables: what the template is given besides, over what it is given every time.
 
         Raises:
             RequestError: the template refuses these messages (roles that do not alternate, no system role, …), fails
                 or takes too much, or does not read a field of them or one of ``variables``.
         """
-        variables = variables if tools is None else {"tools": tools, **(variables or {})}
         return self._text(self._inputs(messages, variables, add_generation_prompt))
 
     def render_all(self, conversations: Sequence[tuple[Sequence[Message], Mapping[str, Any]]]) -> list[str | None]:
@@ -118,7 +115,9 @@ class ChatTemplate:
         """Variables of one conversation."""
         self._check_variables(variables or {})
         refuse_unread(messages, self.uses)
-        ready = prepared(messages, self.uses, lambda: self._takes_parts, lambda: self._takes_thoughts)
+        ready = prepared(
+            messages, self.uses, lambda: self._takes_parts, lambda: self._takes_thoughts, lambda: self._wants_texts
+        )
         return {**(variables or {}), "messages": ready, "add_generation_prompt": add_prompt}
 
     @cached_property
@@ -144,6 +143,22 @@ class ChatTemplate:
         except RequestError:
             return False
         return _PROBE in text and "'type'" not in text and '"type"' not in text
+
+    @cached_property
+    def _wants_texts(self) -> bool:
+        """Whether the arguments of a tool's call must be text, tried with one: some templates join them to others."""
+
+        def fails(arguments: Any) -> bool:
+            call = {"id": "123456789", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            asked = {"role": "user", "content": "?"}
+            messages = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                self._text({"messages": messages, "add_generation_prompt": False})
+            except RequestError:
+                return True
+            return False
+
+        return fails({"probe": 1}) and not fails('{"probe": 1}')
 
     def _text(self, own: Mapping[str, Any]) -> str:
         try:

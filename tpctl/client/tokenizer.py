@@ -172,14 +172,12 @@ class Tokenizer:
         messages: Sequence[Message],
         variables: Mapping[str, Any] | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
         most: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the model's next answer begins.
 
         Args:
             variables: what the template is given besides.
-            tools: functions that the answer may call, as templates take them.
             most: as ``encode`` takes it.
 
         Raises:
@@ -187,7 +185,7 @@ class Tokenizer:
             RequestError: the template refuses these messages, they hold half a surrogate pair, or they have more than
                 ``most`` tokens.
         """
-        return self.encode_rendered(self.template.render(messages, tools=tools, variables=variables), most=most)
+        return self.encode_rendered(self.template.render(messages, variables=variables), most=most)
 
     def encode_rendered(self, text: str, *, most: int | None = None) -> list[int]:
         """Token ids of what the chat template made of a conversation.

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
-from tpctl.client.guides import guided
 from tpctl.client.openai_fields import FieldError, flag
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.asked import Tools, with_tools
+from tpctl.client.tools.enforced import formed
+from tpctl.client.tools.stream import check_tools
 from tpctl.errors import TpctlError, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job
@@ -90,10 +92,17 @@ class Reader:
 
     def render(self, messages: Any, variables: Any, most: int | None) -> list[int]:
         """The tokens of a conversation. Raises ``TpctlError``."""
-        return self.tokenizer.encode_chat(check_messages(messages), read_variables(variables), most=most)
+        return self._render(messages, variables, most, None)
+
+    def _render(self, messages: Any, variables: Any, most: int | None, tools: Tools | None) -> list[int]:
+        if tools is not None:
+            check_tools(self.tokenizer)
+        own = with_tools(read_variables(variables), tools)
+        return self.tokenizer.encode_chat(check_messages(messages), own, most=most)
 
     def _conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
-        token_ids = self.render(messages, wanted.fields.get("chat_template_kwargs"), info.max_model_len - 1)
+        variables = wanted.fields.get("chat_template_kwargs")
+        token_ids = self._render(messages, variables, info.max_model_len - 1, wanted.tools)
         return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning)
 
     def _texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
@@ -114,7 +123,8 @@ class Reader:
         own = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
         seed = secrets.randbits(63)
         values = {"seed": seed, "max_tokens": min(room, most or room), **self._defaults, **own}
-        sampling = guided(SamplingParams.from_dict(values), self.tokenizer, token_ids, form)
+        sampling = SamplingParams.from_dict(values)
+        sampling = formed(sampling, self.tokenizer, token_ids, form, wanted.tools)
         check_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
         check_ids([token for token, _ in sampling.logit_bias], info.vocab_size, "logit_bias")
         stop = read_stop(fields["stop"]) if "stop" in fields else ()
@@ -122,7 +132,8 @@ class Reader:
             replace(sampling, seed=(sampling.seed + at * CHOICES_APART) % 2**63) if at else sampling
             for at in range(wanted.choices)
         ]
-        streams = [TextStream(self.tokenizer, stop, token_ids, sampling.min_tokens, form) for _ in each]
+        tools, least = wanted.tools, sampling.min_tokens
+        streams = [TextStream(self.tokenizer, stop, token_ids, least, form, tools) for _ in each]
         return Job(token_ids, each, streams)
 
 

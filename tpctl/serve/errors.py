@@ -9,6 +9,7 @@ import msgspec
 from tpctl.client.forms import FIELDS
 from tpctl.client.openai_answers import error
 from tpctl.client.openai_fields import FieldError
+from tpctl.client.tools.asked import ToolsError
 from tpctl.errors import CheckpointError, RequestError, TpctlError, printable, shorten
 
 LONGEST = 1000
@@ -46,7 +47,7 @@ class ApiError(Exception):
     def of(cls, reason: TpctlError) -> ApiError:
         """What the world's fault is to a client: its own where the request is wrong."""
         said = str(reason)
-        if isinstance(reason, FieldError):
+        if isinstance(reason, FieldError | ToolsError):
             return cls(400, said, param=reason.param)
         if isinstance(reason, RequestError):
             return cls(400, said, param=_field(said))

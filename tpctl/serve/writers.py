@@ -14,6 +14,7 @@ from tpctl.client.openai_answers import usage as usage_of
 from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import TokenTexts, token_texts
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.calls import CallPiece
 from tpctl.serve.answered import encode
 from tpctl.serve.asked import Streaming
 from tpctl.serve.errors import ApiError
@@ -105,6 +106,8 @@ class ChunkWriter(ABC):
     def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
         reasoning = {} if stream.reasoning is None or not self.chat else {"reasoning": stream.reasoning}
         found: dict[str, Any] = {"text": stream.text, **reasoning, "finish_reason": stream.finish_reason}
+        if calls := stream.calls:
+            found["tool_calls"] = [call.to_dict() for call in calls]
         if self._wants_logprobs:
             found["logprobs"] = self._described(at, 0, len(stream.token_ids))
         return found
@@ -148,7 +151,10 @@ class ChatWriter(ChunkWriter):
     def _deltas(self, piece: Piece) -> list[bytes]:
         return [
             (b'"delta":{"reasoning_content":' if reasoning else b'"delta":{"content":') + encode(text) + b"}"
-            for text, reasoning in piece.segments
+            if call is None
+            else b'"delta":{"tool_calls":[' + encode(_call(call)) + b"]}"
+            for text, reasoning, call in piece.segments
+            if call is None or not call.taken_back
         ]
 
     def _last(self) -> bytes:
@@ -156,6 +162,14 @@ class ChatWriter(ChunkWriter):
 
     def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
         return chat_logprobs(tokens)
+
+
+def _call(piece: CallPiece) -> dict[str, Any]:
+    """The next piece of a call: its id and name first, then characters of its arguments."""
+    if piece.id is None:
+        return {"index": piece.at, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.at, "id": piece.id, "type": "function", "function": function}
 
 
 class TextWriter(ChunkWriter):
@@ -179,7 +193,7 @@ class TextWriter(ChunkWriter):
         )
 
     def _deltas(self, piece: Piece) -> list[bytes]:
-        return [b'"text":' + encode(text) for text, _ in piece.segments]
+        return [b'"text":' + encode(text) for text, *_ in piece.segments]
 
     def _last(self) -> bytes:
         return b'"text":""'

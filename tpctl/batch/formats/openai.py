@@ -65,7 +65,7 @@ def _asked(body: dict[str, Any], *, chat: bool) -> Wanted:
     refuse(body, _OF_A_SERVER)
     prompt = {"messages": _messages(body)} if chat else {"prompt": _prompt(body)}
     wanted = settings(body, chat=chat)
-    return Wanted({**wanted.fields, **prompt}, wanted.choices)
+    return Wanted({**wanted.fields, **prompt}, wanted.choices, wanted.tools)
 
 
 def _messages(body: dict[str, Any]) -> Any:

@@ -96,6 +96,11 @@ def read_tools(fields: Mapping[str, Any]) -> Tools | None:
     )
 
 
+def with_tools(variables: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]:
+    """What a chat template is given besides messages, with the tools."""
+    return dict(variables) if tools is None else {"tools": tools.offered, **variables}
+
+
 def _function(number: int, tool: Any) -> tuple[dict[str, Any], bool]:
     """A function as templates take it, and whether its schema is strict."""
     what = f"tool {number}"

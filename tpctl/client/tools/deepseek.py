@@ -15,11 +15,15 @@ Kimi's names are functions.NAME:INDEX, and that is the call's id, too. Source: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tpctl.client.tools.json_call import read_arguments
+from tpctl.client.tools.lark import Lark
 from tpctl.client.tools.reader import Malformed, Reader, Reading
+
+_FENCE = "\n```json\n"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,20 @@ class Blocks:
             reader.end()
             if (yield from reader.passed(call_begin, end)) != call_begin:
                 return
+
+    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+        begin, end, call_begin, call_end, between = map(lark.mark, self.marks)
+        bodies = []
+        for name, rule in functions.items():
+            if self.numbered:
+                bodies.append(f"{lark.text(f'functions.{name}:')} /[0-9]{{1,3}}/ {between} {rule}")
+            elif self.typed:
+                bodies.append(f'"function" {between} {lark.text(f"{name}{_FENCE}")} {rule} "\\n```"')
+            else:
+                bodies.append(f"{lark.text(name)} {between} {rule}")
+        one = f"{call_begin} {lark.one_of(bodies)} {call_end}"
+        several = lark.listed(one, lark.text("\n") if self.typed else "", single=single)
+        return f"{begin} {several} {end}"
 
     def _call(self, reader: Reader, name: str) -> Reading[None]:
         if self.numbered:

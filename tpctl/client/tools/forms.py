@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from tpctl.client.tools.lark import Lark
 from tpctl.client.tools.reader import Reader, Reading
 
 
@@ -35,4 +37,15 @@ class ToolForm(Protocol):
 
     def calls(self, reader: Reader, opened: str) -> Reading[None]:
         """Read the calls behind the mark ``opened``, telling them to ``reader``. Raises ``Malformed``."""
+        ...
+
+    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+        """What an answer's calls are, in Lark's language.
+
+        Args:
+            functions: of each that may be called, the rule of its arguments as JSON.
+
+        Raises:
+            RequestError: it cannot be said.
+        """
         ...

@@ -8,8 +8,11 @@ Source: Gemma 4's chat template.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from tpctl.client.tools.lark import Lark, refuse
 from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded
 
 _QUOTE = '<|"|>'
@@ -33,6 +36,9 @@ class Gemma:
         yield from _members(reader, 0)
         yield from reader.take(self.marks[1])
         reader.end()
+
+    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+        return refuse(self.name)
 
 
 def _members(reader: Reader, depth: int) -> Reading[None]:

@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpctl.client.reasoning import Form, Harmony
 from tpctl.client.tools.calls import CallPiece
 from tpctl.client.tools.json_call import read_arguments
+from tpctl.client.tools.lark import Lark
 from tpctl.client.tools.reader import Reader, Reading, Symbols
 from tpctl.client.tools.reading import reading
+from tpctl.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,15 @@ class HarmonyCalls:
         reader.begin(opened)
         yield from read_arguments(reader)
         reader.end()
+
+    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+        """One call, behind which an answer always ends: a token that ends it says so."""
+        head, constrain, body = "<|channel|>", "<|constrain|>", lark.mark("<|message|>")
+        bodies = (
+            f"{lark.text(f'commentary to=functions.{name} ')} {lark.mark(constrain)} {lark.text('json')} {body} {rule}"
+            for name, rule in functions.items()
+        )
+        return f"{lark.mark(head)} {lark.one_of(bodies)}"
 
 
 class CallMessages:
@@ -75,3 +87,17 @@ class CallMessages:
             next(self._run, None)
         pieces, self._reader.pieces = self._reader.pieces, []
         return pieces
+
+
+def messages(lark: Lark, call: str, form: Form | None, *, must: bool) -> str:
+    """An answer whose message is a call, or unless it ``must`` be one another, and what is thought before it."""
+    if not isinstance(form, Harmony):
+        raise RequestError("the tokenizer has not the marks of messages (harmony)")
+    channel, body = lark.mark("<|channel|>"), lark.mark("<|message|>")
+    again = f'{lark.mark("<|end|>")} {lark.mark("<|start|>")} "assistant"'
+    text = lark.anything()
+    thought = f'({channel} "analysis" {body} {text} {again})?'
+    if must:
+        return f"{thought} {call}"
+    preamble = f'({channel} "commentary" {body} {text} {again})?'
+    return f'{thought} ({preamble} {call} | {channel} "final" {body} {text})'

@@ -62,3 +62,8 @@ def read_arguments(reader: Reader, tell: Callable[[str], object] | None = None) 
     if not isinstance(value, dict):
         raise Malformed
     say(encoded(value))
+
+
+def json_head(name: str, arguments: str = "arguments") -> str:
+    """What stands before a call's arguments."""
+    return f'{{"name": "{name}", "{arguments}": '

@@ -73,6 +73,7 @@ class Reader:
         self._begun = False
         self.ended = False
         self.count = 0
+        self._at = 0  # a call's place; one that was told and taken back keeps its own
         self.pieces: list[str | CallPiece] = []
 
     def more(self) -> Reading[None]:
@@ -198,16 +199,17 @@ class Reader:
         if name not in self.names:
             raise Malformed
         self._begun = True
-        self.pieces.append(CallPiece(self.count, id or new_id(self._short_ids), name))
+        self.pieces.append(CallPiece(self._at, id or new_id(self._short_ids), name))
 
     def argue(self, text: str) -> None:
         """The next characters of a call's arguments."""
         if text:
-            self.pieces.append(CallPiece(self.count, arguments=text))
+            self.pieces.append(CallPiece(self._at, arguments=text))
 
     def end(self) -> None:
         """The call is whole. Raises ``Enough``."""
         self.count += 1
+        self._at += 1
         self._begun = False
         self._taken.clear()
         if self.single:
@@ -221,7 +223,8 @@ class Reader:
         """What was taken since the last whole call is text."""
         text = self._symbols.plain("".join(self._taken))
         if self._begun:
-            self.pieces.append(CallPiece(self.count, taken_back=True))
+            self.pieces.append(CallPiece(self._at, taken_back=True))
+            self._at += 1
             self._begun = False
         if text.strip() or not self.count:
             self.say(text)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpctl.client.tools.lark import Lark, refuse
 from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded
 from tpctl.client.tools.typed import as_json, types_of
 
@@ -65,6 +66,9 @@ class Tagged:
             if (yield from reader.passed(self.function[0], self.block[1])) != self.function[0]:
                 return
 
+    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+        return refuse(self.name)
+
 
 @dataclass(frozen=True)
 class Keyed:
@@ -90,6 +94,9 @@ class Keyed:
             yield from reader.take(value_open)
             yield from arguments.read(key.strip(), value_close)
         arguments.end()
+
+    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+        return refuse(self.name)
 
 
 class Arguments:
