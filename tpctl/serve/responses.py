@@ -10,10 +10,13 @@ from typing import Any
 
 from tpctl.client.forms import Wanted
 from tpctl.client.openai_fields import FieldError, given, refuse, settings
+from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
+from tpctl.client.tools.calls import CallPiece
 from tpctl.errors import shown
 from tpctl.serve.answered import encode
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
+from tpctl.serve.items import chat_tools, read_items
 from tpctl.serve.pool import Job
 
 PATH = "/v1/responses"
@@ -31,8 +34,6 @@ _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
 }
 """Fields for what tpctl has not, beside those of a chat, with the values that do not ask for it."""
-
-_TEXTS = ("input_text", "output_text", "text")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     """
     names = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata")
     said = {name: body.get(name) for name in names}
-    messages = _messages(body)
+    messages = read_items(body)
     refuse(body, _NOT_DONE)
     text = _object(body, "text", ("format", "verbosity"))
     refuse(text, {"verbosity": ("medium",)})
@@ -68,8 +69,10 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
         body["reasoning_effort"] = reasoning["effort"]
     if "n" in body:
         raise FieldError(f"unknown field 'n' in the body of a request to {PATH}", "n")
+    tools = {name: body.get(name) for name in TOOL_FIELDS}
+    body |= chat_tools(body)
     wanted = settings(body, chat=True, path=PATH)
-    return ResponseAsked(messages, wanted, {**said, "effort": reasoning.get("effort"), "format": format_})
+    return ResponseAsked(messages, wanted, {**said, **tools, "effort": reasoning.get("effort"), "format": format_})
 
 
 def _response_format(value: Any) -> Any:
@@ -88,51 +91,38 @@ def _object(body: dict[str, Any], name: str, known: Sequence[str]) -> dict[str, 
     return given(value)
 
 
-def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """``instructions`` and ``input`` as a chat's messages."""
-    if "input" not in body:
-        raise FieldError("the body has no input", "input")
-    instructions, items = body.pop("instructions", None), body.pop("input")
-    if not isinstance(instructions, str | None):
-        raise FieldError(f"instructions is {shown(instructions)}, but must be a text", "instructions")
-    found = [] if instructions is None else [{"role": "system", "content": instructions}]
-    if isinstance(items, str):
-        return [*found, {"role": "user", "content": items}]
-    if not isinstance(items, list) or not items:
-        raise FieldError(f"input is {shown(items)}, but must be a text or a list of items, not empty", "input")
-    thought: str | None = None
-    for number, item in enumerate(items, start=1):
-        kind = item.get("type", "message") if isinstance(item, dict) else None
-        if kind == "reasoning":
-            thought = _joined(item.get("content") or [], number, ("reasoning_text",)) or None
-        elif kind == "message":
-            message = {"role": item.get("role"), "content": item.get("content")}
-            if message["role"] == "developer":
-                message["role"] = "system"
-            if isinstance(message["content"], list):
-                message["content"] = _joined(message["content"], number, _TEXTS)
-            if thought is not None and message["role"] == "assistant":
-                message["reasoning_content"], thought = thought, None
-            found.append(message)
-        else:
-            what = shown(item) if kind is None else f"of type {shown(kind)}"
-            raise FieldError(f"item {number} of input is {what}, which tpctl cannot take; leave it out", "input")
-    return found
+@dataclass
+class _Open:
+    """An item that is being told; ``kind`` is "reasoning", "message" or "function_call"."""
 
+    kind: str
+    id: str
+    text: str = ""
+    call_id: str = ""
+    name: str = ""
 
-def _joined(parts: Any, number: int, kinds: Sequence[str]) -> str:
-    """The text of an item's parts."""
-    texts = []
-    for part in parts if isinstance(parts, list) else [parts]:
-        fields = part if isinstance(part, dict) else {}
-        if fields.get("type") not in kinds or not isinstance(fields.get("text"), str):
-            raise FieldError(f"item {number} of input has a part {shown(part)}; tpctl takes text only", "input")
-        texts.append(fields["text"])
-    return "\n".join(texts)
+    def item(self, status: str = "completed") -> dict[str, Any]:
+        """It with the text that there is."""
+        found: dict[str, Any] = {"id": self.id, "type": self.kind, "status": status}
+        if self.kind == "function_call":
+            return {**found, "call_id": self.call_id, "name": self.name, "arguments": self.text}
+        found["content"] = [self.part(self.text)]
+        return {**found, **({"summary": []} if self.kind == "reasoning" else {"role": "assistant"})}
+
+    def part(self, text: str) -> dict[str, Any]:
+        """The one part of a text."""
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What events say of its text besides."""
+        return {"logprobs": []} if self.kind == "message" else {}
 
 
 class ResponseWriter:
-    """An answer's items, a message and what was thought before it, each opened when its first text comes."""
+    """An answer's items, what was thought, a message and calls, each opened when its first text comes."""
 
     def __init__(self, model: str, asked: ResponseAsked, job: Job, generation: Generation) -> None:
         self._id = secrets.token_hex(24)
@@ -143,8 +133,8 @@ class ResponseWriter:
         self._generation = generation
         self._stream = generation.streams[0]
         self._number = 0
-        self._open: bool | None = None  # which item is: that of thoughts, or the message
-        self._items = 0
+        self._open: _Open | None = None
+        self._told: list[dict[str, Any]] = []  # items, as far as they were told
 
     def begin(self) -> bytes:
         response = self._response("in_progress", [])
@@ -155,17 +145,21 @@ class ResponseWriter:
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
         found = []
         for piece in pieces:
-            for text, reasoning in piece.segments:
-                if self._open is not reasoning:
-                    found += [self._close(), self._begin(reasoning)]
-                kind = "reasoning_text" if reasoning else "output_text"
-                more: dict[str, Any] = {} if reasoning else {"logprobs": []}
-                found.append(self._event(f"response.{kind}.delta", **self._place(), delta=text, **more))
+            for text, reasoning, call in piece.segments:
+                found.append(
+                    self._say("reasoning" if reasoning else "message", text) if call is None else self._call(call)
+                )
         return b"".join(found)
 
     def end(self) -> bytes:
-        found = b"" if self._open is False else self._close() + self._begin(False)
-        found += self._close()
+        cut = self._stream.finish_reason == "length"
+        if self._open is None or self._open.kind == "reasoning":
+            found = self._close()
+            if all(item["type"] == "reasoning" for item in self._told):
+                found += self._begin(self._new("message"))
+        else:
+            found = b""
+        found += self._close("incomplete" if cut else "completed")
         response = self.whole()
         return found + self._event(f"response.{response['status']}", response=response)
 
@@ -175,8 +169,7 @@ class ResponseWriter:
 
     def whole(self) -> dict[str, Any]:
         cut = self._stream.finish_reason == "length"
-        output = [self._item(reasoning) for reasoning in (True, False) if self._stream.reasoning or not reasoning]
-        found = self._response("incomplete" if cut else "completed", output)
+        found = self._response("incomplete" if cut else "completed", self._told or self._items(cut))
         cached, thought = self._stream.num_cached_tokens, self._generation.reasoning_tokens
         tokens_in, out = len(self._job.token_ids), len(self._stream.token_ids)
         found["usage"] = {
@@ -186,6 +179,17 @@ class ResponseWriter:
             "output_tokens_details": {"reasoning_tokens": thought},
             "total_tokens": tokens_in + out,
         }
+        return found
+
+    def _items(self, cut: bool) -> list[dict[str, Any]]:
+        """Those of an answer that was not told as it grew."""
+        stream, found = self._stream, []
+        if stream.reasoning:
+            found.append(self._new("reasoning", stream.reasoning).item())
+        if stream.text or not stream.calls:
+            found.append(self._new("message", stream.text).item("incomplete" if cut else "completed"))
+        for at, call in enumerate(stream.calls):
+            found.append(_Open("function_call", f"fc_{self._id}{at}", call.arguments, call.id, call.name).item())
         return found
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -202,60 +206,75 @@ class ResponseWriter:
             "metadata": said["metadata"] or {},
             "model": self._model,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": said["parallel_tool_calls"] is not False,
             "previous_response_id": None,
             "reasoning": {"effort": said["effort"], "summary": None},
             "store": False,
             "temperature": sampling.temperature,
             "text": {"format": said["format"] or {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": said["tool_choice"] or "auto",
+            "tools": said["tools"] or [],
             "top_p": sampling.top_p,
             "truncation": "disabled",
             "usage": None,
         }
 
-    def _begin(self, reasoning: bool) -> bytes:
-        """Open an item and the one part that it has."""
-        self._open = reasoning
-        item = {**self._item(reasoning), "content": [], "status": "in_progress"}
-        added = self._event("response.output_item.added", output_index=self._items, item=item)
-        return added + self._event("response.content_part.added", **self._place(), part=self._part(reasoning, ""))
+    def _say(self, kind: str, text: str) -> bytes:
+        found = b""
+        if self._open is None or self._open.kind != kind:
+            found = self._close() + self._begin(self._new(kind))
+        assert self._open is not None
+        self._open.text += text
+        name = "reasoning_text" if kind == "reasoning" else "output_text"
+        return found + self._event(f"response.{name}.delta", **self._place(), delta=text, **self._open.more)
 
-    def _close(self) -> bytes:
-        if self._open is None:
+    def _call(self, piece: CallPiece) -> bytes:
+        if piece.taken_back:
+            return self._close("incomplete")
+        found = b""
+        if piece.id is not None:
+            id = f"fc_{self._id}{piece.at}"
+            found = self._close() + self._begin(_Open("function_call", id, "", piece.id, piece.name or ""))
+        if not piece.arguments or self._open is None:
+            return found
+        self._open.text += piece.arguments
+        place = {"item_id": self._open.id, "output_index": len(self._told)}
+        return found + self._event("response.function_call_arguments.delta", **place, delta=piece.arguments)
+
+    def _new(self, kind: str, text: str = "") -> _Open:
+        """A text's item. Behind calls there may be another message."""
+        number = sum(item["type"] == kind for item in self._told)
+        return _Open(kind, f"{'rs' if kind == 'reasoning' else 'msg'}_{self._id}{number or ''}", text)
+
+    def _begin(self, item: _Open) -> bytes:
+        """Open an item and the one part that a text has."""
+        self._open = item
+        told = item.item("in_progress")
+        if item.kind == "function_call":
+            return self._event("response.output_item.added", output_index=len(self._told), item=told)
+        added = self._event("response.output_item.added", output_index=len(self._told), item={**told, "content": []})
+        return added + self._event("response.content_part.added", **self._place(), part=item.part(""))
+
+    def _close(self, status: str = "completed") -> bytes:
+        item, place = self._open, len(self._told)
+        if item is None:
             return b""
-        reasoning = self._open
-        item = self._item(reasoning)
-        (part,) = item["content"]
-        kind = "reasoning_text" if reasoning else "output_text"
-        more: dict[str, Any] = {} if reasoning else {"logprobs": []}
-        found = self._event(f"response.{kind}.done", **self._place(), text=part["text"], **more)
-        found += self._event("response.content_part.done", **self._place(), part=part)
-        found += self._event("response.output_item.done", output_index=self._items, item=item)
+        told = item.item("completed" if item.kind == "reasoning" else status)
+        if item.kind == "function_call":
+            about = {"item_id": item.id, "output_index": place, "name": item.name, "arguments": item.text}
+            found = self._event("response.function_call_arguments.done", **about)
+        else:
+            name = "reasoning_text" if item.kind == "reasoning" else "output_text"
+            found = self._event(f"response.{name}.done", **self._place(), text=item.text, **item.more)
+            found += self._event("response.content_part.done", **self._place(), part=item.part(item.text))
+        found += self._event("response.output_item.done", output_index=place, item=told)
         self._open = None
-        self._items += 1
+        self._told.append(told)
         return found
 
     def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id(self._open is True), "output_index": self._items, "content_index": 0}
-
-    def _item_id(self, reasoning: bool) -> str:
-        return f"{'rs' if reasoning else 'msg'}_{self._id}"
-
-    def _item(self, reasoning: bool) -> dict[str, Any]:
-        """An item with the text that there is."""
-        text = (self._stream.reasoning or "") if reasoning else self._stream.text
-        found = {"id": self._item_id(reasoning), "status": "completed", "content": [self._part(reasoning, text)]}
-        if reasoning:
-            return {**found, "type": "reasoning", "summary": []}
-        cut = self._stream.finish_reason == "length"
-        return {**found, "type": "message", "role": "assistant", **({"status": "incomplete"} if cut else {})}
-
-    def _part(self, reasoning: bool, text: str) -> dict[str, Any]:
-        if reasoning:
-            return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        assert self._open is not None
+        return {"item_id": self._open.id, "output_index": len(self._told), "content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1

@@ -1,0 +1,167 @@
+"""Tools over a fake engine: calls as OpenAI's own types read them, in chats and responses, whole and as they grow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response
+
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import served
+from tests.unit.test_serve import CHAT, chat, events
+from tests.unit.test_serve_refusals import error
+from tests.unit.test_serve_responses import PATH
+from tests.unit.test_serve_responses import events as response_events
+from tests.unit.thinking import MODELS as PLAIN
+from tests.unit.tool_models import MODELS
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.wire.messages import Request
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = {"name": "get_weather", "description": "d", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "function": {"name": "now"}}]
+FLAT = [{"type": "function", **WEATHER, "strict": False}, {"type": "function", "name": "now"}]
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+BROKEN = '<tool_call>\n{"name": "now", "arguments": {"a": oops}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    return MODELS["hermes"].tokenizer(folder)
+
+
+def saying(tokenizer: Tokenizer, text: str) -> FakeEngine:
+    def say(tokenizer: Tokenizer, request: Request) -> str:
+        return text
+
+    return FakeEngine(tokenizer, say=say, max_model_len=2048)
+
+
+def test_calls_of_a_chat(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, saying(tokenizer, f"Well.\n{CALL}\n{NOW}")) as (client, server):
+        body = client.post(CHAT, json=chat(tools=TOOLS)).json()
+        answer = ChatCompletion.model_validate(body, strict=True).choices[0]
+        assert (answer.message.content, answer.finish_reason) == ("Well.", "tool_calls")
+        calls = answer.message.tool_calls or []
+        assert [(c.function.name, json.loads(c.function.arguments)) for c in calls] == [  # type: ignore[union-attr]
+            ("get_weather", {"city": "Oslo"}),
+            ("now", {}),
+        ]
+        assert len({call.id for call in calls}) == 2
+        prompt = tokenizer.decode(server.engines[0].requests[0].token_ids, skip_special=False)
+        assert '"name": "get_weather"' in prompt and "strict" not in prompt
+        for more in ({"tool_choice": "none"}, {}):  # without tools it is text
+            body = client.post(CHAT, json=chat(**({"tools": TOOLS, **more} if more else {}))).json()
+            assert body["choices"][0]["message"]["content"] == f"Well.\n{CALL}\n{NOW}"
+            assert "tool_calls" not in body["choices"][0]["message"]
+            prompt = tokenizer.decode(server.engines[0].requests[-1].token_ids, skip_special=False)
+            assert "get_weather" not in prompt
+
+
+def test_calls_of_a_chat_stream(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, saying(tokenizer, f"Well.\n{CALL}\n{NOW}")) as (client, _):
+        chunks = [
+            ChatCompletionChunk.model_validate(one, strict=True) for one in events(client, CHAT, chat(tools=TOOLS))
+        ]
+        deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        heads = [(one.index, one.function.name) for one in deltas if one.id is not None and one.function]
+        assert heads == [(0, "get_weather"), (1, "now")]
+        for at, arguments in ((0, {"city": "Oslo"}), (1, {})):
+            pieces = [one.function.arguments for one in deltas if one.index == at and one.function]
+            assert json.loads("".join(pieces)) == arguments  # type: ignore[arg-type]
+        assert len(deltas) > 10
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Well."
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_broken_call_is_text(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, saying(tokenizer, BROKEN)) as (client, _):
+        body = client.post(CHAT, json=chat(tools=TOOLS)).json()["choices"][0]
+        assert (body["message"]["content"], body["finish_reason"]) == (BROKEN, "stop")
+        chunks = events(client, CHAT, chat(tools=TOOLS))
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == BROKEN
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_one_call_ends_an_answer(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, saying(tokenizer, f"{CALL}\n{NOW}")) as (client, server):
+        body = client.post(CHAT, json=chat(tools=TOOLS, parallel_tool_calls=False)).json()["choices"][0]
+        assert len(body["message"]["tool_calls"]) == 1 and body["finish_reason"] == "tool_calls"
+        assert body["message"]["content"] is None
+        assert server.engines[0].aborted  # what came behind it is not computed
+
+
+def test_calls_that_are_required_have_a_grammar(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, saying(tokenizer, CALL)) as (client, server):
+        choice = {"type": "function", "function": {"name": "get_weather"}}
+        for more in ({"tool_choice": "required"}, {"tool_choice": choice}):
+            assert client.post(CHAT, json=chat(tools=TOOLS, **more)).status_code == 200
+            grammar = server.engines[0].requests[-1].sampling.grammar
+            assert grammar is not None and ("now" in grammar) is (more["tool_choice"] == "required")
+        strict = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+        assert client.post(CHAT, json=chat(tools=strict)).status_code == 200
+        assert "TEXT" in str(server.engines[0].requests[-1].sampling.grammar)
+        client.post(CHAT, json=chat(tools=TOOLS))
+        assert server.engines[0].requests[-1].sampling.grammar is None
+
+
+def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with served(tokenizer) as (client, _):
+        for more, param, said in (
+            ({"tools": 3}, "tools", "tools is 3"),
+            ({"tools": TOOLS, "tool_choice": "x"}, "tool_choice", 'tool_choice is "x"'),
+            ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools", "one form"),
+            ({"functions": TOOLS}, "functions", "functions is"),
+        ):
+            found = error(client.post(CHAT, json=chat(**more)), 400)
+            assert found["param"] == param and said in found["message"]
+    plain = PLAIN["no thoughts"].tokenizer(tmp_path)
+    with served(plain) as (client, _):
+        found = error(client.post(CHAT, json=chat(tools=TOOLS)), 400)
+        assert found["param"] == "tools" and "does not read them" in found["message"]
+
+
+def test_calls_of_a_response(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, saying(tokenizer, f"Well.\n{CALL}\n{NOW}")) as (client, server):
+        body = {"input": "Hi", "tools": FLAT, "tool_choice": "auto"}
+        answer = Response.model_validate(client.post(PATH, json=body).json())
+        assert [item.type for item in answer.output] == ["message", "function_call", "function_call"]
+        assert answer.output_text == "Well." and answer.tools[0].type == "function"
+        call = answer.output[1]
+        assert call.type == "function_call" and json.loads(call.arguments) == {"city": "Oslo"}
+        items = [{"role": "user", "content": "Hi"}, *client.post(PATH, json=body).json()["output"]]
+        outputs = [
+            {"type": "function_call_output", "call_id": item["call_id"], "output": f"result {item['name']}"}
+            for item in items[2:]
+        ]
+        assert client.post(PATH, json={**body, "input": [*items, *outputs[::-1]]}).status_code == 200
+        prompt = tokenizer.decode(server.engines[0].requests[-1].token_ids, skip_special=False)
+        assert f"Well.\n{CALL}\n{NOW}<|im_end|>" in prompt
+        assert prompt.index("result get_weather") < prompt.index("result now")
+        named = {**body, "tool_choice": {"type": "function", "name": "now"}}
+        assert client.post(PATH, json=named).status_code == 200
+        assert "now" in str(server.engines[0].requests[-1].sampling.grammar)
+
+
+def test_calls_of_a_response_stream(tokenizer: Tokenizer) -> None:
+    with served(tokenizer, saying(tokenizer, f"Well.\n{CALL} Done.")) as (client, _):
+        found = response_events(client, {"input": "Hi", "tools": FLAT})
+        done = [event for event in found if event.type == "response.output_item.done"]
+        assert [event.item.type for event in done] == ["message", "function_call", "message"]
+        assert [event.output_index for event in done] == [0, 1, 2]
+        deltas = [event.delta for event in found if event.type == "response.function_call_arguments.delta"]
+        (arguments,) = [event for event in found if event.type == "response.function_call_arguments.done"]
+        assert "".join(deltas) == arguments.arguments == '{"city": "Oslo"}' and len(deltas) > 5
+        assert arguments.name == "get_weather"
+        last = found[-1].response
+        assert last.status == "completed" and [item.type for item in last.output] == [
+            "message",
+            "function_call",
+            "message",
+        ]
+        assert len({item.id for item in last.output}) == 3 and last.output_text == "Well.Done."
