@@ -65,7 +65,7 @@ def prepare(folder: Path) -> None:
     experts = {"num_experts": 6, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
     dealt = make_checkpoint(folder / "experts", make_config("qwen3_moe", **experts))
     shard_checkpoint(dealt, folder / "dealt", 2, cutting=Cutting(2))
-    make_checkpoint(folder / "unrun", make_config("ministral3"))
+    make_checkpoint(folder / "unrun", make_config("gemma4_text", vocab_size_per_layer_input=60))
     shutil.copytree(folder / "shards", folder / "my shards")
     shutil.copytree(folder / "rank0", folder / "my rank")
     for name, change in CHANGES.items():
