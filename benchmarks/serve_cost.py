@@ -1,10 +1,11 @@
 """What a server costs a token: all of ``tpctl serve`` over an engine that costs nothing.
 
-    python benchmarks/serve_cost.py [MODEL] [--streams 256] [--tokens 200] [--step-ms 20] [--whole]
+    python benchmarks/serve_cost.py [MODEL] [--streams 256] [--tokens 200] [--step-ms 20] [--runs 3] [--whole]
 
 The engine is a process that gives each stream a token a step (``serve_worker.py``), the clients are this process, which
 drops what comes. What is told is the processor time of the server's own process, all its threads, over the tokens: of
-the engine's message, the text, the chunk and the write to its socket. ``--whole`` asks for answers that do not stream.
+the engine's message, the text, the chunk and the write to its socket; and the memory it holds then. ``--whole`` asks
+for answers that do not stream.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def processor_seconds(pid: int) -> tuple[float, float]:
     """Of a process, in all its threads: its own, and the system's for it."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) / TICK, int(fields[12]) / TICK
+
+
+def megabytes(pid: int) -> float:
+    """That a process holds."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 async def stream(port: int, body: dict[str, object], begun: asyncio.Event) -> int:
@@ -67,6 +73,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--whole", action="store_true")
     args = parser.parse_args()
     ids = Tokenizer(resolve(args.model).folder).encode(TEXT)
@@ -88,13 +95,14 @@ def main() -> None:
         else:
             raise SystemExit("the server did not start")
         body = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": not args.whole}
-        for run in range(3):
+        for run in range(args.runs):
             own, system, seconds, size = asyncio.run(measure(server.pid, int(found[1]), args.streams, body))
             tokens = args.streams * args.tokens
             own, system = 1e6 * own / tokens, 1e6 * system / tokens
             print(
                 f"{run + 1}: {args.streams} streams of {args.tokens} tokens in {seconds:.1f} s, {size / tokens:.0f} "
-                f"bytes a token; server {own + system:.1f} µs a token ({own:.1f} its own, {system:.1f} the system's)"
+                f"bytes a token; server {own + system:.1f} µs a token ({own:.1f} its own, {system:.1f} the system's), "
+                f"{megabytes(server.pid):.1f} MB"
             )
     finally:
         server.terminate()

@@ -79,7 +79,7 @@ async def streams(server: ServerProcess, count: int = 500, tokens: int = 32) -> 
         )
 
 
-async def aborts(server: ServerProcess, count: int = 10_000, at_once: int = 50) -> None:
+async def aborts(server: ServerProcess, count: int = 10_000, at_once: int = 200) -> None:
     draw = random.Random(0)
     host, port = server.url.removeprefix("http://").split(":")
     gate = asyncio.Semaphore(at_once)
