@@ -106,7 +106,7 @@ def test_a_file_of_the_clients_types_goes_in_and_they_read_what_comes_out(tokeni
         (line(5, chat("a")), "custom_id is 5, but must be a string"),
         (line(None, chat("a")), "has no custom_id"),
         (line("x", chat("a", response_format={"type": "json"})), 'response_format: type is "json", but must be "text"'),
-        (line("x", chat("a", tools=[{"type": "function"}])), 'tools is [{"type": "function"}], which tpctl cannot do'),
+        (line("x", chat("a", tools=[{"type": "function"}])), "tool 1: function is null, but must be a JSON object"),
         (line("x", chat("a", tool_choice="required")), 'tool_choice is "required"'),
         (line("x", chat("a", logit_bias={"a": 1})), 'logit_bias is {"a": 1}, but must be an object of numbers'),
         (line("x", chat("a", logit_bias={"5": 101})), "the logit_bias of token 5 is 101.0, but must be from -100 to"),

@@ -81,6 +81,7 @@ def test_every_folder_is_a_room() -> None:
         "arch.families",
         "arch.formats",
         "batch.formats",
+        "client.tools",
         "layers.attention",
         "layers.delta_net",
         "layers.weights",

@@ -50,7 +50,7 @@ def error(response: Any, status: int) -> ErrorObject:
         (CHAT, chat(stream="yes"), "stream", 'stream is "yes", but must be true or false'),
         (CHAT, chat(stream_options={}), "stream_options", "stream_options is {}, but stream is not true"),
         (CHAT, chat(stream=True, stream_options={"a": 1}), "stream_options", "unknown field 'a' in stream_options"),
-        (CHAT, chat(tools=[{"type": "function"}]), "tools", "which tpctl cannot do; leave it out"),
+        (CHAT, chat(tools=[{"type": "function"}]), "tools", "tool 1: function is null"),
         (
             CHAT,
             chat(response_format={"type": "json"}),

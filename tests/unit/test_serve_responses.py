@@ -122,11 +122,11 @@ def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
     [
         ({}, "input", "the body has no input"),
         ({"input": []}, "input", "input is [], but must be a text or a list of items"),
-        ({"input": [{"type": "function_call"}]}, "input", 'item 1 of input is of type "function_call", which tpctl'),
+        ({"input": [{"type": "function_call"}]}, "input", "item 1 of input: name is null"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "tpctl takes text only"),
         ({"input": [5]}, "input", "item 1 of input is 5, which tpctl cannot take"),
         ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id", "which tpctl cannot do"),
-        ({"input": "a", "tools": [{"type": "function"}]}, "tools", "which tpctl cannot do"),
+        ({"input": "a", "tools": [{"type": "function"}]}, "tools", "tool 1: name is null"),
         ({"input": "a", "text": {"format": {"type": "json"}}}, "response_format", 'response_format: type is "json"'),
         ({"input": "a", "text": {"verbosity": "low"}}, "verbosity", "which tpctl cannot do"),
         ({"input": "a", "truncation": "auto"}, "truncation", "which tpctl cannot do"),

@@ -119,11 +119,11 @@ def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> Non
             ({"functions": TOOLS}, "functions", "functions is"),
         ):
             found = error(client.post(CHAT, json=chat(**more)), 400)
-            assert found["param"] == param and said in found["message"]
+            assert found.param == param and said in found.message
     plain = PLAIN["no thoughts"].tokenizer(tmp_path)
     with served(plain) as (client, _):
         found = error(client.post(CHAT, json=chat(tools=TOOLS)), 400)
-        assert found["param"] == "tools" and "does not read them" in found["message"]
+        assert found.param == "tools" and "does not read them" in found.message
 
 
 def test_calls_of_a_response(tokenizer: Tokenizer) -> None:
