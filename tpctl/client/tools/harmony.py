@@ -8,6 +8,7 @@ Source: https://cookbook.openai.com/articles/openai-harmony
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from tpctl.client.reasoning import Form, Harmony
 from tpctl.client.tools.calls import CallPiece
 from tpctl.client.tools.json_call import read_arguments
 from tpctl.client.tools.lark import Lark
-from tpctl.client.tools.reader import Reader, Reading, Symbols
+from tpctl.client.tools.reader import Enough, Reader, Reading, Symbols
 from tpctl.client.tools.reading import reading
 from tpctl.errors import RequestError
 
@@ -84,7 +85,8 @@ class CallMessages:
     def _advance(self, text: str) -> list[str | CallPiece]:
         self._reader.text += text
         if self._run is not None:
-            next(self._run, None)
+            with suppress(Enough):
+                next(self._run, None)
         pieces, self._reader.pieces = self._reader.pieces, []
         return pieces
 

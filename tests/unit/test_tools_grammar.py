@@ -1,0 +1,158 @@
+"""Grammars of calls: what templates write is in them, and what they let a model write are calls that validate."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from tests.unit.test_tools_models import USER, model
+from tests.unit.tool_models import MODELS
+from tpctl.client.text_stream import TextStream
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.asked import ToolsError, read_tools, with_tools
+from tpctl.client.tools.enforced import formed, grammar
+from tpctl.engine.guiding.grammars import Grammars
+from tpctl.wire.messages import Output
+from tpctl.wire.sampling import SamplingParams
+
+llguidance = pytest.importorskip("llguidance")
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "set_light": {
+        "type": "object",
+        "properties": {"room": {"enum": ["hall", "attic"]}, "level": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["room", "level"],
+        "additionalProperties": False,
+    },
+    "now": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
+STRICT = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]  # type: ignore[dict-item]
+JSON_FORMS = [name for name in MODELS if not name.startswith(("qwen-xml", "seed", "minimax", "glm", "gemma"))]
+CALLS = [("set_light", {"room": "attic", "level": 7}), ("now", {})]
+
+
+def matcher(tokenizer: Tokenizer, name: str, folder: Path, **more: Any) -> Any:
+    asked = read_tools({"tools": TOOLS, **more})
+    assert asked is not None
+    MODELS[name].tokenizer(folder)
+    grammars = Grammars(folder)
+    ends = [tokenizer.backend.token_to_id("<|call|>" if name == "gpt-oss" else "</s>")]
+    grammars.suit(tokenizer.backend.get_vocab_size(), ends)
+    guide = SamplingParams(grammar=grammar(tokenizer, asked, tokenizer.reasoning)).guide
+    assert guide is not None
+    return grammars.matcher(guide), asked, ends[0]
+
+
+def written(tokenizer: Tokenizer, name: str, count: int) -> str:
+    """A turn with calls, as the template has it."""
+    calls = [
+        {
+            "id": f"functions.{function}:{at}" if name == "kimi" else f"call0000{at}",
+            "type": "function",
+            "function": {"name": function, "arguments": json.dumps(arguments)},
+        }
+        for at, (function, arguments) in enumerate(CALLS[:count])
+    ]
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    asked = read_tools({"tools": TOOLS})
+    prompt = tokenizer.template.render([USER], variables=with_tools({}, asked))
+    text = tokenizer.template.render([USER, turn], variables=with_tools({}, asked), add_generation_prompt=False)
+    return text[len(prompt) :].removesuffix("\n").removesuffix("<|im_end|>").removesuffix("<|call|>").lstrip("\n")
+
+
+@pytest.mark.parametrize("name", [name for name in JSON_FORMS if name not in ("gpt-oss", "mistral, a list")])
+def test_what_templates_write_is_in_the_grammar(name: str, tmp_path: Path) -> None:
+    tokenizer = model(name)
+    found, _, end = matcher(tokenizer, name, tmp_path, tool_choice="required")
+    ids = tokenizer.encode_rendered(written(tokenizer, name, 1 if name == "llama" else 2))
+    taken = found.try_consume_tokens([*ids, end])
+    assert taken == len(ids) + 1 or (taken == len(ids) and found.is_stopped())
+
+
+@pytest.mark.parametrize("name", JSON_FORMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_model_prefers_its_calls_validate(name: str, seed: int, tmp_path: Path) -> None:
+    tokenizer, rng = model(name), random.Random(seed)
+    more: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    if seed == 1:
+        more["tool_choice"] = {"type": "function", "function": {"name": "set_light"}}
+    found, asked, end = matcher(tokenizer, name, tmp_path, **more)
+    size = tokenizer.backend.get_vocab_size()
+    stream = TextStream(tokenizer, (), tokenizer.encode_chat([USER]), form=tokenizer.reasoning, tools=asked)
+    for _ in range(600):
+        words = np.frombuffer(found.compute_bitmask(), dtype=np.uint32)
+        allowed = [id for id in range(size) if words[id // 32] >> (id % 32) & 1]
+        assert allowed
+        # Ends of texts are likely, so that thoughts and white space come to an end.
+        marks = [id for id in allowed if id >= 256]
+        id = rng.choice(marks if marks and rng.random() < 0.3 else allowed)
+        assert found.try_consume_tokens([id]) == 1
+        stream.push(Output("a", [id], "stop" if id == end else None))
+        if stream.finish_reason is not None:
+            break
+    assert stream.finish_reason == "tool_calls" and stream.text == ""
+    (call,) = stream.calls
+    jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+    assert seed != 1 or call.name == "set_light"
+
+
+def test_strict_tools_are_held_to_where_they_are_called(tmp_path: Path) -> None:
+    tokenizer = model("hermes")
+    found, _, end = matcher(tokenizer, "hermes", tmp_path, tools=STRICT)
+    encode = tokenizer.encode_rendered
+    text = [*encode("No <b> call, {}."), end]
+    assert found.deep_copy().try_consume_tokens(text) == len(text)
+    whole = [*encode(f"Well. {written(tokenizer, 'hermes', 2)} Done."), end]
+    assert found.deep_copy().try_consume_tokens(whole) == len(whole)
+    opened = encode('<tool_call>\n{"name": "set_light", "arguments": {"room": "')
+    assert found.deep_copy().try_consume_tokens([*opened, *encode("cellar")]) < len(opened) + 2
+    spelled = tokenizer.backend.encode("<tool_").ids + tokenizer.backend.encode("call>").ids
+    assert found.deep_copy().try_consume_tokens(spelled) < len(spelled)  # the mark is its token, and no text
+    one, _, _ = matcher(tokenizer, "hermes", tmp_path / "one", tools=STRICT, parallel_tool_calls=False)
+    assert one.try_consume_tokens(encode(written(tokenizer, "hermes", 2))) < len(
+        encode(written(tokenizer, "hermes", 2))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        (
+            "qwen-xml",
+            {"tool_choice": "required"},
+            "tool_choice: the arguments in calls of this model are no JSON (qwen-xml)",
+        ),
+        ("gemma", {"tool_choice": "required"}, "tool_choice: the arguments in calls of this model are no JSON (gemma)"),
+        (
+            "hermes by text",
+            {"tools": STRICT},
+            "tools with strict: calls of this model begin with no token of their own",
+        ),
+        ("llama", {"tools": STRICT}, "tools with strict: calls of this model begin with no token of their own"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(name: str, fields: dict[str, Any], said: str) -> None:
+    tokenizer, asked = model(name), read_tools({"tools": TOOLS, **fields})
+    with pytest.raises(ToolsError) as error:
+        formed(SamplingParams(), tokenizer, [1], tokenizer.reasoning, asked)
+    assert said in str(error.value)
+
+
+def test_a_schema_that_cannot_be_enforced_is_named() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "unevaluatedProperties": False}
+    tokenizer = model("hermes")
+    for strict in (True, False):
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": strict}}
+        asked = read_tools({"tools": [tool], "tool_choice": "required"})
+        if not strict:
+            assert formed(SamplingParams(), tokenizer, [1], None, asked).guide is not None
+            continue
+        with pytest.raises(ToolsError, match=r"^tool_choice: .*unevaluatedProperties"):
+            formed(SamplingParams(), tokenizer, [1], None, asked)
