@@ -34,7 +34,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
 STRICT = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]  # type: ignore[dict-item]
-JSON_FORMS = [name for name in MODELS if not name.startswith(("qwen-xml", "seed", "minimax", "glm", "gemma"))]
+FORMS = [name for name in MODELS if name != "gemma"]
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"a": schema}}
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+
+
 CALLS = [("set_light", {"room": "attic", "level": 7}), ("now", {})]
 
 
@@ -67,7 +74,7 @@ def written(tokenizer: Tokenizer, name: str, count: int) -> str:
     return text[len(prompt) :].removesuffix("\n").removesuffix("<|im_end|>").removesuffix("<|call|>").lstrip("\n")
 
 
-@pytest.mark.parametrize("name", [name for name in JSON_FORMS if name not in ("gpt-oss", "mistral, a list")])
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("gpt-oss", "mistral, a list")])
 def test_what_templates_write_is_in_the_grammar(name: str, tmp_path: Path) -> None:
     tokenizer = model(name)
     found, _, end = matcher(tokenizer, name, tmp_path, tool_choice="required")
@@ -76,7 +83,7 @@ def test_what_templates_write_is_in_the_grammar(name: str, tmp_path: Path) -> No
     assert taken == len(ids) + 1 or (taken == len(ids) and found.is_stopped())
 
 
-@pytest.mark.parametrize("name", JSON_FORMS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_a_model_prefers_its_calls_validate(name: str, seed: int, tmp_path: Path) -> None:
     tokenizer, rng = model(name), random.Random(seed)
@@ -126,8 +133,8 @@ def test_strict_tools_are_held_to_where_they_are_called(tmp_path: Path) -> None:
     [
         (
             "qwen-xml",
-            {"tool_choice": "required"},
-            "tool_choice: the arguments in calls of this model are no JSON (qwen-xml)",
+            {"tools": [_strict({"type": "string", "pattern": "a+"})], "tool_choice": "required"},
+            'tool_choice: f: "a" has pattern, which cannot be enforced in texts between tags',
         ),
         ("gemma", {"tool_choice": "required"}, "tool_choice: the arguments in calls of this model are no JSON (gemma)"),
         (
@@ -156,3 +163,25 @@ def test_a_schema_that_cannot_be_enforced_is_named() -> None:
             continue
         with pytest.raises(ToolsError, match=r"^tool_choice: .*unevaluatedProperties"):
             formed(SamplingParams(), tokenizer, [1], None, asked)
+
+
+@pytest.mark.parametrize("name", ["qwen-xml", "qwen-xml by text", "seed", "minimax", "glm", "glm by text"])
+def test_texts_between_tags_end_where_their_tag_does(name: str, tmp_path: Path) -> None:
+    tokenizer = model(name)
+    kinds = {"text": "string", "times": "integer", "loud": "boolean"}
+    parameters = {
+        "type": "object",
+        "properties": {key: {"type": kind} for key, kind in kinds.items()},
+        "required": ["text"],
+    }
+    tools = [{"type": "function", "function": {"name": "say", "parameters": parameters}}]
+    found, asked, _ = matcher(tokenizer, name, tmp_path, tools=tools, tool_choice="required")
+    arguments = {"text": 'a < b\n\n</b> "c" {', "times": 3}
+    call = {"id": "a", "type": "function", "function": {"name": "say", "arguments": json.dumps(arguments)}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    prompt = tokenizer.template.render([USER], variables=with_tools({}, asked))
+    text = tokenizer.template.render([USER, turn], variables=with_tools({}, asked), add_generation_prompt=False)
+    ids = tokenizer.encode_rendered(text[len(prompt) :].removesuffix("<|im_end|>\n").lstrip("\n"))
+    assert found.deep_copy().try_consume_tokens(ids) == len(ids)
+    wrong = tokenizer.encode_rendered(text[len(prompt) :].replace("3", "x").removesuffix("<|im_end|>\n").lstrip("\n"))
+    assert found.deep_copy().try_consume_tokens(wrong) < len(wrong)

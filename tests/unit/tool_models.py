@@ -39,10 +39,10 @@ SEED = turns(
 {%- endfor %}{{- '\\n</function>\\n</seed:tool_call>' }}"""
 )
 MINIMAX = turns(
-    """{{- '\\n<minimax:tool_call>\\n<invoke name="' + function.name + '">' }}
+    """{{- '\\n<minimax:tool_call>' if loop.first else '' }}{{- '\\n<invoke name="' + function.name + '">\\n' }}
 {%- for key, value in function.arguments | items %}
-{{- '\\n<parameter name="' + key + '">' + (value if value is string else value | tojson) + '</parameter>' }}
-{%- endfor %}{{- '\\n</invoke>\\n</minimax:tool_call>' }}"""
+{{- '<parameter name="' + key + '">' + (value if value is string else value | tojson) + '</parameter>\\n' }}
+{%- endfor %}{{- '</invoke>' }}{{- '\\n</minimax:tool_call>' if loop.last else '' }}"""
 )
 GLM = turns(
     """{{- '\\n<tool_call>' + function.name }}

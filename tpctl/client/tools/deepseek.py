@@ -15,9 +15,8 @@ Kimi's names are functions.NAME:INDEX, and that is the call's id, too. Source: t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tpctl.client.tools.json_call import read_arguments
 from tpctl.client.tools.lark import Lark
@@ -60,10 +59,10 @@ class Blocks:
             if (yield from reader.passed(call_begin, end)) != call_begin:
                 return
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+    def grammar(self, lark: Lark, *, single: bool) -> str:
         begin, end, call_begin, call_end, between = map(lark.mark, self.marks)
         bodies = []
-        for name, rule in functions.items():
+        for name, rule in lark.arguments():
             if self.numbered:
                 bodies.append(f"{lark.text(f'functions.{name}:')} /[0-9]{{1,3}}/ {between} {rule}")
             elif self.typed:

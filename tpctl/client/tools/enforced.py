@@ -46,10 +46,8 @@ def grammar(tokenizer: Tokenizer, tools: Tools, form: Form | None) -> str:
     calls = tokenizer.tool_form
     if calls is None:
         raise RequestError("the model's chat template marks calls in no form that is known")
-    lark = Lark(tokenizer.added_ids, WHITESPACE)
-    # What has no schema of its own is held to it only where that is asked for.
-    rules = {name: lark.json(schema, strict=name in tools.strict) for name, schema in tools.callable.items()}
-    said = calls.grammar(lark, rules, single=tools.single)
+    lark = Lark(tokenizer.added_ids, WHITESPACE, tools.callable, tools.strict)
+    said = calls.grammar(lark, single=tools.single)
     if isinstance(calls, HarmonyCalls):
         return lark.grammar(messages(lark, said, form, must=tools.must))
     if tools.must:

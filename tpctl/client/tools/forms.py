@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from tpctl.client.tools.lark import Lark
 from tpctl.client.tools.reader import Reader, Reading
@@ -39,11 +38,8 @@ class ToolForm(Protocol):
         """Read the calls behind the mark ``opened``, telling them to ``reader``. Raises ``Malformed``."""
         ...
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+    def grammar(self, lark: Lark, *, single: bool) -> str:
         """What an answer's calls are, in Lark's language.
-
-        Args:
-            functions: of each that may be called, the rule of its arguments as JSON.
 
         Raises:
             RequestError: it cannot be said.

@@ -8,9 +8,7 @@ Source: Gemma 4's chat template.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tpctl.client.tools.lark import Lark, refuse
 from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded
@@ -37,7 +35,7 @@ class Gemma:
         yield from reader.take(self.marks[1])
         reader.end()
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+    def grammar(self, lark: Lark, *, single: bool) -> str:
         return refuse(self.name)
 
 

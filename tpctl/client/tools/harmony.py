@@ -37,12 +37,12 @@ class HarmonyCalls:
         yield from read_arguments(reader)
         reader.end()
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+    def grammar(self, lark: Lark, *, single: bool) -> str:
         """One call, behind which an answer always ends: a token that ends it says so."""
         head, constrain, body = "<|channel|>", "<|constrain|>", lark.mark("<|message|>")
         bodies = (
             f"{lark.text(f'commentary to=functions.{name} ')} {lark.mark(constrain)} {lark.text('json')} {body} {rule}"
-            for name, rule in functions.items()
+            for name, rule in lark.arguments()
         )
         return f"{lark.mark(head)} {lark.one_of(bodies)}"
 

@@ -9,9 +9,7 @@ Source: the chat templates of NousResearch's Hermes 2 Pro and of Qwen2.5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tpctl.client.tools.json_call import json_head, read_call
 from tpctl.client.tools.lark import Lark
@@ -33,8 +31,8 @@ class Hermes:
         reader.end()
         yield from reader.passed(self.marks[1])
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
-        bodies = (f"{lark.text(json_head(name))} {rule} {lark.text('}')}" for name, rule in functions.items())
+    def grammar(self, lark: Lark, *, single: bool) -> str:
+        bodies = (f"{lark.text(json_head(name))} {rule} {lark.text('}')}" for name, rule in lark.arguments())
         opened, closed = (lark.mark(mark) for mark in self.marks)
         one = f'{opened} "\\n" {lark.one_of(bodies)} "\\n" {closed}'
         return lark.listed(one, '"\\n"', single=single)

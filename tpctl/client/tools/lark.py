@@ -23,17 +23,27 @@ class Lark:
 
     Attributes:
         rules: by name, those that ``start`` is made of.
+        schemas, strict: as given.
     """
 
-    def __init__(self, added: Mapping[str, int], whitespace: str) -> None:
+    def __init__(
+        self,
+        added: Mapping[str, int],
+        whitespace: str,
+        schemas: Mapping[str, Mapping[str, Any]],
+        strict: frozenset[str],
+    ) -> None:
         """Begin.
 
         Args:
+            schemas: of the functions' arguments, by name; ``strict``: functions of which a schema must hold whole.
             added: ids of the tokens that the tokenizer adds, by their text.
             whitespace: an expression for what may stand between the parts of JSON.
         """
         self._added = added
         self._whitespace = whitespace
+        self.schemas = schemas
+        self.strict = strict
         self.rules: dict[str, str] = {}
 
     def mark(self, mark: str) -> str:
@@ -50,6 +60,19 @@ class Lark:
         """One thing, or unless it is ``single`` several with something between them."""
         return one if single else f"{one} ({between} {one})*".replace("  ", " ")
 
+    def arguments(self) -> list[tuple[str, str]]:
+        """The functions, each with a rule for its arguments as JSON.
+
+        What has no strict schema is held to what of it can be enforced.
+        """
+        return [(name, self.json(schema, strict=name in self.strict)) for name, schema in self.schemas.items()]
+
+    def up_to(self, before: str, mark: str) -> str:
+        """Text up to and with a mark, before which stands ``before`` unless the mark is a token."""
+        if mark in self._added:
+            return f"{self.without(mark)} {self.mark(mark)}"
+        return self._rule("upto", rf"/(?s:.*){_escaped(before + mark)}/", "[lazy]")
+
     def json(self, schema: Mapping[str, Any], *, strict: bool = True) -> str:
         """A rule for JSON of a schema; unless it is ``strict`` what cannot be enforced is left out of account."""
         options = {"whitespace_pattern": self._whitespace, **({} if strict else {"lenient": True})}
@@ -57,10 +80,8 @@ class Lark:
 
     def without(self, *marks: str) -> str:
         """A rule for text, none too, in which none of the marks stands."""
-        each = "|".join(re.escape(mark).replace("/", r"\/") for mark in marks)
-        name = f"TEXT{len(self.rules)}"
-        self.rules[name] = rf"/(?s:.*)/ & ~/(?s:.*)({each})(?s:.*)/"
-        return name
+        each = "|".join(map(_escaped, marks))
+        return self._rule("TEXT", rf"/(?s:.*)/ & ~/(?s:.*)({each})(?s:.*)/")
 
     def anything(self) -> str:
         """A rule for any text."""
@@ -69,9 +90,14 @@ class Lark:
     def grammar(self, start: str) -> str:
         return "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in self.rules.items())])
 
-    def _rule(self, name: str, body: str) -> str:
+    def _rule(self, name: str, body: str, how: str = "") -> str:
         found = next((known for known, known_body in self.rules.items() if known_body == body), None)
         if found is None:
-            found = f"{name}{len(self.rules)}"
+            found = f"{name}{len(self.rules)}{how}"
             self.rules[found] = body
-        return found
+        return found.removesuffix(how)
+
+
+def _escaped(text: str) -> str:
+    """Text within an expression."""
+    return re.escape(text).replace("/", r"\/").replace("\n", "n")

@@ -7,9 +7,7 @@ Source: the chat templates of Llama 3.1 and 3.2, and Meta's pages on their promp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tpctl.client.tools.json_call import json_head, read_call
 from tpctl.client.tools.lark import Lark
@@ -35,8 +33,8 @@ class Llama:
             if (yield from reader.at("{")) is None:
                 return
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+    def grammar(self, lark: Lark, *, single: bool) -> str:
         bodies = (
-            f"{lark.text(json_head(name, 'parameters'))} {rule} {lark.text('}')}" for name, rule in functions.items()
+            f"{lark.text(json_head(name, 'parameters'))} {rule} {lark.text('}')}" for name, rule in lark.arguments()
         )
         return lark.listed(lark.one_of(bodies), '"; "', single=single)

@@ -8,9 +8,7 @@ Source: Mistral's chat templates and the instruct tokenizers of mistral-common.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tpctl.client.tools.json_call import json_head, read_arguments, read_call
 from tpctl.client.tools.lark import Lark
@@ -44,12 +42,12 @@ class Mistral:
         else:
             yield from self._named(reader)
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
+    def grammar(self, lark: Lark, *, single: bool) -> str:
         opened, between = lark.mark(self.marks[0]), lark.mark(self.marks[2])
         if self.named:
-            bodies = (f"{lark.text(name)} {between} {rule}" for name, rule in functions.items())
+            bodies = (f"{lark.text(name)} {between} {rule}" for name, rule in lark.arguments())
             return lark.listed(f"{opened} {lark.one_of(bodies)}", "", single=single)
-        bodies = (f"{lark.text(json_head(name))} {rule} {lark.text('}')}" for name, rule in functions.items())
+        bodies = (f"{lark.text(json_head(name))} {rule} {lark.text('}')}" for name, rule in lark.arguments())
         several = lark.listed(lark.one_of(bodies), lark.text(", "), single=single)
         return f'{opened} " [" {several} "]"'
 

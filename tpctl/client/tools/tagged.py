@@ -18,11 +18,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpctl.client.tools.lark import Lark, refuse
+from tpctl.client.tools.lark import Lark
 from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded
 from tpctl.client.tools.typed import as_json, types_of
+from tpctl.errors import RequestError, shown
 
 Pair = tuple[str, str]
+
+_OF_TEXTS = frozenset({"type", "title", "description", "default", "examples"})
+"""Words of a text's schema that ask for nothing else."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Tagged:
         block: the tags around it all; ``function``: around a function's name, ``parameter`` around a parameter's.
         close: what ends a function, and a parameter.
         lines: a value stands on lines of its own.
+        shared: several calls have one block.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Tagged:
     parameter: Pair
     close: Pair
     lines: bool
+    shared: bool = False
 
     bare = ""
     short_ids = False
@@ -66,8 +72,21 @@ class Tagged:
             if (yield from reader.passed(self.function[0], self.block[1])) != self.function[0]:
                 return
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
-        return refuse(self.name)
+    def grammar(self, lark: Lark, *, single: bool) -> str:
+        opened, closed = map(lark.mark, self.block)
+        line = "\n" if self.lines else ""
+        bodies = []
+        for name in lark.schemas:
+            parts = [lark.text(f"{self.function[0]}{name}{self.function[1]}\n")]
+            for key, end, optional in values(lark, name, line, self.close[1]):
+                one = f'{lark.text(f"{self.parameter[0]}{key}{self.parameter[1]}{line}")} {end} "\\n"'
+                parts.append(f"({one})?" if optional else one)
+            bodies.append(" ".join([*parts, lark.mark(self.close[0])]))
+        one = lark.one_of(bodies)
+        if not self.shared:
+            return lark.listed(f'{opened} "\\n" {one} "\\n" {closed}', '"\\n"', single=single)
+        several = lark.listed(one, '"\\n"', single=single)
+        return f'{opened} "\\n" {several} "\\n" {closed}'
 
 
 @dataclass(frozen=True)
@@ -95,8 +114,16 @@ class Keyed:
             yield from arguments.read(key.strip(), value_close)
         arguments.end()
 
-    def grammar(self, lark: Lark, functions: Mapping[str, Any], *, single: bool) -> str:
-        return refuse(self.name)
+    def grammar(self, lark: Lark, *, single: bool) -> str:
+        opened, closed, key_open, key_close, value_open, _ = map(lark.mark, self.marks)
+        bodies = []
+        for name in lark.schemas:
+            parts = [lark.text(f"{name}\n")]
+            for key, end, optional in values(lark, name, "", self.marks[5]):
+                one = f'{key_open} {lark.text(key)} {key_close} "\\n" {value_open} {end} "\\n"'
+                parts.append(f"({one})?" if optional else one)
+            bodies.append(" ".join(parts))
+        return lark.listed(f"{opened} {lark.one_of(bodies)} {closed}", '"\\n"', single=single)
 
 
 class Arguments:
@@ -135,6 +162,35 @@ def properties(schema: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def values(lark: Lark, name: str, before: str, close: str) -> list[tuple[str, str, bool]]:
+    """The arguments of a function: the key of each, what is written up to and with its end, and whether it may be left
+    out. ``before`` stands before the end, the mark ``close``.
+
+    Raises:
+        RequestError: the schema is strict, and asks of a text what cannot be enforced.
+    """
+    schema, strict = lark.schemas[name], name in lark.strict
+    required = schema.get("required") or ()
+    found = []
+    for key, own in properties(schema).items():
+        own = own if isinstance(own, Mapping) else {}
+        types, end = types_of(own), f"{lark.text(before)} {lark.mark(close)}" if before else lark.mark(close)
+        choices = own.get("enum") or ([own["const"]] if "const" in own else [])
+        if types and "string" not in types:
+            defined = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
+            said = f"{lark.json({**defined, **own}, strict=strict)} {end}"
+        elif choices:
+            texts = (one if isinstance(one, str) else encoded(one) for one in choices)
+            said = f"{lark.one_of(map(lark.text, texts))} {end}"
+        else:
+            if strict and (not types or (more := sorted(own.keys() - _OF_TEXTS))):
+                what = "no type" if not types else more[0]
+                raise RequestError(f"{name}: {shown(key)} has {what}, which cannot be enforced in texts between tags")
+            said = lark.up_to(before, close)
+        found.append((key, said, key not in required))
+    return found
+
+
 def _inner(text: str) -> str:
     """Text within a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
@@ -163,4 +219,5 @@ MINIMAX = Tagged(
     ('<parameter name="', '">'),
     ("</invoke>", "</parameter>"),
     lines=False,
+    shared=True,
 )
