@@ -54,6 +54,8 @@ class Cache:
                 for at, token in enumerate(new, item.start):
                     written = number, token, sequence.rope_offset, BROKEN in new
                     self.slots |= dict.fromkeys(self._places(number, sequence, at), written)
+        for item in batch.items:
+            self._spread(item)
         sampled, spoilt = [], {item.sequence.id for item in batch.items if self._spoils_state(item, known)}
         for item in batch.items:
             tokens = known[item.sequence.id][: item.start] + self._new(item, known)
@@ -69,6 +71,18 @@ class Cache:
             for place in item.places:
                 sampled.append(NOT_FINITE if any(broken[:place]) else next_token(tokens[:place]))
         return sampled
+
+    def _spread(self, item: ScheduledSequence) -> None:
+        """Whatever sees NaN becomes NaN, also where what it sees is out of sight of those behind it."""
+        for number, pool in enumerate(self.blocks.pools):
+            first = 0 if pool.window is None else max(0, item.start - pool.window + 1)
+            seen = [place for at in range(first, item.end) for place in self._places(number, item.sequence, at)]
+            if any(self.slots[place][3] for place in seen):
+                own = range(item.start, item.end)
+                for place in (
+                    p for n in range(len(self.blocks.pools)) for at in own for p in self._places(n, item.sequence, at)
+                ):
+                    self.slots[place] = *self.slots[place][:3], True
 
     @staticmethod
     def _new(item: ScheduledSequence, known: dict[str, list[int]]) -> list[int]:
