@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ import pytest
 from tests.unit.fake_client import job_parser as parser
 from tests.unit.fake_client import write_tokenizer
 from tpctl.client import jobs
+from tpctl.client.forms import SAMPLING_FIELDS
 from tpctl.client.jobs import BadLine, Job, Line, bounded_lines, read_lines
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import SourceError
-from tpctl.wire.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_a_messages_line_with_its_own_sampling(tokenizer: Tokenizer) -> None:
         ({"messages": [{"role": "user", "content": "forbidden"}]}, "refuses these messages: not that"),
         (b'{"prompt": "\\ud800"}', r"not valid Unicode: it holds '\ud800', half of a surrogate pair"),
         (b'{"messages": [{"role": "user", "content": "a\\udfff"}]}', r"it holds '\udfff', half of a surrogate"),
-        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: chat_template_kwargs, frequency_penalty, id, "),
+        ({"prompt": "a", "colour": 1}, "unknown field 'colour'; known: chat_template_kwargs, choice, frequency_"),
         ({"prompt": "a", "colour": None}, "unknown field 'colour'; known: "),
         ({"prompt": "a", "temperature": "hot"}, 'temperature is "hot", but must be a number'),
         ({"prompt": "a", "max_tokens": "5"}, 'max_tokens is "5", but must be a whole number'),
@@ -105,7 +104,7 @@ def test_a_bad_line_says_what_and_where(tokenizer: Tokenizer, entry: object, mes
 
 
 def test_null_means_not_given(tokenizer: Tokenizer) -> None:
-    names = ["id", "messages", "stop", *(field.name for field in fields(SamplingParams))]
+    names = ["id", "messages", "stop", *SAMPLING_FIELDS]
     job = parse(tokenizer, {"prompt": "a", **dict.fromkeys(names)}, temperature=0.5)
     plain = parse(tokenizer, {"prompt": "a"}, temperature=0.5)
     assert isinstance(job, Job)

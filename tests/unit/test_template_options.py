@@ -162,7 +162,7 @@ def test_resuming_needs_the_same_template(started: list[FakeClient], monkeypatch
     own = ["--chat-template", "own.jinja", "--chat-template-kwargs", '{"think": true}']
     assert "1 finished row is in out.jsonl.partial" in str(run(*own, dies=12).exception)
     for options, said in (
-        (own[:2], "--chat-template-kwargs {'think': True} (now left out)"),
+        (own[:2], '--chat-template-kwargs {"think": true} (now left out)'),
         (own[2:], "--chat-template own.jinja (SHA-256 "),
         ([], "--chat-template own.jinja (SHA-256 "),
     ):
