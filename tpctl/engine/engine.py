@@ -78,8 +78,10 @@ class Engine:
         tokens can be guessed from them, they are waited for.
         """
         outputs: list[Output] = []
-        pending = self._pending
-        if pending is not None and not (self.runner.may_overlap(pending.batch) and not self.scheduler.expects_drafts()):
+        if self._pending is not None and (
+            not self.runner.may_overlap(self._pending.batch)
+            or (self.speculation is not None and self.scheduler.expects_drafts())
+        ):
             outputs += self._collect()
         batch = self.scheduler.schedule()
         launched = None if batch is None else self.runner.launch(batch)
@@ -95,7 +97,8 @@ class Engine:
         if launched is None:
             return []
         token_ids, logprobs = self.runner.collect(launched)
-        return self._told(self.scheduler.commit(launched.batch, token_ids, logprobs))
+        outputs = self.scheduler.commit(launched.batch, token_ids, logprobs)
+        return outputs if self._guides is None else self._told(outputs)
 
     def _told(self, outputs: list[Output]) -> list[Output]:
         """Outputs as they are; the grammars of requests that have ended are no longer needed."""

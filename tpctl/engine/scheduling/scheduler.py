@@ -33,6 +33,7 @@ from tpctl.engine.scheduling.states import StatePool
 from tpctl.errors import shorten
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import TokenLogprob
+from tpctl.wire.scoring import TokenScore
 
 
 @dataclass
@@ -169,7 +170,8 @@ class Scheduler:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
         budget = self.max_num_batched_tokens
         paced = None if self.pacer is None else self.pacer.budget(self.stats.steps, self.running.values(), self.waiting)
-        step = _Step(budget, *(paced or (budget, budget)), drafts=self._most_drafts())
+        drafts = 0 if self.speculation is None else self._most_drafts(self.speculation.most_rows)
+        step = _Step(budget, *(paced or (budget, budget)), drafts)
         if self.states is not None:
             self.states.begin()
         preempted = self._schedule_running(step)
@@ -243,19 +245,21 @@ class Scheduler:
         self.stats.generated_tokens += len(came)
         if self.speculation is not None:
             self._learn(item, came)
-        note = scores = None
-        if reason is not None:
-            note = self.context_full if reason == "length" and self._is_cut(sequence) else None
-            if sequence.scoring is not None:
-                scores = [sequence.scores[place] for place in sorted(sequence.scores)]
-            self._finish(sequence)
-            self.stats.finished += 1
-            if self.pacer is not None:
-                self.pacer.ended(sequence)
+        note, scores = (None, None) if reason is None else self._end(sequence, reason)
         told = None if logprobs is None else [one for one in logprobs[: len(came)] if one is not None] or None
-        prompt = _prompt_logprobs(sequence)
+        prompt = None if sequence.params.prompt_logprobs is None else _prompt_logprobs(sequence)
         outputs.append(Output(sequence.id, came, reason, note, told, sequence.num_cached_tokens, scores, prompt))
         return reason is not None
+
+    def _end(self, sequence: Sequence, reason: str) -> tuple[str | None, list[TokenScore] | None]:
+        """Finish a sequence as its tokens wanted; what is noted of that, and its scores."""
+        self._finish(sequence)
+        self.stats.finished += 1
+        if self.pacer is not None:
+            self.pacer.ended(sequence)
+        note = self.context_full if reason == "length" and self._is_cut(sequence) else None
+        scored = sequence.scoring is not None
+        return note, [sequence.scores[place] for place in sorted(sequence.scores)] if scored else None
 
     def _learn(self, item: ScheduledSequence, came: SequenceType[int]) -> None:
         """Of an item's drafts those that came are computed; the others are not any more."""
@@ -360,9 +364,8 @@ class Scheduler:
         expecting = [s for s in waited if self.speculation.expects(s, len(self.running))]  # all, since it learns by it
         return bool(expecting)
 
-    def _most_drafts(self) -> int:
+    def _most_drafts(self, rows: int | None) -> int:
         """How many tokens of a step may be proposed, so that each sequence that may run has its own."""
-        rows = None if self.speculation is None else self.speculation.most_rows
         most = self.max_num_batched_tokens if rows is None else min(rows, self.max_num_batched_tokens)
         return max(0, most - min(self.max_num_seqs, len(self._by_id)))
 
@@ -459,7 +462,7 @@ class Scheduler:
 
 def _prompt_logprobs(sequence: Sequence) -> list[TokenLogprob] | None:
     """What is told with a sequence's first token, and is then no longer kept."""
-    if sequence.params.prompt_logprobs is None or len(sequence.token_ids) != sequence.num_prompt_tokens + 1:
+    if len(sequence.token_ids) != sequence.num_prompt_tokens + 1:
         return None
     found, sequence.prompt_logprobs = sequence.prompt_logprobs, {}
     return [found[place] for place in sorted(found)]
