@@ -214,26 +214,31 @@ def layout_of(ranks: Sequence[Sequence[LayerPool]], block_size: int) -> KvLayout
     (a sixteenth at most, if any size up to eight of the largest blocks gives that)."""
     pools = ranks[0]
     windows = tuple(pool.window for pool in pools)
-    best, least = (1,) * len(pools), 1.0
+    best, least = (1,) * len(pools), (1.0, 0.0)
     for times in range(1, 9):
-        largest = [times * max(pool.block_bytes for pool in rank) for rank in ranks]
+        largest = [_whole_layers(rank, times * max(pool.block_bytes for pool in rank)) for rank in ranks]
         sizes = list(zip(largest, ranks, strict=True))
         counts = tuple(min(size // rank[pool].block_bytes for size, rank in sizes) for pool in range(len(pools)))
         taken = [
             count * pool.block_bytes / size for size, rank in sizes for count, pool in zip(counts, rank, strict=True)
         ]
-        if 1 - min(taken) < least:
-            best, least = counts, 1 - min(taken)
-        if least <= _LEFT_OVER:
+        left = 1 - min(taken), -sum(taken) / len(taken)
+        if left < least:
+            best, least = counts, left
+        if least[0] <= _LEFT_OVER:
             break
     return KvLayout(block_size, windows, best)
 
 
 def slab_bytes(pools: Sequence[LayerPool], layout: KvLayout) -> int:
     """What a slab takes on the rank whose pools these are: a whole number of what each layer keeps of a block."""
-    most = max(pool.block_bytes * held for pool, held in zip(pools, layout.per_slab, strict=True))
+    return _whole_layers(pools, max(pool.block_bytes * held for pool, held in zip(pools, layout.per_slab, strict=True)))
+
+
+def _whole_layers(pools: Sequence[LayerPool], size: int) -> int:
+    """The next size that is a whole number of what each layer keeps of a block."""
     unit = lcm(*(pool.layer_bytes for pool in pools))
-    return -(-most // unit) * unit
+    return -(-size // unit) * unit
 
 
 def state_bytes(layers: Iterable[tuple[int, int]], itemsize: int) -> int:

@@ -350,7 +350,7 @@ CASES = [
     ),
     Case("chat x --stop=", "--stop is empty", code=2),
     Case("chat x --json-schema absent", "--json-schema: cannot read absent: No such file or directory", code=2),
-    Case("batch x --json-schema prompts.jsonl", "--json-schema prompts.jsonl", code=2),
+    Case("batch x --json-schema mixed.jsonl", "--json-schema mixed.jsonl: the file is not valid JSON", code=2),
     Case("shard x", "issing option '--tp'; see `tpctl shard --help`", code=2),
     Case("shard x --nope", "no such option: --nope", code=2),
     Case("shard model --tp 2 --ranks 2", "rank 2 does not exist at tp 2; ranks are 0 to 1"),

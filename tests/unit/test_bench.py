@@ -153,7 +153,7 @@ def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsy
     assert report["settings"]["engine"]["max_num_batched_tokens"] == 4096
     assert report["engine"]["scheduling_policy"] == "fcfs"
     assert list(report) == ["benchmark", "model", "figures", "engine", "machine", "settings"]
-    assert list(report["engine"])[-2:] == ["num_states", "stats"]
+    assert list(report["engine"])[-2:] == ["speculation", "stats"]
     assert report["engine"]["stats"]["steps"] == 7
     assert report["machine"]["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", report["machine"]["commit"])
     assert "makespan needs a GPU" in result.stderr

@@ -183,8 +183,9 @@ def test_what_is_known_of_layers_that_differ(odd: Path, tp_size: int) -> None:
     assert [rank.weight_bytes for rank in report.ranks] == held
     shares = [block.attention.shares(tp_size) for block in config.blueprint.blocks]
     for rank in report.ranks:
-        heads = zip(shares, (8, 12, 8), strict=True)
+        heads = zip(shares, (8, 0, 8), strict=True)  # the one between them has a window
         assert rank.kv_bytes_per_token == sum(2 * len(share[rank.rank].kv) * size * 4 for share, size in heads)
+        assert rank.window_bytes >= 2 * len(shares[1][rank.rank].kv) * 12 * 4 * 6
     assert report.limit == 5 and report.limit_reason.endswith("and there are 4")
 
     shown = inspect_shards(out, source=odd)

@@ -19,6 +19,7 @@ from tpctl.chat.screen import Screen
 from tpctl.client.conversation import Answer, Conversation
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError, RequestError
+from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.messages import Output
 from tpctl.wire.sampling import SamplingParams
 
@@ -107,8 +108,8 @@ def test_set(tokenizer: Tokenizer, said: Callable[[], list[str]]) -> None:
 def test_set_shows_every_option(tokenizer: Tokenizer, said: Callable[[], list[str]]) -> None:
     Chat(tokenizer, "/set top_k 3", "/set top_k default", "/set max_tokens 9", "/set")
     shown = dict(line.split(None, 1) for line in said()[3:])
-    wanted = {field.name for field in fields(SamplingParams)} - {"logprobs"} | {"stop"}
-    assert set(shown) == wanted
+    for_programs = {"logprobs", "prompt_logprobs", "logit_bias", "guide_after", *GUIDES}
+    assert set(shown) == {field.name for field in fields(SamplingParams)} - for_programs | {"stop"}
     assert (shown["temperature"], shown["top_k"], shown["max_tokens"], shown["stop"]) == ("0.7", "0", "9", "none")
 
 
