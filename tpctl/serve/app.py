@@ -105,7 +105,8 @@ class App:
         return given(await read_object(scope, receive, self._max_body, self._body_seconds))
 
     async def _metrics(self, request: Request) -> Any:
-        body = await self._endpoints.pool.metrics.exposition()
+        pool = self._endpoints.pool
+        body = pool.metrics.exposition(await pool.stats(), pool.under_way)
         return _Plain(body)
 
     def _check_key(self, scope: Scope) -> None:

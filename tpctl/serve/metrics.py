@@ -19,7 +19,6 @@ from tpctl.wire.report import EngineStats
 
 if TYPE_CHECKING:
     from tpctl.serve.generation import Generation
-    from tpctl.serve.pool import Pool
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
 _ITL = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
@@ -47,14 +46,9 @@ class Histogram:
 
 
 class Metrics:
-    """Counters of one server.
-
-    Attributes:
-        pool: the engines, once there are some.
-    """
+    """Counters of one server."""
 
     def __init__(self) -> None:
-        self.pool: Pool | None = None
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self._answers: Counter[tuple[str, int]] = Counter()
@@ -81,18 +75,21 @@ class Metrics:
         self._answers[path, status] += 1
         self._whole.observe(time.monotonic() - since)
 
-    async def exposition(self) -> bytes:
-        """All of it as text."""
-        stats = [] if self.pool is None else await self.pool.stats()
+    def exposition(self, stats: Sequence[EngineStats], held: int) -> bytes:
+        """All of it as text.
+
+        Args:
+            stats: of each engine.
+            held: requests that they have.
+        """
         registry = CollectorRegistry()
-        registry.register(_Collected([*self._own(), *_of_engines(stats)]))
+        registry.register(_Collected([*self._own(held), *_of_engines(stats)]))
         return generate_latest(registry)
 
-    def _own(self) -> list[Metric]:
+    def _own(self, held: int) -> list[Metric]:
         answers = CounterMetricFamily("tpctl_http_requests", "Requests answered.", labels=("path", "status"))
         for (path, status), count in sorted(self._answers.items()):
             answers.add_metric((path, str(status)), count)
-        held = 0 if self.pool is None else self.pool.under_way
         return [
             answers,
             GaugeMetricFamily("tpctl_requests_open", "Requests that engines have, waiting ones included.", value=held),

@@ -89,7 +89,6 @@ class Pool:
         self._numbers = itertools.count()
         loop = asyncio.get_running_loop()
         self._lanes = [Lane(engine, loop, self) for engine in engines]
-        metrics.pool = self
 
     @property
     def ready(self) -> bool:
