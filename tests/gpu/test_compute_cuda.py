@@ -259,7 +259,7 @@ def test_sinks_join_every_softmax(new: list[int], window: int | None) -> None:
 def test_a_wait_that_ran_out_ends_the_engine() -> None:
     """The kernel that picks tokens over the ranks answers -1 from then on, on every rank."""
     runner = CudaRunner.__new__(CudaRunner)
-    batch: Any = SimpleNamespace(sampled=[None, None])
+    batch: Any = SimpleNamespace(num_sampled=2)
     ready: Any = SimpleNamespace(synchronize=lambda: None)
     late = CudaLaunched(batch, [], host=torch.tensor([-1, -1, 0]), ready=ready)
     with pytest.raises(EngineError, match="a rank waited two minutes for another one"):
