@@ -119,7 +119,7 @@ def test_a_paste_of_five_lines_is_one_message(window: Window) -> None:
     shown = window.until(rf"{ASK}\Z")
     assert shown.count("\n>>> ") == 2  # the message, and the next prompt
     window.type("/stats", "Enter")
-    assert re.search(r"^answer +\d+ tokens", window.until(f"^context.*\n>>> {ASK}"), re.MULTILINE)
+    assert re.search(r"^answer +\d+ tokens", window.until(f"^drafts.*\n>>> {ASK}"), re.MULTILINE)
 
 
 def test_wide_characters_are_edited_in_place(window: Window) -> None:

@@ -73,5 +73,6 @@ def test_greedy_tokens_equal_transformers(name: str, tp_size: int, way: str, mad
     found = {name: answer for name, answer in tokens.items() if answer != expected[int(name.split()[1])]}
     assert not found
     assert len(tokens) == 2 * len(PROMPTS) + (3 if way == "whole" else 0)
-    assert (stats.preemptions > 0) == (way == "tight")
+    if way == "whole" or "window" not in name:  # where all layers have windows, chunks may shrink instead
+        assert (stats.preemptions > 0) == (way == "tight")
     assert stats.prefix_cache_hit_tokens > 0
