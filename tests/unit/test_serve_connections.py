@@ -113,7 +113,7 @@ def running(tokenizer: Tokenizer, engine: FakeEngine, **settings: Any) -> Iterat
             found.end()
         found.thread.join(PATIENCE)
     assert not found.thread.is_alive() and not found.notes
-    assert engine.closed, "the engine was left with work"
+    assert not engine.open and engine.closed, "the engine was left with work"
 
 
 def until(condition: Any) -> None:

@@ -28,6 +28,7 @@ from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.sampling import SamplingParams
 
+_PARTING = 1.0  # seconds for an engine that is being closed to take in what was said to it before
 AFFINITY_TOKENS = 64
 """First tokens of a prompt by which an engine is its home, whose prefix cache may know it."""
 
@@ -182,8 +183,7 @@ class Pool:
     async def close(self) -> None:
         """End the engines; whoever waits for one is told."""
         self._closed = True
-        for lane in self._lanes:
-            lane.close()
+        await asyncio.gather(*(lane.close() for lane in self._lanes))
         await asyncio.gather(*(asyncio.to_thread(lane.engine.close) for lane in self._lanes))
 
     def _choose(self, token_ids: Sequence[int]) -> Lane:
@@ -222,7 +222,10 @@ class Lane:
     def abort(self, ids: Sequence[str]) -> None:
         self._sender.submit(self._abort, ids)
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Let the engine hear what is given up, if it listens, and tell it nothing more."""
+        told = asyncio.wrap_future(self._sender.submit(lambda: None))
+        await asyncio.wait([told], timeout=_PARTING)
         self._sender.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, requests: Sequence[Request]) -> None:
