@@ -31,6 +31,8 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, SMALL_STATES) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
     "qwen2_moe": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
 }
+TIMES = {"ministral3-window": 1.7}
+"""Of the smallest cache that a tight one has, where twice as much would hold all windows at once."""
 LONGEST = max(map(len, PROMPTS)) + TOKENS
 
 
@@ -65,14 +67,11 @@ def test_greedy_tokens_equal_transformers(name: str, tp_size: int, way: str, mad
     if way == "whole":
         groups = [[one] for one in asked("alone ")[1:4]] + groups
     else:
-        settings = {
-            "kv_cache_memory": 2 * memory_for(shards, tp_size, LONGEST, len(PROMPTS)),
-            "max_num_batched_tokens": 10,
-        }
+        least = memory_for(shards, tp_size, LONGEST, len(PROMPTS))
+        settings = {"kv_cache_memory": int(TIMES.get(name, 2) * least), "max_num_batched_tokens": 10}
     tokens, stats = run(shards, tp_size, groups, max_num_seqs=len(PROMPTS), max_model_len=LONGEST, **settings)
     found = {name: answer for name, answer in tokens.items() if answer != expected[int(name.split()[1])]}
     assert not found
     assert len(tokens) == 2 * len(PROMPTS) + (3 if way == "whole" else 0)
-    if way == "whole" or "window" not in name:  # where all layers have windows, chunks may shrink instead
-        assert (stats.preemptions > 0) == (way == "tight")
+    assert (stats.preemptions > 0) == (way == "tight")
     assert stats.prefix_cache_hit_tokens > 0
