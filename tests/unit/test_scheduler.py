@@ -197,6 +197,32 @@ LAYOUTS = [
 ]
 
 
+def drive_at_random(
+    scheduler: Scheduler, rng: random.Random, *, overlap: bool, abort: bool, broken: bool
+) -> tuple[list[Request], dict[str, list[int]]]:
+    """Requests of any kind, some beginning alike, some aborted or broken, have the answers that each has alone."""
+    prefix = [rng.randrange(3, 9) for _ in range(9)]
+    requests = []
+    for index in range(12):
+        shared = prefix[: rng.choice([0, 0, 4, 9])]
+        prompt = (shared + [rng.randrange(3, 9) for _ in range(rng.randint(1, 14))])[: scheduler.max_model_len - 1]
+        if broken and rng.random() < 0.3:
+            prompt[rng.randrange(len(prompt))] = BROKEN
+        params = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=rng.random() < 0.5)
+        requests.append(Request(str(index), prompt, params))
+    aborts = {rng.randrange(20): str(rng.randrange(12)) for _ in range(3)} if abort else {}
+    found = drive(scheduler, requests, overlap, aborts)
+    for request in requests:
+        expected = alone(request.token_ids, request.sampling, scheduler.max_model_len)
+        if BROKEN in request.token_ids:
+            expected = []
+        if request.id in aborts.values():
+            assert found[request.id] == expected[: len(found[request.id])]
+        else:
+            assert found[request.id] == expected
+    return requests, found
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -223,25 +249,7 @@ def test_batched_equals_alone(
     rng = random.Random(seed)
     scheduler = make(num_blocks, budget=budget, states=states, layout=layout)
     scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
-    prefix = [rng.randrange(3, 9) for _ in range(9)]
-    requests = []
-    for index in range(12):
-        shared = prefix[: rng.choice([0, 0, 4, 9])]
-        prompt = (shared + [rng.randrange(3, 9) for _ in range(rng.randint(1, 14))])[: scheduler.max_model_len - 1]
-        if broken and rng.random() < 0.3:
-            prompt[rng.randrange(len(prompt))] = BROKEN
-        params = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=rng.random() < 0.5)
-        requests.append(Request(str(index), prompt, params))
-    aborts = {rng.randrange(20): str(rng.randrange(12)) for _ in range(3)} if abort else {}
-    found = drive(scheduler, requests, overlap, aborts)
-    for request in requests:
-        expected = alone(request.token_ids, request.sampling, scheduler.max_model_len)
-        if BROKEN in request.token_ids:
-            expected = []
-        if request.id in aborts.values():
-            assert found[request.id] == expected[: len(found[request.id])]
-        else:
-            assert found[request.id] == expected
+    drive_at_random(scheduler, rng, overlap=overlap, abort=abort, broken=broken)
 
 
 def test_small_cache_preempts_and_evicts() -> None:

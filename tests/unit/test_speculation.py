@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_scheduler import BROKEN, LAYOUTS, alone, drive, make
+from tests.unit.test_scheduler import LAYOUTS, alone, drive, drive_at_random, make
 from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.ngram import MOST_COMPARED, Match, NgramIndex
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
@@ -64,25 +64,7 @@ def test_answers_are_those_without(
     speculation = Speculation(guess, FREE)
     scheduler = make(num_blocks, budget=budget, states=states, layout=layout, speculation=speculation)
     scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
-    prefix = [rng.randrange(3, 9) for _ in range(9)]
-    requests = []
-    for index in range(12):
-        shared = prefix[: rng.choice([0, 0, 4, 9])]
-        prompt = (shared + [rng.randrange(3, 9) for _ in range(rng.randint(1, 14))])[: scheduler.max_model_len - 1]
-        if broken and rng.random() < 0.3:
-            prompt[rng.randrange(len(prompt))] = BROKEN
-        params = SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=rng.random() < 0.5)
-        requests.append(Request(str(index), prompt, params))
-    aborts = {rng.randrange(20): str(rng.randrange(12)) for _ in range(3)} if abort else {}
-    found = drive(scheduler, requests, False, aborts)
-    for request in requests:
-        expected = alone(request.token_ids, request.sampling, scheduler.max_model_len)
-        if BROKEN in request.token_ids:
-            expected = []
-        if request.id in aborts.values():
-            assert found[request.id] == expected[: len(found[request.id])]
-        else:
-            assert found[request.id] == expected
+    requests, found = drive_at_random(scheduler, rng, overlap=False, abort=abort, broken=broken)
     assert sorted(guess.forgotten) == sorted(request.id for request in requests)
     assert scheduler.stats.generated_tokens == sum(map(len, found.values()))
     assert 0 <= speculation.accepted <= speculation.drafted
