@@ -112,6 +112,27 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+SHAPES["gemma-3-12b"] = {
+    "model_type": "gemma3_text",
+    "hidden_size": 3840,
+    "intermediate_size": 15360,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 8,
+    "sliding_window": 1024,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "tie_word_embeddings": True,
+}
+
 SHAPES["llama-3.1-70b"] = SHAPES["llama-3.1-8b"] | {
     "hidden_size": 8192,
     "intermediate_size": 28672,
