@@ -20,6 +20,8 @@ from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED
 from tests.unit.random_codes import random_codes
 from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.experts.codes_row import pick_codes_row
+from tpctl.kernels.experts.codes_row_kernels import codes_row_down_kernel, codes_row_gate_up_kernel
 from tpctl.kernels.experts.grouped_scaled import pick_scaled
 from tpctl.kernels.experts.grouped_scaled_kernels import grouped_scaled_kernel
 from tpctl.kernels.experts.matrices import ExpertMatrices
@@ -177,6 +179,32 @@ def test_codes_into_registers(kind: str, gated: bool, tmp_path: Path) -> None:
     assert "LDG.E.EF.128" in built.sass and "HMMA" in built.sass
     assert "SHFL.IDX" not in built.sass and "LDSM" not in built.sass
     assert built.sass.count("BAR.SYNC") < 12  # sums and squares
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind,hidden,width,per_token", [("mxfp4", 2880, 2880, 4), ("fp8 block", 2048, 768, 8)])
+def test_experts_of_one_row_into_registers(
+    kind: str, hidden: int, width: int, per_token: int, gated: bool, tmp_path: Path
+) -> None:
+    n, k = (2 * width, hidden) if gated else (hidden, width)
+    codes = random_codes(n=n, k=k, experts=1, **KINDS[kind])
+    config, found = pick_codes_row(codes, gated=gated), gemv_form(codes)
+    assert found is not None
+    kernel = codes_row_gate_up_kernel if gated else codes_row_down_kernel
+    flags = {"FORM": found[0], "G": found[1], "SCALE_ROWS": codes.scales.shape[1], "HAS_BIAS": False, "PDL": True}
+    flags |= {"R": config.rows // 8, "WARPS": config.num_warps, "AHEAD": config.ahead}
+    if gated:
+        flags |= {"WIDTH": width, "GATING": "silu", "INTERLEAVED": True}
+    else:
+        flags |= {"OUTPUTS": hidden, "HAS_SHARED": False, "HAS_FACTOR": False, "HAS_RESIDUAL": True}
+        flags |= {"PER_TOKEN": per_token, "ALL_HERE": True, "RANK": 0, "WORLD": 1, "PEERS": 1}
+    types = pointers(codes) | {"x_ptr": "*i32", "h_ptr": "*bf16" if gated else "*i32", "ids_ptr": "*i32"}
+    types |= {"weights_ptr": "*fp32", "shared_factor_ptr": "*fp32"}
+    types = {name: found for name, found in types.items() if name in kernel.arg_names}
+    built = build(kernel, 90, tmp_path, types, config.num_warps, 1, registers=config.registers, **flags)
+    assert built.stack <= SPILLED and "HMMA" in built.sass
+    assert built.sass.count("SHFL.IDX") < 8 and "LDSM" not in built.sass
+    assert built.sass.count("BAR.SYNC") < 12
 
 
 KINDS_OF_8_BITS = [(80, "int8 channel")]  # it has no FP8

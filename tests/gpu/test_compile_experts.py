@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,7 +21,6 @@ from tpctl.kernels.experts.one_row import RowConfig, pick_row
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
 from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_kernel
 from tpctl.kernels.experts.routing_kernels import gate_kernel, route_kernel
-from tpctl.kernels.experts.tiles import Form
 from tpctl.kernels.linear.codes_linear import form_of
 
 pytestmark = [
@@ -52,15 +51,28 @@ CASES: list[tuple[int, Any, str, dict[str, Any]]] = [
 ]
 
 
+class Form(NamedTuple):
+    """How a matrix is stored: "" for numbers, else a kind of codes."""
+
+    kind: str
+    outputs: int
+    inputs: int
+    scale_columns: int = 1
+    unit: int = 1
+    zero: int = 0
+    exponents: bool = False
+    has_rows: bool = False
+
+
 def coded(form: Form, block_k: int) -> dict[str, Any]:
     """What `grouped_codes_kernel` is compiled for of such codes."""
-    grid = (1, form.scale_rows, form.scale_columns)
+    grid = (1, form.outputs, form.scale_columns)
     scales = torch.empty(grid, dtype=torch.uint8 if form.exponents else torch.float32, device="meta")
     rows = torch.empty(form.outputs, dtype=torch.int32, device="meta") if form.has_rows else None
     values = torch.empty(1, form.outputs, 1, dtype=torch.uint8, device="meta")
     codes = Codes(form.kind, form.inputs, values, scales, rows=rows, unit=form.unit, zero=form.zero)  # type: ignore[arg-type]
     found, tile, groups = form_of(codes, most_bytes(codes, block_k), fast=True)
-    return {"FORM": found, "OUTPUTS": form.outputs, "SCALE_ROWS": form.scale_rows, "BYTES": tile, "GROUPS": groups}
+    return {"FORM": found, "OUTPUTS": form.outputs, "SCALE_ROWS": form.outputs, "BYTES": tile, "GROUPS": groups}
 
 
 def taken(kernel: Any, arch: int, config: Any, kind: str = "", exponents: bool = False, **constants: Any) -> int:
@@ -76,9 +88,7 @@ def taken(kernel: Any, arch: int, config: Any, kind: str = "", exponents: bool =
 def forms_of(arch: int, model: Any, kind: str, codes: dict[str, Any]) -> tuple[Form, Form]:
     """How gate and up are stored, and how down is."""
     hidden, width, *_ = model
-    up, down = (
-        Form(kind, n, k, scale_rows=n, native=arch >= 89, **codes) for n, k in ((2 * width, hidden), (hidden, width))
-    )
+    up, down = (Form(kind, n, k, **codes) for n, k in ((2 * width, hidden), (hidden, width)))
     return up, down
 
 
@@ -92,7 +102,7 @@ def test_linears_of_experts_fit(arch, model, kind, codes, block_m, gated) -> Non
     config = pick_tile(block_m, gated=gated, itemsize=2, limit=SHARED[arch], codes=bool(kind))
     flags = {"LISTED": block_m > 16, "PER_TOKEN": per_token, "SLOTS": per_token, "INTERLEAVED": biases}
     flags |= {"BLOCK_M": block_m, "BLOCK_N": config.block_n, "GATING": activation if gated else None}
-    kernel, stored = grouped_linear_kernel, {"FORM": form, "BLOCK_K": config.block_k}
+    kernel, stored = grouped_linear_kernel, {"INPUTS": form.inputs, "OUTPUTS": form.outputs, "BLOCK_K": config.block_k}
     if kind:
         kernel, stored = grouped_codes_kernel, coded(form, config.block_k)
     flags |= {"HAS_BIAS": biases, "STAGES": config.num_stages, **stored}
@@ -100,37 +110,32 @@ def test_linears_of_experts_fit(arch, model, kind, codes, block_m, gated) -> Non
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("arch,model,kind,codes", CASES)
-def test_the_experts_of_one_row_fit(arch, model, kind, codes, stage) -> None:
-    hidden, width, _, _, activation = model
-    biases = isinstance(activation, Clamped)
-    shared = (None, None) if biases else (Form("", 2 * width, hidden), Form("", hidden, width))
-    row = pick_row(hidden, width, itemsize=1 if kind and biases else 2, programs=132, limit=SHARED[arch])
-    more = {"kind": kind, "exponents": bool(codes.get("exponents")), "stage": stage}
-    assert row_taken(arch, model, row, *forms_of(arch, model, kind, codes), *shared, **more) <= SHARED[arch], row
+@pytest.mark.parametrize("arch,model", [(arch, model) for arch, model, kind, _ in CASES if not kind])
+def test_the_experts_of_one_row_fit(arch, model, stage) -> None:
+    hidden, width, *_ = model
+    row = pick_row(hidden, width, itemsize=2, programs=132, limit=SHARED[arch])
+    assert row_taken(arch, model, row, stage=stage) <= SHARED[arch], row
 
 
 @pytest.mark.parametrize("kind,codes", [("uint4", UINT4), ("e2m1", E2M1), ("e4m3", E4M3)])
 def test_the_smallest_tiles_are_what_tensor_cores_take(kind, codes) -> None:
-    form, config = Form(kind, 96, 2880, scale_rows=96, **codes), TileConfig(16, 64, 16, 2, 3)
+    form, config = Form(kind, 96, 2880, **codes), TileConfig(16, 64, 16, 2, 3)
     flags = {"LISTED": False, "PER_TOKEN": 2, "SLOTS": 2, "INTERLEAVED": False, "BLOCK_M": 16, "BLOCK_N": 64}
     flags |= {"GATING": "silu", "HAS_BIAS": False, "STAGES": 3, **coded(form, config.block_k)}
     assert taken(grouped_codes_kernel, 90, config, kind, bool(codes.get("exponents")), **flags) <= SHARED[90]
 
 
-def row_taken(arch: int, model: Any, row: RowConfig, up: Form, down: Form, shared_up: Any, shared_down: Any,
-              kind: str = "", exponents: bool = False, stage: int = 1) -> int:  # fmt: skip
+def row_taken(arch: int, model: Any, row: RowConfig, *, stage: int) -> int:
     """Bytes of shared memory that the mixture of one row takes."""
-    hidden, _, count, per_token, activation = model
+    hidden, width, count, per_token, activation = model
     biases = isinstance(activation, Clamped)
     return taken(
-        one_row_kernel, arch, row, kind, exponents, IN_FEATURES=hidden, HAS_GATE_BIAS=biases, HAS_SHARED_GATE=False,
-        HAS_NORM=True, UNIT_OFFSET=False, **choice_of(count, per_token), SLOTS=per_token,
-        COPIES=max(1, 32 * row.num_warps // count), UP_FORM=up, DOWN_FORM=down,
-        SHARED_UP_FORM=shared_up, SHARED_DOWN_FORM=shared_down, HAS_UP_BIAS=biases, HAS_DOWN_BIAS=biases,
-        GATING=activation, INTERLEAVED=biases, HAS_RESIDUAL=True, GATE_N=1, GATE_K=1 << (hidden - 1).bit_length(),
-        UP_N=row.up_n, UP_K=row.up_k, UP_STAGES=row.up_stages, DOWN_N=row.down_n, DOWN_K=row.down_k,
-        DOWN_STAGES=row.down_stages, STAGE=stage, **ALONE,
+        one_row_kernel, arch, row, IN_FEATURES=hidden, HAS_GATE_BIAS=biases, HAS_SHARED_GATE=False, HAS_NORM=True,
+        UNIT_OFFSET=False, **choice_of(count, per_token), SLOTS=per_token,
+        COPIES=max(1, 32 * row.num_warps // count), WIDTH=width, SHARED_WIDTH=0 if biases else width,
+        HAS_UP_BIAS=biases, HAS_DOWN_BIAS=biases, GATING=activation, INTERLEAVED=biases, HAS_RESIDUAL=True, GATE_N=1,
+        GATE_K=1 << (hidden - 1).bit_length(), UP_N=row.up_n, UP_K=row.up_k, UP_STAGES=row.up_stages,
+        DOWN_N=row.down_n, DOWN_K=row.down_k, DOWN_STAGES=row.down_stages, PREFETCH=arch >= 90, STAGE=stage, **ALONE,
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
 from tests.gpu.here import DTYPES, INTERPRET
 from tests.gpu.random_experts import CLAMPED, check_launch, coded_experts, random, random_experts, random_routed, wanted
-from tests.gpu.test_kernels_one_row import CODES
 from tpctl.kernels.experts.grouped import TileConfig, grouped, pick_block_m, pick_tile
 
 pytestmark = pytest.mark.gpu
@@ -71,10 +70,20 @@ def test_in_float32_a_result_does_not_depend_on_the_batch() -> None:
         assert torch.equal(grouped(part, experts), whole[start:stop])
 
 
-MORE_CODES = [("uint4", {"unit": 16, "groups": True, "zeros": True}), ("e4m3", {"unit": 32, "zeros": True})]
+CODES = [
+    ("e4m3", {"unit": 32, "rows_unit": 32}),
+    ("e4m3", {"factors": True}),
+    ("int8", {}),
+    ("uint4", {"unit": 32, "zeros": True}),
+    ("uint4", {"unit": 32, "first": 8}),
+    ("e2m1", {"unit": 32, "exponents": True}),
+    ("e2m1", {"unit": 16, "factors": True}),
+    ("uint4", {"unit": 16, "groups": True, "zeros": True}),
+    ("e4m3", {"unit": 32, "zeros": True}),
+]
 
 
-@pytest.mark.parametrize("kind,codes", CODES + MORE_CODES)
+@pytest.mark.parametrize("kind,codes", CODES)
 @pytest.mark.parametrize("rows", [4, 18])
 def test_codes(rows, kind, codes) -> None:
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 # experts, of a token, hidden size, width
 SHAPES = [(8, 8, 48, 96), (5, 2, 136, 36), (16, 4, 64, 48)]
-CONFIGS = [None, RowConfig(8, 64, 2, 16, 32, 2, 4), RowConfig(16, 32, 4, 8, 128, 1, 8)]
+CONFIGS = [None, RowConfig(8, 64, 2, 16, 32, 2, 4), RowConfig(16, 32, 4, 8, 128, 1, 8, False)]
 
 
 def check(x, router, experts, error: float, *, shared=None, residual: bool = False, config=None, **norm) -> None:
@@ -65,32 +65,10 @@ def test_experts_of_other_ranks_add_nothing() -> None:
         check(random(1, 64, dtype=DTYPES[0]), router, experts, 1e-5 if INTERPRET else 1e-2)
 
 
-CODES = [
-    ("e4m3", {"unit": 32, "rows_unit": 32}),
-    ("e4m3", {"factors": True}),
-    ("int8", {}),
-    ("uint4", {"unit": 32, "zeros": True}),
-    ("uint4", {"unit": 32, "first": 8}),
-    ("e2m1", {"unit": 32, "exponents": True}),
-    ("e2m1", {"unit": 16, "factors": True}),
-]
-
-
-@pytest.mark.parametrize("kind,codes", CODES)
-def test_codes(kind, codes) -> None:
-    torch.manual_seed(0)
-    dtype = DTYPES[0]
-    plain = random_experts(4, 64, 48, dtype, biases=True, activation=CLAMPED, interleaved=True)
-    experts = coded_experts(4, 64, 48, kind, experts=plain, **codes)
-    router = random_router(4, 2, 64, dtype)
-    for config in (None, RowConfig(8, 32, 1, 8, 64, 2)):
-        check(random(1, 64, dtype=dtype), router, experts, 1e-5 if INTERPRET else 1e-2, config=config)
-
-
 def test_what_is_refused() -> None:
     experts = coded_experts(2, 32, 32, "uint4", experts=random_experts(2, 32, 32, DTYPES[0]), unit=16, groups=True)
     router, scratch = random_router(2, 1, 32, DTYPES[0]), GateScratch.allocate(DEVICE)
-    with pytest.raises(ValueError, match="groups in no order"):
+    with pytest.raises(ValueError, match="these experts are codes; use `codes_row` or `grouped`"):
         one_row(random(1, 32, dtype=DTYPES[0]), router, scratch, experts)
     with pytest.raises(ValueError, match="2 rows are more than one"):
         one_row(random(2, 32, dtype=DTYPES[0]), router, scratch, experts)
@@ -99,4 +77,4 @@ def test_what_is_refused() -> None:
 def test_choice() -> None:
     assert pick_row(2048, 768, itemsize=2, programs=132, limit=232448) == RowConfig(8, 2048, 3, 16, 1024, 5)
     assert pick_row(2880, 2880, itemsize=2, programs=132, limit=232448) == RowConfig(8, 1024, 5, 8, 1024, 9)
-    assert pick_row(4096, 1408, itemsize=1, programs=132, limit=232448) == RowConfig(8, 1024, 9, 16, 512, 16)
+    assert pick_row(4096, 1408, itemsize=2, programs=132, limit=232448) == RowConfig(8, 1024, 5, 16, 512, 9)

@@ -117,16 +117,25 @@ def test_codes_that_no_kernel_reads_are_refused() -> None:
         compute.experts(Stack((gate_up, gate_up)), Stack((down,)), Gating(), 0)
 
 
-@pytest.mark.parametrize("kind,groups,ways", [("int8", False, ["one_row"]), ("e2m1", False, ["grouped"]),
-                                              ("int8", True, ["grouped"])])  # fmt: skip
-def test_the_way_of_one_row_of_codes(kind: Any, groups: bool, ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kind,groups,dtype,way",
+    [
+        ("e2m1", False, torch.bfloat16, "codes_row"),
+        ("int8", False, torch.bfloat16, "codes_row"),
+        ("int8", False, torch.float32, "grouped"),
+        ("int8", True, torch.bfloat16, "grouped"),
+    ],
+)
+def test_the_way_of_one_row_of_codes(
+    kind: Any, groups: bool, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compute = CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER)
     matrices = (random_codes(kind, n, 32, experts=2, unit=16, groups=groups, device=str(DEVICE)) for n in (64, 32))
     experts = compute.experts(*(Stack((matrix,)) for matrix in matrices), Gating(), 0)
-    gate = torch.randn(2, 32, device=DEVICE)
+    gate = torch.randn(2, 32, device=DEVICE, dtype=dtype)
     parts = MixtureParts(2, 1, Routing("softmax"), gate, None, None, None, None)
     taken: list[str] = []
-    for way in ("one_row", "grouped"):
-        monkeypatch.setattr(experts_cuda, way, lambda *_, way=way, **__: taken.append(way))
-    experts.mixture(Rows(torch.randn(1, 32, device=DEVICE)), parts)
-    assert taken == ways
+    for known in ("one_row", "codes_row", "grouped"):
+        monkeypatch.setattr(experts_cuda, known, lambda *_, known=known, **__: taken.append(known))
+    experts.mixture(Rows(torch.randn(1, 32, device=DEVICE, dtype=dtype)), parts)
+    assert taken == [way]

@@ -41,7 +41,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON."
 def throughput(
     model: Model = None,
     shape: Shape = None,
-    workload: Annotated[str, typer.Option(help="nano (256 prompts), short (32), prefix (256 that share 2,000 tokens) or long (32 of 12,000).")] = "short",
+    workload: Annotated[
+        str,
+        typer.Option(
+            help="nano (256 prompts), short (32), prefix (256 that share 2,000 tokens) or long (32 of 12,000)."
+        ),
+    ] = "short",
     runs: Runs = 3,
     as_json: AsJson = False,
     scheduling_policy: Annotated[SchedulingPolicy | None, POLICY] = None,

@@ -27,7 +27,6 @@ from tpctl.kernels.experts.grouped_scaled import ScaledConfig, pick_scaled, scal
 from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import Placed, place
 from tpctl.kernels.experts.routing import Routed
-from tpctl.kernels.experts.tiles import Form
 from tpctl.kernels.linear.codes_linear import as_bytes, form_of, may_be_fast
 
 UNLISTED_ROWS = 16
@@ -272,7 +271,8 @@ def _linear(
         rows,
         x.stride(0),
         *here,
-        FORM=Form("", *matrix.shape[1:]),
+        INPUTS=matrix.shape[2],
+        OUTPUTS=matrix.shape[1],
         BLOCK_K=config.block_k,
         **flags,
     )

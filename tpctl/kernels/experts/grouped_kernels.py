@@ -110,7 +110,8 @@ def grouped_linear_kernel(
     x_stride,
     first,
     count,
-    FORM: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     SLOTS: tl.constexpr,  # PER_TOKEN, or the next power of two
     LISTED: tl.constexpr,  # the tiles are `placing`'s, else one for each pair
@@ -125,33 +126,33 @@ def grouped_linear_kernel(
 ):
     """BLOCK_N features of an expert for BLOCK_M of its pairs; the weights are the wide operand."""
     GATED: tl.constexpr = GATING is not None
-    WIDTH: tl.constexpr = FORM.outputs // 2 if GATED else FORM.outputs
-    WHOLE: tl.constexpr = FORM.inputs % BLOCK_K == 0
+    WIDTH: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
+    WHOLE: tl.constexpr = INPUTS % BLOCK_K == 0
     expert, pair = tile_of(ids_ptr, pairs_ptr, tiles_ptr, rows, first, count, PER_TOKEN, SLOTS, LISTED, GATED, BLOCK_M,
                            PDL)  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < WIDTH
     if expert >= 0:
-        wide = expert.to(tl.int64) * FORM.outputs
+        wide = expert.to(tl.int64) * OUTPUTS
         gate_n, up_n = gate_and_up(n, WIDTH, GATED, INTERLEAVED)
         row, up_row = wide + gate_n, wide + up_n
         if PDL and not GATED:
-            ask_for(w_ptr, row, 0, FORM, BLOCK_K)
+            ask_for(w_ptr, row, 0, INPUTS, BLOCK_K)
             tl.extra.cuda.gdc_wait()
         m_ok = pair >= 0
         x_row = tl.maximum(pair // PER_TOKEN if GATED else pair, 0).to(tl.int64)
         x_rows = x_ptr + x_row[:, None] * x_stride
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         up_acc = acc
-        for k0 in tl.range(0, FORM.inputs, BLOCK_K, num_stages=STAGES):
+        for k0 in tl.range(0, INPUTS, BLOCK_K, num_stages=STAGES):
             k = k0 + tl.arange(0, BLOCK_K)
             x_mask = m_ok[:, None]
             if not WHOLE:
-                x_mask &= (k < FORM.inputs)[None, :]
+                x_mask &= (k < INPUTS)[None, :]
             x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
-            acc = _product(acc, load_tile(w_ptr, w_ptr, w_ptr, row, row, n_ok, k0, FORM, BLOCK_K, WHOLE), x)
+            acc = _product(acc, load_tile(w_ptr, row, n_ok, k0, INPUTS, BLOCK_K, WHOLE), x)
             if GATED:
-                up = load_tile(w_ptr, w_ptr, w_ptr, up_row, up_row, n_ok, k0, FORM, BLOCK_K, WHOLE)
+                up = load_tile(w_ptr, up_row, n_ok, k0, INPUTS, BLOCK_K, WHOLE)
                 up_acc = _product(up_acc, up, x)
         value = acc
         if HAS_BIAS:

@@ -17,13 +17,11 @@ from typing import NamedTuple
 import torch
 
 from tpctl.kernels.collective.all_reduce import PeerBuffer
-from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
 from tpctl.kernels.experts.routing import GateScratch, Router, check_scratch, choice_flags, copies
-from tpctl.kernels.experts.tiles import as_stored
 
 
 class RowConfig(NamedTuple):
@@ -36,6 +34,7 @@ class RowConfig(NamedTuple):
     down_k: int
     down_stages: int
     num_warps: int = 8
+    prefetch: bool = True
 
     @property
     def num_stages(self) -> int:
@@ -85,28 +84,32 @@ def one_row(
 ) -> torch.Tensor:
     """[1, H]: residual + the weighed experts of one token + the shared one, in x's dtype (`out`, if given).
 
-    x_1H: in the dtype of weights that are no codes. norm: (weight [H], eps) of an RMSNorm over x. residual_TH: may be
-    `out`, and x. outlet: sends the result as well; the all-reduce that follows must be told so. Raises ValueError for
-    more rows, for codes that no kernel reads and for what an outlet does not take.
+    x_1H: in the weights' dtype. norm: (weight [H], eps) of an RMSNorm over x. residual_TH: may be `out`, and x.
+    outlet: sends the result as well; the all-reduce that follows must be told so. Raises ValueError for more rows, for
+    codes (`codes_row`) and for what an outlet does not take.
     """
     rows, hidden = x_1H.shape
     if rows != 1:
         raise ValueError(f"{rows} rows are more than one; use `grouped`")
+    if not isinstance(experts.gate_up, torch.Tensor) or not isinstance(experts.down, torch.Tensor):
+        raise ValueError("these experts are codes; use `codes_row` or `grouped`")
     check_scratch(scratch, rows, router.experts)
     programs = num_multiprocessors(x_1H.device)
     if config is None:
-        itemsize = 1 if isinstance(experts.gate_up, Codes) and shared is None else x_1H.element_size()
-        limit = shared_memory(x_1H.device)
-        config = pick_row(experts.hidden, experts.width, itemsize=itemsize, programs=programs, limit=limit)
+        config = pick_row(
+            experts.hidden,
+            experts.width,
+            itemsize=x_1H.element_size(),
+            programs=programs,
+            limit=shared_memory(x_1H.device),
+        )
     gate_n = next_power_of_2(-(-router.experts // (programs - (router.shared is not None))))
-    up_pointers, up_form = as_stored(experts.gate_up)
-    down_pointers, down_form = as_stored(experts.down)
     shared_width = 0 if shared is None else shared.gate_up.shape[0] // 2
     out = torch.empty_like(x_1H) if out is None else out
     normed = x_1H if norm is None else x_1H.new_empty(programs, hidden)
     ids = x_1H.new_empty(programs, router.per_token, dtype=torch.int32)
-    weights = torch.empty_like(ids, dtype=torch.float32)
-    factors = x_1H.new_empty(programs, dtype=torch.float32)
+    weights = x_1H.new_empty(router.per_token, dtype=torch.float32)
+    factor = x_1H.new_empty(1, dtype=torch.float32)
     # In float32, of which threads copy one each ahead; fewer bytes than four they would load when they are needed.
     h = x_1H.new_empty(router.per_token, experts.width, dtype=torch.float32)
     shared_h = x_1H.new_empty(1, shared_width, dtype=torch.float32)
@@ -119,9 +122,9 @@ def one_row(
             router.weight if router.shared is None else router.shared,
             x_1H if norm is None else norm[0],
             x_1H if router.correction is None else router.correction,
-            *up_pointers,
+            experts.gate_up,
             x_1H if experts.gate_up_bias is None else experts.gate_up_bias,
-            *down_pointers,
+            experts.down,
             x_1H if experts.down_bias is None else experts.down_bias,
             x_1H if shared is None else shared.gate_up,
             x_1H if shared is None else shared.down,
@@ -129,7 +132,7 @@ def one_row(
             normed,
             ids,
             weights,
-            factors,
+            factor,
             h,
             shared_h,
             eps=0.0 if norm is None else norm[1],
@@ -144,10 +147,8 @@ def one_row(
             **flags,
             COPIES=copies(flags, config.num_warps),
             SLOTS=next_power_of_2(router.per_token),
-            UP_FORM=up_form,
-            DOWN_FORM=down_form,
-            SHARED_UP_FORM=None if shared is None else as_stored(shared.gate_up[None])[1],
-            SHARED_DOWN_FORM=None if shared is None else as_stored(shared.down[None])[1],
+            WIDTH=experts.width,
+            SHARED_WIDTH=shared_width,
             HAS_UP_BIAS=experts.gate_up_bias is not None,
             HAS_DOWN_BIAS=experts.down_bias is not None,
             GATING=experts.activation,
@@ -160,6 +161,7 @@ def one_row(
             DOWN_N=config.down_n,
             DOWN_K=config.down_k,
             DOWN_STAGES=config.down_stages,
+            PREFETCH=config.prefetch and pdl,
             STAGE=stage,
             PDL=pdl,
             num_warps=config.num_warps,

@@ -7,8 +7,8 @@ import triton.language as tl
 
 from tpctl.kernels.experts.finish import finish
 from tpctl.kernels.experts.gating import gated
-from tpctl.kernels.experts.routing_kernels import choose_of, leave_logits
-from tpctl.kernels.experts.tiles import load_tile, row_factors, scale_rows
+from tpctl.kernels.experts.routing_kernels import leave_factor, leave_logits, left_logits, ranked, weighed
+from tpctl.kernels.experts.tiles import ask_for, load_tile
 
 
 @triton.jit
@@ -28,15 +28,12 @@ def _gate_up(
     x_ptr,  # [inputs]
     ids_ptr,
     w_ptr,
-    s_ptr,
-    z_ptr,
-    f_ptr,
-    r_ptr,
     bias_ptr,
     out_ptr,  # [PER_TOKEN, WIDTH]
     first,
     count,
-    FORM: tl.constexpr,
+    INPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     SLOTS: tl.constexpr,  # PER_TOKEN, or the next power of two; 0: of one MLP, with no ids
     HAS_BIAS: tl.constexpr,
@@ -48,16 +45,15 @@ def _gate_up(
 ):
     """This program's tiles of BLOCK_N features of all chosen experts, in one loop over their parts of BLOCK_K inputs;
     experts of other ranks are not read."""
-    WIDTH: tl.constexpr = FORM.outputs // 2
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = BLOCKS * PER_TOKEN
-    PARTS: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
-    WHOLE: tl.constexpr = SLOTS == 0 and WIDTH % BLOCK_N == 0 and FORM.inputs % BLOCK_K == 0
+    PARTS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K
+    WHOLE: tl.constexpr = SLOTS == 0 and WIDTH % BLOCK_N == 0 and INPUTS % BLOCK_K == 0
     program, programs = tl.program_id(0), tl.num_programs(0)
     mine = (TILES - program + programs - 1) // programs
     k = tl.arange(0, BLOCK_K)
     if PARTS == 1:
-        x = tl.load(x_ptr + k, mask=k < FORM.inputs, other=0.0)
+        x = tl.load(x_ptr + k, mask=k < INPUTS, other=0.0)
     if SLOTS > 0:
         ids = _of_slots(ids_ptr, PER_TOKEN, SLOTS)
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -77,24 +73,46 @@ def _gate_up(
             gate_n, up_n = 2 * n_safe, 2 * n_safe + 1
         else:
             gate_n, up_n = n_safe, n_safe + WIDTH
-        gate_row, up_row = wide * FORM.outputs + gate_n, wide * FORM.outputs + up_n
-        gate_scales = scale_rows(r_ptr, wide, gate_n, ok, FORM)
-        up_scales = scale_rows(r_ptr, wide, up_n, ok, FORM)
-        gate_w = load_tile(w_ptr, s_ptr, z_ptr, gate_row, gate_scales, ok, k0, FORM, BLOCK_K, WHOLE)
-        up_w = load_tile(w_ptr, s_ptr, z_ptr, up_row, up_scales, ok, k0, FORM, BLOCK_K, WHOLE)
+        gate_row, up_row = wide * (2 * WIDTH) + gate_n, wide * (2 * WIDTH) + up_n
+        gate_w = load_tile(w_ptr, gate_row, ok, k0, INPUTS, BLOCK_K, WHOLE)
+        up_w = load_tile(w_ptr, up_row, ok, k0, INPUTS, BLOCK_K, WHOLE)
         if PARTS > 1:
-            x = tl.load(x_ptr + k0 + k, mask=k0 + k < FORM.inputs, other=0.0)
+            x = tl.load(x_ptr + k0 + k, mask=k0 + k < INPUTS, other=0.0)
         wide_x = x.to(tl.float32)[None, :]
         gate = tl.where(k0 == 0, 0.0, gate) + gate_w.to(tl.float32) * wide_x
         up = tl.where(k0 == 0, 0.0, up) + up_w.to(tl.float32) * wide_x
-        if k0 + BLOCK_K >= FORM.inputs:
-            gate_sum = tl.sum(gate, 1) * row_factors(s_ptr, f_ptr, gate_row, gate_scales, ok, FORM)
-            up_sum = tl.sum(up, 1) * row_factors(s_ptr, f_ptr, up_row, up_scales, ok, FORM)
+        if k0 + BLOCK_K >= INPUTS:
+            gate_sum, up_sum = tl.sum(gate, 1), tl.sum(up, 1)
             if HAS_BIAS:
                 gate_sum += tl.load(bias_ptr + gate_row, mask=ok, other=0.0).to(tl.float32)
                 up_sum += tl.load(bias_ptr + up_row, mask=ok, other=0.0).to(tl.float32)
             value = gated(gate_sum, up_sum, GATING)
             tl.store(out_ptr + tile // BLOCKS * WIDTH + n, value.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _ask_for_down(
+    program,
+    ids_ptr,
+    w_ptr,
+    first,
+    count,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Ask the L2 cache for this program's first rows of down, of all chosen experts that are here."""
+    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    ids = _of_slots(ids_ptr, PER_TOKEN, SLOTS)
+    if program * BLOCK_N < OUTPUTS:
+        for slot in tl.static_range(PER_TOKEN):
+            expert = _of_slot(ids, slot) - first
+            if (expert >= 0) & (expert < count):
+                row = expert.to(tl.int64) * OUTPUTS + tl.minimum(n, OUTPUTS - 1)
+                for k0 in tl.static_range(0, INPUTS, 2048):
+                    ask_for(w_ptr, row, k0, INPUTS, 2048 if INPUTS - k0 > 1024 else 1024)
 
 
 @triton.jit
@@ -114,16 +132,13 @@ def _down(
     weights_ptr,
     factor_ptr,
     w_ptr,
-    s_ptr,
-    z_ptr,
-    f_ptr,
-    r_ptr,
     bias_ptr,
     shared_ptr,
     first,
     count,
-    FORM: tl.constexpr,
-    SHARED_FORM: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SHARED_INPUTS: tl.constexpr,  # 0: there is no shared expert
     HAS_BIAS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -134,32 +149,30 @@ def _down(
 ):
     """BLOCK_N outputs: the shared expert, then all chosen ones in the order of their slots, in one loop over their
     parts of BLOCK_K inputs; experts of other ranks are not read."""
-    PARTS: tl.constexpr = (FORM.inputs + BLOCK_K - 1) // BLOCK_K
+    PARTS: tl.constexpr = (INPUTS + BLOCK_K - 1) // BLOCK_K
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = n < FORM.outputs
+    ok = n < OUTPUTS
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     bias = tl.zeros([BLOCK_N], tl.float32)
-    row = tl.minimum(n, FORM.outputs - 1).to(tl.int64)
-    if SHARED_FORM is not None:
+    row = tl.minimum(n, OUTPUTS - 1).to(tl.int64)
+    if SHARED_INPUTS > 0:
         factor = tl.full([BLOCK_N], 1.0, tl.float32)
         if HAS_FACTOR:
             factor *= tl.load(factor_ptr)
-        for k0 in tl.range(0, SHARED_FORM.inputs, BLOCK_K, num_stages=STAGES):
-            w = load_tile(shared_ptr, shared_ptr, shared_ptr, row, row, ok, k0, SHARED_FORM, BLOCK_K, False)
-            total = _add_products(total, w, shared_h_ptr, True, factor, k0, SHARED_FORM.inputs)
+        for k0 in tl.range(0, SHARED_INPUTS, BLOCK_K, num_stages=STAGES):
+            w = load_tile(shared_ptr, row, ok, k0, SHARED_INPUTS, BLOCK_K, False)
+            total = _add_products(total, w, shared_h_ptr, True, factor, k0, SHARED_INPUTS)
     ids, weights = _of_slots(ids_ptr, PER_TOKEN, SLOTS), _of_slots(weights_ptr, PER_TOKEN, SLOTS)
-    scale_row = scale_rows(r_ptr, 0, row, ok, FORM)
     for step in tl.range(0, PER_TOKEN * PARTS, num_stages=STAGES):
         slot, k0 = step // PARTS, step % PARTS * BLOCK_K
         expert = _of_slot(ids, slot) - first
         here = (expert >= 0) & (expert < count)
         wide = tl.where(here, expert, 0).to(tl.int64)
-        expert_row = wide * FORM.outputs + row
-        s_row = wide * FORM.scale_rows + scale_row
-        w = load_tile(w_ptr, s_ptr, z_ptr, expert_row, s_row, ok & here, k0, FORM, BLOCK_K, False)
+        expert_row = wide * OUTPUTS + row
+        w = load_tile(w_ptr, expert_row, ok & here, k0, INPUTS, BLOCK_K, False)
         weight = tl.where(here, _of_slot(weights, slot), 0.0)
-        factor = weight * row_factors(s_ptr, f_ptr, expert_row, s_row, ok & here, FORM)
-        total = _add_products(total, w, h_ptr + slot * FORM.inputs, here, factor, k0, FORM.inputs)
+        factor = tl.full([BLOCK_N], 1.0, tl.float32) * weight
+        total = _add_products(total, w, h_ptr + slot * INPUTS, here, factor, k0, INPUTS)
         if HAS_BIAS:
             now = ok & here & (k0 == 0)
             bias += weight * tl.load(bias_ptr + expert_row, mask=now, other=0.0).to(tl.float32)
@@ -175,24 +188,16 @@ def one_row_kernel(
     norm_ptr,
     correction_ptr,
     up_w_ptr,
-    up_s_ptr,
-    up_z_ptr,
-    up_f_ptr,
-    up_r_ptr,
     up_bias_ptr,
     down_w_ptr,
-    down_s_ptr,
-    down_z_ptr,
-    down_f_ptr,
-    down_r_ptr,
     down_bias_ptr,
     shared_up_ptr,
     shared_down_ptr,
     logits_ptr,  # [COUNT + 1]
     normed_ptr,  # [programs, IN_FEATURES]
     ids_ptr,  # [programs, PER_TOKEN]
-    weights_ptr,
-    factors_ptr,  # [programs]
+    weights_ptr,  # [PER_TOKEN]
+    factors_ptr,  # [1]
     h_ptr,  # [PER_TOKEN, width]
     shared_h_ptr,
     out_ptr,
@@ -224,10 +229,8 @@ def one_row_kernel(
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     COPIES: tl.constexpr,
-    UP_FORM: tl.constexpr,
-    DOWN_FORM: tl.constexpr,
-    SHARED_UP_FORM: tl.constexpr,  # None: there is no shared expert
-    SHARED_DOWN_FORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHARED_WIDTH: tl.constexpr,  # 0: there is no shared expert
     HAS_UP_BIAS: tl.constexpr,
     HAS_DOWN_BIAS: tl.constexpr,
     GATING: tl.constexpr,
@@ -241,6 +244,7 @@ def one_row_kernel(
     DOWN_N: tl.constexpr,
     DOWN_K: tl.constexpr,
     DOWN_STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # whether a program asks for what it will read in stage 3, behind its tiles of stage 2
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     PEERS: tl.constexpr,
@@ -254,7 +258,6 @@ def one_row_kernel(
     else:
         own_x_ptr = x_ptr
     ids_ptr += program * PER_TOKEN
-    weights_ptr += program * PER_TOKEN
     if PDL and STAGE > 1:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -262,24 +265,30 @@ def one_row_kernel(
         leave_logits(x_ptr, gate_ptr, gate_bias_ptr, shared_gate_ptr, norm_ptr, logits_ptr, normed_ptr, program, True,
                      eps, IN_FEATURES, HAS_GATE_BIAS, HAS_SHARED_GATE, HAS_NORM, UNIT_OFFSET, COUNT, GATE_N, GATE_K,
                      PDL)  # fmt: skip
-        if SHARED_UP_FORM is not None:
+        if SHARED_WIDTH > 0:
             tl.debug_barrier()
-            _gate_up(own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr, shared_up_ptr,
-                     shared_up_ptr, shared_h_ptr, 0, 0, SHARED_UP_FORM, 1, 0, False, "silu", False, UP_N, UP_K,
-                     UP_STAGES)  # fmt: skip
+            _gate_up(own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_h_ptr, 0, 0, IN_FEATURES, SHARED_WIDTH, 1,
+                     0, False, "silu", False, UP_N, UP_K, UP_STAGES)  # fmt: skip
     if STAGE == 2:
-        choose_of(logits_ptr, correction_ptr, ids_ptr, weights_ptr, factors_ptr + program, HAS_SHARED_GATE, SCORES,
-                  RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, COUNT, PER_TOKEN, ROWS,
-                  SIZE, COPIES)  # fmt: skip
+        logits, expert, real = left_logits(logits_ptr, COUNT, GROUPS, ROWS, SIZE, COPIES)
+        rank = ranked(logits, expert, real, correction_ptr, SCORES, HAS_CORRECTION, GROUPS, TOP_GROUPS, ROWS, SIZE)
+        tl.store(ids_ptr + rank, tl.reshape(expert, [ROWS * SIZE]), mask=rank < PER_TOKEN)
         tl.debug_barrier()
-        _gate_up(own_x_ptr, ids_ptr, up_w_ptr, up_s_ptr, up_z_ptr, up_f_ptr, up_r_ptr, up_bias_ptr, h_ptr, first,
-                 count, UP_FORM, PER_TOKEN, SLOTS, HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip
+        _gate_up(own_x_ptr, ids_ptr, up_w_ptr, up_bias_ptr, h_ptr, first, count, IN_FEATURES, WIDTH, PER_TOKEN, SLOTS,
+                 HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip
+        if PREFETCH:
+            _ask_for_down(program, ids_ptr, down_w_ptr, first, count, WIDTH, IN_FEATURES, PER_TOKEN, SLOTS,
+                          DOWN_N)  # fmt: skip
+        if program == tl.num_programs(0) - 1:  # the last has the fewest tiles
+            if HAS_SHARED_GATE:
+                leave_factor(logits_ptr, factors_ptr, COUNT)
+            weights = weighed(logits, real, rank, SCORES, RENORMALISE, SCALE, EPSILON, PER_TOKEN)
+            tl.store(weights_ptr + rank, weights, mask=rank < PER_TOKEN)
     if STAGE == 3:
-        for block in range(program, (DOWN_FORM.outputs + DOWN_N - 1) // DOWN_N, tl.num_programs(0)):
-            value = _down(block, h_ptr, shared_h_ptr, ids_ptr, weights_ptr, factors_ptr + program, down_w_ptr,
-                          down_s_ptr, down_z_ptr, down_f_ptr, down_r_ptr, down_bias_ptr, shared_down_ptr, first, count,
-                          DOWN_FORM, SHARED_DOWN_FORM, HAS_DOWN_BIAS, HAS_SHARED_GATE, PER_TOKEN, SLOTS, DOWN_N, DOWN_K,
-                          DOWN_STAGES)  # fmt: skip
+        for block in range(program, (IN_FEATURES + DOWN_N - 1) // DOWN_N, tl.num_programs(0)):
+            value = _down(block, h_ptr, shared_h_ptr, ids_ptr, weights_ptr, factors_ptr, down_w_ptr, down_bias_ptr,
+                          shared_down_ptr, first, count, WIDTH, IN_FEATURES, SHARED_WIDTH, HAS_DOWN_BIAS,
+                          HAS_SHARED_GATE, PER_TOKEN, SLOTS, DOWN_N, DOWN_K, DOWN_STAGES)  # fmt: skip
             finish(value[None, :], tl.arange(0, 1), block, 1, out_ptr, residual_ptr, peers_ptr, epochs_ptr, out_stride,
-                   residual_stride, row_words, plane_words, DOWN_FORM.outputs, HAS_RESIDUAL, RANK, WORLD,
+                   residual_stride, row_words, plane_words, IN_FEATURES, HAS_RESIDUAL, RANK, WORLD,
                    PEERS)  # fmt: skip

@@ -28,6 +28,74 @@ def _keep_best_groups(choice, GROUPS: tl.constexpr, TOP: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
+def _scores(logits, real, SCORES: tl.constexpr):
+    """What experts are scored by; what is "softmax of chosen" is not scored before it is chosen."""
+    if SCORES == "softmax":
+        highest = tl.max(tl.max(tl.where(real, logits, float("-inf")), 1), 0)
+        scores = tl.where(real, tl.exp(logits - highest), 0.0)
+        scores = scores / tl.sum(tl.sum(scores, 1), 0)
+    elif SCORES == "sigmoid":
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        scores = logits
+    return scores
+
+
+@triton.jit
+def ranked(
+    logits,  # [ROWS, SIZE] float32: the experts by groups
+    expert,  # their numbers
+    real,  # whether there is such an expert
+    correction_ptr,
+    SCORES: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The place of every expert in the order of choice, int32 [ROWS * SIZE]. What is not a number is chosen last.
+
+    Scores grow with logits: where nothing is added to them, logits alone decide.
+    """
+    choice = logits
+    if HAS_CORRECTION or TOP_GROUPS < GROUPS:
+        choice = _scores(logits, real, SCORES)
+    if HAS_CORRECTION:
+        choice += tl.load(correction_ptr + expert, mask=real, other=0.0).to(tl.float32)
+    choice = tl.where(real & (choice == choice), choice, float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        choice = _keep_best_groups(choice, GROUPS, TOP_GROUPS, ROWS, SIZE)
+    WIDTH: tl.constexpr = ROWS * SIZE
+    # Behind all that are real: where some of those are -inf as well, padding comes after them.
+    index = tl.where(tl.reshape(real, [WIDTH]), tl.arange(0, WIDTH), WIDTH + tl.arange(0, WIDTH))
+    return _ranks(tl.reshape(choice, [WIDTH]), index, WIDTH)
+
+
+@triton.jit
+def weighed(
+    logits,
+    real,
+    rank,  # [ROWS * SIZE]
+    SCORES: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """By what every expert would count, float32 [ROWS * SIZE] (`arch.routing`)."""
+    scores = tl.reshape(_scores(logits, real, SCORES), [rank.shape[0]])
+    chosen = rank < PER_TOKEN
+    if SCORES == "softmax of chosen":
+        highest = tl.max(tl.where(chosen, scores, float("-inf")), 0)
+        scores = tl.exp(scores - highest)
+        scores = scores / tl.sum(tl.where(chosen, scores, 0.0), 0)
+    if RENORMALISE:
+        scores = scores / (tl.sum(tl.where(chosen, scores, 0.0), 0) + EPSILON)
+    return scores * SCALE
+
+
+@triton.jit
 def choose(
     logits,  # [ROWS, SIZE] float32: the experts by groups
     expert,  # their numbers
@@ -46,37 +114,11 @@ def choose(
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """One token's experts and weights (`arch.routing`). What is not a number is chosen last, and keeps its weight."""
-    if SCORES == "softmax":
-        highest = tl.max(tl.max(tl.where(real, logits, float("-inf")), 1), 0)
-        scores = tl.where(real, tl.exp(logits - highest), 0.0)
-        scores = scores / tl.sum(tl.sum(scores, 1), 0)
-    elif SCORES == "sigmoid":
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    else:
-        scores = logits
-    choice = scores
-    if HAS_CORRECTION:
-        choice += tl.load(correction_ptr + expert, mask=real, other=0.0).to(tl.float32)
-    choice = tl.where(real & (choice == choice), choice, float("-inf"))
-    if TOP_GROUPS < GROUPS:
-        choice = _keep_best_groups(choice, GROUPS, TOP_GROUPS, ROWS, SIZE)
-    WIDTH: tl.constexpr = ROWS * SIZE
-    flat = tl.reshape(choice, [WIDTH])
-    expert = tl.reshape(expert, [WIDTH])
-    scores = tl.reshape(scores, [WIDTH])
-    # Behind all that are real: where some of those are -inf as well, padding comes after them.
-    index = tl.where(tl.reshape(real, [WIDTH]), tl.arange(0, WIDTH), WIDTH + tl.arange(0, WIDTH))
-    rank = _ranks(flat, index, WIDTH)
-    chosen = rank < PER_TOKEN
-    if SCORES == "softmax of chosen":
-        highest = tl.max(tl.where(chosen, scores, float("-inf")), 0)
-        scores = tl.exp(scores - highest)
-        scores = scores / tl.sum(tl.where(chosen, scores, 0.0), 0)
-    if RENORMALISE:
-        scores = scores / (tl.sum(tl.where(chosen, scores, 0.0), 0) + EPSILON)
-    tl.store(ids_ptr + rank, expert, mask=chosen)
-    tl.store(weights_ptr + rank, scores * SCALE, mask=chosen)
+    """One token's experts and weights."""
+    rank = ranked(logits, expert, real, correction_ptr, SCORES, HAS_CORRECTION, GROUPS, TOP_GROUPS, ROWS, SIZE)
+    weights = weighed(logits, real, rank, SCORES, RENORMALISE, SCALE, EPSILON, PER_TOKEN)
+    tl.store(ids_ptr + rank, tl.reshape(expert, [ROWS * SIZE]), mask=rank < PER_TOKEN)
+    tl.store(weights_ptr + rank, weights, mask=rank < PER_TOKEN)
 
 
 @triton.jit
@@ -186,35 +228,26 @@ def leave_logits(
 
 
 @triton.jit
-def choose_of(
+def left_logits(
     logits_ptr,  # what `leave_logits` of all programs has left
-    correction_ptr,
-    ids_ptr,
-    weights_ptr,
-    factor_ptr,
-    HAS_SHARED: tl.constexpr,
-    SCORES: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    SCALE: tl.constexpr,
-    EPSILON: tl.constexpr,
     COUNT: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     COPIES: tl.constexpr,  # of each logit in the threads; of fewer logits than threads, each would load them all
 ):
-    """One token's experts and weights, and by what its shared expert counts."""
-    if HAS_SHARED:
-        factor = tl.load(logits_ptr + COUNT, cache_modifier=".cg")
-        tl.store(factor_ptr, 1.0 / (1.0 + tl.exp(-factor)))
+    """One token's logits by groups, [ROWS, SIZE], the experts' numbers, and which of them there are."""
     expert, real = _experts(COUNT, GROUPS, ROWS, SIZE)
     at = expert[None, :, :] + tl.zeros([COPIES, 1, 1], tl.int32)
     logits = tl.max(tl.load(logits_ptr + at, mask=real[None, :, :], other=0.0, cache_modifier=".cg"), 0)
-    choose(logits, expert, real, correction_ptr, ids_ptr, weights_ptr, SCORES, RENORMALISE, HAS_CORRECTION, GROUPS,
-           TOP_GROUPS, SCALE, EPSILON, PER_TOKEN, ROWS, SIZE)  # fmt: skip
+    return logits, expert, real
+
+
+@triton.jit
+def leave_factor(logits_ptr, factor_ptr, COUNT: tl.constexpr):
+    """By what a token's shared expert counts."""
+    factor = tl.load(logits_ptr + COUNT, cache_modifier=".cg")
+    tl.store(factor_ptr, 1.0 / (1.0 + tl.exp(-factor)))
 
 
 @triton.jit
@@ -265,6 +298,9 @@ def gate_kernel(
     done = tl.atomic_add(counters_ptr + token, 1, sem="acq_rel", scope="gpu")
     if done == tl.num_programs(0) - 1:
         tl.store(counters_ptr + token, 0)
-        choose_of(logits_ptr, correction_ptr, ids_ptr + token * PER_TOKEN, weights_ptr + token * PER_TOKEN,
-                  factors_ptr + token, HAS_SHARED, SCORES, RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE,
-                  EPSILON, COUNT, PER_TOKEN, ROWS, SIZE, COPIES)  # fmt: skip
+        if HAS_SHARED:
+            leave_factor(logits_ptr, factors_ptr + token, COUNT)
+        logits, expert, real = left_logits(logits_ptr, COUNT, GROUPS, ROWS, SIZE, COPIES)
+        choose(logits, expert, real, correction_ptr, ids_ptr + token * PER_TOKEN, weights_ptr + token * PER_TOKEN,
+               SCORES, RENORMALISE, HAS_CORRECTION, GROUPS, TOP_GROUPS, SCALE, EPSILON, PER_TOKEN, ROWS,
+               SIZE)  # fmt: skip

@@ -19,16 +19,34 @@ from tpctl.kernels.linear.epilogue import finish
 
 
 @triton.jit
-def _row_of(piece, first_row, out_features, R: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr):
+def _row_of(
+    piece,
+    first_row,
+    out_features,
+    R: tl.constexpr,
+    WARPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
     """The row of W of pieces of a tile; with WIDTH 2 the second half of R is of the up half."""
     group = piece // (32 * WARPS)
     half = group // (R // WIDTH)
-    n = first_row + group % (R // WIDTH) * 8 + piece // 4 % 8
-    return tl.minimum(n, out_features - 1) + half * out_features
+    n = tl.minimum(first_row + group % (R // WIDTH) * 8 + piece // 4 % 8, out_features - 1)
+    return half_row(n, half, out_features, INTERLEAVED)
 
 
 @triton.jit
-def _codes(
+def half_row(n, half, out_features, INTERLEAVED: tl.constexpr):
+    """Where row n of the gate (half 0) or the up half (1) lies in W, which has them one after the other or in turn."""
+    if INTERLEAVED:
+        row = 2 * n + half
+    else:
+        row = n + half * out_features
+    return row
+
+
+@triton.jit
+def load_codes(
     w_ptr,
     first_row,
     start,
@@ -37,11 +55,12 @@ def _codes(
     R: tl.constexpr,
     WARPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     WHOLE: tl.constexpr,  # no tile reaches beyond the input
 ):
     """The codes of a tile that begins at a row's byte ``start``, [R * WARPS * 512]."""
     at = tl.arange(0, R * WARPS * 512)
-    row = _row_of(at // 16, first_row, out_features, R, WARPS, WIDTH).to(tl.int64)
+    row = _row_of(at // 16, first_row, out_features, R, WARPS, WIDTH, INTERLEAVED).to(tl.int64)
     byte = start + at // 512 % WARPS * 64 + at % 64
     pointers = w_ptr + row * FORM.row_bytes + byte
     if WHOLE:
@@ -52,7 +71,7 @@ def _codes(
 
 
 @triton.jit
-def _scales(
+def load_scales(
     scales_ptr,
     zeros_ptr,
     rows_ptr,
@@ -63,13 +82,14 @@ def _scales(
     R: tl.constexpr,
     WARPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     G: tl.constexpr,
 ):
     """Scales and zeros of a tile, float32 [R * WARPS * 32 * G]: G of each for every piece."""
     SCALES: tl.constexpr = FORM.scales
     KIND: tl.constexpr = FORM.kind
     at = tl.arange(0, R * WARPS * 32 * G)
-    row = _row_of(at // G, first_row, out_features, R, WARPS, WIDTH)
+    row = _row_of(at // G, first_row, out_features, R, WARPS, WIDTH, INTERLEAVED)
     if FORM.has_rows:
         row = tl.load(rows_ptr + row)
     # Not "+": what Triton knows to be contiguous would be loaded by other threads than those that need it.
@@ -86,7 +106,7 @@ def _scales(
 
 
 @triton.jit
-def _row_factors(
+def row_factors(
     scales_ptr,
     rows_ptr,
     factors_ptr,
@@ -95,13 +115,14 @@ def _row_factors(
     FORM: tl.constexpr,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     """What the sums of a program's rows are multiplied by, [8 * R]."""
     KIND: tl.constexpr = FORM.kind
     SCALES: tl.constexpr = FORM.scales
     N: tl.constexpr = 8 * R // WIDTH
     at = tl.arange(0, 8 * R)
-    row = tl.minimum(first_row + at % N, out_features - 1) + at // N * out_features
+    row = half_row(tl.minimum(first_row + at % N, out_features - 1), at // N, out_features, INTERLEAVED)
     found = unlifted(tl.full([8 * R], 1.0, tl.float32), KIND)
     if FORM.mode == "end":
         of = row
@@ -114,7 +135,7 @@ def _row_factors(
 
 
 @triton.jit
-def _words(
+def load_words(
     x_ptr,
     start,  # the first byte of a row of codes
     rows,
@@ -173,7 +194,7 @@ def _to_sums(value, R: tl.constexpr, MR: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _tile_sums(
+def tile_sums(
     w,
     x,
     scale,
@@ -271,14 +292,14 @@ def codes_gemv_kernel(
     scales_ahead = ()
     for i in tl.static_range(AHEAD):
         if i < TILES:
-            w = _codes(w_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, WHOLE)
+            w = load_codes(w_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, False, WHOLE)
             w_ahead += (w,)  # type: ignore[assignment]
             if SCALED:
-                scales = _scales(
-                    scales_ptr, zeros_ptr, rows_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, G
+                scales = load_scales(
+                    scales_ptr, zeros_ptr, rows_ptr, first_row, i * TILE, out_features, FORM, R, WARPS, WIDTH, False, G
                 )
                 scales_ahead += (scales,)  # type: ignore[assignment]
-    factors = _row_factors(scales_ptr, rows_ptr, factors_ptr, first_row, out_features, FORM, R, WIDTH)
+    factors = row_factors(scales_ptr, rows_ptr, factors_ptr, first_row, out_features, FORM, R, WIDTH, False)
     targets = m
     if WORLD > 1:
         targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
@@ -288,9 +309,9 @@ def codes_gemv_kernel(
     epoch = m
     if WORLD > 1:
         epoch = tl.load(epochs_ptr + m, mask=m < rows, other=0) + 1
-    x_next = _words(x_ptr, 0, rows, x_stride, FORM, MR, WARPS)
+    x_next = load_words(x_ptr, 0, rows, x_stride, FORM, MR, WARPS)
     if HAS_NORM:
-        norm_next = _words(norm_ptr, 0, rows, 0, FORM, MR, WARPS)
+        norm_next = load_words(norm_ptr, 0, rows, 0, FORM, MR, WARPS)
         squares = _squares(x_ptr, tl.arange(0, NORM_ROWS), rows, x_stride, FORM.columns // 2, 2048 // NORM_ROWS)
     acc = tl.zeros([WARPS, 8 * R, 8 * MR], tl.float32)
     for i in tl.static_range(TILES):
@@ -298,20 +319,20 @@ def codes_gemv_kernel(
         if HAS_NORM:
             x = normed_pairs(x, norm_next, UNIT_OFFSET)
         if i + 1 < TILES:
-            x_next = _words(x_ptr, (i + 1) * TILE, rows, x_stride, FORM, MR, WARPS)
+            x_next = load_words(x_ptr, (i + 1) * TILE, rows, x_stride, FORM, MR, WARPS)
             if HAS_NORM:
-                norm_next = _words(norm_ptr, (i + 1) * TILE, rows, 0, FORM, MR, WARPS)
+                norm_next = load_words(norm_ptr, (i + 1) * TILE, rows, 0, FORM, MR, WARPS)
         scale, zero = eps, eps
         if SCALED:
             scale, zero = scales_ahead[i]
-        acc += _tile_sums(w_ahead[i], x, scale, zero, FORM, R, MR, WARPS, G)
+        acc += tile_sums(w_ahead[i], x, scale, zero, FORM, R, MR, WARPS, G)
         if i + AHEAD < TILES:
             start = (i + AHEAD) * TILE
-            w = _codes(w_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, WHOLE)
+            w = load_codes(w_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, False, WHOLE)
             w_ahead += (w,)  # type: ignore[assignment]
             if SCALED:
-                scales = _scales(
-                    scales_ptr, zeros_ptr, rows_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, G
+                scales = load_scales(
+                    scales_ptr, zeros_ptr, rows_ptr, first_row, start, out_features, FORM, R, WARPS, WIDTH, False, G
                 )
                 scales_ahead += (scales,)  # type: ignore[assignment]
     acc = tl.trans(tl.sum(acc, 0) * factors[:, None])

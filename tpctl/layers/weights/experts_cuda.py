@@ -1,6 +1,7 @@
 """Mixtures of experts on a GPU, in as few launches as there are rows for.
 
 one row            norm + router (+ shared gate·up) | choice + gate·up of the chosen | down of all + residual
+one row, codes     norm + router + choice | gate·up of the chosen | down of all + shared + residual
 up to 16           norm + router + choice | gate·up | down | sum over a token's experts + shared + residual
 more               norm | router | choice | tiles | gate·up | down | sum
 """
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tpctl.errors import UnsupportedModelError
-from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.experts.codes_row import codes_row, takes_row
 from tpctl.kernels.experts.grouped import grouped
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row import one_row
 from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
-from tpctl.kernels.experts.tiles import as_stored
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import DenseWeight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Stack
@@ -55,7 +56,8 @@ class CudaExperts(ExpertWeights):
             first,
         )
         self._scratch, self._state, self._facts = scratch, state, facts
-        self._by_row = all(map(_read_by_row, (self._matrices.gate_up, self._matrices.down)))
+        self._plain = isinstance(self._matrices.gate_up, Tensor) and isinstance(self._matrices.down, Tensor)
+        self._coded_row = takes_row(self._matrices)
 
     def mixture(
         self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
@@ -63,8 +65,8 @@ class CudaExperts(ExpertWeights):
         state = self._state
         outlet = state.sums if partial and state.sends else None
         shared = _plain(parts)
-        alone = len(rows.x) == 1 and self._by_row and self._facts.takes(rows.x)
-        if alone and (parts.shared is None or shared is not None):
+        alone = len(rows.x) == 1 and self._facts.takes(rows.x)
+        if alone and self._plain and (parts.shared is None or shared is not None):
             return one_row(
                 rows.x,
                 _router(parts),
@@ -78,7 +80,8 @@ class CudaExperts(ExpertWeights):
                 pdl=state.pdl,
             )
         routed = self._routed(rows, parts)
-        return grouped(
+        coded = alone and self._coded_row and rows.x.dtype == torch.bfloat16
+        return (codes_row if coded else grouped)(
             routed,
             self._matrices,
             total_experts=parts.count,
@@ -139,18 +142,6 @@ def _matrix(stack: Stack) -> Tensor | Codes:
     if len(stack.matrix) > 1:  # of a checkpoint's, the loader says it before it reads them
         raise UnsupportedModelError("experts whose gate and up are quantised in other groups do not run on a GPU")
     return stack.matrix[0]
-
-
-def _read_by_row(matrix: Tensor | Codes) -> bool:
-    """Whether one row goes through CUDA cores. Numbers of 4 bits are made faster where the tensor cores take them, and
-    some codes are not read there."""
-    if isinstance(matrix, Tensor):
-        return True
-    try:
-        as_stored(matrix)
-    except ValueError:
-        return False
-    return matrix.kind not in PACKED
 
 
 def _plain(parts: MixtureParts) -> SharedMatrices | None:
