@@ -60,16 +60,16 @@ def _rope_cache_kernel(
     is_v = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
     rotated = is_q | is_k
     exists = rotated | is_v
-    if PDL:
-        # Only once the predecessor is complete: the decode kernel that follows reads the step's plan before
-        # it waits.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots_ptr + token)
     if ROTATED:
         position = tl.load(positions_ptr + token)
         cos = tl.load(cos_ptr + position * HALF + half, mask=in_half, other=1.0)[None, :]
         sin = tl.load(sin_ptr + position * HALF + half, mask=in_half, other=0.0)[None, :]
+    if PDL:
+        # Only once the predecessor is complete: the decode kernel that follows reads the step's plan before
+        # it waits.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     row = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM
     mask = exists[:, None] & in_half[None, :]
@@ -220,7 +220,8 @@ def rope_cache(
     dtype; or, with exponents for factors, packed (`packed_kv`), which takes heads that are rotated whole; or, with
     scales, in FP8 (`fp8_kv`).
     cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D; None: nothing is rotated.
-    positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing.
+    positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. With pdl both must
+    be there before the kernel that gives qkv_TF starts.
     q_norm, k_norm: RMSNorm weights of the query and key heads, both or neither (`unit_offset`: Gemma's 1 + weight): [D]
     of a norm over each head, or, with `over_all`, [N * D] and [K * D] of one over all heads at once.
     Rotation is transformers' `rotate_half`, computed in float32 and rounded once. interleaved: pairs are neighbours;

@@ -201,7 +201,7 @@ def codes_row_down_kernel(
     scales_ahead = ()
     for i in tl.static_range(AHEAD):
         if i < STEPS:
-            at = at_experts[i // TILES]
+            at = at_experts[i // TILES]  # type: ignore[var-annotated]
             start = i % TILES * TILE
             begin = tl.where(here[i // TILES], start, FORM.row_bytes)  # of another rank's expert no byte is read
             w = load_codes(at[0], first_row, begin, OUTPUTS, FORM, R, WARPS, 1, False, WHOLE)
@@ -214,7 +214,7 @@ def codes_row_down_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    x_next = load_words(h_ptr, 0, here[0].to(tl.int32), 0, FORM, 1, WARPS)
+    x_next = load_words(h_ptr, 0, here[0].to(tl.int32), 0, FORM, 1, WARPS)  # type: ignore[misc]
     total = tl.zeros([WARPS, N, 8], tl.float32)
     acc = total
     for i in tl.static_range(STEPS):

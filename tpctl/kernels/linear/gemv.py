@@ -55,6 +55,11 @@ _ONE_ROW: dict[tuple[int, int], GemvConfig] = {
     (3072, 4096): GemvConfig(8, 1024, num_warps=4, prefetch=1),
     (4096, 2048): GemvConfig(8, 1024, num_warps=4),
     (4096, 7168): GemvConfig(4, 2048, num_warps=4),
+    (5120, 2048): GemvConfig(2, 1024, num_warps=1, prefetch=1),
+    (2048, 4096): GemvConfig(4, 2048, num_warps=4),
+    (2880, 4096): GemvConfig(8, 1024, num_warps=4, prefetch=1),
+    (3840, 4096): GemvConfig(8, 512, num_warps=2, prefetch=1),
+    (3840, 15360): GemvConfig(2, 2048, num_warps=4, prefetch=1),
 }
 _ONE_ROW_GATED: dict[tuple[int, int], GemvConfig] = {
     (3072, 1024): GemvConfig(2, 512, num_warps=1),
@@ -94,7 +99,9 @@ def pick(
             return GemvConfig(1, min(width, 4096), num_warps=4, early=width >= 4096)
         if width <= 1024:
             return GemvConfig(4, min(width, 512), 1, 1)
-        return GemvConfig(4, 2048, 1, 4)
+        if width <= 4096:  # the best, or nearly, of 5120 x 2048, 5120 x 2880 and 8192 x 3840; and of 2880 x 4096
+            return GemvConfig(4, 512, num_warps=1 if out_features > 4096 else 2, prefetch=1)
+        return GemvConfig(4, 2048, num_warps=4)
     # Bytes in flight decide: 64 x 256 weights three deep; short outputs are split to busy most of the chip.
     block_k = 256
     while block_k > 32 and in_features % block_k:
