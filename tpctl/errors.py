@@ -110,3 +110,7 @@ class RequestError(TpctlError):
 
 class EngineError(TpctlError):
     """The workers could not start, or one of them failed."""
+
+
+class EndpointError(TpctlError):
+    """A server cannot be reached, refuses what it is asked, or answers with what is no answer."""

@@ -1,4 +1,4 @@
-"""``tpctl bench throughput|latency|startup``, and ``quality`` beside them."""
+"""``tpctl bench throughput|latency|startup``, and ``quality`` and ``serve`` beside them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from tpctl.bench.shapes import SHAPES
 from tpctl.cli.arguments import CheckedCommand
+from tpctl.cli.bench_serve import bench_serve
 from tpctl.cli.console import byte_progress, print_json, status
 from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
 from tpctl.cli.options import (
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tpctl.wire.settings import EngineConfig
 
 bench = typer.Typer(
-    help="Measure speed on a real model, or on random weights of a known shape; and a model's quality.",
+    help="Measure speed on a real model, or on random weights of a known shape; a server's; and a model's quality.",
     no_args_is_help=True,
 )
 
@@ -132,6 +133,7 @@ def startup(
 bench.command("throughput", cls=CheckedCommand, short_help="Tokens a second of a whole workload.")(throughput)
 bench.command("latency", cls=CheckedCommand, short_help="Time to first token, and per token.")(latency)
 bench.command("startup", cls=CheckedCommand, short_help="Time from starting the workers to the first token.")(startup)
+bench.command("serve", cls=CheckedCommand, short_help="A server's speed, as its clients see it.")(bench_serve)
 bench.command("quality", cls=CheckedCommand, short_help="Perplexity, and divergence from another form.")(quality)
 
 

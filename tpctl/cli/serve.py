@@ -58,9 +58,14 @@ class ServerOptions:
     def key(self) -> str | None:
         """Raises ``UsageError`` if it is none that a header can hold."""
         key = os.environ.get(API_KEY) or None if self.api_key is None else self.api_key
-        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
-            raise UsageError(f"the API key ({API_KEY} or --api-key) must be of printable ASCII, and not empty")
-        return key
+        return printable_key(key, f"{API_KEY} or --api-key")
+
+
+def printable_key(key: str | None, source: str) -> str | None:
+    """``key`` itself. Raises ``UsageError`` if a header cannot hold it; ``source``: what it came by."""
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        raise UsageError(f"the API key ({source}) must be of printable ASCII, and not empty")
+    return key
 
 
 @grouped
