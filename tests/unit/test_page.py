@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.browser import CHROMIUM as BROWSER
 from tests.unit.reports import make_report, report_of
 from tests.unit.shown import mixed, parallel, post_normed, scaled
 from tests.unit.synthetic import RUN, make_config
@@ -37,7 +37,6 @@ LLAMA_70B: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 NINE = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54, num_hidden_layers=4)
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 
 

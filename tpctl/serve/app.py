@@ -20,8 +20,9 @@ from tpctl.serve.bodies import BODY_SECONDS, read_object
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
+from tpctl.serve.page import Page
 
-OPEN = frozenset({"/health"})
+OPEN = frozenset({"/", "/health"})
 """Paths that need no key."""
 
 Post = Callable[[dict[str, Any], float], Awaitable[ASGIApp]]
@@ -59,7 +60,9 @@ class App:
             "/detokenize": endpoints.detokenize,
         }
         routes = [Route(path, self._post(post), methods=["POST"]) for path, post in posts.items()]
+        page = Page()
         routes += [
+            Route("/", self._get(lambda request: page), methods=["GET"]),
             Route("/v1/models", self._get(lambda request: endpoints.models()), methods=["GET"]),
             Route("/v1/models/{name:path}", self._get(lambda one: endpoints.one_model(one.path_params["name"]))),
             Route("/health", self._get(lambda request: endpoints.health()), methods=["GET"]),
