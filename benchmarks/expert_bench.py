@@ -23,6 +23,7 @@ from expert_cases import (
     QWEN,
     SHAPES,
     SHARED_MEMORY,
+    Alone,
     Shape,
     alone,
     bandwidth,
@@ -39,6 +40,7 @@ from kernel_timing import BF16, DEVICE, graph_us, row
 
 from tpctl.arch.routing import Routing
 from tpctl.kernels.common.codes import Codes, Kind
+from tpctl.kernels.experts.codes_row import codes_row
 from tpctl.kernels.experts.grouped import (
     UNLISTED_ROWS,
     grouped,
@@ -146,7 +148,7 @@ def bench_codes() -> None:
                 for one in plain
             ]
             for rows in (1, 8, 64, 512, 1024, 8192):
-                us, routed, call = timed(coded, shape, rows, by_row=bits == 8)
+                us, routed, call = timed(coded, shape, rows, by_row=True)
                 dense, _, _ = timed(plain, shape, rows, by_row=True)
                 floor = floor_us(shape, routed, bits)
                 row(f"{shape.name} {name}", rows, f"{us:.1f}", f"{floor:.1f}", f"{floor / us:.0%}", f"{dense:.1f}",
@@ -167,12 +169,20 @@ def in_8_bits(layers: list[ExpertMatrices], shape: Shape, rows: int) -> tuple[st
     return f"{us:.1f}", error_of(call, routed, rounding[0])
 
 
+def coded_row(one: Alone) -> torch.Tensor:
+    return codes_row(gate(*one[:3], norm=one.norm, pdl=True), one.experts, pdl=True)
+
+
 def timed(
     layers: list[ExpertMatrices], shape: Shape, rows: int, *, by_row: bool
 ) -> tuple[float, Routed, Callable[[], torch.Tensor]]:
-    """Microseconds, and what the first call was of. by_row: one row goes through `one_row`, as in `CudaExperts`."""
+    """Microseconds, and what the first call was of. by_row: one row goes the way that it goes in `CudaExperts`, router
+    included."""
     if rows == 1 and by_row:
         single = alone(shape, layers)
+        if isinstance(layers[0].gate_up, Codes):
+            us = graph_us([partial(coded_row, one) for one in single])
+            return us, single[0].routed, partial(coded_row, single[0])
         return graph_us([partial(one.call, pdl=True) for one in single]), single[0].routed, single[0].call
     made = cases(layers, shape, rows)
     return graph_us([partial(grouped, r, e, pdl=rows <= 512) for r, e in made]), made[0][0], partial(grouped, *made[0])

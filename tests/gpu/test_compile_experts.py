@@ -135,7 +135,7 @@ def row_taken(arch: int, model: Any, row: RowConfig, *, stage: int) -> int:
         COPIES=max(1, 32 * row.num_warps // count), WIDTH=width, SHARED_WIDTH=0 if biases else width,
         HAS_UP_BIAS=biases, HAS_DOWN_BIAS=biases, GATING=activation, INTERLEAVED=biases, HAS_RESIDUAL=True, GATE_N=1,
         GATE_K=1 << (hidden - 1).bit_length(), UP_N=row.up_n, UP_K=row.up_k, UP_STAGES=row.up_stages,
-        DOWN_N=row.down_n, DOWN_K=row.down_k, DOWN_STAGES=row.down_stages, PREFETCH=arch >= 90, STAGE=stage, **ALONE,
+        DOWN_N=row.down_n, DOWN_K=row.down_k, DOWN_STAGES=row.down_stages, STAGE=stage, **ALONE,
     )  # fmt: skip
 
 

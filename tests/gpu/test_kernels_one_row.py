@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 # experts, of a token, hidden size, width
 SHAPES = [(8, 8, 48, 96), (5, 2, 136, 36), (16, 4, 64, 48)]
-CONFIGS = [None, RowConfig(8, 64, 2, 16, 32, 2, 4), RowConfig(16, 32, 4, 8, 128, 1, 8, False)]
+CONFIGS = [None, RowConfig(8, 64, 2, 16, 32, 2, 4), RowConfig(16, 32, 4, 8, 128, 1, 8)]
 
 
 def check(x, router, experts, error: float, *, shared=None, residual: bool = False, config=None, **norm) -> None:

@@ -11,6 +11,8 @@ from tpctl.errors import UsageError
 from tpctl.wire.messages import Request
 from tpctl.wire.sampling import SamplingParams
 
+WORKLOADS = ("nano", "short", "prefix", "long", "even")
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -37,7 +39,8 @@ def make_workload(name: str, vocab_size: int, shift: int = 0, sampling: Mapping[
     ``nano``: nano-vllm's own benchmark: seed 0, 256 prompts of 100 to 1,024 random tokens below 10,000, then 256
     output lengths of 100 to 1,024, together 133,966 tokens; temperature 0.6. ``short``: 32 prompts of 128 random
     tokens, 64 tokens each, greedy. ``prefix``: 256 prompts of the same 2,000 tokens and 100 of their own, 128 tokens
-    each, temperature 0.6. ``long``: 32 prompts of 12,000 random tokens, 256 tokens each, greedy.
+    each, temperature 0.6. ``long``: 32 prompts of 12,000 random tokens, 256 tokens each, greedy. ``even``: 512 prompts
+    of 1,024 random tokens, 1,024 tokens each, greedy.
 
     Raises:
         UsageError: no such workload.
@@ -60,8 +63,12 @@ def make_workload(name: str, vocab_size: int, shift: int = 0, sampling: Mapping[
         prompts = [[rng.randrange(3, 10000) for _ in range(12000)] for _ in range(32)]
         lengths = [256] * 32
         temperature = 0.0
+    elif name == "even":
+        prompts = [[rng.randrange(3, 10000) for _ in range(1024)] for _ in range(512)]
+        lengths = [1024] * 512
+        temperature = 0.0
     else:
-        raise UsageError(f"unknown workload {name!r}; known: nano, short, prefix, long")
+        raise UsageError(f"unknown workload {name!r}; known: {', '.join(WORKLOADS)}")
     fields = {"temperature": temperature, **(sampling or {})}
     moved = [[(token + shift) % min(vocab_size, 10001) for token in prompt] for prompt in prompts]
     return Workload(

@@ -45,7 +45,8 @@ def throughput(
     workload: Annotated[
         str,
         typer.Option(
-            help="nano (256 prompts), short (32), prefix (256 that share 2,000 tokens) or long (32 of 12,000)."
+            help="nano (256 prompts), short (32), prefix (256 that share 2,000 tokens), long (32 of 12,000) or even "
+            "(512 of 1,024)."
         ),
     ] = "short",
     runs: Runs = 3,

@@ -41,6 +41,7 @@ class Workload(StrEnum):
     short = "short"
     prefix = "prefix"
     long = "long"
+    even = "even"
 
 
 @dataclass(frozen=True)

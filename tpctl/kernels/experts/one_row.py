@@ -34,7 +34,6 @@ class RowConfig(NamedTuple):
     down_k: int
     down_stages: int
     num_warps: int = 8
-    prefetch: bool = True
 
     @property
     def num_stages(self) -> int:
@@ -161,7 +160,6 @@ def one_row(
             DOWN_N=config.down_n,
             DOWN_K=config.down_k,
             DOWN_STAGES=config.down_stages,
-            PREFETCH=config.prefetch and pdl,
             STAGE=stage,
             PDL=pdl,
             num_warps=config.num_warps,

@@ -8,7 +8,7 @@ import triton.language as tl
 from tpctl.kernels.experts.finish import finish
 from tpctl.kernels.experts.gating import gated
 from tpctl.kernels.experts.routing_kernels import leave_factor, leave_logits, left_logits, ranked, weighed
-from tpctl.kernels.experts.tiles import ask_for, load_tile
+from tpctl.kernels.experts.tiles import load_tile
 
 
 @triton.jit
@@ -88,31 +88,6 @@ def _gate_up(
                 up_sum += tl.load(bias_ptr + up_row, mask=ok, other=0.0).to(tl.float32)
             value = gated(gate_sum, up_sum, GATING)
             tl.store(out_ptr + tile // BLOCKS * WIDTH + n, value.to(out_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _ask_for_down(
-    program,
-    ids_ptr,
-    w_ptr,
-    first,
-    count,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Ask the L2 cache for this program's first rows of down, of all chosen experts that are here."""
-    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    ids = _of_slots(ids_ptr, PER_TOKEN, SLOTS)
-    if program * BLOCK_N < OUTPUTS:
-        for slot in tl.static_range(PER_TOKEN):
-            expert = _of_slot(ids, slot) - first
-            if (expert >= 0) & (expert < count):
-                row = expert.to(tl.int64) * OUTPUTS + tl.minimum(n, OUTPUTS - 1)
-                for k0 in tl.static_range(0, INPUTS, 2048):
-                    ask_for(w_ptr, row, k0, INPUTS, 2048 if INPUTS - k0 > 1024 else 1024)
 
 
 @triton.jit
@@ -244,7 +219,6 @@ def one_row_kernel(
     DOWN_N: tl.constexpr,
     DOWN_K: tl.constexpr,
     DOWN_STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,  # whether a program asks for what it will read in stage 3, behind its tiles of stage 2
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     PEERS: tl.constexpr,
@@ -276,9 +250,6 @@ def one_row_kernel(
         tl.debug_barrier()
         _gate_up(own_x_ptr, ids_ptr, up_w_ptr, up_bias_ptr, h_ptr, first, count, IN_FEATURES, WIDTH, PER_TOKEN, SLOTS,
                  HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip
-        if PREFETCH:
-            _ask_for_down(program, ids_ptr, down_w_ptr, first, count, WIDTH, IN_FEATURES, PER_TOKEN, SLOTS,
-                          DOWN_N)  # fmt: skip
         if program == tl.num_programs(0) - 1:  # the last has the fewest tiles
             if HAS_SHARED_GATE:
                 leave_factor(logits_ptr, factors_ptr, COUNT)
