@@ -14,7 +14,8 @@ from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
-from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
+from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
+from tpctl.engine.steps.mixed import MixedGraphs, MixedInputs
 from tpctl.kernels.sampling.floors import Filters
 from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
 from tpctl.wire.sampling import SamplingParams
@@ -31,7 +32,7 @@ class Uncaptured(CapturedSteps):
     def __init__(self) -> None:
         self.keys: list[Hashable] = []
         # As another step has left them.
-        self._numbers = torch.full((MixedGraphs.most_numbers(PACE.limit, PACE.chunks),), 7, dtype=torch.int32)
+        self._numbers = torch.full((MixedGraphs.most_numbers(PACE.limit),), 7, dtype=torch.int32)
         self._numbers = self._numbers.to(DEVICE)
         self._rows = DecodeInputs.allocate(PACE.limit, SlotTables.allocate(1, 8, DEVICE, POOLS))
         for name, value in vars(self._rows).items():
@@ -42,7 +43,7 @@ class Uncaptured(CapturedSteps):
         self, key: Hashable, numbers: list[int], make: Callable[[], tuple[torch.Tensor, Callable[[], None]]]
     ) -> None:
         self.keys.append(key)
-        assert len(numbers) <= MixedGraphs.most_numbers(PACE.limit, PACE.chunks)
+        assert len(numbers) <= MixedGraphs.most_numbers(PACE.limit)
         target, step = make()
         assert target.shape == (len(numbers),)
         rows = key[1] if isinstance(key, tuple) and key[0] == "mixed" else key[0]  # type: ignore[index]
@@ -96,11 +97,11 @@ def test_decodes_are_padded_to_the_ladder() -> None:
     assert all(table.is_contiguous() for table in inputs.block_tables)
 
 
-def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
+def batch(decodes: int, chunks: list[int], *, paced: bool = True) -> ScheduledBatch:
     def item(tokens: int) -> ScheduledSequence:
         return ScheduledSequence(Sequence("s", [1] * tokens, SamplingParams(), 99), 0, tokens, tokens == 1)
 
-    return ScheduledBatch([item(1)] * decodes + [item(tokens) for tokens in chunks], decodes, True)
+    return ScheduledBatch([item(1)] * decodes + [item(tokens) for tokens in chunks], decodes, paced)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,26 @@ def batch(decodes: int, chunks: list[int]) -> ScheduledBatch:
 def test_what_is_captured(decodes: int, chunks: list[int], taken: bool) -> None:
     graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs, path: None)
     assert graphs.takes(batch(decodes, chunks)) is taken
+
+
+def test_short_steps_are_captured_when_they_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[Hashable] = []
+    monkeypatch.setattr(Uncaptured, "prepare", lambda self, key, make: captured.append(key))
+    graphs = MixedGraphs(Uncaptured(), None, lambda inputs, path: None, 512)
+
+    def takes(decodes: int, *chunks: int) -> bool:
+        return graphs.takes(batch(decodes, list(chunks), paced=False))
+
+    assert not takes(0, 128) and not takes(0, 120) and not takes(0, 129) and not takes(0, 513)
+    graphs.capture_missed()
+    assert captured == [("mixed", 128, 64, DIRECT), ("mixed", 160, 64, DIRECT)], captured
+    assert takes(0, 128) and takes(1, 100, 20) and takes(30, 99)
+    assert not takes(0, 17)  # another size
+    assert not takes(70, 58)  # more rows are sampled
+    assert not takes(0, *[10] * 9)  # more chunks than a graph has
+    assert [takes(0, 300) for _ in range(5)] == [False, False, False, True, True]  # there is no time to wait for
+    graphs.capture_missed()
+    assert len(captured) == 4 + 1 and len(set(captured)) == 5
 
 
 def test_prepared_rows_equal_their_reference() -> None:

@@ -108,6 +108,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
         step()
 
     monkeypatch.setattr(cuda_graph.CapturedSteps, "run", run)
+    monkeypatch.setattr(cuda_graph.CapturedSteps, "prepare", lambda self, key, make: make())
     for name in ("Event", "Stream"):
         monkeypatch.setattr(torch.cuda, name, Event)
     monkeypatch.setattr(cuda_runner, "CudaLaunched", Done)
@@ -193,6 +194,33 @@ def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hash
     stats = engine.scheduler.stats
     assert (stats.preemptions > 0) == (way == "tight")
     assert (stats.paced_steps > 0) == (way == "paced")
+
+
+def test_short_prompts_are_replayed_once_their_size_has_come(tmp_path: Path, replayed: list[Hashable]) -> None:
+    """Alone, beside decodes, behind a cached prefix, and in chunks."""
+    model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    engine = start(tmp_path / "tp1", max_num_batched_tokens=32)
+    lengths = prompts_of(5, 20, 40, 30, 7)
+    lengths["3"] = lengths["2"][:32] + lengths["3"]
+
+    def ask(turn: int, *together: str) -> list[Hashable]:
+        """The sizes of prompts that were replayed."""
+        prompts = {f"{turn}-{id}": [3 + (token + turn) % 120 for token in lengths[id]] for id in together}
+        found: dict[str, list[int]] = {id: [] for id in prompts}
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        before = len(replayed)
+        engine.apply(Add([Request(id, ids, params) for id, ids in prompts.items()]))
+        finish(engine, found)
+        engine.runner.rest()
+        for id, ids in prompts.items():
+            assert found[id] == best(model, ids, found[id]), id
+        return [key[1] for key in replayed[before:] if key[0] == "mixed"]  # type: ignore[index]
+
+    assert ask(1, "0") == []
+    assert ask(2, "4") == [16]
+    ask(3, "1", "2", "3")
+    assert ask(4, "3", "0", "2", "1").count(32) >= 3
 
 
 @pytest.mark.parametrize(("way", "block_size", "window"), [("graphs", 16, 18), ("eager", 32, 15), ("paced", 16, 18)])

@@ -345,7 +345,7 @@ def test_prompts_beside_decodes_give_the_same_tokens(
 ) -> None:
     """Captured steps of both, at a pace; against one kernel after the other, prompts first."""
     from tpctl.engine.runners import cuda as cuda_runner
-    from tpctl.engine.steps.graphs import MixedGraphs
+    from tpctl.engine.steps.mixed import MixedGraphs
 
     monkeypatch.setattr(cuda_runner, "_SMALL_LAYER", 0)  # the pace of larger models
     replayed: list[tuple[int, int]] = []
@@ -377,7 +377,7 @@ def test_prompts_beside_decodes_give_the_same_tokens(
 @pytest.mark.parametrize("seqs", [64, 700])
 def test_everything_captured_stays_within_the_share(seqs: int, tmp_path: Path) -> None:
     """What the KV cache leaves is enough for all graphs: the ladder of decodes, and as many others as are kept."""
-    from tpctl.engine.steps.graphs import _MOST
+    from tpctl.engine.steps.mixed import _MOST
 
     shape = {**WIDE, "hidden_size": 512, "vocab_size": 48_000, "max_position_embeddings": 32768}
     make_checkpoint("llama3", tmp_path / "hf", **shape)

@@ -3,9 +3,8 @@
 A step's sampled tokens stay on the device, where the next step reads them; the host learns them one step later. The
 host's work per step is a few integers per row and one copy, so it schedules step N + 1 while step N computes.
 
-Decodes are replayed from CUDA graphs (``engine.steps.graphs``), and so are steps of decodes and a few prompt tokens
-where the scheduler makes them (``engine.scheduling.pacing``); other steps with prefill chunks are launched kernel by
-kernel.
+Decodes are replayed from CUDA graphs (``engine.steps.graphs``), and so are steps of decodes and a few hundred prompt
+tokens (``engine.steps.mixed``); other steps with prefill chunks are launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.speculation import RowCost
-from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs, MixedGraphs, MixedInputs
+from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
+from tpctl.engine.steps.mixed import CHUNKS, SHORT, MixedGraphs, MixedInputs
 from tpctl.engine.steps.slots import Slots
 from tpctl.errors import EngineError
 from tpctl.kernels.common.launch import early_launch
@@ -46,7 +46,7 @@ from tpctl.wire.settings import EngineConfig
 _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
 # Rows that an H100 multiplies in little more than the time of a few (docs/kernel-notes.md): where a layer has many
 # weights reading them takes that long, where it has few the latency of its kernels does.
-_PACE, _SMALL_PACE = Pace(rows=256, limit=512, chunks=8), Pace(rows=512, limit=1024, chunks=8)
+_PACE, _SMALL_PACE = Pace(rows=256, limit=512, chunks=CHUNKS), Pace(rows=512, limit=1024, chunks=CHUNKS)
 _SMALL_LAYER = 64 << 20  # bytes of a rank
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
@@ -83,13 +83,10 @@ class CudaRunner(ModelRunner):
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not settings.enforce_eager:
-            chunks = 0 if pace is None else pace.chunks
-            captured = CapturedSteps(
-                steps.captured, self._sampled, MixedGraphs.most_numbers(rows, chunks), self._slots.tables
-            )
+            captured = CapturedSteps(steps.captured, self._sampled, MixedGraphs.most_numbers(rows), self._slots.tables)
             self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._decode_step)
-            if pace is not None:
-                self._mixed = MixedGraphs(captured, pace, self._mixed_step)
+            if self._paged.captures_prefill:
+                self._mixed = MixedGraphs(captured, pace, self._mixed_step, short_rows(settings))
 
     @cached_property
     def _logits(self) -> Tensor:
@@ -110,8 +107,8 @@ class CudaRunner(ModelRunner):
             elif batch.only_answers and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
                 self._graphs.run(*rows, self._paged.is_long(len(rows[0]), 1 + max(rows[1])), path)
-            elif batch.paced and not batch.has_drafts and self._mixed is not None and self._mixed.takes(batch):
-                self._mixed.run(*self._mixed_rows(batch, slots), path)
+            elif not batch.has_drafts and self._mixed is not None and self._mixed.takes(batch):
+                self._mixed.run(*self._mixed_rows(batch, slots), path, paced=batch.paced)
             else:
                 self._eager(batch, slots, path)
             if path is SamplingPath.HOST:
@@ -124,6 +121,11 @@ class CudaRunner(ModelRunner):
             host[:count].copy_(self._sampled[:count], non_blocking=True)
             launched.ready.record()
             return launched
+
+    def rest(self) -> None:
+        if self._mixed is not None:
+            with torch.inference_mode():
+                self._mixed.capture_missed()
 
     def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
         if isinstance(launched, CudaLaunched):
@@ -336,4 +338,9 @@ def find_pace(loaded: LoadedModel) -> Pace | None:
 
 def largest_rows(settings: EngineConfig, pace: Pace | None) -> int:
     """Rows of the largest step that a graph may hold."""
-    return max(settings.max_num_seqs, 0 if pace is None else pace.limit)
+    return max(settings.max_num_seqs, short_rows(settings), 0 if pace is None else pace.limit)
+
+
+def short_rows(settings: EngineConfig) -> int:
+    """Rows of the largest step with prefill chunks that a graph may hold, where nothing is paced."""
+    return 0 if settings.enforce_eager else min(SHORT, settings.max_num_batched_tokens)

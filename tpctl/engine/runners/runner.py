@@ -116,6 +116,9 @@ class ModelRunner:
         """Whether the next step can be started before this one's tokens are known on the host."""
         return False
 
+    def rest(self) -> None:
+        """Called while there is nothing to do, on every rank: time to get ready for what may come."""
+
     def info(self) -> EngineInfo:
         """What ``Ready`` reports of this rank."""
         loaded, memory, device = self.loaded, self.memory, self.group.device.type

@@ -1,28 +1,22 @@
 """CUDA graphs of whole steps, from the host's packed integers to the sampled token ids.
 
-A graph's shapes are fixed, so a batch of decodes is padded to the next of a ladder of sizes, and a step of decodes and
-prefill chunks to a number of rows in which the two share freely. Each graph is captured when it is first needed, which
-costs the time of a few steps then and none at start-up.
+A graph's shapes are fixed, so a batch of decodes is padded to the next of a ladder of sizes. Each graph is captured
+when it is first needed, which costs the time of a few steps then and none at start-up. Steps with prefill chunks are in
+``engine.steps.mixed``.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tpctl.accounting import sampled_rows
 from tpctl.engine.sampling.path import SamplingPath
-from tpctl.engine.scheduling.pacing import Pace
-from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables
 
 _RING = 4  # pinned copies of the packed integers: a copy must not be overwritten before it has been sent
-_ROWS = 16  # captured steps with prefill chunks have a multiple of this many rows
-_MOST = 48  # such graphs; a job takes about ten
 _MOST_GRAPHS = 192  # of all kinds: what one that has not been replayed for longest makes room for
 
 
@@ -82,6 +76,14 @@ class CapturedSteps:
         self._sent[turn].synchronize()
         staging = self._staging[turn][: len(numbers)]
         staging.copy_(torch.tensor(numbers, dtype=torch.int32))
+        self.prepare(key, make)
+        graph, target, _ = self._graphs[key]
+        target.copy_(staging, non_blocking=True)
+        self._sent[turn].record()
+        graph.replay()
+
+    def prepare(self, key: Hashable, make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
+        """Capture the step of this key, if it is not there, as ``run`` would."""
         captured = self._graphs.pop(key, None)
         if captured is None:
             if len(self._graphs) >= _MOST_GRAPHS:
@@ -89,10 +91,6 @@ class CapturedSteps:
                 del self._graphs[next(iter(self._graphs))]
             captured = self._capture(*make())
         self._graphs[key] = captured  # the last one now
-        graph, target, _ = captured
-        target.copy_(staging, non_blocking=True)
-        self._sent[turn].record()
-        graph.replay()
 
     def _reserve(self) -> torch.cuda.CUDAGraph:
         """A graph that is never run, for its pool: one piece of memory, which every capture takes parts of and gives
@@ -159,95 +157,3 @@ class DecodeGraphs:
             return flat, lambda: self._step(inputs, long, path)
 
         self._steps.run((size, long, path), numbers, make)
-
-
-@dataclass(frozen=True)
-class MixedInputs:
-    """What a captured step of decodes and prefill chunks reads: parts of its numbers, and what is made of them.
-
-    rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
-    query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
-    last_row_P: [P], the last row of each chunk, whose block table is complete. seq_lens_P: [P], tokens up to a chunk's
-    last. logits_rows: [R], rows that are sampled.
-    """
-
-    rows: DecodeInputs
-    num_decodes: Tensor
-    query_start_P1: Tensor
-    last_row_P: Tensor
-    seq_lens_P: Tensor
-    logits_rows: Tensor
-
-
-class MixedGraphs:
-    """Captured steps of decodes and prefill chunks together, as large as ``pace`` makes them.
-
-    Args:
-        step: computes one such step from its inputs.
-    """
-
-    def __init__(self, steps: CapturedSteps, pace: Pace, step: Callable[[MixedInputs, SamplingPath], None]) -> None:
-        self._steps = steps
-        self._pace = pace
-        self._step = step
-        self._captured: set[tuple[int, int, SamplingPath]] = set()
-
-    @staticmethod
-    def most_numbers(rows: int, chunks: int) -> int:
-        """int32 numbers that a step of ``rows`` is given at most."""
-        return 4 * rows + 3 * chunks + 2
-
-    def takes(self, batch: ScheduledBatch) -> bool:
-        """Whether a step has a graph: neither larger than the limit nor so small that padding would cost much."""
-        pace = self._pace
-        if not (pace.rows // 2 <= batch.num_tokens <= pace.limit and 0 < batch.num_prefills <= pace.chunks):
-            return False
-        key = *self._size(batch.num_tokens, len(batch.sampled)), SamplingPath.of(batch)
-        return key in self._captured or len(self._captured) < _MOST
-
-    def _size(self, num_tokens: int, num_sampled: int) -> tuple[int, int]:
-        """Rows, and rows that are sampled, of the graph for a step."""
-        rows = max(self._pace.rows, -(-num_tokens // _ROWS) * _ROWS)
-        return rows, min(rows, sampled_rows(max(num_sampled, 1)))
-
-    def run(
-        self,
-        slots: list[int],
-        positions: list[int],
-        tokens: list[int],
-        num_decodes: int,
-        chunks: list[int],
-        sampled: list[int],
-        path: SamplingPath = SamplingPath.DIRECT,
-    ) -> None:
-        """One step.
-
-        slots, positions, tokens: of each row, the decodes' first. chunks: how many rows each prefill chunk has.
-        sampled: rows that are sampled. path: as in ``DecodeGraphs.run``.
-        """
-        count = len(slots)
-        size, picked = self._size(count, len(sampled))
-        self._captured.add((size, picked, path))
-        starts = [num_decodes]
-        for chunk in chunks:
-            starts.append(starts[-1] + chunk)
-        lens = [positions[end - 1] + 1 for end in starts[1:]]
-        empty = self._pace.chunks - len(chunks)
-        padding = [0] * (size - count)
-        last = size - 1 if count < size else 0  # padding is sampled greedily, in no time
-        numbers = [
-            *(*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding),
-            num_decodes,
-            *(*starts, *[count] * empty),
-            *(*(end - 1 for end in starts[1:]), *[0] * empty),
-            *(*lens, *[0] * empty),
-            *(*sampled, *[last] * (picked - len(sampled))),
-        ]
-
-        def make() -> tuple[Tensor, Callable[[], None]]:
-            chunks = self._pace.chunks
-            flat, (packed, *others) = self._steps.numbers([3 * size, 1, chunks + 1, chunks, chunks, picked])
-            inputs = MixedInputs(self._steps.rows(size, packed), *others)
-            return flat, lambda: self._step(inputs, path)
-
-        self._steps.run(("mixed", size, picked, path), numbers, make)

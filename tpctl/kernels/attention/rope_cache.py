@@ -220,10 +220,9 @@ def rope_cache(
     dtype; or, with exponents for factors, packed (`packed_kv`), which takes heads that are rotated whole; or, with
     scales, in FP8 (`fp8_kv`).
     cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D; None: nothing is rotated.
-    positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. With pdl both must
-    be there before the kernel that gives qkv_TF starts.
-    q_norm, k_norm: RMSNorm weights of the query and key heads, both or neither (`unit_offset`: Gemma's 1 + weight): [D]
-    of a norm over each head, or, with `over_all`, [N * D] and [K * D] of one over all heads at once.
+    positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. pdl: neither is
+    written by the kernel before. q_norm, k_norm (both or neither; `unit_offset`: Gemma's 1 + weight): RMSNorm weights
+    [D] of each query and key head, or, with `over_all`, [N * D] and [K * D] of all heads at once.
     Rotation is transformers' `rotate_half`, computed in float32 and rounded once. interleaved: pairs are neighbours;
     the rotated dimensions of queries and keys are then [first of each pair, second of each pair].
     Returns the rotated queries [T, N, D] in qkv's dtype.

@@ -1,0 +1,169 @@
+"""CUDA graphs of steps with prefill chunks, decodes beside them.
+
+Such a step is padded to a number of rows in which decodes and chunks share freely. At a pace (``engine.scheduling.
+pacing``) steps are alike, and each size is captured when it first comes. Elsewhere a step of a few hundred tokens, a
+question in a chat or one beside the answers of others, is launched kernel by kernel, which takes longer than its
+arithmetic; what sizes come is captured while nothing is to be done, or when it has come several times.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tpctl.accounting import sampled_rows
+from tpctl.engine.sampling.path import SamplingPath
+from tpctl.engine.scheduling.pacing import Pace
+from tpctl.engine.scheduling.scheduled import ScheduledBatch
+from tpctl.engine.steps.graphs import CapturedSteps
+from tpctl.kernels.sampling.prepare import DecodeInputs
+
+SHORT = 512
+"""Most tokens of a step that is captured where nothing is paced; a larger one takes as long as its launches."""
+
+CHUNKS = 8
+"""Most prefill chunks of a captured step."""
+
+_ROWS = 16  # captured steps have a multiple of this many rows
+_MOST = 48  # such graphs; a job takes about ten
+_MISSES = 4  # steps of a size until it is captured at once
+
+
+@dataclass(frozen=True)
+class MixedInputs:
+    """What a captured step of decodes and prefill chunks reads: parts of its numbers, and what is made of them.
+
+    rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
+    query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
+    last_row_P: [P], the last row of each chunk, whose block table is complete. seq_lens_P: [P], tokens up to a chunk's
+    last. logits_rows: [R], rows that are sampled.
+    """
+
+    rows: DecodeInputs
+    num_decodes: Tensor
+    query_start_P1: Tensor
+    last_row_P: Tensor
+    seq_lens_P: Tensor
+    logits_rows: Tensor
+
+
+class MixedKey(NamedTuple):
+    """A graph: rows, rows that are sampled, and how."""
+
+    rows: int
+    sampled: int
+    path: SamplingPath
+
+
+class MixedGraphs:
+    """Captured steps of decodes and prefill chunks together.
+
+    Args:
+        pace: how large those are that are paced; ``None``: none is.
+        short: most tokens of one that is not.
+        step: computes one such step from its inputs.
+    """
+
+    def __init__(
+        self,
+        steps: CapturedSteps,
+        pace: Pace | None,
+        step: Callable[[MixedInputs, SamplingPath], None],
+        short: int = SHORT,
+    ) -> None:
+        self._steps = steps
+        self._pace = pace
+        self._step = step
+        self._short = short
+        self._chunks = CHUNKS if pace is None else pace.chunks
+        self._captured: set[MixedKey] = set()
+        self._missed: Counter[MixedKey] = Counter()
+
+    @staticmethod
+    def most_numbers(rows: int, chunks: int = CHUNKS) -> int:
+        """int32 numbers that a step of ``rows`` is given at most."""
+        return 4 * rows + 3 * chunks + 2
+
+    def takes(self, batch: ScheduledBatch) -> bool:
+        """Whether a step has a graph, or is to get one now: a paced one that is neither larger than the limit nor so
+        small that padding would cost much, or a short one whose size has come before."""
+        least, most = self._bounds(batch.paced)
+        if not (0 < batch.num_prefills <= self._chunks and least // 2 <= batch.num_tokens <= most):
+            return False
+        key = self._key(batch.num_tokens, len(batch.sampled), SamplingPath.of(batch), batch.paced)
+        if key in self._captured:
+            return True
+        if len(self._captured) >= _MOST:
+            return False
+        self._missed[key] += 1
+        return batch.paced or self._missed[key] >= _MISSES
+
+    def capture_missed(self) -> None:
+        """Capture the sizes that have come; called while there is nothing to do."""
+        for key in self._missed:
+            if key not in self._captured and len(self._captured) < _MOST:
+                self._captured.add(key)
+                self._steps.prepare(("mixed", *key), lambda key=key: self._make(key))  # type: ignore[misc]
+        self._missed.clear()
+
+    def _bounds(self, paced: bool) -> tuple[int, int]:
+        """Rows that a graph has at least, and at most."""
+        if paced and self._pace is not None:
+            return self._pace.rows, self._pace.limit
+        return 0, self._short
+
+    def _key(self, tokens: int, sampled: int, path: SamplingPath, paced: bool) -> MixedKey:
+        """The graph for so many tokens. Where nothing is paced a quarter of them pads it at most, or fewer than
+        ``_ROWS``."""
+        least, _ = self._bounds(paced)
+        step = _ROWS if least else max(_ROWS, (1 << max(tokens - 1, 1).bit_length()) >> 3)
+        rows = max(least, -(-tokens // step) * step)
+        return MixedKey(rows, min(rows, sampled_rows(max(sampled, 1))), path)
+
+    def run(
+        self,
+        slots: list[int],
+        positions: list[int],
+        tokens: list[int],
+        num_decodes: int,
+        chunks: list[int],
+        sampled: list[int],
+        path: SamplingPath = SamplingPath.DIRECT,
+        *,
+        paced: bool = True,
+    ) -> None:
+        """One step.
+
+        slots, positions, tokens: of each row, the decodes' first. chunks: how many rows each prefill chunk has.
+        sampled: rows that are sampled. path: as in ``DecodeGraphs.run``.
+        """
+        count = len(slots)
+        key = self._key(count, len(sampled), path, paced)
+        self._captured.add(key)
+        starts = [num_decodes]
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk)
+        lens = [positions[end - 1] + 1 for end in starts[1:]]
+        empty = self._chunks - len(chunks)
+        padding = [0] * (key.rows - count)
+        last = key.rows - 1 if count < key.rows else 0  # padding is sampled greedily, in no time
+        numbers = [
+            *(*slots, *[-1] * (key.rows - count), *positions, *padding, *tokens, *padding),
+            num_decodes,
+            *(*starts, *[count] * empty),
+            *(*(end - 1 for end in starts[1:]), *[0] * empty),
+            *(*lens, *[0] * empty),
+            *(*sampled, *[last] * (key.sampled - len(sampled))),
+        ]
+        self._steps.run(("mixed", *key), numbers, lambda: self._make(key))
+
+    def _make(self, key: MixedKey) -> tuple[Tensor, Callable[[], None]]:
+        """Where the numbers of such a step go, and the step."""
+        rows, chunks = key.rows, self._chunks
+        flat, (packed, *others) = self._steps.numbers([3 * rows, 1, chunks + 1, chunks, chunks, key.sampled])
+        inputs = MixedInputs(self._steps.rows(rows, packed), *others)
+        return flat, lambda: self._step(inputs, key.path)
