@@ -374,6 +374,45 @@ def test_prompts_beside_decodes_give_the_same_tokens(
     assert paced == run(tmp_path / "tp1", prompts, tokens, enforce_eager=True, **settings)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-window"])
+def test_short_prompts_give_the_same_tokens_replayed(name: str, tmp_path: Path) -> None:
+    """One after the other and beside answers; against one kernel after the other."""
+    make_checkpoint(name, tmp_path / "hf", **{**WIDE, **CHANGES[name]})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(517, tuple(20 + 41 * i % 230 for i in range(48)))
+    prompts[20:30] = [prompts[19][:64] + ids for ids in prompts[20:30]]  # a shared prefix
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    found: dict[bool, dict[str, list[int]]] = {}
+    for eager in (False, True):
+        config = EngineConfig(
+            tmp_path / "tp1",
+            1,
+            device="cuda",
+            attention_backend="triton",
+            max_num_batched_tokens=256,
+            max_num_seqs=16,
+            kv_cache_memory=512 << 20,
+            enforce_eager=eager,
+        )
+        engine = Engine(config, TPGroup(0, 1, "cuda"))
+        told = found[eager] = {str(i): [] for i in range(len(prompts))}
+        for start in range(0, len(prompts), 4):  # four together, each a few steps after the other
+            for i in range(start, start + 4):
+                engine.apply(Add([Request(str(i), prompts[i], params)]))
+                for _ in range(3):
+                    for output in engine.step():
+                        told[output.id] += output.token_ids
+            while engine.has_work:
+                for output in engine.step():
+                    told[output.id] += output.token_ids
+            engine.runner.rest()
+        engine.scheduler.check_integrity()
+        if not eager:
+            runner: Any = engine.runner
+            assert len(runner._mixed._captured) > 3
+    assert found[False] == found[True]
+
+
 @pytest.mark.parametrize("seqs", [64, 700])
 def test_everything_captured_stays_within_the_share(seqs: int, tmp_path: Path) -> None:
     """What the KV cache leaves is enough for all graphs: the ladder of decodes, and as many others as are kept."""
