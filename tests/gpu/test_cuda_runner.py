@@ -196,9 +196,13 @@ def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hash
     assert (stats.paced_steps > 0) == (way == "paced")
 
 
-def test_short_prompts_are_replayed_once_their_size_has_come(tmp_path: Path, replayed: list[Hashable]) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_short_prompts_are_replayed_once_their_size_has_come(
+    name: str, tmp_path: Path, replayed: list[Hashable]
+) -> None:
     """Alone, beside decodes, behind a cached prefix, and in chunks."""
-    model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 18} if name == "gemma3" else {}
+    model = make_checkpoint(name, tmp_path / "hf", **{**SHAPE, "num_hidden_layers": 2, **layers})
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     engine = start(tmp_path / "tp1", max_num_batched_tokens=32)
     lengths = prompts_of(5, 20, 40, 30, 7)

@@ -351,9 +351,9 @@ def test_prompts_beside_decodes_give_the_same_tokens(
     replayed: list[tuple[int, int]] = []
     original = MixedGraphs.run
 
-    def spy(self: MixedGraphs, slots: list[int], *args: Any) -> None:
+    def spy(self: MixedGraphs, slots: list[int], *args: Any, **more: Any) -> None:
         replayed.append((args[2], len(args[3])))
-        original(self, slots, *args)
+        original(self, slots, *args, **more)
 
     monkeypatch.setattr(MixedGraphs, "run", spy)
     make_checkpoint(name, tmp_path / "hf", **{**WIDE, **CHANGES[name]})
