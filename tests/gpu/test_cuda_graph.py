@@ -85,16 +85,19 @@ def test_packed_rows() -> None:
 
 
 def test_decodes_are_padded_to_the_ladder() -> None:
-    seen: list[tuple[DecodeInputs, bool, SamplingPath]] = []
+    seen: list[tuple[DecodeInputs, bool, SamplingPath, torch.Tensor | None]] = []
     steps = Uncaptured()
     graphs = DecodeGraphs(steps, 12, lambda *given: seen.append(given))
     assert graphs.sizes == [1, 2, 4, 8, 12]
     graphs.run([5, 3, 9], [40, 9, 0], [-1, 11, 12], True, TWO_FLOORS)
-    ((inputs, long, path),) = seen
-    assert (steps.keys, long, path) == ([(4, True, TWO_FLOORS)], True, TWO_FLOORS)
+    ((inputs, long, path, shared),) = seen
+    assert (steps.keys, long, path, shared) == ([(4, True, False, TWO_FLOORS)], True, TWO_FLOORS, None)
     assert inputs.packed.tolist() == [[5, 3, 9, -1], [40, 9, 0, 0], [-1, 11, 12, 0]]
     assert (inputs.block_tables.shape, inputs.keys.shape, inputs.seq_lens.shape) == ((POOLS, 4, 8), (4, 2), (4,))
     assert all(table.is_contiguous() for table in inputs.block_tables)
+    graphs.run([5, 3, 9], [40, 39, 50], [-1, 11, 12], shared=32)
+    assert steps.keys[-1] == (4, False, True, DIRECT)
+    assert seen[-1][3] is not None and seen[-1][3].tolist() == [32]
 
 
 def batch(decodes: int, chunks: list[int], *, paced: bool = True) -> ScheduledBatch:

@@ -74,6 +74,8 @@ class ForwardBatch:
         chunks: set in a captured step of decodes and prefill chunks, whose split must not be part of the graph: every
             row then counts as a decode, with a length of 0 in ``seq_lens_S`` where it belongs to one of these chunks.
         states: of each sequence, where the model has recurrent layers.
+        shared_1: int32 [1], set in a captured step of decodes that all begin with the same blocks: how many tokens
+            those hold, which are fewer than any sequence's.
     """
 
     input_ids: Tensor
@@ -88,6 +90,7 @@ class ForwardBatch:
     long_context: bool = False
     chunks: PrefillChunks | None = None
     states: list[SequenceState] | None = None
+    shared_1: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

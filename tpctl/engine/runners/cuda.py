@@ -33,6 +33,7 @@ from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
 from tpctl.engine.steps.mixed import CHUNKS, SHORT, MixedGraphs, MixedInputs
 from tpctl.engine.steps.slots import Slots
 from tpctl.errors import EngineError
+from tpctl.kernels.attention.shared_prefix import PREFIX_STEP
 from tpctl.kernels.common.launch import early_launch
 from tpctl.kernels.sampling.floors import Filters, sampling_floors
 from tpctl.kernels.sampling.prepare import DecodeInputs, prepare_decode
@@ -48,6 +49,7 @@ _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stop
 # weights reading them takes that long, where it has few the latency of its kernels does.
 _PACE, _SMALL_PACE = Pace(rows=256, limit=512, chunks=CHUNKS), Pace(rows=512, limit=1024, chunks=CHUNKS)
 _SMALL_LAYER = 64 << 20  # bytes of a rank
+_SHARED_ROWS, _SHARED_TOKENS = 48, 256  # what attending to a common prefix for all at once needs to pay
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
 
@@ -106,7 +108,9 @@ class CudaRunner(ModelRunner):
                 self._eager(batch, slots, path)
             elif batch.only_answers and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
-                self._graphs.run(*rows, self._paged.is_long(len(rows[0]), 1 + max(rows[1])), path)
+                long = self._paged.is_long(len(rows[0]), 1 + max(rows[1]))
+                shared = self._shared_tokens(batch.items) if len(batch.items) >= _SHARED_ROWS else 0
+                self._graphs.run(*rows, long, path, shared)
             elif not batch.has_drafts and self._mixed is not None and self._mixed.takes(batch):
                 self._mixed.run(*self._mixed_rows(batch, slots), path, paced=batch.paced)
             else:
@@ -145,6 +149,13 @@ class CudaRunner(ModelRunner):
             raise EngineError(_LOST_PEER)
         return Launched(batch, token_ids, logprobs)
 
+    def _shared_tokens(self, items: list[ScheduledSequence]) -> int:
+        """Tokens of the blocks that all of many sequences begin with, if it is worth to read those once for all."""
+        if (pool := self._paged.shared_pool) is None:
+            return 0
+        tokens = self.backend.block_size * shared_blocks([item.sequence.block_tables[pool] for item in items])
+        return tokens - tokens % PREFIX_STEP if tokens >= _SHARED_TOKENS else 0
+
     def _token(self, item: ScheduledSequence) -> int:
         """The newest token of a decode, or where the device finds it: -1 - row of the step before."""
         sequence = item.sequence
@@ -178,9 +189,9 @@ class CudaRunner(ModelRunner):
             seq_lens_S=rows.seq_lens,
         )
 
-    def _decode_step(self, inputs: DecodeInputs, long: bool, path: SamplingPath) -> None:
+    def _decode_step(self, inputs: DecodeInputs, long: bool, path: SamplingPath, shared_1: Tensor | None) -> None:
         """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
-        forward = replace(self._prepared(inputs), long_context=long)
+        forward = replace(self._prepared(inputs), long_context=long, shared_1=shared_1)
         logits = self.model(forward, self.kv, None)
         self._sample_into(logits, inputs.filters, inputs.keys, path)
 
@@ -291,6 +302,18 @@ class CudaRunner(ModelRunner):
 
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
+
+
+def shared_blocks(tables: list[list[int]]) -> int:
+    """How many blocks all tables begin with. Only blocks that are full, and computed, are ever shared."""
+    first, last = tables[0], tables[-1]
+    if first[0] != last[0]:  # as it mostly is
+        return 0
+    common = first[: min(map(len, tables)) - 1]
+    for table in tables:
+        while table[: len(common)] != common:
+            common.pop()
+    return len(common)
 
 
 def _behind(item: ScheduledSequence) -> range:

@@ -127,7 +127,10 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, steps: CapturedSteps, largest: int, step: Callable[[DecodeInputs, bool, SamplingPath], None]
+        self,
+        steps: CapturedSteps,
+        largest: int,
+        step: Callable[[DecodeInputs, bool, SamplingPath, Tensor | None], None],
     ) -> None:
         self.sizes = ladder(largest)
         self._steps = steps
@@ -140,20 +143,21 @@ class DecodeGraphs:
         tokens: list[int],
         long: bool = False,
         path: SamplingPath = SamplingPath.DIRECT,
+        shared: int = 0,
     ) -> None:
         """One decode step of these rows; the rows that pad it to a captured size write and sample nothing of use.
 
         long: the backend plans this step differently, so it has a graph of its own. path: so has each way to
-        sample.
+        sample. shared: tokens of a prefix that all rows share; steps with one have graphs of their own, too.
         """
         count = len(slots)
         size = self.sizes[bisect_left(self.sizes, count)]
         padding = [0] * (size - count)
-        numbers = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding]
+        numbers = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding, *[shared] * (shared > 0)]
 
         def make() -> tuple[Tensor, Callable[[], None]]:
-            flat, _ = self._steps.numbers([3 * size])
-            inputs = self._steps.rows(size, flat)
-            return flat, lambda: self._step(inputs, long, path)
+            flat, (packed, *rest) = self._steps.numbers([3 * size, *[1] * (shared > 0)])
+            inputs = self._steps.rows(size, packed)
+            return flat, lambda: self._step(inputs, long, path, rest[0] if rest else None)
 
-        self._steps.run((size, long, path), numbers, make)
+        self._steps.run((size, long, shared > 0, path), numbers, make)

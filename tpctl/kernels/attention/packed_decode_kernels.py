@@ -14,7 +14,16 @@ import triton.language as tl
 
 from tpctl.kernels.attention.fp8_kv import load_scales, numbers
 from tpctl.kernels.attention.packed_kv import key_factor, load_exponents, unpack, value_factor
-from tpctl.kernels.attention.tile_runs import block_of, first_run, leave_partial, next_run, softmax_start, window_of
+from tpctl.kernels.attention.tile_runs import (
+    block_of,
+    first_run,
+    leave_partial,
+    next_run,
+    prefix_stats,
+    shared_tiles,
+    softmax_start,
+    window_of,
+)
 from tpctl.kernels.common.prefetch import prefetch
 
 
@@ -34,6 +43,9 @@ def packed_decode_kernel(
     counters_ptr,
     out_ptr,
     sinks_ptr,
+    shared_ptr,  # tokens of a prefix that all sequences share, and what attending to it gave
+    prefix_ptr,  # [S, N, D] float32
+    prefix_stats_ptr,  # [S, N, 2]
     scale_log2e,
     num_seqs,
     num_programs,
@@ -48,6 +60,7 @@ def packed_decode_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    SHARED: tl.constexpr,
     FP8: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -70,12 +83,13 @@ def packed_decode_kernel(
     share, run_start, run_end, first_seq, ahead, seq, seq_start, seq_end, length, tile = first_run(
         cu_tiles_ptr, first_seq_ptr, ahead_seq_ptr, seq_lens_ptr, program, num_seqs, num_programs, min_tiles, AHEAD
     )
+    before = shared_tiles(shared_ptr, TILE, SHARED)
     stop = tl.where(ahead, tile, run_end)  # where what is left of the run ends
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if run_start < run_end:
             _prefetch(k_cache_ptr, v_cache_ptr, block_tables_ptr + seq.to(tl.int64) * table_stride, length, kv_head,
-                      tile - seq_start, NUM_KV_HEADS, ROW, BLOCK_SIZE, TILE, WINDOW)  # fmt: skip
+                      before + tile - seq_start, NUM_KV_HEADS, ROW, BLOCK_SIZE, TILE, WINDOW)  # fmt: skip
         tl.extra.cuda.gdc_wait()
     while ahead | (tile < stop):
         q_row = q_ptr + seq.to(tl.int64) * q_stride + head_offsets
@@ -83,12 +97,18 @@ def packed_decode_kernel(
         q_high = tl.load(q_row + HALF, mask=q_mask, other=0.0)
         table = block_tables_ptr + seq.to(tl.int64) * table_stride
         window_start, window_tile = window_of(length, TILE, WINDOW)
-        first_token = (window_tile + tile - seq_start) * TILE
+        first_token = (window_tile + before + tile - seq_start) * TILE
         last = tl.minimum(run_end, seq_end)
 
         top, weight = softmax_start(sinks_ptr, kv_head, m, tile == seq_start, GROUP, BLOCK_M, SINKS)
         acc_low = tl.zeros([HALF, BLOCK_M], tl.float32)
         acc_high = tl.zeros([HALF, BLOCK_M], tl.float32)
+        if SHARED:
+            row = (seq * NUM_KV_HEADS + kv_head) * GROUP + m
+            top, weight = prefix_stats(prefix_stats_ptr, row, (m < GROUP) & (tile == seq_start))
+            found = prefix_ptr + row.to(tl.int64)[None, :] * HEAD_DIM + d[:, None]
+            acc_low = tl.load(found, mask=q_mask & (tile == seq_start), other=0.0)
+            acc_high = tl.load(found + HALF, mask=q_mask & (tile == seq_start), other=0.0)
         # The next tile's place and factors are read a tile ahead, so that its loads can be asked for before this
         # tile's are used.
         place = (block_of(table, first_token, length, BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE

@@ -21,7 +21,7 @@ of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,8 @@ import triton
 from tpctl.kernels.attention.packed_decode_kernels import packed_decode_kernel
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8, row_bytes
 from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
+from tpctl.kernels.attention.reference import softmax_reference
+from tpctl.kernels.attention.shared_prefix import SharedPrefix, attend_to_prefix
 from tpctl.kernels.attention.tile_runs import LOG2E, plan_kernel
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
 
@@ -147,7 +149,8 @@ class DecodePlan:
 
     num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that
     differ in window need a plan each. long: see `decode_config`. config: overrides the tuned choice. itemsize: bytes of
-    an element of the cache. packed: the cache is packed or in FP8.
+    an element of the cache. packed: the cache is packed or in FP8. prefix: room for what a prefix gives that all
+    sequences share, in layers without window and sinks.
     """
 
     def __init__(
@@ -164,6 +167,7 @@ class DecodePlan:
         config: DecodeConfig | None = None,
         itemsize: int = 2,
         packed: bool = False,
+        prefix: SharedPrefix | None = None,
     ) -> None:
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
@@ -185,6 +189,7 @@ class DecodePlan:
         self.head_dim = head_dim
         self.block_size = block_size
         self.window = window or 0
+        self.prefix = prefix
         self.scratch = scratch
         self.cu_tiles = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
         self.first_seq, self.ahead_seq = torch.zeros(2, self.config.num_programs, dtype=torch.int32, device=device)
@@ -192,12 +197,29 @@ class DecodePlan:
         elements = 32 * 32 * self.config.num_warps
         row_elements = next_power_of_2(self.group) * next_power_of_2(head_dim)
         self.block_parts = max(2, min(32, elements // row_elements))
+        self.constants: dict[str, Any] = {
+            "NUM_KV_HEADS": num_kv_heads,
+            "GROUP": self.group,
+            "HEAD_DIM": head_dim,
+            "BLOCK_SIZE": block_size,
+            "TILE": self.config.tile,
+            "WINDOW": self.window,
+            "SHARED": prefix is not None,
+            "AHEAD": self.config.ahead,
+            "BLOCK_GROUP": next_power_of_2(self.group),
+            "BLOCK_PARTS": self.block_parts,
+            "STAGES": self.config.num_stages,
+            "num_warps": self.config.num_warps,
+        }
 
-    def update(self, seq_lens_S: torch.Tensor) -> None:
-        """Divide the work anew for seq_lens_S, int32 [S]; one launch, before the step's first layer."""
+    def update(self, seq_lens_S: torch.Tensor, shared_1: torch.Tensor | None = None) -> None:
+        """Divide the work anew for seq_lens_S, int32 [S], and a shared prefix of so many tokens, int32 [1]; one launch,
+        before the step's first layer."""
         programs = self.config.num_programs
         plan_kernel[(triton.cdiv(programs, 16),)](
             seq_lens_S,
+            seq_lens_S if shared_1 is None else shared_1,
+            self.cu_tiles if self.prefix is None else self.prefix.tokens,
             self.cu_tiles,
             self.first_seq,
             self.ahead_seq,
@@ -206,6 +228,7 @@ class DecodePlan:
             self.config.min_tiles,
             TILE=self.config.tile,
             WINDOW=self.window,
+            SHARED=self.prefix is not None,
             BLOCK_SEQS=next_power_of_2(self.num_seqs),
             BLOCK_PROGRAMS=16,
             num_warps=4,
@@ -240,6 +263,8 @@ def paged_decode(
     config = plan.config
     pdl = pdl and config.early
     out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
+    if plan.prefix is not None:
+        attend_to_prefix(q_SND, k_cache, v_cache, factors, block_tables, plan.prefix, scale=scale, pdl=pdl)
     grid = (config.num_programs * plan.num_kv_heads,)
     args = (
         block_tables,
@@ -252,6 +277,7 @@ def paged_decode(
         plan.scratch.counters,
         out_SND,
         q_SND if sinks_N is None else sinks_N,
+        *((q_SND,) * 3 if plan.prefix is None else plan.prefix),
         (head_dim**-0.5 if scale is None else scale) * LOG2E.value,
         num_seqs,
         config.num_programs,
@@ -260,29 +286,15 @@ def paged_decode(
         q_SND.stride(0),
         out_SND.stride(0),
     )
-    group = next_power_of_2(plan.group)
-    flags = {
-        "NUM_KV_HEADS": plan.num_kv_heads,
-        "GROUP": plan.group,
-        "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": plan.block_size,
-        "TILE": config.tile,
-        "WINDOW": plan.window,
-        "SINKS": sinks_N is not None,
-        "AHEAD": config.ahead,
-        "BLOCK_GROUP": group,
-        "BLOCK_PARTS": plan.block_parts,
-        "STAGES": config.num_stages,
-        "PDL": pdl,
-        "num_warps": config.num_warps,
-        **launch_options(pdl),
-    }
+    flags = plan.constants | {"SINKS": sinks_N is not None, "PDL": pdl, **launch_options(pdl)}
     if factors is not None:
-        flags |= {"BLOCK_M": max(8, group), "FP8": is_fp8(factors)}
+        flags |= {"BLOCK_M": max(8, flags["BLOCK_GROUP"]), "FP8": is_fp8(factors)}
         packed_decode_kernel[grid](q_SND, k_cache, v_cache, as_words(factors), *args, **flags)
     else:
         block_dim = next_power_of_2(head_dim)
-        decode_kernel[grid](q_SND, k_cache, v_cache, *args, BLOCK_DIM=block_dim, BLOCK_M=max(16, group), **flags)
+        decode_kernel[grid](
+            q_SND, k_cache, v_cache, *args, BLOCK_DIM=block_dim, BLOCK_M=max(16, flags["BLOCK_GROUP"]), **flags
+        )
     return out_SND
 
 
@@ -317,11 +329,3 @@ def paged_decode_reference(
         scores = torch.einsum("nd,tnd->nt", q_SND[s].to(wide), k) * (head_dim**-0.5 if scale is None else scale)
         out_SND[s] = torch.einsum("nt,tnd->nd", softmax_reference(scores, sinks_N), v).to(q_SND.dtype)
     return out_SND
-
-
-def softmax_reference(scores_NL: torch.Tensor, sinks_N: torch.Tensor | None) -> torch.Tensor:
-    """The weights of scores [N, .., L], whose sums `sinks_N` joins."""
-    if sinks_N is None:
-        return scores_NL.softmax(-1)
-    sinks = sinks_N.to(scores_NL.dtype).view(-1, *(1,) * (scores_NL.dim() - 1)).expand(*scores_NL.shape[:-1], 1)
-    return torch.cat([scores_NL, sinks], dim=-1).softmax(-1)[..., :-1]

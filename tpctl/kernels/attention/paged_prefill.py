@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8, key_factor, load_vectors, value_factor
-from tpctl.kernels.attention.paged_decode import softmax_reference
+from tpctl.kernels.attention.reference import softmax_reference
 from tpctl.kernels.attention.tile_runs import LOG2E
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, pipelines_pure_alone, shared_memory
 
 
 @triton.jit
-def _attend(
+def attend(
     acc,
     top,
     weight,
@@ -184,10 +184,10 @@ def _prefill_kernel(
         weight += 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     if WINDOW == 0:
-        acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head,
-                                   length, position, start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
-                                   BLOCK_SIZE, TILE, WINDOW, False, PACKED, FP8, PURE, STAGES)  # fmt: skip
-    acc, top, weight = _attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head,
+        acc, top, weight = attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head, length,
+                                  position, start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
+                                  BLOCK_SIZE, TILE, WINDOW, False, PACKED, FP8, PURE, STAGES)  # fmt: skip
+    acc, top, weight = attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head,
                                length, position, full_end, end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
                                BLOCK_SIZE, TILE, WINDOW, True, PACKED, FP8, PURE, STAGES)  # fmt: skip
     result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]

@@ -18,6 +18,8 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which 
 @triton.jit(do_not_specialize=["num_seqs", "num_programs", "min_tiles"])
 def plan_kernel(
     seq_lens_ptr,
+    shared_ptr,  # tokens of a prefix that all share, and where they are kept
+    kept_ptr,
     cu_tiles_ptr,
     first_seq_ptr,
     ahead_seq_ptr,
@@ -26,6 +28,7 @@ def plan_kernel(
     min_tiles,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
 ):
@@ -34,6 +37,10 @@ def plan_kernel(
     tiles = tl.cdiv(length, TILE)
     if WINDOW > 0:
         tiles -= tl.maximum(length - WINDOW, 0) // TILE
+    if SHARED:
+        shared = tl.load(shared_ptr)
+        tl.store(kept_ptr, shared)
+        tiles = tl.maximum(tiles - shared // TILE, 0)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
     if tl.program_id(0) == 0:
@@ -115,6 +122,15 @@ def window_of(length, TILE: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def shared_tiles(shared_ptr, TILE: tl.constexpr, SHARED: tl.constexpr):
+    """Tiles of the prefix that all sequences share, before a sequence's first one."""
+    tiles = 0
+    if SHARED:
+        tiles = tl.load(shared_ptr) // TILE
+    return tiles
+
+
+@triton.jit
 def softmax_start(sinks_ptr, kv_head, m, begins, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr):
     """Top score, times log2(e), and sum of weights [M] of a query group before its first tile. begins: the tiles to
     come are the sequence's first, with which its sinks are counted."""
@@ -124,6 +140,14 @@ def softmax_start(sinks_ptr, kv_head, m, begins, GROUP: tl.constexpr, BLOCK_M: t
         sinks = tl.load(sinks_ptr + kv_head * GROUP + m, mask=(m < GROUP) & begins, other=float("-inf"))
         top = sinks.to(tl.float32) * LOG2E
         weight += tl.where(begins, 1.0, 0.0)
+    return top, weight
+
+
+@triton.jit
+def prefix_stats(stats_ptr, row, begins):
+    """Top score and sum of weights [M] of what a shared prefix gave, with which a sequence's first tiles begin."""
+    top = tl.load(stats_ptr + row * 2, mask=begins, other=float("-inf"))
+    weight = tl.load(stats_ptr + row * 2 + 1, mask=begins, other=0.0)
     return top, weight
 
 

@@ -51,6 +51,12 @@ class PagedBackend(AttentionBackend[PlanT]):
 
     captures_prefill = False
 
+    @property
+    def shared_pool(self) -> int | None:
+        """The pool whose blocks, where decodes all begin with the same, may be read once for all
+        (``ForwardBatch.shared_1``)."""
+        return None
+
     def allocate(
         self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
     ) -> list[LayerKV]:

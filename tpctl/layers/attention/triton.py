@@ -16,6 +16,7 @@ from tpctl.kernels.attention.fp8_vectors import quantise
 from tpctl.kernels.attention.packed_kv import pack_reference, row_bytes, unpack_blocks
 from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.attention.paged_prefill import paged_prefill
+from tpctl.kernels.attention.shared_prefix import SharedPrefix
 from tpctl.kernels.common.launch import has_pdl
 from tpctl.layers.attention.base import AttentionSpec, LayerKV
 from tpctl.layers.attention.paged import PagedBackend, PagedPlan
@@ -80,7 +81,8 @@ class TritonBackend(PagedBackend[TritonPlan]):
         self._unpacked: tuple[Tensor, Tensor] | None = None  # of the widest layer, bfloat16 [blocks, B * K * D]
         self._itemsize = 2
         self._scratch: DecodeScratch | None = None
-        self._plans: dict[tuple[int, AttentionSpec, bool], DecodePlan] = {}
+        self._plans: dict[tuple[int, AttentionSpec, bool, bool], DecodePlan] = {}
+        self._prefixes: list[tuple[Tensor, Tensor]] = []  # captured graphs go on to write to older ones
         self._side: torch.cuda.Stream | None = None
 
     @property
@@ -141,18 +143,39 @@ class TritonBackend(PagedBackend[TritonPlan]):
         if batch.num_decodes:
             assert batch.seq_lens_S is not None
             for spec in self._sorts:
-                plan.decodes[spec] = self._plan(batch.num_decodes, spec, batch.long_context, batch.seq_lens_S.device)
+                shared = batch.shared_1 is not None and _reads_all(spec)
+                plan.decodes[spec] = self._plan(batch.num_decodes, spec, batch.long_context, shared, batch.seq_lens_S)
             for decodes in {id(one): one for one in plan.decodes.values()}.values():
-                decodes.update(batch.seq_lens_S[: batch.num_decodes])
+                decodes.update(batch.seq_lens_S[: batch.num_decodes], batch.shared_1)
         return plan
 
-    def _plan(self, count: int, spec: AttentionSpec, long: bool, device: torch.device) -> DecodePlan:
-        """The plan for ``count`` decodes: kept, since captured graphs hold its buffers."""
+    @property
+    def shared_pool(self) -> int | None:
+        return self.pools.windows.index(None) if any(map(_reads_all, self.layers)) else None
+
+    def _prefix(self, count: int, spec: AttentionSpec, device: torch.device) -> SharedPrefix:
+        """Memory for what ``count`` decodes find in a prefix that they share."""
+        rows = count * spec.num_heads
+        if not self._prefixes or self._prefixes[-1][1].shape[0] < rows:
+            most = max(512, count) * max(one.num_heads for one in self.layers)
+            widest = max(one.head_dim for one in self.layers)
+            sizes = (most * widest,), (most, 2)
+            sums, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
+            self._prefixes.append((sums, stats))
+        sums, stats = self._prefixes[-1]
+        return SharedPrefix(
+            torch.zeros(1, dtype=torch.int32, device=device),
+            sums[: rows * spec.head_dim].view(count, -1, spec.head_dim),
+            stats[:rows],
+        )
+
+    def _plan(self, count: int, spec: AttentionSpec, long: bool, shared: bool, like: Tensor) -> DecodePlan:
+        """The plan for ``count`` decodes, on ``like``'s device: kept, since captured graphs hold its buffers."""
         most = max(spec.num_heads for spec in self.layers)
         if self._scratch is None or count * most > self._scratch.counters.numel():
             widest = max(spec.head_dim for spec in self.layers)
-            self._scratch = DecodeScratch.allocate(max(512, count), most, widest, device)
-        plan = self._plans.get((count, spec, long))
+            self._scratch = DecodeScratch.allocate(max(512, count), most, widest, like.device)
+        plan = self._plans.get((count, spec, long, shared))
         if plan is None:
             plan = DecodePlan(
                 count,
@@ -165,8 +188,9 @@ class TritonBackend(PagedBackend[TritonPlan]):
                 long=long,
                 itemsize=self._itemsize,
                 packed=self.kv_form != "model",
+                prefix=self._prefix(count, spec, like.device) if shared else None,
             )
-            self._plans[count, spec, long] = plan
+            self._plans[count, spec, long, shared] = plan
         return plan
 
     def decode(
@@ -257,6 +281,11 @@ class TritonBackend(PagedBackend[TritonPlan]):
             sinks_N=sinks_N,
             out=out_TND,
         )
+
+
+def _reads_all(spec: AttentionSpec) -> bool:
+    """Whether a layer attends to all that was before, and to nothing else."""
+    return spec.window is None and not spec.sinks
 
 
 @contextmanager
