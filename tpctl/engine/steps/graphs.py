@@ -8,7 +8,7 @@ when it is first needed, which costs the time of a few steps then and none at st
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,10 +61,12 @@ class CapturedSteps:
         return flat, list(torch.split(flat, sizes))
 
     def rows(self, count: int, packed: Tensor) -> DecodeInputs:
-        """What a step of ``count`` rows reads, all of them padding so far; ``packed``, [3 * count], is from
+        """What a step of ``count`` rows reads, all of them padding so far; ``packed``, [3 * count] or more, is from
         ``numbers``."""
-        packed[:count].fill_(-1)
-        return self._rows.first(count, packed.view(3, count))
+        packed = packed.view(-1, count)
+        packed[0].fill_(-1)
+        packed[3:].fill_(-1)
+        return self._rows.first(count, packed)
 
     def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
         """Send ``numbers`` and replay the step of this key.
@@ -133,26 +135,20 @@ class DecodeGraphs:
         self._steps = steps
         self._step = step
 
-    def run(
-        self,
-        slots: list[int],
-        positions: list[int],
-        tokens: list[int],
-        long: bool = False,
-        path: SamplingPath = SamplingPath.DIRECT,
-    ) -> None:
-        """One decode step of these rows; the rows that pad it to a captured size write and sample nothing of use.
+    def run(self, columns: Sequence[list[int]], long: bool = False, path: SamplingPath = SamplingPath.DIRECT) -> None:
+        """One decode step of rows with these slots, positions and tokens, and, always or never, ``steps.states``; the
+        rows that pad it to a captured size write and sample nothing of use.
 
         long: the backend plans this step differently, so it has a graph of its own. path: so has each way to
         sample.
         """
-        count = len(slots)
+        count = len(columns[0])
         size = self.sizes[bisect_left(self.sizes, count)]
-        padding = [0] * (size - count)
-        numbers = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding]
+        padding = [0 if name in (1, 2) else -1 for name in range(len(columns))]
+        numbers = [n for own, pad in zip(columns, padding, strict=True) for n in (*own, *[pad] * (size - count))]
 
         def make() -> tuple[Tensor, Callable[[], None]]:
-            flat, _ = self._steps.numbers([3 * size])
+            flat, _ = self._steps.numbers([len(numbers)])
             inputs = self._steps.rows(size, flat)
             return flat, lambda: self._step(inputs, long, path)
 
