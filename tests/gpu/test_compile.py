@@ -260,6 +260,7 @@ def test_heads_prepared_in_all_ways_fit(
     options |= {"PACKED": 0 if form == "model" else BLOCK, "FP8": form == "fp8"}
     options |= {"ROTATED": rotated, "INTERLEAVED": interleaved, "NORM": norm, "UNIT_OFFSET": False}
     options |= {"NUM_HEADS": HEADS, "NUM_KV_HEADS": KV_HEADS, "HEADS": 4, "SPLITS": 2, "PDL": arch >= 90}
+    options |= {"GATED": rest > 0}
     config = DecodeConfig(1, 1, num_warps=1, num_stages=1)
     pointers = {"factors_ptr": "*bf16" if form == "fp8" else "*u8"}
     found = shared_memory(_rope_cache_kernel, "bf16", arch, config, form=form, pointers=pointers, **options)

@@ -48,7 +48,10 @@ class Uncaptured(CapturedSteps):
         assert target.shape == (len(numbers),)
         rows = key[1] if isinstance(key, tuple) and key[0] == "mixed" else key[0]  # type: ignore[index]
         assert target[:rows].tolist() == [-1] * rows  # to warm up there are no rows but padding
-        assert not target[rows:].any()
+        decodes = key[0] != "mixed"  # type: ignore[index]
+        end = len(target) - (decodes and key[2])  # type: ignore[index]
+        states = slice(3 * rows if decodes else end, end)
+        assert not target[rows : states.start].any() and (target[states] == -1).all()
         target.copy_(torch.tensor(numbers, dtype=torch.int32))
         step()
 
@@ -89,13 +92,15 @@ def test_decodes_are_padded_to_the_ladder() -> None:
     steps = Uncaptured()
     graphs = DecodeGraphs(steps, 12, lambda *given: seen.append(given))
     assert graphs.sizes == [1, 2, 4, 8, 12]
-    graphs.run([5, 3, 9], [40, 9, 0], [-1, 11, 12], True, TWO_FLOORS)
+    graphs.run([[5, 3, 9], [40, 9, 0], [-1, 11, 12]], True, TWO_FLOORS)
     ((inputs, long, path, shared),) = seen
     assert (steps.keys, long, path, shared) == ([(4, True, False, TWO_FLOORS)], True, TWO_FLOORS, None)
     assert inputs.packed.tolist() == [[5, 3, 9, -1], [40, 9, 0, 0], [-1, 11, 12, 0]]
     assert (inputs.block_tables.shape, inputs.keys.shape, inputs.seq_lens.shape) == ((POOLS, 4, 8), (4, 2), (4,))
     assert all(table.is_contiguous() for table in inputs.block_tables)
-    graphs.run([5, 3, 9], [40, 39, 50], [-1, 11, 12], shared=32)
+    graphs.run([[5, 5, 5], [40] * 3, [9] * 3, [6] * 3, [7] * 3, [8] * 3])  # with where states are
+    assert seen[1][0].packed[3:].tolist() == [[6, 6, 6, -1], [7, 7, 7, -1], [8, 8, 8, -1]]
+    graphs.run([[5, 3, 9], [40, 39, 50], [-1, 11, 12]], shared=32)
     assert steps.keys[-1] == (4, False, True, DIRECT)
     assert seen[-1][3] is not None and seen[-1][3].tolist() == [32]
 

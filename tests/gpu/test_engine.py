@@ -440,7 +440,7 @@ def test_everything_captured_stays_within_the_share(seqs: int, tmp_path: Path) -
     with torch.inference_mode():
         for size in runner._graphs.sizes:
             for long, path in ((False, DIRECT), (True, DIRECT), (False, TWO_FLOORS), (False, HOST)):
-                runner._graphs.run([0] * size, [0] * size, [5] * size, long, path)
+                runner._graphs.run([[0] * size, [0] * size, [5] * size], long, path)
         pace = runner.pace
         sizes = [(rows, seqs - 64 * less) for less in range(3) for rows in range(pace.limit, pace.rows - 1, -16)]
         for rows, sampled in [(rows, sampled) for rows, sampled in sizes if 0 < sampled <= rows][:_MOST]:

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
+from tpctl.kernels.attention.head_gates import head_gates, head_gates_reference
 from tpctl.kernels.attention.head_squares import head_squares, head_squares_reference
 from tpctl.kernels.attention.rope_cache import NormedOverAll, rope_cache, rope_cache_reference
 from tpctl.kernels.common.activation import act_and_mul, act_and_mul_reference
@@ -100,6 +101,30 @@ def test_rope_cache(tokens, heads, kv_heads, head_dim, rotary, rope, norm, dtype
     assert relative_error(out, want) < tolerance(dtype)
     assert relative_error(caches[2], caches[0]) < tolerance(dtype)
     assert torch.equal(caches[3], caches[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("heads,kv_heads,head_dim,rotary", [(8, 1, 256, 64), (3, 1, 24, 24)])
+def test_heads_with_gates(heads, kv_heads, head_dim, rotary, runs, dtype):
+    """Queries with a gate behind each are as those without, and gates are applied to what attention gives."""
+    tokens, block_size = 5, 16
+    pairs = torch.randn(tokens, heads, 2, head_dim).to(DEVICE, dtype)
+    rest = torch.randn(tokens, 2 * kv_heads * head_dim).to(DEVICE, dtype)
+    plain = torch.cat([pairs[:, :, 0].flatten(1), rest], 1)
+    qkv = torch.cat([pairs.flatten(1), rest], 1)
+    if runs > 1:
+        qkv = torch.stack([qkv, torch.zeros_like(qkv)])
+    positions = torch.arange(tokens, device=DEVICE)
+    norms = {name: torch.randn(head_dim).to(DEVICE, dtype) for name in ("q_norm", "k_norm")}
+    tables = tuple(torch.rand(8, rotary // 2, device=DEVICE) for _ in range(2))
+    caches = [torch.zeros(2, block_size, kv_heads, head_dim).to(DEVICE, dtype) for _ in range(4)]
+    want = rope_cache(plain, *caches[:2], tables, positions, positions, heads, unit_offset=True, **norms)
+    got = rope_cache(qkv, *caches[2:], tables, positions, positions, heads, unit_offset=True, gated=True, **norms)
+    assert torch.equal(got, want) and torch.equal(caches[2], caches[0]) and torch.equal(caches[3], caches[1])
+    x = torch.randn(tokens, heads * head_dim).to(DEVICE, dtype)
+    want = head_gates_reference(x, pairs.flatten(1), head_dim)
+    assert relative_error(head_gates(x, qkv, head_dim), want) < tolerance(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

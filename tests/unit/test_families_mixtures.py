@@ -284,15 +284,10 @@ def test_published_kimi_k2_has_experts_of_four_bits_alone() -> None:
     assert plan.shape(63, "model.layers.60.mlp.experts.w2_weight_packed") == (384, 7168, 4)  # one group of 32
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind"),
-    [({}, "gated delta net layers"), ({"layer_types": ["full_attention"] * 2}, "attention with an output gate")],
-)
-def test_what_is_not_run_on_gpus_says_so(changes: dict[str, Any], kind: str) -> None:
-    config = ModelConfig.from_dict(make_config("qwen3_next", **changes))
-    _check_run(config, EngineSettings(device="cpu"))
-    with pytest.raises(UnsupportedModelError, match=f"the model has {kind}, which .* on GPUs yet; use --device cpu"):
-        _check_run(config, EngineSettings(device="cuda"))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe"])
+def test_gated_delta_nets_run_anywhere(name: str, device: str) -> None:
+    _check_run(ModelConfig.from_dict(make_config(name)), EngineSettings(device=device))
 
 
 FP8: dict[str, Any] = {

@@ -69,8 +69,6 @@ class Attention:
     @property
     def kind(self) -> str:
         """As of ``Mixer``."""
-        if self.gate:
-            return "attention with an output gate"
         if self.reads is not None:
             return "attention to the keys of an earlier layer"
         if self.rope is not None and self.rope.growth is not None:

@@ -40,7 +40,8 @@ class NetSizes:
     """Heads, their dimensions, and the taps of the convolution: of a net, or of what one rank has of it.
 
     A state is a matrix [key_dim, value_dim] for each of ``value_heads``, in float32, and the last ``taps - 1`` inputs
-    of the convolution's ``channels``, in the model's dtype.
+    of the convolution's ``channels``, in the model's dtype, with room for one more, which kernels write while others
+    still read.
     """
 
     key_heads: int
@@ -56,7 +57,7 @@ class NetSizes:
     @property
     def kept(self) -> tuple[int, int]:
         """Numbers of a state: in its matrices, and inputs of the convolution."""
-        return self.value_heads * self.key_dim * self.value_dim, (self.taps - 1) * self.channels
+        return self.value_heads * self.key_dim * self.value_dim, self.taps * self.channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class DeltaNet(Mixer):
         sizes: of all ranks together.
     """
 
-    runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     sizes: NetSizes
 

@@ -109,8 +109,8 @@ class Engine:
         return outputs
 
     def _speculation(self) -> Speculation | None:
-        """What is asked for."""
-        if self.config.speculate == "off":
+        """What is asked for, where the runner computes it."""
+        if self.config.speculate == "off" or not self.runner.drafts:
             return None
         return Speculation(NgramDrafter(), self.runner.row_cost, self.runner.most_rows)
 

@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tpctl.kernels.delta_net.chunks import ChunkTables
 
 
 class PoolTables(NamedTuple):
@@ -56,6 +59,14 @@ class SequenceState(NamedTuple):
     keeps: tuple[tuple[int, int], ...] = ()
 
 
+class StateTables(NamedTuple):
+    """The same for kernels. ``rows``: int32 [3, S], of each decode the slots that its state is read from (-1: it
+    begins), left in (-1: there is no row) and copied to (-1: none). ``chunks``: of the prompts, if there are any."""
+
+    rows: Tensor
+    chunks: ChunkTables | None = None
+
+
 @dataclass
 class ForwardBatch:
     """One step's input. Sequences with one new token (decodes) come first, then prefill chunks.
@@ -73,7 +84,7 @@ class ForwardBatch:
         long_context: whether the backend called this step long (``PagedBackend.is_long``).
         chunks: set in a captured step of decodes and prefill chunks, whose split must not be part of the graph: every
             row then counts as a decode, with a length of 0 in ``seq_lens_S`` where it belongs to one of these chunks.
-        states: of each sequence, where the model has recurrent layers.
+        states: of each sequence, where the model has recurrent layers. state_tables: likewise, for kernels.
         shared_1: int32 [1], set in a captured step of decodes that all begin with the same blocks: how many tokens
             those hold, which are fewer than any sequence's.
     """
@@ -90,6 +101,7 @@ class ForwardBatch:
     long_context: bool = False
     chunks: PrefillChunks | None = None
     states: list[SequenceState] | None = None
+    state_tables: StateTables | None = None
     shared_1: Tensor | None = None
 
     @property

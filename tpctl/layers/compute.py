@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
@@ -13,6 +15,9 @@ from tpctl.layers.weights.dense import DenseWeight, Weight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, PlainExperts, Stack
 from tpctl.layers.weights.packed_cpu import PackedGate, PackedWeight, onednn_available
 from tpctl.layers.weights.tiled_cpu import TiledWeight, multiplies
+
+if TYPE_CHECKING:
+    from tpctl.layers.delta_net.layer import DeltaNet, Net
 
 
 class Compute:
@@ -37,6 +42,10 @@ class Compute:
     def experts(self, gate_up: Stack, down: Stack, gating: Gating, first: int) -> ExpertWeights:
         """The experts of a mixture, this rank's from number ``first`` on."""
         return PlainExperts(self, gate_up, down, gating, first)
+
+    def delta_net(self, net: DeltaNet) -> Net | None:
+        """What computes a gated delta net in place of plain torch."""
+        return None
 
     def begin(self, embedded: Tensor, batch: ForwardBatch) -> ResidualStream:
         """A step's stream; ``embedded`` [T, H] is this rank's summand of the embeddings."""

@@ -24,6 +24,8 @@ from tpctl.kernels.experts.routing import GateScratch
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
+from tpctl.layers.delta_net.fused import FusedNet
+from tpctl.layers.delta_net.layer import DeltaNet
 from tpctl.layers.stream_cuda import CudaStream
 from tpctl.layers.weights.codes_cuda import KernelCodesWeight
 from tpctl.layers.weights.dense import Weight
@@ -93,6 +95,9 @@ class CudaCompute(Compute):
 
     def experts(self, gate_up: Stack, down: Stack, gating: Gating, first: int) -> ExpertWeights:
         return CudaExperts(gate_up, down, gating, first, self._gates, self._state, self._facts)
+
+    def delta_net(self, net: DeltaNet) -> FusedNet:
+        return FusedNet(self, net)
 
     def begin(self, embedded: Tensor, batch: ForwardBatch) -> CudaStream:
         # Launched early, a kernel's start hides behind the end of the one before; many rows leave nothing to hide.

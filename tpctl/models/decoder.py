@@ -231,7 +231,7 @@ class Decoder(Layer):
         """Once, after loading: compute as ``compute`` does, with the weights in its own form."""
         self.compute = compute
         for module in self.modules():
-            if isinstance(module, ReplicatedLinear | Stacks):
+            if isinstance(module, ReplicatedLinear | Stacks | DeltaNet):
                 module.use(compute)
 
     def forward(self, batch: ForwardBatch, kv: Sequence[LayerKV | LayerState], rows: Tensor | None = None) -> Tensor:

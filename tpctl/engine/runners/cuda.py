@@ -32,14 +32,17 @@ from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
 from tpctl.engine.steps.mixed import CHUNKS, SHORT, MixedGraphs, MixedInputs
 from tpctl.engine.steps.slots import Slots
+from tpctl.engine.steps.states import NUMBERS, decode_slots, flat, prompt_chunks
 from tpctl.errors import EngineError
 from tpctl.kernels.attention.shared_prefix import PREFIX_STEP
 from tpctl.kernels.common.launch import early_launch
+from tpctl.kernels.delta_net.chunks import ChunkTables
+from tpctl.kernels.delta_net.tables import Chunks
 from tpctl.kernels.sampling.floors import Filters, sampling_floors
 from tpctl.kernels.sampling.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling.sampling import sample
 from tpctl.layers.attention.paged import PagedBackend
-from tpctl.layers.batch import ForwardBatch, PoolTables, PrefillChunks
+from tpctl.layers.batch import ForwardBatch, PoolTables, PrefillChunks, StateTables
 from tpctl.layers.compute_cuda import CudaCompute, connect_peers
 from tpctl.wire.report import EngineInfo, TokenLogprob
 from tpctl.wire.settings import EngineConfig
@@ -73,6 +76,7 @@ class CudaRunner(ModelRunner):
         self._paged = paged(loaded)
         settings, device = loaded.settings, loaded.group.device
         self._compute = compute
+        self.drafts = not memory.num_states  # whose states one kernel moves on by one token
         self.most_rows = settings.max_num_seqs
         self.steps = steps
         rows, blocks = largest_rows(settings, pace), table_width(loaded, memory.max_model_len)
@@ -85,9 +89,10 @@ class CudaRunner(ModelRunner):
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not settings.enforce_eager:
-            captured = CapturedSteps(steps.captured, self._sampled, MixedGraphs.most_numbers(rows), self._slots.tables)
+            numbers = max(MixedGraphs.most_numbers(rows), (3 + NUMBERS) * rows)
+            captured = CapturedSteps(steps.captured, self._sampled, numbers, self._slots.tables)
             self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._decode_step)
-            if self._paged.captures_prefill:
+            if self._paged.captures_prefill and not memory.num_states:
                 self._mixed = MixedGraphs(captured, pace, self._mixed_step, short_rows(settings))
 
     @cached_property
@@ -108,9 +113,9 @@ class CudaRunner(ModelRunner):
                 self._eager(batch, slots, path)
             elif batch.only_answers and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
-                long = self._paged.is_long(len(rows[0]), 1 + max(rows[1]))
+                states = decode_slots(batch.items) if self.memory.num_states else []
                 shared = self._shared_tokens(batch.items) if len(batch.items) >= _SHARED_ROWS else 0
-                self._graphs.run(*rows, long, path, shared)
+                self._graphs.run([*rows, *states], self._paged.is_long(len(rows[0]), 1 + max(rows[1])), path, shared)
             elif not batch.has_drafts and self._mixed is not None and self._mixed.takes(batch):
                 self._mixed.run(*self._mixed_rows(batch, slots), path, paced=batch.paced)
             else:
@@ -187,6 +192,7 @@ class CudaRunner(ModelRunner):
             num_decodes=rows.input_ids.shape[0],
             logits_rows=rows.input_ids,
             seq_lens_S=rows.seq_lens,
+            state_tables=StateTables(rows.packed[3:]) if self.memory.num_states else None,
         )
 
     def _decode_step(self, inputs: DecodeInputs, long: bool, path: SamplingPath, shared_1: Tensor | None) -> None:
@@ -294,7 +300,17 @@ class CudaRunner(ModelRunner):
             logits_rows=self._to_device(sampled.astype(np.int64)),
             query_start_S1=starts_S1,
             seq_lens_S=ends_S.int(),
+            state_tables=self._states(batch) if self.memory.num_states else None,
         )
+
+    def _states(self, batch: ScheduledBatch) -> StateTables:
+        decodes = batch.num_decodes
+        rows = decode_slots(batch.items[:decodes])
+        made = prompt_chunks(batch.items[decodes:], decodes) if batch.num_prefills else Chunks()
+        numbers = self._to_device(flat([*rows, *made.chunks, *made.sequences]))
+        of_rows, of_chunks, of_sequences = torch.split(numbers, [NUMBERS * decodes, *made.sizes])
+        chunks = ChunkTables(of_chunks.view(5, -1), of_sequences.view(4, -1), made.groups)
+        return StateTables(of_rows.view(NUMBERS, decodes), chunks if batch.num_prefills else None)
 
     def info(self) -> EngineInfo:
         info = super().info()
@@ -354,6 +370,8 @@ def find_pace(loaded: LoadedModel) -> Pace | None:
     """How prompts are computed beside decodes, where that can be captured; the same on every rank (collective)."""
     settings = loaded.settings
     if settings.scheduling_policy == "fcfs" or settings.enforce_eager or not paged(loaded).captures_prefill:
+        return None
+    if loaded.state_bytes:  # chunks of a recurrent layer are divided on the host
         return None
     layer = sum(parameter.nbytes for parameter in loaded.model.model.layers[0].parameters())
     return _SMALL_PACE if loaded.group.minimum(layer) < _SMALL_LAYER else _PACE

@@ -11,7 +11,9 @@ import torch
 from tpctl.accounting import gathered_logits, reserve, sampled_rows
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.errors import EngineError
-from tpctl.layers.batch import ForwardBatch, PoolTables
+from tpctl.kernels.delta_net.chunks import ChunkTables
+from tpctl.kernels.delta_net.tables import MOST_CHUNKS, Chunks, NewTokens
+from tpctl.layers.batch import ForwardBatch, PoolTables, StateTables
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,23 @@ def _run_largest(loaded: LoadedModel) -> None:
         logits_rows=rows,
         query_start_S1=torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device),
         seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
+        state_tables=_states(loaded, lens),
     )
     with torch.inference_mode():
-        loaded.model(forward, loaded.backend.allocate(1, loaded.dtype, device, loaded.layout), rows)
+        loaded.model(forward, loaded.caches(1, 1), rows)
+
+
+def _states(loaded: LoadedModel, lens: list[int]) -> StateTables | None:
+    """Prompts of these lengths, in the same slot; and as many chunks as are computed at once at most, so that memory is
+    taken for those."""
+    if not loaded.state_bytes:
+        return None
+    device, starts = loaded.group.device, np.cumsum([0, *lens]).tolist()
+    made = Chunks.of(NewTokens(start, length, 0, -1, 0) for start, length in zip(starts, lens, strict=False))
+    first = made.groups[0]
+    missing = max(0, MOST_CHUNKS - first.chunks)
+    tables = [torch.tensor(one, dtype=torch.int32, device=device) for one in (made.chunks, made.sequences)]
+    if len(made.groups) == 1:
+        tables[0] = torch.nn.functional.pad(tables[0], (0, missing))
+        made.groups[0] = first._replace(chunks=first.chunks + missing)
+    return StateTables(tables[0].new_empty(3, 0), ChunkTables(tables[0], tables[1], made.groups))

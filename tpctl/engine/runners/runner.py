@@ -42,10 +42,12 @@ class ModelRunner:
     Attributes:
         pace: how prompts are best computed beside decodes; ``None``: as fast as possible.
         masks: which tokens grammars allow.
-        row_cost: what drafts cost here. most_rows: rows of a step that are sampled at most, drafts included; ``None``:
+        drafts: whether it computes tokens that are only proposed.
+        row_cost: what these cost here. most_rows: rows of a step that are sampled at most, drafts included; ``None``:
             as many as are computed.
     """
 
+    drafts = True
     row_cost = RowCost(first=0.08, row=0.045)
     most_rows: int | None = None
 

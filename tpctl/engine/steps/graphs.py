@@ -8,7 +8,7 @@ when it is first needed, which costs the time of a few steps then and none at st
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,10 +61,12 @@ class CapturedSteps:
         return flat, list(torch.split(flat, sizes))
 
     def rows(self, count: int, packed: Tensor) -> DecodeInputs:
-        """What a step of ``count`` rows reads, all of them padding so far; ``packed``, [3 * count], is from
+        """What a step of ``count`` rows reads, all of them padding so far; ``packed``, [3 * count] or more, is from
         ``numbers``."""
-        packed[:count].fill_(-1)
-        return self._rows.first(count, packed.view(3, count))
+        packed = packed.view(-1, count)
+        packed[0].fill_(-1)
+        packed[3:].fill_(-1)
+        return self._rows.first(count, packed)
 
     def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
         """Send ``numbers`` and replay the step of this key.
@@ -138,25 +140,22 @@ class DecodeGraphs:
 
     def run(
         self,
-        slots: list[int],
-        positions: list[int],
-        tokens: list[int],
+        columns: Sequence[list[int]],
         long: bool = False,
         path: SamplingPath = SamplingPath.DIRECT,
         shared: int = 0,
     ) -> None:
-        """One decode step of these rows; the rows that pad it to a captured size write and sample nothing of use.
-
-        long: the backend plans this step differently, so it has a graph of its own. path: so has each way to
-        sample. shared: tokens of a prefix that all rows share; steps with one have graphs of their own, too.
-        """
-        count = len(slots)
+        """One decode step of rows with these slots, positions and tokens, and, always or never, ``steps.states``; those
+        that pad it to a captured size write and sample nothing of use. Steps that are long, share a prefix of so many
+        ``shared`` tokens, or are sampled otherwise have graphs of their own."""
+        count = len(columns[0])
         size = self.sizes[bisect_left(self.sizes, count)]
-        padding = [0] * (size - count)
-        numbers = [*slots, *[-1] * (size - count), *positions, *padding, *tokens, *padding, *[shared] * (shared > 0)]
+        padding = [0 if name in (1, 2) else -1 for name in range(len(columns))]
+        numbers = [n for own, pad in zip(columns, padding, strict=True) for n in (*own, *[pad] * (size - count))]
+        numbers += [shared] * (shared > 0)
 
         def make() -> tuple[Tensor, Callable[[], None]]:
-            flat, (packed, *rest) = self._steps.numbers([3 * size, *[1] * (shared > 0)])
+            flat, (packed, *rest) = self._steps.numbers([size * len(columns), *[1] * (shared > 0)])
             inputs = self._steps.rows(size, packed)
             return flat, lambda: self._step(inputs, long, path, rest[0] if rest else None)
 

@@ -47,6 +47,7 @@ def _rope_cache_kernel(
     BLOCK_REST: tl.constexpr,  # 0 when the whole head is rotated
     PACKED: tl.constexpr,  # KV blocks of so many tokens, packed or in FP8; 0: as they are
     FP8: tl.constexpr,
+    GATED: tl.constexpr,  # behind each query lies its gate, which is left to `head_gates`
     PDL: tl.constexpr,
 ):
     # A head is [x1 (HALF) | x2 (HALF) | rest]; x1 and x2 rotate into each other, the rest passes through. Where pairs
@@ -71,7 +72,10 @@ def _rope_cache_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    row = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM
+    at_head = head
+    if GATED:
+        at_head += tl.minimum(head, NUM_HEADS)
+    row = qkv_ptr + token * qkv_stride + at_head[:, None] * HEAD_DIM
     mask = exists[:, None] & in_half[None, :]
     dim1, dim2 = half, HALF + half
     at1, at2 = dim1[None, :], dim2[None, :]
@@ -210,6 +214,7 @@ def rope_cache(
     unit_offset: bool = False,
     over_all: NormedOverAll | None = None,
     interleaved: bool = False,
+    gated: bool = False,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -225,6 +230,7 @@ def rope_cache(
     [D] of each query and key head, or, with `over_all`, [N * D] and [K * D] of all heads at once.
     Rotation is transformers' `rotate_half`, computed in float32 and rounded once. interleaved: pairs are neighbours;
     the rotated dimensions of queries and keys are then [first of each pair, second of each pair].
+    gated: rows are [N times a query and its gate | k | v], the gates unused (`head_gates`).
     Returns the rotated queries [T, N, D] in qkv's dtype.
     """
     qkv_STF = as_runs(qkv_TF)
@@ -232,7 +238,7 @@ def rope_cache(
     num_kv_heads, block_size = k_cache.shape[2], 0
     if factors is not None:
         num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    head_dim = qkv_TF.shape[-1] // (num_heads + 2 * num_kv_heads)
+    head_dim = qkv_TF.shape[-1] // (num_heads * (1 + gated) + 2 * num_kv_heads)
     half = head_dim // 2 if cos_sin is None else cos_sin[0].shape[1]
     unread = qkv_TF  # what stands for tensors that are not there
     cos, sin = (unread, unread) if cos_sin is None else cos_sin
@@ -276,6 +282,7 @@ def rope_cache(
         BLOCK_REST=next_power_of_2(rest) if rest > 0 else 0,
         PACKED=block_size,
         FP8=factors is not None and is_fp8(factors),
+        GATED=gated,
         PDL=pdl,
         num_warps=1 if heads <= 4 else 4,
         **launch_options(pdl),

@@ -46,7 +46,8 @@ class SlotTables:
 class DecodeInputs:
     """What one decode step of ``rows`` rows reads; fixed buffers, so that a captured graph can hold them.
 
-    packed: int32 [3, rows] (slot or -1 for padding, position, token or -1 - reference), written by the host.
+    packed: int32 [3, rows] (slot or -1 for padding, position, token or -1 - reference), written by the host; below them
+    may be what layers read.
     slot_mapping: int64 [pools, rows]. block_tables: int32 [pools, rows, M].
     """
 
@@ -79,7 +80,7 @@ class DecodeInputs:
         )
 
     def first(self, rows: int, packed: torch.Tensor) -> DecodeInputs:
-        """The same memory for fewer rows; ``packed``, [3, rows], has its own."""
+        """The same memory for fewer rows; ``packed``, [3, rows] or more, has its own."""
         of_pools = {name: getattr(self, name)[:, :rows] for name in ("slot_mapping", "block_tables")}
         own = {name: getattr(self, name)[:rows] for name in ("input_ids", "rope_positions", "seq_lens", "keys")}
         return DecodeInputs(packed=packed, filters=self.filters.rows(slice(rows)), **of_pools, **own)

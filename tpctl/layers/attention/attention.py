@@ -62,8 +62,9 @@ class Attention(Layer):
         heads = (spec.num_heads, spec.num_kv_heads) if over_all is not None else (1, 1)
         self.q_norm = _norm(made_of.q_norm, heads[0] * spec.head_dim, dtype)
         self.k_norm = _norm(made_of.k_norm, heads[1] * spec.head_dim, dtype)
-        self.prepare = HeadPreparation(rotary, self.q_norm, self.k_norm, over_all, made_of.value_eps, made_of.held)
-        self._gated = (spec.num_heads, spec.head_dim) if made_of.gate else None
+        self.prepare = HeadPreparation(
+            rotary, self.q_norm, self.k_norm, over_all, made_of.value_eps, made_of.held, made_of.gate
+        )
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
             self.sinks = nn.Parameter(torch.empty(spec.num_heads, dtype=dtype), requires_grad=False)
@@ -74,17 +75,7 @@ class Attention(Layer):
         if self.prepare.held == "q":
             assert isinstance(self.backend, SdpaBackend)
             return self.backend.run_again(qkv, self.prepare, kv, plan)
-        if self._gated is None:
-            return self.backend.run(qkv, self.prepare, kv, plan, self.sinks)
-        qkv, gate = _without_gate(qkv, *self._gated)
-        return self.backend.run(qkv, self.prepare, kv, plan, self.sinks) * gate.sigmoid()
-
-
-def _without_gate(qkv: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """[T, (2 N + 2 K) * D], where each query head is followed by its gate -> [T, (N + 2 K) * D], gates [T, N * D]."""
-    queries = qkv[:, : 2 * num_heads * head_dim].view(-1, num_heads, 2, head_dim)
-    rest = qkv[:, 2 * num_heads * head_dim :]
-    return torch.cat((queries[:, :, 0].flatten(1), rest), dim=1), queries[:, :, 1].flatten(1)
+        return self.backend.run(qkv, self.prepare, kv, plan, self.sinks)
 
 
 def _norm(made_of: linear.Norm | None, size: int, dtype: torch.dtype | None) -> RMSNorm | None:

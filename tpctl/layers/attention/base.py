@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tpctl.accounting import KeptLayer, KvForm, KvLayout, LayerPool, LayerPools, pools_of
-from tpctl.layers.attention.heads import HeadPreparation
+from tpctl.layers.attention.heads import HeadPreparation, without_gates
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.rotary import RotaryTable
 
@@ -165,15 +165,20 @@ class AttentionBackend(ABC, Generic[PlanT]):
     def run(
         self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
     ) -> Tensor:
-        """[T, N * D]: attention of one layer, from what its projection gives, [T, (N + 2 K) * D].
+        """[T, N * D]: attention of one layer, from what its projection gives, [T, (N + 2 K) * D]; with gates
+        [T, (2 N + 2 K) * D].
 
         Args:
             sinks_N: the scores of ``AttentionSpec.sinks``.
         """
-        angles = plan.angles(prepare.rotary, qkv.dtype)
-        q_TND, k_TKD, v_TKD = prepare(qkv, kv.spec.num_heads, kv.spec.num_kv_heads, angles)
+        heads, angles = (kv.spec.num_heads, kv.spec.num_kv_heads), plan.angles(prepare.rotary, qkv.dtype)
+        gates = None
+        if prepare.gated:
+            qkv, gates = without_gates(qkv, *heads)
+        q_TND, k_TKD, v_TKD = prepare(qkv, *heads, angles)
         self.store(k_TKD, v_TKD, kv, plan)
-        return self.attend(plan.grown(q_TND, prepare.rotary), k_TKD, v_TKD, kv, plan, sinks_N)
+        found = self.attend(plan.grown(q_TND, prepare.rotary), k_TKD, v_TKD, kv, plan, sinks_N)
+        return found if gates is None else found * gates.sigmoid()
 
     @abstractmethod
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:

@@ -48,6 +48,7 @@ class HeadPreparation:
             of all ranks at once, with weights [N * D] and [K * D].
         value_eps: as of ``arch.block.Attention``.
         held: what there is of queries, keys and values; keys that serve as values do so as they are projected.
+        gated: each query head is followed by a gate of its own, by whose sigmoid its output is multiplied.
     """
 
     rotary: RotaryTable | None
@@ -56,6 +57,7 @@ class HeadPreparation:
     over_all: RanksSums | None = None
     value_eps: float | None = None
     held: str = "qkv"
+    gated: bool = False
 
     def queries(self, q: Tensor, num_heads: int, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries alone, [T, N * D] -> [T, N, D], normed and rotated."""
@@ -93,6 +95,14 @@ class HeadPreparation:
             _by_sum(q_TND, sums_T2[:, 0], self.over_all.q_size, q_norm),
             _by_sum(k_TKD, sums_T2[:, 1], self.over_all.k_size, k_norm),
         ]
+
+
+def without_gates(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """[T, (2 N + 2 K) * D], where each query head is followed by its gate -> [T, (N + 2 K) * D], gates [T, N * D]."""
+    head_dim = qkv.shape[1] // (2 * num_heads + 2 * num_kv_heads)
+    queries = qkv[:, : 2 * num_heads * head_dim].view(-1, num_heads, 2, head_dim)
+    rest = qkv[:, 2 * num_heads * head_dim :]
+    return torch.cat((queries[:, :, 0].flatten(1), rest), dim=1), queries[:, :, 1].flatten(1)
 
 
 def _by_sum(x_THD: Tensor, sums_T: Tensor, size: int, norm: RMSNorm) -> Tensor:

@@ -104,7 +104,8 @@ class PagedBackend(AttentionBackend[PlanT]):
     def run(
         self, qkv: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT, sinks_N: Tensor | None = None
     ) -> Tensor:
-        """As of ``AttentionBackend``; ``qkv`` may also be runs [S, T, (N + 2 K) * D] that add up to it."""
+        """As of ``AttentionBackend``; ``qkv`` may also be runs [S, T, ..] that add up to it."""
+        from tpctl.kernels.attention.head_gates import head_gates
         from tpctl.kernels.attention.rope_cache import rope_cache
         from tpctl.kernels.common.launch import early_launch
 
@@ -125,9 +126,11 @@ class PagedBackend(AttentionBackend[PlanT]):
             unit_offset=q_norm is not None and q_norm.unit_offset,
             over_all=None if prepare.over_all is None else _squares(qkv, kv.spec, prepare.over_all, pdl),
             interleaved=rotary is not None and rotary.interleaved,
+            gated=prepare.gated,
             pdl=pdl,
         )
-        return self.attend_cached(q_TND, kv, plan, sinks_N)
+        found = self.attend_cached(q_TND, kv, plan, sinks_N)
+        return head_gates(found, qkv, kv.spec.head_dim, pdl=pdl) if prepare.gated else found
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
         for new_TKD, cache in ((k_TKD, kv.k), (v_TKD, kv.v)):

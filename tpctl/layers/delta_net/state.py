@@ -16,7 +16,8 @@ from tpctl.layers.batch import SequenceState
 
 @dataclass(frozen=True)
 class LayerState:
-    """``matrices`` [slots, N, D, E], float32; ``inputs`` [slots, P - 1, X] of the convolution, in the model's dtype."""
+    """``matrices`` [slots, N, D, E], float32; ``inputs`` [slots, P, X] of the convolution, in the model's dtype: in
+    plain torch the last P - 1, the oldest first, in kernels that of the token at position p in row p % P."""
 
     matrices: Tensor
     inputs: Tensor
@@ -27,7 +28,7 @@ class LayerState:
         matrix = (num_slots, sizes.value_heads, sizes.key_dim, sizes.value_dim)
         return cls(
             lazy_zeros(matrix, torch.float32, device),
-            lazy_zeros((num_slots, sizes.taps - 1, sizes.channels), dtype, device),
+            lazy_zeros((num_slots, sizes.taps, sizes.channels), dtype, device),
         )
 
     def begin(self, states: Iterable[SequenceState]) -> None:

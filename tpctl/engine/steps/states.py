@@ -1,0 +1,42 @@
+"""Where the sequences of a step have the states of recurrent layers, as kernels are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tpctl.engine.scheduling.scheduled import ScheduledSequence
+from tpctl.kernels.delta_net.tables import Chunks, NewTokens
+
+NUMBERS = 3
+"""Numbers of a decode: the slots that its state is read from (-1: it begins), left in and copied to (-1: none)."""
+
+
+def decode_slots(items: Sequence[ScheduledSequence]) -> list[list[int]]:
+    """In ``NUMBERS`` columns, of decodes without drafts."""
+    reads, writes, copies = [], [], []
+    for item in items:
+        state = item.state
+        assert state is not None and len(state.keeps) <= 1
+        reads.append(-1 if state.source is None else state.source)
+        writes.append(state.slot)
+        copies.append(state.keeps[0][1] if state.keeps else -1)
+    return [reads, writes, copies]
+
+
+def prompt_chunks(items: Sequence[ScheduledSequence], first: int) -> Chunks:
+    """Of prompts, whose tokens are the step's from row ``first`` on."""
+    sequences = []
+    for item in items:
+        state = item.state
+        assert state is not None
+        read = -1 if state.source is None else state.source
+        sequences.append(NewTokens(first, item.num_new_tokens, item.start, read, state.slot, state.keeps))
+        first += item.num_new_tokens
+    return Chunks.of(sequences)
+
+
+def flat(columns: Sequence[Sequence[int]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """All columns behind each other."""
+    return np.array([number for column in columns for number in column], dtype=np.int32)

@@ -1,0 +1,1 @@
+"""Gated delta nets on GPUs: one token of many sequences, and prompts in chunks."""

@@ -1,0 +1,215 @@
+"""One token of each of many sequences, in one launch: convolution, gates, the delta rule and the gated norm.
+
+A program has one value head of one sequence, so its matrix is read once and written once. It is on its way before the
+kernel waits for the projection: no other kernel of a step touches it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tpctl.kernels.common.launch import launch_options, next_power_of_2
+from tpctl.kernels.delta_net.inputs import (
+    NetShape,
+    NetState,
+    NetWeights,
+    Projected,
+    constants,
+    head_gates,
+    silu_rounded,
+)
+
+MOST_STATE = 1 << 15
+"""Numbers of a head's matrix that a program's registers hold at most, each dimension a power of two."""
+
+
+class StepRows(NamedTuple):
+    """Where each row of a step has its state, int32 [S]: the slot that it goes on from (-1: it begins), that it is left
+    in (-1: the row is none, and gets zeros) and one that it is copied to (-1: none). ``lens``: tokens of the sequence,
+    the row's own included."""
+
+    reads: torch.Tensor
+    writes: torch.Tensor
+    copies: torch.Tensor
+    lens: torch.Tensor
+
+
+@triton.jit
+def _mixed(
+    x_ptr,
+    taps_ptr,
+    inputs_ptr,
+    channel,
+    inside,
+    position,
+    read,
+    write,
+    copy,
+    keeps,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """The convolution of some channels, silu included, float32; its state is moved on where ``keeps`` says so."""
+    x = tl.load(x_ptr, mask=inside, other=0.0)
+    total = x.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1) * CHANNELS + channel, mask=inside, other=0.0)
+    saved = inside & keeps
+    row = position % TAPS * CHANNELS
+    tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, x, mask=saved)
+    tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, x, mask=saved & (copy >= 0))
+    for back in tl.static_range(1, TAPS):
+        row = (position + (TAPS - back)) % TAPS * CHANNELS
+        old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & (read >= 0), other=0.0)
+        total += old.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1 - back) * CHANNELS + channel, mask=inside, other=0.0)
+        if back < TAPS - 1:
+            tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, old, mask=saved & (write != read))
+            tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, old, mask=saved & (copy >= 0))
+    return silu_rounded(total, x.dtype)
+
+
+@triton.jit
+def step_kernel(
+    q_ptr,
+    v_ptr,
+    z_ptr,
+    b_ptr,
+    a_ptr,
+    taps_ptr,
+    dt_bias_ptr,
+    a_log_ptr,
+    norm_ptr,
+    matrices_ptr,
+    inputs_ptr,
+    out_ptr,
+    reads_ptr,
+    writes_ptr,
+    copies_ptr,
+    lens_ptr,
+    qkv_stride,
+    z_stride,
+    gate_stride,
+    qk_step,
+    key_step,
+    v_step,
+    z_step,
+    gate_step,
+    eps,
+    KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    key = head // GROUP
+    member = head % GROUP
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    in_d = d < KEY_DIM
+    in_e = e < VALUE_DIM
+    dtype = out_ptr.dtype.element_ty
+    read = tl.load(reads_ptr + row).to(tl.int64)
+    write = tl.load(writes_ptr + row).to(tl.int64)
+    copy = tl.load(copies_ptr + row).to(tl.int64)
+    position = tl.load(lens_ptr + row) - 1
+    inside = in_d[:, None] & in_e[None, :]
+    place = head.to(tl.int64) * (KEY_DIM * VALUE_DIM) + d[:, None] * VALUE_DIM + e[None, :]
+    SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
+    state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0) & (write >= 0), other=0.0)
+    dt_bias = tl.load(dt_bias_ptr + head)
+    a_log = tl.load(a_log_ptr + head)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    out_row = out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e
+    if write < 0:
+        tl.store(out_row, tl.zeros([BLOCK_E], dtype), mask=in_e)
+        return
+    CHANNELS: tl.constexpr = 2 * KEYS * KEY_DIM + KEYS * GROUP * VALUE_DIM
+    # Of a key head's channels one of its value heads moves the state on. Query and key are one tile: as two, smaller
+    # than a program has threads, Triton has each thread compute all that it multiplies its part of the state by.
+    of = tl.arange(0, 2)
+    qk = _mixed(q_ptr + row * qkv_stride + key * key_step + of[:, None] * qk_step + d[None, :], taps_ptr, inputs_ptr,
+                (of * KEYS + key)[:, None] * KEY_DIM + d[None, :], in_d[None, :] & (of >= 0)[:, None], position, read,
+                write, copy, member == 0, CHANNELS, TAPS)  # fmt: skip
+    qk *= tl.rsqrt(tl.sum(qk * qk, 1) + 1e-6)[:, None]
+    q = tl.sum(tl.where((of == 0)[:, None], qk, 0.0), 0) * (1.0 / tl.sqrt(KEY_DIM * 1.0))
+    k = tl.sum(tl.where((of == 1)[:, None], qk, 0.0), 0)
+    channel = 2 * KEYS * KEY_DIM + head * VALUE_DIM + e
+    v = _mixed(v_ptr + row * qkv_stride + key * v_step + member * VALUE_DIM + e, taps_ptr, inputs_ptr, channel, in_e,
+               position, read, write, copy, True, CHANNELS, TAPS)  # fmt: skip
+    z = tl.load(z_ptr + row * z_stride + key * z_step + member * VALUE_DIM + e, mask=in_e, other=0.0).to(tl.float32)
+    gate_at = row * gate_stride + key * gate_step + member
+    g, beta = head_gates(tl.load(a_ptr + gate_at).to(tl.float32), tl.load(b_ptr + gate_at), dt_bias, a_log)
+    state *= tl.exp(g)
+    known = tl.sum(state * k[:, None], 0)
+    found = tl.sum(state * q[:, None], 0)
+    new = beta * (v - known)
+    found += tl.sum(q * k, 0) * new
+    state += k[:, None] * new[None, :]
+    tl.store(matrices_ptr + write * SLOT + place, state, mask=inside)
+    if copy >= 0:
+        tl.store(matrices_ptr + copy * SLOT + place, state, mask=inside)
+    weight = tl.load(norm_ptr + e, mask=in_e, other=0.0).to(tl.float32)
+    x = found.to(dtype).to(tl.float32)
+    x = (x * tl.rsqrt(tl.sum(x * x, 0) / VALUE_DIM + eps)).to(dtype).to(tl.float32)
+    x = (x * weight).to(dtype).to(tl.float32)
+    tl.store(out_row, (x * (z / (1.0 + tl.exp(-z)))).to(dtype), mask=in_e)
+
+
+def warps(block_d: int, block_e: int) -> int:
+    """Of a program: its state takes 64 registers, or 128."""
+    return max(1, min(8, block_d * block_e // 2048))
+
+
+def step(
+    projected: Projected,
+    weights: NetWeights,
+    state: NetState,
+    rows: StepRows,
+    shape: NetShape,
+    out: torch.Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """The tokens of S rows, each of a sequence of its own, into ``out`` [S, N * E]; states are moved on.
+
+    Raises:
+        ValueError: a head's matrix is larger than ``MOST_STATE``.
+    """
+    block_d, block_e = next_power_of_2(shape.key_dim), next_power_of_2(shape.value_dim)
+    if block_d * block_e > MOST_STATE:
+        raise ValueError(f"matrices of {block_d} x {block_e} exceed the {MOST_STATE} numbers of a program")
+    if not len(out):
+        return
+    step_kernel[(shape.value_heads, len(out))](
+        projected.q,
+        projected.v,
+        projected.z,
+        projected.b,
+        projected.a,
+        weights.taps,
+        weights.dt_bias,
+        weights.a_log,
+        weights.norm,
+        *state,
+        out,
+        *rows,
+        *projected.strides,
+        projected.qk_step,
+        *projected.steps,
+        weights.eps,
+        **constants(shape),
+        BLOCK_D=block_d,
+        BLOCK_E=block_e,
+        PDL=pdl,
+        num_warps=warps(block_d, block_e),
+        **launch_options(pdl),
+    )

@@ -1,0 +1,90 @@
+"""Where a step's prompts have their states, and how they are divided into chunks; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+CHUNK = 64
+"""Tokens of a chunk at most; it ends where its sequence does, or where a state is kept."""
+
+MOST_CHUNKS = 320
+"""Of several sequences, chunks that are computed at once at most: what is between the kernels takes 3.2 MiB for each of
+Qwen3.6-35B-A3B's, of which one sequence of 16,384 tokens has 256."""
+
+
+class NewTokens(NamedTuple):
+    """Those of one sequence: ``length`` of them from row ``first`` of the step on, the first at ``position``. Its state
+    is in slot ``read`` (-1: it begins) and left in ``write``; ``keeps``: (after so many tokens, a slot), in order."""
+
+    first: int
+    length: int
+    position: int
+    read: int
+    write: int
+    keeps: tuple[tuple[int, int], ...] = ()
+
+
+class Group(NamedTuple):
+    """Sequences ``sequence`` and on, ``sequences`` of them, whose chunks are ``chunk`` and on."""
+
+    chunk: int
+    chunks: int
+    sequence: int
+    sequences: int
+
+
+@dataclass
+class Chunks:
+    """A step's, in columns.
+
+    Attributes:
+        chunks: of each chunk its first row, tokens (0: there is none), its position, the slot that the state behind it
+            is copied to (-1: none), and its sequence.
+        sequences: of each sequence its first chunk, first row, and the slots that it reads and writes; one more at the
+            end, whose first chunk is none's.
+    """
+
+    chunks: list[list[int]] = field(default_factory=lambda: [[] for _ in range(5)])
+    sequences: list[list[int]] = field(default_factory=lambda: [[] for _ in range(4)])
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of all chunks, and of all sequences."""
+        return sum(map(len, self.chunks)), sum(map(len, self.sequences))
+
+    @classmethod
+    def of(cls, sequences: Iterable[NewTokens]) -> Chunks:
+        made = cls()
+        for number, one in enumerate(sequences):
+            begin = len(made.chunks[0])
+            _append(made.sequences, (begin, one.first, one.read, one.write))
+            made._cut(number, one)
+            made._gather(begin)
+        _append(made.sequences, (len(made.chunks[0]), 0, -1, -1))
+        return made
+
+    def _cut(self, number: int, one: NewTokens) -> None:
+        start = 0
+        for stop, slot in (*one.keeps, (one.length, -1)):
+            while start < stop:
+                length = min(CHUNK, stop - start)
+                save = slot if start + length == stop else -1
+                _append(self.chunks, (one.first + start, length, one.position + start, save, number))
+                start += length
+
+    def _gather(self, begin: int) -> None:
+        """Put the last sequence, whose chunks begin there, into a group."""
+        number, count = len(self.sequences[0]) - 1, len(self.chunks[0]) - begin
+        if self.groups and self.groups[-1].chunks + count <= MOST_CHUNKS:
+            last = self.groups.pop()
+            self.groups.append(last._replace(chunks=last.chunks + count, sequences=last.sequences + 1))
+        else:
+            self.groups.append(Group(begin, count, number, 1))
+
+
+def _append(columns: list[list[int]], row: tuple[int, ...]) -> None:
+    for column, value in zip(columns, row, strict=True):
+        column.append(value)
