@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpctl.layers.attention import sdpa
+from tpctl.layers.attention import sdpa_prompts
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.batch import ForwardBatch, PoolTables
@@ -114,7 +114,7 @@ def test_attention_equals_attention_written_out(
     most_scores: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sdpa, "_MOST_SCORES", most_scores)
+    monkeypatch.setattr(sdpa_prompts, "MOST_SCORES", most_scores)
     heads = AttentionSpec(6, 2, 12, 1 / math.sqrt(12), window, softcap, sinks)
     found, expected = attend(CASES[case], heads, torch.float32)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -128,7 +128,7 @@ def test_rows_of_any_width_are_stored_whole(head_dim: int) -> None:
 
 
 def test_the_scores_held_at_once_stay_bounded_when_the_context_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa, "_MOST_SCORES", 20_000)
+    monkeypatch.setattr(sdpa_prompts, "MOST_SCORES", 20_000)
     widest = 0
     multiply = torch.baddbmm
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.test_sdpa import BLOCK, written_out
-from tpctl.layers.attention import sdpa
+from tpctl.layers.attention import sdpa_gathering
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.batch import ForwardBatch, PoolTables
@@ -109,7 +109,7 @@ def test_sequences_that_come_and_go_are_not_taken_for_others() -> None:
 
 def test_nothing_is_kept_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     token = 2 * LAYERS * HEADS.num_kv_heads * HEADS.head_dim * 4
-    monkeypatch.setattr(sdpa, "_MOST_KEPT", 63 * token)  # two sequences of three blocks and one to grow: 64
+    monkeypatch.setattr(sdpa_gathering, "MOST_KEPT", 63 * token)  # two sequences of three blocks and one to grow: 64
     server = Server()
     server.step({"a": 18, "b": 20})
     assert [server.step({"a": 1, "b": 1}) for _ in range(3)] == [[False]] * 3

@@ -9,14 +9,10 @@ blocks that a sequence does not have one is gathered that nothing is ever writte
 The query heads of a group are packed: the G heads that read one KV head become G rows of one matrix, so that each
 key is multiplied with all of them at once and never repeated.
 
-While the same sequences decode, what was gathered is kept, and each step adds its new keys and values to it: gathering
-is the dearest part of a step after the linears.
+Which decodes are gathered together, and what is kept of it, is in ``sdpa_gathering``; prompts are in ``sdpa_prompts``.
 
 Of layers with a window, whose pool keeps only its blocks, a sequence is taken to begin with the block in which its
 window does: causality and window are the same from there.
-
-Prefill goes block by block of queries. A block multiplies with no key behind its last query or before its first
-query's window, and its scores are the largest thing in memory, however long the context is.
 """
 
 from __future__ import annotations
@@ -26,86 +22,17 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.accounting import KvLayout, LayerPools, pools_of, slab_bytes
+from tpctl.layers.attention import sdpa_gathering, sdpa_prompts
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, AttentionSpec, LayerKV, kept_layer
 from tpctl.layers.attention.heads import HeadPreparation
 from tpctl.layers.attention.sdpa_cache import PagedKV, Storage, as_words, own_storage, shared_storage
+from tpctl.layers.attention.sdpa_gathering import Bucket, Gathering
+from tpctl.layers.attention.sdpa_prompts import CausalBiases, prefill, scores_of, softmax
 from tpctl.layers.attention.sdpa_runs import Runs, find_runs
 from tpctl.layers.batch import ForwardBatch
-
-_QUERY_BLOCK = 64
-"""Queries of a sequence that are multiplied at once: of 32 to 256 the fastest for 128 to 2,048 keys, by a little."""
-_LEAST_QUERY_BLOCK = 16
-_MOST_SCORES = 1 << 23
-"""Scores in memory at once, above which fewer sequences, then fewer queries, are taken together."""
-
-
-_MOST_KEPT = 1 << 29
-"""Bytes of gathered keys and values that are kept from step to step, in all layers together; of a small cache less."""
-
-
-@dataclass
-class _Kept:
-    """Gathered keys and values that the next step may continue: of ``lens`` tokens in the blocks ``tables_SW``.
-
-    ``tables_SW`` is -1 behind a sequence's own blocks. ``layers`` holds [2, K * S, L, D] (of latent attention
-    [1, S, L, D]) for each layer; there is room for L tokens.
-    """
-
-    lens: list[int]
-    tables_SW: Tensor
-    layers: dict[int, Tensor]
-
-    @property
-    def room(self) -> int:
-        """L."""
-        return next(iter(self.layers.values())).shape[2]
-
-    def is_followed_by(self, lens: list[int], tables_SW: Tensor) -> bool:
-        """Whether the next step's decodes are the same sequences, each with one token more, for which there is room.
-
-        Equal block tables are enough to tell: a sequence that is new has been a prompt in between, or found all of its
-        blocks, and so their contents, in the prefix cache.
-        """
-        grown = all(new == old + 1 for new, old in zip(lens, self.lens, strict=True))
-        if not (grown and self.layers) or max(lens) > self.room:
-            return False
-        new_SW = tables_SW[:, : self.tables_SW.shape[1]]
-        return bool(((self.tables_SW == new_SW) | (self.tables_SW < 0)).all())
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Decodes of similar length, gathered and multiplied together.
-
-    Attributes:
-        rows: their rows of the batch (``None``: all decodes, in order).
-        blocks: int64 [S * width], the blocks of each, padded with the empty one.
-        lens_S: how many of the gathered keys are a sequence's own.
-        cells: int64 [S, 1], where ``kept`` goes on with the step before: the rows of one head's words that the new
-            tokens take.
-    """
-
-    rows: Tensor | None
-    blocks: Tensor
-    count: int
-    width: int
-    lens_S: Tensor
-    kept: _Kept | None = None
-    cells: Tensor | None = None
-    _cells_of: dict[int, Tensor] = field(default_factory=dict)
-
-    def cells_of(self, vectors: int) -> Tensor:
-        """The same for that many vectors of a token, keys and values of all heads, token by token."""
-        assert self.cells is not None and self.kept is not None
-        found = self._cells_of.get(vectors)
-        if found is None:
-            heads = torch.arange(vectors, device=self.cells.device) * (self.count * self.kept.room)
-            found = self._cells_of[vectors] = (self.cells + heads).flatten()
-        return found
 
 
 @dataclass
@@ -122,7 +49,7 @@ class SdpaPlan(AttentionPlan):
         again: whether the layer that is being computed reads those of an earlier one.
     """
 
-    buckets: dict[int, list[_Bucket]] = field(default_factory=dict)
+    buckets: dict[int, list[Bucket]] = field(default_factory=dict)
     begun: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     cells: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     new: Tensor | None = None
@@ -131,7 +58,7 @@ class SdpaPlan(AttentionPlan):
     gathered: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     again: bool = False
     decode_biases: dict[tuple[int, int, AttentionSpec], Tensor] = field(default_factory=dict)
-    causal_biases: dict[tuple[int, int, AttentionSpec], Tensor] = field(default_factory=dict)
+    causal_biases: CausalBiases = field(default_factory=dict)
 
 
 class SdpaBackend(AttentionBackend[SdpaPlan]):
@@ -140,9 +67,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
 
     def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
         super().__init__(layers, block_size, pools)
-        self._kept: dict[tuple[int, ...], _Kept] = {}  # by pool and the rows of a bucket
-        self._most_kept = 0  # bytes
-        self._token_bytes: list[int] = []  # of a token gathered in each pool
+        self._gathering = self._gatherings([0] * len(self.pools.windows), 0)
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """That of the numbers in the cache."""
@@ -152,9 +77,8 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
     ) -> list[LayerKV]:
         kept, kind = [kept_layer(spec) for spec in self.layers], self.kept_dtype(dtype)
-        self._kept = {}
         sizes = [layer.token_bytes(dtype.itemsize, "model") for layer in kept]
-        self._token_bytes = [
+        token_bytes = [
             sum(size for size, other in zip(sizes, self.pools.of_layer, strict=True) if other == pool)
             for pool in range(len(self.pools.windows))
         ]
@@ -172,8 +96,11 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             storages = shared_storage(kept, self.pools, layout, num_slabs, slab_bytes(vectors, layout), kind, device)
             by_pool = dict(zip(self.pools.of_layer, storages, strict=True))
             self.places = tuple(by_pool[pool].place for pool in range(len(pools)))
-        self._most_kept = min(_MOST_KEPT, whole // 4)
+        self._gathering = self._gatherings(token_bytes, min(sdpa_gathering.MOST_KEPT, whole // 4))
         return list(self._layers(storages, dtype))
+
+    def _gatherings(self, token_bytes: Sequence[int], most: int) -> Gathering:
+        return Gathering(self.block_size, self.pools.windows, token_bytes, most)
 
     def _layers(self, storages: Sequence[Storage], dtype: torch.dtype) -> list[PagedKV]:
         layers = zip(self.layers, self.pools.of_layer, storages, strict=True)
@@ -265,14 +192,14 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             else:
                 shape = (count, -1, spec.num_kv_heads, spec.head_dim)
                 keys, values = (x[part].view(shape).transpose(1, 2) for x in (k_TKD, v_TKD))
-            self.prefill(q_TND[part], keys, values, spec, plan, out_TND[part], sinks_N)
+            prefill(q_TND[part], keys, values, spec, plan.causal_biases, out_TND[part], sinks_N)
         return out_TND.flatten(1)
 
     def _runs(self, kv: PagedKV, plan: SdpaPlan) -> list[Runs]:
         """Sequences with few new tokens, which are multiplied together."""
         if kv.pool not in plan.runs:
-            most = _MOST_SCORES // max(spec.num_heads for spec in self.layers)
-            first = partial(self._first_block, kv.pool)
+            most = sdpa_prompts.MOST_SCORES // max(spec.num_heads for spec in self.layers)
+            first = partial(self._gathering.first_block, kv.pool)
             plan.runs[kv.pool] = find_runs(plan.batch, kv.pool, first, self.block_size, kv.empty_id, most)
         return plan.runs[kv.pool]
 
@@ -283,14 +210,16 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         gathered = kv.gather(kv.rows(runs.blocks)).view(kv.vectors // heads, heads * count, -1, spec.head_dim)
         q_SnKGD = q_TND[runs.rows_Sn.flatten()].view(count, rows, heads, group, spec.head_dim)
         q = q_SnKGD.permute(2, 0, 1, 3, 4).reshape(heads * count, rows * group, spec.head_dim)
-        scores = _scores(runs.bias(spec, q, gathered.shape[2]), q, gathered[0], spec)
+        scores = scores_of(runs.bias(spec, q, gathered.shape[2]), q, gathered[0], spec)
         sinks = None if sinks_N is None else sinks_N.view(heads, 1, 1, group).expand(-1, count, rows, -1)
-        out = torch.bmm(_softmax(scores, sinks), kv.values(gathered)).view(heads, count, rows, group, -1)
+        out = torch.bmm(softmax(scores, sinks), kv.values(gathered)).view(heads, count, rows, group, -1)
         out_TND[runs.rows] = out.permute(1, 2, 0, 3, 4).reshape(count * rows, heads * group, -1)[runs.taken]
 
     def decodes(self, q_SND: Tensor, kv: PagedKV, plan: SdpaPlan, sinks_N: Tensor | None = None) -> Tensor | None:
         """[S, N, D of values]: the step's decodes; ``None``: it has none."""
-        buckets = self._buckets(kv, plan)
+        if kv.pool not in plan.buckets:
+            plan.buckets[kv.pool] = self._gathering.buckets(kv, plan.batch)
+        buckets = plan.buckets[kv.pool]
         if len(buckets) < 2:
             return self._decode(q_SND, kv, 0, buckets[0], plan, sinks_N) if buckets else None
         parts = [self._decode(q_SND[one.rows], kv, at, one, plan, sinks_N) for at, one in enumerate(buckets)]
@@ -300,7 +229,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         return out_SND
 
     def _decode(
-        self, q_SND: Tensor, kv: PagedKV, index: int, bucket: _Bucket, plan: SdpaPlan, sinks_N: Tensor | None
+        self, q_SND: Tensor, kv: PagedKV, index: int, bucket: Bucket, plan: SdpaPlan, sinks_N: Tensor | None
     ) -> Tensor:
         """One new token for each sequence of the bucket: two batched GEMMs over (head, sequence)."""
         spec, count = kv.spec, bucket.count
@@ -308,13 +237,13 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         gathered = self._gathered(kv, index, bucket, plan)
         q_KSGD = q_SND.view(count, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         q = q_KSGD.reshape(batched, spec.group, spec.head_dim)
-        scores = _scores(self._decode_bias(kv, index, bucket, q.dtype, plan), q, gathered[0], spec)
+        scores = scores_of(self._decode_bias(kv, index, bucket, q.dtype, plan), q, gathered[0], spec)
         sinks_KSG = None if sinks_N is None else sinks_N.view(-1, 1, spec.group).expand(-1, count, -1)
-        out_KSGD = torch.bmm(_softmax(scores, sinks_KSG), kv.values(gathered))
+        out_KSGD = torch.bmm(softmax(scores, sinks_KSG), kv.values(gathered))
         out_KSGD = out_KSGD.view(spec.num_kv_heads, count, spec.group, -1)
         return out_KSGD.transpose(0, 1).reshape(count, spec.num_heads, -1)
 
-    def _gathered(self, kv: PagedKV, index: int, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
+    def _gathered(self, kv: PagedKV, index: int, bucket: Bucket, plan: SdpaPlan) -> Tensor:
         """What ``_gather`` gives, or gave a layer before whose keys and values these are."""
         if not kv.spec.shared:
             return self._gather(kv, bucket, plan)
@@ -322,7 +251,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             plan.gathered[kv.layer, index] = self._gather(kv, bucket, plan)
         return plan.gathered[kv.layer, index]
 
-    def _gather(self, kv: PagedKV, bucket: _Bucket, plan: SdpaPlan) -> Tensor:
+    def _gather(self, kv: PagedKV, bucket: Bucket, plan: SdpaPlan) -> Tensor:
         """[2, K * S, L, D]: the bucket's keys and values, by head and sequence; [1, ..] where keys hold values."""
         heads = kv.spec.num_kv_heads
         shape = (kv.vectors // heads, heads * bucket.count, -1, kv.spec.head_dim)
@@ -338,7 +267,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             kept.layers[layer] = gathered
         return gathered
 
-    def _decode_bias(self, kv: PagedKV, index: int, bucket: _Bucket, dtype: torch.dtype, plan: SdpaPlan) -> Tensor:
+    def _decode_bias(self, kv: PagedKV, index: int, bucket: Bucket, dtype: torch.dtype, plan: SdpaPlan) -> Tensor:
         """[K * S, G, L] for the bucket's gathered keys: 0 for a sequence's own, -inf for others."""
         spec, key = kv.spec, (kv.pool, index, kv.spec)
         found = plan.decode_biases.get(key)
@@ -354,158 +283,13 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             plan.decode_biases[key] = found
         return found
 
-    def _buckets(self, kv: PagedKV, plan: SdpaPlan) -> list[_Bucket]:
-        """Group the decodes so that none gathers more than about twice the blocks it has."""
-        pool, batch = kv.pool, plan.batch
-        if pool in plan.buckets:
-            return plan.buckets[pool]
-        firsts = [self._first_block(pool, length - 1) for length in batch.seq_lens[: batch.num_decodes]]
-        lens = [length - first * self.block_size for length, first in zip(batch.seq_lens, firsts, strict=False)]
-        members: dict[int, list[int]] = {}
-        for row, length in enumerate(lens):
-            members.setdefault((-(-length // self.block_size)).bit_length(), []).append(row)
-        before = {key: self._kept.pop(key) for key in list(self._kept) if key[0] == pool}
-        found = []
-        for rows in members.values():
-            key, alone = (pool, *rows), len(members) == 1
-            bucket = self._bucket(kv, batch, rows, firsts, lens, alone, before.get(key))
-            found.append(bucket)
-            if bucket.kept is not None:
-                self._kept[key] = bucket.kept
-        plan.buckets[pool] = found
-        return found
-
-    def _first_block(self, pool: int, query: int) -> int:
-        """The first block that a query at that position sees, in a pool's layers."""
-        window = self.pools.windows[pool]
-        return 0 if window is None else max(0, query + 1 - window) // self.block_size
-
-    def _bucket(
-        self,
-        kv: PagedKV,
-        batch: ForwardBatch,
-        rows: list[int],
-        firsts: list[int],
-        all_lens: list[int],
-        alone: bool,
-        before: _Kept | None,
-    ) -> _Bucket:
-        """The bucket of these rows, each sequence from its block ``firsts`` on, of ``all_lens`` tokens; ``before`` is
-        what the last step kept of them."""
-        tables = batch.pools[kv.pool].block_tables
-        device = tables.device
-        index = torch.tensor(rows, device=device)
-        own = None if alone else index
-        lens = [all_lens[row] for row in rows]
-        lens_S = torch.tensor(lens, device=device)
-        width = -(-max(lens) // self.block_size)
-        if any(firsts):
-            columns_SW = torch.tensor([firsts[row] for row in rows], device=device).unsqueeze(1)
-            columns_SW = columns_SW + torch.arange(width, device=device)
-            tables_SW = tables[index].gather(1, columns_SW.clamp(max=tables.shape[1] - 1))
-        else:
-            tables_SW = tables[index, :width]
-        used = torch.arange(width, device=device) < (-(-lens_S // self.block_size)).unsqueeze(1)
-        now_SW = tables_SW.masked_fill(~used, -1)
-        tables_SW = tables_SW.masked_fill(~used, kv.empty_id)
-        if before is not None and before.is_followed_by(lens, now_SW):
-            kept = _Kept(lens, now_SW, before.layers)
-            sequences = torch.arange(len(rows), device=device).unsqueeze(1)
-            cells = sequences * kept.room + lens_S.unsqueeze(1) - 1
-            return _Bucket(own, index[:0], len(rows), kept.room // self.block_size, lens_S, kept, cells)
-        fresh: _Kept | None = None
-        taken = sum(
-            len(other.lens) * (other.tables_SW.shape[1] + 1) * self._token_bytes[pool]
-            for (pool, *_), other in self._kept.items()
-        )
-        taken += len(rows) * (width + 1) * self._token_bytes[kv.pool]
-        if taken * self.block_size <= self._most_kept:
-            fresh = _Kept(lens, now_SW, {})
-            tables_SW = F.pad(tables_SW, (0, 1), value=kv.empty_id)  # room for the tokens to come
-            width += 1
-        return _Bucket(own, tables_SW.flatten(), len(rows), width, lens_S, fresh)
-
     def gather_prefix(self, kv: PagedKV, batch: ForwardBatch, index: int) -> Tensor:
         """[2, 1, K, L, D]: the keys and values of one sequence, the new ones included, from the first block on that a
         new one sees; or [1, 1, 1, L, D], as ``_gather``."""
         length = batch.seq_lens[index]
-        first = self._first_block(kv.pool, length - batch.query_lens[index])
+        first = self._gathering.first_block(kv.pool, length - batch.query_lens[index])
         table = batch.pools[kv.pool].block_tables[index]
         rows = kv.rows(table[first : -(-length // self.block_size)])
         heads = kv.spec.num_kv_heads
         shape = (kv.vectors // heads, 1, heads, -1, kv.spec.head_dim)
         return kv.gather(rows).view(shape)[:, :, :, : length - first * self.block_size]
-
-    def prefill(
-        self,
-        q_TND: Tensor,
-        k_SKLD: Tensor,
-        v_SKLD: Tensor,
-        spec: AttentionSpec,
-        plan: SdpaPlan,
-        out_TND: Tensor,
-        sinks_N: Tensor | None = None,
-    ) -> None:
-        """The last T / S of each sequence's L tokens, each over the keys up to its own, written to ``out_TND``. Values
-        may have another size than keys."""
-        count, _, length, _ = k_SKLD.shape
-        new = q_TND.shape[0] // count
-        shape = (count, new, spec.num_kv_heads, spec.group, spec.head_dim)
-        q_STKGD, out_STKGD = q_TND.view(shape), out_TND.view(*shape[:-1], -1)
-        widest = spec.num_heads * length  # scores of one query at most
-        size = min(new, max(_LEAST_QUERY_BLOCK, min(_QUERY_BLOCK, _MOST_SCORES // widest)))
-        together = max(1, _MOST_SCORES // (widest * size))
-        for first in range(0, count, together):
-            some = slice(first, first + together)
-            keys, values = (x[some].reshape(-1, length, x.shape[-1]) for x in (k_SKLD, v_SKLD))
-            for start in range(0, new, size):
-                stop = min(start + size, new)
-                end = length - new + stop
-                begin = 0 if spec.window is None else max(0, length - new + start + 1 - spec.window)
-                q_SKGTD = q_STKGD[some, start:stop].permute(0, 2, 3, 1, 4)
-                q = q_SKGTD.reshape(len(keys), -1, spec.head_dim)
-                scores = _scores(None, q, keys[:, begin:end], spec)
-                bias = self._causal_bias(stop - start, end - begin, spec, scores, plan)
-                scores[:, :, -bias.shape[1] :] += bias
-                sinks_SKGT = None
-                if sinks_N is not None:
-                    sinks_SKGT = sinks_N.view(1, -1, spec.group, 1).expand(*q_SKGTD.shape[:-1])
-                out = torch.bmm(_softmax(scores, sinks_SKGT), values[:, begin:end])
-                out_STKGD[some, start:stop] = out.view(*q_SKGTD.shape[:-1], -1).permute(0, 3, 1, 2, 4)
-
-    def _causal_bias(self, new: int, width: int, spec: AttentionSpec, like: Tensor, plan: SdpaPlan) -> Tensor:
-        """[G * new, columns] to add to the last columns of a block's scores: 0 where one of ``new`` queries, the last
-        of ``width`` tokens, may look, -inf elsewhere; the same for each head of a group.
-
-        Without a window every query sees all columns before the block's own, so these need no bias.
-        """
-        columns = new if spec.window is None else width
-        found = plan.causal_biases.get((new, columns, spec))
-        if found is None:
-            query = torch.arange(columns - new, columns, device=like.device).unsqueeze(1)
-            keys = torch.arange(columns, device=like.device)
-            hidden = keys > query
-            if spec.window is not None:
-                hidden |= keys <= query - spec.window
-            found = like.new_zeros(new, columns).masked_fill_(hidden, float("-inf")).repeat(spec.group, 1)
-            plan.causal_biases[new, columns, spec] = found
-        return found
-
-
-def _scores(bias: Tensor | None, q: Tensor, keys: Tensor, spec: AttentionSpec) -> Tensor:
-    """``q keys^T * scale``, capped, plus ``bias``, for batches of matrices."""
-    if spec.softcap is None:
-        beta = 0 if bias is None else 1  # with 0 the first argument is not read
-        return torch.baddbmm(
-            q[:1, :1, :1] if bias is None else bias, q, keys.transpose(1, 2), beta=beta, alpha=spec.scale
-        )
-    scores = torch.bmm(q, keys.transpose(1, 2)).mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
-    return scores if bias is None else scores.add_(bias)
-
-
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """The weights of scores [.., rows, L]; ``sinks``, of as many elements as there are rows, join their sums."""
-    if sinks is None:
-        return scores.softmax(-1)
-    joined = torch.cat((scores, sinks.reshape(*scores.shape[:-1], 1)), dim=-1)
-    return joined.softmax(-1)[..., :-1]

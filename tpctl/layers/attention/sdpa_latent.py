@@ -17,6 +17,7 @@ from tpctl.layers.attention.base import AttentionPlan, AttentionSpec
 from tpctl.layers.attention.latent_weights import LatentUp
 from tpctl.layers.attention.sdpa import SdpaBackend, SdpaPlan
 from tpctl.layers.attention.sdpa_cache import PagedKV, Storage
+from tpctl.layers.attention.sdpa_prompts import prefill
 
 _MOST_MADE = 1 << 24
 """Numbers of keys and values that are made of latent vectors at once, if it is more than one head's."""
@@ -69,7 +70,7 @@ class SdpaLatentBackend(SdpaBackend):
         if kv_b.absorbs(len(q_TND) // count, length):
             sums_TNR = q_TND.new_empty(*q_TND.shape[:2], kv_b.sizes.kv_rank)
             kept_S1LC = kept_SLC.unsqueeze(1)
-            self.prefill(kv_b.absorb(q_TND), kept_S1LC, kept_S1LC[..., : spec.latent], spec, plan, sums_TNR)
+            prefill(kv_b.absorb(q_TND), kept_S1LC, kept_S1LC[..., : spec.latent], spec, plan.causal_biases, sums_TNR)
             out_TNV.copy_(kv_b.values(sums_TNR))
             return
         together = max(1, _MOST_MADE // (count * length * (kv_b.sizes.key + kv_b.sizes.value)))
@@ -77,4 +78,4 @@ class SdpaLatentBackend(SdpaBackend):
             heads = slice(first, min(first + together, kv_b.num_heads))
             keys, values = kv_b.expand(kept_SLC, heads)
             plain = AttentionSpec(keys.shape[1], keys.shape[1], kv_b.sizes.key, spec.scale)
-            self.prefill(q_TND[:, heads], keys, values, plain, plan, out_TNV[:, heads])
+            prefill(q_TND[:, heads], keys, values, plain, plan.causal_biases, out_TNV[:, heads])
