@@ -24,9 +24,9 @@ from tpctl.errors import EngineError
 from tpctl.kernels.common.norm import rms_norm_reference
 from tpctl.kernels.linear import gated_linear
 from tpctl.layers import compute_cuda
-from tpctl.layers.attention.attention import attention_spec
 from tpctl.layers.attention.base import AttentionBackend, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation
+from tpctl.layers.attention.latent import spec_of
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch, PoolTables, PrefillChunks
@@ -80,7 +80,7 @@ def build(
     manifest, config = Manifest.load(folder), ModelConfig.load(folder)
     made_of = config.blueprint
     attentions = [block.attention for block in made_of.blocks]
-    backend = kind([attention_spec(attention, 0, group.size) for attention in attentions], BLOCK)
+    backend = kind([spec_of(attention, 0, group.size) for attention in attentions], BLOCK)
     rotaries = rotary_tables([attention.rope for attention in attentions], 128, DEVICE)
     with torch.device("meta"):
         model = Decoder(made_of, build_plan(config, group.size), backend, rotaries, group, torch.float32)

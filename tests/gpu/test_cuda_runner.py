@@ -151,7 +151,7 @@ def finish(engine: Engine, found: dict[str, list[int]]) -> None:
 
 def best(model: Any, ids: list[int], tokens: list[int]) -> list[int]:
     with torch.no_grad():
-        return model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+        return model(torch.tensor([ids + tokens], device=model.device)).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
 
 
 def prompts_of(*lengths: int) -> dict[str, list[int]]:
