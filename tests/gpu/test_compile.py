@@ -41,7 +41,7 @@ ITEMSIZE = {"bf16": 2, "fp32": 4}
 POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*i32", "counters_ptr": "*i32"}
 POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
 POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "sums_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64"}
-POINTERS |= {"q_size": "fp32", "k_size": "fp32"}
+POINTERS |= {"q_size": "fp32", "k_size": "fp32", "value_eps": "fp32", "growth_ptr": "*fp32"}
 BYTES = {"k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
 FORMS = {"model": {}, "packed": BYTES | {"factors_ptr": "*i16"}, "fp8": BYTES | {"factors_ptr": "*i32"}}
 """Pointers to keys and values that are kept so; ``_rope_cache_kernel`` writes each factor by itself."""
@@ -186,6 +186,7 @@ CASES = [
     (90, 128, "bf16"),
     (90, 192, "bf16"),
     (90, 192, "fp32"),
+    (90, 512, "bf16"),
     (89, 128, "bf16"),
     (89, 256, "fp32"),
     (80, 192, "bf16"),
@@ -259,6 +260,7 @@ def test_heads_prepared_in_all_ways_fit(
     options: dict[str, Any] = {"HEAD_DIM": 64, "HALF": half, "BLOCK_HALF": half, "BLOCK_REST": rest}
     options |= {"PACKED": 0 if form == "model" else BLOCK, "FP8": form == "fp8"}
     options |= {"ROTATED": rotated, "INTERLEAVED": interleaved, "NORM": norm, "UNIT_OFFSET": False}
+    options |= {"VALUE_NORM": norm == 1, "KEYS_AS_VALUES": norm == 1, "GROWTH": rotated}
     options |= {"NUM_HEADS": HEADS, "NUM_KV_HEADS": KV_HEADS, "HEADS": 4, "SPLITS": 2, "PDL": arch >= 90}
     options |= {"GATED": rest > 0}
     config = DecodeConfig(1, 1, num_warps=1, num_stages=1)
