@@ -40,6 +40,7 @@ HEADS, KV_HEADS, BLOCK = 8, 2, 128
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*i32", "counters_ptr": "*i32"}
 POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
+POINTERS |= {"shared_ptr": "*i32", "prefix_ptr": "*fp32", "prefix_stats_ptr": "*fp32"}
 POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "sums_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64"}
 POINTERS |= {"q_size": "fp32", "k_size": "fp32", "value_eps": "fp32", "growth_ptr": "*fp32"}
 BYTES = {"k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
@@ -99,6 +100,7 @@ def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig, *, window
         TILE=config.tile,
         WINDOW=window,
         SINKS=sinks,
+        SHARED=not window and not sinks,
         AHEAD=config.ahead,
         BLOCK_M=max(16, group),
         BLOCK_GROUP=group,
@@ -132,6 +134,7 @@ def packed_decode(
         TILE=config.tile,
         WINDOW=window,
         SINKS=sinks,
+        SHARED=not window and not sinks,
         AHEAD=config.ahead,
         BLOCK_M=max(8, next_power_of_2(group)),
         BLOCK_GROUP=next_power_of_2(group),
