@@ -25,6 +25,9 @@ PACKED_HEAD_DIMS = (64, 128, 256)
 _MOST_UNPACKED = 8
 """Of a packed or an FP8 KV cache, what a step's prompts read at most unpacked, in steps of the largest size."""
 
+_MOST_MADE = 1 << 26
+"""Numbers of keys and values that a step's prompts make of latent vectors at once."""
+
 _SAMPLED = 64
 """Rows that are sampled are padded to a multiple of this many in captured steps."""
 
@@ -269,8 +272,24 @@ def _vector_bytes(dim: int, itemsize: int, form: KvForm) -> int:
 
 
 def unpacked_tokens(step: int, max_model_len: int) -> int:
-    """Tokens of a packed or an FP8 cache that the prompts of a step of ``step`` tokens read unpacked at most."""
+    """Tokens of a packed, FP8 or latent cache that the prompts of a step of ``step`` tokens read unpacked at most."""
     return min(_MOST_UNPACKED * step, step + max_model_len)
+
+
+class LatentRoom(NamedTuple):
+    """What is kept for prompts that make keys and values of latent vectors: room for so many ``tokens``, in numbers of
+    what they ``read`` of the cache and of what is ``made`` of it at once."""
+
+    tokens: int
+    read: int
+    made: int
+
+
+def latent_room(step: int, max_model_len: int, kept: int, made: int) -> LatentRoom:
+    """The same for steps of ``step`` tokens, of which the cache keeps ``kept`` numbers each, and all heads together
+    make ``made``."""
+    tokens = unpacked_tokens(step, max_model_len)
+    return LatentRoom(tokens, tokens * kept, min(_MOST_MADE, tokens * made))
 
 
 def sampled_rows(max_num_seqs: int) -> int:

@@ -40,8 +40,9 @@ HEADS, KV_HEADS, BLOCK = 8, 2, 128
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 POINTERS = {"cu_tiles_ptr": "*i32", "first_seq_ptr": "*i32", "ahead_seq_ptr": "*i32", "counters_ptr": "*i32"}
 POINTERS |= {"block_tables_ptr": "*i32", "seq_lens_ptr": "*i32", "query_start_ptr": "*i32"}
+POINTERS |= {"shared_ptr": "*i32", "prefix_ptr": "*fp32", "prefix_stats_ptr": "*fp32"}
 POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "sums_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64"}
-POINTERS |= {"q_size": "fp32", "k_size": "fp32"}
+POINTERS |= {"q_size": "fp32", "k_size": "fp32", "value_eps": "fp32", "growth_ptr": "*fp32"}
 BYTES = {"k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
 FORMS = {"model": {}, "packed": BYTES | {"factors_ptr": "*i16"}, "fp8": BYTES | {"factors_ptr": "*i32"}}
 """Pointers to keys and values that are kept so; ``_rope_cache_kernel`` writes each factor by itself."""
@@ -99,6 +100,7 @@ def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig, *, window
         TILE=config.tile,
         WINDOW=window,
         SINKS=sinks,
+        SHARED=not window and not sinks,
         AHEAD=config.ahead,
         BLOCK_M=max(16, group),
         BLOCK_GROUP=group,
@@ -132,6 +134,7 @@ def packed_decode(
         TILE=config.tile,
         WINDOW=window,
         SINKS=sinks,
+        SHARED=not window and not sinks,
         AHEAD=config.ahead,
         BLOCK_M=max(8, next_power_of_2(group)),
         BLOCK_GROUP=next_power_of_2(group),
@@ -186,6 +189,7 @@ CASES = [
     (90, 128, "bf16"),
     (90, 192, "bf16"),
     (90, 192, "fp32"),
+    (90, 512, "bf16"),
     (89, 128, "bf16"),
     (89, 256, "fp32"),
     (80, 192, "bf16"),
@@ -259,6 +263,7 @@ def test_heads_prepared_in_all_ways_fit(
     options: dict[str, Any] = {"HEAD_DIM": 64, "HALF": half, "BLOCK_HALF": half, "BLOCK_REST": rest}
     options |= {"PACKED": 0 if form == "model" else BLOCK, "FP8": form == "fp8"}
     options |= {"ROTATED": rotated, "INTERLEAVED": interleaved, "NORM": norm, "UNIT_OFFSET": False}
+    options |= {"VALUE_NORM": norm == 1, "KEYS_AS_VALUES": norm == 1, "GROWTH": rotated}
     options |= {"NUM_HEADS": HEADS, "NUM_KV_HEADS": KV_HEADS, "HEADS": 4, "SPLITS": 2, "PDL": arch >= 90}
     options |= {"GATED": rest > 0}
     config = DecodeConfig(1, 1, num_warps=1, num_stages=1)

@@ -24,9 +24,9 @@ from tpctl.errors import EngineError
 from tpctl.kernels.common.norm import rms_norm_reference
 from tpctl.kernels.linear import gated_linear
 from tpctl.layers import compute_cuda
-from tpctl.layers.attention.attention import attention_spec
 from tpctl.layers.attention.base import AttentionBackend, AttentionSpec, LayerKV
 from tpctl.layers.attention.heads import HeadPreparation
+from tpctl.layers.attention.latent import spec_of
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.batch import ForwardBatch, PoolTables, PrefillChunks
@@ -79,9 +79,8 @@ def build(
 ) -> tuple[Decoder, AttentionBackend[Any]]:
     manifest, config = Manifest.load(folder), ModelConfig.load(folder)
     made_of = config.blueprint
-    attentions = [block.attention for block in made_of.blocks]
-    backend = kind([attention_spec(attention, 0, group.size) for attention in attentions], BLOCK)
-    rotaries = rotary_tables([attention.rope for attention in attentions], 128, DEVICE)
+    backend = kind([spec_of(attention, 0, group.size) for attention in made_of.attentions], BLOCK)
+    rotaries = rotary_tables([block.attention.rope for block in made_of.blocks], 128, DEVICE)
     with torch.device("meta"):
         model = Decoder(made_of, build_plan(config, group.size), backend, rotaries, group, torch.float32)
     constants = {name for name, tensor in manifest.tensors(0).items() if tensor.fill}
@@ -155,12 +154,20 @@ def a_step(new: list[int], tp_size: int) -> tuple[Run, ForwardBatch]:
     step = make_batch(torch.randint(3, 100, (sum(new),), generator=generator), new, LENGTHS)
     past = [torch.randn(2, sum(old), 8 // tp_size, 32, generator=generator).to(DEVICE) for _ in range(4)]
 
+    def caches(model: Decoder, kv: list[LayerKV]) -> list[LayerKV]:
+        """Of every layer; those that read an earlier one's have that."""
+        own, found = iter(kv), []
+        for block in model.made_of.blocks:
+            found.append(next(own) if block.attention.reads is None else found[block.attention.reads])
+        return found
+
     def run(model: Decoder, backend: AttentionBackend[Any], batch: ForwardBatch) -> list[Tensor]:
         kv = backend.allocate(BLOCKS, torch.float32, DEVICE)
         with torch.inference_mode():
             for layer, values in zip(kv, past, strict=False):
-                backend.store(*values[:, :, : layer.spec.num_kv_heads], layer, backend.begin(before))
-            logits = model(batch, kv, batch.logits_rows)
+                own = values[:, :, : layer.spec.num_kv_heads, : layer.spec.head_dim]
+                backend.store(*own, layer, backend.begin(before))
+            logits = model(batch, caches(model, kv), batch.logits_rows)
         return [logits, *(side for layer in kv for side in stored(layer))]
 
     return run, step
@@ -194,6 +201,11 @@ def a_step(new: list[int], tp_size: int) -> tuple[Run, ForwardBatch]:
         ("cohere2", 512, 2, MANY, {"split_linear", "gated_linear"}),
         ("glm4", 256, 1, MANY, {"gated_linear"}),  # neighbours rotated in a part of a head
         ("granite", 512, 2, MANY, {"split_linear", "gated_linear"}),
+        ("ministral3-window", 256, 1, FEW, set()),  # queries that grow with their position
+        ("gemma4-text", 256, 1, MANY, {"gated_linear"}),  # normed values, heads of two sizes
+        ("gemma4-text-moe", 256, 1, FEW, set()),  # keys that serve as values, experts beside the MLP
+        ("gemma4-text-edge", 256, 1, FEW, set()),  # layers that read another's keys, embeddings by layer
+        ("gemma4-text-edge", 512, 2, MANY, {"split_linear", "gated_linear"}),
     ],
 )
 def test_same_logits_and_cache(

@@ -72,6 +72,7 @@ def own_memory(model: Decoder) -> Decoder:
     return model
 
 
+MIXED = ["sliding_attention", "full_attention"]
 DIRECT, ONE, TWO, HOST = SamplingPath.DIRECT, SamplingPath.ONE_FLOOR, SamplingPath.TWO_FLOORS, SamplingPath.HOST
 PACKAGE = Path(engine.__file__).parent.parent
 
@@ -151,7 +152,7 @@ def finish(engine: Engine, found: dict[str, list[int]]) -> None:
 
 def best(model: Any, ids: list[int], tokens: list[int]) -> list[int]:
     with torch.no_grad():
-        return model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+        return model(torch.tensor([ids + tokens], device=model.device)).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
 
 
 def prompts_of(*lengths: int) -> dict[str, list[int]]:
@@ -296,6 +297,35 @@ def test_layers_with_windows_keep_what_they_see(
         assert len(found[id]) == lengths[id]
     assert engine.stats().prefix_cache_hit_tokens == 32
     assert len(replayed) > 0 or way == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        # Heads of two sizes in two pools, and a layer that reads another's keys.
+        ("gemma4-text-edge", {"layer_types": [*MIXED, "full_attention"], "num_kv_shared_layers": 1}),
+        ("gemma4-text-moe", {"layer_types": MIXED}),
+        ("ministral3-window", {"num_hidden_layers": 1}),
+    ],
+)
+def test_attention_of_other_kinds(name: str, sizes: dict[str, Any], tmp_path: Path, replayed: list[Hashable]) -> None:
+    """In captured steps and in one with a prefix that is found."""
+    sizes |= {"num_hidden_layers": len(sizes["layer_types"])} if "layer_types" in sizes else {}
+    model = make_checkpoint(name, tmp_path / "hf", **sizes)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(35, 3, 5)
+    prompts["2"] = prompts["0"][:32] + prompts["2"]  # a shared prefix
+    engine = start(tmp_path / "tp1", max_num_seqs=2, max_model_len=64)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    requests = [Request(id, ids, params) for id, ids in prompts.items()]
+    found: dict[str, list[int]] = {id: [] for id in prompts}
+    for some in (requests[:2], requests[2:]):
+        engine.apply(Add(some))
+        finish(engine, found)
+    for id, ids in prompts.items():
+        assert found[id] == best(model, ids, found[id]), id
+    assert engine.stats().prefix_cache_hit_tokens == 32
+    assert len(replayed) > 0
 
 
 @pytest.mark.parametrize(

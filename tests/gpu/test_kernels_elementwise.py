@@ -128,6 +128,27 @@ def test_heads_with_gates(heads, kv_heads, head_dim, rotary, runs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", ["qkv", "qk", "q"])
+@pytest.mark.parametrize("rotary,growth,value_eps", [(64, False, 1e-4), (32, True, None), (32, False, 1e-2)])
+def test_values_of_other_kinds_and_queries_that_grow(rotary, growth, value_eps, held, dtype):
+    """Gemma 4's and Ministral 3's: values normed, or those of keys; queries alone; a factor by position."""
+    tokens, heads, kv_heads, head_dim = 9, 6, 2, 64
+    qkv = torch.randn(tokens, (heads + (len(held) - 1) * kv_heads) * head_dim).to(DEVICE, dtype)
+    angles = torch.rand(100, rotary // 2, device=DEVICE)
+    places = torch.randperm(32)[:tokens].to(DEVICE)
+    options = {"q_norm": torch.randn(head_dim).to(DEVICE, dtype), "value_eps": value_eps, "held": held}
+    options |= {"k_norm": None if held == "q" else torch.randn(head_dim).to(DEVICE, dtype)}
+    options |= {"growth": torch.rand(100, device=DEVICE) + 0.5 if growth else None}
+    results = []
+    for way in (rope_cache, rope_cache_reference):
+        caches = [torch.full((2, 16, kv_heads, head_dim), 7.0).to(DEVICE, dtype) for _ in range(2)]
+        q = way(qkv, *caches, (angles.cos(), angles.sin()), places, places, heads, **options)
+        results.append((q, *caches))
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts_keys", [False, True])
 def test_squares_of_runs(counts_keys, dtype):
     runs = in_runs(torch.randn(20, 7 * 80).to(DEVICE, dtype), 2)

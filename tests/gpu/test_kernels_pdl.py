@@ -8,6 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
+from tpctl.kernels.attention.latent_decode import LatentPlan, LatentScratch, latent_decode
+from tpctl.kernels.attention.latent_prepare import LatentShape, latent_prepare
+from tpctl.kernels.attention.latent_values import latent_values
 from tpctl.kernels.attention.packed_kv import pack_reference
 from tpctl.kernels.attention.paged_decode import DecodePlan, DecodeScratch, paged_decode
 from tpctl.kernels.attention.rope_cache import rope_cache
@@ -76,16 +79,50 @@ class Chain:
         blocks = self.tables.gather(1, (positions // BLOCK)[:, None])[:, 0]
         slots = blocks * BLOCK + positions % BLOCK
         for layer, (qkv, o, gate_up, down) in enumerate(self.weights):
-            k_cache, v_cache = self.caches[2 * layer : 2 * layer + 2]
-            rows = self.linear(x, qkv, pdl)
-            packed = {"factors": self.exponents[layer], "pdl": pdl}
-            q = rope_cache(rows, k_cache, v_cache, self.rope, positions, slots, HEADS, **packed)
-            a = paged_decode(q, k_cache, v_cache, self.tables, self.lens, self.plan, **packed)
+            a = self.attend(layer, self.linear(x, qkv, pdl), positions, slots, pdl)
             self.add(a.view(self.batch, -1), o, x, pdl)
             self.add(self.linear(x, gate_up, pdl, gated=True), down, x, pdl)
         logits = self.linear(x, self.lm_head, pdl)
         floors = sampling_floors(logits.unsqueeze(0), self.filters, vocab_size=VOCAB, both=False, pdl=pdl)
         return x, sample(logits, self.filters.temperature, self.keys, floors_T=floors, pdl=pdl)[1]
+
+    def attend(
+        self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        k_cache, v_cache = self.caches[2 * layer : 2 * layer + 2]
+        packed = {"factors": self.exponents[layer], "pdl": pdl}
+        q = rope_cache(rows, k_cache, v_cache, self.rope, positions, slots, HEADS, **packed)
+        return paged_decode(q, k_cache, v_cache, self.tables, self.lens, self.plan, **packed)
+
+
+LATENT = LatentShape(32, 16, 16, 16) if INTERPRET else LatentShape(512, 128, 64, 128)
+
+
+class LatentChain(Chain):
+    """The same with latent attention."""
+
+    def __init__(self, batch: int, plain: bool) -> None:
+        super().__init__(batch, plain)
+        rank, nope, rope, value = LATENT
+        for weights in self.weights:
+            weights[0] = random(HEADS * (nope + rope) + rank + rope, HIDDEN, scale=HIDDEN**-0.5)
+            weights[1] = random(HIDDEN, HEADS * value, scale=(HEADS * value) ** -0.5)
+        self.kv_b = [random(HEADS * (nope + value), rank, scale=rank**-0.5) for _ in range(LAYERS)]
+        self.caches = [random(batch * 8, BLOCK, rank + rope) for _ in range(LAYERS)]
+        self.rope = (self.rope[0][:, : rope // 2].contiguous(), self.rope[1][:, : rope // 2].contiguous())
+        self.latent_norm = 1 + random(rank, scale=0.1)
+        scratch = LatentScratch.allocate(HEADS, rank, DEVICE)
+        self.plan = LatentPlan(batch, HEADS, rank, rope, BLOCK, scratch, itemsize=DTYPE.itemsize)
+
+    def attend(
+        self, layer: int, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        kept, cache, kv_b = LATENT.rank + LATENT.rope, self.caches[layer], self.kv_b[layer]
+        norm = (self.latent_norm, 1e-6)
+        q, _ = latent_prepare(rows[:, :-kept], rows[:, -kept:], kv_b, cache, norm, self.rope, positions, slots, LATENT,
+                              pdl=pdl)  # fmt: skip
+        sums = latent_decode(q, cache, self.tables, self.lens, self.plan, scale=kept**-0.5, pdl=pdl)
+        return latent_values(sums, kv_b, LATENT, pdl=pdl)
 
 
 # Linears of more than 16 rows are not among those that start early.
@@ -93,10 +130,11 @@ CHAINS = [(1, False), (7, False)] if INTERPRET else [(n, plain) for n in (1, 2, 
 CHAINS += [] if INTERPRET else [(40, True), (80, True)]
 
 
+@pytest.mark.parametrize("kind", [Chain, LatentChain])
 @pytest.mark.parametrize(("batch", "plain"), CHAINS)
-def test_same_bits(batch: int, plain: bool) -> None:
+def test_same_bits(batch: int, plain: bool, kind: type[Chain]) -> None:
     torch.manual_seed(batch)
-    chain = Chain(batch, plain)
+    chain = kind(batch, plain)
     if INTERPRET:
         chain.lens.fill_(70)
         assert torch.isfinite(chain.run(False)[0]).all()

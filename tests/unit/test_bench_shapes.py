@@ -33,6 +33,8 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "num_experts": 4,
     "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 0,
     "num_experts_per_tok": 2,
     "layer_types": ["sliding_attention"],
 }

@@ -24,12 +24,14 @@ from tpctl.checkpoint.metadata import read_metadata
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import make_runner
 from tpctl.engine.runners.loading import run_bytes
-from tpctl.errors import EngineError, UnsupportedModelError
-from tpctl.layers.attention import sdpa_latent
+from tpctl.errors import EngineError
+from tpctl.layers.attention import sdpa_latent, select
+from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.latent_weights import LatentUp
 from tpctl.layers.attention.sdpa_latent import LatentKV
 from tpctl.manifest.manifest import Manifest
 from tpctl.planning.fit import Budget, plan_model
+from tpctl.planning.model_sizes import ModelSizes
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.settings import EngineConfig
 
@@ -79,14 +81,15 @@ def test_the_form_of_fewer_products_is_taken(sizes: LatentSizes, new: int, lengt
     of_one = sizes.kv_rank * (sizes.nope + sizes.value)
     plain = pairs * (sizes.key + sizes.value) + length * of_one
     absorbed = pairs * (sizes.kept + sizes.kv_rank) + new * of_one
-    assert up_of(sizes, 1).absorbs(new, length) is (absorbed < plain)
+    assert up_of(sizes, 1).absorbs((new, length)) is (absorbed < plain)
 
 
 def test_what_is_taken_of_a_model_of_deepseeks_size() -> None:
     """Decodes and short chunks over long prefixes absorb; a prompt does not, nor a chunk of the usual size."""
     up = up_of(DEEPSEEK, 1)
-    assert up.absorbs(1, 2) and up.absorbs(64, 5000) and not up.absorbs(1, 1)
-    assert not up.absorbs(2048, 2048) and not up.absorbs(2048, 100_000)
+    assert up.absorbs((1, 2)) and up.absorbs((64, 5000)) and not up.absorbs((1, 1))
+    assert not up.absorbs((2048, 2048)) and not up.absorbs((2048, 100_000))
+    assert up.absorbs((8, 100_000), (40, 40)) and not up.absorbs((8, 1000), (2048, 2048))
 
 
 def test_heads_are_made_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,18 +152,28 @@ def test_numbers_of_kv_b_are_counted(tmp_path: Path, packer: str) -> None:
     assert rank.weight_bytes + rank.growth_bytes == counted[0]
 
 
-def test_gpus_and_other_caches_are_refused(tmp_path: Path) -> None:
+def test_other_backends_and_caches_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for model_type in ("deepseek_v3", "kimi_k2"):
-        blueprint = ModelConfig.from_dict({"model_type": model_type}).blueprint
-        blueprint.check_runs()
-        said = r"the model has latent attention \(MLA\), which tpctl does not run on GPUs yet; use --device cpu"
-        with pytest.raises(UnsupportedModelError, match=said):
-            blueprint.check_runs("cuda")
+        ModelConfig.from_dict({"model_type": model_type}).blueprint.check_runs("cuda")
     make_mixture("deepseek_v3", tmp_path / "model")
     planned = local_answer("plan model", tmp_path)
-    assert "tpctl runs the model on CPUs and not on GPUs yet, for it has latent attention (MLA)\n" in planned.out, (
-        planned
-    )
+    assert "not on GPUs" not in planned.out, planned
+    layer = AttentionSpec(6, 1, 16, 0.5, latent=12, made=11)
+    monkeypatch.setattr(select, "find_spec", lambda name: name)  # as if there were Triton
+    with pytest.raises(EngineError, match=r"flash-attn knows no latent attention, .*; use --attention-backend triton"):
+        select.make_backend("flash-attn", "cuda", torch.bfloat16, [layer], 128)
     shard_checkpoint(tmp_path / "model", tmp_path / "out", 1)
     with pytest.raises(EngineError, match=r"fp8 needs keys and values of heads, not latent attention, .*; use auto"):
         make_runner(EngineConfig(tmp_path / "out", 1, kv_cache_dtype="fp8"), TPGroup())
+
+
+@pytest.mark.parametrize(("tp_size", "step"), [(1, 64), (4, 16)])
+def test_room_for_keys_that_are_made_is_planned(tmp_path: Path, tp_size: int, step: int) -> None:
+    """And taken: six heads, cut, make 6 + 5 numbers of each of the cache's rows of 16."""
+    make_mixture("deepseek_v3", tmp_path / "model")
+    metadata = read_metadata(str(tmp_path / "model"))
+    sizes = ModelSizes(ModelConfig.load(tmp_path / "model"), metadata, None)
+    heads = [2, 2, 1, 1] if tp_size == 4 else [6]
+    for rank, count in enumerate(heads):
+        tokens = min(8 * step, step + 128)
+        assert sizes.unpacked_bytes(tp_size, rank, step, 128) == 4 * tokens * (16 + 11 * count)

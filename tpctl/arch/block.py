@@ -44,6 +44,9 @@ class Attention:
         shared: later layers read its keys and values.
     """
 
+    kind: ClassVar[str] = "attention"
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
     qkv: Linear
     out: Linear
     num_heads: int
@@ -60,20 +63,6 @@ class Attention:
     value_eps: float | None = None
     reads: int | None = None
     shared: bool = False
-
-    @property
-    def runs_on(self) -> tuple[str, ...]:
-        """As of ``Mixer``."""
-        return ("cpu", "cuda") if self.kind == "attention" else ("cpu",)
-
-    @property
-    def kind(self) -> str:
-        """As of ``Mixer``."""
-        if self.reads is not None:
-            return "attention to the keys of an earlier layer"
-        if self.rope is not None and self.rope.growth is not None:
-            return "attention that scales queries by their position"
-        return "attention" if self.value_eps is None else "attention that norms its values"
 
     @property
     def held(self) -> str:

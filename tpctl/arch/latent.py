@@ -45,13 +45,18 @@ class LatentSizes:
         """Numbers that the cache keeps of a token: the latent vector, normed, and the shared key, rotated."""
         return self.kv_rank + self.rope
 
+    @property
+    def made(self) -> int:
+        """Numbers that a head makes of a latent vector: a key without RoPE, and a value."""
+        return self.nope + self.value
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttention(Mixer):
     """Latent attention, which runs. Its parts are in the order of a forward pass; what reads the hidden state may be
     one linear, stored below each other (vLLM's form)."""
 
-    runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     window: ClassVar[None] = None
     reads: ClassVar[None] = None
     rotates_part: ClassVar[bool] = True

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 class Compute:
-    """Plain torch, and on CPUs oneDNN's packed weights."""
+    """Plain torch, and on CPUs oneDNN's packed weights.
+
+    Attributes:
+        merges: whether weights that read the same rows are multiplied at once where they can be.
+    """
+
+    merges = False
 
     def __init__(self, group: TPGroup) -> None:
         self.group = group

@@ -79,6 +79,8 @@ class CudaCompute(Compute):
         facts: what the device is; read from it by default.
     """
 
+    merges = True
+
     def __init__(self, group: TPGroup, peers: PeerBuffer | None = None, facts: GpuFacts | None = None) -> None:
         super().__init__(group)
         self.peers = peers

@@ -17,6 +17,8 @@ How the product is computed is the ``Weight``'s matter (``layers.weights``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -101,6 +103,33 @@ class ReplicatedLinear(Layer):
     def runs(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """The same, or runs of the input apart, [S, T, out_features], for kernels that add them up as they read."""
         return self.matrix.runs(x, self.bias, norm)
+
+
+class MergedLinear:
+    """Linears of the same rows as one: ``y`` is what they give, beside each other."""
+
+    def __init__(self, matrix: Weight, bias: Tensor | None) -> None:
+        self._matrix, self._bias = matrix, bias
+
+    def __call__(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """``x``: [T, in_features], ``norm`` still to be applied."""
+        return self._matrix.linear(x, self._bias, norm)
+
+
+def merged(linears: Sequence[ReplicatedLinear], device: WeightMaker) -> MergedLinear | None:
+    """Linears of the same rows as one, after loading, where all are dense; their weights become views of that one's."""
+    if len(linears) < 2 or not all(one.held.is_dense for one in linears):
+        return None
+    weight = torch.cat([one.weight for one in linears])
+    bias = None
+    if any(one.bias is not None for one in linears):
+        bias = torch.cat([weight.new_zeros(one.out_features) if one.bias is None else one.bias for one in linears])
+    first = 0
+    for one in linears:
+        one.weight = nn.Parameter(weight[first : first + one.out_features], requires_grad=False)
+        one.use(device)
+        first += one.out_features
+    return MergedLinear(device.weight(weight), bias)
 
 
 class NumbersLinear(ReplicatedLinear):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ class RotaryTable:
             return None
         beta, length = self.config.growth
         return 1 + beta * torch.log(1 + torch.floor(positions_T / length))
+
+    @cached_property
+    def growths(self) -> Tensor | None:
+        """float32 [max_positions]: ``growth`` of every position."""
+        return self.growth(torch.arange(self.max_positions, device=self.cos.device))
 
     def offset(self, num_tokens: int) -> int:
         """The first row of the table that rotates all keys of a sequence of ``num_tokens`` tokens."""

@@ -26,8 +26,7 @@ from tpctl.arch.held import HeldLinear, Hold
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV
-from tpctl.layers.attention.latent import LatentAttention
-from tpctl.layers.attention.sdpa_latent import SdpaLatentBackend
+from tpctl.layers.attention.latent import LatentAttention, LatentBackend
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.delta_net.layer import DeltaNet
@@ -98,7 +97,7 @@ class DecoderLayer(Layer):
             self.self_attn = Attention(mixer, hold, backend, rotary, group, dtype)
             return self.self_attn
         if isinstance(mixer, latent.LatentAttention):
-            assert isinstance(backend, SdpaLatentBackend)
+            assert isinstance(backend, LatentBackend) and rotary is not None
             return LatentAttention(mixer, hold, backend, rotary, group, self, dtype)
         assert isinstance(mixer, delta_net.DeltaNet), mixer
         self.linear_attn = DeltaNet(mixer, hold, group, dtype)
@@ -119,6 +118,11 @@ class DecoderLayer(Layer):
         norm = RMSNorm.of(made_of, dtype)
         self.add_module(made_of.name, norm)
         return norm
+
+    def use(self, compute: Compute) -> None:
+        """Once, when the linears are as ``compute`` multiplies them."""
+        if compute.merges and isinstance(self._mixer[0], LatentAttention):
+            self._mixer[0].merge(compute)
 
     def forward(
         self,
@@ -233,6 +237,8 @@ class Decoder(Layer):
         for module in self.modules():
             if isinstance(module, ReplicatedLinear | Stacks | DeltaNet):
                 module.use(compute)
+        for layer in self.model.layers:
+            layer.use(compute)
 
     def forward(self, batch: ForwardBatch, kv: Sequence[LayerKV | LayerState], rows: Tensor | None = None) -> Tensor:
         """This rank's slice of the logits, in the model's dtype.

@@ -19,6 +19,7 @@ from tpctl.accounting import (
     KvNeed,
     gathered_logits,
     kv_need,
+    latent_room,
     layer_pools,
     layout_of,
     pools_of,
@@ -32,6 +33,7 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import state_sizes
 from tpctl.arch.growth import growth as growth_of
+from tpctl.arch.latent import LatentAttention
 from tpctl.arch.linear import Linear
 from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import (
@@ -263,7 +265,13 @@ class ModelSizes:
         return "packed" if packs else "model"
 
     def unpacked_bytes(self, tp_size: int, rank: int, tokens: int, max_model_len: int) -> int:
-        """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is not as it is."""
+        """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is not as it is, or
+        holds vectors that keys and values are made of."""
+        latent = next((one for one in self._mixers if isinstance(one, LatentAttention)), None)
+        if latent is not None:
+            heads = len(latent.shares(tp_size)[rank].query)
+            room = latent_room(tokens, max_model_len, latent.kept, heads * latent.sizes.made)
+            return (room.read + room.made) * self._itemsize
         if self.kv_form == "model":
             return 0
         kept = unpacked_tokens(tokens, max_model_len) + tokens  # some blocks are not full

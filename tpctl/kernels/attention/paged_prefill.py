@@ -210,7 +210,9 @@ def prefill_config(
     """The tuned configuration for new tokens of so many sequences, made smaller where it takes more than ``limit``
     bytes of shared memory (wide heads, small devices). itemsize: bytes of an element."""
     if itemsize == 4:
-        config = PrefillConfig(32, 32, 4, 1)
+        config = PrefillConfig(32 if head_dim <= 256 else 16, 32, 4, 1)
+    elif head_dim > 256:  # sums of 64 x 512 are half of all registers
+        config = PrefillConfig(64, 32, 8, 2)
     elif num_tokens <= max(512, 64 * num_seqs):  # short chunks: do not pad them far
         config = PrefillConfig(64, 64, 4, 2)
     else:

@@ -28,11 +28,13 @@ def _rope_cache_kernel(
     q_weight_ptr,
     k_weight_ptr,
     sums_ptr,
+    growth_ptr,
     qkv_stride,
     split_stride,
     eps,
     q_size,
     k_size,
+    value_eps,
     SPLITS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -42,6 +44,9 @@ def _rope_cache_kernel(
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,  # 0: none; 1: over each head; 2: over all heads of all ranks, by their sums of squares
     UNIT_OFFSET: tl.constexpr,
+    VALUE_NORM: tl.constexpr,  # values are normed, each head and without weights; with NORM 1
+    KEYS_AS_VALUES: tl.constexpr,  # a row has no values: they are its keys, as they are projected
+    GROWTH: tl.constexpr,  # queries are multiplied by a factor of their position
     HEADS: tl.constexpr,  # heads per program
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,  # 0 when the whole head is rotated
@@ -72,10 +77,12 @@ def _rope_cache_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    at_head = head
+    source = head
     if GATED:
-        at_head += tl.minimum(head, NUM_HEADS)
-    row = qkv_ptr + token * qkv_stride + at_head[:, None] * HEAD_DIM
+        source += tl.minimum(head, NUM_HEADS)
+    if KEYS_AS_VALUES:
+        source -= tl.where(is_v, NUM_KV_HEADS, 0)
+    row = qkv_ptr + token * qkv_stride + source[:, None] * HEAD_DIM
     mask = exists[:, None] & in_half[None, :]
     dim1, dim2 = half, HALF + half
     at1, at2 = dim1[None, :], dim2[None, :]
@@ -103,6 +110,11 @@ def _rope_cache_kernel(
         else:
             mean = tl.where(is_q, tl.load(sums_ptr + token * 2) / q_size, tl.load(sums_ptr + token * 2 + 1) / k_size)
         scale = tl.rsqrt(mean + eps)[:, None]
+        if VALUE_NORM:
+            value_scale = tl.rsqrt(mean + value_eps)[:, None]
+            raw1, raw2 = (x1 * value_scale).to(dtype), (x2 * value_scale).to(dtype)
+            if BLOCK_REST > 0:
+                raw3 = (x3 * value_scale).to(dtype)
         weight = _norm_weight(q_weight_ptr, k_weight_ptr, head, is_q, is_k, dim1, in_half, NUM_HEADS, HEAD_DIM, NORM)
         x1 = _weighted(x1 * scale, weight, dtype, UNIT_OFFSET)
         weight = _norm_weight(q_weight_ptr, k_weight_ptr, head, is_q, is_k, dim2, in_half, NUM_HEADS, HEAD_DIM, NORM)
@@ -116,6 +128,11 @@ def _rope_cache_kernel(
         y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     else:
         y1, y2 = x1, x2
+    if GROWTH:
+        growth = tl.where(is_q, tl.load(growth_ptr + position), 1.0)[:, None]
+        y1, y2 = y1 * growth, y2 * growth
+        if BLOCK_REST > 0:
+            x3 *= growth
     y1 = tl.where(rotated[:, None], y1.to(dtype), raw1)
     y2 = tl.where(rotated[:, None], y2.to(dtype), raw2)
 
@@ -215,30 +232,34 @@ def rope_cache(
     over_all: NormedOverAll | None = None,
     interleaved: bool = False,
     gated: bool = False,
+    growth: torch.Tensor | None = None,
+    value_eps: float | None = None,
+    held: str = "qkv",
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Optional QK-norm, rotary embedding, and the write of keys and values into the paged cache.
 
-    qkv_TF: [T, (N + 2K) * D], rows [q | k | v], columns contiguous, or the runs [S, T, (N + 2K) * D] of
-    `split_linear`, which are summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D], contiguous, in qkv's
-    dtype; or, with exponents for factors, packed (`packed_kv`), which takes heads that are rotated whole; or, with
-    scales, in FP8 (`fp8_kv`).
+    qkv_TF: [T, (N + 2K) * D], rows [q | k | v] (or what is `held` of them: without v keys are values, as they are
+    projected; queries alone write nothing), columns contiguous, or the runs [S, T, ..] of `split_linear`, which are
+    summed and rounded first. k_cache, v_cache: [num_blocks, B, K, D], contiguous, in qkv's dtype; or, with exponents
+    for factors, packed (`packed_kv`), of heads that are rotated whole; or, with scales, in FP8 (`fp8_kv`).
     cos_sin: two float32 tables [max_position, rotary_dim / 2], rotary_dim <= D; None: nothing is rotated.
     positions_T: int64 [T]. slot_mapping_T: int64 [T]; slot = block * B + offset; -1 writes nothing. pdl: neither is
-    written by the kernel before. q_norm, k_norm (both or neither; `unit_offset`: Gemma's 1 + weight): RMSNorm weights
-    [D] of each query and key head, or, with `over_all`, [N * D] and [K * D] of all heads at once.
-    Rotation is transformers' `rotate_half`, computed in float32 and rounded once. interleaved: pairs are neighbours;
-    the rotated dimensions of queries and keys are then [first of each pair, second of each pair].
-    gated: rows are [N times a query and its gate | k | v], the gates unused (`head_gates`).
-    Returns the rotated queries [T, N, D] in qkv's dtype.
+    written by the kernel before. q_norm, k_norm (of what is held; `unit_offset`: Gemma's 1 + weight): RMSNorm weights
+    [D] of each query and key head, or, with `over_all`, [N * D] and [K * D] of all heads at once. value_eps: of a norm
+    of values without weights, beside those. Rotation is transformers' `rotate_half`, computed in float32 and rounded
+    once. interleaved: pairs are neighbours; what is rotated is then [first of each pair, second of each pair].
+    growth: float32 [max_position], by which queries are multiplied. gated: behind each query lies its gate, which is
+    unused (`head_gates`). Returns the queries, [T, N, D] in qkv's dtype.
     """
     qkv_STF = as_runs(qkv_TF)
     splits, num_tokens, _ = qkv_STF.shape
     num_kv_heads, block_size = k_cache.shape[2], 0
     if factors is not None:
         num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    head_dim = qkv_TF.shape[-1] // (num_heads * (1 + gated) + 2 * num_kv_heads)
+    num_kv_heads *= held != "q"
+    head_dim = qkv_TF.shape[-1] // (num_heads * (1 + gated) + (len(held) - 1) * num_kv_heads)
     half = head_dim // 2 if cos_sin is None else cos_sin[0].shape[1]
     unread = qkv_TF  # what stands for tensors that are not there
     cos, sin = (unread, unread) if cos_sin is None else cos_sin
@@ -263,11 +284,13 @@ def rope_cache(
         unread if q_norm is None else q_norm,
         unread if k_norm is None else k_norm,
         sums,
+        unread if growth is None else growth,
         qkv_STF.stride(1),
         qkv_STF.stride(0),
         eps,
         float(q_size),
         float(k_size),
+        value_eps or 0.0,
         SPLITS=splits,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -277,6 +300,9 @@ def rope_cache(
         INTERLEAVED=interleaved,
         NORM=0 if q_norm is None else 1 if over_all is None else 2,
         UNIT_OFFSET=unit_offset,
+        VALUE_NORM=value_eps is not None,
+        KEYS_AS_VALUES=held == "qk",
+        GROWTH=growth is not None,
         HEADS=heads,
         BLOCK_HALF=next_power_of_2(half),
         BLOCK_REST=next_power_of_2(rest) if rest > 0 else 0,
@@ -305,20 +331,29 @@ def rope_cache_reference(
     unit_offset: bool = False,
     over_all: NormedOverAll | None = None,
     interleaved: bool = False,
+    growth: torch.Tensor | None = None,
+    value_eps: float | None = None,
+    held: str = "qkv",
 ) -> torch.Tensor:
     """`rope_cache` in plain torch; writes the caches too."""
     num_tokens = qkv_TF.shape[0]
     num_kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
-    q, k, v = qkv_TF.view(num_tokens, -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if q_norm is not None and k_norm is not None:
-        q_mean, k_mean = None, None
-        if over_all is not None:
-            q_mean, k_mean = over_all.sums_T2[:, 0] / over_all.q_size, over_all.sums_T2[:, 1] / over_all.k_size
-        q = _normed_reference(q, q_norm, eps, unit_offset, q_mean)
-        k = _normed_reference(k, k_norm, eps, unit_offset, k_mean)
+    heads = qkv_TF.view(num_tokens, -1, head_dim)
+    q, k, v = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads], heads[:, -num_kv_heads:]
+    if value_eps is not None:
+        v = _normed_reference(v, torch.ones_like(v[0, 0]), value_eps, False, None)
+    q_mean, k_mean = None, None
+    if over_all is not None:
+        q_mean, k_mean = over_all.sums_T2[:, 0] / over_all.q_size, over_all.sums_T2[:, 1] / over_all.k_size
+    q = q if q_norm is None else _normed_reference(q, q_norm, eps, unit_offset, q_mean)
+    k = k if k_norm is None else _normed_reference(k, k_norm, eps, unit_offset, k_mean)
     if cos_sin is not None:
         cos, sin = (table[positions_T][:, None, :] for table in cos_sin)
         q, k = (_rotated_reference(one, cos, sin, interleaved) for one in (q, k))
+    if growth is not None:
+        q = (q.float() * growth[positions_T][:, None, None]).to(q.dtype)
+    if held == "q":
+        return q
     kept = slot_mapping_T >= 0
     k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping_T[kept]] = k[kept]
     v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping_T[kept]] = v[kept]

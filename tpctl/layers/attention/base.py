@@ -31,6 +31,7 @@ class AttentionSpec:
         softcap: a scaled score s becomes softcap * tanh(s / softcap) before the softmax.
         sinks: a score of each query head joins its softmax, and no value goes with it.
         latent: values are the first so many numbers of keys, and no others are kept (latent attention).
+        made: numbers that a head's key and value take where they are made of latent vectors.
         shared: later layers, which keep none of their own, attend to its keys and values.
     """
 
@@ -42,6 +43,7 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     latent: int | None = None
+    made: int = 0
     shared: bool = False
 
     @property

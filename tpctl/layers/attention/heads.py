@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,23 @@ class HeadPreparation:
     value_eps: float | None = None
     held: str = "qkv"
     gated: bool = False
+
+    @cached_property
+    def of_kernels(self) -> dict[str, Any]:
+        """What ``kernels.attention.rope_cache`` takes of it."""
+        rotary, q_norm, k_norm = self.rotary, self.q_norm, self.k_norm
+        return {
+            "cos_sin": None if rotary is None else (rotary.cos, rotary.sin),
+            "q_norm": None if q_norm is None else q_norm.weight,
+            "k_norm": None if k_norm is None else k_norm.weight,
+            "eps": 1e-6 if q_norm is None else q_norm.eps,
+            "unit_offset": q_norm is not None and q_norm.unit_offset,
+            "interleaved": rotary is not None and rotary.interleaved,
+            "growth": None if rotary is None else rotary.growths,
+            "value_eps": self.value_eps,
+            "held": self.held,
+            "gated": self.gated,
+        }
 
     def queries(self, q: Tensor, num_heads: int, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries alone, [T, N * D] -> [T, N, D], normed and rotated."""

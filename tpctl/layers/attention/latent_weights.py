@@ -15,6 +15,8 @@ Letters: S sequences or tokens, L keys, N heads of this rank, R, P, Q, V as abov
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,30 @@ from torch import Tensor
 from tpctl.arch.held import HeldLinear
 from tpctl.arch.latent import LatentSizes
 from tpctl.layers.linear import NumbersLinear
+from tpctl.layers.norm import RMSNorm
+from tpctl.layers.rotary import RotaryTable, apply_rotary
+
+
+@dataclass(frozen=True)
+class LatentPreparation:
+    """What happens to queries, latent vectors and the shared key between their projections and attention."""
+
+    sizes: LatentSizes
+    norm: RMSNorm
+    rotary: RotaryTable
+
+    def __call__(self, q: Tensor, kept_TC: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries [T, N, P + Q], rotated, and what the cache keeps, [T, 1, R + Q]; of what is projected, [T, N * (P +
+        Q)] and [T, R + Q]. angles: what ``rotary`` gives for the tokens."""
+        one = self.sizes
+        q_TND = q.view(len(q), -1, one.key)
+        q_TND = torch.cat((q_TND[..., : one.nope], self._rotated(q_TND[..., one.nope :], angles)), dim=-1)
+        latent_TR, shared_TQ = torch.split(kept_TC, [one.kv_rank, one.rope], dim=-1)
+        shared_T1Q = self._rotated(shared_TQ.unsqueeze(1), angles)
+        return q_TND, torch.cat((self.norm(latent_TR).unsqueeze(1), shared_T1Q), dim=-1)
+
+    def _rotated(self, x_TND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return apply_rotary(x_TND, *angles, interleaved=self.rotary.interleaved)
 
 
 class LatentUp(NumbersLinear):
@@ -36,13 +62,14 @@ class LatentUp(NumbersLinear):
     def num_heads(self) -> int:
         return self.out_features // (self.sizes.nope + self.sizes.value)
 
-    def absorbs(self, new: int, length: int) -> bool:
-        """Whether ``new`` queries at the end of ``length`` keys take fewer products absorbed."""
+    def absorbs(self, *prompts: tuple[int, int]) -> bool:
+        """Whether ``prompts``, of each how many queries at the end of how many keys, take fewer products absorbed."""
         one = self.sizes
-        pairs = new * (length - new) + new * (new + 1) // 2
+        pairs = sum(new * (length - new) + new * (new + 1) // 2 for new, length in prompts)
+        queries, keys = (sum(counts) for counts in zip(*prompts, strict=True))
         each = one.kv_rank * (one.nope + one.value)
-        absorbed = pairs * (2 * one.kv_rank + one.rope) + new * each
-        return absorbed < pairs * (one.nope + one.rope + one.value) + length * each
+        absorbed = pairs * (2 * one.kv_rank + one.rope) + queries * each
+        return bool(absorbed < pairs * (one.nope + one.rope + one.value) + keys * each)
 
     def absorb(self, q_SND: Tensor) -> Tensor:
         """Queries [S, N, P + Q], rotated -> [S, N, R + Q], whose products with what the cache keeps are the scores."""

@@ -109,28 +109,25 @@ class PagedBackend(AttentionBackend[PlanT]):
         from tpctl.kernels.attention.rope_cache import rope_cache
         from tpctl.kernels.common.launch import early_launch
 
-        batch, rotary, q_norm, k_norm = plan.batch, prepare.rotary, prepare.q_norm, prepare.k_norm
-        pdl = early_launch(batch.num_tokens, qkv.device)
+        pdl = early_launch(plan.batch.num_tokens, qkv.device)
         q_TND = rope_cache(
             qkv,
             kv.k,
             kv.v,
-            None if rotary is None else (rotary.cos, rotary.sin),
-            batch.rope_positions,
-            batch.pools[kv.pool].slot_mapping,
-            kv.spec.num_heads,
+            positions_T=plan.batch.rope_positions,
+            slot_mapping_T=plan.batch.pools[kv.pool].slot_mapping,
+            num_heads=kv.spec.num_heads,
             factors=kv.factors,
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
-            eps=1e-6 if q_norm is None else q_norm.eps,
-            unit_offset=q_norm is not None and q_norm.unit_offset,
             over_all=None if prepare.over_all is None else _squares(qkv, kv.spec, prepare.over_all, pdl),
-            interleaved=rotary is not None and rotary.interleaved,
-            gated=prepare.gated,
             pdl=pdl,
+            **prepare.of_kernels,
         )
         found = self.attend_cached(q_TND, kv, plan, sinks_N)
         return head_gates(found, qkv, kv.spec.head_dim, pdl=pdl) if prepare.gated else found
+
+    def run_again(self, q: Tensor, prepare: HeadPreparation, kv: LayerKV, plan: PlanT) -> Tensor:
+        """[T, N * D]: attention of queries [T, N * D] to what an earlier layer has stored, in ``kv``."""
+        return self.run(q, prepare, kv, plan)
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: PlanT) -> None:
         for new_TKD, cache in ((k_TKD, kv.k), (v_TKD, kv.v)):

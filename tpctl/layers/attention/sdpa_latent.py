@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tpctl.layers.attention.base import AttentionPlan, AttentionSpec
-from tpctl.layers.attention.latent_weights import LatentUp
+from tpctl.layers.attention.latent_weights import LatentPreparation, LatentUp
 from tpctl.layers.attention.sdpa import SdpaBackend, SdpaPlan
 from tpctl.layers.attention.sdpa_cache import PagedKV, Storage
 from tpctl.layers.attention.sdpa_prompts import prefill
@@ -40,14 +40,20 @@ class SdpaLatentBackend(SdpaBackend):
         at, latents = storage, storage.rows[..., : spec.latent]
         return LatentKV(spec, at.rows, latents, at.blocks, at.cells, at.first, at.empty_id, at.layer, pool=pool)
 
-    def run_latent(self, q_TND: Tensor, kept_T1C: Tensor, kv_b: LatentUp, kv: object, plan: AttentionPlan) -> Tensor:
-        """[T, N * V]: attention of one layer.
-
-        Args:
-            q_TND: [T, N, P + Q], rotated.
-            kept_T1C: [T, 1, R + Q], what the cache keeps of the new tokens.
-        """
+    def run_latent(
+        self,
+        q: Tensor,
+        kept_TC: Tensor,
+        prepare: LatentPreparation,
+        kv_b: LatentUp,
+        kv: object,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """As of ``LatentBackend``."""
         assert isinstance(kv, LatentKV) and isinstance(plan, SdpaPlan)
+        angles = plan.angles(prepare.rotary, q.dtype)
+        assert angles is not None
+        q_TND, kept_T1C = prepare(q, kept_TC, angles)
         self.write(kept_T1C, kv, plan)
         decodes = plan.batch.num_decodes
         out_TNV = q_TND.new_empty(*q_TND.shape[:2], kv_b.sizes.value)
@@ -67,7 +73,7 @@ class SdpaLatentBackend(SdpaBackend):
     ) -> None:
         """The last T / S of each sequence's L tokens, written to ``out_TNV``."""
         count, length, _ = kept_SLC.shape
-        if kv_b.absorbs(len(q_TND) // count, length):
+        if kv_b.absorbs((len(q_TND) // count, length)):
             sums_TNR = q_TND.new_empty(*q_TND.shape[:2], kv_b.sizes.kv_rank)
             kept_S1LC = kept_SLC.unsqueeze(1)
             prefill(kv_b.absorb(q_TND), kept_S1LC, kept_S1LC[..., : spec.latent], spec, plan.causal_biases, sums_TNR)

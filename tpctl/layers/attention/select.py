@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tpctl.accounting import PACKED_HEAD_DIMS, KeptLayer, KvForm, layer_pools
+from tpctl.accounting import PACKED_HEAD_DIMS, KeptLayer, KvForm, LayerPools, layer_pools
 from tpctl.errors import EngineError
 from tpctl.layers.attention.base import AttentionBackend, AttentionSpec
 
@@ -87,7 +87,7 @@ def make_backend(
     if kind.slides and ranks is not None and longest is not None:
         pools = layer_pools(ranks, longest, form)
     if any(spec.latent is not None for spec in layers):
-        from tpctl.layers.attention.sdpa_latent import SdpaLatentBackend as kind
+        return _latent(chosen, dtype, layers, size, pools)
     if form == "model":
         return kind(layers, size, pools=pools)
     if chosen == "sdpa":
@@ -97,6 +97,21 @@ def make_backend(
     from tpctl.layers.attention.triton import TritonBackend
 
     return TritonBackend(layers, size, form, pools)
+
+
+def _latent(
+    chosen: str, dtype: torch.dtype, layers: Sequence[AttentionSpec], size: int, pools: LayerPools | None
+) -> AttentionBackend[Any]:
+    """The backend of a model with latent attention. Raises ``EngineError``."""
+    if chosen == "sdpa":
+        from tpctl.layers.attention.sdpa_latent import SdpaLatentBackend
+
+        return SdpaLatentBackend(layers, size, pools)
+    if chosen == "flash-attn":
+        raise EngineError("flash-attn knows no latent attention, which this model has; use --attention-backend triton")
+    from tpctl.layers.attention.triton_latent import TritonLatentBackend
+
+    return TritonLatentBackend(layers, size, pools, dtype)
 
 
 def _kv_form(

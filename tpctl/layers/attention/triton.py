@@ -232,7 +232,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
         assert batch.seq_lens_S is not None
         if self._side is None and q_TND.is_cuda:
             self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
-        with _on_stream(self._side):
+        with on_stream(self._side):
             self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
         self.decode(q_TND, kv, batch.pools[kv.pool].block_tables, batch.seq_lens_S, plan, out_TND, sinks_N)
         if self._side is not None:
@@ -289,7 +289,7 @@ def _reads_all(spec: AttentionSpec) -> bool:
 
 
 @contextmanager
-def _on_stream(side: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(side: torch.cuda.Stream | None) -> Iterator[None]:
     """Launch on ``side``, behind what the current stream holds; ``None``: on the current one."""
     if side is None:
         yield

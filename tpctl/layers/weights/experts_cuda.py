@@ -22,7 +22,7 @@ from tpctl.kernels.experts.one_row import one_row
 from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import DenseWeight
-from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Stack
+from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Scaled, Stack
 from tpctl.layers.weights.kernels import GpuFacts, StepState, normed
 
 
@@ -66,7 +66,7 @@ class CudaExperts(ExpertWeights):
         outlet = state.sums if partial and state.sends else None
         shared = _plain(parts)
         alone = len(rows.x) == 1 and self._facts.takes(rows.x)
-        if alone and self._plain and (parts.shared is None or shared is not None):
+        if alone and self._plain and parts.scaled is None and (parts.shared is None or shared is not None):
             return one_row(
                 rows.x,
                 _router(parts),
@@ -95,6 +95,8 @@ class CudaExperts(ExpertWeights):
     def _routed(self, rows: Rows, parts: MixtureParts) -> Routed:
         """Few rows in one launch; so are all in float32, where a choice must not depend on the batch."""
         count = len(rows.x)
+        if parts.scaled is not None:
+            return self._scaled(rows, parts, parts.scaled)
         if count <= GATE_ROWS:
             return self._gated(rows, parts)
         if rows.x.dtype != torch.float32:
@@ -104,6 +106,14 @@ class CudaExperts(ExpertWeights):
         x, ids, weights = (torch.cat([piece[i] for piece in pieces]) for i in range(3))  # type: ignore[misc]
         factors = [piece.factors for piece in pieces if piece.factors is not None]
         return Routed(x, ids, weights, torch.cat(factors) if factors else None)
+
+    def _scaled(self, rows: Rows, parts: MixtureParts, scaled: Scaled) -> Routed:
+        """Where the router reads what the experts do before its norm."""
+        assert parts.factors is not None
+        x = rows.x if rows.norm is None else normed(rows.x, rows.norm, self._state)
+        logits = scaled(rows.x) @ parts.gate.float().t()
+        ids, weights = route(logits, parts.routing, parts.per_token, parts.correction, pdl=self._state.pdl)
+        return Routed(x, ids, weights * parts.factors.float()[ids.long()])
 
     def _gated(self, rows: Rows, parts: MixtureParts) -> Routed:
         return gate(rows.x, _router(parts), self._scratch, **_norm(rows), pdl=self._state.pdl)
