@@ -14,6 +14,7 @@ from functools import cached_property
 from tpctl.arch.block import Block, Experts, Layer, LayerPart, Mixer, linears
 from tpctl.arch.latent import Attending
 from tpctl.arch.linear import Linear, Norm
+from tpctl.arch.predictor import Predictor
 from tpctl.errors import UnsupportedModelError
 from tpctl.partition.cuts import Vocab
 from tpctl.partition.split import Part, Rule, TensorSplit
@@ -35,8 +36,10 @@ class Blueprint:
         logit_softcap: as of ``Attention``, for the logits.
         prefix: of a layer's names, with its number in place of ``{}``.
         unused: names, less the layer's prefix, that a checkpoint may hold in any layer and nobody reads.
-        left_out: patterns of names of what is beside the model (layers that predict more tokens); no rank has them, and
-            ``merge`` gives them back.
+        further: a layer that a checkpoint may have beside the model, which predicts one token more. ``predictor``: the
+            same, where the checkpoint has it (``source_plan.as_held``).
+        left_out: patterns of names of what else is beside the model (further such layers, and one of which something is
+            missing); no rank has them, and ``merge`` gives them back.
         towers: patterns of names of what sees or hears; the same, for somebody who wants the text model alone.
         roots: what a checkpoint may have in place of ``model.`` before its names.
         beside: what stands beside the embedding, before the layers; names are whole.
@@ -56,6 +59,8 @@ class Blueprint:
     logit_softcap: float | None = None
     prefix: str = "model.layers.{}."
     unused: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    further: Predictor | None = None
+    predictor: Predictor | None = None
     left_out: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
     roots: tuple[str, ...] = (ROOT,)
@@ -106,6 +111,12 @@ class Blueprint:
         yield from self.norm.splits()
         head = vocab if self.tied else replace(vocab, source=self.head)
         yield TensorSplit(self.stored_name(self.head), Rule.VOCAB, (head,), others=(self.hidden_size,))
+        if self.predictor is not None:
+            yield from self.predictor.splits()
+
+    def without_predictor(self) -> Blueprint:
+        """The same, whatever checkpoints have beside the model."""
+        return replace(self, further=None, predictor=None)
 
     def stored_name(self, name: str) -> str:
         """What ``name``, the embedding's or the head's, is called in a shard."""
@@ -150,14 +161,20 @@ class Blueprint:
             if (held := renamed(prefix + name, root)) in names
         }
 
-    def _linears(self, names: Container[str]) -> Iterator[tuple[str, str, Linear]]:
-        """Every linear, with what stands before its names here, and the root of ``names``."""
-        root = self.root(names)
-        for part in self.beside:
-            yield from (("", root, linear) for linear in linears(part))
+    def placed(self) -> Iterator[tuple[str, str, LayerPart]]:
+        """Every part of a layer or beside the layers, behind what stands before its names in a shard, and what does in
+        a checkpoint whose root is ``model.``"""
+        yield from (("", "", part) for part in self.beside)
         for number, layer in enumerate(self.layers):
             prefix = self.prefix.format(number)
-            yield from ((prefix, root, linear) for part in layer.parts for linear in linears(part))
+            yield from ((prefix, prefix, part) for part in layer.parts)
+        if self.predictor is not None:
+            yield from self.predictor.placed()
+
+    def _linears(self, names: Container[str]) -> Iterator[tuple[str, str, Linear]]:
+        """Every linear, with what stands before its names in a checkpoint, and the root of ``names``."""
+        root = self.root(names)
+        yield from ((prefix, root, linear) for _, prefix, part in self.placed() for linear in linears(part))
 
     def unread(self, names: Collection[str]) -> set[str]:
         """Those of a checkpoint's ``names`` that no rank needs: RoPE's tables, a tied head's second copy, shapes of
@@ -170,7 +187,16 @@ class Blueprint:
         known |= {renamed(before + name, root) for before, _, one in self._linears(names) for name in one.unread()}
         patterns = (*self.left_out, *self.towers)
         apart = re.compile("|".join(patterns)) if patterns else None
-        return {name for name in names if name in known or (apart is not None and apart.fullmatch(name))}
+        read = (
+            set()
+            if self.predictor is None
+            else {renamed(source, root) for split in self.predictor.splits() for source in split.sources}
+        )
+        return {
+            name
+            for name in names
+            if name in known or (apart is not None and name not in read and apart.fullmatch(name))
+        }
 
     @cached_property
     def alike(self) -> Mapping[int, Sequence[int]]:
@@ -188,8 +214,10 @@ class Blueprint:
 
     @property
     def attentions(self) -> tuple[Attending, ...]:
-        """Those of the layers that keep something of every token, in order. Raises as ``check_runs``."""
-        attentions = (block.attention for block in self.blocks)
+        """Those of the layers that keep something of every token, in order, the predictor's behind them. Raises as
+        ``check_runs``."""
+        blocks = (*self.blocks, *(() if self.predictor is None else (self.predictor.block,)))
+        attentions = (block.attention for block in blocks)
         return tuple(one for one in attentions if isinstance(one, Attending) and one.reads is None)
 
     @property

@@ -104,6 +104,8 @@ class ModelConfig:
             blueprint = quantised(blueprint, scheme)
         if cutting.engine == "vllm":
             blueprint = vllm.named(model_type, blueprint)
+        if cutting.engine is not None or not cutting.predicts:
+            blueprint = blueprint.without_predictor()
         blueprint = cut_by(blueprint, cutting)
         return cls(
             model_type=model_type,

@@ -173,12 +173,20 @@ def corrected(fields: Fields, sizes: Sizes) -> Experts:
 
 
 def dense_first(fields: Fields, sizes: Sizes, mixer: Attention | Mixer) -> Blueprint:
-    """A model of DeepSeek's or GLM's kind: dense layers, then ``corrected`` ones, then those that predict more."""
+    """A model of DeepSeek's or GLM's kind: dense layers, then ``corrected`` ones, then those that predict more.
+
+    Of the latter the first is used; its embedding and its head are the model's, of which checkpoints have a second copy
+    there (DeepSeek-V3's README_WEIGHTS.md).
+    """
     experts, mlp = corrected(fields, sizes), parts.gated(sizes, parts.read_activation(fields))
     first = fields.whole("first_k_dense_replace", least=0)
     mlps = (mlp if layer < first else experts for layer in range(sizes.num_layers))
     layers = tuple(parts.block(sizes, mixer, one) for one in mlps)
-    return replace(parts.model(sizes, layers), left_out=further_layers(fields, sizes.num_layers))
+    left_out, further = further_layers(fields, sizes.num_layers), None
+    if left_out:
+        source, names = f"model.layers.{sizes.num_layers}.", ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+        further = parts.predictor(sizes, parts.block(sizes, mixer, experts), source, source, names)
+    return replace(parts.model(sizes, layers), left_out=left_out, further=further)
 
 
 def _shared(sizes: Sizes, where: str, width: int) -> Gated:

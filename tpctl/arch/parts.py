@@ -9,6 +9,7 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.family import Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.linear import Linear, Norm, Vector, below
+from tpctl.arch.predictor import Predictor
 from tpctl.arch.rope import RopeConfig
 from tpctl.errors import UnsupportedModelError, shown
 from tpctl.partition.cuts import Cut, Even, KVHeads, QueryHeads, Whole
@@ -174,6 +175,32 @@ def cut_block(sizes: Sizes, mixer: Attention | Mixer, *mlp: LayerPart) -> CutBlo
 def model(sizes: Sizes, layers: tuple[Layer, ...]) -> Blueprint:
     """A model with one norm before its head."""
     return Blueprint(sizes.vocab_size, sizes.hidden_size, layers, norm(sizes, "model.norm"), sizes.tied)
+
+
+def predictor(
+    sizes: Sizes,
+    block: Block,
+    source: str,
+    block_source: str,
+    names: tuple[str, str, str, str],
+    *,
+    unit_offset: bool = False,
+) -> Predictor:
+    """A layer that predicts one token more.
+
+    Args:
+        source, block_source: as of ``Predictor``.
+        names: in a checkpoint, of the embedding's norm, the state's, the projection and the last norm.
+        unit_offset: the norms' factor is 1 + weight.
+    """
+    stored = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    embedding, hidden, _, last = (
+        Norm(name, sizes.hidden_size, sizes.eps, unit_offset=unit_offset, source=other)
+        for name, other in zip(stored, names, strict=True)
+    )
+    outputs = (Part(names[2], sizes.hidden_size, Whole()),)
+    projection = Linear(stored[2], Rule.ROW, outputs, 2 * sizes.hidden_size, Even())
+    return Predictor(embedding, hidden, projection, block, last, source, block_source)
 
 
 def _stacked(where: str, name: str, sections: tuple[tuple[str, int, Cut], ...], fused: bool) -> tuple[Part, ...]:

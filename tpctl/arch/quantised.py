@@ -12,6 +12,7 @@ from tpctl.arch.formats.mxfp4 import MXFP4
 from tpctl.arch.formats.scheme import Scheme
 from tpctl.arch.formats.skipped import is_stack
 from tpctl.arch.linear import Linear, Weight
+from tpctl.arch.predictor import Predictor
 from tpctl.errors import PartitionError, UnsupportedModelError
 from tpctl.partition.cuts import Blocks, Cut, Dealt, Even, Scaled, Whole, Within
 from tpctl.partition.split import EACH, Rule
@@ -27,11 +28,14 @@ class Cutting:
         engine: another engine that shall load the shards, too, and has names of its own for some tensors.
         even: a border may fall inside a block that has one scale, which both sides then have, so that all ranks get
             as much; otherwise borders are where blocks end.
+        predicts: the layer that predicts one token more is cut, too, where there is one; shards of a tpctl that left it
+            out, and those for another engine, have none.
     """
 
     expert_parallel: int = 1
     even: bool = False
     engine: str | None = None
+    predicts: bool = True
 
 
 def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
@@ -63,13 +67,17 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
             storage = replace(storage, entries=tuple(entry for entry in storage if entry.name != "bias"))
         return linear if storage is None else replace(linear, storage=storage)
 
-    def layer(number: int, old: Layer) -> Layer:
-        prefix = blueprint.prefix.format(number)
+    def changed(prefix: str, old: Layer) -> Layer:
         return mapped(old, lambda part: with_linears(part, lambda linear: stored(prefix, linear)))
 
+    further = blueprint.further
+    if further is not None:
+        projection, block_source = stored(further.source, further.projection), further.block_source
+        further = further.changed(projection, lambda block: changed(block_source, block))
     return replace(
         blueprint,
-        layers=tuple(layer(number, old) for number, old in enumerate(blueprint.layers)),
+        layers=tuple(changed(blueprint.prefix.format(number), old) for number, old in enumerate(blueprint.layers)),
+        further=further,
         beside=tuple(with_linears(part, lambda linear: stored("", linear)) for part in blueprint.beside),
         unused=(*blueprint.unused, *scheme.unused),
     )
@@ -97,7 +105,13 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
     def cut(part: LayerPart) -> LayerPart:
         return part_cut(part, cutting)
 
-    return replace(blueprint, layers=tuple(mapped(layer, cut) for layer in blueprint.layers))
+    further = None if blueprint.further is None else predictor_mapped(blueprint.further, cut)
+    return replace(blueprint, layers=tuple(mapped(layer, cut) for layer in blueprint.layers), further=further)
+
+
+def predictor_mapped(predictor: Predictor, change: Callable[[LayerPart], LayerPart]) -> Predictor:
+    """``predictor`` with its projection, and each part of its block, changed."""
+    return predictor.changed(change(predictor.projection), lambda block: mapped(block, change))
 
 
 def part_cut(part: LayerPart, cutting: Cutting) -> LayerPart:
@@ -114,11 +128,15 @@ def part_cut(part: LayerPart, cutting: Cutting) -> LayerPart:
         shared = None if part.shared is None else part_cut(part.shared, cutting)
         assert shared is None or isinstance(shared, Gated)
         return replace(part, gate_up=gate_up, down=down, forms=tuple(forms), shared=shared)
+    if isinstance(part, Linear) and isinstance(part.input_cut, Even | Blocks):  # between parts, as a predictor's
+        unit, word = part.storage.inp_unit, part.storage.inp_word
+        return replace(part, input_cut=Even() if unit == 1 else Blocks(unit, word, cutting.even))
     return part
 
 
 def _linears(blueprint: Blueprint) -> Iterator[Linear]:
-    return (one for layer in blueprint.layers for part in layer.parts for one in linears(part))
+    layers = (*blueprint.layers, *(() if blueprint.further is None else (blueprint.further.block,)))
+    return (one for layer in layers for part in layer.parts for one in linears(part))
 
 
 def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:

@@ -11,8 +11,11 @@ from tpctl.arch.block import Experts, LayerPart, linears
 from tpctl.arch.blueprint import ROOT, renamed
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.foreign import check_tensors
+from tpctl.arch.formats.skipped import is_stack
 from tpctl.arch.linear import Linear
-from tpctl.arch.quantised import Cutting, mapped, part_cut, with_linears
+from tpctl.arch.predictor import Predictor
+from tpctl.arch.quantised import Cutting, mapped, part_cut, predictor_mapped, with_linears
+from tpctl.arch.storage import DENSE, FUSED
 from tpctl.errors import CheckpointError, MixedDtypesError, UnsupportedModelError, counted
 from tpctl.partition.dtypes import DTYPES, FLOATS, dtype_after_cast
 from tpctl.partition.plan import PartitionPlan, Shape
@@ -43,13 +46,15 @@ def source_splits(config: ModelConfig, names: Collection[str]) -> list[TensorSpl
     if blueprint.tied:
         embedding, head = (renamed(name, root) for name in (blueprint.embedding, blueprint.head))
         if head in names and embedding not in names:
-            splits[-1] = replace(splits[-1], parts=tuple(replace(part, source=head) for part in splits[-1].parts))
+            stored = blueprint.stored_name(blueprint.head)
+            at = next(number for number, split in enumerate(splits) if split.name == stored)
+            splits[at] = replace(splits[at], parts=tuple(replace(part, source=head) for part in splits[at].parts))
     return [split for split in splits if not split.optional or any(source in names for source in split.sources)]
 
 
 def as_held(config: ModelConfig, names: Container[str]) -> ModelConfig:
     """``config`` with its layers, and what is beside them, in the form that a checkpoint with tensors ``names`` has
-    them."""
+    them; with a predictor, if that has one."""
     blueprint = config.blueprint
     root = blueprint.root(names)
     layers = tuple(
@@ -57,7 +62,37 @@ def as_held(config: ModelConfig, names: Container[str]) -> ModelConfig:
         for number, layer in enumerate(blueprint.layers)
     )
     beside = tuple(_as_held(config.cutting, part, "", root, names) for part in blueprint.beside)
-    return replace(config, blueprint=replace(blueprint, layers=layers, beside=beside))
+    predictor = None
+    if blueprint.further is not None:
+        predictor = predictor_held(blueprint.further, config.cutting, root, names)
+    return replace(config, blueprint=replace(blueprint, layers=layers, beside=beside, predictor=predictor))
+
+
+def predictor_held(further: Predictor, cutting: Cutting, root: str, names: Container[str]) -> Predictor | None:
+    """``further`` in the form that a checkpoint with tensors ``names`` has it; ``None``: something is missing.
+
+    Some quantised checkpoints leave it in floats, all of it or its projection, and do not say so: what has no scale
+    beside it is a float.
+    """
+
+    def held(part: LayerPart) -> LayerPart:
+        source = further.source if part is further.projection else further.block_source
+        part = _as_held(cutting, part, source, root, names)
+        floats = with_linears(part, lambda linear: _unquantised(linear, source, root, names))
+        return part_cut(floats, cutting)
+
+    found = predictor_mapped(further, held)
+    splits = (_from(root, split) for split in found.splits() if not split.optional)
+    sources = (part.source.replace(EACH, "0") for split in splits for part in split.parts)
+    return found if all(source in names for source in sources) else None
+
+
+def _unquantised(linear: Linear, prefix: str, root: str, names: Container[str]) -> Linear:
+    """``linear`` in floats, if those are what a checkpoint with ``names`` has of it."""
+    source = renamed(prefix + linear.parts[0].source.replace(EACH, "0"), root)
+    plain = FUSED if is_stack(linear.parts[0].source) else DENSE
+    there = all(source + entry.suffix in names for entry in linear.storage if not entry.optional)
+    return linear if there or source + plain.entries[0].suffix not in names else replace(linear, storage=plain)
 
 
 def unread(config: ModelConfig, names: Collection[str]) -> set[str]:

@@ -62,6 +62,12 @@ def _remarks(report: FitReport) -> Iterator[str]:
         yield f"tpctl runs the model on CPUs and not on GPUs yet, for it has {report.not_on_gpus}"
     if report.beside:
         yield f"left out: {counted(report.beside, 'tensor')} of what sees or hears (`tpctl shard --text-only`)"
+    if more := max(rank.predictor_bytes for rank in report.ranks):
+        kept = max(rank.predictor_kv_bytes_per_token for rank in report.ranks)
+        yield (
+            f"a layer that predicts more tokens is cut, too: {_gib(more)} a rank, and {kept / 1024:.1f} KiB of the "
+            "cache a token, which `tpctl chat` takes where it speculates by it (on CPUs); they are not counted below"
+        )
     if report.recurrent:
         rank = max(report.ranks, key=lambda rank: rank.state_bytes)
         states = f": {_gib(rank.state_bytes // rank.states)} a rank" if rank.states else ""

@@ -49,6 +49,10 @@ MOST_RANKS = 100_000
 T = TypeVar("T")
 
 
+PREDICTOR = "mtp."
+"""Of the names of what predicts one token more (``arch.predictor``)."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A shard folder's contents. ``shards`` maps rank to shard: all of them, or those that ``--ranks`` named.
@@ -103,6 +107,11 @@ class Manifest:
         """The file's canonical text."""
         text = _text(_to_dict(self))
         return f'{text.removesuffix(_END)},\n "sha256":"{_sha256(text)}"{_END}'
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the ranks hold a layer that predicts one token more; an older tpctl has left it out."""
+        return any(name.startswith(PREDICTOR) for shard in self.shards.values() for name in shard.tensors)
 
     def shard(self, rank: int) -> Shard:
         """``rank``'s shard.

@@ -205,7 +205,8 @@ def _size(model: ModelSizes, budget: Budget, check: SizeCheck) -> SizeFit:
 
 
 def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: bool = False) -> list[RankFit]:
-    """Every rank's numbers, from a small plan; file sizes are left at 0 unless ``files`` asks for them."""
+    """Every rank's numbers, from a small plan; sizes of files, and of a predictor, are left at 0 unless ``files`` asks
+    for them."""
     alike: dict[tuple[Shape, ...], list[int]] = {}  # most ranks hold the same, which is counted once
     for rank, shard in enumerate(plan.shards):
         alike.setdefault(tuple(stored.shape for stored in shard.values()), []).append(rank)
@@ -239,6 +240,8 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
             growth_bytes=growth,
             states=states,
             state_bytes=states * slot,
+            predictor_bytes=model.predictor.nbytes(plan.tp_size, first) if files else 0,
+            predictor_kv_bytes_per_token=model.predictor.token_bytes(plan.tp_size, first, model.itemsize),
         )
         found |= {rank: replace(fit, rank=rank) for rank in (first, *others)}
     return [found[rank] for rank in range(plan.tp_size)]

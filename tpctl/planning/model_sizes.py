@@ -35,6 +35,7 @@ from tpctl.arch.delta_net import state_sizes
 from tpctl.arch.growth import growth as growth_of
 from tpctl.arch.latent import LatentAttention
 from tpctl.arch.linear import Linear
+from tpctl.arch.predictor import PREFIX
 from tpctl.arch.quantised import Cutting, cut_by
 from tpctl.arch.source_plan import (
     DEFAULT_PART_SIZE,
@@ -51,6 +52,7 @@ from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import Rule, TensorSplit, source_shapes
 from tpctl.planning.dealt import DealtBytes
+from tpctl.planning.predictor_sizes import PredictorSizes, kept_of
 from tpctl.planning.sorts import Sorts
 from tpctl.sharding.moving.parts import assign_parts, part_files
 
@@ -71,7 +73,9 @@ class ModelSizes:
         kv_cache_dtype: as the engine's.
 
     Attributes:
-        dtypes: the safetensors dtype of every stored tensor.
+        config: of the model alone, without a layer that predicts one token more.
+        predictor: of that layer.
+        dtypes: the safetensors dtype of every stored tensor, that layer's too.
         source_bytes: of the checkpoint's tensors that the model is made of.
         parameters, active_parameters: weights, whatever they are stored as; and those that a token meets.
 
@@ -88,7 +92,8 @@ class ModelSizes:
         kv_cache_dtype: str = "auto",
         cutting: Cuttings = as_usual,
     ) -> None:
-        self.config = as_held(config, metadata.tensors or ())
+        whole = as_held(config, metadata.tensors or ())
+        self.config = replace(whole, blueprint=whole.blueprint.without_predictor())
         self._cutting, self._kv_cache_dtype = cutting, kv_cache_dtype
         found = None if metadata.tensors is None else {name: info.dtype for name, info in metadata.tensors.items()}
         if metadata.tensors is not None:
@@ -97,10 +102,12 @@ class ModelSizes:
         dtypes = {split.name: _source_dtypes(split, found, DTYPES[config.dtype]) for split in splits}
         check_scaled(config, splits, dtypes)
         self.dtypes = {split.name: stored_dtype(split, dtypes[split.name], cast) for split in splits}
+        self.predictor = PredictorSizes(whole, found or (), self.dtypes, cutting)
+        splits = [split for split in splits if not split.name.startswith(PREFIX)]
         dtype_of = {source: dtype for read in dtypes.values() for source, dtype in read.items()}
         kinds = Counter((dtype_of[name], shape) for name, shape in source_shapes(splits).items())  # experts are alike
         self.source_bytes = sum(count * tensor_nbytes(*kind) for kind, count in kinds.items())
-        self._sorts = Sorts.of(config.blueprint, splits, found or ())
+        self._sorts = Sorts.of(self.config.blueprint, splits, found or ())
         self._bits: dict[str, int] = defaultdict(int)  # of one element in all layers that a name stands for
         self._times: dict[str, int] = defaultdict(int)
         for name, first in self._sorts.stands_for.items():
@@ -199,7 +206,8 @@ class ModelSizes:
         Args:
             ranks: one of each sort that ``plan``, a small one, has, since together they decide where a part ends.
         """
-        shards = [self._all_layers(plan.shards[rank]) for rank in ranks]
+        more = self.predictor.shards(plan.tp_size)
+        shards = [{**self._all_layers(plan.shards[rank]), **more[rank]} for rank in ranks]
         parts = assign_parts(shards, self.dtypes, DEFAULT_PART_SIZE)
         files = (part_files(rank, shard, self.dtypes, parts) for rank, shard in zip(ranks, shards, strict=True))
         return [sum(file.header.file_size for file in found) for found in files]
@@ -225,7 +233,7 @@ class ModelSizes:
             ranks = self._kept(tp_size)
             kinds = list(dict.fromkeys(ranks))  # most ranks keep the same
             pools = layer_pools(kinds, longest, self.kv_form)
-            found = [pools_of(kind, pools, KV_BLOCK, self._itemsize, self.kv_form) for kind in kinds]
+            found = [pools_of(kind, pools, KV_BLOCK, self.itemsize, self.kv_form) for kind in kinds]
             layout = layout_of(found, KV_BLOCK)
             needs = {kind: kv_need(one, layout) for kind, one in zip(kinds, found, strict=True)}
             self._needs[tp_size, longest] = [needs[kind] for kind in ranks]
@@ -240,18 +248,14 @@ class ModelSizes:
             if key not in heads:
                 heads[key] = [len(share.kv) for share in mixer.shares(tp_size)]
             for layers, count in zip(found, heads[key], strict=True):
-                if not keeps(mixer):
-                    continue
-                if isinstance(mixer, Attention):
-                    layers.append(KeptLayer(mixer.window, 2 * count, mixer.head_dim))
-                else:
-                    layers.append(KeptLayer(None, count, mixer.kept, whole=True))
+                if keeps(mixer):
+                    layers.append(kept_of(mixer, count))
         return [tuple(layers) for layers in found]
 
     def slot_bytes(self, tp_size: int, rank: int) -> int:
         """What recurrent layers keep of one sequence."""
         nets = state_sizes(self.config.blueprint, rank, tp_size)
-        return state_bytes((net.kept for net in nets), self._itemsize)
+        return state_bytes((net.kept for net in nets), self.itemsize)
 
     @property
     def kv_form(self) -> KvForm:
@@ -271,7 +275,7 @@ class ModelSizes:
         if latent is not None:
             heads = len(latent.shares(tp_size)[rank].query)
             room = latent_room(tokens, max_model_len, latent.kept, heads * latent.sizes.made)
-            return (room.read + room.made) * self._itemsize
+            return (room.read + room.made) * self.itemsize
         if self.kv_form == "model":
             return 0
         kept = unpacked_tokens(tokens, max_model_len) + tokens  # some blocks are not full
@@ -281,7 +285,7 @@ class ModelSizes:
         """What the engine keeps for sampling: the logits of a captured step, those that the host has a part in, all
         ranks' where they are gathered, and what the general sampler takes."""
         vocab, tp_size = plan.shape(rank, self.config.blueprint.head)[0], plan.tp_size
-        logits = sampled_rows(seqs) * vocab * self._itemsize
+        logits = sampled_rows(seqs) * vocab * self.itemsize
         return 2 * logits + gathered_logits(logits, tp_size) + sampler_bytes(seqs, tp_size * vocab)
 
     def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
@@ -291,7 +295,7 @@ class ModelSizes:
         and embeddings that layers have of their own; or at the end, when each sequence's logits [R, V] are there in the
         model's dtype and twice in float32.
         """
-        blueprint, size = self._small(self._cutting(plan.tp_size)).blueprint, self._itemsize
+        blueprint, size = self._small(self._cutting(plan.tp_size)).blueprint, self.itemsize
         widest = max(_width(part, plan.tp_size, rank) for layer in blueprint.layers for part in layer.parts)
         step = tokens * size * (3 * blueprint.hidden_size + widest + sum(table.inputs for table in self._tables))
         rows, vocab = min(seqs, tokens), plan.shape(rank, blueprint.head)[0]
@@ -299,7 +303,7 @@ class ModelSizes:
         return max(step, head)
 
     @property
-    def _itemsize(self) -> int:
+    def itemsize(self) -> int:
         return DTYPE_BITS[self.dtype] // 8
 
     @property

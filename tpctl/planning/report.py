@@ -14,7 +14,9 @@ class RankFit:
 
     A token takes ``kv_bytes_per_token`` of the KV cache, in the layers that see all tokens, and a sequence at most
     ``window_bytes`` in the others. ``kv_cache_bytes`` is what is left for the KV cache beside ``state_bytes``, which
-    ``states`` of recurrent layers take; negative where the rest alone is too much.
+    ``states`` of recurrent layers take; negative where the rest alone is too much. None of these count a layer that
+    predicts one token more, which is loaded only where it drafts tokens, and then takes ``predictor_bytes``, and
+    ``predictor_kv_bytes_per_token`` of the cache; ``file_bytes`` do.
     """
 
     rank: int
@@ -30,6 +32,8 @@ class RankFit:
     growth_bytes: int
     states: int
     state_bytes: int
+    predictor_bytes: int = 0
+    predictor_kv_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
+from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
+from tpctl.arch.source_plan import as_held
 from tpctl.checkpoint.cache import cache_root, file_name, locked
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
@@ -96,5 +98,7 @@ def _key(source: ResolvedSource, tp_size: int, dtype: str | None, groups: int, t
     # A revision pins the content; a local folder is told from another of the same name by its place.
     place = source.revision or str(source.folder.resolve())
     further = [*([groups] if groups > 1 else []), *(["text only"] if text_only else [])]
+    held = as_held(ModelConfig.load(source.folder), checkpoint.tensors)
+    further += [] if held.blueprint.predictor is None else ["predictor"]  # which was once left out
     text = repr([FORMAT_VERSION, source.id, place, files, tp_size, dtype, *further])
     return sha256(text.encode()).hexdigest()[:12]

@@ -37,8 +37,7 @@ def _model(fields: Fields, sizes: Sizes, mlp: Gated | Experts) -> Blueprint:
     mixer: dict[str, Attention | Mixer] = {LINEAR: net, FULL: qwen3_next.attention(fields, sizes, "Qwen3.5")}
     layers = (qwen3_next.block(sizes, mixer[kind], mlp) for kind in qwen3_next.kinds(fields, sizes.num_layers))
     return replace(
-        qwen3_next.model(sizes, tuple(layers)),
-        left_out=qwen3_next.LEFT_OUT,
+        qwen3_next.model(sizes, tuple(layers), qwen3_next.block(sizes, mixer[FULL], mlp)),
         towers=(r"model\.visual\..*",),
         roots=(ROOT, "model.language_model."),
     )

@@ -16,7 +16,7 @@ from tpctl.errors import UnsupportedModelError
 ARCHITECTURE = "Qwen3NextForCausalLM"
 LINEAR, FULL = "linear_attention", "full_attention"
 LEFT_OUT = (r"mtp\..*",)
-"""What predicts more tokens at once."""
+"""What predicts more tokens at once; of it one layer is used."""
 LAYERS = {
     "attention_bias": False,
     "head_dim": 256,
@@ -58,9 +58,12 @@ def block(sizes: Sizes, mixer: Attention | Mixer, mlp: Gated | Experts) -> Block
     return Block(before, mixer, after, mlp)
 
 
-def model(sizes: Sizes, layers: tuple[Block, ...]) -> Blueprint:
-    """All of them, before a norm of that kind."""
-    return replace(parts.model(sizes, layers), norm=parts.offset_norm(sizes, "model.norm"))
+def model(sizes: Sizes, layers: tuple[Block, ...], further: Block) -> Blueprint:
+    """All of them, before a norm of that kind; and one that predicts one token more."""
+    names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    predictor = parts.predictor(sizes, further, "mtp.", "mtp.layers.0.", names, unit_offset=True)
+    norm = parts.offset_norm(sizes, "model.norm")
+    return replace(parts.model(sizes, layers), norm=norm, further=predictor, left_out=LEFT_OUT)
 
 
 def describe(fields: Fields, sizes: Sizes) -> Blueprint:
@@ -73,7 +76,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         block(sizes, mixer[kind], experts if one else mlp)
         for kind, one in zip(kinds(fields, sizes.num_layers), sparse, strict=True)
     )
-    return replace(model(sizes, tuple(layers)), left_out=LEFT_OUT)
+    return model(sizes, tuple(layers), block(sizes, mixer[FULL], experts))
 
 
 FAMILY = Family(

@@ -66,8 +66,8 @@ def reshard(
 ) -> ShardReport:
     """Cut the shards in ``folder`` for ``tp_size`` ranks and publish them as ``out``.
 
-    The result is byte for byte what ``shard_checkpoint`` makes of the source at ``tp_size``. Every byte read
-    is checked against its digest.
+    The result is byte for byte what ``shard_checkpoint`` makes of the source at ``tp_size``; where ``folder`` has left
+    out a layer that predicts more tokens, so does the result. Every byte read is checked against its digest.
 
     Args:
         max_part_size: most tensor bytes in one file; as in ``folder`` by default.
@@ -89,7 +89,12 @@ def reshard(
     own = own_plan(folder, manifest)
     was = own.config.cutting
     engine = manifest.compat if compat is None else None if compat == NO_ENGINE else compat
-    cutting = replace(cutting or was, engine=engine)
+    if engine is not None and was.predicts:
+        raise UnsupportedModelError(
+            f"the ranks of {folder} hold a layer that predicts more tokens (mtp.*), which {engine} does not load as "
+            f"part of the model; shard the checkpoint itself with --compat {engine}"
+        )
+    cutting = replace(cutting or was, engine=engine, predicts=was.predicts)
     config = own.config if cutting == was else ModelConfig.load(folder, cutting)
     plan = source_plan(config, own.tensors, tp_size)
     shards = open_shards(folder, manifest, range(manifest.tp_size))

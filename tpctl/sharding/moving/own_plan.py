@@ -41,6 +41,11 @@ class OwnPlan:
     plan: PartitionPlan
 
 
+def cutting_of(manifest: Manifest) -> Cutting:
+    """How the folder was cut."""
+    return Cutting(manifest.expert_parallel, manifest.even, manifest.compat, manifest.predicts)
+
+
 def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     """The plan of ``folder``'s own config, after checking that its ``manifest`` describes nothing else.
 
@@ -59,7 +64,7 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
             raise _contradicts(path, f"the source's tensor {_short(min(twice))} is in {file} and in another file")
         tensors.update(header.tensors)
     try:
-        config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
+        config = ModelConfig.load(folder, cutting_of(manifest))
     except PartitionError as error:  # more groups of ranks than experts
         raise _contradicts(path, str(error)) from None
     try:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import checked_source_plan, second_copies
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.hub import METADATA
@@ -28,7 +27,7 @@ from tpctl.sharding.moving.files import ByteCounter, Files
 from tpctl.sharding.moving.lanes import Move
 from tpctl.sharding.moving.layout import Stored, copy_of, in_shard
 from tpctl.sharding.moving.opened import open_extra, tensor_infos
-from tpctl.sharding.moving.own_plan import refuse_older_names
+from tpctl.sharding.moving.own_plan import cutting_of, refuse_older_names
 from tpctl.sharding.moving.sources import SourceTensors
 from tpctl.sharding.moving.transfer import move_all
 
@@ -61,7 +60,7 @@ def verify_source(
     config = ModelConfig.load(source)  # of another family, it may have no experts to deal
     if manifest.model_type != config.model_type:
         raise ShardFolderError(f"{folder} is of a {manifest.model_type} model, but {source} of a {config.model_type}")
-    config = ModelConfig.load(source, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
+    config = ModelConfig.load(source, cutting_of(manifest))
     checkpoint = CheckpointFolder.open(source)
     plan = checked_source_plan(config, checkpoint.shapes, manifest.tp_size)
     tensors = SourceTensors(checkpoint, plan)

@@ -20,7 +20,7 @@ from tpctl.arch.source_plan import source_plan
 from tpctl.checkpoint.safetensors import Header, read_header, source_headers
 from tpctl.errors import CheckpointError, ShardFolderError, TpctlError
 from tpctl.manifest.file import read_manifest
-from tpctl.manifest.manifest import MANIFEST, Manifest
+from tpctl.manifest.manifest import MANIFEST, PREDICTOR, Manifest
 from tpctl.manifest.records import (
     CopiedFile,
     ManifestTensor,
@@ -118,7 +118,8 @@ def _expected(folder: Path, value: Mapping[str, Any]) -> Expected | None:
     try:
         files = [SourceFile(file["name"], file["size"], file["header"]) for file in value["source"]["files"]]
         names = {name for header in source_headers(files).values() for name in header.tensors}
-        cutting = Cutting(value.get("expert_parallel", 1), value.get("even", False), value["compat"])
+        predicts = any(name.startswith(PREDICTOR) for shard in value["shards"].values() for name in shard["tensors"])
+        cutting = Cutting(value.get("expert_parallel", 1), value.get("even", False), value["compat"], predicts)
         config = ModelConfig.load(folder, cutting)
         plan = source_plan(config, names, value["tp_size"])
         return Expected.of(config, plan, value["compat"])

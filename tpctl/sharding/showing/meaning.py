@@ -38,12 +38,9 @@ def meanings(blueprint: Blueprint) -> Mapping[str, Meaning]:
     """By the name of the stored tensor; ``blueprint`` has its experts as the checkpoint has them."""
     vocabulary = map(blueprint.stored_name, (blueprint.embedding, blueprint.head))
     found = {name: Meaning(axes=("tokens", "features")) for name in vocabulary}
-    for linear in (linear for part in blueprint.beside for linear in linears(part) if linear.rule is not Rule.VOCAB):
-        found.update(_of_linear(linear, ""))
-    for number, layer in enumerate(blueprint.layers):
-        prefix = blueprint.prefix.format(number)
-        for part in layer.parts:
-            for linear in linears(part):
+    for prefix, _, part in blueprint.placed():
+        for linear in linears(part):
+            if linear.rule is not Rule.VOCAB:  # a table of embeddings
                 found.update((prefix + name, meaning) for name, meaning in _of_linear(linear, prefix))
     return found
 
