@@ -118,6 +118,9 @@ def test_every_byte_lands_where_its_tensor_is(device: torch.device, tmp_path: Pa
         assert found[name].dtype == tensor.dtype
         assert found[name].device.type == device.type
         assert torch.equal(found[name].cpu(), tensor), name
+    some = load_files(files, device, {"long.0", "odd.2", "of another file"})
+    assert some.keys() == expected.keys() - {"long.0", "odd.2"}
+    assert torch.equal(some["odd.1"].cpu(), expected["odd.1"])
 
 
 def test_what_was_stored_is_let_go_as_it_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +138,9 @@ def test_what_was_stored_is_let_go_as_it_is_converted(monkeypatch: pytest.Monkey
 
     original = loader._replace
     monkeypatch.setattr(loader, "_replace", replace)
-    monkeypatch.setattr(device_loader, "load_files", lambda files, device: dict(stored.popitem() for _ in range(6)))
+    monkeypatch.setattr(
+        device_loader, "load_files", lambda files, device, skipped: dict(stored.popitem() for _ in range(6))
+    )
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     assert loader.load_shard(model, [], torch.device("cuda")) == 6 * 8 * 8 * 2
     assert counts == [6, 5, 4, 3, 2, 1]

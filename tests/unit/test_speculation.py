@@ -16,7 +16,16 @@ from tpctl.engine.scheduling.ngram import MOST_COMPARED, Match, NgramIndex
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.scheduling.sequence import Sequence
-from tpctl.engine.scheduling.speculation import MOST_DRAFTS, RowCost, Speculation, best_count, verified
+from tpctl.engine.scheduling.speculation import (
+    MOST_DRAFTS,
+    MOST_PREDICTED,
+    PREDICTED,
+    PredictedDrafter,
+    RowCost,
+    Speculation,
+    best_count,
+    verified,
+)
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
@@ -118,6 +127,53 @@ def test_the_count_that_gives_the_most_tokens_for_its_time() -> None:
         assert best_count(chances, cost, rows, 99) == by_hand(chances, cost, rows)
     assert best_count([1.0] * 5, RowCost(0.1, 0.1), 1, 3) == 3
     assert best_count([1.0] * 5, RowCost(0.1, 0.1), 1, 0) == 0
+
+
+def test_a_predictor_drafts_as_many_as_hold() -> None:
+    drafter = PredictedDrafter()
+    speculation = Speculation(drafter, RowCost(0.08, 0.045, 0.1), shares=PREDICTED)
+    assert (speculation.kind, speculation.ahead) == ("mtp", MOST_PREDICTED - 1)
+    sequence = Sequence("0", [3, 4, 5], SamplingParams(), 1000)
+    answer, counts = list(range(100, 900)), []
+    for step in range(200):
+        held = 4 if step < 30 else 0 if step < 80 else 2
+        length = len(sequence.token_ids)
+        coming = answer[length - 3 : length - 3 + MOST_PREDICTED]
+        wanted = speculation.wanted(sequence, length, 1)
+        drafter.keep(sequence, length, [token + (place >= held) for place, token in enumerate(coming)][:wanted])
+        drafts = speculation.drafts(sequence, 10, 1)
+        assert len(drafts) <= wanted and speculation.drafts(sequence, 1, 1) == drafts[:1]
+        came = verified(drafts, answer[length - 3 : length - 3 + len(drafts) + 1])
+        speculation.learn(sequence, drafts, came)
+        sequence.token_ids += came
+        counts.append(len(drafts))
+        assert drafter.propose(sequence, 4) is None  # those behind the last token are not known yet
+    assert counts[20:30] == [4] * 10
+    assert set(counts[60:80]) == {0}  # those that are drafted now and then are compared all the same
+    assert set(counts[180:]) == {2}
+    speculation.forget(sequence)
+    drafter.keep(sequence, len(sequence.token_ids), [])
+    assert drafter.propose(sequence, 4) is None
+
+
+def test_a_predictor_that_never_holds_is_asked_now_and_then() -> None:
+    speculation = Speculation(PredictedDrafter(), RowCost(0.08, 0.045, 0.1), shares=[0.0] * 9)
+    sequence = Sequence("0", [3, 4, 5], SamplingParams(), 1000)
+    assert [speculation.wanted(sequence, length, 1) for length in range(8, 25)] == [1, *[0] * 7] * 2 + [1]
+
+
+def test_slots_are_taken_ahead_where_some_are_free() -> None:
+    """For what a predictor keeps of its drafts; nobody gives up blocks for that."""
+    for blocks, slots in ((40, 12), (2, 8)):
+        scheduler = make(blocks, speculation=Speculation(PredictedDrafter(), FREE, shares=PREDICTED))
+        scheduler.add(Request("0", [3, 4, 5, 6, 7], SamplingParams(max_tokens=20, ignore_eos=True)))
+        for _ in range(2):
+            batch = scheduler.schedule()
+            assert batch is not None
+            sequence = batch.items[0].sequence
+            scheduler.commit(batch, [9])
+        assert (sequence.num_computed_tokens, sequence.num_slots) == (6, slots)
+        scheduler.check_integrity()
 
 
 def test_no_more_is_drafted_than_may_come() -> None:

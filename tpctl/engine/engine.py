@@ -112,10 +112,12 @@ class Engine:
         """What is asked for, where the runner computes it."""
         if self.config.speculate == "off" or not self.runner.drafts:
             return None
+        if self.runner.speculation is not None:
+            return self.runner.speculation
         return Speculation(NgramDrafter(), self.runner.row_cost, self.runner.most_rows)
 
     def info(self) -> EngineInfo:
-        return replace(self.runner.info(), speculation="off" if self.speculation is None else "ngram")
+        return replace(self.runner.info(), speculation="off" if self.speculation is None else self.speculation.kind)
 
     def stats(self) -> EngineStats:
         """Counters since the start, and how many KV blocks are free.

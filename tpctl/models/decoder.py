@@ -23,6 +23,7 @@ from tpctl.arch import block as blocks
 from tpctl.arch import delta_net, latent, linear
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.held import HeldLinear, Hold
+from tpctl.arch.predictor import BLOCK, PREFIX
 from tpctl.distributed import TPGroup
 from tpctl.layers.attention.attention import Attention
 from tpctl.layers.attention.base import AttentionBackend, AttentionPlan, LayerKV
@@ -40,6 +41,7 @@ from tpctl.layers.module import Layer, attach
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable
 from tpctl.layers.stream import ResidualStream, Rows, Together
+from tpctl.models.predictor import Predictor
 from tpctl.partition.plan import PartitionPlan
 
 
@@ -183,8 +185,9 @@ class Decoder(Layer):
     """A decoder-only transformer; parameter names are those of the shard folder.
 
     Args:
-        rotaries: each layer's table; layers that rotate alike share one.
+        rotaries: each layer's table, and the predictor's behind them; layers that rotate alike share one.
         held: the names of the tensors that the rank's shard holds; ``None``: all of the plan.
+        predicting: the predictor's own backend, where there is a predictor: its steps are others than the layers'.
 
     Attributes:
         held: what the rank has of every linear.
@@ -199,10 +202,11 @@ class Decoder(Layer):
         group: TPGroup,
         dtype: torch.dtype,
         held: Collection[str] | None = None,
+        predicting: AttentionBackend[Any] | None = None,
     ) -> None:
         super().__init__()
         self.made_of = made_of
-        self.backend = backend
+        self.backend, self.predicting = backend, predicting
         self.compute = Compute(group)
         self.held: list[HeldLinear] = []
 
@@ -212,7 +216,8 @@ class Decoder(Layer):
 
         vocab, hidden = plan.vocab_slices[group.rank], made_of.hidden_size
         layers = []
-        for layer, (block, rotary) in enumerate(zip(made_of.blocks, rotaries, strict=True)):
+        own, of_predictor = rotaries[: len(made_of.layers)], rotaries[len(made_of.layers) :]
+        for layer, (block, rotary) in enumerate(zip(made_of.blocks, own, strict=True)):
             of_layer = partial(hold, made_of.prefix.format(layer))
             layers.append(DecoderLayer(block, of_layer, backend, rotary, group, dtype))
         self.model = Backbone(
@@ -225,6 +230,11 @@ class Decoder(Layer):
         )
         if made_of.tied:
             self.tie()
+        self.mtp: Predictor | None = None
+        if (predictor := made_of.predictor) is not None:
+            assert predicting is not None
+            inner = DecoderLayer(predictor.block, partial(hold, BLOCK), predicting, of_predictor[0], group, dtype)
+            self.mtp = Predictor(predictor, partial(hold, PREFIX), inner, group, dtype)
         self._inputs = LayerInputs(made_of, partial(hold, ""), group, self, dtype) if made_of.beside else None
 
     def tie(self) -> None:
@@ -269,3 +279,15 @@ class Decoder(Layer):
             return None
         final = stream.normed(self.model.norm)
         return final if rows is None or early else final._replace(x=final.x[rows])
+
+    def predict(self, states_TH: Tensor, batch: ForwardBatch, kv: LayerKV, rows: Tensor | None = None) -> Tensor:
+        """What the predictor makes of the last states of a step's tokens (see ``Predictor.forward``).
+
+        Args:
+            states_TH: as ``final`` gives them.
+            batch: where these tokens are; its ``input_ids`` are those behind each of them.
+        """
+        assert self.mtp is not None and self.predicting is not None
+        embedded = self.compute.group.all_reduce(self.model.embed_tokens(batch.input_ids))
+        plan = self.predicting.begin(batch)
+        return self.mtp(embedded, states_TH, self.compute, batch, kv, plan, rows)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,8 @@ class _Piece:
     target: Tensor
 
 
-def load_files(files: Iterable[Path], device: torch.device) -> dict[str, Tensor]:
-    """Every tensor of ``files`` on ``device``, in its stored dtype.
+def load_files(files: Iterable[Path], device: torch.device, skipped: Container[str] = frozenset()) -> dict[str, Tensor]:
+    """Every tensor of ``files`` on ``device``, in its stored dtype, but for those whose names are ``skipped``.
 
     Raises:
         ShardFolderError: a file is no safetensors file, ends early or has a dtype that cannot be run.
@@ -57,7 +57,7 @@ def load_files(files: Iterable[Path], device: torch.device) -> dict[str, Tensor]
         for path in files:
             fd = os.open(path, os.O_RDONLY)
             opened.append(fd)
-            for name, tensor, offset in _allocate(path, device):
+            for name, tensor, offset in _allocate(path, device, skipped):
                 tensors[name] = tensor
                 flat = tensor.view(-1).view(torch.uint8)
                 for start in range(0, flat.numel(), PIECE):
@@ -69,13 +69,17 @@ def load_files(files: Iterable[Path], device: torch.device) -> dict[str, Tensor]
     return tensors
 
 
-def _allocate(path: Path, device: torch.device) -> Iterable[tuple[str, Tensor, int]]:
-    """(name, empty tensor, offset of its bytes in the file) of each tensor in a safetensors file."""
+def _allocate(
+    path: Path, device: torch.device, skipped: Container[str] = frozenset()
+) -> Iterable[tuple[str, Tensor, int]]:
+    """(name, empty tensor, offset of its bytes in the file) of each tensor in a safetensors file that is wanted."""
     try:
         header = read_header(path)
     except CheckpointError as error:
         raise ShardFolderError(str(error)) from None
     for name, info in header.tensors.items():
+        if name in skipped:
+            continue
         dtype = _DTYPES.get(info.dtype)
         if dtype is None:
             raise ShardFolderError(f"{name} in {path.name} is {info.dtype}, which cannot be run; shard it as BF16")

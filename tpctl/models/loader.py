@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from tpctl.models.decoder import Decoder
 
 
 def load_shard(
-    model: Decoder, files: Iterable[Path], device: torch.device, constants: Container[str] = frozenset()
+    model: Decoder, files: Iterable[Path], device: torch.device, skipped: Collection[str] = frozenset()
 ) -> int:
     """Give every parameter of ``model`` (built on the meta device) its tensor.
 
@@ -24,7 +24,8 @@ def load_shard(
 
     Args:
         files: this rank's safetensors files.
-        constants: names in them that are no weights but what another engine wants (``tpctl shard --compat``).
+        skipped: names in them that are not read if the model has no such parameters: what another engine wants (``tpctl
+            shard --compat``), and the predictor's, where nothing is predicted.
 
     Returns:
         How many bytes the parameters take.
@@ -45,11 +46,11 @@ def load_shard(
         del wanted[model.made_of.embedding]
     filled: set[str] = set()
     total, converted = 0, False
-    for name, tensor in _read(files, device):
+    for name, tensor in _read(files, device, {name for name in skipped if name not in wanted}):
         if model.made_of.tied and name == model.made_of.embedding:
             name = model.made_of.head
         parameter = wanted.get(name)
-        if parameter is None and (name in constants or name in unread):
+        if parameter is None and name in unread:
             continue
         if parameter is None:
             raise ShardFolderError(f"the shard holds {name}, which this model does not have; shard it again")
@@ -102,18 +103,19 @@ def refuse_orders(linears: Iterable[HeldLinear], files: Iterable[Path]) -> None:
                     )
 
 
-def _read(files: Iterable[Path], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(files: Iterable[Path], device: torch.device, skipped: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
     if device.type == "cuda":
         from tpctl.models.device_loader import load_files
 
-        tensors = load_files(files, device)
+        tensors = load_files(files, device, skipped)
         while tensors:  # who converts one lets go of what was stored
             yield tensors.popitem()
         return
     for path in files:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, file.get_tensor(name)
+                if name not in skipped:
+                    yield name, file.get_tensor(name)
 
 
 def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

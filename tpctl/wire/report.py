@@ -18,7 +18,7 @@ class EngineInfo:
         block_size: tokens in a KV block.
         num_blocks: KV blocks, the minimum over the ranks; where layers have windows, slabs, each of which holds some
             blocks of one kind of layer.
-        speculation: what proposes tokens: ``"ngram"``, or ``"off"``.
+        speculation: what proposes tokens: ``"mtp"``, ``"ngram"``, or ``"off"``.
         num_states: sequences whose states recurrent layers have room for; 0: the model has no such layers.
         max_model_len: tokens of prompt and answer at most, which the KV cache may have lowered.
         wanted_model_len: the same, had the KV cache room for it.

@@ -13,7 +13,7 @@ DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "triton", "flash-attn")
 POLICIES = ("fcfs", "makespan")
-SPECULATIONS = ("off", "ngram", "auto")
+SPECULATIONS = ("off", "ngram", "mtp", "auto")
 KV_CACHE_DTYPES = ("auto", "model", "packed", "fp8")
 
 CPU_SEQS, CPU_TOKENS = 64, 4096
@@ -44,8 +44,8 @@ class EngineSettings:
             later and in another order, so that all of a job's end sooner (``engine.scheduling.pacing``).
         enable_prefix_caching: share the KV blocks of equal prefixes.
         speculate: propose tokens and compute several of an answer in a step, which changes none of them
-            (``engine.scheduling.speculation``): ``"ngram"``, those that followed before; ``"auto"``, what suits the
-            model; or ``"off"``.
+            (``engine.scheduling.speculation``): ``"mtp"``, by the model's own layer that predicts more; ``"ngram"``,
+            those that followed before; ``"auto"``, the first of these that can be had; or ``"off"``.
         engines_on_host: engines that share this machine's memory: on a CPU each takes its part of what is free.
 
     Raises:
@@ -79,6 +79,8 @@ class EngineSettings:
             raise UsageError(f"unknown speculation {self.speculate!r}; use {', '.join(SPECULATIONS)}")
         if self.device == "cpu" and self.attention_backend not in ("auto", "sdpa"):
             raise UsageError(f"--attention-backend {self.attention_backend} needs a GPU; on a CPU use auto or sdpa")
+        if self.device != "cpu" and self.speculate == "mtp":
+            raise UsageError("--speculate mtp runs on CPUs only so far; use --speculate ngram or auto, or --device cpu")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise UsageError(f"unknown KV cache dtype {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)}")
         if self.device == "cpu" and self.kv_cache_dtype == "packed":

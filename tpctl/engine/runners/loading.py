@@ -6,26 +6,28 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tpctl.accounting import KvLayout, layout_of, pools_of, slab_bytes, state_bytes
+from tpctl.accounting import KvLayout, LayerPool, LayerPools, layout_of, pools_of, slab_bytes, state_bytes
 from tpctl.arch.block import linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import DeltaNet, state_sizes
 from tpctl.arch.growth import growth
 from tpctl.arch.latent import Attending
+from tpctl.arch.predictor import PREFIX
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import as_held, build_plan, check_scaled
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
 from tpctl.engine.sampling.sampler import Sampler
-from tpctl.errors import EngineError
+from tpctl.errors import EngineError, UnsupportedModelError
 from tpctl.layers.attention.base import AttentionBackend, LayerKV, kept_layer
 from tpctl.layers.attention.latent import spec_of
 from tpctl.layers.attention.select import make_backend
@@ -53,8 +55,10 @@ class LoadedModel:
     """One rank's model, before it is known how large its KV cache will be.
 
     Attributes:
-        layout: how KV memory is divided into blocks, on all ranks.
-        rotaries: every layer's table, if it rotates; layers that rotate alike share one.
+        predicting: that of the predictor, where there is one.
+        pools: what a block takes on this rank, the predictor's part included. layout: how KV memory is divided into
+            blocks, on all ranks.
+        rotaries: every layer's table, if it rotates, and the predictor's; layers that rotate alike share one.
         wanted_len: the longest sequence that the model and the settings allow.
         share: what the rank may take of its GPU.
     """
@@ -64,6 +68,8 @@ class LoadedModel:
     config: ModelConfig
     dtype: torch.dtype
     backend: AttentionBackend[Any]
+    predicting: AttentionBackend[Any] | None
+    pools: list[LayerPool]
     layout: KvLayout
     rotaries: tuple[RotaryTable | None, ...]
     model: Decoder
@@ -76,7 +82,7 @@ class LoadedModel:
     @property
     def slab_bytes(self) -> int:
         """What a slab of KV blocks takes on this rank; with one pool, a block."""
-        return slab_bytes(self.backend.layer_pools(self.dtype), self.layout)
+        return slab_bytes(self.pools, self.layout)
 
     @property
     def state_bytes(self) -> int:
@@ -99,6 +105,12 @@ class LoadedModel:
                 found.append(next(kv) if reads is None else found[reads])
         return found
 
+    def predictor_cache(self, num_blocks: int) -> LayerKV:
+        """What the predictor keeps of sequences, in blocks of the same numbers, zeroed."""
+        assert self.predicting is not None
+        (found,) = self.predicting.allocate(num_blocks, self.dtype, self.group.device)
+        return found
+
 
 def load(
     settings: EngineConfig, group: TPGroup, warm_up: Callable[[TPGroup, torch.dtype], object] | None = None
@@ -110,7 +122,8 @@ def load(
 
     Raises:
         ShardFolderError: the folder is none, or not for this many ranks.
-        UnsupportedModelError: it was cut from codes without scales, or does not run on this device.
+        UnsupportedModelError: it was cut from codes without scales, or does not run on this device; or its predictor is
+            to draft tokens, and there is none.
         EngineError: the settings do not fit the model, or the weights do not fit the device.
     """
     folder = settings.shard_dir
@@ -118,8 +131,10 @@ def load(
     manifest.check_tp(settings.tp_size, folder)
     manifest.check_files(folder, [group.rank])
     tensors = dict(manifest.tensors(group.rank))
-    config = _config(folder, manifest, tensors)
+    config = _predicting(settings, group, _config(folder, manifest, tensors))
     made_of = config.blueprint
+    idle = {} if made_of.predictor is not None else {n: one for n, one in tensors.items() if n.startswith(PREFIX)}
+    tensors = {name: one for name, one in tensors.items() if name not in idle}
     made_of.check_runs(group.device.type)
     if made_of.tied and made_of.head not in tensors:  # in shards for vLLM it may have the embedding's name
         tensors[made_of.head] = tensors.pop(made_of.embedding)
@@ -129,36 +144,24 @@ def load(
     stored = tensors[made_of.head].dtype
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
     wanted_len = settings.longest(config.max_position_embeddings)
-    attentions = made_of.attentions
-    specs = [[spec_of(attention, rank, group.size) for attention in attentions] for rank in range(group.size)]
-    ranks = [[kept_layer(spec) for spec in of_rank] for of_rank in specs]
-    backend = make_backend(
-        settings.attention_backend,
-        group.device.type,
-        dtype,
-        specs[group.rank],
-        settings.block_size,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        whole_heads=not any(attention.rotates_part for attention in attentions),
-        ranks=ranks,
-        longest=wanted_len,
-    )
-    size, form = backend.block_size, backend.kv_form
-    layout = layout_of([pools_of(one, backend.pools, size, dtype.itemsize, form) for one in ranks], size)
+    backend, predicting, pools = _backends(settings, group, dtype, made_of, wanted_len)
+    layout = layout_of(pools, backend.block_size)
     # While they are converted, weights are held in either form.
-    held = max(manifest.shard(group.rank).nbytes, run_bytes(plan, made_of, tensors, dtype))
+    unread = sum(prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8 for tensor in idle.values())
+    held = max(manifest.shard(group.rank).nbytes - unread, run_bytes(plan, made_of, tensors, dtype))
     share = _share(settings, group, held)
     warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
 
     timings, started = Timings(), time.perf_counter()
-    longest = _most_tokens(settings, share, slab_bytes(backend.layer_pools(dtype), layout), layout, wanted_len)
-    ropes = [one.rope if isinstance(one := block.attention, Attending) else None for block in made_of.blocks]
+    longest = _most_tokens(settings, share, slab_bytes(pools[group.rank], layout), layout, wanted_len)
+    blocks = (*made_of.blocks, *(() if made_of.predictor is None else (made_of.predictor.block,)))
+    ropes = [one.rope if isinstance(one := block.attention, Attending) else None for block in blocks]
     rotaries = rotary_tables(ropes, longest, group.device)
     with torch.device("meta"):
-        model = Decoder(made_of, plan, backend, rotaries, group, dtype, held=tensors.keys())
+        model = Decoder(made_of, plan, backend, rotaries, group, dtype, tensors.keys(), predicting)
     files = [folder / name for name in manifest.rank_files(group.rank)]
     constants = {name for name, tensor in tensors.items() if not tensor.pieces}
-    weight_bytes = load_shard(model, files, group.device, constants)
+    weight_bytes = load_shard(model, files, group.device, constants | idle.keys())
     model.eval()
     timings.lap("weights", started)
 
@@ -172,6 +175,8 @@ def load(
         config=config,
         dtype=dtype,
         backend=backend,
+        predicting=predicting,
+        pools=pools[group.rank],
         layout=layout,
         rotaries=rotaries,
         model=model,
@@ -183,12 +188,66 @@ def load(
     )
 
 
+def _backends(
+    settings: EngineConfig, group: TPGroup, dtype: torch.dtype, made_of: Blueprint, longest: int
+) -> tuple[AttentionBackend[Any], AttentionBackend[Any] | None, list[list[LayerPool]]]:
+    """That of the layers, the predictor's, if there is one, and what a block of both takes on each rank."""
+    attentions = made_of.attentions
+    specs = [[spec_of(attention, rank, group.size) for attention in attentions] for rank in range(group.size)]
+    ranks = [[kept_layer(spec) for spec in of_rank] for of_rank in specs]
+    own = len(attentions) - (made_of.predictor is not None)
+    make = partial(
+        make_backend,
+        settings.attention_backend,
+        group.device.type,
+        dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        whole_heads=not any(attention.rotates_part for attention in attentions),
+        longest=longest,
+    )
+    size, predicting = settings.block_size, None
+    backend = make(specs[group.rank][:own], size, ranks=[of_rank[:own] for of_rank in ranks])
+    pools = backend.pools
+    if made_of.predictor is not None:
+        assert pools.windows == (None,), "the blocks of the predictor's layer are those of the only pool"
+        predicting = make(specs[group.rank][own:], size)
+        pools = LayerPools(pools.windows, (*pools.of_layer, 0))
+    form = backend.kv_form
+    return backend, predicting, [pools_of(one, pools, backend.block_size, dtype.itemsize, form) for one in ranks]
+
+
 def _config(folder: Path, manifest: Manifest, tensors: Mapping[str, ManifestTensor]) -> ModelConfig:
     """The model as it was cut, and in the form that its checkpoint had."""
     config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
     sources = {piece.source.replace(EACH, "0") for tensor in tensors.values() for piece in tensor.pieces}
     config = as_held(config, sources)
     return replace(config, blueprint=replace(config.blueprint, stored=()))
+
+
+def _predicting(settings: EngineConfig, group: TPGroup, config: ModelConfig) -> ModelConfig:
+    """``config`` with a predictor only where it is to draft tokens: on every rank or none (collective).
+
+    Raises:
+        UnsupportedModelError: it is asked for by name, and some rank's shards have none.
+    """
+    blueprint = config.blueprint
+    if settings.speculate in ("mtp", "auto") and group.device.type == "cpu":
+        if group.minimum(int(blueprint.predictor is not None)):
+            return config
+        if settings.speculate == "mtp":
+            why = f"a {config.model_type} model has none"
+            if config.cutting.engine is not None:
+                why = f"those for {config.cutting.engine} have none; shard the model again without --compat"
+            elif blueprint.further is not None:
+                why = (
+                    "the checkpoint has none, or an older tpctl has left it out; if it has tensors named "
+                    f"{blueprint.further.source}*, shard it again"
+                )
+            raise UnsupportedModelError(
+                "--speculate mtp takes a layer that predicts more tokens (MTP), which these shards do not hold: "
+                f"{why}, or use --speculate ngram"
+            )
+    return replace(config, blueprint=blueprint.without_predictor())
 
 
 class Beside:
@@ -221,12 +280,9 @@ def run_bytes(
     Args:
         tensors: those of its shard, by name.
     """
-    layers = enumerate(blueprint.layers)
-    parts = [("", part) for part in blueprint.beside]
-    parts += [(blueprint.prefix.format(number), part) for number, layer in layers for part in layer.parts]
     held = {
         f"{prefix}{linear.name}{linear.joiner}{entry.name}": (part, linear, entry)
-        for prefix, part in parts
+        for prefix, _, part in blueprint.placed()
         for linear in linears(part)
         for entry in linear.storage
     }

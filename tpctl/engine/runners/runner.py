@@ -17,7 +17,7 @@ from tpctl.engine.sampling.sampler import SamplingRow
 from tpctl.engine.sampling.scores import rows_together, score_rows
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
-from tpctl.engine.scheduling.speculation import RowCost
+from tpctl.engine.scheduling.speculation import RowCost, Speculation
 from tpctl.engine.steps.batch import build_forward_batch
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
@@ -43,6 +43,7 @@ class ModelRunner:
         pace: how prompts are best computed beside decodes; ``None``: as fast as possible.
         masks: which tokens grammars allow.
         drafts: whether it computes tokens that are only proposed.
+        speculation: what proposes them, where that is the runner's own.
         row_cost: what these cost here. most_rows: rows of a step that are sampled at most, drafts included; ``None``:
             as many as are computed.
     """
@@ -50,6 +51,7 @@ class ModelRunner:
     drafts = True
     row_cost = RowCost(first=0.08, row=0.045)
     most_rows: int | None = None
+    speculation: Speculation | None = None
 
     def __init__(self, loaded: LoadedModel, memory: MemoryPlan, pace: Pace | None = None) -> None:
         started = time.perf_counter()
@@ -85,8 +87,13 @@ class ModelRunner:
             return self.model(forward, self.kv, forward.logits_rows)  # type: ignore[no-any-return]
         final = self.model.final(forward, self.kv)
         assert final is not None
-        self._score(batch, final)
-        head, rows = self.model.lm_head, forward.logits_rows
+        return self._chosen(batch, final, forward.logits_rows)
+
+    def _chosen(self, batch: ScheduledBatch, final: Rows, rows: Tensor) -> Tensor:
+        """As ``logits``, of what the head makes them of, of all tokens of a step."""
+        if batch.scores:
+            self._score(batch, final)
+        head = self.model.lm_head
         if not len(rows):
             return final.x.new_empty(0, head.out_features)
         return head(final.x[rows], final.norm)  # type: ignore[no-any-return]
@@ -163,7 +170,10 @@ def make_plain_runner(settings: EngineConfig, group: TPGroup) -> ModelRunner:
     started = time.perf_counter()
     loaded.model.use(Compute(group))
     loaded.timings["weights"] = round(loaded.timings["weights"] + time.perf_counter() - started, 3)
-    return ModelRunner(loaded, plan_memory(loaded, plain_budget(loaded)))
+    kind = ModelRunner
+    if loaded.model.mtp is not None:
+        from tpctl.engine.runners.predicting import PredictingRunner as kind
+    return kind(loaded, plan_memory(loaded, plain_budget(loaded)))
 
 
 def sampling_rows(batch: ScheduledBatch, allowed: Mapping[str, Tensor]) -> list[SamplingRow]:

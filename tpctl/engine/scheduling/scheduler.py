@@ -312,6 +312,9 @@ class Scheduler:
                     sequence.alone |= not self.running
                     break
             else:
+                if self.speculation is not None and self.speculation.ahead:  # for guesses, too, if some are free
+                    ahead = sequence.num_computed_tokens + tokens + len(drafts) + self.speculation.ahead
+                    self.blocks.grow(sequence, min(ahead, sequence.max_num_tokens))
                 self._choose(step, sequence, tokens, drafts)
         self.waiting[:0] = turned
         return preempted

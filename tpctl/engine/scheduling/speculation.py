@@ -21,7 +21,7 @@ drafting begins again when it would help.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceType
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from tpctl.engine.scheduling.ngram import MOST_COMPARED, Match, NgramIndex
@@ -35,12 +35,21 @@ _FIRST = (0.0, 0.0, 0.35, 0.45, 0.55, 0.65, 0.7, 0.75, 0.85)
 """What that share is taken for at first, by the length of the match."""
 
 
+MOST_PREDICTED = 4
+"""The same, of those that a predictor makes: it was trained for the first of them, and each takes a pass."""
+PREDICTED = (0.8, 0.65, 0.55, 0.45, *(0.0,) * (MOST_COMPARED - 3))
+"""As ``_FIRST``, of drafts of a predictor, by their place."""
+_EACH = 8
+"""At one of so many tokens one more is predicted than is worth it, which tells whether that would hold."""
+
+
 class RowCost(NamedTuple):
     """What a step takes, in the time of one without any rows: ``row`` for each row, and ``first`` more for a sequence
-    that has drafts, which are computed as a chunk of a prompt is."""
+    that has drafts, which are computed as a chunk of a prompt is; ``draft`` for each draft that a predictor makes."""
 
     first: float
     row: float
+    draft: float = 0.0
 
     def time(self, rows: int, drafts: bool) -> float:
         return 1 + self.row * rows + self.first * drafts
@@ -69,11 +78,30 @@ class NgramDrafter:
         self._indices.pop(sequence.id, None)
 
 
+class PredictedDrafter:
+    """Proposes what the model's own predictor has drafted at the end of the step before (``engine.runners``)."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[int, list[int]]] = {}
+
+    def keep(self, sequence: Sequence, length: int, drafts: list[int]) -> None:
+        """These tokens may follow the first ``length`` of ``sequence``."""
+        self._kept[sequence.id] = length, drafts
+
+    def propose(self, sequence: Sequence, most: int) -> Match | None:
+        """A match of no length: drafts are told apart by their places alone."""
+        length, drafts = self._kept.get(sequence.id, (0, []))
+        return Match(drafts[:most], 0) if drafts and length == len(sequence.token_ids) else None
+
+    def forget(self, sequence: Sequence) -> None:
+        self._kept.pop(sequence.id, None)
+
+
 @dataclass
 class _Past:
     """How often a sequence's drafts held, by the length of the match, and what was proposed last."""
 
-    shares: list[float] = field(default_factory=lambda: list(_FIRST))
+    shares: list[float]
     proposed: Match | None = None
 
 
@@ -83,12 +111,21 @@ class Speculation:
     Args:
         cost: what a step takes.
         most_rows: of a step that are sampled; ``None``: any number.
+        shares: what the shares of drafts that held are taken for at first.
+
+    Attributes:
+        kind: what proposes, by its name in ``EngineSettings.speculate``.
+        ahead: slots behind a step's tokens that the drafter writes to, if a sequence has them.
     """
 
-    def __init__(self, drafter: Drafter, cost: RowCost, most_rows: int | None = None) -> None:
+    def __init__(
+        self, drafter: Drafter, cost: RowCost, most_rows: int | None = None, shares: SequenceType[float] = _FIRST
+    ) -> None:
         self._drafter = drafter
         self.most_rows = most_rows
-        self._cost = cost
+        self._cost, self._shares = cost, shares
+        predicts = isinstance(drafter, PredictedDrafter)
+        self.kind, self.ahead = ("mtp", MOST_PREDICTED - 1) if predicts else ("ngram", 0)
         self._pasts: dict[str, _Past] = {}
         self.drafted = 0
         self.accepted = 0
@@ -109,11 +146,21 @@ class Speculation:
 
     def _propose(self, sequence: Sequence, rows: int, most: int) -> tuple[Match | None, int]:
         """What may follow a sequence, and how much of it is worth computing."""
-        past = self._pasts.setdefault(sequence.id, _Past())
+        past = self._past(sequence)
         past.proposed = match = self._drafter.propose(sequence, MOST_DRAFTS)
         if match is None:
             return None, 0
         return match, best_count(_chances(past.shares, match), self._cost, rows, most)
+
+    def wanted(self, sequence: Sequence, length: int, rows: int) -> int:
+        """How many tokens a predictor should draft behind the first ``length`` of a sequence, in steps of so many
+        ``rows`` without drafts: those that would be worth their pass and their row, and now and then one more."""
+        cost = RowCost(self._cost.first, self._cost.row + self._cost.draft)
+        count = best_count(self._past(sequence).shares[:MOST_PREDICTED], cost, rows, MOST_PREDICTED)
+        return min(count + (length % _EACH == 0), MOST_PREDICTED)
+
+    def _past(self, sequence: Sequence) -> _Past:
+        return self._pasts.setdefault(sequence.id, _Past(list(self._shares)))
 
     def learn(self, sequence: Sequence, drafts: SequenceType[int], came: SequenceType[int]) -> None:
         """A step has computed these drafts, and these tokens came."""

@@ -160,6 +160,10 @@ class AttentionBackend(ABC, Generic[PlanT]):
         """The same of one block in each pool, all together."""
         return sum(pool.block_bytes for pool in self.layer_pools(dtype))
 
+    def forget(self) -> None:
+        """Let no step go on with what the ones before have gathered; needed where slots are written again."""
+        raise NotImplementedError(f"{self.name} is told of no slots that are written again")
+
     @abstractmethod
     def begin(self, batch: ForwardBatch) -> PlanT:
         """Once a step, before the first layer. Its device work may be captured in a graph."""

@@ -111,6 +111,9 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         at = storage
         return PagedKV(spec, *at.sides, at.blocks, at.cells, at.first, at.empty_id, at.layer, pool=pool)
 
+    def forget(self) -> None:
+        self._gathering.forget()
+
     def begin(self, batch: ForwardBatch) -> SdpaPlan:
         return SdpaPlan(batch)
 

@@ -118,6 +118,10 @@ class Gathering:
                 self._kept[key] = bucket.kept
         return found
 
+    def forget(self) -> None:
+        """Let the next step go on with nothing of what the ones before have gathered."""
+        self._kept = {}
+
     def first_block(self, pool: int, query: int) -> int:
         """The first block that a query at that position sees, in a pool's layers."""
         window = self._windows[pool]
