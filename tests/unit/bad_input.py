@@ -117,6 +117,7 @@ CASES = [
         "chat model --tp 3 --nnodes 2 --node-rank 0 --rdzv-endpoint gpu1:29500 -m hi",
         title="ranks that hosts cannot share evenly",
     ),
+    Case("chat model --speculate mtp -m hi", title="drafts by a layer that the model lacks"),
     Case("replica model --share 3/2", title="a share that is none"),
     Case("batch prompts.jsonl --ray auto", title="a Ray cluster, and no place for parts"),
     Case("batch prompts.jsonl -o rows/ --ray head", title="no address of a Ray cluster"),

@@ -152,20 +152,25 @@ def test_stats(tokenizer: Tokenizer, said: Callable[[], list[str]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counters", "shown"),
+    ("kind", "counters", "shown"),
     [
-        ({}, "0 of 0 accepted, in all answers"),
-        ({"draft_tokens": 40, "accepted_tokens": 30}, "30 of 40 accepted (75%), in all answers"),
+        ("ngram", {}, "0 of 0 accepted, in all answers; looked up in the text (n-gram)"),
+        (
+            "mtp",
+            {"draft_tokens": 40, "accepted_tokens": 30},
+            "30 of 40 accepted (75%), in all answers; by the model's own layer (MTP)",
+        ),
     ],
 )
 def test_stats_of_an_engine_that_speculates(
+    kind: str,
     counters: dict[str, int],
     shown: str,
     tokenizer: Tokenizer,
     said: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    info = engine_info(speculation="ngram", max_model_len=400)
+    info = engine_info(speculation=kind, max_model_len=400)
     monkeypatch.setattr(FakeClient, "wait_ready", lambda self: info)
     monkeypatch.setattr(FakeClient, "stats", lambda self: engine_stats(**counters))
     Chat(tokenizer, "hi", "/stats")

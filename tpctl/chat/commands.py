@@ -133,6 +133,10 @@ def _load(session: Session, rest: str) -> None:
     session.screen.note(f"({_count(saved.messages)} and the options of {file}{other})")
 
 
+_DRAFTED = {"ngram": "looked up in the text (n-gram)", "mtp": "by the model's own layer (MTP)"}
+"""Where drafts come from."""
+
+
 def _stats(session: Session, rest: str) -> None:
     answer = session.answer
     if answer is None:
@@ -146,9 +150,9 @@ def _stats(session: Session, rest: str) -> None:
         ("context", f"{used} of {limit} tokens ({100 * used / limit:.0f}%)"),
     ]
     if (drafts := session.conversation.drafts()) is not None:
-        drafted, accepted = drafts
+        kind, drafted, accepted = drafts
         share = f" ({100 * accepted / drafted:.0f}%)" if drafted else ""
-        rows.append(("drafts", f"{accepted} of {drafted} accepted{share}, in all answers"))
+        rows.append(("drafts", f"{accepted} of {drafted} accepted{share}, in all answers; {_DRAFTED[kind]}"))
     session.screen.note("\n".join(f"{left:<12} {right}" for left, right in rows), indent=13)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tpctl.launch.nodes import Nodes
 
 
-SPECULATIONS = {"ngram": "n-gram speculation"}
+SPECULATIONS = {"ngram": "n-gram speculation", "mtp": "speculation by its own layer (MTP)"}
 """What is said of an engine that speculates."""
 
 

@@ -68,13 +68,14 @@ class SchedulingPolicy(StrEnum):
 
 class Speculate(StrEnum):
     auto = "auto"
+    mtp = "mtp"
     ngram = "ngram"
     off = "off"
 
 
 SPECULATE = typer.Option(
-    help="Compute several tokens in a step where the next ones can be guessed, which changes no answer. ngram: from "
-    "what followed before; auto: what suits the model.",
+    help="Compute several tokens in a step where the next ones can be guessed, which changes no answer. mtp: by the "
+    "model's own layer for that, on CPUs; ngram: from what followed before; auto: the first of these that can be had.",
 )
 
 

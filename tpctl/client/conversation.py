@@ -149,17 +149,18 @@ class Conversation:
         """Tokens of the conversation at most."""
         return self._client.wait_ready().max_model_len
 
-    def drafts(self) -> tuple[int, int] | None:
-        """Tokens that the engine has proposed since it started, and how many of them became part of an answer;
-        ``None``: it proposes none.
+    def drafts(self) -> tuple[str, int, int] | None:
+        """What proposes tokens (``EngineInfo.speculation``), how many it has proposed since the engine started, and how
+        many of them became part of an answer; ``None``: nothing does.
 
         Raises:
             EngineError: the workers failed.
         """
-        if self._client.wait_ready().speculation == "off":
+        kind = self._client.wait_ready().speculation
+        if kind == "off":
             return None
         stats = self._client.stats()
-        return stats.draft_tokens, stats.accepted_tokens
+        return kind, stats.draft_tokens, stats.accepted_tokens
 
     def restore(
         self, system: str | None, turns: Sequence[Mapping[str, str]], sampling: Mapping[str, Any], stop: Sequence[str]

@@ -20,7 +20,7 @@ from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import ResolvedSource, hub_id, is_local, local_path, resolve
-from tpctl.errors import MixedDtypesError, UsageError, shown
+from tpctl.errors import MixedDtypesError, UnsupportedModelError, UsageError, shown
 from tpctl.launch.device import choose_device
 from tpctl.launch.loopback import require_loopback
 from tpctl.launch.nodes import ONE_HOST, Nodes
@@ -187,8 +187,14 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
 
 
 def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
-    """Refuse a model that tpctl cuts and does not run, or not on that device or for sequences of that length."""
+    """Refuse a model that tpctl cuts and does not run, or not on that device, for sequences of that length, or with
+    drafts of its own."""
     config.blueprint.check_runs(settings.device)
+    if settings.speculate == "mtp" and config.blueprint.further is None:
+        raise UnsupportedModelError(
+            f"--speculate mtp takes a layer that predicts more tokens (MTP), and a {config.model_type} model has none; "
+            "use --speculate ngram, or auto"
+        )
     settings.longest(config.max_position_embeddings)
 
 
