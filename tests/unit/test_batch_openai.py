@@ -110,7 +110,7 @@ def test_a_file_of_the_clients_types_goes_in_and_they_read_what_comes_out(tokeni
         (line("x", chat("a", tool_choice="required")), 'tool_choice is "required"'),
         (line("x", chat("a", logit_bias={"a": 1})), 'logit_bias is {"a": 1}, but must be an object of numbers'),
         (line("x", chat("a", logit_bias={"5": 101})), "the logit_bias of token 5 is 101.0, but must be from -100 to"),
-        (line("x", chat("a", guided_regex="a+")), 'guided_regex is "a+", which tpctl cannot do; leave it out'),
+        (line("x", chat("a", guided_grammar="a")), 'guided_grammar is "a", whose language depends on'),
         (line("x", {**chat("a"), "stream": True}), "stream is true, which tpctl cannot do; leave it out"),
         (line("x", chat("a", n=0)), "n is 0, but must be a whole number from 1 to 128"),
         (line("x", chat("a", max_tokens=3, max_completion_tokens=4)), "max_tokens is 3, and max_completion_tokens 4"),

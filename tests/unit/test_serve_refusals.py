@@ -59,8 +59,6 @@ def error(response: Any, status: int) -> ErrorObject:
         ),
         (CHAT, chat(regex="(a"), "regex", "regex: "),
         (CHAT, chat(regex="a", choice=["a"]), None, "regex"),
-        (CHAT, chat(guided_json={"type": "object"}), "guided_json", "which tpctl cannot do"),
-        (CHAT, chat(prompt_logprobs=1), "prompt_logprobs", "prompt_logprobs is 1, which tpctl cannot do"),
         (CHAT, chat(stop=[""]), "stop", 'stop is [""], but must be a string or a list of strings, none empty'),
         (
             CHAT,
@@ -79,12 +77,6 @@ def error(response: Any, status: int) -> ErrorObject:
         (TEXT, {"prompt": [10**30]}, "prompt", "prompt holds token 1000000000000000000000000000000, but"),
         (TEXT, {"prompt": ["a"] * 3000}, "prompt", "prompt has 3000 prompts, but must have from 1 to 2048"),
         (TEXT, {"prompt": "a", "best_of": 4}, "best_of", "best_of is 4 with n 1, which tpctl cannot do"),
-        (
-            TEXT,
-            {"prompt": "a", "echo": True, "logprobs": 1, "stream": True},
-            "echo",
-            "echo is true with logprobs",
-        ),
         (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", 'suffix is "b", which tpctl cannot do'),
         ("/tokenize", {"prompt": 1}, "prompt", "prompt is 1, but must be a text"),
         ("/tokenize", {"prompt": "a", "b": 1}, "b", "unknown field 'b' in the body of a request to /tokenize"),

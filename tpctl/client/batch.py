@@ -14,11 +14,10 @@ from tpctl.client.engine_client import EngineClient
 from tpctl.client.jobs import BadLine, Job, JobId, JobParser, Line
 from tpctl.client.router import Mailbox
 from tpctl.client.text_stream import TextStream
-from tpctl.client.token_text import TokenTexts, token_texts
+from tpctl.client.token_text import logprob_rows, prompt_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError, TpctlError, printable
 from tpctl.wire.messages import Output, Request
-from tpctl.wire.report import TokenLogprob
 
 CHOICES_APART = 1 << 32
 """Between the seeds of a line's answers; those of lines are one apart."""
@@ -296,7 +295,7 @@ class Batch:
         if len(choices) == 1 and "logprobs" in choices[0]:
             row["logprobs"] = choices[0]["logprobs"]
         if streams[0].prompt_logprobs is not None:  # the prompt is the same for all of them
-            row["prompt_logprobs"] = self._prompt_logprobs(job, streams[0].prompt_logprobs)
+            row["prompt_logprobs"] = prompt_rows(self._tokenizer, job.token_ids, streams[0].prompt_logprobs)
         if note is not None:
             row["note"] = note
             self.tally.cut += 1
@@ -322,25 +321,10 @@ class Batch:
     def _logprobs(self, job: Job, stream: TextStream) -> list[dict[str, Any]]:
         return logprob_rows(token_texts(self._tokenizer, job.token_ids), stream.token_ids, stream.logprobs)
 
-    def _prompt_logprobs(self, job: Job, logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:
-        """Of the first token no more is known than its text."""
-        texts = token_texts(self._tokenizer, ())
-        first = {"id": job.token_ids[0], "token": texts.push(job.token_ids[0]), "logprob": None, "top": []}
-        return [first, *logprob_rows(texts, job.token_ids[1:], logprobs)]
-
     def _fail(self, line: Line, id: JobId, message: str, beside: Mapping[str, Any]) -> None:
         self.tally.lines += 1
         self.tally.errors += 1
         self._results.add(line, {"id": id, "error": printable(message), **beside})
-
-
-def logprob_rows(texts: TokenTexts, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    """Log-probabilities of tokens that follow each other, and of others in their places, with their texts."""
-    found = []
-    for id, at in zip(token_ids, logprobs, strict=False):
-        others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in at.top]
-        found.append({"id": id, "token": texts.push(id), "logprob": at.logprob, "top": others})
-    return found
 
 
 def in_groups(lines: Iterable[Line], together: int) -> Iterator[list[Line]]:

@@ -1,7 +1,7 @@
 """Answers in OpenAI's form, as its client's types describe it: of lines in a batch, and of requests to a server.
 
 A choice is what ``client.batch`` makes of an answer: ``text``, ``finish_reason`` and, where there are any,
-``reasoning``, ``tool_calls`` and ``logprobs``.
+``reasoning``, ``tool_calls``, ``logprobs`` and ``prompt_logprobs``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def completion(
 ) -> dict[str, Any]:
     """The answers to one request; ``created`` in seconds since 1970."""
     make = message if chat else completed
-    return {
+    found = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{id}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
@@ -29,6 +29,9 @@ def completion(
         "choices": [make(at, choice) for at, choice in enumerate(choices)],
         "usage": usage,
     }
+    if chat and "prompt_logprobs" in choices[0]:  # of a text, each choice has its prompt's own
+        found["prompt_logprobs"] = prompt_logprobs(choices[0]["prompt_logprobs"])
+    return found
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
@@ -60,7 +63,10 @@ def message(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
 def completed(at: int, choice: Mapping[str, Any]) -> dict[str, Any]:
     """One answer to a text."""
     logprobs = text_logprobs(choice["logprobs"]) if "logprobs" in choice else None
-    return {"index": at, "text": choice["text"], "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
+    said = {"index": at, "text": choice["text"], "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
+    if "prompt_logprobs" in choice:
+        said["prompt_logprobs"] = prompt_logprobs(choice["prompt_logprobs"])
+    return said
 
 
 def chat_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -80,6 +86,26 @@ def text_logprobs(tokens: Sequence[Mapping[str, Any]], place: int = 0) -> dict[s
         "token_logprobs": [one["logprob"] for one in tokens],
         "top_logprobs": [{top["token"]: top["logprob"] for top in one["top"]} for one in tokens],
         "text_offset": offsets,
+    }
+
+
+def prompt_logprobs(tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """Of a prompt's tokens, as vLLM's server has them: by id, the prompt's own first, then the likeliest.
+
+    ``rank`` is a token's place among the likeliest; ``None`` where it is none of those that were asked for.
+    """
+    return [None if one["logprob"] is None else _ranked(one) for one in tokens]
+
+
+def _ranked(one: Mapping[str, Any]) -> dict[str, Any]:
+    ranks = {top["id"]: rank for rank, top in enumerate(one["top"], start=1)}
+    return {
+        str(token["id"]): {
+            "logprob": token["logprob"],
+            "rank": ranks.get(token["id"]),
+            "decoded_token": token["token"],
+        }
+        for token in (one, *one["top"])
     }
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tpctl.client import vllm_fields
+from tpctl.client.fields import FieldError, flag, refuse, whole
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.asked import read_tools
-from tpctl.errors import RequestError, shown
+from tpctl.errors import shown
+from tpctl.wire.sampling import MAX_LOGPROBS
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -31,47 +34,11 @@ _SAME = (SAMPLING_FIELDS - {"logprobs", "prompt_logprobs", "seed", "max_tokens"}
 _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "prompt_logprobs": (),
     "modalities": (["text"],),
     "suffix": ("",),
+    **vllm_fields.HARMLESS,
 }
 """Fields for what tpctl has not, with the values that do not ask for it."""
-
-
-class FieldError(RequestError):
-    """A field of a body cannot be had as it is.
-
-    Attributes:
-        param: its name.
-    """
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-def given(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What is null is not given."""
-    return {name: value for name, value in entry.items() if value is not None}
-
-
-def refuse(body: dict[str, Any], names: Mapping[str, tuple[Any, ...]]) -> None:
-    """Take fields out of ``body`` that ask for nothing.
-
-    Args:
-        names: of fields, with the values that ask for nothing.
-
-    Raises:
-        FieldError: one has another value.
-    """
-    for name, harmless in names.items():
-        if name in body and (value := body.pop(name)) not in harmless:
-            raise FieldError(f"{name} is {shown(value)}, which tpctl cannot do; leave it out", name)
 
 
 def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wanted:
@@ -94,6 +61,9 @@ def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wa
     fields: dict[str, Any] = {}
     if "seed" in body:
         fields["seed"] = whole(body.pop("seed"), "seed", -(2**63), 2**63 - 1) % 2**63
+    if "prompt_logprobs" in body:
+        fields["prompt_logprobs"] = whole(body.pop("prompt_logprobs"), "prompt_logprobs", 0, MAX_LOGPROBS)
+    fields |= vllm_fields.taken(body)
     fields |= _length(body)
     fields |= _chat(body) if chat else _text(body)
     fields |= {name: body.pop(name) for name in _SAME & body.keys()}
@@ -102,20 +72,6 @@ def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wa
         where = path or (CHAT if chat else TEXT)
         raise FieldError(f"unknown field {name!r} in the body of a request to {where}", name)
     return Wanted(fields, choices, tools)
-
-
-def whole(value: Any, name: str, least: int, most: int) -> int:
-    """``value`` if it is a whole number from ``least`` to ``most``; raises ``FieldError``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise FieldError(f"{name} is {shown(value)}, but must be a whole number from {least} to {most}", name)
-    return value
-
-
-def flag(value: Any, name: str, hint: str = "") -> bool:
-    """``value`` if it is true or false; raises ``FieldError``."""
-    if not isinstance(value, bool):
-        raise FieldError(f"{name} is {shown(value)}, but must be true or false{hint}", name)
-    return value
 
 
 def _length(body: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +92,13 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
     if top is not None and not wanted:
         raise FieldError(f"top_logprobs is {shown(top)}, but logprobs is not true", "top_logprobs")
     if wanted:
-        found["logprobs"] = 0 if top is None else whole(top, "top_logprobs", 0, 20)
+        found["logprobs"] = 0 if top is None else whole(top, "top_logprobs", 0, MAX_LOGPROBS)
     if "reasoning_effort" in body:
         variables = body.pop("chat_template_kwargs", {})
+        if not isinstance(variables, dict):
+            raise FieldError(
+                f"chat_template_kwargs is {shown(variables)}, but must be a JSON object", "chat_template_kwargs"
+            )
         found["chat_template_kwargs"] = {"reasoning_effort": body.pop("reasoning_effort"), **variables}
     return found
 
@@ -146,4 +106,4 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
 def _text(body: dict[str, Any]) -> dict[str, Any]:
     if "logprobs" not in body:
         return {}
-    return {"logprobs": whole(body.pop("logprobs"), "logprobs", 0, 20)}
+    return {"logprobs": whole(body.pop("logprobs"), "logprobs", 0, MAX_LOGPROBS)}

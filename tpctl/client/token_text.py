@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tpctl.client.detokenizer import context_of, decode_behind, is_byte_level, is_byte_token, token_bytes
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.wire.report import TokenLogprob
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -32,6 +33,24 @@ class TokenTexts(Protocol):
 def token_texts(tokenizer: Tokenizer, prompt: Sequence[int]) -> TokenTexts:
     """For the tokens that follow ``prompt``."""
     return _ByteTexts(tokenizer) if is_byte_level(tokenizer) else _ContextTexts(tokenizer, prompt)
+
+
+def logprob_rows(texts: TokenTexts, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Log-probabilities of tokens that follow each other, and of others in their places, with their texts."""
+    found = []
+    for id, at in zip(token_ids, logprobs, strict=False):
+        others = [{"id": other, "token": texts.peek(other), "logprob": value} for other, value in at.top]
+        found.append({"id": id, "token": texts.push(id), "logprob": at.logprob, "top": others})
+    return found
+
+
+def prompt_rows(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
+) -> list[dict[str, Any]]:
+    """A prompt's tokens; of the first one no more is known than its text."""
+    texts = token_texts(tokenizer, ())
+    first = {"id": token_ids[0], "token": texts.push(token_ids[0]), "logprob": None, "top": []}
+    return [first, *logprob_rows(texts, token_ids[1:], logprobs)]
 
 
 class _ByteTexts:

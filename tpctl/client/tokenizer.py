@@ -108,13 +108,13 @@ class Tokenizer:
     @cached_property
     def reasoning(self) -> Form | None:
         """How answers in a chat mark what was thought before them, if the model does that."""
-        source = self._source
+        source = self.template_source
         return None if source is None else find_form(source, self.added_ids)
 
     @cached_property
     def tool_form(self) -> ToolForm | None:
         """How answers in a chat mark calls of tools, if the model's template knows any, in a form that is known."""
-        source = self._source
+        source = self.template_source
         return None if source is None else find_tool_form(source, self.added_ids)
 
     @cached_property
@@ -123,7 +123,8 @@ class Tokenizer:
         return {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()}
 
     @property
-    def _source(self) -> str | None:
+    def template_source(self) -> str | None:
+        """The chat template's program; ``None``: there is none."""
         return self._template_source if self._template is None else self._template.source
 
     @property

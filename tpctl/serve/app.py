@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tpctl.client.openai_fields import given
+from tpctl.client.fields import given
 from tpctl.errors import TpctlError
 from tpctl.serve.answered import refused, say
 from tpctl.serve.bodies import BODY_SECONDS, read_object
@@ -65,6 +65,7 @@ class App:
             Route("/", self._get(lambda request: page), methods=["GET"]),
             Route("/v1/models", self._get(lambda request: endpoints.models()), methods=["GET"]),
             Route("/v1/models/{name:path}", self._get(lambda one: endpoints.one_model(one.path_params["name"]))),
+            Route("/tokenizer_info", self._get(lambda request: endpoints.tokenizer_info()), methods=["GET"]),
             Route("/health", self._get(lambda request: endpoints.health()), methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]

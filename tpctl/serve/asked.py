@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
+from tpctl.client.fields import FieldError, flag
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
-from tpctl.client.openai_fields import FieldError, flag
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer

@@ -9,14 +9,17 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from tpctl.client.openai_fields import FieldError, flag, settings
+from tpctl.client.fields import FieldError, flag
+from tpctl.client.forms import Wanted
+from tpctl.client.openai_fields import settings
 from tpctl.errors import shown
 from tpctl.serve.answered import Answered, Said
 from tpctl.serve.asked import Reader, Streaming, check_ids, read_prompts
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
 from tpctl.serve.responses import ResponseWriter, read_response
-from tpctl.serve.writers import ChatWriter, TextWriter
+from tpctl.serve.text_writer import PromptLogprobs, TextWriter
+from tpctl.serve.writers import ChatWriter
 
 
 class Endpoints:
@@ -35,6 +38,7 @@ class Endpoints:
         streaming = Streaming.taken(body)
         messages = _taken(body, "messages")
         wanted = settings(body, chat=True)
+        _check_stream(wanted, streaming)
         job = await self.reader.conversation(messages, wanted, self.pool.check_open(wanted.choices))
         generation = self.pool.begin([job])
         self.pool.metrics.begun(generation, since)
@@ -48,10 +52,9 @@ class Endpoints:
         echo = flag(body.pop("echo", False), "echo")
         prompts = read_prompts(_taken(body, "prompt"))
         wanted = settings(body, chat=False)
-        if echo and (logprobs := wanted.fields.get("logprobs")) is not None:
-            if streaming.wanted:
-                raise FieldError("echo is true with logprobs and stream, which tpctl cannot do; leave one out", "echo")
-            wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": logprobs})
+        _check_stream(wanted, streaming)
+        told = PromptLogprobs(wanted.fields.get("prompt_logprobs"), wanted.fields.get("logprobs") if echo else None)
+        wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": told.most})
         info = self.pool.check_open(wanted.choices * len(prompts))
         jobs = await self.reader.texts(prompts, wanted, info)
         texts = None
@@ -59,7 +62,7 @@ class Endpoints:
             texts = [prompt if isinstance(prompt, str) else await self._text(prompt) for prompt in prompts]
         generation = self.pool.begin(jobs)
         self.pool.metrics.begun(generation, since)
-        writer = TextWriter(texts, model, jobs, generation, self.reader.tokenizer, streaming)
+        writer = TextWriter(texts, told, model, jobs, generation, self.reader.tokenizer, streaming)
         return Answered(generation, writer, self.reader.run, stream=streaming.wanted)
 
     async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
@@ -103,16 +106,20 @@ class Endpoints:
             raise FieldError(f"tokens is {shown(ids)}, but must be a list of token ids", "tokens")
         return Said({"prompt": await self._text(ids)})
 
+    def tokenizer_info(self) -> Said:
+        """/tokenizer_info: what lm-eval asks for, in the place of a tokenizer of its own."""
+        tokenizer = self.reader.tokenizer
+        return Said({**tokenizer.special_tokens, "chat_template": tokenizer.template_source})
+
     def models(self) -> Said:
-        """/v1/models."""
-        info = self.pool.info
-        more = {} if info is None else {"max_model_len": info.max_model_len}
-        return Said({"object": "list", "data": [{**self._model(name), **more} for name in self.names]})
+        """/v1/models: by this, too, is seen whether requests are taken."""
+        info = self.pool.check_open(0)
+        return Said({"object": "list", "data": [self._model(name, info.max_model_len) for name in self.names]})
 
     def one_model(self, name: str) -> Said:
         """/v1/models/NAME."""
         self.model({"model": name})
-        return Said(self._model(name))
+        return Said(self._model(name, self.pool.check_open(0).max_model_len))
 
     def health(self) -> Said:
         """/health: 200 only when requests are taken."""
@@ -129,13 +136,19 @@ class Endpoints:
             raise ApiError(404, said, param="model", code="model_not_found")
         return str(name)
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "tpctl", "root": self.names[0]}
+    def _model(self, name: str, max_model_len: int) -> dict[str, Any]:
+        said = {"id": name, "object": "model", "created": self._created, "owned_by": "tpctl", "root": self.names[0]}
+        return {**said, "max_model_len": max_model_len}
 
     async def _text(self, ids: list[int]) -> str:
         tokenizer = self.reader.tokenizer
         check_ids(ids, max(tokenizer.backend.get_vocab_size(), 1), "tokens")
         return await self.reader.run(lambda: tokenizer.decode(ids, skip_special=False))
+
+
+def _check_stream(wanted: Wanted, streaming: Streaming) -> None:
+    if streaming.wanted and wanted.fields.get("prompt_logprobs") is not None:
+        raise FieldError("prompt_logprobs are set with stream, which has no place for them; leave one out", "stream")
 
 
 def _taken(body: dict[str, Any], name: str) -> Any:

@@ -6,9 +6,9 @@ import re
 
 import msgspec
 
+from tpctl.client.fields import FieldError
 from tpctl.client.forms import FIELDS
 from tpctl.client.openai_answers import error
-from tpctl.client.openai_fields import FieldError
 from tpctl.client.tools.asked import ToolsError
 from tpctl.errors import CheckpointError, RequestError, TpctlError, printable, shorten
 

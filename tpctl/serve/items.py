@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpctl.client.openai_fields import FieldError
+from tpctl.client.fields import FieldError
 from tpctl.errors import shown
 
 _TEXTS = ("input_text", "output_text", "text")

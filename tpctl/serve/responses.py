@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tpctl.client.fields import FieldError, given, refuse
 from tpctl.client.forms import Wanted
-from tpctl.client.openai_fields import FieldError, given, refuse, settings
+from tpctl.client.openai_fields import settings
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.calls import CallPiece
 from tpctl.errors import shown
@@ -31,6 +32,7 @@ _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "max_tool_calls": (),
     "context_management": (),
     "top_logprobs": (0,),
+    "prompt_logprobs": (),
     "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
 }
 """Fields for what tpctl has not, beside those of a chat, with the values that do not ask for it."""

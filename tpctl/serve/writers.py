@@ -1,4 +1,4 @@
-"""What /v1/chat/completions and /v1/completions say of answers, whole and in chunks."""
+"""What /v1/chat/completions and /v1/completions say of answers, whole and in chunks; the former's writer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from tpctl.client.batch import logprob_rows
-from tpctl.client.openai_answers import chat_logprobs, completion, text_logprobs
+from tpctl.client.openai_answers import chat_logprobs, completion
 from tpctl.client.openai_answers import usage as usage_of
 from tpctl.client.text_stream import TextStream
-from tpctl.client.token_text import TokenTexts, token_texts
+from tpctl.client.token_text import TokenTexts, logprob_rows, prompt_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.calls import CallPiece
 from tpctl.serve.answered import encode
@@ -44,6 +43,7 @@ class ChunkWriter(ABC):
         self._tokenizer = tokenizer
         self._streaming = streaming
         self._wants_logprobs = jobs[0].sampling[0].logprobs is not None
+        self._told = jobs[0].sampling[0].prompt_logprobs  # likeliest tokens beside each of the prompt's
         self._texts: dict[int, TokenTexts] = {}
         kind, name = ("chatcmpl", "chat.completion.chunk") if self.chat else ("cmpl", "text_completion")
         opened = {"id": f"{kind}-{self._id}", "object": name, "created": self._created, "model": model}
@@ -110,7 +110,14 @@ class ChunkWriter(ABC):
             found["tool_calls"] = [call.to_dict() for call in calls]
         if self._wants_logprobs:
             found["logprobs"] = self._described(at, 0, len(stream.token_ids))
+        if self._told is not None and stream.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._prompt(stream, job, self._told)
         return found
+
+    def _prompt(self, stream: TextStream, job: Job, most: int) -> list[dict[str, Any]]:
+        """The prompt's tokens, each with so many likeliest ones at most."""
+        rows = prompt_rows(self._tokenizer, job.token_ids, stream.prompt_logprobs or ())
+        return [{**row, "top": row["top"][:most]} for row in rows]
 
     def _full(self, piece: Piece) -> list[bytes]:
         """Chunks with log-probabilities of their tokens or the usage so far."""
@@ -170,46 +177,3 @@ def _call(piece: CallPiece) -> dict[str, Any]:
         return {"index": piece.at, "function": {"arguments": piece.arguments}}
     function = {"name": piece.name, "arguments": piece.arguments}
     return {"index": piece.at, "id": piece.id, "type": "function", "function": function}
-
-
-class TextWriter(ChunkWriter):
-    """/v1/completions; with ``echo`` each answer begins with its prompt."""
-
-    chat = False
-
-    def __init__(self, echo: Sequence[str] | None, *rest: Any) -> None:
-        """``echo``: the text of each prompt."""
-        super().__init__(*rest)
-        self._echo = echo
-        self._places = [0] * len(self._streams)  # characters of the tokens so far
-        self._each = len(self._streams) // len(self._jobs)  # answers of a prompt
-
-    def begin(self) -> bytes:
-        if self._echo is None:
-            return b""
-        texts = (self._echo[at // self._each] for at in range(len(self._streams)))
-        return b"".join(
-            head + b'"text":' + encode(text) + self._tail for head, text in zip(self._heads, texts, strict=True)
-        )
-
-    def _deltas(self, piece: Piece) -> list[bytes]:
-        return [b'"text":' + encode(text) for text, *_ in piece.segments]
-
-    def _last(self) -> bytes:
-        return b'"text":""'
-
-    def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
-        place = self._places[piece.at]
-        self._places[piece.at] += sum(len(token["token"]) for token in tokens)
-        return text_logprobs(tokens, place)
-
-    def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
-        found = super()._choice(at, stream, job)
-        if self._echo is not None:
-            found["text"] = self._echo[at // self._each] + found["text"]
-            if stream.prompt_logprobs is not None:
-                texts, ids = token_texts(self._tokenizer, ()), job.token_ids
-                begun = {"id": ids[0], "token": texts.push(ids[0]), "logprob": None, "top": []}
-                rows = logprob_rows(texts, ids[1:], stream.prompt_logprobs)
-                found["logprobs"] = [begun, *rows, *found["logprobs"]]
-        return found

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from tpctl.client import openai_answers as answers
+from tpctl.client.fields import given, refuse
 from tpctl.client.forms import Wanted
-from tpctl.client.openai_fields import CHAT, TEXT, given, refuse, settings
+from tpctl.client.openai_fields import CHAT, TEXT, settings
 from tpctl.client.results import as_they_are, json_row
 from tpctl.errors import RequestError, shown
 
@@ -133,4 +134,6 @@ class OpenAISink:
     def _completion(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
         usage = answers.usage(row["prompt_tokens"], row["completion_tokens"])
         choices = row.get("choices") or [row]
+        if "prompt_logprobs" in row:
+            choices = [{**choice, "prompt_logprobs": row["prompt_logprobs"]} for choice in choices]
         return answers.completion(key, row["created"], self._model, choices, usage, chat=row["chat"])

@@ -1,0 +1,58 @@
+"""Fields of a request's body, read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpctl.errors import RequestError, shown
+
+
+class FieldError(RequestError):
+    """A field of a body cannot be had as it is.
+
+    Attributes:
+        param: its name.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def given(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is null is not given."""
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def refuse(body: dict[str, Any], names: Mapping[str, tuple[Any, ...]]) -> None:
+    """Take fields out of ``body`` that ask for nothing.
+
+    Args:
+        names: of fields, with the values that ask for nothing.
+
+    Raises:
+        FieldError: one has another value.
+    """
+    for name, harmless in names.items():
+        if name in body and not _among(value := body.pop(name), harmless):
+            raise FieldError(f"{name} is {shown(value)}, which tpctl cannot do; leave it out", name)
+
+
+def whole(value: Any, name: str, least: int, most: int) -> int:
+    """``value`` if it is a whole number from ``least`` to ``most``; raises ``FieldError``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise FieldError(f"{name} is {shown(value)}, but must be a whole number from {least} to {most}", name)
+    return value
+
+
+def flag(value: Any, name: str, hint: str = "") -> bool:
+    """``value`` if it is true or false; raises ``FieldError``."""
+    if not isinstance(value, bool):
+        raise FieldError(f"{name} is {shown(value)}, but must be true or false{hint}", name)
+    return value
+
+
+def _among(value: Any, values: tuple[Any, ...]) -> bool:
+    """As JSON has it, where 1 is 1.0 and not true."""
+    return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in values)

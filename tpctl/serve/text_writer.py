@@ -1,0 +1,82 @@
+"""What /v1/completions says of answers: texts, which may begin with their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tpctl.client.openai_answers import text_logprobs
+from tpctl.client.text_stream import TextStream
+from tpctl.serve.answered import encode
+from tpctl.serve.generation import Piece
+from tpctl.serve.pool import Job
+from tpctl.serve.writers import ChunkWriter
+
+
+class PromptLogprobs(NamedTuple):
+    """How many likeliest tokens are told beside each of a prompt's; ``None``: nothing is told of it.
+
+    ``asked``: by that name. ``echoed``: since answers with log-probabilities begin with their prompts.
+    """
+
+    asked: int | None
+    echoed: int | None
+
+    @property
+    def most(self) -> int | None:
+        """What the engine is to find."""
+        return max((count for count in self if count is not None), default=None)
+
+
+class TextWriter(ChunkWriter):
+    """/v1/completions; with ``echo`` each answer begins with its prompt."""
+
+    chat = False
+
+    def __init__(self, echo: Sequence[str] | None, told: PromptLogprobs, *rest: Any) -> None:
+        """``echo``: the text of each prompt."""
+        super().__init__(*rest)
+        self._echo = echo
+        self._told, self._echoed = told
+        self._places = [0] * len(self._streams)  # characters of the tokens so far
+        self._each = len(self._streams) // len(self._jobs)  # answers of a prompt
+        self._begun: set[int] = set()  # answers whose prompt has been told, with its log-probabilities
+
+    def begin(self) -> bytes:
+        if self._echo is None or self._echoed is not None:
+            return b""
+        texts = (self._echo[at // self._each] for at in range(len(self._streams)))
+        return b"".join(
+            head + b'"text":' + encode(text) + self._tail for head, text in zip(self._heads, texts, strict=True)
+        )
+
+    def _full(self, piece: Piece) -> list[bytes]:
+        """A prompt's log-probabilities are there when its answer's first token is."""
+        begun = []
+        if self._echo is not None and self._echoed is not None and piece.at not in self._begun:
+            self._begun.add(piece.at)
+            job, stream = self._jobs[piece.at // self._each], self._streams[piece.at]
+            told = encode(self._logprobs(self._prompt(stream, job, self._echoed), piece))
+            text = b'"text":' + encode(self._echo[piece.at // self._each])
+            said = b',"logprobs":' + told + b',"finish_reason":null}'
+            begun.append(self._heads[piece.at] + text + said + self._closed())
+        return begun + super()._full(piece)
+
+    def _deltas(self, piece: Piece) -> list[bytes]:
+        return [b'"text":' + encode(text) for text, *_ in piece.segments]
+
+    def _last(self) -> bytes:
+        return b'"text":""'
+
+    def _logprobs(self, tokens: Sequence[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+        place = self._places[piece.at]
+        self._places[piece.at] += sum(len(token["token"]) for token in tokens)
+        return text_logprobs(tokens, place)
+
+    def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
+        found = super()._choice(at, stream, job)
+        if self._echo is not None:
+            found["text"] = self._echo[at // self._each] + found["text"]
+            if self._echoed is not None:
+                found["logprobs"] = [*self._prompt(stream, job, self._echoed), *found["logprobs"]]
+        return found
