@@ -168,7 +168,10 @@ class FakeClient:
         logprobs = [TokenLogprob(-0.5, [(token, -0.5)])] if request.sampling.logprobs is not None else None
         if request.token_ids == self._tokenizer.encode("nan"):
             logprobs = [TokenLogprob(float("nan"), [])]
-        return Output(request.id, [token], reason, self.context_full if full else None, logprobs, num_cached_tokens=1)
+        told = request.sampling.prompt_logprobs is not None and answered == 1
+        prompt = [TokenLogprob(-0.25, []) for _ in request.token_ids[1:]] if told else None
+        said = self.context_full if full else None
+        return Output(request.id, [token], reason, said, logprobs, num_cached_tokens=1, prompt_logprobs=prompt)
 
 
 class FakeMailbox:

@@ -96,6 +96,21 @@ def test_a_file_of_the_clients_types_goes_in_and_they_read_what_comes_out(tokeni
     assert next(request.sampling.seed for request in fake.requests if request.id == "2") == 2**63 - 1
 
 
+def test_prompts_log_probabilities_are_where_vllm_has_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    asked = [
+        line("chat", chat("Hi", prompt_logprobs=1)),
+        line("text", {"prompt": "abc", "prompt_logprobs": 0, "n": 2}, TEXT),
+    ]
+    prompts = write_lines(tmp_path / "in.jsonl", asked)
+    assert answer(tokenizer, prompts, tmp_path / "out.jsonl").errors == 0
+    chatted, completed = (row["response"]["body"] for row in read_lines(tmp_path / "out.jsonl"))
+    assert len(chatted["prompt_logprobs"]) == len("[u]Hi[a]") and "prompt_logprobs" not in chatted["choices"][0]
+    told = {"logprob": -0.25, "rank": None}
+    _, b, c = tokenizer.encode("abc")
+    expected = [None, {str(b): {**told, "decoded_token": "b"}}, {str(c): {**told, "decoded_token": "c"}}]
+    assert [choice["prompt_logprobs"] for choice in completed["choices"]] == [expected, expected]
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [

@@ -107,6 +107,8 @@ def test_thoughts_are_an_item_of_their_own(thinking: Tokenizer) -> None:
         said = [event.delta for event in found if event.type == "response.output_text.delta"]
         assert ("".join(thought), "".join(said)) == ("hm", "So")
         assert found[-1].response.output[0].content[0].text == "hm"
+        asked = {"input": "Hi", "include": ["reasoning.encrypted_content"], "store": False}
+        assert client.post(PATH, json=asked).json()["output"][0]["content"][0]["text"] == "hm"
         places = [event.output_index for event in found if event.type == "response.output_item.done"]
         assert places == [0, 1] and found[-1].response.usage.output_tokens_details.reasoning_tokens == 2
 
@@ -132,6 +134,9 @@ def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
         ({"input": "a", "truncation": "auto"}, "truncation", "which tpctl cannot do"),
         ({"input": "a", "colour": 1}, "colour", "unknown field 'colour' in the body of a request to /v1/responses"),
         ({"input": "a", "n": 2}, "n", "unknown field 'n'"),
+        ({"input": "a", "include": ["message.output_text.logprobs"]}, "include", 'include has "message.output_text.lo'),
+        ({"input": "a", "include": "all"}, "include", 'include is "all", but must be a list'),
+        ({"input": "a", "prompt_logprobs": 1}, "prompt_logprobs", "which tpctl cannot do"),
         ({"input": "a", "max_output_tokens": 0}, "max_tokens", "max_tokens is 0, but must be at least 1"),
         ({"input": "a", "reasoning": 5}, "reasoning", "reasoning is 5, but must be a JSON object"),
     ],

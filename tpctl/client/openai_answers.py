@@ -21,7 +21,7 @@ def completion(
 ) -> dict[str, Any]:
     """The answers to one request; ``created`` in seconds since 1970."""
     make = message if chat else completed
-    found = {
+    found: dict[str, Any] = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{id}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,

@@ -27,7 +27,6 @@ _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "conversation": (),
     "prompt": (),
     "background": (False,),
-    "include": ([],),
     "truncation": ("disabled",),
     "max_tool_calls": (),
     "context_management": (),
@@ -56,6 +55,7 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     names = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata")
     said = {name: body.get(name) for name in names}
     messages = read_items(body)
+    _check_included(body.pop("include", []))
     refuse(body, _NOT_DONE)
     text = _object(body, "text", ("format", "verbosity"))
     refuse(text, {"verbosity": ("medium",)})
@@ -75,6 +75,14 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     body |= chat_tools(body)
     wanted = settings(body, chat=True, path=PATH)
     return ResponseAsked(messages, wanted, {**said, **tools, "effort": reasoning.get("effort"), "format": format_})
+
+
+def _check_included(value: Any) -> None:
+    """Thoughts are told as they are, so whoever wants them encrypted, to hand them back, has them too."""
+    if not isinstance(value, list):
+        raise FieldError(f"include is {shown(value)}, but must be a list", "include")
+    if left := [one for one in value if one != "reasoning.encrypted_content"]:
+        raise FieldError(f"include has {shown(left[0])}, which tpctl cannot do; leave it out", "include")
 
 
 def _response_format(value: Any) -> Any:
