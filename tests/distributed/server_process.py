@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,8 +29,8 @@ class ServerProcess:
         said: what it wrote to stderr.
     """
 
-    def __init__(self, *arguments: str, **env: str) -> None:
-        command = [sys.executable, "-m", "tpctl", "serve", *arguments, "--port", "0"]
+    def __init__(self, *arguments: str, program: Sequence[str] = ("-m", "tpctl", "serve"), **env: str) -> None:
+        command = [sys.executable, *program, *arguments, "--port", "0"]
         self.started = time.monotonic()
         self.process = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
         self.url = ""

@@ -10,8 +10,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx2
 import pytest
 
+from tests.distributed.server_process import PATIENCE, ServerProcess
 from tpctl.checkpoint.sources import ResolvedSource
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -55,6 +57,16 @@ def test_ray_data(demo: ResolvedSource) -> None:
     assert "Paris" in paris["text"] and paris["number"] == 0 and paris["error"] is None
     assert (empty["error"], empty["text"], empty["finish_reason"]) == ("the prompt is empty", None, "error")
     assert all(0 < row["completion_tokens"] <= 12 for row in (paris, three, water))
+
+
+def test_datatrove_server(demo: ResolvedSource) -> None:
+    """As datatrove's CustomServer starts it."""
+    options = ["--device=cpu", "--max-model-len=512", "--served-model-name=demo"]
+    server = ServerProcess(f"--model={demo.folder}", *options, program=(str(EXAMPLES / "datatrove_server.py"),))
+    with server:
+        models = httpx2.get(f"{server.url}/v1/models", timeout=PATIENCE).json()["data"]
+        assert [model["id"] for model in models] == ["demo"] and models[0]["max_model_len"] == 512
+    assert server.process.returncode == 0
 
 
 def check_vllm(name: str, folder: Path, option: str, proven: str, failed: str) -> None:
