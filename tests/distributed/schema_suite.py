@@ -15,7 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema.validators import validator_for
 
+from tests.distributed.schema_store import sample, stored
 from tests.schemas import Schema, all_schemas
 from tpctl import LLM, SamplingParams
 from tpctl.client.llm import Completion
@@ -32,7 +34,8 @@ def ask(llm: LLM, schemas: list[tuple[str, Schema]], temperature: float, most: i
         )
         for number, (_, schema) in enumerate(schemas)
     ]
-    prompts = [f"An example of JSON that follows this schema: {json.dumps(schema)}\n\n" for _, schema in schemas]
+    told = (json.dumps(schema)[:2000] for _, schema in schemas)
+    prompts = [f"An example of JSON that follows this schema: {text}\n\n" for text in told]
     return llm.generate(prompts, sampling)
 
 
@@ -43,7 +46,8 @@ def wrong(schemas: list[tuple[str, Schema]], answers: list[Completion]) -> list[
         if answer.finish_reason != "stop":
             continue
         try:
-            Draft202012Validator(schema, format_checker=FormatChecker()).validate(json.loads(answer.text))
+            kind = validator_for(schema, default=Draft202012Validator)
+            kind(schema, format_checker=FormatChecker()).validate(json.loads(answer.text))
         except Exception as error:
             found.append(f"{name}: {answer.text!r}: {error!r:.200}")
     return found
@@ -73,8 +77,12 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--every", type=int, default=1, help="of so many schemas take one")
+    parser.add_argument("--store", type=Path, help="JSON Schema Store's (schema_store.py), not our own")
+    parser.add_argument("--sample", type=int, default=120, help="of those so many")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    schemas = all_schemas()[:: args.every]
+    schemas = all_schemas() if args.store is None else sample(stored(args.store), args.sample, args.seed)
+    schemas = schemas[:: args.every]
     folder = prepare(args.model, EngineArgs(tp=args.tp)).text_dir
     with LLM(args.model, tp=args.tp) as llm:
         started = time.monotonic()
