@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from tests.distributed.server_process import PATIENCE, ServerProcess
@@ -114,6 +115,52 @@ def test_fields_change_what_is_answered(client: openai.OpenAI, demo: ResolvedSou
     one, again = (client.chat.completions.create(**sampled, seed=seed).choices for seed in (1, 1))
     assert [choice.message.content for choice in one] == [choice.message.content for choice in again]
     assert one[0].message.content != one[1].message.content
+
+
+class City(BaseModel):
+    capital: bool
+    district: int
+
+
+def test_answers_are_parsed(server: ServerProcess, client: openai.OpenAI) -> None:
+    """A schema that the client makes of a class, whole, streamed, as a response, and at once with others."""
+    asked: Any = {"model": "demo", "messages": CAPITAL, "response_format": City, "temperature": 0, "max_tokens": 60}
+    city = client.chat.completions.parse(**asked).choices[0].message.parsed
+    assert isinstance(city, City)
+    with client.chat.completions.stream(**asked) as events:
+        assert events.get_final_completion().choices[0].message.parsed == city
+    response = client.responses.parse(
+        model="demo", input=CAPITAL, text_format=City, temperature=0, max_output_tokens=60
+    )
+    assert response.output_parsed == city
+
+    async def several() -> list[City | None]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="k", timeout=PATIENCE) as one:
+            found = await asyncio.gather(*(one.chat.completions.parse(**asked) for _ in range(4)))
+            return [answer.choices[0].message.parsed for answer in found]
+
+    assert asyncio.run(several()) == [city] * 4
+
+
+def test_other_servers_names(client: openai.OpenAI) -> None:
+    text = "The capital of Italy is"
+    chosen: Any = {"guided_choice": ["Rome", "Oslo"], "prompt_logprobs": 1, "top_k": -1}
+    answer = client.completions.create(model="demo", prompt=text, temperature=0, extra_body=chosen).choices[0]
+    assert answer.text in ("Rome", "Oslo") and answer.model_extra is not None
+    told = answer.model_extra["prompt_logprobs"]
+    assert told[0] is None and all(next(iter(one.values()))["logprob"] <= 0 for one in told[1:])
+    echoed = list(
+        client.completions.create(
+            model="demo", prompt=text, echo=True, logprobs=1, max_tokens=2, temperature=0, stream=True
+        )
+    )
+    assert "".join(piece.choices[0].text for piece in echoed) == text + " Rome."
+    tokens = [token for piece in echoed if (one := piece.choices[0].logprobs) for token in one.tokens or ()]
+    assert "".join(tokens) == text + " Rome."
+    values = [value for piece in echoed if (one := piece.choices[0].logprobs) for value in one.token_logprobs or ()]
+    assert values[0] is None
+    first = [next(iter(one.values()))["logprob"] for one in told[1:]]
+    assert values[1 : len(told)] == pytest.approx(first, abs=1e-4)
 
 
 def test_many_at_once(server: ServerProcess) -> None:
