@@ -136,7 +136,7 @@ def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
         ({"input": "a", "n": 2}, "n", "unknown field 'n'"),
         ({"input": "a", "include": ["message.output_text.logprobs"]}, "include", 'include has "message.output_text.lo'),
         ({"input": "a", "include": "all"}, "include", 'include is "all", but must be a list'),
-        ({"input": "a", "prompt_logprobs": 1}, "prompt_logprobs", "which tpctl cannot do"),
+        ({"input": "a", "prompt_logprobs": 1}, "prompt_logprobs", "unknown field 'prompt_logprobs'"),
         ({"input": "a", "max_output_tokens": 0}, "max_tokens", "max_tokens is 0, but must be at least 1"),
         ({"input": "a", "reasoning": 5}, "reasoning", "reasoning is 5, but must be a JSON object"),
     ],

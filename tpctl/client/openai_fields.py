@@ -6,54 +6,54 @@ cannot do, is refused by name; one that changes no answer is not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from tpctl.client import vllm_fields
 from tpctl.client.fields import FieldError, flag, refuse, whole
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted
+from tpctl.client.openai_schemas import CHAT, FIELDS, MEANINGLESS, MOST_CHOICES, NOT_DONE, TEXT
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.asked import read_tools
 from tpctl.errors import shown
-from tpctl.wire.sampling import MAX_LOGPROBS
-
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-
-MOST_CHOICES = 128
-
-_MEANINGLESS = frozenset(
-    {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-    | {"prompt_cache_options", "prompt_cache_retention"}
-)
-"""Fields that change no answer."""
+from tpctl.wire.ranges import MAX_LOGPROBS
 
 _SAME = (SAMPLING_FIELDS - {"logprobs", "prompt_logprobs", "seed", "max_tokens"}) | {"stop", "chat_template_kwargs"}
 """Fields that mean what tpctl's own of that name mean; some are those that other servers add."""
 
-_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "suffix": ("",),
-    **vllm_fields.HARMLESS,
-}
-"""Fields for what tpctl has not, with the values that do not ask for it."""
+
+def check_names(body: dict[str, Any], path: str, others: Collection[str] = ()) -> None:
+    """Refuse fields that nobody knows, and make whole numbers of 7.0 and the like, which JSON does not tell from 7.
+
+    Args:
+        others: names that are known besides, since they are refused, each in its own words.
+
+    Raises:
+        FieldError: there is one.
+    """
+    if unknown := body.keys() - FIELDS[path].keys() - NOT_DONE.keys() - {"guided_grammar"} - set(others):
+        name = min(unknown)
+        raise FieldError(f"unknown field {name!r} in the body of a request to {path}", name)
+    for name, value in body.items():
+        if isinstance(value, float) and value.is_integer() and FIELDS[path].get(name, {}).get("type") == "integer":
+            body[name] = int(value)
 
 
-def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wanted:
+def settings(body: dict[str, Any], *, chat: bool, checked: bool = False) -> Wanted:
     """How a body without its prompt or messages wants its answers made: fields as of a line in tpctl's own form.
 
     Args:
         body: what is given; it is used up.
-        path: what it was sent to, if that is another than ``CHAT`` or ``TEXT``.
+        checked: its names have been looked at; those of a request to another path are others.
 
     Raises:
         FieldError: a field is unknown, or cannot be had as it is.
     """
-    refuse(body, _NOT_DONE)
-    for name in _MEANINGLESS & body.keys():
-        del body[name]
+    if not checked:
+        check_names(body, CHAT if chat else TEXT)
+    refuse(body, NOT_DONE)
+    for name in ("model", *MEANINGLESS):
+        body.pop(name, None)
     choices = whole(body.pop("n", 1), "n", 1, MOST_CHOICES)
     if (best := body.pop("best_of", choices)) != choices:
         raise FieldError(f"best_of is {shown(best)} with n {choices}, which tpctl cannot do; leave it out", "best_of")
@@ -67,10 +67,6 @@ def settings(body: dict[str, Any], *, chat: bool, path: str | None = None) -> Wa
     fields |= _length(body)
     fields |= _chat(body) if chat else _text(body)
     fields |= {name: body.pop(name) for name in _SAME & body.keys()}
-    if body:
-        name = min(body)
-        where = path or (CHAT if chat else TEXT)
-        raise FieldError(f"unknown field {name!r} in the body of a request to {where}", name)
     return Wanted(fields, choices, tools)
 
 
@@ -99,7 +95,10 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
             raise FieldError(
                 f"chat_template_kwargs is {shown(variables)}, but must be a JSON object", "chat_template_kwargs"
             )
-        found["chat_template_kwargs"] = {"reasoning_effort": body.pop("reasoning_effort"), **variables}
+        effort = body.pop("reasoning_effort")
+        if not isinstance(effort, str):
+            raise FieldError(f"reasoning_effort is {shown(effort)}, but must be a text", "reasoning_effort")
+        found["chat_template_kwargs"] = {"reasoning_effort": effort, **variables}
     return found
 
 

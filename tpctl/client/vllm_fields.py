@@ -41,6 +41,24 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
 """Fields for what tpctl has not, with the values that ask for nothing."""
 
 
+_SCHEMA: Mapping[str, Any] = {"type": ["object", "string"]}
+_WORDS: Mapping[str, Any] = {"type": "string", "minLength": 1}
+_CHOICE: Mapping[str, Any] = {"type": "array", "items": _WORDS, "minItems": 1}
+_ONE = {"json": _SCHEMA, "regex": _WORDS, "choice": _CHOICE, "json_object": {"const": True}}
+
+SCHEMAS: Mapping[str, Mapping[str, Any]] = {
+    "guided_json": _SCHEMA,
+    "guided_regex": _WORDS,
+    "guided_choice": _CHOICE,
+    "structured_outputs": {
+        "type": "object",
+        "properties": {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in _ONE.items()},
+        "additionalProperties": {"type": "null"},
+    },
+}
+"""What of the fields that ask for a form is taken."""
+
+
 def taken(body: dict[str, Any]) -> dict[str, Any]:
     """Take fields out of a body; what they ask for, as tpctl's own fields.
 

@@ -15,14 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpctl.client.fields import given
 from tpctl.errors import TpctlError
-from tpctl.serve.answered import refused, say
+from tpctl.serve.answered import Said, refused, say
 from tpctl.serve.bodies import BODY_SECONDS, read_object
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
+from tpctl.serve.openapi import description
 from tpctl.serve.page import Page
 
-OPEN = frozenset({"/", "/health"})
+OPEN = frozenset({"/", "/health", "/openapi.json"})
 """Paths that need no key."""
 
 Post = Callable[[dict[str, Any], float], Awaitable[ASGIApp]]
@@ -60,12 +61,13 @@ class App:
             "/detokenize": endpoints.detokenize,
         }
         routes = [Route(path, self._post(post), methods=["POST"]) for path, post in posts.items()]
-        page = Page()
+        page, described = Page(), Said(description(keyed=api_key is not None))
         routes += [
             Route("/", self._get(lambda request: page), methods=["GET"]),
             Route("/v1/models", self._get(lambda request: endpoints.models()), methods=["GET"]),
             Route("/v1/models/{name:path}", self._get(lambda one: endpoints.one_model(one.path_params["name"]))),
             Route("/tokenizer_info", self._get(lambda request: endpoints.tokenizer_info()), methods=["GET"]),
+            Route("/openapi.json", self._get(lambda request: described), methods=["GET"]),
             Route("/health", self._get(lambda request: endpoints.health()), methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
@@ -127,7 +129,8 @@ class App:
             error = ApiError.of(error)
         elif isinstance(error, HTTPException):
             what = "is not known here" if error.status_code == 404 else f"is not for {scope['method']}"
-            error = ApiError(error.status_code, f"{scope['path']} {what}")
+            said = f"{scope['path']} {what}"
+            error = ApiError(error.status_code, said, allow=(error.headers or {}).get("Allow"))
         elif not isinstance(error, ApiError):
             said = " ".join(f"{type(error).__name__}: {error}".split())
             self._note(f"tpctl serve: a request to {scope['path']} failed: {said}")

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
-from tpctl.client.fields import FieldError, flag
+from tpctl.client.fields import FieldError, flag, given
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
+from tpctl.client.openai_schemas import MOST_PROMPTS, STREAM_OPTIONS
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
@@ -24,9 +25,6 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.sampling import SamplingParams
-
-MOST_PROMPTS = 2048
-"""Of one request to /v1/completions."""
 
 T = TypeVar("T")
 
@@ -50,10 +48,11 @@ class Streaming:
             raise FieldError(f"stream_options is {shown(options)}, but stream is not true", "stream_options")
         if not isinstance(options, dict):
             raise FieldError(f"stream_options is {shown(options)}, but must be a JSON object", "stream_options")
-        known = {"include_usage", "continuous_usage_stats", "include_obfuscation"}
+        known = STREAM_OPTIONS["properties"].keys()
         if unknown := sorted(options.keys() - known):
             raise FieldError(f"unknown field {unknown[0]!r} in stream_options", "stream_options")
-        values = {name: flag(options.get(name) or False, f"stream_options.{name}") for name in sorted(known)}
+        given_options = given(options)
+        values = {name: flag(given_options.get(name, False), f"stream_options.{name}") for name in sorted(known)}
         return cls(True, values["include_usage"] or values["continuous_usage_stats"], values["continuous_usage_stats"])
 
 

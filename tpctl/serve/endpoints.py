@@ -129,12 +129,15 @@ class Endpoints:
 
     def model(self, body: dict[str, Any]) -> str:
         """Take the model's name out of a body; one that is not given is the first."""
-        name = body.pop("model", None) or self.names[0]
+        name = body.pop("model", "")
+        if not isinstance(name, str):
+            raise FieldError(f"model is {shown(name)}, but must be a text", "model")
+        name = name or self.names[0]
         if name not in self.names:
             known = " or ".join(self.names)
             said = f"the model {shown(name)} does not exist here; this server has {known}"
             raise ApiError(404, said, param="model", code="model_not_found")
-        return str(name)
+        return name
 
     def _model(self, name: str, max_model_len: int) -> dict[str, Any]:
         said = {"id": name, "object": "model", "created": self._created, "owned_by": "tpctl", "root": self.names[0]}

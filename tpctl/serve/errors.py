@@ -25,6 +25,7 @@ class ApiError(Exception):
         status: HTTP's.
         param: the field of the body that it is about; ``code``: what programs go by.
         retry_after: seconds after which another try may do better.
+        allow: methods that the path has.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -42,6 +44,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self.allow = allow
 
     @classmethod
     def of(cls, reason: TpctlError) -> ApiError:
@@ -64,6 +67,8 @@ class ApiError(Exception):
         found = [(b"content-type", b"application/json")]
         if self.retry_after is not None:
             found.append((b"retry-after", b"%d" % self.retry_after))
+        if self.allow is not None:
+            found.append((b"allow", self.allow.encode()))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
         return found

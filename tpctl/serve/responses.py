@@ -10,7 +10,8 @@ from typing import Any
 
 from tpctl.client.fields import FieldError, given, refuse
 from tpctl.client.forms import Wanted
-from tpctl.client.openai_fields import settings
+from tpctl.client.openai_fields import check_names, settings
+from tpctl.client.openai_schemas import NOT_IN_RESPONSES, RESPONSES
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.calls import CallPiece
 from tpctl.errors import shown
@@ -19,22 +20,6 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
 from tpctl.serve.items import chat_tools, read_items
 from tpctl.serve.pool import Job
-
-PATH = "/v1/responses"
-
-_NOT_DONE: Mapping[str, tuple[Any, ...]] = {
-    "previous_response_id": (),
-    "conversation": (),
-    "prompt": (),
-    "background": (False,),
-    "truncation": ("disabled",),
-    "max_tool_calls": (),
-    "context_management": (),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
-}
-"""Fields for what tpctl has not, beside those of a chat, with the values that do not ask for it."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +37,12 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     Raises:
         FieldError: a field is unknown, or cannot be had as it is.
     """
+    check_names(body, RESPONSES, NOT_IN_RESPONSES)
     names = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata")
     said = {name: body.get(name) for name in names}
     messages = read_items(body)
     _check_included(body.pop("include", []))
-    refuse(body, _NOT_DONE)
+    refuse(body, NOT_IN_RESPONSES)
     text = _object(body, "text", ("format", "verbosity"))
     refuse(text, {"verbosity": ("medium",)})
     format_ = text.get("format")
@@ -69,11 +55,9 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
         body["max_tokens"] = body.pop("max_output_tokens")
     if "effort" in reasoning:
         body["reasoning_effort"] = reasoning["effort"]
-    if "n" in body:
-        raise FieldError(f"unknown field 'n' in the body of a request to {PATH}", "n")
     tools = {name: body.get(name) for name in TOOL_FIELDS}
     body |= chat_tools(body)
-    wanted = settings(body, chat=True, path=PATH)
+    wanted = settings(body, chat=True, checked=True)
     return ResponseAsked(messages, wanted, {**said, **tools, "effort": reasoning.get("effort"), "format": format_})
 
 

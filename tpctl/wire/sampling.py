@@ -10,8 +10,7 @@ from typing import Any
 from tpctl.errors import RequestError, shown
 from tpctl.wire import guide
 from tpctl.wire.guide import Guide, guide_of
-
-MAX_LOGPROBS = 20
+from tpctl.wire.ranges import BIAS, RANGES
 
 
 @dataclass(frozen=True)
@@ -69,27 +68,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in _FIELDS:
             object.__setattr__(self, name, _typed(name, getattr(self, name)))
-        temperature = self.temperature
-        _check("temperature", temperature, temperature == 0 or 1e-4 <= temperature <= 1e4, "0, or from 0.0001 to 10000")
-        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "between 0 and 2^31 - 1 (0 keeps every token)")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
-        _check(
-            "repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "from -2 to 2")
+        for name, values in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not values.holds(value):
+                raise RequestError(f"{name} is {value}, but must be {values.said}")
         for token, bias in self.logit_bias:
-            _check(f"the logit_bias of token {token}", bias, -100 <= bias <= 100, "from -100 to 100")
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
-        most = self.max_tokens
-        _check("min_tokens", self.min_tokens, self.min_tokens <= most, f"at most {most}, which is max_tokens")
-        for name, wanted in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            _check(name, wanted, wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
-        after = self.guide_after
-        _check("guide_after", after, after is None or 0 <= after < 2**31, "between 0 and 2^31 - 1")
+            if not BIAS.holds(bias):
+                raise RequestError(f"the logit_bias of token {token} is {bias}, but must be {BIAS.said}")
+        if self.min_tokens > (most := self.max_tokens):
+            raise RequestError(f"min_tokens is {self.min_tokens}, but must be at most {most}, which is max_tokens")
         if self.guide is not None and self.ignore_eos:
             raise RequestError(f"ignore_eos is true beside {self.guide.name}, which says where the answer ends")
 
@@ -129,7 +116,7 @@ class SamplingParams:
 
 _FIELDS = {field.name: field for field in fields(SamplingParams)}
 _OPTIONAL = {"logprobs", "prompt_logprobs", "guide_after", *guide.NAMES}
-_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+_FLOATS = {name for name, values in RANGES.items() if not values.whole}
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -183,15 +170,14 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
 
 def _token(value: Any) -> int:
     """A token id, which keys of JSON objects write as a text."""
-    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, str) and not value.isdigit()):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | str)
+        or (isinstance(value, str) and not (value.isascii() and value.isdigit()))
+    ):
         raise TypeError
     return int(value)
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(name: str, value: Any, good: bool, wanted: str) -> None:
-    if not good:  # a NaN fails every comparison and lands here too
-        raise RequestError(f"{name} is {value}, but must be {wanted}")

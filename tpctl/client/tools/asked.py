@@ -14,7 +14,7 @@ MOST_TOOLS = 1024
 FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 """Of a body in OpenAI's form."""
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -114,7 +114,7 @@ def _function(number: int, tool: Any) -> tuple[dict[str, Any], bool]:
     if unknown := sorted(function.keys() - {"name", "description", "parameters", "strict"}):
         raise ToolsError(f"{what}: unknown field {shown(unknown[0])} in its function", "tools")
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ToolsError(
             f"{what}: name is {shown(name)}, but must be up to 64 letters, digits, _, . and -",
             "tools",

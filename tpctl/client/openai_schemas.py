@@ -1,0 +1,256 @@
+"""Which fields bodies in OpenAI's form may have, and what of them is taken, as JSON Schema.
+
+A field that is not in its path's table is refused (``openai_fields``), so the tables are the rule; the server's
+description of itself is made of them. Each field may be null, which is as if it were not there. What depends on other
+fields or on the model, a schema does not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpctl.client import vllm_fields
+from tpctl.client.tools.asked import MOST_TOOLS, NAME
+from tpctl.wire.guide import MOST_CHARACTERS
+from tpctl.wire.ranges import BIAS, RANGES
+
+Schema = Mapping[str, Any]
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+RESPONSES = "/v1/responses"
+
+MOST_CHOICES = 128
+MOST_PROMPTS = 2048
+
+ANYTHING: Schema = {}
+FLAG: Schema = {"type": "boolean"}
+STRING: Schema = {"type": "string"}
+OBJECT: Schema = {"type": "object"}
+WORDS: Schema = {"type": "string", "minLength": 1}
+IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+MEANINGLESS: Mapping[str, Schema] = dict.fromkeys(
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    ),
+    ANYTHING,
+)
+"""Fields that change no answer, and are not looked at."""
+
+NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "suffix": ("",),
+    **vllm_fields.HARMLESS,
+}
+"""Fields for what tpctl has not, with the values that do not ask for it."""
+
+NOT_IN_RESPONSES: Mapping[str, tuple[Any, ...]] = {
+    "previous_response_id": (),
+    "conversation": (),
+    "prompt": (),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "max_tool_calls": (),
+    "context_management": (),
+    "top_logprobs": (0,),
+    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
+}
+"""The same of ``RESPONSES``, beside those of a chat."""
+
+
+def harmless(names: Mapping[str, tuple[Any, ...]]) -> dict[str, Schema]:
+    """Fields of ``names`` that have a value which asks for nothing."""
+    return {name: {"enum": list(values)} for name, values in names.items() if values}
+
+
+def closed(properties: Mapping[str, Schema], *required: str) -> Schema:
+    """An object of these properties and no others."""
+    found = {"type": "object", "properties": dict(properties), "additionalProperties": False}
+    return {**found, "required": list(required)} if required else found
+
+
+def nullable(schema: Schema) -> Schema:
+    return schema if schema == ANYTHING else {"anyOf": [schema, {"type": "null"}]}
+
+
+def _nullable(properties: Mapping[str, Schema]) -> dict[str, Schema]:
+    return {name: nullable(schema) for name, schema in properties.items()}
+
+
+_JSON_SCHEMA = closed(
+    {"name": nullable(STRING), "description": nullable(STRING), "schema": OBJECT, "strict": nullable(FLAG)}, "schema"
+)
+RESPONSE_FORMAT: Schema = {
+    "anyOf": [
+        closed({"type": {"enum": ["text", "json_object"]}}, "type"),
+        closed({"type": {"const": "json_schema"}, "json_schema": _JSON_SCHEMA}, "type", "json_schema"),
+    ]
+}
+FORMS: Mapping[str, Schema] = {
+    "response_format": RESPONSE_FORMAT,
+    "regex": {**WORDS, "maxLength": MOST_CHARACTERS},
+    "choice": {"type": "array", "items": WORDS, "minItems": 1},
+    "grammar": {**WORDS, "maxLength": MOST_CHARACTERS},
+}
+STREAM_OPTIONS = closed(
+    {name: nullable(FLAG) for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")}
+)
+_FUNCTION = closed(
+    {
+        "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+        "description": nullable(STRING),
+        "parameters": nullable(OBJECT),
+        "strict": nullable(FLAG),
+    },
+    "name",
+)
+TOOLS: Schema = {
+    "type": "array",
+    "maxItems": MOST_TOOLS,
+    "items": {
+        "type": "object",
+        "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+        "required": ["type", "function"],
+    },
+}
+_CALLED: Schema = {"type": "object", "properties": {"name": STRING}, "required": ["name"]}
+_NAMED = closed({"type": {"const": "function"}, "function": _CALLED}, "type", "function")
+TOOL_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED]}
+_PART: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": STRING},
+    "required": ["type", "text"],
+}
+MESSAGES: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {
+            "role": STRING,
+            "content": {"anyOf": [STRING, {"type": "array", "items": _PART}, {"type": "null"}]},
+        },
+        "required": ["role"],
+    },
+}
+_PROMPTS: Schema = {"type": "array", "minItems": 1, "maxItems": MOST_PROMPTS, "items": {"anyOf": [WORDS, IDS]}}
+PROMPT: Schema = {"anyOf": [WORDS, {**IDS, "minItems": 1}, _PROMPTS]}
+_BIASES: Schema = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]+$"},
+    "additionalProperties": BIAS.schema(),
+}
+
+_SAMPLING: Mapping[str, Schema] = {
+    **{
+        name: values.schema()
+        for name, values in RANGES.items()
+        if name not in ("seed", "logprobs", "prompt_logprobs", "guide_after", "top_k", "max_tokens")
+    },
+    "top_k": RANGES["top_k"]._replace(least=-1).schema(),
+    "seed": RANGES["seed"]._replace(least=-(2**63)).schema(),
+    "ignore_eos": FLAG,
+    "stop_token_ids": IDS,
+    "logit_bias": _BIASES,
+    "stop": {"anyOf": [WORDS, {"type": "array", "items": WORDS}]},
+    "regex": FORMS["regex"],
+    "choice": FORMS["choice"],
+    "grammar": FORMS["grammar"],
+    **vllm_fields.SCHEMAS,
+}
+"""Of all paths."""
+
+_LENGTHS = {name: RANGES["max_tokens"].schema() for name in ("max_tokens", "max_completion_tokens")}
+_CHOICES: Schema = {"type": "integer", "minimum": 1, "maximum": MOST_CHOICES}
+_OF_BOTH: Mapping[str, Schema] = {
+    "model": STRING,
+    "stream": FLAG,
+    "stream_options": STREAM_OPTIONS,
+    "n": _CHOICES,
+    "best_of": _CHOICES,
+    "response_format": RESPONSE_FORMAT,
+    "prompt_logprobs": RANGES["prompt_logprobs"].schema(),
+    **_LENGTHS,
+    **_SAMPLING,
+    **MEANINGLESS,
+    **harmless(NOT_DONE),
+}
+_OF_CHATS: Mapping[str, Schema] = {
+    "chat_template_kwargs": OBJECT,
+    "reasoning_effort": STRING,
+    "tools": TOOLS,
+    "tool_choice": TOOL_CHOICE,
+    "parallel_tool_calls": FLAG,
+}
+_FORMAT: Schema = {
+    "anyOf": [
+        closed({"type": {"enum": ["text", "json_object"]}}, "type"),
+        closed({"type": {"const": "json_schema"}, **_JSON_SCHEMA["properties"]}, "type", "schema"),
+    ]
+}
+_FLAT_TOOLS: Schema = {
+    **TOOLS,
+    "items": {
+        "anyOf": [TOOLS["items"], closed({"type": {"const": "function"}, **_FUNCTION["properties"]}, "type", "name")]
+    },
+}
+_FLAT_CHOICE: Schema = {"anyOf": [TOOL_CHOICE, closed({"type": {"const": "function"}, "name": STRING}, "type", "name")]}
+
+FIELDS: Mapping[str, Mapping[str, Schema]] = {
+    CHAT: {
+        "messages": MESSAGES,
+        "logprobs": FLAG,
+        "top_logprobs": RANGES["logprobs"].schema(),
+        **_OF_BOTH,
+        **_OF_CHATS,
+    },
+    TEXT: {
+        "prompt": {
+            "anyOf": [WORDS, {"type": "array", "minItems": 1, "items": {"anyOf": [WORDS, IDS, {"type": "integer"}]}}]
+        },
+        "echo": FLAG,
+        "logprobs": RANGES["logprobs"].schema(),
+        **_OF_BOTH,
+    },
+    RESPONSES: {
+        "model": STRING,
+        "input": {"anyOf": [STRING, {"type": "array", "minItems": 1, "items": OBJECT}]},
+        "instructions": STRING,
+        "stream": FLAG,
+        "max_output_tokens": RANGES["max_tokens"].schema(),
+        "include": {"type": "array", "items": {"const": "reasoning.encrypted_content"}},
+        "text": closed(_nullable({"format": _FORMAT, "verbosity": {"enum": ["medium"]}})),
+        "reasoning": closed(_nullable({"effort": STRING, "summary": ANYTHING, "generate_summary": ANYTHING})),
+        **_SAMPLING,
+        **_OF_CHATS,
+        "tools": _FLAT_TOOLS,
+        "tool_choice": _FLAT_CHOICE,
+        **MEANINGLESS,
+        **harmless({**NOT_DONE, **NOT_IN_RESPONSES}),
+    },
+}
+"""By path and name."""
+
+NEEDED: Mapping[str, str] = {CHAT: "messages", TEXT: "prompt", RESPONSES: "input"}
+
+
+def body(path: str) -> Schema:
+    """What the body of a request to a path may be."""
+    return body_of(FIELDS[path], NEEDED[path])
+
+
+def body_of(fields: Mapping[str, Schema], *needed: str) -> Schema:
+    """A body of these fields; what is null is not there, whatever its name."""
+    given = {name: schema if name in needed else nullable(schema) for name, schema in fields.items()}
+    return {**closed(given, *needed), "additionalProperties": {"type": "null"}}
