@@ -110,6 +110,9 @@ class FakeEngine:
         if self._tokenizer.decode(request.token_ids).endswith("break"):
             del self.open[id]
             return Output(id, [], "error", "the scores are not finite")
+        if request.sampling.regex == "stuck":
+            del self.open[id]
+            return Output(id, [], "error", "regex: the grammar has no text that could follow")
         token, done = ids.popleft(), done + 1
         reason = "stop" if not ids else "length" if done >= request.sampling.max_tokens else None
         if reason is None:

@@ -175,6 +175,13 @@ def test_a_request_that_the_engine_fails_at(tokenizer: Tokenizer) -> None:
         assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
 
 
+def test_a_form_that_the_model_has_no_text_for_is_the_request_s_fault(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        for stream in (False, True):
+            found = error(client.post(TEXT, json={"prompt": "a", "regex": "stuck", "stream": stream}), 400)
+            assert found.param == "regex" and "has no text that could follow" in found.message
+
+
 def test_an_engine_that_ends_ends_every_request(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer)
     with served(tokenizer, engine) as (client, _):

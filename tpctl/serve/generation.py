@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
-from tpctl.errors import TpctlError
+from tpctl.errors import RequestError, TpctlError
 from tpctl.serve.errors import ApiError
+from tpctl.wire.guide import NAMES
 from tpctl.wire.messages import Output
 
 
@@ -73,7 +74,7 @@ class Generation:
             return True
         reason = stream.finish_reason
         if reason in ("error", "abort"):
-            self.fail(ApiError(500, output.message or "the request was given up"))
+            self.fail(_failure(output.message or "the request was given up"))
             return True
         if segments and segments[0].reasoning:
             self.reasoning_tokens += len(stream.token_ids) - before
@@ -121,3 +122,10 @@ class Generation:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+def _failure(message: str) -> ApiError:
+    """What an engine failed at: a form that the model has no text for is the request's fault, as it says first."""
+    if message.partition(":")[0] in NAMES:
+        return ApiError.of(RequestError(message))
+    return ApiError(500, message)
