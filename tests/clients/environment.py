@@ -16,6 +16,9 @@ from tests.distributed.server_process import PATIENCE, ServerProcess
 
 SETTINGS = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory", "512MiB")
 
+PARSER = argparse.ArgumentParser()
+PARSER.add_argument("--venvs", type=Path, help="a folder in which the environments are kept")
+
 
 class Client:
     """A program of others.
@@ -58,9 +61,7 @@ def installed(*packages: str, beside: bool = False) -> Iterator[Client]:
     Args:
         beside: what this interpreter has can be imported there, too, torch above all; else nothing else is there.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--venvs", type=Path, help="a folder in which the environments are kept")
-    kept = parser.parse_args().venvs
+    kept = PARSER.parse_args().venvs
     with tempfile.TemporaryDirectory(prefix="tpctl-clients-") as name:
         temporary = Path(name).resolve()
         home = (kept or temporary / "venvs").resolve() / Path(sys.argv[0]).stem
@@ -79,21 +80,22 @@ def installed(*packages: str, beside: bool = False) -> Iterator[Client]:
 
 
 @contextmanager
-def serving(model: str = "demo", *options: str) -> Iterator[ServerProcess]:
+def serving(model: str = "demo", *options: str, **env: str) -> Iterator[ServerProcess]:
     """A server of the demo model, in float32, that must have failed at nothing in the end."""
-    server = ServerProcess(model, *SETTINGS, "--served-model-name", "demo", *options)
+    server = ServerProcess(model, *SETTINGS, "--served-model-name", "demo", *options, **env)
     with server:
         yield server
-        answers = answered(server)
+        key = options[options.index("--api-key") + 1] if "--api-key" in options else ""
+        answers = answered(server, key)
         print("answered:", *(f"{path} {status}: {count:.0f}," for (path, status), count in answers.items()))
     broken = [line for line in server.said if "Traceback" in line or "failed" in line]
     expect(not broken and all(status < 500 for _, status in answers), "the server fails at nothing", *broken)
 
 
-def answered(server: ServerProcess) -> dict[tuple[str, int], float]:
+def answered(server: ServerProcess, key: str = "") -> dict[tuple[str, int], float]:
     """How many answers there were by path and status, but for those of paths that scripts look at themselves."""
     found = {}
-    for name, count in server.counters().items():
+    for name, count in server.counters(key).items():
         if name.startswith("tpctl_http_requests_total{"):
             _, path, _, status, _ = name.split('"')
             if path not in ("/health", "/metrics"):
