@@ -9,7 +9,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.sampling import by_test, leave_out, sampled, today
+from tests.sampling import by_test, leave_out, of_the_day, sampled, today
 from tpctl.checkpoint.sources import ResolvedSource, resolve
 
 # Where the tests run in the background of a shell, SIGINT is ignored, and every process they start would inherit that.
@@ -70,8 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         taken = cases
         if mark := cases[0].get_closest_marker("grid"):
             taken = sampled(cases, mark.args[0], turn=today() if mark.kwargs.get("daily") else 0)
-        if mark := cases[0].get_closest_marker("daily"):
-            taken = [case for place, case in enumerate(taken) if (place + today()) % mark.args[0] == 0]
+        if cases[0].path.parent.name != "gpu":  # which chooses for itself, of what it has sampled
+            taken = of_the_day(taken)
         out.update(set(cases) - set(taken))
     leave_out(config, items, out)
 

@@ -33,6 +33,14 @@ def today() -> int:
     return (datetime.date.fromisoformat(day) if day else datetime.date.today()).toordinal()
 
 
+def of_the_day(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Of a test marked ``daily(share)`` one case of so many, others every day; else all."""
+    mark = cases[0].get_closest_marker("daily") if cases else None
+    if mark is None:
+        return cases
+    return [case for place, case in enumerate(cases) if (place + today()) % mark.args[0] == 0]
+
+
 def sampled(cases: list[pytest.Item], times: int, *, apart: bool = False, turn: int = 0) -> list[pytest.Item]:
     """Few of ``cases``, the same in every run: each value of each parameter ``times`` times, where as many have it.
 

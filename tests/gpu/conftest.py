@@ -1,6 +1,6 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
-grids of cases are sampled; on GPUs they run whole, unless ``--sampled-grid`` is given. What is only compiled are others
-every day."""
+grids of cases are sampled (of tests marked ``daily`` in parts, by the day); on GPUs they run whole, unless
+``--sampled-grid`` is given. What is only compiled are others every day."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.gpu.here import INTERPRET
-from tests.sampling import by_test, leave_out, sampled, today
+from tests.sampling import by_test, leave_out, of_the_day, sampled, today
 
 _TIMES = 1
 """How often each value of each parameter is run at least, where its grid has as many cases of it."""
@@ -31,12 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if whole or config.getoption("--whole-grid"):
         return
     tests = by_test(item for item in items if item.path.parent.name == "gpu").values()
-    large = [cases for cases in tests if len(cases) > _SMALL]
-    leave_out(config, items, {one for cases in large for one in cases} - {
-        one for cases in large for one in _few(cases)
-    })  # fmt: skip
+    kept = {one for cases in tests for one in of_the_day(_few(cases))}
+    leave_out(config, items, {one for cases in tests for one in cases} - kept)
 
 
 def _few(cases: list[pytest.Item]) -> list[pytest.Item]:
+    if len(cases) <= _SMALL:
+        return cases
     compiled = cases[0].path.name.startswith("test_compile")
     return sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)

@@ -173,6 +173,7 @@ def a_step(new: list[int], tp_size: int) -> tuple[Run, ForwardBatch]:
     return run, step
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     "name,intermediate,tp_size,new,used",
     [

@@ -160,6 +160,7 @@ def prompts_of(*lengths: int) -> dict[str, list[int]]:
     return {str(at): torch.randint(3, 131, (length,)).tolist() for at, length in enumerate(lengths)}
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("way", ["graphs", "eager", "paced", "tight"])
 def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hashable]) -> None:
     model = make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
@@ -197,6 +198,7 @@ def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hash
     assert (stats.paced_steps > 0) == (way == "paced")
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_short_prompts_are_replayed_once_their_size_has_come(
     name: str, tmp_path: Path, replayed: list[Hashable]
@@ -228,6 +230,7 @@ def test_short_prompts_are_replayed_once_their_size_has_come(
     assert ask(4, "3", "0", "2", "1").count(32) >= 3
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_a_prefix_that_all_share_is_read_once(
     name: str, tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
@@ -265,6 +268,7 @@ def test_how_many_blocks_are_shared(blocks: list[list[int]], common: int) -> Non
     assert cuda_runner.shared_blocks(blocks) == common
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(("way", "block_size", "window"), [("graphs", 16, 18), ("eager", 32, 15), ("paced", 16, 18)])
 def test_layers_with_windows_keep_what_they_see(
     way: str, block_size: int, window: int, tmp_path: Path, replayed: list[Hashable]
@@ -299,6 +303,7 @@ def test_layers_with_windows_keep_what_they_see(
     assert len(replayed) > 0 or way == "eager"
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -328,6 +333,7 @@ def test_attention_of_other_kinds(name: str, sizes: dict[str, Any], tmp_path: Pa
     assert len(replayed) > 0
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("params", "eager"),
     [
@@ -435,6 +441,7 @@ FILTERED = {
 }
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("way", ["graphs", "paced"])
 def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: list[Hashable]) -> None:
     """The tokens that the CPU's sampler chooses, one request at a time, from whole logits."""
@@ -461,6 +468,7 @@ def test_the_device_samples_within_filters(way: str, tmp_path: Path, replayed: l
 BROKEN = 100
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("way,helped", [("graphs", False), ("eager", True), ("paced", True)])
 def test_rows_that_are_not_finite_end_and_others_go_on(
     way: str, helped: bool, tmp_path: Path, replayed: list[Hashable]

@@ -77,6 +77,7 @@ NOT_FOR_VLLM = (
 """Which ``--compat vllm`` refuses by name."""
 
 
+@pytest.mark.daily(2)
 @pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def test_a_checkpoint_has_the_names_and_shapes_of_its_plan(name: str, checkpoint
     assert bool(rest) == (name in SEEING)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("name", ALL)
 def test_merge_and_reshard_are_exact_at_every_size(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

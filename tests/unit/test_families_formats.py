@@ -122,6 +122,7 @@ def has_experts(model: Quantised) -> bool:
     return any(isinstance(part, Experts) for layer in model.held().layers for part in layer.parts)
 
 
+@pytest.mark.daily(2)
 def test_sums_of_ranks_are_the_layers(family: str, packing: str) -> None:
     """At every size, and with experts dealt, or borders inside of blocks."""
     model = made(family, packing)
@@ -132,6 +133,7 @@ def test_sums_of_ranks_are_the_layers(family: str, packing: str) -> None:
         check(model, 4, Cutting(2))
 
 
+@pytest.mark.daily(2)
 def test_shards_are_proven_planned_merged_and_cut_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, packing: str
 ) -> None:

@@ -54,6 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Made()
 
 
+@pytest.mark.daily(2)
 @pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("way", ["whole", "tight"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 5])

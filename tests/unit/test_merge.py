@@ -73,6 +73,7 @@ def test_round_trips(
     shutil.rmtree(folder)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("family", RUN)
 def test_every_family_between_all_sizes(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config

@@ -81,6 +81,7 @@ def state_of(runner: ModelRunner, slot: int, start: int) -> StateUse | None:
     return StateUse(slot, slot if start else None) if runner.memory.num_states else None
 
 
+@pytest.mark.daily(2)
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -54,6 +54,7 @@ def check(folder: Path, model: Any, shards: Path, tp_size: int, groups: int) -> 
     torch.testing.assert_close(logits_of(shards, tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("name", "tp_size", "groups"),

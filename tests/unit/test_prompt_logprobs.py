@@ -68,6 +68,7 @@ def check(models: Models, index: int, outputs: list[Output], top: int) -> None:
         assert len({id for id, _ in one.top}) == top
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 7])
 @pytest.mark.parametrize(
     "settings",

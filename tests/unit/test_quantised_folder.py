@@ -95,6 +95,7 @@ def quantise(source: Path, out: Path, method: Method) -> QuantizationReport:
     return quantise_checkpoint(CheckpointFolder.open(source), out, method)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("method", Method)
 @pytest.mark.parametrize("family", ["llama-biases", "phi3", "gemma3", "smollm2"])

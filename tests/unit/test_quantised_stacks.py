@@ -99,6 +99,7 @@ def test_a_stack_becomes_what_is_made_of_experts_one_by_one(tmp_path: Path, name
     assert folder_bytes(tmp_path / f"stacked-{method}") == folder_bytes(tmp_path / f"apart-{method}")
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gemma4-text-moe", "mixtral"])
 @pytest.mark.parametrize("method", Method)
 def test_it_is_cut_planned_proven_and_merged(tmp_path: Path, name: str, method: Method) -> None:

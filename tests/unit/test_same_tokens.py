@@ -52,6 +52,7 @@ def check(
     assert stats.preemptions > 0 and CROWDED <= stats.num_blocks <= CROWDED + 2
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("name", "tp_size", "groups"),
     [
@@ -96,6 +97,7 @@ def test_turns_of_a_conversation_go_on_from_the_state_before(name: str, tp_size:
     assert stats.prefix_cache_hit_tokens == sum(spared)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("family", "packer", "tp_size", "groups"),
     [

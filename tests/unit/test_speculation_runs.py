@@ -90,6 +90,7 @@ def joined(parts: list[Output]) -> Output:
     return parts[-1]._replace(token_ids=[id for part in parts for id in part.token_ids], logprobs=reported or None)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_answers_are_those_without(way: dict[str, Any], tp_size: int, model: Path) -> None:
