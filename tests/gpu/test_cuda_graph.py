@@ -149,6 +149,15 @@ def test_short_steps_are_captured_when_they_have_come(monkeypatch: pytest.Monkey
     assert len(captured) == 4 + 1 and len(set(captured)) == 5
 
 
+def test_no_graph_has_more_rows_than_there_is_memory_for() -> None:
+    seen: list[MixedInputs] = []
+    steps = Uncaptured()
+    graphs = MixedGraphs(steps, None, lambda inputs, path: seen.append(inputs), 60)
+    graphs.run([1] * 59, [*range(59)], [5] * 59, 0, [59], [58], paced=False)
+    assert steps.keys == [("mixed", 60, 60, DIRECT)]
+    assert seen[0].rows.packed[0].tolist() == [1] * 59 + [-1]
+
+
 def test_prepared_rows_equal_their_reference() -> None:
     torch.manual_seed(0)
     rows, slots, blocks = 23, 6, 9

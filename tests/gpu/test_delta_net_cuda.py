@@ -22,7 +22,9 @@ from tpctl.arch.delta_net import NetSizes
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
+from tpctl.engine.runners import cuda as cuda_runner
 from tpctl.engine.scheduling.scheduled import StateUse
+from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.states import decode_slots, prompt_chunks
 from tpctl.errors import UnsupportedModelError
 from tpctl.kernels.delta_net.chunks import ChunkTables
@@ -77,6 +79,28 @@ def test_tokens_equal_transformers(name: str, way: str, tmp_path: Path, replayed
     assert engine.stats().prefix_cache_hit_tokens > 0
     assert ({key[0] for key in replayed} >= {1}) == (way == "graphs")  # type: ignore[index]
     assert any(isinstance(one, LayerState) for one in engine.runner.kv)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="it takes a CPU in the place of the GPU")
+def test_the_largest_step_may_share_a_prefix(
+    tmp_path: Path,
+    replayed: list[Hashable],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has more numbers than any other: where each row has its state, and how long the prefix is."""
+    monkeypatch.setattr(cuda_runner, "_SHARED_ROWS", 2)
+    monkeypatch.setattr(cuda_runner, "_SHARED_TOKENS", 128)
+    monkeypatch.setattr(cuda_runner, "SHORT", 0)  # a step of decodes is the largest
+    monkeypatch.setattr(MixedGraphs, "most_numbers", staticmethod(lambda rows: 0))
+    model = make_mixture("qwen3_next", tmp_path / "hf", max_position_embeddings=256, **SIZES)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 144, "max_model_len": 160}
+    engine = start(tmp_path / "tp1", kv_cache_memory=4 << 20, **sizes)
+    (prefix,) = prompts_of(137).values()
+    for some in ({"0": prefix}, {"1": [*prefix[:129], 7], "2": [*prefix[:130], 9, 11]}):
+        for id, tokens in run(engine, some, 2).items():
+            assert tokens == best(model, some[id], tokens), id
+    assert any(key[0] == 2 and key[2] for key in replayed), replayed  # type: ignore[index]
 
 
 def layer_of(folder: Path, group: TPGroup, compute: Compute) -> DeltaNet:

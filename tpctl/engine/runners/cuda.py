@@ -89,7 +89,7 @@ class CudaRunner(ModelRunner):
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not settings.enforce_eager:
-            numbers = max(MixedGraphs.most_numbers(rows), (3 + NUMBERS) * rows)
+            numbers = max(MixedGraphs.most_numbers(rows), DecodeGraphs.most_numbers(rows, 3 + NUMBERS))
             captured = CapturedSteps(steps.captured, self._sampled, numbers, self._slots.tables)
             self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._decode_step)
             if self._paged.captures_prefill and not memory.num_states:

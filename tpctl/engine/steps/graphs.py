@@ -138,6 +138,11 @@ class DecodeGraphs:
         self._steps = steps
         self._step = step
 
+    @staticmethod
+    def most_numbers(rows: int, columns: int) -> int:
+        """int32 numbers that a step of ``rows`` is given at most: a shared prefix takes one beside the columns."""
+        return rows * columns + 1
+
     def run(
         self,
         columns: Sequence[list[int]],

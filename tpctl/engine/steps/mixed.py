@@ -28,7 +28,7 @@ SHORT = 512
 CHUNKS = 8
 """Most prefill chunks of a captured step."""
 
-_ROWS = 16  # captured steps have a multiple of this many rows
+_ROWS = 16  # captured steps have a multiple of this many rows, or as many as there may be
 _MOST = 48  # such graphs; a job takes about ten
 _MISSES = 4  # steps of a size until it is captured at once
 
@@ -118,10 +118,10 @@ class MixedGraphs:
 
     def _key(self, tokens: int, sampled: int, path: SamplingPath, paced: bool) -> MixedKey:
         """The graph for so many tokens. Where nothing is paced a quarter of them pads it at most, or fewer than
-        ``_ROWS``."""
-        least, _ = self._bounds(paced)
+        ``_ROWS``. None has more rows than there is memory for."""
+        least, most = self._bounds(paced)
         step = _ROWS if least else max(_ROWS, (1 << max(tokens - 1, 1).bit_length()) >> 3)
-        rows = max(least, -(-tokens // step) * step)
+        rows = min(most, max(least, -(-tokens // step) * step))
         return MixedKey(rows, min(rows, sampled_rows(max(sampled, 1))), path)
 
     def run(
