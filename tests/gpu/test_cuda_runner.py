@@ -219,7 +219,8 @@ def test_short_prompts_are_replayed_once_their_size_has_come(
         before = len(replayed)
         engine.apply(Add([Request(id, ids, params) for id, ids in prompts.items()]))
         finish(engine, found)
-        engine.runner.rest()
+        while engine.runner.rest():
+            pass
         for id, ids in prompts.items():
             assert found[id] == best(model, ids, found[id]), id
         return [key[1] for key in replayed[before:] if key[0] == "mixed"]  # type: ignore[index]

@@ -16,22 +16,22 @@ from tpctl.kernels.attention.shared_prefix import SharedPrefix
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("assembly")]
 
-BLOCK = 32
 # query heads, KV heads, tokens of each behind the prefix (0: a row of padding)
 SHAPES = [(4, 2, (1, 33, 7, 70)), (6, 1, (40, 0, 5)), (8, 8, (3, 0, 0))]
 MANY = (32, 8, tuple(1 + 7 * i % 200 for i in range(150)))
 
 
+@pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("form", ["model", "packed", "fp8"])
 @pytest.mark.parametrize("prefix", [128, 384])
 @pytest.mark.parametrize("heads,kv_heads,own", SHAPES if INTERPRET else [*SHAPES, MANY])
-def test_matches_reference(heads: int, kv_heads: int, own: tuple[int, ...], prefix: int, form: str) -> None:
+def test_matches_reference(heads: int, kv_heads: int, own: tuple[int, ...], prefix: int, form: str, block: int) -> None:
     torch.manual_seed(heads)
     seqs, dim = len(own), 64
     lens = [prefix + tokens if tokens else 0 for tokens in own]
-    shared, width = prefix // BLOCK, -(-max(lens) // BLOCK)
+    shared, width = prefix // block, -(-max(lens) // block)
     count = shared + seqs * (width - shared)
-    keys, values = torch.randn(2, count, BLOCK, kv_heads, dim).to(DEVICE, torch.bfloat16)
+    keys, values = torch.randn(2, count, block, kv_heads, dim).to(DEVICE, torch.bfloat16)
     order = torch.randperm(count).int()
     tables = torch.zeros(seqs, width, dtype=torch.int32)
     tables[:, :shared] = order[:shared]
@@ -61,7 +61,7 @@ def test_matches_reference(heads: int, kv_heads: int, own: tuple[int, ...], pref
         torch.full((seqs * heads, 2), float("nan"), device=DEVICE),
     )
     scratch = DecodeScratch.allocate(seqs, heads, dim, DEVICE)
-    plan = DecodePlan(seqs, heads, kv_heads, dim, BLOCK, scratch, packed=form != "model", prefix=room)
+    plan = DecodePlan(seqs, heads, kv_heads, dim, block, scratch, packed=form != "model", prefix=room)
     live = seq_lens > 0
     want = paged_decode_reference(q.double(), kept[0].double(), kept[1].double(), tables, seq_lens)
     for pdl in (False,) if INTERPRET else (False, True):

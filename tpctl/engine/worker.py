@@ -41,11 +41,9 @@ def serve(engine: Engine, feed: Leader | Follower, policy: WaitPolicy | None = N
     while True:
         outputs = []
         idle = not engine.has_work
-        if idle:
-            engine.runner.rest()
         if idle and policy is not None:
             policy.rest()
-        messages = feed.next(wait=idle)
+        messages = feed.next(wait=idle and not engine.runner.rest())
         if idle:
             if policy is not None:
                 policy.work()

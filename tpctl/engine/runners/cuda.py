@@ -131,10 +131,11 @@ class CudaRunner(ModelRunner):
             launched.ready.record()
             return launched
 
-    def rest(self) -> None:
-        if self._mixed is not None:
-            with torch.inference_mode():
-                self._mixed.capture_missed()
+    def rest(self) -> bool:
+        if self._mixed is None:
+            return False
+        with torch.inference_mode():
+            return self._mixed.capture_missed()
 
     def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:
         if isinstance(launched, CudaLaunched):
@@ -322,14 +323,13 @@ class CudaRunner(ModelRunner):
 
 def shared_blocks(tables: list[list[int]]) -> int:
     """How many blocks all tables begin with. Only blocks that are full, and computed, are ever shared."""
-    first, last = tables[0], tables[-1]
-    if first[0] != last[0]:  # as it mostly is
+    if tables[0][0] != tables[-1][0]:  # as it mostly is
         return 0
-    common = first[: min(map(len, tables)) - 1]
-    for table in tables:
-        while table[: len(common)] != common:
-            common.pop()
-    return len(common)
+    least, most = min(tables), max(tables)  # what is between begins with all that these have in common
+    for count, (one, other) in enumerate(zip(least, most, strict=False)):
+        if one != other:
+            return count
+    return min(map(len, tables)) - 1
 
 
 def _behind(item: ScheduledSequence) -> range:
@@ -346,7 +346,7 @@ def make_cuda_runner(settings: EngineConfig, group: TPGroup) -> CudaRunner:
     compute = CudaCompute(group, connect_peers(group, hidden, loaded.dtype, rows, tokens))
     loaded.model.use(compute)
     paged(loaded).reserve(tokens, loaded.wanted_len, group.device)
-    steps = measure_step(loaded, rows)
+    steps = measure_step(loaded, rows, paged(loaded).prefix_bytes(settings.max_num_seqs))
     memory = plan_memory(loaded, cuda_budget(loaded, steps), steps.later)
     return CudaRunner(loaded, memory, compute, steps, pace)
 

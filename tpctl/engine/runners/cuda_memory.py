@@ -32,11 +32,12 @@ class StepMemory:
     later: int
 
 
-def measure_step(loaded: LoadedModel, rows: int) -> StepMemory:
+def measure_step(loaded: LoadedModel, rows: int, prefix: int = 0) -> StepMemory:
     """Run the largest step, and tell what steps take.
 
     Args:
         rows: of the largest step that a graph may hold.
+        prefix: bytes that captured steps keep for prefixes that all decodes share.
     """
     settings, device = loaded.settings, loaded.group.device
     tokens = settings.max_num_batched_tokens
@@ -54,7 +55,7 @@ def measure_step(loaded: LoadedModel, rows: int) -> StepMemory:
     eager = settings.enforce_eager
     tables = 4 * (2 * settings.max_num_seqs + (0 if eager else rows)) * table_width(loaded, loaded.wanted_len)
     tables *= len(loaded.layout.windows)
-    later = tables + (gathered if eager else captured)
+    later = tables + (gathered if eager else captured + prefix)
     later += logits + loaded.sampler.working_bytes(settings.max_num_seqs)  # sampling with the host's help
     return StepMemory(before, activations, captured, later)
 

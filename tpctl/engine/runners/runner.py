@@ -125,8 +125,10 @@ class ModelRunner:
         """Whether the next step can be started before this one's tokens are known on the host."""
         return False
 
-    def rest(self) -> None:
-        """Called while there is nothing to do, on every rank: time to get ready for what may come."""
+    def rest(self) -> bool:
+        """Called while there is nothing to do, on every rank: time to get ready for what may come, a piece at a time.
+        Whether there is more."""
+        return False
 
     def info(self) -> EngineInfo:
         """What ``Ready`` reports of this rank."""

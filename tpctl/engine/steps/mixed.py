@@ -29,7 +29,7 @@ CHUNKS = 8
 """Most prefill chunks of a captured step."""
 
 _ROWS = 16  # captured steps have a multiple of this many rows, or as many as there may be
-_MOST = 48  # such graphs; a job takes about ten
+_MOST = 48  # such graphs of a kind, paced or short; a job takes about ten
 _MISSES = 4  # steps of a size until it is captured at once
 
 
@@ -97,18 +97,28 @@ class MixedGraphs:
         key = self._key(batch.num_tokens, len(batch.sampled), SamplingPath.of(batch), batch.paced)
         if key in self._captured:
             return True
-        if len(self._captured) >= _MOST:
+        if self._full(key):
             return False
         self._missed[key] += 1
         return batch.paced or self._missed[key] >= _MISSES
 
-    def capture_missed(self) -> None:
-        """Capture the sizes that have come; called while there is nothing to do."""
-        for key in self._missed:
-            if key not in self._captured and len(self._captured) < _MOST:
-                self._captured.add(key)
-                self._steps.prepare(("mixed", *key), lambda key=key: self._make(key))  # type: ignore[misc]
+    def capture_missed(self) -> bool:
+        """Capture a size that has come, the one that came most often; whether more are left. Called while there is
+        nothing to do: what may come in meanwhile waits for one."""
+        wanted = [key for key, _ in self._missed.most_common() if key not in self._captured]
         self._missed.clear()
+        if not wanted or self._full(wanted[0]):
+            return False
+        self._captured.add(wanted[0])
+        self._steps.prepare(("mixed", *wanted[0]), lambda: self._make(wanted[0]))
+        self._missed.update(wanted[1:])
+        return len(wanted) > 1
+
+    def _full(self, key: MixedKey) -> bool:
+        """Whether there are as many graphs of a key's kind as are kept. Paced ones have as many rows as the pace wants
+        at least."""
+        least = 0 if self._pace is None else self._pace.rows
+        return sum((other.rows >= least) == (key.rows >= least) for other in self._captured) >= _MOST
 
     def _bounds(self, paced: bool) -> tuple[int, int]:
         """Rows that a graph has at least, and at most."""

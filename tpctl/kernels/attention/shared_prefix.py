@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8
-from tpctl.kernels.attention.paged_prefill import attend
+from tpctl.kernels.attention.paged_prefill import attend, prefill_config
 from tpctl.kernels.attention.tile_runs import LOG2E
-from tpctl.kernels.common.launch import launch_options, pipelines_pure_alone
+from tpctl.kernels.common.launch import launch_options, next_power_of_2, pipelines_pure_alone, shared_memory
 
 PREFIX_STEP = 128
 """Tokens that tiles of any kernel divide, unless blocks are smaller and bound them."""
@@ -103,11 +103,9 @@ def attend_to_prefix(
     block_size, num_kv_heads = k_cache.shape[1:3]
     if factors is not None:
         block_size, num_kv_heads = num_kv_heads, block_size
-    block_dim = triton.next_power_of_2(head_dim)
-    block_m, tile, num_warps, stages = 64, 64, 4, 2
-    if q_SND.element_size() * block_dim > 512:  # shared memory
-        block_m, tile, stages = 32, 32, 1
-    _prefix_kernel[(num_kv_heads, triton.cdiv(num_seqs * (num_heads // num_kv_heads), block_m))](
+    limit = shared_memory(q_SND.device)
+    config = prefill_config(num_seqs, num_seqs, head_dim, block_size, q_SND.element_size(), limit)
+    _prefix_kernel[(num_kv_heads, triton.cdiv(num_seqs * (num_heads // num_kv_heads), config.block_m))](
         q_SND,
         k_cache,
         v_cache,
@@ -123,14 +121,14 @@ def attend_to_prefix(
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        BLOCK_M=block_m,
-        BLOCK_DIM=block_dim,
-        TILE=tile,
+        BLOCK_M=config.block_m,
+        BLOCK_DIM=next_power_of_2(head_dim),
+        TILE=config.tile,
         PACKED=factors is not None,
         FP8=factors is not None and is_fp8(factors),
         PURE=pipelines_pure_alone(q_SND.device),
-        STAGES=stages,
+        STAGES=config.num_stages,
         PDL=pdl,
-        num_warps=num_warps,
+        num_warps=config.num_warps,
         **launch_options(pdl),
     )

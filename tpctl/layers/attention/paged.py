@@ -57,6 +57,10 @@ class PagedBackend(AttentionBackend[PlanT]):
         (``ForwardBatch.shared_1``)."""
         return None
 
+    def prefix_bytes(self, count: int) -> int:
+        """What steps of up to ``count`` decodes with such blocks take."""
+        return 0
+
     def allocate(
         self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
     ) -> list[LayerKV]:

@@ -157,8 +157,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
         """Memory for what ``count`` decodes find in a prefix that they share."""
         rows = count * spec.num_heads
         if not self._prefixes or self._prefixes[-1][1].shape[0] < rows:
-            most = max(512, count) * max(one.num_heads for one in self.layers)
-            widest = max(one.head_dim for one in self.layers)
+            most, widest = self._prefix_sizes(count)
             sizes = (most * widest,), (most, 2)
             sums, stats = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
             self._prefixes.append((sums, stats))
@@ -168,6 +167,16 @@ class TritonBackend(PagedBackend[TritonPlan]):
             sums[: rows * spec.head_dim].view(count, -1, spec.head_dim),
             stats[:rows],
         )
+
+    def _prefix_sizes(self, count: int) -> tuple[int, int]:
+        """Rows, and numbers of each, of what so many decodes find."""
+        return max(512, count) * max(one.num_heads for one in self.layers), max(one.head_dim for one in self.layers)
+
+    def prefix_bytes(self, count: int) -> int:
+        if self.shared_pool is None:
+            return 0
+        most, widest = self._prefix_sizes(count)
+        return 4 * most * (widest + 2)
 
     def _plan(self, count: int, spec: AttentionSpec, long: bool, shared: bool, like: Tensor) -> DecodePlan:
         """The plan for ``count`` decodes, on ``like``'s device: kept, since captured graphs hold its buffers."""
