@@ -212,6 +212,10 @@ def test_answers_without_usage_are_told_of() -> None:
         ('--body {"n":2}', "--body has n, which is not for it to set"),
         ("--token-ids --endpoint chat", "--token-ids are prompts of --endpoint completions"),
         ("--workload nano --num-prompts 300", "--num-prompts is 300, but nano has 256 prompts"),
+        ("--workload nano --prompt-tokens 8", "--prompt-tokens says nothing of the prompts of --workload nano"),
+        ("--workload long --output-tokens 8", "--output-tokens says nothing of the prompts of --workload long"),
+        ("--prompts p.jsonl --prefix-tokens 8", "--prefix-tokens says nothing of the prompts of --prompts p.jsonl"),
+        ("--prompts p.jsonl --workload nano", "--workload says nothing of the prompts of --prompts p.jsonl"),
     ],
 )
 def test_options_that_contradict(options: str, said: str) -> None:

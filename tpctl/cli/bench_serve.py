@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,6 +105,7 @@ class WorkloadOptions:
         """Raises ``UsageError`` where options contradict each other, ``SourceError`` where a file cannot be read."""
         from tpctl.bench.prompts import Shape, file_prompts, named_prompts, random_prompts
 
+        self._check()
         if self.prompts is not None:
             lines = file_prompts(self.prompts, self.num_prompts, chat=chat)
             return lambda seed, count: lines[:count]
@@ -120,6 +121,19 @@ class WorkloadOptions:
             self.token_ids,
         )
         return lambda seed, count: random_prompts(count or self.num_prompts or NUM_PROMPTS, shape, seed)
+
+    def _check(self) -> None:
+        """Raises ``UsageError`` where an option says how prompts are made that are not made."""
+        named = self.workload is not Workload.random
+        if self.prompts is None and not named:
+            return
+        unused = ["prompt_tokens", "length_spread", "prefix_tokens", "prefixes"]
+        unused += ["token_ids", "workload"] if self.prompts is not None else ["output_tokens"]
+        given = {one.name: getattr(self, one.name) != one.default for one in fields(self)}
+        for name in unused:
+            if given[name]:
+                prompts = f"--prompts {self.prompts}" if self.prompts is not None else f"--workload {self.workload}"
+                raise UsageError(f"--{name.replace('_', '-')} says nothing of the prompts of {prompts}; leave one out")
 
 
 @dataclass(frozen=True)
