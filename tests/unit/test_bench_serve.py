@@ -107,7 +107,11 @@ def test_when_all_fail_there_is_no_figure() -> None:
 @pytest.mark.parametrize(
     ("settings", "options", "said"),
     [
-        ({"api_key": "k"}, ("--api-key", "x"), "/v1/models: status 401: the API key is wrong"),
+        (
+            {"api_key": "k"},
+            ("--api-key", "x"),
+            "/v1/models: status 401: the API key is wrong (--api-key, or TPCTL_API_KEY)",
+        ),
         ({}, ("--model", "other"), "has no model other; it has demo"),
         ({"models": ()}, (), "has no model; it has none"),
         ({"models": None}, (), "/v1/models: status 404: not here"),

@@ -255,7 +255,8 @@ def refusal(response: Response, body: bytes) -> str:
     said = message_of(body)
     if not said and (place := response.headers.get("location")) is not None:
         said = f"it is at {place}"
-    return f"status {response.status}{': ' + said if said else ''}"
+    advice = " (--api-key, or TPCTL_API_KEY)" if response.status == 401 else ""
+    return f"status {response.status}{': ' + said if said else ''}{advice}"
 
 
 def message_of(body: bytes) -> str:

@@ -147,6 +147,9 @@ def read_prompts(value: Any) -> list[str | list[int]]:
     each = value if isinstance(value, list) else [value]
     if not each or len(each) > MOST_PROMPTS:
         raise FieldError(f"prompt has {len(each)} prompts, but must have from 1 to {MOST_PROMPTS}", "prompt")
+    odd = next((at for at, one in enumerate(each) if type(one) is not int), None)
+    if odd and type(each[0]) is int:
+        raise FieldError(f"prompt has {shown(each[odd])} at place {odd}, but begins with a token id", "prompt")
     for prompt in each:
         if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and _are_ids(prompt)):
             raise FieldError(
