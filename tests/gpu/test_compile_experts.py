@@ -32,6 +32,7 @@ ALONE = {"RANK": 0, "WORLD": 1, "PEERS": 1}
 TYPES = dict.fromkeys(("ids_ptr", "pairs_ptr", "tiles_ptr", "counts_ptr", "rows_ptr", "groups_ptr"), "*i32")
 TYPES |= dict.fromkeys(("counters_ptr", "up_r_ptr", "down_r_ptr"), "*i32")
 TYPES |= dict.fromkeys(("factors_ptr", "up_f_ptr", "down_f_ptr", "weights_ptr"), "*fp32")
+TYPES |= {"shared_ptr": "*bf16"}  # of a gate; elsewhere another thing is shared
 TYPES |= dict.fromkeys(("h_ptr", "shared_h_ptr", "logits_ptr", "correction_ptr", "y_ptr"), "*fp32")
 
 # hidden size, width, experts, of a token, activation

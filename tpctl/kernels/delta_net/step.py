@@ -27,6 +27,10 @@ MOST_STATE = 1 << 15
 """Numbers of a head's matrix that a program's registers hold at most, each dimension a power of two."""
 
 
+REGISTERS = 128
+"""Of a thread, so that two programs of eight warps are on a multiprocessor."""
+
+
 class StepRows(NamedTuple):
     """Where each row of a step has its state, int32 [S]: the slot that it goes on from (-1: it begins), that it is left
     in (-1: the row is none, and gets zeros) and one that it is copied to (-1: none). ``lens``: tokens of the sequence,
@@ -211,5 +215,6 @@ def step(
         BLOCK_E=block_e,
         PDL=pdl,
         num_warps=warps(block_d, block_e),
+        maxnreg=REGISTERS,
         **launch_options(pdl),
     )
