@@ -77,6 +77,7 @@ def replicas(run: Runner) -> list[int]:
     return found
 
 
+@pytest.mark.daily(2)
 def test_replicas_by_ssh_one_is_killed_and_a_host_is_not_there(model: str, tmp_path: Path, path: str) -> None:
     run = started(model, tmp_path, path, "alpha slots=2\nbeta\ndelta slots=2\n", 600, FAST_WORKER_DELAY="0.2")
     process = run.start("--max-num-seqs", "8")
@@ -90,6 +91,7 @@ def test_replicas_by_ssh_one_is_killed_and_a_host_is_not_there(model: str, tmp_p
     wait_until(lambda: not replicas(run), "replicas end")
 
 
+@pytest.mark.daily(2)
 def test_a_coordinator_that_is_killed_takes_its_replicas_along(model: str, tmp_path: Path, path: str) -> None:
     run = started(model, tmp_path, path, "alpha\nbeta\n", 400, FAST_WORKER_DELAY="0.3")
     process = run.start("--max-num-seqs", "4")
@@ -104,6 +106,7 @@ def test_a_coordinator_that_is_killed_takes_its_replicas_along(model: str, tmp_p
     assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(400)]
 
 
+@pytest.mark.daily(2)
 def test_a_share_that_vanishes_is_one_line_and_goes_on_when_it_is_back(model: str, tmp_path: Path, path: str) -> None:
     run = started(model, tmp_path, path, "alpha\nbeta\n", 400, FAST_WORKER_DELAY="0.3")
     process = run.start("--max-num-seqs", "4")
@@ -161,6 +164,7 @@ def test_two_replicas_that_start_at_once_cut_the_model_once(demo: ResolvedSource
     assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(200)]
 
 
+@pytest.mark.daily(2)
 def test_tables_and_openai_lines_by_ssh(model: str, tmp_path: Path, path: str) -> None:
     """What replicas elsewhere are told of formats; one of them is killed as it answers, and its rows are kept."""
     run = started(model, tmp_path, path, "alpha slots=2\nbeta\n", 240, FAST_WORKER_DELAY="0.2")

@@ -67,6 +67,7 @@ def write_prompts(folder: Path, rows: int) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("tp", [2, 4])
 def test_two_hosts_say_what_one_says(model: str, tmp_path: Path, tp: int) -> None:
     hosts = Hosts(model, tmp_path, tp)
@@ -84,6 +85,7 @@ def test_two_hosts_say_what_one_says(model: str, tmp_path: Path, tp: int) -> Non
     assert not hosts.left(SECONDS)
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("dies", "said"), [(1, "tpctl: rank 1 ("), (0, "tpctl: the first host (")], ids=["second", "first"]
 )

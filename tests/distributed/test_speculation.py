@@ -20,6 +20,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_answers_are_those_without(tp: int) -> None:

@@ -37,6 +37,7 @@ def tpctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(("tp", "start"), [(1, 0), (2, 5)])
 def test_a_sample_of_schemas(demo: ResolvedSource, tp: int, start: int) -> None:
     """All of them: ``python -m tests.distributed.schema_suite``."""
