@@ -12,7 +12,8 @@ import torch
 
 from tpctl.distributed import TPGroup
 from tpctl.engine.guiding.guides import Guides
-from tpctl.engine.runners.runner import Launched, ModelRunner, make_plain_runner
+from tpctl.engine.runners.plain import make_plain_runner
+from tpctl.engine.runners.runner import Launched, ModelRunner
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.engine.scheduling.speculation import NgramDrafter, Speculation

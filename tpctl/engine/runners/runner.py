@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpctl.distributed import TPGroup
 from tpctl.engine.guiding.masks import Masks
-from tpctl.engine.runners.loading import LoadedModel, load
-from tpctl.engine.runners.memory_plan import MemoryPlan, plain_budget, plan_memory
+from tpctl.engine.runners.loading import LoadedModel
+from tpctl.engine.runners.memory_plan import MemoryPlan
 from tpctl.engine.sampling.sampler import SamplingRow
 from tpctl.engine.sampling.scores import rows_together, score_rows
 from tpctl.engine.scheduling.pacing import Pace
@@ -20,11 +19,9 @@ from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.scheduling.speculation import RowCost, Speculation
 from tpctl.engine.steps.batch import build_forward_batch
 from tpctl.layers.batch import ForwardBatch
-from tpctl.layers.compute import Compute
 from tpctl.layers.rotary import rotary_offset
 from tpctl.layers.stream import Rows
 from tpctl.wire.report import EngineInfo, TokenLogprob
-from tpctl.wire.settings import EngineConfig
 
 
 @dataclass
@@ -164,18 +161,6 @@ class ModelRunner:
         """Bytes of device memory that torch keeps, for tensors, graphs and later ones; else as ``device_memory``."""
         device = self.group.device
         return self.group.maximum(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
-
-
-def make_plain_runner(settings: EngineConfig, group: TPGroup) -> ModelRunner:
-    """A runner in plain torch, on any device (collective). Errors as ``load`` and ``plan_memory``."""
-    loaded = load(settings, group)
-    started = time.perf_counter()
-    loaded.model.use(Compute(group))
-    loaded.timings["weights"] = round(loaded.timings["weights"] + time.perf_counter() - started, 3)
-    kind = ModelRunner
-    if loaded.model.mtp is not None:
-        from tpctl.engine.runners.predicting import PredictingRunner as kind
-    return kind(loaded, plan_memory(loaded, plain_budget(loaded)))
 
 
 def sampling_rows(batch: ScheduledBatch, allowed: Mapping[str, Tensor]) -> list[SamplingRow]:
