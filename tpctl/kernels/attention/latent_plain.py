@@ -6,14 +6,13 @@ What was made lies one sequence after the other, not in pages: it serves one lay
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.latent_decode import row_width
 from tpctl.kernels.attention.latent_prepare import LatentShape
+from tpctl.kernels.attention.paged_prefill import PrefillConfig, fitted
 from tpctl.kernels.attention.tile_runs import LOG2E
 from tpctl.kernels.common.launch import shared_memory
 
@@ -149,39 +148,17 @@ def latent_plain_kernel(
     tl.store(out_ptr + row * out_stride + head * VALUE + v[None, :], out, mask=in_rows & (v < VALUE)[None, :])
 
 
-class PlainConfig(NamedTuple):
-    """block_m: queries a program. tile: keys at a time. num_stages: tiles in flight."""
-
-    block_m: int
-    tile: int
-    num_warps: int
-    num_stages: int
-
-
-def plain_config(num_tokens: int, num_seqs: int, shape: LatentShape, itemsize: int, limit: int) -> PlainConfig:
+def plain_config(num_tokens: int, num_seqs: int, shape: LatentShape, itemsize: int, limit: int) -> PrefillConfig:
     """The configuration for new tokens of so many sequences, made smaller where it takes more than ``limit`` bytes of
     shared memory. itemsize: bytes of a number."""
     if itemsize == 4:
-        config = PlainConfig(16, 32, 4, 1)
+        config = PrefillConfig(16, 32, 4, 1)
     elif num_tokens <= max(512, 64 * num_seqs):  # short chunks: do not pad them far
-        config = PlainConfig(64, 64, 4, 2)
+        config = PrefillConfig(64, 64, 4, 2)
     else:
-        config = PlainConfig(128, 128, 8, 2)
+        config = PrefillConfig(128, 128, 8, 2)
     key, value = row_width(shape.nope) + row_width(shape.rope), row_width(shape.value)
-
-    def taken() -> int:  # queries, and keys and values of the tiles in flight
-        return (config.block_m * key + config.num_stages * config.tile * (key + value)) * itemsize
-
-    while taken() > limit:
-        if config.tile > 32:
-            config = config._replace(tile=config.tile // 2)
-        elif config.num_stages > 1:
-            config = config._replace(num_stages=config.num_stages - 1)
-        elif config.block_m > 16:
-            config = config._replace(block_m=config.block_m // 2)
-        else:
-            break
-    return config
+    return fitted(config, key * itemsize, value * itemsize, limit)
 
 
 def latent_plain(

@@ -218,9 +218,16 @@ def prefill_config(
     else:
         config = PrefillConfig(128, 64 if block_size < 128 else 128, 8, 2)
 
+    row = next_power_of_2(head_dim) * itemsize
+    return fitted(config, row, row, limit)
+
+
+def fitted(config: PrefillConfig, key: int, value: int, limit: int) -> PrefillConfig:
+    """``config`` made smaller where it takes more than ``limit`` bytes of shared memory. key, value: bytes of one; a
+    query has a key's."""
+
     def taken() -> int:  # queries, and keys and values of the tiles in flight
-        rows = config.block_m + 2 * config.num_stages * config.tile
-        return rows * next_power_of_2(head_dim) * itemsize
+        return config.block_m * key + config.num_stages * config.tile * (key + value)
 
     while taken() > limit:
         if config.tile > 32:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ class PagedBackend(AttentionBackend[PlanT]):
     """
 
     captures_prefill = False
+    _side: torch.cuda.Stream | None = None
 
     @property
     def shared_pool(self) -> int | None:
@@ -176,6 +178,22 @@ class PagedBackend(AttentionBackend[PlanT]):
         sinks_N: Tensor | None,
     ) -> None:
         """Decodes and prefill chunks of a captured step at once (``ForwardBatch.chunks``) into ``out_TND``."""
+        # A few dozen programs whose time is latency, on a stream of their own beside decodes that memory limits.
+        batch = plan.batch
+        assert batch.seq_lens_S is not None
+        if self._side is None and q_TND.is_cuda:
+            self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
+        with on_stream(self._side):
+            self.prefill_pages(q_TND, kv, chunks, out_TND, sinks_N)
+        self.decode(q_TND, kv, batch.pools[kv.pool].block_tables, batch.seq_lens_S, plan, out_TND, sinks_N)
+        if self._side is not None:
+            torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
+
+    def prefill_pages(
+        self, q_TND: Tensor, kv: LayerKV, chunks: PrefillChunks, out_TND: Tensor, sinks_N: Tensor | None
+    ) -> None:
+        """Prefill chunks over the cache's pages into ``out_TND``, which a graph can hold: of those that
+        ``captures_prefill``."""
         raise NotImplementedError
 
     @abstractmethod
@@ -210,3 +228,14 @@ def _squares(qkv: Tensor, spec: AttentionSpec, over_all: RanksSums, pdl: bool) -
 
     own_T2 = head_squares(qkv, spec.num_heads, spec.num_kv_heads, counts_keys=over_all.counts_keys, pdl=pdl)
     return NormedOverAll(over_all.over_ranks(own_T2), over_all.q_size, over_all.k_size)
+
+
+@contextmanager
+def on_stream(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launch on ``side``, behind what the current stream holds; ``None``: on the current one."""
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream(side.device))
+    with torch.cuda.stream(side):
+        yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -83,7 +82,6 @@ class TritonBackend(PagedBackend[TritonPlan]):
         self._scratch: DecodeScratch | None = None
         self._plans: dict[tuple[int, AttentionSpec, bool, bool], DecodePlan] = {}
         self._prefixes: list[tuple[Tensor, Tensor]] = []  # captured graphs go on to write to older ones
-        self._side: torch.cuda.Stream | None = None
 
     @property
     def kv_form(self) -> KvForm:
@@ -227,26 +225,6 @@ class TritonBackend(PagedBackend[TritonPlan]):
             pdl=pdl,
         )
 
-    def decode_and_prefill(
-        self,
-        q_TND: Tensor,
-        kv: LayerKV,
-        plan: TritonPlan,
-        chunks: PrefillChunks,
-        out_TND: Tensor,
-        sinks_N: Tensor | None,
-    ) -> None:
-        # A few dozen programs whose time is latency, on a stream of their own beside decodes that memory limits.
-        batch = plan.batch
-        assert batch.seq_lens_S is not None
-        if self._side is None and q_TND.is_cuda:
-            self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
-        with on_stream(self._side):
-            self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
-        self.decode(q_TND, kv, batch.pools[kv.pool].block_tables, batch.seq_lens_S, plan, out_TND, sinks_N)
-        if self._side is not None:
-            torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
-
     def prefill(self, q_TND: Tensor, kv: LayerKV, plan: TritonPlan, out_TND: Tensor, sinks_N: Tensor | None) -> None:
         chunks = plan.prefill_chunks
         if kv.factors is not None and q_TND.shape[0] >= _MANY_ROWS and (found := plan.contexts):
@@ -264,7 +242,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
                 window=kv.spec.window,
             )
             kv, chunks = LayerKV(kv.spec, *out), chunks._replace(block_tables=(found.tables,))
-        self._prefill(q_TND, kv, chunks, out_TND, sinks_N)
+        self.prefill_pages(q_TND, kv, chunks, out_TND, sinks_N)
 
     def _unpacked_for(self, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Memory for the unpacked contexts of one layer: keys and values, [blocks, B, K, D] each."""
@@ -274,7 +252,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
         keys, values = (half.view(-1)[: len(half) * width].view(shape) for half in self._unpacked)
         return keys, values
 
-    def _prefill(
+    def prefill_pages(
         self, q_TND: Tensor, kv: LayerKV, chunks: PrefillChunks, out_TND: Tensor, sinks_N: Tensor | None
     ) -> None:
         paged_prefill(
@@ -295,14 +273,3 @@ class TritonBackend(PagedBackend[TritonPlan]):
 def _reads_all(spec: AttentionSpec) -> bool:
     """Whether a layer attends to all that was before, and to nothing else."""
     return spec.window is None and not spec.sinks
-
-
-@contextmanager
-def on_stream(side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Launch on ``side``, behind what the current stream holds; ``None``: on the current one."""
-    if side is None:
-        yield
-        return
-    side.wait_stream(torch.cuda.current_stream(side.device))
-    with torch.cuda.stream(side):
-        yield

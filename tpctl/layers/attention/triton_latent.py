@@ -25,7 +25,6 @@ from tpctl.kernels.common.launch import early_launch, has_pdl
 from tpctl.layers.attention.base import AttentionSpec, LayerKV
 from tpctl.layers.attention.latent_weights import LatentPreparation, LatentUp
 from tpctl.layers.attention.paged import PagedBackend, PagedPlan
-from tpctl.layers.attention.triton import on_stream
 from tpctl.layers.batch import ForwardBatch, PrefillChunks
 
 
@@ -82,7 +81,6 @@ class TritonLatentBackend(PagedBackend[LatentStep]):
         self._made: tuple[Tensor, Tensor] | None = None  # what prompts read, [tokens, R + Q], and what they make of it
         self._scratch: LatentScratch | None = None
         self._plans: dict[int, LatentPlan] = {}
-        self._side: torch.cuda.Stream | None = None
 
     def allocate(
         self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
@@ -178,28 +176,11 @@ class TritonLatentBackend(PagedBackend[LatentStep]):
         latent_decode(q_SND, kv.k, tables_SM, lens_S, plan.decodes, scale=kv.spec.scale, out=out_SND, pdl=pdl)
 
     def prefill(self, q_TND: Tensor, kv: LayerKV, plan: LatentStep, out_TND: Tensor, sinks_N: Tensor | None) -> None:
-        self._prefill(q_TND, kv, plan.prefill_chunks, out_TND)
+        self.prefill_pages(q_TND, kv, plan.prefill_chunks, out_TND, sinks_N)
 
-    def decode_and_prefill(
-        self,
-        q_TND: Tensor,
-        kv: LayerKV,
-        plan: LatentStep,
-        chunks: PrefillChunks,
-        out_TND: Tensor,
-        sinks_N: Tensor | None,
+    def prefill_pages(
+        self, q_TNC: Tensor, kv: LayerKV, chunks: PrefillChunks, out_TNR: Tensor, sinks_N: Tensor | None
     ) -> None:
-        batch = plan.batch
-        assert batch.seq_lens_S is not None
-        if self._side is None and q_TND.is_cuda:
-            self._side = torch.cuda.Stream(q_TND.device)  # type: ignore[no-untyped-call]
-        with on_stream(self._side):
-            self._prefill(q_TND, kv, chunks, out_TND)
-        self.decode(q_TND, kv, batch.pools[0].block_tables, batch.seq_lens_S, plan, out_TND, sinks_N)
-        if self._side is not None:
-            torch.cuda.current_stream(q_TND.device).wait_stream(self._side)
-
-    def _prefill(self, q_TNC: Tensor, kv: LayerKV, chunks: PrefillChunks, out_TNR: Tensor) -> None:
         latent_prefill(
             q_TNC,
             kv.k,
