@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.tiny_predicting import PREDICTING, Predicting, make_copying, make_predicting
 from tests.unit.generating import SHARED, run
 from tests.unit.generating import requests as greedy
-from tests.unit.test_speculation_runs import LOOPS, TOKENS, WAYS, asked, outputs
+from tests.unit.test_speculation_runs import LOOPS, TOKENS, WAYS, asked, chances_of_pairs, check_shares, outputs
 from tpctl.accounting import state_slots
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
@@ -239,25 +237,11 @@ def test_the_shares_of_sampled_tokens_are_those_of_the_distribution(partly: Path
     prompt, draws = [5, 6, 7, 8] * 2, 3000
     way = SamplingParams(temperature=1.5, top_k=3, max_tokens=3, ignore_eos=True)
 
-    def chances(tokens: list[int]) -> dict[int, float]:
-        """Of what follows the prompt and ``tokens``, by the definitions of temperature and top-k."""
-        request = Request("0", [*prompt, *tokens], SamplingParams(max_tokens=1, logprobs=20))
-        (found,), _ = outputs(partly / "tp1", 1, [request], speculate="off")
-        assert found.logprobs is not None
-        weights = {id: exp(value / way.temperature) for id, value in found.logprobs[0].top[: way.top_k]}
-        return {id: weight / sum(weights.values()) for id, weight in weights.items()}
-
-    first = next(iter(chances([])))
-    second = chances([first])
-    expected = {(a, b): p * q for a, p in second.items() for b, q in chances([first, a]).items()}
+    first, expected = chances_of_pairs(partly / "tp1", prompt, way)
     requests = [Request(str(seed), prompt, replace(way, seed=seed)) for seed in range(draws)]
     found, stats = outputs(partly / "tp1", 1, requests, max_num_batched_tokens=2048, kv_cache_memory=1 << 24, **MTP)
     assert stats.draft_tokens > stats.accepted_tokens > draws / 10
-    pairs = Counter(tuple(one.token_ids[1:]) for one in found if one.token_ids[0] == first)
-    assert pairs.keys() == expected.keys()
-    total = pairs.total()
-    square = sum((pairs[pair] - total * chance) ** 2 / (total * chance) for pair, chance in expected.items())
-    assert total > draws / 4 and square < 26.1  # eight degrees of freedom: exceeded once in a thousand
+    check_shares(found, first, expected, draws)
 
 
 @pytest.mark.usefixtures("rows_cost_nothing")

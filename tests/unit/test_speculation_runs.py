@@ -185,6 +185,31 @@ class Always:
         pass
 
 
+def chances_of_pairs(shards: Path, prompt: list[int], way: SamplingParams) -> tuple[int, dict[tuple[int, ...], float]]:
+    """The likeliest token behind the prompt, and the chances of the two behind that, the likeliest second one first, by
+    the definitions of temperature and top-k."""
+
+    def chances(tokens: list[int]) -> dict[int, float]:
+        request = Request("0", [*prompt, *tokens], SamplingParams(max_tokens=1, logprobs=20))
+        (found,), _ = outputs(shards, 1, [request], speculate="off")
+        assert found.logprobs is not None
+        weights = {id: exp(value / way.temperature) for id, value in found.logprobs[0].top[: way.top_k]}
+        return {id: weight / sum(weights.values()) for id, weight in weights.items()}
+
+    first = next(iter(chances([])))
+    second = chances([first])
+    return first, {(a, b): p * q for a, p in second.items() for b, q in chances([first, a]).items()}
+
+
+def check_shares(found: list[Output], first: int, expected: dict[tuple[int, ...], float], draws: int) -> None:
+    """Chi-square of what follows ``first`` where that was drawn, of nine pairs."""
+    pairs = Counter(tuple(one.token_ids[1:]) for one in found if one.token_ids[0] == first)
+    assert pairs.keys() == expected.keys()
+    total = pairs.total()
+    square = sum((pairs[pair] - total * chance) ** 2 / (total * chance) for pair, chance in expected.items())
+    assert total > draws / 4 and square < 26.1  # eight degrees of freedom: exceeded once in a thousand
+
+
 def test_the_shares_of_sampled_tokens_are_those_of_the_distribution(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,24 +217,10 @@ def test_the_shares_of_sampled_tokens_are_those_of_the_distribution(
     prompt, draws = [5, 6, 7, 8] * 2, 3000
     way = SamplingParams(temperature=0.7, top_k=3, max_tokens=3, ignore_eos=True)
 
-    def chances(tokens: list[int]) -> dict[int, float]:
-        """Of what follows the prompt and ``tokens``, by the definitions of temperature and top-k."""
-        request = Request("0", [*prompt, *tokens], SamplingParams(max_tokens=1, logprobs=20))
-        (found,), _ = outputs(model / "tp1", 1, [request], speculate="off")
-        assert found.logprobs is not None
-        weights = {id: exp(value / way.temperature) for id, value in found.logprobs[0].top[: way.top_k]}
-        return {id: weight / sum(weights.values()) for id, weight in weights.items()}
-
-    first = next(iter(chances([])))
-    second = chances([first])
-    expected = {(a, b): p * q for a, p in second.items() for b, q in chances([first, a]).items()}
-    monkeypatch.setattr(Always, "tokens", (next(iter(second)), 3))
+    first, expected = chances_of_pairs(model / "tp1", prompt, way)
+    monkeypatch.setattr(Always, "tokens", (next(iter(expected))[0], 3))
     monkeypatch.setattr("tpctl.engine.engine.NgramDrafter", Always)
     requests = [Request(str(seed), prompt, replace(way, seed=seed)) for seed in range(draws)]
     found, stats = outputs(model / "tp1", 1, requests, max_num_batched_tokens=2048, kv_cache_memory=1 << 23)
     assert stats.draft_tokens > stats.accepted_tokens > draws / 4
-    pairs = Counter(tuple(one.token_ids[1:]) for one in found if one.token_ids[0] == first)
-    assert pairs.keys() == expected.keys()
-    total = pairs.total()
-    square = sum((pairs[pair] - total * chance) ** 2 / (total * chance) for pair, chance in expected.items())
-    assert total > draws / 4 and square < 26.1  # eight degrees of freedom: exceeded once in a thousand
+    check_shares(found, first, expected, draws)
