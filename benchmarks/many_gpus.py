@@ -13,7 +13,7 @@
     kills       a rank, and the agent, killed in a captured step: what is said, when, and the GPUs' memory
 
 Each row is a command of its own, which is printed with it and can be run alone. ``--limit``: seconds for all; what
-would begin later is not begun, and named.
+would begin later is not begun, and named. ``--each``: seconds for one row; what it had printed by then is its text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -73,9 +75,9 @@ def dense(gpus: int) -> Iterator[Run]:
 
 
 def tests(_: int) -> Iterator[Run]:
-    files = [str(HERE.parent / "tests/gpu" / name) for name in ("test_kernels_all_reduce.py", "test_many_gpus.py")]
-    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu", "--durations=5", *files)
-    yield Run("tests", "tests/gpu of several ranks", pytest, False)
+    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "--durations=5")
+    for name in ("test_kernels_all_reduce.py", "test_many_gpus.py"):
+        yield Run("tests", name, (*pytest, str(HERE.parent / "tests/gpu" / name)), False)
 
 
 def sums(gpus: int) -> Iterator[Run]:
@@ -128,30 +130,42 @@ SECTIONS = {
 
 
 def measured(run: Run, seconds: float) -> Found:
-    """Run it for so many seconds at most. A command that fails is a row that says how."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    """Run it for so many seconds at most. A command that fails is a row that says how; lines of text are printed as
+    they come, so that a command that is cut off has shown how far it was."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    print(f"## {run.section}: {run.name}\n\n    {run.shown}\n", flush=True)
     began = time.monotonic()
-    try:
-        done = subprocess.run(
-            run.command, env=env, cwd=HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=seconds,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return Found(124, time.monotonic() - began, text=f"not done after {seconds:.0f} s")
-    took = time.monotonic() - began
-    if done.returncode:
-        return Found(done.returncode, took, text=(done.stdout[-1500:] + done.stderr[-1500:]).strip())
+    command = subprocess.Popen(
+        run.command, env=env, cwd=HERE.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=None if run.is_json else subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    end = threading.Timer(seconds, os.killpg, (command.pid, signal.SIGKILL))
+    end.start()
+    lines = []
+    assert command.stdout is not None
+    for line in command.stdout:
+        lines.append(line)
+        if not run.is_json:
+            print(line, end="", flush=True)
+    code = command.wait()
+    end.cancel()
+    took, text = time.monotonic() - began, "".join(lines)
+    if code:
+        return Found(
+            code, took, text=f"not done after {took:.0f} s" if code == -signal.SIGKILL else text[-1500:].strip()
+        )
     if not run.is_json:
-        return Found(0, took, text=done.stdout.strip()[-4000:])
-    figures = json.loads(done.stdout)["figures"]
+        return Found(0, took, text=text.strip()[-4000:])
+    figures = json.loads(text)["figures"]
     return Found(0, took, {k: (f["median"], f["min"], f["max"], f["unit"]) for k, f in figures.items()})
 
 
-def show(run: Run, found: Found) -> None:
-    print(f"## {run.section}: {run.name} ({found.seconds:.0f} s)\n\n    {run.shown}\n")
+def show(found: Found) -> None:
     for name, (median, low, high, unit) in found.figures.items():
         print(f"| {name} | {median:,.2f} {unit} | {low:,.2f} to {high:,.2f} |")
-    print(found.text if not found.code else f"FAILED ({found.code}): {found.text}", flush=True)
+    said = f"FAILED ({found.code}): {found.text}" if found.code else "done"
+    print(f"{said}, {found.seconds:.0f} s\n", flush=True)
 
 
 def machine() -> dict[str, object]:
@@ -167,6 +181,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--limit", type=float, default=560.0)
+    parser.add_argument("--each", type=float, default=150.0)
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
     args = parser.parse_args()
     runs = [run for section in args.only for run in SECTIONS[section](args.gpus)]
@@ -181,8 +196,8 @@ def main() -> None:
         if left < 20:
             print("NOT RUN:", "; ".join(f"{one.section}: {one.name}" for one in runs[number:]))
             break
-        found = measured(run, left)
-        show(run, found)
+        found = measured(run, min(left, args.each))
+        show(found)
         rows.append({"section": run.section, "name": run.name, "command": run.shown, **vars(found)})
         if args.json:
             args.json.write_text(json.dumps({"machine": here, "rows": rows}, indent=1))

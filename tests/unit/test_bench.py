@@ -18,7 +18,7 @@ from tpctl.cli import bench as cli_bench
 from tpctl.cli.app import app
 from tpctl.errors import EngineError, PartitionError, UsageError
 from tpctl.wire.messages import Output, Request
-from tpctl.wire.report import EngineInfo
+from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
 
@@ -72,6 +72,29 @@ def test_nano_is_the_peers_workload() -> None:
     assert {request.sampling.temperature for request in work.requests} == {0.6}
     assert all(a.token_ids[0] != b.token_ids[0] for a, b in zip(work.requests, shifted.requests, strict=True))
     assert len({request.id for request in [*work.requests, *shifted.requests]}) == 512
+
+
+def test_each_run_is_said_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first too, which is what a single batch gets; the median leaves it out."""
+
+    class Whole(_Client):
+        def submit(self, requests: Any) -> None:
+            self.left = list(requests)
+
+        def outputs(self) -> list[Output]:
+            request = self.left.pop()
+            return [Output(request.id, [1] * request.sampling.max_tokens, "length")]
+
+        def stats(self) -> EngineStats:
+            return engine_stats()
+
+    monkeypatch.setattr(measure, "EngineClient", Whole)
+    config: Any = None
+    said: list[str] = []
+    figures = measure.throughput(config, "short", 100, 2, say=said.append).figures
+    assert [line.partition(":")[0] for line in said] == ["first run", "run 1 of 2", "run 2 of 2"]
+    assert [len(figures[name].values) for name in ("throughput", "duration", "first run")] == [2, 2, 1]
+    assert said[0] == f"first run: {figures['first run'].median:,.0f} tok/s"
 
 
 def test_an_answer_that_was_cut_short_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +160,7 @@ def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsy
     """And the scheduling policy in effect; a request's own sampling reaches the engine."""
     seen: list[Any] = []
 
-    def measured(config: Any, workload: str, vocab_size: int, runs: int, sampling: Any) -> Any:
+    def measured(config: Any, workload: str, vocab_size: int, runs: int, sampling: Any, say: Any) -> Any:
         seen.append((workload, vocab_size, runs, sampling))
         figures = {"throughput": measure.Figure("tok/s", [1.0])}
         return measure.Measured(figures, engine_info(), engine_stats(steps=7))

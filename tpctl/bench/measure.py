@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,10 +75,24 @@ class Report:
         }
 
 
+Say = Callable[[str], None]
+"""Takes a line on each value as it is measured, so that a benchmark that is cut off has shown what it had."""
+
+
+def _silent(line: str) -> None:
+    """Nobody listens."""
+
+
 def throughput(
-    config: EngineConfig, workload: str, vocab_size: int, runs: int, sampling: Mapping[str, Any] | None = None
+    config: EngineConfig,
+    workload: str,
+    vocab_size: int,
+    runs: int,
+    sampling: Mapping[str, Any] | None = None,
+    say: Say = _silent,
 ) -> Measured:
-    """Generated tokens a second, from handing in all requests to the last token, after one run to warm up.
+    """Generated tokens a second, from handing in all requests to the last token, after one run to warm up, which is
+    "first run": what a single batch gets.
 
     sampling: fields of ``SamplingParams`` in place of the workload's own.
     """
@@ -89,12 +103,15 @@ def throughput(
             work = make_workload(workload, vocab_size, run * 13, sampling)
             started = time.perf_counter()
             _drain(client, work.requests)
-            seconds = time.perf_counter() - started
-            if run:
-                rates.append(work.output_tokens / seconds)
-                times.append(seconds)
+            times.append(time.perf_counter() - started)
+            rates.append(work.output_tokens / times[-1])
+            say(f"{f'run {run} of {runs}' if run else 'first run'}: {rates[-1]:,.0f} tok/s")
         stats = client.stats()
-    figures = {"throughput": Figure("tok/s", rates), "duration": Figure("s", times)}
+    figures = {
+        "throughput": Figure("tok/s", rates[1:]),
+        "duration": Figure("s", times[1:]),
+        "first run": Figure("tok/s", rates[:1]),
+    }
     return Measured(figures, info, stats)
 
 
@@ -106,6 +123,7 @@ def latency(
     runs: int,
     sampling: Mapping[str, Any] | None = None,
     sequences: Sequence[int] = (1,),
+    say: Say = _silent,
 ) -> Measured:
     """Time to first token, and time per token after it, of requests handed in at once: one, or as many as
     ``sequences`` says, each number by itself.
@@ -143,11 +161,13 @@ def latency(
                     first.append(one * 1e3)
                     per_token.append((many - one) / output_tokens * 1e3)
             names = ("ttft", "tpot") if count == 1 else (f"ttft {count}", f"step {count}")
-            figures |= {name: Figure("ms", values) for name, values in zip(names, (first, per_token), strict=True)}
+            for name, values in zip(names, (first, per_token), strict=True):
+                figures[name] = Figure("ms", values)
+                say(f"{name}: {figures[name].median:.2f} ms")
     return Measured(figures, info)
 
 
-def startup(config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int) -> Measured:
+def startup(config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int, say: Say = _silent) -> Measured:
     """From starting the workers to the first token of a prompt; each run starts them anew.
 
     ``before`` is what passed before the first of them: from the start of this process, through its imports, to a model
@@ -161,6 +181,7 @@ def startup(config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int
             info = client.wait_ready()
             _drain(client, [one_request(prompt_tokens, 1, run, vocab_size)])
             seconds.append(time.perf_counter() - started)
+            say(f"start {run + 1} of {runs}: {seconds[-1]:.2f} s")
     figures = {"startup": Figure("s", seconds)}
     return Measured(figures if before is None else {**figures, "before": Figure("s", [before])}, info)
 

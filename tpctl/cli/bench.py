@@ -9,7 +9,7 @@ import typer
 from tpctl.bench.shapes import SHAPES
 from tpctl.cli.arguments import CheckedCommand
 from tpctl.cli.bench_serve import bench_serve
-from tpctl.cli.console import byte_progress, print_json, status
+from tpctl.cli.console import byte_progress, note, print_json, status
 from tpctl.cli.engine import engine_args, prepare, say_context, say_policy
 from tpctl.cli.options import (
     KV_FORMS,
@@ -66,7 +66,7 @@ def throughput(
     sampling.check()
     config, name, vocab = _config(model, shape, engine, scheduling_policy or SchedulingPolicy.makespan)
     with status(f"running {workload}"):
-        measured = measure.throughput(config, workload, vocab, runs, sampling.given())
+        measured = measure.throughput(config, workload, vocab, runs, sampling.given(), note)
     say_policy(scheduling_policy, measured.engine)
     say_context(measured.engine)
     settings = {"workload": workload, "sampling": sampling.given()}
@@ -98,7 +98,7 @@ def latency(
     counts = _counts(sequences)
     config, name, vocab = _config(model, shape, engine)
     with status("running requests"):
-        measured = measure.latency(config, prompt_tokens, output_tokens, vocab, runs, sampling.given(), counts)
+        measured = measure.latency(config, prompt_tokens, output_tokens, vocab, runs, sampling.given(), counts, note)
     settings = {
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
@@ -127,7 +127,7 @@ def startup(
 
     config, name, vocab = _config(model, shape, engine)
     with status("starting and stopping"):
-        measured = measure.startup(config, prompt_tokens, vocab, runs)
+        measured = measure.startup(config, prompt_tokens, vocab, runs, note)
     _print("startup", name, config, measured, {"prompt_tokens": prompt_tokens}, as_json)
 
 
