@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from tests.gpu.test_engine import WIDE, most_behind, prompts_of
 from tests.tiny import make_broken, make_checkpoint
+from tpctl.bench.mixed import mixed_requests, soak
 from tpctl.client.engine_client import EngineClient
 from tpctl.layers.attention.flash import installed_flash_attention
 from tpctl.sharding.cutting.shard import shard_checkpoint
@@ -183,46 +183,19 @@ def test_soak_with_aborts_leaks_nothing(settings: dict[str, Any], tp_size: int, 
     """Every way to sample, shared prefixes, and once so little memory that sequences are preempted."""
     make_checkpoint("qwen3", tmp_path / "hf", **{**with_heads(tp_size), "head_dim": 128})
     shard_checkpoint(tmp_path / "hf", tmp_path / "cut", tp_size, dtype="bfloat16")
-    rng = random.Random(0)
-    count = 2000
-    prefixes = [[], [], *([rng.randrange(3, 500) for _ in range(80)] for _ in range(3))]
-    requests = [
-        Request(
-            str(i),
-            rng.choice(prefixes) + [rng.randrange(3, 500) for _ in range(rng.randint(1, 120))],
-            SamplingParams(
-                max_tokens=rng.randint(1, 120),
-                seed=i,
-                ignore_eos=True,
-                **rng.choice(HELPED if rng.random() < 0.05 else MIX),
-            ),
-        )
-        for i in range(count)
-    ]
     memory, reserved, host = [], [], []
     with EngineClient(config(tmp_path / "cut", tp_size, **settings)) as client:
-        reasons: dict[str, str] = {}
-        for start in range(0, count, 250):
-            part = requests[start : start + 250]
-            client.submit(part)
-            while not all(request.id in reasons for request in part):
-                for output in client.outputs(timeout=120):
-                    if output.finish_reason is not None:
-                        reasons[output.id] = output.finish_reason
-                if rng.random() < 0.2:
-                    client.abort([rng.choice(part).id])
+        for part in soak(client, mixed_requests(2000, 500), 250):
             # Its books are checked by the engine itself, which is idle now; a leak would be fatal.
-            stats = client.stats()
-            assert (stats.paced_steps > 0) == ("scheduling_policy" in settings)
-            assert stats.free_blocks == stats.num_blocks
-            memory.append(stats.device_memory)
-            reserved.append(stats.reserved_memory)
+            assert (part.stats.paced_steps > 0) == ("scheduling_policy" in settings)
+            memory.append(part.stats.device_memory)
+            reserved.append(part.stats.reserved_memory)
             host.append(host_memory(os.getpid()))
+    stats = part.stats
     assert (stats.preemptions > 100) == ("scheduling_policy" not in settings)
     assert stats.prefix_cache_hit_tokens > 10_000
-    assert len(reasons) == count
-    assert set(reasons.values()) <= {"length", "abort"}
-    assert "abort" in reasons.values()
+    assert sum(part.ended.values()) == 2000
+    assert set(part.ended) == {"length", "abort"}
     assert memory[-1] <= memory[1] * 1.02  # the fuller rank's
     assert reserved[-1] <= reserved[3] + (32 << 20)  # graphs are captured at first
     assert host[-1] <= host[3] * 1.02  # both ranks'
