@@ -4,9 +4,9 @@
         [--targets rank0 …] [--phases idle …]
 
 On the GPUs, where there are as many as ranks, else on the CPU. On GPUs, decode is a captured step, and their memory
-has to be free again. A *front* process runs the engine as ``chat`` and ``batch`` do; parent is that
+has to be free again within that time. A *front* process runs the engine as ``chat`` and ``batch`` do; parent is that
 process, agent is torchrun. ``--load`` runs so many spinning processes meanwhile. Seconds count from the kill until the
-reason is said and no process of the engine is left. Exits with 1 if a cell is wrong.
+reason is said, no process of the engine is left and the GPUs' memory is free. Exits with 1 if a cell is wrong.
 """
 
 from __future__ import annotations
@@ -131,15 +131,24 @@ def run_cell(folder: Path, target: str, phase: str, tp_size: int = 2) -> Cell:
             reason, seen = _reason(events, started)
             while processes(scratch) and time.monotonic() < started + LIMIT:
                 time.sleep(0.02)
+            kept = _kept(taken, started + LIMIT)
             seconds = time.monotonic() - started
             late = {"loading": "ready", "idle": "submitted", "prefill": "tokens"}.get(phase)
             held = late not in [event["event"] for event in before + seen]
-            return Cell(target, phase, reason, seconds, len(processes(scratch)), held, gpu_memory() - taken)
+            return Cell(target, phase, reason, seconds, len(processes(scratch)), held, kept)
         finally:
             parent.kill()
             parent.wait()
             for pid in processes(scratch):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _kept(before: int, deadline: float) -> int:
+    """MiB of the GPUs that are taken beside ``before``, once they are free or the time is up: the driver is still
+    giving memory back for a while after a process can be seen no more."""
+    while (kept := gpu_memory() - before) >= _NOISE and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return kept
 
 
 def processes(scratch: str) -> list[int]:
