@@ -96,7 +96,7 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.
 
 
 def test_a_policy_that_cannot_be_had_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    for asked, had in ((None, "fcfs"), ("fcfs", "fcfs"), ("makespan", "makespan")):
+    for asked, had in ((None, "fcfs"), ("fcfs", "fcfs"), ("makespan", "makespan"), ("auto", "fcfs")):
         say_policy(asked and SchedulingPolicy(asked), engine_info(scheduling_policy=had))
     assert capsys.readouterr().err == ""
     say_policy(SchedulingPolicy.makespan, engine_info(scheduling_policy="fcfs"))

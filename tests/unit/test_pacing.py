@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tpctl.engine.scheduling.block_manager import BlockManager
-from tpctl.engine.scheduling.pacing import Pace, leeway, prefill_budget
+from tpctl.engine.scheduling.pacing import Pace, leeway, pays, prefill_budget
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.scheduling.scheduler import Scheduler
 from tpctl.wire.messages import Request
@@ -15,6 +15,14 @@ from tpctl.wire.sampling import SamplingParams
 
 PACE = Pace(rows=64, limit=128, chunks=8)
 EOS = 7
+
+
+@pytest.mark.parametrize(
+    "policy,megabytes,paced",
+    [("fcfs", 436, False), ("makespan", 1, True), ("auto", 436, True), ("auto", 31, True), ("auto", 16, False)],
+)
+def test_a_pace_pays_where_layers_are_large(policy: str, megabytes: int, paced: bool) -> None:
+    assert pays(policy, megabytes * 10**6) == paced
 
 
 @pytest.mark.parametrize(

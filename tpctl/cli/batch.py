@@ -75,7 +75,7 @@ def batch(
     --seed + n - 1. Until all rows are there they are kept in OUTPUT.partial; --resume goes on with that, and with
     --force as well may then replace an OUTPUT. The exit code is 1 if any row is an error, 130 after Ctrl-C.
 
-    The scheduling policy is makespan if prompts and answers are files. Elsewhere somebody may wait for the first
+    The scheduling policy is auto if prompts and answers are files. Elsewhere somebody may wait for the first
     rows, so it is fcfs.
 
     With several --replicas the rows are made in parts, in OUTPUT.parts, and put together at the end. A FOLDER keeps
@@ -104,7 +104,7 @@ def batch(
         return
     asked = formats.asked()
     if is_job(output, job):
-        policy = scheduling_policy or SchedulingPolicy.makespan
+        policy = scheduling_policy or SchedulingPolicy.auto
         run_job(Job(prompts, output, model, resume, force, policy, engine, values, stop, template, asked, job))
         return
     target, silent = target_of(output), output == "-" and sys.stdout.isatty()  # answers on a terminal show themselves
@@ -126,7 +126,7 @@ def batch(
         _check_kept(given.reader, results)
         from_a_file = given.reader.again
         policy = scheduling_policy or (
-            SchedulingPolicy.makespan if target is not None and from_a_file else SchedulingPolicy.fcfs
+            SchedulingPolicy.auto if target is not None and from_a_file else SchedulingPolicy.fcfs
         )
         needed = given.reader.mentions("messages") and not given.reader.mentions("chat_template_kwargs")
         look = partial(look_ahead, at_hand, needed=needed)

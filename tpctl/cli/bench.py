@@ -59,12 +59,12 @@ def throughput(
     """Generated tokens a second of a whole workload, handed in at once, after a warm-up run.
 
     Sampling defaults to the workload's own: nano's temperature is 0.6, short is greedy. The scheduling policy is
-    makespan, where it can be had.
+    auto.
     """
     from tpctl.bench import measure
 
     sampling.check()
-    config, name, vocab = _config(model, shape, engine, scheduling_policy or SchedulingPolicy.makespan)
+    config, name, vocab = _config(model, shape, engine, scheduling_policy or SchedulingPolicy.auto)
     with status(f"running {workload}"):
         measured = measure.throughput(config, workload, vocab, runs, sampling.given(), note)
     say_policy(scheduling_policy, measured.engine)

@@ -123,7 +123,7 @@ def describe(info: EngineInfo) -> str:
 
 def say_policy(asked: SchedulingPolicy | None, info: EngineInfo) -> None:
     """Tell of a scheduling policy that was asked for and cannot be had."""
-    if asked is not None and info.scheduling_policy != asked:
+    if asked not in (None, SchedulingPolicy.auto) and info.scheduling_policy != asked:
         note(
             f"--scheduling-policy {asked} needs a GPU with --attention-backend triton and without --enforce-eager; "
             f"{info.scheduling_policy} it is"

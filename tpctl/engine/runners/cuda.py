@@ -26,7 +26,7 @@ from tpctl.engine.runners.memory_plan import MemoryPlan, plan_memory
 from tpctl.engine.runners.runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.sampling.noise import noise_keys
 from tpctl.engine.sampling.path import SamplingPath
-from tpctl.engine.scheduling.pacing import Pace
+from tpctl.engine.scheduling.pacing import Pace, pays
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
@@ -369,12 +369,15 @@ def warm_up(group: TPGroup, dtype: torch.dtype) -> None:
 def find_pace(loaded: LoadedModel) -> Pace | None:
     """How prompts are computed beside decodes, where that can be captured; the same on every rank (collective)."""
     settings = loaded.settings
-    if settings.scheduling_policy == "fcfs" or settings.enforce_eager or not paged(loaded).captures_prefill:
+    if settings.enforce_eager or not paged(loaded).captures_prefill:
         return None
     if loaded.state_bytes:  # chunks of a recurrent layer are divided on the host
         return None
     layer = sum(parameter.nbytes for parameter in loaded.model.model.layers[0].parameters())
-    return _SMALL_PACE if loaded.group.minimum(layer) < _SMALL_LAYER else _PACE
+    layer = loaded.group.minimum(layer)
+    if not pays(settings.scheduling_policy, layer):
+        return None
+    return _SMALL_PACE if layer < _SMALL_LAYER else _PACE
 
 
 def largest_rows(settings: EngineConfig, pace: Pace | None) -> int:

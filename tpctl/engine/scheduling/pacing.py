@@ -20,6 +20,9 @@ from typing import NamedTuple
 
 from tpctl.engine.scheduling.sequence import Sequence
 
+_LEAST_LAYER = 24 << 20
+"""Bytes of a rank's layer below which its weights are read too soon to hide prompts behind: Qwen3-0.6B on two H200s (16
+MB) was 2 to 3% slower paced, on one (31 MB) as fast, Llama-8B on two (218 MB) 5% faster (docs/performance.md)."""
 _FEW = 32  # answers that must have ended before their lengths say anything
 
 
@@ -30,6 +33,11 @@ class Pace(NamedTuple):
     rows: int
     limit: int
     chunks: int
+
+
+def pays(policy: str, layer_bytes: int) -> bool:
+    """Whether a policy of ``wire.settings.POLICIES`` paces a model of such layers."""
+    return policy == "makespan" or (policy == "auto" and layer_bytes >= _LEAST_LAYER)
 
 
 def leeway(answer: int) -> int:
