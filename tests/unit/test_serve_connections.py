@@ -27,6 +27,7 @@ from tpctl.serve.app import App
 from tpctl.serve.run import ServeSettings, serve
 from tpctl.serve.server import Server
 from tpctl.serve.sockets import listen, url_of
+from tpctl.serve.straight import Straight
 
 PATIENCE = 60.0  # seconds that anything may take on a busy machine
 LONG = "abcdefgh" * 3000
@@ -182,6 +183,27 @@ def test_a_slow_reader_holds_up_nobody_and_loses_nothing(tokenizer: Tokenizer) -
         texts = [json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {")]
         assert "".join(texts) == LONG[: BODY["max_tokens"]]
         slow.close()
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_tokens_go_straight_to_their_connection(
+    tokenizer: Tokenizer, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = Straight.write
+    monkeypatch.setattr(Straight, "write", lambda self, data: (written.append(len(data)), write(self, data)))
+    with running(tokenizer, talkative(tokenizer)) as server, server.connect() as sock:
+        raw = json.dumps({**BODY, "max_tokens": 5000, "n": 2}).encode()
+        head = f"POST /v1/completions HTTP/{version}\r\nhost: x\r\nconnection: close\r\n".encode()
+        sock.sendall(head + b"content-length: %d\r\n\r\n" % len(raw) + raw)
+        headers, _, body = everything(sock).partition(b"\r\n\r\n")
+        assert (b"chunked" in headers) == (version == "1.1")
+        lines = (unchunked(body) if version == "1.1" else body).decode().split("\n\n")
+        texts = ["", ""]
+        for choice in (json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")):
+            texts[choice["index"]] += choice["text"]
+        assert texts == [LONG[:5000]] * 2 and lines[-2] == "data: [DONE]"
+    assert bool(written) == (version == "1.1")  # before, there is no telling where a body ends but by its connection
 
 
 def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:

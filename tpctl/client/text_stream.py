@@ -92,6 +92,7 @@ class TextStream:
         self._calls = Calls()
         self._min_tokens = min_tokens
         self._stop = StopStrings(stop)
+        self._plain = tools is None and not self._stop.any
         self._pieces: list[str] = []
         self._thoughts: list[str] | None = None if form is None else []
         self.token_ids: list[int] = []
@@ -130,6 +131,8 @@ class TextStream:
             self.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if self._plain and output.finish_reason is None and len(output.token_ids) == 1:
+            return self._push_one(output)
         shown: list[Segment] = []
         last = len(output.token_ids) if output.finish_reason == "stop" else 0
         for position, id in enumerate(output.token_ids, start=1):
@@ -152,15 +155,27 @@ class TextStream:
             if rest := self._stop.finish():
                 shown.append(Segment(rest))
             self.finish_reason = "stop" if self._stop.found else output.finish_reason
+        self._keep(shown)
+        if self.finish_reason == "stop" and self.calls:
+            self.finish_reason = "tool_calls"
+        return shown
+
+    def _push_one(self, output: Output) -> list[Segment]:
+        """A token among others, as nearly all are, where nothing in its text ends the answer."""
+        self.token_ids += output.token_ids
+        if output.logprobs is not None:
+            self.logprobs += output.logprobs
+        shown = self._splitter.push(output.token_ids[0])
+        self._keep(shown)
+        return shown
+
+    def _keep(self, shown: Sequence[Segment]) -> None:
         for text, reasoning, call in shown:
             if call is not None:
                 self._calls.push(call)
                 continue
             into = self._thoughts if reasoning and self._thoughts is not None else self._pieces
             into.append(text)
-        if self.finish_reason == "stop" and self.calls:
-            self.finish_reason = "tool_calls"
-        return shown
 
     def _safe(self, segments: list[Segment], *, early: bool = False) -> list[Segment]:
         """What of new text stands before a stop string for certain."""

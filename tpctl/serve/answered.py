@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Gone, Piece
+from tpctl.serve.straight import Straight, straight
 
 encode = msgspec.json.encode
 
@@ -50,7 +51,7 @@ class Answered:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))
         try:
-            await (self._events(send) if self._stream else self._at_once(send))
+            await (self._events(send, straight(scope)) if self._stream else self._at_once(send))
         except Gone:
             pass
         finally:
@@ -70,7 +71,7 @@ class Answered:
         body = await self._run(lambda: encode(self._writer.whole()))
         return await say(200, JSON, body, send)
 
-    async def _events(self, send: Send) -> None:
+    async def _events(self, send: Send, to: Straight | None) -> None:
         try:
             pieces = await self._generation.next()  # what goes wrong before there is anything has a status of its own
         except ApiError as error:
@@ -78,12 +79,19 @@ class Answered:
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
         writer = self._writer
         said = writer.begin()
+
+        def at_once(pieces: list[Piece]) -> bool:
+            if to is None or not to.open:
+                return False
+            to.write(writer.pieces(pieces))
+            return True
+
         try:
             while pieces:
                 if said := said + writer.pieces(pieces):
                     await send({"type": "http.response.body", "body": said, "more_body": True})
                 said = b""
-                pieces = await self._generation.next()
+                pieces = await self._generation.next(None if to is None else at_once)
             said += writer.end()
         except ApiError as error:
             said += writer.broken(error)

@@ -32,6 +32,10 @@ class Piece(NamedTuple):
     finish_reason: str | None
 
 
+Taker = Callable[[list[Piece]], bool]
+"""Takes what is new at once, or does not."""
+
+
 class Generation:
     """Texts as they grow, and a coroutine that waits for them.
 
@@ -53,6 +57,7 @@ class Generation:
         self._cancelled = cancelled
         self._left = len(streams)
         self._pieces: list[Piece] = []
+        self._taker: Taker | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -81,8 +86,19 @@ class Generation:
         self._pieces.append(Piece(at, segments, before, len(stream.token_ids) - before, reason))
         if reason is not None:
             self._left -= 1
-        self._wake()
+            self._wake()
+        elif self._taker is None:
+            self._wake()
         return reason is not None
+
+    def flush(self) -> None:
+        """All that the engine had for now has been pushed."""
+        if self._taker is None or not self._pieces or self.done:
+            return
+        if self._taker(self._pieces):
+            self._pieces = []
+        else:
+            self._wake()
 
     def fail(self, reason: Exception) -> None:
         """End all of it; who waits is told behind what there is."""
@@ -95,8 +111,11 @@ class Generation:
         """Give up what is under way; may be called again."""
         self.fail(Gone())
 
-    async def next(self) -> list[Piece]:
+    async def next(self, taker: Taker | None = None) -> list[Piece]:
         """Wait for what is new; nothing at the end.
+
+        Args:
+            taker: is given what is new meanwhile; what it does not take, and the last of each answer, is returned.
 
         Raises:
             ApiError: it cannot go on.
@@ -110,8 +129,11 @@ class Generation:
                 raise self._error
             if not self._left:
                 return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            self._waiter, self._taker = asyncio.get_running_loop().create_future(), taker
+            try:
+                await self._waiter
+            finally:
+                self._taker = None
 
     async def finish(self) -> None:
         """Wait for the end. Raises as ``next``."""

@@ -252,6 +252,7 @@ class Lane:
             return
         now = time.monotonic()
         stopped: list[str] = []
+        touched: dict[Generation, None] = {}
         observe = self._pool.metrics.arrived
         for output in item:  # hundreds a step, so no more than need be is done for each
             id = output.id
@@ -260,9 +261,12 @@ class Lane:
             generation, at = found
             if output.token_ids:
                 observe(generation, at, len(output.token_ids), now)
+            touched[generation] = None
             if generation.push(at, output):
                 self.open.pop(id, None)
                 if output.finish_reason is None:  # a stop text, of which the engine does not know
                     stopped.append(id)
+        for generation in touched:
+            generation.flush()
         if stopped:
             self.abort(stopped)

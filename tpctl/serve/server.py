@@ -16,6 +16,7 @@ from tpctl.errors import TpctlError
 from tpctl.serve.app import App
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
+from tpctl.serve.straight import STATE
 
 HEAD_SECONDS = 30.0
 """In which the head of a request has to arrive, and between two requests of a connection."""
@@ -102,6 +103,7 @@ def _protocol() -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            self.app_state: dict[str, Any] = {STATE: self}  # which the scopes of its requests have a copy of
             self._look()
 
         def data_received(self, data: bytes) -> None:
