@@ -23,22 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from serve_load import megabytes, processor_seconds  # noqa: E402
+
 from tpctl.checkpoint.sources import resolve  # noqa: E402
 from tpctl.client.tokenizer import Tokenizer  # noqa: E402
 
 TEXT = "The sky is blue because molecules of the air scatter short waves of light more than long ones.\n"
-TICK = os.sysconf("SC_CLK_TCK")
-
-
-def processor_seconds(pid: int) -> tuple[float, float]:
-    """Of a process, in all its threads: its own, and the system's for it."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) / TICK, int(fields[12]) / TICK
-
-
-def megabytes(pid: int) -> float:
-    """That a process holds."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 async def stream(port: int, body: dict[str, object], begun: asyncio.Event) -> int:
