@@ -300,9 +300,13 @@ def test_an_end_in_order_lets_requests_end(tokenizer: Tokenizer) -> None:
         sock = server.ask("/v1/completions", {"prompt": "ab", "stream": True})
         until(lambda: len(engine.open) == 1)
         server.end()
-        until(lambda: _refused(server))
+        until(lambda: _health(server) == (503, {"status": "ending"}))  # which whoever sends requests here looks at
+        refused = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "ab"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "ending"
+        assert refused.headers["retry-after"] == "5" and len(engine.open) == 1
         engine.gate.set()
         assert everything(sock).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        until(lambda: _refused(server))
         server.thread.join(PATIENCE)
     assert server.failed is None
 
@@ -355,6 +359,11 @@ def test_an_idle_server_does_nothing(tokenizer: Tokenizer) -> None:
         before = time.process_time()
         time.sleep(2)
         assert time.process_time() - before < 0.05
+
+
+def _health(server: Running) -> tuple[int, Any]:
+    answer = httpx2.get(f"{server.url}/health")
+    return answer.status_code, answer.json()
 
 
 def _refused(server: Running) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
 from typing import Any
 
@@ -53,6 +55,8 @@ class App:
         self._body_seconds = body_seconds
         self._note = note
         self._date = (0, b"")
+        self._at_work = 0  # bodies that are being answered
+        self._answered = asyncio.Event()
         posts: dict[str, Post] = {
             "/v1/chat/completions": endpoints.chat,
             "/v1/completions": endpoints.complete,
@@ -96,6 +100,22 @@ class App:
             await self._refuse(error, scope, dated)
         path = scope["path"]
         self._endpoints.pool.metrics.answered(path if path in self._paths else "other", status, since)
+
+    async def finish(self) -> None:
+        """Wait until no body is being answered."""
+        while self._at_work:
+            self._answered.clear()
+            await self._answered.wait()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While a body is being answered."""
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+            self._answered.set()
 
     def _post(self, endpoint: Post) -> ASGIApp:
         return _Post(self, endpoint)
@@ -155,8 +175,9 @@ class _Post:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         since = time.monotonic()
         body = await self._app.read(scope, receive)
-        answer = await self._endpoint(body, since)
-        await answer(scope, receive, send)
+        with self._app.at_work():
+            answer = await self._endpoint(body, since)
+            await answer(scope, receive, send)
 
 
 class _Plain:

@@ -46,14 +46,24 @@ class Server(uvicorn.Server):
                 backlog=2048,
             )
         )
+        self._app = app
         self._pool = pool
         self._drain = drain
         self._ending = asyncio.Event()
+        self._abandoned = asyncio.Event()
         self._signals = 0
 
     async def main_loop(self) -> None:
-        """In the place of uvicorn's, which looks around ten times a second."""
+        """In the place of uvicorn's, which looks around ten times a second.
+
+        While what is under way goes on, others are still answered: new requests that there will be none, and
+        whoever looks at /health that this ends. Only then nobody can connect any more.
+        """
         await self._ending.wait()
+        either = [asyncio.create_task(self._app.finish()), asyncio.create_task(self._abandoned.wait())]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        for task in either:
+            task.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -90,6 +100,7 @@ class Server(uvicorn.Server):
     def _abandon(self) -> None:
         """End connections that read nothing of what they are told."""
         self.force_exit = True
+        self._abandoned.set()
         for connection in list(self.server_state.connections):
             if (transport := getattr(connection, "transport", None)) is not None:
                 transport.abort()
