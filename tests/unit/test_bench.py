@@ -101,6 +101,9 @@ def test_an_answer_that_was_cut_short_is_no_figure(monkeypatch: pytest.MonkeyPat
     work = make_workload("short", 100)
 
     class Short(_Client):
+        def wait_ready(self) -> EngineInfo:
+            return engine_info(max_model_len=512)
+
         def submit(self, requests: Any) -> None:
             self.left = list(requests)
 
@@ -113,6 +116,19 @@ def test_an_answer_that_was_cut_short_is_no_figure(monkeypatch: pytest.MonkeyPat
     tokens = work.output_tokens
     with pytest.raises(EngineError, match=f"produced {tokens - len(work.requests)} tokens instead of {tokens}"):
         measure.throughput(config, "short", 100, 1)
+
+
+@pytest.mark.parametrize(("wanted", "option"), [(8192, "--max-model-len"), (16384, "--kv-cache-memory")])
+def test_a_workload_that_is_too_long_for_the_model(wanted: int, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ready(_Client):
+        def wait_ready(self) -> EngineInfo:
+            return engine_info(max_model_len=8192, wanted_model_len=wanted)
+
+    monkeypatch.setattr(measure, "EngineClient", Ready)
+    config: Any = None
+    said = f"long has 12,000 prompt tokens and 256 to generate, 12,256 together, .* takes 8,192; raise {option} "
+    with pytest.raises(EngineError, match=said):
+        measure.throughput(config, "long", 100, 1)
 
 
 @pytest.mark.parametrize(

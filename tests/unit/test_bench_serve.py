@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def test_a_measurement(kind: str) -> None:
     with openai_server(api_key="k") as server:
         found, result = bench(server, *SMALL, "--endpoint", kind, "--api-key", "k", "--rate", "200,inf")
     assert result.exit_code == 0, result
+    said = r"warmed up: 1 request in \d\.\d\d s, prompts of 12 tokens and answers of 5, which no figure counts\n"
+    assert re.fullmatch(said, result.stderr)
     assert (found["benchmark"], found["model"]) == ("serve", "demo")
     assert [run["rate"] for run in found["runs"]] == [200.0, "inf"]
     for run in found["runs"]:

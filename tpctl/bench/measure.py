@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tpctl.bench.workload import make_workload, one_request
+from tpctl.bench.workload import Workload, make_workload, one_request
 from tpctl.client.engine_client import EngineClient
 from tpctl.errors import EngineError
 from tpctl.wire.messages import Request
@@ -95,10 +95,14 @@ def throughput(
     "first run": what a single batch gets.
 
     sampling: fields of ``SamplingParams`` in place of the workload's own.
+
+    Raises:
+        EngineError: a prompt and its answer do not fit the context.
     """
     rates, times = [], []
     with EngineClient(config) as client:
         info = client.wait_ready()
+        _check_context(make_workload(workload, vocab_size), info)
         for run in range(runs + 1):
             work = make_workload(workload, vocab_size, run * 13, sampling)
             started = time.perf_counter()
@@ -204,6 +208,20 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "commit": _commit(),
     }
+
+
+def _check_context(work: Workload, info: EngineInfo) -> None:
+    """Raise ``EngineError`` if the longest of ``work`` is longer than the engine takes."""
+    longest = max(work.requests, key=lambda one: len(one.token_ids) + one.sampling.max_tokens)
+    prompt, answer = len(longest.token_ids), longest.sampling.max_tokens
+    if prompt + answer <= info.max_model_len:
+        return
+    cut = "--kv-cache-memory" if info.max_model_len < info.wanted_model_len else "--max-model-len"
+    raise EngineError(
+        f"the workload {work.name} has {prompt:,} prompt tokens and {answer:,} to generate, {prompt + answer:,} "
+        f"together, but this engine takes {info.max_model_len:,}; raise {cut} if that is the limit, or take another "
+        "--workload"
+    )
 
 
 def _drain(client: EngineClient, requests: list[Request]) -> None:

@@ -65,13 +65,14 @@ async def measure(
     prompts: Prompts,
     running: Callable[[str], AbstractContextManager[None]],
     found: Callable[[Measured], None],
+    warmed: Callable[[Sequence[Answer], float], object] = lambda answers, seconds: None,
 ) -> None:
     """Warm up, then measure each rate, with other prompts each time.
 
     Args:
         prompts: makes requests; is asked with another seed for each rate, and for the warm-up.
         running: around what takes its time, with what that is.
-        found: is told of each rate as it is done.
+        found: is told of each rate as it is done; ``warmed``: of the warm-up's answers, and the seconds it took.
 
     Raises:
         EndpointError: the server cannot be asked at all, refuses a request of the warm-up, or answers none.
@@ -85,8 +86,10 @@ async def measure(
             return [endpoint.post(path, body) for body in _bodies(settings, model, prompts(seed, count))]
 
         with running("warming up"):
-            for request in requests(settings.seed + len(settings.rates), settings.warmup):
-                await _warm(endpoint, path, request, settings.seconds)
+            before = endpoint.clock()
+            asked = requests(settings.seed + len(settings.rates), settings.warmup)
+            warm = [await _warm(endpoint, path, request, settings.seconds) for request in asked]
+        warmed(warm, endpoint.clock() - before)
         for at, rate in enumerate(settings.rates):
             asked = requests(settings.seed + at, None)
             due = arrivals(len(asked), rate, settings.burstiness, settings.seed + at)
@@ -104,10 +107,11 @@ async def measure(
         endpoint.close()
 
 
-async def _warm(endpoint: Endpoint, path: str, request: bytes, seconds: float) -> None:
+async def _warm(endpoint: Endpoint, path: str, request: bytes, seconds: float) -> Answer:
     answer = await send(endpoint, request, Answer(), seconds)
     if (error := answer.error) is not None:
         raise EndpointError(error if error.startswith("cannot connect") else f"{endpoint.address}{path}: {error}")
+    return answer
 
 
 def _bodies(settings: Settings, model: str, prompts: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:

@@ -209,7 +209,7 @@ def bench_serve(
     time to the last token. They are defined as in `vllm bench serve`, so that figures compare.
     """
     from tpctl.bench.serving import PATHS, measure
-    from tpctl.cli.bench_serve_report import print_runs
+    from tpctl.cli.bench_serve_report import print_runs, warmed
     from tpctl.serve.sockets import raise_file_limit
 
     settings = _settings(url, api_key, model, endpoint, workload, load)
@@ -230,7 +230,7 @@ def bench_serve(
             _save(target, report(detail=True))
 
     raise_file_limit()
-    asyncio.run(measure(settings, prompts, status, done))
+    asyncio.run(measure(settings, prompts, status, done, warmed))
     if as_json:
         print_json(report(detail=False))
     else:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from tpctl.cli.console import say, stdout
+from tpctl.cli.console import note, say, stdout
 from tpctl.cli.plot import columns
 from tpctl.errors import counted
 
 if TYPE_CHECKING:
+    from tpctl.bench.answers import Answer
     from tpctl.bench.latencies import Spread, Summary
     from tpctl.bench.serving import Measured
 
@@ -22,6 +23,15 @@ BUSY = 0.7
 
 LATE = 0.1
 """Seconds from which it is told that requests were sent after they were due."""
+
+
+def warmed(answers: Sequence[Answer], seconds: float) -> None:
+    """Say what was sent before anything was measured."""
+    prompts, tokens = sum(one.prompt_tokens or 0 for one in answers), sum(one.tokens for one in answers)
+    note(
+        f"warmed up: {counted(len(answers), 'request')} in {seconds:.2f} s, prompts of {counted(prompts, 'token')} and "
+        f"answers of {tokens:,}, which no figure counts"
+    )
 
 
 def print_runs(found: Sequence[Measured], url: str) -> None:
