@@ -133,6 +133,10 @@ class FakeClient:
                 outputs.append(Output(id, [], "error", "the engine refuses"))
                 del self._open[id]
                 continue
+            if request.sampling.regex == "stuck":
+                outputs.append(Output(id, [], "error", "regex: the grammar has no text that could follow"))
+                del self._open[id]
+                continue
             outputs.append(self._next(request, whole, rest))
             if outputs[-1].finish_reason is not None:
                 del self._open[id]

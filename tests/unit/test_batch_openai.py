@@ -96,6 +96,24 @@ def test_a_file_of_the_clients_types_goes_in_and_they_read_what_comes_out(tokeni
     assert next(request.sampling.seed for request in fake.requests if request.id == "2") == 2**63 - 1
 
 
+def test_whose_fault_an_error_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    asked = [
+        line("engine", {"prompt": "refuse"}, TEXT),
+        line("form", chat("a", regex="stuck", n=2)),
+        line("effort", chat("a", reasoning_effort="low")),
+        line("length", chat("a", max_completion_tokens=0)),
+    ]
+    prompts = write_lines(tmp_path / "in.jsonl", asked)
+    assert answer(tokenizer, prompts, tmp_path / "out.jsonl").errors == 4
+    rows = read_lines(tmp_path / "out.jsonl")
+    assert [row["response"]["status_code"] for row in rows] == [500, 400, 400, 400]
+    found = answers(rows)
+    assert found["engine"].type == "server_error" and found["form"].type == "invalid_request_error"
+    assert "line 2: regex: the grammar has no text that could follow" in found["form"].message
+    assert "line 3: reasoning_effort is given, but the model's chat template reads no" in found["effort"].message
+    assert "line 4: max_completion_tokens is 0, but must be at least 1" in found["length"].message
+
+
 def test_prompts_log_probabilities_are_where_vllm_has_them(tokenizer: Tokenizer, tmp_path: Path) -> None:
     asked = [
         line("chat", chat("Hi", prompt_logprobs=1)),

@@ -206,6 +206,9 @@ def test_tokens_and_back(tokenizer: Tokenizer) -> None:
         found = client.post("/tokenize", json={"prompt": "ab", "return_token_strs": True}).json()
         assert found == {"count": 2, "max_model_len": 512, "tokens": tokenizer.encode("ab"), "token_strs": ["a", "b"]}
         assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "ab"}
+        for body, has in (({"prompt": "a", "messages": HELLO}, "both a"), ({}, "neither a")):
+            refused = client.post("/tokenize", json=body).json()["error"]
+            assert f"the body has {has} prompt" in refused["message"] and refused["param"] == "prompt"
         chatted = client.post("/tokenize", json={"messages": HELLO}).json()
         assert chatted["tokens"] == tokenizer.encode("[u]Hi[a]")
 

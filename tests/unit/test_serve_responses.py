@@ -113,6 +113,27 @@ def test_thoughts_are_an_item_of_their_own(thinking: Tokenizer) -> None:
         assert places == [0, 1] and found[-1].response.usage.output_tokens_details.reasoning_tokens == 2
 
 
+@pytest.mark.parametrize("thinks", [False, True])
+def test_log_probabilities_of_a_message(tokenizer: Tokenizer, thinking: Tokenizer, thinks: bool) -> None:
+    used, answer = (thinking, "<think>hm</think>Só") if thinks else (tokenizer, "Só")
+    body = {"input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    with served(used, FakeEngine(used, say=lambda *_: answer)) as (client, server):
+        whole = Response.model_validate(client.post(PATH, json=body).json(), strict=True)
+        told = whole.output[-1].content[0].logprobs
+        assert server.engines[0].requests[0].sampling.logprobs == 2
+        *_, last = told
+        assert "".join(token.token for token in told) == whole.output_text == "Só"
+        assert [token.logprob for token in told] == [-0.5] * len(told) and last.bytes == list("ó".encode())
+        assert [token.logprob for token in last.top_logprobs] == [-0.5, -2.0]
+        found = events(client, body)
+        streamed = [one for event in found if event.type == "response.output_text.delta" for one in event.logprobs]
+        done = next(event for event in found if event.type == "response.output_text.done")
+        assert [one.token for one in streamed] == [one.token for one in done.logprobs] == [one.token for one in told]
+        assert found[-1].response.output[-1].content[0].logprobs == told
+        none = client.post(PATH, json={**body, "include": [], "top_logprobs": 0}).json()
+        assert none["output"][-1]["content"][0]["logprobs"] == []
+
+
 def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
     with served(tokenizer, FakeEngine(tokenizer, say=lambda *_: "")) as (client, _):
         found = events(client, {"input": "Hi"})
@@ -129,15 +150,19 @@ def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
         ({"input": [5]}, "input", "item 1 of input is 5, which tpctl cannot take"),
         ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id", "which tpctl cannot do"),
         ({"input": "a", "tools": [{"type": "function"}]}, "tools", "tool 1: name is null"),
-        ({"input": "a", "text": {"format": {"type": "json"}}}, "response_format", 'response_format: type is "json"'),
+        ({"input": "a", "text": {"format": {"type": "json"}}}, "text.format", 'text.format: type is "json"'),
+        ({"input": "a", "reasoning": {"effort": "low"}}, "reasoning.effort", "reasoning.effort is given, but the mod"),
         ({"input": "a", "text": {"verbosity": "low"}}, "verbosity", "which tpctl cannot do"),
         ({"input": "a", "truncation": "auto"}, "truncation", "which tpctl cannot do"),
         ({"input": "a", "colour": 1}, "colour", "unknown field 'colour' in the body of a request to /v1/responses"),
         ({"input": "a", "n": 2}, "n", "unknown field 'n'"),
-        ({"input": "a", "include": ["message.output_text.logprobs"]}, "include", 'include has "message.output_text.lo'),
+        ({"input": "a", "include": ["file_search_call.results"]}, "include", 'include has "file_search_call.results"'),
+        ({"input": "a", "top_logprobs": 2}, "top_logprobs", "is 2, but include has no message.output_text.logprobs"),
+        ({"input": "a", "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21, but must be a whole number from 0"),
         ({"input": "a", "include": "all"}, "include", 'include is "all", but must be a list'),
         ({"input": "a", "prompt_logprobs": 1}, "prompt_logprobs", "unknown field 'prompt_logprobs'"),
-        ({"input": "a", "max_output_tokens": 0}, "max_tokens", "max_tokens is 0, but must be at least 1"),
+        ({"input": "a", "max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0, but must be at least"),
+        ({"input": "a", "max_output_tokens": 600}, "max_output_tokens", "and max_output_tokens is 600: 607 in all"),
         ({"input": "a", "reasoning": 5}, "reasoning", "reasoning is 5, but must be a JSON object"),
     ],
 )

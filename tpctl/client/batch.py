@@ -17,6 +17,7 @@ from tpctl.client.text_stream import TextStream
 from tpctl.client.token_text import logprob_rows, prompt_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import RequestError, TpctlError, printable
+from tpctl.wire.guide import cannot_be_had
 from tpctl.wire.messages import Output, Request
 
 CHOICES_APART = 1 << 32
@@ -277,7 +278,8 @@ class Batch:
         """Make an error row of a line; ids of its requests that were under way."""
         under_way = [id for id in answers.ids if self._open.pop(id, None) is not None]
         job = answers.job
-        self._fail(job.line, job.id, f"{job.line.named}: {message}", job.beside)
+        beside = {**job.beside, **job.refused} if cannot_be_had(message) else job.beside
+        self._fail(job.line, job.id, f"{job.line.named}: {message}", beside)
         return under_way
 
     def _finish(self, answers: _Answers) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tpctl.errors import RequestError, shown
+
+_FIRST = re.compile(r"\w+(?= is |: )")  # the field that a message begins with
 
 
 class FieldError(RequestError):
@@ -18,6 +22,36 @@ class FieldError(RequestError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class UnreadVariable(RequestError):
+    """A chat template does not read a variable."""
+
+    def __init__(self, message: str, variable: str) -> None:
+        super().__init__(message)
+        self.variable = variable
+
+
+@contextmanager
+def asked_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors name what somebody asked for as he did.
+
+    Args:
+        names: what it was asked for as, by the name of the field or the template's variable that it became.
+    """
+    try:
+        yield
+    except UnreadVariable as error:
+        if (name := names.get(error.variable)) is None:
+            raise
+        said = f"{name} is given, but the model's chat template reads no {error.variable}; leave it out"
+        raise FieldError(said, name) from None
+    except RequestError as error:
+        said = str(error)
+        found = _FIRST.match(said)
+        if found is None or (name := names.get(found[0])) is None:
+            raise
+        raise FieldError(name + said[found.end() :], name) from None
 
 
 def given(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tpctl.client.tokenizer import check_text
@@ -17,7 +17,7 @@ from tpctl.wire.sampling import SamplingParams
 if TYPE_CHECKING:
     from tpctl.client.tools.asked import Tools
 
-SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {"guide_after"}
+SAMPLING_FIELDS = frozenset(one.name for one in fields(SamplingParams)) - {"guide_after"}
 FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | SAMPLING_FIELDS
 
 ALL = "all"
@@ -40,11 +40,16 @@ ROW_FIELDS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a line asks for: ``fields`` as of a line in tpctl's own form, so many answers, and tools they may call."""
+    """What a line asks for: ``fields`` as of a line in tpctl's own form, so many answers, and tools they may call.
+
+    Attributes:
+        names: what it calls some of the fields, and of the variables for the chat template, by tpctl's own names.
+    """
 
     fields: Mapping[str, Any]
     choices: int = 1
     tools: Tools | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Form(Protocol):

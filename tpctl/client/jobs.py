@@ -17,6 +17,7 @@ from typing import IO, Any
 from zlib import crc32
 
 from tpctl.client.chat_messages import check_messages
+from tpctl.client.fields import asked_as
 from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted, read_stop, read_variables
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
@@ -63,7 +64,7 @@ class Job:
     Attributes:
         choices: answers that it asks for.
         tools: functions that they may call.
-        beside: what its row has besides them.
+        beside: what its row has besides them; ``refused``: what more, if it cannot be had as it is.
     """
 
     line: Line
@@ -75,6 +76,7 @@ class Job:
     choices: int = 1
     tools: Tools | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,9 @@ class JobParser:
                     check_text(given, form.id_field)
                 id = given
             self._check_new(line, id)
-            return self._job(line, id, form.wanted(entry), beside)
+            wanted = form.wanted(entry)
+            with asked_as(wanted.names):
+                return self._job(line, id, wanted, beside, form.refused)
         except (_Refused, TpctlError) as error:
             message = f"{line.named}: {error}"
         except Exception as error:  # one line must never end the run, whatever a library makes of it
@@ -195,7 +199,7 @@ class JobParser:
             message = f"{line.named}: cannot be used: {said}"
         return BadLine(line, id, message, {**beside, **form.refused})
 
-    def _job(self, line: Line, id: JobId, wanted: Wanted, beside: Mapping[str, Any]) -> Job:
+    def _job(self, line: Line, id: JobId, wanted: Wanted, beside: Mapping[str, Any], refused: Mapping[str, Any]) -> Job:
         entry = wanted.fields
         if unknown := sorted(entry.keys() - FIELDS):
             raise _Refused(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(FIELDS))}")
@@ -209,7 +213,8 @@ class JobParser:
         check_length(len(token_ids), self._max_model_len)
         form = self._tokenizer.reasoning if "messages" in entry else None
         sampling = formed(sampling, self._tokenizer, token_ids, form, wanted.tools)
-        return Job(line, id, token_ids, sampling, stop, "messages" in entry, wanted.choices, wanted.tools, beside)
+        chat, tools = "messages" in entry, wanted.tools
+        return Job(line, id, token_ids, sampling, stop, chat, wanted.choices, tools, beside, refused)
 
     def _tokenize(self, line: Line, entry: Mapping[str, Any], tools: Tools | None) -> list[int]:
         if ("prompt" in entry) == ("messages" in entry):

@@ -75,6 +75,15 @@ def chat_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
+def response_logprobs(tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same of a response's, where a token without text has no bytes."""
+    each: list[dict[str, Any]] = chat_logprobs(tokens)["content"]
+    for one in each:
+        for token in (one, *one["top_logprobs"]):
+            token["bytes"] = token["bytes"] or []
+    return each
+
+
 def text_logprobs(tokens: Sequence[Mapping[str, Any]], place: int = 0) -> dict[str, Any]:
     """Of a text's tokens; ``place``: characters before the first of them."""
     offsets = []

@@ -58,6 +58,8 @@ def settings(body: dict[str, Any], *, chat: bool, checked: bool = False) -> Want
     if (best := body.pop("best_of", choices)) != choices:
         raise FieldError(f"best_of is {shown(best)} with n {choices}, which tpctl cannot do; leave it out", "best_of")
     tools = read_tools({name: body.pop(name) for name in TOOL_FIELDS if name in body}) if chat else None
+    asked = {"max_completion_tokens": "max_tokens", "reasoning_effort": "reasoning_effort"}
+    names = {own: name for name, own in asked.items() if name in body}
     fields: dict[str, Any] = {}
     if "seed" in body:
         fields["seed"] = whole(body.pop("seed"), "seed", -(2**63), 2**63 - 1) % 2**63
@@ -67,7 +69,7 @@ def settings(body: dict[str, Any], *, chat: bool, checked: bool = False) -> Want
     fields |= _length(body)
     fields |= _chat(body) if chat else _text(body)
     fields |= {name: body.pop(name) for name in _SAME & body.keys()}
-    return Wanted(fields, choices, tools)
+    return Wanted(fields, choices, tools, names)
 
 
 def _length(body: dict[str, Any]) -> dict[str, Any]:

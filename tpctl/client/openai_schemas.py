@@ -63,10 +63,15 @@ NOT_IN_RESPONSES: Mapping[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "max_tool_calls": (),
     "context_management": (),
-    "top_logprobs": (0,),
     "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
 }
 """The same of ``RESPONSES``, beside those of a chat."""
+
+
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = ("reasoning.encrypted_content", LOGPROBS)
+"""What answers of ``RESPONSES`` may be asked to have besides. Thoughts are told as they are, so whoever wants them
+encrypted, to hand them back, has them too."""
 
 
 def harmless(names: Mapping[str, tuple[Any, ...]]) -> dict[str, Schema]:
@@ -229,7 +234,8 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
         "instructions": STRING,
         "stream": FLAG,
         "max_output_tokens": RANGES["max_tokens"].schema(),
-        "include": {"type": "array", "items": {"const": "reasoning.encrypted_content"}},
+        "include": {"type": "array", "items": {"enum": list(INCLUDED)}},
+        "top_logprobs": RANGES["logprobs"].schema(),
         "text": closed(_nullable({"format": _FORMAT, "verbosity": {"enum": ["medium"]}})),
         "reasoning": closed(_nullable({"effort": STRING, "summary": ANYTHING, "generate_summary": ANYTHING})),
         **_SAMPLING,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread, thought_parts
+from tpctl.client.fields import UnreadVariable
 from tpctl.client.template_process import LIMITS, TemplateProcess
 from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
 from tpctl.errors import shown as _shown
@@ -184,7 +185,8 @@ class ChatTemplate:
             if name not in self.uses.variables:
                 others = sorted({*self.uses.variables} - {*_RESERVED, *self._special_tokens})
                 read = f"it reads {', '.join(others)}" if others else "it reads none"
-                raise RequestError(f"chat_template_kwargs has {name!r}, which the chat template does not read; {read}")
+                said = f"chat_template_kwargs has {name!r}, which the chat template does not read; {read}"
+                raise UnreadVariable(said, name)
 
 
 def read_template(folder: Path, tokenizer_config: Mapping[str, Any], shown: str | None = None) -> str | None:

@@ -66,6 +66,7 @@ class TextStream:
             "tool_calls" in the place of "stop" where there are calls.
         num_cached_tokens: prompt tokens that the prefix cache spared.
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
+        said: where there are any, places in ``token_ids`` of what the text is made of, thoughts, calls and marks not.
         prompt_logprobs: one for each token of the prompt but the first, if asked for.
     """
 
@@ -99,6 +100,9 @@ class TextStream:
         self.finish_reason: str | None = None
         self.num_cached_tokens = 0
         self.logprobs: list[TokenLogprob] = []
+        self.said: list[int] = []
+        self._unsaid: list[int] = []  # places of tokens whose text is held back
+        self._tokenizer = tokenizer
         self.prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
@@ -141,7 +145,10 @@ class TextStream:
                 self.logprobs.append(output.logprobs[position - 1])
             if position == last:  # the token that stopped it is no part of the text
                 break
-            if not (new := self._splitter.push(id)):
+            new = self._splitter.push(id)
+            if output.logprobs is not None:
+                self._say(new, id)
+            if not new:
                 continue
             if self._stop.any:
                 new = self._safe(new, early=len(self.token_ids) <= self._min_tokens)
@@ -151,7 +158,9 @@ class TextStream:
         if self._stop.found or self._called_enough:
             self.finish_reason = "stop"
         elif output.finish_reason is not None:
-            shown += self._safe(self._splitter.finish())
+            left = self._splitter.finish()
+            self._say(left)
+            shown += self._safe(left)
             if rest := self._stop.finish():
                 shown.append(Segment(rest))
             self.finish_reason = "stop" if self._stop.found else output.finish_reason
@@ -163,11 +172,21 @@ class TextStream:
     def _push_one(self, output: Output) -> list[Segment]:
         """A token among others, as nearly all are, where nothing in its text ends the answer."""
         self.token_ids += output.token_ids
+        shown = self._splitter.push(output.token_ids[0])
         if output.logprobs is not None:
             self.logprobs += output.logprobs
-        shown = self._splitter.push(output.token_ids[0])
+            self._say(shown, output.token_ids[0])
         self._keep(shown)
         return shown
+
+    def _say(self, new: Sequence[Segment], id: int | None = None) -> None:
+        """Note what the last token ``id`` is part of, or those held back: one without text is part of what follows."""
+        if id is not None and id not in self._tokenizer.marks:
+            self._unsaid.append(len(self.token_ids) - 1)
+        if new:
+            if not (new[-1].reasoning or new[-1].call):
+                self.said += self._unsaid
+            self._unsaid = []
 
     def _keep(self, shown: Sequence[Segment]) -> None:
         for text, reasoning, call in shown:

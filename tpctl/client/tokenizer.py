@@ -122,6 +122,11 @@ class Tokenizer:
         """Ids of the tokens that are added to the vocabulary, by their text."""
         return {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()}
 
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Ids of the tokens that are added to the vocabulary."""
+        return frozenset(self.added_ids.values())
+
     @property
     def template_source(self) -> str | None:
         """The chat template's program; ``None``: there is none."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
-from tpctl.client.fields import FieldError, flag, given
+from tpctl.client.fields import FieldError, asked_as, flag, given
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
 from tpctl.client.openai_schemas import MOST_PROMPTS, STREAM_OPTIONS
 from tpctl.client.reasoning import Form
@@ -101,8 +101,9 @@ class Reader:
 
     def _conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
         variables = wanted.fields.get("chat_template_kwargs")
-        token_ids = self._render(messages, variables, info.max_model_len - 1, wanted.tools)
-        return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning)
+        with asked_as(wanted.names):
+            token_ids = self._render(messages, variables, info.max_model_len - 1, wanted.tools)
+            return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning)
 
     def _texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
         if wanted.fields.get("chat_template_kwargs") is not None:
@@ -111,13 +112,15 @@ class Reader:
         for prompt in prompts:
             most = info.max_model_len - 1
             token_ids = self.tokenizer.encode(prompt, most=most) if isinstance(prompt, str) else prompt
-            jobs.append(self._job(token_ids, wanted, info, 16, None))  # so many tokens are OpenAI's default
+            with asked_as(wanted.names):
+                jobs.append(self._job(token_ids, wanted, info, 16, None))  # so many tokens are OpenAI's default
         return jobs
 
     def _job(self, token_ids: list[int], wanted: Wanted, info: EngineInfo, most: int | None, form: Form | None) -> Job:
         fields = wanted.fields
         room = info.max_model_len - len(token_ids)
-        check_room(len(token_ids), fields.get("max_tokens"), info.max_model_len)
+        name = wanted.names.get("max_tokens", "max_tokens")
+        check_room(len(token_ids), fields.get("max_tokens"), info.max_model_len, name)
         check_ids(token_ids, info.vocab_size, "prompt")
         own = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
         seed = secrets.randbits(63)
@@ -172,8 +175,8 @@ def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
         )
 
 
-def check_room(num_tokens: int, max_tokens: Any, max_model_len: int) -> None:
-    """Refuse a prompt that leaves no room for an answer, or not for one as long as is asked for.
+def check_room(num_tokens: int, max_tokens: Any, max_model_len: int, name: str = "max_tokens") -> None:
+    """Refuse a prompt that leaves no room for an answer, or not for one as long as is asked for, as ``name``.
 
     Raises:
         ApiError: it does; the message has both numbers.
@@ -188,8 +191,8 @@ def check_room(num_tokens: int, max_tokens: Any, max_model_len: int) -> None:
         raise ApiError(400, said, param="prompt", code="context_length_exceeded")
     raise ApiError(
         400,
-        f"the prompt has {num_tokens} tokens, and max_tokens is {asked}: {num_tokens + asked} in all, but prompt and "
+        f"the prompt has {num_tokens} tokens, and {name} is {asked}: {num_tokens + asked} in all, but prompt and "
         f"answer together may have {max_model_len}; ask for at most {max_model_len - num_tokens}",
-        param="max_tokens",
+        param=name,
         code="context_length_exceeded",
     )

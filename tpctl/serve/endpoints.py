@@ -73,7 +73,7 @@ class Endpoints:
         job = await self.reader.conversation(asked.messages, asked.wanted, self.pool.check_open())
         generation = self.pool.begin([job])
         self.pool.metrics.begun(generation, since)
-        writer = ResponseWriter(model, asked, job, generation)
+        writer = ResponseWriter(model, asked, job, generation, self.reader.tokenizer)
         return Answered(generation, writer, self.reader.run, stream=stream)
 
     async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
@@ -81,12 +81,16 @@ class Endpoints:
         self.model(body)
         texts = flag(body.pop("return_token_strs", False), "return_token_strs")
         tokenizer = self.reader.tokenizer
+        if "messages" in body and "prompt" in body:
+            raise FieldError("the body has both a prompt and messages; give one of them", "prompt")
         if "messages" in body:
             messages, variables = body.pop("messages"), body.pop("chat_template_kwargs", None)
             _refuse_rest(body, "/tokenize")
             ids = await self.reader.run(self.reader.render, messages, variables, None)
         else:
-            prompt, special = _taken(body, "prompt"), flag(body.pop("add_special_tokens", True), "add_special_tokens")
+            if "prompt" not in body:
+                raise FieldError("the body has neither a prompt nor messages; give one of them", "prompt")
+            prompt, special = body.pop("prompt"), flag(body.pop("add_special_tokens", True), "add_special_tokens")
             _refuse_rest(body, "/tokenize")
             if not isinstance(prompt, str):
                 raise FieldError(f"prompt is {shown(prompt)}, but must be a text", "prompt")

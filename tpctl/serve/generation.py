@@ -10,7 +10,7 @@ from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.errors import RequestError, TpctlError
 from tpctl.serve.errors import ApiError
-from tpctl.wire.guide import NAMES
+from tpctl.wire.guide import cannot_be_had
 from tpctl.wire.messages import Output
 
 
@@ -147,7 +147,7 @@ class Generation:
 
 
 def _failure(message: str) -> ApiError:
-    """What an engine failed at: a form that the model has no text for is the request's fault, as it says first."""
-    if message.partition(":")[0] in NAMES:
+    """What an engine failed at: a form that the model has no text for is the request's fault."""
+    if cannot_be_had(message):
         return ApiError.of(RequestError(message))
     return ApiError(500, message)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpctl.client.fields import FieldError, given, refuse
+from tpctl.client.fields import FieldError, given, refuse, whole
 from tpctl.client.forms import Wanted
+from tpctl.client.openai_answers import response_logprobs
 from tpctl.client.openai_fields import check_names, settings
-from tpctl.client.openai_schemas import NOT_IN_RESPONSES, RESPONSES
+from tpctl.client.openai_schemas import INCLUDED, LOGPROBS, NOT_IN_RESPONSES, RESPONSES
+from tpctl.client.token_text import logprob_rows, token_texts
+from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.calls import CallPiece
 from tpctl.errors import shown
@@ -20,6 +23,14 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
 from tpctl.serve.items import chat_tools, read_items
 from tpctl.serve.pool import Job
+from tpctl.wire.ranges import MAX_LOGPROBS
+
+_NAMES = {
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
+"""What a body says for tpctl's own fields."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     names = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata")
     said = {name: body.get(name) for name in names}
     messages = read_items(body)
-    _check_included(body.pop("include", []))
+    logprobs = _logprobs(body)
     refuse(body, NOT_IN_RESPONSES)
     text = _object(body, "text", ("format", "verbosity"))
     refuse(text, {"verbosity": ("medium",)})
@@ -57,16 +68,23 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
         body["reasoning_effort"] = reasoning["effort"]
     tools = {name: body.get(name) for name in TOOL_FIELDS}
     body |= chat_tools(body)
-    wanted = settings(body, chat=True, checked=True)
+    wanted = settings({**body, **logprobs}, chat=True, checked=True)
+    wanted = replace(wanted, names=_NAMES)
     return ResponseAsked(messages, wanted, {**said, **tools, "effort": reasoning.get("effort"), "format": format_})
 
 
-def _check_included(value: Any) -> None:
-    """Thoughts are told as they are, so whoever wants them encrypted, to hand them back, has them too."""
+def _logprobs(body: dict[str, Any]) -> dict[str, Any]:
+    """Take what answers are to include out of a body; a chat's fields for log-probabilities."""
+    value, top = body.pop("include", []), body.pop("top_logprobs", None)
     if not isinstance(value, list):
         raise FieldError(f"include is {shown(value)}, but must be a list", "include")
-    if left := [one for one in value if one != "reasoning.encrypted_content"]:
+    if left := [one for one in value if one not in INCLUDED]:
         raise FieldError(f"include has {shown(left[0])}, which tpctl cannot do; leave it out", "include")
+    if LOGPROBS in value:
+        return {"logprobs": True} if top is None else {"logprobs": True, "top_logprobs": top}
+    if whole(0 if top is None else top, "top_logprobs", 0, MAX_LOGPROBS):
+        raise FieldError(f"top_logprobs is {top}, but include has no {LOGPROBS}", "top_logprobs")
+    return {}
 
 
 def _response_format(value: Any) -> Any:
@@ -87,38 +105,37 @@ def _object(body: dict[str, Any], name: str, known: Sequence[str]) -> dict[str, 
 
 @dataclass
 class _Open:
-    """An item that is being told; ``kind`` is "reasoning", "message" or "function_call"."""
+    """An item that is being told, with the ``logprobs`` of its tokens; ``kind`` is "reasoning", "message" or
+    "function_call"."""
 
     kind: str
     id: str
     text: str = ""
     call_id: str = ""
     name: str = ""
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     def item(self, status: str = "completed") -> dict[str, Any]:
         """It with the text that there is."""
         found: dict[str, Any] = {"id": self.id, "type": self.kind, "status": status}
         if self.kind == "function_call":
             return {**found, "call_id": self.call_id, "name": self.name, "arguments": self.text}
-        found["content"] = [self.part(self.text)]
+        found["content"] = [self.part(self.text, self.logprobs)]
         return {**found, **({"summary": []} if self.kind == "reasoning" else {"role": "assistant"})}
 
-    def part(self, text: str) -> dict[str, Any]:
+    def part(self, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """The one part of a text."""
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    @property
-    def more(self) -> dict[str, Any]:
-        """What events say of its text besides."""
-        return {"logprobs": []} if self.kind == "message" else {}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 class ResponseWriter:
     """An answer's items, what was thought, a message and calls, each opened when its first text comes."""
 
-    def __init__(self, model: str, asked: ResponseAsked, job: Job, generation: Generation) -> None:
+    def __init__(
+        self, model: str, asked: ResponseAsked, job: Job, generation: Generation, tokenizer: Tokenizer
+    ) -> None:
         self._id = secrets.token_hex(24)
         self._created = int(time.time())
         self._model = model
@@ -126,6 +143,8 @@ class ResponseWriter:
         self._job = job
         self._generation = generation
         self._stream = generation.streams[0]
+        self._texts = token_texts(tokenizer, job.token_ids)
+        self._described = self._said = 0  # tokens of all, and of the text's, whose log-probabilities have been told
         self._number = 0
         self._open: _Open | None = None
         self._told: list[dict[str, Any]] = []  # items, as far as they were told
@@ -181,7 +200,9 @@ class ResponseWriter:
         if stream.reasoning:
             found.append(self._new("reasoning", stream.reasoning).item())
         if stream.text or not stream.calls:
-            found.append(self._new("message", stream.text).item("incomplete" if cut else "completed"))
+            message = self._new("message", stream.text)
+            message.logprobs = self._logprobs()
+            found.append(message.item("incomplete" if cut else "completed"))
         for at, call in enumerate(stream.calls):
             found.append(_Open("function_call", f"fc_{self._id}{at}", call.arguments, call.id, call.name).item())
         return found
@@ -219,8 +240,21 @@ class ResponseWriter:
             found = self._close() + self._begin(self._new(kind))
         assert self._open is not None
         self._open.text += text
-        name = "reasoning_text" if kind == "reasoning" else "output_text"
-        return found + self._event(f"response.{name}.delta", **self._place(), delta=text, **self._open.more)
+        name, more = "reasoning_text", {}
+        if kind == "message":
+            name, more = "output_text", {"logprobs": (new := self._logprobs())}
+            self._open.logprobs += new
+        return found + self._event(f"response.{name}.delta", **self._place(), delta=text, **more)
+
+    def _logprobs(self) -> list[dict[str, Any]]:
+        """Of the text's tokens that have come since they were last asked for."""
+        stream, first = self._stream, self._described
+        if not (places := stream.said[self._said :]):
+            return []
+        self._said, self._described = len(stream.said), places[-1] + 1
+        new = slice(first, self._described)
+        rows = logprob_rows(self._texts, stream.token_ids[new], stream.logprobs[new])
+        return response_logprobs([rows[place - first] for place in places])
 
     def _call(self, piece: CallPiece) -> bytes:
         if piece.taken_back:
@@ -258,9 +292,11 @@ class ResponseWriter:
             about = {"item_id": item.id, "output_index": place, "name": item.name, "arguments": item.text}
             found = self._event("response.function_call_arguments.done", **about)
         else:
-            name = "reasoning_text" if item.kind == "reasoning" else "output_text"
-            found = self._event(f"response.{name}.done", **self._place(), text=item.text, **item.more)
-            found += self._event("response.content_part.done", **self._place(), part=item.part(item.text))
+            thought = item.kind == "reasoning"
+            name, more = ("reasoning_text", {}) if thought else ("output_text", {"logprobs": item.logprobs})
+            found = self._event(f"response.{name}.done", **self._place(), text=item.text, **more)
+            part = item.part(item.text, item.logprobs)
+            found += self._event("response.content_part.done", **self._place(), part=part)
         found += self._event("response.output_item.done", output_index=place, item=told)
         self._open = None
         self._told.append(told)

@@ -21,6 +21,13 @@ MOST_CHARACTERS = 1 << 18
 NAMES = ("response_format", "regex", "choice", "grammar")
 """Fields of ``SamplingParams``, of which one at most may be set."""
 
+
+def cannot_be_had(message: str) -> bool:
+    """Whether an engine could not answer since the model has no text of the form that was asked for: its message
+    then begins with the form's field."""
+    return message.partition(":")[0] in NAMES
+
+
 _SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
 
 

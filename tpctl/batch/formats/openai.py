@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
@@ -66,7 +67,7 @@ def _asked(body: dict[str, Any], *, chat: bool) -> Wanted:
     refuse(body, _OF_A_SERVER)
     prompt = {"messages": _messages(body)} if chat else {"prompt": _prompt(body)}
     wanted = settings(body, chat=chat)
-    return Wanted({**wanted.fields, **prompt}, wanted.choices, wanted.tools)
+    return replace(wanted, fields={**wanted.fields, **prompt})
 
 
 def _messages(body: dict[str, Any]) -> Any:
