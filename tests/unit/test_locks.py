@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tpctl.checkpoint import locks
 from tpctl.checkpoint.cache import locked
 from tpctl.checkpoint.locks import exclusive
 from tpctl.errors import OutputError
@@ -51,6 +52,35 @@ def test_one_at_a_time_however_often_the_file_is_removed(tmp_path: Path, hold: C
         thread.join()
     assert len(most) == 120 and max(most) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_wait_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, taken, told = tmp_path / "lock", threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive(path):
+            taken.set()
+            told.wait(60)
+
+    def blocked(fd: int, how: int) -> None:
+        if not how & fcntl.LOCK_NB:
+            told.set()  # who waits for good has said so
+        return flock(fd, how)
+
+    flock = fcntl.flock
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(60)
+    monkeypatch.setattr(fcntl, "flock", blocked)
+    monkeypatch.setattr(locks, "SILENT", 0.1)
+    with exclusive(path):
+        thread.join()
+    assert capsys.readouterr().err == f"waiting for another process, which holds {path}\n"
+    with exclusive(path):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:

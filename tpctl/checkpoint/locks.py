@@ -6,19 +6,28 @@ import errno
 import fcntl
 import os
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tpctl.errors import OutputError
+from tpctl.errors import OutputError, printable
 
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 """How ``flock`` fails on network file systems without a lock service."""
 
 
+SILENT = 3.0
+"""Seconds of waiting of which nothing is said."""
+
+_PAUSE = 0.02  # seconds
+
+
 @contextmanager
 def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock file ``path``; wait while another process or thread holds it, if ``wait``.
+    """Hold the lock file ``path``; wait while another process or thread holds it, if ``wait``. A line on stderr tells
+    whoever wonders why nothing goes on.
 
     The system drops the lock of a process that ends, however it ends. The file is removed by its holder, so that
     whoever waited on the removed one must look again. It is opened for writing, without which NFS refuses.
@@ -43,7 +52,7 @@ def _acquire(path: Path, how: int) -> int:
     while True:
         fd, made = _open(path)
         try:
-            fcntl.flock(fd, how)
+            _lock(fd, how, path)
             held = os.fstat(fd)
             # Over NFS the name may be remembered a while; what is known of a file is fresh once it is locked.
             if held.st_nlink and os.path.samestat(held, path.stat()):
@@ -64,6 +73,20 @@ def _acquire(path: Path, how: int) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _lock(fd: int, how: int, path: Path) -> None:
+    """``flock``, which says so where it takes long."""
+    silent_until = time.monotonic() + SILENT
+    while not how & fcntl.LOCK_NB and time.monotonic() < silent_until:
+        try:
+            return fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+    if not how & fcntl.LOCK_NB:
+        with suppress(OSError):  # nobody reads it
+            print(printable(f"waiting for another process, which holds {path}"), file=sys.stderr, flush=True)
+    return fcntl.flock(fd, how)
 
 
 def _open(path: Path) -> tuple[int, bool]:
