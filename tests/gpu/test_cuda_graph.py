@@ -10,14 +10,17 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE
+from tpctl.engine.sampling.noise import seed_state
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
 from tpctl.engine.steps.mixed import MixedGraphs, MixedInputs
-from tpctl.kernels.sampling.floors import Filters
+from tpctl.engine.steps.slots import Slots
+from tpctl.kernels.sampling.floors import MAX_TOP_K, Filters
 from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
+from tpctl.layers.attention.base import Place
 from tpctl.wire.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -85,6 +88,45 @@ def test_packed_rows() -> None:
         chosen = inputs.rows.block_tables[pool, inputs.last_row_P.long()]
         assert chosen[0, :3].tolist() == [first, first + 1, first + 2]
         assert chosen[1, :2].tolist() == [first + 8, first + 9]
+
+
+def test_what_a_slot_holds_is_sent_when_it_is_taken() -> None:
+    slots = Slots(3, 8, torch.device(DEVICE), (Place(), Place()))
+    assert slots.tables.filters.top_p.tolist() == [1] * 3
+    sent: list[int] = []
+    send = slots._send
+
+    def counted(host: torch.Tensor) -> torch.Tensor:
+        sent.append(host.numel())
+        return send(host)
+
+    slots._send = counted  # type: ignore[method-assign]
+    params = [
+        SamplingParams(temperature=0.7, top_k=2**31 - 1, top_p=0.25, min_p=0.125, seed=2**63 - 1),
+        SamplingParams(temperature=1e4, top_k=5, seed=3),
+    ]
+    items = []
+    for number, one in enumerate(params):
+        sequence = Sequence(str(number), [1] * 20, one, 99)
+        sequence.rope_offset = 40 * number
+        sequence.block_tables = [[5 + number, 6], [7, 8 + number]]
+        sequence.num_slots = 32
+        items.append(ScheduledSequence(sequence, 0, 20, True))
+    places = slots.update(items)
+    tables = slots.tables
+    assert tables.filters.temperature[places].tolist() == torch.tensor([0.7, 1e4]).tolist()
+    assert tables.filters.top_k[places].tolist() == [MAX_TOP_K, 5]
+    assert tables.filters.top_p[places].tolist() == [0.25, 1]
+    assert tables.filters.min_p[places].tolist() == [0.125, 0]
+    assert tables.rope_offset[places].tolist() == [0, 40]
+    assert [number % 2**64 for number in tables.seed_hash[places].tolist()] == [seed_state(p.seed) for p in params]
+    assert tables.block_tables[:, places, :2].tolist() == [[[5, 6], [6, 6]], [[7, 8], [7, 9]]]
+    assert not tables.block_tables[:, places, 2:].any() and tables.block_tables.is_contiguous()
+    assert slots.update(items) == places and len(sent) == 1, "once, in one copy"
+    items[1].sequence.block_tables[0].append(9)
+    items[1].sequence.num_slots = 48
+    slots.update(items)
+    assert tables.block_tables[0, places[1], :3].tolist() == [6, 6, 9] and sent[1:] == [2]
 
 
 def test_decodes_are_padded_to_the_ladder() -> None:

@@ -1,8 +1,8 @@
 """Where a sequence's state lies on the device.
 
 Block tables change little from step to step, so each sequence keeps a row ("slot") of a table on the device, and a
-step sends only the blocks that are new. Slots are given out when a sequence is first computed and taken back when they
-run out and their sequences have ended or been preempted.
+step sends only the blocks that are new, and once what sampling and rotation need, all in one copy. Slots are given out
+when a sequence is first computed and taken back when they run out and their sequences have ended or been preempted.
 """
 
 from __future__ import annotations
@@ -44,41 +44,43 @@ class Slots:
         self.count = count
         self.max_blocks = max_blocks
         self.places = tuple(places)
-        self.tables = SlotTables.allocate(count, max_blocks, device, len(self.places))
+        self._first = SlotTables.first_block(count)
+        size = self._first + len(self.places) * count * max_blocks
+        self._cells = torch.zeros(size, dtype=torch.int32, device=device)
+        self.tables = SlotTables.of(self._cells, count, len(self.places))
         self._free = list(range(count))
         self._held: dict[str, _Slot] = {}
 
     def update(self, items: Iterable[ScheduledSequence]) -> list[int]:
         """The slot of each item's sequence, its block table and sampling state on the device once the queued copies
         have run."""
-        found, fresh = [], []
+        found = []
         cells: list[int] = []
-        blocks: list[int] = []
+        numbers: list[int] = []
         for item in items:
             sequence = item.sequence
             slot = self._held.get(sequence.id)
             if slot is None or slot.sequence is not sequence or slot.admission != sequence.admissions:
                 slot = self._take(sequence)
-                fresh.append(slot)
+                cells += SlotTables.cells_of(slot.index, self.count)
+                numbers += self._state(sequence)
             if slot.num_slots != sequence.num_slots:
-                self._append(slot, cells, blocks)
+                self._append(slot, cells, numbers)
             found.append(slot.index)
-        if fresh:
-            self._send_state(fresh)
         if cells:
-            both = self._send(torch.tensor([cells, blocks], dtype=torch.int32))
-            self.tables.block_tables.view(-1).index_copy_(0, both[0].long(), both[1])
+            both = self._send(torch.tensor([cells, numbers], dtype=torch.int32))
+            self._cells.index_copy_(0, both[0].long(), both[1])
         return found
 
-    def _append(self, slot: _Slot, cells: list[int], blocks: list[int]) -> None:
+    def _append(self, slot: _Slot, cells: list[int], numbers: list[int]) -> None:
         """Add what is new in a sequence's tables, and where it goes. What windows have passed since stays there: no
         kernel reads it."""
         tables = slot.sequence.block_tables
         written = slot.written or (0,) * len(tables)
         for pool, (table, place, start) in enumerate(zip(tables, self.places, written, strict=True)):
-            first = (pool * self.count + slot.index) * self.max_blocks
+            first = self._first + (pool * self.count + slot.index) * self.max_blocks
             cells.extend(range(first + start, first + len(table)))
-            blocks.extend(place.ids(table[start:]))
+            numbers.extend(place.ids(table[start:]))
         slot.written, slot.num_slots = tuple(map(len, tables)), slot.sequence.num_slots
 
     def _take(self, sequence: Sequence) -> _Slot:
@@ -94,20 +96,11 @@ class Slots:
         self._held[sequence.id] = slot
         return slot
 
-    def _send_state(self, fresh: list[_Slot]) -> None:
-        """What a sequence's sampling and rotation need, once."""
-        where = self._send(torch.tensor([slot.index for slot in fresh]))
-        params = [slot.sequence.params for slot in fresh]
-        hashes = [seed_state(p.seed) for p in params]
-        signed = [h - (1 << 64) if h >> 63 else h for h in hashes]
-        self.tables.seed_hash[where] = self._send(torch.tensor(signed, dtype=torch.int64))
-        filters = self.tables.filters
-        filters.temperature[where] = self._send(torch.tensor([p.temperature for p in params]))
-        filters.top_k[where] = self._send(torch.tensor([min(p.top_k, MAX_TOP_K) for p in params], dtype=torch.int32))
-        filters.top_p[where] = self._send(torch.tensor([p.top_p for p in params]))
-        filters.min_p[where] = self._send(torch.tensor([p.min_p for p in params]))
-        offsets = torch.tensor([slot.sequence.rope_offset for slot in fresh], dtype=torch.int32)
-        self.tables.rope_offset[where] = self._send(offsets)
+    def _state(self, sequence: Sequence) -> list[int]:
+        """What a sequence's sampling and rotation need, which does not change."""
+        p = sequence.params
+        filters = (p.temperature, min(p.top_k, MAX_TOP_K), p.top_p, p.min_p)
+        return SlotTables.packed(seed_state(p.seed), filters, sequence.rope_offset)
 
     def _send(self, host: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":

@@ -9,6 +9,7 @@ from step to step (block tables, seeds, temperatures, rotary offsets) lies in pe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from struct import Struct
 
 import torch
 import triton
@@ -17,6 +18,10 @@ import triton.language as tl
 from tpctl.kernels.common.launch import next_power_of_2
 from tpctl.kernels.common.noise import splitmix64
 from tpctl.kernels.sampling.floors import Filters
+
+_NUMBERS = Struct("=Qfiffi")  # what a slot has beside its block tables,
+_CELLS = _NUMBERS.size // 4  # and in how many cells
+_CELL = Struct(f"={_CELLS}i")
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,35 @@ class SlotTables:
 
     @staticmethod
     def allocate(slots: int, max_blocks: int, device: torch.device, pools: int = 1) -> SlotTables:
-        return SlotTables(
-            torch.zeros(pools, slots, max_blocks, dtype=torch.int32, device=device),
-            torch.zeros(slots, dtype=torch.int64, device=device),
-            Filters.allocate(slots, device),
-            torch.zeros(slots, dtype=torch.int32, device=device),
-        )
+        size = SlotTables.first_block(slots) + pools * slots * max_blocks
+        return SlotTables.of(torch.zeros(size, dtype=torch.int32, device=device), slots, pools)
+
+    @staticmethod
+    def of(cells: torch.Tensor, slots: int, pools: int = 1) -> SlotTables:
+        """All of them in one tensor, int32 and all zero, so that one copy changes whatever is new: ``cells_of`` each
+        slot, and behind them, from ``first_block`` on, the block tables."""
+        seed_hash, *others = torch.split(cells[: _CELLS * slots], [2 * slots, *[slots] * (_CELLS - 2)])
+        temperature, top_k, top_p, min_p, rope_offset = others
+        floats = torch.float32
+        filters = Filters(temperature.view(floats), top_k, top_p.view(floats), min_p.view(floats))
+        filters.top_p.fill_(1)  # as others that keep all
+        tables = cells[SlotTables.first_block(slots) :].view(pools, slots, -1)
+        return SlotTables(tables, seed_hash.view(torch.int64), filters, rope_offset)
+
+    @staticmethod
+    def first_block(slots: int) -> int:
+        """The cell of the first slot's first block, in a line of its own."""
+        return -(-_CELLS * slots // 64) * 64
+
+    @staticmethod
+    def cells_of(slot: int, slots: int) -> list[int]:
+        """Where what ``packed`` makes goes."""
+        return [2 * slot, 2 * slot + 1, *(place * slots + slot for place in range(2, _CELLS))]
+
+    @staticmethod
+    def packed(seed_hash: int, filters: tuple[float, int, float, float], rope_offset: int) -> list[int]:
+        """A slot's numbers as int32. ``seed_hash``: unsigned. ``filters``: as ``Filters``."""
+        return list(_CELL.unpack(_NUMBERS.pack(seed_hash, *filters, rope_offset)))
 
 
 @dataclass(frozen=True)
