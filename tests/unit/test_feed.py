@@ -6,6 +6,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,15 @@ def test_every_rank_has_the_same_messages_at_the_same_step(ends: Ends) -> None:
         listen.join()
         assert step == [heard[-1]] * 2
     assert [message for step in heard for message in step] == sent
+
+
+def test_rank_0_waits_as_long_as_it_is_told_or_until_something_comes(ends: Ends) -> None:
+    front, leader, _ = ends
+    assert leader.next(wait=False, patience=0.01) == []
+    threading.Timer(0.05, front.send, (Abort(["a"]),)).start()
+    started = time.monotonic()
+    assert leader.next(wait=False, patience=60) == [Abort(["a"])]
+    assert time.monotonic() - started < 30
 
 
 def test_a_follower_ends_with_rank_0(ends: Ends) -> None:

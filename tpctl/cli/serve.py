@@ -117,7 +117,7 @@ def check_installed() -> None:
 def _configured(model: str, engine: EngineOptions, replicas: int, at_hand: TemplateAtHand) -> EngineConfig:
     from tpctl.client import prepare as client
 
-    args = replace(engine_args(engine, cpu_tokens=CHAT_CPU_TOKENS), engines_on_host=replicas)
+    args = replace(engine_args(engine, cpu_tokens=CHAT_CPU_TOKENS), engines_on_host=replicas, late_launch=True)
     return client.prepare(
         model, args, look=lambda source: look_ahead(at_hand, source, needed=False), progress=byte_progress
     )

@@ -72,6 +72,7 @@ class EngineArgs:
     attention_backend: str = "auto"
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
+    late_launch: bool = False
     expert_parallel: int | bool | None = None
     text_only: bool = False
     speculate: str = "off"
@@ -128,6 +129,7 @@ class EngineArgs:
             attention_backend=self.attention_backend,
             enforce_eager=self.enforce_eager,
             scheduling_policy=self.scheduling_policy,
+            late_launch=self.late_launch,
             speculate=self.speculate,
             engines_on_host=self.engines_on_host,
         )

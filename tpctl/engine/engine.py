@@ -12,6 +12,7 @@ import torch
 
 from tpctl.distributed import TPGroup
 from tpctl.engine.guiding.guides import Guides
+from tpctl.engine.launch_time import LaunchTime
 from tpctl.engine.runners.plain import make_plain_runner
 from tpctl.engine.runners.runner import Launched, ModelRunner
 from tpctl.engine.scheduling.block_manager import BlockManager
@@ -22,6 +23,8 @@ from tpctl.layers.attention.select import choose_backend
 from tpctl.wire.messages import Abort, Add, Message, Output
 from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
+
+_WITHIN_HOST, _BETWEEN_HOSTS = 0.2e-3, 1e-3  # seconds by which other ranks may start a step later than rank 0
 
 
 class Engine:
@@ -37,6 +40,8 @@ class Engine:
         self.runner = make_runner(config, group)
         self._guides = self.runner.masks.guides = guides
         self._pending: Launched | None = None
+        self._ended: Launched | None = None  # the one before
+        self._launch_time = launch_time(group) if config.late_launch and group.rank == 0 else None
         model, memory = self.runner.loaded.config, self.runner.memory
         self.speculation = self._speculation()
         blocks = BlockManager(
@@ -72,6 +77,15 @@ class Engine:
             outputs = [self.scheduler.abort(id) for id in message.ids]
         return self._told([output for output in outputs if output is not None])
 
+    def patience(self) -> float:
+        """Seconds for which requests are best waited for before ``step``: what comes meanwhile is computed as soon.
+
+        With speculation none: the next step often waits for this one's tokens anyway.
+        """
+        if self._launch_time is None or self.speculation is not None:
+            return 0.0
+        return self._launch_time.left(self._pending, self._ended)
+
     def step(self) -> list[Output]:
         """Start a step and take in the one before; the tokens of that one.
 
@@ -97,8 +111,8 @@ class Engine:
         launched, self._pending = self._pending, None
         if launched is None:
             return []
-        token_ids, logprobs = self.runner.collect(launched)
-        outputs = self.scheduler.commit(launched.batch, token_ids, logprobs)
+        outputs = self.scheduler.commit(launched.batch, *self.runner.collect(launched))
+        self._ended = launched
         return outputs if self._guides is None else self._told(outputs)
 
     def _told(self, outputs: list[Output]) -> list[Output]:
@@ -125,7 +139,7 @@ class Engine:
 
         When nothing is being computed, the block manager's books are checked on the way.
         """
-        scheduler, blocks = self.scheduler.stats, self.scheduler.blocks
+        scheduler, blocks, launches = self.scheduler.stats, self.scheduler.blocks, self._launch_time
         if not self.has_work:
             self.scheduler.check_integrity()
         return EngineStats(
@@ -146,7 +160,14 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             draft_tokens=0 if self.speculation is None else self.speculation.drafted,
             accepted_tokens=0 if self.speculation is None else self.speculation.accepted,
+            held_steps=0 if launches is None else launches.held_steps,
+            late_steps=0 if launches is None else launches.late_steps,
         )
+
+
+def launch_time(group: TPGroup) -> LaunchTime:
+    """When rank 0 launches steps: earlier where others have to hear of it."""
+    return LaunchTime(0.0 if group.size == 1 else _WITHIN_HOST if group.one_host else _BETWEEN_HOSTS)
 
 
 def make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:

@@ -1,8 +1,9 @@
 """How requests reach every rank at the same step.
 
 Only rank 0 hears the command line. At the start of each step it says to every other rank which messages arrived since
-the last one: a frame on a TCP connection, usually empty. Nothing is waited for but that frame, and rank 0 waits for
-nothing, so the feed works the same within a host and between hosts and costs a few microseconds a step.
+the last one: a frame on a TCP connection, usually empty. Nothing is waited for but that frame, and rank 0 waits for no
+rank (for requests it may, ``engine.launch_time``), so the feed works the same within a host and between hosts and costs
+a few microseconds a step.
 
 Within a host the agent ends all ranks when one has ended. Between hosts nobody else sees it, and a collective may wait
 for minutes, so each end also watches whether the other's host still holds the connection (``engine.lost_hosts``).
@@ -16,6 +17,7 @@ import queue
 import secrets
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -44,9 +46,13 @@ class Leader:
             watch(connection, peer, self._ending)
         threading.Thread(target=self._listen, daemon=True, name="tpctl-listen").start()
 
-    def next(self, wait: bool) -> list[Message]:
-        """The messages that this step applies; with ``wait``, at least one."""
-        arrived = [self._inbox.get()] if wait else []
+    def next(self, wait: bool, patience: float = 0.0) -> list[Message]:
+        """The messages that this step applies; with ``wait``, at least one, else after ``patience`` seconds without any
+        none."""
+        arrived = []
+        if wait or patience > 0:
+            with suppress(queue.Empty):
+                arrived.append(self._inbox.get(timeout=None if wait else patience))
         while not self._inbox.empty():
             arrived.append(self._inbox.get())
         if any(isinstance(message, Stop) for message, _ in arrived):
@@ -79,8 +85,8 @@ class Follower:
         self._leader = Channel(connection)
         watch(connection, self._peer, self._ending)
 
-    def next(self, wait: bool) -> list[Message]:
-        """The messages that rank 0 applies at the same step. Rank 0 decides whether to wait."""
+    def next(self, wait: bool, patience: float = 0.0) -> list[Message]:
+        """The messages that rank 0 applies at the same step. Rank 0 decides whether to wait, and how long."""
         try:
             frame = self._leader.receive_json()
         except ChannelClosed:

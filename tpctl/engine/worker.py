@@ -43,7 +43,7 @@ def serve(engine: Engine, feed: Leader | Follower, policy: WaitPolicy | None = N
         idle = not engine.has_work
         if idle and policy is not None:
             policy.rest()
-        messages = feed.next(wait=idle and not engine.runner.rest())
+        messages = feed.next(idle and not engine.runner.rest(), engine.patience())
         if idle:
             if policy is not None:
                 policy.work()

@@ -64,6 +64,8 @@ class EngineStats:
         device_memory: bytes of GPU memory that tensors take, the maximum over the ranks; 0 on a CPU.
         reserved_memory: the same with what torch keeps for later ones.
         running: requests that hold KV blocks; ``waiting``: that wait for some.
+        held_steps: steps that were started shortly before the one that ran was to end (``late_launch``);
+            ``late_steps`` of them behind its end.
         draft_tokens: tokens that were proposed and computed; ``accepted_tokens`` of them became part of an answer.
     """
 
@@ -84,6 +86,8 @@ class EngineStats:
     waiting: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    held_steps: int = 0
+    late_steps: int = 0
 
 
 class TokenLogprob(NamedTuple):

@@ -43,6 +43,8 @@ class EngineSettings:
         scheduling_policy: ``"fcfs"``, first come, first served; or ``"makespan"``, which on GPUs may start requests
             later and in another order, so that all of a job's end sooner (``engine.scheduling.pacing``); or ``"auto"``,
             makespan where a rank's layers are large enough to gain by it.
+        late_launch: on GPUs start a step only shortly before the one that runs ends, so that a request which comes
+            meanwhile is in it (``engine.launch_time``); where all requests are handed in at once it gains nothing.
         enable_prefix_caching: share the KV blocks of equal prefixes.
         speculate: propose tokens and compute several of an answer in a step, which changes none of them
             (``engine.scheduling.speculation``): ``"mtp"``, by the model's own layer that predicts more; ``"ngram"``,
@@ -65,6 +67,7 @@ class EngineSettings:
     attention_backend: str = "auto"
     enforce_eager: bool = False
     scheduling_policy: str = "fcfs"
+    late_launch: bool = False
     enable_prefix_caching: bool = True
     speculate: str = "off"
     engines_on_host: int = 1

@@ -9,6 +9,7 @@ tokens (``engine.steps.mixed``); other steps with prefill chunks are launched ke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -141,6 +142,7 @@ class CudaRunner(ModelRunner):
         if isinstance(launched, CudaLaunched):
             assert launched.host is not None
             launched.ready.synchronize()
+            launched.ended_at = time.perf_counter()
             launched.token_ids = launched.host[: launched.batch.num_sampled].tolist()
             if -1 in launched.token_ids:
                 raise EngineError(_LOST_PEER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,11 +26,16 @@ from tpctl.wire.report import EngineInfo, TokenLogprob
 
 @dataclass
 class Launched:
-    """A step that has been started: its token ids, or (a subclass) where they will be."""
+    """A step that has been started: its token ids, or (a subclass) where they will be.
+
+    launched_at: by ``time.perf_counter``. ended_at: when the host saw that its tokens were there, where it waited.
+    """
 
     batch: ScheduledBatch
     token_ids: list[int]
     logprobs: list[TokenLogprob | None] | None = None
+    launched_at: float = field(default_factory=time.perf_counter)
+    ended_at: float = 0.0
 
 
 class ModelRunner:
