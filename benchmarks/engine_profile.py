@@ -1,12 +1,14 @@
 """Where an engine's time goes on GPUs: the ``nano`` workload by step, and by kernel at some batch sizes.
 
-    python benchmarks/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48]
+    python benchmarks/engine_profile.py qwen3-0.6b llama-3.1-8b [--steps 20] [--at 220 128 48] [--first 128 136]
     torchrun --nproc-per-node 2 benchmarks/engine_profile.py llama-3.1-8b
 
 The engine runs in this process, or each rank's in one of torchrun's (rank 0 reports), without client and workers. The
 first pass warms up and captures the CUDA graphs. The second times every step by the number of sequences it decodes.
 The third runs PyTorch's profiler over the prefill and over ``--steps`` steps at each batch size of ``--at``, and adds
-up kernels of the same name.
+up kernels of the same name. With ``--first`` there is none of this: single prompts of these lengths are computed as a
+chat's question is, and told are the time until the step is launched, from then on until it ends, and its kernels. 128
+tokens beside 8 answers are as many rows as 136 by themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -23,12 +27,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tpctl.bench.synthetic import synthetic_shards
-from tpctl.bench.workload import make_workload
+from tpctl.bench.workload import make_workload, one_request
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.wire.messages import Add
 from tpctl.wire.settings import POLICIES, EngineConfig
 
+_NUMBERS = itertools.count()
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 512)
 
 
@@ -100,11 +105,45 @@ def profiled(engine: Engine, shift: int, steps: int, at: list[int]) -> None:
             engine.step()
 
 
+def first(engine: Engine, tokens: int, count: int = 10) -> None:
+    """Single prompts of so many tokens, each with the device at rest before."""
+    vocab_size = engine.runner.loaded.config.vocab_size
+    host: list[float] = []
+    device: list[float] = []
+
+    def ask() -> None:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        engine.apply(Add([one_request(tokens, 1, next(_NUMBERS), vocab_size)]))
+        engine.step()
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        host.append(launched - started)
+        device.append(time.perf_counter() - launched)
+        while engine.has_work:
+            engine.step()
+        while engine.runner.rest():  # captures what has come
+            pass
+
+    for _ in range(8 + count):
+        ask()
+    for name, times in (("launched in", host), ("ended after", device)):
+        ordered = [1e3 * one for one in sorted(times[8:])]
+        print(f"  {tokens} tokens {name} {statistics.median(ordered):.3f} ms ({ordered[0]:.3f} to {ordered[-1]:.3f})")
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        started = time.perf_counter()
+        for _ in range(5):
+            ask()
+        wall = time.perf_counter() - started
+    show(prof, 5, wall, f"prompt of {tokens}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--at", type=int, nargs="*", default=[220, 128, 48])
+    parser.add_argument("--first", type=int, nargs="*", default=[])
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
     parser.add_argument("--scheduling-policy", choices=POLICIES, default="fcfs")
     args = parser.parse_args()
@@ -130,10 +169,13 @@ def report(args: argparse.Namespace, group: TPGroup) -> None:
         )
         engine = Engine(config, group)
         print(f"== {shape}, {torch.cuda.get_device_name()}, {engine.runner.loaded.timings}")
-        for shift in (0, 13):
-            run(engine, shift)
-        if args.at:
-            profiled(engine, 26, args.steps, args.at)
+        for tokens in args.first:
+            first(engine, tokens)
+        if not args.first:
+            for shift in (0, 13):
+                run(engine, shift)
+            if args.at:
+                profiled(engine, 26, args.steps, args.at)
         del engine
         torch.cuda.empty_cache()
 
