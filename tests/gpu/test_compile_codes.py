@@ -22,10 +22,10 @@ from tests.unit.random_codes import random_codes
 from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.experts.codes_row import pick_codes_row
 from tpctl.kernels.experts.codes_row_kernels import codes_row_down_kernel, codes_row_gate_up_kernel
-from tpctl.kernels.experts.grouped_scaled import pick_scaled
+from tpctl.kernels.experts.grouped_scaled import pick_scaled, rounds_itself
 from tpctl.kernels.experts.grouped_scaled_kernels import grouped_scaled_kernel
 from tpctl.kernels.experts.matrices import ExpertMatrices
-from tpctl.kernels.linear.codes_gemm import GemmConfig, gemm_config
+from tpctl.kernels.linear.codes_gemm import LARGEST, GemmConfig, gemm_config
 from tpctl.kernels.linear.codes_gemm_kernels import decode_kernel, quantize_kernel, scaled_gemm_kernel
 from tpctl.kernels.linear.codes_gemv import gemv_form, pick_codes_gemv
 from tpctl.kernels.linear.codes_gemv_kernels import codes_gemv_kernel
@@ -40,7 +40,7 @@ pytestmark = [
 IN, OUT = 4096, 4096
 POINTERS = {"w_ptr": "*u8", "zeros_ptr": "*u8", "rows_ptr": "*i32", "groups_ptr": "*i32", "factors_ptr": "*fp32"}
 POINTERS |= {"partial_ptr": "*fp32", "counters_ptr": "*i32", "peers_ptr": "*i64", "epochs_ptr": "*i32", "eps": "fp32"}
-POINTERS |= {"q_scales_ptr": "*fp32"}
+POINTERS |= {"q_scales_ptr": "*fp32", "out_scales_ptr": "*fp32"}
 SPILLED = 64
 """Bytes of a thread's registers that may lie in memory: less than what is read once a tile."""
 
@@ -225,7 +225,7 @@ def test_products_of_8_bits(arch: int, kind: str, rows: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("arch,kind", KINDS_OF_8_BITS)
-@pytest.mark.parametrize("block_m,gated", [(64, True), (128, True), (64, False), (128, False)])
+@pytest.mark.parametrize("block_m,gated", [(m, gated) for m in (16, 32, 64, 128) for gated in (True, False)])
 def test_experts_in_8_bits(arch: int, kind: str, block_m: int, gated: bool, tmp_path: Path) -> None:
     """Those of Qwen3-30B-A3B."""
     hidden, width = 2048, 768
@@ -243,7 +243,9 @@ def test_experts_in_8_bits(arch: int, kind: str, block_m: int, gated: bool, tmp_
     flags: dict[str, Any] = {"FORM": form, "OUTPUTS": codes.outputs, "SCALE_ROWS": codes.scales.shape[1]}
     flags |= {"PER_TOKEN": 8, "GATING": "silu" if gated else None, "INTERLEAVED": False, "HAS_BIAS": False}
     flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    flags |= {"STAGES": config.num_stages, "PDL": arch >= 90}
+    rounds = gated and rounds_itself(ExpertMatrices(up, down), found)
+    types |= {"out_ptr": element} if rounds else {}
+    flags |= {"STAGES": config.num_stages, "PDL": arch >= 90, "LARGEST": LARGEST[codes.kind] if rounds else 0.0}
     built = build(grouped_scaled_kernel, arch, tmp_path, types, config.num_warps, config.num_stages, **flags)
     assert built.shared <= SHARED[arch]
     assert built.stack <= SPILLED

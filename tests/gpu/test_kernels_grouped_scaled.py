@@ -16,7 +16,7 @@ from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import shared_memory
 from tpctl.kernels.experts.gating import gated_reference
 from tpctl.kernels.experts.grouped import grouped, pick_block_m
-from tpctl.kernels.experts.grouped_scaled import LEAST_PAIRS, pick_scaled, scaled_pairs
+from tpctl.kernels.experts.grouped_scaled import LEAST_PAIRS, pick_scaled, rounds_itself, scaled_pairs
 from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import place
 from tpctl.kernels.experts.routing import Routed
@@ -64,7 +64,9 @@ def product(x: torch.Tensor, codes: Codes, block: int | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind,codes", FORMS)
-@pytest.mark.parametrize("rows,count,per_token,hidden,width", [(150, 4, 2, 256, 192), (70, 3, 1, 80, 208)])
+@pytest.mark.parametrize(
+    "rows,count,per_token,hidden,width", [(150, 4, 2, 256, 192), (70, 3, 1, 80, 208), (40, 3, 2, 96, 256)]
+)
 @pytest.mark.parametrize("activation,biases,interleaved", [("silu", False, False), (CLAMPED, True, True)])
 def test_pairs(kind, codes, rows, count, per_token, hidden, width, activation, biases, interleaved) -> None:
     """Of which some are other ranks'."""
@@ -113,13 +115,33 @@ def test_choice() -> None:
     assert configs is not None and [config.block_m for config in configs] == [64, 64]
     assert [config.block_m for config in chosen(pairs=9999) or ()] == [128, 128]
     assert chosen(arch=(8, 0)) is None and chosen("int8", arch=(8, 0)) is not None
-    assert chosen(pairs=LEAST_PAIRS * 4 - 1) is None and chosen(rounds=False) is None and chosen("uint4") is None
+    assert [config.block_m for config in chosen(pairs=20) or ()] == [16, 16]
+    fewer = LEAST_PAIRS * 4 - 1
+    assert chosen(pairs=fewer + 1, arch=(8, 9)) is not None and chosen(pairs=fewer, arch=(8, 9)) is None
+    assert chosen(rounds=False) is None and chosen("uint4") is None
     for limit in (232448, 166912, 101376):
         for config, parts in zip(
             pick_scaled(9999, rounding(EXPERTS), 4, 128, (9, 0), limit) or (), (2, 1), strict=True
         ):
             stage = (config.block_m + parts * config.block_n) * config.block_k
             assert config.num_stages * stage <= limit
+
+
+def test_who_rounds_between_the_linears() -> None:
+    """gate_up's launch, where a tile of its features is a block of down's inputs."""
+
+    def rounds(width: int, block_m: int = 16, **codes) -> bool:
+        plain = random_experts(2, 64, width, torch.bfloat16)
+        experts = rounding(coded_experts(2, 64, width, "e4m3", experts=plain, **codes))
+        configs = pick_scaled(99, experts, 2, block_m, (9, 0), 232448)
+        assert configs is not None
+        return rounds_itself(experts, configs)
+
+    blocks = {"unit": 128, "rows_unit": 128}
+    assert rounds(256, **blocks) and not rounds(192, **blocks)
+    assert not rounds(256, block_m=128, **blocks)  # its tiles are narrower
+    assert not rounds(256)  # a scale for all inputs
+    assert not rounds(256, unit=64, rows_unit=64)
 
 
 EXPERTS = coded_experts(4, 64, 64, "e4m3", experts=random_experts(4, 64, 64, torch.bfloat16))

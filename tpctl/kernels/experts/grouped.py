@@ -144,7 +144,7 @@ def _scaled(
     x: torch.Tensor, pairs: int, experts: ExpertMatrices, total: int
 ) -> tuple[ScaledConfig, ScaledConfig] | None:
     """Tiles of 8-bit numbers, if that is how so many pairs are multiplied."""
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 or len(x) <= UNLISTED_ROWS:
         return None
     return pick_scaled(pairs, experts, total, pick_block_m(pairs, total), capability(x.device), shared_memory(x.device))
 

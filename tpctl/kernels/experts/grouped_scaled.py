@@ -20,11 +20,13 @@ from tpctl.kernels.experts.grouped_scaled_kernels import grouped_scaled_kernel
 from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import Placed
 from tpctl.kernels.experts.routing import Routed
-from tpctl.kernels.linear.codes_gemm import is_scaled, quantize_rows
+from tpctl.kernels.linear.codes_gemm import LARGEST, is_scaled, quantize_rows
 from tpctl.kernels.linear.codes_linear import as_bytes, form_of
 
 LEAST_PAIRS = 32
-"""Of an expert, on average: fewer wait for the weights, and not for the tensor cores. An estimate."""
+"""Of an expert, on average, where nothing was measured (other GPUs than Hopper): fewer wait for the weights, and not for
+the tensor cores. A Hopper's take FP8 from shared memory as it is stored, so that any number of pairs costs no more than
+reading it."""
 
 _BLOCK_K = 128
 
@@ -45,22 +47,34 @@ def pick_scaled(
     """Tiles of gate_up and down; None where these experts, or so few pairs, are multiplied in another way.
 
     total: experts of all ranks. block_m: pairs in a tile that would suit their number. limit: bytes of shared memory of
-    a program.
+    a program. Estimates: a few pairs only stream weights, of which two programs on a multiprocessor have 96 KB each
+    under way; many multiply, and sums of blocks stand beside the tensor cores' own.
     """
-    if pairs < LEAST_PAIRS * total:
+    if pairs < (0 if capability[0] == 9 else LEAST_PAIRS * total):
         return None
     found = []
     for matrix, gated in ((experts.gate_up, True), (experts.down, False)):
         if not isinstance(matrix, Codes) or not is_scaled(matrix, capability):
             return None
         form, tile, _ = form_of(matrix, _BLOCK_K, fast=False)
-        rows, block_k = max(64, block_m), _BLOCK_K if form.mode == "end" else tile
-        # Sums of blocks stand beside the tensor cores' own, which only a Hopper's leave registers for.
-        block_n = 64 if gated or (form.mode == "tile" and limit < 200 << 10) else 128
-        stage = (rows + block_n * (2 if gated else 1)) * block_k
-        stages = max(2, min(4, (limit - 4096) // stage))
-        found.append(ScaledConfig(rows, block_n, block_k, 4 if rows == 64 else 8, stages))
+        block_k = _BLOCK_K if form.mode == "end" else tile
+        block_n, num_warps, wanted = 128, 8, 3
+        if block_m > 64:
+            block_n, wanted = (64 if gated or form.mode == "tile" else 128), 4
+        elif capability[0] != 9:
+            block_n, num_warps = 64, 4
+        stage = (block_m + block_n * (2 if gated else 1)) * block_k
+        stages = max(2, min(wanted if gated else wanted + 1, (limit - 4096) // stage))
+        found.append(ScaledConfig(block_m, block_n, block_k, num_warps, stages))
     return found[0], found[1]
+
+
+def rounds_itself(experts: ExpertMatrices, configs: tuple[ScaledConfig, ScaledConfig]) -> bool:
+    """Whether gate_up's launch rounds what it writes: a tile's features are then the inputs that share a scale in down."""
+    gate_up, down = configs
+    assert isinstance(experts.down, Codes)
+    in_blocks = form_of(experts.down, down.block_k, fast=False)[0].mode == "tile"
+    return in_blocks and gate_up.block_n == down.block_k and experts.width % down.block_k == 0
 
 
 def scaled_pairs(
@@ -76,29 +90,48 @@ def scaled_pairs(
     placed: with tiles of the configs' block_m.
     """
     x, pairs = routed.x, routed.ids.numel()
-    h = x.new_empty(pairs, experts.width)
-    _linear(x, experts, experts.gate_up, experts.gate_up_bias, routed, placed, h, configs[0], experts.activation, pdl)
+    gate_up, down = configs
+    q, scales = _rounded(x, experts.gate_up, gate_up, pdl)
+    if rounds_itself(experts, configs):
+        h = q.new_empty(pairs, experts.width)
+        h_scales = scales.new_empty(pairs, experts.width // down.block_k)
+    else:
+        h, h_scales = x.new_empty(pairs, experts.width), None
+    _linear(q, scales, experts, experts.gate_up, experts.gate_up_bias, routed, placed, h, h_scales, gate_up,
+            experts.activation, pdl)  # fmt: skip
+    if h_scales is None:
+        h, h_scales = _rounded(h, experts.down, down, pdl)
     y = x.new_empty(pairs, experts.hidden)
-    _linear(h, experts, experts.down, experts.down_bias, routed, placed, y, configs[1], None, pdl)
+    _linear(h, h_scales, experts, experts.down, experts.down_bias, routed, placed, y, None, down, None, pdl)
     return y
 
 
+def _rounded(
+    x: torch.Tensor, codes: torch.Tensor | Codes, config: ScaledConfig, pdl: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as 8-bit numbers, with scales for the blocks that these codes have."""
+    assert isinstance(codes, Codes) and codes.kind in ("e4m3", "int8")
+    form, _, _ = form_of(codes, config.block_k, fast=False)
+    return quantize_rows(x, codes.kind, None if form.mode == "end" else config.block_k, pdl=pdl)
+
+
 def _linear(
-    x: torch.Tensor,
+    q: torch.Tensor,
+    scales: torch.Tensor,
     experts: ExpertMatrices,
     codes: torch.Tensor | Codes,
     bias: torch.Tensor | None,
     routed: Routed,
     placed: Placed,
     out: torch.Tensor,
+    out_scales: torch.Tensor | None,
     config: ScaledConfig,
     activation: Activation | Clamped | None,
     pdl: bool,
 ) -> None:
-    """One of the two linears of every expert, into `out` [T * K, width]."""
-    assert isinstance(codes, Codes) and codes.kind in ("e4m3", "int8")
+    """One of the two linears of every expert, into `out` [T * K, width], rounded where there are `out_scales`."""
+    assert isinstance(codes, Codes)
     form, _, _ = form_of(codes, config.block_k, fast=False)
-    q, scales = quantize_rows(x, codes.kind, None if form.mode == "end" else config.block_k, pdl=pdl)
     flags: dict[str, Any] = {
         "FORM": form,
         "OUTPUTS": codes.outputs,
@@ -107,6 +140,7 @@ def _linear(
         "GATING": activation,
         "INTERLEAVED": experts.interleaved,
         "HAS_BIAS": bias is not None,
+        "LARGEST": 0.0 if out_scales is None else LARGEST[codes.kind],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -122,8 +156,9 @@ def _linear(
         *placed,
         routed.weights,
         codes.values,
-        *(as_bytes(one, x) for one in (codes.scales, codes.rows, codes.factors)),
-        x if bias is None else bias,
+        *(as_bytes(one, scales) for one in (codes.scales, codes.rows, codes.factors)),
+        scales if bias is None else bias,
         out,
+        scales if out_scales is None else out_scales,
         **flags,
     )

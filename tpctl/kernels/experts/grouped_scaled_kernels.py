@@ -1,4 +1,4 @@
-"""The device code of `grouped_scaled`."""
+"""The device code of `grouped_scaled`: the weights are the wide operand, so that few pairs are a tile's narrow side."""
 
 from __future__ import annotations
 
@@ -13,13 +13,36 @@ from tpctl.kernels.linear.codes_gemm_kernels import row_tile, scales_of
 
 @triton.jit
 def _finished(sums, scale, n, factors_ptr, bias_ptr, FORM: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Sums with what is the same for all of an output's: its scale (1 where blocks had theirs), factor and bias."""
-    found = sums * scale[None, :]
+    """Sums [N, M] with what is the same for all of an output's: its scale (1 where blocks had theirs), factor, bias."""
+    found = sums * scale[:, None]
     if FORM.has_factors:
-        found *= tl.load(factors_ptr + n)[None, :]
+        found *= tl.load(factors_ptr + n)[:, None]
     if HAS_BIAS:
-        found += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+        found += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     return found
+
+
+@triton.jit
+def _block_scales(s_rows, i, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scales of the outputs whose own begin at `s_rows`, for the i-th BLOCK_K of their inputs."""
+    SCALES: tl.constexpr = FORM.scales
+    return scale_float(tl.load(s_rows + (i * BLOCK_K + FORM.first) // FORM.unit), SCALES)
+
+
+@triton.jit
+def _store_rounded(value, q_ptr, scales_ptr, pair, block, n, WIDTH: tl.constexpr, LARGEST: tl.constexpr):
+    """`value` [N, M], columns n of these pairs' rows, rounded to 8 bits as `quantize_rows` does; N is a block."""
+    BLOCKS: tl.constexpr = WIDTH // value.shape[0]
+    there = pair >= 0
+    row = tl.maximum(pair, 0).to(tl.int64)
+    scale = tl.max(tl.abs(value), 0) / LARGEST
+    scale = tl.where(scale > 0, scale, 1.0)
+    tl.store(scales_ptr + row * BLOCKS + block, scale, mask=there)
+    value = tl.clamp(value / scale[None, :], -LARGEST, LARGEST)
+    if q_ptr.dtype.element_ty == tl.int8:
+        value = tl.floor(value + 0.5)
+    q = tl.trans(value.to(q_ptr.dtype.element_ty))
+    tl.store(q_ptr + row[:, None] * WIDTH + n[None, :], q, mask=there[:, None] & (n < WIDTH)[None, :])
 
 
 @triton.jit
@@ -35,6 +58,7 @@ def grouped_scaled_kernel(
     factors_ptr,
     bias_ptr,
     out_ptr,  # [pairs, width]
+    out_scales_ptr,  # with LARGEST: float32 [pairs, width / BLOCK_N]
     FORM: tl.constexpr,
     OUTPUTS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
@@ -42,6 +66,7 @@ def grouped_scaled_kernel(
     GATING: tl.constexpr,  # None: the result is weighed
     INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LARGEST: tl.constexpr,  # of the numbers that the result is rounded to, in blocks of BLOCK_N; 0: it is not
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,39 +100,49 @@ def grouped_scaled_kernel(
             up_s_rows = scales_of(scales_ptr, rows_ptr, up_n, FORM)
         ones = tl.full([BLOCK_N], 1.0, tl.float32)
         if IN_BLOCKS:
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             up = acc
+            # Scales are read a tile ahead: operands come through shared memory, several ahead, and these do not.
+            x_scales = q_scales_ptr + row * BLOCKS
+            next_x, next_w = tl.load(x_scales), _block_scales(s_rows, 0, FORM, BLOCK_K)
+            next_up = _block_scales(up_s_rows, 0, FORM, BLOCK_K) if GATED else next_w
             for i in tl.range(0, BLOCKS, num_stages=STAGES):
-                block = (i * BLOCK_K + FORM.first) // FORM.unit
-                x_scale = tl.load(q_scales_ptr + row * BLOCKS + i)
-                x = row_tile(x_rows, i * BLOCK_K, COLUMNS, BLOCK_K)
-                part = tl.dot(x, row_tile(w_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T, out_dtype=SUM).to(tl.float32)
-                acc += part * x_scale[:, None] * scale_float(tl.load(s_rows + block), SCALES)[None, :]
+                x_scale, w_scale, up_scale = next_x, next_w, next_up
+                after = tl.minimum(i + 1, BLOCKS - 1)
+                next_x, next_w = tl.load(x_scales + after), _block_scales(s_rows, after, FORM, BLOCK_K)
                 if GATED:
-                    part = tl.dot(x, row_tile(up_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T, out_dtype=SUM).to(tl.float32)
-                    up += part * x_scale[:, None] * scale_float(tl.load(up_s_rows + block), SCALES)[None, :]
-            scale, up_scale = ones, ones
+                    next_up = _block_scales(up_s_rows, after, FORM, BLOCK_K)
+                x = row_tile(x_rows, i * BLOCK_K, COLUMNS, BLOCK_K)
+                part = tl.dot(row_tile(w_rows, i * BLOCK_K, COLUMNS, BLOCK_K), x.T, out_dtype=SUM).to(tl.float32)
+                acc += part * w_scale[:, None] * x_scale[None, :]
+                if GATED:
+                    part = tl.dot(row_tile(up_rows, i * BLOCK_K, COLUMNS, BLOCK_K), x.T, out_dtype=SUM).to(tl.float32)
+                    up += part * up_scale[:, None] * x_scale[None, :]
+            scale, last_scale = ones, ones
         else:
-            sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
+            sums = tl.zeros([BLOCK_N, BLOCK_M], SUM)
             up_sums = sums
             for i in tl.range(0, BLOCKS, num_stages=STAGES):
                 # FP8 tensor cores keep 14 bits of their own sums: after 128 inputs those are added in float32.
-                x = row_tile(x_rows, i * BLOCK_K, COLUMNS, BLOCK_K)
-                y = row_tile(w_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T
-                sums = tl.dot(x, y, sums, max_num_imprecise_acc=BLOCK_K, out_dtype=SUM)
+                x = row_tile(x_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T
+                y = row_tile(w_rows, i * BLOCK_K, COLUMNS, BLOCK_K)
+                sums = tl.dot(y, x, sums, max_num_imprecise_acc=BLOCK_K, out_dtype=SUM)
                 if GATED:
-                    y = row_tile(up_rows, i * BLOCK_K, COLUMNS, BLOCK_K).T
-                    up_sums = tl.dot(x, y, up_sums, max_num_imprecise_acc=BLOCK_K, out_dtype=SUM)
-            x_scale = tl.load(q_scales_ptr + row)[:, None]
+                    y = row_tile(up_rows, i * BLOCK_K, COLUMNS, BLOCK_K)
+                    up_sums = tl.dot(y, x, up_sums, max_num_imprecise_acc=BLOCK_K, out_dtype=SUM)
+            x_scale = tl.load(q_scales_ptr + row)[None, :]
             acc, up = sums.to(tl.float32) * x_scale, up_sums.to(tl.float32) * x_scale
             scale = scale_float(tl.load(s_rows), SCALES)
-            up_scale = scale_float(tl.load(up_s_rows), SCALES)
+            last_scale = scale_float(tl.load(up_s_rows), SCALES)
         factors_ptr += wide * OUTPUTS
         bias_ptr += wide * OUTPUTS
         value = _finished(acc, scale, gate_n, factors_ptr, bias_ptr, FORM, HAS_BIAS)
         if GATED:
-            up_value = _finished(up, up_scale, up_n, factors_ptr, bias_ptr, FORM, HAS_BIAS)
+            up_value = _finished(up, last_scale, up_n, factors_ptr, bias_ptr, FORM, HAS_BIAS)
             value = gated(value, up_value, GATING)
         else:
-            value *= tl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)[:, None]
-        store_pairs(value, out_ptr, pair, n, WIDTH)
+            value *= tl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)[None, :]
+        if LARGEST > 0:
+            _store_rounded(value, out_ptr, out_scales_ptr, pair, tl.program_id(0), n, WIDTH, LARGEST)
+        else:
+            store_pairs(tl.trans(value), out_ptr, pair, n, WIDTH)

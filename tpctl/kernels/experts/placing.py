@@ -7,7 +7,11 @@ Pair p = t * K + s is slot s of token t. The pairs of an expert stand together, 
 
 How many tiles there are depends on the choice, how many there may be does not: a tile that is none has the expert -1.
 A pair's place is found by counting, with no sums in an order of chance: pairs of smaller experts, and those of its own
-expert before it. Up to `CHUNK` pairs every program counts them all; above, a first launch counts by chunks.
+expert before it. Up to `CHUNK` pairs there is a program for each expert, which counts both for its own; above, a first
+launch counts by chunks.
+
+The tiles of expert e begin at the tile  e + floor(pairs before its own / BLOCK_M):  a place that needs no other
+expert's number of tiles, and leaves room for as many as its pairs may make.
 """
 
 from __future__ import annotations
@@ -34,9 +38,55 @@ class Placed(NamedTuple):
 
 
 def most_tiles(pairs: int, experts: int, block_m: int) -> int:
-    """How many tiles there may be: all pairs' experts but for the last with one pair too many for their tiles."""
-    used = min(pairs, experts)
+    """How many tiles there may be, those that are none among them."""
+    if pairs <= CHUNK:
+        return experts + pairs // block_m
+    used = min(pairs, experts)  # all of them but for the last with one pair too many for their tiles
     return max(1, (pairs - used) // block_m + used)
+
+
+@triton.jit(do_not_specialize=["pairs", "tiles"])
+def _place_one_kernel(
+    ids_ptr,
+    pairs_ptr,
+    tiles_ptr,
+    pairs,
+    tiles,
+    first,
+    BLOCK_M: tl.constexpr,
+    STEP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The pairs and the tiles of one expert here; those of the last one are followed by tiles that are none."""
+    expert, count = tl.program_id(0), tl.num_programs(0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    before = tl.zeros([STEP], tl.int32)
+    for p0 in range(0, pairs, STEP):
+        p = p0 + tl.arange(0, STEP)
+        other = tl.load(ids_ptr + p, mask=p < pairs, other=-1) - first
+        before += ((other >= 0) & (other < expert)).to(tl.int32)
+    start = tl.sum(before, 0)
+    found = start
+    for p0 in range(0, pairs, STEP):
+        p = p0 + tl.arange(0, STEP)
+        mine = tl.load(ids_ptr + p, mask=p < pairs, other=first - 1) == first + expert
+        place = found + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(pairs_ptr + place, p, mask=mine)
+        found += tl.sum(mine.to(tl.int32), 0)
+    tile = expert + start // BLOCK_M
+    end = expert + 1 + found // BLOCK_M
+    if expert == count - 1:
+        end = tiles
+    for t0 in range(tile, end, 64):
+        t = t0 + tl.arange(0, 64)
+        done = (t - tile) * BLOCK_M
+        there = done < found - start
+        at = tiles_ptr + 3 * t
+        tl.store(at, tl.where(there, expert, -1), mask=t < end)
+        tl.store(at + 1, start + done, mask=(t < end) & there)
+        tl.store(at + 2, tl.minimum(found - start - done, BLOCK_M), mask=(t < end) & there)
 
 
 @triton.jit
@@ -98,11 +148,9 @@ def _place_kernel(
     chunks,
     EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
-    COUNTED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -110,16 +158,12 @@ def _place_kernel(
         tl.extra.cuda.gdc_wait()
     block = tl.program_id(0)
     chunk = block * BLOCK // CHUNK
-    if ONE_CHUNK:
-        total = _count_pairs(ids_ptr, 0, pairs, first, count, EXPERTS, COUNTED)
-        before = tl.zeros([EXPERTS], tl.int32)
-    else:
-        total = tl.zeros([EXPERTS], tl.int32)
-        before = tl.zeros([EXPERTS], tl.int32)
-        for other in range(chunks):
-            counted = tl.load(counts_ptr + other * EXPERTS + tl.arange(0, EXPERTS))
-            total += counted
-            before += tl.where(other < chunk, counted, 0)
+    total = tl.zeros([EXPERTS], tl.int32)
+    before = tl.zeros([EXPERTS], tl.int32)
+    for other in range(chunks):
+        counted = tl.load(counts_ptr + other * EXPERTS + tl.arange(0, EXPERTS))
+        total += counted
+        before += tl.where(other < chunk, counted, 0)
     starts = tl.cumsum(total, 0) - total
     p = block * BLOCK + tl.arange(0, BLOCK)
     expert = _expert_of(ids_ptr, p, p < pairs, first, count)
@@ -156,24 +200,35 @@ def place(ids_TK: torch.Tensor, experts: int, block_m: int, *, first: int = 0, p
     pairs = ids_TK.numel()
     tiles = most_tiles(pairs, experts, block_m)
     placed = Placed(ids_TK.new_empty(pairs), ids_TK.new_empty(tiles, 3))
-    size = next_power_of_2(max(2, experts))
-    chunks = triton.cdiv(pairs, CHUNK)
-    counts = ids_TK
-    if chunks > 1:
-        counts = ids_TK.new_empty(chunks, size)
-        _count_kernel[(chunks,)](
+    if pairs <= CHUNK:
+        _place_one_kernel[(experts,)](
             ids_TK,
-            counts,
+            *placed,
             pairs,
+            tiles,
             first,
-            experts,
-            EXPERTS=size,
-            CHUNK=CHUNK,
-            STEP=_COUNTED,
+            BLOCK_M=block_m,
+            STEP=min(_COUNTED, max(64, next_power_of_2(pairs))),
             PDL=pdl,
             num_warps=4,
             **launch_options(pdl),
         )
+        return placed
+    size, chunks = next_power_of_2(max(2, experts)), triton.cdiv(pairs, CHUNK)
+    counts = ids_TK.new_empty(chunks, size)
+    _count_kernel[(chunks,)](
+        ids_TK,
+        counts,
+        pairs,
+        first,
+        experts,
+        EXPERTS=size,
+        CHUNK=CHUNK,
+        STEP=_COUNTED,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )
     _place_kernel[(triton.cdiv(max(pairs, tiles), _BLOCK),)](
         ids_TK,
         counts,
@@ -185,11 +240,9 @@ def place(ids_TK: torch.Tensor, experts: int, block_m: int, *, first: int = 0, p
         chunks,
         EXPERTS=size,
         CHUNK=CHUNK,
-        ONE_CHUNK=chunks == 1,
         BLOCK_M=block_m,
         BLOCK=_BLOCK,
         STEP=_STEP,
-        COUNTED=_COUNTED,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
@@ -198,7 +251,8 @@ def place(ids_TK: torch.Tensor, experts: int, block_m: int, *, first: int = 0, p
 
 
 def place_reference(ids_TK: torch.Tensor, experts: int, block_m: int, *, first: int = 0) -> Placed:
-    """`place` in plain torch; pairs without an expert here are left out."""
+    """`place` in plain torch; pairs without an expert here are left out. (Where few pairs' tiles that are none stand is
+    `place`'s own.)"""
     flat = ids_TK.flatten().long() - first
     here = torch.where((flat >= 0) & (flat < experts))[0]
     order = here[flat[here].sort(stable=True).indices]

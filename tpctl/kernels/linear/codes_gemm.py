@@ -25,7 +25,8 @@ Way = Literal["stored", "scaled", "decoded"]
 _BLOCK_K = 128
 _STORED = 128
 """Most rows that are multiplied by the codes as they are where they can be decoded before."""
-_LARGEST = {"e4m3": 448.0, "int8": 127.0}
+LARGEST = {"e4m3": 448.0, "int8": 127.0}
+"""Numbers of a kind."""
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 _DECODED = 1 << 26
 """Most numbers that `decoded_linear` makes at once: 128 MiB."""
@@ -97,20 +98,25 @@ def quantize_rows(
     *,
     norm: tuple[Tensor, float] | None = None,
     unit_offset: bool = False,
+    columns_first: bool = False,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """norm(x) as numbers of 8 bits [T, K] and what each is to be multiplied by, float32 [T, ceil(K / block)].
 
     x_TK: [T, K], columns contiguous. block: inputs that share a scale, a power of two; None: all of a row. A scale is
     the largest size in its block over the largest number of the kind (448 or 127), 1 where all are zero. norm: (weight
-    [K], eps) of an RMSNorm, which rounds as `rms_norm` does.
+    [K], eps) of an RMSNorm, which rounds as `rms_norm` does. columns_first: a block's scales of all rows are beside each
+    other, and rows of no meaning make up a multiple of four, both as cuBLAS wants it.
     """
     rows, columns = x_TK.shape
     width = next_power_of_2(columns)
     block = width if block is None else block
     width = max(width, block)
-    q_TK = torch.empty((rows, columns), dtype=_DTYPES[kind], device=x_TK.device)
-    scales_TG = torch.empty((rows, -(-columns // block)), dtype=torch.float32, device=x_TK.device)
+    held, blocks = (-(-rows // 4) * 4 if columns_first else rows), -(-columns // block)
+    q_TK = torch.empty((held, columns), dtype=_DTYPES[kind], device=x_TK.device)
+    scales_TG = torch.empty((blocks, held) if columns_first else (held, blocks), dtype=torch.float32, device=x_TK.device)
+    if columns_first:
+        scales_TG = scales_TG.T
     if rows == 0:
         return q_TK, scales_TG
     quantize_kernel[(rows,)](
@@ -119,11 +125,12 @@ def quantize_rows(
         scales_TG,
         x_TK if norm is None else norm[0],
         x_TK.stride(0),
+        *scales_TG.stride(),
         columns,
         0.0 if norm is None else norm[1],
         HAS_NORM=norm is not None,
         UNIT_OFFSET=unit_offset,
-        LARGEST=_LARGEST[kind],
+        LARGEST=LARGEST[kind],
         WIDTH=width,
         BLOCK=block,
         PDL=pdl,
@@ -146,9 +153,9 @@ def quantize_rows_reference(
     rows, columns = x.shape
     block = columns if block is None else block
     padded = torch.nn.functional.pad(x.float(), (0, -columns % block)).view(rows, -1, block)
-    scales = padded.abs().amax(-1) / _LARGEST[kind]
+    scales = padded.abs().amax(-1) / LARGEST[kind]
     scales = torch.where(scales > 0, scales, 1.0)
-    q = (padded / scales[..., None]).clamp(-_LARGEST[kind], _LARGEST[kind]).flatten(1)[:, :columns]
+    q = (padded / scales[..., None]).clamp(-LARGEST[kind], LARGEST[kind]).flatten(1)[:, :columns]
     return (q if kind == "e4m3" else q.round()).to(_DTYPES[kind]), scales
 
 

@@ -16,6 +16,8 @@ def quantize_kernel(
     scales_ptr,
     norm_ptr,
     x_stride,
+    scales_stride,  # of rows
+    block_stride,
     columns,
     eps,
     HAS_NORM: tl.constexpr,
@@ -50,7 +52,7 @@ def quantize_kernel(
         value = tl.floor(value + 0.5)
     tl.store(q_ptr + row * columns + at, value.to(q_ptr.dtype.element_ty), mask=ok)
     blocks = (columns + BLOCK - 1) // BLOCK
-    tl.store(scales_ptr + row * blocks + block, scale, mask=block < blocks)
+    tl.store(scales_ptr + row * scales_stride + block * block_stride, scale, mask=block < blocks)
 
 
 @triton.jit
@@ -129,9 +131,14 @@ def scaled_gemm_kernel(
     if FORM.mode == "tile":
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         q_rows = q_scales_ptr + m_safe * BLOCKS
+        # Scales are read a tile ahead: operands come through shared memory, several tiles ahead, and these do not.
+        next_q = tl.load(q_rows)
+        next_w = scale_float(tl.load(s_rows + FORM.first // FORM.unit), SCALES)
         for i in tl.range(0, BLOCKS, num_stages=STAGES):
-            q_scale = tl.load(q_rows + i)
-            w_scale = scale_float(tl.load(s_rows + (i * BLOCK_K + FORM.first) // FORM.unit), SCALES)
+            q_scale, w_scale = next_q, next_w
+            after = tl.minimum(i + 1, BLOCKS - 1)
+            next_q = tl.load(q_rows + after)
+            next_w = scale_float(tl.load(s_rows + (after * BLOCK_K + FORM.first) // FORM.unit), SCALES)
             x = _tile(q, m0, rows, i * BLOCK_K, COLUMNS, BLOCK_M, BLOCK_K, TMA)
             y = _tile(w, n0, out_features, i * BLOCK_K, COLUMNS, BLOCK_N, BLOCK_K, TMA)
             part = tl.dot(x, y.T, out_dtype=SUM)

@@ -6,6 +6,8 @@ the norm. Where ``Codes.rounds``, inputs of many rows are rounded as the format 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.common.launch import capability, shared_memory
+from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales, takes_rows
 from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
 from tpctl.kernels.linear.codes_gemv import codes_gemv, pick_codes_gemv
 from tpctl.kernels.linear.codes_linear import codes_linear, may_be_fast, pick_codes
@@ -32,6 +35,9 @@ class KernelCodesWeight(CodesWeight):
     def __init__(self, codes: Codes, scratch: GemvScratch, state: StepState, facts: GpuFacts) -> None:
         super().__init__(codes)
         self._scratch, self._state, self._facts = scratch, state, facts
+        device = codes.values.device
+        cuda = torch.version.cuda if device.type == "cuda" else None
+        self._cublas = cublas_scales(codes, capability(device), cuda)
 
     def linear(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         way = self._way(x)
@@ -39,6 +45,9 @@ class KernelCodesWeight(CodesWeight):
             return self._stored(x, bias, norm)
         if way == "scaled":
             return self._scaled(x, bias, norm)
+        if way == "cublas":
+            assert self._cublas is not None
+            return cublas_linear(x, self.codes, self._cublas, bias, **fused(norm), pdl=self._state.pdl)
         x = x if norm is None else normed(x, norm, self._state)
         return decoded_linear(x, self.codes, bias, pdl=self._state.pdl)
 
@@ -58,9 +67,12 @@ class KernelCodesWeight(CodesWeight):
         else:
             residual.add_(self.linear(x, bias))
 
-    def _way(self, x: Tensor) -> Way:
+    def _way(self, x: Tensor) -> Way | Literal["cublas"]:
         if not self._facts.takes(x):  # cuBLAS multiplies float32 faster
             return "decoded"
+        scales = self._cublas
+        if scales is not None and x.dtype == torch.bfloat16 and takes_rows(x.shape[0], self.codes, scales.block):
+            return "cublas"
         return pick_way(x.shape[0], self.codes, capability(x.device), self._facts.multiprocessors)
 
     def _stored(

@@ -1,0 +1,342 @@
+"""Finds which way, and which tiles, quantised linears and experts of many rows take on one GPU.
+
+    PYTHONPATH=. python benchmarks/codes_sweep.py [dense] [int4] [experts] [--seconds 120] [--rows 64 256] [--only 6144x4096]
+
+dense: FP8 with a scale an output ("channel") and for blocks of 128 x 128, of Llama-8B and of Qwen3-30B-A3B: ours,
+cuBLAS' (rounding x counted in both) and cuBLAS in bfloat16. int4: groups of 128, as they are and decoded before.
+experts: Qwen3-30B-A3B's in blocks. Every figure is us, the median of replays of a CUDA graph that goes through more
+weights than the L2 cache holds; "!" behind one: its result was further from the reference than its format explains.
+Kernels are compiled by all processors beforehand, into Triton's cache on the disk. Rows are printed as they are found;
+after --seconds no more are begun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from codes_bench import FORMATS, Shape, copies, cublas, error, random_codes
+from expert_cases import QWEN
+from expert_cases import random_codes as expert_codes
+from expert_cases import random_routed
+from kernel_timing import BF16, DEVICE, graph_us
+
+from tpctl.kernels.common.codes import Codes, decode
+from tpctl.kernels.common.launch import capability, early_launch, num_multiprocessors, shared_memory
+from tpctl.kernels.experts.grouped import _configs, _plain_pairs, pick_block_m
+from tpctl.kernels.experts.grouped_scaled import ScaledConfig, pick_scaled, scaled_pairs
+from tpctl.kernels.experts.matrices import ExpertMatrices, experts_reference
+from tpctl.kernels.experts.placing import place
+from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales
+from tpctl.kernels.linear.codes_gemm import GemmConfig, decoded_linear, gemm_config, quantize_rows, scaled_gemm
+
+LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
+SHAPES = [Shape.parse(text) for text in (*LLAMA, "5120x2048", "2048x4096")]
+ROWS = (64, 128, 256, 272, 512, 4096, 16384)
+EXPERT_ROWS = (32, 64, 128, 272, 512, 2048)
+
+BLOCK_TILES = [GemmConfig(*one) for one in (
+    (64, 64, 128, 4, 6), (64, 128, 128, 4, 5), (64, 128, 128, 8, 5), (64, 256, 128, 8, 4), (128, 64, 128, 4, 5),
+    (128, 128, 128, 8, 4), (256, 64, 128, 8, 4),
+)]  # fmt: skip
+UP_TILES = [(128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4)]
+DOWN_TILES = [(128, 128, 8, 4), (128, 128, 8, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4)]
+
+
+class Clock:
+    """Whether there is time for more."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def over(self) -> bool:
+        return time.monotonic() > self._end
+
+
+def line(*cells: object) -> None:
+    print("  ".join(f"{cell!s:>10}" if i else f"{cell!s:<24}" for i, cell in enumerate(cells)), flush=True)
+
+
+def tried(call: Callable[[], float], wrong: Callable[[], bool] | None = None) -> str:
+    """A figure, or why there is none."""
+    try:
+        mark = "!" if wrong is not None and wrong() else ""
+        return f"{call():.1f}{mark}"
+    except Exception as failed:  # what a configuration or a library does not take is told, and the rest goes on
+        print(f"  ({type(failed).__name__}: {str(failed).splitlines()[0][:150]})", flush=True)
+        return "-"
+
+
+def ours(x: torch.Tensor, codes: Codes, config: GemmConfig) -> torch.Tensor:
+    q, scales = quantize_rows(x, "e4m3", None if codes.scales.shape[1] == 1 else config.block_k, pdl=early_launch(len(x), DEVICE))
+    return scaled_gemm(q, scales, codes, config, out=x.new_empty(len(x), codes.outputs), pdl=early_launch(len(x), DEVICE))
+
+
+def picked(codes: Codes, rows: int) -> GemmConfig:
+    return gemm_config(codes, rows, capability(DEVICE), shared_memory(DEVICE), num_multiprocessors(DEVICE))
+
+
+def fast(x: torch.Tensor, codes: Codes) -> torch.Tensor:
+    """With sums in the tensor cores' own 14 bits, for comparison."""
+    q, scales = quantize_rows(x, "e4m3")
+    found: torch.Tensor = torch._scaled_mm(
+        q, codes.values.T, scales, codes.scales.T, out_dtype=BF16, use_fast_accum=True
+    )
+    return found
+
+
+def by_cublas(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None = None) -> torch.Tensor:
+    scales = cublas_scales(codes, capability(DEVICE), torch.version.cuda)
+    assert scales is not None, "cuBLAS takes no such codes"
+    return cublas_linear(x, codes, scales, bias, pdl=early_launch(len(x), DEVICE))
+
+
+def held_weights(name: str, shape: Shape) -> list[Codes]:
+    return copies(FORMATS[name], shape)[:8]
+
+
+def checked(x: torch.Tensor, codes: Codes, call: Callable[[torch.Tensor, Codes], torch.Tensor]) -> Callable[[], bool]:
+    """Whether some rows of the result are further off than rounding x explains."""
+
+    def wrong() -> bool:
+        some, rows = slice(0, len(x), max(1, len(x) // 48)), slice(0, 2048)
+        want = x[some].float() @ decode(codes, 0, 2048).float().T
+        return not error(call(x, codes)[some, rows], want) < 0.05
+
+    return wrong
+
+
+def dense(args: argparse.Namespace, clock: Clock) -> None:
+    line("FP8, us", "rows", "bf16", "round", "ours", "cuBLAS", "fast sums", "| blocks", "best", "cuBLAS", "tile")
+    for shape in args.only or SHAPES:
+        channel, blocks = (held_weights(name, shape) for name in ("fp8 channel", "fp8 block"))
+        for rows in args.rows or ROWS:
+            if clock.over():
+                return
+            x = torch.randn(rows, shape.inputs, device=DEVICE, dtype=BF16)
+            few = 3 if rows > 512 else 8
+
+            def time_of(
+                call: Callable[[torch.Tensor, Codes], torch.Tensor],
+                held: Sequence[Codes],
+                x: torch.Tensor = x,
+                few: int = few,
+            ) -> str:
+                return tried(lambda: in_few(partial(call, x), held[:few]), checked(x, held[0], call))
+
+            tiles = {
+                config: time_of(partial(ours, config=config), blocks)
+                for config in (BLOCK_TILES if rows <= 512 else BLOCK_TILES[1:-1])
+            }
+            right = [one for one in tiles if tiles[one][-1].isdigit()]
+            best = min(right or tiles, key=lambda one: float(tiles[one].strip("!-") or "inf"))
+            line(
+                shape,
+                rows,
+                f"{cublas(rows, shape):.1f}",
+                tried(lambda x=x, few=few: graph_us([partial(quantize_rows, x, "e4m3", pdl=early_launch(len(x), DEVICE))] * few)),
+                time_of(partial(ours, config=picked(channel[0], rows)), channel),
+                time_of(by_cublas, channel),
+                time_of(fast, channel),
+                time_of(partial(ours, config=picked(blocks[0], rows)), blocks),
+                tiles[best],
+                time_of(by_cublas, blocks),
+                tuple(best[:2]) + tuple(best[3:5]),
+            )
+
+
+def in_few(call: Callable[[Codes], object], held: Sequence[Codes]) -> float:
+    return graph_us([partial(call, codes) for codes in held], 3)
+
+
+def odd_cases() -> None:
+    """What cuBLAS is to take beside what models of the table have: rows of any number, biases, one scale in all."""
+    for rows in (97, 301, 1003):
+        x = torch.randn(rows, 4096, device=DEVICE, dtype=BF16)
+        for name in ("fp8 channel", "fp8 block"):
+            codes = random_codes(FORMATS[name], Shape(1024, 4096))
+            bias = torch.randn(1024, device=DEVICE, dtype=BF16)
+            want = x.float() @ decode(codes).float().T
+            found = []
+            for added in (None, bias):
+                try:
+                    wanted = want if added is None else want + added.float()
+                    found.append(f"{error(by_cublas(x, codes, added), wanted):.1e}")
+                except RuntimeError as failed:
+                    found.append(str(failed).splitlines()[0][:120])
+            print(f"{name}, {rows} rows, error without and with a bias: {', '.join(found)}", flush=True)
+
+
+def int4(args: argparse.Namespace, clock: Clock) -> None:
+    line("int4, us", "rows", "bf16", "decoded")
+    for shape in args.only or SHAPES[:4]:
+        held = held_weights("gptq", shape)
+        for rows in args.rows or ROWS:
+            if clock.over():
+                return
+            x = torch.randn(rows, shape.inputs, device=DEVICE, dtype=BF16)
+            few = held[: 3 if rows > 512 else 8]
+            line(
+                shape,
+                rows,
+                f"{cublas(rows, shape):.1f}",
+                tried(lambda x=x, few=few: in_few(partial(decoded_linear, x), few)),
+            )
+
+
+def expert_layers() -> list[ExpertMatrices]:
+    """Two of Qwen3-30B-A3B's: 1.2 GB."""
+
+    def matrix(n: int, k: int) -> Codes:
+        return Codes(**{**vars(expert_codes("e4m3", QWEN.count, n, k, 128, False)), "rounds": True})
+
+    return [
+        ExpertMatrices(matrix(2 * QWEN.width, QWEN.hidden), matrix(QWEN.hidden, QWEN.width), activation="silu")
+        for _ in range(2)
+    ]
+
+
+def experts(args: argparse.Namespace, clock: Clock) -> None:
+    line("experts in blocks, us", "rows", "placing", "as codes", "picked", "best up", "best down", "error", "tiles")
+    layers = expert_layers()
+    for rows in args.rows or EXPERT_ROWS:
+        made = [(random_routed(QWEN, rows), layers[i % 2]) for i in range(6)]
+        pairs, pdl = rows * QWEN.per_token, early_launch(rows, DEVICE)
+        suited = pick_block_m(pairs, QWEN.count)
+        chosen = pick_scaled(pairs, layers[0], QWEN.count, suited, capability(DEVICE), shared_memory(DEVICE))
+        assert chosen is not None
+        best: dict[str, tuple[float, Any]] = {}
+        for block_m in dict.fromkeys((max(16, suited // 2), suited, min(128, suited * 2))):
+            if clock.over():
+                return
+            placed = [place(one.ids, QWEN.count, block_m) for one, _ in made]
+            base = chosen[0]._replace(block_m=block_m), chosen[1]._replace(block_m=block_m)
+            for which, tiles in (("up", UP_TILES), ("down", DOWN_TILES)):
+                for tile in tiles:
+                    config = ScaledConfig(block_m, *tile)
+                    pair = (config, base[1]) if which == "up" else (base[0], config)
+                    us = timed_experts(made, placed, pair, pdl)
+                    if us is not None and us < best.get(which, (1e9, None))[0]:
+                        best[which] = us, tuple(config)
+        placed = [place(one.ids, QWEN.count, chosen[0].block_m) for one, _ in made]
+        us = timed_experts(made, placed, chosen, pdl)
+        codes_us = graph_us(
+            [partial(_plain_pairs, r, e, _configs(r.x, pairs, e, QWEN.count), pdl=pdl) for r, e in made], 3
+        )
+        place_us = graph_us([partial(place, r.ids, QWEN.count, suited, pdl=pdl) for r, _ in made], 3)
+        routed, one = made[0]
+        y = scaled_pairs(routed, one, placed[0], chosen, pdl=False)
+        want = experts_reference(routed.x, routed.ids, routed.weights, one, torch.float32)
+        off = error(y.view(rows, -1, QWEN.hidden).float().sum(1), want)
+        line(
+            "quantise, gate_up, down",
+            rows,
+            f"{place_us:.1f}",
+            f"{codes_us:.1f}",
+            "-" if us is None else f"{us:.1f}",
+            *(f"{best[which][0]:.1f}" if which in best else "-" for which in ("up", "down")),
+            f"{off:.1e}",
+            f"{tuple(chosen[0])} {tuple(chosen[1])}; best {best.get('up')} {best.get('down')}",
+        )
+
+
+def timed_experts(
+    made: Sequence[Any], placed: Sequence[Any], configs: tuple[ScaledConfig, ScaledConfig], pdl: bool
+) -> float | None:
+    try:
+        calls = [
+            partial(scaled_pairs, r, e, p, configs, pdl=pdl) for (r, e), p in zip(made, placed, strict=True)
+        ]
+        return graph_us(calls, 3)
+    except Exception as failed:
+        print(f"  ({configs}: {type(failed).__name__}: {str(failed)[:100]})", flush=True)
+        return None
+
+
+def compile_dense(job: tuple[str, int, GemmConfig]) -> None:
+    """In a process of its own: what it leaves is on the disk."""
+    name, inputs, config = job
+    codes = random_codes(FORMATS[name], Shape(512, inputs))
+    for rows in (512, 528):
+        x = torch.zeros(rows, inputs, device=DEVICE, dtype=BF16)
+        ours(x, codes, config)
+
+
+def compile_experts(job: tuple[ScaledConfig, ScaledConfig]) -> None:
+    up, down = (
+        Codes(**{**vars(expert_codes("e4m3", 2, n, k, 128, False)), "rounds": True})
+        for n, k in ((2 * QWEN.width, QWEN.hidden), (QWEN.hidden, QWEN.width))
+    )
+    for rows in (512, 528):
+        ids = torch.zeros(rows, QWEN.per_token, dtype=torch.int32, device=DEVICE)
+        x = torch.zeros(rows, QWEN.hidden, device=DEVICE, dtype=BF16)
+        routed = random_routed(QWEN, 1)._replace(x=x, ids=ids, weights=ids.float())
+        placed = place(ids, 2, job[0].block_m)
+        scaled_pairs(routed, ExpertMatrices(up, down, activation="silu"), placed, job, pdl=early_launch(rows, DEVICE))
+
+
+def compiled(sections: Iterable[str], rows: Sequence[int]) -> list[tuple[Callable[[Any], None], Any]]:
+    """What is to be compiled: of the two kinds of launches, early ones and not, in one job."""
+    jobs: list[tuple[Callable[[Any], None], Any]] = []
+    if "dense" in sections:
+        for inputs in (4096, 14336, 2048):
+            jobs += [(compile_dense, ("fp8 block", inputs, config)) for config in BLOCK_TILES]
+            jobs += [(compile_dense, ("fp8 channel", inputs, config)) for config in BLOCK_TILES[:2] + BLOCK_TILES[5:6]]
+    if "experts" in sections:
+        heights = {16, 32, 64, 128}
+        for block_m in heights:
+            for i in range(max(len(UP_TILES), len(DOWN_TILES))):
+                pair = ScaledConfig(block_m, *UP_TILES[i % len(UP_TILES)]), ScaledConfig(
+                    block_m, *DOWN_TILES[i % len(DOWN_TILES)]
+                )
+                jobs.append((compile_experts, pair))
+    return jobs
+
+
+def run_job(job: tuple[Callable[[Any], None], Any]) -> None:
+    try:
+        job[0](job[1])
+    except Exception as failed:
+        print(f"  ({job[1]}: {type(failed).__name__}: {str(failed)[:100]})", flush=True)
+
+
+SECTIONS = {"experts": experts, "dense": dense, "int4": int4}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--rows", nargs="+", type=int, default=[])
+    parser.add_argument("--only", nargs="+", type=Shape.parse, default=[])
+    args = parser.parse_args()
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
+    sections = args.sections or list(SECTIONS)
+    clock = Clock(args.seconds)
+    torch.manual_seed(0)
+    jobs = compiled(sections, args.rows)
+    started = time.monotonic()
+    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(run_job, jobs))
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {len(jobs)} jobs compiled in "
+        f"{time.monotonic() - started:.0f} s",
+        flush=True,
+    )
+    if "dense" in sections:
+        odd_cases()
+    for name in SECTIONS:
+        if name in sections:
+            SECTIONS[name](args, clock)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Linears of many rows in FP8 by cuBLAS, whose tiles fit any number of rows, as linears in bfloat16 have them.
+
+Two forms of scales are cuBLAS' own: one for each output (and each row of x), and one for a block of 128 x 128 weights
+(and 128 inputs of a row). Whether a weight is of either, and which rows go there, are rules of shapes and devices, so
+that nothing is found out by failing while a model runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tpctl.kernels.common.codes import Codes, as_floats
+from tpctl.kernels.linear.codes_gemm import quantize_rows
+
+BLOCK = 128
+"""Inputs, and outputs, that share a scale where blocks have them."""
+
+_ALWAYS = 257
+"""Rows from which on cuBLAS multiplies whatever has a scale an output. Measured on an H200, 4096x4096: 17.9 us of ours
+16.2 at 256 rows, 20.6 of 23.7 at 512, rounding included."""
+_LARGE = 97
+"""The same for large matrices: gate and up of Llama-8B take 44.9 of 37.4 us at 64 rows, 40.2 of 47.5 at 128."""
+_LARGE_MATRIX = 1 << 25
+"""Weights of a large one."""
+
+
+class CublasScales(NamedTuple):
+    """What cuBLAS multiplies by: float32 [1, N]; or, with ``block``, [K / 128, N / 128] whose first axis is dense."""
+
+    scales: Tensor
+    block: int | None
+
+
+def cublas_scales(codes: Codes, capability: tuple[int, int], cuda: str | None) -> CublasScales | None:
+    """The scales of W [N, K] as cuBLAS takes them, or None where it takes no such codes.
+
+    cuda: the version that torch was built with, None without. Compute capability 9: there it was measured, and blocks
+    are taken nowhere else, from CUDA 12.9 on. Rows of W, x and the result are to be at multiples of 16 bytes. A block's
+    scales come in columns of a multiple of four (K a multiple of 512), and blocks are whole.
+    """
+    fp8 = codes.rounds and codes.kind == "e4m3" and codes.zeros is None and codes.zero == 0 and codes.groups is None
+    if not fp8 or capability[0] != 9 or cuda is None or codes.columns % 16 or codes.outputs % 16:
+        return None
+    n, columns = codes.outputs, codes.scales.shape[-1]
+    if columns == 1:
+        scales = as_floats(codes.scales)
+        scales = scales if codes.rows is None else scales[codes.rows.long()]
+        if codes.factors is not None:
+            scales = scales * codes.factors[:, None]
+        return CublasScales(scales.contiguous().T, None)
+    whole = codes.unit == BLOCK and codes.first == 0 and codes.columns % (4 * BLOCK) == 0 and n % BLOCK == 0
+    if not whole or codes.factors is not None or codes.rows is None or _version(cuda) < (12, 9):
+        return None
+    if not torch.equal(codes.rows, torch.arange(n, device=codes.rows.device, dtype=codes.rows.dtype) // BLOCK):
+        return None
+    return CublasScales(as_floats(codes.scales).contiguous().T, BLOCK)
+
+
+def _version(cuda: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in cuda.split(".")[:2])
+
+
+def takes_rows(rows: int, codes: Codes, block: int | None) -> bool:
+    """Whether so many rows are multiplied by cuBLAS rather than by `scaled_gemm`."""
+    if block is not None:
+        return False  # not measured yet
+    return rows >= (_LARGE if codes.outputs * codes.columns >= _LARGE_MATRIX else _ALWAYS)
+
+
+def cublas_linear(
+    x_TK: Tensor,
+    codes: Codes,
+    scales: CublasScales,
+    bias_N: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    unit_offset: bool = False,
+    pdl: bool = False,
+) -> Tensor:
+    """norm(x) @ decode(codes).T + bias, [T, N] bfloat16, x rounded as `quantize_rows` does in the launch with its norm.
+
+    x_TK: [T, K] bfloat16, columns contiguous. scales: of `cublas_scales`. Sums of products are added in float32 (no
+    "fast accumulation").
+    """
+    rows = len(x_TK)
+    q, q_scales = quantize_rows(
+        x_TK, "e4m3", scales.block, norm=norm, unit_offset=unit_offset, columns_first=scales.block is not None, pdl=pdl
+    )
+    found: Tensor = torch._scaled_mm(
+        q, codes.values.T, q_scales, scales.scales, bias=bias_N, out_dtype=x_TK.dtype, use_fast_accum=False
+    )
+    return found[:rows]
