@@ -1,6 +1,7 @@
 """Finds which way, and which tiles, quantised linears and experts of many rows take on one GPU.
 
-    PYTHONPATH=. python benchmarks/codes_sweep.py [dense] [int4] [experts] [--seconds 120] [--rows 64 256] [--only 6144x4096]
+    PYTHONPATH=. python benchmarks/codes_sweep.py [experts] [dense] [int4] [--seconds 120] [--rows 64 256]
+        [--only 6144x4096]
 
 dense: FP8 with a scale an output ("channel") and for blocks of 128 x 128, of Llama-8B and of Qwen3-30B-A3B: ours,
 cuBLAS' (rounding x counted in both) and cuBLAS in bfloat16. int4: groups of 128, as they are and decoded before.
@@ -23,9 +24,8 @@ from typing import Any
 
 import torch
 from codes_bench import FORMATS, Shape, copies, cublas, error, random_codes
-from expert_cases import QWEN
+from expert_cases import QWEN, random_routed
 from expert_cases import random_codes as expert_codes
-from expert_cases import random_routed
 from kernel_timing import BF16, DEVICE, graph_us
 
 from tpctl.kernels.common.codes import Codes, decode
@@ -36,6 +36,7 @@ from tpctl.kernels.experts.matrices import ExpertMatrices, experts_reference
 from tpctl.kernels.experts.placing import place
 from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales
 from tpctl.kernels.linear.codes_gemm import GemmConfig, decoded_linear, gemm_config, quantize_rows, scaled_gemm
+from tpctl.kernels.linear.packed_gemm import PackedConfig, packed_gemm, take_apart
 
 LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 SHAPES = [Shape.parse(text) for text in (*LLAMA, "5120x2048", "2048x4096")]
@@ -45,6 +46,10 @@ EXPERT_ROWS = (32, 64, 128, 272, 512, 2048)
 BLOCK_TILES = [GemmConfig(*one) for one in (
     (64, 64, 128, 4, 6), (64, 128, 128, 4, 5), (64, 128, 128, 8, 5), (64, 256, 128, 8, 4), (128, 64, 128, 4, 5),
     (128, 128, 128, 8, 4), (256, 64, 128, 8, 4),
+)]  # fmt: skip
+PACKED_TILES = [PackedConfig(*one) for one in (
+    (128, 128, 32, 8, 4), (128, 128, 64, 8, 2), (64, 128, 64, 8, 4), (64, 128, 32, 8, 4), (256, 128, 64, 8, 3),
+    (256, 128, 32, 8, 4), (128, 64, 64, 4, 3), (128, 64, 32, 4, 4),
 )]  # fmt: skip
 UP_TILES = [(128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4)]
 DOWN_TILES = [(128, 128, 8, 4), (128, 128, 8, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4)]
@@ -75,8 +80,12 @@ def tried(call: Callable[[], float], wrong: Callable[[], bool] | None = None) ->
 
 
 def ours(x: torch.Tensor, codes: Codes, config: GemmConfig) -> torch.Tensor:
-    q, scales = quantize_rows(x, "e4m3", None if codes.scales.shape[1] == 1 else config.block_k, pdl=early_launch(len(x), DEVICE))
-    return scaled_gemm(q, scales, codes, config, out=x.new_empty(len(x), codes.outputs), pdl=early_launch(len(x), DEVICE))
+    q, scales = quantize_rows(
+        x, "e4m3", None if codes.scales.shape[1] == 1 else config.block_k, pdl=early_launch(len(x), DEVICE)
+    )
+    return scaled_gemm(
+        q, scales, codes, config, out=x.new_empty(len(x), codes.outputs), pdl=early_launch(len(x), DEVICE)
+    )
 
 
 def picked(codes: Codes, rows: int) -> GemmConfig:
@@ -92,8 +101,14 @@ def fast(x: torch.Tensor, codes: Codes) -> torch.Tensor:
     return found
 
 
+_SCALES: dict[int, Any] = {}
+
+
 def by_cublas(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None = None) -> torch.Tensor:
-    scales = cublas_scales(codes, capability(DEVICE), torch.version.cuda)
+    at = codes.values.data_ptr()
+    if at not in _SCALES:  # once, as at load: it looks at values
+        _SCALES[at] = cublas_scales(codes, capability(DEVICE), torch.version.cuda)
+    scales = _SCALES[at]
     assert scales is not None, "cuBLAS takes no such codes"
     return cublas_linear(x, codes, scales, bias, pdl=early_launch(len(x), DEVICE))
 
@@ -141,7 +156,7 @@ def dense(args: argparse.Namespace, clock: Clock) -> None:
                 shape,
                 rows,
                 f"{cublas(rows, shape):.1f}",
-                tried(lambda x=x, few=few: graph_us([partial(quantize_rows, x, "e4m3", pdl=early_launch(len(x), DEVICE))] * few)),
+                tried(partial(again, partial(quantize_rows, kind="e4m3", pdl=early_launch(rows, DEVICE)), x)),
                 time_of(partial(ours, config=picked(channel[0], rows)), channel),
                 time_of(by_cublas, channel),
                 time_of(fast, channel),
@@ -153,7 +168,13 @@ def dense(args: argparse.Namespace, clock: Clock) -> None:
 
 
 def in_few(call: Callable[[Codes], object], held: Sequence[Codes]) -> float:
+    for codes in held:
+        call(codes)
     return graph_us([partial(call, codes) for codes in held], 3)
+
+
+def again(call: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
+    return graph_us([partial(call, x)] * 8)
 
 
 def odd_cases() -> None:
@@ -175,7 +196,7 @@ def odd_cases() -> None:
 
 
 def int4(args: argparse.Namespace, clock: Clock) -> None:
-    line("int4, us", "rows", "bf16", "decoded")
+    line("int4, us", "rows", "bf16", "decoded", "apart", "| packed, each", *(tuple(one) for one in PACKED_TILES))
     for shape in args.only or SHAPES[:4]:
         held = held_weights("gptq", shape)
         for rows in args.rows or ROWS:
@@ -187,8 +208,17 @@ def int4(args: argparse.Namespace, clock: Clock) -> None:
                 shape,
                 rows,
                 f"{cublas(rows, shape):.1f}",
-                tried(lambda x=x, few=few: in_few(partial(decoded_linear, x), few)),
+                tried(partial(in_few, partial(decoded_linear, x), few)),
+                tried(partial(again, partial(take_apart, pdl=early_launch(rows, DEVICE)), x)),
+                *(
+                    tried(partial(in_few, partial(call, x), few), checked(x, held[0], call))
+                    for call in [partial(packed, one) for one in PACKED_TILES]
+                ),
             )
+
+
+def packed(config: PackedConfig, x: torch.Tensor, codes: Codes) -> torch.Tensor:
+    return packed_gemm(x, codes, config, pdl=early_launch(len(x), DEVICE))
 
 
 def expert_layers() -> list[ExpertMatrices]:
@@ -251,7 +281,7 @@ def timed_experts(
     made: Sequence[Any], placed: Sequence[Any], configs: tuple[ScaledConfig, ScaledConfig], pdl: bool
 ) -> float | None:
     try:
-        calls = [
+        calls: list[Callable[[], object]] = [
             partial(scaled_pairs, r, e, p, configs, pdl=pdl) for (r, e), p in zip(made, placed, strict=True)
         ]
         return graph_us(calls, 3)
@@ -269,6 +299,13 @@ def compile_dense(job: tuple[str, int, GemmConfig]) -> None:
         ours(x, codes, config)
 
 
+def compile_packed(job: tuple[int, PackedConfig]) -> None:
+    inputs, config = job
+    codes = random_codes(FORMATS["gptq"], Shape(512, inputs))
+    for rows in (512, 528):
+        packed(config, torch.zeros(rows, inputs, device=DEVICE, dtype=BF16), codes)
+
+
 def compile_experts(job: tuple[ScaledConfig, ScaledConfig]) -> None:
     up, down = (
         Codes(**{**vars(expert_codes("e4m3", 2, n, k, 128, False)), "rounds": True})
@@ -282,19 +319,22 @@ def compile_experts(job: tuple[ScaledConfig, ScaledConfig]) -> None:
         scaled_pairs(routed, ExpertMatrices(up, down, activation="silu"), placed, job, pdl=early_launch(rows, DEVICE))
 
 
-def compiled(sections: Iterable[str], rows: Sequence[int]) -> list[tuple[Callable[[Any], None], Any]]:
+def compiled(sections: Iterable[str]) -> list[tuple[Callable[[Any], None], Any]]:
     """What is to be compiled: of the two kinds of launches, early ones and not, in one job."""
     jobs: list[tuple[Callable[[Any], None], Any]] = []
     if "dense" in sections:
         for inputs in (4096, 14336, 2048):
             jobs += [(compile_dense, ("fp8 block", inputs, config)) for config in BLOCK_TILES]
             jobs += [(compile_dense, ("fp8 channel", inputs, config)) for config in BLOCK_TILES[:2] + BLOCK_TILES[5:6]]
+    if "int4" in sections:
+        jobs += [(compile_packed, (inputs, config)) for inputs in (4096, 14336) for config in PACKED_TILES]
     if "experts" in sections:
         heights = {16, 32, 64, 128}
         for block_m in heights:
             for i in range(max(len(UP_TILES), len(DOWN_TILES))):
-                pair = ScaledConfig(block_m, *UP_TILES[i % len(UP_TILES)]), ScaledConfig(
-                    block_m, *DOWN_TILES[i % len(DOWN_TILES)]
+                pair = (
+                    ScaledConfig(block_m, *UP_TILES[i % len(UP_TILES)]),
+                    ScaledConfig(block_m, *DOWN_TILES[i % len(DOWN_TILES)]),
                 )
                 jobs.append((compile_experts, pair))
     return jobs
@@ -322,7 +362,7 @@ def main() -> None:
     sections = args.sections or list(SECTIONS)
     clock = Clock(args.seconds)
     torch.manual_seed(0)
-    jobs = compiled(sections, args.rows)
+    jobs = compiled(sections)
     started = time.monotonic()
     with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         list(pool.map(run_job, jobs))

@@ -5,10 +5,10 @@
 
 The engine runs in this process, or each rank's in one of torchrun's (rank 0 reports), without client and workers. The
 first pass warms up and captures the CUDA graphs. The second times every step by the number of sequences it decodes.
-The third runs PyTorch's profiler over the prefill and over ``--steps`` steps at each batch size of ``--at``, and adds
-up kernels of the same name. With ``--first`` there is none of this: single prompts of these lengths are computed as a
-chat's question is, and told are the time until the step is launched, from then on until it ends, and its kernels. 128
-tokens beside 8 answers are as many rows as 136 by themselves.
+The third runs PyTorch's profiler over the first ``--steps`` steps that compute prompts, and over as many at each batch
+size of ``--at``, and adds up kernels of the same name. With ``--first`` there is none of this: single prompts of these
+lengths are computed as a chat's question is, and told are the time until the step is launched, from then on until it
+ends, and its kernels. 128 tokens beside 8 answers are as many rows as 136 by themselves.
 """
 
 from __future__ import annotations
@@ -84,23 +84,23 @@ def profiled(engine: Engine, shift: int, steps: int, at: list[int]) -> None:
     add_work(engine, shift)
     targets = sorted(at, reverse=True)
 
-    def measure(count: int | None, title: str) -> None:
+    def measure(title: str, *, prompts: bool = False) -> None:
         torch.cuda.synchronize()
         started, done = time.perf_counter(), 0
         with profile(activities=[ProfilerActivity.CUDA]) as prof:
-            while engine.has_work and (done < count if count else decoding(engine) == 0):
+            while engine.has_work and done < steps and not (prompts and decoding(engine)):
                 engine.step()
                 done += 1
             torch.cuda.synchronize()
             wall = time.perf_counter() - started
         show(prof, max(done, 1), wall, title)
 
-    measure(None, "prefill")
+    measure("prefill", prompts=True)
     while engine.has_work:
         if targets and 0 < decoding(engine) <= targets[0]:
             rows = decoding(engine)
             targets.pop(0)
-            measure(steps, f"decode of {rows}")
+            measure(f"decode of {rows}")
         else:
             engine.step()
 

@@ -24,9 +24,9 @@ from tpctl.kernels.linear.codes_gemm import LARGEST, is_scaled, quantize_rows
 from tpctl.kernels.linear.codes_linear import as_bytes, form_of
 
 LEAST_PAIRS = 32
-"""Of an expert, on average, where nothing was measured (other GPUs than Hopper): fewer wait for the weights, and not for
-the tensor cores. A Hopper's take FP8 from shared memory as it is stored, so that any number of pairs costs no more than
-reading it."""
+"""Of an expert, on average, where nothing was measured (GPUs other than Hopper): fewer wait for the weights, and not
+for the tensor cores. A Hopper's take FP8 from shared memory as it is stored, so that any number of pairs costs no more
+than reading it."""
 
 _BLOCK_K = 128
 
@@ -62,7 +62,7 @@ def pick_scaled(
         if block_m > 64:
             block_n, wanted = (64 if gated or form.mode == "tile" else 128), 4
         elif capability[0] != 9:
-            block_n, num_warps = 64, 4
+            block_n = 64
         stage = (block_m + block_n * (2 if gated else 1)) * block_k
         stages = max(2, min(wanted if gated else wanted + 1, (limit - 4096) // stage))
         found.append(ScaledConfig(block_m, block_n, block_k, num_warps, stages))
@@ -70,7 +70,7 @@ def pick_scaled(
 
 
 def rounds_itself(experts: ExpertMatrices, configs: tuple[ScaledConfig, ScaledConfig]) -> bool:
-    """Whether gate_up's launch rounds what it writes: a tile's features are then the inputs that share a scale in down."""
+    """Whether gate_up's launch rounds what it writes: a tile's features are then the inputs of a scale of down's."""
     gate_up, down = configs
     assert isinstance(experts.down, Codes)
     in_blocks = form_of(experts.down, down.block_k, fast=False)[0].mode == "tile"

@@ -105,8 +105,8 @@ def quantize_rows(
 
     x_TK: [T, K], columns contiguous. block: inputs that share a scale, a power of two; None: all of a row. A scale is
     the largest size in its block over the largest number of the kind (448 or 127), 1 where all are zero. norm: (weight
-    [K], eps) of an RMSNorm, which rounds as `rms_norm` does. columns_first: a block's scales of all rows are beside each
-    other, and rows of no meaning make up a multiple of four, both as cuBLAS wants it.
+    [K], eps) of an RMSNorm, which rounds as `rms_norm` does. columns_first: a block's scales of all rows are beside
+    each other, and rows of no meaning make up a multiple of four, both as cuBLAS wants it.
     """
     rows, columns = x_TK.shape
     width = next_power_of_2(columns)
@@ -114,7 +114,9 @@ def quantize_rows(
     width = max(width, block)
     held, blocks = (-(-rows // 4) * 4 if columns_first else rows), -(-columns // block)
     q_TK = torch.empty((held, columns), dtype=_DTYPES[kind], device=x_TK.device)
-    scales_TG = torch.empty((blocks, held) if columns_first else (held, blocks), dtype=torch.float32, device=x_TK.device)
+    scales_TG = torch.empty(
+        (blocks, held) if columns_first else (held, blocks), dtype=torch.float32, device=x_TK.device
+    )
     if columns_first:
         scales_TG = scales_TG.T
     if rows == 0:

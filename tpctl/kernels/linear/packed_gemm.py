@@ -1,0 +1,97 @@
+"""Linears of 64 rows and more whose weights have 4 bits, on a Hopper's tensor cores, which multiply in bfloat16.
+
+The tensor cores take W from registers, where its numbers are made, and x from shared memory, so each weight becomes a
+number once for all rows of a tile. The even and the odd inputs of packed bytes stay apart all the way
+(`codes_kernels`); a launch before takes x apart alike. Scales of a group are multiplied into the numbers, which are
+rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.common.launch import launch_options
+from tpctl.kernels.linear.codes_linear import as_bytes, form_of
+from tpctl.kernels.linear.codes_tiles import Form
+from tpctl.kernels.linear.packed_gemm_kernels import packed_gemm_kernel, take_apart_kernel
+
+_BLOCK = 1024
+
+
+class PackedConfig(NamedTuple):
+    """Rows of x, outputs and bytes of a row of codes in a tile, launch parameters."""
+
+    block_m: int
+    block_n: int
+    bytes: int
+    num_warps: int
+    num_stages: int
+
+
+def packed_form(codes: Codes, most_bytes: int) -> tuple[Form, int, int] | None:
+    """As `form_of`, where the kernel takes such codes: bytes of a tile then fit the row, and lie at multiples of 16."""
+    if codes.kind not in PACKED or codes.groups is not None:
+        return None
+    form, tile, groups = form_of(codes, most_bytes, fast=True)
+    if not form.fast or tile < 32 or codes.columns % (2 * tile):
+        return None
+    return form, tile, groups
+
+
+def take_apart(x_TK: Tensor, *, pdl: bool = False) -> Tensor:
+    """x [T, K] bfloat16 with each row's even inputs first, then its odd ones. K even, rows at multiples of 4 bytes."""
+    rows, columns = x_TK.shape
+    found = torch.empty((rows, columns), dtype=x_TK.dtype, device=x_TK.device)
+    take_apart_kernel[(rows, triton.cdiv(columns // 2, _BLOCK))](
+        x_TK.view(torch.int32),
+        found.view(torch.int16),
+        x_TK.stride(0) // 2,
+        columns // 2,
+        BLOCK=_BLOCK,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+    return found
+
+
+def packed_gemm(
+    x_TK: Tensor, codes: Codes, config: PackedConfig, *, bias_N: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """x @ decode(codes).T + bias, [T, N] bfloat16. x_TK: [T, K] bfloat16. codes: those that have a `packed_form`."""
+    rows, columns = x_TK.shape
+    found = packed_form(codes, config.bytes)
+    assert found is not None, "another way multiplies by such codes"
+    form, tile, groups = found
+    apart = take_apart(x_TK, pdl=pdl)
+    out = x_TK.new_empty((rows, codes.outputs))
+    packed_gemm_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(codes.outputs, config.block_n),)](
+        TensorDescriptor(apart, [rows, columns], [columns, 1], [config.block_m, tile]),
+        TensorDescriptor(codes.values, [codes.outputs, columns // 2], [columns // 2, 1], [config.block_n, tile]),
+        as_bytes(codes.scales, out),
+        as_bytes(codes.zeros, codes.values),
+        as_bytes(codes.rows, out),
+        as_bytes(codes.factors, out),
+        out if bias_N is None else bias_N,
+        out,
+        rows,
+        codes.outputs,
+        out.stride(0),
+        FORM=form,
+        HAS_BIAS=bias_N is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BYTES=tile,
+        GROUPS=groups,
+        STAGES=config.num_stages,
+        PDL=pdl,
+        num_warps=config.num_warps,
+        **launch_options(pdl),
+    )
+    return out
