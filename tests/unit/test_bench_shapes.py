@@ -14,8 +14,9 @@ from tpctl.arch.held import HeldLinear
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan
 from tpctl.bench import synthetic
-from tpctl.bench.shapes import SHAPES
+from tpctl.bench.shapes import SHAPES, shape_fields
 from tpctl.bench.synthetic import shape_config, synthetic_shards
+from tpctl.errors import UsageError
 from tpctl.kernels.common.codes import decode
 from tpctl.layers.weights.stored import to_codes
 from tpctl.manifest.manifest import Manifest
@@ -86,3 +87,14 @@ def test_cut_as_their_checkpoint_would_be(shape: str, tmp_path: Path) -> None:
     assert seen == {folder.name}
     before = (folder / "config.json").stat().st_mtime_ns
     assert (synthetic_shards(shape, 2, groups).folder / "config.json").stat().st_mtime_ns == before
+
+
+def test_the_first_layers_of_a_shape() -> None:
+    few, all = shape_config("gemma-3-12b:7").blueprint, shape_config("gemma-3-12b").blueprint
+    assert list(few.blocks) == list(all.blocks)[:7]
+    assert shape_fields("qwen3-0.6b:28") == shape_fields("qwen3-0.6b")
+    for wrong in ("qwen3-0.6b:0", "qwen3-0.6b:29", "qwen3-0.6b:", "qwen3-0.6b:1:2", "qwen3-0.6b:\u0661"):
+        with pytest.raises(UsageError, match=r"no number of layers; qwen3-0\.6b has 1 to 28"):
+            shape_fields(wrong)
+    with pytest.raises(UsageError, match="unknown shape 'qwen'; known: smollm2-135m, "):
+        shape_fields("qwen:3")

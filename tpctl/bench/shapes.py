@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tpctl.errors import UsageError
+
 COMMON: dict[str, Any] = {"hidden_act": "silu", "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -214,3 +216,25 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 SHAPES |= {name: {**SHAPES[base], "quantization_config": quantised} for name, (base, quantised) in _FORMS.items()}
+
+
+def shape_fields(shape: str) -> dict[str, Any]:
+    """What ``config.json`` says of a shape by its name, or, as NAME:LAYERS, of its first layers alone: those are made
+    and read in seconds where all of a large model's take minutes.
+
+    Raises:
+        UsageError: no such shape, or it has fewer layers.
+    """
+    name, parts, count = shape.partition(":")
+    if name not in SHAPES:
+        raise UsageError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+    fields = {**COMMON, **SHAPES[name]}
+    if not parts:
+        return fields
+    most = fields["num_hidden_layers"]
+    if not (count.isascii() and count.isdecimal() and 1 <= int(count) <= most):
+        raise UsageError(f"shape {shape!r}: {count!r} is no number of layers; {name} has 1 to {most}")
+    fields["num_hidden_layers"] = int(count)
+    if "layer_types" in fields:
+        fields["layer_types"] = fields["layer_types"][: int(count)]
+    return fields

@@ -20,11 +20,11 @@ import numpy as np
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import DEFAULT_PART_SIZE, checked_source_plan
-from tpctl.bench.shapes import COMMON, SHAPES
+from tpctl.bench.shapes import shape_fields
 from tpctl.checkpoint.cache import cache_root, locked
 from tpctl.checkpoint.safetensors import FileTensor, TensorSpec, build_header
 from tpctl.checkpoint.sources import ResolvedSource
-from tpctl.errors import ShardFolderError, UsageError
+from tpctl.errors import ShardFolderError
 from tpctl.manifest.manifest import Manifest
 from tpctl.manifest.records import Source, SourceFile
 from tpctl.partition.plan import PartitionPlan
@@ -45,9 +45,7 @@ def shape_config(shape: str, cutting: Cutting = Cutting()) -> ModelConfig:
     Raises:
         UsageError: no such shape.
     """
-    if shape not in SHAPES:
-        raise UsageError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    return ModelConfig.from_dict({**COMMON, **SHAPES[shape]}, cutting=cutting)
+    return ModelConfig.from_dict(shape_fields(shape), cutting=cutting)
 
 
 def synthetic_shards(shape: str, tp_size: int, expert_parallel: int = 1) -> ResolvedSource:
@@ -63,7 +61,7 @@ def synthetic_shards(shape: str, tp_size: int, expert_parallel: int = 1) -> Reso
     shapes = source_shapes([split for split in config.blueprint.splits() if not split.optional])
     plan = checked_source_plan(config, shapes, tp_size)
     groups = f"-ep{expert_parallel}" if expert_parallel > 1 else ""
-    folder = cache_root() / "synthetic" / f"{shape}-tp{tp_size}{groups}"
+    folder = cache_root() / "synthetic" / f"{shape.replace(':', '-first')}-tp{tp_size}{groups}"
     with locked(folder.with_name(f".{folder.name}.lock")):
         try:
             Manifest.load(folder).check_files(folder)
@@ -79,7 +77,7 @@ def _write(shape: str, config: ModelConfig, plan: PartitionPlan, cutting: Cuttin
     tensors = header.tensors
     with _values(folder.parent, tensors) as values:
         config_file = values.folder / "config.json"
-        fields = {**COMMON, "architectures": [config.family.architecture], **SHAPES[shape]}
+        fields = {"architectures": [config.family.architecture], **shape_fields(shape)}
         config_file.write_text(json.dumps(fields), encoding="utf-8")
         file = SourceFile("model.safetensors", header.file_size, header.text)
         recipe = make_recipe(

@@ -33,7 +33,13 @@ bench = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Argument(help=f"{MODEL_HELP} [default: demo]")]
-Shape = Annotated[str | None, typer.Option(help=f"Random weights of this shape instead: {', '.join(SHAPES)}.")]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:LAYERS]",
+        help=f"Random weights of this shape instead, or of its first layers: {', '.join(SHAPES)}.",
+    ),
+]
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs; the median is what to quote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
