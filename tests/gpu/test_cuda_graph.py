@@ -13,11 +13,13 @@ from tests.gpu.here import DEVICE
 from tpctl.engine.sampling.noise import seed_state
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
-from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence, StateUse
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
-from tpctl.engine.steps.mixed import MixedGraphs, MixedInputs
+from tpctl.engine.steps.mixed import MixedGraphs, MixedInputs, most_state_chunks
 from tpctl.engine.steps.slots import Slots
+from tpctl.engine.steps.states import StepStates, count_chunks
+from tpctl.kernels.delta_net.tables import Chunks, NewTokens
 from tpctl.kernels.sampling.floors import MAX_TOP_K, Filters
 from tpctl.kernels.sampling.prepare import DecodeInputs, SlotTables, prepare_decode, prepare_decode_reference
 from tpctl.layers.attention.base import Place
@@ -35,7 +37,7 @@ class Uncaptured(CapturedSteps):
     def __init__(self) -> None:
         self.keys: list[Hashable] = []
         # As another step has left them.
-        self._numbers = torch.full((MixedGraphs.most_numbers(PACE.limit),), 7, dtype=torch.int32)
+        self._numbers = torch.full((MixedGraphs.most_numbers(PACE.limit, states=True),), 7, dtype=torch.int32)
         self._numbers = self._numbers.to(DEVICE)
         self._rows = DecodeInputs.allocate(PACE.limit, SlotTables.allocate(1, 8, DEVICE, POOLS))
         for name, value in vars(self._rows).items():
@@ -46,15 +48,17 @@ class Uncaptured(CapturedSteps):
         self, key: Hashable, numbers: list[int], make: Callable[[], tuple[torch.Tensor, Callable[[], None]]]
     ) -> None:
         self.keys.append(key)
-        assert len(numbers) <= MixedGraphs.most_numbers(PACE.limit)
+        decodes = key[0] != "mixed"  # type: ignore[index]
+        stateful = not decodes and key[2] > 0  # type: ignore[index]
+        assert len(numbers) <= MixedGraphs.most_numbers(PACE.limit, PACE.chunks, states=decodes or stateful)
         target, step = make()
         assert target.shape == (len(numbers),)
         rows = key[1] if isinstance(key, tuple) and key[0] == "mixed" else key[0]  # type: ignore[index]
         assert target[:rows].tolist() == [-1] * rows  # to warm up there are no rows but padding
-        decodes = key[0] != "mixed"  # type: ignore[index]
         end = len(target) - (decodes and key[2])  # type: ignore[index]
-        states = slice(3 * rows if decodes else end, end)
+        states = slice(3 * rows if decodes or stateful else end, 6 * rows if stateful else end)
         assert not target[rows : states.start].any() and (target[states] == -1).all()
+        assert not target[states.stop :].any()
         target.copy_(torch.tensor(numbers, dtype=torch.int32))
         step()
 
@@ -67,7 +71,7 @@ def test_packed_rows() -> None:
     slots, positions = [3, 7, *[1] * 5, *[2] * 20], [40, 9, *range(30, 35), *range(20)]
     tokens = [-1, 11, *range(100, 105), *range(200, 220)]
     graphs.run(slots, positions, tokens, 2, [5, 20], [0, 1, 6])
-    assert steps.keys == [("mixed", 32, 32, DIRECT)]
+    assert steps.keys == [("mixed", 32, 0, 32, DIRECT)]
 
     (inputs,) = seen
     assert inputs.num_decodes.tolist() == [2]
@@ -129,6 +133,42 @@ def test_what_a_slot_holds_is_sent_when_it_is_taken() -> None:
     assert tables.block_tables[0, places[1], :3].tolist() == [6, 6, 9] and sent[1:] == [2]
 
 
+def test_packed_states() -> None:
+    """Of one decode, of a chunk that leaves a state on its way and of one that goes on; the rest touches none."""
+    seen: list[MixedInputs] = []
+    steps = Uncaptured()
+    graphs = MixedGraphs(steps, PACE, lambda inputs, path: seen.append(inputs), states=True)
+    slots, positions, tokens = [3, *[1] * 20, *[2] * 5], [40, *range(20), *range(30, 35)], [9] * 26
+    chunks = Chunks.of([NewTokens(1, 20, 0, -1, 6, ((16, 8),)), NewTokens(21, 5, 30, 7, 7)])
+    states = StepStates([[4], [5], [-1]], chunks)
+    graphs.run(slots, positions, tokens, 1, [20, 5], [0, 25], states=states)
+    assert steps.keys == [("mixed", 32, 8, 32, DIRECT)]
+    (inputs,) = seen
+    assert inputs.rows.packed[3:].tolist() == [[own, *[-1] * 31] for own in (4, 5, -1)]
+    assert inputs.query_start_P1.tolist() == [1, 21, 26, 26, 26]
+    assert inputs.state_chunks is not None and inputs.state_sequences is not None
+    of_chunks = [[1, 17, 21], [16, 4, 5], [0, 16, 30], [8, -1, -1], [0, 0, 1]]
+    assert inputs.state_chunks.view(5, -1).tolist() == [column + [0] * 5 for column in of_chunks]
+    of_sequences = [[0, 2, 3, 3, 3], [1, 21, 0, 0, 0], [-1, 7, -1, -1, -1], [6, 7, -1, -1, -1]]
+    assert inputs.state_sequences.view(4, -1).tolist() == of_sequences
+
+
+def test_steps_with_states_are_captured_by_their_chunks() -> None:
+    """Where states are kept on the way there are more of them than of 64 tokens each."""
+    graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs, path: None, states=True)
+
+    def chunk(tokens: int, *keeps: int) -> ScheduledSequence:
+        use = StateUse(0, None, tuple((after, 1 + at) for at, after in enumerate(keeps)))
+        return ScheduledSequence(Sequence("s", [1] * tokens, SamplingParams(), 99), 0, tokens, True, use)
+
+    for items, chunks in (([chunk(20)], 1), ([chunk(60, 16, 60), chunk(4)], 3), ([chunk(64, 5, 9, 30)], 4)):
+        made = ScheduledBatch(items, 0, True)
+        assert count_chunks(items) == chunks == StepStates.of(made).chunks.count
+        assert graphs.takes(made)
+    assert most_state_chunks(PACE.limit, PACE.chunks) == 13
+    assert not graphs.takes(ScheduledBatch([chunk(50, *range(1, 14))], 0, True))
+
+
 def test_decodes_are_padded_to_the_ladder() -> None:
     seen: list[tuple[DecodeInputs, bool, SamplingPath, torch.Tensor | None]] = []
     steps = Uncaptured()
@@ -181,9 +221,9 @@ def test_short_steps_are_captured_when_they_have_come(monkeypatch: pytest.Monkey
 
     assert not takes(0, 128) and not takes(0, 120) and not takes(0, 129) and not takes(0, 513)
     assert graphs.capture_missed()  # one at a time, the one that came most often first
-    assert captured == [("mixed", 128, 64, DIRECT)]
+    assert captured == [("mixed", 128, 0, 64, DIRECT)]
     assert not graphs.capture_missed()
-    assert captured[1:] == [("mixed", 160, 64, DIRECT)]
+    assert captured[1:] == [("mixed", 160, 0, 64, DIRECT)]
     assert takes(0, 128) and takes(1, 100, 20) and takes(30, 99)
     assert not takes(0, 17)  # another size
     assert not takes(70, 58)  # more rows are sampled
@@ -199,7 +239,7 @@ def test_no_graph_has_more_rows_than_there_is_memory_for() -> None:
     steps = Uncaptured()
     graphs = MixedGraphs(steps, None, lambda inputs, path: seen.append(inputs), 60)
     graphs.run([1] * 59, [*range(59)], [5] * 59, 0, [59], [58], paced=False)
-    assert steps.keys == [("mixed", 60, 60, DIRECT)]
+    assert steps.keys == [("mixed", 60, 0, 60, DIRECT)]
     assert seen[0].rows.packed[0].tolist() == [1] * 59 + [-1]
 
 

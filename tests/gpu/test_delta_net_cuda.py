@@ -82,6 +82,43 @@ def test_tokens_equal_transformers(name: str, way: str, tmp_path: Path, replayed
 
 
 @pytest.mark.skipif(not INTERPRET, reason="it takes a CPU in the place of the GPU")
+@pytest.mark.daily(2)
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text"])
+def test_short_prompts_are_replayed(name: str, tmp_path: Path, replayed: list[Hashable]) -> None:  # noqa: F811
+    """Beside decodes and alone, in chunks, from the states of prefixes, and leaving such states; rows, chunks and
+    prompts that pad a step touch no state. Tokens are those of eager launches, and states the same numbers."""
+    model = make_mixture(name, tmp_path / "hf", **SIZES)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    prompts = prompts_of(5, 40, 70, 3)
+    waves = [
+        {"0": prompts["0"]},  # each wave comes twice: once its sizes are new, then they are captured
+        {"1": prompts["1"], "2": prompts["2"]},
+        {"3": [*prompts["2"][:64], *prompts["3"]], "4": [*prompts["2"][:16], 9], "5": [*prompts["1"][:32], 7]},
+    ]
+    kept = []
+    for eager in (False, True):
+        engine = start(tmp_path / "tp1", kv_cache_memory=4 << 20, enforce_eager=eager)
+        before, found = len(replayed), []
+        for turn in range(2):
+            for wave in waves:
+                some = {id: [3 + (token + turn) % 120 for token in ids] for id, ids in wave.items()}
+                found.append(run(engine, some, 3))
+                while engine.runner.rest():
+                    pass
+                for id, tokens in found[-1].items():
+                    assert tokens == best(model, some[id], tokens), (eager, turn, id)
+        sizes = [key[1:3] for key in replayed[before:] if key[0] == "mixed"]  # type: ignore[index]
+        assert {rows for rows, _ in sizes} == (set() if eager else {16, 32, 48}), sizes
+        assert all(0 < chunks <= 8 for _, chunks in sizes)
+        assert engine.stats().prefix_cache_hit_tokens > 0
+        kept.append((found, [state for state in engine.runner.kv if isinstance(state, LayerState)]))
+    assert kept[0][0] == kept[1][0]
+    for captured, launched in zip(kept[0][1], kept[1][1], strict=True):
+        torch.testing.assert_close(captured.matrices, launched.matrices, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(captured.inputs, launched.inputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="it takes a CPU in the place of the GPU")
 def test_the_largest_step_may_share_a_prefix(
     tmp_path: Path,
     replayed: list[Hashable],  # noqa: F811
@@ -91,7 +128,7 @@ def test_the_largest_step_may_share_a_prefix(
     monkeypatch.setattr(cuda_runner, "_SHARED_ROWS", 2)
     monkeypatch.setattr(cuda_runner, "_SHARED_TOKENS", 128)
     monkeypatch.setattr(cuda_runner, "SHORT", 0)  # a step of decodes is the largest
-    monkeypatch.setattr(MixedGraphs, "most_numbers", staticmethod(lambda rows: 0))
+    monkeypatch.setattr(MixedGraphs, "most_numbers", staticmethod(lambda rows, states: 0))
     model = make_mixture("qwen3_next", tmp_path / "hf", max_position_embeddings=256, **SIZES)
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 144, "max_model_len": 160}

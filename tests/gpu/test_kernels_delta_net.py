@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ pytest.importorskip("triton")
 
 from tests.gpu.assembly import assembly  # noqa: F401
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
-from tpctl.kernels.delta_net.chunks import ChunkTables, chunks, gated_norm
+from tpctl.kernels.delta_net import chunks as chunked
+from tpctl.kernels.delta_net import step as one_step
+from tpctl.kernels.delta_net.chunks import ChunkTables, chunks, gated_norm, working_bytes
 from tpctl.kernels.delta_net.inputs import NetShape, NetState, NetWeights, Projected
 from tpctl.kernels.delta_net.step import StepRows, step
-from tpctl.kernels.delta_net.tables import MOST_CHUNKS, Chunks, NewTokens
+from tpctl.kernels.delta_net.tables import MOST_CHUNKS, Chunks, Group, NewTokens
 from tpctl.layers.delta_net import conv, rule
 from tpctl.layers.norm import rms_norm
 
@@ -121,7 +124,7 @@ class Case:
         assert relative_error(matrices[slot], want[1]) < CLOSE[self.dtype]
 
 
-def table(columns: list[list[int]]) -> Tensor:
+def table(columns: list[list[int]] | list[int]) -> Tensor:
     return torch.tensor(columns, dtype=torch.int32, device=DEVICE)
 
 
@@ -179,6 +182,76 @@ def test_chunks_of_several_sequences(shape: str, by_key_head: bool, dtype: torch
     want_out = case.normed(out.unflatten(1, (case.shape.value_heads, -1)), slice(None))
     gated_norm(case.projected, case.weights, case.shape, out)
     assert relative_error(out, want_out) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_key_head", [False, True])
+@pytest.mark.parametrize("shape", ["two", "uneven"])
+def test_a_captured_step_gives_the_same_numbers(
+    shape: str, by_key_head: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes and prompts whose rows, chunks and sequences are padded, as if each had been launched by itself: what
+    pads them gets zeros, and touches no state."""
+    monkeypatch.setattr(one_step, "COUNTED_PROGRAMS", 2 * SHAPES[shape].value_heads)  # some have two rows, or none
+    decodes, rows = [(-1, 0, -1, 1), (3, 3, -1, 8), (4, 4, 2, 3)], 80
+    prompts = [NewTokens(3, 66, 0, -1, 5, ((64, 6),)), NewTokens(69, 5, 9, 7, 7)]
+    made, end = Chunks.of(prompts), 74
+    outs, states = [], []
+    for captured in (False, True):
+        case = Case(SHAPES[shape], by_key_head, dtype, rows)
+        out = torch.full((rows, case.shape.value_heads * case.shape.value_dim), 7.0, dtype=dtype, device=DEVICE)
+        given = case.projected, case.weights, case.state
+        columns = [list(column) for column in zip(*decodes, strict=True)]
+        if captured:
+            own = StepRows(*(table(column + [-1] * (rows - 3)) for column in columns))  # type: ignore[arg-type]
+            starts = table([3, 69, end, end, end])
+            step(*given, own, case.shape, out, count_1=starts[:1])
+            of_chunks, of_sequences = torch.tensor(made.padded(8, 4), dtype=torch.int32, device=DEVICE).split([40, 20])
+            group = Group(0, 8, 0, 4)
+            chunks(*given, ChunkTables(of_chunks.view(5, -1), of_sequences.view(4, -1), [group]), case.shape, out)
+            assert bool((out[end:] == 7).all())
+            gated_norm(*given[:2], case.shape, out, starts)
+            assert not out[end:].any()
+        else:
+            own = StepRows(*(table(column) for column in columns))  # type: ignore[arg-type]
+            step(case.projected.rows(slice(3)), *given[1:], own, case.shape, out[:3])
+            chunks(*given, ChunkTables(table(made.chunks), table(made.sequences), made.groups), case.shape, out)
+            some = slice(3, end)
+            gated_norm(case.projected.rows(some), case.weights, case.shape, out[some])
+        outs.append(out[:end])
+        states.append(case.state)
+    assert torch.equal(*outs)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*states, strict=True))
+
+
+def test_rows_that_are_counted_wait_for_the_launch_before() -> None:
+    case = Case(SHAPES["two"], False, torch.float32, 1)
+    one = table([0])
+    with pytest.raises(ValueError, match="launched behind"):
+        step(
+            case.projected,
+            case.weights,
+            case.state,
+            StepRows(one, one, one, one),
+            case.shape,
+            case.all,
+            count_1=one,
+            pdl=True,
+        )
+
+
+def test_what_chunks_take_between_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``working_bytes`` says, which memory is planned by."""
+    case, taken = Case(SHAPES["uneven"], False, torch.bfloat16, 66), []
+    original = Tensor.new_empty
+    for name in ("conv_kernel", "prepare_kernel", "scan_kernel"):
+        monkeypatch.setattr(chunked, name, defaultdict(lambda: lambda *args, **more: None))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **more: taken.append(original(*args, **more)) or taken[-1])
+    out = torch.zeros(66, case.shape.value_heads * case.shape.value_dim, dtype=torch.bfloat16, device=DEVICE)
+    made = Chunks.of([NewTokens(0, 66, 0, -1, 3)])
+    tables = ChunkTables(table(made.chunks), table(made.sequences), made.groups)
+    chunks(case.projected, case.weights, case.state, tables, case.shape, out)
+    assert sum(one.nbytes for one in taken) == working_bytes(case.shape, 2, torch.bfloat16)
 
 
 def test_equal_keys_that_nothing_decays() -> None:

@@ -210,16 +210,21 @@ def skip_without(backend: str) -> None:
 
 def models_of(name: str, folder: Path) -> tuple[Any, Any]:
     """The float32 model and the same rounded to bfloat16; the checkpoint is left in ``folder``."""
+    shape = {**WIDE, "max_position_embeddings": 1024, **CHANGES[name]}
+    return rounded_too(make_checkpoint(name, folder / "hf", **shape), folder)
+
+
+def rounded_too(model: Any, folder: Path) -> tuple[Any, Any]:
+    """A model that was saved in ``folder``, its weights rounded, and the same in bfloat16; a shard is left there."""
     from transformers import AutoModelForCausalLM
 
-    shape = {**WIDE, "max_position_embeddings": 1024, **CHANGES[name]}
-    model = make_checkpoint(name, folder / "hf", **shape)
     # As the engine holds it: what is compared is arithmetic, not how the weights were rounded.
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     model.save_pretrained(folder / "hf")
     shard_checkpoint(folder / "hf", folder / "tp1", 1, dtype="bfloat16")
     rounded = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16).eval()
+    rounded.config._experts_implementation = "eager"  # the others want rows of whole 16 bytes
     return model.to(DEVICE), rounded.to(DEVICE)
 
 

@@ -33,12 +33,12 @@ from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
 from tpctl.engine.steps.mixed import CHUNKS, SHORT, MixedGraphs, MixedInputs
 from tpctl.engine.steps.slots import Slots
-from tpctl.engine.steps.states import NUMBERS, decode_slots, flat, prompt_chunks
+from tpctl.engine.steps.states import NUMBERS, StepStates, decode_slots, flat
 from tpctl.errors import EngineError
 from tpctl.kernels.attention.shared_prefix import PREFIX_STEP
 from tpctl.kernels.common.launch import early_launch
 from tpctl.kernels.delta_net.chunks import ChunkTables
-from tpctl.kernels.delta_net.tables import Chunks
+from tpctl.kernels.delta_net.tables import Group
 from tpctl.kernels.sampling.floors import Filters, sampling_floors
 from tpctl.kernels.sampling.prepare import DecodeInputs, prepare_decode
 from tpctl.kernels.sampling.sampling import sample
@@ -90,11 +90,12 @@ class CudaRunner(ModelRunner):
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not settings.enforce_eager:
-            numbers = max(MixedGraphs.most_numbers(rows), DecodeGraphs.most_numbers(rows, 3 + NUMBERS))
+            states = memory.num_states > 0
+            numbers = max(MixedGraphs.most_numbers(rows, states=states), DecodeGraphs.most_numbers(rows, 3 + NUMBERS))
             captured = CapturedSteps(steps.captured, self._sampled, numbers, self._slots.tables)
             self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._decode_step)
-            if self._paged.captures_prefill and not memory.num_states:
-                self._mixed = MixedGraphs(captured, pace, self._mixed_step, short_rows(settings))
+            if self._paged.captures_prefill:
+                self._mixed = MixedGraphs(captured, pace, self._mixed_step, short_rows(settings), states)
 
     @cached_property
     def _logits(self) -> Tensor:
@@ -114,11 +115,12 @@ class CudaRunner(ModelRunner):
                 self._eager(batch, slots, path)
             elif batch.only_answers and self._graphs is not None:
                 rows = self._decode_rows(batch.items, slots)
-                states = decode_slots(batch.items) if self.memory.num_states else []
+                columns = decode_slots(batch.items) if self.memory.num_states else []
                 shared = self._shared_tokens(batch.items) if len(batch.items) >= _SHARED_ROWS else 0
-                self._graphs.run([*rows, *states], self._paged.is_long(len(rows[0]), 1 + max(rows[1])), path, shared)
+                self._graphs.run([*rows, *columns], self._paged.is_long(len(rows[0]), 1 + max(rows[1])), path, shared)
             elif not batch.has_drafts and self._mixed is not None and self._mixed.takes(batch):
-                self._mixed.run(*self._mixed_rows(batch, slots), path, paced=batch.paced)
+                states = StepStates.of(batch) if self.memory.num_states else None
+                self._mixed.run(*self._mixed_rows(batch, slots), path, paced=batch.paced, states=states)
             else:
                 self._eager(batch, slots, path)
             if path is SamplingPath.HOST:
@@ -231,6 +233,7 @@ class CudaRunner(ModelRunner):
             chunks=PrefillChunks(
                 tuple(rows.block_tables.index_select(1, inputs.last_row_P)), inputs.query_start_P1, inputs.seq_lens_P
             ),
+            state_tables=_captured_states(inputs),
         )
         logits = self.model(forward, self.kv, picked)
         self._sample_into(logits, rows.filters.rows(picked), rows.keys[picked], path)
@@ -307,9 +310,7 @@ class CudaRunner(ModelRunner):
         )
 
     def _states(self, batch: ScheduledBatch) -> StateTables:
-        decodes = batch.num_decodes
-        rows = decode_slots(batch.items[:decodes])
-        made = prompt_chunks(batch.items[decodes:], decodes) if batch.num_prefills else Chunks()
+        decodes, (rows, made) = batch.num_decodes, StepStates.of(batch)
         numbers = self._to_device(flat([*rows, *made.chunks, *made.sequences]))
         of_rows, of_chunks, of_sequences = torch.split(numbers, [NUMBERS * decodes, *made.sizes])
         chunks = ChunkTables(of_chunks.view(5, -1), of_sequences.view(4, -1), made.groups)
@@ -321,6 +322,15 @@ class CudaRunner(ModelRunner):
 
     def _to_device(self, host: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
+
+
+def _captured_states(inputs: MixedInputs) -> StateTables | None:
+    """Where the layers of a captured step have states."""
+    if inputs.state_chunks is None or inputs.state_sequences is None:
+        return None
+    chunks, sequences = inputs.state_chunks.view(5, -1), inputs.state_sequences.view(4, -1)
+    group = Group(0, chunks.shape[1], 0, sequences.shape[1] - 1)
+    return StateTables(inputs.rows.packed[3:], ChunkTables(chunks, sequences, [group]))
 
 
 def shared_blocks(tables: list[list[int]]) -> int:
@@ -372,8 +382,6 @@ def find_pace(loaded: LoadedModel) -> Pace | None:
     """How prompts are computed beside decodes, where that can be captured; the same on every rank (collective)."""
     settings = loaded.settings
     if settings.enforce_eager or not paged(loaded).captures_prefill:
-        return None
-    if loaded.state_bytes:  # chunks of a recurrent layer are divided on the host
         return None
     layer = sum(parameter.nbytes for parameter in loaded.model.model.layers[0].parameters())
     layer = loaded.group.minimum(layer)

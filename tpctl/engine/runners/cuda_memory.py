@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from tpctl.accounting import gathered_logits, reserve, sampled_rows
+from tpctl.arch.delta_net import state_sizes
 from tpctl.engine.runners.loading import LoadedModel
+from tpctl.engine.steps.mixed import most_state_chunks
 from tpctl.errors import EngineError
-from tpctl.kernels.delta_net.chunks import ChunkTables
+from tpctl.kernels.delta_net.chunks import ChunkTables, working_bytes
+from tpctl.kernels.delta_net.inputs import NetShape
 from tpctl.kernels.delta_net.tables import MOST_CHUNKS, Chunks, NewTokens
 from tpctl.layers.batch import ForwardBatch, PoolTables, StateTables
 
@@ -51,7 +54,7 @@ def measure_step(loaded: LoadedModel, rows: int, prefix: int = 0) -> StepMemory:
     logits = sampled_rows(settings.max_num_seqs) * loaded.model.lm_head.out_features * loaded.dtype.itemsize
     gathered = gathered_logits(logits, loaded.group.size)
     # Activations grow with a step's rows. Its logits are among them, and counted once more: this is an upper bound.
-    captured = -(-activations * rows // tokens) + logits + gathered
+    captured = -(-activations * rows // tokens) + logits + gathered + _chunks_bytes(loaded, rows)
     eager = settings.enforce_eager
     tables = 4 * (2 * settings.max_num_seqs + (0 if eager else rows)) * table_width(loaded, loaded.wanted_len)
     tables *= len(loaded.layout.windows)
@@ -115,6 +118,14 @@ def _run_largest(loaded: LoadedModel) -> None:
     )
     with torch.inference_mode():
         loaded.model(forward, loaded.caches(1, 1), rows)
+
+
+def _chunks_bytes(loaded: LoadedModel, rows: int) -> int:
+    """What the chunks of a recurrent layer take in a captured step, which has more of them for its rows."""
+    nets = state_sizes(loaded.config.blueprint, loaded.group.rank, loaded.group.size)
+    count = most_state_chunks(rows)
+    shapes = (NetShape(net.key_heads, net.value_heads, net.key_dim, net.value_dim, net.taps) for net in nets)
+    return max((working_bytes(shape, count, loaded.dtype) for shape in shapes), default=0)
 
 
 def _states(loaded: LoadedModel, lens: list[int]) -> StateTables | None:

@@ -20,6 +20,8 @@ from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.steps.graphs import CapturedSteps
+from tpctl.engine.steps.states import NUMBERS, StepStates, count_chunks
+from tpctl.kernels.delta_net.tables import CHUNK
 from tpctl.kernels.sampling.prepare import DecodeInputs
 
 SHORT = 512
@@ -31,6 +33,13 @@ CHUNKS = 8
 _ROWS = 16  # captured steps have a multiple of this many rows, or as many as there may be
 _MOST = 48  # such graphs of a kind, paced or short; a job takes about ten
 _MISSES = 4  # steps of a size until it is captured at once
+_STATE_CHUNKS = 8  # a captured step has a multiple of so many chunks of recurrent layers
+
+
+def most_state_chunks(rows: int, prompts: int = CHUNKS) -> int:
+    """Chunks of recurrent layers that a captured step has at most: each prompt may end in one that is not full, and so
+    may two parts of it, behind which states are kept."""
+    return rows // CHUNK + 3 * prompts
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class MixedInputs:
     rows: every new token as a row: first the decodes, then the chunks' tokens, then padding. num_decodes: [1].
     query_start_P1: [P + 1], the chunks' first rows; those of empty chunks, at the end, begin where the last one ends.
     last_row_P: [P], the last row of each chunk, whose block table is complete. seq_lens_P: [P], tokens up to a chunk's
-    last. logits_rows: [R], rows that are sampled.
+    last. logits_rows: [R], rows that are sampled. state_chunks, state_sequences: where layers are recurrent, the
+    columns of ``kernels.delta_net.tables.Chunks``, those of empty chunks at the end.
     """
 
     rows: DecodeInputs
@@ -49,12 +59,15 @@ class MixedInputs:
     last_row_P: Tensor
     seq_lens_P: Tensor
     logits_rows: Tensor
+    state_chunks: Tensor | None = None
+    state_sequences: Tensor | None = None
 
 
 class MixedKey(NamedTuple):
-    """A graph: rows, rows that are sampled, and how."""
+    """A graph: rows, chunks of recurrent layers, rows that are sampled, and how."""
 
     rows: int
+    state_chunks: int
     sampled: int
     path: SamplingPath
 
@@ -66,6 +79,7 @@ class MixedGraphs:
         pace: how large those are that are paced; ``None``: none is.
         short: most tokens of one that is not.
         step: computes one such step from its inputs.
+        states: whether the model has recurrent layers.
     """
 
     def __init__(
@@ -74,19 +88,22 @@ class MixedGraphs:
         pace: Pace | None,
         step: Callable[[MixedInputs, SamplingPath], None],
         short: int = SHORT,
+        states: bool = False,
     ) -> None:
         self._steps = steps
         self._pace = pace
         self._step = step
         self._short = short
+        self._states = states
         self._chunks = CHUNKS if pace is None else pace.chunks
         self._captured: set[MixedKey] = set()
         self._missed: Counter[MixedKey] = Counter()
 
     @staticmethod
-    def most_numbers(rows: int, chunks: int = CHUNKS) -> int:
+    def most_numbers(rows: int, chunks: int = CHUNKS, *, states: bool = False) -> int:
         """int32 numbers that a step of ``rows`` is given at most."""
-        return 4 * rows + 3 * chunks + 2
+        beside = NUMBERS * rows + 5 * most_state_chunks(rows, chunks) + 4 * (chunks + 1) if states else 0
+        return 4 * rows + 3 * chunks + 2 + beside
 
     def takes(self, batch: ScheduledBatch) -> bool:
         """Whether a step has a graph, or is to get one now: a paced one that is neither larger than the limit nor so
@@ -94,7 +111,10 @@ class MixedGraphs:
         least, most = self._bounds(batch.paced)
         if not (0 < batch.num_prefills <= self._chunks and least // 2 <= batch.num_tokens <= most):
             return False
-        key = self._key(batch.num_tokens, len(batch.sampled), SamplingPath.of(batch), batch.paced)
+        state_chunks = count_chunks(batch.items[batch.num_decodes :]) if self._states else 0
+        key = self._key(batch.num_tokens, state_chunks, len(batch.sampled), SamplingPath.of(batch), batch.paced)
+        if state_chunks > key.state_chunks:
+            return False
         if key in self._captured:
             return True
         if self._full(key):
@@ -126,13 +146,14 @@ class MixedGraphs:
             return self._pace.rows, self._pace.limit
         return 0, self._short
 
-    def _key(self, tokens: int, sampled: int, path: SamplingPath, paced: bool) -> MixedKey:
+    def _key(self, tokens: int, state_chunks: int, sampled: int, path: SamplingPath, paced: bool) -> MixedKey:
         """The graph for so many tokens. Where nothing is paced a quarter of them pads it at most, or fewer than
-        ``_ROWS``. None has more rows than there is memory for."""
+        ``_ROWS``. None has more rows than there is memory for, or more chunks of recurrent layers."""
         least, most = self._bounds(paced)
         step = _ROWS if least else max(_ROWS, (1 << max(tokens - 1, 1).bit_length()) >> 3)
         rows = min(most, max(least, -(-tokens // step) * step))
-        return MixedKey(rows, min(rows, sampled_rows(max(sampled, 1))), path)
+        chunks = min(most_state_chunks(rows, self._chunks), -(-state_chunks // _STATE_CHUNKS) * _STATE_CHUNKS)
+        return MixedKey(rows, chunks, min(rows, sampled_rows(max(sampled, 1))), path)
 
     def run(
         self,
@@ -145,14 +166,15 @@ class MixedGraphs:
         path: SamplingPath = SamplingPath.DIRECT,
         *,
         paced: bool = True,
+        states: StepStates | None = None,
     ) -> None:
         """One step.
 
         slots, positions, tokens: of each row, the decodes' first. chunks: how many rows each prefill chunk has.
-        sampled: rows that are sampled. path: as in ``DecodeGraphs.run``.
+        sampled: rows that are sampled. path: as in ``DecodeGraphs.run``. states: where layers are recurrent.
         """
         count = len(slots)
-        key = self._key(count, len(sampled), path, paced)
+        key = self._key(count, 0 if states is None else states.chunks.count, len(sampled), path, paced)
         self._captured.add(key)
         starts = [num_decodes]
         for chunk in chunks:
@@ -160,20 +182,25 @@ class MixedGraphs:
         lens = [positions[end - 1] + 1 for end in starts[1:]]
         empty = self._chunks - len(chunks)
         padding = [0] * (key.rows - count)
+        columns = [] if states is None else states.columns
         last = key.rows - 1 if count < key.rows else 0  # padding is sampled greedily, in no time
         numbers = [
             *(*slots, *[-1] * (key.rows - count), *positions, *padding, *tokens, *padding),
+            *(n for own in columns for n in (*own, *[-1] * (key.rows - num_decodes))),
             num_decodes,
             *(*starts, *[count] * empty),
             *(*(end - 1 for end in starts[1:]), *[0] * empty),
             *(*lens, *[0] * empty),
             *(*sampled, *[last] * (key.sampled - len(sampled))),
+            *(() if states is None else states.chunks.padded(key.state_chunks, self._chunks)),
         ]
         self._steps.run(("mixed", *key), numbers, lambda: self._make(key))
 
     def _make(self, key: MixedKey) -> tuple[Tensor, Callable[[], None]]:
         """Where the numbers of such a step go, and the step."""
         rows, chunks = key.rows, self._chunks
-        flat, (packed, *others) = self._steps.numbers([3 * rows, 1, chunks + 1, chunks, chunks, key.sampled])
+        packed_rows, tables = (3 + NUMBERS, [5 * key.state_chunks, 4 * (chunks + 1)]) if self._states else (3, [])
+        sizes = [packed_rows * rows, 1, chunks + 1, chunks, chunks, key.sampled, *tables]
+        flat, (packed, *others) = self._steps.numbers(sizes)
         inputs = MixedInputs(self._steps.rows(rows, packed), *others)
         return flat, lambda: self._step(inputs, key.path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from tpctl.engine.scheduling.scheduled import ScheduledSequence
-from tpctl.kernels.delta_net.tables import Chunks, NewTokens
+from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
+from tpctl.kernels.delta_net.tables import CHUNK, Chunks, NewTokens
 
 NUMBERS = 3
 """Numbers of a decode: the slots that its state is read from (-1: it begins), left in and copied to (-1: none)."""
@@ -35,6 +36,30 @@ def prompt_chunks(items: Sequence[ScheduledSequence], first: int) -> Chunks:
         sequences.append(NewTokens(first, item.num_new_tokens, item.start, read, state.slot, state.keeps))
         first += item.num_new_tokens
     return Chunks.of(sequences)
+
+
+class StepStates(NamedTuple):
+    """Of a step of decodes and prompts: of the decodes what ``decode_slots`` gives, and the prompts' chunks."""
+
+    columns: list[list[int]]
+    chunks: Chunks
+
+    @classmethod
+    def of(cls, batch: ScheduledBatch) -> StepStates:
+        decodes = batch.num_decodes
+        return cls(decode_slots(batch.items[:decodes]), prompt_chunks(batch.items[decodes:], decodes))
+
+
+def count_chunks(items: Sequence[ScheduledSequence]) -> int:
+    """How many chunks ``prompt_chunks`` makes of them."""
+    found = 0
+    for item in items:
+        assert item.state is not None
+        start = 0
+        for stop in (*(after for after, _ in item.state.keeps), item.num_new_tokens):
+            found += -(-(stop - start) // CHUNK)
+            start = stop
+    return found
 
 
 def flat(columns: Sequence[Sequence[int]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

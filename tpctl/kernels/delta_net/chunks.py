@@ -163,8 +163,26 @@ def _group(
     )
 
 
-def gated_norm(projected: Projected, weights: NetWeights, shape: NetShape, out: torch.Tensor) -> None:
-    """``out`` [T, N * E] in place: RMSNorm over each head, times silu(z)."""
+def working_bytes(shape: NetShape, count: int, dtype: torch.dtype) -> int:
+    """What ``count`` chunks that are computed at once take between the kernels."""
+    blocks, heads = _blocks(shape), shape.value_heads
+    block_d, block_e = blocks["BLOCK_D"], blocks["BLOCK_E"]
+    mixed = 2 * shape.key_heads * block_d + heads * block_e
+    return count * (CHUNK * (mixed + heads * (block_e + 3 * block_d + CHUNK)) * dtype.itemsize + 4 * heads)
+
+
+def gated_norm(
+    projected: Projected,
+    weights: NetWeights,
+    shape: NetShape,
+    out: torch.Tensor,
+    starts_P1: torch.Tensor | None = None,
+) -> None:
+    """``out`` [T, N * E] in place: RMSNorm over each head, times silu(z).
+
+    starts_P1: int32 [P + 1], where the prompts' rows begin, and behind all of them: rows before are left alone, those
+    after are none, and get zeros.
+    """
     if not len(out):
         return
     block_h = min(8, next_power_of_2(shape.value_heads))
@@ -172,12 +190,14 @@ def gated_norm(projected: Projected, weights: NetWeights, shape: NetShape, out: 
         out,
         projected.z,
         weights.norm,
+        weights.norm if starts_P1 is None else starts_P1,
         projected.z.stride(0),
         projected.z_step,
         weights.eps,
         GROUP=shape.group,
         HEADS=shape.value_heads,
         VALUE_DIM=shape.value_dim,
+        PROMPTS=0 if starts_P1 is None else len(starts_P1) - 1,
         BLOCK_H=block_h,
         BLOCK_E=next_power_of_2(shape.value_dim),
         num_warps=4,

@@ -361,12 +361,14 @@ def gated_norm_kernel(
     out_ptr,
     z_ptr,
     norm_ptr,
+    starts_ptr,
     z_stride,
     z_step,
     eps,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    PROMPTS: tl.constexpr,  # 0: all rows are of prompts
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -374,11 +376,16 @@ def gated_norm_kernel(
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     e = tl.arange(0, BLOCK_E)
     inside = (head < HEADS)[:, None] & (e < VALUE_DIM)[None, :]
+    live = inside
+    if PROMPTS > 0:
+        if row < tl.load(starts_ptr):
+            return
+        live = inside & (row < tl.load(starts_ptr + PROMPTS))
     dtype = out_ptr.dtype.element_ty
     place = (row * HEADS + head)[:, None] * VALUE_DIM + e[None, :]
-    x = tl.load(out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(out_ptr + place, mask=live, other=0.0).to(tl.float32)
     z_at = row * z_stride + (head // GROUP * z_step + head % GROUP * VALUE_DIM)[:, None] + e[None, :]
-    z = tl.load(z_ptr + z_at, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + z_at, mask=live, other=0.0).to(tl.float32)
     weight = tl.load(norm_ptr + e, mask=e < VALUE_DIM, other=0.0).to(tl.float32)
     x = (x * tl.rsqrt(tl.sum(x * x, 1) / VALUE_DIM + eps)[:, None]).to(dtype).to(tl.float32)
     x = (x * weight[None, :]).to(dtype).to(tl.float32)

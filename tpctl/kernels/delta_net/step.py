@@ -30,6 +30,9 @@ MOST_STATE = 1 << 15
 REGISTERS = 128
 """Of a thread, so that two programs of eight warps are on a multiprocessor."""
 
+COUNTED_PROGRAMS = 288
+"""Where rows are counted on the device, about what runs at once: more would mostly find nothing to do."""
+
 
 class StepRows(NamedTuple):
     """Where each row of a step has its state, int32 [S]: the slot that it goes on from (-1: it begins), that it is left
@@ -75,23 +78,36 @@ def _mixed(
 
 
 @triton.jit
-def step_kernel(
+def _state_at(head, KEYS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+    """Where a head's matrix lies in a slot, [D, E], and which of that there is."""
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    inside = (d < KEY_DIM)[:, None] & (e < VALUE_DIM)[None, :]
+    return head.to(tl.int64) * (KEY_DIM * VALUE_DIM) + d[:, None] * VALUE_DIM + e[None, :], inside
+
+
+@triton.jit
+def _move_on(
+    state,  # the head's matrix, [D, E]
+    head,
+    row,
+    position,
+    read,
+    write,
+    copy,
+    dt_bias,
+    a_log,
     q_ptr,
     v_ptr,
     z_ptr,
     b_ptr,
     a_ptr,
     taps_ptr,
-    dt_bias_ptr,
-    a_log_ptr,
     norm_ptr,
     matrices_ptr,
     inputs_ptr,
     out_ptr,
-    reads_ptr,
-    writes_ptr,
-    copies_ptr,
-    lens_ptr,
     qkv_stride,
     z_stride,
     gate_stride,
@@ -108,10 +124,8 @@ def step_kernel(
     TAPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    """One head of one row: what it gives is stored, and its state."""
     key = head // GROUP
     member = head % GROUP
     d = tl.arange(0, BLOCK_D)
@@ -119,24 +133,8 @@ def step_kernel(
     in_d = d < KEY_DIM
     in_e = e < VALUE_DIM
     dtype = out_ptr.dtype.element_ty
-    read = tl.load(reads_ptr + row).to(tl.int64)
-    write = tl.load(writes_ptr + row).to(tl.int64)
-    copy = tl.load(copies_ptr + row).to(tl.int64)
-    position = tl.load(lens_ptr + row) - 1
-    inside = in_d[:, None] & in_e[None, :]
-    place = head.to(tl.int64) * (KEY_DIM * VALUE_DIM) + d[:, None] * VALUE_DIM + e[None, :]
-    SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
-    state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0) & (write >= 0), other=0.0)
-    dt_bias = tl.load(dt_bias_ptr + head)
-    a_log = tl.load(a_log_ptr + head)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    out_row = out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e
-    if write < 0:
-        tl.store(out_row, tl.zeros([BLOCK_E], dtype), mask=in_e)
-        return
     CHANNELS: tl.constexpr = 2 * KEYS * KEY_DIM + KEYS * GROUP * VALUE_DIM
+    SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
     # Of a key head's channels one of its value heads moves the state on. Query and key are one tile: as two, smaller
     # than a program has threads, Triton has each thread compute all that it multiplies its part of the state by.
     of = tl.arange(0, 2)
@@ -158,6 +156,7 @@ def step_kernel(
     new = beta * (v - known)
     found += tl.sum(q * k, 0) * new
     state += k[:, None] * new[None, :]
+    place, inside = _state_at(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
     tl.store(matrices_ptr + write * SLOT + place, state, mask=inside)
     if copy >= 0:
         tl.store(matrices_ptr + copy * SLOT + place, state, mask=inside)
@@ -165,7 +164,85 @@ def step_kernel(
     x = found.to(dtype).to(tl.float32)
     x = (x * tl.rsqrt(tl.sum(x * x, 0) / VALUE_DIM + eps)).to(dtype).to(tl.float32)
     x = (x * weight).to(dtype).to(tl.float32)
-    tl.store(out_row, (x * (z / (1.0 + tl.exp(-z)))).to(dtype), mask=in_e)
+    tl.store(out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e, (x * (z / (1.0 + tl.exp(-z)))).to(dtype),
+             mask=in_e)  # fmt: skip
+
+
+@triton.jit
+def step_kernel(
+    q_ptr,
+    v_ptr,
+    z_ptr,
+    b_ptr,
+    a_ptr,
+    taps_ptr,
+    dt_bias_ptr,
+    a_log_ptr,
+    norm_ptr,
+    matrices_ptr,
+    inputs_ptr,
+    out_ptr,
+    reads_ptr,
+    writes_ptr,
+    copies_ptr,
+    lens_ptr,
+    count_ptr,
+    qkv_stride,
+    z_stride,
+    gate_stride,
+    qk_step,
+    key_step,
+    v_step,
+    z_step,
+    gate_step,
+    eps,
+    KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program a head and row; or, where rows are counted on the device, all rows that a program comes by."""
+    head = tl.program_id(0)
+    place, inside = _state_at(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
+    SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
+    dt_bias = tl.load(dt_bias_ptr + head)
+    a_log = tl.load(a_log_ptr + head)
+    if COUNTED:
+        for at in tl.range(tl.program_id(1), tl.load(count_ptr), tl.num_programs(1), num_stages=1):
+            row = tl.full([], 0, tl.int64) + at  # in the interpreter `at` is a plain int
+            read = tl.load(reads_ptr + row).to(tl.int64)
+            write = tl.load(writes_ptr + row).to(tl.int64)
+            copy = tl.load(copies_ptr + row).to(tl.int64)
+            position = tl.load(lens_ptr + row) - 1
+            state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0), other=0.0)
+            _move_on(state, head, row, position, read, write, copy, dt_bias, a_log, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr,
+                     taps_ptr, norm_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step,
+                     key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, TAPS, BLOCK_D,
+                     BLOCK_E)  # fmt: skip
+    else:
+        row = tl.program_id(1).to(tl.int64)
+        read = tl.load(reads_ptr + row).to(tl.int64)
+        write = tl.load(writes_ptr + row).to(tl.int64)
+        copy = tl.load(copies_ptr + row).to(tl.int64)
+        position = tl.load(lens_ptr + row) - 1
+        state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0) & (write >= 0), other=0.0)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        if write < 0:
+            e = tl.arange(0, BLOCK_E)
+            nothing = tl.zeros([BLOCK_E], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e, nothing, mask=e < VALUE_DIM)
+        else:
+            _move_on(state, head, row, position, read, write, copy, dt_bias, a_log, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr,
+                     taps_ptr, norm_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step,
+                     key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, TAPS, BLOCK_D,
+                     BLOCK_E)  # fmt: skip
 
 
 def warps(block_d: int, block_e: int) -> int:
@@ -181,19 +258,25 @@ def step(
     shape: NetShape,
     out: torch.Tensor,
     *,
+    count_1: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """The tokens of S rows, each of a sequence of its own, into ``out`` [S, N * E]; states are moved on.
 
+    count_1: int32 [1], how many of the rows there are, none of them a row that is none; the others are left alone.
+
     Raises:
-        ValueError: a head's matrix is larger than ``MOST_STATE``.
+        ValueError: a head's matrix is larger than ``MOST_STATE``; or rows that are counted are launched early.
     """
     block_d, block_e = next_power_of_2(shape.key_dim), next_power_of_2(shape.value_dim)
     if block_d * block_e > MOST_STATE:
         raise ValueError(f"matrices of {block_d} x {block_e} exceed the {MOST_STATE} numbers of a program")
-    if not len(out):
+    if count_1 is not None and pdl:
+        raise ValueError("rows that are counted on the device are launched behind what comes before them")
+    programs = len(out) if count_1 is None else min(len(out), triton.cdiv(COUNTED_PROGRAMS, shape.value_heads))
+    if not programs:
         return
-    step_kernel[(shape.value_heads, len(out))](
+    step_kernel[(shape.value_heads, programs)](
         projected.q,
         projected.v,
         projected.z,
@@ -206,6 +289,7 @@ def step(
         *state,
         out,
         *rows,
+        rows.lens if count_1 is None else count_1,
         *projected.strides,
         projected.qk_step,
         *projected.steps,
@@ -213,6 +297,7 @@ def step(
         **constants(shape),
         BLOCK_D=block_d,
         BLOCK_E=block_e,
+        COUNTED=count_1 is not None,
         PDL=pdl,
         num_warps=warps(block_d, block_e),
         maxnreg=REGISTERS,

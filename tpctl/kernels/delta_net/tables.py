@@ -55,6 +55,19 @@ class Chunks:
         """Numbers of all chunks, and of all sequences."""
         return sum(map(len, self.chunks)), sum(map(len, self.sequences))
 
+    @property
+    def count(self) -> int:
+        return len(self.chunks[0])
+
+    def padded(self, chunks: int, sequences: int) -> list[int]:
+        """All columns behind each other, of so many chunks and sequences; those that there are not are empty."""
+        found: list[int] = []
+        for column in self.chunks:
+            found += column + [0] * (chunks - len(column))
+        for column in self.sequences:
+            found += column + column[-1:] * (sequences + 1 - len(column))
+        return found
+
     @classmethod
     def of(cls, sequences: Iterable[NewTokens]) -> Chunks:
         made = cls()

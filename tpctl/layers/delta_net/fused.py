@@ -61,11 +61,18 @@ class FusedNet:
         projected = self._projected(rows)
         kept, decodes = NetState(state.matrices, state.inputs), batch.num_decodes
         out = rows.x.new_empty(batch.num_tokens, shape.value_heads * shape.value_dim)
+        assert batch.seq_lens_S is not None
+        reads, writes, copies = tables.rows.unbind(0)
+        own = StepRows(reads, writes, copies, batch.seq_lens_S)
+        if batch.chunks is not None:  # a captured step, in which the device knows which rows are decodes
+            assert tables.chunks is not None
+            starts = batch.chunks.query_start_P1
+            step(projected, weights, kept, own, shape, out, count_1=starts[:1])
+            chunks(projected, weights, kept, tables.chunks, shape, out)
+            gated_norm(projected, weights, shape, out, starts)
+            return out
         if decodes:
-            assert batch.seq_lens_S is not None
-            reads, writes, copies = tables.rows.unbind(0)
-            some, own = slice(0, decodes), StepRows(reads, writes, copies, batch.seq_lens_S)
-            pdl = early_launch(batch.num_tokens, out.device)
+            some, pdl = slice(0, decodes), early_launch(batch.num_tokens, out.device)
             step(projected.rows(some), weights, kept, own, shape, out[some], pdl=pdl)
         if tables.chunks is not None:
             chunks(projected, weights, kept, tables.chunks, shape, out)
