@@ -8,10 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def _ranks(values, index, SIZE: tl.constexpr):
-    """How many of `values` [SIZE] stand before each: the larger ones, and among equals those of a smaller index."""
-    here, there = values[:, None], values[None, :]
-    before = (there > here) | ((there == here) & (index[None, :] < index[:, None]))
-    return tl.sum(before.to(tl.int32), 1)
+    """How many of `values` [SIZE] stand before each: the larger ones, and among equals those of a smaller index.
+
+    Threads lie along the last axis, so that each has one of them and counts by itself.
+    """
+    there, here = values[:, None], values[None, :]
+    before = (there > here) | ((there == here) & (index[:, None] < index[None, :]))
+    return tl.sum(before.to(tl.int32), 0)
 
 
 @triton.jit
