@@ -17,7 +17,7 @@ from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.experts.grouped import TileConfig, most_bytes, pick_tile
 from tpctl.kernels.experts.grouped_codes_kernels import grouped_codes_kernel
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
-from tpctl.kernels.experts.one_row import RowConfig, pick_row
+from tpctl.kernels.experts.one_row import RowConfig, held_of_shared, pick_row
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
 from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_kernel
 from tpctl.kernels.experts.routing_kernels import gate_kernel, route_kernel
@@ -38,6 +38,7 @@ TYPES |= dict.fromkeys(("h_ptr", "shared_h_ptr", "logits_ptr", "correction_ptr",
 # hidden size, width, experts, of a token, activation
 QWEN = (2048, 768, 128, 8, "silu")
 GPT_OSS = (2880, 2880, 32, 4, Clamped(1.702, 7.0))
+QWEN_35B = (2048, 512, 256, 8, "silu")
 DEEPSEEK = (7168, 2048, 256, 8, "silu")
 
 E4M3: dict[str, Any] = {"scale_columns": 56, "unit": 128, "has_rows": True}
@@ -45,6 +46,7 @@ UINT4: dict[str, Any] = {"scale_columns": 64, "unit": 32, "zero": 8}
 E2M1: dict[str, Any] = {"scale_columns": 90, "unit": 32, "exponents": True}
 CASES: list[tuple[int, Any, str, dict[str, Any]]] = [
     (90, QWEN, "", {}),
+    (90, QWEN_35B, "", {}),
     (90, GPT_OSS, "e2m1", E2M1),
     (89, DEEPSEEK, "e4m3", E4M3),
     (80, QWEN, "uint4", UINT4),
@@ -130,13 +132,15 @@ def row_taken(arch: int, model: Any, row: RowConfig, *, stage: int) -> int:
     """Bytes of shared memory that the mixture of one row takes."""
     hidden, width, count, per_token, activation = model
     biases = isinstance(activation, Clamped)
+    held = held_of_shared(hidden, 0 if biases else width, 2, 132, row)
     return taken(
         one_row_kernel, arch, row, IN_FEATURES=hidden, HAS_GATE_BIAS=biases, HAS_SHARED_GATE=False, HAS_NORM=True,
         UNIT_OFFSET=False, **choice_of(count, per_token), SLOTS=per_token,
         COPIES=max(1, 32 * row.num_warps // count), WIDTH=width, SHARED_WIDTH=0 if biases else width,
         HAS_UP_BIAS=biases, HAS_DOWN_BIAS=biases, GATING=activation, INTERLEAVED=biases, HAS_RESIDUAL=True, GATE_N=1,
         GATE_K=1 << (hidden - 1).bit_length(), UP_N=row.up_n, UP_K=row.up_k, UP_STAGES=row.up_stages,
-        DOWN_N=row.down_n, DOWN_K=row.down_k, DOWN_STAGES=row.down_stages, STAGE=stage, **ALONE,
+        DOWN_N=row.down_n, DOWN_K=row.down_k, DOWN_STAGES=row.down_stages, STAGE=stage, SHARED_N=held[0],
+        SHARED_READ=held[1], **ALONE,
     )  # fmt: skip
 
 

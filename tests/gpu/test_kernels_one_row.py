@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET
 from tests.gpu.random_experts import CLAMPED, check_launch, coded_experts, random, random_experts, random_shared, wanted
 from tpctl.arch.routing import Routing
-from tpctl.kernels.experts.one_row import RowConfig, one_row, pick_row
+from tpctl.kernels.experts import one_row as one_row_module
+from tpctl.kernels.experts.one_row import RowConfig, held_of_shared, one_row, pick_row
 from tpctl.kernels.experts.routing import GateScratch, Router, gate_reference
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +73,28 @@ def test_what_is_refused() -> None:
         one_row(random(1, 32, dtype=DTYPES[0]), router, scratch, experts)
     with pytest.raises(ValueError, match="2 rows are more than one"):
         one_row(random(2, 32, dtype=DTYPES[0]), router, scratch, experts)
+
+
+@pytest.mark.parametrize("held", [(0, False), (8, True), (8, False), (0, True)])
+def test_a_shared_expert_is_read_before_the_wait_or_behind_it(held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With features and outputs that fill no tile, and programs that have none."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(one_row_module, "held_of_shared", lambda *sizes: held)
+    experts = random_experts(6, 40, 24, DTYPES[0])
+    router = random_router(6, 2, 40, DTYPES[0])._replace(shared=random(1, 40, dtype=DTYPES[0], scale=0.2))
+    norm = {"norm": (random(40, dtype=DTYPES[0]), 1e-6)}
+    config, shared = RowConfig(8, 64, 2, 16, 32, 2, 4), random_shared(40, 20, DTYPES[0])
+    error = 1e-5 if DTYPES[0] is torch.float32 else 1e-2
+    check(random(1, 40, dtype=DTYPES[0]), router, experts, error, shared=shared, residual=True, config=config, **norm)
+
+
+def test_what_is_read_before_the_wait() -> None:
+    """What fits registers, where a program has one block of down: all of Qwen3.6-35B-A3B's."""
+    row = pick_row(2048, 512, itemsize=2, programs=132, limit=232448)
+    assert held_of_shared(2048, 512, 2, 132, row) == (4, True)
+    assert held_of_shared(2048, 0, 2, 132, row) == (0, False)
+    assert held_of_shared(2048, 1024, 2, 132, row) == (0, False)
+    assert held_of_shared(4096, 512, 2, 132, row._replace(down_n=32)) == (0, True)
 
 
 def test_choice() -> None:

@@ -66,6 +66,23 @@ def _balance(outputs: int, block_n: int, programs: int) -> float:
     return blocks / (-(-blocks // programs) * programs)
 
 
+_HELD = 32 << 10  # bytes of the shared expert's weights that a program has in registers, while it waits
+
+
+def held_of_shared(hidden: int, width: int, itemsize: int, programs: int, config: RowConfig) -> tuple[int, bool]:
+    """What a program reads of the shared expert, whose weights no choice decides about, before it waits: of how many of
+    the features (0: none; they are read like those of the others), and whether its part of down.
+
+    So little of both is left to each that nothing else would hide the time until it has come.
+    """
+    if not width:
+        return 0, False
+    each = next_power_of_2(-(-width // programs))
+    held = 2 * each * next_power_of_2(hidden) * itemsize <= _HELD
+    once = width <= config.down_k and hidden <= programs * config.down_n
+    return each if held else 0, once and config.down_n * config.down_k * itemsize <= _HELD
+
+
 def one_row(
     x_1H: torch.Tensor,
     router: Router,
@@ -104,6 +121,7 @@ def one_row(
         )
     gate_n = next_power_of_2(-(-router.experts // (programs - (router.shared is not None))))
     shared_width = 0 if shared is None else shared.gate_up.shape[0] // 2
+    shared_n, shared_read = held_of_shared(hidden, shared_width, x_1H.element_size(), programs, config)
     out = torch.empty_like(x_1H) if out is None else out
     normed = x_1H if norm is None else x_1H.new_empty(programs, hidden)
     ids = x_1H.new_empty(programs, router.per_token, dtype=torch.int32)
@@ -148,6 +166,8 @@ def one_row(
             SLOTS=next_power_of_2(router.per_token),
             WIDTH=experts.width,
             SHARED_WIDTH=shared_width,
+            SHARED_N=shared_n,
+            SHARED_READ=shared_read,
             HAS_UP_BIAS=experts.gate_up_bias is not None,
             HAS_DOWN_BIAS=experts.down_bias is not None,
             GATING=experts.activation,

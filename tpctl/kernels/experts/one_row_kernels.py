@@ -109,11 +109,13 @@ def _down(
     w_ptr,
     bias_ptr,
     shared_ptr,
+    shared_w,
     first,
     count,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     SHARED_INPUTS: tl.constexpr,  # 0: there is no shared expert
+    SHARED_READ: tl.constexpr,  # whether `shared_w` is its tile already
     HAS_BIAS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -134,9 +136,12 @@ def _down(
         factor = tl.full([BLOCK_N], 1.0, tl.float32)
         if HAS_FACTOR:
             factor *= tl.load(factor_ptr)
-        for k0 in tl.range(0, SHARED_INPUTS, BLOCK_K, num_stages=STAGES):
-            w = load_tile(shared_ptr, row, ok, k0, SHARED_INPUTS, BLOCK_K, False)
-            total = _add_products(total, w, shared_h_ptr, True, factor, k0, SHARED_INPUTS)
+        if SHARED_READ:
+            total = _add_products(total, shared_w, shared_h_ptr, True, factor, 0, SHARED_INPUTS)
+        else:
+            for k0 in tl.range(0, SHARED_INPUTS, BLOCK_K, num_stages=STAGES):
+                w = load_tile(shared_ptr, row, ok, k0, SHARED_INPUTS, BLOCK_K, False)
+                total = _add_products(total, w, shared_h_ptr, True, factor, k0, SHARED_INPUTS)
     ids, weights = _of_slots(ids_ptr, PER_TOKEN, SLOTS), _of_slots(weights_ptr, PER_TOKEN, SLOTS)
     for step in tl.range(0, PER_TOKEN * PARTS, num_stages=STAGES):
         slot, k0 = step // PARTS, step % PARTS * BLOCK_K
@@ -206,6 +211,8 @@ def one_row_kernel(
     COPIES: tl.constexpr,
     WIDTH: tl.constexpr,
     SHARED_WIDTH: tl.constexpr,  # 0: there is no shared expert
+    SHARED_N: tl.constexpr,  # of its features, those that a program has, if it holds all they weigh
+    SHARED_READ: tl.constexpr,  # whether a program reads its part of the shared down at once, for its one block
     HAS_UP_BIAS: tl.constexpr,
     HAS_DOWN_BIAS: tl.constexpr,
     GATING: tl.constexpr,
@@ -232,14 +239,31 @@ def one_row_kernel(
     else:
         own_x_ptr = x_ptr
     ids_ptr += program * PER_TOKEN
+    # Weights that no choice decides about are on their way before the wait, in registers.
+    first_w = 0
+    up_w = 0
+    if STAGE == 1 and SHARED_N > 0:
+        n = program * SHARED_N + tl.arange(0, SHARED_N)
+        row = tl.minimum(n, SHARED_WIDTH - 1).to(tl.int64)
+        first_w = load_tile(shared_up_ptr, row, n < SHARED_WIDTH, 0, IN_FEATURES, GATE_K, False)
+        up_w = load_tile(shared_up_ptr, row + SHARED_WIDTH, n < SHARED_WIDTH, 0, IN_FEATURES, GATE_K, False)
+    if STAGE == 3 and SHARED_READ:
+        n = program * DOWN_N + tl.arange(0, DOWN_N)
+        row = tl.minimum(n, IN_FEATURES - 1).to(tl.int64)
+        first_w = load_tile(shared_down_ptr, row, n < IN_FEATURES, 0, SHARED_WIDTH, DOWN_K, False)
     if PDL and STAGE > 1:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if STAGE == 1:
-        leave_logits(x_ptr, gate_ptr, gate_bias_ptr, shared_gate_ptr, norm_ptr, logits_ptr, normed_ptr, program, True,
-                     eps, IN_FEATURES, HAS_GATE_BIAS, HAS_SHARED_GATE, HAS_NORM, UNIT_OFFSET, COUNT, GATE_N, GATE_K,
-                     PDL)  # fmt: skip
-        if SHARED_WIDTH > 0:
+        x = leave_logits(x_ptr, gate_ptr, gate_bias_ptr, shared_gate_ptr, norm_ptr, logits_ptr, normed_ptr, program,
+                         True, eps, IN_FEATURES, HAS_GATE_BIAS, HAS_SHARED_GATE, HAS_NORM, UNIT_OFFSET, COUNT, GATE_N,
+                         GATE_K, PDL)  # fmt: skip
+        if SHARED_N > 0:
+            wide = x.to(tl.float32)[None, :]
+            value = gated(tl.sum(first_w.to(tl.float32) * wide, 1), tl.sum(up_w.to(tl.float32) * wide, 1), "silu")
+            n = program * SHARED_N + tl.arange(0, SHARED_N)
+            tl.store(shared_h_ptr + n, value, mask=n < SHARED_WIDTH)
+        elif SHARED_WIDTH > 0:
             tl.debug_barrier()
             _gate_up(own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_h_ptr, 0, 0, IN_FEATURES, SHARED_WIDTH, 1,
                      0, False, "silu", False, UP_N, UP_K, UP_STAGES)  # fmt: skip
@@ -258,8 +282,8 @@ def one_row_kernel(
     if STAGE == 3:
         for block in range(program, (IN_FEATURES + DOWN_N - 1) // DOWN_N, tl.num_programs(0)):
             value = _down(block, h_ptr, shared_h_ptr, ids_ptr, weights_ptr, factors_ptr, down_w_ptr, down_bias_ptr,
-                          shared_down_ptr, first, count, WIDTH, IN_FEATURES, SHARED_WIDTH, HAS_DOWN_BIAS,
-                          HAS_SHARED_GATE, PER_TOKEN, SLOTS, DOWN_N, DOWN_K, DOWN_STAGES)  # fmt: skip
+                          shared_down_ptr, first_w, first, count, WIDTH, IN_FEATURES, SHARED_WIDTH, SHARED_READ,
+                          HAS_DOWN_BIAS, HAS_SHARED_GATE, PER_TOKEN, SLOTS, DOWN_N, DOWN_K, DOWN_STAGES)  # fmt: skip
             finish(value[None, :], tl.arange(0, 1), block, 1, out_ptr, residual_ptr, peers_ptr, epochs_ptr, out_stride,
                    residual_stride, row_words, plane_words, IN_FEATURES, HAS_RESIDUAL, RANK, WORLD,
                    PEERS)  # fmt: skip

@@ -197,7 +197,7 @@ def leave_logits(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Logits of experts block * BLOCK_N and on; what they weigh is loaded before the wait for x."""
+    """Logits of experts block * BLOCK_N and on; what they weigh is loaded before the wait for x. Returns x, normed."""
     BLOCKS: tl.constexpr = (COUNT + BLOCK_N - 1) // BLOCK_N
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -228,6 +228,7 @@ def leave_logits(
         tl.store(logits_ptr + tl.where(block == BLOCKS, COUNT, n), logits, mask=n_ok)
     else:
         tl.store(logits_ptr + n, logits, mask=n_ok)
+    return x
 
 
 @triton.jit
