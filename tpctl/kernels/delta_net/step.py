@@ -46,9 +46,31 @@ class StepRows(NamedTuple):
 
 
 @triton.jit
+def _past(
+    taps_ptr,
+    inputs_ptr,
+    channel,
+    inside,
+    position,
+    read,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """What earlier tokens add to the convolution of some channels, float32; and the tap of the one that comes."""
+    tap = tl.load(taps_ptr + (TAPS - 1) * CHANNELS + channel, mask=inside, other=0.0)
+    total = tap * 0.0
+    for back in tl.static_range(1, TAPS):
+        row = (position + (TAPS - back)) % TAPS * CHANNELS
+        old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & (read >= 0), other=0.0)
+        total += old.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1 - back) * CHANNELS + channel, mask=inside, other=0.0)
+    return total, tap
+
+
+@triton.jit
 def _mixed(
     x_ptr,
-    taps_ptr,
+    past,
+    tap,
     inputs_ptr,
     channel,
     inside,
@@ -62,19 +84,32 @@ def _mixed(
 ):
     """The convolution of some channels, silu included, float32; its state is moved on where ``keeps`` says so."""
     x = tl.load(x_ptr, mask=inside, other=0.0)
-    total = x.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1) * CHANNELS + channel, mask=inside, other=0.0)
     saved = inside & keeps
     row = position % TAPS * CHANNELS
     tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, x, mask=saved)
-    tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, x, mask=saved & (copy >= 0))
-    for back in tl.static_range(1, TAPS):
-        row = (position + (TAPS - back)) % TAPS * CHANNELS
-        old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & (read >= 0), other=0.0)
-        total += old.to(tl.float32) * tl.load(taps_ptr + (TAPS - 1 - back) * CHANNELS + channel, mask=inside, other=0.0)
-        if back < TAPS - 1:
+    if (write != read) | (copy >= 0):  # a slot without those before
+        tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, x, mask=saved & (copy >= 0))
+        for back in tl.static_range(1, TAPS - 1):
+            row = (position + (TAPS - back)) % TAPS * CHANNELS
+            old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=saved & (read >= 0), other=0.0)
             tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, old, mask=saved & (write != read))
             tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, old, mask=saved & (copy >= 0))
-    return silu_rounded(total, x.dtype)
+    return silu_rounded(past + x.to(tl.float32) * tap, x.dtype)
+
+
+@triton.jit
+def _channels(head, KEYS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+    """The convolution's of a value head: of its query and key [2, D], and which there are; of its values [E], too.
+
+    Query and key are one tile: as two, smaller than a program has threads, Triton has each thread compute all that it
+    multiplies its part of the state by.
+    """
+    of = tl.arange(0, 2)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    e = tl.arange(0, BLOCK_E)
+    of_keys = (of * KEYS + head // GROUP) * KEY_DIM + d
+    return of_keys, (d < KEY_DIM) & (of >= 0), 2 * KEYS * KEY_DIM + head * VALUE_DIM + e, e < VALUE_DIM
 
 
 @triton.jit
@@ -96,15 +131,18 @@ def _move_on(
     read,
     write,
     copy,
+    qk_past,  # what `_past` gives
+    qk_tap,
+    v_past,
+    v_tap,
     dt_bias,
     a_log,
+    weight,  # of the norm
     q_ptr,
     v_ptr,
     z_ptr,
     b_ptr,
     a_ptr,
-    taps_ptr,
-    norm_ptr,
     matrices_ptr,
     inputs_ptr,
     out_ptr,
@@ -130,23 +168,19 @@ def _move_on(
     member = head % GROUP
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    in_d = d < KEY_DIM
-    in_e = e < VALUE_DIM
     dtype = out_ptr.dtype.element_ty
     CHANNELS: tl.constexpr = 2 * KEYS * KEY_DIM + KEYS * GROUP * VALUE_DIM
     SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
-    # Of a key head's channels one of its value heads moves the state on. Query and key are one tile: as two, smaller
-    # than a program has threads, Triton has each thread compute all that it multiplies its part of the state by.
+    of_keys, in_d, of_values, in_e = _channels(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
+    # Of a key head's channels one of its value heads moves the state on.
     of = tl.arange(0, 2)
-    qk = _mixed(q_ptr + row * qkv_stride + key * key_step + of[:, None] * qk_step + d[None, :], taps_ptr, inputs_ptr,
-                (of * KEYS + key)[:, None] * KEY_DIM + d[None, :], in_d[None, :] & (of >= 0)[:, None], position, read,
-                write, copy, member == 0, CHANNELS, TAPS)  # fmt: skip
+    qk = _mixed(q_ptr + row * qkv_stride + key * key_step + of[:, None] * qk_step + d[None, :], qk_past, qk_tap,
+                inputs_ptr, of_keys, in_d, position, read, write, copy, member == 0, CHANNELS, TAPS)  # fmt: skip
     qk *= tl.rsqrt(tl.sum(qk * qk, 1) + 1e-6)[:, None]
     q = tl.sum(tl.where((of == 0)[:, None], qk, 0.0), 0) * (1.0 / tl.sqrt(KEY_DIM * 1.0))
     k = tl.sum(tl.where((of == 1)[:, None], qk, 0.0), 0)
-    channel = 2 * KEYS * KEY_DIM + head * VALUE_DIM + e
-    v = _mixed(v_ptr + row * qkv_stride + key * v_step + member * VALUE_DIM + e, taps_ptr, inputs_ptr, channel, in_e,
-               position, read, write, copy, True, CHANNELS, TAPS)  # fmt: skip
+    v = _mixed(v_ptr + row * qkv_stride + key * v_step + member * VALUE_DIM + e, v_past, v_tap, inputs_ptr, of_values,
+               in_e, position, read, write, copy, True, CHANNELS, TAPS)  # fmt: skip
     z = tl.load(z_ptr + row * z_stride + key * z_step + member * VALUE_DIM + e, mask=in_e, other=0.0).to(tl.float32)
     gate_at = row * gate_stride + key * gate_step + member
     g, beta = head_gates(tl.load(a_ptr + gate_at).to(tl.float32), tl.load(b_ptr + gate_at), dt_bias, a_log)
@@ -160,10 +194,9 @@ def _move_on(
     tl.store(matrices_ptr + write * SLOT + place, state, mask=inside)
     if copy >= 0:
         tl.store(matrices_ptr + copy * SLOT + place, state, mask=inside)
-    weight = tl.load(norm_ptr + e, mask=in_e, other=0.0).to(tl.float32)
     x = found.to(dtype).to(tl.float32)
     x = (x * tl.rsqrt(tl.sum(x * x, 0) / VALUE_DIM + eps)).to(dtype).to(tl.float32)
-    x = (x * weight).to(dtype).to(tl.float32)
+    x = (x * weight.to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e, (x * (z / (1.0 + tl.exp(-z)))).to(dtype),
              mask=in_e)  # fmt: skip
 
@@ -210,8 +243,11 @@ def step_kernel(
     head = tl.program_id(0)
     place, inside = _state_at(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
     SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
+    CHANNELS: tl.constexpr = 2 * KEYS * KEY_DIM + KEYS * GROUP * VALUE_DIM
+    of_keys, in_d, of_values, in_e = _channels(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
     dt_bias = tl.load(dt_bias_ptr + head)
     a_log = tl.load(a_log_ptr + head)
+    weight = tl.load(norm_ptr + tl.arange(0, BLOCK_E), mask=in_e, other=0.0)
     if COUNTED:
         for at in tl.range(tl.program_id(1), tl.load(count_ptr), tl.num_programs(1), num_stages=1):
             row = tl.full([], 0, tl.int64) + at  # in the interpreter `at` is a plain int
@@ -220,10 +256,12 @@ def step_kernel(
             copy = tl.load(copies_ptr + row).to(tl.int64)
             position = tl.load(lens_ptr + row) - 1
             state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0), other=0.0)
-            _move_on(state, head, row, position, read, write, copy, dt_bias, a_log, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr,
-                     taps_ptr, norm_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step,
-                     key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, TAPS, BLOCK_D,
-                     BLOCK_E)  # fmt: skip
+            qk_past, qk_tap = _past(taps_ptr, inputs_ptr, of_keys, in_d, position, read, CHANNELS, TAPS)
+            v_past, v_tap = _past(taps_ptr, inputs_ptr, of_values, in_e, position, read, CHANNELS, TAPS)
+            _move_on(state, head, row, position, read, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log,
+                     weight, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride,
+                     gate_stride, qk_step, key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM,
+                     TAPS, BLOCK_D, BLOCK_E)  # fmt: skip
     else:
         row = tl.program_id(1).to(tl.int64)
         read = tl.load(reads_ptr + row).to(tl.int64)
@@ -231,6 +269,8 @@ def step_kernel(
         copy = tl.load(copies_ptr + row).to(tl.int64)
         position = tl.load(lens_ptr + row) - 1
         state = tl.load(matrices_ptr + read * SLOT + place, mask=inside & (read >= 0) & (write >= 0), other=0.0)
+        qk_past, qk_tap = _past(taps_ptr, inputs_ptr, of_keys, in_d, position, read, CHANNELS, TAPS)
+        v_past, v_tap = _past(taps_ptr, inputs_ptr, of_values, in_e, position, read, CHANNELS, TAPS)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
@@ -239,10 +279,10 @@ def step_kernel(
             nothing = tl.zeros([BLOCK_E], out_ptr.dtype.element_ty)
             tl.store(out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e, nothing, mask=e < VALUE_DIM)
         else:
-            _move_on(state, head, row, position, read, write, copy, dt_bias, a_log, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr,
-                     taps_ptr, norm_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride, gate_stride, qk_step,
-                     key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM, TAPS, BLOCK_D,
-                     BLOCK_E)  # fmt: skip
+            _move_on(state, head, row, position, read, write, copy, qk_past, qk_tap, v_past, v_tap, dt_bias, a_log,
+                     weight, q_ptr, v_ptr, z_ptr, b_ptr, a_ptr, matrices_ptr, inputs_ptr, out_ptr, qkv_stride, z_stride,
+                     gate_stride, qk_step, key_step, v_step, z_step, gate_step, eps, KEYS, GROUP, KEY_DIM, VALUE_DIM,
+                     TAPS, BLOCK_D, BLOCK_E)  # fmt: skip
 
 
 def warps(block_d: int, block_e: int) -> int:

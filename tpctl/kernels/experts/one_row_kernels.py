@@ -240,8 +240,8 @@ def one_row_kernel(
         own_x_ptr = x_ptr
     ids_ptr += program * PER_TOKEN
     # Weights that no choice decides about are on their way before the wait, in registers.
-    first_w = 0
-    up_w = 0
+    first_w = tl.zeros([1, 1], tl.float32)
+    up_w = first_w
     if STAGE == 1 and SHARED_N > 0:
         n = program * SHARED_N + tl.arange(0, SHARED_N)
         row = tl.minimum(n, SHARED_WIDTH - 1).to(tl.int64)
