@@ -6,7 +6,6 @@ Requests are described by the tables that they are checked by (``client.openai_s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 from tpctl.client.openai_schemas import (
@@ -24,6 +23,7 @@ from tpctl.client.openai_schemas import (
     closed,
     nullable,
 )
+from tpctl.version import __version__
 
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _NUMBER: Schema = {"type": "number"}
@@ -194,7 +194,7 @@ def description(*, keyed: bool) -> dict[str, Any]:
     }
     found: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "tpctl serve", "version": version("tpctl")},
+        "info": {"title": "tpctl serve", "version": __version__},
         "paths": paths,
     }
     if keyed:
