@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -52,17 +54,24 @@ LONG = (
 """Files that take long, the longest first: begun last, one of them would keep a process for itself."""
 
 
-def _place(item: pytest.Item) -> int:
-    """What answers fast comes first, then what takes long, and what fills the end."""
-    if item.path.parent.name == "unit":
-        return -1
-    return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+def places(files: Iterable[Path]) -> dict[Path, float]:
+    """Where each file stands: those that compute (units) in their order, those that mostly wait for engines, hosts and
+    clusters among them, the longest first. Processes that share few cores then seldom all compute, or all wait."""
+    known = list(dict.fromkeys(files))
+    units = [file for file in known if file.parent.name == "unit"]
+    others = sorted((file for file in known if file.parent.name != "unit"), key=_length)
+    return {file: number / len(part) for part in (units, others) for number, file in enumerate(part)}
+
+
+def _length(file: Path) -> int:
+    return LONG.index(file.stem) if file.stem in LONG else len(LONG)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of tests marked ``grid(times)``, take each value of each parameter so often, of those marked ``daily(share)``
     one case of so many, and all with ``--whole-grid``."""
-    items.sort(key=_place)
+    place = places(item.path for item in items)
+    items.sort(key=lambda item: place[item.path])
     if config.getoption("--whole-grid"):
         return
     out: set[pytest.Item] = set()
