@@ -176,6 +176,19 @@ def test_slots_are_taken_ahead_where_some_are_free() -> None:
         scheduler.check_integrity()
 
 
+def test_guesses_take_no_block_that_another_sequence_comes_to_need() -> None:
+    """The older one could have blocks for its guesses all along, and the younger would give up its own for that."""
+    scheduler = make(3, speculation=Speculation(PredictedDrafter(), FREE, shares=PREDICTED))
+    for index, (length, most) in enumerate(((1, 9), (3, 3))):
+        scheduler.add(Request(str(index), [3 + index] * length, SamplingParams(max_tokens=most, ignore_eos=True)))
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.commit(batch, [9] * len(list(batch.sampled)))
+        scheduler.check_integrity()
+    assert scheduler.stats.preemptions == 0
+
+
 def test_no_more_is_drafted_than_may_come() -> None:
     speculation = Speculation(Guess(whole, lambda: False), FREE)
     scheduler = make(40, budget=10, seqs=4, speculation=speculation)

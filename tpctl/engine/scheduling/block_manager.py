@@ -167,9 +167,10 @@ class BlockManager:
         self._add(sequence, needs)
         return now
 
-    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+    def grow(self, sequence: Sequence, num_tokens: int, running: Collection[Sequence] = ()) -> bool:
         """Let ``sequence``, of which ``num_computed_tokens`` are, hold ``num_tokens`` tokens; ``False`` if there is too
-        little left, and then it has what it had, but for blocks that no later query sees."""
+        little left (``running`` as in ``admit``), and then it has what it had, but for blocks that no later query
+        sees."""
         if num_tokens <= sequence.num_slots:
             return True
         if not sequence.block_tables:
@@ -178,7 +179,8 @@ class BlockManager:
             self._slide(sequence)
         blocks = -(-num_tokens // self.block_size)
         needs = [max(0, blocks - len(table)) for table in sequence.block_tables]
-        if self.slabs.slack(needs) < 0:
+        reserve = [self._reserve(pool, running) for pool in self.pools]
+        if self.slabs.slack(map(add, needs, reserve)) < 0:
             return False
         self._add(sequence, needs)
         return True

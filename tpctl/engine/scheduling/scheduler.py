@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 
 from tpctl.engine.scheduling.block_manager import BlockManager, Prefix
 from tpctl.engine.scheduling.pacing import Pace, Pacer
+from tpctl.engine.scheduling.refusal import refusal
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED, Sequence
 from tpctl.engine.scheduling.speculation import Speculation, verified
 from tpctl.engine.scheduling.states import StatePool
-from tpctl.errors import shorten
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.scoring import TokenScore
@@ -121,27 +121,8 @@ class Scheduler:
     def add(self, request: Request) -> Output | None:
         """Queue a request; an ``Output`` with "error" if it cannot be served."""
         length = len(request.token_ids)
-        message = None
-        if not length:
-            message = "the prompt is empty"
-        elif length >= self.max_model_len:
-            message = (
-                f"the prompt has {length} tokens, but at most {self.max_model_len - 1} leave room for an answer "
-                f"within --max-model-len {self.max_model_len}; shorten it or raise the limit"
-            )
-        elif not 0 <= min(request.token_ids) <= max(request.token_ids) < self.vocab_size:
-            worst = max(request.token_ids, key=lambda token: abs(token - self.vocab_size // 2))
-            message = (
-                f"the prompt holds token id {worst}, but the model knows ids 0 to {self.vocab_size - 1}; "
-                "its tokenizer does not belong to it"
-            )
-        elif unknown := [id for id in request.sampling.stop_token_ids if not 0 <= id < self.vocab_size]:
-            message = (
-                f"stop_token_ids holds {shorten(str(unknown[0]))}, but the model knows ids 0 to {self.vocab_size - 1}"
-            )
-        elif unknown := [token for token, _ in request.sampling.logit_bias if not 0 <= token < self.vocab_size]:
-            message = f"logit_bias holds token {unknown[0]}, but the model knows ids 0 to {self.vocab_size - 1}"
-        elif request.id in self._by_id:
+        message = refusal(request, self.max_model_len, self.vocab_size)
+        if message is None and request.id in self._by_id:
             message = f"request id {request.id!r} is already in use"
         if message is not None:
             return Output(request.id, [], "error", message)
@@ -312,12 +293,17 @@ class Scheduler:
                     sequence.alone |= not self.running
                     break
             else:
-                if self.speculation is not None and self.speculation.ahead:  # for guesses, too, if some are free
-                    ahead = sequence.num_computed_tokens + tokens + len(drafts) + self.speculation.ahead
-                    self.blocks.grow(sequence, min(ahead, sequence.max_num_tokens))
                 self._choose(step, sequence, tokens, drafts)
         self.waiting[:0] = turned
+        if self.speculation is not None and self.speculation.ahead and not preempted:
+            self._grow_ahead(step, self.speculation.ahead)
         return preempted
+
+    def _grow_ahead(self, step: _Step, tokens: int) -> None:
+        """Blocks for guesses, too, if that leaves every running sequence one for tokens."""
+        for item in step.items:
+            wanted = min(item.sequence.num_computed_tokens + tokens, item.sequence.max_num_tokens)
+            self.blocks.grow(item.sequence, wanted, self.running.values())
 
     def _admit_waiting(self, step: _Step) -> None:
         states = self.states
