@@ -1,6 +1,7 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
 grids of cases are sampled (of tests marked ``daily`` in parts, by the day); on GPUs they run whole, unless
-``--sampled-grid`` is given. What is only compiled are others every day."""
+``--sampled-grid`` is given. What is only compiled are others every day; of what the interpreter runs, half the sample
+one day and half the next."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ _TIMES = 1
 """How often each value of each parameter is run at least, where its grid has as many cases of it."""
 _SMALL = 6
 """Cases that a test may have before it is sampled."""
+_DAYS = 2
+"""In which the interpreter runs all of a sample."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,4 +42,5 @@ def _few(cases: list[pytest.Item]) -> list[pytest.Item]:
     if len(cases) <= _SMALL:
         return cases
     compiled = cases[0].path.name.startswith("test_compile")
-    return sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)
+    taken = sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)
+    return [case for place, case in enumerate(taken) if (place + today()) % _DAYS == 0] if INTERPRET else taken
