@@ -7,16 +7,21 @@ launches shortly before the step that runs is expected to end: what comes until 
 
     device   | step N                         | step N + 1 ...
     host     | tokens of N - 1 | waits    |schedule, launch|
-                                          ^ due: N's beginning + what it takes at least - margin
+                                          ^ due: N's beginning + what it takes - margin
 
-What a step takes is known from steps of its size a moment ago, as the host saw them end: the least of the last few,
-since too early costs a late request some time, and too late costs every answer some. The margin is what the host's own
-work took from when it was due, at the 90th percentile of the last steps, and some slack.
+What a step takes is known from steps of its size a moment ago, as the host saw them end: their median. The least would
+be no safer: where the host sees one end late, the next one seems as much shorter, and all that follow would be launched
+as much earlier. The margin is what the host's own work took from when it was due, at the 90th percentile of the last
+steps, and some slack.
 
-Every ``_PROBE``-th step is launched at once. These alone say what a step takes; what others take, which may have waited
-for a launch, only lowers it. The slack doubles when a step was launched hardly before the one before it ended, or not
-even that; and when steps that were held take longer than those launched at once, as they do where another rank, which
-hears of a launch later than rank 0, comes too late. It goes back slowly.
+One of ``_PROBE`` steps is launched at once, fewer when nothing comes of it, since what comes during that one waits, and
+one when those that are held seem to take longer. These alone say what a step takes; what others take, which may have
+waited for a launch, only lowers it.
+
+The slack doubles when a step was launched hardly before the one before it ended, or not even that, and soon goes back:
+a late launch costs a pause of some tenths of a millisecond once, a large margin makes every other request wait for a
+whole step. Steps that were held take longer than those launched at once where another rank, which hears of a launch
+later than rank 0, comes too late: then the margin grows by twice of what they take longer, and goes back slowly.
 
 A wrong guess costs the device a pause and no result: all that depends on it is when rank 0 goes on.
 """
@@ -28,21 +33,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import median
 
 from tpctl.engine.runners.runner import Launched
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 
 _KNOWN = 3  # steps launched at once that say what their like take
-_PROBE = 32  # of so many steps one is launched at once; what steps took so long ago says nothing any more
+_PROBE, _MOST_PROBE = 32, 256  # of so many steps one is launched at once
+_RECENT = 32  # what steps took that were not among so many says nothing any more
 _LEAST = 1e-3  # seconds from a step's beginning to a launch that are worth it
 _NEAR = 0.1e-3  # a step that is waited for no longer than this had maybe ended before
 _SLACK = 0.2e-3  # seconds that the margin has beside the host's work, at least
 _MOST_SLACK = 4e-3
-_RETURN = 0.998  # of the slack beyond the least is left after each step
+_RETURN = 0.99  # of the slack beyond the least is left after each step,
+_RETURN_OTHERS = 0.94  # and of what other ranks are given after a comparison
 _WORK = 32  # steps whose work on the host is remembered
 _SHARE = 0.9  # of them the margin covers
-_SLOWER = 1.005  # of what steps launched at once take, and others are too late
+_ENOUGH = 16  # held steps that say whether they take longer
+_SLOWER = 0.005  # of what steps launched at once take: so much longer, and they are launched too late
+_OTHER = 1.05  # so much longer or shorter, though launched at once, and it is another thing that they do
 _MOST_TOKENS = 512  # of a step that takes as long as the last one of its size did
 
 
@@ -51,24 +60,48 @@ class _Like:
     """What steps of a size took: the last that were launched at once, and others."""
 
     at_once: deque[float] = field(default_factory=lambda: deque(maxlen=_KNOWN))
-    held: list[float] = field(default_factory=list)  # since the last one that was launched at once
+    held: deque[float] = field(default_factory=lambda: deque(maxlen=_PROBE))
+    since: int = 0  # held ones since the last that was launched at once
+    probe: int = _PROBE  # of these, until the next one is
     seen: int = 0  # the number of the last step
 
     def expected(self) -> float | None:
-        """Seconds that the next one takes at least; ``None``: it should be found out."""
-        if len(self.at_once) < _KNOWN or len(self.held) >= _PROBE - 1:
+        """Seconds that the next one takes; ``None``: the step behind it is to be launched at once, to find out."""
+        if len(self.at_once) < _KNOWN:
             return None
-        return min(*self.held, *self.at_once)
+        if self.since >= self.probe or (self.since >= _ENOUGH and self._longer() > 0):
+            self.since = 0
+            return None
+        return min(median(self.at_once), median([*self.at_once, *self.held]))
 
-    def learn(self, took: float, held: bool) -> bool:
-        """Take in what a step took; whether it has turned out that those which were held take longer than others."""
+    def learn(self, took: float, held: bool) -> float | None:
+        """Take in what a step took; if it tells, seconds by which those that were held take longer than others."""
         if held:
             self.held.append(took)
-            return False
+            self.since += 1
+            return None
+        if self.at_once and not 1 / _OTHER < took / median(self.at_once) < _OTHER:
+            self.at_once.clear()
+            self.held.clear()
         self.at_once.append(took)
-        slower = bool(self.held) and fmean(self.held) > _SLOWER * max(self.at_once)
+        self.since = 0
+        if len(self.held) < _ENOUGH:
+            return None
+        longer = self._longer()
         self.held.clear()
-        return slower
+        self.probe = _PROBE if longer else min(2 * self.probe, _MOST_PROBE)
+        return longer
+
+    def doubt(self) -> None:
+        """One seemed to take less than it should: hold no more before the next one that is launched at once has."""
+        if len(self.at_once) == _KNOWN:
+            self.at_once.popleft()
+
+    def _longer(self) -> float:
+        """Seconds by which those that were held take longer, if that is more than chance."""
+        longest = max(self.at_once)
+        longer = median(self.held) - longest
+        return longer if longer > _SLOWER * longest else 0.0
 
 
 class LaunchTime:
@@ -84,13 +117,15 @@ class LaunchTime:
         self.late_steps = 0
         self._clock = clock
         self._least_slack = self._slack = _SLACK + allowance
+        self._others = 0.0  # seconds that the margin has for other ranks beside
         self._work: deque[float] = deque(maxlen=_WORK)
         self._known: dict[Hashable, _Like] = {}
         self._running: Launched | None = None
         self._begun = 0.0  # when the device began it
         self._held = False  # whether it was launched when it was due
         self._asked = 0.0  # when it was last asked how long to wait,
-        self._due: float | None = None  # and what was said
+        self._due: float | None = None  # and what was said,
+        self._end = 0.0  # as that was when the device ends
         self._steps = 0
 
     def left(self, running: Launched | None, before: Launched | None) -> float:
@@ -110,41 +145,45 @@ class LaunchTime:
         after = expected - self._margin()
         if after < _LEAST or self._begun + after <= self._asked:
             return 0.0
-        self._due = self._begun + after
+        self._due, self._end = self._begun + after, self._begun + expected
         return self._due - self._asked
 
     def _follow(self, running: Launched, before: Launched) -> None:
         """Learn from a step that has ended, behind which another one was launched."""
         self._steps += 1
-        held = self._due is not None and running.launched_at >= self._due
+        held = self._due is not None and running.launched_at >= self._due and not running.batch.num_prefills
         if self._due is None or held:  # else a request came, and nobody knows when
             self._work.append(running.launched_at - (self._asked if self._due is None else self._due))
         late = before.ended_at - running.launched_at < _NEAR
         self.held_steps += held
         self.late_steps += held and late
-        wrong = held and late
         size = kind(before.batch)
+        self._slack = self._least_slack + (self._slack - self._least_slack) * _RETURN
         if late:
-            self._known.pop(size, None)
+            if self._due is None:
+                self._known.pop(size, None)
+            elif held:  # else a request came, hardly before the end
+                self._slack = min(2 * self._slack, _MOST_SLACK)
+                if size in self._known and before.ended_at < self._end:
+                    self._known[size].doubt()
         elif size is not None:
             like = self._known.setdefault(size, _Like())
-            if self._steps - like.seen > _PROBE:
+            if self._steps - like.seen > _RECENT:
                 like = self._known[size] = _Like()
             like.seen = self._steps
-            wrong |= like.learn(before.ended_at - self._begun, self._held)
-        self._slack = self._least_slack + (self._slack - self._least_slack) * _RETURN
-        if wrong:
-            self._slack = min(2 * self._slack, _MOST_SLACK)
+            longer = like.learn(before.ended_at - self._begun, self._held)
+            if longer is not None:
+                self._others = min(_RETURN_OTHERS * self._others + 2 * longer, _MOST_SLACK)
         self._begun, self._held = running.launched_at if late else before.ended_at, held
 
     def _expected(self, size: Hashable) -> float | None:
         like = self._known.get(size)
-        return None if like is None or self._steps - like.seen > _PROBE else like.expected()
+        return None if like is None or self._steps - like.seen > _RECENT else like.expected()
 
     def _margin(self) -> float:
         """Seconds before a step's end at which the next one is due."""
         work = sorted(self._work)
-        return work[math.ceil(_SHARE * len(work)) - 1] + self._slack
+        return work[math.ceil(_SHARE * len(work)) - 1] + self._slack + self._others
 
 
 def kind(batch: ScheduledBatch) -> Hashable:
