@@ -30,12 +30,16 @@ def test_a_pace_pays_where_layers_are_large(policy: str, megabytes: int, paced: 
     [
         (0, 5000, 100, [(200, 50)], 64),  # as many as fill the rows
         (40, 5000, 100, [(200, 50)], 24),
-        (64, 5000, 100, [(200, 50)], 4),  # only what must not start too late: 200 tokens in 50 steps
-        (50, 5000, 100, [(700, 90)], 70),
+        (60, 5000, 100, [(200, 50)], 4),  # what must not start too late: 200 tokens in 50 steps
+        (61, 5000, 100, [(200, 50)], 67),  # a step of more rows is a full one of twice as many
+        (64, 5000, 100, [(200, 50)], 64),
+        (50, 5000, 100, [(700, 90)], 78),
+        (58, 5000, 100, [(700, 90)], 70),  # the most that is paced
         (90, 5000, 100, [(700, 90)], None),  # 90 and 70 are more than 128
-        (50, 5000, 100, [(100, 95), (1000, 50)], 22),  # 1,100 in 50 steps, 100 in 5
-        (0, 5000, 100, [(100, 99)], 100),
-        (0, 5000, 100, [(100, 120)], 100),  # too late already: at once
+        (43, 5000, 100, [(100, 95), (1000, 50)], 85),  # 1,100 in 50 steps, 100 in 5
+        (42, 5000, 100, [(100, 95), (1000, 50)], 22),
+        (0, 5000, 100, [(100, 99)], 128),
+        (0, 5000, 100, [(100, 120)], 128),  # too late already: at once
         (0, 12801, 100, [(200, 50)], None),  # more than 128 tokens a step until the end
         (0, 5000, 100, [(2, 98)] * 16, 64),  # 8 chunks in each of 2 steps
         (0, 5000, 100, [(2, 98)] * 17, None),

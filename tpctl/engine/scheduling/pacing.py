@@ -6,7 +6,8 @@ themselves they cost what their arithmetic costs. On the other hand, a request t
 
 So the requests with the most tokens still to generate start first, and a step computes as many prompt tokens as bring
 it to ``Pace.rows``, or more where a request would otherwise start so late that it ends after all others: its prompt
-must be computed while the steps that are left until the end of the job are as many as its answer takes.
+must be computed while the steps that are left until the end of the job are as many as its answer takes. Such a step is
+filled to twice ``Pace.rows``: linears take tiles of rows, and a few rows beyond full tiles cost as much as many.
 
 Where that is more than a step of ``Pace.limit`` holds, waiting gains nothing, and prompts are computed as fast as they
 can, in the order of arrival. The number of tokens still to generate is taken from ``max_tokens``: a request may end
@@ -27,8 +28,8 @@ _FEW = 32  # answers that must have ended before their lengths say anything
 
 
 class Pace(NamedTuple):
-    """What a device computes beside decodes: ``rows`` tokens of a step cost little more than a few, and more than
-    ``limit`` are not worth spreading prompts for. ``chunks``: parts of prompts in a step at most."""
+    """What a device computes beside decodes: ``rows`` tokens of a step, which fill its tiles, cost little more than a
+    few, and more than ``limit`` are not worth spreading prompts for. ``chunks``: parts of prompts in a step at most."""
 
     rows: int
     limit: int
@@ -56,14 +57,17 @@ def prefill_budget(pace: Pace, decodes: int, work: int, horizon: int, pending: I
     """
     if work > pace.limit * horizon:
         return None
-    budget, tokens = max(pace.rows - decodes, 0), 0
+    budget = tokens = 0
     for count, (prompt, answer) in enumerate(pending, 1):
         tokens += prompt
         steps = max(horizon - answer, 1)
         if count > pace.chunks * steps:
             return None
         budget = max(budget, -(-tokens // steps))
-    return None if decodes + budget > pace.limit else budget
+    if decodes + budget > pace.limit:
+        return None
+    full = max(1, -(-(decodes + budget) // pace.rows)) * pace.rows
+    return min(full, pace.limit) - decodes
 
 
 class Pacer:
