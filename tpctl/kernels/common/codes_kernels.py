@@ -56,19 +56,14 @@ def _uint4(scaled: bool) -> str:
     return _asm(4, _constants(one=_ONE, none=_MINUS_ZERO) + body)
 
 
-def _half(kind: str, scaled: bool, odd: bool) -> str:
-    """One plane of `_uint4` or `_e2m1`. $0, $1: inputs; $2: bytes; $3, $4: -(128 + zero); $5, $6: scales."""
+def _uint4_half(scaled: bool, odd: bool) -> str:
+    """One plane of `_uint4`. $0, $1: inputs; $2: bytes; $3, $4: -(128 + zero); $5, $6: scales."""
     body = []
     for pair in range(2):
-        out, moved = f"r{pair}", odd == (kind == "uint4")
-        body += [_pair("t", 2 * pair, high=kind == "e2m1")]
-        body += [f"{'shr.u32' if kind == 'uint4' else 'shl.b32'} t, t, 4;"] if moved else []
-        if kind == "uint4":
-            body += [_bits(out, "t", 0x000F000F, f"{_MAGIC:#x}"), f"fma.rn.bf16x2 {out}, {out}, one, ${3 + pair};"]
-            body += [f"fma.rn.bf16x2 {out}, {out}, ${5 + pair}, none;"] if scaled else []
-        else:
-            body += ["shr.u32 v, t, 6;", "and.b32 v, v, 0x01c001c0;", _bits(out, "t", _MINUS_ZERO, "v")]
-            body += [f"fma.rn.bf16x2 {out}, {out}, ${5 + pair}, none;"]
+        out = f"r{pair}"
+        body += [_pair("t", 2 * pair, high=False), *(["shr.u32 t, t, 4;"] if odd else [])]
+        body += [_bits(out, "t", 0x000F000F, f"{_MAGIC:#x}"), f"fma.rn.bf16x2 {out}, {out}, one, ${3 + pair};"]
+        body += [f"fma.rn.bf16x2 {out}, {out}, ${5 + pair}, none;"] if scaled else []
     return _asm(2, _constants(one=_ONE, none=_MINUS_ZERO) + body)
 
 
@@ -112,9 +107,8 @@ def _constants(**values: int) -> list[str]:
 
 _UINT4, _UINT4_SCALED = tl.constexpr(_uint4(False)), tl.constexpr(_uint4(True))
 _E2M1 = tl.constexpr(_e2m1())
-_UINT4_EVEN, _UINT4_ODD = (tl.constexpr(_half("uint4", False, odd)) for odd in (False, True))
-_UINT4_EVEN_SCALED, _UINT4_ODD_SCALED = (tl.constexpr(_half("uint4", True, odd)) for odd in (False, True))
-_E2M1_EVEN, _E2M1_ODD = (tl.constexpr(_half("e2m1", True, odd)) for odd in (False, True))
+_UINT4_EVEN, _UINT4_ODD = (tl.constexpr(_uint4_half(False, odd)) for odd in (False, True))
+_UINT4_EVEN_SCALED, _UINT4_ODD_SCALED = (tl.constexpr(_uint4_half(True, odd)) for odd in (False, True))
 _INT8, _INT8_SCALED = tl.constexpr(_int8(False)), tl.constexpr(_int8(True))
 _E4M3, _E4M3_SCALED = tl.constexpr(_e4m3(False)), tl.constexpr(_e4m3(True))
 
@@ -207,12 +201,11 @@ def fast_pair(w, minus, factor, KIND: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
-def fast_half(w, minus, factor, KIND: tl.constexpr, SCALED: tl.constexpr, ODD: tl.constexpr):
-    """One of the two that `fast_pair` gives: Triton makes what has one result where it is taken from."""
-    E2M1: tl.constexpr = _E2M1_ODD if ODD else _E2M1_EVEN
-    UINT4: tl.constexpr = _UINT4_ODD if ODD else _UINT4_EVEN
-    UINT4_SCALED: tl.constexpr = _UINT4_ODD_SCALED if ODD else _UINT4_EVEN_SCALED
-    ASM: tl.constexpr = E2M1 if KIND == "e2m1" else UINT4_SCALED if SCALED else UINT4
+def fast_half(w, minus, factor, SCALED: tl.constexpr, ODD: tl.constexpr):
+    """One of the two that `fast_pair` gives of uint4: Triton makes what has one result where it is taken from."""
+    PLAIN: tl.constexpr = _UINT4_ODD if ODD else _UINT4_EVEN
+    TIMES: tl.constexpr = _UINT4_ODD_SCALED if ODD else _UINT4_EVEN_SCALED
+    ASM: tl.constexpr = TIMES if SCALED else PLAIN
     return tl.inline_asm_elementwise(ASM, "=r,=r,r,r,r,r,r", [w, minus, factor], tl.bfloat16, is_pure=True, pack=4)
 
 

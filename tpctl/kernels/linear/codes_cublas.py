@@ -18,13 +18,8 @@ from tpctl.kernels.linear.codes_gemm import quantize_rows
 BLOCK = 128
 """Inputs, and outputs, that share a scale where blocks have them."""
 
-_ALWAYS = 257
-"""Rows from which on cuBLAS multiplies whatever has a scale an output. Measured on an H200, 4096x4096: 17.9 us of ours
-16.2 at 256 rows, 20.6 of 23.7 at 512, rounding included."""
-_LARGE = 97
-"""The same for large matrices: gate and up of Llama-8B take 44.9 of 37.4 us at 64 rows, 40.2 of 47.5 at 128."""
-_LARGE_MATRIX = 1 << 25
-"""Weights of a large one."""
+_FEW = 64
+"""Rows that need no more than one tile of ours, whose outputs are then as many programs as there are."""
 
 
 class CublasScales(NamedTuple):
@@ -63,11 +58,15 @@ def _version(cuda: str) -> tuple[int, ...]:
     return tuple(int(part) for part in cuda.split(".")[:2])
 
 
-def takes_rows(rows: int, codes: Codes, block: int | None) -> bool:
-    """Whether so many rows are multiplied by cuBLAS rather than by `scaled_gemm`."""
-    if block is not None:
-        return False  # not measured yet
-    return rows >= (_LARGE if codes.outputs * codes.columns >= _LARGE_MATRIX else _ALWAYS)
+def takes_rows(rows: int, codes: Codes, block: int | None, multiprocessors: int) -> bool:
+    """Whether so many rows are multiplied by cuBLAS rather than by `scaled_gemm`.
+
+    Measured on an H200 from 64 to 16,384 rows, six matrices: with scales for blocks, cuBLAS wins from there on; with a
+    scale an output, where our tiles of 64 rows and 128 outputs are more than the device computes at once.
+    """
+    if rows <= _FEW:
+        return False
+    return block is not None or -(-rows // 64) * -(-codes.outputs // 128) > multiprocessors
 
 
 def cublas_linear(
@@ -82,14 +81,21 @@ def cublas_linear(
 ) -> Tensor:
     """norm(x) @ decode(codes).T + bias, [T, N] bfloat16, x rounded as `quantize_rows` does in the launch with its norm.
 
-    x_TK: [T, K] bfloat16, columns contiguous. scales: of `cublas_scales`. Sums of products are added in float32 (no
-    "fast accumulation").
+    x_TK: [T, K] bfloat16, columns contiguous. scales: of `cublas_scales`. A block's products are added in float32.
+    Where a row has one scale the tensor cores keep the sums, 14 bits of them ("fast accumulation"): an error of 0.3%
+    for K = 14,336, beside 2.6% of rounding x (docs/kernel-notes.md).
     """
     rows = len(x_TK)
     q, q_scales = quantize_rows(
         x_TK, "e4m3", scales.block, norm=norm, unit_offset=unit_offset, columns_first=scales.block is not None, pdl=pdl
     )
     found: Tensor = torch._scaled_mm(
-        q, codes.values.T, q_scales, scales.scales, bias=bias_N, out_dtype=x_TK.dtype, use_fast_accum=False
+        q,
+        codes.values.T,
+        q_scales,
+        scales.scales,
+        bias=bias_N,
+        out_dtype=x_TK.dtype,
+        use_fast_accum=scales.block is None,
     )
     return found[:rows]

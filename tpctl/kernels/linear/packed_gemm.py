@@ -1,4 +1,4 @@
-"""Linears of 64 rows and more whose weights have 4 bits, on a Hopper's tensor cores, which multiply in bfloat16.
+"""Linears of some hundred rows whose weights have 4 bits, on a Hopper's tensor cores, which multiply in bfloat16.
 
 The tensor cores take W from registers, where its numbers are made, and x from shared memory, so each weight becomes a
 number once for all rows of a tile. The even and the odd inputs of packed bytes stay apart all the way
@@ -15,13 +15,15 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import launch_options
 from tpctl.kernels.linear.codes_linear import as_bytes, form_of
 from tpctl.kernels.linear.codes_tiles import Form
 from tpctl.kernels.linear.packed_gemm_kernels import packed_gemm_kernel, take_apart_kernel
 
 _BLOCK = 1024
+_ROWS = ((32, 256), (448, 512))
+"""More than so many rows, and at most so many: fewer are faster by `codes_linear`, and others decoded."""
 
 
 class PackedConfig(NamedTuple):
@@ -34,14 +36,29 @@ class PackedConfig(NamedTuple):
     num_stages: int
 
 
-def packed_form(codes: Codes, most_bytes: int) -> tuple[Form, int, int] | None:
-    """As `form_of`, where the kernel takes such codes: bytes of a tile then fit the row, and lie at multiples of 16."""
-    if codes.kind not in PACKED or codes.groups is not None:
+def pick_packed(rows: int, codes: Codes, capability: tuple[int, int], multiprocessors: int) -> PackedConfig | None:
+    """None where another way is faster: measured on an H200 in groups of 128, tiles of all rows win where the outputs
+    alone are enough programs, and two full ones of 256 rows; else decoded numbers do."""
+    if capability[0] != 9 or -(-codes.outputs // 128) < multiprocessors:
+        return None
+    if not any(least < rows <= most for least, most in _ROWS):
+        return None
+    if rows <= 64:
+        config = PackedConfig(64, 128, 64, 8, 4)
+    else:
+        config = PackedConfig(128, 128, 32, 8, 4) if rows <= 128 else PackedConfig(256, 128, 64, 8, 3)
+    return None if packed_form(codes, config.bytes) is None else config
+
+
+def packed_form(codes: Codes, most_bytes: int) -> tuple[Form, int] | None:
+    """How a tile is read, and the bytes of a row in it, where the kernel takes such codes: integers with one scale for
+    a tile, which then fits the row and lies at multiples of 16 bytes."""
+    if codes.kind != "uint4" or codes.groups is not None:
         return None
     form, tile, groups = form_of(codes, most_bytes, fast=True)
-    if not form.fast or tile < 32 or codes.columns % (2 * tile):
+    if not form.fast or groups != 1 or tile < 32 or codes.columns % (2 * tile):
         return None
-    return form, tile, groups
+    return form, tile
 
 
 def take_apart(x_TK: Tensor, *, pdl: bool = False) -> Tensor:
@@ -68,7 +85,7 @@ def packed_gemm(
     rows, columns = x_TK.shape
     found = packed_form(codes, config.bytes)
     assert found is not None, "another way multiplies by such codes"
-    form, tile, groups = found
+    form, tile = found
     apart = take_apart(x_TK, pdl=pdl)
     out = x_TK.new_empty((rows, codes.outputs))
     packed_gemm_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(codes.outputs, config.block_n),)](
@@ -88,7 +105,6 @@ def packed_gemm(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BYTES=tile,
-        GROUPS=groups,
         STAGES=config.num_stages,
         PDL=pdl,
         num_warps=config.num_warps,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.common.codes_kernels import fast_half, lifted, minus_zero, unlifted
-from tpctl.kernels.linear.codes_tiles import along, code_rows, tile_scales
+from tpctl.kernels.common.codes_kernels import fast_half, minus_zero
+from tpctl.kernels.linear.codes_tiles import code_rows, tile_scales
 
 
 @triton.jit
@@ -41,7 +41,6 @@ def packed_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BYTES: tl.constexpr,
-    GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -60,23 +59,20 @@ def packed_gemm_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    next_scale, next_zero = tile_scales(s_rows, z_rows, 0, FORM, BYTES, GROUPS)
+    next_scale, next_zero = tile_scales(s_rows, z_rows, 0, FORM, BYTES, 1)
     for i in tl.range(0, HALF // BYTES, num_stages=STAGES):
         scale, zero = next_scale, next_zero
         if SCALED:  # a tile ahead: codes come through shared memory, and these do not
-            next_scale, next_zero = tile_scales(s_rows, z_rows, (i + 1) * BYTES, FORM, BYTES, GROUPS)
+            next_scale, next_zero = tile_scales(s_rows, z_rows, (i + 1) * BYTES, FORM, BYTES, 1)
         codes = w.load([n0, i * BYTES])
         even = x.load([m0, i * BYTES])
         odd = x.load([m0, HALF + i * BYTES])
+        # Unlike `along`, a broadcast is where the tensor cores want it.
+        minus = tl.broadcast_to(minus_zero(zero, KIND), codes.shape)
         factor = scale if SCALED else tl.full(scale.shape, 1.0, tl.float32)
-        minus, factor = minus_zero(zero, KIND), lifted(factor, KIND)
-        if GROUPS == 1:  # unlike `along`, a broadcast is where the tensor cores want it
-            minus, factor = tl.broadcast_to(minus, codes.shape), tl.broadcast_to(factor, codes.shape)
-        else:
-            minus, factor = along(minus, BYTES), along(factor, BYTES)
-        acc = tl.dot(fast_half(codes, minus, factor, KIND, SCALED, False), even.T, acc)
-        acc = tl.dot(fast_half(codes, minus, factor, KIND, SCALED, True), odd.T, acc)
-    acc = unlifted(acc, KIND)
+        factor = tl.broadcast_to(factor.to(tl.bfloat16), codes.shape)
+        acc = tl.dot(fast_half(codes, minus, factor, SCALED, False), even.T, acc)
+        acc = tl.dot(fast_half(codes, minus, factor, SCALED, True), odd.T, acc)
     if not SCALED:
         acc *= next_scale
     if FORM.has_factors:

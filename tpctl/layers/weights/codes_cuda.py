@@ -21,6 +21,7 @@ from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pi
 from tpctl.kernels.linear.codes_gemv import codes_gemv, pick_codes_gemv
 from tpctl.kernels.linear.codes_linear import codes_linear, may_be_fast, pick_codes
 from tpctl.kernels.linear.gemv import GemvScratch
+from tpctl.kernels.linear.packed_gemm import PackedConfig, packed_gemm, pick_packed
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.codes import CodesWeight
 from tpctl.layers.weights.kernels import GpuFacts, StepState, fused, normed
@@ -49,6 +50,8 @@ class KernelCodesWeight(CodesWeight):
             assert self._cublas is not None
             return cublas_linear(x, self.codes, self._cublas, bias, **fused(norm), pdl=self._state.pdl)
         x = x if norm is None else normed(x, norm, self._state)
+        if isinstance(way, PackedConfig):
+            return packed_gemm(x, self.codes, way, bias_N=bias, pdl=self._state.pdl)
         return decoded_linear(x, self.codes, bias, pdl=self._state.pdl)
 
     def gated(self, x: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None = None) -> Tensor:
@@ -67,13 +70,18 @@ class KernelCodesWeight(CodesWeight):
         else:
             residual.add_(self.linear(x, bias))
 
-    def _way(self, x: Tensor) -> Way | Literal["cublas"]:
+    def _way(self, x: Tensor) -> Way | Literal["cublas"] | PackedConfig:
         if not self._facts.takes(x):  # cuBLAS multiplies float32 faster
             return "decoded"
-        scales = self._cublas
-        if scales is not None and x.dtype == torch.bfloat16 and takes_rows(x.shape[0], self.codes, scales.block):
-            return "cublas"
-        return pick_way(x.shape[0], self.codes, capability(x.device), self._facts.multiprocessors)
+        rows, arch, multiprocessors = x.shape[0], capability(x.device), self._facts.multiprocessors
+        if x.dtype == torch.bfloat16:
+            scales = self._cublas
+            if scales is not None and takes_rows(rows, self.codes, scales.block, multiprocessors):
+                return "cublas"
+            packed = pick_packed(rows, self.codes, arch, multiprocessors)
+            if packed is not None:
+                return packed
+        return pick_way(rows, self.codes, arch, multiprocessors)
 
     def _stored(
         self,
