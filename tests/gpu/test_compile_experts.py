@@ -19,7 +19,7 @@ from tpctl.kernels.experts.grouped_codes_kernels import grouped_codes_kernel
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
 from tpctl.kernels.experts.one_row import RowConfig, held_of_shared, pick_row
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
-from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_kernel
+from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_few_kernel, _place_kernel
 from tpctl.kernels.experts.routing_kernels import gate_kernel, route_kernel
 from tpctl.kernels.linear.codes_linear import form_of
 
@@ -151,7 +151,7 @@ def choice_of(count: int, per_token: int) -> dict[str, Any]:
     return chosen | {"ROWS": groups, "SIZE": count // groups}
 
 
-AROUND = ("route", "gate", "count", "place one chunk", "place many", "sum")
+AROUND = ("route", "gate", "count", "place few", "place many", "sum")
 
 
 @pytest.mark.parametrize("what", AROUND)
@@ -161,14 +161,13 @@ def test_what_is_around_them_fits(arch, model, what) -> None:
     chosen = choice_of(count, per_token)
     gate = {"IN_FEATURES": hidden, "HAS_BIAS": True, "HAS_SHARED": True, "HAS_NORM": True, "UNIT_OFFSET": False}
     place = {"EXPERTS": count, "CHUNK": CHUNK}
-    places = {"BLOCK_M": 64, "BLOCK": 64, "STEP": 256, "COUNTED": 1024, **place}
     sums = {"COLUMNS": hidden, "PER_TOKEN": per_token, "HAS_SHARED": True, "HAS_FACTORS": True, "HAS_RESIDUAL": True}
     kernel, flags = {
         "route": (route_kernel, chosen),
         "gate": (gate_kernel, {"BLOCK_N": 1, "BLOCK_K": 1 << (hidden - 1).bit_length(), "COPIES": 1, **gate, **chosen}),
         "count": (_count_kernel, {"STEP": 1024, **place}),
-        "place one chunk": (_place_kernel, {"ONE_CHUNK": True, **places}),
-        "place many": (_place_kernel, {"ONE_CHUNK": False, **places}),
+        "place few": (_place_few_kernel, {"BLOCK_M": 64, "STEP": 1024}),
+        "place many": (_place_kernel, {"BLOCK_M": 64, "BLOCK": 64, "STEP": 128, **place}),
         "sum": (gather_sum_kernel, {"BLOCK": 1024, **sums, **ALONE}),
     }[what]
     assert taken(kernel, arch, TileConfig(16, 16, 16), **flags) <= SHARED[arch]

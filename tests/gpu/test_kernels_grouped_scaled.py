@@ -112,8 +112,9 @@ def test_choice() -> None:
         return pick_scaled(pairs, rounding(experts) if rounds else experts, 4, pick_block_m(pairs, 4), arch, 232448)
 
     configs = chosen()
-    assert configs is not None and [config.block_m for config in configs] == [64, 64]
-    assert [config.block_m for config in chosen(pairs=9999) or ()] == [128, 128]
+    assert configs is not None and [config.block_m for config in configs] == [32, 32]
+    assert [config.block_m for config in chosen(pairs=9999) or ()] == [64, 64]
+    assert [config.block_m for config in chosen(pairs=9999, arch=(8, 9)) or ()] == [128, 128]
     assert chosen(arch=(8, 0)) is None and chosen("int8", arch=(8, 0)) is not None
     assert [config.block_m for config in chosen(pairs=20) or ()] == [16, 16]
     fewer = LEAST_PAIRS * 4 - 1
@@ -130,16 +131,16 @@ def test_choice() -> None:
 def test_who_rounds_between_the_linears() -> None:
     """gate_up's launch, where a tile of its features is a block of down's inputs."""
 
-    def rounds(width: int, block_m: int = 16, **codes) -> bool:
+    def rounds(width: int, arch: tuple[int, int] = (9, 0), **codes) -> bool:
         plain = random_experts(2, 64, width, torch.bfloat16)
         experts = rounding(coded_experts(2, 64, width, "e4m3", experts=plain, **codes))
-        configs = pick_scaled(99, experts, 2, block_m, (9, 0), 232448)
+        configs = pick_scaled(99, experts, 2, 128, arch, 232448)
         assert configs is not None
         return rounds_itself(experts, configs)
 
     blocks = {"unit": 128, "rows_unit": 128}
     assert rounds(256, **blocks) and not rounds(192, **blocks)
-    assert not rounds(256, block_m=128, **blocks)  # its tiles are narrower
+    assert not rounds(256, arch=(8, 9), **blocks)  # its tiles are narrower
     assert not rounds(256)  # a scale for all inputs
     assert not rounds(256, unit=64, rows_unit=64)
 

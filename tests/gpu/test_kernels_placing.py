@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, INTERPRET
-from tpctl.kernels.experts.placing import CHUNK, most_tiles, place, place_reference
+from tpctl.kernels.experts.placing import FEW, most_tiles, place, place_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,7 @@ def test_places(tokens: int, experts: int, per_token: int, block_m: int) -> None
 
 def test_pairs_of_several_chunks() -> None:
     torch.manual_seed(0)
-    ids = chosen(CHUNK // 2 + 100, 40, 4)
+    ids = chosen(FEW // 4 + 100, 40, 4)
     check(ids, 40, 128)
     check(ids, 10, 128, first=30)
 
@@ -51,10 +51,10 @@ def test_all_of_one_expert_and_none(count: int) -> None:
     check(ids, 3, 16)  # it is another rank's
 
 
-@pytest.mark.parametrize("pairs,experts,block_m", [(5000, 8, 16), (8192, 128, 16), (4097, 4500, 16), (9999, 2, 4)])
+@pytest.mark.parametrize("pairs,experts,block_m", [(20000, 8, 16), (32768, 128, 16), (16385, 17000, 16), (29999, 2, 4)])
 def test_as_many_tiles_as_there_may_be(pairs: int, experts: int, block_m: int) -> None:
     used = min(pairs, experts)
     worst = [1] * (used - 1) + [pairs - used + 1]  # no expert's pairs can make more tiles than that
     assert sum(-(-length // block_m) for length in worst) == most_tiles(pairs, experts, block_m)
-    few = CHUNK  # each expert has room of its own, whatever the others' pairs are
+    few = FEW  # each expert has room of its own, whatever the others' pairs are
     assert most_tiles(few, experts, block_m) == experts + few // block_m

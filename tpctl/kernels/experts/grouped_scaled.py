@@ -46,12 +46,15 @@ def pick_scaled(
 ) -> tuple[ScaledConfig, ScaledConfig] | None:
     """Tiles of gate_up and down; None where these experts, or so few pairs, are multiplied in another way.
 
-    total: experts of all ranks. block_m: pairs in a tile that would suit their number. limit: bytes of shared memory of
-    a program. Estimates: a few pairs only stream weights, of which two programs on a multiprocessor have 96 KB each
-    under way; many multiply, and sums of blocks stand beside the tensor cores' own.
+    total: experts of all ranks. block_m: pairs in a tile that would suit their number in bfloat16. limit: bytes of
+    shared memory of a program. Measured on an H200 with Qwen3-30B-A3B's in blocks: half as many pairs are best there,
+    up to 64, since sums of blocks stand beside the tensor cores' own; of 32 and fewer, which only stream weights, two
+    programs on a multiprocessor have 96 KB each under way. Elsewhere, estimates.
     """
     if pairs < (0 if capability[0] == 9 else LEAST_PAIRS * total):
         return None
+    if capability[0] == 9:
+        block_m = max(16, block_m // 2)
     found = []
     for matrix, gated in ((experts.gate_up, True), (experts.down, False)):
         if not isinstance(matrix, Codes) or not is_scaled(matrix, capability):
@@ -59,10 +62,10 @@ def pick_scaled(
         form, tile, _ = form_of(matrix, _BLOCK_K, fast=False)
         block_k = _BLOCK_K if form.mode == "end" else tile
         block_n, num_warps, wanted = 128, 8, 3
-        if block_m > 64:
-            block_n, wanted = (64 if gated or form.mode == "tile" else 128), 4
-        elif capability[0] != 9:
-            block_n = 64
+        if capability[0] != 9:
+            block_n = 128 if block_m > 64 and not gated and form.mode == "end" else 64
+        if block_m > (32 if capability[0] == 9 and gated else 64):
+            wanted = 4
         stage = (block_m + block_n * (2 if gated else 1)) * block_k
         stages = max(2, min(wanted if gated else wanted + 1, (limit - 4096) // stage))
         found.append(ScaledConfig(block_m, block_n, block_k, num_warps, stages))

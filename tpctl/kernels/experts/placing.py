@@ -7,7 +7,7 @@ Pair p = t * K + s is slot s of token t. The pairs of an expert stand together, 
 
 How many tiles there are depends on the choice, how many there may be does not: a tile that is none has the expert -1.
 A pair's place is found by counting, with no sums in an order of chance: pairs of smaller experts, and those of its own
-expert before it. Up to `CHUNK` pairs there is a program for each expert, which counts both for its own; above, a first
+expert before it. Up to `FEW` pairs there is a program for each expert, which counts both for its own; above, a first
 launch counts by chunks.
 
 The tiles of expert e begin at the tile  e + floor(pairs before its own / BLOCK_M):  a place that needs no other
@@ -24,9 +24,12 @@ import triton.language as tl
 
 from tpctl.kernels.common.launch import launch_options, next_power_of_2
 
-CHUNK = 4096
+FEW = 16384
+"""Most pairs of one launch. On an H200 it takes 4.4 us for 2,176 pairs of 128 experts and 5.7 for 4,096; two launches
+took 64 for 16,384."""
+CHUNK = 4096  # pairs that are counted apart: a program goes through those of its own chunk
 _BLOCK = 64  # pairs and tiles of a program
-_STEP = 256  # pairs that each of them is held against together
+_STEP = 128  # pairs that each of them is held against together
 _COUNTED = 1024  # pairs that are counted together
 
 
@@ -39,14 +42,14 @@ class Placed(NamedTuple):
 
 def most_tiles(pairs: int, experts: int, block_m: int) -> int:
     """How many tiles there may be, those that are none among them."""
-    if pairs <= CHUNK:
+    if pairs <= FEW:
         return experts + pairs // block_m
     used = min(pairs, experts)  # all of them but for the last with one pair too many for their tiles
     return max(1, (pairs - used) // block_m + used)
 
 
 @triton.jit(do_not_specialize=["pairs", "tiles"])
-def _place_one_kernel(
+def _place_few_kernel(
     ids_ptr,
     pairs_ptr,
     tiles_ptr,
@@ -167,12 +170,13 @@ def _place_kernel(
     starts = tl.cumsum(total, 0) - total
     p = block * BLOCK + tl.arange(0, BLOCK)
     expert = _expert_of(ids_ptr, p, p < pairs, first, count)
-    rank = _pick(starts + before, expert, EXPERTS)
+    found = tl.zeros([BLOCK, STEP], tl.int32)  # added up once, not in every step
     for q0 in range(chunk * CHUNK, tl.minimum(pairs, (block + 1) * BLOCK), STEP):
         q = q0 + tl.arange(0, STEP)
         other_expert = _expert_of(ids_ptr, q, q < pairs, first, count)
         earlier = (other_expert[None, :] == expert[:, None]) & (q[None, :] < p[:, None])
-        rank += tl.sum(earlier.to(tl.int32), 1)
+        found += earlier.to(tl.int32)
+    rank = _pick(starts + before, expert, EXPERTS) + tl.sum(found, 1)
     tl.store(pairs_ptr + rank, p, mask=expert >= 0)
     _write_tiles(tiles_ptr, block * BLOCK + tl.arange(0, BLOCK), tiles, total, starts, EXPERTS, BLOCK_M)
 
@@ -195,13 +199,13 @@ def _write_tiles(tiles_ptr, tile, tiles, total, starts, EXPERTS: tl.constexpr, B
 def place(ids_TK: torch.Tensor, experts: int, block_m: int, *, first: int = 0, pdl: bool = False) -> Placed:
     """The pairs of `experts` experts, of which `first` is the number of the first, and their tiles.
 
-    ids_TK: int32 [T, K] contiguous; T * K at least 1. One launch up to `CHUNK` pairs, else two; no host round trip.
+    ids_TK: int32 [T, K] contiguous; T * K at least 1. One launch up to `FEW` pairs, else two; no host round trip.
     """
     pairs = ids_TK.numel()
     tiles = most_tiles(pairs, experts, block_m)
     placed = Placed(ids_TK.new_empty(pairs), ids_TK.new_empty(tiles, 3))
-    if pairs <= CHUNK:
-        _place_one_kernel[(experts,)](
+    if pairs <= FEW:
+        _place_few_kernel[(experts,)](
             ids_TK,
             *placed,
             pairs,
