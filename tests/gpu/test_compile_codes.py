@@ -32,7 +32,7 @@ from tpctl.kernels.linear.codes_gemv_kernels import codes_gemv_kernel
 from tpctl.kernels.linear.codes_linear import form_of, pick_codes
 from tpctl.kernels.linear.codes_linear_kernels import codes_linear_kernel
 from tpctl.kernels.linear.packed_gemm import packed_form, pick_packed
-from tpctl.kernels.linear.packed_gemm_kernels import packed_gemm_kernel, take_apart_kernel
+from tpctl.kernels.linear.packed_gemm_kernels import add_parts_kernel, packed_gemm_kernel, take_apart_kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -256,8 +256,9 @@ def test_experts_in_8_bits(arch: int, kind: str, block_m: int, gated: bool, tmp_
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
+@pytest.mark.parametrize("split", [1, 4])
 @pytest.mark.parametrize("rows", [64, 128, 256])
-def test_four_bits_of_many_rows(rows: int, kind: str, tmp_path: Path) -> None:
+def test_four_bits_of_many_rows(rows: int, split: int, kind: str, tmp_path: Path) -> None:
     """The numbers are made where the tensor cores take them from: in registers, x beside them in shared memory."""
     codes = random_codes(n=256, k=IN, **KINDS[kind])
     config = pick_packed(rows, codes, (9, 0), 2)
@@ -270,13 +271,17 @@ def test_four_bits_of_many_rows(rows: int, kind: str, tmp_path: Path) -> None:
         "w": f"tensordesc<u8[{config.block_n},{found[1]}]>",
     }
     flags: dict[str, Any] = {"FORM": found[0], "HAS_BIAS": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    flags |= {"BYTES": found[1], "STAGES": config.num_stages, "PDL": True}
+    flags |= {"BYTES": found[1], "SPLIT": split, "STAGES": config.num_stages, "PDL": True}
+    types |= {"out_ptr": "*fp32"} if split > 1 else {}
     built = build(packed_gemm_kernel, 90, tmp_path, types, config.num_warps, config.num_stages, **flags)
     assert built.shared <= SHARED[90] and built.stack <= SPILLED
     assert re.search(r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+, gdesc", built.sass)
     types = {"x_ptr": "*i32", "out_ptr": "*i16"}
     built = build(take_apart_kernel, 90, tmp_path, types, 4, 1, BLOCK=1024, PDL=True)
     assert built.stack == 0
+    flags = {"HAS_BIAS": True, "SPLIT": 4, "BLOCK": 1024, "PDL": True}
+    built = build(add_parts_kernel, 90, tmp_path, {"parts_ptr": "*fp32"}, 4, 1, **flags)
+    assert built.stack == 0 and "LDG.E.128" in built.sass
 
 
 @pytest.mark.parametrize("arch", [80, 90])

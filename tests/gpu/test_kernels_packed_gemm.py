@@ -49,6 +49,35 @@ def test_products(name: str, rows: int, bias: bool) -> None:
     assert relative_error(packed_gemm(x, codes, config, bias_N=added, pdl=not INTERPRET), want) < 5e-3
 
 
+@pytest.mark.parametrize("rows,split,bias", [(40, 2, True), (150, 3, False)])
+def test_an_input_in_parts(rows: int, split: int, bias: bool) -> None:
+    """Of which the last may have fewer tiles."""
+    if not INTERPRET and capability(DEVICE)[0] != 9:
+        pytest.skip("such tiles are for Hopper's tensor cores")
+    torch.manual_seed(rows)
+    codes = codes_of("awq", 200, 896)
+    config = pick(rows, codes)
+    assert config is not None
+    x = torch.randn(rows, 896).to(DEVICE, torch.bfloat16)
+    added = torch.randn(200).to(DEVICE, torch.bfloat16) if bias else None
+    want = x.double() @ decode(codes).double().T + (0 if added is None else added.double())
+    got = packed_gemm(x, codes, config._replace(split=split), bias_N=added, pdl=not INTERPRET)
+    assert relative_error(got, want) < 5e-3
+
+
+def test_which_inputs_are_cut() -> None:
+    """The long ones of outputs that do not fill the device, where their parts do."""
+
+    def parts(outputs: int, columns: int, rows: int) -> int:
+        values = torch.empty(outputs, columns // 2, dtype=torch.uint8, device="meta")
+        config = pick(rows, replace(codes_of("gptq", 256, 512), values=values, columns=columns), 132)
+        return 0 if config is None else config.split
+
+    assert [parts(28672, 4096, rows) for rows in (64, 256, 512)] == [1, 1, 1]
+    assert [parts(4096, 14336, rows) for rows in (32, 64, 128, 256, 272, 512)] == [0, 4, 4, 4, 0, 2]
+    assert parts(6144, 4096, 256) == parts(4096, 4096, 256) == parts(1024, 14336, 256) == 0
+
+
 def test_rows_and_matrices() -> None:
     codes = codes_of("gptq", 256, 512)
     assert [rows for rows in range(999) if pick(rows, codes) is not None] == [*range(33, 257), *range(449, 513)]

@@ -41,6 +41,7 @@ def packed_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BYTES: tl.constexpr,
+    SPLIT: tl.constexpr,  # parts of the input, each summed by programs of its own
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -58,9 +59,12 @@ def packed_gemm_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    EACH: tl.constexpr = (HALF // BYTES + SPLIT - 1) // SPLIT
+    part = tl.program_id(1)
+    first = part * EACH
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    next_scale, next_zero = tile_scales(s_rows, z_rows, 0, FORM, BYTES, 1)
-    for i in tl.range(0, HALF // BYTES, num_stages=STAGES):
+    next_scale, next_zero = tile_scales(s_rows, z_rows, first * BYTES, FORM, BYTES, 1)
+    for i in tl.range(first, tl.minimum(first + EACH, HALF // BYTES), num_stages=STAGES):
         scale, zero = next_scale, next_zero
         if SCALED:  # a tile ahead: codes come through shared memory, and these do not
             next_scale, next_zero = tile_scales(s_rows, z_rows, (i + 1) * BYTES, FORM, BYTES, 1)
@@ -81,4 +85,30 @@ def packed_gemm_kernel(
         acc += tl.load(bias_ptr + n_safe).to(tl.float32)[:, None]
     mask = (m < rows)[:, None] & (n < out_features)[None, :]
     found = tl.trans(acc.to(out_ptr.dtype.element_ty))
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * out_stride + n[None, :], found, mask=mask)
+    row = m.to(tl.int64) + part.to(tl.int64) * rows
+    tl.store(out_ptr + row[:, None] * out_stride + n[None, :], found, mask=mask)
+
+
+@triton.jit
+def add_parts_kernel(
+    parts_ptr,  # [SPLIT, rows, N], float32
+    bias_ptr,
+    out_ptr,
+    numbers,
+    out_features,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < numbers
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    total = tl.load(parts_ptr + at, mask=ok, other=0.0)
+    for part in tl.static_range(1, SPLIT):
+        total += tl.load(parts_ptr + part * numbers + at, mask=ok, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + at % out_features, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=ok)
