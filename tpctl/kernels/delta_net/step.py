@@ -67,10 +67,8 @@ def _past(
 
 
 @triton.jit
-def _mixed(
-    x_ptr,
-    past,
-    tap,
+def _keep_input(
+    x,
     inputs_ptr,
     channel,
     inside,
@@ -78,23 +76,19 @@ def _mixed(
     read,
     write,
     copy,
-    keeps,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """The convolution of some channels, silu included, float32; its state is moved on where ``keeps`` says so."""
-    x = tl.load(x_ptr, mask=inside, other=0.0)
-    saved = inside & keeps
+    """Move the convolution's state of some channels on by their input ``x``."""
     row = position % TAPS * CHANNELS
-    tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, x, mask=saved)
+    tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, x, mask=inside)
     if (write != read) | (copy >= 0):  # a slot without those before
-        tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, x, mask=saved & (copy >= 0))
+        tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, x, mask=inside & (copy >= 0))
         for back in tl.static_range(1, TAPS - 1):
             row = (position + (TAPS - back)) % TAPS * CHANNELS
-            old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=saved & (read >= 0), other=0.0)
-            tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, old, mask=saved & (write != read))
-            tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, old, mask=saved & (copy >= 0))
-    return silu_rounded(past + x.to(tl.float32) * tap, x.dtype)
+            old = tl.load(inputs_ptr + read * (TAPS * CHANNELS) + row + channel, mask=inside & (read >= 0), other=0.0)
+            tl.store(inputs_ptr + write * (TAPS * CHANNELS) + row + channel, old, mask=inside & (write != read))
+            tl.store(inputs_ptr + copy * (TAPS * CHANNELS) + row + channel, old, mask=inside & (copy >= 0))
 
 
 @triton.jit
@@ -110,6 +104,16 @@ def _channels(head, KEYS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constex
     e = tl.arange(0, BLOCK_E)
     of_keys = (of * KEYS + head // GROUP) * KEY_DIM + d
     return of_keys, (d < KEY_DIM) & (of >= 0), 2 * KEYS * KEY_DIM + head * VALUE_DIM + e, e < VALUE_DIM
+
+
+@triton.jit
+def _add_2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -163,42 +167,52 @@ def _move_on(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One head of one row: what it gives is stored, and its state."""
+    """One head of one row: what it gives is stored, and its state.
+
+    The next kernel waits for all of it, so little may depend on what comes before: all is loaded at once, sums of the
+    state's products are taken with q and k as they are, beside those of their lengths, and what is kept is stored last.
+    """
     key = head // GROUP
     member = head % GROUP
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
+    of = tl.arange(0, 2)
     dtype = out_ptr.dtype.element_ty
     CHANNELS: tl.constexpr = 2 * KEYS * KEY_DIM + KEYS * GROUP * VALUE_DIM
     SLOT: tl.constexpr = KEYS * GROUP * KEY_DIM * VALUE_DIM
     of_keys, in_d, of_values, in_e = _channels(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
-    # Of a key head's channels one of its value heads moves the state on.
-    of = tl.arange(0, 2)
-    qk = _mixed(q_ptr + row * qkv_stride + key * key_step + of[:, None] * qk_step + d[None, :], qk_past, qk_tap,
-                inputs_ptr, of_keys, in_d, position, read, write, copy, member == 0, CHANNELS, TAPS)  # fmt: skip
-    qk *= tl.rsqrt(tl.sum(qk * qk, 1) + 1e-6)[:, None]
-    q = tl.sum(tl.where((of == 0)[:, None], qk, 0.0), 0) * (1.0 / tl.sqrt(KEY_DIM * 1.0))
-    k = tl.sum(tl.where((of == 1)[:, None], qk, 0.0), 0)
-    v = _mixed(v_ptr + row * qkv_stride + key * v_step + member * VALUE_DIM + e, v_past, v_tap, inputs_ptr, of_values,
-               in_e, position, read, write, copy, True, CHANNELS, TAPS)  # fmt: skip
+    qk_at = q_ptr + row * qkv_stride + key * key_step + of[:, None] * qk_step + d[None, :]
+    qk_in = tl.load(qk_at, mask=in_d, other=0.0)
+    v_in = tl.load(v_ptr + row * qkv_stride + key * v_step + member * VALUE_DIM + e, mask=in_e, other=0.0)
     z = tl.load(z_ptr + row * z_stride + key * z_step + member * VALUE_DIM + e, mask=in_e, other=0.0).to(tl.float32)
     gate_at = row * gate_stride + key * gate_step + member
-    g, beta = head_gates(tl.load(a_ptr + gate_at).to(tl.float32), tl.load(b_ptr + gate_at), dt_bias, a_log)
-    state *= tl.exp(g)
-    known = tl.sum(state * k[:, None], 0)
-    found = tl.sum(state * q[:, None], 0)
-    new = beta * (v - known)
-    found += tl.sum(q * k, 0) * new
-    state += k[:, None] * new[None, :]
-    place, inside = _state_at(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
-    tl.store(matrices_ptr + write * SLOT + place, state, mask=inside)
-    if copy >= 0:
-        tl.store(matrices_ptr + copy * SLOT + place, state, mask=inside)
+    a = tl.load(a_ptr + gate_at).to(tl.float32)
+    b = tl.load(b_ptr + gate_at)
+
+    qk = silu_rounded(qk_past + qk_in.to(tl.float32) * qk_tap, dtype)
+    q, k = tl.split(tl.trans(qk))
+    q_length, k_length, qk_product = tl.reduce((q * q, k * k, q * k), 0, _add_3)
+    known, found = tl.reduce((state * k[:, None], state * q[:, None]), 0, _add_2)
+    v = silu_rounded(v_past + v_in.to(tl.float32) * v_tap, dtype)
+    g, beta = head_gates(a, b, dt_bias, a_log)
+    decay = tl.exp(g)
+    k_scale = tl.rsqrt(k_length + 1e-6)
+    q_scale = tl.rsqrt(q_length + 1e-6) * (1.0 / tl.sqrt(KEY_DIM * 1.0))
+    new = beta * (v - known * (decay * k_scale)) * k_scale
+    found = (found * decay + qk_product * new) * q_scale
     x = found.to(dtype).to(tl.float32)
     x = (x * tl.rsqrt(tl.sum(x * x, 0) / VALUE_DIM + eps)).to(dtype).to(tl.float32)
     x = (x * weight.to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e, (x * (z / (1.0 + tl.exp(-z)))).to(dtype),
              mask=in_e)  # fmt: skip
+    state = state * decay + k[:, None] * new[None, :]
+    place, inside = _state_at(head, KEYS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_E)
+    tl.store(matrices_ptr + write * SLOT + place, state, mask=inside)
+    if copy >= 0:
+        tl.store(matrices_ptr + copy * SLOT + place, state, mask=inside)
+    # Of a key head's channels one of its value heads moves the state on.
+    _keep_input(qk_in, inputs_ptr, of_keys, in_d & (member == 0), position, read, write, copy, CHANNELS, TAPS)
+    _keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
 
 
 @triton.jit
