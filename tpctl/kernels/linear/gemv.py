@@ -56,7 +56,7 @@ _ONE_ROW: dict[tuple[int, int], GemvConfig] = {
     (4096, 2048): GemvConfig(8, 1024, num_warps=4),
     (4096, 7168): GemvConfig(4, 2048, num_warps=4),
     (5120, 2048): GemvConfig(2, 1024, num_warps=1, prefetch=1),
-    (2048, 4096): GemvConfig(4, 2048, num_warps=4),
+    (2048, 4096): GemvConfig(4, 2048, num_warps=4, prefetch=1),
     (2880, 4096): GemvConfig(8, 1024, num_warps=4, prefetch=1),
     (3840, 4096): GemvConfig(8, 512, num_warps=2, prefetch=1),
     (3840, 15360): GemvConfig(2, 2048, num_warps=4, prefetch=1),

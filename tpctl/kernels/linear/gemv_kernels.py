@@ -200,6 +200,10 @@ def small_linear_kernel(
                 _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
         else:
             _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
+    # One row's program asks for the residual before its sums: behind them nothing would hide the time until it comes.
+    AT_ONCE: tl.constexpr = HAS_RESIDUAL and not DOT and SPLIT_K == 1 and ACTIVATION == ""
+    if AT_ONCE:
+        residual = tl.load(residual_ptr + n, mask=n < out_features, other=0.0)
     epoch = m
     if WORLD > 1:
         if DOT:
@@ -220,9 +224,12 @@ def small_linear_kernel(
         scale = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_NORM:
             scale = tl.rsqrt(squares / IN_FEATURES + eps) * scale
+        if AT_ONCE:
+            acc = acc * scale[:, None] + residual.to(tl.float32)[None, :]
+            scale = tl.full([BLOCK_M], 1.0, tl.float32)
         finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
-               residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, RANK,
-               WORLD)  # fmt: skip
+               residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL and not AT_ONCE,
+               ACTIVATION, RANK, WORLD)  # fmt: skip
     else:
         WIDTH: tl.constexpr = 1 if ACTIVATION == "" else 2
         done = leave_sums(acc, up, m, n, block, split, rows, out_features, partial_ptr, counters_ptr, WIDTH)
