@@ -36,3 +36,30 @@ def load_tile(
         mask = ok[:, None] & (column < INPUTS)[None, :]
         values = tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
     return values
+
+
+@triton.jit
+def load_parts(
+    w_ptr,
+    row,  # [N] int64
+    ok,  # [N], which rows are to be read
+    k0,  # the first of its columns, a multiple of PARTS * LANES
+    INPUTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,  # columns that a warp reads at once, or fewer
+    WHOLE: tl.constexpr,  # as for `load_tile`
+):
+    """[N, PARTS, LANES], the columns of a row in as many parts; zeros where nothing is to be read.
+
+    Triton lays a tile's warps along its rows then, so that each sums its own without the others; of [N, K] it lays as
+    many as there is room for along a row.
+    """
+    part = tl.arange(0, PARTS)[None, :, None]
+    column = k0 + part * LANES + tl.arange(0, LANES)[None, None, :]
+    pointers = w_ptr + row[:, None, None] * INPUTS + column
+    if WHOLE:
+        values = tl.load(pointers, eviction_policy="evict_first")
+    else:
+        mask = ok[:, None, None] & (column < INPUTS)
+        values = tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
+    return values
