@@ -95,8 +95,9 @@ def _gate_up(
         gate_w = load_parts(w_ptr, gate_row, ok, k0, INPUTS, BLOCK_K // LANES, LANES, WHOLE)
         up_w = load_parts(w_ptr, up_row, ok, k0, INPUTS, BLOCK_K // LANES, LANES, WHOLE)
         if PARTS > 1:
-            x = tl.load(x_ptr + k0 + k, mask=k0 + k < INPUTS, other=0.0)
-        wide_x = x.to(tl.float32)[None, :, :]
+            wide_x = tl.load(x_ptr + k0 + k, mask=k0 + k < INPUTS, other=0.0).to(tl.float32)[None, :, :]
+        else:
+            wide_x = x.to(tl.float32)[None, :, :]
         gate = tl.where(k0 == 0, 0.0, gate) + tl.sum(gate_w.to(tl.float32) * wide_x, 1)
         up = tl.where(k0 == 0, 0.0, up) + tl.sum(up_w.to(tl.float32) * wide_x, 1)
         if k0 + BLOCK_K >= INPUTS:
@@ -124,8 +125,8 @@ def _ask_for_down(
 ):
     """Ask the L2 cache for what `_down` of a block will read first, before the wait.
 
-    The launch before has left the ids long ago, when another program of it makes room for this one; but nothing promises
-    that they can be seen, so whatever is found is but a guess, of rows that there are.
+    When a program of the launch before makes room for this one, all of them have left their ids long ago; but nothing
+    promises that these can be seen, so whatever is found is but a guess, of rows that there are.
     """
     LINE: tl.constexpr = 128 // w_ptr.dtype.element_ty.itemsize
     LINES: tl.constexpr = (BLOCK_K + LINE - 1) // LINE
@@ -297,9 +298,11 @@ def one_row_kernel(
         n = program * DOWN_N + tl.arange(0, DOWN_N)
         row = tl.minimum(n, IN_FEATURES - 1).to(tl.int64)
         first_w = load_tile(shared_down_ptr, row, n < IN_FEATURES, 0, SHARED_WIDTH, DOWN_K, False)
-        # What they are multiplied by the first launch has left, which the second waited for before it let this one start.
+        # What they are multiplied by is the first launch's, which the second waited for before it let this one start.
         ones = tl.full([DOWN_N], 1.0, tl.float32)
-        first_w = _add_products(tl.zeros([DOWN_N, DOWN_K], tl.float32), first_w, shared_h_ptr, True, ones, 0, SHARED_WIDTH)
+        first_w = _add_products(
+            tl.zeros([DOWN_N, DOWN_K], tl.float32), first_w, shared_h_ptr, True, ones, 0, SHARED_WIDTH
+        )
     if PDL and STAGE > 1:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -315,16 +318,16 @@ def one_row_kernel(
         elif SHARED_WIDTH > 0:
             tl.debug_barrier()
             inputs = _all_inputs(own_x_ptr, IN_FEATURES, UP_K, shared_up_ptr.dtype.element_ty.itemsize)
-            _gate_up(inputs, own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_h_ptr, 0, 0, IN_FEATURES, SHARED_WIDTH, 1,
-                     0, False, "silu", False, UP_N, UP_K, UP_STAGES)  # fmt: skip
+            _gate_up(inputs, own_x_ptr, ids_ptr, shared_up_ptr, shared_up_ptr, shared_h_ptr, 0, 0, IN_FEATURES,
+                     SHARED_WIDTH, 1, 0, False, "silu", False, UP_N, UP_K, UP_STAGES)  # fmt: skip
     if STAGE == 2:
         inputs = _all_inputs(own_x_ptr, IN_FEATURES, UP_K, up_w_ptr.dtype.element_ty.itemsize)
         logits, expert, real = left_logits(logits_ptr, COUNT, GROUPS, ROWS, SIZE, COPIES)
         rank = ranked(logits, expert, real, correction_ptr, SCORES, HAS_CORRECTION, GROUPS, TOP_GROUPS, ROWS, SIZE)
         tl.store(ids_ptr + rank, tl.reshape(expert, [ROWS * SIZE]), mask=rank < PER_TOKEN)
         tl.debug_barrier()
-        _gate_up(inputs, own_x_ptr, ids_ptr, up_w_ptr, up_bias_ptr, h_ptr, first, count, IN_FEATURES, WIDTH, PER_TOKEN, SLOTS,
-                 HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip
+        _gate_up(inputs, own_x_ptr, ids_ptr, up_w_ptr, up_bias_ptr, h_ptr, first, count, IN_FEATURES, WIDTH, PER_TOKEN,
+                 SLOTS, HAS_UP_BIAS, GATING, INTERLEAVED, UP_N, UP_K, UP_STAGES)  # fmt: skip
         if program == tl.num_programs(0) - 1:  # the last has the fewest tiles
             if HAS_SHARED_GATE:
                 leave_factor(logits_ptr, factors_ptr, COUNT)
