@@ -304,6 +304,7 @@ LINEARS = [
     (3072, 1024, True, False),
     (128256, 4096, False, True),
     (1024, 3072, False, False),
+    (512, 2048, True, False),
 ]
 
 

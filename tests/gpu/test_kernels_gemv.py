@@ -80,3 +80,8 @@ def test_residual_in_place():
     want = residual + x @ weight.T
     small_linear(x, weight, GemvScratch.allocate(DEVICE), residual_TO=residual, out=residual)
     assert relative_error(residual, want) < 1e-5
+
+
+def test_narrow_gate_and_up_are_split():
+    """A shared expert's, whose 8 blocks of 64 features would leave most of the chip idle."""
+    assert [pick(8, features, 2048, gated=True).split_k for features in (512, 1024, 3072)] == [4, 4, 1]

@@ -108,7 +108,8 @@ def pick(
         block_k //= 2
     blocks = -(-out_features // 64)
     split = 1
-    while not gated and split < 8 and blocks * split * 2 <= 132 and in_features >= 1024 * split:
+    # Gate and up are long, but for those of a shared expert.
+    while (not gated or blocks <= 16) and split < 8 and blocks * split * 2 <= 132 and in_features >= 1024 * split:
         split *= 2
     return GemvConfig(64, block_k, split, 4, 3, True)
 
