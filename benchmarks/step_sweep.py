@@ -88,19 +88,21 @@ def step_us(engine: Engine, steps: int) -> float:
     engine.apply(Add([work]))
     while not any(one.num_uncomputed_tokens == 1 for one in engine.scheduler.running.values()):
         engine.step()
-    torch.cuda.synchronize()
-    graphs: Any = engine.runner._graphs  # type: ignore[attr-defined]
-    graphs._steps._graphs.clear()
-    found = []
-    for _ in range(_ROUNDS + 1):  # the first captures
+    try:
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(steps):
-            engine.step()
-        torch.cuda.synchronize()
-        found.append((time.perf_counter() - started) / steps * 1e6)
-    engine.apply(Abort([work.id]))
-    finish(engine)
+        graphs: Any = engine.runner._graphs  # type: ignore[attr-defined]
+        graphs._steps._graphs.clear()
+        found = []
+        for _ in range(_ROUNDS + 1):  # the first captures
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(steps):
+                engine.step()
+            torch.cuda.synchronize()
+            found.append((time.perf_counter() - started) / steps * 1e6)
+    finally:
+        engine.apply(Abort([work.id]))
+        finish(engine)
     return min(found[1:])
 
 
