@@ -25,7 +25,7 @@ class TPGroup:
 
     Attributes:
         rank, size: this process's place, ``0 <= rank < size``.
-        device: where this rank's tensors live.
+        device: where this rank's tensors live. kind: that of a device that they are computed for: ``device``'s.
         one_host: all ranks are on this host.
     """
 
@@ -33,6 +33,7 @@ class TPGroup:
         self.rank = rank
         self.size = size
         self.device = torch.device(device)
+        self.kind = self.device.type
         self.one_host = True
         self._shared: SharedMemory | None = None
 

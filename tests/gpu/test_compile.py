@@ -23,7 +23,7 @@ from tpctl.kernels.attention.paged_decode import DecodeConfig, decode_config, fi
 from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
 from tpctl.kernels.attention.paged_prefill import PrefillConfig, _prefill_kernel, prefill_config
 from tpctl.kernels.attention.rope_cache import _rope_cache_kernel
-from tpctl.kernels.common.launch import is_hopper, next_power_of_2
+from tpctl.kernels.common.launch import DeviceFacts, next_power_of_2, stand_for
 from tpctl.kernels.linear.gemv import few_rows, pick
 from tpctl.kernels.linear.gemv_kernels import small_linear_kernel
 from tpctl.kernels.sampling.floors import _found_kernel, _weigh_kernel
@@ -308,18 +308,18 @@ LINEARS = [
 ]
 
 
-def most_rows(arch: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def most_rows(arch: int) -> int:
     """Rows that linears of few rows take there."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (arch // 10, arch % 10))
-    is_hopper.cache_clear()
-    most = few_rows(torch.device("cuda", 7))
-    is_hopper.cache_clear()
-    return most
+    stand_for(DeviceFacts((arch // 10, arch % 10), 100, SHARED[arch]))
+    try:
+        return few_rows(torch.device("cpu"))
+    finally:
+        stand_for(None)
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED))
 def test_how_many_rows_are_few(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    most = most_rows(arch, monkeypatch)
+    most = most_rows(arch)
     assert most == (16 if arch == 90 else 1)
     assert pick(most + 1, 4096, 4096, most=most) is None
 

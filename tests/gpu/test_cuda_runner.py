@@ -26,7 +26,7 @@ from tpctl.engine import engine
 from tpctl.engine.engine import Engine
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import loading
+from tpctl.engine.runners import cuda_sizes, loading, outline
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.pacing import Pace
@@ -120,7 +120,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", Event)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(cuda_runner, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
+    monkeypatch.setattr(cuda_sizes, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
     use = Decoder.use
     monkeypatch.setattr(Decoder, "use", lambda self, compute: use(own_memory(self), compute))
     monkeypatch.setattr(engine, "make_runner", cuda_runner.make_cuda_runner)
@@ -128,7 +128,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
     def backend(*args: Any, **more: Any) -> TritonBackend:
         return TritonBackend(args[3], args[4], pools=layer_pools(more["ranks"], more["longest"]))
 
-    monkeypatch.setattr(loading, "make_backend", backend)
+    monkeypatch.setattr(outline, "make_backend", backend)
     return keys
 
 
@@ -552,7 +552,7 @@ def test_the_cache_gets_what_nothing_else_needs(
     runner: Any = engine.runner
     assert runner.memory.num_blocks == 6 * 96 // 16  # more would never be used
     later, config = runner.steps.later, runner.loaded.config
-    tables = 4 * (2 * 6 + cuda_runner.largest_rows(runner.loaded.settings, runner.pace)) * 96 // 16
+    tables = 4 * (2 * 6 + cuda_sizes.largest_rows(runner.loaded.settings, runner.pace)) * 96 // 16
     # And the logits of a captured step, its activations, and what sampling with the host's help takes.
     assert later > tables + 6 * config.vocab_size * 4 + runner.sampler.working_bytes(6)
     block = runner.loaded.slab_bytes

@@ -31,7 +31,7 @@ from tests.gpu.test_compute_cuda import (
 from tests.gpu.test_cuda_runner import best, finish, prompts_of, replayed, start
 from tests.tiny import YARN_ROPE, make_mixture
 from tpctl.distributed import TPGroup
-from tpctl.engine.runners import loading
+from tpctl.engine.runners import outline
 from tpctl.layers.attention.base import AttentionBackend, LayerKV
 from tpctl.layers.attention.sdpa_latent import LatentKV, SdpaLatentBackend
 from tpctl.layers.attention.triton_latent import TritonLatentBackend
@@ -117,7 +117,7 @@ def test_tokens_equal_transformers(
     def backend(*args: Any, **more: Any) -> TritonLatentBackend:
         return TritonLatentBackend(args[3], args[4], dtype=args[2])
 
-    monkeypatch.setattr(loading, "make_backend", backend)
+    monkeypatch.setattr(outline, "make_backend", backend)
     prompts = prompts_of(3, 17, 36, 9)
     prompts["3"] = prompts["2"][:32] + prompts["3"]  # a shared prefix
     settings: dict[str, Any] = {

@@ -90,8 +90,8 @@ def record(engine: Engine, rows: int) -> dict[tuple[str, int], Tensor]:
 
         return sample
 
-    if hasattr(runner, "_sample_into"):
-        runner._sample_into = taped(runner._sample_into)
+    if hasattr(runner, "_on_device"):
+        runner._on_device.sample = taped(runner._on_device.sample)
     runner.sampler.sample = taped(runner.sampler.sample)
     launch = runner.launch
 

@@ -42,14 +42,17 @@ PEER_PIECE = 8 << 20
 
 
 def reach_each_other(group: TPGroup) -> bool:
-    """Whether every rank's GPU can address the memory of all others' (collective); else NCCL does all sums. Those of
-    another host cannot be addressed, whatever GPUs of the same numbers are here."""
-    if not group.one_host:
-        return False
+    """Whether every rank's GPU can address the memory of all others' (collective); else NCCL does all sums."""
+    return group.one_host and group.minimum(int(reaches_others(group))) == 1
+
+
+def reaches_others(group: TPGroup) -> bool:
+    """Whether this rank's GPU can address the memory of all others'. Those of another host cannot be addressed,
+    whatever GPUs of the same numbers are here."""
     device, count = group.device, torch.cuda.device_count()
     others = [index for index in range(min(count, group.size)) if index != device.index]
-    mine = count >= group.size and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
-    return group.minimum(int(mine)) == 1
+    here = group.one_host and count >= group.size
+    return here and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
 
 
 def connect_peers(group: TPGroup, hidden: int, dtype: torch.dtype, max_rows: int, max_tokens: int) -> PeerBuffer | None:
@@ -59,16 +62,23 @@ def connect_peers(group: TPGroup, hidden: int, dtype: torch.dtype, max_rows: int
         max_rows: the largest decode batch, or captured step.
         max_tokens: the largest step.
     """
-    if group.size == 1 or dtype not in (torch.bfloat16, torch.float32) or not reach_each_other(group):
+    rows = peer_rows(group.size, hidden, dtype, max_rows, max_tokens)
+    if not rows or not reach_each_other(group):
         return None
     world = dist.group.WORLD
     assert world is not None
+    return PeerBuffer.connect(world, rows, hidden, dtype, group.device)
+
+
+def peer_rows(size: int, hidden: int, dtype: torch.dtype, max_rows: int, max_tokens: int) -> int:
+    """Rows that so many ranks which reach each other's memory send at once at most; 0: they send none. Arguments as of
+    ``connect_peers``."""
+    if size == 1 or dtype not in (torch.bfloat16, torch.float32):
+        return 0
     row = hidden * dtype.itemsize
-    if group.size == 2:
-        max_rows = max(max_rows, min(max_tokens, PEER_PIECE // row))
-    else:
-        max_rows = min(max_rows, max(1, PEER_LIMIT // row))
-    return PeerBuffer.connect(world, max_rows, hidden, dtype, group.device)
+    if size == 2:
+        return max(max_rows, min(max_tokens, PEER_PIECE // row))
+    return min(max_rows, max(1, PEER_LIMIT // row))
 
 
 class CudaCompute(Compute):

@@ -10,49 +10,39 @@ tokens (``engine.steps.mixed``); other steps with prefill chunks are launched ke
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tpctl.accounting import sampled_rows
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.cuda_memory import StepMemory, cuda_budget, measure_step, table_width
+from tpctl.engine.runners.cuda_sizes import find_pace, largest_rows, paged, short_rows
+from tpctl.engine.runners.cuda_steps import CudaSteps
 from tpctl.engine.runners.loading import LoadedModel, load
 from tpctl.engine.runners.memory_plan import MemoryPlan, plan_memory
 from tpctl.engine.runners.runner import Launched, ModelRunner, sampling_rows
 from tpctl.engine.sampling.noise import noise_keys
 from tpctl.engine.sampling.path import SamplingPath
-from tpctl.engine.scheduling.pacing import Pace, pays
+from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.speculation import RowCost
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
-from tpctl.engine.steps.mixed import CHUNKS, SHORT, MixedGraphs, MixedInputs
+from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.slots import Slots
 from tpctl.engine.steps.states import NUMBERS, StepStates, decode_slots, flat
 from tpctl.errors import EngineError
 from tpctl.kernels.attention.shared_prefix import PREFIX_STEP
-from tpctl.kernels.common.launch import early_launch
 from tpctl.kernels.delta_net.chunks import ChunkTables
-from tpctl.kernels.delta_net.tables import Group
-from tpctl.kernels.sampling.floors import Filters, sampling_floors
-from tpctl.kernels.sampling.prepare import DecodeInputs, prepare_decode
-from tpctl.kernels.sampling.sampling import sample
-from tpctl.layers.attention.paged import PagedBackend
-from tpctl.layers.batch import ForwardBatch, PoolTables, PrefillChunks, StateTables
+from tpctl.layers.batch import ForwardBatch, PoolTables, StateTables
 from tpctl.layers.compute_cuda import CudaCompute, connect_peers
 from tpctl.wire.report import EngineInfo, TokenLogprob
 from tpctl.wire.settings import EngineConfig
 
 _LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
-# Rows that an H100 multiplies in little more than the time of a few (docs/kernel-notes.md): where a layer has many
-# weights reading them takes that long, where it has few the latency of its kernels does.
-_PACE, _SMALL_PACE = Pace(rows=256, limit=512, chunks=CHUNKS), Pace(rows=512, limit=1024, chunks=CHUNKS)
-_SMALL_LAYER = 64 << 20  # bytes of a rank
 _SHARED_ROWS, _SHARED_TOKENS = 48, 256  # what attending to a common prefix for all at once needs to pay
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
@@ -86,22 +76,17 @@ class CudaRunner(ModelRunner):
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         self._results = [torch.zeros(rows, dtype=torch.int64).pin_memory() for _ in range(_RING)]
         self._turn = 0
+        states = memory.num_states > 0
+        self._on_device = CudaSteps(loaded, self.kv, compute, self._slots.tables, self._sampled, states=states)
         self._references: dict[str, int] = {}
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if not settings.enforce_eager:
-            states = memory.num_states > 0
             numbers = max(MixedGraphs.most_numbers(rows, states=states), DecodeGraphs.most_numbers(rows, 3 + NUMBERS))
             captured = CapturedSteps(steps.captured, self._sampled, numbers, self._slots.tables)
-            self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._decode_step)
+            self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._on_device.decode)
             if self._paged.captures_prefill:
-                self._mixed = MixedGraphs(captured, pace, self._mixed_step, short_rows(settings), states)
-
-    @cached_property
-    def _logits(self) -> Tensor:
-        """[rows, V]: where steps leave the logits that are sampled with the host's help."""
-        rows, width = sampled_rows(self.loaded.settings.max_num_seqs), self.model.lm_head.out_features
-        return torch.empty(rows, width, dtype=self.loaded.dtype, device=self.group.device)
+                self._mixed = MixedGraphs(captured, pace, self._on_device.mixed, short_rows(settings), states)
 
     def may_overlap(self, batch: ScheduledBatch) -> bool:
         return SamplingPath.of(batch) is not SamplingPath.HOST and not batch.has_drafts
@@ -154,7 +139,7 @@ class CudaRunner(ModelRunner):
         """The general sampler on the step's logits. It reads back as it goes; the next step waits for it."""
         self._references = {}
         rows = sampling_rows(batch, allowed)
-        token_ids, logprobs = self.sampler.sample(self._logits[: len(rows)], rows)
+        token_ids, logprobs = self.sampler.sample(self._on_device.logits[: len(rows)], rows)
         if self._compute.lost_peer():
             raise EngineError(_LOST_PEER)
         return Launched(batch, token_ids, logprobs)
@@ -185,27 +170,6 @@ class CudaRunner(ModelRunner):
             tokens += [self._token(item), *item.drafts]
         return rows, positions, tokens
 
-    def _prepared(self, rows: DecodeInputs) -> ForwardBatch:
-        """Every row a decode, filled in on the device from what the host has packed."""
-        prepare_decode(rows, self._sampled, self._slots.tables, self.backend.block_size)
-        return ForwardBatch(
-            input_ids=rows.input_ids,
-            rope_positions=rows.rope_positions,
-            pools=tuple(map(PoolTables, rows.slot_mapping, rows.block_tables)),
-            query_lens=[],
-            seq_lens=[],
-            num_decodes=rows.input_ids.shape[0],
-            logits_rows=rows.input_ids,
-            seq_lens_S=rows.seq_lens,
-            state_tables=StateTables(rows.packed[3:]) if self.memory.num_states else None,
-        )
-
-    def _decode_step(self, inputs: DecodeInputs, long: bool, path: SamplingPath, shared_1: Tensor | None) -> None:
-        """One decode step, from the packed rows to ``self._sampled``: what a graph captures."""
-        forward = replace(self._prepared(inputs), long_context=long, shared_1=shared_1)
-        logits = self.model(forward, self.kv, None)
-        self._sample_into(logits, inputs.filters, inputs.keys, path)
-
     def _mixed_rows(
         self, batch: ScheduledBatch, slots: list[int]
     ) -> tuple[list[int], list[int], list[int], int, list[int], list[int]]:
@@ -220,48 +184,6 @@ class CudaRunner(ModelRunner):
                 sampled.append(len(rows) - 1)
         return rows, positions, tokens, decodes, [item.num_new_tokens for item in batch.items[decodes:]], sampled
 
-    def _mixed_step(self, inputs: MixedInputs, path: SamplingPath) -> None:
-        """One step of decodes and prefill chunks, from the packed rows to ``self._sampled``: what a graph captures."""
-        rows = inputs.rows
-        forward = self._prepared(rows)
-        decodes = torch.arange(forward.num_decodes, device=self.group.device) < inputs.num_decodes
-        picked = inputs.logits_rows.long()
-        forward = replace(
-            forward,
-            logits_rows=picked,
-            seq_lens_S=rows.seq_lens * decodes,
-            chunks=PrefillChunks(
-                tuple(rows.block_tables.index_select(1, inputs.last_row_P)), inputs.query_start_P1, inputs.seq_lens_P
-            ),
-            state_tables=_captured_states(inputs),
-        )
-        logits = self.model(forward, self.kv, picked)
-        self._sample_into(logits, rows.filters.rows(picked), rows.keys[picked], path)
-
-    def _sample_into(self, logits: Tensor, filters: Filters, keys: Tensor, path: SamplingPath) -> None:
-        """Sample into ``self._sampled``, or leave the logits in ``self._logits`` for the host to."""
-        if path is SamplingPath.HOST:
-            self._logits[: logits.shape[0]].copy_(logits)
-            return
-        sampler = self.sampler
-        pdl = early_launch(logits.shape[0], logits.device)
-        floors = None
-        if path is not SamplingPath.DIRECT:
-            whole, vocab_size = sampler.whole_rows(logits)
-            both = path is SamplingPath.TWO_FLOORS
-            floors = sampling_floors(whole, filters, vocab_size=vocab_size, both=both, pdl=pdl)
-        scores, ids = sample(
-            logits,
-            filters.temperature,
-            keys,
-            vocab_start=sampler.first,
-            vocab_size=self.loaded.config.vocab_size,
-            floors_T=floors,
-            pdl=pdl,
-        )
-        winner = self._compute.winner(scores, ids)
-        self._sampled[: logits.shape[0]].copy_(sampler.agree(scores, ids) if winner is None else winner)
-
     def _eager(self, batch: ScheduledBatch, slots: list[int], path: SamplingPath) -> None:
         """A step with prefill chunks, or one that scores, launched kernel by kernel."""
         logits = self.logits(batch, self._forward_batch(batch, slots))
@@ -270,7 +192,7 @@ class CudaRunner(ModelRunner):
         keys = [noise_keys(item.sequence.params.seed, place) for item in batch.sampled for place in item.places]
         at = [slot for slot, item in zip(slots, batch.items, strict=True) for _ in item.places]
         filters = self._slots.tables.filters.rows(self._to_device(np.array(at, dtype=np.int64)))
-        self._sample_into(logits, filters, self._to_device(np.array(keys, dtype=np.int64)), path)
+        self._on_device.sample(logits, filters, self._to_device(np.array(keys, dtype=np.int64)), path)
 
     def _forward_batch(self, batch: ScheduledBatch, slots: list[int]) -> ForwardBatch:
         items = batch.items
@@ -324,15 +246,6 @@ class CudaRunner(ModelRunner):
         return torch.from_numpy(host).pin_memory().to(self.group.device, non_blocking=True)
 
 
-def _captured_states(inputs: MixedInputs) -> StateTables | None:
-    """Where the layers of a captured step have states."""
-    if inputs.state_chunks is None or inputs.state_sequences is None:
-        return None
-    chunks, sequences = inputs.state_chunks.view(5, -1), inputs.state_sequences.view(4, -1)
-    group = Group(0, chunks.shape[1], 0, sequences.shape[1] - 1)
-    return StateTables(inputs.rows.packed[3:], ChunkTables(chunks, sequences, [group]))
-
-
 def shared_blocks(tables: list[list[int]]) -> int:
     """How many blocks all tables begin with. Only blocks that are full, and computed, are ever shared."""
     if tables[0][0] != tables[-1][0]:  # as it mostly is
@@ -349,8 +262,14 @@ def _behind(item: ScheduledSequence) -> range:
     return range(len(item.places) - 1, -1, -1)
 
 
-def make_cuda_runner(settings: EngineConfig, group: TPGroup) -> CudaRunner:
-    """A runner on GPUs (collective). Errors as ``load``, ``cuda_budget`` and ``plan_memory``."""
+def make_cuda_runner(
+    settings: EngineConfig, group: TPGroup, compiled: Callable[[], object] = lambda: None
+) -> CudaRunner:
+    """A runner on GPUs (collective). Errors as ``load``, ``cuda_budget`` and ``plan_memory``.
+
+    Args:
+        compiled: called before the first kernel is launched; waits for those that are being compiled.
+    """
     loaded = load(settings, group, warm_up)
     hidden, tokens = loaded.config.blueprint.hidden_size, settings.max_num_batched_tokens
     pace = find_pace(loaded)
@@ -358,15 +277,12 @@ def make_cuda_runner(settings: EngineConfig, group: TPGroup) -> CudaRunner:
     compute = CudaCompute(group, connect_peers(group, hidden, loaded.dtype, rows, tokens))
     loaded.model.use(compute)
     paged(loaded).reserve(tokens, loaded.wanted_len, group.device)
+    started = time.perf_counter()
+    compiled()
+    loaded.timings.lap("kernels", started)
     steps = measure_step(loaded, rows, paged(loaded).prefix_bytes(settings.max_num_seqs))
     memory = plan_memory(loaded, cuda_budget(loaded, steps), steps.later)
     return CudaRunner(loaded, memory, compute, steps, pace)
-
-
-def paged(loaded: LoadedModel) -> PagedBackend[Any]:
-    """The backend, which reads the paged cache in place."""
-    assert isinstance(loaded.backend, PagedBackend)
-    return loaded.backend
 
 
 def warm_up(group: TPGroup, dtype: torch.dtype) -> None:
@@ -376,25 +292,3 @@ def warm_up(group: TPGroup, dtype: torch.dtype) -> None:
         product = group.all_reduce(square @ square)
         torch.cuda.current_stream().synchronize()
         del product  # not before: its memory could become a weight's, which other streams fill meanwhile
-
-
-def find_pace(loaded: LoadedModel) -> Pace | None:
-    """How prompts are computed beside decodes, where that can be captured; the same on every rank (collective)."""
-    settings = loaded.settings
-    if settings.enforce_eager or not paged(loaded).captures_prefill:
-        return None
-    layer = sum(parameter.nbytes for parameter in loaded.model.model.layers[0].parameters())
-    layer = loaded.group.minimum(layer)
-    if not pays(settings.scheduling_policy, layer):
-        return None
-    return _SMALL_PACE if layer < _SMALL_LAYER else _PACE
-
-
-def largest_rows(settings: EngineConfig, pace: Pace | None) -> int:
-    """Rows of the largest step that a graph may hold."""
-    return max(settings.max_num_seqs, short_rows(settings), 0 if pace is None else pace.limit)
-
-
-def short_rows(settings: EngineConfig) -> int:
-    """Rows of the largest step with prefill chunks that a graph may hold, where nothing is paced."""
-    return 0 if settings.enforce_eager else min(SHORT, settings.max_num_batched_tokens)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tpctl.accounting import gathered_logits, reserve, sampled_rows
 from tpctl.arch.delta_net import state_sizes
@@ -16,7 +18,9 @@ from tpctl.errors import EngineError
 from tpctl.kernels.delta_net.chunks import ChunkTables, working_bytes
 from tpctl.kernels.delta_net.inputs import NetShape
 from tpctl.kernels.delta_net.tables import MOST_CHUNKS, Chunks, NewTokens
+from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.batch import ForwardBatch, PoolTables, StateTables
+from tpctl.layers.delta_net.state import LayerState
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,33 @@ def cuda_budget(loaded: LoadedModel, steps: StepMemory) -> int:
 
 def _run_largest(loaded: LoadedModel) -> None:
     """A prefill of the whole token budget, sampled at as many rows as can run."""
-    settings, device = loaded.settings, loaded.group.device
-    tokens = settings.max_num_batched_tokens
+    settings = loaded.settings
+    with torch.inference_mode():
+        run_prompts(
+            loaded,
+            loaded.caches(1, 1),
+            largest_prompts(loaded),
+            min(settings.max_num_seqs, settings.max_num_batched_tokens),
+        )
+
+
+def largest_prompts(loaded: LoadedModel) -> list[int]:
+    """Lengths of prompts that are all tokens that a step may have, as few prompts as can be."""
+    tokens = loaded.settings.max_num_batched_tokens
     length = min(tokens, loaded.wanted_len)
     lens = [length] * (tokens // length)
     if tokens % length:
         lens.append(tokens % length)
-    rows = torch.zeros(min(settings.max_num_seqs, tokens), dtype=torch.int64, device=device)
+    return lens
+
+
+def run_prompts(loaded: LoadedModel, kv: Sequence[LayerKV | LayerState], lens: list[int], sampled: int) -> Tensor:
+    """Compute prompts of these lengths, of any tokens, and keep none of it: the logits of ``sampled`` rows."""
+    device = loaded.group.device
+    rows = torch.zeros(sampled, dtype=torch.int64, device=device)
     tables = PoolTables(
         torch.full((sum(lens),), -1, dtype=torch.int64, device=device),
-        torch.zeros(len(lens), table_width(loaded, length), dtype=torch.int32, device=device),
+        torch.zeros(len(lens), table_width(loaded, max(lens)), dtype=torch.int32, device=device),
     )
     forward = ForwardBatch(
         input_ids=torch.zeros(sum(lens), dtype=torch.int64, device=device),
@@ -116,8 +137,7 @@ def _run_largest(loaded: LoadedModel) -> None:
         seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
         state_tables=_states(loaded, lens),
     )
-    with torch.inference_mode():
-        loaded.model(forward, loaded.caches(1, 1), rows)
+    return loaded.model(forward, kv, rows)  # type: ignore[no-any-return]
 
 
 def _chunks_bytes(loaded: LoadedModel, rows: int) -> int:

@@ -5,41 +5,32 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tpctl.accounting import KvLayout, LayerPool, LayerPools, layout_of, pools_of, slab_bytes, state_bytes
+from tpctl.accounting import KvLayout, LayerPool, slab_bytes, state_bytes
 from tpctl.arch.block import linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import DeltaNet, state_sizes
 from tpctl.arch.growth import growth
 from tpctl.arch.latent import Attending
-from tpctl.arch.predictor import PREFIX
-from tpctl.arch.quantised import Cutting
-from tpctl.arch.source_plan import as_held, build_plan, check_scaled
 from tpctl.distributed import TPGroup
 from tpctl.engine.memory.gpu import GpuShare
 from tpctl.engine.memory.host import available_host_memory
+from tpctl.engine.runners.outline import Outline, outline
 from tpctl.engine.sampling.sampler import Sampler
-from tpctl.errors import EngineError, UnsupportedModelError
-from tpctl.layers.attention.base import AttentionBackend, LayerKV, kept_layer
-from tpctl.layers.attention.latent import spec_of
-from tpctl.layers.attention.select import make_backend
+from tpctl.layers.attention.base import AttentionBackend, LayerKV
 from tpctl.layers.delta_net.state import LayerState
-from tpctl.layers.rotary import RotaryTable, rotary_tables
-from tpctl.manifest.manifest import Manifest
+from tpctl.layers.rotary import RotaryTable
 from tpctl.manifest.records import ManifestTensor
 from tpctl.models.decoder import Decoder
 from tpctl.models.loader import load_shard
-from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
+from tpctl.partition.dtypes import DTYPE_BITS
 from tpctl.partition.plan import PartitionPlan
-from tpctl.partition.split import EACH
 from tpctl.wire.settings import EngineConfig
 
 
@@ -126,40 +117,21 @@ def load(
             to draft tokens, and there is none.
         EngineError: the settings do not fit the model, or the weights do not fit the device.
     """
-    folder = settings.shard_dir
-    manifest = Manifest.load(folder)
-    manifest.check_tp(settings.tp_size, folder)
-    manifest.check_files(folder, [group.rank])
-    tensors = dict(manifest.tensors(group.rank))
-    config = _predicting(settings, group, _config(folder, manifest, tensors))
-    made_of = config.blueprint
-    idle = {} if made_of.predictor is not None else {n: one for n, one in tensors.items() if n.startswith(PREFIX)}
-    tensors = {name: one for name, one in tensors.items() if name not in idle}
-    made_of.check_runs(group.device.type)
-    if made_of.tied and made_of.head not in tensors:  # in shards for vLLM it may have the embedding's name
-        tensors[made_of.head] = tensors.pop(made_of.embedding)
-    plan = build_plan(config, settings.tp_size)
-    there = [split for split in plan.splits if split.name in tensors]
-    check_scaled(config, there, {split.name: {split.name: tensors[split.name].dtype} for split in there})
-    stored = tensors[made_of.head].dtype
-    dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.device)
-    wanted_len = settings.longest(config.max_position_embeddings)
-    backend, predicting, pools = _backends(settings, group, dtype, made_of, wanted_len)
-    layout = layout_of(pools, backend.block_size)
+    found = outline(settings, group)
+    manifest, tensors, idle, dtype = found.manifest, found.tensors, found.idle, found.dtype
     # While they are converted, weights are held in either form.
     unread = sum(prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8 for tensor in idle.values())
-    held = max(manifest.shard(group.rank).nbytes - unread, run_bytes(plan, made_of, tensors, dtype))
+    made_of = found.config.blueprint
+    held = max(manifest.shard(group.rank).nbytes - unread, run_bytes(found.plan, made_of, tensors, dtype))
     share = _share(settings, group, held)
     warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
 
     timings, started = Timings(), time.perf_counter()
-    longest = _most_tokens(settings, share, slab_bytes(pools[group.rank], layout), layout, wanted_len)
-    blocks = (*made_of.blocks, *(() if made_of.predictor is None else (made_of.predictor.block,)))
-    ropes = [one.rope if isinstance(one := block.attention, Attending) else None for block in blocks]
-    rotaries = rotary_tables(ropes, longest, group.device)
+    slab = slab_bytes(found.pools[group.rank], found.layout)
+    rotaries = found.tables(_most_tokens(settings, share, slab, found.layout, found.wanted_len))
     with torch.device("meta"):
-        model = Decoder(made_of, plan, backend, rotaries, group, dtype, tensors.keys(), predicting)
-    files = [folder / name for name in manifest.rank_files(group.rank)]
+        model = found.decoder(rotaries)
+    files = [settings.shard_dir / name for name in manifest.rank_files(group.rank)]
     constants = {name for name, tensor in tensors.items() if not tensor.pieces}
     weight_bytes = load_shard(model, files, group.device, constants | idle.keys())
     model.eval()
@@ -169,85 +141,36 @@ def load(
         started = time.perf_counter()
         warm.wait()
         timings.lap("warm-up", started)
+    return of_model(found, model, rotaries, weight_bytes=weight_bytes, share=share, timings=timings)
+
+
+def of_model(
+    found: Outline,
+    model: Decoder,
+    rotaries: tuple[RotaryTable | None, ...],
+    *,
+    weight_bytes: int = 0,
+    share: GpuShare | None = None,
+    timings: Timings | None = None,
+) -> LoadedModel:
+    """All that is known of a model, with the weights in it."""
     return LoadedModel(
-        settings=settings,
-        group=group,
-        config=config,
-        dtype=dtype,
-        backend=backend,
-        predicting=predicting,
-        pools=pools[group.rank],
-        layout=layout,
+        settings=found.settings,
+        group=found.group,
+        config=found.config,
+        dtype=found.dtype,
+        backend=found.backend,
+        predicting=found.predicting,
+        pools=found.pools[found.group.rank],
+        layout=found.layout,
         rotaries=rotaries,
         model=model,
-        sampler=Sampler(group, plan.vocab_slices, config.vocab_size),
+        sampler=Sampler(found.group, found.plan.vocab_slices, found.config.vocab_size),
         weight_bytes=weight_bytes,
-        wanted_len=wanted_len,
+        wanted_len=found.wanted_len,
         share=share,
-        timings=timings,
+        timings=Timings() if timings is None else timings,
     )
-
-
-def _backends(
-    settings: EngineConfig, group: TPGroup, dtype: torch.dtype, made_of: Blueprint, longest: int
-) -> tuple[AttentionBackend[Any], AttentionBackend[Any] | None, list[list[LayerPool]]]:
-    """That of the layers, the predictor's, if there is one, and what a block of both takes on each rank."""
-    attentions = made_of.attentions
-    specs = [[spec_of(attention, rank, group.size) for attention in attentions] for rank in range(group.size)]
-    ranks = [[kept_layer(spec) for spec in of_rank] for of_rank in specs]
-    own = len(attentions) - (made_of.predictor is not None)
-    make = partial(
-        make_backend,
-        settings.attention_backend,
-        group.device.type,
-        dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        whole_heads=not any(attention.rotates_part for attention in attentions),
-        longest=longest,
-    )
-    size, predicting = settings.block_size, None
-    backend = make(specs[group.rank][:own], size, ranks=[of_rank[:own] for of_rank in ranks])
-    pools = backend.pools
-    if made_of.predictor is not None:
-        assert pools.windows == (None,), "the blocks of the predictor's layer are those of the only pool"
-        predicting = make(specs[group.rank][own:], size)
-        pools = LayerPools(pools.windows, (*pools.of_layer, 0))
-    form = backend.kv_form
-    return backend, predicting, [pools_of(one, pools, backend.block_size, dtype.itemsize, form) for one in ranks]
-
-
-def _config(folder: Path, manifest: Manifest, tensors: Mapping[str, ManifestTensor]) -> ModelConfig:
-    """The model as it was cut, and in the form that its checkpoint had."""
-    config = ModelConfig.load(folder, Cutting(manifest.expert_parallel, manifest.even, manifest.compat))
-    sources = {piece.source.replace(EACH, "0") for tensor in tensors.values() for piece in tensor.pieces}
-    config = as_held(config, sources)
-    return replace(config, blueprint=replace(config.blueprint, stored=()))
-
-
-def _predicting(settings: EngineConfig, group: TPGroup, config: ModelConfig) -> ModelConfig:
-    """``config`` with a predictor only where it is to draft tokens: on every rank or none (collective).
-
-    Raises:
-        UnsupportedModelError: it is asked for by name, and some rank's shards have none.
-    """
-    blueprint = config.blueprint
-    if settings.speculate in ("mtp", "auto") and group.device.type == "cpu":
-        if group.minimum(int(blueprint.predictor is not None)):
-            return config
-        if settings.speculate == "mtp":
-            why = f"a {config.model_type} model has none"
-            if config.cutting.engine is not None:
-                why = f"those for {config.cutting.engine} have none; shard the model again without --compat"
-            elif blueprint.further is not None:
-                why = (
-                    "the checkpoint has none, or an older tpctl has left it out; if it has tensors named "
-                    f"{blueprint.further.source}*, shard it again"
-                )
-            raise UnsupportedModelError(
-                "--speculate mtp takes a layer that predicts more tokens (MTP), which these shards do not hold: "
-                f"{why}, or use --speculate ngram"
-            )
-    return replace(config, blueprint=blueprint.without_predictor())
 
 
 class Beside:
@@ -315,14 +238,3 @@ def _most_tokens(
         room = available_host_memory() if share is None else max(share.nbytes, 0)
     held = layout.longest(room // slab_bytes + 1)
     return wanted_len if held is None else min(wanted_len, held)
-
-
-def _run_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
-    """``"auto"`` runs what is stored; CPUs have no float16 arithmetic worth using, so there it becomes float32."""
-    name = stored if wanted == "auto" else wanted
-    if name not in DTYPES:
-        raise EngineError(f"the shard's weights are {name}, which cannot be run; use --dtype {', '.join(DTYPES)}")
-    if name == "float16" and wanted == "auto" and device.type == "cpu":
-        name = "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -29,31 +29,21 @@ def ladder(largest: int) -> list[int]:
     return sorted({min(size, largest) for size in sizes})
 
 
-class CapturedSteps:
-    """Steps captured by key, in the same memory and on the same inputs: one runs at a time.
+class StepInputs:
+    """What the host packs for steps, and what is made of it on the device: the same memory for all, of which one runs
+    at a time.
 
     Args:
-        nbytes: what the largest step's activations take.
-        sampled: int64 [rows], the token ids of the last step, which the next one reads; a step may be run to warm up
-            without changing them. No step has more rows.
+        sampled: int64 [rows], the token ids of the last step, which the next one reads. No step has more rows.
         most: int32 numbers that a step is given at most.
         tables: what rows are looked up in.
     """
 
-    def __init__(self, nbytes: int, sampled: Tensor, most: int, tables: SlotTables) -> None:
+    def __init__(self, sampled: Tensor, most: int, tables: SlotTables) -> None:
         self.device = sampled.device
         self._sampled = sampled
         self._numbers = torch.zeros(most, dtype=torch.int32, device=self.device)
         self._rows = DecodeInputs.allocate(sampled.shape[0], tables)
-        # With each graph where its numbers go, and the step, which holds what it reads.
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]] = {}
-        # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has worked on.
-        self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._nbytes = nbytes
-        self._memory: torch.cuda.CUDAGraph | None = None
-        self._staging = [torch.zeros(most, dtype=torch.int32).pin_memory() for _ in range(_RING)]
-        self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
-        self._turn = 0
 
     def numbers(self, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
         """Where a step's numbers go, int32 and all zero, whole and in parts of these sizes."""
@@ -69,11 +59,40 @@ class CapturedSteps:
         return self._rows.first(count, packed)
 
     def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
-        """Send ``numbers`` and replay the step of this key.
+        """Run the step of this key on ``numbers``.
 
         make: for a new key, where its numbers go (int32, on the device) and the step that reads them there, which must
             not synchronise with the host.
         """
+        raise NotImplementedError
+
+    def prepare(self, key: Hashable, make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
+        """Get the step of this key ready, as ``run`` would."""
+        raise NotImplementedError
+
+
+class CapturedSteps(StepInputs):
+    """Steps captured by key, in the same memory and on the same inputs.
+
+    Args:
+        nbytes: what the largest step's activations take.
+        sampled: as of ``StepInputs``; a step may be run to warm up without changing them.
+    """
+
+    def __init__(self, nbytes: int, sampled: Tensor, most: int, tables: SlotTables) -> None:
+        super().__init__(sampled, most, tables)
+        # With each graph where its numbers go, and the step, which holds what it reads.
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Callable[[], None]]] = {}
+        # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has worked on.
+        self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._nbytes = nbytes
+        self._memory: torch.cuda.CUDAGraph | None = None
+        self._staging = [torch.zeros(most, dtype=torch.int32).pin_memory() for _ in range(_RING)]
+        self._sent = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def run(self, key: Hashable, numbers: list[int], make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
+        """Send ``numbers`` and replay the step of this key."""
         turn, self._turn = self._turn, (self._turn + 1) % _RING
         self._sent[turn].synchronize()
         staging = self._staging[turn][: len(numbers)]
@@ -85,7 +104,7 @@ class CapturedSteps:
         graph.replay()
 
     def prepare(self, key: Hashable, make: Callable[[], tuple[Tensor, Callable[[], None]]]) -> None:
-        """Capture the step of this key, if it is not there, as ``run`` would."""
+        """Capture the step of this key, if it is not there."""
         captured = self._graphs.pop(key, None)
         if captured is None:
             if len(self._graphs) >= _MOST_GRAPHS:
@@ -130,7 +149,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        steps: CapturedSteps,
+        steps: StepInputs,
         largest: int,
         step: Callable[[DecodeInputs, bool, SamplingPath, Tensor | None], None],
     ) -> None:

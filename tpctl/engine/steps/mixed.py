@@ -19,7 +19,7 @@ from tpctl.accounting import sampled_rows
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
-from tpctl.engine.steps.graphs import CapturedSteps
+from tpctl.engine.steps.graphs import StepInputs
 from tpctl.engine.steps.states import NUMBERS, StepStates, count_chunks
 from tpctl.kernels.delta_net.tables import CHUNK
 from tpctl.kernels.sampling.prepare import DecodeInputs
@@ -84,7 +84,7 @@ class MixedGraphs:
 
     def __init__(
         self,
-        steps: CapturedSteps,
+        steps: StepInputs,
         pace: Pace | None,
         step: Callable[[MixedInputs, SamplingPath], None],
         short: int = SHORT,
@@ -133,6 +133,13 @@ class MixedGraphs:
         self._steps.prepare(("mixed", *wanted[0]), lambda: self._make(wanted[0]))
         self._missed.update(wanted[1:])
         return len(wanted) > 1
+
+    def sizes(self, *, paced: bool) -> list[int]:
+        """Rows of all graphs there may be, the fewest first."""
+        least, most = self._bounds(paced)
+        return sorted(
+            {self._key(tokens, 0, 1, SamplingPath.DIRECT, paced).rows for tokens in range(max(1, least // 2), most + 1)}
+        )
 
     def _full(self, key: MixedKey) -> bool:
         """Whether there are as many graphs of a key's kind as are kept. Paced ones have as many rows as the pace wants

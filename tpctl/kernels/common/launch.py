@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,46 +17,98 @@ def launch_options(pdl: bool) -> dict[str, Any]:
     return _PDL if pdl else _PLAIN
 
 
+class DeviceFacts(NamedTuple):
+    """A CUDA device, as far as kernels and choices between them depend on it.
+
+    Attributes:
+        capability: its compute capability. multiprocessors: streaming multiprocessors.
+        shared_memory: bytes that a program may have of it.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceFacts:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found: Any = torch.cuda.get_device_properties(index)
+        shared = getattr(found, "shared_memory_per_block_optin", None)
+        if shared is None:  # which torch has not always said
+            shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+        return cls((found.major, found.minor), found.multi_processor_count, int(shared))
+
+
+_INTERPRETER = DeviceFacts((9, 0), 4, 232448)
+"""What the CPU is taken for in Triton's interpreter: an H100, of few multiprocessors; but without launches that depend
+on it, nor what was chosen by measurement there (``is_hopper``, ``has_pdl``)."""
+
+_stood_for: DeviceFacts | None = None
+
+
+def stand_for(facts: DeviceFacts | None) -> None:
+    """From now on the CPU answers as a device of these facts, in this whole process: for kernels that are compiled and
+    not launched (``kernels.common.ahead``). ``None``: no longer."""
+    global _stood_for
+    _stood_for = facts
+    _facts.cache_clear()
+
+
 @functools.lru_cache(maxsize=32)
+def _facts(device: torch.device) -> DeviceFacts | None:
+    """Those of a CUDA device, or of what the CPU stands for; ``None``: the CPU is Triton's interpreter."""
+    return DeviceFacts.of(device) if device.type == "cuda" else _stood_for
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether a device is of the generation that choices between ways were measured on (compute capability 9)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    facts = _facts(device)
+    return facts is not None and facts.capability[0] == 9
 
 
-@functools.lru_cache(maxsize=32)
+def interprets(device: torch.device) -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU."""
+    return _facts(device) is None
+
+
 def pipelines_pure_alone(device: torch.device) -> bool:
     """Whether Triton (3.7) puts only pure assembly into a pipelined loop with tensor core products of that generation
     (compute capability 10); of impure one it says that it does not know how to predicate it."""
     return capability(device)[0] == 10
 
 
-@functools.lru_cache(maxsize=32)
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; an H100's for the CPU (Triton's interpreter)."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    """Compute capability of a CUDA device; an H100's in Triton's interpreter."""
+    return (_facts(device) or _INTERPRETER).capability
 
 
-@functools.lru_cache(maxsize=32)
 def has_pdl(device: torch.device) -> bool:
     """Whether kernels can be launched programmatically dependent: from compute capability 9 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    facts = _facts(device)
+    return facts is not None and facts.capability[0] >= 9
 
 
-@functools.lru_cache(maxsize=32)
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; an H100's for the CPU (Triton's interpreter)."""
-    if device.type != "cuda":
-        return 232448
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    """Bytes of shared memory that a program may have; an H100's in Triton's interpreter."""
+    return (_facts(device) or _INTERPRETER).shared_memory
 
 
-@functools.lru_cache(maxsize=32)
 def num_multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 4 for the CPU (Triton's interpreter)."""
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """Streaming multiprocessors of a CUDA device; 4 in Triton's interpreter."""
+    return (_facts(device) or _INTERPRETER).multiprocessors
+
+
+ANYWHERE = [
+    "positions_ptr",
+    "slots_ptr",
+    "block_tables_ptr",
+    "tables_ptr",
+    "query_start_ptr",
+    "seq_lens_ptr",
+    "lens_ptr",
+]
+"""Arguments that point to a step's integers, at any of them, read one at a time: kernels with and without the alignment
+that Triton finds by chance are alike, and are not to be compiled twice (``do_not_specialize_on_alignment``)."""
 
 
 def next_power_of_2(value: int) -> int:

@@ -19,7 +19,7 @@ import triton
 
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import Activation, act_and_mul_reference
-from tpctl.kernels.common.launch import is_hopper, launch_options, next_power_of_2
+from tpctl.kernels.common.launch import interprets, is_hopper, launch_options, next_power_of_2
 from tpctl.kernels.common.norm import rms_norm_reference
 from tpctl.kernels.linear.gemv_kernels import small_linear_kernel
 
@@ -73,7 +73,7 @@ _MAX_SKINNY_ROWS = 16
 def few_rows(device: torch.device) -> int:
     """Most rows that the kernels here are for: 16 on Hopper, whose shared memory they fill (and on a CPU, in Triton's
     interpreter); one elsewhere, beyond which cuBLAS does the rest."""
-    return _MAX_SKINNY_ROWS if device.type == "cpu" or is_hopper(device) else 1
+    return _MAX_SKINNY_ROWS if interprets(device) or is_hopper(device) else 1
 
 
 def pick(
