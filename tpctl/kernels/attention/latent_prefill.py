@@ -14,10 +14,10 @@ import triton.language as tl
 
 from tpctl.kernels.attention.latent_decode import most_rows, row_width
 from tpctl.kernels.attention.tile_runs import LOG2E
-from tpctl.kernels.common.launch import capability, shared_memory
+from tpctl.kernels.common.launch import ANYWHERE, capability, shared_memory
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"], do_not_specialize_on_alignment=ANYWHERE)
 def latent_prefill_kernel(
     q_ptr,
     cache_ptr,

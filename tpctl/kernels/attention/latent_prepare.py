@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.rope_cache import _rotated_reference
-from tpctl.kernels.common.launch import launch_options, next_power_of_2
+from tpctl.kernels.common.launch import ANYWHERE, launch_options, next_power_of_2
 from tpctl.kernels.common.norm import rms_norm_reference
 
 
@@ -94,7 +94,7 @@ def _keep(
     _rotate_some(key, to, cos_ptr, sin_ptr, positions_ptr, token + one, slot + one >= 0, HALF, BLOCK_HALF, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_absorbed"])
+@triton.jit(do_not_specialize=["num_tokens", "num_absorbed"], do_not_specialize_on_alignment=ANYWHERE)
 def _prepare_kernel(
     q_ptr,
     kept_ptr,

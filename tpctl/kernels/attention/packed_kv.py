@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.fp8_kv import key_scale, numbers, value_scale
+from tpctl.kernels.common.launch import ANYWHERE
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
@@ -171,7 +172,7 @@ def load_vectors(cache_ptr, place, HEAD_DIM: tl.constexpr, FP8: tl.constexpr, PU
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=ANYWHERE)
 def _unpack_blocks_kernel(
     k_ptr,
     v_ptr,

@@ -11,7 +11,7 @@ import triton.language as tl
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8, key_factor, load_vectors, value_factor
 from tpctl.kernels.attention.reference import softmax_reference
 from tpctl.kernels.attention.tile_runs import LOG2E
-from tpctl.kernels.common.launch import launch_options, next_power_of_2, pipelines_pure_alone, shared_memory
+from tpctl.kernels.common.launch import ANYWHERE, launch_options, next_power_of_2, pipelines_pure_alone, shared_memory
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def attend(
     return acc, top, weight
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"], do_not_specialize_on_alignment=ANYWHERE)
 def _prefill_kernel(
     q_ptr,
     k_cache_ptr,

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from tpctl.kernels.attention.fp8_kv import store_fp8
 from tpctl.kernels.attention.packed_kv import is_fp8, store_packed
-from tpctl.kernels.common.launch import launch_options, next_power_of_2
+from tpctl.kernels.common.launch import ANYWHERE, launch_options, next_power_of_2
 from tpctl.kernels.common.runs import as_runs, sum_runs
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def _rope_cache_kernel(
     qkv_ptr,
     q_out_ptr,
