@@ -106,6 +106,11 @@ ANYWHERE = [
     "query_start_ptr",
     "seq_lens_ptr",
     "lens_ptr",
+    "chunks_ptr",
+    "sequences_ptr",
+    "reads_ptr",
+    "writes_ptr",
+    "copies_ptr",
 ]
 """Arguments that point to a step's integers, at any of them, read one at a time: kernels with and without the alignment
 that Triton finds by chance are alike, and are not to be compiled twice (``do_not_specialize_on_alignment``)."""

@@ -16,10 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tpctl.kernels.common.launch import ANYWHERE
 from tpctl.kernels.delta_net.inputs import head_gates, silu_rounded
 
+_COUNTS = ["num_chunks", "num_sequences", "chunk0", "sequence0"]
+"""Of which one is no case of its own."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=ANYWHERE)
 def conv_kernel(
     q_ptr,
     taps_ptr,
@@ -123,7 +127,7 @@ def _inverse(system, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.con
     return tl.dot(both, inverse, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=ANYWHERE)
 def prepare_kernel(
     mixed_ptr,
     b_ptr,
@@ -263,7 +267,7 @@ def _keep_head(
                  TAPS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=ANYWHERE)
 def scan_kernel(
     q_ptr,
     k_ptr,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tpctl.kernels.common.launch import launch_options, next_power_of_2
+from tpctl.kernels.common.launch import ANYWHERE, launch_options, next_power_of_2
 from tpctl.kernels.delta_net.inputs import (
     NetShape,
     NetState,
@@ -215,7 +215,7 @@ def _move_on(
     _keep_input(v_in, inputs_ptr, of_values, in_e, position, read, write, copy, CHANNELS, TAPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def step_kernel(
     q_ptr,
     v_ptr,
