@@ -18,7 +18,7 @@ from pathlib import Path
 from tpctl.errors import ShardFolderError
 from tpctl.launch.lifeline import connect, tie_to_parent
 from tpctl.wire.channel import ChannelClosed
-from tpctl.wire.messages import Abort, Add, Fatal, GetStats, Output, Outputs, Ready, Stats, Stop
+from tpctl.wire.messages import Abort, Add, Fatal, GetStats, Output, Outputs, Progress, Ready, Stats, Stop
 from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
@@ -107,6 +107,8 @@ def serve(config: EngineConfig, path: Path, what: str) -> None:
     if folder := os.environ.get("FAKE_WORKER_PIDS"):
         surroundings = {"environ": dict(os.environ), "stdin": sys.stdin.read()}
         Path(folder).with_name("surroundings.json").write_text(json.dumps(surroundings))
+    if what == "compile":
+        channel.send(Progress("compiling 3 kernels"))
     channel.send(Ready(info(config)))
     steps = 0
     try:

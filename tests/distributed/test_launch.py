@@ -42,6 +42,14 @@ class NoFork(Workers):
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
+def test_what_takes_its_time_is_told_before_it_is_ready(tp_size: int, tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    told: list[str] = []
+    with start(tp_size, tmp_path / "pids", "compile") as client:
+        client.wait_ready(told.append)
+    assert told == ["compiling 3 kernels"]
+
+
 def test_answers_and_leaves_nothing(pids: Path, tp_size: int) -> None:
     with start(tp_size, pids) as client:
         info = client.wait_ready()

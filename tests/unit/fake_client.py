@@ -108,7 +108,7 @@ class FakeClient:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def wait_ready(self) -> EngineInfo:
+    def wait_ready(self, told: object = None) -> EngineInfo:
         return engine_info(max_model_len=self.max_model_len, wanted_model_len=self.max_model_len)
 
     def mailbox(self) -> FakeMailbox:

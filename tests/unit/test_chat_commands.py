@@ -171,7 +171,7 @@ def test_stats_of_an_engine_that_speculates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     info = engine_info(speculation=kind, max_model_len=400)
-    monkeypatch.setattr(FakeClient, "wait_ready", lambda self: info)
+    monkeypatch.setattr(FakeClient, "wait_ready", lambda self, told=None: info)
     monkeypatch.setattr(FakeClient, "stats", lambda self: engine_stats(**counters))
     Chat(tokenizer, "hi", "/stats")
     assert said()[-1] == f"drafts       {shown}"

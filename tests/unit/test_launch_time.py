@@ -145,7 +145,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         tokens: int = 200,
         late_launch: bool = True,
     ) -> tuple[Feed, Engine]:
-        monkeypatch.setattr(engine_module, "make_runner", lambda config, group: machine)
+        monkeypatch.setattr(engine_module, "make_runner", lambda config, group, compiled: machine)
         monkeypatch.setattr(engine_module, "LaunchTime", lambda allowance: LaunchTime(allowance, lambda: machine.now))
         engine = Engine(EngineConfig(Path(), 1, late_launch=late_launch), TPGroup(0, 1, "cpu"))
         coming = [(machine.now, ask(f"answer {number}", tokens)) for number in range(answers)]

@@ -63,7 +63,7 @@ class Measured:
 async def measure(
     settings: Settings,
     prompts: Prompts,
-    running: Callable[[str], AbstractContextManager[None]],
+    running: Callable[[str], AbstractContextManager[object]],
     found: Callable[[Measured], None],
     warmed: Callable[[Sequence[Answer], float], object] = lambda answers, seconds: None,
 ) -> None:

@@ -175,8 +175,8 @@ def _check_kept(reader: Reader, results: Results) -> None:
 
 
 def _wait_ready(client: EngineClient, model: str, asked: SchedulingPolicy | None, *, silent: bool) -> EngineInfo:
-    with status(f"loading {model}"):
-        info = client.wait_ready()
+    with status(f"loading {model}") as told:
+        info = client.wait_ready(told)
     if not silent:
         note(f"{model} is ready ({describe(info)})")
     say_policy(asked, info)

@@ -96,8 +96,8 @@ def chat(
         conversation = Conversation(client, tokenizer, system=system, sampling=values, stop=sampling.stop or ())
         tokenizer.template  # noqa: B018 — a model without one should fail before its weights are read
         if message is not None:
-            with status(f"loading {model}"):
-                info = client.wait_ready()
+            with status(f"loading {model}") as told:
+                info = client.wait_ready(told)
             say_context(info)
             _answer_once(conversation, message, plain=plain)
         else:
@@ -137,8 +137,8 @@ def _talk(client: EngineClient, conversation: Conversation, model: str, *, plain
     from tpctl.chat.terminal import quiet
 
     screen = Screen(plain=plain)
-    with quiet(), status(f"loading {model}"):
-        info = client.wait_ready()
+    with quiet(), status(f"loading {model}") as told:
+        info = client.wait_ready(told)
     say_context(info)
     screen.note(f"{model} is ready ({describe(info)}). /help shows the commands, Ctrl-D ends.")
     Repl(client, conversation, screen, make_prompt(), model).run()

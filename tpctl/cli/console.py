@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -91,12 +91,13 @@ def _byte_bar() -> Bar:
 
 
 @contextmanager
-def status(text: str) -> Iterator[None]:
-    """A spinner on stderr while something takes its time; silent where stderr is no terminal."""
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while something takes its time, which can be told what does; silent where stderr is no
+    terminal."""
     if not sys.stderr.isatty():
-        yield
+        yield lambda more: None
         return
     from rich.text import Text
 
-    with stderr().status(Text(printable(text))):
-        yield
+    with stderr().status(Text(printable(text))) as shown:
+        yield lambda more: shown.update(Text(printable(f"{text}: {more}")))

@@ -14,7 +14,7 @@ from tpctl.errors import EngineError, TpctlError
 from tpctl.launch.nodes import ONE_HOST, Nodes
 from tpctl.launch.torchrun import WORKER, Workers
 from tpctl.wire.channel import Channel, ChannelClosed
-from tpctl.wire.messages import Fatal, GetStats, Message, Output, Outputs, Ready, Request, Stats, Stop
+from tpctl.wire.messages import Fatal, GetStats, Message, Output, Outputs, Progress, Ready, Request, Stats, Stop
 from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.settings import EngineConfig
 
@@ -60,7 +60,9 @@ class EngineClient:
         self._stats_lock = threading.Lock()  # held by who waits for an answer
         self._failure: TpctlError | None = None
         self._told: list[Callable[[TpctlError], None]] = []
-        self._lock = threading.Lock()  # of the two above
+        self._progress: str | None = None
+        self._told_progress: Callable[[str], object] = lambda text: None
+        self._lock = threading.Lock()  # of the four above
         self._closed = False
         self._router = Router(self._send, lambda: self.wait_ready().max_model_len)
         self._own = self._router.mailbox()
@@ -75,8 +77,11 @@ class EngineClient:
     ) -> None:
         self.close()
 
-    def wait_ready(self) -> EngineInfo:
+    def wait_ready(self, told: Callable[[str], object] | None = None) -> EngineInfo:
         """Wait until the engine takes requests.
+
+        Args:
+            told: called with what takes its time, by another thread.
 
         Returns:
             What it told about itself.
@@ -85,6 +90,11 @@ class EngineClient:
             EngineError: the workers failed (or another ``TpctlError`` that one of them raised), or took too
                 long.
         """
+        if told is not None:
+            with self._lock:
+                self._told_progress, last = told, self._progress
+            if last is not None:
+                told(last)
         if not self._ready.wait(max(0.0, self._deadline - time.monotonic())):
             raise self._workers.late(self._start_timeout)
         if self._info is None:
@@ -174,6 +184,10 @@ class EngineClient:
                         self._router.deliver(message.outputs)
                     elif isinstance(message, Fatal):
                         fatal = message.message
+                    elif isinstance(message, Progress):
+                        with self._lock:
+                            self._progress, hears = message.text, self._told_progress
+                        hears(message.text)
                     elif isinstance(message, Ready):
                         self._info = message.info
                         self._ready.set()

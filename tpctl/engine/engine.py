@@ -6,6 +6,7 @@ and samples the same tokens; only rank 0's outputs are sent anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -34,10 +35,17 @@ class Engine:
         EngineError: the settings do not fit the model or the memory.
     """
 
-    def __init__(self, config: EngineConfig, group: TPGroup, guides: Guides | None = None) -> None:
-        """``guides``: rank 0's, where requests may have grammars; they are there before their requests come."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        group: TPGroup,
+        guides: Guides | None = None,
+        compiled: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``guides``: rank 0's, where requests may have grammars; they are there before their requests come.
+        ``compiled``: as of ``make_runner``."""
         self.config = config
-        self.runner = make_runner(config, group)
+        self.runner = make_runner(config, group, compiled)
         self._guides = self.runner.masks.guides = guides
         self._pending: Launched | None = None
         self._ended: Launched | None = None  # the one before
@@ -170,8 +178,11 @@ def launch_time(group: TPGroup) -> LaunchTime:
     return LaunchTime(0.0 if group.size == 1 else _WITHIN_HOST if group.one_host else _BETWEEN_HOSTS)
 
 
-def make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
+def make_runner(config: EngineConfig, group: TPGroup, compiled: Callable[[], object] = lambda: None) -> ModelRunner:
     """The runner for the device and the attention backend (collective).
+
+    Args:
+        compiled: waits for kernels that are being compiled; called before the first is launched.
 
     Raises:
         EngineError: the settings do not fit the model or the memory.
@@ -181,5 +192,5 @@ def make_runner(config: EngineConfig, group: TPGroup) -> ModelRunner:
     if group.device.type == "cuda" and backend != "sdpa":
         from tpctl.engine.runners.cuda import make_cuda_runner
 
-        return make_cuda_runner(config, group)
+        return make_cuda_runner(config, group, compiled)
     return make_plain_runner(config, group)

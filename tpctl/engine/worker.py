@@ -12,11 +12,19 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpctl.launch import lifeline
 
+if TYPE_CHECKING:
+    from tpctl.engine.runners.ahead import Ahead
+
+AHEAD = "TPCTL_COMPILE_AHEAD"
+"""Variable of the environment that rules out, as ``off``, that kernels are compiled before they are launched."""
 _STARTED = time.perf_counter()
 if __name__ == "__main__":
     lifeline.tie_to_parent()  # before torch's import, which takes seconds
@@ -32,7 +40,7 @@ from tpctl.engine.guiding.guides import Guides  # noqa: E402
 from tpctl.engine.runners.agreement import agree  # noqa: E402
 from tpctl.engine.wait_policy import WaitPolicy, watch_waiting  # noqa: E402
 from tpctl.errors import TpctlError  # noqa: E402
-from tpctl.wire.messages import Fatal, GetStats, Outputs, Ready, Stats, Stop  # noqa: E402
+from tpctl.wire.messages import Fatal, GetStats, Message, Outputs, Progress, Ready, Stats, Stop  # noqa: E402
 from tpctl.wire.settings import EngineConfig  # noqa: E402
 
 
@@ -61,6 +69,32 @@ def serve(engine: Engine, feed: Leader | Follower, policy: WaitPolicy | None = N
             feed.send(Outputs(outputs))
 
 
+class Kernels:
+    """Those that are compiled beside the ranks of this host while they load, by the first of them, if they run on
+    GPUs with Triton."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._ahead: Ahead | None = None
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        runs = config.device == "cuda" and config.attention_backend != "sdpa" and find_spec("triton") is not None
+        if first and runs and os.environ.get(AHEAD) != "off":
+            from tpctl.engine.runners.ahead import Ahead, processes
+
+            with suppress(OSError):  # no room for a process: then there is none for what it would do
+                self._ahead = Ahead() if processes() else None
+
+    def begin(self, config: EngineConfig, group: TPGroup) -> None:
+        """Start to compile those of an engine, once its settings are known."""
+        if self._ahead is not None:
+            self._ahead.begin(config, group, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def wait(self, group: TPGroup, send: Callable[[Message], object]) -> None:
+        """Until they are compiled, as far as they will be (collective)."""
+        if self._ahead is not None:
+            self._ahead.wait(lambda text: send(Progress(text)))
+        group.minimum(0)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True)
@@ -82,6 +116,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     gc.freeze()  # imports leave some hundred thousand objects that no collection need visit
     config = EngineConfig.load(args.config)
+    kernels = Kernels(config)  # a process beside this one, forked before there is a GPU in it
     group = TPGroup.from_environment(config.device)
     policy = watch_waiting(torch.get_num_threads(), group.let_spin) if config.device == "cpu" else None
     channel = lifeline.connect(args.socket) if group.rank == 0 else None
@@ -92,7 +127,8 @@ def main() -> None:
         feed = Leader(group, channel, guides) if channel is not None and guides is not None else Follower(group)
         if not group.one_host:
             config = agree(group, config)
-        engine = Engine(config, group, guides)
+        kernels.begin(config, group)
+        engine = Engine(config, group, guides, lambda: kernels.wait(group, feed.send))
         timings = engine.runner.loaded.timings
         timings.update(imports=round(imported - _STARTED, 3), group=round(joined - imported, 3))
         feed.send(Ready(engine.info()))

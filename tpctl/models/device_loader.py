@@ -25,7 +25,7 @@ PIECE = 4 << 20
 
 THREADS = 8
 
-_DTYPES: dict[str, torch.dtype] = {
+STORED: dict[str, torch.dtype] = {
     **{stored: getattr(torch, name) for name, stored in DTYPES.items()},
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -33,6 +33,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "I32": torch.int32,
 }
+"""By their names in headers, dtypes that are read as they are."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _allocate(
     for name, info in header.tensors.items():
         if name in skipped:
             continue
-        dtype = _DTYPES.get(info.dtype)
+        dtype = STORED.get(info.dtype)
         if dtype is None:
             raise ShardFolderError(f"{name} in {path.name} is {info.dtype}, which cannot be run; shard it as BF16")
         yield name, torch.empty(info.shape, dtype=dtype, device=device), info.start

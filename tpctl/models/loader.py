@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -76,6 +76,20 @@ def load_shard(
             f"no shard file of this rank holds {missing[0]} ({len(missing)} missing); shard it again"
         )
     return total
+
+
+def as_stored(model: Decoder, stored: Mapping[str, str]) -> None:
+    """Give the codes of ``model``, which stays without weights, the dtypes that a shard has them in.
+
+    Args:
+        stored: of its tensors by name, as headers have them.
+    """
+    from tpctl.models.device_loader import STORED
+
+    kept = {held.name + kind for held in model.held for kind in held.kept}
+    for name, parameter in list(model.named_parameters()):
+        if name in kept and name in stored:
+            _replace(model, name, torch.empty_like(parameter, dtype=STORED[stored[name]]))
 
 
 def refuse_orders(linears: Iterable[HeldLinear], files: Iterable[Path]) -> None:

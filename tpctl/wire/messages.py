@@ -1,7 +1,7 @@
 """What the command line and rank 0 say to each other: small frozen records, sent as JSON (``channel``).
 
     command line -> rank 0      Add, Abort, GetStats, Stop
-    rank 0 -> command line      Ready, Outputs, Stats, Fatal
+    rank 0 -> command line      Progress, Ready, Outputs, Stats, Fatal
 
 Add and Abort travel on from rank 0 to every other rank, tagged with the step at which all of them apply it.
 """
@@ -54,6 +54,13 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What takes its time before the engine is ready."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Ready:
     """The engine can take requests."""
 
@@ -99,7 +106,7 @@ class Fatal:
     message: str
 
 
-Message = Add | Abort | GetStats | Stop | Ready | Outputs | Stats | Fatal
+Message = Add | Abort | GetStats | Stop | Progress | Ready | Outputs | Stats | Fatal
 
 
 def to_wire(message: Message) -> list[Any]:
@@ -184,6 +191,7 @@ _READERS: dict[str, Callable[[Any], Message]] = {
     "Abort": lambda body: Abort(**body),
     "GetStats": lambda body: GetStats(),
     "Stop": lambda body: Stop(),
+    "Progress": lambda body: Progress(**body),
     "Ready": lambda body: Ready(EngineInfo(**body["info"])),
     "Stats": lambda body: Stats(EngineStats(**body["values"])),
     "Fatal": lambda body: Fatal(**body),

@@ -141,6 +141,10 @@ class EngineConfig(EngineSettings):
 
     @classmethod
     def load(cls, path: Path) -> EngineConfig:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """The settings that ``to_dict`` gave."""
         paths = {name: Path(values[name]) for name in ("shard_dir", "model_dir") if values[name] is not None}
         return cls(**{**values, **paths})

@@ -14,6 +14,7 @@ from tpctl.accounting import gathered_logits, reserve, sampled_rows
 from tpctl.arch.delta_net import state_sizes
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.steps.mixed import most_state_chunks
+from tpctl.engine.steps.states import NUMBERS
 from tpctl.errors import EngineError
 from tpctl.kernels.delta_net.chunks import ChunkTables, working_bytes
 from tpctl.kernels.delta_net.inputs import NetShape
@@ -117,25 +118,28 @@ def largest_prompts(loaded: LoadedModel) -> list[int]:
     return lens
 
 
-def run_prompts(loaded: LoadedModel, kv: Sequence[LayerKV | LayerState], lens: list[int], sampled: int) -> Tensor:
-    """Compute prompts of these lengths, of any tokens, and keep none of it: the logits of ``sampled`` rows."""
+def run_prompts(
+    loaded: LoadedModel, kv: Sequence[LayerKV | LayerState], lens: list[int], sampled: int, decodes: int = 0
+) -> Tensor:
+    """Compute prompts of these lengths, of any tokens, behind so many decodes, and keep none of it: the logits of
+    ``sampled`` rows."""
     device = loaded.group.device
+    lens = [1] * decodes + lens
     rows = torch.zeros(sampled, dtype=torch.int64, device=device)
-    tables = PoolTables(
-        torch.full((sum(lens),), -1, dtype=torch.int64, device=device),
-        torch.zeros(len(lens), table_width(loaded, max(lens)), dtype=torch.int32, device=device),
-    )
+    nowhere = torch.full((sum(lens),), -1, dtype=torch.int64, device=device)
+    shape = len(loaded.layout.windows), len(lens), table_width(loaded, max(lens))
+    tables = torch.zeros(shape, dtype=torch.int32, device=device)
     forward = ForwardBatch(
         input_ids=torch.zeros(sum(lens), dtype=torch.int64, device=device),
         rope_positions=torch.zeros(sum(lens), dtype=torch.int64, device=device),
-        pools=(tables,) * len(loaded.layout.windows),
+        pools=tuple(PoolTables(nowhere, table) for table in tables),
         query_lens=lens,
         seq_lens=lens,
-        num_decodes=0,
+        num_decodes=decodes,
         logits_rows=rows,
         query_start_S1=torch.tensor([0, *np.cumsum(lens).tolist()], dtype=torch.int32, device=device),
         seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
-        state_tables=_states(loaded, lens),
+        state_tables=_states(loaded, lens[decodes:], decodes),
     )
     return loaded.model(forward, kv, rows)  # type: ignore[no-any-return]
 
@@ -148,12 +152,12 @@ def _chunks_bytes(loaded: LoadedModel, rows: int) -> int:
     return max((working_bytes(shape, count, loaded.dtype) for shape in shapes), default=0)
 
 
-def _states(loaded: LoadedModel, lens: list[int]) -> StateTables | None:
-    """Prompts of these lengths, in the same slot; and as many chunks as are computed at once at most, so that memory is
-    taken for those."""
+def _states(loaded: LoadedModel, lens: list[int], decodes: int) -> StateTables | None:
+    """Prompts of these lengths behind so many decodes, in the same slot; and as many chunks as are computed at once at
+    most, so that memory is taken for those."""
     if not loaded.state_bytes:
         return None
-    device, starts = loaded.group.device, np.cumsum([0, *lens]).tolist()
+    device, starts = loaded.group.device, np.cumsum([decodes, *lens]).tolist()
     made = Chunks.of(NewTokens(start, length, 0, -1, 0) for start, length in zip(starts, lens, strict=False))
     first = made.groups[0]
     missing = max(0, MOST_CHUNKS - first.chunks)
@@ -161,4 +165,4 @@ def _states(loaded: LoadedModel, lens: list[int]) -> StateTables | None:
     if len(made.groups) == 1:
         tables[0] = torch.nn.functional.pad(tables[0], (0, missing))
         made.groups[0] = first._replace(chunks=first.chunks + missing)
-    return StateTables(tables[0].new_empty(3, 0), ChunkTables(tables[0], tables[1], made.groups))
+    return StateTables(tables[0].new_full((NUMBERS, decodes), -1), ChunkTables(tables[0], tables[1], made.groups))

@@ -49,7 +49,8 @@ def cublas_scales(codes: Codes, capability: tuple[int, int], cuda: str | None) -
     whole = codes.unit == BLOCK and codes.first == 0 and codes.columns % (4 * BLOCK) == 0 and n % BLOCK == 0
     if not whole or codes.factors is not None or codes.rows is None or _version(cuda) < (12, 9):
         return None
-    if not torch.equal(codes.rows, torch.arange(n, device=codes.rows.device, dtype=codes.rows.dtype) // BLOCK):
+    blocks = torch.arange(n, device=codes.rows.device, dtype=codes.rows.dtype) // BLOCK
+    if not codes.rows.is_meta and not torch.equal(codes.rows, blocks):
         return None
     return CublasScales(as_floats(codes.scales).contiguous().T, BLOCK)
 

@@ -15,7 +15,7 @@ from tpctl.arch.block import Activation
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.activation import act_and_mul
 from tpctl.kernels.common.codes import PACKED, Codes
-from tpctl.kernels.common.launch import capability, shared_memory
+from tpctl.kernels.common.launch import capability, interprets, shared_memory
 from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales, takes_rows
 from tpctl.kernels.linear.codes_gemm import Way, decoded_linear, gemm_config, pick_way, quantize_rows, scaled_gemm
 from tpctl.kernels.linear.codes_gemv import codes_gemv, pick_codes_gemv
@@ -37,7 +37,7 @@ class KernelCodesWeight(CodesWeight):
         super().__init__(codes)
         self._scratch, self._state, self._facts = scratch, state, facts
         device = codes.values.device
-        cuda = torch.version.cuda if device.type == "cuda" else None
+        cuda = None if interprets(device) else torch.version.cuda
         self._cublas = cublas_scales(codes, capability(device), cuda)
 
     def linear(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
