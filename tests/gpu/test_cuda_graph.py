@@ -15,7 +15,7 @@ from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence, StateUse
 from tpctl.engine.scheduling.sequence import Sequence
-from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
+from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs, ladder
 from tpctl.engine.steps.mixed import MixedGraphs, MixedInputs, most_state_chunks
 from tpctl.engine.steps.slots import Slots
 from tpctl.engine.steps.states import StepStates, count_chunks
@@ -167,6 +167,11 @@ def test_steps_with_states_are_captured_by_their_chunks() -> None:
         assert graphs.takes(made)
     assert most_state_chunks(PACE.limit, PACE.chunks) == 13
     assert not graphs.takes(ScheduledBatch([chunk(50, *range(1, 14))], 0, True))
+
+
+def test_sizes_that_are_captured() -> None:
+    assert ladder(6) == [1, 2, 4, 6] and ladder(80)[-3:] == [48, 64, 80]
+    assert ladder(512) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
 
 
 def test_decodes_are_padded_to_the_ladder() -> None:
