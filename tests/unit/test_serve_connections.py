@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import socket
@@ -204,6 +205,23 @@ def test_tokens_go_straight_to_their_connection(
             texts[choice["index"]] += choice["text"]
         assert texts == [LONG[:5000]] * 2 and lines[-2] == "data: [DONE]"
     assert bool(written) == (version == "1.1")  # before, there is no telling where a body ends but by its connection
+
+
+def test_a_connection_leaves_nothing_to_collect(tokenizer: Tokenizer) -> None:
+    def connections() -> int:
+        return sum(type(one).__qualname__ == "_protocol.<locals>.Protocol" for one in gc.get_objects())
+
+    with running(tokenizer, talkative(tokenizer)) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                sock = server.ask("/v1/completions", {**BODY, "max_tokens": 300})
+                assert everything(sock, until=b"0\r\n\r\n")
+                sock.close()
+            until(lambda: connections() <= 2)
+        finally:
+            gc.enable()
 
 
 def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,7 +115,8 @@ def _protocol() -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.app_state: dict[str, Any] = {STATE: self}  # which the scopes of its requests have a copy of
+            # The scopes of its requests have a copy of it. It holds no circle, which only a collection would end.
+            self.app_state: dict[str, Any] = {STATE: weakref.ref(self)}
             self._look()
 
         def data_received(self, data: bytes) -> None:

@@ -7,12 +7,13 @@ the next chunk is a write to the transport.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 from starlette.types import Scope
 
 STATE = "tpctl.connection"
-"""Where in a scope's state a server leaves the connection that a request came by."""
+"""Where in a scope's state a server leaves a weak reference to the connection that a request came by."""
 
 
 class Flow(Protocol):
@@ -46,5 +47,6 @@ class Straight:
 
 def straight(scope: Scope) -> Straight | None:
     """To write the response to a request; ``None``: its body is in no chunks, or the server has no such way."""
-    connection: Connection | None = scope.get("state", {}).get(STATE)
+    found: weakref.ref[Connection] | None = scope.get("state", {}).get(STATE)
+    connection = None if found is None else found()
     return None if connection is None or scope["http_version"] != "1.1" else Straight(connection)
