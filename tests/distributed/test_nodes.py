@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 
+from tests.distributed.server_process import ServerProcess
 from tests.processes import with_variable
 from tpctl.checkpoint.sources import resolve
 from tpctl.sharding.cache import ensure_sharded
@@ -82,6 +84,25 @@ def test_two_hosts_say_what_one_says(model: str, tmp_path: Path, tp: int) -> Non
     ranks = "rank 1" if tp == 2 else "ranks 2 to 3"
     assert f"host 2 of 2: {ranks} of {tp}; all meet at 127.0.0.1:" in said
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not hosts.left(SECONDS)
+
+
+def test_a_server_over_two_hosts(model: str, tmp_path: Path) -> None:
+    hosts = Hosts(model, tmp_path, 2)
+    options = [model, *hosts.common[: hosts.common.index("--model")], "--kv-cache-memory", "16MiB", *hosts.where]
+    command = [sys.executable, "-m", "tpctl", "serve", *options, "--node-rank", "1"]
+    env = {MARK: hosts.env[MARK], "OMP_NUM_THREADS": "1"}
+    second = subprocess.Popen(command, env=hosts.env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        with ServerProcess(*options, "--node-rank", "0", **env) as server:
+            body = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE).json()
+            assert answer["usage"]["completion_tokens"] == 8
+        assert server.process.returncode == 0 and any("host 1 of 2: rank 0 of 2" in line for line in server.said)
+        _, said = second.communicate(timeout=PATIENCE)
+    finally:
+        second.kill()
+    assert second.returncode == 0 and "host 2 of 2: rank 1 of 2" in said and "Uvicorn" not in said
     assert not hosts.left(SECONDS)
 
 

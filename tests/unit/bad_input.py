@@ -146,6 +146,10 @@ CASES = [
     Case("serve model --api-key ''", title="a key that is empty"),
     Case("serve model --temperature=-1", title="what requests leave out, out of range"),
     Case("serve model --replicas 65", title="more replicas than there may be"),
+    Case(
+        "serve model --replicas 2 --nnodes 2 --node-rank 0 --rdzv-endpoint gpu1:29500",
+        title="engines over several hosts",
+    ),
     Case("bench quality shards --text absent.txt", title="a text that is not there"),
     Case("bench serve --url http://127.0.0.1:1", title="no server to measure"),
     Case("bench serve --url localhost:8000", title="no address"),

@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tpctl.cli.console import byte_progress, note
-from tpctl.cli.engine import describe, engine_args, say_context
-from tpctl.cli.options import CHAT_CPU_TOKENS, MODEL_HELP, DistributionOptions, EngineOptions, TemplateOptions, grouped
+from tpctl.cli.engine import describe, engine_args, lend_ranks, prepare, say_context, say_nodes
+from tpctl.cli.options import (
+    CHAT_CPU_TOKENS,
+    MODEL_HELP,
+    DistributionOptions,
+    EngineOptions,
+    NodeOptions,
+    TemplateOptions,
+    grouped,
+)
 from tpctl.cli.template import TemplateAtHand, look_ahead
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError
 
 if TYPE_CHECKING:
     from tpctl.client.engine_client import EngineClient
+    from tpctl.launch.nodes import Nodes
     from tpctl.serve.run import ServeSettings
     from tpctl.wire.report import EngineInfo
     from tpctl.wire.settings import EngineConfig
@@ -73,16 +82,26 @@ def serve(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "demo",
     *,
     server: ServerOptions,
+    node: NodeOptions,
     engine: EngineOptions,
     sampling: DistributionOptions,
     template: TemplateOptions,
 ) -> None:
     """Serve a model with OpenAI's interface. It is downloaded and sharded first if need be.
 
-    /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and /metrics. What a request does
-    not say is as the options here have it, else as the model's generation_config.json recommends, else as OpenAI's
-    interface has it. The first SIGTERM or Ctrl-C lets requests end, the second one does not wait.
+    /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /tokenize, /detokenize, /health and /metrics. What
+    a request does not say is as the options here have it, else as the model's generation_config.json recommends, else
+    as OpenAI's interface has it. The first SIGTERM or Ctrl-C lets requests end, the second one does not wait.
+
+    A model that fits no host runs on several: the same command on each, with --nnodes, --node-rank and --rdzv-endpoint.
+    The first of them listens.
     """
+    nodes = node.nodes()
+    if nodes.count > 1 and server.replicas > 1:
+        raise UsageError(f"--nnodes {nodes.count} is for one engine, and --replicas {server.replicas} asks for more")
+    if nodes.rank > 0:
+        lend_ranks(prepare(model, engine, cpu_tokens=CHAT_CPU_TOKENS, nodes=nodes), nodes)
+        return
     check_installed()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads that tokenize are the server's own
     sampling.check()
@@ -92,8 +111,9 @@ def serve(
 
         sock = stack.enter_context(listen(server.host, server.port))
         at_hand = TemplateAtHand(template)
-        config = _configured(model, engine, server.replicas, at_hand)
-        engines = [stack.enter_context(one) for one in _started(config, engine, server.replicas)]
+        config = _configured(model, engine, server.replicas, at_hand, nodes)
+        engines = [stack.enter_context(one) for one in _started(config, engine, server.replicas, nodes)]
+        say_nodes(config, nodes)
         settings = _settings(model, server, key, max_body, sampling, config, at_hand)
         from tpctl.serve.run import serve as run
 
@@ -114,16 +134,19 @@ def check_installed() -> None:
         raise UsageError(f"tpctl serve needs {', '.join(missing)}; pip install 'tpctl[serve]'")
 
 
-def _configured(model: str, engine: EngineOptions, replicas: int, at_hand: TemplateAtHand) -> EngineConfig:
+def _configured(
+    model: str, engine: EngineOptions, replicas: int, at_hand: TemplateAtHand, nodes: Nodes
+) -> EngineConfig:
     from tpctl.client import prepare as client
 
-    args = replace(engine_args(engine, cpu_tokens=CHAT_CPU_TOKENS), engines_on_host=replicas, late_launch=True)
+    args = engine_args(engine, cpu_tokens=CHAT_CPU_TOKENS)
+    args = replace(args, engines_on_host=replicas, nodes=nodes, late_launch=True)
     return client.prepare(
         model, args, look=lambda source: look_ahead(at_hand, source, needed=False), progress=byte_progress
     )
 
 
-def _started(config: EngineConfig, engine: EngineOptions, replicas: int) -> Iterator[EngineClient]:
+def _started(config: EngineConfig, engine: EngineOptions, replicas: int, nodes: Nodes) -> Iterator[EngineClient]:
     """Engines whose workers have their GPUs, or their share of the cores, to themselves."""
     from tpctl.client.engine_client import EngineClient
     from tpctl.launch.places import cores_of, places
@@ -131,7 +154,7 @@ def _started(config: EngineConfig, engine: EngineOptions, replicas: int) -> Iter
 
     module = os.environ.get(WORKER_VARIABLE) or WORKER
     if replicas == 1:
-        yield EngineClient(config, module=module)
+        yield EngineClient(config, module=module, nodes=nodes)
         return
     for number, gpus in enumerate(places(replicas, config.tp_size, config.device, engine.kv_cache_memory is not None)):
         cores = None if gpus is not None else cores_of(number, replicas)
