@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tpctl.launch.failure import RankFailure, is_consequence, read_error_file
 from tpctl.launch.lifeline import PARENT_PID, tie_to_parent
-from tpctl.launch.rank_watch import RankWatch
+from tpctl.launch.rank_watch import RankWatch, await_sleep
 
 _LINGER = 1.0  # seconds; the agent looks at its ranks ten times a second
 
@@ -41,8 +41,8 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    watch = RankWatch(Path(sys.argv[1]))
     arguments = parse_args(sys.argv[2:])  # type: ignore[no-untyped-call]
+    watch = RankWatch(Path(sys.argv[1]), int(arguments.nproc_per_node))
     try:
         if not (sys.platform == "linux" and _run_forked(arguments, watch)):
             arguments.module = True
@@ -78,6 +78,7 @@ def _run_forked(arguments: Namespace, watch: RankWatch) -> bool:
     config.start_method = "fork"
     if not _forks_well():
         return False
+    os.register_at_fork(before=await_sleep)
     elastic_launch(config, _rank)(watch, module, argv)
     return True
 

@@ -24,17 +24,27 @@ class RankWatch:
     Made by the agent before it forks; ``announce`` is called in each rank.
     """
 
-    def __init__(self, report: Path) -> None:
+    def __init__(self, report: Path, ranks: int) -> None:
+        """Listen to so many ranks."""
         self._report = report
+        self._ranks = ranks
         self._failures: list[RankFailure] = []
         self._lock = threading.Lock()
         self._from_ranks, self._to_agent = os.pipe()
+        self._from_agent, self._to_ranks = os.pipe()
         threading.Thread(target=self._listen, daemon=True, name="tpctl-ranks").start()
 
     def announce(self) -> None:
-        """In a rank: tell the agent which process it is."""
+        """In a rank: tell the agent which process it is, and wait until all ranks are there.
+
+        What a rank does wakes threads of the agent, as that of the store where ranks meet. While the agent forks the
+        next one, they must sleep: a child has a copy of whatever lock they hold, which nobody in it opens (fork(2)).
+        One that the store's thread takes when a rank connects is that of the system's resolver (getnameinfo(3)).
+        """
         about = [int(os.environ["RANK"]), os.getpid(), os.environ.get("TORCHELASTIC_ERROR_FILE", "")]
         os.write(self._to_agent, json.dumps(about).encode() + b"\n")  # below PIPE_BUF, so never mixed with another's
+        os.close(self._to_ranks)  # so that the wait ends with the agent
+        os.read(self._from_agent, 1)
 
     def add(self, failures: list[RankFailure]) -> None:
         """Put ends into the report of which nothing is known yet."""
@@ -47,10 +57,11 @@ class RankWatch:
 
     def _listen(self) -> None:
         with os.fdopen(self._from_ranks, encoding="utf-8") as lines:
-            for line in lines:
+            for line in [next(lines) for _ in range(self._ranks)]:
                 rank, pid, error_file = json.loads(line)
                 arguments = (rank, pid, Path(error_file))
                 threading.Thread(target=self._await_end, args=arguments, daemon=True).start()
+            os.write(self._to_ranks, bytes(self._ranks))
 
     def _await_end(self, rank: int, pid: int, error_file: Path) -> None:
         process = _child(pid)
@@ -66,6 +77,21 @@ class RankWatch:
             code = process.exitcode if process is not None else 0
         if code:
             self.add([RankFailure(rank, code, read_error_file(error_file), time.time())])
+
+
+def await_sleep(seconds: float = 1.0, tasks: Path = Path("/proc/self/task")) -> None:
+    """Until no other thread of this process runs, or wants to, but for so many seconds: before a fork."""
+    deadline, own = time.monotonic() + seconds, threading.get_native_id()
+    while time.monotonic() < deadline and any(map(_awake, {int(task.name) for task in tasks.iterdir()} - {own})):
+        time.sleep(_PAUSE / 10)
+
+
+def _awake(thread: int) -> bool:
+    """As proc(5) has it: R runs or could, D waits for a disk."""
+    try:
+        return Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[0] in "RD"
+    except OSError:
+        return False  # it has ended
 
 
 def _child(pid: int) -> multiprocessing.process.BaseProcess | None:
