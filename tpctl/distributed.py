@@ -59,6 +59,9 @@ class TPGroup:
         if size > 1 and device_type == "cpu" and group.one_host and os.environ.get("TPCTL_CPU_COLLECTIVES") != "gloo":
             timeout = COLLECTIVE_TIMEOUT.total_seconds()
             group._shared = shared_memory.connect(rank, size, timeout, group.broadcast_text, group.minimum)
+            if group._shared is not None:
+                group.minimum(0)  # no rank waits for a word by gloo any more
+                dist.destroy_process_group()  # its thread would look around a hundred times a second
         return group
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -116,6 +119,8 @@ class TPGroup:
         """Rank 0's ``text``, on every rank (host side)."""
         if self.size == 1:
             return text
+        if self._shared is not None:
+            return self._shared.broadcast_text(text)
         box = [text]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]

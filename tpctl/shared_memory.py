@@ -84,6 +84,17 @@ class SharedMemory:
             gathered[:, piece] = self._exchange(flat[piece])
         return gathered.view(self.size, *x.shape)
 
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's ``text``, on every rank."""
+        data = text.encode()
+        length = int(self.all_gather(torch.tensor([len(data)]))[0])
+        own = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if self.rank == 0 and data
+            else torch.zeros(length, dtype=torch.uint8)
+        )
+        return bytes(self.all_gather(own)[0].numpy()).decode()
+
     def minimum(self, value: int) -> int:
         """The smallest ``value`` over the ranks."""
         return int(self._exchange(torch.tensor([value])).min())
