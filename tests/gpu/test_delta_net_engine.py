@@ -97,5 +97,5 @@ def test_bfloat16_logits(name: str, way: str, tmp_path: Path) -> None:
             pass
         prompts |= wave
     mixed: Any = getattr(engine.runner, "_mixed", None)
-    assert way == "eager" or len(mixed._captured) > 1
+    assert way == "eager" or len(mixed._captured) >= (1 if way == "paced" else 2)  # a pace fills steps to few sizes
     assert Expected.of(model, rounded, prompts, found.tokens).check(found) < 1.4
