@@ -280,24 +280,34 @@ class Scheduler:
             drafts = () if self.speculation is None else self._drafts(step, sequence, tokens)
             if drafts and not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens + len(drafts)):
                 drafts = ()
-            while not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
-                if tokens > 1 and self.blocks.has_windows:
-                    tokens //= 2
-                    continue
-                victim = next(s for s in reversed(self.running.values()) if s.id not in step.chosen)
-                self._preempt(victim)
-                preempted = True
-                if victim is sequence:
-                    # What it finds of itself may lie in so many slabs that too few are left for its windows; a
-                    # sequence that runs by itself has room if it takes all of its blocks anew.
-                    sequence.alone |= not self.running
-                    break
-            else:
+            if not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
+                tokens, more = self._make_room(step, sequence, tokens)
+                preempted |= more
+            if tokens:
                 self._choose(step, sequence, tokens, drafts)
         self.waiting[:0] = turned
         if self.speculation is not None and self.speculation.ahead and not preempted:
             self._grow_ahead(step, self.speculation.ahead)
         return preempted
+
+    def _make_room(self, step: _Step, sequence: Sequence, tokens: int) -> tuple[int, bool]:
+        """Give a running sequence blocks for ``tokens`` more: for fewer where layers have a window, else those of the
+        youngest that the step has not chosen, itself in the end. How many it can compute now, and whether any was
+        preempted."""
+        preempted = False
+        while not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
+            if tokens > 1 and self.blocks.has_windows:
+                tokens //= 2
+                continue
+            victim = next(s for s in reversed(self.running.values()) if s.id not in step.chosen)
+            self._preempt(victim)
+            preempted = True
+            if victim is sequence:
+                # What it finds of itself may lie in so many slabs that too few are left for its windows; a sequence
+                # that runs by itself has room if it takes all of its blocks anew.
+                sequence.alone |= not self.running
+                return 0, True
+        return tokens, preempted
 
     def _grow_ahead(self, step: _Step, tokens: int) -> None:
         """Blocks for guesses, too, if that leaves every running sequence one for tokens."""
