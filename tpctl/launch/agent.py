@@ -78,7 +78,8 @@ def _run_forked(arguments: Namespace, watch: RankWatch) -> bool:
     config.start_method = "fork"
     if not _forks_well():
         return False
-    os.register_at_fork(before=await_sleep)
+    agent = os.getpid()
+    os.register_at_fork(before=lambda: await_sleep() if os.getpid() == agent else None)  # ranks fork, too
     elastic_launch(config, _rank)(watch, module, argv)
     return True
 
