@@ -50,6 +50,7 @@ def test_what_takes_its_time_is_told_before_it_is_ready(tp_size: int, tmp_path: 
     assert told == ["compiling 3 kernels"]
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
 def test_answers_and_leaves_nothing(pids: Path, tp_size: int) -> None:
     with start(tp_size, pids) as client:
         info = client.wait_ready()
