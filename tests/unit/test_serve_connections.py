@@ -172,6 +172,14 @@ def test_whoever_hangs_up_gives_up_the_engines_work(tokenizer: Tokenizer, stream
         engine.gate.set()
 
 
+def test_a_signal_that_came_while_engines_started_ends_it(tokenizer: Tokenizer) -> None:
+    """Before there was a loop to take it; its exception was lost somewhere on the way."""
+    settings = ServeSettings(("demo",), {"temperature": 1.0})
+    engine, sock = FakeEngine(tokenizer, say=lambda *_: "abc"), listen("127.0.0.1", 0)
+    serve([engine], tokenizer, sock, settings, at_once=8, ready=print, note=print, ended=lambda: True)
+    assert not engine.open
+
+
 def test_a_slow_reader_holds_up_nobody_and_loses_nothing(tokenizer: Tokenizer) -> None:
     engine = talkative(tokenizer)
     with running(tokenizer, engine) as server:

@@ -6,17 +6,16 @@ Command modules import only the standard library, Typer and torch-free parts of 
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from tpctl.cli.arguments import USAGE_ERROR, CheckedCommand
+from tpctl.cli.signals import take_signals
 from tpctl.cli.streams import CLOSED_PIPE, give_stderr_back, is_closed_pipe, settle_stdout, take_streams
 from tpctl.errors import OutputError, TpctlError, printable, shorten
 from tpctl.version import __version__
@@ -121,15 +120,10 @@ def _given(options: Sequence[str]) -> str | None:
     return None
 
 
-def _exit_tidily(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)  # as an exception, so that workers are stopped and files are closed on the way out
-
-
 def main() -> None:
     """Entry point of the console script."""
     take_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_tidily)
+    take_signals()
     code = _run(_command)
     if sys.stdout is not None and (failed := _run(sys.stdout.flush)):  # else it would fail when Python ends
         code = code or failed

@@ -22,6 +22,7 @@ from tpctl.cli.options import (
     TemplateOptions,
     grouped,
 )
+from tpctl.cli.signals import has_come
 from tpctl.cli.template import TemplateAtHand, look_ahead
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError
@@ -125,7 +126,7 @@ def serve(
 
         at_once = config.max_num_seqs * server.replicas
         tokenizer = at_hand.tokenizer(config.text_dir)
-        run(engines, tokenizer, sock, settings, at_once=at_once, ready=ready, note=note)
+        run(engines, tokenizer, sock, settings, at_once=at_once, ready=ready, note=note, ended=has_come)
 
 
 def check_installed() -> None:

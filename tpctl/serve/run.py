@@ -54,6 +54,7 @@ def serve(
     at_once: int,
     ready: Callable[[EngineInfo], object],
     note: Callable[[str], object],
+    ended: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve until a signal comes; the engines have ended then.
 
@@ -62,6 +63,7 @@ def serve(
         at_once: requests that the engines compute together.
         ready: is called when requests are taken.
         note: is told of what should not have happened.
+        ended: whether a signal came before this could take any.
 
     Raises:
         TpctlError: an engine could not be started, or has ended.
@@ -71,7 +73,7 @@ def serve(
     gc.freeze()  # what imports have left is visited by no collection
     gc.set_threshold(_GARBAGE, 20, 20)
     try:
-        failure = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note))
+        failure = asyncio.run(_serve(engines, tokenizer, sock, settings, at_once, ready, note, ended))
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
@@ -87,6 +89,7 @@ async def _serve(
     at_once: int,
     ready: Callable[[EngineInfo], object],
     note: Callable[[str], object],
+    ended: Callable[[], bool],
 ) -> TpctlError | None:
     """Why an engine ended, if one did."""
     servers: list[Server] = []
@@ -104,7 +107,7 @@ async def _serve(
     with ThreadPoolExecutor(_THREADS, "tpctl-serve") as threads:
         endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names)
         app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
-        server = Server(app, pool, settings.drain)
+        server = Server(app, pool, settings.drain, ended)
         servers.append(server)
         starting = asyncio.create_task(_tell(pool, ready))
         try:

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -29,7 +29,8 @@ class Server(uvicorn.Server):
     The first signal lets what is under way finish within ``drain`` seconds, the second one ends it.
     """
 
-    def __init__(self, app: App, pool: Pool, drain: float) -> None:
+    def __init__(self, app: App, pool: Pool, drain: float, ended: Callable[[], bool] = lambda: False) -> None:
+        """``ended``: whether a signal came before this could take any."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -53,6 +54,7 @@ class Server(uvicorn.Server):
         self._ending = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._signals = 0
+        self._ended = ended
 
     async def main_loop(self) -> None:
         """In the place of uvicorn's, which looks around ten times a second.
@@ -73,6 +75,8 @@ class Server(uvicorn.Server):
         numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
         for number in numbers:
             loop.add_signal_handler(number, self.end)
+        if self._ended():
+            self.end()
         try:
             yield
         finally:

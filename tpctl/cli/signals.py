@@ -1,0 +1,28 @@
+"""SIGTERM and SIGHUP end a command in order."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+_came: list[int] = []
+
+
+def take_signals() -> None:
+    """From now on they end this process by ``SystemExit``, so that workers are stopped and files closed on the way."""
+    _came.clear()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit)
+
+
+def has_come() -> bool:
+    """Whether one has come. The exception is raised wherever the process is, and may have been caught there, by an
+    import or a finalizer: so whoever is about to wait for long asks."""
+    return bool(_came)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    _came.append(number)
+    sys.exit(128 + number)
