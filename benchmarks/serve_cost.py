@@ -1,11 +1,12 @@
 """What a server costs a token: all of ``tpctl serve`` over an engine that costs nothing.
 
-    python benchmarks/serve_cost.py [MODEL] [--streams 256] [--tokens 200] [--step-ms 20] [--runs 3] [--whole]
+    python benchmarks/serve_cost.py [MODEL] [--streams 256] [--tokens 200] [--step-ms 20] [--runs 3] [--interval 1]
+        [--whole]
 
 The engine is a process that gives each stream a token a step (``serve_worker.py``), the clients are this process, which
 drops what comes. What is told is the processor time of the server's own process, all its threads, over the tokens: of
-the engine's message, the text, the chunk and the write to its socket; and the memory it holds then. ``--whole`` asks
-for answers that do not stream.
+the engine's message, the text, the chunk and the write to its socket; and the memory it holds then. ``--interval``:
+tokens in a chunk (``tpctl serve --stream-interval``). ``--whole`` asks for answers that do not stream.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--interval", type=int, default=1)
     parser.add_argument("--whole", action="store_true")
     args = parser.parse_args()
     ids = Tokenizer(resolve(args.model).folder).encode(TEXT)
@@ -76,6 +78,7 @@ def main() -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "tpctl", "serve", args.model, "--port", "0", "--device", "cpu"]
+    command += ["--stream-interval", str(args.interval)]
     server = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None

@@ -35,6 +35,7 @@ class Served:
         names: tuple[str, ...] = ("demo", "alias"),
         defaults: dict[str, Any] | None = None,
         most: int = 1000,
+        interval: int = 1,
         **settings: Any,
     ) -> None:
         self.engines = engines
@@ -43,7 +44,7 @@ class Served:
         self._app: App | None = None
         self._threads = ThreadPoolExecutor(2)
         self._reader = Reader(tokenizer, defaults or {"temperature": 1.0}, self._threads)
-        self._make = (names, most, settings)
+        self._make = (names, most, interval, settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -52,9 +53,9 @@ class Served:
                 await send({"type": f"lifespan.{name}.complete"})
             return
         if self._app is None:  # on the loop that the client runs
-            names, most, settings = self._make
+            names, most, interval, settings = self._make
             self.pool = Pool(self.engines, Metrics(), most=most)
-            self._app = App(Endpoints(self.pool, self._reader, names), note=self.notes.append, **settings)
+            self._app = App(Endpoints(self.pool, self._reader, names, interval), note=self.notes.append, **settings)
             if all(engine.ready.is_set() for engine in self.engines):
                 await self.pool.wait_ready()
             else:

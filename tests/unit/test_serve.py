@@ -16,6 +16,7 @@ from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve.generation import Generation
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -68,6 +69,41 @@ def test_a_chat_streams(tokenizer: Tokenizer) -> None:
         every = events(client, CHAT, chat(stream_options={"continuous_usage_stats": True}))
         assert every[-2]["usage"] == every[-1]["usage"] and every[-1]["choices"] == []
         assert all(chunk["usage"]["prompt_tokens"] == len("[u]Hi[a]") for chunk in every)
+
+
+@pytest.mark.parametrize("interval", [2, 5, 1000])
+def test_tokens_are_told_together(tokenizer: Tokenizer, interval: int) -> None:
+    """What is left at the end; several answers and log-probabilities stay what they are."""
+
+    def told(chunks: list[Any]) -> dict[int, str]:
+        texts: dict[int, str] = {}
+        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["delta"].get("content", "")
+        return texts
+
+    with served(tokenizer, interval=interval) as (client, _):
+        chunks = events(client, CHAT, chat())
+        texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+        assert "".join(texts) == ANSWER
+        assert len(texts) <= 4 + len(ANSWER) // interval  # role, the first token, what is left, the end
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[-2:]] == [None, "stop"]
+        assert told(events(client, CHAT, chat(n=3))) == dict.fromkeys(range(3), ANSWER)
+        each = [
+            token["token"]
+            for chunk in events(client, CHAT, chat(logprobs=True))
+            for token in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+        ]
+        assert "".join(each[: len(ANSWER)]) == ANSWER
+
+
+def test_whole_answers_wake_nobody_before_they_end(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[int] = []
+    wake = Generation._wake
+    monkeypatch.setattr(Generation, "_wake", lambda self: (woken.append(self._left), wake(self))[1])
+    with served(tokenizer) as (client, _):
+        answer = client.post(CHAT, json=chat(n=2)).json()
+        assert [choice["message"]["content"] for choice in answer["choices"]] == [ANSWER] * 2
+    assert woken == [0]
 
 
 def test_several_answers_differ_in_their_seeds(tokenizer: Tokenizer) -> None:

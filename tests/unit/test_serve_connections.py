@@ -253,7 +253,8 @@ def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
 
 
-def test_hundreds_stream_at_once(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("interval", [1, 7])
+def test_hundreds_stream_at_once(tokenizer: Tokenizer, interval: int) -> None:
     async def all_of_them(url: str) -> list[str]:
         limits = httpx2.Limits(max_connections=None)
         async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=PATIENCE) as client:
@@ -269,7 +270,7 @@ def test_hundreds_stream_at_once(tokenizer: Tokenizer) -> None:
 
             return await asyncio.gather(*(one(number) for number in range(300)))
 
-    with running(tokenizer, FakeEngine(tokenizer)) as server:
+    with running(tokenizer, FakeEngine(tokenizer), interval=interval) as server:
         assert asyncio.run(all_of_them(server.url)) == [f"<p{number}>" for number in range(300)]
 
 

@@ -16,9 +16,10 @@ from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import EngineError
 from tpctl.serve.errors import ApiError
-from tpctl.serve.generation import Generation, Gone
+from tpctl.serve.generation import Generation, Gone, Piece
 from tpctl.serve.metrics import Metrics
 from tpctl.serve.pool import AFFINITY_SLACK, Job, Pool
+from tpctl.wire.messages import Output
 from tpctl.wire.sampling import SamplingParams
 
 PATIENCE = 30.0
@@ -142,6 +143,31 @@ def test_what_is_closed_is_told_once_and_wakes_who_waits(tokenizer: Tokenizer) -
         assert told == [1] and generation.done
 
     asyncio.run(run())
+
+
+def test_the_first_token_is_told_at_once_and_others_together(tokenizer: Tokenizer) -> None:
+    async def run() -> list[tuple[int, int]]:
+        generation = Generation([TextStream(tokenizer)], lambda: None)
+        generation.interval = 3
+        sizes: list[tuple[int, int]] = []  # of each piece, and the tokens that had come when it was told
+
+        async def read() -> None:
+            while pieces := await generation.next(taken):
+                sizes.extend((piece.tokens, len(generation.streams[0].token_ids)) for piece in pieces)
+
+        def taken(pieces: list[Piece]) -> bool:
+            sizes.extend((piece.tokens, len(generation.streams[0].token_ids)) for piece in pieces)
+            return True
+
+        reading = asyncio.create_task(read())
+        for place in range(9):
+            await asyncio.sleep(0)
+            generation.push(0, Output("0", [5], "length" if place == 8 else None))
+            generation.flush()
+        await reading
+        return sizes
+
+    assert asyncio.run(run()) == [(1, 1), (3, 4), (3, 7), (2, 9)]
 
 
 def test_several_engines_are_counted_one_by_one(tokenizer: Tokenizer) -> None:

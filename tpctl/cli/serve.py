@@ -64,6 +64,15 @@ class ServerOptions:
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.0, help="In which requests may end after SIGTERM or Ctrl-C.")
     ] = 30.0
+    stream_interval: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Tokens of an answer in a chunk of its stream; its first comes at once. More than one cost the server "
+            "less where there are hundreds of streams.",
+        ),
+    ] = 1
 
     def key(self) -> str | None:
         """Raises ``UsageError`` if it is none that a header can hold."""
@@ -184,4 +193,4 @@ def _settings(
 
     defaults = recommended_sampling(config.text_dir, sampling.given(), at_hand.shown, _OPENAI_DEFAULTS)
     names = tuple(server.served_model_name or (model,))
-    return ServeSettings(names, defaults, key, max_body, server.max_waiting, server.drain)
+    return ServeSettings(names, defaults, key, max_body, server.max_waiting, server.drain, server.stream_interval)

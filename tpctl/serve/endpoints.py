@@ -25,11 +25,12 @@ from tpctl.serve.writers import ChatWriter
 class Endpoints:
     """What requests to one model are answered with."""
 
-    def __init__(self, pool: Pool, reader: Reader, names: tuple[str, ...]) -> None:
-        """``names``: what the model is called; answers say the first."""
+    def __init__(self, pool: Pool, reader: Reader, names: tuple[str, ...], interval: int = 1) -> None:
+        """``names``: what the model is called; answers say the first. ``interval``: tokens in a chunk of a stream."""
         self.pool = pool
         self.reader = reader
         self.names = names
+        self._interval = interval
         self._created = int(time.time())
 
     async def chat(self, body: dict[str, Any], since: float) -> ASGIApp:
@@ -43,7 +44,7 @@ class Endpoints:
         generation = self.pool.begin([job])
         self.pool.metrics.begun(generation, since)
         writer = ChatWriter(model, [job], generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.run, stream=streaming.wanted)
+        return Answered(generation, writer, self.reader.run, interval=self._interval * streaming.wanted)
 
     async def complete(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/completions."""
@@ -63,7 +64,7 @@ class Endpoints:
         generation = self.pool.begin(jobs)
         self.pool.metrics.begun(generation, since)
         writer = TextWriter(texts, told, model, jobs, generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.run, stream=streaming.wanted)
+        return Answered(generation, writer, self.reader.run, interval=self._interval * streaming.wanted)
 
     async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/responses."""
@@ -74,7 +75,7 @@ class Endpoints:
         generation = self.pool.begin([job])
         self.pool.metrics.begun(generation, since)
         writer = ResponseWriter(model, asked, job, generation, self.reader.tokenizer)
-        return Answered(generation, writer, self.reader.run, stream=stream)
+        return Answered(generation, writer, self.reader.run, interval=self._interval * stream)
 
     async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/tokenize: of a text, or of a conversation as the chat template has it."""

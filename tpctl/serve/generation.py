@@ -32,6 +32,18 @@ class Piece(NamedTuple):
     finish_reason: str | None
 
 
+def joined(piece: Piece, following: Piece) -> Piece:
+    """Two pieces of one answer as one, whose texts of a kind are one, too."""
+    segments = list(piece.segments)
+    for segment in following.segments:
+        last = segments[-1] if segments else None
+        if last is None or last.call or segment.call or last.reasoning != segment.reasoning:
+            segments.append(segment)
+        else:
+            segments[-1] = segment._replace(text=last.text + segment.text)
+    return Piece(piece.at, segments, piece.first, piece.tokens + following.tokens, following.finish_reason)
+
+
 Taker = Callable[[list[Piece]], bool]
 """Takes what is new at once, or does not."""
 
@@ -42,6 +54,8 @@ class Generation:
     Attributes:
         streams: one for each answer.
         arrived: when each one's last token came; 0: none yet.
+        interval: tokens of an answer that are told together, but for its first, which is told at once, and its last;
+            0: nothing is told before the end.
         reasoning_tokens: that added to what was thought, of all answers.
     """
 
@@ -53,10 +67,13 @@ class Generation:
         """
         self.streams = streams
         self.arrived = [0.0] * len(streams)
+        self.interval = 1
         self.reasoning_tokens = 0
         self._cancelled = cancelled
         self._left = len(streams)
         self._pieces: list[Piece] = []
+        self._untold = 0  # tokens of ``_pieces``
+        self._told = False  # whether any were
         self._taker: Taker | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -83,20 +100,42 @@ class Generation:
             return True
         if segments and segments[0].reasoning:
             self.reasoning_tokens += len(stream.token_ids) - before
-        self._pieces.append(Piece(at, segments, before, len(stream.token_ids) - before, reason))
+        if self.interval:
+            self._keep(Piece(at, segments, before, len(stream.token_ids) - before, reason))
         if reason is not None:
             self._left -= 1
-            self._wake()
-        elif self._taker is None:
+            if self.interval or not self._left:
+                self._wake()
+        elif self.interval and self._taker is None and self._due:
             self._wake()
         return reason is not None
 
+    def _keep(self, piece: Piece) -> None:
+        """For whoever is told next."""
+        self._untold += piece.tokens
+        if self.interval > 1 and self._pieces and self._pieces[-1].at == piece.at:
+            self._pieces[-1] = joined(self._pieces[-1], piece)
+        else:
+            self._pieces.append(piece)
+
+    @property
+    def _due(self) -> bool:
+        """Whether there is as much as is told together."""
+        if self.interval == 1 or not self._told or self.done or self._untold >= self.interval * self._left:
+            return True
+        return any(piece.finish_reason for piece in self._pieces)
+
+    def _tell(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        self._untold, self._told = 0, True
+        return pieces
+
     def flush(self) -> None:
         """All that the engine had for now has been pushed."""
-        if self._taker is None or not self._pieces or self.done:
+        if self._taker is None or not self._pieces or self.done or not self._due:
             return
         if self._taker(self._pieces):
-            self._pieces = []
+            self._tell()
         else:
             self._wake()
 
@@ -122,9 +161,8 @@ class Generation:
             Gone: it was closed.
         """
         while True:
-            if self._pieces:
-                pieces, self._pieces = self._pieces, []
-                return pieces
+            if self._pieces and self._due:
+                return self._tell()
             if self._error is not None:
                 raise self._error
             if not self._left:
@@ -136,7 +174,8 @@ class Generation:
                 self._taker = None
 
     async def finish(self) -> None:
-        """Wait for the end. Raises as ``next``."""
+        """Wait for the end, and for nothing before it. Raises as ``next``."""
+        self.interval = 0
         while await self.next():
             pass
 

@@ -35,6 +35,7 @@ class ServeSettings:
         max_body: bytes of a request's body.
         max_waiting: requests that may wait, besides those that the engines compute together.
         drain: seconds in which the server ends once it is asked to.
+        interval: tokens of an answer in a chunk of its stream.
     """
 
     names: tuple[str, ...]
@@ -43,6 +44,7 @@ class ServeSettings:
     max_body: int = 16 << 20
     max_waiting: int = 1024
     drain: float = 30.0
+    interval: int = 1
 
 
 def serve(
@@ -105,7 +107,7 @@ async def _serve(
         on_failure=failed,
     )
     with ThreadPoolExecutor(_THREADS, "tpctl-serve") as threads:
-        endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names)
+        endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names, settings.interval)
         app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
         server = Server(app, pool, settings.drain, ended)
         servers.append(server)
