@@ -243,7 +243,7 @@ def test_a_system_without_room_for_a_process_starts_as_before(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "cores, gigabytes, found", [(1, 64, 0), (3, 64, 0), (4, 64, 4), (128, 64, 16), (16, 5, 5), (16, 3, 0)]
+    "cores, gigabytes, found", [(1, 64, 0), (3, 64, 0), (4, 64, 4), (128, 64, 16), (16, 3, 6), (16, 1, 0)]
 )
 def test_few_cores_or_little_memory_compile_nothing_ahead(
     cores: int, gigabytes: int, found: int, monkeypatch: pytest.MonkeyPatch

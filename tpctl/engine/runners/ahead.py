@@ -37,7 +37,7 @@ _NICE = 5  # threads that read weights, and the rank's own, come first
 _FEWEST, _MOST = 4, 16
 """Processes that compile. Fewer take longer for all kernels than the first requests do for those that they meet; more
 have nothing to do: there are a hundred kernels or two, of which some take as long as ten others."""
-_MEMORY = 1 << 30  # bytes of one such process, with LLVM and the assembler
+_MEMORY = 512 << 20  # bytes of one such process, with LLVM and the assembler; 270 to 380 MB were seen
 _SAY = 1.0  # seconds of waiting that are not worth a word
 _SILENCE, _LONGEST = 20.0, 90.0
 """Seconds that a rank waits while it hears nothing, and at all. The largest kernels take two seconds of a core."""
