@@ -318,7 +318,7 @@ def most_rows(arch: int) -> int:
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED))
-def test_how_many_rows_are_few(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_rows_are_few(arch: int) -> None:
     most = most_rows(arch)
     assert most == (16 if arch == 90 else 1)
     assert pick(most + 1, 4096, 4096, most=most) is None
@@ -326,10 +326,8 @@ def test_how_many_rows_are_few(arch: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("out_features,in_features,gated,norm", LINEARS)
 @pytest.mark.parametrize("arch", sorted(SHARED))
-def test_linears_of_few_rows_fit(
-    arch: int, out_features: int, in_features: int, gated: bool, norm: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for rows in {1, most_rows(arch, monkeypatch)}:
+def test_linears_of_few_rows_fit(arch: int, out_features: int, in_features: int, gated: bool, norm: bool) -> None:
+    for rows in {1, most_rows(arch)}:
         assert linear(rows, out_features, in_features, arch, gated=gated, norm=norm) <= SHARED[arch]
 
 
