@@ -308,7 +308,9 @@ CASES = [
     Case("bench latency --runs 0", "'--runs'", code=2),
     Case("bench latency --sequences 1,0", "--sequences 1,0 is no list of numbers from 1 on, as 1,8,64 is", code=2),
     Case(
-        "batch x --scheduling-policy sjf", "policy': 'sjf' is not one of 'fcfs', 'makespan'; see `tpctl batch", code=2
+        "batch x --scheduling-policy sjf",
+        "policy': 'sjf' is not one of 'auto', 'fcfs', 'makespan'; see `tpctl batch",
+        code=2,
     ),
     Case("inspect-shards x --rank -1", "'--rank'", code=2),
     Case("plan x --max-model-len 0", "'--max-model-len'", code=2),

@@ -78,6 +78,9 @@ def test_each_run_is_said_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first too, which is what a single batch gets; the median leaves it out."""
 
     class Whole(_Client):
+        def wait_ready(self) -> EngineInfo:
+            return engine_info(max_model_len=192)
+
         def submit(self, requests: Any) -> None:
             self.left = list(requests)
 
@@ -169,7 +172,7 @@ def test_prompts_stay_within_a_small_vocabulary() -> None:
 @pytest.mark.parametrize("command", ["latency", "throughput", "startup"])
 def test_help_names_every_shape(command: str) -> None:
     said = "".join(CliRunner().invoke(app, ["bench", command, "--help"]).stdout.split())
-    assert f"Randomweightsofthisshapeinstead:{','.join(SHAPES)}." in said
+    assert f"Randomweightsofthisshapeinstead,orofitsfirstlayers:{','.join(SHAPES)}." in said
 
 
 def test_a_report_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

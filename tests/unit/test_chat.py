@@ -317,7 +317,7 @@ def test_batch_command(fake_engine: FakeClient, tmp_path: Path) -> None:
     assert invoke("batch", str(prompts)).exit_code == 0
     assert invoke("batch", "-", "-o", str(out), "--force", stdin='{"prompt": "a"}\n').exit_code == 0
     assert invoke("batch", str(prompts), "--scheduling-policy", "makespan").exit_code == 0
-    assert fake_engine.policies == ["makespan", "fcfs", "fcfs", "fcfs", "makespan"]
+    assert fake_engine.policies == ["auto", "fcfs", "fcfs", "fcfs", "makespan"]
 
 
 def test_batch_to_stdout_with_an_error_row(fake_engine: FakeClient, tmp_path: Path) -> None:
