@@ -79,12 +79,15 @@ def test_every_rank_has_the_same_messages_at_the_same_step(ends: Ends) -> None:
     assert [message for step in heard for message in step] == sent
 
 
-def test_rank_0_waits_as_long_as_it_is_told_or_until_something_comes(ends: Ends) -> None:
+def test_rank_0_waits_as_long_as_it_is_told_and_takes_all_that_comes(ends: Ends) -> None:
     front, leader, _ = ends
     assert leader.next(wait=False, patience=0.01) == []
-    threading.Timer(0.05, front.send, (Abort(["a"]),)).start()
+    for after, name in ((0.05, "a"), (0.3, "b")):
+        threading.Timer(after, front.send, (Abort([name]),)).start()
+    assert leader.next(wait=False, patience=3.0) == [Abort(["a"]), Abort(["b"])]
+    threading.Timer(0.05, front.send, (Stop(),)).start()
     started = time.monotonic()
-    assert leader.next(wait=False, patience=60) == [Abort(["a"])]
+    assert leader.next(wait=False, patience=60) == [Stop()]
     assert time.monotonic() - started < 30
 
 

@@ -16,6 +16,7 @@ import pytest
 from tpctl.distributed import TPGroup
 from tpctl.engine import engine as engine_module
 from tpctl.engine.engine import Engine
+from tpctl.engine.feed import ARRIVAL
 from tpctl.engine.launch_time import LaunchTime
 from tpctl.engine.runners.runner import Launched
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
@@ -112,7 +113,9 @@ class Feed:
             machine.now = max(machine.now, self.coming[0][0])
         elif patience > 0:
             wakes = machine.now + patience + 0.05 * MS  # a timer is late
-            machine.now = max(machine.now, min(wakes, self.coming[0][0])) if self.coming else wakes
+            if self.coming and self.coming[0][0] < wakes:
+                wakes = max(self.coming[0][0], wakes - ARRIVAL)
+            machine.now = wakes
             self.waited += machine.now - begun
         here = [request for time, request in self.coming if time <= machine.now]
         self.coming = self.coming[len(here) :]
@@ -160,8 +163,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def skipped(machine: Machine, name: str, came: float) -> int:
     """How many steps begin between a request's coming and its first one."""
-    own = next(at for at, (batch, _) in enumerate(machine.steps) if any(i.sequence.id == name for i in batch.items))
-    return sum(came < begun for _, begun in machine.steps[:own])
+    return sum(came < begun for _, begun in machine.steps[: first_step(machine, name)])
+
+
+def first_step(machine: Machine, name: str) -> int:
+    """The number of the first step that computes some of a request."""
+    return next(at for at, (batch, _) in enumerate(machine.steps) if any(i.sequence.id == name for i in batch.items))
 
 
 def test_what_comes_during_a_step_is_in_the_next_one(run: Run) -> None:
@@ -179,6 +186,22 @@ def test_what_comes_during_a_step_is_in_the_next_one(run: Run) -> None:
     assert steps[False].count(1) >= 55, "it is launched already"
     assert steps[True].count(0) >= 48, "all but those that come while a step is being launched, or at once"
     assert median(waited[True]) < median(waited[False]) - 0.8 * STEP
+
+
+def test_a_burst_is_in_one_step(run: Run) -> None:
+    """Not its first request in the next step, and the others behind the prompt of that one."""
+    chance = random.Random(0)
+    times = list(accumulate((STEP * chance.uniform(20, 22) for _ in range(20)), initial=100.1))
+    machine = Machine()
+    others = [
+        (time + STEP * 0.3 * number / 8, ask(f"{burst} {number}"))
+        for burst, time in enumerate(times)
+        for number in range(8)
+    ]
+    feed, _ = run(machine, others, tokens=800)
+    apart = [len({first_step(machine, f"{burst} {number}") for number in range(8)}) for burst in range(len(times))]
+    assert apart.count(1) >= 14, "but where a step is launched meanwhile"
+    assert median(feed.first[request.id] - time for time, request in others) < 2.5 * STEP
 
 
 def test_first_tokens_beside_answers_as_on_an_h200(run: Run) -> None:

@@ -17,7 +17,7 @@ import queue
 import secrets
 import socket
 import threading
-from contextlib import suppress
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +27,9 @@ from tpctl.engine.guiding.guides import Guides
 from tpctl.engine.lost_hosts import Peer, leave_after, own_peer, watch
 from tpctl.wire.channel import Channel, ChannelClosed
 from tpctl.wire.messages import Message, Stop, from_wire
+
+ARRIVAL = 0.5e-3
+"""Seconds by which a step that takes in requests is launched earlier: what the host does for them comes on top."""
 
 _JOIN_TIMEOUT = 60.0  # seconds for the other ranks to connect
 _HELLO_TIMEOUT = 5.0  # seconds for a connection to name the secret
@@ -47,14 +50,17 @@ class Leader:
         threading.Thread(target=self._listen, daemon=True, name="tpctl-listen").start()
 
     def next(self, wait: bool, patience: float = 0.0) -> list[Message]:
-        """The messages that this step applies; with ``wait``, at least one, else after ``patience`` seconds without any
-        none."""
-        arrived = []
-        if wait or patience > 0:
-            with suppress(queue.Empty):
-                arrived.append(self._inbox.get(timeout=None if wait else patience))
-        while not self._inbox.empty():
-            arrived.append(self._inbox.get())
+        """The messages that this step applies: with ``wait`` at least one, else what comes within ``patience`` seconds,
+        all of it: who comes in a burst should not wait for the prompts of those before. Once there is something, that
+        is ``ARRIVAL`` less. Stop ends both."""
+        arrived = [self._inbox.get()] if wait else []
+        deadline = time.monotonic() + patience
+        while not (arrived and isinstance(arrived[-1][0], Stop)):
+            left = 0.0 if wait else deadline - time.monotonic() - (ARRIVAL if arrived else 0.0)
+            try:
+                arrived.append(self._inbox.get(block=left > 0, timeout=max(left, 0.0) or None))
+            except queue.Empty:
+                break
         if any(isinstance(message, Stop) for message, _ in arrived):
             self._ending.set()
         if self._followers:
