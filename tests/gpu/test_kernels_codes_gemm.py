@@ -56,6 +56,22 @@ def test_quantised_rows(kind, columns, block, norm, dtype):
     assert relative_error(got, want) < (3e-3 if dtype is torch.float32 else 1.5e-2)
 
 
+@pytest.mark.parametrize("block", [128, None])
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_what_is_no_number_becomes_none(kind, block):
+    """Its whole block is not finite: a token of it is an error. Others are what they would be without."""
+    torch.manual_seed(1)
+    x = torch.randn(4, 256).to(DEVICE, torch.bfloat16)
+    sound, _ = quantize_rows(x, kind, block, pdl=not INTERPRET)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    for made in (quantize_rows(x, kind, block, pdl=not INTERPRET), quantize_rows_reference(x, kind, block)):
+        q, scales = made
+        finite = (q.float() * scales.repeat_interleave(block or 256, 1)).isfinite()
+        part = finite[:, : block or 256].all(-1).tolist()
+        assert part == [True, False, False, True] and finite[:, block or 256 :].all()
+        assert torch.equal(q[[0, 3]].view(torch.uint8), sound[[0, 3]].view(torch.uint8))
+
+
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows,out_features,columns", [(70, 150, 576), (1, 16, 64), (300, 70, 256)])

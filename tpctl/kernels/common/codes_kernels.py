@@ -231,3 +231,12 @@ def planes(x):
     even = x.to(tl.int16).to(tl.bfloat16, bitcast=True)
     odd = (x >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return even, odd
+
+
+@triton.jit
+def scale_for(value, AXIS: tl.constexpr, LARGEST: tl.constexpr):
+    """What numbers of 8 bits along an axis are to be multiplied by, whose largest size becomes LARGEST: 1 where all are
+    zero, NaN where any is. A GPU's maximum and its limits pass NaN over; what has none must not become a number."""
+    scale = tl.max(tl.abs(value), AXIS) / LARGEST
+    scale = tl.where(scale > 0, scale, 1.0)
+    return tl.where(tl.max((value != value).to(tl.int32), AXIS) > 0, float("nan"), scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.common.codes_kernels import scale_float
+from tpctl.kernels.common.codes_kernels import scale_float, scale_for
 from tpctl.kernels.experts.gating import gated
 from tpctl.kernels.experts.grouped_kernels import gate_and_up, store_pairs, tile_of_list
 from tpctl.kernels.linear.codes_gemm_kernels import row_tile, scales_of
@@ -35,8 +35,7 @@ def _store_rounded(value, q_ptr, scales_ptr, pair, block, n, WIDTH: tl.constexpr
     BLOCKS: tl.constexpr = WIDTH // value.shape[0]
     there = pair >= 0
     row = tl.maximum(pair, 0).to(tl.int64)
-    scale = tl.max(tl.abs(value), 0) / LARGEST
-    scale = tl.where(scale > 0, scale, 1.0)
+    scale = scale_for(value, 0, LARGEST)
     tl.store(scales_ptr + row * BLOCKS + block, scale, mask=there)
     value = tl.clamp(value / scale[None, :], -LARGEST, LARGEST)
     if q_ptr.dtype.element_ty == tl.int8:

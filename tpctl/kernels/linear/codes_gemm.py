@@ -104,7 +104,8 @@ def quantize_rows(
     """norm(x) as numbers of 8 bits [T, K] and what each is to be multiplied by, float32 [T, ceil(K / block)].
 
     x_TK: [T, K], columns contiguous. block: inputs that share a scale, a power of two; None: all of a row. A scale is
-    the largest size in its block over the largest number of the kind (448 or 127), 1 where all are zero. norm: (weight
+    the largest size in its block over the largest number of the kind (448 or 127), 1 where all are zero, and no finite
+    number where one of them is none. norm: (weight
     [K], eps) of an RMSNorm, which rounds as `rms_norm` does. columns_first: a block's scales of all rows are beside
     each other, and rows of no meaning make up a multiple of four, both as cuBLAS wants it.
     """
@@ -156,7 +157,7 @@ def quantize_rows_reference(
     block = columns if block is None else block
     padded = torch.nn.functional.pad(x.float(), (0, -columns % block)).view(rows, -1, block)
     scales = padded.abs().amax(-1) / LARGEST[kind]
-    scales = torch.where(scales > 0, scales, 1.0)
+    scales = torch.where(scales == 0, 1.0, scales)
     q = (padded / scales[..., None]).clamp(-LARGEST[kind], LARGEST[kind]).flatten(1)[:, :columns]
     return (q if kind == "e4m3" else q.round()).to(_DTYPES[kind]), scales
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpctl.kernels.common.codes_kernels import scale_float
+from tpctl.kernels.common.codes_kernels import scale_float, scale_for
 from tpctl.kernels.linear.codes_tiles import code_rows, number, tile_scales
 
 
@@ -45,8 +45,7 @@ def quantize_kernel(
         else:
             value = value.to(x.dtype).to(tl.float32) * weight
         value = value.to(x.dtype).to(tl.float32)
-    scale = tl.max(tl.abs(value), 1) / LARGEST
-    scale = tl.where(scale > 0, scale, 1.0)
+    scale = scale_for(value, 1, LARGEST)
     value = tl.clamp(value / scale[:, None], -LARGEST, LARGEST)
     if q_ptr.dtype.element_ty == tl.int8:
         value = tl.floor(value + 0.5)
