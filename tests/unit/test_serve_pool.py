@@ -170,6 +170,48 @@ def test_the_first_token_is_told_at_once_and_others_together(tokenizer: Tokenize
     assert asyncio.run(run()) == [(1, 1), (3, 4), (3, 7), (2, 9)]
 
 
+def test_every_answers_first_token_is_told_at_once(tokenizer: Tokenizer) -> None:
+    """The second one's, too, which comes while the first is told of eight tokens at a time."""
+
+    async def run() -> list[tuple[int, int]]:
+        generation = Generation([TextStream(tokenizer), TextStream(tokenizer)], lambda: None)
+        generation.interval = 8
+        told: list[tuple[int, int]] = []
+
+        def taken(pieces: list[Piece]) -> bool:
+            told.extend((piece.at, piece.tokens) for piece in pieces)
+            return True
+
+        reading = asyncio.create_task(generation.next(taken))
+        await asyncio.sleep(0)
+        for at in (0, 0, 0, 1, 1):
+            generation.push(at, Output(str(at), [5], None))
+            generation.flush()
+        reading.cancel()
+        return told
+
+    assert asyncio.run(run()) == [(0, 1), (0, 2), (1, 1)]
+
+
+def test_what_one_answer_fails_at_is_no_other_ones(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        cancelled: list[int] = []
+        generation = Generation([TextStream(tokenizer)], lambda: cancelled.append(1))
+
+        def broken(pieces: list[Piece]) -> bool:
+            raise ValueError("it has no words")
+
+        reading = asyncio.create_task(generation.next(broken))
+        await asyncio.sleep(0)
+        generation.push(0, Output("0", [5], None))
+        generation.flush()  # where the next generation's turn comes after it
+        assert [piece.tokens for piece in await reading] == [1] and cancelled == [1]
+        with pytest.raises(ValueError, match="it has no words"):
+            await generation.next()
+
+    asyncio.run(run())
+
+
 def test_several_engines_are_counted_one_by_one(tokenizer: Tokenizer) -> None:
     with served(tokenizer, FakeEngine(tokenizer), FakeEngine(tokenizer)) as (client, _):
         lines = client.get("/metrics").text.splitlines()

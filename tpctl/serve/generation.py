@@ -73,7 +73,6 @@ class Generation:
         self._left = len(streams)
         self._pieces: list[Piece] = []
         self._untold = 0  # tokens of ``_pieces``
-        self._told = False  # whether any were
         self._taker: Taker | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -121,20 +120,25 @@ class Generation:
     @property
     def _due(self) -> bool:
         """Whether there is as much as is told together."""
-        if self.interval == 1 or not self._told or self.done or self._untold >= self.interval * self._left:
+        if self.interval == 1 or self.done or self._untold >= self.interval * self._left:
             return True
-        return any(piece.finish_reason for piece in self._pieces)
+        return any(piece.first == 0 or piece.finish_reason for piece in self._pieces)
 
     def _tell(self) -> list[Piece]:
         pieces, self._pieces = self._pieces, []
-        self._untold, self._told = 0, True
+        self._untold = 0
         return pieces
 
     def flush(self) -> None:
         """All that the engine had for now has been pushed."""
         if self._taker is None or not self._pieces or self.done or not self._due:
             return
-        if self._taker(self._pieces):
+        try:
+            taken = self._taker(self._pieces)
+        except Exception as error:  # what comes behind this is others'
+            self.fail(error)
+            return
+        if taken:
             self._tell()
         else:
             self._wake()
