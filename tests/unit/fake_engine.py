@@ -57,7 +57,9 @@ class FakeEngine:
         self._router = Router(self._send, lambda: self.info.max_model_len)
         threading.Thread(target=self._run, daemon=True).start()
 
-    def wait_ready(self) -> EngineInfo:
+    def wait_ready(self, told: Callable[[str], object] | None = None) -> EngineInfo:
+        if told is not None and not self.ready.is_set():
+            told("compiling 113 kernels")
         self.ready.wait()
         if self.closed:
             raise self.failure or EngineError("the engine is closed")

@@ -145,6 +145,18 @@ def test_what_is_closed_is_told_once_and_wakes_who_waits(tokenizer: Tokenizer) -
     asyncio.run(run())
 
 
+def test_what_takes_an_engine_long_is_told(tokenizer: Tokenizer) -> None:
+    async def run() -> list[str]:
+        engine, told = FakeEngine(tokenizer, loading=True), []
+        pool = Pool([engine], Metrics(), most=9)
+        asyncio.get_running_loop().call_later(0.05, engine.ready.set)
+        await pool.wait_ready(told.append)
+        await pool.close()
+        return told
+
+    assert asyncio.run(run()) == ["compiling 113 kernels"]
+
+
 def test_the_first_token_is_told_at_once_and_others_together(tokenizer: Tokenizer) -> None:
     async def run() -> list[tuple[int, int]]:
         generation = Generation([TextStream(tokenizer)], lambda: None)

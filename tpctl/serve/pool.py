@@ -39,7 +39,7 @@ AFFINITY_SLACK = 4
 class Engine(Protocol):
     """As much of ``EngineClient`` as is used here."""
 
-    def wait_ready(self) -> EngineInfo: ...
+    def wait_ready(self, told: Callable[[str], object] | None = None) -> EngineInfo: ...
 
     def mailbox(self, sink: Sink | None = None) -> Mailbox: ...
 
@@ -100,13 +100,16 @@ class Pool:
         """Requests that an engine has."""
         return sum(len(lane.open) for lane in self._lanes)
 
-    async def wait_ready(self) -> EngineInfo:
+    async def wait_ready(self, told: Callable[[str], object] | None = None) -> EngineInfo:
         """Wait until every engine takes requests.
+
+        Args:
+            told: called with what takes an engine its time, by another thread.
 
         Raises:
             TpctlError: one failed.
         """
-        waiting = (asyncio.to_thread(lane.engine.wait_ready) for lane in self._lanes)
+        waiting = (asyncio.to_thread(lane.engine.wait_ready, told) for lane in self._lanes)
         try:
             info, *_ = await asyncio.gather(*waiting)
         except TpctlError as error:

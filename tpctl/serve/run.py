@@ -64,7 +64,7 @@ def serve(
         sock: is bound; it is closed at the end.
         at_once: requests that the engines compute together.
         ready: is called when requests are taken.
-        note: is told of what should not have happened.
+        note: is told of what should not have happened, and of what takes engines long to start.
         ended: whether a signal came before this could take any.
 
     Raises:
@@ -111,7 +111,7 @@ async def _serve(
         app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
         server = Server(app, pool, settings.drain, ended)
         servers.append(server)
-        starting = asyncio.create_task(_tell(pool, ready))
+        starting = asyncio.create_task(_tell(pool, ready, note))
         try:
             await server.serve([sock])
         finally:
@@ -120,9 +120,9 @@ async def _serve(
     return pool.failure
 
 
-async def _tell(pool: Pool, ready: Callable[[EngineInfo], object]) -> None:
+async def _tell(pool: Pool, ready: Callable[[EngineInfo], object], note: Callable[[str], object]) -> None:
     try:
-        info = await pool.wait_ready()
+        info = await pool.wait_ready(note)
     except TpctlError:
         return  # the pool has it
     ready(info)
