@@ -23,6 +23,7 @@ from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners import cuda as cuda_runner
+from tpctl.engine.runners import cuda_sizes
 from tpctl.engine.scheduling.scheduled import StateUse
 from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.states import decode_slots, prompt_chunks
@@ -127,7 +128,7 @@ def test_the_largest_step_may_share_a_prefix(
     """It has more numbers than any other: where each row has its state, and how long the prefix is."""
     monkeypatch.setattr(cuda_runner, "_SHARED_ROWS", 2)
     monkeypatch.setattr(cuda_runner, "_SHARED_TOKENS", 128)
-    monkeypatch.setattr(cuda_runner, "SHORT", 0)  # a step of decodes is the largest
+    monkeypatch.setattr(cuda_sizes, "SHORT", 0)  # a step of decodes is the largest
     monkeypatch.setattr(MixedGraphs, "most_numbers", staticmethod(lambda rows, states: 0))
     model = make_mixture("qwen3_next", tmp_path / "hf", max_position_embeddings=256, **SIZES)
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)

@@ -344,10 +344,10 @@ def test_prompts_beside_decodes_give_the_same_tokens(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured steps of both, at a pace; against one kernel after the other, prompts first."""
-    from tpctl.engine.runners import cuda as cuda_runner
+    from tpctl.engine.runners import cuda_sizes
     from tpctl.engine.steps.mixed import MixedGraphs
 
-    monkeypatch.setattr(cuda_runner, "_SMALL_LAYER", 0)  # the pace of larger models
+    monkeypatch.setattr(cuda_sizes, "_SMALL_LAYER", 0)  # the pace of larger models
     replayed: list[tuple[int, int]] = []
     original = MixedGraphs.run
 
