@@ -46,6 +46,7 @@ outputs = st.builds(
     logprobs=st.none() | st.just([TokenLogprob(-0.5, [(7, -0.5), (9, -1.25)])]),
     num_cached_tokens=st.integers(0, 9),
     scores=st.none() | st.just([TokenScore(-0.5), TokenScore(-2.0, 0.25, True)]),
+    prompt_logprobs=st.none() | st.just([TokenLogprob(-0.5, [(7, -0.5)])]),  # made of its type, one may be NaN
 )
 scoring = st.none() | st.builds(Scoring, st.integers(1, 9), st.integers(0, 9), st.integers(0, 9), st.none() | st.text())
 infos = st.builds(EngineInfo, timings=st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=3))
