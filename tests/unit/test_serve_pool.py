@@ -159,8 +159,7 @@ def test_what_takes_an_engine_long_is_told(tokenizer: Tokenizer) -> None:
 
 def test_the_first_token_is_told_at_once_and_others_together(tokenizer: Tokenizer) -> None:
     async def run() -> list[tuple[int, int]]:
-        generation = Generation([TextStream(tokenizer)], lambda: None)
-        generation.interval = 3
+        generation = Generation([TextStream(tokenizer)], lambda: None, interval=3)
         sizes: list[tuple[int, int]] = []  # of each piece, and the tokens that had come when it was told
 
         async def read() -> None:
@@ -186,8 +185,7 @@ def test_every_answers_first_token_is_told_at_once(tokenizer: Tokenizer) -> None
     """The second one's, too, which comes while the first is told of eight tokens at a time."""
 
     async def run() -> list[tuple[int, int]]:
-        generation = Generation([TextStream(tokenizer), TextStream(tokenizer)], lambda: None)
-        generation.interval = 8
+        generation = Generation([TextStream(tokenizer), TextStream(tokenizer)], lambda: None, interval=8)
         told: list[tuple[int, int]] = []
 
         def taken(pieces: list[Piece]) -> bool:

@@ -41,13 +41,12 @@ class Writer(Protocol):
 class Answered:
     """A response that is one generation's. Whoever hangs up ends that at once."""
 
-    def __init__(self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]], *, interval: int):
-        """``run``: has a thread do something. ``interval``: ``Generation.interval``; 0: it is no stream."""
-        generation.interval = interval
+    def __init__(self, generation: Generation, writer: Writer, run: Callable[..., Awaitable[Any]]) -> None:
+        """``run``: has a thread do something."""
         self._generation = generation
         self._writer = writer
         self._run = run
-        self._stream = interval > 0
+        self._stream = generation.interval > 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))

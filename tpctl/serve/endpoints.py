@@ -33,6 +33,10 @@ class Endpoints:
         self._interval = interval
         self._created = int(time.time())
 
+    def _told(self, stream: bool) -> int:
+        """``Generation.interval`` of an answer that streams, or does not."""
+        return self._interval if stream else 0
+
     async def chat(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/chat/completions. Raises ``ApiError`` or ``RequestError``, as all of these."""
         model = self.model(body)
@@ -41,10 +45,10 @@ class Endpoints:
         wanted = settings(body, chat=True)
         _check_stream(wanted, streaming)
         job = await self.reader.conversation(messages, wanted, self.pool.check_open(wanted.choices))
-        generation = self.pool.begin([job])
+        generation = self.pool.begin([job], self._told(streaming.wanted))
         self.pool.metrics.begun(generation, since)
         writer = ChatWriter(model, [job], generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.run, interval=self._interval * streaming.wanted)
+        return Answered(generation, writer, self.reader.run)
 
     async def complete(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/completions."""
@@ -61,10 +65,10 @@ class Endpoints:
         texts = None
         if echo:
             texts = [prompt if isinstance(prompt, str) else await self._text(prompt) for prompt in prompts]
-        generation = self.pool.begin(jobs)
+        generation = self.pool.begin(jobs, self._told(streaming.wanted))
         self.pool.metrics.begun(generation, since)
         writer = TextWriter(texts, told, model, jobs, generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.run, interval=self._interval * streaming.wanted)
+        return Answered(generation, writer, self.reader.run)
 
     async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/responses."""
@@ -72,10 +76,10 @@ class Endpoints:
         stream = flag(body.pop("stream", False), "stream")
         asked = read_response(body)
         job = await self.reader.conversation(asked.messages, asked.wanted, self.pool.check_open())
-        generation = self.pool.begin([job])
+        generation = self.pool.begin([job], self._told(stream))
         self.pool.metrics.begun(generation, since)
         writer = ResponseWriter(model, asked, job, generation, self.reader.tokenizer)
-        return Answered(generation, writer, self.reader.run, interval=self._interval * stream)
+        return Answered(generation, writer, self.reader.run)
 
     async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/tokenize: of a text, or of a conversation as the chat template has it."""

@@ -59,7 +59,7 @@ class Generation:
         reasoning_tokens: that added to what was thought, of all answers.
     """
 
-    def __init__(self, streams: Sequence[TextStream], cancelled: Callable[[], None]) -> None:
+    def __init__(self, streams: Sequence[TextStream], cancelled: Callable[[], None], interval: int = 1) -> None:
         """Begin.
 
         Args:
@@ -67,7 +67,7 @@ class Generation:
         """
         self.streams = streams
         self.arrived = [0.0] * len(streams)
-        self.interval = 1
+        self.interval = interval
         self.reasoning_tokens = 0
         self._cancelled = cancelled
         self._left = len(streams)
@@ -178,8 +178,7 @@ class Generation:
                 self._taker = None
 
     async def finish(self) -> None:
-        """Wait for the end, and for nothing before it. Raises as ``next``."""
-        self.interval = 0
+        """Wait for the end. Raises as ``next``."""
         while await self.next():
             pass
 

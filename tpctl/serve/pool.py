@@ -140,8 +140,8 @@ class Pool:
             )
         return self.info
 
-    def begin(self, jobs: Sequence[Job]) -> Generation:
-        """Hand in prompts; their answers are numbered through.
+    def begin(self, jobs: Sequence[Job], interval: int = 1) -> Generation:
+        """Hand in prompts; their answers are numbered through. ``interval``: as ``Generation`` has it.
 
         Raises:
             ApiError: as ``check_open``.
@@ -149,7 +149,7 @@ class Pool:
         self.check_open(sum(len(job.streams) for job in jobs))
         streams = [stream for job in jobs for stream in job.streams]
         held: list[tuple[Lane, list[str]]] = []
-        generation = Generation(streams, lambda: self._release(held))
+        generation = Generation(streams, lambda: self._release(held), interval)
         places = itertools.count()
         for job in jobs:
             lane = self._choose(job.token_ids)
