@@ -25,7 +25,7 @@ def paged(loaded: LoadedModel) -> PagedBackend[Any]:
 def find_pace(loaded: LoadedModel) -> Pace | None:
     """How prompts are computed beside decodes, where that can be captured; the same on every rank (collective)."""
     settings = loaded.settings
-    if settings.enforce_eager or not paged(loaded).captures_prefill:
+    if settings.scheduling_policy == "fcfs" or settings.enforce_eager or not paged(loaded).captures_prefill:
         return None
     layer = sum(parameter.nbytes for parameter in loaded.model.model.layers[0].parameters())
     layer = loaded.group.minimum(layer)
