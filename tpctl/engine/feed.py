@@ -61,7 +61,7 @@ class Leader:
                 arrived.append(self._inbox.get(block=left > 0, timeout=max(left, 0.0) or None))
             except queue.Empty:
                 break
-        if any(isinstance(message, Stop) for message, _ in arrived):
+        if arrived and isinstance(arrived[-1][0], Stop):
             self._ending.set()
         if self._followers:
             data = b"[" + b",".join(text for _, text in arrived) + b"]"
