@@ -38,6 +38,26 @@ class _Client:
         return engine_info(max_model_len=16)
 
 
+class _Answering(_Client):
+    """An engine with a context as long as the workload "short" needs. It answers a request a call, and leaves out
+    ``missing`` tokens."""
+
+    missing = 0
+
+    def wait_ready(self) -> EngineInfo:
+        return engine_info(max_model_len=192)
+
+    def submit(self, requests: Any) -> None:
+        self.left = list(requests)
+
+    def outputs(self) -> list[Output]:
+        request = self.left.pop()
+        return [Output(request.id, [1] * (request.sampling.max_tokens - self.missing), "length")]
+
+    def stats(self) -> EngineStats:
+        return engine_stats()
+
+
 def test_time_per_token_needs_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "EngineClient", _Client)
     config: Any = EngineConfig(Path("shards"), 1, max_num_seqs=8)
@@ -77,21 +97,7 @@ def test_nano_is_the_peers_workload() -> None:
 def test_each_run_is_said_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first too, which is what a single batch gets; the median leaves it out."""
 
-    class Whole(_Client):
-        def wait_ready(self) -> EngineInfo:
-            return engine_info(max_model_len=192)
-
-        def submit(self, requests: Any) -> None:
-            self.left = list(requests)
-
-        def outputs(self) -> list[Output]:
-            request = self.left.pop()
-            return [Output(request.id, [1] * request.sampling.max_tokens, "length")]
-
-        def stats(self) -> EngineStats:
-            return engine_stats()
-
-    monkeypatch.setattr(measure, "EngineClient", Whole)
+    monkeypatch.setattr(measure, "EngineClient", _Answering)
     config: Any = None
     said: list[str] = []
     figures = measure.throughput(config, "short", 100, 2, say=said.append).figures
@@ -103,16 +109,8 @@ def test_each_run_is_said_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_that_was_cut_short_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     work = make_workload("short", 100)
 
-    class Short(_Client):
-        def wait_ready(self) -> EngineInfo:
-            return engine_info(max_model_len=512)
-
-        def submit(self, requests: Any) -> None:
-            self.left = list(requests)
-
-        def outputs(self) -> list[Output]:
-            request = self.left.pop()
-            return [Output(request.id, [1] * (request.sampling.max_tokens - 1), "length")]
+    class Short(_Answering):
+        missing = 1
 
     monkeypatch.setattr(measure, "EngineClient", Short)
     config: Any = None

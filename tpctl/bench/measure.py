@@ -102,9 +102,9 @@ def throughput(
     rates, times = [], []
     with EngineClient(config) as client:
         info = client.wait_ready()
-        _check_context(make_workload(workload, vocab_size), info)
         for run in range(runs + 1):
             work = make_workload(workload, vocab_size, run * 13, sampling)
+            _check_context(work, info)
             started = time.perf_counter()
             _drain(client, work.requests)
             times.append(time.perf_counter() - started)
