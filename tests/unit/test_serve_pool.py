@@ -116,6 +116,22 @@ def test_one_engine_s_end_is_everybody_s(tokenizer: Tokenizer) -> None:
     asyncio.run(run())
 
 
+def test_what_reaches_an_engine_after_its_end_is_told_of_the_end(tokenizer: Tokenizer) -> None:
+    """The sender may come to a request before the loop comes to what the client's reader said."""
+
+    async def run() -> None:
+        engine = FakeEngine(tokenizer)
+        pool, failures = await opened([engine])
+        engine.failure = EngineError("rank 0 was killed (SIGKILL)")  # and its reader has not said so
+        generation = pool.begin([job(tokenizer, "a prompt", answers=2)])
+        with pytest.raises(ApiError, match="the engine has ended: rank 0 was killed") as caught:
+            await asyncio.wait_for(generation.finish(), PATIENCE)
+        assert caught.value.code == "engine_ended" and failures == ["rank 0 was killed (SIGKILL)"]
+        await pool.close()
+
+    asyncio.run(run())
+
+
 def test_an_engine_that_cannot_start(tokenizer: Tokenizer) -> None:
     async def run() -> None:
         engines = [FakeEngine(tokenizer), FakeEngine(tokenizer, loading=True)]

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from tpctl.client.router import Mailbox, Sink
 from tpctl.client.text_stream import TextStream
-from tpctl.errors import TpctlError
+from tpctl.errors import EngineError, TpctlError
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
 from tpctl.serve.metrics import Metrics
@@ -235,7 +235,9 @@ class Lane:
         """Thread."""
         try:
             self._mailbox.submit(requests)
-        except TpctlError as error:  # an engine that has ended tells the sink, too
+        except TpctlError as error:
+            if isinstance(error, EngineError):  # it has ended, which is said before it is one request's fault
+                self._sink(error)
             message = str(error)
             self._sink([Output(request.id, [], "error", message) for request in requests])
 
