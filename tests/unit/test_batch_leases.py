@@ -22,6 +22,7 @@ from tests.unit.batch_replicas import (
     rows_of,
     write_prompts,
 )
+from tpctl.batch import leases as leases_module
 from tpctl.batch.board import Board
 from tpctl.batch.folder import DEATHS, JobFolder, Span, names, put
 from tpctl.batch.formats.choose import plain
@@ -193,6 +194,28 @@ def test_of_several_that_want_a_part_one_gets_it(folder: JobFolder, prompts: Pat
         got = [(taker, taker._take(reader)) for _ in range(3) for taker in takers]
     taken = [lease.span.part for _, lease in got if lease is not None]
     assert sorted(taken) == [0, 1, 2]
+
+
+def test_a_lease_that_is_cleared_away_as_it_is_taken_is_passed_over(
+    folder: JobFolder, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two coordinators that do not know of each other: one has the part, which the other one had offered again."""
+    parts = parts_of(folder, prompts, 10)
+    board = Board(folder, plain(prompts))
+    for part in parts:
+        board.offer(part)
+    move, cleared = leases_module.move, []
+
+    def cleared_away(source: Path, target: Path) -> bool:
+        taken = move(source, target)
+        if not cleared:
+            cleared.append(target.name)
+            target.unlink()
+        return taken
+
+    monkeypatch.setattr(leases_module, "move", cleared_away)
+    line = next(Leases(folder, plain(prompts), "r").groups(10, 0.01))[0]
+    assert cleared == [Span(0, 0, 10).held_by("r")] and line.index == 10
 
 
 def test_nobody_takes_more_than_its_share_or_anything_beside_a_suspect(folder: JobFolder, prompts: Path) -> None:

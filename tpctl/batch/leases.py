@@ -211,10 +211,10 @@ class Leases:
             if held and (span.alone or open_rows + span.count > share):
                 continue
             mine = self._folder.leases / span.held_by(self._name)
-            if move(self._folder.offers / name, mine) or mine.exists():
+            if (move(self._folder.offers / name, mine) or mine.exists()) and (part := _part_of(mine)) is not None:
                 if adopted:
                     self._shares = [*(share for share in self._shares if share != span.share), span.share]
-                return self._begin(reader, span, mine)
+                return self._begin(reader, span, part)
         return None
 
     def _wanted(self, open_rows: int) -> list[tuple[str, Span, bool]]:
@@ -237,11 +237,10 @@ class Leases:
         busy = open_rows >= self._enough
         return [(name, span, 0 < rank <= FREE) for rank, span, name in ranked if rank < FREE or not busy]
 
-    def _begin(self, reader: Reader, span: Span, mine: Path) -> Lease:
-        with writing(mine):
-            part = Part.from_json(json.loads(mine.read_bytes()))
+    def _begin(self, reader: Reader, span: Span, part: Part) -> Lease:
         kept = kept_lines(self._folder, span.part, span)
-        lease = Lease(span, part, read_checked(reader, part), kept, self._folder.work / mine.name)
+        path = self._folder.work / span.held_by(self._name)
+        lease = Lease(span, part, read_checked(reader, part), kept, path)
         self._repeated |= lease.repeated
         self._asked.update((line.index, lease) for line in lease.lines)
         with self._lock:
@@ -267,6 +266,15 @@ class Leases:
             self._sink.encode(out, lease.part.index, lease.in_order())
         else:
             out.writelines(lease.in_order())
+
+
+def _part_of(lease: Path) -> Part | None:
+    """What a lease is of; ``None``: a coordinator that has all of it has cleared the lease away meanwhile."""
+    with writing(lease):
+        try:
+            return Part.from_json(json.loads(lease.read_bytes()))
+        except FileNotFoundError:
+            return None
 
 
 def offer(folder: JobFolder, spans: Iterable[Span], part: Part) -> None:
