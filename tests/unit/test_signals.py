@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tpctl.cli.signals import has_come, take_signals
+from tpctl.cli.engine import interrupts
+from tpctl.cli.signals import end_if_told, has_come, take_signals
 
 
 @pytest.fixture(autouse=True)
@@ -27,5 +28,13 @@ def test_what_somebody_caught_is_known_of(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
     assert caught.value.code == 128 + number
     assert has_come()
+    with pytest.raises(SystemExit) as again:
+        end_if_told()
+    assert again.value.code == 128 + number
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit), interrupts():
+        pytest.fail("what runs for long began all the same")
+    assert signal.getsignal(signal.SIGINT) is before
     take_signals()
+    end_if_told()
     assert not has_come()

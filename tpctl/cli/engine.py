@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import KV_FORMS, EngineOptions, SchedulingPolicy, Speculate
+from tpctl.cli.signals import end_if_told
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError, format_bytes
 from tpctl.wire.report import EngineInfo
@@ -65,6 +66,7 @@ def lend_ranks(config: EngineConfig, nodes: Nodes) -> None:
     workers = Workers(config, nodes=nodes)
     try:
         say_nodes(config, nodes)
+        end_if_told()
         workers.wait()
     finally:
         workers.close()
@@ -172,6 +174,7 @@ def interrupts(*signals: signal.Signals) -> Iterator[Interrupts]:
 
     previous = {number: signal.signal(number, handle) for number in signals or (signal.SIGINT,)}
     try:
+        end_if_told()
         yield noted
     finally:
         for number, handler in previous.items():

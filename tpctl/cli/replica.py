@@ -13,6 +13,7 @@ import typer
 from tpctl.cli.batch_job import model_digest
 from tpctl.cli.console import byte_progress, note
 from tpctl.cli.options import TemplateOptions
+from tpctl.cli.signals import end_if_told
 from tpctl.cli.template import TemplateAtHand
 from tpctl.errors import EngineError, SourceError, UsageError
 
@@ -92,6 +93,7 @@ def replica(
             with EngineClient(config, module=os.environ.get(WORKER_VARIABLE) or WORKER) as engine:
                 tokenizer = at_hand.tokenizer(config.text_dir)
                 asked = Asked(formats, spec.sampling, spec.stop, spec.step_timeout)
+                end_if_told()
                 tally = place.answer(engine, tokenizer, asked, config)
     except EngineError as error:
         note(f"tpctl: {error}")

@@ -23,6 +23,12 @@ def has_come() -> bool:
     return bool(_came)
 
 
+def end_if_told() -> None:
+    """End as the signal would have ended this process, if one has come."""
+    if _came:
+        sys.exit(128 + _came[0])
+
+
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
     _came.append(number)
     sys.exit(128 + number)

@@ -13,7 +13,7 @@ from tpctl.client.forms import Wanted
 from tpctl.client.openai_answers import response_logprobs
 from tpctl.client.openai_fields import check_names, settings
 from tpctl.client.openai_schemas import INCLUDED, LOGPROBS, NOT_IN_RESPONSES, RESPONSES
-from tpctl.client.token_text import logprob_rows, token_texts
+from tpctl.client.token_text import TokenTexts, logprob_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.calls import CallPiece
@@ -143,7 +143,8 @@ class ResponseWriter:
         self._job = job
         self._generation = generation
         self._stream = generation.streams[0]
-        self._texts = token_texts(tokenizer, job.token_ids)
+        self._tokenizer = tokenizer
+        self._texts: TokenTexts | None = None  # made for the first log-probability that is told
         self._described = self._said = 0  # tokens of all, and of the text's, whose log-probabilities have been told
         self._number = 0
         self._open: _Open | None = None
@@ -253,6 +254,8 @@ class ResponseWriter:
             return []
         self._said, self._described = len(stream.said), places[-1] + 1
         new = slice(first, self._described)
+        if self._texts is None:
+            self._texts = token_texts(self._tokenizer, self._job.token_ids)
         rows = logprob_rows(self._texts, stream.token_ids[new], stream.logprobs[new])
         return response_logprobs([rows[place - first] for place in places])
 

@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ from tpctl.launch.lifeline import PARENT_PID, tie_to_parent
 MOST_BYTES = 1 << 17
 """Of a message."""
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
-_LOOK = 0.5  # seconds between looks at whether processes are alive
+_AT_ONCE = 2
+"""Calls that a process is given: while it is at one, the next is there for it."""
 
 
 def live(parent: int, work: Callable[[], None]) -> None:
@@ -46,66 +48,102 @@ class Pool:
 
     def __init__(self, work: Callable[..., object], most: int, ended: Callable[[], object] = lambda: None) -> None:
         self._work, self._most, self._ended = work, most, ended
-        self._pids: list[int] = []
-        # Each message is received by one of them.
-        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pending = self._failed = 0
+        self._waiting: deque[bytes] = deque()
+        self._processes: list[_Process] = []
+        self._failed = 0
 
     def put(self, *arguments: Any) -> None:
-        """Have ``work`` called with these, as JSON keeps them; waits where many calls are waiting already."""
-        if len(self._pids) < min(self._most, self._pending + 1):
-            with suppress(OSError):  # too many processes, or too little memory
-                self._fork()
-        message = json.dumps(arguments).encode()
-        self._pending += 1
-        while self._pids:
-            readable, writable, _ = select.select([self._ours], [self._ours], [], _LOOK)
-            if readable:
-                self._hear()
-            elif writable:
-                self._ours.send(message)
-                return
-            else:
-                self._reap()
+        """Have ``work`` called with these, as JSON keeps them; waits for nothing."""
+        self._waiting.append(json.dumps(arguments).encode())
+        self._go_on(0.0)
 
     def join(self) -> int:
         """Wait for all of it; how many failed."""
-        while self._pending and self._pids:
-            if select.select([self._ours], [], [], _LOOK)[0]:
-                self._hear()
-            else:
-                self._reap()
-        self._ours.close()
-        self._theirs.close()
-        for pid in self._pids:
-            os.waitpid(pid, 0)
-        return self._failed + self._pending
+        self._go_on(0.0)
+        while any(process.calls for process in self._processes):
+            self._go_on(None)
+        for process in self._processes:
+            process.socket.close()
+        for process in self._processes:
+            os.waitpid(process.pid, 0)
+        return self._failed + len(self._waiting)  # there was room for no process
 
-    def _hear(self) -> None:
-        self._failed += self._ours.recv(1) != b"1"
-        self._pending -= 1
+    def _go_on(self, timeout: float | None) -> None:
+        """Hear what has ended, and hand out what waits."""
+        busy = [process for process in self._processes if process.calls]
+        for process in select.select(busy, [], [], timeout)[0] if busy else ():
+            self._hear(process)
+        while self._waiting and (process := self._free()) is not None:
+            try:
+                process.socket.send(self._waiting[0], socket.MSG_DONTWAIT)
+            except BlockingIOError:  # it has as many bytes to read as a socket keeps
+                break
+            except OSError:
+                self._lose(process)
+            else:
+                self._waiting.popleft()
+                process.calls += 1
+
+    def _free(self) -> _Process | None:
+        """One with nothing to do, else a new one, else one that has only what it is at."""
+        least = min(self._processes, key=lambda process: process.calls, default=None)
+        if (least is None or least.calls) and len(self._processes) < self._most:
+            with suppress(OSError):  # too many processes, or too little memory
+                return self._fork()
+        return least if least is not None and least.calls < _AT_ONCE else None
+
+    def _hear(self, process: _Process) -> None:
+        said = b""
+        with suppress(OSError):
+            said = process.socket.recv(1)
+        if not said:
+            self._lose(process)
+            return
+        process.calls -= 1
+        self._failed += said != b"1"
         self._ended()
 
-    def _reap(self) -> None:
-        """Forget processes that have ended before their time, each with what it was at."""
-        for pid in list(self._pids):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                self._pids.remove(pid)
-                self._pending -= 1
-                self._failed += 1
+    def _lose(self, process: _Process) -> None:
+        """It has ended before its time, and what it was given is lost with it."""
+        self._processes.remove(process)
+        self._failed += process.calls
+        process.socket.close()
+        os.waitpid(process.pid, 0)
 
-    def _fork(self) -> None:
+    def _fork(self) -> _Process:
         parent = os.getpid()
-        pid = os.fork()
-        if not pid:
-            self._ours.close()
-            live(parent, self._loop)
-        self._pids.append(pid)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if not pid:
+                for process in self._processes:  # which hear by its end that this one's parent is done
+                    process.socket.close()
+                ours.close()
+                live(parent, lambda: self._serve(theirs))
+        self._processes.append(_Process(pid, ours))
+        return self._processes[-1]
 
-    def _loop(self) -> None:
-        while message := self._theirs.recv(MOST_BYTES):
+    def _serve(self, parent: socket.socket) -> None:
+        while message := parent.recv(MOST_BYTES):
             try:
                 self._work(*json.loads(message))
-                self._theirs.send(b"1")
+                said = b"1"
             except Exception:
-                self._theirs.send(b"0")
+                said = b"0"
+            parent.send(said)
+
+
+class _Process:
+    """One of a pool. ``calls``: what it was given and has not ended."""
+
+    def __init__(self, pid: int, socket: socket.socket) -> None:
+        self.pid = pid
+        self.socket = socket
+        self.calls = 0
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
