@@ -13,15 +13,16 @@ from torch import Tensor
 from tests.unit.random_codes import random_codes
 from tpctl.distributed import TPGroup
 from tpctl.kernels.common.codes import decode
-from tpctl.layers import compute
+from tpctl.layers import compute, instructions
+from tpctl.layers.instructions import multiplies
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights import codes, tiled_cpu
-from tpctl.layers.weights.tiled_cpu import FEW, TiledWeight, multiplies
+from tpctl.layers.weights.tiled_cpu import FEW, TURNED, TiledWeight
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (compute, codes):
+    for module in (compute, instructions):
         monkeypatch.setattr(module, "multiplies", lambda dtype: dtype is torch.float32)
 
 
@@ -38,10 +39,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 40])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 40, TURNED + 1])
 @pytest.mark.parametrize("biased", [False, True])
-def test_products(slow: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, biased: bool) -> None:
-    monkeypatch.setattr(tiled_cpu, "TILE", 7 * 96)  # rows of a tile: 7, of which the last has 5
+def test_products(
+    slow: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, threads: int, rows: int, biased: bool
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for name in ("TILE", "LARGE_TILE"):
+        monkeypatch.setattr(tiled_cpu, name, 7 * 96)  # rows of a tile: 7, of which the last has 5
     rng = torch.Generator().manual_seed(rows)
     weight = torch.randn((40, 96), generator=rng).to(dtype)
     bias = torch.randn(40, generator=rng).to(dtype) if biased else None

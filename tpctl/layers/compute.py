@@ -9,12 +9,13 @@ from torch import Tensor
 from tpctl.distributed import TPGroup
 from tpctl.kernels.common.codes import Codes
 from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.instructions import multiplies
 from tpctl.layers.stream import ResidualStream
 from tpctl.layers.weights.codes import CodesWeight
 from tpctl.layers.weights.dense import DenseWeight, Weight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, PlainExperts, Stack
 from tpctl.layers.weights.packed_cpu import PackedGate, PackedWeight, onednn_available
-from tpctl.layers.weights.tiled_cpu import TiledWeight, multiplies
+from tpctl.layers.weights.tiled_cpu import TiledWeight
 
 if TYPE_CHECKING:
     from tpctl.layers.delta_net.layer import DeltaNet, Net

@@ -73,16 +73,16 @@ class Pool:
         busy = [process for process in self._processes if process.calls]
         for process in select.select(busy, [], [], timeout)[0] if busy else ():
             self._hear(process)
-        while self._waiting and (process := self._free()) is not None:
+        while self._waiting and (free := self._free()) is not None:
             try:
-                process.socket.send(self._waiting[0], socket.MSG_DONTWAIT)
+                free.socket.send(self._waiting[0], socket.MSG_DONTWAIT)
             except BlockingIOError:  # it has as many bytes to read as a socket keeps
                 break
             except OSError:
-                self._lose(process)
+                self._lose(free)
             else:
                 self._waiting.popleft()
-                process.calls += 1
+                free.calls += 1
 
     def _free(self) -> _Process | None:
         """One with nothing to do, else a new one, else one that has only what it is at."""

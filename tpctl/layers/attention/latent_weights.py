@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tpctl.arch.held import HeldLinear
 from tpctl.arch.latent import LatentSizes
+from tpctl.layers.instructions import bmm, product_dtype
 from tpctl.layers.linear import NumbersLinear
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.rotary import RotaryTable, apply_rotary
@@ -74,20 +75,21 @@ class LatentUp(NumbersLinear):
     def absorb(self, q_SND: Tensor) -> Tensor:
         """Queries [S, N, P + Q], rotated -> [S, N, R + Q], whose products with what the cache keeps are the scores."""
         q_SNP, q_SNQ = torch.split(q_SND, [self.sizes.nope, self.sizes.rope], dim=-1)
-        q_NSR = torch.bmm(q_SNP.transpose(0, 1), self._heads[:, : self.sizes.nope])
+        q_NSR = bmm(q_SNP.transpose(0, 1), self._heads[:, : self.sizes.nope])
         return torch.cat((q_NSR.transpose(0, 1), q_SNQ), dim=-1)
 
     def values(self, sums_SNR: Tensor) -> Tensor:
         """Weighted sums of latent vectors [S, N, R] -> those of values, [S, N, V]."""
         values_NRV = self._heads[:, self.sizes.nope :].transpose(1, 2)
-        return torch.bmm(sums_SNR.transpose(0, 1), values_NRV).transpose(0, 1)
+        return bmm(sums_SNR.transpose(0, 1), values_NRV).transpose(0, 1)
 
     def expand(self, kept_SLC: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
         """Keys [S, n, L, P + Q] and values [S, n, L, V] of some heads, of what the cache keeps, [S, L, R + Q]."""
         one = self.sizes
         latents_SLR, shared_SLQ = torch.split(kept_SLC, [one.kv_rank, one.rope], dim=-1)
         weights = self._heads[heads]
-        both = F.linear(latents_SLR, weights.flatten(0, 1))
+        dtype = product_dtype(weights.dtype, weights.device)
+        both = F.linear(latents_SLR.to(dtype), weights.flatten(0, 1).to(dtype))
         both = both.view(*both.shape[:2], len(weights), one.nope + one.value).transpose(1, 2)
         keys = both.new_empty(*both.shape[:3], one.key)
         keys[..., : one.nope] = both[..., : one.nope]

@@ -33,6 +33,7 @@ from tpctl.layers.attention.sdpa_gathering import Bucket, Gathering
 from tpctl.layers.attention.sdpa_prompts import CausalBiases, prefill, scores_of, softmax
 from tpctl.layers.attention.sdpa_runs import Runs, find_runs
 from tpctl.layers.batch import ForwardBatch
+from tpctl.layers.instructions import product_dtype
 
 
 @dataclass
@@ -68,6 +69,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
     def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
         super().__init__(layers, block_size, pools)
         self._gathering = self._gatherings([0] * len(self.pools.windows), 0)
+        self._products: torch.dtype | None = None  # in which queries, keys and values are multiplied
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """That of the numbers in the cache."""
@@ -77,7 +79,8 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         self, num_slabs: int, dtype: torch.dtype, device: torch.device, layout: KvLayout | None = None
     ) -> list[LayerKV]:
         kept, kind = [kept_layer(spec) for spec in self.layers], self.kept_dtype(dtype)
-        sizes = [layer.token_bytes(dtype.itemsize, "model") for layer in kept]
+        self._products = product_dtype(dtype, device)
+        sizes = [layer.token_bytes(self._products.itemsize, "model") for layer in kept]
         token_bytes = [
             sum(size for size, other in zip(sizes, self.pools.of_layer, strict=True) if other == pool)
             for pool in range(len(self.pools.windows))
@@ -195,7 +198,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             else:
                 shape = (count, -1, spec.num_kv_heads, spec.head_dim)
                 keys, values = (x[part].view(shape).transpose(1, 2) for x in (k_TKD, v_TKD))
-            prefill(q_TND[part], keys, values, spec, plan.causal_biases, out_TND[part], sinks_N)
+            prefill(q_TND[part], keys, values, spec, plan.causal_biases, out_TND[part], sinks_N, self._products)
         return out_TND.flatten(1)
 
     def _runs(self, kv: PagedKV, plan: SdpaPlan) -> list[Runs]:
@@ -210,13 +213,14 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         """As ``_decode``, with several rows of a sequence, into those of ``out_TND``."""
         spec, (count, rows) = kv.spec, runs.shape
         heads, group = spec.num_kv_heads, spec.group
-        gathered = kv.gather(kv.rows(runs.blocks)).view(kv.vectors // heads, heads * count, -1, spec.head_dim)
+        gathered = self._numbers(kv, runs.blocks).view(kv.vectors // heads, heads * count, -1, spec.head_dim)
         q_SnKGD = q_TND[runs.rows_Sn.flatten()].view(count, rows, heads, group, spec.head_dim)
-        q = q_SnKGD.permute(2, 0, 1, 3, 4).reshape(heads * count, rows * group, spec.head_dim)
+        q = q_SnKGD.permute(2, 0, 1, 3, 4).reshape(heads * count, rows * group, spec.head_dim).to(gathered.dtype)
         scores = scores_of(runs.bias(spec, q, gathered.shape[2]), q, gathered[0], spec)
         sinks = None if sinks_N is None else sinks_N.view(heads, 1, 1, group).expand(-1, count, rows, -1)
         out = torch.bmm(softmax(scores, sinks), kv.values(gathered)).view(heads, count, rows, group, -1)
-        out_TND[runs.rows] = out.permute(1, 2, 0, 3, 4).reshape(count * rows, heads * group, -1)[runs.taken]
+        out = out.permute(1, 2, 0, 3, 4).reshape(count * rows, heads * group, -1)
+        out_TND[runs.rows] = out[runs.taken].to(out_TND.dtype)
 
     def decodes(self, q_SND: Tensor, kv: PagedKV, plan: SdpaPlan, sinks_N: Tensor | None = None) -> Tensor | None:
         """[S, N, D of values]: the step's decodes; ``None``: it has none."""
@@ -239,12 +243,12 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         batched = spec.num_kv_heads * count
         gathered = self._gathered(kv, index, bucket, plan)
         q_KSGD = q_SND.view(count, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
-        q = q_KSGD.reshape(batched, spec.group, spec.head_dim)
+        q = q_KSGD.reshape(batched, spec.group, spec.head_dim).to(gathered.dtype)
         scores = scores_of(self._decode_bias(kv, index, bucket, q.dtype, plan), q, gathered[0], spec)
         sinks_KSG = None if sinks_N is None else sinks_N.view(-1, 1, spec.group).expand(-1, count, -1)
         out_KSGD = torch.bmm(softmax(scores, sinks_KSG), kv.values(gathered))
         out_KSGD = out_KSGD.view(spec.num_kv_heads, count, spec.group, -1)
-        return out_KSGD.transpose(0, 1).reshape(count, spec.num_heads, -1)
+        return out_KSGD.transpose(0, 1).reshape(count, spec.num_heads, -1).to(q_SND.dtype)
 
     def _gathered(self, kv: PagedKV, index: int, bucket: Bucket, plan: SdpaPlan) -> Tensor:
         """What ``_gather`` gives, or gave a layer before whose keys and values these are."""
@@ -263,12 +267,16 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             gathered = kept.layers[layer]
             assert plan.new is not None
             new = plan.new[: bucket.count] if bucket.rows is None else plan.new[bucket.rows]
-            as_words(gathered).index_copy_(0, bucket.cells_of(kv.vectors), as_words(new))
+            as_words(gathered).index_copy_(0, bucket.cells_of(kv.vectors), as_words(new.to(gathered.dtype)))
             return gathered
-        gathered = kv.gather(kv.rows(bucket.blocks)).view(shape)
+        gathered = self._numbers(kv, bucket.blocks).view(shape)
         if kept is not None:
             kept.layers[layer] = gathered
         return gathered
+
+    def _numbers(self, kv: PagedKV, block_ids: Tensor) -> Tensor:
+        """What these blocks hold of every head, as it is multiplied: [rows, B * D]."""
+        return kv.gather(kv.rows(block_ids)).to(self._products)
 
     def _decode_bias(self, kv: PagedKV, index: int, bucket: Bucket, dtype: torch.dtype, plan: SdpaPlan) -> Tensor:
         """[K * S, G, L] for the bucket's gathered keys: 0 for a sequence's own, -inf for others."""

@@ -76,7 +76,9 @@ class SdpaLatentBackend(SdpaBackend):
         if kv_b.absorbs((len(q_TND) // count, length)):
             sums_TNR = q_TND.new_empty(*q_TND.shape[:2], kv_b.sizes.kv_rank)
             kept_S1LC = kept_SLC.unsqueeze(1)
-            prefill(kv_b.absorb(q_TND), kept_S1LC, kept_S1LC[..., : spec.latent], spec, plan.causal_biases, sums_TNR)
+            latents = kept_S1LC[..., : spec.latent]
+            q_TNC, biases = kv_b.absorb(q_TND), plan.causal_biases
+            prefill(q_TNC, kept_S1LC, latents, spec, biases, sums_TNR, products=self._products)
             out_TNV.copy_(kv_b.values(sums_TNR))
             return
         together = max(1, _MOST_MADE // (count * length * (kv_b.sizes.key + kv_b.sizes.value)))
@@ -84,4 +86,5 @@ class SdpaLatentBackend(SdpaBackend):
             heads = slice(first, min(first + together, kv_b.num_heads))
             keys, values = kv_b.expand(kept_SLC, heads)
             plain = AttentionSpec(keys.shape[1], keys.shape[1], kv_b.sizes.key, spec.scale)
-            prefill(q_TND[:, heads], keys, values, plain, plan.causal_biases, out_TNV[:, heads])
+            q_TnD, out_TnV, biases = q_TND[:, heads], out_TNV[:, heads], plan.causal_biases
+            prefill(q_TnD, keys, values, plain, biases, out_TnV, products=self._products)

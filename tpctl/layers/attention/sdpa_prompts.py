@@ -30,9 +30,10 @@ def prefill(
     biases: CausalBiases,
     out_TND: Tensor,
     sinks_N: Tensor | None = None,
+    products: torch.dtype | None = None,
 ) -> None:
     """The last T / S of each sequence's L tokens, each over the keys up to its own, written to ``out_TND``. Values
-    may have another size than keys."""
+    may have another size than keys. ``products``: the dtype to multiply in, if it is another."""
     count, _, length, _ = k_SKLD.shape
     new = q_TND.shape[0] // count
     shape = (count, new, spec.num_kv_heads, spec.group, spec.head_dim)
@@ -42,13 +43,13 @@ def prefill(
     together = max(1, MOST_SCORES // (widest * size))
     for first in range(0, count, together):
         some = slice(first, first + together)
-        keys, values = (x[some].reshape(-1, length, x.shape[-1]) for x in (k_SKLD, v_SKLD))
+        keys, values = (x[some].reshape(-1, length, x.shape[-1]).to(products) for x in (k_SKLD, v_SKLD))
         for start in range(0, new, size):
             stop = min(start + size, new)
             end = length - new + stop
             begin = 0 if spec.window is None else max(0, length - new + start + 1 - spec.window)
             q_SKGTD = q_STKGD[some, start:stop].permute(0, 2, 3, 1, 4)
-            q = q_SKGTD.reshape(len(keys), -1, spec.head_dim)
+            q = q_SKGTD.reshape(len(keys), -1, spec.head_dim).to(keys.dtype)
             scores = scores_of(None, q, keys[:, begin:end], spec)
             bias = causal_bias(stop - start, end - begin, spec, scores, biases)
             scores[:, :, -bias.shape[1] :] += bias

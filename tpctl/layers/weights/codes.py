@@ -6,15 +6,15 @@ Inputs are not rounded, whatever the format says of them: it is the exact produc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tpctl.kernels.common.codes import Codes, decode
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.dense import Weight
-from tpctl.layers.weights.tiled_cpu import TILE, multiplies
+from tpctl.layers.weights.tiled_cpu import linear_in_tiles
 
 
 class JoinedWeight(Weight):
@@ -43,10 +43,4 @@ class CodesWeight(Weight):
 
     def linear(self, x: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
         x = x if norm is None else norm(x)
-        found = x.new_empty(len(x), self.codes.outputs)
-        x = x if x.device.type != "cpu" or multiplies(x.dtype) else x.float()
-        rows = max(1, TILE // self.codes.columns)
-        for start in range(0, self.codes.outputs, rows):
-            stop = min(start + rows, self.codes.outputs)
-            found[:, start:stop] = F.linear(x, decode(self.codes, start, stop, x.dtype))
-        return found if bias is None else found.add_(bias)
+        return linear_in_tiles(x, bias, self.codes.outputs, partial(decode, self.codes))

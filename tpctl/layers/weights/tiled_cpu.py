@@ -8,13 +8,13 @@ has them. What was measured: docs/log/2026-11-30-cpu-dtypes.md.
 
 from __future__ import annotations
 
-import os
-from functools import cache
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpctl.layers.instructions import product_dtype
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.weights.dense import DenseWeight
 
@@ -24,27 +24,39 @@ TILE = 1 << 19
 FEW = 4
 """Rows up to which the weight is rather read once as it is: making a tile takes longer than multiplying it."""
 
-_NEEDS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2"), torch.float16: ("avx512_fp16", "amx_fp16")}
-"""What of a processor's flags says that it does; torch.cpu.get_capabilities has them."""
+TURNED = 256
+"""Rows up to which threads are rather given rows of W than of x, of which they would have too few."""
 
-_LIMIT = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-_WITHOUT = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""Values of oneDNN's own limit that leave its products of 16-bit floats without instructions."""
+LARGE_TILE = 1 << 22
+"""Of more rows, which leave no room in a cache for a tile: fewer products, for 16 MiB while one is multiplied."""
 
 
-@cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products of ``dtype``; true where that cannot be found out."""
-    if dtype not in _NEEDS:
-        return True
-    if any(os.environ.get(name, "").upper() in _WITHOUT for name in _LIMIT):
-        return False
-    try:
-        found = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError):
-        return True
-    known = found.get("architecture") in ("x86_64", "amd64")
-    return not known or any(found.get(name) for name in _NEEDS[dtype])
+def linear_in_tiles(
+    x: Tensor, bias: Tensor | None, outputs: int, tile: Callable[[int, int, torch.dtype], Tensor]
+) -> Tensor:
+    """x W^T + bias [.., outputs], in the dtype of ``x`` [.., in].
+
+    Args:
+        tile: makes rows of W, from one to another, in the dtype that it is told: that of the products.
+    """
+    dtype = product_dtype(x.dtype, x.device)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    height = max(1, (TILE if len(flat) <= TURNED else LARGE_TILE) // x.shape[-1])
+    tiles = [(start, min(start + height, outputs)) for start in range(0, outputs, height)]
+    alone = flat.device.type != "cpu" or torch.get_num_threads() == 1
+    if dtype is torch.float32 and len(flat) <= TURNED and not alone:
+        turned = flat.new_empty(outputs, len(flat))
+        for start, stop in tiles:
+            torch.mm(tile(start, stop, dtype), flat.t(), out=turned[start:stop])
+        if bias is not None:
+            turned.add_(bias.unsqueeze(1))
+        product = turned.t().to(x.dtype, memory_format=torch.contiguous_format)
+    else:
+        product = x.new_empty(len(flat), outputs)
+        for start, stop in tiles:
+            own = None if bias is None else bias[start:stop].to(dtype)
+            product[:, start:stop] = F.linear(flat, tile(start, stop, dtype), own)
+    return product.view(*x.shape[:-1], outputs)
 
 
 class TiledWeight(DenseWeight):
@@ -54,10 +66,7 @@ class TiledWeight(DenseWeight):
         x = x if norm is None else norm(x)
         if x.numel() <= FEW * x.shape[-1]:
             return F.linear(x, self.weight, bias)
-        wide, found = x.float(), x.new_empty(*x.shape[:-1], len(self.weight))
-        height = max(1, TILE // self.weight.shape[1])
-        for start in range(0, len(self.weight), height):
-            rows = slice(start, start + height)
-            own = None if bias is None else bias[rows].float()
-            found[..., rows] = F.linear(wide, self.weight[rows].float(), own)
-        return found
+        return linear_in_tiles(x, bias, len(self.weight), self._tile)
+
+    def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.weight[start:stop].to(dtype)
