@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import os
@@ -177,6 +178,7 @@ def report(args: argparse.Namespace, group: TPGroup) -> None:
             if args.at:
                 profiled(engine, 26, args.steps, args.at)
         del engine
+        gc.collect()  # captured graphs and what they captured know each other
         torch.cuda.empty_cache()
 
 

@@ -3,17 +3,19 @@
     python benchmarks/many_gpus.py --gpus 2 [--only dense sums tests …] [--json OUT/many.json] [--limit 560]
     python benchmarks/many_gpus.py --gpus 2 --dry-run
 
+    kills       a rank, and the agent, killed in a captured step: what is said, when, and the GPUs' memory
+    replicas    ``tpctl batch`` by one engine over all GPUs, and by replicas of half as many, of two and of one
     dense       Qwen3-0.6B and Llama-8B at tp = the GPUs: nano in both policies, TPOT and TTFT, start-up
-    tests       tests/gpu with as many ranks
+    tests       tests/gpu with as many ranks, and 2,000 mixed requests
     sums        the all-reduce of peer memory beside NCCL, by size
     uneven      Llama-8B at every smaller tp that divides no heads evenly (3, 5, 6, 7)
     large       Llama-70B: TPOT and throughput
     experts     Qwen3-30B-A3B, bfloat16 and FP8, its experts cut and dealt whole; gpt-oss-20b
-    replicas    ``tpctl batch`` by one engine over all GPUs, and by replicas of half as many and of one
-    kills       a rank, and the agent, killed in a captured step: what is said, when, and the GPUs' memory
 
 Each row is a command of its own, which is printed with it and can be run alone. ``--limit``: seconds for all; what
-would begin later is not begun, and named. ``--each``: seconds for one row; what it had printed by then is its text.
+would begin later is not begun, and named. ``--each``: seconds for one row, and three times as many for one of tests;
+what it had printed by then is its text. Weights of a shape are deleted behind its last row: those of all would fill a
+disk.
 """
 
 from __future__ import annotations
@@ -21,14 +23,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from serve_load import descendants
 
 HERE = Path(__file__).parent
 TPCTL = (sys.executable, "-m", "tpctl")
@@ -74,10 +80,12 @@ def dense(gpus: int) -> Iterator[Run]:
         yield bench("dense", "startup", shape, gpus)
 
 
-def tests(_: int) -> Iterator[Run]:
+def tests(gpus: int) -> Iterator[Run]:
     pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "--durations=5")
-    for name in ("test_kernels_all_reduce.py", "test_many_gpus.py"):
+    for name in ("test_kernels_all_reduce.py", "test_many_gpus.py", "test_real_weights.py"):
         yield Run("tests", name, (*pytest, str(HERE.parent / "tests/gpu" / name)), False)
+    soak = (sys.executable, str(HERE / "soak.py"), "--shape", "qwen3-0.6b", "--tp", str(gpus))
+    yield Run("tests", "soak", soak, False)
 
 
 def sums(gpus: int) -> Iterator[Run]:
@@ -107,7 +115,7 @@ def experts(gpus: int) -> Iterator[Run]:
 
 def replicas(gpus: int) -> Iterator[Run]:
     script = (sys.executable, str(HERE / "replicas.py"), "--shape", "llama-3.1-8b", "--rows", "2000")
-    for size in sorted({gpus, max(1, gpus // 2), 1}, reverse=True):
+    for size in sorted({gpus, max(1, gpus // 2), min(2, gpus), 1}, reverse=True):
         more = ("--tp", str(size), "--replicas", str(gpus // size))
         yield Run("replicas", f"{gpus // size} of tp {size}", (*script, *more), False)
 
@@ -118,14 +126,14 @@ def kills(gpus: int) -> Iterator[Run]:
 
 
 SECTIONS = {
+    "kills": kills,
+    "replicas": replicas,
     "dense": dense,
-    "tests": tests,
     "sums": sums,
     "uneven": uneven,
-    "large": large,
     "experts": experts,
-    "replicas": replicas,
-    "kills": kills,
+    "large": large,
+    "tests": tests,
 }
 
 
@@ -140,7 +148,7 @@ def measured(run: Run, seconds: float) -> Found:
         run.command, env=env, cwd=HERE.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=None if run.is_json else subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
-    end = threading.Timer(seconds, os.killpg, (command.pid, signal.SIGKILL))
+    end = threading.Timer(seconds, kill_all, (command.pid,))
     end.start()
     lines = []
     assert command.stdout is not None
@@ -159,6 +167,25 @@ def measured(run: Run, seconds: float) -> Found:
         return Found(0, took, text=text.strip()[-4000:])
     figures = json.loads(text)["figures"]
     return Found(0, took, {k: (f["median"], f["min"], f["max"], f["unit"]) for k, f in figures.items()})
+
+
+def kill_all(pid: int) -> None:
+    """A command and all that it has started: torch's launcher gives each rank a session of its own."""
+    for one in (pid, *descendants(pid)):
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def drop(shape: str) -> None:
+    """Delete the weights of a shape."""
+    from tpctl.bench.synthetic import synthetic_folders
+
+    for folder in synthetic_folders(shape):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def shape_of(run: Run) -> str | None:
+    return run.command[run.command.index("--shape") + 1] if "--shape" in run.command else None
 
 
 def show(found: Found) -> None:
@@ -196,7 +223,9 @@ def main() -> None:
         if left < 20:
             print("NOT RUN:", "; ".join(f"{one.section}: {one.name}" for one in runs[number:]))
             break
-        found = measured(run, min(left, args.each))
+        found = measured(run, min(left, args.each * (3 if run.section == "tests" else 1)))
+        if (shape := shape_of(run)) is not None and shape not in map(shape_of, runs[number + 1 :]):
+            drop(shape)
         show(found)
         rows.append({"section": run.section, "name": run.name, "command": run.shown, **vars(found)})
         if args.json:

@@ -2,13 +2,14 @@
 
     python benchmarks/plan_bench.py qwen3-30b-a3b llama-3.1-8b-fp8 gpt-oss-20b [--max-model-len 4096]
 
-weights, KV tokens: of the plan and of the engine. used: what the GPU's own counter says when a step of the most tokens
-and a decode have run, beside the share that was to be used.
+weights, KV tokens (where layers have windows, of one sequence): of the plan and of the engine. used: what the GPU's own
+counter says when a step of the most tokens and a decode have run, beside the share that was to be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 
 import torch
 from kernel_timing import row
@@ -38,7 +39,11 @@ def compared(shape: str, max_model_len: int) -> None:
     while engine.has_work:
         engine.step()
     torch.cuda.synchronize()
-    tokens, used = info.num_blocks * info.block_size, total - torch.cuda.mem_get_info()[0]
+    used, tokens = total - torch.cuda.mem_get_info()[0], info.num_blocks * info.block_size
+    layout = engine.runner.loaded.layout
+    if any(layout.windows):
+        longest = engine.runner.loaded.config.max_position_embeddings
+        tokens = min(layout.longest(info.num_blocks) or longest, longest)
     row(f"{shape} weights, GB", f"{plan.weight_bytes / 1e9:.2f}", f"{info.weight_bytes / 1e9:.2f}",
         f"{plan.weight_bytes / info.weight_bytes - 1:+.2%}")  # fmt: skip
     row(f"{shape} KV tokens", plan.kv_tokens, tokens, f"{plan.kv_tokens / tokens - 1:+.2%}")
@@ -57,6 +62,7 @@ def main() -> None:
     row("", "plan", "engine", "plan is")
     for shape in args.shapes:
         compared(shape, args.max_model_len)
+        gc.collect()  # captured graphs and what they captured know each other
         torch.cuda.empty_cache()
 
 

@@ -221,10 +221,10 @@ def alone(args: argparse.Namespace, folder: Path) -> None:
     """The same engine's steps, with nobody to tell."""
     command = [sys.executable, "-m", "tpctl", "bench", "latency", str(folder), "--runs", "2"]
     command += ["--prompt-tokens", str(args.prompt_tokens), "--output-tokens", "128"]
-    command += ["--sequences", ",".join(map(str, args.streams)), "--tp", str(args.tp), *args.more.split()]
+    command += ["--sequences", ",".join(map(str, args.streams)), "--tp", str(args.tp)]
     say(f"$ {' '.join(command)}")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run(command, env=env, check=False)
+    subprocess.run(command, env=env, check=True)
 
 
 if __name__ == "__main__":

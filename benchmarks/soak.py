@@ -1,11 +1,11 @@
 """A soak: requests of every kind by the hundred, some given up, and what the engine holds after each part.
 
     python benchmarks/soak.py --shape qwen3-30b-a3b [--requests 2000] [--together 250] [--longest 400] [--tp 1]
-        [--kv-cache-memory 1GiB] [--device cuda]
+        [--kv-cache-memory MIB] [--device cuda]
 
 Every way to sample, shared prefixes, answers that their clients give up; little KV cache, so that sequences are
 preempted. Fails if a block is lost or a request fails, and if the engine's memory (the fullest rank's tensors) grows by
-over 2% after the second part. A model's folder or id does in place of ``--shape``.
+over 2% after the second part.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def synthetic_shards(shape: str, tp_size: int, expert_parallel: int = 1) -> Reso
     shapes = source_shapes([split for split in config.blueprint.splits() if not split.optional])
     plan = checked_source_plan(config, shapes, tp_size)
     groups = f"-ep{expert_parallel}" if expert_parallel > 1 else ""
-    folder = cache_root() / "synthetic" / f"{shape.replace(':', '-first')}-tp{tp_size}{groups}"
+    folder = _root() / f"{_name(shape)}-tp{tp_size}{groups}"
     with locked(folder.with_name(f".{folder.name}.lock")):
         try:
             Manifest.load(folder).check_files(folder)
@@ -69,6 +69,19 @@ def synthetic_shards(shape: str, tp_size: int, expert_parallel: int = 1) -> Reso
             _write(shape, config, plan, cutting, folder)
             remember_verified(folder)
     return ResolvedSource(folder, f"synthetic/{shape}", None)
+
+
+def synthetic_folders(shape: str) -> list[Path]:
+    """Those that the cache has of the named shape, at any size."""
+    return [folder for folder in _root().glob(f"{_name(shape)}-tp*") if folder.is_dir()]
+
+
+def _root() -> Path:
+    return cache_root() / "synthetic"
+
+
+def _name(shape: str) -> str:
+    return shape.replace(":", "-first")
 
 
 def _write(shape: str, config: ModelConfig, plan: PartitionPlan, cutting: Cutting, folder: Path) -> None:
