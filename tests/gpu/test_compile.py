@@ -84,7 +84,16 @@ def shared_memory(
     return int(compiled.metadata.shared)
 
 
-def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig, *, window: int = 0, sinks: bool = False) -> int:
+def decode(
+    head_dim: int,
+    dtype: str,
+    arch: int,
+    config: DecodeConfig,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: bool = False,
+) -> int:
     group = next_power_of_2(HEADS // KV_HEADS)
     block_dim = next_power_of_2(head_dim)
     return shared_memory(
@@ -99,6 +108,7 @@ def decode(head_dim: int, dtype: str, arch: int, config: DecodeConfig, *, window
         BLOCK_SIZE=BLOCK,
         TILE=config.tile,
         WINDOW=window,
+        SOFTCAP=softcap,
         SINKS=sinks,
         SHARED=not window and not sinks,
         AHEAD=config.ahead,
@@ -118,6 +128,7 @@ def packed_decode(
     *,
     form: str = "packed",
     window: int = 0,
+    softcap: float = 0.0,
     sinks: bool = False,
 ) -> int:
     return shared_memory(
@@ -133,6 +144,7 @@ def packed_decode(
         BLOCK_SIZE=BLOCK,
         TILE=config.tile,
         WINDOW=window,
+        SOFTCAP=softcap,
         SINKS=sinks,
         SHARED=not window and not sinks,
         AHEAD=config.ahead,
@@ -152,6 +164,7 @@ def prefill(
     *,
     form: str = "model",
     window: int = 0,
+    softcap: float = 0.0,
     sinks: bool = False,
 ) -> int:
     return shared_memory(
@@ -167,6 +180,7 @@ def prefill(
         BLOCK_M=config.block_m,
         TILE=config.tile,
         WINDOW=window,
+        SOFTCAP=softcap,
         SINKS=sinks,
         PACKED=form != "model",
         FP8=form == "fp8",
@@ -243,6 +257,27 @@ def test_attention_with_sinks_fits(arch: int, window: int, form: str, launch: La
     else:
         config = packed_decode_config(count, 8 * KV_HEADS, KV_HEADS, 64, BLOCK, 100, limit, long=long)
         assert packed_decode(64, 8, arch, config, form=form, **has) <= limit, config
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [0, 4096])
+@pytest.mark.parametrize("arch,head_dim", [(90, 256), (90, 128), (80, 256), (100, 128)])
+def test_attention_with_capped_scores_fits(arch: int, head_dim: int, window: int, form: str, launch: Launch) -> None:
+    """Gemma 2: two query heads to a KV head."""
+    limit, has = SHARED[arch], {"window": window, "softcap": 50.0}
+    if isinstance(launch, int):
+        tiles = prefill_config(launch, 1, head_dim, BLOCK, 2, limit)
+        assert prefill(head_dim, "bf16", arch, tiles, form=form, **has) <= limit, tiles
+        return
+    count, long = launch
+    if form == "model":
+        tuned = decode_config(count, HEADS, KV_HEADS, 100, long=long, wide=head_dim == 128)
+        config = fit_config(tuned, head_dim, HEADS // KV_HEADS, 2, limit)
+        assert decode(head_dim, "bf16", arch, config, **has) <= limit, config
+    else:
+        config = packed_decode_config(count, 2 * KV_HEADS, KV_HEADS, head_dim, BLOCK, 100, limit, long=long)
+        assert packed_decode(head_dim, 2, arch, config, form=form, **has) <= limit, config
 
 
 @pytest.mark.parametrize("arch", [90, 80])

@@ -190,6 +190,7 @@ def a_step(new: list[int], tp_size: int) -> tuple[Run, ForwardBatch]:
         ("phi4-mini", 256, 1, MANY, {"split_linear", "gated_linear"}),  # fused in the source, rotated in part
         ("phi4-mini", 256, 1, FEW, set()),
         ("gemma3", 256, 1, MANY, {"split_linear", "gated_linear"}),  # sandwich norms, another RoPE in some layers
+        ("gemma2", 256, 1, FEW, set()),  # capped scores
         ("gemma3-caps", 256, 1, FEW, set()),
         ("gemma3-caps", 512, 2, MANY, {"gated_linear"}),
         ("olmo2", 256, 1, MANY, {"split_linear", "gated_linear"}),  # norms behind, and over all heads at once

@@ -23,9 +23,11 @@ MANY = (32, 8, tuple(1 + 7 * i % 200 for i in range(150)))
 
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("form", ["model", "packed", "fp8"])
-@pytest.mark.parametrize("prefix", [128, 384])
+@pytest.mark.parametrize(("prefix", "softcap"), [(128, None), (384, 1.5)])
 @pytest.mark.parametrize("heads,kv_heads,own", SHAPES if INTERPRET else [*SHAPES, MANY])
-def test_matches_reference(heads: int, kv_heads: int, own: tuple[int, ...], prefix: int, form: str, block: int) -> None:
+def test_matches_reference(
+    heads: int, kv_heads: int, own: tuple[int, ...], prefix: int, softcap: float | None, form: str, block: int
+) -> None:
     torch.manual_seed(heads)
     seqs, dim = len(own), 64
     lens = [prefix + tokens if tokens else 0 for tokens in own]
@@ -61,9 +63,10 @@ def test_matches_reference(heads: int, kv_heads: int, own: tuple[int, ...], pref
         torch.full((seqs * heads, 2), float("nan"), device=DEVICE),
     )
     scratch = DecodeScratch.allocate(seqs, heads, dim, DEVICE)
-    plan = DecodePlan(seqs, heads, kv_heads, dim, block, scratch, packed=form != "model", prefix=room)
+    settings = {"softcap": softcap, "packed": form != "model", "prefix": room}
+    plan = DecodePlan(seqs, heads, kv_heads, dim, block, scratch, **settings)
     live = seq_lens > 0
-    want = paged_decode_reference(q.double(), kept[0].double(), kept[1].double(), tables, seq_lens)
+    want = paged_decode_reference(q.double(), kept[0].double(), kept[1].double(), tables, seq_lens, softcap=softcap)
     for pdl in (False,) if INTERPRET else (False, True):
         plan.update(seq_lens, tokens)
         got = paged_decode(q, *held, tables, seq_lens, plan, factors=both, pdl=pdl)

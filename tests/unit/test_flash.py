@@ -28,7 +28,14 @@ Window = tuple[int, int]
 
 
 def answer(
-    q_ND: Tensor, keys_LKD: Tensor, values_LKD: Tensor, queries: int, softmax_scale: float, causal: bool, window: Window
+    q_ND: Tensor,
+    keys_LKD: Tensor,
+    values_LKD: Tensor,
+    queries: int,
+    softmax_scale: float,
+    causal: bool,
+    window: Window,
+    softcap: float,
 ) -> Tensor:
     """[queries, N, D]: the last queries of L tokens; causal, aligned to the bottom right."""
     assert causal
@@ -41,7 +48,8 @@ def answer(
         heads = []
         for head, q_D in enumerate(q):
             kv = head // HEADS.group
-            weights = ((keys_LKD[first:end, kv].double() @ q_D.double()) * softmax_scale).softmax(0)
+            scores = (keys_LKD[first:end, kv].double() @ q_D.double()) * softmax_scale
+            weights = (softcap * (scores / softcap).tanh() if softcap else scores).softmax(0)
             heads.append(weights @ values_LKD[first:end, kv].double())
         rows.append(torch.stack(heads))
     return torch.stack(rows)
@@ -61,14 +69,14 @@ def check(table: Tensor, *lengths: Tensor) -> None:
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, lens: Tensor, table: Tensor, scale: float, causal: bool, w: Window
+    q: Tensor, k: Tensor, v: Tensor, lens: Tensor, table: Tensor, scale: float, causal: bool, w: Window, cap: float
 ) -> Tensor:
     check(table, lens)
     assert q.shape[:2] == (len(lens), 1) == (len(table), 1)
     out = []
     for row, length in enumerate(lens.tolist()):
         keys, values = pages(k, table[row], length), pages(v, table[row], length)
-        out.append(answer(q[row], keys, values, 1, scale, causal, w))
+        out.append(answer(q[row], keys, values, 1, scale, causal, w, cap))
     return torch.stack(out).to(q.dtype)
 
 
@@ -82,6 +90,7 @@ def prefill(
     scale: float,
     causal: bool,
     w: Window,
+    cap: float,
 ) -> Tensor:
     check(table, starts)
     assert starts.shape == (len(table) + 1,)
@@ -90,7 +99,7 @@ def prefill(
     for row, length in enumerate(lens):
         own = q[starts[row] : starts[row + 1]]
         keys, values = pages(k, table[row], length), pages(v, table[row], length)
-        out.append(answer(own, keys, values, len(own), scale, causal, w))
+        out.append(answer(own, keys, values, len(own), scale, causal, w, cap))
     return torch.cat(out).to(q.dtype)
 
 
@@ -107,10 +116,11 @@ def fa2() -> ModuleType:
         softmax_scale: float,
         causal: bool = False,
         window_size: Window = (-1, -1),
+        softcap: float = 0.0,
         num_splits: int = 0,
     ) -> Tensor:
         assert k_cache.shape[1] % 256 == 0
-        return decode(q, k_cache, v_cache, cache_seqlens, block_table, softmax_scale, causal, window_size)
+        return decode(q, k_cache, v_cache, cache_seqlens, block_table, softmax_scale, causal, window_size, softcap)
 
     def flash_attn_varlen_func(
         q: Tensor,
@@ -124,6 +134,7 @@ def fa2() -> ModuleType:
         softmax_scale: float,
         causal: bool = False,
         window_size: Window = (-1, -1),
+        softcap: float = 0.0,
         block_table: Tensor,
     ) -> Tensor:
         assert k.shape[1] % 256 == 0
@@ -132,7 +143,7 @@ def fa2() -> ModuleType:
         assert cu_seqlens_k[0] == 0
         assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
         assert max_seqlen_k >= max(lens)
-        return prefill(q, k, v, cu_seqlens_q, lens, block_table, softmax_scale, causal, window_size)
+        return prefill(q, k, v, cu_seqlens_q, lens, block_table, softmax_scale, causal, window_size, softcap)
 
     return module("flash_attn", flash_attn_with_kvcache, flash_attn_varlen_func)
 
@@ -152,9 +163,10 @@ def fa3() -> ModuleType:
         softmax_scale: float,
         causal: bool = False,
         window_size: Window = (-1, -1),
+        softcap: float = 0.0,
         num_splits: int = 0,
     ) -> Tensor:
-        more = (page_table, softmax_scale, causal, window_size)
+        more = (page_table, softmax_scale, causal, window_size, softcap)
         if cu_seqlens_q is None:
             assert num_splits > 0, "chosen on the host, which a captured graph cannot do again"
             return decode(q, k_cache, v_cache, cache_seqlens, *more)
@@ -184,12 +196,14 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-@pytest.mark.parametrize("window", [None, 1, 20, 100])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (1, None), (20, 0.8), (100, None)])
 @pytest.mark.parametrize("case", CASES)
-def test_attention_equals_attention_written_out(case: str, window: int | None, version: str) -> None:
+def test_attention_equals_attention_written_out(
+    case: str, window: int | None, softcap: float | None, version: str
+) -> None:
     torch.manual_seed(0)
     lengths, block = CASES[case], 256 if version == "fa2" else 16
-    spec = replace(HEADS, window=window)
+    spec = replace(HEADS, window=window, softcap=softcap)
     backend = FlashAttentionBackend([spec, spec], block)
     counts = [-(-length // block) for _, length in lengths]
     ids = torch.randperm(sum(counts) + 3)[: sum(counts)].int()
@@ -245,6 +259,15 @@ def test_without_a_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(flash, "installed_flash_attention", lambda: None)
     with pytest.raises(EngineError, match="pip install flash-attn"):
         FlashAttentionBackend([HEADS], 256)
+
+
+def test_a_version_without_soft_caps_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    capped = replace(HEADS, softcap=50.0)
+    assert FlashAttentionBackend([HEADS, capped], 256).layers[1] == capped
+    monkeypatch.setattr(flash, "_functions", lambda version: (None, lambda q, *, window_size: None))
+    with pytest.raises(EngineError, match="the installed flash-attn caps no attention scores, as this model does"):
+        FlashAttentionBackend([HEADS, capped], 256)
+    assert FlashAttentionBackend([HEADS], 256).layers == (HEADS,)
 
 
 def test_sinks_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from tpctl.kernels.attention.tile_runs import (
     next_run,
     prefix_stats,
     shared_tiles,
+    soft_capped,
     softmax_start,
     window_of,
 )
@@ -59,6 +60,7 @@ def packed_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SHARED: tl.constexpr,
     FP8: tl.constexpr,
@@ -131,6 +133,8 @@ def packed_decode_kernel(
             k_high = _half(high, codes, True, True, FP8)
             score = tl.dot(k_high, q_high.to(k_low.dtype), score, input_precision="ieee")
             score *= (key_factor(factors, FP8) * scale_log2e)[:, None]
+            if SOFTCAP > 0:
+                score = soft_capped(score, SOFTCAP)
             ok = token < length
             if WINDOW > 0:
                 ok &= token >= window_start

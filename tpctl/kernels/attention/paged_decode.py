@@ -29,7 +29,7 @@ import triton
 from tpctl.kernels.attention.packed_decode_kernels import packed_decode_kernel
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8, row_bytes
 from tpctl.kernels.attention.paged_decode_kernels import decode_kernel
-from tpctl.kernels.attention.reference import softmax_reference
+from tpctl.kernels.attention.reference import softcap_reference, softmax_reference
 from tpctl.kernels.attention.shared_prefix import SharedPrefix, attend_to_prefix
 from tpctl.kernels.attention.tile_runs import LOG2E, plan_kernel
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
@@ -148,9 +148,10 @@ class DecodePlan:
     """How the work of one batch is divided. Build one per (captured) batch size; `update` it once a step.
 
     num_heads, num_kv_heads: this rank's. window: sliding window in tokens (None: full attention); layers that
-    differ in window need a plan each. long: see `decode_config`. config: overrides the tuned choice. itemsize: bytes of
-    an element of the cache. packed: the cache is packed or in FP8. prefix: room for what a prefix gives that all
-    sequences share, in layers without window and sinks.
+    differ in window need a plan each. softcap: a scaled score s becomes softcap * tanh(s / softcap). long: see
+    `decode_config`. config: overrides the tuned choice. itemsize: bytes of an element of the cache. packed: the cache
+    is packed or in FP8. prefix: room for what a prefix gives that all sequences share, in layers without window and
+    sinks.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class DecodePlan:
         scratch: DecodeScratch,
         *,
         window: int | None = None,
+        softcap: float | None = None,
         long: bool = False,
         config: DecodeConfig | None = None,
         itemsize: int = 2,
@@ -189,6 +191,7 @@ class DecodePlan:
         self.head_dim = head_dim
         self.block_size = block_size
         self.window = window or 0
+        self.softcap = softcap
         self.prefix = prefix
         self.scratch = scratch
         self.cu_tiles = torch.zeros(num_seqs + 1, dtype=torch.int32, device=device)
@@ -204,6 +207,7 @@ class DecodePlan:
             "BLOCK_SIZE": block_size,
             "TILE": self.config.tile,
             "WINDOW": self.window,
+            "SOFTCAP": softcap or 0.0,
             "SHARED": prefix is not None,
             "AHEAD": self.config.ahead,
             "BLOCK_GROUP": next_power_of_2(self.group),
@@ -264,7 +268,7 @@ def paged_decode(
     pdl = pdl and config.early
     out_SND = torch.empty_like(q_SND, memory_format=torch.contiguous_format) if out is None else out
     if plan.prefix is not None:
-        attend_to_prefix(q_SND, k_cache, v_cache, factors, block_tables, plan.prefix, scale=scale, pdl=pdl)
+        attend_to_prefix(q_SND, k_cache, v_cache, factors, block_tables, plan.prefix, scale, plan.softcap, pdl=pdl)
     grid = (config.num_programs * plan.num_kv_heads,)
     args = (
         block_tables,
@@ -307,6 +311,7 @@ def paged_decode_reference(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_decode` in plain torch, one sequence at a time, computed in float32 (float64 for float64)."""
@@ -327,5 +332,6 @@ def paged_decode_reference(
             for cache in (k_cache, v_cache)
         )
         scores = torch.einsum("nd,tnd->nt", q_SND[s].to(wide), k) * (head_dim**-0.5 if scale is None else scale)
+        scores = softcap_reference(scores, softcap)
         out_SND[s] = torch.einsum("nt,tnd->nd", softmax_reference(scores, sinks_N), v).to(q_SND.dtype)
     return out_SND

@@ -12,6 +12,7 @@ from tpctl.kernels.attention.tile_runs import (
     next_run,
     prefix_stats,
     shared_tiles,
+    soft_capped,
     softmax_start,
     window_of,
 )
@@ -50,6 +51,7 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SHARED: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -116,6 +118,8 @@ def decode_kernel(
             else:
                 k = tl.load(k_cache_ptr + offsets, mask=live[:, None] & in_dim[None, :], other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
+            if SOFTCAP > 0:
+                score = soft_capped(score, SOFTCAP)
             ok = live
             if WINDOW > 0:
                 ok &= token >= window_start

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8, key_factor, load_vectors, value_factor
-from tpctl.kernels.attention.reference import softmax_reference
-from tpctl.kernels.attention.tile_runs import LOG2E
+from tpctl.kernels.attention.reference import softcap_reference, softmax_reference
+from tpctl.kernels.attention.tile_runs import LOG2E, soft_capped
 from tpctl.kernels.common.launch import ANYWHERE, launch_options, next_power_of_2, pipelines_pure_alone, shared_memory
 
 
@@ -36,6 +36,7 @@ def attend(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,  # or in FP8
     FP8: tl.constexpr,
@@ -46,6 +47,10 @@ def attend(
     d = tl.arange(0, BLOCK_DIM)
     col = tl.arange(0, TILE)
     in_dim = (d < HEAD_DIM)[None, :]
+    if SOFTCAP > 0:  # what a cap takes is scaled already
+        unit = 1.0
+    else:
+        unit = scale_log2e
     for tile in tl.range(first, last, num_stages=STAGES):
         token0 = tile * TILE
         token = token0 + col
@@ -76,17 +81,19 @@ def attend(
         score = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
         if PACKED:
             score *= key_factor(factors, FP8)[None, :]
+        if SOFTCAP > 0:
+            score = soft_capped(score * scale_log2e, SOFTCAP)
         if MASKED:
             ok = token[None, :] <= q_position[:, None]
             if WINDOW > 0:
                 ok &= token[None, :] > q_position[:, None] - WINDOW
             score = tl.where(ok, score, float("-inf"))
-            new_top = tl.maximum(top, tl.max(score, 1) * scale_log2e)
+            new_top = tl.maximum(top, tl.max(score, 1) * unit)
             safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         else:
-            new_top = tl.maximum(top, tl.max(score, 1) * scale_log2e)
+            new_top = tl.maximum(top, tl.max(score, 1) * unit)
             safe_top = new_top
-        p = tl.exp2(score * scale_log2e - safe_top[:, None])
+        p = tl.exp2(score * unit - safe_top[:, None])
         fade = tl.exp2(top - safe_top)
         weight = weight * fade + tl.sum(p, 1)
         top = new_top
@@ -127,6 +134,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PACKED: tl.constexpr,  # or in FP8
     FP8: tl.constexpr,
@@ -186,10 +194,10 @@ def _prefill_kernel(
     if WINDOW == 0:
         acc, top, weight = attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head, length,
                                   position, start, full_end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
-                                  BLOCK_SIZE, TILE, WINDOW, False, PACKED, FP8, PURE, STAGES)  # fmt: skip
+                                  BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, PACKED, FP8, PURE, STAGES)  # fmt: skip
     acc, top, weight = attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table, kv_head,
                                length, position, full_end, end, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM,
-                               BLOCK_SIZE, TILE, WINDOW, True, PACKED, FP8, PURE, STAGES)  # fmt: skip
+                               BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, PACKED, FP8, PURE, STAGES)  # fmt: skip
     result = acc / tl.where(weight > 0.0, weight, 1.0)[:, None]
     out_offsets = q_row[:, None] * out_stride + head * HEAD_DIM + d[None, :]
     tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -252,6 +260,7 @@ def paged_prefill(
     factors: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     sinks_N: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
@@ -264,8 +273,8 @@ def paged_prefill(
     or, with scales, in FP8 (`fp8_kv`); the new tokens already written.
     block_tables: int32 [S, max_blocks]. query_start_loc: int32 [S + 1]. seq_lens_S: int32 [S], cached prefix
     included; the last new token stands at seq_len - 1. window: tokens a query sees, itself included (None:
-    all). sinks_N: [N], scores that join the softmax of each head, with no value of their own. scale: default D ** -0.5.
-    Returns [T, N, D].
+    all). softcap: a scaled score s becomes softcap * tanh(s / softcap). sinks_N: [N], scores that join the softmax of
+    each head, with no value of their own. scale: default D ** -0.5. Returns [T, N, D].
     """
     num_tokens, num_heads, head_dim = q_TND.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -303,6 +312,7 @@ def paged_prefill(
         BLOCK_M=config.block_m,
         TILE=config.tile,
         WINDOW=window or 0,
+        SOFTCAP=softcap or 0.0,
         SINKS=sinks_N is not None,
         PACKED=factors is not None,
         FP8=factors is not None and is_fp8(factors),
@@ -325,6 +335,7 @@ def paged_prefill_reference(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_prefill` in plain torch, one sequence at a time, computed in float32 (float64 for float64)."""
@@ -350,6 +361,7 @@ def paged_prefill_reference(
         seen = key <= position
         if window:
             seen &= key > position - window
-        scores = (scores * (head_dim**-0.5 if scale is None else scale)).masked_fill(~seen, float("-inf"))
+        scores = softcap_reference(scores * (head_dim**-0.5 if scale is None else scale), softcap)
+        scores = scores.masked_fill(~seen, float("-inf"))
         out_TND[rows] = torch.einsum("nqt,tnd->qnd", softmax_reference(scores, sinks_N), v).to(q_TND.dtype)
     return out_TND

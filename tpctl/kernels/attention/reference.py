@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def softcap_reference(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scores s as softcap * tanh(s / softcap); ``None``: as they are."""
+    return scores if softcap is None else (scores / softcap).tanh() * softcap
+
+
 def softmax_reference(scores_NL: torch.Tensor, sinks_N: torch.Tensor | None) -> torch.Tensor:
     """The weights of scores [N, .., L], whose sums `sinks_N` joins."""
     if sinks_N is None:

@@ -55,6 +55,7 @@ def _prefix_kernel(
     PACKED: tl.constexpr,  # or in FP8
     FP8: tl.constexpr,
     PURE: tl.constexpr,  # as of `unpack`
+    SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -77,7 +78,7 @@ def _prefix_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     acc, top, weight = attend(acc, top, weight, q, k_cache_ptr, v_cache_ptr, factors_ptr, table_ptr, kv_head, shared, m,
                               0, shared // TILE, scale_log2e, NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, 0,
-                              False, PACKED, FP8, PURE, STAGES)  # fmt: skip
+                              SOFTCAP, False, PACKED, FP8, PURE, STAGES)  # fmt: skip
     at = row.to(tl.int64)
     tl.store(sums_ptr + at[:, None] * HEAD_DIM + d[None, :], acc, mask=whole)
     tl.store(stats_ptr + at * 2, top, mask=mask)
@@ -91,13 +92,15 @@ def attend_to_prefix(
     factors: torch.Tensor | None,
     block_tables: torch.Tensor,
     prefix: SharedPrefix,
-    *,
     scale: float | None = None,
+    softcap: float | None = None,
+    *,
     pdl: bool = False,
 ) -> None:
     """Fill `prefix.sums` and `prefix.stats`, whose `tokens` says how far the prefix reaches.
 
-    q_SND, k_cache, v_cache, factors, scale: as of `paged_decode`. block_tables: int32 [S, M]; the first row is read.
+    q_SND, k_cache, v_cache, factors, scale: as of `paged_decode`. softcap: as of `DecodePlan`.
+    block_tables: int32 [S, M]; the first row is read.
     """
     num_seqs, num_heads, head_dim = q_SND.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -127,6 +130,7 @@ def attend_to_prefix(
         PACKED=factors is not None,
         FP8=factors is not None and is_fp8(factors),
         PURE=pipelines_pure_alone(q_SND.device),
+        SOFTCAP=softcap or 0.0,
         STAGES=config.num_stages,
         PDL=pdl,
         num_warps=config.num_warps,

@@ -144,6 +144,13 @@ def softmax_start(sinks_ptr, kv_head, m, begins, GROUP: tl.constexpr, BLOCK_M: t
 
 
 @triton.jit
+def soft_capped(scores, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(s / SOFTCAP) of scores s, what is given and what is returned times log2(e)."""
+    TOP: tl.constexpr = SOFTCAP * LOG2E
+    return TOP - 2.0 * TOP / (1.0 + tl.exp2(scores * (2.0 / SOFTCAP)))
+
+
+@triton.jit
 def prefix_stats(stats_ptr, row, begins):
     """Top score and sum of weights [M] of what a shared prefix gave, with which a sequence's first tiles begin."""
     top = tl.load(stats_ptr + row * 2, mask=begins, other=float("-inf"))

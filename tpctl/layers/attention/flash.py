@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,11 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
                 f"use {multiple} or --attention-backend triton"
             )
         self._varlen, self._cached = _functions(self.version)
+        if any(_cap(spec) for spec in layers) and "softcap" not in signature(self._cached).parameters:
+            raise EngineError(
+                "the installed flash-attn caps no attention scores, as this model does; install flash-attn 2.6 or "
+                "later, or use --attention-backend triton"
+            )
 
     def begin(self, batch: ForwardBatch) -> FlashPlan:
         """The package divides the work by shapes alone."""
@@ -81,6 +87,7 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
             softmax_scale=kv.spec.scale,
             causal=True,
             window_size=_window(kv.spec.window),
+            **_cap(kv.spec),
             **tables,
             **splits,
         )
@@ -104,6 +111,7 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
                 softmax_scale=kv.spec.scale,
                 causal=True,
                 window_size=_window(kv.spec.window),
+                **_cap(kv.spec),
             )
         else:
             out = self._varlen(
@@ -118,6 +126,7 @@ class FlashAttentionBackend(PagedBackend[FlashPlan]):
                 causal=True,
                 window_size=_window(kv.spec.window),
                 block_table=tables,
+                **_cap(kv.spec),
             )
         out_TND.copy_(out)
 
@@ -140,6 +149,11 @@ def _functions(version: str | None) -> tuple[Any, Any]:
 def _window(window: int | None) -> tuple[int, int]:
     """The packages count the keys to the left of a token, itself not included; -1 is unlimited."""
     return (-1, -1) if window is None else (window - 1, 0)
+
+
+def _cap(spec: AttentionSpec) -> dict[str, float]:
+    """The argument of a layer that caps its scores, which versions before 2.6 do not have."""
+    return {} if spec.softcap is None else {"softcap": spec.softcap}
 
 
 def _fixed_splits(num_seqs: int) -> int:

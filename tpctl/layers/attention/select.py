@@ -69,8 +69,6 @@ def make_backend(
     """
     kind: type[AttentionBackend[Any]]
     chosen = choose_backend(name, device_type, dtype)
-    if any(spec.softcap is not None for spec in layers) and chosen != "sdpa":
-        raise EngineError(f"{chosen} caps no attention scores, as this model does; use --attention-backend sdpa")
     if any(spec.sinks for spec in layers) and chosen == "flash-attn":
         raise EngineError("flash-attn knows no attention sinks, which this model has; use --attention-backend triton")
     if chosen == "flash-attn":

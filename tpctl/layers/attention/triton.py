@@ -192,6 +192,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
                 self.block_size,
                 self._scratch,
                 window=spec.window,
+                softcap=spec.softcap,
                 long=long,
                 itemsize=self._itemsize,
                 packed=self.kv_form != "model",
@@ -265,6 +266,7 @@ class TritonBackend(PagedBackend[TritonPlan]):
             factors=kv.factors,
             scale=kv.spec.scale,
             window=kv.spec.window,
+            softcap=kv.spec.softcap,
             sinks_N=sinks_N,
             out=out_TND,
         )
