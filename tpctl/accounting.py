@@ -34,6 +34,13 @@ _SAMPLED = 64
 _LEFT_OVER = 1 / 16
 """Of a slab, what blocks of any pool may leave unused where a larger slab would leave less."""
 
+NET_CHUNK = 64
+"""Tokens of a chunk of a gated delta net at most; it ends where its sequence does, or where a state is kept."""
+
+MOST_NET_CHUNKS = 320
+"""Of several sequences, chunks that are computed at once at most: what is between the kernels takes 3.2 MiB for each of
+Qwen3.6-35B-A3B's, of which one sequence of 16,384 tokens has 256."""
+
 KV_BLOCK = 128
 """Tokens in a KV block on GPUs, unless others are asked for."""
 
@@ -262,6 +269,19 @@ def state_slots(budget: int, slot_bytes: int, max_num_seqs: int) -> int:
 def cache_for(kv_bytes: int, slot_bytes: int, max_num_seqs: int) -> int:
     """The least cache that has room for ``kv_bytes`` of keys and values beside ``state_slots``, of which one is."""
     return max(min(2 * kv_bytes, kv_bytes + 2 * max_num_seqs * slot_bytes), 2 * slot_bytes)
+
+
+def net_chunk_bytes(key_heads: int, value_heads: int, key_dim: int, value_dim: int, itemsize: int) -> int:
+    """What a chunk of a gated delta net takes between the kernels (``kernels.delta_net.chunks``), whose tiles have
+    powers of two, from 16 on."""
+    key, value = (max(16, 1 << (dim - 1).bit_length()) for dim in (key_dim, value_dim))
+    mixed = 2 * key_heads * key + value_heads * value
+    return NET_CHUNK * (mixed + value_heads * (value + 3 * key + NET_CHUNK)) * itemsize + 4 * value_heads
+
+
+def net_chunks(longest: int) -> int:
+    """Chunks that are computed at once at most, in steps whose prompts have ``longest`` tokens at most."""
+    return max(MOST_NET_CHUNKS, -(-longest // NET_CHUNK))
 
 
 def _vector_bytes(dim: int, itemsize: int, form: KvForm) -> int:

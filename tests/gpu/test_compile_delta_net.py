@@ -18,13 +18,13 @@ from triton.compiler import ASTSource
 
 from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED
+from tpctl.accounting import NET_CHUNK
 from tpctl.kernels.attention.head_gates import head_gates_kernel
 from tpctl.kernels.common.launch import next_power_of_2
 from tpctl.kernels.delta_net.chunks import BLOCK, CONV_WARPS, PREPARE_WARPS, pick_scan, precision
 from tpctl.kernels.delta_net.chunks_kernels import conv_kernel, gated_norm_kernel, prepare_kernel, scan_kernel
 from tpctl.kernels.delta_net.inputs import NetShape, constants
 from tpctl.kernels.delta_net.step import REGISTERS, step_kernel, warps
-from tpctl.kernels.delta_net.tables import CHUNK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,7 +93,7 @@ def test_a_step_keeps_its_state_in_registers(net: str, arch: int, counted: bool,
 def test_chunks_fit(net: str, arch: int, dtype: str, kernel: str, tmp_path: Path) -> None:
     """In bfloat16 no registers are spilled where choices were made."""
     shape, torch_dtype = NETS[net], torch.bfloat16 if dtype == "bf16" else torch.float32
-    options = constants(shape) | {"BLOCK_D": 128, "BLOCK_E": 128, "CHUNK": CHUNK}
+    options = constants(shape) | {"BLOCK_D": 128, "BLOCK_E": 128, "CHUNK": NET_CHUNK}
     if kernel == "conv":
         found = made(conv_kernel, dtype, arch, CONV_WARPS, tmp_path, **options)
     elif kernel == "prepare":

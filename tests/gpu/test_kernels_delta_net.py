@@ -15,12 +15,13 @@ pytest.importorskip("triton")
 
 from tests.gpu.assembly import assembly  # noqa: F401
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
+from tpctl.accounting import MOST_NET_CHUNKS, net_chunk_bytes
 from tpctl.kernels.delta_net import chunks as chunked
 from tpctl.kernels.delta_net import step as one_step
-from tpctl.kernels.delta_net.chunks import ChunkTables, chunks, gated_norm, working_bytes
+from tpctl.kernels.delta_net.chunks import ChunkTables, chunks, gated_norm
 from tpctl.kernels.delta_net.inputs import NetShape, NetState, NetWeights, Projected
 from tpctl.kernels.delta_net.step import StepRows, step
-from tpctl.kernels.delta_net.tables import MOST_CHUNKS, Chunks, Group, NewTokens
+from tpctl.kernels.delta_net.tables import Chunks, Group, NewTokens
 from tpctl.layers.delta_net import conv, rule
 from tpctl.layers.norm import rms_norm
 
@@ -241,7 +242,7 @@ def test_rows_that_are_counted_wait_for_the_launch_before() -> None:
 
 
 def test_what_chunks_take_between_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``working_bytes`` says, which memory is planned by."""
+    """As memory is planned."""
     case, taken = Case(SHAPES["uneven"], False, torch.bfloat16, 66), []
     original = Tensor.new_empty
     for name in ("conv_kernel", "prepare_kernel", "scan_kernel"):
@@ -251,7 +252,7 @@ def test_what_chunks_take_between_the_kernels(monkeypatch: pytest.MonkeyPatch) -
     made = Chunks.of([NewTokens(0, 66, 0, -1, 3)])
     tables = ChunkTables(table(made.chunks), table(made.sequences), made.groups)
     chunks(case.projected, case.weights, case.state, tables, case.shape, out)
-    assert sum(one.nbytes for one in taken) == working_bytes(case.shape, 2, torch.bfloat16)
+    assert sum(one.nbytes for one in taken) == 2 * net_chunk_bytes(*case.shape[:4], itemsize=2)
 
 
 def test_equal_keys_that_nothing_decays() -> None:
@@ -270,7 +271,7 @@ def test_equal_keys_that_nothing_decays() -> None:
 
 def test_sequences_are_grouped() -> None:
     """As many as are computed at once; one that is longer is computed by itself."""
-    made = Chunks.of([NewTokens(0, 64 * n, 0, -1, 0) for n in (100, MOST_CHUNKS - 100, 1, MOST_CHUNKS + 1, 1)])
+    made = Chunks.of([NewTokens(0, 64 * n, 0, -1, 0) for n in (100, MOST_NET_CHUNKS - 100, 1, MOST_NET_CHUNKS + 1, 1)])
     assert [group.sequences for group in made.groups] == [2, 1, 1, 1]
-    assert [group.chunks for group in made.groups] == [MOST_CHUNKS, 1, MOST_CHUNKS + 1, 1]
-    assert [group.chunk for group in made.groups] == [0, MOST_CHUNKS, MOST_CHUNKS + 1, 2 * MOST_CHUNKS + 2]
+    assert [group.chunks for group in made.groups] == [MOST_NET_CHUNKS, 1, MOST_NET_CHUNKS + 1, 1]
+    assert [group.chunk for group in made.groups] == [0, MOST_NET_CHUNKS, MOST_NET_CHUNKS + 1, 2 * MOST_NET_CHUNKS + 2]

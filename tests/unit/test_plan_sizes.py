@@ -14,6 +14,7 @@ import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config, source_tensors
 from tests.unit.test_fit import config_folder, planned
+from tpctl.accounting import net_chunk_bytes
 from tpctl.arch import parts
 from tpctl.arch.block import Mixer
 from tpctl.arch.blueprint import Blueprint
@@ -256,6 +257,20 @@ def test_planning_a_large_model_takes_a_moment(tmp_path: Path, config: dict[str,
         assert json.loads(ran.stdout)["parameters"] > 1e9
         assert kib < 300 * 1024
     assert min(took) < 2, took
+
+
+def test_chunks_of_gated_delta_nets_take_memory(tmp_path: Path) -> None:
+    """In a step of any size that of 320 at once, or of as many as one prompt has; and only of a rank's heads."""
+    folder = config_folder(tmp_path / "m", LARGE["Qwen3.5-35B-A3B"])
+
+    def taken(tp_size: int, tokens: int, length: int) -> int:
+        sizes = {"max_num_batched_tokens": tokens, "max_model_len": length, "max_num_seqs": 1}
+        return planned(folder, tp_size=tp_size, **sizes).ranks[0].activation_bytes
+
+    for tp_size in (1, 4):
+        chunk = net_chunk_bytes(16 // tp_size, 32 // tp_size, 128, 128, itemsize=2)
+        assert 320 * chunk < taken(tp_size, 64, 4096) < 320 * chunk + (160 << 20)  # beside logits, and their sampling
+        assert taken(tp_size, 40960, 40960) - taken(tp_size, 40960, 20480) == 320 * chunk
 
 
 def of_mixers(fields: Fields, sizes: Sizes) -> Blueprint:

@@ -220,7 +220,7 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
         (weights, parameters), growth = model.weights(plan, first), model.growth_bytes(plan, first)
         query_heads, kv_heads = heads[first]
         tokens, length = budget.max_num_batched_tokens, budget.max_model_len or model.config.max_position_embeddings
-        activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs)
+        activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs, length)
         activations += model.unpacked_bytes(plan.tp_size, first, tokens, length)
         activations += model.sampling_bytes(plan, first, budget.max_num_seqs)
         left = share - weights - growth - activations - reserved - _context_bytes(plan.tp_size)

@@ -22,6 +22,8 @@ from tpctl.accounting import (
     latent_room,
     layer_pools,
     layout_of,
+    net_chunk_bytes,
+    net_chunks,
     pools_of,
     sampled_rows,
     sampler_bytes,
@@ -31,7 +33,7 @@ from tpctl.accounting import (
 from tpctl.arch.block import Attention, Experts, Gated, Mixer, linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
-from tpctl.arch.delta_net import state_sizes
+from tpctl.arch.delta_net import DeltaNet, state_sizes
 from tpctl.arch.growth import growth as growth_of
 from tpctl.arch.latent import LatentAttention
 from tpctl.arch.linear import Linear
@@ -288,16 +290,23 @@ class ModelSizes:
         logits = sampled_rows(seqs) * vocab * self.itemsize
         return 2 * logits + gathered_logits(logits, tp_size) + sampler_bytes(seqs, tp_size * vocab)
 
-    def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int) -> int:
-        """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences, when most of them live.
+    def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int, longest: int) -> int:
+        """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences of up to ``longest``, when
+        most of them live.
 
         That is in the MLP: residual, its input and its partial sum [T, H], gate and up [T, 2W], their product [T, W],
-        and embeddings that layers have of their own; or at the end, when each sequence's logits [R, V] are there in the
-        model's dtype and twice in float32.
+        and embeddings that layers have of their own; in a gated delta net, whose chunks take memory beside; or at the
+        end, when each sequence's logits [R, V] are there in the model's dtype and twice in float32.
         """
         blueprint, size = self._small(self._cutting(plan.tp_size)).blueprint, self.itemsize
-        widest = max(_width(part, plan.tp_size, rank) for layer in blueprint.layers for part in layer.parts)
-        step = tokens * size * (3 * blueprint.hidden_size + widest + sum(table.inputs for table in self._tables))
+        parts = [part for layer in blueprint.layers for part in layer.parts]
+        chunks = net_chunks(min(tokens, longest))
+        step = max(
+            tokens * size * _width(part, plan.tp_size, rank)
+            + chunks * (_chunk_bytes(part, plan.tp_size, rank, size) if isinstance(part, DeltaNet) else 0)
+            for part in parts
+        )
+        step += tokens * size * (3 * blueprint.hidden_size + sum(table.inputs for table in self._tables))
         rows, vocab = min(seqs, tokens), plan.shape(rank, blueprint.head)[0]
         head = tokens * size * 2 * blueprint.hidden_size + rows * vocab * (size + 2 * 4)
         return max(step, head)
@@ -363,6 +372,11 @@ def _source_dtypes(split: TensorSplit, found: Mapping[str, str] | None, usual: s
 def keeps(mixer: Attention | Mixer) -> bool:
     """Whether it keeps something of every token."""
     return mixer.reads is None if isinstance(mixer, Attention) else mixer.kept > 0
+
+
+def _chunk_bytes(part: DeltaNet, tp_size: int, rank: int, itemsize: int) -> int:
+    net = part.sizes_of(rank, tp_size)
+    return net_chunk_bytes(net.key_heads, net.value_heads, net.key_dim, net.value_dim, itemsize)
 
 
 def _width(part: object, tp_size: int, rank: int) -> int:

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpctl.accounting import gathered_logits, reserve, sampled_rows
+from tpctl.accounting import MOST_NET_CHUNKS, gathered_logits, net_chunk_bytes, reserve, sampled_rows
 from tpctl.arch.delta_net import state_sizes
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.steps.mixed import most_state_chunks
 from tpctl.engine.steps.states import NUMBERS
 from tpctl.errors import EngineError
-from tpctl.kernels.delta_net.chunks import ChunkTables, working_bytes
-from tpctl.kernels.delta_net.inputs import NetShape
-from tpctl.kernels.delta_net.tables import MOST_CHUNKS, Chunks, NewTokens
+from tpctl.kernels.delta_net.chunks import ChunkTables
+from tpctl.kernels.delta_net.tables import Chunks, NewTokens
 from tpctl.layers.attention.base import LayerKV
 from tpctl.layers.batch import ForwardBatch, PoolTables, StateTables
 from tpctl.layers.delta_net.state import LayerState
@@ -148,8 +147,9 @@ def _chunks_bytes(loaded: LoadedModel, rows: int) -> int:
     """What the chunks of a recurrent layer take in a captured step, which has more of them for its rows."""
     nets = state_sizes(loaded.config.blueprint, loaded.group.rank, loaded.group.size)
     count = most_state_chunks(rows)
-    shapes = (NetShape(net.key_heads, net.value_heads, net.key_dim, net.value_dim, net.taps) for net in nets)
-    return max((working_bytes(shape, count, loaded.dtype) for shape in shapes), default=0)
+    size = loaded.dtype.itemsize
+    each = (net_chunk_bytes(net.key_heads, net.value_heads, net.key_dim, net.value_dim, size) for net in nets)
+    return count * max(each, default=0)
 
 
 def _states(loaded: LoadedModel, lens: list[int], decodes: int) -> StateTables | None:
@@ -160,7 +160,7 @@ def _states(loaded: LoadedModel, lens: list[int], decodes: int) -> StateTables |
     device, starts = loaded.group.device, np.cumsum([decodes, *lens]).tolist()
     made = Chunks.of(NewTokens(start, length, 0, -1, 0) for start, length in zip(starts, lens, strict=False))
     first = made.groups[0]
-    missing = max(0, MOST_CHUNKS - first.chunks)
+    missing = max(0, MOST_NET_CHUNKS - first.chunks)
     tables = [torch.tensor(one, dtype=torch.int32, device=device) for one in (made.chunks, made.sequences)]
     if len(made.groups) == 1:
         tables[0] = torch.nn.functional.pad(tables[0], (0, missing))

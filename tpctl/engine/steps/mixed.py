@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tpctl.accounting import sampled_rows
+from tpctl.accounting import NET_CHUNK, sampled_rows
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
 from tpctl.engine.steps.graphs import StepInputs
 from tpctl.engine.steps.states import NUMBERS, StepStates, count_chunks
-from tpctl.kernels.delta_net.tables import CHUNK
 from tpctl.kernels.sampling.prepare import DecodeInputs
 
 SHORT = 512
@@ -39,7 +38,7 @@ _STATE_CHUNKS = 8  # a captured step has a multiple of so many chunks of recurre
 def most_state_chunks(rows: int, prompts: int = CHUNKS) -> int:
     """Chunks of recurrent layers that a captured step has at most: each prompt may end in one that is not full, and so
     may two parts of it, behind which states are kept."""
-    return rows // CHUNK + 3 * prompts
+    return rows // NET_CHUNK + 3 * prompts
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpctl.accounting import NET_CHUNK
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.kernels.delta_net.tables import CHUNK, Chunks, NewTokens
+from tpctl.kernels.delta_net.tables import Chunks, NewTokens
 
 NUMBERS = 3
 """Numbers of a decode: the slots that its state is read from (-1: it begins), left in and copied to (-1: none)."""
@@ -57,7 +58,7 @@ def count_chunks(items: Sequence[ScheduledSequence]) -> int:
         assert item.state is not None
         start = 0
         for stop in (*(after for after, _ in item.state.keeps), item.num_new_tokens):
-            found += -(-(stop - start) // CHUNK)
+            found += -(-(stop - start) // NET_CHUNK)
             start = stop
     return found
 

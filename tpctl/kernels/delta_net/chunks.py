@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+from tpctl.accounting import NET_CHUNK
 from tpctl.kernels.common.launch import next_power_of_2, shared_memory
 from tpctl.kernels.delta_net.chunks_kernels import conv_kernel, gated_norm_kernel, prepare_kernel, scan_kernel
 from tpctl.kernels.delta_net.inputs import NetShape, NetState, NetWeights, Projected, constants
-from tpctl.kernels.delta_net.tables import CHUNK, Group
+from tpctl.kernels.delta_net.tables import Group
 
 BLOCK = 16
 """Rows of the blocks on a system's diagonal, which are inverted row by row."""
@@ -36,7 +37,7 @@ def pick_scan(shape: NetShape, dtype: torch.dtype, limit: int) -> ScanConfig:
     bytes that a program may have."""
     blocks = _blocks(shape)
     tile = min(32, blocks["BLOCK_E"])
-    chunk = CHUNK * (3 * blocks["BLOCK_D"] + tile + CHUNK) * dtype.itemsize
+    chunk = NET_CHUNK * (3 * blocks["BLOCK_D"] + tile + NET_CHUNK) * dtype.itemsize
     return ScanConfig(tile, 2 if dtype != torch.float32 and 2 * chunk + (16 << 10) <= limit else 1, 4)
 
 
@@ -89,10 +90,10 @@ def _group(
 ) -> None:
     blocks, heads, count = _blocks(shape), shape.value_heads, group.chunks
     block_d, block_e = blocks["BLOCK_D"], blocks["BLOCK_E"]
-    mixed = out.new_empty(count, CHUNK * (2 * shape.key_heads * block_d + heads * block_e))
-    value = out.new_empty(count, heads, CHUNK, block_e)
-    weight, query, key = (out.new_empty(count, heads, CHUNK, block_d) for _ in range(3))
-    within = out.new_empty(count, heads, CHUNK, CHUNK)
+    mixed = out.new_empty(count, NET_CHUNK * (2 * shape.key_heads * block_d + heads * block_e))
+    value = out.new_empty(count, heads, NET_CHUNK, block_e)
+    weight, query, key = (out.new_empty(count, heads, NET_CHUNK, block_d) for _ in range(3))
+    within = out.new_empty(count, heads, NET_CHUNK, NET_CHUNK)
     total = out.new_empty((count, heads), dtype=torch.float32)
     between = (value, weight, query, key, within, total)
     sizes = constants(shape)
@@ -114,7 +115,7 @@ def _group(
         projected.v_step,
         **sizes,
         **blocks,
-        CHUNK=CHUNK,
+        CHUNK=NET_CHUNK,
         num_warps=CONV_WARPS,
     )
     prepare_kernel[(heads, count)](
@@ -132,7 +133,7 @@ def _group(
         **sizes,
         **blocks,
         PRECISION=precision(out.dtype),
-        CHUNK=CHUNK,
+        CHUNK=NET_CHUNK,
         BLOCK=BLOCK,
         num_warps=PREPARE_WARPS,
     )
@@ -157,18 +158,10 @@ def _group(
         **blocks,
         TILE=scan.tile,
         PRECISION=precision(out.dtype),
-        CHUNK=CHUNK,
+        CHUNK=NET_CHUNK,
         STAGES=scan.stages,
         num_warps=scan.warps,
     )
-
-
-def working_bytes(shape: NetShape, count: int, dtype: torch.dtype) -> int:
-    """What ``count`` chunks that are computed at once take between the kernels."""
-    blocks, heads = _blocks(shape), shape.value_heads
-    block_d, block_e = blocks["BLOCK_D"], blocks["BLOCK_E"]
-    mixed = 2 * shape.key_heads * block_d + heads * block_e
-    return count * (CHUNK * (mixed + heads * (block_e + 3 * block_d + CHUNK)) * dtype.itemsize + 4 * heads)
 
 
 def gated_norm(

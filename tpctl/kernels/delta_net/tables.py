@@ -6,12 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-CHUNK = 64
-"""Tokens of a chunk at most; it ends where its sequence does, or where a state is kept."""
-
-MOST_CHUNKS = 320
-"""Of several sequences, chunks that are computed at once at most: what is between the kernels takes 3.2 MiB for each of
-Qwen3.6-35B-A3B's, of which one sequence of 16,384 tokens has 256."""
+from tpctl.accounting import MOST_NET_CHUNKS, NET_CHUNK
 
 
 class NewTokens(NamedTuple):
@@ -83,7 +78,7 @@ class Chunks:
         start = 0
         for stop, slot in (*one.keeps, (one.length, -1)):
             while start < stop:
-                length = min(CHUNK, stop - start)
+                length = min(NET_CHUNK, stop - start)
                 save = slot if start + length == stop else -1
                 _append(self.chunks, (one.first + start, length, one.position + start, save, number))
                 start += length
@@ -91,7 +86,7 @@ class Chunks:
     def _gather(self, begin: int) -> None:
         """Put the last sequence, whose chunks begin there, into a group."""
         number, count = len(self.sequences[0]) - 1, len(self.chunks[0]) - begin
-        if self.groups and self.groups[-1].chunks + count <= MOST_CHUNKS:
+        if self.groups and self.groups[-1].chunks + count <= MOST_NET_CHUNKS:
             last = self.groups.pop()
             self.groups.append(last._replace(chunks=last.chunks + count, sequences=last.sequences + 1))
         else:
