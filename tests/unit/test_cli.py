@@ -189,7 +189,7 @@ def test_preparing_takes_the_shard_folders_tp_and_every_option(monkeypatch: pyte
 
 
 def test_the_command_line_knows_every_attention_backend() -> None:
-    from tpctl.layers.attention.select import BACKENDS
+    from tpctl.attention_choice import BACKENDS
 
     assert set(AttentionBackend) == {"auto", *BACKENDS}
     for options, known in ((AttentionBackend, ATTENTION_BACKENDS), (KvCacheDType, KV_CACHE_DTYPES), (DType, DTYPES)):
@@ -221,7 +221,7 @@ def test_what_a_packed_cache_needs() -> None:
 
     def refused(backend: str, dtype: torch.dtype, head_dim: int, whole: bool = True) -> str:
         heads = [AttentionSpec(4, 2, head_dim, 1.0)]
-        with pytest.raises(EngineError) as refusal:
+        with pytest.raises(UsageError) as refusal:
             make_backend(backend, "cuda", dtype, heads, None, kv_cache_dtype="packed", whole_heads=whole)
         return str(refusal.value)
 

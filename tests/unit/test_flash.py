@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.test_sdpa import CASES, written_out
-from tpctl.errors import EngineError
+from tpctl.errors import EngineError, UsageError
 from tpctl.layers.attention import flash, select
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.flash import FlashAttentionBackend
@@ -248,7 +248,7 @@ def test_blocks_of_another_size_are_refused(
 @pytest.mark.parametrize("name", ["triton", "flash-attn"])
 def test_backends_of_triton_kernels_need_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "find_spec", lambda package: None)
-    with pytest.raises(EngineError, match=f"'{name}' needs the triton package.* --attention-backend sdpa"):
+    with pytest.raises(UsageError, match=f"'{name}' needs the triton package.* --attention-backend sdpa"):
         choose_backend(name, "cuda", torch.bfloat16)
     assert choose_backend("auto", "cuda", torch.bfloat16) == "sdpa"
     monkeypatch.setattr(select, "find_spec", lambda package: object())
@@ -273,6 +273,6 @@ def test_a_version_without_soft_caps_is_refused_by_name(version: str, monkeypatc
 def test_sinks_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "find_spec", lambda package: object())
     layers = [HEADS, replace(HEADS, sinks=True)]
-    with pytest.raises(EngineError, match="flash-attn knows no attention sinks, which this model has; use"):
+    with pytest.raises(UsageError, match="flash-attn knows no attention sinks, which this model has; use"):
         make_backend("flash-attn", "cuda", torch.bfloat16, layers, None)
     assert make_backend("sdpa", "cuda", torch.bfloat16, layers, None).name == "sdpa"

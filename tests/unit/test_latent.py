@@ -24,7 +24,7 @@ from tpctl.checkpoint.metadata import read_metadata
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import make_runner
 from tpctl.engine.runners.loading import run_bytes
-from tpctl.errors import EngineError
+from tpctl.errors import UsageError
 from tpctl.layers.attention import sdpa_latent, select
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.latent_weights import LatentUp
@@ -160,10 +160,10 @@ def test_other_backends_and_caches_are_refused(tmp_path: Path, monkeypatch: pyte
     assert "not on GPUs" not in planned.out, planned
     layer = AttentionSpec(6, 1, 16, 0.5, latent=12, made=11)
     monkeypatch.setattr(select, "find_spec", lambda name: name)  # as if there were Triton
-    with pytest.raises(EngineError, match=r"flash-attn knows no latent attention, .*; use --attention-backend triton"):
+    with pytest.raises(UsageError, match=r"flash-attn knows no latent attention, .*; use --attention-backend triton"):
         select.make_backend("flash-attn", "cuda", torch.bfloat16, [layer], 128)
     shard_checkpoint(tmp_path / "model", tmp_path / "out", 1)
-    with pytest.raises(EngineError, match=r"fp8 needs keys and values of heads, not latent attention, .*; use auto"):
+    with pytest.raises(UsageError, match=r"fp8 needs keys and values of heads, not latent attention, .*; use auto"):
         make_runner(EngineConfig(tmp_path / "out", 1, kv_cache_dtype="fp8"), TPGroup())
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan, check_text_only
+from tpctl.attention_choice import Heads, Machine, choose
 from tpctl.checkpoint.hub_cache import cached
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.checkpoint.progress import Progress
@@ -189,9 +191,18 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
 
 
 def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
-    """Refuse a model that tpctl cuts and does not run, or not on that device, for sequences of that length, or with
-    drafts of its own."""
+    """Refuse a model that tpctl cuts and does not run, or not on that device, for sequences of that length, with drafts
+    of its own, or by that attention backend or with that KV cache."""
     config.blueprint.check_runs(settings.device)
+    choose(
+        settings.attention_backend,
+        settings.kv_cache_dtype,
+        settings.device,
+        None if settings.dtype == "auto" else settings.dtype,
+        [Heads.of(attention) for attention in config.blueprint.attentions],
+        block_size=settings.block_size,
+        machine=Machine(triton=find_spec("triton") is not None),
+    )
     if settings.speculate == "mtp" and config.blueprint.further is None:
         raise UnsupportedModelError(
             f"--speculate mtp takes a layer that predicts more tokens (MTP), and a {config.model_type} model has none; "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tpctl.accounting import PACKED_HEAD_DIMS, KvNeed, cache_for, reserve, state_slots
+from tpctl.accounting import KvNeed, cache_for, reserve, state_slots
 from tpctl.arch.block import Attention
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import towers
@@ -93,14 +93,7 @@ def plan_model(
     cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
     model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype, cutting)
     run_dtype = TORCH_NAMES.get(model.dtype, model.dtype)
-    asked = budget.kv_cache_dtype
-    if asked in ("packed", "fp8") and model.kv_form != asked:
-        dims = ", ".join(map(str, PACKED_HEAD_DIMS))
-        dtypes, rotated = ("bfloat16 or float16", "") if asked == "fp8" else ("bfloat16", ", all of them rotated")
-        raise UsageError(
-            f"--kv-cache-dtype {asked} needs {dtypes} and heads of {dims} dimensions{rotated}; "
-            f"this model runs in {run_dtype} with {model.kept_heads}, use auto or model"
-        )
+    form = model.kv_form
     budget = replace(budget, max_model_len=length)
     checks, limit, reason = _checks(model)
     works = [check.tp_size for check in checks if check.verdict != "impossible"]
@@ -124,7 +117,7 @@ def plan_model(
         active_parameters=model.active_parameters,
         source_bytes=model.source_bytes,
         dtype=run_dtype,
-        kv_cache_dtype=run_dtype if model.kv_form == "model" else model.kv_form,
+        kv_cache_dtype=run_dtype if form == "model" else form,
         exact=metadata.tensors is not None,
         gpu=budget.gpu,
         gpu_memory=budget.memory,

@@ -13,7 +13,6 @@ from math import prod
 
 from tpctl.accounting import (
     KV_BLOCK,
-    PACKED_HEAD_DIMS,
     KeptLayer,
     KvForm,
     KvNeed,
@@ -35,7 +34,7 @@ from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import DeltaNet, state_sizes
 from tpctl.arch.growth import growth as growth_of
-from tpctl.arch.latent import LatentAttention
+from tpctl.arch.latent import Attending, LatentAttention
 from tpctl.arch.linear import Linear
 from tpctl.arch.predictor import PREFIX
 from tpctl.arch.quantised import Cutting, cut_by
@@ -48,9 +47,10 @@ from tpctl.arch.source_plan import (
     source_splits,
     stored_dtype,
 )
+from tpctl.attention_choice import Heads, choose
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
-from tpctl.partition.dtypes import DTYPE_BITS, DTYPES
+from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
 from tpctl.partition.plan import PartitionPlan, PlannedTensor
 from tpctl.partition.split import Rule, TensorSplit, source_shapes
 from tpctl.planning.dealt import DealtBytes
@@ -259,16 +259,11 @@ class ModelSizes:
         nets = state_sizes(self.config.blueprint, rank, tp_size)
         return state_bytes((net.kept for net in nets), self.itemsize)
 
-    @property
+    @cached_property
     def kv_form(self) -> KvForm:
-        """How GPUs keep keys and values, as they are where what is asked for cannot be."""
-        known = [mixer for mixer in self._mixers if isinstance(mixer, Attention) and mixer.head_dim in PACKED_HEAD_DIMS]
-        if self._kv_cache_dtype == "model" or len(known) < len(self._mixers):
-            return "model"
-        if self._kv_cache_dtype == "fp8":
-            return "fp8" if self.dtype in (DTYPES["bfloat16"], DTYPES["float16"]) else "model"
-        packs = self.dtype == DTYPES["bfloat16"] and not any(mixer.rotates_part for mixer in known)
-        return "packed" if packs else "model"
+        """How GPUs keep keys and values. Raises ``UsageError`` if they cannot as is asked for."""
+        heads = [Heads.of(mixer) for mixer in self._mixers if isinstance(mixer, Attending) and mixer.reads is None]
+        return choose("auto", self._kv_cache_dtype, "cuda", TORCH_NAMES.get(self.dtype, self.dtype), heads).kv_form
 
     def unpacked_bytes(self, tp_size: int, rank: int, tokens: int, max_model_len: int) -> int:
         """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is not as it is, or
@@ -335,14 +330,6 @@ class ModelSizes:
     def reading(self) -> int:
         """How many layers read the keys and values of an earlier one."""
         return sum(isinstance(mixer, Attention) and not keeps(mixer) for mixer in self.mixers)
-
-    @property
-    def kept_heads(self) -> str:
-        """Whose keys and values are kept, in words."""
-        dims = dict.fromkeys(
-            f"heads of {mixer.head_dim}" if isinstance(mixer, Attention) else mixer.kind for mixer in self.mixers
-        )
-        return " and ".join(dims)
 
     @cached_property
     def _mixers(self) -> list[Attention | Mixer]:
