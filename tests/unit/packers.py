@@ -56,6 +56,37 @@ def fp8_tensor(scale: str, activation: str, **config: Any) -> Packer:
     return Packer(config, ("weight", (0, 1), (1, 1)), pack, read)
 
 
+def four_bits(n: int, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random codes, two a byte, and what they stand for."""
+    values = randint(16, (n, k), rng)
+    pairs = torch.nn.functional.pad(values, (0, k % 2)).unflatten(1, (-1, 2))
+    return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8), torch.from_numpy(E2M1)[values]
+
+
+def modelopt_nvfp4(n: int, k: int, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    (packed, numbers), one = four_bits(n, k, rng), factors((), rng)
+    scales = factors((n, ceil(k, 16)), rng).to(torch.float8_e4m3fn)
+    tensors = {".weight": packed, ".weight_scale": scales, ".weight_scale_2": one, ".input_scale": factors((), rng)}
+    return tensors, numbers * (expanded(scales, 1, 16, n, k) * one)
+
+
+def read_modelopt_nvfp4(held: Held, n: Index, k: Index) -> Matrix:
+    assert held("input_scale", ONE) >= 0.5
+    nibbles = unpacked(held("weight", n, k // 2).astype(np.int64), k % 2, 4, 1)
+    return E2M1[nibbles] * (held("weight_scale", n, k // 16) * held("weight_scale_2", ONE))
+
+
+def packed_mxfp4(n: int, k: int, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    (packed, numbers), scales = four_bits(n, k, rng), 120 + randint(12, (n, ceil(k, 32)), rng)
+    tensors = {".weight_packed": packed, ".weight_scale": scales.to(torch.uint8)}
+    return tensors, numbers * expanded(2.0 ** (scales - 127), 1, 32, n, k)
+
+
+def read_packed_mxfp4(held: Held, n: Index, k: Index) -> Matrix:
+    nibbles = unpacked(held("weight_packed", n, k // 2).astype(np.int64), k % 2, 4, 1)
+    return E2M1[nibbles] * 2.0 ** (held("weight_scale", n, k // 32).astype(np.float32) - 127)
+
+
 def awq(group: int) -> Packer:
     def pack(n: int, k: int, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         per = k if group == -1 else group
@@ -241,5 +272,27 @@ PACKERS: dict[str, Packer] = {
         "pack-quantized", num_bits=4, strategy="group", group_size=32, actorder="group"
     ),
     "ct nvfp4": compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+    "ct mxfp4": Packer(
+        {
+            "quant_method": "compressed-tensors",
+            "format": "mxfp4-pack-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+                }
+            },
+            "ignore": ["lm_head", "re:.*mlp.gate$"],
+        },
+        ("weight_packed", (0, 1), (1, 2)),
+        packed_mxfp4,
+        read_packed_mxfp4,
+    ),
+    "modelopt nvfp4": Packer(
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*.mlp.gate"]},
+        ("weight", (0, 1), (1, 2)),
+        modelopt_nvfp4,
+        read_modelopt_nvfp4,
+    ),
 }
 """By what a test calls them."""

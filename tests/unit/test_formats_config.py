@@ -172,6 +172,27 @@ def test_gptq_rules_by_module() -> None:
     assert stored("model.layers.0.mlp.up_proj", **only) is not None
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_modelopt_names_modules_and_patterns_of_a_shell(old: bool) -> None:
+    left = ["lm_head", "model.layers.1.self_attn*", "*shared_expert*", "mlp.gate"]
+    config: dict[str, Any] = {"quant_algo": "NVFP4", "exclude_modules" if old else "ignore": left}
+    config = {"quant_method": "modelopt", **({"quantization": config} if old else config)}
+    floats = {module for module in MODULES if stored(module, **config) is None}
+    assert floats == {
+        *("lm_head", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate"),
+        *("model.layers.1.mlp.shared_expert.down_proj", "model.layers.1.mlp.shared_expert_gate"),
+    }
+
+
+def test_fp8_of_modelopt_has_the_tensors_that_vllm_names() -> None:
+    found = stored("model.x", quant_method="modelopt", quant_algo="FP8")
+    usual = stored("model.x", quant_method="fp8", activation_scheme="static")
+    assert found is not None and usual is not None
+    other = usual.others[0]
+    assert [one.name for one in found] == [one.name for one in other] == ["weight", "weight_scale", "input_scale"]
+    assert (found.coding, found.entries[:2]) == (other.coding, other.entries[:2])
+
+
 def test_awq_lists_mean_what_is_inside_too() -> None:
     config = {"quant_method": "awq", "modules_to_not_convert": ["self_attn", "mlp.gate"]}
     assert stored("model.layers.0.self_attn.q_proj", **config) is None
@@ -322,7 +343,7 @@ def config_alone(folder: Path, config: dict[str, Any]) -> ModelMetadata:
 def test_a_quantization_config_without_a_method_is_refused_plainly(given: dict[str, Any]) -> None:
     said = (
         r"^config\.json: quantization_config has no quant_method, which says how the weights are stored; add the right "
-        r"one of awq, compressed-tensors, fp8, gptq, mxfp4, or use the unquantised original$"
+        r"one of awq, compressed-tensors, fp8, gptq, modelopt, modelopt_fp4, mxfp4, or use the unquantised original$"
     )
     with pytest.raises(CheckpointError, match=said):
         ModelConfig.from_dict(make_config(quantization_config=given))

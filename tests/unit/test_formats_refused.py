@@ -101,6 +101,12 @@ DAMAGED: list[tuple[str, Callable[[Quantised], object], str]] = [
         r"q_proj\.weight_zero_point .* it has no such tensor",
     ),
     ("ct nvfp4", removed(".weight_global_scale"), rf"has no tensor {Q}\.weight_global_scale \(1 expected"),
+    ("modelopt nvfp4", removed(".weight_scale_2"), rf"has no tensor {Q}\.weight_scale_2 \(1 expected"),
+    (
+        "modelopt nvfp4",
+        told(ignore=["*q_proj"]),
+        "stored as one, but .*q_proj is a float, .*k_proj is ModelOpt's NVFP4",
+    ),
     ("ct int8 by channel", put(".weight", torch.ones(64, 64).byte()), r"q_proj\.weight is U8, but its format has I8"),
 ]
 
@@ -153,7 +159,12 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("compressed-tensors", group("marlin-24"), '"g" is in the format "marlin-24" of compressed-tensors, tpctl knows'),
     ("compressed-tensors", group("sparse-24-bitmask"), "sparse-24-bitmask"),
     ("compressed-tensors", group("mixed-precision"), '"mixed-precision"'),
-    ("compressed-tensors", group("mxfp4-pack-quantized"), '"mxfp4-pack-quantized"'),
+    ("compressed-tensors", group("mxfp8-quantized"), '"mxfp8-quantized"'),
+    (
+        "compressed-tensors",
+        group("mxfp4-pack-quantized"),
+        'weights of "g" are INT4 in groups of 32 in the format mxfp4',
+    ),
     ("compressed-tensors", group("dense"), '"dense"'),
     ("compressed-tensors", group(num_bits=3), 'weights of "g" are INT3 in groups of 32 in the format pack-quantized'),
     ("compressed-tensors", group(type="float"), 'weights of "g" are FP4 in groups of 32 in the format pack-quantized'),
@@ -196,7 +207,24 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("fp8", {"expert_dtype": "fp4"}, 'expert_dtype of the quantised weights is "fp4", tpctl knows fp8'),
     ("fp8", {"modules_to_convert": ["embed_tokens"]}, 'modules_to_convert names "embed_tokens"'),
     ("fp8", {"modules_to_not_convert": ["(("]}, r'modules_to_not_convert has "\(\(", which is no pattern'),
-    ("modelopt", {"quant_algo": "NVFP4"}, r'quantised \("modelopt"\), .*ModelOpt; use the model as compressed-tensors'),
+    (
+        "modelopt",
+        {"quant_algo": "FP8_PB_WO"},
+        r"quant_algo of ModelOpt's weights is \"FP8_PB_WO\", tpctl knows NVFP4",
+    ),
+    ("modelopt", {}, r"quant_algo of ModelOpt's weights is null, tpctl knows NVFP4, W4A16_NVFP4, FP8; use"),
+    (
+        "modelopt",
+        {"quant_algo": "NVFP4", "group_size": 32},
+        "NVFP4 weights are in groups of 32, tpctl knows groups of 16",
+    ),
+    (
+        "modelopt_fp4",
+        {"quant_algo": "nvfp4", "config_groups": {"a": {"weights": {"group_size": 32}}}},
+        "NVFP4 weights are in groups of 32, tpctl knows groups of 16",
+    ),
+    ("modelopt", {"quant_algo": "NVFP4", "ignore": "lm_head"}, "ignore is .*lm_head.*, but a list of names"),
+    ("modelopt_mixed", {"quant_algo": "MIXED_PRECISION"}, "by NVIDIA's ModelOpt; use the model as compressed-tensors"),
     ("bitsandbytes", {"load_in_4bit": True}, "made while a model is loaded; shard its unquantised original"),
     ("hqq", {}, "made while a model is loaded"),
     ("fbgemm_fp8", {}, "by FBGEMM; use the model as compressed-tensors"),
@@ -205,7 +233,11 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("auto-round", {}, "export it as auto_gptq, auto_awq"),
     ("aqlm", {}, "in codebooks"),
     ("mxfp4", {}, "MXFP4, which tpctl knows of gpt_oss' stacked experts alone"),
-    ("my-own", {}, r'quantised \("my-own"\), .*tpctl knows awq, compressed-tensors, fp8, gptq, mxfp4'),
+    (
+        "my-own",
+        {},
+        r'\("my-own"\), .*tpctl knows awq, compressed-tensors, fp8, gptq, modelopt, modelopt_fp4, mxfp4',
+    ),
 ]
 
 
@@ -298,6 +330,7 @@ FLIPPED = [
     ("ct int4 with zeros", "weight_zero_point"),
     ("ct int4 with zeros", "weight_packed"),
     ("ct nvfp4", "weight_global_scale"),
+    ("modelopt nvfp4", "weight_scale_2"),
 ]
 
 

@@ -66,13 +66,18 @@ def usual_size(made: Quantised) -> Quantised:
     for module, matrix in made.matrices.items():
         power = round(torch.tensor(0.15 / matrix.std()).log2().item())
         matrices[module] = matrix * 2.0**power
-        divisor = f"{module}.weight_global_scale"
+        divisor, factor = f"{module}.weight_global_scale", f"{module}.weight_scale_2"
+        if factor in tensors:
+            tensors[factor] = tensors[factor] * 2.0**power
+            continue
         if divisor in tensors:
             tensors[divisor] = tensors[divisor] * 2.0**-power
             continue
         (name,) = (module + suffix for suffix in SCALES if module + suffix in tensors)
         scale = tensors[name]
-        if scale.dtype == torch.float8_e8m0fnu:
+        if scale.dtype == torch.uint8:
+            tensors[name] = (scale.int() + power).to(torch.uint8)
+        elif scale.dtype == torch.float8_e8m0fnu:
             tensors[name] = (scale.view(torch.uint8).int() + power).to(torch.uint8).view(scale.dtype)
         else:
             tensors[name] = (scale.float() * 2.0**power).to(scale.dtype)

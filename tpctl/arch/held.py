@@ -86,7 +86,7 @@ class HeldLinear:
 
     def codes(self) -> Iterator[Entry]:
         """The tensors that the weights are made of, in their order."""
-        roles = ("values", "scales", "zeros", "order", "divisor")
+        roles = ("values", "scales", "zeros", "order", "divisor", "factor")
         return (one for one in self.linear.storage if one.role in roles and one.name in self.shapes)
 
     def rows(self, entry: Entry) -> list[int]:

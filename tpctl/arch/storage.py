@@ -43,10 +43,10 @@ class Axis:
         return cut if self.unit == 1 else Units(cut, self.unit, features, self.packed, before)
 
 
-Role = Literal["values", "scales", "zeros", "order", "divisor", "inputs", "shape", "bias"]
+Role = Literal["values", "scales", "zeros", "order", "divisor", "factor", "inputs", "shape", "bias"]
 """What a tensor says: codes of the weights themselves; what multiplies them; the codes that stand for zero; the group
-of each input; what all scales are divided by; what an engine may know of the linear's inputs; the weight's shape; what
-is added."""
+of each input; what all scales are divided by, or multiplied by; what an engine may know of the linear's inputs; the
+weight's shape; what is added."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tpctl.arch.fields import Fields
-from tpctl.arch.formats import awq, compressed, fp8, gptq, mxfp4
+from tpctl.arch.formats import awq, compressed, fp8, gptq, modelopt, mxfp4
 from tpctl.arch.formats.scheme import Scheme
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
@@ -17,6 +17,8 @@ METHODS: Mapping[str, Callable[[Fields], Scheme]] = {
     "compressed-tensors": compressed.read,
     "fp8": fp8.read,
     "gptq": gptq.read,
+    "modelopt": modelopt.read,
+    "modelopt_fp4": modelopt.read,
     "mxfp4": mxfp4.read,
 }
 """By ``quant_method``."""
@@ -25,8 +27,6 @@ _LOADED = "it is made while a model is loaded; shard its unquantised original"
 _EXPORT = "use the model as compressed-tensors or fp8, or its unquantised original"
 
 OTHERS: Mapping[str, str] = {
-    "modelopt": f"it is by NVIDIA's ModelOpt; {_EXPORT}",
-    "modelopt_fp4": f"it is by NVIDIA's ModelOpt; {_EXPORT}",
     "modelopt_mixed": f"it is by NVIDIA's ModelOpt; {_EXPORT}",
     "bitsandbytes": _LOADED,
     "hqq": _LOADED,

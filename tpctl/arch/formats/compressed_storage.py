@@ -6,6 +6,7 @@
                                    are of groups in another order
     nvfp4-pack-quantized           weight_packed U8 [N, K/2], low nibble first; weight_scale e4m3 [N, K/16];
                                    weight_global_scale [1]
+    mxfp4-pack-quantized           weight_packed likewise; weight_scale U8 [N, K/32], a power of two, plus 127
 
 ``weight_scale`` is [1] by tensor, [N, 1] by channel, [N, ceil(K/g)] by group, [ceil(N/r), ceil(K/c)] by block
 (compressed-tensors 0.20, ``compressors/``, ``quantization/lifecycle/initialize.py``).
@@ -21,13 +22,13 @@ from tpctl.errors import UnsupportedModelError
 
 FLOATS = ("F32", "BF16", "F16")
 PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
-PACKED, NVFP4 = "pack-quantized", "nvfp4-pack-quantized"
-FORMATS = (*PLAIN, PACKED, NVFP4)
+PACKED, NVFP4, MXFP4 = "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+FORMATS = (*PLAIN, PACKED, NVFP4, MXFP4)
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 PACKED_BITS = (2, 4, 8)
 """Others are packed over the borders of words."""
 
-NVFP4_GROUP = 16
+NVFP4_GROUP, MXFP4_GROUP = 16, 32
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def storage(
     Raises:
         UnsupportedModelError: the format has no such weights, or tpctl does not know it with them.
     """
-    made = {PACKED: _packed, NVFP4: _nvfp4}.get(kind, _plain)(name, kind, weights)
-    if rounds and kind not in (PACKED, NVFP4) and made.coding is not None:
+    made = {PACKED: _packed, NVFP4: _nvfp4, MXFP4: _mxfp4}.get(kind, _plain)(name, kind, weights)
+    if rounds and kind in PLAIN and made.coding is not None:
         made = replace(made, coding=replace(made.coding, rounds=True))
     return replace(made, entries=(*made.entries, *_activations("input", inputs), *_activations("output", outputs)))
 
@@ -111,6 +112,9 @@ def _packed(name: str, kind: str, weights: Weights) -> Storage:
     return Storage(f"{weights}, packed", (*entries, *_order(weights)), (".weight_shape",), coding=coding)
 
 
+_FP4 = Entry(".weight_packed", "weight_packed", ("U8",), Axis(0), Axis(1, 2, packed=True))
+
+
 def _nvfp4(name: str, kind: str, weights: Weights) -> Storage:
     known = weights.is_float and weights.bits == 4 and weights.symmetric and not weights.reordered
     if not known or weights.group != NVFP4_GROUP or weights.strategy != "tensor_group":
@@ -118,12 +122,20 @@ def _nvfp4(name: str, kind: str, weights: Weights) -> Storage:
     return Storage(
         "NVFP4",
         (
-            Entry(".weight_packed", "weight_packed", ("U8",), Axis(0), Axis(1, 2, packed=True)),
+            _FP4,
             Entry(".weight_scale", "weight_scale", E4M3, Axis(0), Axis(1, NVFP4_GROUP), role="scales"),
             Entry(".weight_global_scale", "weight_global_scale", ("F32",), role="divisor"),
         ),
         coding=Coding("e2m1", 4),
     )
+
+
+def _mxfp4(name: str, kind: str, weights: Weights) -> Storage:
+    known = weights.is_float and weights.bits == 4 and weights.symmetric and not weights.reordered
+    if not known or weights.group != MXFP4_GROUP or weights.strategy != "group":
+        raise _unknown(name, kind, weights)
+    scale = Entry(".weight_scale", "weight_scale", ("U8", "F8_E8M0"), Axis(0), Axis(1, MXFP4_GROUP), role="scales")
+    return Storage("MXFP4, packed", (_FP4, scale), coding=Coding("e2m1", 4))
 
 
 def _scale(weights: Weights) -> Entry:

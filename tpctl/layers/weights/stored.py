@@ -41,7 +41,8 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> tuple[Codes, ..
     assert values is not None and scales is not None, storage
     rows = held.rows(scales)
     own_rows = rows == list(range(outputs))
-    zeros, order, divisor = (held.entry(role) for role in ("zeros", "order", "divisor"))
+    zeros, order = held.entry("zeros"), held.entry("order")
+    factor = held.entry("divisor") or held.entry("factor")
     device = tensors[values.name].device
     found_scales = _grid(scales, tensors[scales.name], stacked)
     codes = Codes(
@@ -54,7 +55,7 @@ def to_codes(held: HeldLinear, tensors: Mapping[str, Tensor]) -> tuple[Codes, ..
         first=0 if order is not None else held.within(scales),
         zero=coding.zero if coding.bits < 8 else coding.zero - 128 * (coding.kind == "uint"),
         zeros=None if zeros is None else _zeros(zeros, coding, tensors[zeros.name], held, stacked),
-        factors=None if divisor is None else _factors(held, divisor, tensors[divisor.name], stacked),
+        factors=None if factor is None else _factors(held, factor, tensors[factor.name], stacked),
         rounds=coding.rounds,
     )
     if order is None:
@@ -209,6 +210,7 @@ def _zeros(entry: Entry, coding: Coding, tensor: Tensor, held: HeldLinear, stack
 
 
 def _factors(held: HeldLinear, entry: Entry, tensor: Tensor, stacked: bool) -> Tensor:
-    """One over what all scales are divided by, for each output: float32 [.., N]."""
+    """What all scales are multiplied by, for each output: float32 [.., N]."""
     rows = torch.tensor(held.rows(entry), device=tensor.device)
-    return tensor.reshape(*tensor.shape[: int(stacked)], -1).float().reciprocal().index_select(-1, rows)
+    found = tensor.reshape(*tensor.shape[: int(stacked)], -1).float()
+    return (found.reciprocal() if entry.role == "divisor" else found).index_select(-1, rows)
