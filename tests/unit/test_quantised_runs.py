@@ -22,6 +22,7 @@ from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import build_plan
 from tpctl.checkpoint.metadata import read_metadata
+from tpctl.cli.engine import say_static_scales
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners.loading import load, run_bytes
 from tpctl.errors import PartitionError, TpctlError, UnsupportedModelError
@@ -296,3 +297,13 @@ def test_experts_in_two_orders_are_refused_on_gpus_before_they_are_read(alike: b
         refuse_orders(model.held, files)
     with pytest.raises(UnsupportedModelError, match=said):  # before anything is read, and so without a GPU
         load_shard(model, files, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("name", "told"), [("fp8 by tensor", True), ("fp8", False), ("modelopt nvfp4", False)])
+def test_static_scales_of_inputs_are_told_of(
+    name: str, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where inputs are rounded, and the checkpoint says by what."""
+    folder = model_of("llama", PACKERS[name], num_hidden_layers=1).save(tmp_path / "model")
+    say_static_scales(EngineConfig(folder, 1))
+    assert ("static scales of activations are not used" in capsys.readouterr().err) == told

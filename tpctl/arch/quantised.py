@@ -109,6 +109,13 @@ def cut_by(blueprint: Blueprint, cutting: Cutting) -> Blueprint:
     return replace(blueprint, layers=tuple(mapped(layer, cut) for layer in blueprint.layers), further=further)
 
 
+def has_static_inputs(blueprint: Blueprint) -> bool:
+    """Whether the checkpoint says by what to scale inputs that are rounded, which tpctl finds anew for each token."""
+    storages = (linear.storage for linear in _linears(blueprint))
+    rounding = (one for one in storages if one.coding is not None and one.coding.rounds)
+    return any(entry.role == "inputs" and not entry.name.startswith("output") for one in rounding for entry in one)
+
+
 def predictor_mapped(predictor: Predictor, change: Callable[[LayerPart], LayerPart]) -> Predictor:
     """``predictor`` with its projection, and each part of its block, changed."""
     return predictor.changed(change(predictor.projection), lambda block: mapped(block, change))

@@ -52,7 +52,9 @@ def prepare(
     args = replace(engine_args(options, policy, cpu_tokens), speculate=str(speculate))
     if nodes is not None:
         args = replace(args, nodes=nodes)
-    return client.prepare(model, args, look=look, progress=byte_progress)
+    config = client.prepare(model, args, look=look, progress=byte_progress)
+    say_static_scales(config)
+    return config
 
 
 def lend_ranks(config: EngineConfig, nodes: Nodes) -> None:
@@ -129,6 +131,18 @@ def say_policy(asked: SchedulingPolicy | None, info: EngineInfo) -> None:
         note(
             f"--scheduling-policy {asked} needs a GPU with --attention-backend triton and without --enforce-eager; "
             f"{info.scheduling_policy} it is"
+        )
+
+
+def say_static_scales(config: EngineConfig) -> None:
+    """Tell of scales of activations that the checkpoint has and that are not used."""
+    from tpctl.arch.config import ModelConfig
+    from tpctl.arch.quantised import has_static_inputs
+
+    if has_static_inputs(ModelConfig.load(config.text_dir).blueprint):
+        note(
+            "the model's static scales of activations are not used: a scale is found for each token, "
+            "which rounds no coarser and cuts nothing off"
         )
 
 
