@@ -31,7 +31,7 @@ class Blueprint:
         layers: of it, in order; they need not be alike.
         norm: the last one.
         tied: the head is the embedding's tensor, stored once, as ``head``.
-        embedding_scale: what looked up rows are multiplied by.
+        embedding_scale: what looked up rows are multiplied by; ``rounds_scale``: rounded to their dtype first (Gemma).
         logit_scale: what logits are multiplied by, before their cap.
         logit_softcap: as of ``Attention``, for the logits.
         prefix: of a layer's names, with its number in place of ``{}``.
@@ -55,6 +55,7 @@ class Blueprint:
     embedding: str = EMBEDDING
     head: str = LM_HEAD
     embedding_scale: float = 1.0
+    rounds_scale: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     prefix: str = "model.layers.{}."

@@ -16,7 +16,7 @@ class Norm:
     """RMSNorm of ``size`` elements; with ``unit_offset`` (Gemma) the factor is 1 + weight.
 
     ``cut`` deals the elements of a norm over all heads at once. ``centred``: the mean is taken off first (LayerNorm).
-    ``once``: the product with the weight is rounded, and not what is multiplied (Gemma 4).
+    ``once``: the product with the weight is rounded, and not what is multiplied (Gemma 4, OLMo).
     ``source``: what a checkpoint calls it, where that is not its ``name``.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tpctl.arch.block import Activation, Attention, Block, CutBlock, Experts, Gated, Layer, LayerPart, Mixer
 from tpctl.arch.blueprint import Blueprint
@@ -160,6 +161,30 @@ def sandwich(sizes: Sizes, attention: Attention, mlp: Gated) -> Block:
 def norm(sizes: Sizes, name: str) -> Norm:
     """RMSNorm of the residual."""
     return Norm(name, sizes.hidden_size, sizes.eps)
+
+
+def rounded_once(blueprint: Blueprint) -> Blueprint:
+    """``blueprint`` with norms that round the product with their weight alone, as transformers has them of OLMo 2 and 3
+    and of gpt-oss."""
+
+    def once(one: Norm | None) -> Norm | None:
+        return None if one is None else replace(one, once=True)
+
+    def changed(old: Layer) -> Layer:
+        assert isinstance(old, Block)
+        attention = old.attention
+        if isinstance(attention, Attention):
+            attention = replace(attention, q_norm=once(attention.q_norm), k_norm=once(attention.k_norm))
+        return replace(
+            old,
+            before_attention=once(old.before_attention),
+            attention=attention,
+            after_attention=once(old.after_attention),
+            before_mlp=once(old.before_mlp),
+            after_mlp=once(old.after_mlp),
+        )
+
+    return replace(blueprint, layers=tuple(map(changed, blueprint.layers)), norm=replace(blueprint.norm, once=True))
 
 
 def offset_norm(sizes: Sizes, name: str) -> Norm:

@@ -19,7 +19,7 @@ class VocabParallelEmbedding(Layer):
 
     Args:
         vocab: this rank's rows of the padded vocabulary.
-        scale: what a row is multiplied by, rounded to the weight's dtype (Gemma's root of the hidden size).
+        scale: what a row is multiplied by; ``rounded``: to the weight's dtype first (Gemma's root of the hidden size).
     """
 
     def __init__(
@@ -30,11 +30,12 @@ class VocabParallelEmbedding(Layer):
         dtype: torch.dtype | None = None,
         *,
         scale: float = 1.0,
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         self.vocab = vocab
         self.group = group
-        self.scale = scale if dtype is None else float(torch.tensor(scale, dtype=dtype, device="cpu"))
+        self.scale = float(torch.tensor(scale, dtype=dtype, device="cpu")) if rounded else scale
         self.weight = nn.Parameter(torch.empty(len(vocab), hidden_size, dtype=dtype), requires_grad=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:

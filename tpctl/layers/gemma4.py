@@ -89,7 +89,7 @@ class LayerInputs:
         assert isinstance(table, Linear) and isinstance(projection, Linear) and isinstance(norm, Norm)
         (rows,) = hold(table).outputs
         self._size, self._scale = norm.size, made_of.hidden_size**-0.5
-        self._table = VocabParallelEmbedding(rows, table.inputs, group, dtype, scale=norm.size**0.5)
+        self._table = VocabParallelEmbedding(rows, table.inputs, group, dtype, scale=norm.size**0.5, rounded=True)
         self._projection = ReplicatedLinear(hold(projection), dtype)
         self._norm = RMSNorm.of(norm, dtype)
         for name, module in (

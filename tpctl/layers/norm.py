@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, unit_offset: bool 
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the rounding is that of Llama's reference. With
     ``unit_offset`` the factor is 1 + weight, and the product is rounded, as in Gemma's; with ``once`` it is rounded
-    alike, and the factor is the weight (Gemma 4). ``None``: there is no weight.
+    alike, and the factor is the weight (Gemma 4, OLMo). ``None``: there is no weight.
     """
     wide = x.float()
     # The length is one pass over the row, where square and mean are two.

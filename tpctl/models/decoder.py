@@ -221,7 +221,9 @@ class Decoder(Layer):
             of_layer = partial(hold, made_of.prefix.format(layer))
             layers.append(DecoderLayer(block, of_layer, backend, rotary, group, dtype))
         self.model = Backbone(
-            VocabParallelEmbedding(vocab, hidden, group, dtype, scale=made_of.embedding_scale),
+            VocabParallelEmbedding(
+                vocab, hidden, group, dtype, scale=made_of.embedding_scale, rounded=made_of.rounds_scale
+            ),
             layers,
             RMSNorm.of(made_of.norm, dtype),
         )

@@ -55,6 +55,7 @@ def model(fields: Fields, sizes: Sizes, blocks: tuple[Block, ...]) -> Blueprint:
         parts.offset_norm(sizes, "model.norm"),
         sizes.tied,
         embedding_scale=sizes.hidden_size**0.5,
+        rounds_scale=True,
         logit_softcap=read_cap(fields, "final_logit_softcapping"),
     )
 

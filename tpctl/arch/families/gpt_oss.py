@@ -42,7 +42,7 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
         parts.attention(sizes, rope, window, qkv_bias=bias, o_bias=bias, sinks=True)
         for window in mixed_windows(fields, kinds)
     )
-    return parts.model(sizes, tuple(parts.block(sizes, one, experts) for one in attentions))
+    return parts.rounded_once(parts.model(sizes, tuple(parts.block(sizes, one, experts) for one in attentions)))
 
 
 def _rope(fields: Fields, sizes: Sizes) -> RopeConfig:

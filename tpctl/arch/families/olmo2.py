@@ -32,7 +32,8 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     rope = read_rope(fields, ARCHITECTURE, sizes.head_dim)
     windows = no_window(fields, sizes.num_layers, rope.longest, ARCHITECTURE)
     mlp = parts.gated(sizes, parts.read_activation(fields))
-    return parts.model(sizes, tuple(block(sizes, attention(fields, sizes, rope, window), mlp) for window in windows))
+    blocks = (block(sizes, attention(fields, sizes, rope, window), mlp) for window in windows)
+    return parts.rounded_once(parts.model(sizes, tuple(blocks)))
 
 
 def attention(fields: Fields, sizes: Sizes, rope: RopeConfig, window: int | None) -> Attention:

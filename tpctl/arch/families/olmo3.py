@@ -19,13 +19,11 @@ def describe(fields: Fields, sizes: Sizes) -> Blueprint:
     thetas = {SLIDING: THETA, FULL: fields.get("rope_theta")}
     ropes = {kind: read_rope_of(kind, fields, ARCHITECTURE, sizes.head_dim, theta) for kind, theta in thetas.items()}
     mlp = parts.gated(sizes, parts.read_activation(fields))
-    return parts.model(
-        sizes,
-        tuple(
-            olmo2.block(sizes, olmo2.attention(fields, sizes, ropes[kind], window), mlp)
-            for kind, window in zip(kinds, mixed_windows(fields, kinds), strict=True)
-        ),
+    blocks = (
+        olmo2.block(sizes, olmo2.attention(fields, sizes, ropes[kind], window), mlp)
+        for kind, window in zip(kinds, mixed_windows(fields, kinds), strict=True)
     )
+    return parts.rounded_once(parts.model(sizes, tuple(blocks)))
 
 
 FAMILY = Family(ARCHITECTURE, {**olmo2.DEFAULTS, "rope_theta": THETA, "sliding_window": 4096}, olmo2.NULLABLE, describe)
