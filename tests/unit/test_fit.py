@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.packers import fp8
 from tests.unit.synthetic import RUN, make_checkpoint, make_config
 from tpctl.accounting import reserve
 from tpctl.checkpoint.metadata import read_metadata
@@ -223,18 +224,51 @@ def test_more_memory_never_holds_less(tmp_path: Path) -> None:
     assert last > 0
 
 
-@pytest.mark.slow
-def test_a_running_engine_allocates_what_was_planned(tmp_path: Path) -> None:
-    from tpctl.client.engine_client import EngineClient
+UNEVEN: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 54}
+TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "uneven heads": ("llama", UNEVEN),
+    "FP8": ("llama", {"quantization_config": fp8(16, 8).config}),
+    "experts": ("qwen3_moe", {}),
+    "experts in FP8": ("qwen3_moe", {"quantization_config": fp8(16, 8).config}),
+    "windows": ("gemma3_text", {"sliding_window": 300, "num_hidden_layers": 7}),
+    "windows and experts": ("gpt_oss", {"num_hidden_layers": 4}),
+    "states": ("qwen3_5_moe_text", {"num_hidden_layers": 4}),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_running_engine_allocates_what_was_planned(name: str, tmp_path: Path) -> None:
+    """Two ranks' weights, states and, of 50 sequences, keys and values, each within 2%."""
+    import torch
+
+    from tests.ranks import run_ranks
+    from tpctl.distributed import TPGroup
+    from tpctl.engine.engine import make_runner
+    from tpctl.layers.delta_net.state import LayerState
     from tpctl.wire.settings import EngineConfig
 
-    config = make_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=54)
-    source = make_checkpoint(tmp_path / "source", config)
+    family, changes = TAKEN[name]
+    length, seqs, memory = 1280, 50, 1 << 24
+    source = make_checkpoint(tmp_path / "source", make_config(family, max_position_embeddings=2048, **changes))
     shard_checkpoint(source, tmp_path / "shards", 2)
-    ranks = planned(source, tp_size=2).ranks
-    budget = 100_000
-    with EngineClient(EngineConfig(tmp_path / "shards", 2, kv_cache_memory=budget, block_size=16)) as engine:
-        info = engine.wait_ready()
-    assert info.weight_bytes == ranks[0].weight_bytes  # rank 0 reports itself
-    tokens = min(budget // rank.kv_bytes_per_token for rank in ranks)
-    assert info.num_blocks == tokens // info.block_size
+    report = planned(source, tp_size=2, max_model_len=length, max_num_seqs=seqs)
+    settings = {"kv_cache_memory": memory, "block_size": 128, "max_model_len": length, "max_num_seqs": seqs}
+
+    def rank(group: TPGroup) -> None:
+        runner, fit = make_runner(EngineConfig(tmp_path / "shards", 2, **settings), group), report.ranks[group.rank]
+        assert runner.loaded.weight_bytes == pytest.approx(fit.weight_bytes, rel=0.02)
+        held: dict[bool, dict[int, int]] = {False: {}, True: {}}
+        for layer in runner.kv:
+            for tensor in vars(layer).values():
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    held[isinstance(layer, LayerState)][storage.data_ptr()] = storage.nbytes()
+        states, blocks = sum(held[True].values()), sum(held[False].values())
+        assert fit.states == (2 * seqs if name == "states" else 0)
+        assert states == pytest.approx(fit.state_bytes, rel=0.02)
+        layout, whole = runner.loaded.layout, runner.memory.num_blocks
+        taken = blocks * layout.slabs(length, seqs) / whole
+        assert taken == pytest.approx(seqs * (length * fit.kv_bytes_per_token + fit.window_bytes), rel=0.02)
+
+    run_ranks(2, torch.inference_mode()(rank))
+    assert (report.windowed > 0) == ("windows" in name)
