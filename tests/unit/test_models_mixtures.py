@@ -54,6 +54,22 @@ def check(folder: Path, model: Any, shards: Path, tp_size: int, groups: int) -> 
     torch.testing.assert_close(logits_of(shards, tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "tp_size", "groups"), [("qwen3_moe", 1, 1), ("deepseek_v3", 2, 2)])
+def test_tokens_beside_it_change_no_more_of_a_token_than_its_last_bits(
+    name: str, tp_size: int, groups: int, tmp_path: Path
+) -> None:
+    """Prompt and decodes of one sequence alone, and beside up to seven others, which choose other experts."""
+    make_mixture(name, tmp_path / "model")
+    shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size, cutting=Cutting(groups))
+    prompts = torch.randint(3, 131, (8, 14), generator=torch.Generator().manual_seed(3)).tolist()
+    alone, *beside = (
+        logits_of(tmp_path / "shards", tp_size, prompts[:count], (9, 1, 1, 1, 1, 1))[0] for count in (1, 2, 5, 8)
+    )
+    for found in beside:
+        torch.testing.assert_close(found, alone, rtol=0, atol=2e-6 * alone.abs().max().item())
+        assert torch.equal(found.argmax(-1), alone.argmax(-1))
+
+
 @pytest.mark.daily(2)
 @pytest.mark.grid(2)
 @pytest.mark.parametrize(

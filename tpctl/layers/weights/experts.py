@@ -107,7 +107,8 @@ class ExpertWeights(ABC):
         self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
     ) -> Tensor:
         """This rank's partial sum of the experts that tokens chose, to which others than its own add nothing, and of
-        the shared MLP: [T, H] in the dtype of ``rows``, which depends on a token and not on those beside it.
+        the shared MLP: [T, H] in the dtype of ``rows``. A token's is its own, whatever those beside it are; in plain
+        torch but for the last bits, which a product of other rows may round otherwise.
 
         Experts are chosen in float32 whatever the model's dtype is: near ties decide a token's way.
 
