@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
+from triton.runtime.errors import PTXASError
 
 from tests.processes import with_variable
 from tpctl.distributed import TPGroup
@@ -23,13 +24,13 @@ from tpctl.engine import worker
 from tpctl.engine.runners import ahead
 from tpctl.engine.runners.ahead import Ahead, compile_one, processes
 from tpctl.kernels.common import ahead as kernels
-from tpctl.kernels.common.ahead import Compiled, KernelSpec
+from tpctl.kernels.common.ahead import Compiled, KernelSpec, was_killed
 from tpctl.kernels.common.launch import DeviceFacts
 from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.gpu  # with Triton; none is needed
 CONFIG = EngineConfig(Path("shards"), 1, device="cuda")
-SPECS = [KernelSpec("tpctl.kernels.common.norm", f"kernel {number}", "", "", "") for number in range(6)]
+SPECS = [KernelSpec("tpctl.kernels.common.norm", f"kernel {number}", "", "", "") for number in range(10)]
 
 
 class FakeOrder(NamedTuple):
@@ -104,16 +105,19 @@ def test_all_is_compiled_once_and_known_afterwards(cache: Path) -> None:
     assert again.missing is None and set(counts(cache).values()) == {1} and gone(again._pid)
 
 
-def test_what_was_deleted_from_the_cache_is_compiled_anew(cache: Path) -> None:
-    """Not waited for, as the first kernels are there."""
+@pytest.mark.parametrize("number", [1, 7, 9])
+def test_what_was_deleted_from_the_cache_is_compiled_anew(
+    number: int, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waited for, unless the first kernels are there."""
     begin().wait()
-    (cache / "BINARY3").rmdir()
-    begin().wait()
-    for _ in range(200):
-        if (cache / "BINARY3").is_dir():
-            break
-        time.sleep(0.05)
-    assert counts(cache) == {f"BINARY{n}": 1 + (n == 3) for n in range(len(SPECS))}
+    (cache / f"BINARY{number}").rmdir()
+    compiling(monkeypatch, lambda name: time.sleep(0.5))
+    again = begin()
+    again.wait()
+    assert (cache / f"BINARY{number}").is_dir() == (number < ahead._FIRST)
+    assert gone(again._pid)
+    assert counts(cache) == {f"BINARY{n}": 1 + (n == number) for n in range(len(SPECS))}
 
 
 def test_another_order_does_not_pass_for_this_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,17 +175,18 @@ def test_what_goes_on_for_ever_is_not_waited_for(cache: Path, monkeypatch: pytes
 def test_a_rank_that_waits_for_another_engine_sees_that_it_compiles(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two engines that start together: one compiles, and the other waits longer than for one that is silent."""
+    """Two engines that start together: one compiles, and the other waits longer than for one that is silent, and says
+    nothing of kernels that it has not looked at."""
     monkeypatch.setattr(ahead, "_SILENCE", 1.5)
-    compiling(monkeypatch, lambda name: time.sleep(0.9))
+    compiling(monkeypatch, lambda name: time.sleep(0.5))
     first = begin()
     while not (cache / "tpctl-ahead" / "lock").exists():
         time.sleep(0.01)
     time.sleep(0.1)
     second = begin()
-    for one in (first, second):
-        one.wait()
+    second.wait(pytest.fail)
     assert len(counts(cache)) == len(SPECS) and set(counts(cache).values()) == {1}
+    first.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -211,15 +216,38 @@ def test_a_kernel_that_does_not_compile_is_not_tried_at_each_start(
     assert again.missing is None and len(counts(cache)) == len(SPECS) - 1
 
 
-def test_what_there_was_no_room_for_is_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(name: str) -> None:
-        raise OSError(28, "No space left on device")
+def full() -> None:
+    raise OSError(28, "No space left on device")
 
-    compiling(monkeypatch, full)
+
+def out_of_memory() -> None:
+    """As Triton runs the assembler."""
+    try:
+        subprocess.run(["sh", "-c", "kill -9 $$"], check=True)
+    except subprocess.CalledProcessError as failed:
+        raise PTXASError(f"`ptxas` failed with error code {failed.returncode}")  # noqa: B904
+
+
+def out_of_memory_in_a_shell() -> None:
+    subprocess.run(["sh", "-c", "exit 137"], check=True)
+
+
+@pytest.mark.parametrize("lacking", [full, out_of_memory, out_of_memory_in_a_shell])
+def test_what_there_was_no_room_for_is_tried_again(
+    lacking: Callable[[], None], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling(monkeypatch, lambda name: lacking())
     begin().wait()
+    assert not counts(cache)
     compiling(monkeypatch, lambda name: None)
     begin().wait()
     assert len(counts(cache)) == len(SPECS)
+
+
+def test_an_assembler_that_crashes_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not was_killed(subprocess.CalledProcessError(255, "ptxas"))
+    assert not was_killed(subprocess.CalledProcessError(-signal.SIGSEGV, "ptxas"))
+    assert was_killed(subprocess.CalledProcessError(-signal.SIGKILL, "ptxas"))
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(

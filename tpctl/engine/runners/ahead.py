@@ -28,7 +28,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine.memory.host import available_host_memory
 from tpctl.engine.runners.forked import MOST_BYTES, Pool, live
 from tpctl.engine.runners.rehearsal import Order, rehearse
-from tpctl.kernels.common.ahead import Compiled, KernelSpec, compile_driver, compile_spec
+from tpctl.kernels.common.ahead import Compiled, KernelSpec, compile_driver, compile_spec, was_killed
 from tpctl.kernels.common.launch import DeviceFacts
 from tpctl.launch.environment import available_cores
 from tpctl.wire.settings import EngineConfig
@@ -42,6 +42,9 @@ _SAY = 1.0  # seconds of waiting that are not worth a word
 _SILENCE, _LONGEST = 20.0, 90.0
 """Seconds that a rank waits while it hears nothing, and at all. The largest kernels take two seconds of a core."""
 _LOOK = 0.2  # seconds between looks at what another engine has compiled
+_FIRST = 8  # kernels that are looked at before the rank is told how many of them are missing, and again after as many
+_ALIVE = b"."
+"""What the rank is told where there is nothing to count yet."""
 
 
 def compile_one(described: list[str] | None, launcher: bool = False) -> None:
@@ -50,6 +53,7 @@ def compile_one(described: list[str] | None, launcher: bool = False) -> None:
 
     Raises:
         OSError, MemoryError: there was no room for it.
+        Exception: what compiles it was killed, so nothing is known of the kernel.
     """
     if described is None:
         compile_driver()
@@ -61,7 +65,9 @@ def compile_one(described: list[str] | None, launcher: bool = False) -> None:
             folder = compile_spec(spec, launcher=launcher)
         except (OSError, MemoryError):
             raise
-        except Exception:
+        except Exception as failed:
+            if was_killed(failed):
+                raise
             folder = ""
         compiled.add(name, [folder] if folder else [])
 
@@ -76,7 +82,7 @@ class Ahead:
     """A rank's end: the process that has its kernels compiled. Made before the rank touches a GPU.
 
     Attributes:
-        missing: kernels that were found and not compiled yet so far; ``None``: none has been found.
+        missing: kernels that were found and not compiled yet so far; ``None``: so far none was looked for.
 
     Raises:
         OSError: the system has no room for a process.
@@ -142,20 +148,26 @@ class Ahead:
             message = self._socket.recv(MOST_BYTES)
         if not message:
             self._done = True
-        else:
+        elif message != _ALIVE:
             self.missing = int(message)
 
 
 class _Teller:
-    """Tells the rank how many kernels were missing so far, and by that that something goes on."""
+    """Tells the rank that something goes on, and how many kernels were missing so far."""
 
     def __init__(self, rank: socket.socket) -> None:
         self._rank = rank
         self.missing = 0
 
-    def __call__(self) -> None:
+    def count(self) -> None:
+        self._send(str(self.missing).encode())
+
+    def alive(self) -> None:
+        self._send(_ALIVE)
+
+    def _send(self, message: bytes) -> None:
         with suppress(BlockingIOError):  # it has much to read already, while it loads
-            self._rank.send(str(self.missing).encode(), socket.MSG_DONTWAIT)
+            self._rank.send(message, socket.MSG_DONTWAIT)
 
 
 def _serve(rank: socket.socket) -> None:
@@ -173,7 +185,7 @@ def _serve(rank: socket.socket) -> None:
         return
     tell = _Teller(rank)
     with (compiled.folder / "lock").open("w") as lock:
-        _take(lock, compiled, tell)
+        _take(lock, compiled, tell.alive)
         if whole in compiled:
             return
         names, failed = compile_all(order, tell)
@@ -181,7 +193,7 @@ def _serve(rank: socket.socket) -> None:
         compiled.add(whole, names)
 
 
-def _take(lock: TextIO, compiled: Compiled, tell: Callable[[], None]) -> None:
+def _take(lock: TextIO, compiled: Compiled, alive: Callable[[], None]) -> None:
     """Wait until no other engine compiles; each kernel that it has compiled is a sign that it lives."""
     known = len(compiled)
     while True:
@@ -191,7 +203,7 @@ def _take(lock: TextIO, compiled: Compiled, tell: Callable[[], None]) -> None:
         time.sleep(_LOOK)
         if (now := len(compiled)) > known:
             known = now
-            tell()
+            alive()
 
 
 def compile_all(
@@ -200,19 +212,20 @@ def compile_all(
     """Compile what is missing; the names of all kernels' notes, and how many failed to.
 
     Args:
+        tell: of how many are missing, first when ``_FIRST`` were looked at or one is compiled.
         most: processes that compile.
     """
     compiled = Compiled()
     names: list[str] = []
-    pool = Pool(compile, most or processes() or 1, tell)
-    for number, (spec, launcher) in enumerate(rehearse(order)):
+    pool = Pool(compile, most or processes() or 1, tell.count)
+    for spec, launcher in rehearse(order):
         names.append(compiled.digest(spec))
         if names[-1] not in compiled:
-            if not tell.missing:
-                pool.put(None)
             tell.missing += 1
+            if tell.missing == 1:
+                pool.put(None)
             pool.put(astuple(spec), launcher)
-        if number % 8 == 0:
-            tell()
-    tell()
+        if len(names) % _FIRST == 0:
+            tell.count()
+    tell.count()
     return names, pool.join()

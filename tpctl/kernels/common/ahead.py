@@ -12,10 +12,11 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import signal
 import threading
 from base64 import b32encode, b64decode, b64encode
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -32,7 +33,9 @@ from triton.runtime.jit import JITFunction
 from tpctl.kernels.common.launch import DeviceFacts
 
 _WITHOUT = ImportError, OSError, RuntimeError, AssertionError, CalledProcessError
-"""What is raised without a C compiler, or the driver's library: the first launch will say so."""
+"""What is raised without a C compiler, or the driver's library."""
+_KILLED = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+"""Signals that end a program for what others want or need, memory above all."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,31 @@ def unlaunched(specs: dict[KernelSpec, None]) -> Iterator[None]:
         JITFunction._do_compile, JITFunction.run = compile, run
 
 
+def was_killed(failed: BaseException | None) -> bool:
+    """Whether a compilation ``failed`` since a program that it ran, the assembler or the C compiler, was ended from
+    outside: as it runs by itself, or in a shell, which adds 128 to a signal's number."""
+    while failed is not None:
+        if isinstance(failed, CalledProcessError) and (
+            -failed.returncode in _KILLED or failed.returncode - 128 in _KILLED
+        ):
+            return True
+        failed = failed.__cause__ or failed.__context__
+    return False
+
+
+@contextmanager
+def _as_far_as_there_is_a_compiler() -> Iterator[None]:
+    """Without a C compiler, or the driver's library, the first launch will say so."""
+    try:
+        yield
+    except _WITHOUT as failed:
+        if was_killed(failed):
+            raise
+
+
 def compile_driver() -> None:
     """Compile what Triton loads and launches kernels with into its cache, if it is not there."""
-    with suppress(*_WITHOUT):
+    with _as_far_as_there_is_a_compiler():
         from triton.backends.nvidia.driver import CudaUtils
 
         CudaUtils()
@@ -141,7 +166,7 @@ def compile_spec(spec: KernelSpec, *, launcher: bool = True) -> str:
     kernel, (signature, constants, options, attributes) = _kernel(spec), spec.parts()
     compiled: Any = kernel._do_compile("", signature, 0, constants, options, attributes, warmup=True)
     if launcher:
-        with suppress(*_WITHOUT):
+        with _as_far_as_there_is_a_compiler():
             from triton.backends.nvidia.driver import CudaLauncher
 
             CudaLauncher(compiled.src, compiled.metadata)
