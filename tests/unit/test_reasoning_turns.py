@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.unit.fake_client import FakeClient, ScriptedPrompt, write_tokenizer
-from tests.unit.thinking import MODELS
+from tests.unit.thinking import MODELS, Model
 from tpctl.chat.repl import Repl
 from tpctl.chat.saved import SavedChat
 from tpctl.chat.screen import Screen
@@ -37,6 +37,11 @@ ANSWERS = {
         for thought, text in (("hm", "Yes"), ("so", "No"))
     ),
     "gemma4": ("<|channel>thought\nhm\n<channel|>Yes", "<|channel>thought\nso\n<channel|>No"),
+    "r1": ("hm\n</think>\n\nYes", "so\n</think>\n\nNo"),
+    "command": tuple(
+        f"<|START_THINKING|>{thought}<|END_THINKING|><|START_RESPONSE|>{text}<|END_RESPONSE|>"
+        for thought, text in (("hm", "Yes"), ("so", "No"))
+    ),
     "no thoughts": ("Yes", "No"),
 }
 KEPT = {  # how an answer with a thought stands in the prompt of the next turn
@@ -47,6 +52,8 @@ KEPT = {  # how an answer with a thought stands in the prompt of the next turn
     "mistral": "[THINK]hm[/THINK]Yes</s>",
     "gpt_oss": "<|start|>assistant<|channel|>final<|message|>Yes<|end|>",
     "gemma4": "<|turn>model\nYes<turn|>\n",
+    "r1": "<｜Assistant｜>Yes<｜end▁of▁sentence｜>",
+    "command": "<|CHATBOT_TOKEN|><|START_RESPONSE|>Yes<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
     "no thoughts": "<|im_start|>assistant\nYes<|im_end|>\n",
 }
 
@@ -218,7 +225,7 @@ def test_one_message_prints_the_answer_alone_to_stdout(qwen: Tokenizer, capsys: 
     assert tuple(capsys.readouterr()) == ("Yes\n", "")
 
 
-def test_thoughts_as_a_part_of_the_content_are_kept_or_refused(tmp_path: Path) -> None:
+def test_thoughts_as_a_part_of_the_content_are_kept_or_left_out(tmp_path: Path) -> None:
     mistral = MODELS["mistral"].tokenizer(tmp_path / "mistral")
     messages = [
         {"role": "user", "content": "a"},
@@ -227,5 +234,15 @@ def test_thoughts_as_a_part_of_the_content_are_kept_or_refused(tmp_path: Path) -
     ]
     assert mistral.template.render(messages) == "<s>[INST]a[/INST][THINK]c[/THINK]b</s>[INST]d[/INST]"
     reads_none = Tokenizer(write_tokenizer(tmp_path / "other", template=MODELS["no thoughts"].template))
-    with pytest.raises(RequestError, match='has the field "reasoning", which the model'):
-        reads_none.template.render(messages)
+    assert "<|im_start|>assistant\nb<|im_end|>" in reads_none.template.render(messages)
+    cut_off = [messages[0], {"role": "assistant", "content": None, "reasoning_content": "c"}, messages[2]]
+    assert "<|im_start|>assistant\n<|im_end|>" in reads_none.template.render(cut_off)
+    with pytest.raises(RequestError, match='message 1 has the field "reasoning", which the model'):
+        reads_none.template.render([{**messages[0], "reasoning": "c"}])
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none(tmp_path: Path) -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    assert "<|im_start|>system\nBe brief." in MODELS["qwen3"].tokenizer(tmp_path / "a").template.render(messages)
+    knows = Model("{% for m in messages %}{{ 'd' if m.role == 'developer' else m.role }}:{{ m.content }} {% endfor %}")
+    assert knows.tokenizer(tmp_path / "b").template.render(messages) == "d:Be brief. user:a "

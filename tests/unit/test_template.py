@@ -195,7 +195,7 @@ def test_fields_are_those_of_transformers(process: TemplateProcess, tmp_path: Pa
     ("source", "field", "refused"),
     [
         (CHATML, "tool_calls", True),
-        (CHATML, "reasoning", True),
+        (CHATML, "reasoning", False),  # of an answer: it is left out
         (CHATML, "weight", True),
         (FIELDS, "tool_calls", False),
         (FIELDS, "name", False),  # a field of a call, but nothing tells them apart

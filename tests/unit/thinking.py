@@ -99,6 +99,24 @@ GEMMA4 = """{{- bos_token }}{% for message in messages %}
 {%- if enable_thinking is defined and not enable_thinking %}{{- '<|channel>thought\\n<channel|>' }}{% endif %}
 {%- endif %}"""
 
+# As DeepSeek-R1's distillations and QwQ: thoughts are told from the content, and none are read.
+R1 = """{{- bos_token }}{% for message in messages %}
+{%- if message.role == 'user' %}{{- '<｜User｜>' + message.content }}
+{%- elif message.role == 'assistant' %}{% set content = message.content %}
+{%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}
+{{- '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}
+{%- else %}{{- message.content }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜><think>\\n' }}{% endif %}"""
+
+# Command R7B and A: an answer has marks of its own; thoughts stand before calls alone, under another name.
+COMMAND = """{{- bos_token }}{% for message in messages %}
+{%- if message.role == 'assistant' %}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}
+{%- if message.tool_calls %}{{- '<|START_THINKING|>' + message.tool_plan + '<|END_THINKING|>' }}
+{%- else %}{{- '<|START_RESPONSE|>' + message.content + '<|END_RESPONSE|>' }}{% endif %}
+{%- else %}{{- '<|START_OF_TURN_TOKEN|><|' + message.role | upper + '_TOKEN|>' + message.content }}{% endif %}
+{{- '<|END_OF_TURN_TOKEN|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"""
+
 INSTRUCT = """{% for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -135,6 +153,14 @@ MODELS = {
     ),
     "gemma4": Model(
         GEMMA4.replace("bos_token", "'<bos>'"), ("<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>")
+    ),
+    "r1": Model(
+        R1.replace("bos_token", "'<s>'"), ("<s>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), THINK
+    ),
+    "command": Model(
+        COMMAND.replace("bos_token", "'<s>'"),
+        ("<s>", *(f"<|{name}_TOKEN|>" for name in ("START_OF_TURN", "END_OF_TURN", "USER", "CHATBOT", "SYSTEM"))),
+        tuple(f"<|{end}_{what}|>" for what in ("THINKING", "RESPONSE") for end in ("START", "END")),
     ),
     "no thoughts": Model(INSTRUCT, TURNS, THINK),
 }

@@ -1,7 +1,8 @@
 """The messages of a conversation, as a chat template is given them.
 
 A message is a JSON object with a ``role``, a ``content``, and whatever else the model's template reads. What it does
-not read is refused by name, so that nothing somebody wrote is dropped without a word.
+not read is refused by name, so that nothing somebody wrote is dropped without a word; but for what was thought before
+an earlier answer, which most templates leave out.
 """
 
 from __future__ import annotations
@@ -82,6 +83,27 @@ class Uses:
         return field in REASONING and any(other in self.names for other in REASONING)
 
 
+def suited(messages: Sequence[Message], uses: Uses) -> list[Message]:
+    """Messages as they are said to a model whose template reads ``uses``.
+
+    What was thought before an answer is left out where it reads no thoughts, and so is what OpenAI's client makes of an
+    answer of a given form: such answers come back in the next request. A ``developer``, whom newer interfaces have in
+    the place of ``system``, is called so unless the template knows him.
+    """
+    return [_suited(message, uses) for message in messages]
+
+
+def _suited(message: Message, uses: Uses) -> Message:
+    role = message.get("role")
+    if role == "developer" and role not in uses.names:
+        return {**message, "role": "system"}
+    unread = [name for name in (*REASONING, "parsed") if name in message and not uses.reads(name)]
+    if role != "assistant" or not unread:
+        return message
+    said = {name: value for name, value in message.items() if name not in unread}
+    return {**said, "content": ""} if said.get("content") is None else said
+
+
 def refuse_unread(messages: Sequence[Message], uses: Uses) -> None:
     """Refuse fields that a template does not read.
 
@@ -110,7 +132,8 @@ def prepared(
     where the template takes it as a part of the content, before the others, there as well.
     The arguments of a tool's call, which services write as text, become the object that templates expect, or stay text
     where the template takes nothing else; a message of calls alone has an empty content. Parts of a
-    content are one text, line by line, where the template takes no parts.
+    content are one text, line by line, where the template takes no parts. What OpenAI's client makes of a call's
+    arguments and puts beside them is left out.
     """
     ordered = messages if "tool_call_id" in uses.names else in_order(messages)
     if "name" in uses.names:
@@ -178,14 +201,22 @@ def _prepared(
         fields["content"] = thought_parts(thought, fields["content"])
     if fields.get("tool_calls"):
         fields.setdefault("content", "")
-    if isinstance(fields.get("tool_calls"), list) and not uses.text_arguments and not text_arguments():
-        fields["tool_calls"] = [_call(call) for call in fields["tool_calls"]]
+    if isinstance(fields.get("tool_calls"), list):
+        as_text = uses.text_arguments or text_arguments()
+        fields["tool_calls"] = [call if as_text else _call(call) for call in map(_unparsed, fields["tool_calls"])]
     return fields
 
 
 def _thoughts(message: Message) -> dict[str, Any]:
     """What a message holds of thoughts, by the names for them; what is null or empty is none."""
     return {name: message[name] for name in REASONING if message.get(name) not in _NOTHING}
+
+
+def _unparsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "parsed_arguments" not in function:
+        return call
+    return {**call, "function": {name: value for name, value in function.items() if name != "parsed_arguments"}}
 
 
 def _call(call: Any) -> Any:

@@ -9,7 +9,7 @@ template that renders earlier thoughts, or leaves them out, names the mark that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,16 @@ class Tags:
     Attributes:
         label: what follows the opening tag each time, and is no part of a thought.
         ids: of the two tags, where each is an added token; else they are found in the text.
+        around: marks before and behind the answer itself, which are no part of it.
+        around_ids: of those of them that are added tokens; others are text.
     """
 
     open: str
     close: str
     label: str = ""
     ids: tuple[int, int] | None = None
+    around: tuple[str, ...] = ()
+    around_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ _TAGS = (
     Tags("[THINK]", "[/THINK]"),  # Magistral, Ministral 3
     Tags("<seed:think>", "</seed:think>"),
     Tags("<|channel>", "<channel|>", label="thought\n"),  # Gemma 4
+    Tags("<|START_THINKING|>", "<|END_THINKING|>", around=("<|START_RESPONSE|>", "<|END_RESPONSE|>")),  # Command R7B, A
 )
 _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 
@@ -64,5 +69,6 @@ def find_form(template: str, added: Mapping[str, int]) -> Form | None:
         if tags.close in template:
             single = tags.open in added and tags.close in added
             ids = (added[tags.open], added[tags.close]) if single else None
-            return Tags(tags.open, tags.close, tags.label, ids)
+            around = frozenset(added[mark] for mark in tags.around if mark in added)
+            return replace(tags, ids=ids, around_ids=around)
     return None

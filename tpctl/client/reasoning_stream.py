@@ -124,6 +124,8 @@ class _TagSplitter:
         self._answer = _Trimmed()
 
     def push(self, id: int) -> list[Segment]:
+        if id in self._tags.around_ids:
+            return self._pass_mark()
         if id != self._awaited():
             return self._take(self._detokenizer.push(id))
         found = self._take(self._detokenizer.finish())
@@ -163,6 +165,14 @@ class _TagSplitter:
             return []
         self._place = _Place.answer
         return _segments(self._thoughts.finish(), reasoning=True)
+
+    def _pass_mark(self) -> list[Segment]:
+        """Go on behind a mark that the answer begins or ends with: what is thought ends there, too."""
+        found = self._take(self._detokenizer.finish())
+        if self._place is _Place.reasoning:
+            return found + self._pass_tag()
+        held, self._held, self._place = self._held.strip(), "", _Place.answer
+        return found + _segments(held)
 
     def _take(self, text: str) -> list[Segment]:
         if not text:

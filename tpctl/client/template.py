@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread, thought_parts
+from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread, suited, thought_parts
 from tpctl.client.fields import UnreadVariable
 from tpctl.client.template_process import LIMITS, TemplateProcess
 from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
@@ -115,6 +115,7 @@ class ChatTemplate:
     ) -> dict[str, Any]:
         """Variables of one conversation."""
         self._check_variables(variables or {})
+        messages = suited(messages, self.uses)
         refuse_unread(messages, self.uses)
         ready = prepared(
             messages, self.uses, lambda: self._takes_parts, lambda: self._takes_thoughts, lambda: self._wants_texts

@@ -76,8 +76,6 @@ class _Conversation:
 
     def _say(self, number: int, item: dict[str, Any]) -> None:
         message = {"role": item.get("role"), "content": item.get("content")}
-        if message["role"] == "developer":
-            message["role"] = "system"
         if isinstance(message["content"], list):
             message["content"] = _joined(message["content"], number, _TEXTS)
         self.messages.append(self._with_thought(message))
