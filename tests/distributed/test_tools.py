@@ -151,11 +151,28 @@ def test_the_client_parses_calls(client: openai.OpenAI) -> None:
     assert isinstance(call.function.parsed_arguments, Weather)
 
 
-def test_what_tools_cannot_be_had_with(client: openai.OpenAI) -> None:
-    strict: Any = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}]
-    with pytest.raises(openai.BadRequestError, match="no token of their own"):  # <tool_call> is text for this tokenizer
-        client.chat.completions.create(model="demo", messages=ASKED, tools=strict)
-    with pytest.raises(openai.BadRequestError, match="an answer can have one form"):
-        client.chat.completions.create(
-            model="demo", messages=ASKED, tools=TOOLS, response_format={"type": "json_object"}
+def test_the_client_parses_calls_that_need_not_be_made(client: openai.OpenAI) -> None:
+    """Its tools are strict, and <tool_call> is text for this tokenizer."""
+    tools = [openai.pydantic_function_tool(Weather)]
+    answer = client.chat.completions.parse(model="demo", messages=ASKED, tools=tools, max_tokens=40, temperature=0)
+    assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
+
+
+def test_an_answer_calls_or_has_its_form(client: openai.OpenAI) -> None:
+    ok = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "ok", "schema": ok, "strict": True}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model="demo", messages=ASKED, tools=TOOLS, response_format=form, max_tokens=160, seed=seed
         )
+        choice = answer.choices[0]
+        for call in choice.message.tool_calls or ():
+            assert call.type == "function"
+            check(call.function.name, call.function.arguments)
+        if choice.finish_reason == "stop":
+            jsonschema.validate(json.loads(choice.message.content or ""), ok)

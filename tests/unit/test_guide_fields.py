@@ -156,9 +156,51 @@ def test_a_form_begins_behind_a_thought_that_the_template_opens(tmp_path: Path) 
 def test_a_form_is_refused_where_it_is_not_known_where_thoughts_end(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="choice: the model thinks before it answers, and </think> is no token"):
         behind_a_prompt(Model(OPENS, TURNS), tmp_path)
-    marks = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
-    with pytest.raises(RequestError, match=r"choice: answers of this model are several messages \(harmony\)"):
-        behind_a_prompt(Model(GPT_OSS, marks), tmp_path)
+
+
+MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+THOUGHT = "<|channel|>analysis<|message|>So {.<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("fields", "good", "bad"),
+    [
+        ({"choice": ["a", "b"]}, "b", "c"),
+        ({"regex": r"\d+/"}, "42/", "4a"),
+        ({"grammar": 'start: word+\nword: "ab" | PAIR\nPAIR: /c[de]/'}, "abcdab", "abcf"),
+        ({"response_format": of_schema(SCHEMA)}, '{"b": null, "a": 7}', '{"b": 1'),
+        ({"response_format": {"type": "json_object"}}, '{"x": [1]}', "[1"),
+    ],
+)
+def test_the_last_of_several_messages_has_the_form(fields: dict[str, Any], good: str, bad: str, tmp_path: Path) -> None:
+    tokenizer = Model(GPT_OSS, MARKS).tokenizer(tmp_path)
+    form, prompt = tokenizer.reasoning, tokenizer.encode_chat([{"role": "user", "content": "Why?"}])
+    guide = guided(SamplingParams.from_dict(fields), tokenizer, prompt, form).guide
+    assert guide is not None
+    grammars = Grammars(tmp_path)
+    grammars.suit(tokenizer.backend.get_vocab_size(), [tokenizer.added_ids["<|return|>"]])
+    end = tokenizer.added_ids["<|return|>"]
+
+    def taken(text: str) -> bool:
+        ids = [*tokenizer.encode_rendered(text), end]
+        matcher = grammars.matcher(guide)
+        left = len(ids) - matcher.try_consume_tokens(ids)
+        return left == 0 or (left == 1 and matcher.is_stopped())
+
+    for before in ("", THOUGHT):
+        assert taken(before + FINAL + good) and not taken(before + FINAL + bad)
+    assert not taken(good) and not taken(f"{THOUGHT}{THOUGHT}{FINAL}{good}")
+
+
+def test_what_is_said_of_a_form_names_its_field(tmp_path: Path) -> None:
+    tokenizer = Model(GPT_OSS, MARKS).tokenizer(tmp_path)
+    for fields, said in (
+        ({"grammar": "start: x"}, "grammar: "),
+        ({"choice": ["a" * (MOST_CHARACTERS - 20)]}, "choice has 262"),
+    ):
+        with pytest.raises(RequestError, match=f"^{said}"):
+            guided(SamplingParams.from_dict(fields), tokenizer, [1], tokenizer.reasoning)
 
 
 def test_control_tokens_are_no_text_but_a_grammar_may_name_them(tmp_path: Path) -> None:

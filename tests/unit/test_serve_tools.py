@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
@@ -80,6 +82,71 @@ def test_calls_of_a_chat_stream(tokenizer: Tokenizer) -> None:
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Its template marks thoughts, and reads none of earlier turns."""
+    folder: Path = tmp_path_factory.mktemp("thinking")
+    return MODELS["hermes, thinking"].tokenizer(folder)
+
+
+def weather_teller(tokenizer: Tokenizer) -> FakeEngine:
+    """Thinks, calls for two cities' weather, and tells it once it knows."""
+
+    def say(tokenizer: Tokenizer, request: Request) -> str:
+        known = "rain" in tokenizer.decode(request.token_ids)
+        return f"<think>\nhm\n</think>\n\n{'It rains.' if known else f'{CALL}{CALL}'}"
+
+    return FakeEngine(tokenizer, say=say, max_model_len=2048)
+
+
+def test_the_loop_of_the_documentation(thinking: Tokenizer) -> None:
+    page = Path(__file__).parents[2] / "docs" / "tools.md"
+    loop = page.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    made, kept = 'OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")', loop
+    loop = loop.replace(made, 'OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http)')
+    assert loop != kept
+    with served(thinking, weather_teller(thinking)) as (http, server):
+        said: dict[str, Any] = {"http": http}
+        exec(loop, said)
+        assert said["answer"].content == "It rains." and said["answer"].reasoning_content == "hm"
+        first, second = (thinking.decode(one.token_ids, skip_special=False) for one in server.engines[0].requests)
+        assert second.count("4 degrees, rain") == 2 and second.count("<tool_call>") == 2 and "hm" not in second
+        assert second.startswith(first)
+
+
+def test_a_response_goes_on_from_its_output(thinking: Tokenizer) -> None:
+    with served(thinking, weather_teller(thinking)) as (http, server):
+        client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http)
+        items: list[Any] = [{"role": "user", "content": "Hi"}]
+        tools: Any = FLAT
+        answer = client.responses.create(model="demo", input=items, tools=tools)
+        assert [item.type for item in answer.output] == ["reasoning", "function_call", "function_call"]
+        items += answer.output
+        for call in answer.output[1:]:
+            assert call.type == "function_call"
+            items.append({"type": "function_call_output", "call_id": call.call_id, "output": "rain"})
+        answer = client.responses.create(model="demo", input=items, tools=tools)
+        assert answer.output_text == "It rains."
+        items += answer.output
+        assert client.responses.create(model="demo", input=items, tools=tools).output_text == "It rains."
+        assert "hm" not in thinking.decode(server.engines[0].requests[-1].token_ids)
+
+
+def test_what_the_client_parsed_goes_back(tokenizer: Tokenizer) -> None:
+    """OpenAI's client puts what it made of an answer beside it, and sends that, too."""
+    call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}", "parsed_arguments": {}}}
+    said = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": '{"a": 1}', "parsed": {"a": 1}},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    with served(tokenizer) as (client, server):
+        assert client.post(CHAT, json=chat(messages=said, tools=TOOLS)).status_code == 200
+        assert "parsed" not in tokenizer.decode(server.engines[0].requests[0].token_ids)
+        found = error(client.post(CHAT, json=chat(messages=[{**said[0], "parsed": 1}])), 400)
+        assert 'the field "parsed"' in found.message
+
+
 def test_a_broken_call_is_text(tokenizer: Tokenizer) -> None:
     with served(tokenizer, saying(tokenizer, BROKEN)) as (client, _):
         body = client.post(CHAT, json=chat(tools=TOOLS)).json()["choices"][0]
@@ -112,6 +179,10 @@ def test_calls_that_are_required_have_a_grammar(tokenizer: Tokenizer) -> None:
         assert "TEXT" in str(server.engines[0].requests[-1].sampling.grammar)
         client.post(CHAT, json=chat(tools=TOOLS))
         assert server.engines[0].requests[-1].sampling.grammar is None
+        both = chat(tools=TOOLS, response_format={"type": "json_object"})
+        assert client.post(CHAT, json=both).status_code == 200
+        sampling = server.engines[0].requests[-1].sampling
+        assert "get_weather" in str(sampling.grammar) and sampling.response_format is None
 
 
 def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -119,7 +190,7 @@ def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> Non
         for more, param, said in (
             ({"tools": 3}, "tools", "tools is 3"),
             ({"tools": TOOLS, "tool_choice": "x"}, "tool_choice", 'tool_choice is "x"'),
-            ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools", "one form"),
+            ({"tools": TOOLS, "grammar": "start: x"}, "tools", "grammar beside tools: "),
             ({"functions": TOOLS}, "functions", "functions is"),
         ):
             found = error(client.post(CHAT, json=chat(**more)), 400)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from tests.unit.test_tools_models import USER, model
 from tests.unit.tool_models import MODELS
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.client.tools.asked import ToolsError, read_tools, with_tools
+from tpctl.client.tools.asked import Tools, ToolsError, read_tools, with_tools
 from tpctl.client.tools.enforced import formed, grammar
 from tpctl.engine.guiding.grammars import Grammars
+from tpctl.errors import RequestError
+from tpctl.wire.guide import of_schema
 from tpctl.wire.messages import Output
 from tpctl.wire.sampling import SamplingParams
 
@@ -45,16 +48,25 @@ def _strict(schema: dict[str, Any]) -> dict[str, Any]:
 CALLS = [("set_light", {"room": "attic", "level": 7}), ("now", {})]
 
 
-def matcher(tokenizer: Tokenizer, name: str, folder: Path, **more: Any) -> Any:
+def matcher(tokenizer: Tokenizer, name: str, folder: Path, form: dict[str, Any] | None = None, **more: Any) -> Any:
+    """Of a grammar for calls, its tools, and the token that ends an answer; ``form``: what else an answer may be."""
     asked = read_tools({"tools": TOOLS, **more})
     assert asked is not None
     MODELS[name].tokenizer(folder)
     grammars = Grammars(folder)
     ends = [tokenizer.backend.token_to_id("<|call|>" if name == "gpt-oss" else "</s>")]
     grammars.suit(tokenizer.backend.get_vocab_size(), ends)
-    guide = SamplingParams(grammar=grammar(tokenizer, asked, tokenizer.reasoning)).guide
+    other = SamplingParams.from_dict(form or {}).guide
+    guide = SamplingParams(grammar=grammar(tokenizer, asked, tokenizer.reasoning, other)).guide
     assert guide is not None
     return grammars.matcher(guide), asked, ends[0]
+
+
+def all_taken(found: Any, ids: Sequence[int]) -> bool:
+    """Whether tokens, of which the last ends an answer, are one; a grammar may be over before that."""
+    one = found.deep_copy()
+    taken = one.try_consume_tokens(list(ids))
+    return taken == len(ids) or (taken == len(ids) - 1 and one.is_stopped())
 
 
 def written(tokenizer: Tokenizer, name: str, count: int) -> str:
@@ -79,8 +91,25 @@ def test_what_templates_write_is_in_the_grammar(name: str, tmp_path: Path) -> No
     tokenizer = model(name)
     found, _, end = matcher(tokenizer, name, tmp_path, tool_choice="required")
     ids = tokenizer.encode_rendered(written(tokenizer, name, 1 if name == "llama" else 2))
-    taken = found.try_consume_tokens([*ids, end])
-    assert taken == len(ids) + 1 or (taken == len(ids) and found.is_stopped())
+    assert all_taken(found, [*ids, end])
+
+
+def walked(tokenizer: Tokenizer, found: Any, asked: Tools, end: int, rng: random.Random) -> TextStream:
+    """An answer of a model that writes anything that is allowed."""
+    size = tokenizer.backend.get_vocab_size()
+    stream = TextStream(tokenizer, (), tokenizer.encode_chat([USER]), form=tokenizer.reasoning, tools=asked)
+    for _ in range(600):
+        words = np.frombuffer(found.compute_bitmask(), dtype=np.uint32)
+        allowed = [id for id in range(size) if words[id // 32] >> (id % 32) & 1]
+        assert allowed
+        # Ends of texts are likely, so that thoughts and white space come to an end.
+        marks = [id for id in allowed if id >= 256]
+        id = rng.choice(marks if marks and rng.random() < 0.3 else allowed)
+        assert found.try_consume_tokens([id]) == 1 or (id == end and found.is_stopped())
+        stream.push(Output("a", [id], "stop" if id == end else None))
+        if stream.finish_reason is not None:
+            break
+    return stream
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -91,19 +120,7 @@ def test_whatever_a_model_prefers_its_calls_validate(name: str, seed: int, tmp_p
     if seed == 1:
         more["tool_choice"] = {"type": "function", "function": {"name": "set_light"}}
     found, asked, end = matcher(tokenizer, name, tmp_path, **more)
-    size = tokenizer.backend.get_vocab_size()
-    stream = TextStream(tokenizer, (), tokenizer.encode_chat([USER]), form=tokenizer.reasoning, tools=asked)
-    for _ in range(600):
-        words = np.frombuffer(found.compute_bitmask(), dtype=np.uint32)
-        allowed = [id for id in range(size) if words[id // 32] >> (id % 32) & 1]
-        assert allowed
-        # Ends of texts are likely, so that thoughts and white space come to an end.
-        marks = [id for id in allowed if id >= 256]
-        id = rng.choice(marks if marks and rng.random() < 0.3 else allowed)
-        assert found.try_consume_tokens([id]) == 1
-        stream.push(Output("a", [id], "stop" if id == end else None))
-        if stream.finish_reason is not None:
-            break
+    stream = walked(tokenizer, found, asked, end, rng)
     assert stream.finish_reason == "tool_calls" and stream.text == ""
     (call,) = stream.calls
     jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
@@ -137,12 +154,6 @@ def test_strict_tools_are_held_to_where_they_are_called(tmp_path: Path) -> None:
             'tool_choice: f: "a" has pattern, which cannot be enforced in texts between tags',
         ),
         ("gemma", {"tool_choice": "required"}, "tool_choice: the arguments in calls of this model are no JSON (gemma)"),
-        (
-            "hermes by text",
-            {"tools": STRICT},
-            "tools with strict: calls of this model begin with no token of their own",
-        ),
-        ("llama", {"tools": STRICT}, "tools with strict: calls of this model begin with no token of their own"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused(name: str, fields: dict[str, Any], said: str) -> None:
@@ -150,6 +161,121 @@ def test_what_cannot_be_enforced_is_refused(name: str, fields: dict[str, Any], s
     with pytest.raises(ToolsError) as error:
         formed(SamplingParams(), tokenizer, [1], tokenizer.reasoning, asked)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "hermes by text", "qwen-xml by text", "glm by text"])
+def test_strict_tools_whose_calls_begin_with_no_token(name: str, tmp_path: Path) -> None:
+    tokenizer = model(name)
+    found, _, end = matcher(tokenizer, name, tmp_path, tools=STRICT)
+    call, encode = written(tokenizer, name, 1), tokenizer.encode_rendered
+
+    def takes(text: str) -> bool:
+        return all_taken(found, [*(encode(text) if text else ()), end])
+
+    assert takes("No { call, <b>.") and takes("") and takes(call)
+    wrong = call.replace("attic", "cellar")
+    assert wrong != call and not takes(wrong)
+    if name == "llama":
+        assert takes(f"<|python_tag|>{call}") and takes(f"Well. <|python_tag|>{call}")
+        assert not takes(f"<|python_tag|>{wrong}") and not takes(' {"a": 1}')
+    else:
+        assert takes(f"Well. {call} Done.") and not takes(f"Well. {wrong}") and not takes(f"Well. {call} {call[:12]}")
+
+
+def test_strict_tools_are_let_be_where_nothing_tells_what_a_call_is() -> None:
+    tokenizer, asked = model("gemma"), read_tools({"tools": STRICT})
+    assert formed(SamplingParams(), tokenizer, [1], tokenizer.reasoning, asked) == SamplingParams()
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "room": {"enum": ["hall"]}},
+    "required": ["name", "room"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "mistral, a list"])
+def test_an_answer_calls_or_has_its_form(name: str, tmp_path: Path) -> None:
+    tokenizer = model(name)
+    form = {"response_format": of_schema(PERSON)}
+    found, _, end = matcher(tokenizer, name, tmp_path, form=form)
+    final = "<|channel|>final<|message|>" if name == "gpt-oss" else ""
+
+    def takes(text: str) -> bool:
+        return all_taken(found, [*tokenizer.encode_rendered(text), end])
+
+    person = json.dumps({"name": "set_", "room": "hall"})
+    assert takes(final + person)
+    if name != "gpt-oss":  # whose template writes calls as no answer begins
+        assert takes(written(tokenizer, name, 1)) and not takes(written(tokenizer, name, 1).replace("attic", "hall "))
+    for wrong in ("Well.", person.replace("hall", "attic"), person.replace("set_", "set_light"), f"{person} {person}"):
+        assert not takes(final + wrong)
+
+
+@pytest.mark.parametrize("name", ["hermes", "hermes by text", "llama", "gpt-oss"])
+def test_whatever_a_model_prefers_it_calls_or_has_its_form(name: str, tmp_path: Path) -> None:
+    tokenizer, kinds = model(name), set()
+    form = {"response_format": of_schema(PERSON)}
+    found, asked, end = matcher(tokenizer, name, tmp_path, form=form, parallel_tool_calls=False)
+    for seed in range(8):
+        stream = walked(tokenizer, found.deep_copy(), asked, end, random.Random(seed))
+        if stream.finish_reason == "tool_calls":
+            (call,) = stream.calls
+            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+        else:
+            assert stream.finish_reason == "stop"
+            jsonschema.validate(json.loads(stream.text), PERSON)
+        kinds.add(stream.finish_reason)
+    assert kinds == {"stop", "tool_calls"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("gemma", {"choice": ["a"]}, "choice beside tools: the arguments in calls of this model are no JSON (gemma)"),
+        ("llama", {"choice": ["a"]}, "choice beside tools: calls of this model begin with no mark"),
+    ],
+)
+def test_a_form_that_cannot_be_had_beside_tools(name: str, fields: dict[str, Any], said: str) -> None:
+    tokenizer, asked = model(name), read_tools({"tools": TOOLS})
+    with pytest.raises(ToolsError) as error:
+        formed(SamplingParams.from_dict(fields), tokenizer, [1], tokenizer.reasoning, asked)
+    assert said in str(error.value)
+
+
+def test_forms_of_every_kind_beside_tools(tmp_path: Path) -> None:
+    tokenizer = model("hermes")
+    for number, (fields, text) in enumerate(
+        (
+            ({"choice": ["yes", "no"]}, "no"),
+            ({"regex": r"\d+"}, "42"),
+            ({"grammar": 'start: "a" PAIR\nPAIR: "b" | "c"'}, "ac"),
+        )
+    ):
+        found, _, end = matcher(tokenizer, "hermes", tmp_path / str(number), form=fields)
+        for said in (text, written(tokenizer, "hermes", 2)):
+            assert all_taken(found, [*tokenizer.encode_rendered(said), end])
+        assert found.try_consume_tokens(tokenizer.encode_rendered("x")) == 0
+
+
+def test_a_schema_with_definitions_stands_beside_a_form(tmp_path: Path) -> None:
+    tokenizer = model("llama")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/one"}},
+        "$defs": {"one": {"enum": [1]}},
+        "required": ["a"],
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    found, _, end = matcher(tokenizer, "llama", tmp_path, form={"response_format": of_schema(PERSON)}, tools=tools)
+    encode, begun = tokenizer.encode_rendered, '{"name": "f", "parameters": {"a": '
+    assert all_taken(found, [*encode(begun + "1}}"), end])
+    assert found.try_consume_tokens(encode(begun + "2")) == len(encode(begun))
+    itself = {"type": "object", "properties": {"more": {"$ref": "#"}}}
+    tools[0]["function"]["parameters"] = itself  # type: ignore[index]
+    with pytest.raises(RequestError, match="f: its schema refers to itself"):
+        matcher(tokenizer, "llama", tmp_path, form={"response_format": of_schema(PERSON)}, tools=tools)
 
 
 def test_a_schema_that_cannot_be_enforced_is_named() -> None:

@@ -17,6 +17,8 @@ from tpctl.client.deep_threads import deep_thread, said
 from tpctl.client.reasoning import Form, Tags
 from tpctl.client.reasoning_stream import begins_in_thought
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.client.tools.harmony import messages
+from tpctl.client.tools.lark import Lark, digits
 from tpctl.errors import RequestError
 from tpctl.wire.guide import Guide
 from tpctl.wire.sampling import SamplingParams
@@ -51,12 +53,28 @@ def guided(sampling: SamplingParams, tokenizer: Tokenizer, prompt: Sequence[int]
         return sampling
     name = sampling.guide.name
     if not isinstance(form, Tags):
-        raise RequestError(f"{name}: answers of this model are several messages (harmony), which tpctl cannot form yet")
+        lark = Lark(tokenizer.added_ids, WHITESPACE, {}, frozenset())
+        return with_grammar(sampling, lark.grammar(messages(lark, None, form, lark.form(sampling.guide))))
     if not begins_in_thought(tokenizer, prompt, form):
         return sampling
     if form.ids is None:
         raise RequestError(f"{name}: the model thinks before it answers, and {form.close} is no token of its own")
     return replace(sampling, guide_after=form.ids[1])
+
+
+def with_grammar(sampling: SamplingParams, grammar: str) -> SamplingParams:
+    """Sampling with a grammar in the place of the form that was asked for, of which it is made.
+
+    Raises:
+        RequestError: it is not taken.
+    """
+    asked = None if sampling.guide is None else sampling.guide.name
+    try:
+        made = replace(sampling, response_format=None, regex=None, choice=None, grammar=grammar)
+        check_guide(made.guide)
+    except RequestError as error:
+        raise RequestError(str(error).replace("grammar", asked or "grammar", 1)) from None
+    return made
 
 
 def grammar_text(guide: Guide) -> str:
@@ -66,7 +84,7 @@ def grammar_text(guide: Guide) -> str:
         RequestError: it is not installed, or takes no such schema.
     """
     try:
-        from llguidance import LLMatcher, regex_to_lark
+        from llguidance import LLMatcher
     except ImportError:
         raise RequestError(
             f"{guide.name} needs the llguidance package; install it: pip install 'tpctl[guided]'"
@@ -78,8 +96,7 @@ def grammar_text(guide: Guide) -> str:
         except ValueError as error:  # nested too deeply
             raise RequestError(f"{guide.name}: {said(str(error))}") from None
     if guide.kind == "regex":
-        # By itself \d would also be the digits of other scripts.
-        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(guide.text, 'd')}/")
+        return LLMatcher.grammar_from_lark(f"start: /{digits(guide.text)}/")
     if guide.kind == "choice":
         texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(guide.text))
         return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))

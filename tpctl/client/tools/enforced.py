@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from tpctl.client.guides import WHITESPACE, check_guide, guided
+from tpctl.client.guides import WHITESPACE, check_guide, guided, with_grammar
 from tpctl.client.reasoning import Form, Harmony
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, ToolsError
+from tpctl.client.tools.forms import ToolForm
 from tpctl.client.tools.harmony import HarmonyCalls, messages
-from tpctl.client.tools.lark import Lark
+from tpctl.client.tools.lark import Lark, NoGrammar
+from tpctl.client.tools.llama import Llama
 from tpctl.errors import RequestError
+from tpctl.wire.guide import Guide
 from tpctl.wire.sampling import SamplingParams
 
 
@@ -20,41 +22,65 @@ def formed(
 ) -> SamplingParams:
     """Sampling for an answer that keeps to the form that was asked for, and to what is asked of tools.
 
+    Where it may have a form or call tools, it does one of the two. Arguments of calls that the model need not make are
+    not enforced where no grammar tells what a call is.
+
     Raises:
         RequestError: that cannot be had.
     """
-    if tools is None:
-        return guided(sampling, tokenizer, prompt, form)
-    what = "tool_choice" if tools.must else "tools with strict"
-    if sampling.guide is not None:
-        raise ToolsError(f"{sampling.guide.name} is set beside tools; an answer can have one form", "tools")
-    if not tools.must and not tools.strict:
-        return sampling
+    guide = sampling.guide
+    if tools is None or not (tools.must or tools.strict or guide):
+        return guided(sampling, tokenizer, prompt, form) if tools is None else sampling
+    what = "tool_choice" if tools.must else f"{guide.name} beside tools" if guide else "tools with strict"
     try:
-        sampling = replace(sampling, grammar=grammar(tokenizer, tools, form))
-        if isinstance(form, Harmony):
-            check_guide(sampling.guide)
+        check_guide(guide)
+        sampling = with_grammar(sampling, grammar(tokenizer, tools, form, guide))
+        return sampling if isinstance(form, Harmony) else guided(sampling, tokenizer, prompt, form)
+    except NoGrammar as error:
+        if not tools.must and guide is None:
             return sampling
-        return guided(sampling, tokenizer, prompt, form)
+        said = str(error)
     except RequestError as error:
         said = str(error).removeprefix("grammar: ")
-        raise ToolsError(f"{what}: {said}", "tool_choice" if tools.must else "tools") from None
+    raise ToolsError(f"{what}: {said}", "tool_choice" if tools.must else "tools")
 
 
-def grammar(tokenizer: Tokenizer, tools: Tools, form: Form | None) -> str:
-    """The grammar of answers, in Lark's language. Raises ``RequestError`` if there is none."""
+def grammar(tokenizer: Tokenizer, tools: Tools, form: Form | None, guide: Guide | None = None) -> str:
+    """The grammar of answers, in Lark's language; what of them is no call is of the form ``guide``.
+
+    Raises:
+        RequestError: there is none.
+    """
     calls = tokenizer.tool_form
     if calls is None:
         raise RequestError("the model's chat template marks calls in no form that is known")
     lark = Lark(tokenizer.added_ids, WHITESPACE, tools.callable, tools.strict)
     said = calls.grammar(lark, single=tools.single)
     if isinstance(calls, HarmonyCalls):
-        return lark.grammar(messages(lark, said, form, must=tools.must))
+        text = None if guide is None or tools.must else lark.form(guide)
+        return lark.grammar(messages(lark, said, form, text, must=tools.must))
     if tools.must:
         return lark.grammar(said)
-    if calls.bare or calls.opens[0] not in tokenizer.added_ids:
-        raise RequestError(
-            "calls of this model begin with no token of their own, so they are not told from text before"
-        )
-    text = lark.without(*calls.opens)
-    return lark.grammar(f"{text} ({said} {text})?")
+    return lark.grammar(_text_or(lark, calls, said) if guide is None else _form_or(lark, calls, said, guide))
+
+
+def _text_or(lark: Lark, calls: ToolForm, said: str) -> str:
+    """Text, in which there may be calls: ``said`` is what they are."""
+    mark = calls.opens[0]
+    text = lark.without(*calls.opens, begins=calls.bare)
+    if calls.bare:
+        behind = f"({lark.mark(mark)} {said})?" if lark.single(mark) else ""
+        return f"{said} | {text} {behind}"
+    if lark.single(mark):
+        return f"{text} ({said} {text})?"
+    return f"{text} | {lark.ending(text, mark)} {said.removeprefix(lark.mark(mark))} {text}"
+
+
+def _form_or(lark: Lark, calls: ToolForm, said: str, guide: Guide) -> str:
+    """Calls, or what has a form."""
+    if not isinstance(calls, Llama):
+        return f"{said} | {lark.form(guide)}"
+    if guide.kind != "json":
+        raise NoGrammar("calls of this model begin with no mark, and are told from JSON alone")
+    marked = f"{lark.mark(calls.opens[0])} {said} | " if lark.single(calls.opens[0]) else ""
+    return f"{marked}{calls.objects(lark)} | {lark.form(guide)}"

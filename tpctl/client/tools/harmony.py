@@ -91,8 +91,14 @@ class CallMessages:
         return pieces
 
 
-def messages(lark: Lark, call: str, form: Form | None, *, must: bool) -> str:
-    """An answer whose message is a call, or unless it ``must`` be one another, and what is thought before it."""
+def messages(lark: Lark, call: str | None, form: Form | None, said: str | None, *, must: bool = False) -> str:
+    """An answer and what is thought before it.
+
+    Args:
+        call: what a message may be that is one; ``None``: none may be.
+        said: what the message must be that is none; ``None``: any text.
+        must: it is a call.
+    """
     if not isinstance(form, Harmony):
         raise RequestError("the tokenizer has not the marks of messages (harmony)")
     channel, body = lark.mark("<|channel|>"), lark.mark("<|message|>")
@@ -101,5 +107,8 @@ def messages(lark: Lark, call: str, form: Form | None, *, must: bool) -> str:
     thought = f'({channel} "analysis" {body} {text} {again})?'
     if must:
         return f"{thought} {call}"
+    final = f'{channel} "final" {body} {said or text}'
+    if call is None:
+        return f"{thought} {final}"
     preamble = f'({channel} "commentary" {body} {text} {again})?'
-    return f'{thought} ({preamble} {call} | {channel} "final" {body} {text})'
+    return f"{thought} ({preamble} {call} | {final})"

@@ -11,11 +11,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tpctl.errors import RequestError
+from tpctl.wire.guide import Guide
+
+
+class NoGrammar(RequestError):
+    """Calls of a form cannot be enforced, whatever the tools are."""
 
 
 def refuse(form: str) -> str:
-    """What says that there is no grammar for a form. Raises ``RequestError``."""
-    raise RequestError(f"the arguments in calls of this model are no JSON ({form}), and tpctl cannot enforce that yet")
+    """What says that there is no grammar for a form. Raises ``NoGrammar``."""
+    raise NoGrammar(f"the arguments in calls of this model are no JSON ({form}), and tpctl cannot enforce that yet")
 
 
 class Lark:
@@ -78,10 +83,30 @@ class Lark:
         options = {"whitespace_pattern": self._whitespace, **({} if strict else {"lenient": True})}
         return self._rule("json", f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}")
 
-    def without(self, *marks: str) -> str:
-        """A rule for text, none too, in which none of the marks stands."""
+    def form(self, guide: Guide) -> str:
+        """What an answer must be. Raises ``RequestError``."""
+        match guide.kind:
+            case "json":
+                return self.json(json.loads(guide.text), strict=not guide.lenient)
+            case "choice":
+                return self.one_of(map(self.text, json.loads(guide.text)))
+            case "regex":
+                return self._rule("FORM", f"/{digits(guide.text)}/")
+        return self._rule("form", f"%lark {{\n{guide.text}\n}}")
+
+    def without(self, *marks: str, begins: str = "") -> str:
+        """A rule for text, none too, in which none of the marks stands, and that does not begin with ``begins``."""
         each = "|".join(map(_escaped, marks))
-        return self._rule("TEXT", rf"/(?s:.*)/ & ~/(?s:.*)({each})(?s:.*)/")
+        other = rf" & ~/\s*{_escaped(begins)}(?s:.*)/" if begins else ""
+        return self._rule("TEXT", rf"/(?s:.*)/ & ~/(?s:.*)({each})(?s:.*)/{other}")
+
+    def ending(self, text: str, mark: str) -> str:
+        """A rule for what another one says and the first mark behind it, which is no token."""
+        return self._rule("upto", f"{text} {self.text(mark)}", "[lazy]")
+
+    def single(self, mark: str) -> bool:
+        """Whether a mark is a token."""
+        return mark in self._added
 
     def anything(self) -> str:
         """A rule for any text."""
@@ -96,6 +121,13 @@ class Lark:
             found = f"{name}{len(self.rules)}{how}"
             self.rules[found] = body
         return found.removesuffix(how)
+
+
+def digits(expression: str) -> str:
+    """An expression for a grammar, in which ``\\d`` is 0 to 9, and not the digits of other scripts, too."""
+    from llguidance import regex_to_lark
+
+    return regex_to_lark(expression, "d")
 
 
 def _escaped(text: str) -> str:

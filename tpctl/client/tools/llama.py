@@ -7,11 +7,19 @@ Source: the chat templates of Llama 3.1 and 3.2, and Meta's pages on their promp
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tpctl.client.tools.json_call import json_head, read_call
 from tpctl.client.tools.lark import Lark
 from tpctl.client.tools.reader import Reader, Reading
+from tpctl.errors import RequestError
+
+_DEFINED = ("$defs", "definitions")
+_TO_WHOLE = re.compile(r'"\$ref": "#(?!/(\$defs|definitions)/)')
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,23 @@ class Llama:
             if (yield from reader.at("{")) is None:
                 return
 
+    def objects(self, lark: Lark) -> str:
+        """A call as JSON of a schema, which may stand beside other JSON in a grammar. Raises ``RequestError``."""
+        each = ((_object(name, schema), name in lark.strict) for name, schema in lark.schemas.items())
+        return lark.one_of(lark.json(schema, strict=strict) for schema, strict in each)
+
     def grammar(self, lark: Lark, *, single: bool) -> str:
         bodies = (
             f"{lark.text(json_head(name, 'parameters'))} {rule} {lark.text('}')}" for name, rule in lark.arguments()
         )
         return lark.listed(lark.one_of(bodies), '"; "', single=single)
+
+
+def _object(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a call."""
+    if _TO_WHOLE.search(json.dumps(schema)):
+        raise RequestError(f"{name}: its schema refers to itself, and calls of this model are told from JSON alone")
+    defined = {word: schema[word] for word in _DEFINED if word in schema}
+    arguments = {word: value for word, value in schema.items() if word not in _DEFINED}
+    members = {"name": {"const": name}, "parameters": arguments}
+    return {**defined, "type": "object", "properties": members, "required": [*members], "additionalProperties": False}
