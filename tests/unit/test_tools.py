@@ -257,6 +257,8 @@ def test_arguments_get_the_types_of_their_schema() -> None:
     )
     assert as_json("True", {"boolean"}) == "true" and as_json("None", {"string", "null"}) == "null"
     assert as_json("null", {"string"}) == '"null"'
+    for text in ("1e999", "[1, -1e999]", "Infinity", "NaN"):  # of which no JSON could be made
+        assert json.loads(as_json(text, set())) == json.loads(as_json(text, {"number", "array"})) == text
     assert as_json('{"a": [1]}', {"object"}) == '{"a": [1]}' and as_json("[1]", set()) == "[1]"
     assert as_json("many", {"integer"}) == '"many"' and as_json("NaN", {"number"}) == '"NaN"'
     assert as_json("x", set()) == '"x"' and as_json("[" * 100_000, {"array"}) == json.dumps("[" * 100_000)

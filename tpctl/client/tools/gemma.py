@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from tpctl.client.tools.lark import Lark, refuse
-from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded
+from tpctl.client.tools.reader import Malformed, Reader, Reading, encoded, finite_json
 
 _QUOTE = '<|"|>'
 _DEEPEST = 64
@@ -96,7 +96,7 @@ def _scalar(word: str) -> str:
     if word in _SCALARS:
         return _SCALARS[word]
     try:
-        value = json.loads(word)
+        value = finite_json(word)
     except (ValueError, RecursionError):
         raise Malformed from None
     if isinstance(value, bool) or not isinstance(value, int | float):

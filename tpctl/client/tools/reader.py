@@ -7,6 +7,7 @@ so what merely looks like a mark is not taken for one.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -268,9 +269,28 @@ class Reader:
 def decoded(text: str) -> Any:
     """A JSON text's value. Raises ``Malformed``."""
     try:
-        return json.loads(text)
+        return finite_json(text)
     except (ValueError, RecursionError):
         raise Malformed from None
+
+
+def finite_json(text: str) -> Any:
+    """A JSON text's value, in which no number is beyond every float: of it no JSON could be made again.
+
+    Raises:
+        ValueError: one is, or it is no JSON, of which Python's NaN and Infinity are no part either.
+    """
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
 
 
 def encoded(value: Any) -> str:

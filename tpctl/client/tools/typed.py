@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from tpctl.client.tools.reader import encoded
+from tpctl.client.tools.reader import encoded, finite_json
 
 _MOST_DEEP = 8  # of schemas within anyOf
 
@@ -57,7 +56,7 @@ def as_json(text: str, types: set[str]) -> str:
         lower = bare.lower()
         plain = lower if lower in ("true", "false", "null", "none") else bare
         try:
-            value = json.loads("null" if plain == "none" else plain, parse_constant=_refuse)
+            value = finite_json("null" if plain == "none" else plain)
         except (ValueError, RecursionError):
             return encoded(text)
         kind = type_of(value)
@@ -67,7 +66,3 @@ def as_json(text: str, types: set[str]) -> str:
         if fits and kind != "string":
             return encoded(value)
     return encoded(text)
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(name)
