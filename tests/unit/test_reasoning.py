@@ -25,6 +25,7 @@ from tpctl.wire.report import TokenLogprob
 USER = {"role": "user", "content": "What does <think> mean?"}
 FINAL = "<|start|>assistant<|channel|>final<|message|>"
 ANALYSIS = "<|channel|>analysis<|message|>"
+COMMAND = "<|START_THINKING|>hm<|END_THINKING|>"
 
 
 @cache
@@ -109,6 +110,10 @@ CASES = [
     ("gemma4", "<|channel>thought\n<channel|>Yes", "", "Yes"),
     ("gemma4", "<|channel>though", "though", ""),  # cut: it may have become another word
     ("gemma4", "<|channel>thoughts are free<channel|>Yes", "thoughts are free", "Yes"),
+    ("command", f"{COMMAND}<|START_RESPONSE|>Yes<|END_RESPONSE|>", "hm", "Yes"),
+    ("command", "\n<|START_RESPONSE|>\nYes<|END_RESPONSE|>", "", "Yes"),
+    ("command", "<|START_THINKING|>hm<|START_RESPONSE|>Yes", "hm", "Yes"),
+    ("command", f"{COMMAND}\nYes", "hm", "Yes"),
     ("gpt_oss", f"{ANALYSIS}hm\n\nso<|end|>{FINAL}Yes", "hm\n\nso", "Yes"),
     ("gpt_oss", f"{ANALYSIS}a<|end|><|start|>assistant{ANALYSIS}b<|end|>{FINAL}c<|end|>{FINAL}d", "a\n\nb", "c\n\nd"),
     ("gpt_oss", f"{ANALYSIS}a<|end|><|start|>assistant<|channel|>commentary<|message|>b<|end|>{FINAL}c", "a", "b\n\nc"),
@@ -133,6 +138,23 @@ BY_TEXT = [(f"{name} by text", *rest) for name, *rest in CASES if name in ("qwen
 def test_an_answer_is_told_apart(name: str, answer: str, reasoning: str | None, text: str) -> None:
     assert split(name, answer) == (reasoning, text)
     assert split(name, answer, [10**6]) == (reasoning, text)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10**6])
+@pytest.mark.parametrize(
+    ("name", "answer", "thought"),
+    [
+        ("qwen3", "<think>\nhm, né\n</think>\n\nYes", "\nhm, né\n"),
+        ("qwen3", "\nYes", ""),
+        ("opens", "hm\n</think>\n\nYes", "hm\n"),
+        ("opens", "hm, n", "hm, n"),
+        ("gpt_oss", f"{ANALYSIS}a né<|end|><|start|>assistant{ANALYSIS}b<|end|>{FINAL}c", "a néb"),
+        ("gemma4", "<|channel>thought\nhm\n<channel|>Yes", "thought\nhm\n"),
+    ],
+)
+def test_tokens_of_thoughts_are_counted_without_their_marks(name: str, answer: str, thought: str, size: int) -> None:
+    """Each letter of these tokenizers is a token, and each byte of others."""
+    assert told(model(name), answer, [size] * len(answer)).num_thought == len(thought.encode())
 
 
 @settings(max_examples=200, deadline=None)

@@ -113,6 +113,13 @@ def test_thoughts_are_an_item_of_their_own(thinking: Tokenizer) -> None:
         assert places == [0, 1] and found[-1].response.usage.output_tokens_details.reasoning_tokens == 2
 
 
+def test_tokens_of_thoughts_are_counted_one_by_one(thinking: Tokenizer) -> None:
+    """A letter of two tokens has its text with the second."""
+    with served(thinking, FakeEngine(thinking, say=lambda *_: "<think>hé</think>So")) as (client, _):
+        usage = client.post(PATH, json={"input": "Hi"}).json()["usage"]
+        assert usage["output_tokens_details"]["reasoning_tokens"] == 3
+
+
 @pytest.mark.parametrize("thinks", [False, True])
 def test_log_probabilities_of_a_message(tokenizer: Tokenizer, thinking: Tokenizer, thinks: bool) -> None:
     used, answer = (thinking, "<think>hm</think>Só") if thinks else (tokenizer, "Só")

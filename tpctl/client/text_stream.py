@@ -65,6 +65,7 @@ class TextStream:
         finish_reason: ``None`` while it goes on, then the engine's, or "stop" once a stop string was found;
             "tool_calls" in the place of "stop" where there are calls.
         num_cached_tokens: prompt tokens that the prefix cache spared.
+        num_thought: of ``token_ids``, those of thoughts, their marks not.
         logprobs: one entry for each of ``token_ids``; empty if none were asked for.
         said: where there are any, places in ``token_ids`` of what the text is made of, thoughts, calls and marks not.
         prompt_logprobs: one for each token of the prompt but the first, if asked for.
@@ -99,6 +100,7 @@ class TextStream:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.num_cached_tokens = 0
+        self.num_thought = 0
         self.logprobs: list[TokenLogprob] = []
         self.said: list[int] = []
         self._unsaid: list[int] = []  # places of tokens whose text is held back
@@ -145,7 +147,7 @@ class TextStream:
                 self.logprobs.append(output.logprobs[position - 1])
             if position == last:  # the token that stopped it is no part of the text
                 break
-            new = self._splitter.push(id)
+            new = self._pushed(id)
             if output.logprobs is not None:
                 self._say(new, id)
             if not new:
@@ -172,12 +174,22 @@ class TextStream:
     def _push_one(self, output: Output) -> list[Segment]:
         """A token among others, as nearly all are, where nothing in its text ends the answer."""
         self.token_ids += output.token_ids
-        shown = self._splitter.push(output.token_ids[0])
+        shown = self._pushed(output.token_ids[0])
         if output.logprobs is not None:
             self.logprobs += output.logprobs
             self._say(shown, output.token_ids[0])
         self._keep(shown)
         return shown
+
+    def _pushed(self, id: int) -> list[Segment]:
+        """The text that a token completes. One that opens or closes a thought is no part of it."""
+        if self._thoughts is None:
+            return self._splitter.push(id)
+        thinking = self._splitter.thinking
+        found = self._splitter.push(id)
+        if thinking and self._splitter.thinking:
+            self.num_thought += 1
+        return found
 
     def _say(self, new: Sequence[Segment], id: int | None = None) -> None:
         """Note what the last token ``id`` is part of, or those held back: one without text is part of what follows."""

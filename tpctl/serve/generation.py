@@ -56,7 +56,6 @@ class Generation:
         arrived: when each one's last token came; 0: none yet.
         interval: tokens of an answer that are told together, but for its first, which is told at once, and its last;
             0: nothing is told before the end.
-        reasoning_tokens: that added to what was thought, of all answers.
     """
 
     def __init__(self, streams: Sequence[TextStream], cancelled: Callable[[], None], interval: int = 1) -> None:
@@ -68,7 +67,6 @@ class Generation:
         self.streams = streams
         self.arrived = [0.0] * len(streams)
         self.interval = interval
-        self.reasoning_tokens = 0
         self._cancelled = cancelled
         self._left = len(streams)
         self._pieces: list[Piece] = []
@@ -76,6 +74,11 @@ class Generation:
         self._taker: Taker | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of what was thought, of all answers."""
+        return sum(stream.num_thought for stream in self.streams)
 
     @property
     def done(self) -> bool:
@@ -97,8 +100,6 @@ class Generation:
         if reason in ("error", "abort"):
             self.fail(_failure(output.message or "the request was given up"))
             return True
-        if segments and segments[0].reasoning:
-            self.reasoning_tokens += len(stream.token_ids) - before
         if self.interval:
             self._keep(Piece(at, segments, before, len(stream.token_ids) - before, reason))
         if reason is not None:

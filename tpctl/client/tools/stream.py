@@ -47,6 +47,11 @@ class CallSplitter:
         """Whether there is a call, and there may be one only."""
         return self._parser.over
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the next token stands in a thought."""
+        return self._inner.thinking
+
     def push(self, id: int) -> list[Segment]:
         symbol = self._by_id.get(id)
         if symbol is None or self._inner.thinking:
@@ -83,7 +88,13 @@ class _Messages:
 
     def __init__(self, inner: TextSplitter, calls: CallMessages) -> None:
         self._calls = calls
+        self._inner = inner
         self.push, self.finish = inner.push, inner.finish
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the next token stands in a thought."""
+        return self._inner.thinking
 
     @property
     def over(self) -> bool:
