@@ -3,15 +3,15 @@
     python -m tests.clients.lm_eval
 
 ``local-completions`` takes log-likelihoods of choices and of whole texts, which must be those of transformers in
-float32 to 1e-4 (to two millionths where a text is long), and generates; ``local-chat-completions`` generates. The
-tokenizer is a folder's, or the server's own. transformers' logits are normalised in float64: torch's float32
-log_softmax, lm-eval's default, is off by 1e-5 a token on a CPU, always to the same side.
+float32 to 1e-4, and generates; ``local-chat-completions`` generates. Whether an answer is the likeliest one is known of
+choices; lm-eval does not ask it of whole texts. The tokenizer is a folder's, or the server's own. transformers' logits
+are normalised in float64: torch's float32 log_softmax, lm-eval's default, is off by 1e-5 a token on a CPU, always to
+the same side. Of a text of 180 tokens (-112.4) the two are 1.4e-4 apart, so the texts are shorter.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.clients.environment import Client, expect, installed, refuses, servin
 from tpctl.checkpoint.sources import resolve
 
 PACKAGES = ("lm-eval[api]==0.4.13", "accelerate==1.15.0", "peft==0.21.2")
-CLOSE, SHARE = 1e-4, 2e-6
+CLOSE = 1e-4
 
 FACTS = [
     ("The capital of France is", [" Paris", " London", " a kind of bread"], " It lies on the Seine."),
@@ -31,7 +31,7 @@ FACTS = [
     ("Das grüne Haus ist", [" grün", " blau 🙂"], " Niemand wohnt darin.\tWarum?"),
     ("def add(a, b):\n    return", [" a + b", " a - b", "\n"], "\n\n\nprint(add(1, 2))\n"),
     ("日本の首都は", ["東京", "京都です"], "。"),
-    ("One, two, three,", [" four", " seven", " 4"], " five, six, seven, eight, nine, ten." * 20),
+    ("One, two, three,", [" four", " seven", " 4"], " five, six, seven, eight, nine, ten." * 6),
 ]
 LINES = [
     {"question": question, "choices": choices, "answer": 0, "text": question + choices[0] + rest}
@@ -128,20 +128,18 @@ def evaluate(client: Client, tasks: Path, model: str, arguments: str, *more: str
 
 
 def compare(own: dict[str, Any], served: dict[str, Any], what: str) -> None:
-    """Log-likelihoods, whether each is the likeliest answer, and texts."""
-    pairs = [
-        (float(one[0][0]), float(other[0][0]), one[0][1] == other[0][1])
+    """Log-likelihoods, whether each of the choices is the likeliest answer, and texts."""
+    choices = [
+        (one[0], other[0])
         for ours, theirs in zip(own["choice"], served["choice"], strict=True)
         for one, other in zip(ours, theirs, strict=True)
     ]
-    pairs += [
-        (float(one[0][0]), float(other[0][0]), True)
-        for one, other in zip(own["rolling"], served["rolling"], strict=True)
-    ]
-    worst = max(abs(one - other) for one, other, _ in pairs)
-    close = all(math.isclose(one, other, rel_tol=SHARE, abs_tol=CLOSE) for one, other, _ in pairs)
-    expect(close, f"{what}: {len(pairs)} log-likelihoods, at most {worst:.1e} from transformers'", pairs)
-    expect(all(greedy for *_, greedy in pairs), f"{what}: the same ones are greedy", pairs)
+    texts = [(one[0], other[0]) for one, other in zip(own["rolling"], served["rolling"], strict=True)]
+    apart = [abs(float(one[0]) - float(other[0])) for one, other in (*choices, *texts)]
+    far = f"{what}: {len(choices)} log-likelihoods of choices and {len(texts)} of texts, at most {max(apart):.1e} from"
+    expect(max(apart) <= CLOSE, f"{far} transformers'", choices, texts)
+    greedy = [(one[1], other[1]) for one, other in choices]
+    expect(all(one == other for one, other in greedy), f"{what}: the same ones of the choices are greedy", greedy)
     expect(own["generate"] == served["generate"], f"{what}: the same texts", own["generate"], served["generate"])
 
 
