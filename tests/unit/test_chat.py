@@ -264,7 +264,9 @@ def test_talk(fake_engine: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert talk(monkeypatch, lines) == 0
     captured = capsys.readouterr()
     assert captured.out == "<[u]hi[a]>\n<[u]yo[a]>\n"
-    assert "is ready (tp 2, float32, sdpa attention on CPU). /help" in captured.err
+    assert "is ready (tp 2, float32, sdpa attention on CPU, no speculation, which it cannot have there). /help" in (
+        captured.err
+    )
     assert "there is no command /what" in captured.err
     assert "refuses these messages: not that" in captured.err
     assert "/reset takes no argument (given: now); write /reset alone" in captured.err

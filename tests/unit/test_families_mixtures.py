@@ -290,6 +290,27 @@ def test_gated_delta_nets_run_anywhere(name: str, device: str) -> None:
     _check_run(ModelConfig.from_dict(make_config(name)), EngineSettings(device=device))
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe"])
+def test_kernels_of_gated_delta_nets_take_no_drafts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name, they are refused before anything is cut; where ``sdpa`` computes, they are not."""
+    config = ModelConfig.from_dict(make_config(name))
+
+    def check(speculate: str, device: str, backend: str = "auto") -> None:
+        settings = EngineSettings(device=device, speculate=speculate, attention_backend=backend)
+        _check_run(config, settings)
+
+    monkeypatch.setattr("tpctl.client.prepare.find_spec", lambda name: object())
+    for backend in ("auto", "triton", "flash-attn"):
+        with pytest.raises(UnsupportedModelError, match=r"--speculate ngram computes several .* has gated delta net layers,"):
+            check("ngram", "cuda", backend)
+        check("auto", "cuda", backend)
+    check("ngram", "cuda", "sdpa")
+    check("ngram", "cpu")
+    _check_run(ModelConfig.from_dict(make_config("qwen3_moe")), EngineSettings(device="cuda", speculate="ngram"))
+    monkeypatch.setattr("tpctl.client.prepare.find_spec", lambda name: None)
+    check("ngram", "cuda")  # without Triton, sdpa is what "auto" means
+
+
 FP8: dict[str, Any] = {
     "quant_method": "fp8",
     "weight_block_size": [16, 8],

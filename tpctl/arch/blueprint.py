@@ -85,6 +85,20 @@ class Blueprint:
         if (why := self.why_not_on(device)) is not None:
             raise UnsupportedModelError(f"the model has {why}, which tpctl does not run on GPUs yet; use --device cpu")
 
+    def check_ngrams(self, device: str, backend: str) -> None:
+        """Raise ``UnsupportedModelError`` if drafts that are looked up cannot be computed on such a device with such an
+        attention backend; the message says why."""
+        if device == "cpu" or backend == "sdpa":
+            return
+        kind = next(
+            (one.kind for layer in self.layers if isinstance(one := layer.mixer, Mixer) and one.recurrent), None
+        )
+        if kind is not None:
+            raise UnsupportedModelError(
+                f"--speculate ngram computes several tokens of an answer in a step, and the model has {kind}, whose "
+                "kernels for GPUs take one; use --speculate auto or off, --attention-backend sdpa, or --device cpu"
+            )
+
     def why_not_on(self, device: str) -> str | None:
         """What of a model that tpctl runs it does not run on ``device``."""
         return next((layer.mixer.kind for layer in self.layers if device not in layer.mixer.runs_on), None)

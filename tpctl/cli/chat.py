@@ -101,7 +101,8 @@ def chat(
             say_context(info)
             _answer_once(conversation, message, plain=plain)
         else:
-            _talk(client, conversation, model, plain=plain)
+            wanted = speculate is not Speculate.off
+            _talk(client, conversation, model, plain=plain, drafts_wanted=wanted)
 
 
 def _answer_once(conversation: Conversation, message: str, *, plain: bool = False) -> None:
@@ -131,7 +132,7 @@ def _print(piece: str) -> None:
     sys.stdout.flush()
 
 
-def _talk(client: EngineClient, conversation: Conversation, model: str, *, plain: bool) -> None:
+def _talk(client: EngineClient, conversation: Conversation, model: str, *, plain: bool, drafts_wanted: bool) -> None:
     from tpctl.chat.repl import Repl
     from tpctl.chat.screen import Screen
     from tpctl.chat.terminal import quiet
@@ -140,7 +141,9 @@ def _talk(client: EngineClient, conversation: Conversation, model: str, *, plain
     with quiet(), status(f"loading {model}") as told:
         info = client.wait_ready(told)
     say_context(info)
-    screen.note(f"{model} is ready ({describe(info)}). /help shows the commands, Ctrl-D ends.")
+    screen.note(
+        f"{model} is ready ({describe(info, drafts_wanted=drafts_wanted)}). /help shows the commands, Ctrl-D ends."
+    )
     Repl(client, conversation, screen, make_prompt(), model).run()
 
 

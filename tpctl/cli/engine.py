@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from tpctl.launch.nodes import Nodes
 
 
-SPECULATIONS = {"ngram": "n-gram speculation", "mtp": "speculation by its own layer (MTP)"}
-"""What is said of an engine that speculates."""
+SPECULATIONS = {
+    "ngram": "n-gram speculation",
+    "mtp": "speculation by its own layer (MTP)",
+    "off": "no speculation, which it cannot have there",
+}
+"""What is said of an engine that speculates, or was asked to."""
 
 
 def prepare(
@@ -115,13 +119,17 @@ def engine_args(
     )
 
 
-def describe(info: EngineInfo) -> str:
-    """How an engine runs, from what it said of itself when it was ready."""
+def describe(info: EngineInfo, *, drafts_wanted: bool = False) -> str:
+    """How an engine runs, from what it said of itself when it was ready.
+
+    Args:
+        drafts_wanted: say that it does not speculate, too.
+    """
     where = "GPU" if info.device == "cuda" else "CPU"
     sums = f", all-reduce by {info.all_reduce}" if info.all_reduce else ""
     cache = f", {KV_FORMS[info.kv_cache_dtype]}" if info.kv_cache_dtype in KV_FORMS else ""
     dealt = f", ep {info.expert_parallel}" if info.expert_parallel > 1 else ""
-    drafts = "" if info.speculation == "off" else f", {SPECULATIONS[info.speculation]}"
+    drafts = f", {SPECULATIONS[info.speculation]}" if drafts_wanted or info.speculation != "off" else ""
     return f"tp {info.tp_size}{dealt}, {info.dtype}, {info.attention_backend} attention on {where}{cache}{sums}{drafts}"
 
 

@@ -192,7 +192,7 @@ def configure(source: ResolvedSource, args: EngineArgs, *, progress: Progresses 
 
 def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
     """Refuse a model that tpctl cuts and does not run, or not on that device, for sequences of that length, with drafts
-    of its own, or by that attention backend or with that KV cache."""
+    of such a kind, or by that attention backend or with that KV cache."""
     config.blueprint.check_runs(settings.device)
     choose(
         settings.attention_backend,
@@ -208,6 +208,9 @@ def _check_run(config: ModelConfig, settings: EngineSettings) -> None:
             f"--speculate mtp takes a layer that predicts more tokens (MTP), and a {config.model_type} model has none; "
             "use --speculate ngram, or auto"
         )
+    if settings.speculate == "ngram":
+        reads_in_place = find_spec("triton") is not None  # else "auto" is sdpa there
+        config.blueprint.check_ngrams(settings.device, settings.attention_backend if reads_in_place else "sdpa")
     settings.longest(config.max_position_embeddings)
 
 

@@ -94,6 +94,8 @@ def outline(settings: EngineConfig, group: TPGroup) -> Outline:
     dtype = _run_dtype(settings.dtype, TORCH_NAMES.get(stored, stored), group.kind)
     wanted_len = settings.longest(config.max_position_embeddings)
     backends = _backends(settings, group, dtype, made_of, wanted_len)
+    if settings.speculate == "ngram":
+        made_of.check_ngrams(group.kind, backends[0].name)
     return Outline(settings, group, config, plan, tensors, idle, manifest, dtype, wanted_len, *backends)
 
 
