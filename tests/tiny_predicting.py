@@ -1,7 +1,8 @@
 """Tiny random checkpoints with a layer that predicts one token more, and what it computes by its published formula.
 
-transformers runs no such layer. Its block is a decoder layer like any other, so it is taken from a model of
-transformers that has one layer more, and put where checkpoints have it.
+transformers runs such layers of some families (``test_predictor_by_transformers.py``). Their block is a decoder layer
+like any other, so for all of them it is taken from a model of transformers that has one layer more, and put where
+checkpoints have it.
 """
 
 from __future__ import annotations
