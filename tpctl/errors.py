@@ -108,6 +108,10 @@ class RequestError(TpctlError):
     """One request cannot be served (too long, bad sampling field); other requests go on."""
 
 
+class TooLongError(RequestError):
+    """A prompt has more tokens than leave room for an answer."""
+
+
 class EngineError(TpctlError):
     """The workers could not start, or one of them failed."""
 

@@ -15,6 +15,7 @@ from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
 from tpctl.client.batch import CHOICES_APART
+from tpctl.client.openai_answers import text_logprobs
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve.generation import Generation
 
@@ -134,7 +135,8 @@ def test_every_field_reaches_the_engine(tokenizer: Tokenizer) -> None:
         "stop_token_ids": [5],
     }
     with served(tokenizer) as (client, server):
-        response = client.post(CHAT, json=chat(**asked, logit_bias={"7": -3}, max_completion_tokens=9, user="u"))
+        of_no_effect = {"user": "u", "verbosity": "medium", "prediction": {"type": "content", "content": "<[u]"}}
+        response = client.post(CHAT, json=chat(**asked, logit_bias={"7": -3}, max_completion_tokens=9, **of_no_effect))
         assert response.status_code == 200
         assert response.json()["choices"][0]["finish_reason"] == "length"
         sampling = server.engines[0].requests[0].sampling
@@ -165,6 +167,8 @@ def test_log_probabilities_are_told(tokenizer: Tokenizer) -> None:
         body = {"prompt": "ab", "logprobs": 1}
         whole = Completion.model_validate(client.post(TEXT, json=body).json(), strict=True).choices[0].logprobs
         assert whole.tokens == [*"<ab>", "</s>"] and whole.text_offset == [0, 1, 2, 3, 4]
+        none = client.post(TEXT, json={**body, "logprobs": 0}).json()["choices"][0]["logprobs"]
+        assert none["top_logprobs"][0] == {"<": -0.5}  # the token itself is always told
         found: dict[str, list[Any]] = {"tokens": [], "text_offset": []}
         for chunk in events(client, TEXT, body):
             for name in found:
@@ -202,6 +206,45 @@ def test_an_echo_has_the_prompt_s_log_probabilities(tokenizer: Tokenizer) -> Non
         assert answer["logprobs"]["token_logprobs"] == [None, -0.25, -0.25, -0.5]  # of the first nothing can be said
         assert answer["logprobs"]["text_offset"] == [0, 1, 2, 3]
         assert server.engines[0].requests[0].sampling.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_no_tokens_are_told_where_none_are_to_follow(tokenizer: Tokenizer, echo: bool) -> None:
+    """The way to score a prompt: the engine's one token is no part of the answer."""
+    with served(tokenizer) as (client, server):
+        body = {"prompt": ["abc", "d"], "echo": echo, "logprobs": 1, "max_tokens": 0}
+        whole = Completion.construct(
+            **client.post(TEXT, json=body).json()
+        )  # of a prompt's first token nothing is known
+        assert [choice.text for choice in whole.choices] == (["abc", "d"] if echo else ["", ""])
+        assert [choice.finish_reason for choice in whole.choices] == ["length", "length"]
+        logprobs = whole.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.tokens == (["a", "b", "c"] if echo else [])
+        assert logprobs.token_logprobs == ([None, -0.25, -0.25] if echo else [])
+        usage = {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+        assert whole.usage is not None and usage.items() <= whole.usage.model_dump().items()
+        assert server.engines[0].requests[0].sampling.max_tokens == 1
+        chunks = events(client, TEXT, {**body, "stream_options": {"include_usage": True}})
+        texts, tokens = {0: "", 1: ""}, []
+        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+            texts[choice["index"]] += choice["text"]
+            tokens += (choice["logprobs"] or {"tokens": []})["tokens"]
+        assert list(texts.values()) == [choice.text for choice in whole.choices]
+        assert sorted(tokens) == (["a", "b", "c", "d"] if echo else [])
+        assert usage.items() <= chunks[-1]["usage"].items()
+        plain = client.post(TEXT, json={"prompt": "abc", "echo": echo, "max_tokens": 0}).json()["choices"][0]
+        assert (plain["text"], plain["logprobs"]) == ("abc" if echo else "", None)
+
+
+def test_each_likeliest_token_of_a_text_has_a_name() -> None:
+    """Parts of characters have no text, and others the same."""
+    one = {"id": 7, "token": "", "logprob": -3.0}
+    top = [{"id": id, "token": text, "logprob": -0.5 * id} for id, text in ((1, "a"), (2, ""), (3, "a"), (4, ""))]
+    (found,) = text_logprobs([{**one, "top": top}])["top_logprobs"]
+    assert found == {"a": -0.5, "token_id:2": -1.0, "token_id:3": -1.5, "token_id:4": -2.0, "": -3.0}
+    (found,) = text_logprobs([{**top[2], "top": top}])["top_logprobs"]
+    assert found == {"token_id:1": -0.5, "token_id:2": -1.0, "a": -1.5, "token_id:4": -2.0}
 
 
 def test_a_form_reaches_the_engine(tokenizer: Tokenizer) -> None:

@@ -44,7 +44,7 @@ def error(response: Any, status: int) -> ErrorObject:
         (CHAT, chat(temperature="hot"), "temperature", 'temperature is "hot", but must be a number'),
         (CHAT, chat(max_tokens=0), "max_tokens", "max_tokens is 0, but must be at least 1"),
         (CHAT, chat(max_tokens=600), "max_tokens", "is 600: 608 in all, but prompt and answer together may have 512"),
-        (CHAT, chat(messages=[{"role": "user", "content": "x" * 600}]), "prompt", "has 606 tokens, but prompt and ans"),
+        (CHAT, chat(messages=[{"role": "user", "content": "x" * 600}]), "messages", "has 606 tokens, but prompt and"),
         (CHAT, chat(n=0), "n", "n is 0, but must be a whole number from 1 to 128"),
         (
             CHAT,
@@ -89,6 +89,11 @@ def error(response: Any, status: int) -> ErrorObject:
         (TEXT, {"prompt": [-1]}, "prompt", "prompt holds token -1, but the model knows ids 0 to"),
         (TEXT, {"prompt": [10**30]}, "prompt", "prompt holds token 1000000000000000000000000000000, but"),
         (TEXT, {"prompt": ["a"] * 3000}, "prompt", "prompt has 3000 prompts, but must have from 1 to 2048"),
+        (TEXT, {"prompt": "a", "max_tokens": 0, "min_tokens": 2}, "min_tokens", "min_tokens is set, and max_tokens is"),
+        (TEXT, {"prompt": "a", "max_tokens": False}, "max_tokens", "max_tokens is false"),
+        (CHAT, chat(verbosity="low"), "verbosity", 'verbosity is "low", which tpctl cannot do'),
+        (CHAT, chat(web_search_options={}), "web_search_options", "which tpctl cannot do"),
+        (TEXT, {"prompt": "a", "verbosity": "medium"}, "verbosity", "unknown field 'verbosity'"),
         (TEXT, {"prompt": "a", "best_of": 4}, "best_of", "best_of is 4 with n 1, which tpctl cannot do"),
         (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", 'suffix is "b", which tpctl cannot do'),
         ("/tokenize", {"prompt": 1}, "prompt", "prompt is 1, but must be a text"),
@@ -156,12 +161,29 @@ def test_a_model_without_a_template_has_completions_alone(tmp_path: Path) -> Non
         assert client.post(TEXT, json={"prompt": "a"}).status_code == 200
 
 
+@pytest.mark.parametrize("characters", [600, 100_000])
+def test_what_is_too_long_is_said_with_its_code(tokenizer: Tokenizer, characters: int) -> None:
+    """Also of what is so long that it is not tokenised."""
+    text = "x" * characters
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        (CHAT, chat(messages=[{"role": "user", "content": text}]), "messages"),
+        (TEXT, {"prompt": text}, "prompt"),
+        ("/v1/responses", {"input": text}, "input"),
+    ]
+    with served(tokenizer) as (client, _):
+        for path, body, param in asked:
+            found = error(client.post(path, json=body), 400)
+            assert (found.code, found.param) == ("context_length_exceeded", param)
+            assert "tokens" in found.message
+
+
 def test_a_full_queue(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer)
     with served(tokenizer, engine, most=2) as (client, server):
         response = client.post(CHAT, json=chat(n=3))
         found = error(response, 429)
-        assert response.headers["retry-after"] == "1" and found.code == "queue_full"
+        assert response.headers["retry-after"] == "1"
+        assert (found.type, found.code) == ("rate_limit_error", "queue_full")
         assert "0 requests are under way or wait, and 3 more would be above the 2" in found.message
         assert client.post(CHAT, json=chat(n=2)).status_code == 200
         assert server.pool is not None and server.pool.under_way == 0

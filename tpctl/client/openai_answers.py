@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_KINDS = {408: "timeout_error", 429: "rate_limit_error"}
+"""Types of errors that are not the request's own fault, by status."""
+
 
 def completion(
     id: str,
@@ -44,7 +47,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
 
 def error(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """What is said where there is no answer."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -93,9 +96,26 @@ def text_logprobs(tokens: Sequence[Mapping[str, Any]], place: int = 0) -> dict[s
     return {
         "tokens": [one["token"] for one in tokens],
         "token_logprobs": [one["logprob"] for one in tokens],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in one["top"]} for one in tokens],
+        "top_logprobs": [_by_text(one) for one in tokens],
         "text_offset": offsets,
     }
+
+
+def _by_text(one: Mapping[str, Any]) -> dict[str, float]:
+    """The likeliest tokens in a token's place and that one, by their texts.
+
+    Tokens that are parts of characters have none, and others may have the same: such are called by their ids, as vLLM's
+    server does it, but for the token that stands there.
+    """
+    if one["logprob"] is None:  # the first of a prompt
+        return {}
+    found: dict[str, float] = {}
+    for token in (*one["top"], one):
+        name, own = token["token"], token["id"] == one["id"]
+        if not own and (not name or name == one["token"] or name in found):
+            name = f"token_id:{token['id']}"
+        found[name] = token["logprob"]
+    return found
 
 
 def prompt_logprobs(tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:

@@ -12,7 +12,16 @@ from typing import Any
 from tpctl.client import vllm_fields
 from tpctl.client.fields import FieldError, flag, refuse, whole
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted
-from tpctl.client.openai_schemas import CHAT, FIELDS, MEANINGLESS, MOST_CHOICES, NOT_DONE, TEXT
+from tpctl.client.openai_schemas import (
+    CHAT,
+    FIELDS,
+    MEANINGLESS,
+    MOST_CHOICES,
+    NOT_DONE,
+    OF_CHATS_ALONE,
+    TEXT,
+    VERBOSITY,
+)
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
 from tpctl.client.tools.asked import read_tools
 from tpctl.errors import shown
@@ -51,8 +60,8 @@ def settings(body: dict[str, Any], *, chat: bool, checked: bool = False) -> Want
     """
     if not checked:
         check_names(body, CHAT if chat else TEXT)
-    refuse(body, NOT_DONE)
-    for name in ("model", *MEANINGLESS):
+    refuse(body, {**NOT_DONE, **VERBOSITY})
+    for name in ("model", *MEANINGLESS, *OF_CHATS_ALONE):
         body.pop(name, None)
     choices = whole(body.pop("n", 1), "n", 1, MOST_CHOICES)
     if (best := body.pop("best_of", choices)) != choices:

@@ -47,13 +47,22 @@ MEANINGLESS: Mapping[str, Schema] = dict.fromkeys(
 """Fields that change no answer, and are not looked at."""
 
 NOT_DONE: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "moderation": (),
     "suffix": ("",),
+    "web_search_options": (),
     **vllm_fields.HARMLESS,
 }
 """Fields for what tpctl has not, with the values that do not ask for it."""
+
+OF_CHATS_ALONE: Mapping[str, Schema] = {"prediction": ANYTHING}
+"""Fields of ``CHAT`` that change no answer: what is expected of it makes it faster elsewhere."""
+
+VERBOSITY: Mapping[str, tuple[Any, ...]] = {"verbosity": ("medium",)}
+"""What is asked of an answer's length, by a chat and in ``text`` of ``RESPONSES``; with what asks for nothing."""
 
 NOT_IN_RESPONSES: Mapping[str, tuple[Any, ...]] = {
     "previous_response_id": (),
@@ -219,6 +228,8 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
         "top_logprobs": RANGES["logprobs"].schema(),
         **_OF_BOTH,
         **_OF_CHATS,
+        **OF_CHATS_ALONE,
+        **harmless(VERBOSITY),
     },
     TEXT: {
         "prompt": {
@@ -227,6 +238,7 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
         "echo": FLAG,
         "logprobs": RANGES["logprobs"].schema(),
         **_OF_BOTH,
+        **{name: RANGES["max_tokens"]._replace(least=0).schema() for name in _LENGTHS},
     },
     RESPONSES: {
         "model": STRING,
@@ -236,7 +248,7 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
         "max_output_tokens": RANGES["max_tokens"].schema(),
         "include": {"type": "array", "items": {"enum": list(INCLUDED)}},
         "top_logprobs": RANGES["logprobs"].schema(),
-        "text": closed(_nullable({"format": _FORMAT, "verbosity": {"enum": ["medium"]}})),
+        "text": closed(_nullable({"format": _FORMAT, **harmless(VERBOSITY)})),
         "reasoning": closed(_nullable({"effort": STRING, "summary": ANYTHING, "generate_summary": ANYTHING})),
         **_SAMPLING,
         **_OF_CHATS,

@@ -22,7 +22,7 @@ from tpctl.client.text_growth import check_steps, check_text_growth, most_added,
 from tpctl.client.token_bound import most_characters
 from tpctl.client.tools.find import find_form as find_tool_form
 from tpctl.client.tools.forms import ToolForm
-from tpctl.errors import CheckpointError, RequestError
+from tpctl.errors import CheckpointError, RequestError, TooLongError
 from tpctl.json_file import is_file
 
 if TYPE_CHECKING:
@@ -163,8 +163,8 @@ class Tokenizer:
                 is the caller's to refuse.
 
         Raises:
-            RequestError: it holds half a surrogate pair, as bytes that are not UTF-8 become, has more than ``most``
-                tokens, or the tokenizer fails.
+            TooLongError: it has more than ``most`` tokens.
+            RequestError: it holds half a surrogate pair, as bytes that are not UTF-8 become, or the tokenizer fails.
         """
         ids = self._encode(text, most, add_special_tokens=True)
         bos = self.special_tokens.get("bos_token")
@@ -188,8 +188,8 @@ class Tokenizer:
 
         Raises:
             CheckpointError: the model has no chat template.
-            RequestError: the template refuses these messages, they hold half a surrogate pair, or they have more than
-                ``most`` tokens.
+            TooLongError: they have more than ``most`` tokens.
+            RequestError: the template refuses these messages, or they hold half a surrogate pair.
         """
         return self.encode_rendered(self.template.render(messages, variables=variables), most=most)
 
@@ -251,7 +251,7 @@ class Tokenizer:
         else:
             return
         if fewest > most:
-            raise RequestError(
+            raise TooLongError(
                 f"the text {said} and so at least {fewest:,} tokens, but at most {most:,} leave room for an answer; "
                 "shorten it, or raise --max-model-len, or --kv-cache-memory if that is the limit"
             )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,13 +21,16 @@ from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, with_tools
 from tpctl.client.tools.enforced import formed
 from tpctl.client.tools.stream import check_tools
-from tpctl.errors import TpctlError, shown
+from tpctl.errors import TooLongError, TpctlError, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.sampling import SamplingParams
 
 T = TypeVar("T")
+
+TOO_LONG = "context_length_exceeded"
+"""The code of errors that say that a prompt, or prompt and answer, have too many tokens."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,10 @@ class Reader:
         return self.tokenizer.encode_chat(check_messages(messages), own, most=most)
 
     def _conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
-        variables = wanted.fields.get("chat_template_kwargs")
-        with asked_as(wanted.names):
+        variables, what = wanted.fields.get("chat_template_kwargs"), wanted.names.get("messages", "messages")
+        with asked_as(wanted.names), _too_long(what):
             token_ids = self._render(messages, variables, info.max_model_len - 1, wanted.tools)
-            return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning)
+            return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning, what)
 
     def _texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
         if wanted.fields.get("chat_template_kwargs") is not None:
@@ -111,17 +115,20 @@ class Reader:
         jobs = []
         for prompt in prompts:
             most = info.max_model_len - 1
-            token_ids = self.tokenizer.encode(prompt, most=most) if isinstance(prompt, str) else prompt
-            with asked_as(wanted.names):
-                jobs.append(self._job(token_ids, wanted, info, 16, None))  # so many tokens are OpenAI's default
+            with asked_as(wanted.names), _too_long("prompt"):
+                token_ids = self.tokenizer.encode(prompt, most=most) if isinstance(prompt, str) else prompt
+                jobs.append(self._job(token_ids, wanted, info, 16, None, "prompt"))  # so many are OpenAI's default
         return jobs
 
-    def _job(self, token_ids: list[int], wanted: Wanted, info: EngineInfo, most: int | None, form: Form | None) -> Job:
+    def _job(
+        self, token_ids: list[int], wanted: Wanted, info: EngineInfo, most: int | None, form: Form | None, what: str
+    ) -> Job:
+        """``most``: tokens of an answer where nothing is said of them; ``what``: the field that the prompt is of."""
         fields = wanted.fields
         room = info.max_model_len - len(token_ids)
         name = wanted.names.get("max_tokens", "max_tokens")
-        check_room(len(token_ids), fields.get("max_tokens"), info.max_model_len, name)
-        check_ids(token_ids, info.vocab_size, "prompt")
+        check_room(len(token_ids), fields.get("max_tokens"), info.max_model_len, name, what)
+        check_ids(token_ids, info.vocab_size, what)
         own = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
         seed = secrets.randbits(63)
         values = {"seed": seed, "max_tokens": min(room, most or room), **self._defaults, **own}
@@ -175,8 +182,22 @@ def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
         )
 
 
-def check_room(num_tokens: int, max_tokens: Any, max_model_len: int, name: str = "max_tokens") -> None:
+@contextmanager
+def _too_long(what: str) -> Iterator[None]:
+    """What is too long is the field ``what``."""
+    try:
+        yield
+    except TooLongError as error:
+        raise ApiError(400, str(error), param=what, code=TOO_LONG) from None
+
+
+def check_room(
+    num_tokens: int, max_tokens: Any, max_model_len: int, name: str = "max_tokens", what: str = "prompt"
+) -> None:
     """Refuse a prompt that leaves no room for an answer, or not for one as long as is asked for, as ``name``.
+
+    Args:
+        what: the field that the prompt is made of.
 
     Raises:
         ApiError: it does; the message has both numbers.
@@ -188,11 +209,11 @@ def check_room(num_tokens: int, max_tokens: Any, max_model_len: int, name: str =
         said = (
             f"the prompt has {num_tokens} tokens, but prompt and answer together may have {max_model_len}; shorten it"
         )
-        raise ApiError(400, said, param="prompt", code="context_length_exceeded")
+        raise ApiError(400, said, param=what, code=TOO_LONG)
     raise ApiError(
         400,
         f"the prompt has {num_tokens} tokens, and {name} is {asked}: {num_tokens + asked} in all, but prompt and "
         f"answer together may have {max_model_len}; ask for at most {max_model_len - num_tokens}",
         param=name,
-        code="context_length_exceeded",
+        code=TOO_LONG,
     )

@@ -56,7 +56,7 @@ class Endpoints:
         streaming = Streaming.taken(body)
         echo = flag(body.pop("echo", False), "echo")
         prompts = read_prompts(_taken(body, "prompt"))
-        wanted = settings(body, chat=False)
+        wanted, scored = _scored(settings(body, chat=False))
         _check_stream(wanted, streaming)
         told = PromptLogprobs(wanted.fields.get("prompt_logprobs"), wanted.fields.get("logprobs") if echo else None)
         wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": told.most})
@@ -67,7 +67,7 @@ class Endpoints:
             texts = [prompt if isinstance(prompt, str) else await self._text(prompt) for prompt in prompts]
         generation = self.pool.begin(jobs, self._told(streaming.wanted))
         self.pool.metrics.begun(generation, since)
-        writer = TextWriter(texts, told, model, jobs, generation, self.reader.tokenizer, streaming)
+        writer = TextWriter(texts, told, scored, model, jobs, generation, self.reader.tokenizer, streaming)
         return Answered(generation, writer, self.reader.run)
 
     async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
@@ -156,6 +156,20 @@ class Endpoints:
         tokenizer = self.reader.tokenizer
         check_ids(ids, max(tokenizer.backend.get_vocab_size(), 1), "tokens")
         return await self.reader.run(lambda: tokenizer.decode(ids, skip_special=False))
+
+
+def _scored(wanted: Wanted) -> tuple[Wanted, bool]:
+    """What is asked of an engine, and whether that is about prompts alone: no tokens are to follow, but it makes one.
+
+    Raises:
+        FieldError: there must be more than none.
+    """
+    fields = dict(wanted.fields)
+    if type(fields.get("max_tokens")) is not int or fields["max_tokens"] != 0:
+        return wanted, False
+    if fields.pop("min_tokens", 0):
+        raise FieldError("min_tokens is set, and max_tokens is 0; leave one of them out", "min_tokens")
+    return replace(wanted, fields={**fields, "max_tokens": 1}), True
 
 
 def _check_stream(wanted: Wanted, streaming: Streaming) -> None:

@@ -12,7 +12,7 @@ from tpctl.client.fields import FieldError, given, refuse, whole
 from tpctl.client.forms import Wanted
 from tpctl.client.openai_answers import response_logprobs
 from tpctl.client.openai_fields import check_names, settings
-from tpctl.client.openai_schemas import INCLUDED, LOGPROBS, NOT_IN_RESPONSES, RESPONSES
+from tpctl.client.openai_schemas import INCLUDED, LOGPROBS, NOT_IN_RESPONSES, RESPONSES, VERBOSITY
 from tpctl.client.token_text import TokenTexts, logprob_rows, token_texts
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import FIELDS as TOOL_FIELDS
@@ -26,6 +26,7 @@ from tpctl.serve.pool import Job
 from tpctl.wire.ranges import MAX_LOGPROBS
 
 _NAMES = {
+    "messages": "input",
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
@@ -55,7 +56,7 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     logprobs = _logprobs(body)
     refuse(body, NOT_IN_RESPONSES)
     text = _object(body, "text", ("format", "verbosity"))
-    refuse(text, {"verbosity": ("medium",)})
+    refuse(text, VERBOSITY)
     format_ = text.get("format")
     if format_ is not None:
         body["response_format"] = _response_format(format_)

@@ -33,10 +33,11 @@ class TextWriter(ChunkWriter):
 
     chat = False
 
-    def __init__(self, echo: Sequence[str] | None, told: PromptLogprobs, *rest: Any) -> None:
-        """``echo``: the text of each prompt."""
+    def __init__(self, echo: Sequence[str] | None, told: PromptLogprobs, scored: bool, *rest: Any) -> None:
+        """``echo``: the text of each prompt; ``scored``: answers are empty, whatever the engine makes."""
         super().__init__(*rest)
         self._echo = echo
+        self._scored = scored
         self._told, self._echoed = told
         self._places = [0] * len(self._streams)  # characters of the tokens so far
         self._each = len(self._streams) // len(self._jobs)  # answers of a prompt
@@ -49,6 +50,17 @@ class TextWriter(ChunkWriter):
         return b"".join(
             head + b'"text":' + encode(text) + self._tail for head, text in zip(self._heads, texts, strict=True)
         )
+
+    def pieces(self, pieces: Sequence[Piece]) -> bytes:
+        if self._scored:
+            pieces = [one._replace(segments=[], tokens=0, finish_reason=_cut(one.finish_reason)) for one in pieces]
+        return super().pieces(pieces)
+
+    def usage(self) -> dict[str, Any]:
+        found = super().usage()
+        if self._scored:
+            found |= {"completion_tokens": 0, "total_tokens": found["prompt_tokens"]}
+        return found
 
     def _full(self, piece: Piece) -> list[bytes]:
         """A prompt's log-probabilities are there when its answer's first token is."""
@@ -75,8 +87,15 @@ class TextWriter(ChunkWriter):
 
     def _choice(self, at: int, stream: TextStream, job: Job) -> dict[str, Any]:
         found = super()._choice(at, stream, job)
+        if self._scored:
+            found |= {"text": "", "finish_reason": "length", **({"logprobs": []} if "logprobs" in found else {})}
         if self._echo is not None:
             found["text"] = self._echo[at // self._each] + found["text"]
             if self._echoed is not None:
                 found["logprobs"] = [*self._prompt(stream, job, self._echoed), *found["logprobs"]]
         return found
+
+
+def _cut(finish_reason: str | None) -> str | None:
+    """Why an answer that is told as empty ended, if it has."""
+    return None if finish_reason is None else "length"
