@@ -301,7 +301,9 @@ def test_kernels_of_gated_delta_nets_take_no_drafts(name: str, monkeypatch: pyte
 
     monkeypatch.setattr("tpctl.client.prepare.find_spec", lambda name: object())
     for backend in ("auto", "triton", "flash-attn"):
-        with pytest.raises(UnsupportedModelError, match=r"--speculate ngram computes several .* has gated delta net layers,"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"--speculate ngram computes several .* has gated delta net layers,"
+        ):
             check("ngram", "cuda", backend)
         check("auto", "cuda", backend)
     check("ngram", "cuda", "sdpa")
