@@ -1,7 +1,7 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
 grids of cases are sampled (of tests marked ``daily`` in parts, by the day); on GPUs they run whole, unless
-``--sampled-grid`` is given. What is only compiled are others every day; of what the interpreter runs, half the sample
-one day and half the next."""
+``--sampled-grid`` is given. What is only compiled are others every day; of what the interpreter runs, of the sample or
+of a test with few cases, half one day and half the next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMES = 1
 _SMALL = 6
 """Cases that a test may have before it is sampled."""
 _DAYS = 2
-"""In which the interpreter runs all of a sample."""
+"""In which the interpreter runs all of a sample, or of few cases."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,8 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _few(cases: list[pytest.Item]) -> list[pytest.Item]:
-    if len(cases) <= _SMALL:
-        return cases
     compiled = cases[0].path.name.startswith("test_compile")
-    taken = sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)
-    return [case for place, case in enumerate(taken) if (place + today()) % _DAYS == 0] if INTERPRET else taken
+    if len(cases) > _SMALL:
+        cases = sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)
+    return cases[today() % min(_DAYS, len(cases)) :: _DAYS] if INTERPRET else cases
