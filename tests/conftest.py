@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.sampling import by_test, leave_out, of_the_day, sampled, today
+from tests.sampling import by_test, leave_out, of_the_day, of_the_grid, today
 from tpctl.checkpoint.sources import ResolvedSource, resolve
 
 # Where the tests run in the background of a shell, SIGINT is ignored, and every process they start would inherit that.
@@ -76,9 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     out: set[pytest.Item] = set()
     for cases in by_test(items).values():
-        taken = cases
-        if mark := cases[0].get_closest_marker("grid"):
-            taken = sampled(cases, mark.args[0], turn=today() if mark.kwargs.get("daily") else 0)
+        taken = of_the_grid(cases)
         if cases[0].path.parent.name != "gpu":  # which chooses for itself, of what it has sampled
             taken = of_the_day(taken)
         out.update(set(cases) - set(taken))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,33 @@ def of_the_day(cases: list[pytest.Item]) -> list[pytest.Item]:
     if mark is None:
         return cases
     return [case for place, case in enumerate(cases) if (place + today()) % mark.args[0] == 0]
+
+
+def of_the_grid(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Of a test marked ``grid(times)`` each value of each parameter so many times, where as many cases have it; else
+    all. Of one that is marked ``daily(share)``, too, the same for so many days as it takes to run all of them."""
+    if (mark := cases[0].get_closest_marker("grid")) is None:
+        return cases
+    share = cases[0].get_closest_marker("daily")
+    turn = today() // (1 if share is None else share.args[0]) if mark.kwargs.get("daily") else 0
+    apart = mark.kwargs.get("apart", False)
+    return sampled(of_those_alike(cases, mark.kwargs.get("alike", {}), turn), mark.args[0], apart=apart, turn=turn)
+
+
+def of_those_alike(
+    cases: list[pytest.Item], alike: Mapping[str, Callable[[Any], Hashable]], turn: int
+) -> list[pytest.Item]:
+    """The cases of one value of each group, another one each turn: ``alike`` says for a parameter which group a value
+    is in."""
+    for name, group in alike.items():
+        groups: dict[Hashable, list[Any]] = defaultdict(list)
+        for case in cases:
+            value = _params(case)[name]
+            if value not in groups[group(value)]:
+                groups[group(value)].append(value)
+        taken = [values[turn % len(values)] for values in groups.values()]
+        cases = [case for case in cases if _params(case)[name] in taken]
+    return cases
 
 
 def sampled(cases: list[pytest.Item], times: int, *, apart: bool = False, turn: int = 0) -> list[pytest.Item]:
@@ -77,9 +105,13 @@ def sampled(cases: list[pytest.Item], times: int, *, apart: bool = False, turn: 
 def _values(case: pytest.Item, apart: bool) -> list[tuple[str, str]]:
     """What ``case`` has of each ``parametrize`` (its names and their values, those of several names as one unless they
     are taken ``apart``), and of each fixture with parameters."""
-    params = dict(case.callspec.params)  # type: ignore[attr-defined]
+    params = _params(case)
     found = []
     for mark in [] if apart else case.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
         found.append((str(names), repr([params.pop(name.strip()) for name in names])))
     return found + [(name, repr(value)) for name, value in params.items()]
+
+
+def _params(case: pytest.Item) -> dict[str, Any]:
+    return dict(case.callspec.params)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import FAMILIES, make_checkpoint, make_mixture
+from tests.tiny import MIXTURES as CLASSES
 from tests.tiny_dense import SEEING, make_seeing
 from tests.unit.generating import answers, memory_for, run
 from tests.unit.test_models_attention import MIXTURES
@@ -54,8 +55,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Made()
 
 
-@pytest.mark.daily(2)
-@pytest.mark.grid(1, daily=True)
+def family(name: str) -> str:
+    """What transformers calls it."""
+    if name in MIXED:
+        return CLASSES[MIXED[name][0]][0]
+    return (FAMILIES.get(name) or SEEING[name])[0]
+
+
+@pytest.mark.grid(1, daily=True, alike={"name": family})
 @pytest.mark.parametrize("way", ["whole", "tight"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 5])
 @pytest.mark.parametrize("name", [*DENSE, *MIXED, "mistral3-untied", "mistral3-ministral"])

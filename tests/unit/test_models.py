@@ -27,6 +27,12 @@ from tpctl.wire.settings import EngineConfig
 CHUNKS = (5, 1, 9, 1, 1, 3)  # a prompt computed in pieces: prefill, decode, prefill over a cached prefix, …
 
 
+def within(name: str) -> float:
+    """What a logit may differ by. Of one family transformers in float32 is itself 0.8e-4 from what it computes in
+    float64, and tpctl as far (logits up to 7)."""
+    return 3e-4 if name == "qwen3_5_moe_text" else 1e-4
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, object]]:
     return {}
@@ -81,8 +87,7 @@ def state_of(runner: ModelRunner, slot: int, start: int) -> StateUse | None:
     return StateUse(slot, slot if start else None) if runner.memory.num_states else None
 
 
-@pytest.mark.daily(2)
-@pytest.mark.grid(2)
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, tmp_path_factory) -> None:
@@ -100,7 +105,7 @@ def test_logits_equal_transformers(name: str, tp_size: int, checkpoints: dict, t
         with torch.no_grad():
             expected = model(prompts).logits
         found = logits_of(shards, tp_size, prompts.tolist())
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.grid(1, daily=True)
@@ -113,9 +118,7 @@ def test_the_text_of_a_model_that_sees(name: str, tp_size: int, tmp_path: Path) 
     prompts = torch.randint(11, 131, (2, 40))
     with torch.no_grad():
         expected = model(prompts).logits
-    torch.testing.assert_close(
-        logits_of(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(logits_of(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma2"])  # the second's head has another name there
@@ -150,4 +153,5 @@ def test_a_mixture_made_for_vllm_runs_too(name: str, tmp_path: Path) -> None:
     prompts = torch.randint(3, 131, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(prompts).logits
-    torch.testing.assert_close(logits_of(tmp_path / "vllm", 2, prompts.tolist()), expected, rtol=1e-4, atol=1e-4)
+    found = logits_of(tmp_path / "vllm", 2, prompts.tolist())
+    torch.testing.assert_close(found, expected, rtol=0, atol=within(name))
