@@ -30,10 +30,12 @@ from kernel_timing import BF16, DEVICE, graph_us
 
 from tpctl.kernels.common.codes import Codes, decode
 from tpctl.kernels.common.launch import capability, early_launch, num_multiprocessors, shared_memory
-from tpctl.kernels.experts.grouped import _configs, _plain_pairs, pick_block_m
+from tpctl.kernels.experts.coded_experts import CodedExperts
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.grouped_scaled import ScaledConfig, pick_scaled, scaled_pairs
-from tpctl.kernels.experts.matrices import ExpertMatrices, experts_reference
+from tpctl.kernels.experts.matrices import experts_reference
 from tpctl.kernels.experts.placing import place
+from tpctl.kernels.experts.tile_config import pick_block_m
 from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales
 from tpctl.kernels.linear.codes_gemm import GemmConfig, decoded_linear, gemm_config, quantize_rows, scaled_gemm
 from tpctl.kernels.linear.packed_gemm import PackedConfig, packed_gemm, take_apart
@@ -225,14 +227,15 @@ def packed(config: PackedConfig, x: torch.Tensor, codes: Codes) -> torch.Tensor:
     return packed_gemm(x, codes, config, pdl=early_launch(len(x), DEVICE))
 
 
-def expert_layers() -> list[ExpertMatrices]:
+def expert_layers() -> list[CodedExperts]:
     """Two of Qwen3-30B-A3B's: 1.2 GB."""
 
-    def matrix(n: int, k: int) -> Codes:
-        return Codes(**{**vars(expert_codes("e4m3", QWEN.count, n, k, 128, False)), "rounds": True})
+    def matrix(n: int, k: int) -> CodedMatrix:
+        codes = expert_codes("e4m3", QWEN.count, n, k, 128, False)
+        return CodedMatrix(Codes(**{**vars(codes), "rounds": True}))
 
     return [
-        ExpertMatrices(matrix(2 * QWEN.width, QWEN.hidden), matrix(QWEN.hidden, QWEN.width), activation="silu")
+        CodedExperts(matrix(2 * QWEN.width, QWEN.hidden), matrix(QWEN.hidden, QWEN.width), activation="silu")
         for _ in range(2)
     ]
 
@@ -261,9 +264,7 @@ def experts(args: argparse.Namespace, clock: Clock) -> None:
                         best[which] = us, tuple(config)
         placed = [place(one.ids, QWEN.count, chosen[0].block_m) for one, _ in made]
         us = timed_experts(made, placed, chosen, pdl)
-        codes_us = graph_us(
-            [partial(_plain_pairs, r, e, _configs(r.x, pairs, e, QWEN.count), pdl=pdl) for r, e in made], 3
-        )
+        codes_us = graph_us([partial(e.pairs_in_tiles, r, e.tiles(r, QWEN.count), pdl=pdl) for r, e in made], 3)
         place_us = graph_us([partial(place, r.ids, QWEN.count, suited, pdl=pdl) for r, _ in made], 3)
         routed, one = made[0]
         y = scaled_pairs(routed, one, placed[0], chosen, pdl=False)
@@ -312,7 +313,7 @@ def compile_packed(job: tuple[int, PackedConfig]) -> None:
 
 def compile_experts(job: tuple[ScaledConfig, ScaledConfig]) -> None:
     up, down = (
-        Codes(**{**vars(expert_codes("e4m3", 2, n, k, 128, False)), "rounds": True})
+        CodedMatrix(Codes(**{**vars(expert_codes("e4m3", 2, n, k, 128, False)), "rounds": True}))
         for n, k in ((2 * QWEN.width, QWEN.hidden), (QWEN.hidden, QWEN.width))
     )
     for rows in (512, 528):
@@ -320,7 +321,7 @@ def compile_experts(job: tuple[ScaledConfig, ScaledConfig]) -> None:
         x = torch.zeros(rows, QWEN.hidden, device=DEVICE, dtype=BF16)
         routed = random_routed(QWEN, 1)._replace(x=x, ids=ids, weights=ids.float())
         placed = place(ids, 2, job[0].block_m)
-        scaled_pairs(routed, ExpertMatrices(up, down, activation="silu"), placed, job, pdl=early_launch(rows, DEVICE))
+        scaled_pairs(routed, CodedExperts(up, down, activation="silu"), placed, job, pdl=early_launch(rows, DEVICE))
 
 
 def compiled(sections: Iterable[str]) -> list[tuple[Callable[[Any], None], Any]]:

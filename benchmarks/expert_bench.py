@@ -11,7 +11,7 @@ counts norm, router and choice. Torch is a loop over the experts that were chose
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,21 +39,17 @@ from expert_sweep import bench_sweep
 from kernel_timing import BF16, DEVICE, graph_us, row
 
 from tpctl.arch.routing import Routing
-from tpctl.kernels.common.codes import Codes, Kind
+from tpctl.kernels.common.codes import Kind
+from tpctl.kernels.experts.coded_experts import CodedExperts
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.codes_row import codes_row
-from tpctl.kernels.experts.grouped import (
-    UNLISTED_ROWS,
-    grouped,
-    grouped_down,
-    grouped_gate_up,
-    pick_block_m,
-    pick_tile,
-)
+from tpctl.kernels.experts.grouped import grouped
 from tpctl.kernels.experts.grouped_scaled import LEAST_PAIRS
-from tpctl.kernels.experts.matrices import ExpertMatrices
+from tpctl.kernels.experts.matrices import UNLISTED_ROWS, ExpertMatrices
 from tpctl.kernels.experts.one_row import one_row
 from tpctl.kernels.experts.placing import place
 from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, gate, route
+from tpctl.kernels.experts.tile_config import pick_block_m, pick_tile
 from tpctl.kernels.linear.codes_gemm import is_scaled
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
@@ -111,9 +107,9 @@ def bench_rows() -> None:
             first, second = (
                 pick_tile(block_m, gated=gated, itemsize=2, limit=SHARED_MEMORY) for gated in (True, False)
             )
-            up = graph_us([partial(grouped_gate_up, r, e, p, first) for (r, e), p in zip(made, placed, strict=True)])
+            up = graph_us([partial(e.gate_up_pairs, r, p, first) for (r, e), p in zip(made, placed, strict=True)])
             h = torch.randn(rows * shape.per_token, shape.width, device=DEVICE, dtype=BF16)
-            down = graph_us([partial(grouped_down, h, r, e, p, second) for (r, e), p in zip(made, placed, strict=True)])
+            down = graph_us([partial(e.down_pairs, h, r, p, second) for (r, e), p in zip(made, placed, strict=True)])
             everything = graph_us([partial(grouped, r, e, pdl=rows <= 512) for r, e in made])
             floor = floor_us(shape, made[0][0])
             row(shape.name, rows, block_m, placing, f"{up:.1f}", f"{down:.1f}", f"{everything:.1f}", f"{floor:.1f}",
@@ -137,9 +133,9 @@ def bench_codes() -> None:
         for name, kind, unit, exponents, bits in CODES:
             count, hidden, width = shape.count, shape.hidden, shape.width
             coded = [
-                ExpertMatrices(
-                    random_codes(kind, count, 2 * width, hidden, unit, exponents),
-                    random_codes(kind, count, hidden, width, unit, exponents),
+                CodedExperts(
+                    CodedMatrix(random_codes(kind, count, 2 * width, hidden, unit, exponents)),
+                    CodedMatrix(random_codes(kind, count, hidden, width, unit, exponents)),
                     one.gate_up_bias,
                     one.down_bias,
                     shape.activation,
@@ -155,16 +151,15 @@ def bench_codes() -> None:
                     error_of(call, routed, coded[0]), *in_8_bits(coded, shape, rows))  # fmt: skip
 
 
-def in_8_bits(layers: list[ExpertMatrices], shape: Shape, rows: int) -> tuple[str, str]:
+def in_8_bits(layers: list[CodedExperts], shape: Shape, rows: int) -> tuple[str, str]:
     """Microseconds and error where x is rounded to the weights' 8 bits, if so many rows would be."""
     rounding = []
     for one in layers:
-        assert isinstance(one.gate_up, Codes) and isinstance(one.down, Codes)
-        gate_up, down = replace(one.gate_up, rounds=True), replace(one.down, rounds=True)
+        gate_up, down = replace(one.gate_up.codes, rounds=True), replace(one.down.codes, rounds=True)
         enough = rows * shape.per_token >= LEAST_PAIRS * shape.count
         if not (enough and is_scaled(gate_up, (9, 0)) and is_scaled(down, (9, 0))):
             return "", ""
-        rounding.append(replace(one, gate_up=gate_up, down=down))
+        rounding.append(replace(one, gate_up=CodedMatrix(gate_up), down=CodedMatrix(down)))
     us, routed, call = timed(rounding, shape, rows, by_row=False)
     return f"{us:.1f}", error_of(call, routed, rounding[0])
 
@@ -174,13 +169,13 @@ def coded_row(one: Alone) -> torch.Tensor:
 
 
 def timed(
-    layers: list[ExpertMatrices], shape: Shape, rows: int, *, by_row: bool
+    layers: Sequence[ExpertMatrices[Any]], shape: Shape, rows: int, *, by_row: bool
 ) -> tuple[float, Routed, Callable[[], torch.Tensor]]:
     """Microseconds, and what the first call was of. by_row: one row goes the way that it goes in `CudaExperts`, router
     included."""
     if rows == 1 and by_row:
         single = alone(shape, layers)
-        if isinstance(layers[0].gate_up, Codes):
+        if isinstance(layers[0], CodedExperts):
             us = graph_us([partial(coded_row, one) for one in single])
             return us, single[0].routed, partial(coded_row, single[0])
         return graph_us([partial(one.call, pdl=True) for one in single]), single[0].routed, single[0].call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from kernel_timing import BF16, DEVICE, graph_us
 from tpctl.arch.block import Activation, Clamped
 from tpctl.arch.routing import Routing
 from tpctl.kernels.common.codes import Codes, Kind
+from tpctl.kernels.experts.dense_matrix import DenseMatrix
 from tpctl.kernels.experts.gating import gated_reference
 from tpctl.kernels.experts.matrices import ExpertMatrices, experts_reference
 from tpctl.kernels.experts.one_row import one_row
@@ -61,7 +62,7 @@ def bandwidth() -> float:
     return 2 * data.nbytes / graph_us([partial(copy.copy_, data)])
 
 
-def random_layers(shape: Shape) -> list[ExpertMatrices]:
+def random_layers(shape: Shape) -> list[ExpertMatrices[Any]]:
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=DEVICE, dtype=BF16).mul_(size[-1] ** -0.5)
 
@@ -69,8 +70,8 @@ def random_layers(shape: Shape) -> list[ExpertMatrices]:
     biases = shape.interleaved
     return [
         ExpertMatrices(
-            random(count, 2 * width, hidden),
-            random(count, hidden, width),
+            DenseMatrix(random(count, 2 * width, hidden)),
+            DenseMatrix(random(count, hidden, width)),
             random(count, 2 * width) if biases else None,
             random(count, hidden) if biases else None,
             shape.activation,
@@ -105,7 +106,7 @@ class Alone(NamedTuple):
     x: torch.Tensor
     router: Router
     scratch: GateScratch
-    experts: ExpertMatrices
+    experts: ExpertMatrices[Any]
     norm: tuple[torch.Tensor, float]
 
     def call(self, **options: Any) -> torch.Tensor:
@@ -116,7 +117,7 @@ class Alone(NamedTuple):
         return gate(*self[:3], norm=self.norm)
 
 
-def alone(shape: Shape, layers: list[ExpertMatrices], calls: int = CALLS) -> list[Alone]:
+def alone(shape: Shape, layers: Sequence[ExpertMatrices[Any]], calls: int = CALLS) -> list[Alone]:
     scratch = GateScratch.allocate(DEVICE)
     norm = (torch.ones(shape.hidden, device=DEVICE, dtype=BF16), 1e-6)
     return [
@@ -138,10 +139,9 @@ def floor_us(shape: Shape, routed: Routed, bits: float = 16) -> float:
     return max(shape.bytes(used, bits) / bandwidth(), operations / RATE)
 
 
-def torch_loop(routed: Routed, experts: ExpertMatrices) -> Callable[[], torch.Tensor]:
+def torch_loop(routed: Routed, experts: ExpertMatrices[Any]) -> Callable[[], torch.Tensor]:
     """A loop over the chosen experts, whose tokens are known: no host in between, so that it can be captured."""
-    assert isinstance(experts.gate_up, torch.Tensor) and isinstance(experts.down, torch.Tensor)
-    gate_up, down = experts.gate_up, experts.down
+    gate_up, down = experts.gate_up.values, experts.down.values
     chosen = [(e, *torch.where(routed.ids == e)) for e in torch.unique(routed.ids).tolist()]
 
     def run() -> torch.Tensor:
@@ -156,12 +156,12 @@ def torch_loop(routed: Routed, experts: ExpertMatrices) -> Callable[[], torch.Te
     return run
 
 
-def error_of(call: Callable[[], torch.Tensor], routed: Routed, experts: ExpertMatrices) -> str:
+def error_of(call: Callable[[], torch.Tensor], routed: Routed, experts: ExpertMatrices[Any]) -> str:
     want = experts_reference(routed.x, routed.ids, routed.weights, experts, torch.float32)
     error = float((call().float() - want).norm() / want.norm())
     return f"{error:.1e}" if error < 1e-2 else f"WRONG {error:.1e}"
 
 
-def cases(layers: list[ExpertMatrices], shape: Shape, rows: int) -> list[tuple[Routed, ExpertMatrices]]:
+def cases(layers: Sequence[ExpertMatrices[Any]], shape: Shape, rows: int) -> list[tuple[Routed, ExpertMatrices[Any]]]:
     calls = CALLS if rows <= 512 else 3
     return [(random_routed(shape, rows), layers[i % len(layers)]) for i in range(calls)]

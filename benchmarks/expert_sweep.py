@@ -21,15 +21,10 @@ from expert_cases import (
 from kernel_timing import BF16, DEVICE, graph_us, row
 
 from tpctl.kernels.common.launch import num_multiprocessors
-from tpctl.kernels.experts.grouped import (
-    UNLISTED_ROWS,
-    TileConfig,
-    grouped_down,
-    grouped_gate_up,
-)
-from tpctl.kernels.experts.matrices import ExpertMatrices
+from tpctl.kernels.experts.matrices import UNLISTED_ROWS, ExpertMatrices
 from tpctl.kernels.experts.one_row import RowConfig, pick_row
 from tpctl.kernels.experts.placing import place
+from tpctl.kernels.experts.tile_config import TileConfig
 
 Sweep = tuple[str, Callable[..., float], list[Any]]
 """A name, what times a configuration, and those to try."""
@@ -51,7 +46,7 @@ def best(sweep: Sweep, count: int = 5) -> list[Any]:
     return [config for _, config in found]
 
 
-def row_sweeps(shape: Shape, layers: list[ExpertMatrices]) -> Iterator[Sweep]:
+def row_sweeps(shape: Shape, layers: list[ExpertMatrices[Any]]) -> Iterator[Sweep]:
     """Tiles of gate_up beside the chosen ones of down, and the other way round."""
     made = alone(shape, layers)
     start = pick_row(shape.hidden, shape.width, itemsize=2, programs=num_multiprocessors(DEVICE), limit=SHARED_MEMORY)
@@ -70,7 +65,7 @@ def row_sweeps(shape: Shape, layers: list[ExpertMatrices]) -> Iterator[Sweep]:
     yield f"{shape.name} one row, down", time, downs
 
 
-def tile_sweeps(shape: Shape, layers: list[ExpertMatrices], rows: int) -> Iterator[Sweep]:
+def tile_sweeps(shape: Shape, layers: list[ExpertMatrices[Any]], rows: int) -> Iterator[Sweep]:
     made = cases(layers, shape, rows)[:6]
     sizes = (16,) if rows <= UNLISTED_ROWS else (16, 32, 64) if rows <= 512 else (64, 128, 256)
     h = torch.randn(rows * shape.per_token, shape.width, device=DEVICE, dtype=BF16)
@@ -78,10 +73,10 @@ def tile_sweeps(shape: Shape, layers: list[ExpertMatrices], rows: int) -> Iterat
         placed: list[Any] = [place(r.ids, shape.count, block_m) if rows > UNLISTED_ROWS else None for r, _ in made]
 
         def up(config: TileConfig, placed: Any = placed) -> float:
-            return graph_us([partial(grouped_gate_up, r, e, p, config) for (r, e), p in zip(made, placed, strict=True)])
+            return graph_us([partial(e.gate_up_pairs, r, p, config) for (r, e), p in zip(made, placed, strict=True)])
 
         def down(config: TileConfig, placed: Any = placed) -> float:
-            return graph_us([partial(grouped_down, h, r, e, p, config) for (r, e), p in zip(made, placed, strict=True)])
+            return graph_us([partial(e.down_pairs, h, r, p, config) for (r, e), p in zip(made, placed, strict=True)])
 
         widths = (32, 64, 128) if block_m <= 32 else (64, 128)
         for gated, time in ((True, up), (False, down)):

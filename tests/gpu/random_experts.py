@@ -11,6 +11,9 @@ from tests.gpu.here import DEVICE, INTERPRET, relative_error
 from tests.unit.random_codes import random_codes
 from tpctl.arch.block import Clamped
 from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.experts.coded_experts import CodedExperts
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
+from tpctl.kernels.experts.dense_matrix import DenseMatrix
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices, experts_reference, shared_reference
 from tpctl.kernels.experts.routing import Routed
 
@@ -38,24 +41,26 @@ def check_launch(launch, routed: Routed, experts, want: torch.Tensor, error: flo
 
 def random_experts(
     count: int, hidden: int, width: int, dtype: torch.dtype, *, biases: bool = False, **more: Any
-) -> ExpertMatrices:
+) -> ExpertMatrices[DenseMatrix]:
     return ExpertMatrices(
-        random(count, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
-        random(count, hidden, width, dtype=dtype, scale=width**-0.5),
+        DenseMatrix(random(count, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5)),
+        DenseMatrix(random(count, hidden, width, dtype=dtype, scale=width**-0.5)),
         random(count, 2 * width, dtype=dtype) if biases else None,
         random(count, hidden, dtype=dtype) if biases else None,
         **more,
     )
 
 
-def coded_experts(count: int, hidden: int, width: int, kind: Any, *, experts: ExpertMatrices, **codes: Any):
+def coded_experts(
+    count: int, hidden: int, width: int, kind: Any, *, experts: ExpertMatrices[DenseMatrix], **codes: Any
+) -> CodedExperts:
     """`experts` with codes of random numbers in place of theirs; options that name inputs hold for both matrices."""
     made = (
         random_codes(kind, n, k, experts=count, seed=n, device=str(DEVICE), **codes)
         for n, k in ((2 * width, hidden), (hidden, width))
     )
-    gate_up, down = (_of_each(matrix, count) for matrix in made)
-    return replace(experts, gate_up=gate_up, down=down)
+    gate_up, down = (CodedMatrix(_of_each(matrix, count)) for matrix in made)
+    return CodedExperts(**{**vars(experts), "gate_up": gate_up, "down": down})
 
 
 def _of_each(codes: Codes, count: int) -> Codes:
@@ -83,7 +88,7 @@ def random_routed(rows: int, hidden: int, count: int, per_token: int, dtype: tor
     )
 
 
-def wanted(routed: Routed, experts: ExpertMatrices, shared: SharedMatrices | None = None) -> torch.Tensor:
+def wanted(routed: Routed, experts: ExpertMatrices[Any], shared: SharedMatrices | None = None) -> torch.Tensor:
     """In float64."""
     x = routed.x.double()
     total = experts_reference(x, routed.ids, routed.weights, experts)

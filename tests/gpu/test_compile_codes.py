@@ -20,6 +20,7 @@ from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED
 from tests.unit.random_codes import random_codes
 from tpctl.kernels.common.codes import PACKED, Codes
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.codes_row import pick_codes_row
 from tpctl.kernels.experts.codes_row_kernels import codes_row_down_kernel, codes_row_gate_up_kernel
 from tpctl.kernels.experts.grouped_scaled import pick_scaled, rounds_itself
@@ -235,7 +236,8 @@ def test_experts_in_8_bits(arch: int, kind: str, block_m: int, gated: bool, tmp_
         replace(random_codes(n=n, k=k, experts=2, **KINDS[kind]), rounds=True)
         for n, k in ((2 * width, hidden), (hidden, width))
     )
-    found = pick_scaled(9999, ExpertMatrices(up, down), 2, block_m, (arch // 10, arch % 10), SHARED[arch])
+    experts = ExpertMatrices(CodedMatrix(up), CodedMatrix(down))
+    found = pick_scaled(9999, experts, 2, block_m, (arch // 10, arch % 10), SHARED[arch])
     assert found is not None
     codes, config = (up, found[0]) if gated else (down, found[1])
     form, _, _ = form_of(codes, config.block_k, fast=False)
@@ -245,7 +247,7 @@ def test_experts_in_8_bits(arch: int, kind: str, block_m: int, gated: bool, tmp_
     flags: dict[str, Any] = {"FORM": form, "OUTPUTS": codes.outputs, "SCALE_ROWS": codes.scales.shape[1]}
     flags |= {"PER_TOKEN": 8, "GATING": "silu" if gated else None, "INTERLEAVED": False, "HAS_BIAS": False}
     flags |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    rounds = gated and rounds_itself(ExpertMatrices(up, down), found)
+    rounds = gated and rounds_itself(experts, found)
     types |= {"out_ptr": element} if rounds else {}
     flags |= {"STAGES": config.num_stages, "PDL": arch >= 90, "LARGEST": LARGEST[codes.kind] if rounds else 0.0}
     built = build(grouped_scaled_kernel, arch, tmp_path, types, config.num_warps, config.num_stages, **flags)

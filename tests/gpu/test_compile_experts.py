@@ -14,13 +14,14 @@ from tests.gpu.here import INTERPRET
 from tests.gpu.test_compile import SHARED, shared_memory
 from tpctl.arch.block import Clamped
 from tpctl.kernels.common.codes import PACKED, Codes
-from tpctl.kernels.experts.grouped import TileConfig, most_bytes, pick_tile
+from tpctl.kernels.experts.coded_matrix import most_bytes
 from tpctl.kernels.experts.grouped_codes_kernels import grouped_codes_kernel
 from tpctl.kernels.experts.grouped_kernels import gather_sum_kernel, grouped_linear_kernel
 from tpctl.kernels.experts.one_row import RowConfig, held_of_shared, pick_row
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
 from tpctl.kernels.experts.placing import CHUNK, _count_kernel, _place_few_kernel, _place_kernel
 from tpctl.kernels.experts.routing_kernels import gate_kernel, route_kernel
+from tpctl.kernels.experts.tile_config import TileConfig, pick_tile
 from tpctl.kernels.linear.codes_linear import form_of
 
 pytestmark = [

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
 from tests.gpu.here import DTYPES, INTERPRET
 from tests.gpu.random_experts import CLAMPED, check_launch, coded_experts, random, random_experts, random_routed, wanted
-from tpctl.kernels.experts.grouped import TileConfig, grouped, pick_block_m, pick_tile
+from tpctl.kernels.experts.grouped import grouped
+from tpctl.kernels.experts.tile_config import TileConfig, pick_block_m, pick_tile
 
 pytestmark = pytest.mark.gpu
 

@@ -14,12 +14,14 @@ from tests.gpu.here import DEVICE, INTERPRET, relative_error
 from tests.gpu.random_experts import CLAMPED, coded_experts, random_experts, random_routed, wanted
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import shared_memory
+from tpctl.kernels.experts.coded_experts import CodedExperts
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.gating import gated_reference
-from tpctl.kernels.experts.grouped import grouped, pick_block_m
+from tpctl.kernels.experts.grouped import grouped
 from tpctl.kernels.experts.grouped_scaled import LEAST_PAIRS, pick_scaled, rounds_itself, scaled_pairs
-from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import place
 from tpctl.kernels.experts.routing import Routed
+from tpctl.kernels.experts.tile_config import pick_block_m
 from tpctl.kernels.linear.codes_gemm import quantize_rows_reference, scaled_gemm_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("assembly")]
@@ -33,19 +35,19 @@ FORMS = [
 ]
 
 
-def rounding(experts: ExpertMatrices) -> ExpertMatrices:
+def rounding(experts: CodedExperts) -> CodedExperts:
     """The same, of a format that rounds inputs."""
-    gate_up, down = (replace(one, rounds=True) for one in (experts.gate_up, experts.down) if isinstance(one, Codes))
+    gate_up, down = (CodedMatrix(replace(one.codes, rounds=True)) for one in (experts.gate_up, experts.down))
     return replace(experts, gate_up=gate_up, down=down)
 
 
-def reference(routed: Routed, experts: ExpertMatrices, blocks: tuple[int | None, int | None]) -> torch.Tensor:
+def reference(routed: Routed, experts: CodedExperts, blocks: tuple[int | None, int | None]) -> torch.Tensor:
     """What every pair adds, [T * K, H], in float64; rows of other ranks' pairs are zeros."""
     per_token = routed.ids.shape[1]
     total = torch.zeros(routed.ids.numel(), experts.hidden, dtype=torch.float64, device=routed.x.device)
     for expert in range(experts.count):
         pairs = torch.where(routed.ids.flatten() == experts.first + expert)[0]
-        gate_up, down = (one.of_expert(expert) for one in (experts.gate_up, experts.down) if isinstance(one, Codes))
+        gate_up, down = (one.codes.of_expert(expert) for one in (experts.gate_up, experts.down))
         both = product(routed.x[pairs // per_token], gate_up, blocks[0])
         if experts.gate_up_bias is not None:
             both += experts.gate_up_bias[expert].double()
@@ -83,7 +85,7 @@ def test_pairs(kind, codes, rows, count, per_token, hidden, width, activation, b
     for pdl in (False,) if INTERPRET else (False, True):
         got = scaled_pairs(routed, experts, placed, configs, pdl=pdl)
         blocks = [
-            config.block_k if isinstance(one, Codes) and one.scales.shape[-1] > 1 else None
+            config.block_k if one.codes.scales.shape[-1] > 1 else None
             for one, config in zip((experts.gate_up, experts.down), configs, strict=True)
         ]
         want = reference(routed, experts, (blocks[0], blocks[1]))

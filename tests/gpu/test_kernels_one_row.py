@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET
-from tests.gpu.random_experts import CLAMPED, check_launch, coded_experts, random, random_experts, random_shared, wanted
+from tests.gpu.random_experts import CLAMPED, check_launch, random, random_experts, random_shared, wanted
 from tpctl.arch.routing import Routing
 from tpctl.kernels.experts import one_row as one_row_module
 from tpctl.kernels.experts.one_row import RowConfig, held_of_shared, one_row, pick_row
@@ -67,10 +67,8 @@ def test_experts_of_other_ranks_add_nothing() -> None:
 
 
 def test_what_is_refused() -> None:
-    experts = coded_experts(2, 32, 32, "uint4", experts=random_experts(2, 32, 32, DTYPES[0]), unit=16, groups=True)
+    experts = random_experts(2, 32, 32, DTYPES[0])
     router, scratch = random_router(2, 1, 32, DTYPES[0]), GateScratch.allocate(DEVICE)
-    with pytest.raises(ValueError, match="these experts are codes; use `codes_row` or `grouped`"):
-        one_row(random(1, 32, dtype=DTYPES[0]), router, scratch, experts)
     with pytest.raises(ValueError, match="2 rows are more than one"):
         one_row(random(2, 32, dtype=DTYPES[0]), router, scratch, experts)
 

@@ -20,6 +20,7 @@ from tests.unit.random_codes import random_codes
 from tpctl.arch.routing import Routing
 from tpctl.distributed import TPGroup
 from tpctl.errors import UnsupportedModelError
+from tpctl.kernels.common.codes import decode
 from tpctl.layers.attention.sdpa import SdpaBackend
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.compute_cuda import CudaCompute
@@ -27,7 +28,7 @@ from tpctl.layers.experts import Mixture
 from tpctl.layers.norm import RMSNorm
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights import experts_cuda
-from tpctl.layers.weights.experts import Gating, MixtureParts, Stack
+from tpctl.layers.weights.experts import CodedStack, DenseStack, Gating, MixtureParts, Stack
 from tpctl.models.decoder import Decoder
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
@@ -114,7 +115,25 @@ def test_codes_that_no_kernel_reads_are_refused() -> None:
     compute = CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER)
     gate_up, down = (random_codes("uint4", 32, 32, experts=2, device=str(DEVICE)) for _ in range(2))
     with pytest.raises(UnsupportedModelError, match="quantised in other groups"):
-        compute.experts(Stack((gate_up, gate_up)), Stack((down,)), Gating(), 0)
+        compute.experts(CodedStack((gate_up, gate_up)), CodedStack((down,)), Gating(), 0)
+
+
+@pytest.mark.parametrize("coded", ["gate_up", "down"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_linear_may_be_codes_and_the_other_numbers(coded: str, rows: int) -> None:
+    group = TPGroup(0, 1, DEVICE)
+    stacks: list[Stack] = []
+    for name, outputs in (("gate_up", 64), ("down", 32)):
+        matrix = random_codes("int8", outputs, 32, experts=2, unit=16, device=str(DEVICE))
+        numbers = torch.stack([decode(matrix.of_expert(number)) for number in range(2)])
+        stacks.append(CodedStack((matrix,)) if name == coded else DenseStack(numbers))
+    parts = MixtureParts(2, 1, Routing("softmax"), torch.randn(2, 32, device=DEVICE), None, None, None, None)
+    x = Rows(torch.randn(rows, 32, device=DEVICE))
+    got, want = (
+        compute.experts(*stacks, Gating(), 0).mixture(x, parts)
+        for compute in (CudaCompute(group, facts=HOPPER), Plain(group))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +150,7 @@ def test_the_way_of_one_row_of_codes(
 ) -> None:
     compute = CudaCompute(TPGroup(0, 1, DEVICE), facts=HOPPER)
     matrices = (random_codes(kind, n, 32, experts=2, unit=16, groups=groups, device=str(DEVICE)) for n in (64, 32))
-    experts = compute.experts(*(Stack((matrix,)) for matrix in matrices), Gating(), 0)
+    experts = compute.experts(*(CodedStack((matrix,)) for matrix in matrices), Gating(), 0)
     gate = torch.randn(2, 32, device=DEVICE, dtype=dtype)
     parts = MixtureParts(2, 1, Routing("softmax"), gate, None, None, None, None)
     taken: list[str] = []

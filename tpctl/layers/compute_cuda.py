@@ -30,7 +30,7 @@ from tpctl.layers.stream_cuda import CudaStream
 from tpctl.layers.weights.codes_cuda import KernelCodesWeight
 from tpctl.layers.weights.dense import Weight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, Stack
-from tpctl.layers.weights.experts_cuda import CudaExperts
+from tpctl.layers.weights.experts_cuda import cuda_experts
 from tpctl.layers.weights.kernels import GpuFacts, KernelWeight, StepState
 
 PEER_LIMIT = 2 << 20
@@ -106,7 +106,7 @@ class CudaCompute(Compute):
         return KernelCodesWeight(codes, self._scratch, self._state, self._facts)
 
     def experts(self, gate_up: Stack, down: Stack, gating: Gating, first: int) -> ExpertWeights:
-        return CudaExperts(gate_up, down, gating, first, self._gates, self._state, self._facts)
+        return cuda_experts(gate_up, down, gating, first, self._gates, self._state, self._facts)
 
     def delta_net(self, net: DeltaNet) -> FusedNet:
         return FusedNet(self, net)

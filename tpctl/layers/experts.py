@@ -28,7 +28,7 @@ from tpctl.layers.mlp import MLP
 from tpctl.layers.module import Layer, attach
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import WeightMaker
-from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Scaled, Stack
+from tpctl.layers.weights.experts import CodedStack, DenseStack, ExpertWeights, Gating, MixtureParts, Scaled, Stack
 from tpctl.layers.weights.stored import to_codes
 
 
@@ -65,11 +65,11 @@ class Stacks(Layer):
         tensors = {kind: getattr(self, self._prefix(held) + kind) for kind in held.shapes}
         bias = tensors.get("bias") if held.adds_bias else None
         if not held.is_dense:
-            return Stack(to_codes(held, tensors), bias)
+            return CodedStack(to_codes(held, tensors), bias)
         (entry,) = held.codes()
         assert entry.out is not None and entry.inp is not None
         matrix = tensors[entry.name]
-        return Stack(matrix if entry.out.dim < entry.inp.dim else matrix.transpose(1, 2), bias)
+        return DenseStack(matrix if entry.out.dim < entry.inp.dim else matrix.transpose(1, 2), bias)
 
     def _prefix(self, held: HeldLinear) -> str:
         return f"{held.linear.name.rpartition('.')[2]}{held.linear.joiner}"

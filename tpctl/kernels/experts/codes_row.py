@@ -14,6 +14,7 @@ import triton
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.codes import PACKED, Codes
 from tpctl.kernels.common.launch import launch_options
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.codes_row_kernels import codes_row_down_kernel, codes_row_gate_up_kernel
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.matrices import ExpertMatrices
@@ -32,10 +33,9 @@ class CodesRowConfig(NamedTuple):
     registers: int = 128
 
 
-def takes_row(experts: ExpertMatrices) -> bool:
-    """Whether `codes_row` reads such experts."""
-    matrices = (experts.gate_up, experts.down)
-    return all(isinstance(one, Codes) and gemv_form(one) is not None for one in matrices)
+def takes_row(experts: ExpertMatrices[CodedMatrix]) -> bool:
+    """Whether `codes_row` reads such codes."""
+    return all(gemv_form(matrix.codes) is not None for matrix in (experts.gate_up, experts.down))
 
 
 def pick_codes_row(codes: Codes, *, gated: bool) -> CodesRowConfig:
@@ -51,7 +51,7 @@ def pick_codes_row(codes: Codes, *, gated: bool) -> CodesRowConfig:
 
 def codes_row(
     routed: Routed,
-    experts: ExpertMatrices,
+    experts: ExpertMatrices[CodedMatrix],
     *,
     total_experts: int | None = None,
     shared_TH: torch.Tensor | None = None,
@@ -66,10 +66,9 @@ def codes_row(
     configs: of gate_up and down. Raises ValueError for others, and for what an outlet does not take.
     """
     x, ids, weights, factors = routed
-    gate_up, down = experts.gate_up, experts.down
+    gate_up, down = experts.gate_up.codes, experts.down.codes
     if len(x) != 1 or x.dtype != torch.bfloat16 or not takes_row(experts):
         raise ValueError(f"{len(x)} rows of {x.dtype} and such experts; use `grouped`")
-    assert isinstance(gate_up, Codes) and isinstance(down, Codes)
     up_config, down_config = configs or (pick_codes_row(gate_up, gated=True), pick_codes_row(down, gated=False))
     per_token = ids.shape[1]
     out = torch.empty_like(x) if out is None else out

@@ -16,6 +16,7 @@ import triton
 from tpctl.arch.block import Activation, Clamped
 from tpctl.kernels.common.codes import Codes
 from tpctl.kernels.common.launch import launch_options
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.grouped_scaled_kernels import grouped_scaled_kernel
 from tpctl.kernels.experts.matrices import ExpertMatrices
 from tpctl.kernels.experts.placing import Placed
@@ -42,7 +43,7 @@ class ScaledConfig(NamedTuple):
 
 
 def pick_scaled(
-    pairs: int, experts: ExpertMatrices, total: int, block_m: int, capability: tuple[int, int], limit: int
+    pairs: int, experts: ExpertMatrices[CodedMatrix], total: int, block_m: int, capability: tuple[int, int], limit: int
 ) -> tuple[ScaledConfig, ScaledConfig] | None:
     """Tiles of gate_up and down; None where these experts, or so few pairs, are multiplied in another way.
 
@@ -56,10 +57,10 @@ def pick_scaled(
     if capability[0] == 9:
         block_m = max(16, block_m // 2)
     found = []
-    for matrix, gated in ((experts.gate_up, True), (experts.down, False)):
-        if not isinstance(matrix, Codes) or not is_scaled(matrix, capability):
+    for codes, gated in ((experts.gate_up.codes, True), (experts.down.codes, False)):
+        if not is_scaled(codes, capability):
             return None
-        form, tile, _ = form_of(matrix, _BLOCK_K, fast=False)
+        form, tile, _ = form_of(codes, _BLOCK_K, fast=False)
         block_k = _BLOCK_K if form.mode == "end" else tile
         block_n, num_warps, wanted = 128, 8, 3
         if capability[0] != 9:
@@ -72,17 +73,16 @@ def pick_scaled(
     return found[0], found[1]
 
 
-def rounds_itself(experts: ExpertMatrices, configs: tuple[ScaledConfig, ScaledConfig]) -> bool:
+def rounds_itself(experts: ExpertMatrices[CodedMatrix], configs: tuple[ScaledConfig, ScaledConfig]) -> bool:
     """Whether gate_up's launch rounds what it writes: a tile's features are then the inputs of a scale of down's."""
     gate_up, down = configs
-    assert isinstance(experts.down, Codes)
-    in_blocks = form_of(experts.down, down.block_k, fast=False)[0].mode == "tile"
+    in_blocks = form_of(experts.down.codes, down.block_k, fast=False)[0].mode == "tile"
     return in_blocks and gate_up.block_n == down.block_k and experts.width % down.block_k == 0
 
 
 def scaled_pairs(
     routed: Routed,
-    experts: ExpertMatrices,
+    experts: ExpertMatrices[CodedMatrix],
     placed: Placed,
     configs: tuple[ScaledConfig, ScaledConfig],
     *,
@@ -94,26 +94,24 @@ def scaled_pairs(
     """
     x, pairs = routed.x, routed.ids.numel()
     gate_up, down = configs
-    q, scales = _rounded(x, experts.gate_up, gate_up, pdl)
+    q, scales = _rounded(x, experts.gate_up.codes, gate_up, pdl)
     if rounds_itself(experts, configs):
         h = q.new_empty(pairs, experts.width)
         h_scales = scales.new_empty(pairs, experts.width // down.block_k)
     else:
         h, h_scales = x.new_empty(pairs, experts.width), None
-    _linear(q, scales, experts, experts.gate_up, experts.gate_up_bias, routed, placed, h, h_scales, gate_up,
+    _linear(q, scales, experts, experts.gate_up.codes, experts.gate_up_bias, routed, placed, h, h_scales, gate_up,
             experts.activation, pdl)  # fmt: skip
     if h_scales is None:
-        h, h_scales = _rounded(h, experts.down, down, pdl)
+        h, h_scales = _rounded(h, experts.down.codes, down, pdl)
     y = x.new_empty(pairs, experts.hidden)
-    _linear(h, h_scales, experts, experts.down, experts.down_bias, routed, placed, y, None, down, None, pdl)
+    _linear(h, h_scales, experts, experts.down.codes, experts.down_bias, routed, placed, y, None, down, None, pdl)
     return y
 
 
-def _rounded(
-    x: torch.Tensor, codes: torch.Tensor | Codes, config: ScaledConfig, pdl: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(x: torch.Tensor, codes: Codes, config: ScaledConfig, pdl: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """x as 8-bit numbers, with scales for the blocks that these codes have."""
-    assert isinstance(codes, Codes) and codes.kind in ("e4m3", "int8")
+    assert codes.kind in ("e4m3", "int8")
     form, _, _ = form_of(codes, config.block_k, fast=False)
     return quantize_rows(x, codes.kind, None if form.mode == "end" else config.block_k, pdl=pdl)
 
@@ -121,8 +119,8 @@ def _rounded(
 def _linear(
     q: torch.Tensor,
     scales: torch.Tensor,
-    experts: ExpertMatrices,
-    codes: torch.Tensor | Codes,
+    experts: ExpertMatrices[CodedMatrix],
+    codes: Codes,
     bias: torch.Tensor | None,
     routed: Routed,
     placed: Placed,
@@ -133,7 +131,6 @@ def _linear(
     pdl: bool,
 ) -> None:
     """One of the two linears of every expert, into `out` [T * K, width], rounded where there are `out_scales`."""
-    assert isinstance(codes, Codes)
     form, _, _ = form_of(codes, config.block_k, fast=False)
     flags: dict[str, Any] = {
         "FORM": form,

@@ -18,6 +18,7 @@ import torch
 
 from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.launch import launch_options, next_power_of_2, num_multiprocessors, shared_memory
+from tpctl.kernels.experts.dense_matrix import DenseMatrix
 from tpctl.kernels.experts.finish import finish_options
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
 from tpctl.kernels.experts.one_row_kernels import one_row_kernel
@@ -87,7 +88,7 @@ def one_row(
     x_1H: torch.Tensor,
     router: Router,
     scratch: GateScratch,
-    experts: ExpertMatrices,
+    experts: ExpertMatrices[DenseMatrix],
     *,
     norm: tuple[torch.Tensor, float] | None = None,
     unit_offset: bool = False,
@@ -101,14 +102,12 @@ def one_row(
     """[1, H]: residual + the weighed experts of one token + the shared one, in x's dtype (`out`, if given).
 
     x_1H: in the weights' dtype. norm: (weight [H], eps) of an RMSNorm over x. residual_TH: may be `out`, and x.
-    outlet: sends the result as well; the all-reduce that follows must be told so. Raises ValueError for more rows, for
-    codes (`codes_row`) and for what an outlet does not take.
+    outlet: sends the result as well; the all-reduce that follows must be told so. Raises ValueError for more rows and
+    for what an outlet does not take.
     """
     rows, hidden = x_1H.shape
     if rows != 1:
         raise ValueError(f"{rows} rows are more than one; use `grouped`")
-    if not isinstance(experts.gate_up, torch.Tensor) or not isinstance(experts.down, torch.Tensor):
-        raise ValueError("these experts are codes; use `codes_row` or `grouped`")
     check_scratch(scratch, rows, router.experts)
     programs = num_multiprocessors(x_1H.device)
     if config is None:
@@ -139,9 +138,9 @@ def one_row(
             router.weight if router.shared is None else router.shared,
             x_1H if norm is None else norm[0],
             x_1H if router.correction is None else router.correction,
-            experts.gate_up,
+            experts.gate_up.values,
             x_1H if experts.gate_up_bias is None else experts.gate_up_bias,
-            experts.down,
+            experts.down.values,
             x_1H if experts.down_bias is None else experts.down_bias,
             x_1H if shared is None else shared.gate_up,
             x_1H if shared is None else shared.down,

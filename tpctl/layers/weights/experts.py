@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +21,74 @@ from tpctl.layers.stream import Rows
 from tpctl.layers.weights.codes import joined
 from tpctl.layers.weights.dense import Weight, WeightMaker
 
+M = TypeVar("M")
+M_co = TypeVar("M_co", covariant=True)
+
+
+class MatrixMaker(Protocol[M_co]):
+    """What makes the matrices of all experts what a device's kernels read."""
+
+    def numbers(self, matrix: Tensor) -> M_co:
+        """Of floats [E, out, in], strided in any way."""
+
+    def codes(self, codes: tuple[Codes, ...]) -> M_co:
+        """Of codes of matrices [E, …, in] below each other."""
+
+
+class Stack(ABC):
+    """One linear of all experts that a rank has, ``bias`` [E, out] included."""
+
+    bias: Tensor | None
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """E."""
+
+    @abstractmethod
+    def expert(self, device: WeightMaker, number: int, *, gated: bool = False) -> Weight:
+        """The weight of one, in the device's own form."""
+
+    @abstractmethod
+    def matrix(self, maker: MatrixMaker[M]) -> M:
+        """Those of all, in the form that ``maker`` makes."""
+
 
 @dataclass(frozen=True)
-class Stack:
-    """One linear of all experts that a rank has.
+class DenseStack(Stack):
+    """Floats ``values`` [E, out, in], strided as they are stored."""
 
-    Attributes:
-        matrix: floats [E, out, in], strided as they are stored, or codes, of matrices below each other.
-        bias: [E, out].
-    """
-
-    matrix: Tensor | tuple[Codes, ...]
+    values: Tensor
     bias: Tensor | None = None
 
     @property
     def count(self) -> int:
-        """E."""
-        return len(self.matrix if isinstance(self.matrix, Tensor) else self.matrix[0].values)
+        return len(self.values)
 
     def expert(self, device: WeightMaker, number: int, *, gated: bool = False) -> Weight:
-        """The weight of one, in the device's own form."""
-        if isinstance(self.matrix, Tensor):
-            return device.weight(self.matrix[number].contiguous(), gated=gated)
-        gated = gated and len(self.matrix) == 1
-        return joined(device.codes(codes.of_expert(number), gated=gated) for codes in self.matrix)
+        return device.weight(self.values[number].contiguous(), gated=gated)
+
+    def matrix(self, maker: MatrixMaker[M]) -> M:
+        return maker.numbers(self.values)
+
+
+@dataclass(frozen=True)
+class CodedStack(Stack):
+    """``codes`` of matrices below each other."""
+
+    codes: tuple[Codes, ...]
+    bias: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.codes[0].values)
+
+    def expert(self, device: WeightMaker, number: int, *, gated: bool = False) -> Weight:
+        gated = gated and len(self.codes) == 1
+        return joined(device.codes(codes.of_expert(number), gated=gated) for codes in self.codes)
+
+    def matrix(self, maker: MatrixMaker[M]) -> M:
+        return maker.codes(self.codes)
 
 
 @dataclass(frozen=True)

@@ -8,80 +8,65 @@ more               norm | router | choice | tiles | gate·up | down | sum
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tpctl.errors import UnsupportedModelError
+from tpctl.kernels.collective.all_reduce import PeerBuffer
 from tpctl.kernels.common.codes import Codes
+from tpctl.kernels.experts.coded_experts import CodedExperts
+from tpctl.kernels.experts.coded_matrix import CodedMatrix
 from tpctl.kernels.experts.codes_row import codes_row, takes_row
+from tpctl.kernels.experts.dense_matrix import DenseMatrix
 from tpctl.kernels.experts.grouped import grouped
 from tpctl.kernels.experts.matrices import ExpertMatrices, SharedMatrices
+from tpctl.kernels.experts.matrix import ExpertMatrix
 from tpctl.kernels.experts.one_row import one_row
 from tpctl.kernels.experts.routing import GATE_ROWS, GateScratch, Routed, Router, gate, route
 from tpctl.layers.stream import Rows
 from tpctl.layers.weights.dense import DenseWeight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, MixtureParts, Scaled, Stack
-from tpctl.layers.weights.kernels import GpuFacts, StepState, normed
+from tpctl.layers.weights.kernels import GpuFacts, StepState, fused, normed
 
 
 class CudaExperts(ExpertWeights):
-    """Experts ``first`` and on, stacked as a rank has them.
+    """Experts in any forms, also two in one mixture.
 
     Args:
         scratch: of the routers of all layers.
-
-    Raises:
-        UnsupportedModelError: they are quantised in a way that no kernel reads.
     """
 
     def __init__(
-        self,
-        gate_up: Stack,
-        down: Stack,
-        gating: Gating,
-        first: int,
-        scratch: GateScratch,
-        state: StepState,
-        facts: GpuFacts,
+        self, matrices: ExpertMatrices[ExpertMatrix], scratch: GateScratch, state: StepState, facts: GpuFacts
     ) -> None:
-        self._matrices = ExpertMatrices(
-            _matrix(gate_up),
-            _matrix(down),
-            gate_up.bias,
-            down.bias,
-            gating.activation,
-            gating.interleaved,
-            first,
-        )
+        self._matrices = matrices
         self._scratch, self._state, self._facts = scratch, state, facts
-        self._plain = isinstance(self._matrices.gate_up, Tensor) and isinstance(self._matrices.down, Tensor)
-        self._coded_row = takes_row(self._matrices)
 
     def mixture(
         self, rows: Rows, parts: MixtureParts, residual: Tensor | None = None, *, partial: bool = False
     ) -> Tensor:
-        state = self._state
-        outlet = state.sums if partial and state.sends else None
-        shared = _plain(parts)
-        alone = len(rows.x) == 1 and self._facts.takes(rows.x)
-        if alone and self._plain and parts.scaled is None and (parts.shared is None or shared is not None):
-            return one_row(
-                rows.x,
-                _router(parts),
-                self._scratch,
-                self._matrices,
-                **_norm(rows),
-                shared=shared,
-                residual_TH=residual,
-                out=residual,
-                outlet=outlet,
-                pdl=state.pdl,
-            )
+        outlet = self._state.sums if partial and self._state.sends else None
+        if len(rows.x) == 1 and self._facts.takes(rows.x):
+            return self._row(rows, parts, residual, outlet)
+        return self._chosen(grouped, rows, parts, residual, outlet)
+
+    def _row(self, rows: Rows, parts: MixtureParts, residual: Tensor | None, outlet: PeerBuffer | None) -> Tensor:
+        """``mixture`` of one row, in a dtype that the kernels for it take."""
+        return self._chosen(grouped, rows, parts, residual, outlet)
+
+    def _chosen(
+        self,
+        way: Callable[..., Tensor],
+        rows: Rows,
+        parts: MixtureParts,
+        residual: Tensor | None,
+        outlet: PeerBuffer | None,
+    ) -> Tensor:
+        """``mixture``, by kernels that are told which experts were chosen."""
         routed = self._routed(rows, parts)
-        coded = alone and self._coded_row and rows.x.dtype == torch.bfloat16
-        return (codes_row if coded else grouped)(
+        return way(
             routed,
             self._matrices,
             total_experts=parts.count,
@@ -89,7 +74,7 @@ class CudaExperts(ExpertWeights):
             residual_TH=residual,
             out=residual,
             outlet=outlet,
-            pdl=state.pdl,
+            pdl=self._state.pdl,
         )
 
     def _routed(self, rows: Rows, parts: MixtureParts) -> Routed:
@@ -116,7 +101,7 @@ class CudaExperts(ExpertWeights):
         return Routed(x, ids, weights * parts.factors.float()[ids.long()])
 
     def _gated(self, rows: Rows, parts: MixtureParts) -> Routed:
-        return gate(rows.x, _router(parts), self._scratch, **_norm(rows), pdl=self._state.pdl)
+        return gate(rows.x, _router(parts), self._scratch, **fused(rows.norm), pdl=self._state.pdl)
 
     def _many(self, rows: Rows, parts: MixtureParts) -> Routed:
         x = rows.x if rows.norm is None else normed(rows.x, rows.norm, self._state)
@@ -128,14 +113,70 @@ class CudaExperts(ExpertWeights):
         return Routed(x, ids, weights, factors)
 
 
+class CudaDenseExperts(CudaExperts):
+    """Experts of numbers, by kernels that route one row themselves."""
+
+    _matrices: ExpertMatrices[DenseMatrix]
+
+    def _row(self, rows: Rows, parts: MixtureParts, residual: Tensor | None, outlet: PeerBuffer | None) -> Tensor:
+        shared = _plain(parts)
+        if parts.scaled is not None or (parts.shared is not None and shared is None):
+            return super()._row(rows, parts, residual, outlet)
+        return one_row(
+            rows.x,
+            _router(parts),
+            self._scratch,
+            self._matrices,
+            **fused(rows.norm),
+            shared=shared,
+            residual_TH=residual,
+            out=residual,
+            outlet=outlet,
+            pdl=self._state.pdl,
+        )
+
+
+class CudaCodedExperts(CudaExperts):
+    """Experts of codes that ``codes_row`` reads."""
+
+    def _row(self, rows: Rows, parts: MixtureParts, residual: Tensor | None, outlet: PeerBuffer | None) -> Tensor:
+        way = codes_row if rows.x.dtype == torch.bfloat16 else grouped
+        return self._chosen(way, rows, parts, residual, outlet)
+
+
+def cuda_experts(
+    gate_up: Stack, down: Stack, gating: Gating, first: int, scratch: GateScratch, state: StepState, facts: GpuFacts
+) -> CudaExperts:
+    """Experts ``first`` and on, stacked as a rank has them, in the forms that these have.
+
+    Raises:
+        UnsupportedModelError: they are quantised in a way that no kernel reads.
+    """
+    maker = _KernelMatrices()
+    inner, outer = gate_up.matrix(maker), down.matrix(maker)
+    rest = gate_up.bias, down.bias, gating.activation, gating.interleaved, first
+    if isinstance(inner, DenseMatrix) and isinstance(outer, DenseMatrix):
+        return CudaDenseExperts(ExpertMatrices(inner, outer, *rest), scratch, state, facts)
+    if isinstance(inner, CodedMatrix) and isinstance(outer, CodedMatrix):
+        coded = CodedExperts(inner, outer, *rest)
+        return (CudaCodedExperts if takes_row(coded) else CudaExperts)(coded, scratch, state, facts)
+    return CudaExperts(ExpertMatrices(inner, outer, *rest), scratch, state, facts)
+
+
+class _KernelMatrices:
+    """Makes the matrices of a stack what the kernels read: each row of it in one piece."""
+
+    def numbers(self, matrix: Tensor) -> ExpertMatrix:
+        return DenseMatrix(matrix.contiguous())
+
+    def codes(self, codes: tuple[Codes, ...]) -> ExpertMatrix:
+        if len(codes) > 1:  # of a checkpoint's, the loader says it before it reads them
+            raise UnsupportedModelError("experts whose gate and up are quantised in other groups do not run on a GPU")
+        return CodedMatrix(codes[0])
+
+
 def _router(parts: MixtureParts) -> Router:
     return Router(parts.gate, parts.routing, parts.per_token, parts.bias, parts.correction, parts.shared_gate)
-
-
-def _norm(rows: Rows) -> dict[str, Any]:
-    """The norm that is still to be applied, as the kernels take it."""
-    norm = rows.norm
-    return {} if norm is None else {"norm": (norm.weight, norm.eps), "unit_offset": norm.unit_offset}
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -143,15 +184,6 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == weight.dtype:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return x.float() @ weight.float().t()
-
-
-def _matrix(stack: Stack) -> Tensor | Codes:
-    """A stack's matrix, each row of it in one piece."""
-    if isinstance(stack.matrix, Tensor):
-        return stack.matrix.contiguous()
-    if len(stack.matrix) > 1:  # of a checkpoint's, the loader says it before it reads them
-        raise UnsupportedModelError("experts whose gate and up are quantised in other groups do not run on a GPU")
-    return stack.matrix[0]
 
 
 def _plain(parts: MixtureParts) -> SharedMatrices | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,14 @@ def normed(x: Tensor, norm: RMSNorm, state: StepState) -> Tensor:
     return rms_norm(x, norm.weight, norm.eps, unit_offset=norm.unit_offset, pdl=state.pdl)
 
 
-def fused(norm: RMSNorm | None) -> dict[str, Any]:
-    """A norm, as ``small_linear`` takes it."""
+class Fused(TypedDict, total=False):
+    """What kernels that apply a norm themselves are told of it: nothing, or weight and epsilon, and whether one is
+    added to the weight."""
+
+    norm: tuple[Tensor, float]
+    unit_offset: bool
+
+
+def fused(norm: RMSNorm | None) -> Fused:
+    """A norm, as ``small_linear`` and the kernels for experts take it."""
     return {} if norm is None else {"norm": (norm.weight, norm.eps), "unit_offset": norm.unit_offset}
