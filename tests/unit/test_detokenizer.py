@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -125,7 +126,7 @@ def test_an_id_outside_the_vocabulary_is_no_text() -> None:
 
 @given(
     pieces=st.lists(st.text("ab\n", max_size=4), max_size=12),
-    stops=st.lists(st.text("ab\n", max_size=3), max_size=3),
+    stops=st.lists(st.text("ab\n", max_size=7), max_size=3),
 )
 def test_stop_strings_cut_where_the_whole_text_would_be_cut(pieces: list[str], stops: list[str]) -> None:
     finder = StopStrings(stops)
@@ -140,6 +141,24 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut(pieces: list[str], s
     starts = [start for stop in stops if stop and (start := consumed.find(stop)) >= 0]
     assert finder.found == bool(starts)
     assert shown == (consumed[: min(starts)] if starts else consumed)
+
+
+class Looked(str):
+    """A text that counts how often a character of it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, at: Any) -> str:
+        Looked.looks += 1
+        return super().__getitem__(at)
+
+
+def test_a_token_s_text_costs_the_same_however_much_of_a_stop_string_has_come() -> None:
+    """Of one that nearly comes again and again, too: others' tokens wait meanwhile."""
+    finder, size = StopStrings([Looked("a" * 500 + "b"), Looked("b" + "a" * 500)]), 1000
+    Looked.looks = 0
+    assert "".join(finder.push("a") for _ in range(size)) + finder.push("c") == "a" * size + "c"
+    assert Looked.looks <= 8 * size, Looked.looks
 
 
 def shown_by(stream: TextStream, output: Output) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tpctl.distributed import TPGroup
+from tpctl.engine.sampling.bias import add_bias
 from tpctl.engine.sampling.noise import gumbel_noise, noise_keys
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
 from tpctl.engine.scheduling.sequence import NOT_FINITE, REFUSED
@@ -60,6 +62,23 @@ def test_biases_are_added_to_the_logits_of_their_tokens(tp_size: int) -> None:
     assert tokens == biased.argmax(-1).tolist() and tokens[:2] == [7, 299]
     raw = logits.log_softmax(-1)  # what is reported is the model's own
     assert logprobs is not None and logprobs[0][0] == pytest.approx(float(raw[0, 7]), abs=1e-5)
+
+
+def test_a_request_s_biases_are_read_once() -> None:
+    class Once(tuple[tuple[int, float], ...]):
+        read = 0
+
+        def __iter__(self) -> Iterator[tuple[int, float]]:
+            Once.read += 1
+            return super().__iter__()
+
+    params = SamplingParams(logit_bias={str(token): 1.0 for token in range(100)})  # type: ignore[arg-type]
+    object.__setattr__(params, "logit_bias", Once(params.logit_bias))
+    for _ in range(5):
+        logits = torch.zeros(3, 60)
+        add_bias(logits, [SamplingParams(), params, SamplingParams()], 50, 55)
+        assert logits.sum(1).tolist() == [0, 50, 0] and logits[1, :50].eq(1).all()
+    assert Once.read <= 2
 
 
 @pytest.mark.parametrize("tp_size", [2, 3, 5])

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SAMPLING_FIELDS = frozenset(one.name for one in fields(SamplingParams)) - {"guide_after"}
 FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | SAMPLING_FIELDS
 
+MOST_STOPS, MOST_STOP_CHARACTERS = 16, 4096
+"""Texts that end an answer, and characters of them together: each token's text is held against them all."""
+
 ALL = "all"
 """In the place of the names of the fields that are kept: all of them."""
 
@@ -160,10 +163,16 @@ def read_variables(value: Any) -> dict[str, Any]:
 def read_stop(value: Any) -> tuple[str, ...]:
     """Texts that end an answer, of which one may stand alone. Raises ``RequestError``."""
     values = [value] if isinstance(value, str) else value
+    if isinstance(values, list) and len(values) > MOST_STOPS:
+        raise RequestError(f"stop has {len(values)} texts, but at most {MOST_STOPS} are taken; leave some out")
     if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
         raise RequestError(f"stop is {shown(value)}, but must be a string or a list of strings, none empty")
     for text in values:
         check_text(text, "stop text")
+    if (size := sum(map(len, values))) > MOST_STOP_CHARACTERS:
+        raise RequestError(
+            f"stop has {size} characters in all, but at most {MOST_STOP_CHARACTERS} are taken; shorten its texts"
+        )
     return tuple(values)
 
 

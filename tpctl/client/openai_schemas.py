@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpctl.client import vllm_fields
+from tpctl.client.forms import MOST_STOP_CHARACTERS, MOST_STOPS
 from tpctl.client.tools.asked import MOST_TOOLS, NAME
 from tpctl.wire.guide import MOST_CHARACTERS
 from tpctl.wire.ranges import BIAS, RANGES
+from tpctl.wire.sampling import MOST_BIASES, MOST_STOP_IDS
 
 Schema = Mapping[str, Any]
 
@@ -162,9 +164,12 @@ _PROMPTS: Schema = {"type": "array", "minItems": 1, "maxItems": MOST_PROMPTS, "i
 PROMPT: Schema = {"anyOf": [WORDS, {**IDS, "minItems": 1}, _PROMPTS]}
 _BIASES: Schema = {
     "type": "object",
+    "maxProperties": MOST_BIASES,
     "propertyNames": {"pattern": "^[0-9]+$"},
     "additionalProperties": BIAS.schema(),
 }
+
+_STOP: Schema = {**WORDS, "maxLength": MOST_STOP_CHARACTERS}
 
 _SAMPLING: Mapping[str, Schema] = {
     **{
@@ -175,9 +180,9 @@ _SAMPLING: Mapping[str, Schema] = {
     "top_k": RANGES["top_k"]._replace(least=-1).schema(),
     "seed": RANGES["seed"]._replace(least=-(2**63)).schema(),
     "ignore_eos": FLAG,
-    "stop_token_ids": IDS,
+    "stop_token_ids": {**IDS, "maxItems": MOST_STOP_IDS},
     "logit_bias": _BIASES,
-    "stop": {"anyOf": [WORDS, {"type": "array", "items": WORDS}]},
+    "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MOST_STOPS}]},
     "regex": FORMS["regex"],
     "choice": FORMS["choice"],
     "grammar": FORMS["grammar"],

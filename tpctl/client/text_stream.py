@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
-from tpctl.client.overlap import overlap
 from tpctl.client.reasoning import Form
 from tpctl.client.reasoning_stream import Segment, splitter
 from tpctl.client.tokenizer import Tokenizer
@@ -24,7 +24,8 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = [string for string in strings if string]
+        self._strings = [(string, borders(string)) for string in strings if string]
+        self._begun = [0] * len(self._strings)  # characters of each that the text so far ends with
         self._held = ""
         self.found = False
         self.any = bool(self._strings)
@@ -36,23 +37,70 @@ class StopStrings:
         if not self._strings:
             return piece
         text = self._held + piece
-        starts = [start for string in self._strings if (start := text.find(string)) >= 0]
-        if starts:
-            self.found, self._held = True, ""
-            return text[: min(starts)]
-        return self.skip(piece)
+        ends = [at - len(string) for string, at in self._walk(piece, stop=True)]
+        if ends:
+            self.found, start = True, len(self._held) + min(ends)
+            self._held = ""
+            return text[:start]
+        return self._safe(text)
 
     def skip(self, piece: str) -> str:
         """The same for text in which no string counts, unless what follows completes one."""
-        text = self._held + piece
-        keep = max((overlap(text, string) for string in self._strings), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        self._walk(piece, stop=False)
+        return self._safe(self._held + piece)
 
     def finish(self) -> str:
         """What was held back and turned out to begin nothing."""
         held, self._held = self._held, ""
+        self._begun = [0] * len(self._strings)
         return held
+
+    def _walk(self, piece: str, *, stop: bool) -> list[tuple[str, int]]:
+        """Follow new text, a character at a time, whatever is held back.
+
+        Returns:
+            Strings that are whole in it, and where in ``piece`` each ends first; with ``stop`` alone.
+        """
+        ended = []
+        for which, (string, falls) in enumerate(self._strings):
+            have = self._begun[which]
+            if not have and string[0] not in piece:
+                continue
+            for at, character in enumerate(piece, start=1):
+                while have and string[have] != character:
+                    have = falls[have - 1]
+                if string[have] == character:
+                    have += 1
+                if have == len(string):
+                    have = falls[-1]
+                    if stop:
+                        ended.append((string, at))
+                        break
+            self._begun[which] = have
+        return ended
+
+    def _safe(self, text: str) -> str:
+        """Hold back what may begin a string."""
+        keep = max(self._begun, default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+@lru_cache(maxsize=64)
+def borders(string: str) -> tuple[int, ...]:
+    """For each beginning of ``string``, how long the longest beginning is that it ends with, itself not counted.
+
+    Knuth, Morris, Pratt, "Fast pattern matching in strings", 1977: a text is then searched in steps that its length
+    alone bounds, whatever it has in common with ``string``.
+    """
+    found = [0] * len(string)
+    have = 0
+    for at in range(1, len(string)):
+        while have and string[have] != string[at]:
+            have = found[have - 1]
+        have += string[have] == string[at]
+        found[at] = have
+    return tuple(found)
 
 
 class TextStream:

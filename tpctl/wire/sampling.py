@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -11,6 +13,12 @@ from tpctl.errors import RequestError, shown
 from tpctl.wire import guide
 from tpctl.wire.guide import Guide, guide_of
 from tpctl.wire.ranges import BIAS, RANGES
+
+MOST_BIASES = 1024
+"""Tokens of ``logit_bias``. Each costs every rank 12 bytes and an addition at every step."""
+MOST_STOP_IDS = 256
+"""Of ``stop_token_ids``, as many as a vocabulary has control tokens (Llama 3's). Where an answer may not end yet, or is
+of a given form, each is looked at in every step."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,9 @@ class SamplingParams:
         seed: the request's randomness is a function of (seed, position) alone. 63 bits.
         max_tokens: how many tokens to generate at most.
         ignore_eos: go on after an end-of-sequence token.
-        stop_token_ids: tokens that end the answer, besides the model's own.
-        logit_bias: pairs of a token and what is added to its logit, -100 to 100; in JSON also an object by token.
+        stop_token_ids: tokens that end the answer, besides the model's own; at most ``MOST_STOP_IDS``.
+        logit_bias: pairs of a token and what is added to its logit, -100 to 100; in JSON also an object by token. At
+            most ``MOST_BIASES``.
         logprobs: report the log-probability of the chosen token and of this many likeliest ones, as the model gives
             them, before grammar, temperature, penalties and filters; ``None`` reports none.
         prompt_logprobs: the same for the prompt's own tokens, but for the first, each given those before it. The prompt
@@ -90,6 +99,17 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @cached_property
+    def _biased(self) -> tuple[array[int], array[float]]:
+        """The tokens of ``logit_bias``, in order, 64 bits each, and what is added to them, in float32."""
+        return array("q", (token for token, _ in self.logit_bias)), array("f", (bias for _, bias in self.logit_bias))
+
+    def biases(self, first: int, count: int) -> tuple[array[int], array[float]]:
+        """Those of ``count`` tokens from ``first`` on, as ``_biased`` has them."""
+        tokens, values = self._biased
+        own = slice(bisect_left(tokens, first), bisect_left(tokens, first + count))
+        return tokens[own], values[own]
+
+    @cached_property
     def guide(self) -> Guide | None:
         """The grammar that the answer must follow, if any."""
         return guide_of({name: getattr(self, name) for name in guide.NAMES})
@@ -125,6 +145,7 @@ def _typed(name: str, value: Any) -> Any:
         wanted = "true or false"
         good = isinstance(value, bool)
     elif name == "stop_token_ids":
+        _check_count(name, value, MOST_STOP_IDS)
         wanted = "a list of whole numbers"
         good = isinstance(value, list | tuple) and all(_is_int(v) for v in value)
         value = tuple(value) if good else value
@@ -140,6 +161,7 @@ def _typed(name: str, value: Any) -> Any:
         wanted = "a text that is not empty"
         good = isinstance(value, str) and value != ""
     elif name == "logit_bias":
+        _check_count(name, value, MOST_BIASES)
         wanted = "an object of numbers by token id"
         pairs = _biases(value)
         good = pairs is not None
@@ -156,6 +178,12 @@ def _typed(name: str, value: Any) -> Any:
     if not good:
         raise RequestError(f"{name} is {shown(value)}, but must be {wanted}")
     return value
+
+
+def _check_count(name: str, value: Any, most: int) -> None:
+    """Raise ``RequestError`` if a list or an object has too many tokens."""
+    if isinstance(value, list | tuple | Mapping) and len(value) > most:
+        raise RequestError(f"{name} has {len(value)} tokens, but at most {most} are taken; leave some out")
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:

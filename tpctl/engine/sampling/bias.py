@@ -17,14 +17,19 @@ def add_bias(logits_RV: Tensor, params: Sequence[SamplingParams], first: int, re
         logits_RV: this rank's logits, float32, for the ``real`` tokens from ``first`` on.
     """
     rows: list[int] = []
-    columns: list[int] = []
-    biases: list[float] = []
+    counts: list[int] = []
+    columns: list[Tensor] = []
+    biases: list[Tensor] = []
     for row, wanted in enumerate(params):
-        for token, bias in wanted.logit_bias:
-            if 0 <= token - first < real:
-                rows.append(row)
-                columns.append(token - first)
-                biases.append(bias)
+        if not wanted.logit_bias:
+            continue
+        tokens, values = wanted.biases(first, real)
+        if tokens:
+            rows.append(row)
+            counts.append(len(tokens))
+            columns.append(torch.frombuffer(tokens, dtype=torch.int64))
+            biases.append(torch.frombuffer(values, dtype=torch.float32))
     if rows:
-        at = torch.tensor(rows, device=logits_RV.device), torch.tensor(columns, device=logits_RV.device)
-        logits_RV[at] += torch.tensor(biases, dtype=logits_RV.dtype, device=logits_RV.device)
+        row_N = torch.tensor(rows).repeat_interleave(torch.tensor(counts))
+        at = row_N.to(logits_RV.device), (torch.cat(columns) - first).to(logits_RV.device)
+        logits_RV[at] += torch.cat(biases).to(logits_RV)
