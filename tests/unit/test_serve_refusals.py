@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.serving import served
 from tests.unit.test_serve import CHAT, HELLO, TEXT, chat
+from tpctl.client.reasoning_stream import Segment
+from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.wire.messages import Output
 
 
 @pytest.fixture(scope="module")
@@ -249,8 +253,36 @@ def test_a_bug_is_told_to_whoever_runs_the_server(tokenizer: Tokenizer, monkeypa
     monkeypatch.setattr(Endpoints, "model", lambda self, body: 1 / 0)
     with served(tokenizer) as (client, server):
         found = error(client.post(CHAT, json=chat()), 500)
-        assert found.message == "the server failed at this request; its log says how"
-        assert server.notes == [f"tpctl serve: a request to {CHAT} failed: ZeroDivisionError: division by zero"]
+        said, number = found.message.rsplit(" ", 1)
+        assert said == "the server failed at this request; its log says how, of request"
+        first, *trace, last = server.notes[0].split("\n")
+        assert first == f"tpctl serve: request {number}, to {CHAT}, failed:"
+        assert last == "ZeroDivisionError: division by zero" and any("1 / 0" in line for line in trace)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_in_an_answer_is_told_as_well(
+    tokenizer: Tokenizer, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = TextStream.push
+
+    def broken(self: TextStream, output: Output) -> list[Segment]:
+        if len(self.token_ids) == 2:
+            raise ValueError("a bug")
+        return push(self, output)
+
+    monkeypatch.setattr(TextStream, "push", broken)
+    with served(tokenizer) as (client, server):
+        answer = client.post(TEXT, json={"prompt": "abc", "stream": stream})
+        if stream:
+            *_, last, rest = answer.text.split("\n\n")
+            assert rest == "" and "[DONE]" not in answer.text
+            said = json.loads(last.removeprefix("data: "))["error"]["message"]
+        else:
+            said = error(answer, 500).message
+        (note,) = server.notes
+        assert note.startswith(f"tpctl serve: request {said.split()[-1]}, to {TEXT}, failed:\nTraceback")
+        assert note.endswith("ValueError: a bug") and server.pool is not None and not server.pool.under_way
 
 
 def test_a_text_that_is_no_conversation_costs_nobody_else(tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Gone, Piece
-from tpctl.serve.straight import Straight, straight
+from tpctl.serve.straight import straight
 
 encode = msgspec.json.encode
 
@@ -51,7 +51,7 @@ class Answered:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))
         try:
-            await (self._events(send, straight(scope)) if self._stream else self._at_once(send))
+            await (self._events(scope, send) if self._stream else self._at_once(send))
         except Gone:
             pass
         finally:
@@ -71,7 +71,8 @@ class Answered:
         body = await self._run(lambda: encode(self._writer.whole()))
         return await say(200, JSON, body, send)
 
-    async def _events(self, send: Send, to: Straight | None) -> None:
+    async def _events(self, scope: Scope, send: Send) -> None:
+        to = straight(scope)
         try:
             pieces = await self._generation.next()  # what goes wrong before there is anything has a status of its own
         except ApiError as error:
@@ -95,6 +96,10 @@ class Answered:
             said += writer.end()
         except ApiError as error:
             said += writer.broken(error)
+        except Gone:
+            raise
+        except Exception as error:
+            said += writer.broken(scope["app"].failed(error, scope))
         return await send({"type": "http.response.body", "body": said, "more_body": False})
 
 

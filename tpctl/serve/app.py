@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
@@ -16,7 +18,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpctl.client.fields import given
-from tpctl.errors import TpctlError
+from tpctl.errors import TpctlError, printable
 from tpctl.serve.answered import Said, refused, say
 from tpctl.serve.bodies import BODY_SECONDS, read_object
 from tpctl.serve.endpoints import Endpoints
@@ -97,7 +99,10 @@ class App:
         except Gone:
             pass
         except Exception as error:
-            await self._refuse(error, scope, dated)
+            if status == 499:
+                await self._refuse(error, scope, dated)
+            else:  # where an answer has begun, its end is the connection's
+                self.failed(error, scope)
         path = scope["path"]
         self._endpoints.pool.metrics.answered(path if path in self._paths else "other", status, since)
 
@@ -152,10 +157,15 @@ class App:
             said = f"{scope['path']} {what}"
             error = ApiError(error.status_code, said, allow=(error.headers or {}).get("Allow"))
         elif not isinstance(error, ApiError):
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            self._note(f"tpctl serve: a request to {scope['path']} failed: {said}")
-            error = ApiError(500, "the server failed at this request; its log says how")
+            error = self.failed(error, scope)
         await refused(error, send)
+
+    def failed(self, error: Exception, scope: Scope) -> ApiError:
+        """What a client is told of a bug; where it is, whoever runs the server is."""
+        number = secrets.token_hex(4)
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        self._note(f"tpctl serve: request {number}, to {printable(scope['path'])}, failed:\n{trace}")
+        return ApiError(500, f"the server failed at this request; its log says how, of request {number}")
 
     def _now(self) -> bytes:
         """The date header, made once a second."""

@@ -264,10 +264,15 @@ class Lane:
             if (found := self.open.get(id)) is None:
                 continue  # given up, and the engine did not know that yet
             generation, at = found
-            if output.token_ids:
-                observe(generation, at, len(output.token_ids), now)
             touched[generation] = None
-            if generation.push(at, output):
+            try:
+                if output.token_ids:
+                    observe(generation, at, len(output.token_ids), now)
+                ended = generation.push(at, output)
+            except Exception as error:  # what comes behind this is others'
+                generation.fail(error)
+                continue
+            if ended:
                 self.open.pop(id, None)
                 if output.finish_reason is None:  # a stop text, of which the engine does not know
                     stopped.append(id)
