@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tpctl.client.fields import given
 from tpctl.errors import TpctlError, printable
 from tpctl.serve.answered import Said, refused, say
-from tpctl.serve.bodies import BODY_SECONDS, read_object
+from tpctl.serve.bodies import BODY_SECONDS, Room, Share, read_object
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
@@ -29,6 +29,9 @@ from tpctl.serve.page import Page
 
 OPEN = frozenset({"/", "/health", "/openapi.json"})
 """Paths that need no key."""
+
+BODIES = 8
+"""Bodies of the greatest length that are kept at a time."""
 
 Post = Callable[[dict[str, Any], float], Awaitable[ASGIApp]]
 
@@ -48,12 +51,14 @@ class App:
         """Set limits.
 
         Args:
-            max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive.
+            max_body: bytes of a request's body; ``body_seconds``: in which it has to arrive. All of them together have
+                ``BODIES`` times as many.
             note: tells whoever runs the server of what should not have happened.
         """
         self._endpoints = endpoints
         self._key = None if api_key is None else api_key.encode()
         self._max_body = max_body
+        self.room = Room(BODIES * max_body)
         self._body_seconds = body_seconds
         self._note = note
         self._date = (0, b"")
@@ -131,9 +136,9 @@ class App:
 
         return answer
 
-    async def read(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+    async def read(self, scope: Scope, receive: Receive, share: Share) -> dict[str, Any]:
         """A request's body, without what is null."""
-        return given(await read_object(scope, receive, self._max_body, self._body_seconds))
+        return given(await read_object(scope, receive, self._max_body, share, self._body_seconds))
 
     async def _metrics(self, request: Request) -> Any:
         pool = self._endpoints.pool
@@ -184,10 +189,12 @@ class _Post:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         since = time.monotonic()
-        body = await self._app.read(scope, receive)
-        with self._app.at_work():
-            answer = await self._endpoint(body, since)
-            await answer(scope, receive, send)
+        with Share(self._app.room) as share:
+            body = await self._app.read(scope, receive, share)
+            with self._app.at_work():
+                answer = await self._endpoint(body, since)
+                share.give_back()
+                await answer(scope, receive, send)
 
 
 class _Plain:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from starlette.types import Receive, Scope
@@ -19,19 +19,72 @@ _PATIENCE = 4
 """Limits' worth of a body that is too long are read, so that whoever sends it hears why it is refused."""
 
 
-async def read_object(scope: Scope, receive: Receive, most: int, seconds: float = BODY_SECONDS) -> dict[str, Any]:
+_SMALL = 1 << 16
+"""Bytes of each body that are read whatever others have: those of most requests, so that a few long ones, or many that
+come slowly, keep none of them out."""
+
+
+class Room:
+    """Bytes that the bodies of all requests may have together, until they have become prompts."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._held = 0
+
+    def take(self, more: int) -> None:
+        """Raises ``ApiError`` if there is no room for so many more."""
+        if self._held + more > self.most:
+            raise ApiError(
+                429,
+                f"the bodies of requests that are being read have {format_bytes(self._held)}, and {format_bytes(more)} "
+                f"more would be above the {format_bytes(self.most)} that this server keeps; try again later",
+                code="bodies_full",
+                retry_after=1,
+            )
+        self._held += more
+
+
+class Share:
+    """What one body has of the room; as a context manager, until it is left."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._held = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.give_back()
+
+    def grow(self, size: int) -> None:
+        """The body has ``size`` bytes so far. Raises ``ApiError``."""
+        if (more := size - _SMALL - self._held) > 0:
+            self._room.take(more)
+            self._held += more
+
+    def give_back(self) -> None:
+        """May be called again."""
+        self._room.take(-self._held)
+        self._held = 0
+
+
+async def read_object(
+    scope: Scope, receive: Receive, most: int, share: Share, seconds: float = BODY_SECONDS
+) -> dict[str, Any]:
     """The JSON object that a request's body is.
 
     Args:
         most: bytes of it.
+        share: grows by them.
 
     Raises:
-        ApiError: it is too long, too slow, no JSON, or no object.
+        ApiError: it is too long, too slow, no JSON, or no object, or there is no room for it.
         Gone: whoever sent it hung up.
     """
     try:
         async with asyncio.timeout(seconds):
-            raw = await _read(scope, receive, most)
+            raw = await _read(scope, receive, most, share)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {seconds:.0f} s") from None
     try:
@@ -45,7 +98,7 @@ async def read_object(scope: Scope, receive: Receive, most: int, seconds: float 
     return body
 
 
-async def _read(scope: Scope, receive: Receive, most: int) -> bytes:
+async def _read(scope: Scope, receive: Receive, most: int, share: Share) -> bytes:
     said = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     announced = int(said) if said.isdigit() else 0
     found, size = [], 0
@@ -57,9 +110,11 @@ async def _read(scope: Scope, receive: Receive, most: int) -> bytes:
             piece = message.get("body", b"")
             size += len(piece)
             if size <= most:
+                share.grow(size)
                 found.append(piece)
             else:
                 found.clear()
+                share.give_back()
             if not message.get("more_body", False) or size > most * _PATIENCE:
                 break
     if (size := max(size, announced)) > most:

@@ -44,8 +44,9 @@ class Endpoints:
         messages = _taken(body, "messages")
         wanted = settings(body, chat=True)
         _check_stream(wanted, streaming)
-        job = await self.reader.conversation(messages, wanted, self.pool.check_open(wanted.choices))
-        generation = self.pool.begin([job], self._told(streaming.wanted))
+        with self.pool.reserve(wanted.choices) as info:
+            job = await self.reader.conversation(messages, wanted, info)
+            generation = self.pool.begin([job], self._told(streaming.wanted))
         self.pool.metrics.begun(generation, since)
         writer = ChatWriter(model, [job], generation, self.reader.tokenizer, streaming)
         return Answered(generation, writer, self.reader.run)
@@ -60,12 +61,12 @@ class Endpoints:
         _check_stream(wanted, streaming)
         told = PromptLogprobs(wanted.fields.get("prompt_logprobs"), wanted.fields.get("logprobs") if echo else None)
         wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": told.most})
-        info = self.pool.check_open(wanted.choices * len(prompts))
-        jobs = await self.reader.texts(prompts, wanted, info)
-        texts = None
-        if echo:
-            texts = [prompt if isinstance(prompt, str) else await self._text(prompt) for prompt in prompts]
-        generation = self.pool.begin(jobs, self._told(streaming.wanted))
+        with self.pool.reserve(wanted.choices * len(prompts)) as info:
+            jobs = await self.reader.texts(prompts, wanted, info)
+            texts = None
+            if echo:
+                texts = [prompt if isinstance(prompt, str) else await self._text(prompt) for prompt in prompts]
+            generation = self.pool.begin(jobs, self._told(streaming.wanted))
         self.pool.metrics.begun(generation, since)
         writer = TextWriter(texts, told, scored, model, jobs, generation, self.reader.tokenizer, streaming)
         return Answered(generation, writer, self.reader.run)
@@ -75,8 +76,9 @@ class Endpoints:
         model = self.model(body)
         stream = flag(body.pop("stream", False), "stream")
         asked = read_response(body)
-        job = await self.reader.conversation(asked.messages, asked.wanted, self.pool.check_open())
-        generation = self.pool.begin([job], self._told(stream))
+        with self.pool.reserve(1) as info:
+            job = await self.reader.conversation(asked.messages, asked.wanted, info)
+            generation = self.pool.begin([job], self._told(stream))
         self.pool.metrics.begun(generation, since)
         writer = ResponseWriter(model, asked, job, generation, self.reader.tokenizer)
         return Answered(generation, writer, self.reader.run)

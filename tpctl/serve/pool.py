@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from tpctl.client.router import Mailbox, Sink
@@ -87,6 +87,7 @@ class Pool:
         self.most = most
         self._on_failure = on_failure
         self._closed = False
+        self._reserved = 0
         self._numbers = itertools.count()
         loop = asyncio.get_running_loop()
         self._lanes = [Lane(engine, loop, self) for engine in engines]
@@ -130,7 +131,13 @@ class Pool:
             raise self.closing
         if self.info is None:
             raise ApiError(503, "the model is being loaded", code="loading", retry_after=1)
-        if (now := self.under_way) + more > self.most:
+        if more > self.most:
+            raise ApiError(
+                400,
+                f"the request asks for {more} answers at once, and this server takes {self.most}, with those that "
+                "wait; ask for fewer, or start it with more --max-waiting",
+            )
+        if (now := self.under_way + self._reserved) + more > self.most:
             raise ApiError(
                 429,
                 f"{now} requests are under way or wait, and {more} more would be above the {self.most} that this "
@@ -140,13 +147,27 @@ class Pool:
             )
         return self.info
 
+    @contextmanager
+    def reserve(self, count: int) -> Iterator[EngineInfo]:
+        """Places for so many requests while they are made ready, up to ``begin``; what the engines said of themselves.
+
+        Raises:
+            ApiError: there are no more.
+        """
+        info = self.check_open(count)
+        self._reserved += count
+        try:
+            yield info
+        finally:
+            self._reserved -= count
+
     def begin(self, jobs: Sequence[Job], interval: int = 1) -> Generation:
         """Hand in prompts; their answers are numbered through. ``interval``: as ``Generation`` has it.
 
         Raises:
-            ApiError: as ``check_open``.
+            ApiError: as ``check_open``; not for what has its places reserved.
         """
-        self.check_open(sum(len(job.streams) for job in jobs))
+        self.check_open(0)
         streams = [stream for job in jobs for stream in job.streams]
         held: list[tuple[Lane, list[str]]] = []
         generation = Generation(streams, lambda: self._release(held), interval)

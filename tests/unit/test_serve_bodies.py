@@ -1,0 +1,129 @@
+"""What a server has at a time of requests that are not an engine's yet, and of those that never will be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from starlette.types import Message, Scope
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.serving import served
+from tests.unit.test_serve import TEXT
+from tests.unit.test_serve_refusals import error
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve.asked import Reader
+from tpctl.serve.bodies import _SMALL, Room, Share, read_object
+from tpctl.serve.errors import ApiError
+
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@contextmanager
+def held(patch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
+    """Prompts wait to be tokenised until the block ends; the semaphore counts those that do."""
+    begun, let = threading.Semaphore(0), threading.Event()
+    made = Reader._texts
+
+    def slow(self: Reader, *arguments: Any) -> Any:
+        begun.release()
+        assert let.wait(PATIENCE)
+        return made(self, *arguments)
+
+    patch.setattr(Reader, "_texts", slow)
+    try:
+        yield begun
+    finally:
+        let.set()
+
+
+def test_what_is_being_tokenised_has_its_place_in_the_queue(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(tokenizer, most=3) as (client, server), ThreadPoolExecutor(3) as clients:
+
+        def ask(count: int) -> Any:
+            return client.post(TEXT, json={"prompt": "ab", "n": count})
+
+        with held(monkeypatch) as begun:
+            first = clients.submit(ask, 2)
+            assert begun.acquire(timeout=PATIENCE)
+            response = clients.submit(ask, 2).result(PATIENCE)
+            found = error(response, 429)
+            assert response.headers["retry-after"] == "1" and found.code == "queue_full"
+            assert "2 requests are under way or wait, and 2 more would be above the 3" in found.message
+            second = clients.submit(ask, 1)
+            assert begun.acquire(timeout=PATIENCE)
+        assert first.result(PATIENCE).status_code == second.result(PATIENCE).status_code == 200
+        assert ask(3).status_code == 200 and server.pool is not None and not server.pool.under_way
+
+
+def read(pieces: list[bytes], share: Share, most: int = 1 << 30) -> Any:
+    """What is made of a body that comes so."""
+    left = iter(pieces)
+
+    async def receive() -> Message:
+        piece = next(left)
+        return {"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]}
+
+    scope: Scope = {"type": "http", "headers": []}
+    return asyncio.run(read_object(scope, receive, most, share))
+
+
+def body(size: int) -> list[bytes]:
+    raw = json.dumps({"prompt": "x" * size}).encode()
+    return [raw[at : at + 10_000] for at in range(0, len(raw), 10_000)]
+
+
+def test_bodies_together_have_no_more_than_their_room() -> None:
+    room = Room(1_000_000)
+    with Share(room) as first, Share(room) as second, Share(room) as third:
+        read(body(900_000), first)
+        with pytest.raises(ApiError, match=r"have 998\.9 kB, and 10\.0 kB more would be above the 1\.0 MB") as full:
+            read(body(400_000), second)
+        assert (full.value.status, full.value.code, full.value.retry_after) == (429, "bodies_full", 1)
+        read(body(_SMALL - 1000), third)  # as most are
+        first.give_back()
+        second.give_back()
+        read(body(900_000), second)
+    with Share(room) as again:
+        read(body(900_000), again)
+        with pytest.raises(ApiError, match="at most 950\\.0 kB are read"):
+            read(body(1_900_000), again, 950_000)
+        with Share(room) as other:  # what is too long is not kept
+            read(body(900_000), other)
+
+
+def test_a_body_has_its_room_until_it_has_become_prompts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {"prompt": [5] * 60_000}
+    with served(tokenizer, max_body=130_000) as (client, _), ThreadPoolExecutor(32) as clients:
+        with held(monkeypatch) as begun:
+            waiting = [clients.submit(client.post, TEXT, json=long) for _ in range(24)]
+            until(lambda: any(one.done() for one in waiting))
+            refused = next(one for one in waiting if one.done()).result()
+            assert error(refused, 429).code == "bodies_full"
+            small = clients.submit(client.post, TEXT, json={"prompt": "ab"})
+            assert begun.acquire(timeout=PATIENCE)
+        assert small.result(PATIENCE).status_code == 200
+        assert {one.result(PATIENCE).status_code for one in waiting} == {400, 429}  # 60,000 tokens are too many
+        assert error(client.post(TEXT, json=long), 400).code == "context_length_exceeded"
+
+
+def until(condition: Callable[[], object]) -> None:
+    event = threading.Event()
+    for _ in range(int(PATIENCE * 100)):
+        if condition():
+            return
+        event.wait(0.01)
+    raise AssertionError
