@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,7 @@ from tpctl.serve.asked import Reader
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.metrics import Metrics
 from tpctl.serve.pool import Pool
+from tpctl.serve.threads import Threads
 
 
 class Served:
@@ -42,8 +42,7 @@ class Served:
         self.notes: list[str] = []
         self.pool: Pool | None = None
         self._app: App | None = None
-        self._threads = ThreadPoolExecutor(2)
-        self._reader = Reader(tokenizer, defaults or {"temperature": 1.0}, self._threads)
+        self._reader = Reader(tokenizer, defaults or {"temperature": 1.0}, Threads())
         self._make = (names, most, interval, settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,9 +18,12 @@ from tests.unit.serving import served
 from tests.unit.test_serve import TEXT
 from tests.unit.test_serve_refusals import error
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve import answered, threads, tokens
+from tpctl.serve.answered import encode
 from tpctl.serve.asked import Reader
 from tpctl.serve.bodies import _SMALL, Room, Share, read_object
 from tpctl.serve.errors import ApiError
+from tpctl.serve.tokens import MOST_CHARACTERS, MOST_TOKENS
 
 PATIENCE = 60.0
 
@@ -118,6 +121,51 @@ def test_a_body_has_its_room_until_it_has_become_prompts(tokenizer: Tokenizer, m
         assert small.result(PATIENCE).status_code == 200
         assert {one.result(PATIENCE).status_code for one in waiting} == {400, 429}  # 60,000 tokens are too many
         assert error(client.post(TEXT, json=long), 400).code == "context_length_exceeded"
+
+
+def test_what_is_only_tokenised_has_bounds(tokenizer: Tokenizer) -> None:
+    with served(tokenizer) as (client, _):
+        for asked, what in (
+            ({"prompt": "a" * (MOST_CHARACTERS + 1)}, "prompt"),
+            ({"messages": [{"role": "user", "content": "a" * MOST_CHARACTERS}]}, "messages"),
+        ):
+            found = error(client.post("/tokenize", json=asked), 400)
+            assert f"but at most {MOST_CHARACTERS} are tokenised at once" in found.message and found.param == what
+        found = error(client.post("/detokenize", json={"tokens": [5] * (MOST_TOKENS + 1)}), 400)
+        assert found.message.startswith(f"tokens has {MOST_TOKENS + 1} tokens, but at most {MOST_TOKENS} are taken")
+
+
+def test_what_is_only_tokenised_waits_for_itself_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    let = threading.Event()
+    monkeypatch.setattr(tokens, "encode", lambda value: encode(value) if let.wait(PATIENCE) else b"")
+    monkeypatch.setattr(threads, "MOST_ASIDE", 16)
+    with served(tokenizer) as (client, _), ThreadPoolExecutor(32) as clients:
+        asked = [clients.submit(client.post, "/detokenize", json={"tokens": [5]}) for _ in range(20)]
+        try:
+            until(lambda: sum(one.done() for one in asked) == 4)
+            assert client.post(TEXT, json={"prompt": "ab"}).json()["choices"][0]["text"] == "<ab>"
+            refused = [error(one.result(), 429) for one in asked if one.done()]
+            assert len(refused) == 4 and {one.code for one in refused} == {"queue_full"}
+        finally:
+            let.set()
+        assert sorted(one.result(PATIENCE).status_code for one in asked) == [200] * 16 + [429] * 4
+
+
+def test_answers_are_made_json_by_no_thread_that_reads_prompts(tokenizer: Tokenizer) -> None:
+    """Nor by the event loop's, where they may be long."""
+    with served(tokenizer) as (client, _), pytest.MonkeyPatch.context() as patch:
+        seen: list[str] = []
+
+        def noted(value: Any) -> bytes:
+            seen.append(threading.current_thread().name.rpartition("_")[0])
+            return encode(value)
+
+        for module in (answered, tokens):
+            patch.setattr(module, "encode", noted)
+        assert client.post(TEXT, json={"prompt": "ab"}).status_code == 200
+        assert client.post("/tokenize", json={"prompt": "ab"}).json()["count"] == 2
+        assert client.post("/detokenize", json={"tokens": [5]}).status_code == 200
+        assert seen == ["tpctl-serve-answers", "tpctl-serve-aside", "tpctl-serve-aside"]
 
 
 def until(condition: Callable[[], object]) -> None:

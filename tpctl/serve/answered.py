@@ -114,12 +114,19 @@ async def refused(error: ApiError, send: Send) -> None:
     await say(error.status, error.headers(), error.body(), send)
 
 
-class Said:
-    """A response that is all there, as a value that JSON has a form for."""
+class Encoded:
+    """A response that is all there, as JSON."""
 
-    def __init__(self, value: Any, status: int = 200) -> None:
-        self._value = value
+    def __init__(self, body: bytes, status: int = 200) -> None:
+        self._body = body
         self._status = status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await say(self._status, JSON, encode(self._value), send)
+        await say(self._status, JSON, self._body, send)
+
+
+class Said(Encoded):
+    """A short one, as a value that JSON has a form for."""
+
+    def __init__(self, value: Any, status: int = 200) -> None:
+        super().__init__(encode(value), status)

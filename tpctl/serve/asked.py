@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
@@ -21,13 +19,12 @@ from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, with_tools
 from tpctl.client.tools.enforced import formed
 from tpctl.client.tools.stream import check_tools
-from tpctl.errors import TooLongError, TpctlError, shown
+from tpctl.errors import TooLongError, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job
+from tpctl.serve.threads import Threads
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.sampling import SamplingParams
-
-T = TypeVar("T")
 
 TOO_LONG = "context_length_exceeded"
 """The code of errors that say that a prompt, or prompt and answer, have too many tokens."""
@@ -63,7 +60,7 @@ class Streaming:
 class Reader:
     """Makes jobs of what is asked for; slow work is done by threads, so that the event loop goes on."""
 
-    def __init__(self, tokenizer: Tokenizer, defaults: Mapping[str, Any], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, tokenizer: Tokenizer, defaults: Mapping[str, Any], threads: Threads) -> None:
         """Prepare.
 
         Args:
@@ -71,15 +68,8 @@ class Reader:
         """
         self.tokenizer = tokenizer
         self.tokenizer.shared = True
+        self.threads = threads
         self._defaults = defaults
-        self._threads = threads
-
-    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Have a thread do it. Raises ``ApiError`` for what the world has done wrong."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
-        except TpctlError as error:
-            raise ApiError.of(error) from None
 
     async def conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
         """A chat's; its answers are told from what is thought before them.
@@ -87,26 +77,31 @@ class Reader:
         Raises:
             ApiError: it cannot be had.
         """
-        return await self.run(self._conversation, messages, wanted, info)
+        return await self.threads.prompt(self._conversation, messages, wanted, info)
 
     async def texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
         """Texts' and token ids'. Raises ``ApiError``."""
-        return await self.run(self._texts, prompts, wanted, info)
+        return await self.threads.prompt(self._texts, prompts, wanted, info)
 
-    def render(self, messages: Any, variables: Any, most: int | None) -> list[int]:
-        """The tokens of a conversation. Raises ``TpctlError``."""
-        return self._render(messages, variables, most, None)
+    async def echoed(self, prompts: Sequence[str | list[int]]) -> list[str]:
+        """The texts of prompts, whose tokens are known to be some."""
+        decode = self.tokenizer.decode
+        return await self.threads.prompt(
+            lambda: [one if isinstance(one, str) else decode(one, skip_special=False) for one in prompts]
+        )
 
-    def _render(self, messages: Any, variables: Any, most: int | None, tools: Tools | None) -> list[int]:
+    def rendered(self, messages: Any, variables: Any, tools: Tools | None = None) -> str:
+        """What the chat template makes of a conversation. Raises ``TpctlError``."""
         if tools is not None:
             check_tools(self.tokenizer)
         own = with_tools(read_variables(variables), tools)
-        return self.tokenizer.encode_chat(check_messages(messages), own, most=most)
+        return self.tokenizer.template.render(check_messages(messages), variables=own)
 
     def _conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
         variables, what = wanted.fields.get("chat_template_kwargs"), wanted.names.get("messages", "messages")
         with asked_as(wanted.names), _too_long(what):
-            token_ids = self._render(messages, variables, info.max_model_len - 1, wanted.tools)
+            text = self.rendered(messages, variables, wanted.tools)
+            token_ids = self.tokenizer.encode_rendered(text, most=info.max_model_len - 1)
             return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning, what)
 
     def _texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,12 @@ from tpctl.client.forms import Wanted
 from tpctl.client.openai_fields import settings
 from tpctl.errors import shown
 from tpctl.serve.answered import Answered, Said
-from tpctl.serve.asked import Reader, Streaming, check_ids, read_prompts
+from tpctl.serve.asked import Reader, Streaming, read_prompts
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Pool
 from tpctl.serve.responses import ResponseWriter, read_response
 from tpctl.serve.text_writer import PromptLogprobs, TextWriter
+from tpctl.serve.tokens import detokenized, tokenized
 from tpctl.serve.writers import ChatWriter
 
 
@@ -49,7 +49,7 @@ class Endpoints:
             generation = self.pool.begin([job], self._told(streaming.wanted))
         self.pool.metrics.begun(generation, since)
         writer = ChatWriter(model, [job], generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.run)
+        return Answered(generation, writer, self.reader.threads.answer)
 
     async def complete(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/completions."""
@@ -63,13 +63,11 @@ class Endpoints:
         wanted = replace(wanted, fields={**wanted.fields, "prompt_logprobs": told.most})
         with self.pool.reserve(wanted.choices * len(prompts)) as info:
             jobs = await self.reader.texts(prompts, wanted, info)
-            texts = None
-            if echo:
-                texts = [prompt if isinstance(prompt, str) else await self._text(prompt) for prompt in prompts]
+            texts = await self.reader.echoed(prompts) if echo else None
             generation = self.pool.begin(jobs, self._told(streaming.wanted))
         self.pool.metrics.begun(generation, since)
         writer = TextWriter(texts, told, scored, model, jobs, generation, self.reader.tokenizer, streaming)
-        return Answered(generation, writer, self.reader.run)
+        return Answered(generation, writer, self.reader.threads.answer)
 
     async def respond(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/v1/responses."""
@@ -81,41 +79,17 @@ class Endpoints:
             generation = self.pool.begin([job], self._told(stream))
         self.pool.metrics.begun(generation, since)
         writer = ResponseWriter(model, asked, job, generation, self.reader.tokenizer)
-        return Answered(generation, writer, self.reader.run)
+        return Answered(generation, writer, self.reader.threads.answer)
 
     async def tokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
-        """/tokenize: of a text, or of a conversation as the chat template has it."""
+        """/tokenize."""
         self.model(body)
-        texts = flag(body.pop("return_token_strs", False), "return_token_strs")
-        tokenizer = self.reader.tokenizer
-        if "messages" in body and "prompt" in body:
-            raise FieldError("the body has both a prompt and messages; give one of them", "prompt")
-        if "messages" in body:
-            messages, variables = body.pop("messages"), body.pop("chat_template_kwargs", None)
-            _refuse_rest(body, "/tokenize")
-            ids = await self.reader.run(self.reader.render, messages, variables, None)
-        else:
-            if "prompt" not in body:
-                raise FieldError("the body has neither a prompt nor messages; give one of them", "prompt")
-            prompt, special = body.pop("prompt"), flag(body.pop("add_special_tokens", True), "add_special_tokens")
-            _refuse_rest(body, "/tokenize")
-            if not isinstance(prompt, str):
-                raise FieldError(f"prompt is {shown(prompt)}, but must be a text", "prompt")
-            ids = await self.reader.run(tokenizer.encode if special else tokenizer.encode_rendered, prompt)
-        most = 0 if self.pool.info is None else self.pool.info.max_model_len
-        found: dict[str, Any] = {"count": len(ids), "max_model_len": most, "tokens": ids}
-        if texts:
-            found["token_strs"] = [tokenizer.backend.id_to_token(id) for id in ids]
-        return Said(found)
+        return await tokenized(body, self.reader, self._max_model_len)
 
     async def detokenize(self, body: dict[str, Any], since: float) -> ASGIApp:
         """/detokenize."""
         self.model(body)
-        ids = _taken(body, "tokens")
-        _refuse_rest(body, "/detokenize")
-        if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
-            raise FieldError(f"tokens is {shown(ids)}, but must be a list of token ids", "tokens")
-        return Said({"prompt": await self._text(ids)})
+        return await detokenized(body, self.reader, self._max_model_len)
 
     def tokenizer_info(self) -> Said:
         """/tokenizer_info: what lm-eval asks for, in the place of a tokenizer of its own."""
@@ -154,10 +128,10 @@ class Endpoints:
         said = {"id": name, "object": "model", "created": self._created, "owned_by": "tpctl", "root": self.names[0]}
         return {**said, "max_model_len": max_model_len}
 
-    async def _text(self, ids: list[int]) -> str:
-        tokenizer = self.reader.tokenizer
-        check_ids(ids, max(tokenizer.backend.get_vocab_size(), 1), "tokens")
-        return await self.reader.run(lambda: tokenizer.decode(ids, skip_special=False))
+    @property
+    def _max_model_len(self) -> int:
+        """0 while that is not known."""
+        return 0 if self.pool.info is None else self.pool.info.max_model_len
 
 
 def _scored(wanted: Wanted) -> tuple[Wanted, bool]:
@@ -183,8 +157,3 @@ def _taken(body: dict[str, Any], name: str) -> Any:
     if name not in body:
         raise FieldError(f"the body has no {name}", name)
     return body.pop(name)
-
-
-def _refuse_rest(body: Mapping[str, Any], path: str) -> None:
-    if body:
-        raise FieldError(f"unknown field {min(body)!r} in the body of a request to {path}", min(body))

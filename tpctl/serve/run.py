@@ -6,7 +6,6 @@ import asyncio
 import gc
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,9 @@ from tpctl.serve.metrics import Metrics
 from tpctl.serve.pool import Engine, Pool
 from tpctl.serve.server import Server
 from tpctl.serve.sockets import raise_file_limit
+from tpctl.serve.threads import Threads
 from tpctl.wire.report import EngineInfo
 
-_THREADS = 8  # that tokenize and render
 _GARBAGE = 20_000  # objects made between two collections: at Python's 700 a third of a token's cost would be those
 
 
@@ -106,7 +105,7 @@ async def _serve(
         most=at_once + settings.max_waiting,
         on_failure=failed,
     )
-    with ThreadPoolExecutor(_THREADS, "tpctl-serve") as threads:
+    with Threads() as threads:
         endpoints = Endpoints(pool, Reader(tokenizer, settings.defaults, threads), settings.names, settings.interval)
         app = App(endpoints, api_key=settings.api_key, max_body=settings.max_body, note=note)
         server = Server(app, pool, settings.drain, ended)

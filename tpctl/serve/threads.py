@@ -1,0 +1,65 @@
+"""Threads for what would hold up the event loop. Each kind of work has its own, so that none waits for another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self, TypeVar
+
+from tpctl.errors import TpctlError
+from tpctl.serve.errors import ApiError
+
+T = TypeVar("T")
+
+_PROMPTS, _ASIDE, _ANSWERS = 8, 2, 2  # threads, which start when they are needed
+MOST_ASIDE = 256
+"""Pieces of work that no answer of the model comes of, under way and waiting."""
+
+
+class Threads:
+    """As a context manager it waits for what is under way."""
+
+    def __init__(self) -> None:
+        self._prompts = ThreadPoolExecutor(_PROMPTS, "tpctl-serve-prompts")
+        self._aside = ThreadPoolExecutor(_ASIDE, "tpctl-serve-aside")
+        self._answers = ThreadPoolExecutor(_ANSWERS, "tpctl-serve-answers")
+        self._asides = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for executor in (self._prompts, self._aside, self._answers):
+            executor.shutdown()
+
+    async def prompt(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Make prompts of what is asked. Raises ``ApiError`` for what the world has done wrong, as all of these."""
+        return await _run(self._prompts, work, *arguments)
+
+    async def aside(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What is asked beside answers of the model. Raises ``ApiError`` also if there is too much of it."""
+        if self._asides >= MOST_ASIDE:
+            raise ApiError(
+                429,
+                f"{self._asides} requests for tokens or texts are under way or wait, which is as many as this server "
+                "takes; try again later",
+                code="queue_full",
+                retry_after=1,
+            )
+        self._asides += 1
+        try:
+            return await _run(self._aside, work, *arguments)
+        finally:
+            self._asides -= 1
+
+    async def answer(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Make JSON of an answer."""
+        return await _run(self._answers, work, *arguments)
+
+
+async def _run(executor: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+    except TpctlError as error:
+        raise ApiError.of(error) from None
