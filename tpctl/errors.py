@@ -112,6 +112,10 @@ class TooLongError(RequestError):
     """A prompt has more tokens than leave room for an answer."""
 
 
+class BusyError(TpctlError):
+    """What a request needs is in use by others for longer than is waited; another try may do better."""
+
+
 class EngineError(TpctlError):
     """The workers could not start, or one of them failed."""
 

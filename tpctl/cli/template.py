@@ -34,12 +34,12 @@ class TemplateAtHand:
             CheckpointError: the file cannot be read.
         """
         from tpctl.client.template import read_text
-        from tpctl.client.template_process import TemplateProcess
+        from tpctl.client.template_pool import TemplateProcesses
 
         self._file = options.chat_template
         self._variables = options.variables()
         self._text = None if self._file is None else read_text(self._file, str(self._file))
-        self._process = TemplateProcess()
+        self._process = TemplateProcesses()
         self._template: ChatTemplate | None = None
         self._looked = False
         self.shown: str | None = None

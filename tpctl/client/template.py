@@ -12,6 +12,7 @@ from typing import Any
 
 from tpctl.client.chat_messages import Message, Uses, prepared, refuse_unread, suited, thought_parts
 from tpctl.client.fields import UnreadVariable
+from tpctl.client.template_pool import TemplateProcesses
 from tpctl.client.template_process import LIMITS, TemplateProcess
 from tpctl.errors import CheckpointError, RequestError, UsageError, shorten
 from tpctl.errors import shown as _shown
@@ -43,7 +44,7 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         *,
         name: str = "of this model",
-        process: TemplateProcess | None = None,
+        process: TemplateProcess | TemplateProcesses | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
         """Compile.
@@ -51,7 +52,7 @@ class ChatTemplate:
         Args:
             special_tokens: names as templates use them (``bos_token``, ``eos_token``, …) and the tokens'
                 text.
-            process: where it runs; by default a process of its own.
+            process: where it runs; by default processes of its own.
             variables: what it is given with every conversation, as ``render`` may add to.
 
         Raises:
@@ -61,7 +62,7 @@ class ChatTemplate:
         self.name = name
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._process = process or TemplateProcess()
+        self._process = process or TemplateProcesses()
         answer = self._process.compile(source)
         if failed := answer.get("failed"):
             said = f" {LIMITS[failed]}" if failed in LIMITS else f" does not compile, {_line(answer)}"
@@ -88,6 +89,7 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses these messages (roles that do not alternate, no system role, …), fails
                 or takes too much, or does not read a field of them or one of ``variables``.
+            BusyError: it was at work for others for too long.
         """
         return self._text(self._inputs(messages, variables, add_generation_prompt))
 

@@ -12,7 +12,7 @@ from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.fields import FieldError, asked_as, flag, given
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
-from tpctl.client.openai_schemas import MOST_PROMPTS, STREAM_OPTIONS
+from tpctl.client.openai_schemas import MOST_MESSAGES, MOST_PROMPTS, STREAM_OPTIONS
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
@@ -92,6 +92,11 @@ class Reader:
 
     def rendered(self, messages: Any, variables: Any, tools: Tools | None = None) -> str:
         """What the chat template makes of a conversation. Raises ``TpctlError``."""
+        if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
+            raise FieldError(
+                f"messages has {len(messages)} messages, but at most {MOST_MESSAGES} are taken; leave some out",
+                "messages",
+            )
         if tools is not None:
             check_tools(self.tokenizer)
         own = with_tools(read_variables(variables), tools)

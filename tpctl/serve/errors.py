@@ -10,7 +10,7 @@ from tpctl.client.fields import FieldError
 from tpctl.client.forms import FIELDS
 from tpctl.client.openai_answers import error
 from tpctl.client.tools.asked import ToolsError
-from tpctl.errors import CheckpointError, RequestError, TpctlError, printable, shorten
+from tpctl.errors import BusyError, CheckpointError, RequestError, TpctlError, printable, shorten
 
 LONGEST = 1000
 """Characters of a message, whatever it repeats of a request."""
@@ -56,6 +56,8 @@ class ApiError(Exception):
             return cls(400, said, param=_field(said))
         if isinstance(reason, CheckpointError):  # of a model that has no chat template, or one that does not compile
             return cls(400, said)
+        if isinstance(reason, BusyError):
+            return cls(503, said, code="busy", retry_after=1)
         return cls(500, said)
 
     def body(self) -> bytes:
