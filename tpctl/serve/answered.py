@@ -118,11 +118,11 @@ class Encoded:
     """A response that is all there, as JSON."""
 
     def __init__(self, body: bytes, status: int = 200) -> None:
-        self._body = body
-        self._status = status
+        self.body = body
+        self.status = status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await say(self._status, JSON, self._body, send)
+        await say(self.status, JSON, self.body, send)
 
 
 class Said(Encoded):

@@ -107,10 +107,12 @@ class Endpoints:
         return Said(self._model(name, self.pool.check_open(0).max_model_len))
 
     def health(self) -> Said:
-        """/health: 200 only when requests are taken."""
+        """/health: 200 only when requests are taken, and engines answer them."""
         pool = self.pool
-        state = "ready" if pool.ready else "failed" if pool.failure else "ending" if pool.closing else "loading"
-        return Said({"status": state}, 200 if pool.ready else 503)
+        state = "failed" if pool.failure else "ending" if pool.closing else "ready" if pool.ready else "loading"
+        if state == "ready" and pool.stalled:
+            state = "stalled"
+        return Said({"status": state}, 200 if state == "ready" else 503)
 
     def model(self, body: dict[str, Any]) -> str:
         """Take the model's name out of a body; one that is not given is the first."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -75,11 +75,11 @@ class Metrics:
         self._answers[path, status] += 1
         self._whole.observe(time.monotonic() - since)
 
-    def exposition(self, stats: Sequence[EngineStats], held: int) -> bytes:
+    def exposition(self, stats: Mapping[int, EngineStats], held: int) -> bytes:
         """All of it as text.
 
         Args:
-            stats: of each engine.
+            stats: of each engine that tells them, by its number.
             held: requests that they have.
         """
         registry = CollectorRegistry()
@@ -109,7 +109,7 @@ class _Collected(Collector):
         return self._metrics
 
 
-def _of_engines(stats: Sequence[EngineStats]) -> list[Metric]:
+def _of_engines(stats: Mapping[int, EngineStats]) -> list[Metric]:
     """One sample an engine, by its number."""
     gauges: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "requests_running": ("Requests that hold KV blocks.", lambda one: one.running),
@@ -133,7 +133,7 @@ def _of_engines(stats: Sequence[EngineStats]) -> list[Metric]:
     for kind, family in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):
         for name, (what, value) in kind.items():
             metric = family(f"tpctl_{name}", what, labels=("engine",))
-            for number, one in enumerate(stats):
+            for number, one in stats.items():
                 metric.add_metric((str(number),), value(one))
             found.append(metric)
     return found

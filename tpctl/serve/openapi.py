@@ -140,7 +140,7 @@ _TOKENIZE: Schema = {
     ]
 }
 _DETOKENIZE = body_of({"model": STRING, "tokens": IDS}, "tokens")
-_HEALTH = closed({"status": {"enum": ["ready", "loading", "ending", "failed"]}}, "status")
+_HEALTH = closed({"status": {"enum": ["ready", "loading", "ending", "failed", "stalled"]}}, "status")
 
 _REFUSALS = {
     "400": "The body is no JSON, or cannot be had as it is.",

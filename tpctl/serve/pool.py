@@ -12,40 +12,30 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from contextlib import contextmanager
 
-from tpctl.client.router import Mailbox, Sink
 from tpctl.client.text_stream import TextStream
-from tpctl.errors import EngineError, TpctlError
+from tpctl.errors import TpctlError
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation
+from tpctl.serve.lane import Engine, Lane
 from tpctl.serve.metrics import Metrics
-from tpctl.wire.messages import Output, Request
+from tpctl.wire.messages import Request
 from tpctl.wire.report import EngineInfo, EngineStats
 from tpctl.wire.sampling import SamplingParams
 
-_PARTING = 1.0  # seconds for an engine that is being closed to take in what was said to it before
+STALLED_SECONDS = 300.0
+"""For which an engine with something to do may say nothing. It is asked for its counters meanwhile, which it tells
+between two steps: so a long prompt, which takes many, is no silence. What must fit in is one step, of a large model on
+a CPU or with kernels that are compiled first."""
+
 AFFINITY_TOKENS = 64
 """First tokens of a prompt by which an engine is its home, whose prefix cache may know it."""
 
 AFFINITY_SLACK = 4
 """Requests more than the least that an engine may have and still be given what it is home to."""
-
-
-class Engine(Protocol):
-    """As much of ``EngineClient`` as is used here."""
-
-    def wait_ready(self, told: Callable[[str], object] | None = None) -> EngineInfo: ...
-
-    def mailbox(self, sink: Sink | None = None) -> Mailbox: ...
-
-    def stats(self) -> EngineStats: ...
-
-    def close(self) -> None: ...
 
 
 class Job:
@@ -196,19 +186,25 @@ class Pool:
         for generation in {one for lane in self._lanes for one, _ in lane.open.values()}:
             generation.fail(reason)
 
-    async def stats(self) -> list[EngineStats]:
-        """Each engine's counters, as far as it is there."""
-        found = []
-        for lane in self._lanes if self.info is not None else ():
-            with suppress(TpctlError):
-                found.append(await asyncio.to_thread(lane.engine.stats))
-        return found
+    @property
+    def stalled(self) -> bool:
+        """Whether an engine has said nothing for longer than a step may take."""
+        return self.info is not None and max(lane.silence() for lane in self._lanes) > STALLED_SECONDS
+
+    async def stats(self) -> dict[int, EngineStats]:
+        """Each engine's counters by its number, as far as it is there and says them."""
+        lanes = self._lanes if self.info is not None else ()
+        found = await asyncio.gather(*(lane.stats() for lane in lanes))
+        return {number: one for number, one in enumerate(found) if one is not None}
 
     async def close(self) -> None:
         """End the engines; whoever waits for one is told."""
         self._closed = True
         await asyncio.gather(*(lane.close() for lane in self._lanes))
-        await asyncio.gather(*(asyncio.to_thread(lane.engine.close) for lane in self._lanes))
+        loop = asyncio.get_running_loop()
+        closers = ThreadPoolExecutor(len(self._lanes), "tpctl-serve-closer")  # for others may wait for an engine
+        await asyncio.gather(*(loop.run_in_executor(closers, lane.engine.close) for lane in self._lanes))
+        closers.shutdown(wait=False)
 
     def _choose(self, token_ids: Sequence[int]) -> Lane:
         """The engine with least to do, or one with little more that may know the prompt's beginning."""
@@ -223,81 +219,3 @@ class Pool:
         for lane, ids in held:
             if left := [id for id in ids if lane.open.pop(id, None) is not None]:
                 lane.abort(left)
-
-
-class Lane:
-    """One engine.
-
-    Attributes:
-        open: requests under way by id: whose, and which of its answers.
-    """
-
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
-        self.engine = engine
-        self.open: dict[str, tuple[Generation, int]] = {}
-        self._loop = loop
-        self._pool = pool
-        self._sender = ThreadPoolExecutor(1, "tpctl-serve-sender")
-        self._mailbox = engine.mailbox(self._sink)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        self._sender.submit(self._submit, requests)
-
-    def abort(self, ids: Sequence[str]) -> None:
-        self._sender.submit(self._abort, ids)
-
-    async def close(self) -> None:
-        """Let the engine hear what is given up, if it listens, and tell it nothing more."""
-        told = asyncio.wrap_future(self._sender.submit(lambda: None))
-        await asyncio.wait([told], timeout=_PARTING)
-        self._sender.shutdown(wait=False, cancel_futures=True)
-
-    def _submit(self, requests: Sequence[Request]) -> None:
-        """Thread."""
-        try:
-            self._mailbox.submit(requests)
-        except TpctlError as error:
-            if isinstance(error, EngineError):  # it has ended, which is said before it is one request's fault
-                self._sink(error)
-            message = str(error)
-            self._sink([Output(request.id, [], "error", message) for request in requests])
-
-    def _abort(self, ids: Sequence[str]) -> None:
-        """Thread."""
-        with suppress(TpctlError):
-            self._mailbox.abort(ids)
-
-    def _sink(self, item: list[Output] | TpctlError) -> None:
-        """Any thread."""
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(self._take, item)
-
-    def _take(self, item: list[Output] | TpctlError) -> None:
-        if isinstance(item, TpctlError):
-            self._pool.fail(item)
-            return
-        now = time.monotonic()
-        stopped: list[str] = []
-        touched: dict[Generation, None] = {}
-        observe = self._pool.metrics.arrived
-        for output in item:  # hundreds a step, so no more than need be is done for each
-            id = output.id
-            if (found := self.open.get(id)) is None:
-                continue  # given up, and the engine did not know that yet
-            generation, at = found
-            touched[generation] = None
-            try:
-                if output.token_ids:
-                    observe(generation, at, len(output.token_ids), now)
-                ended = generation.push(at, output)
-            except Exception as error:  # what comes behind this is others'
-                generation.fail(error)
-                continue
-            if ended:
-                self.open.pop(id, None)
-                if output.finish_reason is None:  # a stop text, of which the engine does not know
-                    stopped.append(id)
-        for generation in touched:
-            generation.flush()
-        if stopped:
-            self.abort(stopped)

@@ -14,8 +14,9 @@ from tpctl.errors import TpctlError
 from tpctl.serve.app import App
 from tpctl.serve.asked import Reader
 from tpctl.serve.endpoints import Endpoints
+from tpctl.serve.lane import Engine
 from tpctl.serve.metrics import Metrics
-from tpctl.serve.pool import Engine, Pool
+from tpctl.serve.pool import Pool
 from tpctl.serve.server import Server
 from tpctl.serve.sockets import raise_file_limit
 from tpctl.serve.threads import Threads

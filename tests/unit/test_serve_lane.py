@@ -1,0 +1,143 @@
+"""What goes wrong with one of a server's engines, or with one answer of a step, is nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.serving import served
+from tests.unit.test_serve_pool import PATIENCE, closed, job, opened, until
+from tpctl.client.reasoning_stream import Segment
+from tpctl.client.text_stream import TextStream
+from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve import lane
+from tpctl.serve import pool as pool_module
+from tpctl.serve.asked import Reader
+from tpctl.serve.endpoints import Endpoints
+from tpctl.serve.threads import Threads
+from tpctl.wire.messages import Output, Request
+from tpctl.wire.report import EngineStats
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_what_fails_in_a_step_costs_no_other_answer_its_tokens(tokenizer: Tokenizer) -> None:
+    class Broken(TextStream):
+        def push(self, output: Output) -> list[Segment]:
+            raise ValueError("it has no words")
+
+    async def run() -> None:
+        engine = FakeEngine(tokenizer)
+        closed(engine)
+        pool, _ = await opened([engine])
+        bad = job(tokenizer, "bad")
+        bad.streams = [Broken(tokenizer)]
+        first = pool.begin([job(tokenizer, "first")])
+        await until(lambda: first.streams[0].token_ids)  # of a step that it was let into
+        broken, last = pool.begin([bad]), pool.begin([job(tokenizer, "last")])
+        await until(lambda: len(engine.open) == 3)
+        engine.gate.set()  # each step brings something to all of them, in this order
+        for generation, text in ((first, "<first>"), (last, "<last>")):
+            await asyncio.wait_for(generation.finish(), PATIENCE)
+            assert generation.streams[0].text == text
+        with pytest.raises(ValueError, match="it has no words"):
+            await broken.finish()
+        await until(lambda: len(engine.aborted) == 1)
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_what_cannot_be_sent_is_not_waited_for(tokenizer: Tokenizer) -> None:
+    def say(tokenizer: Tokenizer, request: Request) -> str:
+        raise ValueError("no message can be made of it")
+
+    async def run() -> None:
+        pool, failures = await opened([FakeEngine(tokenizer, say=say)])
+        generation = pool.begin([job(tokenizer, "a prompt", answers=2)])
+        with pytest.raises(ValueError, match="no message can be made of it"):
+            await asyncio.wait_for(generation.finish(), PATIENCE)
+        assert not pool.under_way and not failures
+        await pool.close()
+
+    asyncio.run(run())
+
+
+class Hung(FakeEngine):
+    """Says nothing of itself until it is ``let``."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self.let = threading.Event()
+        self.asked = 0
+
+    def stats(self) -> EngineStats:
+        self.asked += 1
+        self.let.wait(PATIENCE)
+        return super().stats()
+
+    def close(self) -> None:
+        super().close()
+        self.let.set()
+
+
+def test_an_engine_that_hangs_keeps_nobody_waiting(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "STATS_SECONDS", 0.005)
+    hung = Hung(tokenizer)
+    with served(tokenizer, hung, FakeEngine(tokenizer)) as (client, _):
+        for _ in range(40):  # more than there are threads for anything
+            lines = client.get("/metrics").text.splitlines()
+            told = [line for line in lines if line.startswith("tpctl_kv_blocks{")]
+            assert told == ['tpctl_kv_blocks{engine="1"} 10.0']
+        assert hung.asked == 1
+        hung.let.set()
+        while 'tpctl_kv_blocks{engine="0"} 10.0' not in client.get("/metrics").text.splitlines():
+            pass
+
+
+def test_an_engine_that_says_nothing_is_told_of(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        engine = Hung(tokenizer)
+        closed(engine)
+        pool, _ = await opened([engine])
+        endpoints = Endpoints(pool, Reader(tokenizer, {}, Threads()), ("demo",))
+        monkeypatch.setattr(lane, "_QUIET", 0.0)
+        generation = pool.begin([job(tokenizer, "a prompt")])
+        await until(lambda: engine.open)
+        assert not pool.stalled
+        await until(lambda: engine.asked)
+        monkeypatch.setattr(pool_module, "STALLED_SECONDS", 0.0)
+        await until(lambda: pool.stalled)
+        assert endpoints.health().status == 503 and endpoints.health().body == b'{"status":"stalled"}'
+        engine.let.set()  # it was in a long step: its counters come, and no tokens yet
+        await until(lambda: engine.asked > 2 if not pool.stalled else False)
+        monkeypatch.setattr(pool_module, "STALLED_SECONDS", PATIENCE)
+        assert endpoints.health().status == 200
+        engine.gate.set()
+        await asyncio.wait_for(generation.finish(), PATIENCE)
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_hangs_is_closed(tokenizer: Tokenizer) -> None:
+    """Though every thread of the loop's own waits for one."""
+
+    async def run() -> None:
+        let = threading.Event()
+        pool, _ = await opened([Hung(tokenizer)])
+        loop = asyncio.get_running_loop()
+        waiting = [loop.run_in_executor(None, let.wait, PATIENCE) for _ in range(64)]
+        asking = asyncio.create_task(pool.stats())
+        await asyncio.wait_for(pool.close(), PATIENCE / 2)
+        let.set()
+        await asyncio.gather(asking, *waiting)
+
+    asyncio.run(run())

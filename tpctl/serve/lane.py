@@ -1,0 +1,153 @@
+"""One of a server's engines: what it is sent goes by a thread, and what comes of it is brought to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol
+
+from tpctl.client.router import Mailbox, Sink
+from tpctl.errors import EngineError, TpctlError
+from tpctl.serve.generation import Generation
+from tpctl.wire.messages import Output, Request
+from tpctl.wire.report import EngineInfo, EngineStats
+
+if TYPE_CHECKING:
+    from tpctl.serve.pool import Pool
+
+_PARTING = 1.0  # seconds for an engine that is being closed to take in what was said to it before
+_QUIET = 10.0  # seconds without a word after which an engine that has something to do is asked
+STATS_SECONDS = 5.0
+"""For which an engine's counters are waited for."""
+
+
+class Engine(Protocol):
+    """As much of ``EngineClient`` as is used here."""
+
+    def wait_ready(self, told: Callable[[str], object] | None = None) -> EngineInfo: ...
+
+    def mailbox(self, sink: Sink | None = None) -> Mailbox: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+class Lane:
+    """One engine.
+
+    Attributes:
+        open: requests under way by id: whose, and which of its answers.
+    """
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
+        self.engine = engine
+        self.open: dict[str, tuple[Generation, int]] = {}
+        self._loop = loop
+        self._pool = pool
+        self._sender = ThreadPoolExecutor(1, "tpctl-serve-sender")
+        self._asker = ThreadPoolExecutor(1, "tpctl-serve-asker")
+        self._question: asyncio.Future[EngineStats] | None = None  # for its counters, under way
+        self._asked = self._heard = time.monotonic()
+        self._mailbox = engine.mailbox(self._sink)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._sender.submit(self._submit, requests)
+
+    def abort(self, ids: Sequence[str]) -> None:
+        self._sender.submit(self._abort, ids)
+
+    async def stats(self) -> EngineStats | None:
+        """Its counters; ``None``: it has ended, or does not say them in time."""
+        question = self._ask()
+        done, _ = await asyncio.wait([question], timeout=STATS_SECONDS)
+        return question.result() if done and question.exception() is None else None
+
+    def silence(self) -> float:
+        """Seconds since an engine that has been asked for something said anything; it is asked for its counters if it
+        has said nothing for a while."""
+        now = time.monotonic()
+        if self.open and now - self._heard > _QUIET:
+            self._ask()
+        return 0.0 if self._question is None else now - max(self._asked, self._heard)
+
+    def _ask(self) -> asyncio.Future[EngineStats]:
+        """One question is under way at a time; whoever asks meanwhile shares its answer."""
+        if self._question is None:
+            self._asked = time.monotonic()
+            self._question = self._loop.run_in_executor(self._asker, self.engine.stats)
+            self._question.add_done_callback(self._told)
+        return self._question
+
+    def _told(self, question: asyncio.Future[EngineStats]) -> None:
+        self._question, self._heard = None, time.monotonic()
+        if not question.cancelled():
+            question.exception()  # is looked at, whoever else does
+
+    async def close(self) -> None:
+        """Let the engine hear what is given up, if it listens, and tell it nothing more."""
+        told = asyncio.wrap_future(self._sender.submit(lambda: None))
+        await asyncio.wait([told], timeout=_PARTING)
+        for executor in (self._sender, self._asker):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, requests: Sequence[Request]) -> None:
+        """Thread."""
+        try:
+            self._mailbox.submit(requests)
+        except TpctlError as error:
+            if isinstance(error, EngineError):  # it has ended, which is said before it is one request's fault
+                self._sink(error)
+            message = str(error)
+            self._sink([Output(request.id, [], "error", message) for request in requests])
+        except Exception as error:  # what a thread of an executor raises, nobody hears
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._broke, requests, error)
+
+    def _broke(self, requests: Sequence[Request], error: Exception) -> None:
+        for request in requests:
+            if (known := self.open.get(request.id)) is not None:
+                known[0].fail(error)
+
+    def _abort(self, ids: Sequence[str]) -> None:
+        """Thread."""
+        with suppress(TpctlError):
+            self._mailbox.abort(ids)
+
+    def _sink(self, item: list[Output] | TpctlError) -> None:
+        """Any thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._take, item)
+
+    def _take(self, item: list[Output] | TpctlError) -> None:
+        if isinstance(item, TpctlError):
+            self._pool.fail(item)
+            return
+        now = self._heard = time.monotonic()
+        stopped: list[str] = []
+        touched: dict[Generation, None] = {}
+        observe = self._pool.metrics.arrived
+        for output in item:  # hundreds a step, so no more than need be is done for each
+            id = output.id
+            if (found := self.open.get(id)) is None:
+                continue  # given up, and the engine did not know that yet
+            generation, at = found
+            touched[generation] = None
+            try:
+                if output.token_ids:
+                    observe(generation, at, len(output.token_ids), now)
+                ended = generation.push(at, output)
+            except Exception as error:  # what comes behind this is others'
+                generation.fail(error)
+                continue
+            if ended:
+                self.open.pop(id, None)
+                if output.finish_reason is None:  # a stop text, of which the engine does not know
+                    stopped.append(id)
+        for generation in touched:
+            generation.flush()
+        if stopped:
+            self.abort(stopped)
