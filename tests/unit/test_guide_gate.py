@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tpctl.client.guides import check_guide
+from tpctl.engine.guiding import gate
 from tpctl.engine.guiding.gate import Gate
 from tpctl.engine.guiding.guides import Guides
 from tpctl.engine.scheduling.scheduled import ScheduledSequence
@@ -21,25 +24,42 @@ from tpctl.wire.messages import Abort, Add, Message, Outputs, Request, Stop, fro
 from tpctl.wire.sampling import SamplingParams
 
 
+@dataclass(frozen=True)
+class Made:
+    """In the place of a matcher."""
+
+    text: str
+
+    def deep_copy(self) -> Made:
+        return self
+
+
 class Slow:
-    """In the place of ``Grammars``: each takes until it is ``let``; "bad" is none, "panic" more than an error."""
+    """In the place of ``Grammars``: each takes until it is ``let``; "bad" is none, "panic" more than an error.
+
+    Attributes:
+        begun: texts of what was to be made, in order.
+        held: texts that take until their own event comes.
+    """
 
     def __init__(self) -> None:
         self.let = threading.Semaphore(0)
-        self.ready: set[Guide] = set()
+        self.begun: list[str] = []
+        self.held: dict[str, threading.Event] = {}
+        self.there: dict[Guide, Made] = {}
 
-    def is_ready(self, guide: Guide) -> bool:
-        return guide in self.ready
+    def kept(self, guide: Guide) -> Made | None:
+        return self.there.get(guide)
 
-    def matcher(self, guide: Guide) -> str:
-        if guide not in self.ready:
-            assert self.let.acquire(timeout=30)
+    def make(self, guide: Guide) -> Made:
+        self.begun.append(guide.text)
+        held = self.held.get(guide.text)
+        assert self.let.acquire(timeout=30) if held is None else held.wait(30)
         if guide.text == "bad":
             raise RequestError("regex: it is bad")
         if guide.text == "panic":
             raise KeyboardInterrupt("the library's")
-        self.ready.add(guide)
-        return guide.text
+        return self.there.setdefault(guide, Made(guide.text))
 
 
 class Seen:
@@ -50,8 +70,8 @@ class Seen:
         self.events: list[Message] = []
         self.gate = Gate(self, self.passed, self.events.append)  # this is its ``Guides``, too
 
-    def open(self, request: Request, matcher: str) -> None:
-        self.opened[request.id] = matcher
+    def open(self, request: Request, matcher: Made) -> None:
+        self.opened[request.id] = matcher.text
 
     def passed(self, message: Message, text: bytes) -> None:
         assert from_wire(json.loads(text)) == message  # the other ranks get the same
@@ -123,6 +143,51 @@ def test_a_request_given_up_while_it_waits_never_reaches_the_ranks(seen: Seen) -
     assert set(seen.opened) == {"b"}
     seen.take(Stop())
     assert seen.events[-1] == Stop()
+
+
+def passed(seen: Seen) -> list[str]:
+    """Requests that came through, in order."""
+    return [one.id for event in seen.events if isinstance(event, Add) for one in event.requests]
+
+
+def until(condition: Callable[[], object]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError
+
+
+def test_a_grammar_that_takes_long_holds_up_no_other(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "affinity_cores", lambda: 4)  # two threads make them
+    let = seen.grammars.held["long"] = threading.Event()
+    seen.grammars.let.release(9)
+    seen.take(Add([request("a", "known")]))
+    until(lambda: passed(seen) == ["a"])
+    seen.take(Add([request("b", "long"), request("c", "known"), request("d", "other")]))
+    until(lambda: sorted(passed(seen)) == ["a", "c", "d"])
+    again = seen.grammars.held["longer"] = threading.Event()
+    seen.take(Add([request("e", "longer"), request("f", "known"), request("g", "long")]))
+    until(lambda: passed(seen)[-1] == "f")  # though both threads are at work
+    seen.take(Add([request("h", "new")]))
+    let.set()
+    until(lambda: sorted(passed(seen)) == list("abcdfgh"))
+    again.set()
+    until(lambda: passed(seen)[-1] == "e")
+    assert seen.grammars.begun.count("long") == 1 and not seen.gate._waiting and not seen.gate._pending
+
+
+def test_a_grammar_that_nobody_wants_any_more_is_not_made(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "affinity_cores", lambda: 2)
+    let = seen.grammars.held["long"] = threading.Event()
+    seen.grammars.let.release(9)
+    seen.take(Add([request("a", "long"), request("b", "unwanted"), request("c", "wanted"), request("d", "wanted")]))
+    seen.take(Abort(["b", "c"]))
+    let.set()
+    until(lambda: passed(seen) == ["a", "d"])
+    until(lambda: sum(isinstance(event, Outputs) for event in seen.events) >= 1 and not seen.gate._pending)
+    told = {one.id: one.finish_reason for event in seen.events if isinstance(event, Outputs) for one in event.outputs}
+    assert told == {"b": "abort", "c": "abort"} and seen.grammars.begun == ["long", "wanted"]
 
 
 def test_without_room_for_a_thread_its_requests_are_refused(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +21,16 @@ copy one takes microseconds."""
 
 
 class Grammars:
-    """Makes matchers; one thread at a time may call ``matcher``."""
+    """Makes matchers, for several threads."""
 
     def __init__(self, folder: Path) -> None:
         """``folder``: where the tokenizer is."""
         self._folder = folder
         self.vocab_size = 0
         self.end_ids: tuple[int, ...] = ()
+        self._making = threading.Lock()  # of what follows
         self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()  # of what follows
         self._kept: OrderedDict[Guide, LLMatcher] = OrderedDict()
 
     def suit(self, vocab_size: int, end_ids: Sequence[int]) -> None:
@@ -35,12 +38,15 @@ class Grammars:
         self.vocab_size = vocab_size
         self.end_ids = tuple(end_ids)
 
-    def is_ready(self, guide: Guide) -> bool:
-        """Whether ``matcher`` takes no time."""
-        return guide in self._kept
+    def kept(self, guide: Guide) -> LLMatcher | None:
+        """A grammar that was made before, to be copied; takes no time."""
+        with self._lock:
+            if (made := self._kept.get(guide)) is not None:
+                self._kept.move_to_end(guide)
+            return made
 
-    def matcher(self, guide: Guide) -> LLMatcher:
-        """A grammar's beginning.
+    def make(self, guide: Guide) -> LLMatcher:
+        """A grammar, to be copied. Others may be made meanwhile.
 
         Raises:
             RequestError: it is none, or too large.
@@ -50,19 +56,23 @@ class Grammars:
 
         from tpctl.client.guides import grammar_text, parser_limits
 
-        made = self._kept.get(guide)
-        if made is None:
-            text = grammar_text(guide)
+        text = grammar_text(guide)
+        with self._making:
             if self._tokenizer is None:
                 self._tokenizer = self._make_tokenizer()
-            made = LLMatcher(self._tokenizer, text, log_level=0, limits=parser_limits())
-            if made.is_error():
-                raise RequestError(f"{guide.name}: {said(made.get_error())}")
+        made = LLMatcher(self._tokenizer, text, log_level=0, limits=parser_limits())
+        if made.is_error():
+            raise RequestError(f"{guide.name}: {said(made.get_error())}")
+        with self._lock:
             self._kept[guide] = made
+            self._kept.move_to_end(guide)
             while len(self._kept) > _KEPT or sum(len(one.text) for one in self._kept) > _KEPT_TEXT:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(guide)
-        return made.deep_copy()
+        return made
+
+    def matcher(self, guide: Guide) -> LLMatcher:
+        """A grammar's beginning. Raises as ``make``."""
+        return (self.kept(guide) or self.make(guide)).deep_copy()
 
     def _make_tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
