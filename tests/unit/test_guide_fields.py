@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.thinking import GPT_OSS, INSTRUCT, OPENS, QWEN3, THINK, TURNS, Model
+from tpctl.client import guides
 from tpctl.client.guides import check_guide, guided
 from tpctl.client.results import differing
 from tpctl.client.tokenizer import Tokenizer
@@ -122,6 +125,22 @@ def test_grammars_that_are_none_are_refused_by_name(fields: dict[str, Any], said
 def test_long_chains_are_followed_and_no_process_ends(fields: dict[str, Any]) -> None:
     """By recursion, for which an ordinary thread has no room."""
     check_guide(SamplingParams.from_dict(fields).guide)
+
+
+def test_what_was_looked_at_is_known_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    known: OrderedDict[bytes, str | None] = OrderedDict()
+    monkeypatch.setattr(guides, "_known", known)
+    monkeypatch.setattr(guides, "_KEPT", 3)
+    monkeypatch.setattr(
+        guides, "_tried", lambda guide: looked.append(guide.text) or ("b" if "b" in guide.text else None)
+    )
+    texts = ["a" * 200_000, "b" * 200_000, "a" * 200_001]
+    for text in (*texts, *texts, "c", *texts[1:], texts[0]):
+        with pytest.raises(RequestError, match="regex: b") if "b" in text else nullcontext():
+            check_guide(SamplingParams(regex=text).guide)
+    assert looked == [*texts, "c", texts[0]]
+    assert len(known) == 3 and {len(key) for key in known} == {16}
 
 
 def test_what_cannot_be_enforced_may_be_left_out() -> None:

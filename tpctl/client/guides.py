@@ -7,10 +7,12 @@ items and states of the parser.
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from tpctl.client.deep_threads import deep_thread, said
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
 
 WHITESPACE = r"( |\n[ \t]{0,40})"
 """Between the parts of JSON, none or this. Small models that may go on with it for ever do."""
+
+
+_KEPT = 1024
+_known: OrderedDict[bytes, str | None] = OrderedDict()
+"""Why grammars are not taken, by a digest: their texts have up to 256 KiB each."""
+_lock = threading.Lock()
 
 
 def check_guide(guide: Guide | None) -> None:
@@ -110,9 +118,22 @@ def parser_limits() -> LLParserLimits:
     return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 
-@lru_cache(maxsize=1024)
 def _problem(guide: Guide) -> str | None:
     """Why a grammar is not taken; ``None``: it is. Lines of a batch mostly have the same."""
+    key = blake2b(f"{guide.kind} {guide.lenient} {guide.text}".encode(), digest_size=16).digest()
+    with _lock:
+        if key in _known:
+            _known.move_to_end(key)
+            return _known[key]
+    problem = _tried(guide)
+    with _lock:
+        _known[key] = problem
+        if len(_known) > _KEPT:
+            _known.popitem(last=False)
+    return problem
+
+
+def _tried(guide: Guide) -> str | None:
     from_thread: Future[str | None] = Future()
 
     def work() -> None:
