@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,4 +15,14 @@ def with_variable(needle: str) -> list[int]:
                 found.append(int(entry.name))
         except OSError:
             continue
+    return found
+
+
+def wakeups(pid: int, but: int | None = None) -> int:
+    """How often threads of a process have waited for something; ``but``: one that does not count."""
+    found = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            status = (task / "status").read_text()
+            found += 0 if task.name == str(but) else int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
     return found

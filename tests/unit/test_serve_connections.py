@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import random
-import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,139 +17,22 @@ import httpx2
 import openai
 import pytest
 
+from tests.processes import wakeups
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
+from tests.unit.running import BODY, LONG, PATIENCE, Running, everything, running, talkative, unchunked, until
 from tpctl.client.tokenizer import Tokenizer
-from tpctl.errors import TpctlError
 from tpctl.serve import run as run_module
 from tpctl.serve import server as server_module
 from tpctl.serve.app import App
 from tpctl.serve.run import ServeSettings, serve
-from tpctl.serve.server import Server
-from tpctl.serve.sockets import listen, url_of
+from tpctl.serve.sockets import listen
 from tpctl.serve.straight import Straight
-
-PATIENCE = 60.0  # seconds that anything may take on a busy machine
-LONG = "abcdefgh" * 3000
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-class Running:
-    """A server in a thread.
-
-    Attributes:
-        failed: why it ended, if not as it was told to.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, engine: FakeEngine, settings: dict[str, Any]) -> None:
-        self.engine = engine
-        self.notes: list[str] = []
-        self.failed: TpctlError | None = None
-        self.server: Server | None = None
-        self.sock = listen("127.0.0.1", 0)
-        self.address = self.sock.getsockname()
-        self.url = url_of(self.sock)
-        self._ready = threading.Event()
-        self._settings = ServeSettings(("demo",), {"temperature": 1.0}, **settings)
-        self._tokenizer = tokenizer
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self, patch: pytest.MonkeyPatch) -> None:
-        def made(*arguments: Any) -> Server:
-            self.server = Server(*arguments)
-            self.loop = asyncio.get_running_loop()
-            return self.server
-
-        patch.setattr(run_module, "Server", made)
-        self.thread.start()
-        assert self._ready.wait(PATIENCE)
-
-    def end(self) -> None:
-        assert self.server is not None
-        self.loop.call_soon_threadsafe(self.server.end)
-
-    def connect(self, room: int | None = None) -> socket.socket:
-        """A connection; ``room``: bytes that the system keeps of what is not read."""
-        sock = socket.socket()
-        sock.settimeout(PATIENCE)
-        if room is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
-        sock.connect(self.address)
-        return sock
-
-    def ask(self, path: str, body: dict[str, Any], room: int | None = None) -> socket.socket:
-        """A connection that a request was sent over."""
-        sock = self.connect(room)
-        raw = json.dumps(body).encode()
-        sock.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(raw)) + raw)
-        return sock
-
-    def _run(self) -> None:
-        try:
-            serve(
-                [self.engine],
-                self._tokenizer,
-                self.sock,
-                self._settings,
-                at_once=8,
-                ready=lambda info: self._ready.set(),
-                note=self.notes.append,
-            )
-        except TpctlError as error:
-            self.failed = error
-
-
-@contextmanager
-def running(tokenizer: Tokenizer, engine: FakeEngine, **settings: Any) -> Iterator[Running]:
-    """A server that is ended afterwards, if it has not been, and had nothing to complain of."""
-    found = Running(tokenizer, engine, settings)
-    with pytest.MonkeyPatch.context() as patch:
-        found.start(patch)
-        yield found
-        if found.thread.is_alive():
-            found.end()
-        found.thread.join(PATIENCE)
-    assert not found.thread.is_alive() and not found.notes
-    assert not engine.open and engine.closed, "the engine was left with work"
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def everything(sock: socket.socket, until: bytes | None = None) -> bytes:
-    """What comes until the server closes the connection, or until the end of what came is ``until``."""
-    found = bytearray()
-    while piece := sock.recv(1 << 16):
-        found += piece
-        if until is not None and found.endswith(until):
-            break
-    return bytes(found)
-
-
-def unchunked(body: bytes) -> bytes:
-    """What chunks hold."""
-    found, at = [], 0
-    while at < len(body):
-        end = body.index(b"\r\n", at)
-        size = int(body[at:end], 16)
-        found.append(body[end + 2 : end + 2 + size])
-        at = end + 4 + size
-    return b"".join(found)
-
-
-BODY = {"prompt": "ab", "max_tokens": 20000, "stream": True}
-
-
-def talkative(tokenizer: Tokenizer) -> FakeEngine:
-    return FakeEngine(tokenizer, say=lambda *_: LONG, max_model_len=100_000)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -384,9 +266,10 @@ def test_an_engine_that_ends_takes_the_server_with_it(tokenizer: Tokenizer) -> N
 def test_an_idle_server_does_nothing(tokenizer: Tokenizer) -> None:
     with running(tokenizer, FakeEngine(tokenizer)) as server:
         assert httpx2.get(f"{server.url}/health").status_code == 200
-        before = time.process_time()
+        here = os.getpid(), threading.get_native_id()
+        before = wakeups(*here)
         time.sleep(2)
-        assert time.process_time() - before < 0.05
+        assert wakeups(*here) - before <= 4
 
 
 def _health(server: Running) -> tuple[int, Any]:

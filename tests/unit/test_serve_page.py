@@ -13,9 +13,9 @@ import pytest
 from tests.unit.browser import CHROMIUM, Tab, tab
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
+from tests.unit.running import Running, running, until
 from tests.unit.serving import served
 from tests.unit.test_page import read
-from tests.unit.test_serve_connections import Running, running, until
 from tests.unit.thinking import MODELS
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.wire.messages import Output

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tpctl.client.fields import given
 from tpctl.errors import TpctlError, printable
 from tpctl.serve.answered import Said, refused, say
-from tpctl.serve.bodies import BODY_SECONDS, Room, Share, read_object
+from tpctl.serve.bodies import BODY_SECONDS, Heard, Room, Share, read_object
 from tpctl.serve.endpoints import Endpoints
 from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Gone
@@ -98,13 +98,15 @@ class App:
             await send(message)
 
         scope["app"] = self  # so that the router raises for what it does not know
+        heard = Heard(scope, receive)
         try:
             self._check_key(scope)
-            await self._router(scope, receive, dated)
+            await self._router(scope, heard, dated)
         except Gone:
             pass
         except Exception as error:
             if status == 499:
+                await heard.drain()
                 await self._refuse(error, scope, dated)
             else:  # where an answer has begun, its end is the connection's
                 self.failed(error, scope)

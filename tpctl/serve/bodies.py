@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any, Self
 
 import msgspec
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from tpctl.errors import format_bytes, shown
 from tpctl.serve.errors import ApiError
@@ -22,6 +23,10 @@ _PATIENCE = 4
 _SMALL = 1 << 16
 """Bytes of each body that are read whatever others have: those of most requests, so that a few long ones, or many that
 come slowly, keep none of them out."""
+
+
+_UNWANTED, _UNWANTED_SECONDS = 16 << 20, 5.0
+"""Bytes of a body that are read though it is refused, and in how much time."""
 
 
 class Room:
@@ -96,6 +101,36 @@ async def read_object(
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {shown(body)}, but must be a JSON object")
     return body
+
+
+class Heard:
+    """What is received of one request, and whether its body has come whole."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._receive = receive
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._version = scope["http_version"]
+        self._whole = False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if not message.get("more_body", False):
+            self._whole = True
+        return message
+
+    async def drain(self) -> None:
+        """Where the connection ends with an answer, read what is left of a body that nobody wants, as far as that is
+        not too much: bytes that are there and are not read would make the system drop the answer on its way."""
+        headers = self._headers
+        ends = self._version != "1.1" or b"close" in headers.get(b"connection", b"").lower()
+        sent = b"expect" not in headers and int(headers.get(b"content-length", b"0")) <= _UNWANTED
+        if self._whole or not ends or not sent:
+            return
+        left = _UNWANTED
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_UNWANTED_SECONDS):
+                while left > 0 and not self._whole:
+                    left -= len((await self()).get("body", b""))
 
 
 async def _read(scope: Scope, receive: Receive, most: int, share: Share) -> bytes:

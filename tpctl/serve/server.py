@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tpctl.errors import TpctlError
 from tpctl.serve.app import App
@@ -21,6 +21,9 @@ from tpctl.serve.straight import STATE
 
 HEAD_SECONDS = 30.0
 """In which the head of a request has to arrive, and between two requests of a connection."""
+
+_AHEAD = 1 << 16
+"""Bytes that are taken in while a request is under way that stands before them."""
 
 
 class Server(uvicorn.Server):
@@ -112,9 +115,13 @@ class Server(uvicorn.Server):
 
 
 def _protocol() -> type[asyncio.Protocol]:
-    """Uvicorn's, with a limit to how long the head of a request may take: else whoever sends half of one stays."""
+    """Uvicorn's with h11, whichever else is installed, with two changes.
 
-    class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    The head of a request has a limit of time, else whoever sends half of one stays. And a connection goes on being read
+    when something comes behind a request that is under way, else nobody sees that it ends.
+    """
+
+    class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -125,6 +132,9 @@ def _protocol() -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            under_way = self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
+            if under_way and self.flow.read_paused and len(self.conn.trailing_data[0]) < _AHEAD:
+                self.flow.resume_reading()
             self._look()
 
         def connection_lost(self, exc: Exception | None) -> None:

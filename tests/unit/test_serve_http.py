@@ -1,0 +1,62 @@
+"""What comes over a connection beside the request that is being answered."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_engine import FakeEngine
+from tests.unit.running import BODY, everything, running, talkative, until
+from tpctl.client.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize("behind", [b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"G", b"\r\n" * 20_000])
+def test_whoever_hangs_up_is_seen_behind_what_he_sent_meanwhile(tokenizer: Tokenizer, behind: bytes) -> None:
+    engine = talkative(tokenizer)
+    engine.gate.clear()
+    with running(tokenizer, engine) as server:
+        for _ in range(2):
+            sock = server.ask("/v1/completions", {**BODY, "stream": False})
+            until(lambda: len(engine.open) == 1)
+            sock.sendall(behind)
+            sock.close()
+            until(lambda: not engine.open)
+        engine.gate.set()
+
+
+def test_what_is_sent_ahead_is_answered_in_turn(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(tokenizer)
+    engine.gate.clear()
+    with running(tokenizer, engine) as server:
+        sock = server.ask("/v1/completions", {"prompt": "ab"})
+        until(lambda: len(engine.open) == 1)
+        body = b"x" * 5000
+        for path in (b"/health", b"/v1/models"):
+            sock.sendall(b"GET %s HTTP/1.1\r\nhost: x\r\ncontent-length: 5000\r\n\r\n" % path + body)
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        engine.gate.set()
+        said = everything(sock)
+        marks = [b'"<ab>"', b'{"status":"ready"}', b'"object":"list"', b'"openapi":"3.1']
+        assert said.count(b"HTTP/1.1 200 OK") == 4
+        assert [said.index(mark) for mark in marks] == sorted(said.index(mark) for mark in marks)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_who_is_refused_before_his_body_is_read_hears_why(tokenizer: Tokenizer, version: str) -> None:
+    size = 3_000_000  # more than a socket's buffers hold
+    with running(tokenizer, FakeEngine(tokenizer), api_key="k", max_body=1000) as server:
+        for request, key, status in (
+            ("POST /v1/completions", "wrong", 401),
+            ("POST /nowhere", "k", 404),
+            ("POST /v1/models", "k", 405),
+            ("POST /v1/completions", "k", 413),
+        ):
+            with server.connect() as sock:
+                head = f"{request} HTTP/{version}\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\n"
+                sock.sendall(f"{head}content-length: {size}\r\n\r\n".encode() + b"x" * size)
+                assert everything(sock).startswith(b"HTTP/1.1 %d " % status)
