@@ -1,11 +1,12 @@
 """A server under load and under abuse, with the demo model on this machine: figures for docs/serve.md.
 
-    python -m tests.distributed.serve_soak [--layers 2] [streams | aborts | garbage | start]...
+    python -m tests.distributed.serve_soak [--layers 2] [--count N] [streams | aborts | garbage | start]...
 
-``streams``: 500 at once, none lost, in rounds, and what memory the server holds after each. ``aborts``: 10,000
-requests whose clients hang up at any point. ``garbage``: long bodies, broken ones, half-open connections. ``start``:
-seconds from the command to the first streamed token, in turns with ``chat``'s. After each the engine's books are
-checked.
+``streams``: 500 at once, none lost, in rounds, and what memory every process holds after each. ``aborts``: 10,000
+requests whose clients hang up at any point. ``garbage``: long bodies, broken ones, half-open connections; each has its
+status. ``start``: seconds from the command to the first streamed token, in turns with ``chat``'s. After each the
+engine's books are checked. It ends with an exit code other than 0 where a stream is lost, a status is another one,
+memory grows, somebody complains or a process is left.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from tests.distributed.real_forms import shallow
 from tests.distributed.server_process import PATIENCE, ServerProcess
 from tpctl.checkpoint.sources import resolve
 
-SETTINGS = ("--device", "cpu", "--kv-cache-memory", "1GiB", "--max-model-len", "2048")
+SETTINGS = ("--device", "cpu", "--max-model-len", "2048")
+CACHE = 512 << 20
+"""Bytes of the KV cache, of which the engine has touched all only after a while."""
 
 
 def request(body: Any, path: str = "/v1/completions") -> bytes:
@@ -61,7 +64,51 @@ def free(server: ServerProcess) -> None:
     raise SystemExit(f"blocks are held: {found}")
 
 
+def check(right: bool, said: str) -> None:
+    """End with what is wrong, if it is."""
+    if not right:
+        raise SystemExit(f"WRONG: {said}")
+
+
+class Memory:
+    """What each process of a server holds, round by round."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._server = server
+        self._rounds: list[dict[int, int]] = []
+
+    def look(self) -> str:
+        """Now, as megabytes: the server's, and those of its children, the largest first."""
+        server = self._server
+        found = {pid: server.memory(pid) for pid in (server.process.pid, *children(server))}
+        self._rounds.append(found)
+        own, *others = (f"{bytes_ / 1e6:.1f}" for bytes_ in found.values())
+        return f"server {own} MB, others {' '.join(sorted(others, key=float, reverse=True))}"
+
+    def check(self) -> None:
+        """From the second round on, when all has been used once, none grows by more than 4% and 8 MB; ranks besides by
+        their KV cache."""
+        _, second, *_, last = self._rounds
+        check(second.keys() == last.keys(), f"processes came or went: {sorted(second)}, {sorted(last)}")
+        for pid, before in second.items():
+            more = (8 << 20) + (CACHE if pid in self._server.workers() else 0)
+            check(last[pid] <= 1.04 * before + more, f"{pid} grew from {before} to {last[pid]} bytes")
+
+
+def children(server: ServerProcess) -> list[int]:
+    """Ids of all processes that the server started, and those of theirs."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [server.process.pid]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return sorted(found[1:])
+
+
 async def streams(server: ServerProcess, count: int = 500, tokens: int = 32) -> None:
+    memory = Memory(server)
     for round in range(4):
         started = time.monotonic()
         raw = [
@@ -69,14 +116,20 @@ async def streams(server: ServerProcess, count: int = 500, tokens: int = 32) -> 
             for n in range(count)
         ]
         found = await asyncio.gather(*(answer(server, one) for one in raw))
-        whole = sum(one.startswith(b"HTTP/1.1 200") and b"[DONE]" in one for one in found)
+        whole = sum(
+            one.startswith(b"HTTP/1.1 200") and b"[DONE]" in one and one.count(b"data: {") >= tokens for one in found
+        )
         free(server)
         seconds = time.monotonic() - started
         print(
             f"round {round + 1}: {whole} of {count} streams whole, {count * tokens / seconds:.0f} tokens/s, "
-            f"server {server.memory() / 1e6:.1f} MB",
+            f"{memory.look()}",
             flush=True,
         )
+        check(
+            whole == count, f"{count - whole} streams were lost: {[one[:300] for one in found if b'DONE' not in one]}"
+        )
+    memory.check()
 
 
 async def aborts(server: ServerProcess, count: int = 10_000, at_once: int = 200) -> None:
@@ -96,17 +149,50 @@ async def aborts(server: ServerProcess, count: int = 10_000, at_once: int = 200)
             with suppress(ConnectionError):
                 reader, writer = await asyncio.open_connection(host, int(port))
                 writer.write(raw[: draw.choice([10, len(raw) - 5, len(raw), len(raw), len(raw)])])
+                if number % 7 == 0:
+                    writer.write(b"GET /health HT")  # of another request, behind it
                 await writer.drain()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(reader.read(100), draw.choice([0.001, 0.02, 0.2]))
                 writer.transport.abort()
 
+    memory = Memory(server)
     for part in range(4):
         started = time.monotonic()
         await asyncio.gather(*(one(part * count // 4 + n) for n in range(count // 4)))
         free(server)
         seconds = time.monotonic() - started
-        print(f"{count // 4} aborted in {seconds:.1f} s, server {server.memory() / 1e6:.1f} MB", flush=True)
+        print(f"{count // 4} aborted in {seconds:.1f} s, {memory.look()}", flush=True)
+    memory.check()
+
+
+LONG: Any = {"role": "user", "content": "x" * 10_000_000}
+GARBAGE: dict[str, tuple[str, Any, int, str]] = {
+    "10 MB of text": ("/v1/completions", {"prompt": "word " * 2_000_000}, 400, "the text has 10,000,000 characters"),
+    "10 MB of tokens": ("/v1/completions", {"prompt": [1] * 3_300_000}, 400, "the prompt has 3300000 tokens"),
+    "10 MB of a message": ("/v1/chat/completions", {"messages": [LONG]}, 400, "characters"),
+    "3,000 messages": ("/v1/chat/completions", {"messages": [{**LONG, "content": "x"}] * 3000}, 400, "at most 2048"),
+    "10 MB of brackets": ("/v1/completions", b"[" * 10_000_000, 400, "nested too deeply"),
+    "20 MB": ("/v1/completions", {"prompt": "word " * 4_000_000}, 413, "--max-body"),
+    "no UTF-8": ("/v1/completions", b'{"prompt": "\xff\xfe"}', 400, "Invalid UTF-8"),
+    "half a body": ("/v1/completions", b'{"prompt": "a', 400, "not valid JSON"),
+    "half a surrogate pair": ("/v1/completions", b'{"prompt": "\\ud800"}', 400, "not valid JSON"),
+    "1,000,000 stops": ("/v1/completions", {"prompt": "a", "stop": ["ab"] * 1_000_000}, 400, "at most 16 are taken"),
+    "a stop of 1 MB": ("/v1/completions", {"prompt": "a", "stop": "ab" * 500_000}, 400, "at most 4096 are taken"),
+    "500,000 biases": (
+        "/v1/completions",
+        {"prompt": "a", "logit_bias": {str(token): 1 for token in range(500_000)}},
+        400,
+        "at most 1024 are taken",
+    ),
+    "10 MB to tokenise": ("/tokenize", {"prompt": "word " * 2_000_000}, 400, "at most 1048576 are tokenised"),
+    "1 MB to tokenise": ("/tokenize", {"prompt": "word " * 200_000, "return_token_strs": True}, 200, '"count":200'),
+    "a long message to tokenise": ("/tokenize", {"messages": [LONG]}, 400, "are tokenised"),
+    "no UTF-8 to tokenise": ("/tokenize", b'{"prompt": "\xff"}', 400, "Invalid UTF-8"),
+    "3,300,000 tokens to make a text": ("/detokenize", {"tokens": [1] * 3_300_000}, 400, "at most 262144 are taken"),
+    "no known token": ("/detokenize", {"tokens": [10**9]}, 400, "holds token 1000000000"),
+}
+"""Bodies by name: where they go, and the status and some words of what they are answered with."""
 
 
 async def garbage(server: ServerProcess) -> None:
@@ -114,29 +200,20 @@ async def garbage(server: ServerProcess) -> None:
     held = [await asyncio.open_connection(host, int(port)) for _ in range(200)]  # that say half of something
     for number, (_, writer) in enumerate(held):
         writer.write([b"", b"POST /v1/comp", request({"prompt": "a"})[:-3]][number % 3])
-    bodies = {
-        "10 MB of text": json.dumps({"prompt": "word " * 2_000_000}).encode(),
-        "10 MB of tokens": json.dumps({"prompt": [1] * 3_300_000}).encode(),
-        "10 MB of a message": json.dumps({"messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode(),
-        "10 MB of brackets": b"[" * 10_000_000,
-        "20 MB": json.dumps({"prompt": "word " * 4_000_000}).encode(),
-        "no UTF-8": b'{"prompt": "\xff\xfe"}',
-        "half a body": b'{"prompt": "a',
-        "half a surrogate pair": b'{"prompt": "\\ud800"}',
-    }
-    for name, raw in bodies.items():
+    for name, (path, body, status, words) in GARBAGE.items():
         slowest = 0.0
-        path = "/v1/chat/completions" if "message" in name else "/v1/completions"
-        asked = asyncio.create_task(answer(server, request(raw, path)))
+        asked = asyncio.create_task(answer(server, request(body, path)))
         started = time.monotonic()
         while not asked.done():  # the server answers others meanwhile
             begun = time.monotonic()
             await answer(server, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             slowest = max(slowest, time.monotonic() - begun)
         head, _, said = (await asked).partition(b"\r\n\r\n")
-        status = head.split()[1].decode()
+        found, text = int(head.split()[1]), said[:300].decode()
         seconds = time.monotonic() - started
-        print(f"{name}: {status} in {seconds:.2f} s, others waited {slowest:.2f} s: {said[:130].decode()}", flush=True)
+        print(f"{name}: {found} in {seconds:.2f} s, others waited {slowest:.2f} s: {text[:130]}", flush=True)
+        check(found == status and words in text, f"{name}: {found}, not {status}, or other words: {text}")
+        check(slowest < PATIENCE / 60, f"{name}: others waited {slowest:.1f} s")
     for _, writer in held:
         writer.transport.abort()
     free(server)
@@ -144,7 +221,20 @@ async def garbage(server: ServerProcess) -> None:
 
 def first_token_of_chat(model: str) -> float:
     """Seconds from the command to the answer's first character, at a terminal, where it streams."""
-    command = [sys.executable, "-m", "tpctl", "chat", model, *SETTINGS, "--max-tokens", "4", "-m", "Hi"]
+    command = [
+        sys.executable,
+        "-m",
+        "tpctl",
+        "chat",
+        model,
+        *SETTINGS,
+        "--kv-cache-memory",
+        "1GiB",
+        "--max-tokens",
+        "4",
+        "-m",
+        "Hi",
+    ]
     ours, theirs = pty.openpty()
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=theirs, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -160,7 +250,7 @@ def first_token_of_chat(model: str) -> float:
 
 
 async def first_token_of_serve(model: str) -> float:
-    with ServerProcess(model, *SETTINGS) as server:
+    with ServerProcess(model, *SETTINGS, "--kv-cache-memory", "1GiB") as server:
         host, port = server.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 4}
@@ -189,26 +279,33 @@ def with_layers(count: int, folder: Path) -> str:
     return str(made)
 
 
-def main(names: Sequence[str], model: str) -> None:
+def main(names: Sequence[str], model: str, count: int | None) -> None:
     for name in names:
         print(f"== {name}", flush=True)
         if name == "start":
             start(model)
             continue
-        with ServerProcess(model, *SETTINGS, "--max-waiting", "10000") as server:
-            asyncio.run({"streams": streams, "aborts": aborts, "garbage": garbage}[name](server))
-            pids = [server.process.pid, *server.workers()]
-        left = [line for line in server.said if "Traceback" in line or "failed" in line]
-        print(f"exit code {server.process.returncode}, {len(pids)} processes gone, complaints: {left}", flush=True)
+        with ServerProcess(model, *SETTINGS, "--kv-cache-memory", str(CACHE), "--max-waiting", "10000") as server:
+            sizes = [] if count is None or name == "garbage" else [count]
+            asyncio.run({"streams": streams, "aborts": aborts, "garbage": garbage}[name](server, *sizes))
+            pids = [server.process.pid, *children(server)]
+        check(server.process.returncode == 0, f"exit code {server.process.returncode}")
+        check(not (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]), f"processes are left: {left}")
+        *said, running = server.said[: 1 + next(at for at, line in enumerate(server.said) if "Uvicorn" in line)]
+        check(not (more := server.said[len(said) + 1 :]), f"it complains: {more}")
+        print(f"exit code 0, {len(pids)} processes gone, nothing said after {running!r}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--count", type=int, help="streams, and requests that are given up")
     parser.add_argument("names", nargs="*", default=["streams", "aborts", "garbage", "start"])
     args = parser.parse_args()
+    if args.layers is not None:
+        CACHE = (CACHE // 30 * args.layers) & -(1 << 20)  # of the demo model's layers
     with tempfile.TemporaryDirectory() as folder:
         model = "demo" if args.layers is None else with_layers(args.layers, Path(folder))
         if args.layers is not None:
             os.environ["TPCTL_CACHE"] = folder  # its shards go with it
-        main(args.names, model)
+        main(args.names, model, args.count)

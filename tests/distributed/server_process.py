@@ -68,9 +68,9 @@ class ServerProcess:
         pairs = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in pairs}
 
-    def memory(self) -> int:
-        """Bytes that the server's own process holds."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    def memory(self, pid: int | None = None) -> int:
+        """Bytes that the server's own process holds, or another one."""
+        return int(Path(f"/proc/{pid or self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def processor_seconds(self, pid: int | None = None) -> float:
         fields = Path(f"/proc/{pid or self.process.pid}/stat").read_text().rpartition(")")[2].split()

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from tests.distributed.server_process import PATIENCE, ServerProcess
+from tests.processes import wakeups
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.cli.app import app
 from tpctl.client.tokenizer import Tokenizer
@@ -209,7 +210,8 @@ def test_an_idle_server_does_nothing(server: ServerProcess) -> None:
     wait_for_free_blocks(server)
     time.sleep(1)
     everybody = [server.process.pid, *server.workers()]
-    before = [server.processor_seconds(pid) for pid in everybody]
+    before = list(map(wakeups, everybody))
     time.sleep(4)
-    used = [now - then for now, then in zip(map(server.processor_seconds, everybody), before, strict=True)]
-    assert max(used) <= 0.1, used
+    woken = [now - then for now, then in zip(map(wakeups, everybody), before, strict=True)]
+    *others, agent = sorted(woken)  # torchrun's looks at its ranks ten times a second
+    assert max(others) <= 8 and agent <= 200, woken
