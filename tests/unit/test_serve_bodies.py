@@ -17,6 +17,7 @@ from tests.unit.fake_client import write_tokenizer
 from tests.unit.serving import served
 from tests.unit.test_serve import TEXT
 from tests.unit.test_serve_refusals import error
+from tpctl.client import guides
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import answered, threads, tokens
 from tpctl.serve.answered import encode
@@ -24,6 +25,7 @@ from tpctl.serve.asked import Reader
 from tpctl.serve.bodies import _SMALL, Room, Share, read_object
 from tpctl.serve.errors import ApiError
 from tpctl.serve.tokens import MOST_CHARACTERS, MOST_TOKENS
+from tpctl.wire.guide import Guide
 
 PATIENCE = 60.0
 
@@ -121,6 +123,27 @@ def test_a_body_has_its_room_until_it_has_become_prompts(tokenizer: Tokenizer, m
         assert small.result(PATIENCE).status_code == 200
         assert {one.result(PATIENCE).status_code for one in waiting} == {400, 429}  # 60,000 tokens are too many
         assert error(client.post(TEXT, json=long), 400).code == "context_length_exceeded"
+
+
+def test_a_form_that_takes_long_to_look_at_holds_up_no_others(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let, begun = threading.Event(), threading.Semaphore(0)
+
+    def tried(guide: Guide) -> None:
+        begun.release()
+        assert let.wait(PATIENCE)
+
+    monkeypatch.setattr(guides, "_tried", tried)
+    with served(tokenizer) as (client, _), ThreadPoolExecutor(17) as clients:
+        asked = [clients.submit(client.post, TEXT, json={"prompt": "a", "regex": f"a{n}"}) for n in range(16)]
+        try:
+            assert all(begun.acquire(timeout=PATIENCE) for _ in range(4))
+            plain = clients.submit(client.post, TEXT, json={"prompt": "ab"}).result(PATIENCE)
+            assert plain.json()["choices"][0]["text"] == "<ab>"
+        finally:
+            let.set()
+        assert {one.result(PATIENCE).status_code for one in asked} == {200}
 
 
 def test_what_is_only_tokenised_has_bounds(tokenizer: Tokenizer) -> None:

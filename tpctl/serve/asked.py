@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from tpctl.errors import TooLongError, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job
 from tpctl.serve.threads import Threads
+from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.sampling import SamplingParams
 
@@ -77,11 +78,16 @@ class Reader:
         Raises:
             ApiError: it cannot be had.
         """
-        return await self.threads.prompt(self._conversation, messages, wanted, info)
+        return await self._run(wanted)(self._conversation, messages, wanted, info)
 
     async def texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
         """Texts' and token ids'. Raises ``ApiError``."""
-        return await self.threads.prompt(self._texts, prompts, wanted, info)
+        return await self._run(wanted)(self._texts, prompts, wanted, info)
+
+    def _run(self, wanted: Wanted) -> Callable[..., Awaitable[Any]]:
+        """Threads for what is wanted."""
+        formed = wanted.tools is not None or any(wanted.fields.get(name) is not None for name in GUIDES)
+        return self.threads.formed if formed else self.threads.prompt
 
     async def echoed(self, prompts: Sequence[str | list[int]]) -> list[str]:
         """The texts of prompts, whose tokens are known to be some."""

@@ -12,7 +12,7 @@ from tpctl.serve.errors import ApiError
 
 T = TypeVar("T")
 
-_PROMPTS, _ASIDE, _ANSWERS = 8, 2, 2  # threads, which start when they are needed
+_PROMPTS, _FORMED, _ASIDE, _ANSWERS = 8, 4, 2, 2  # threads, which start when they are needed
 MOST_ASIDE = 256
 """Pieces of work that no answer of the model comes of, under way and waiting."""
 
@@ -22,6 +22,7 @@ class Threads:
 
     def __init__(self) -> None:
         self._prompts = ThreadPoolExecutor(_PROMPTS, "tpctl-serve-prompts")
+        self._formed = ThreadPoolExecutor(_FORMED, "tpctl-serve-formed")
         self._aside = ThreadPoolExecutor(_ASIDE, "tpctl-serve-aside")
         self._answers = ThreadPoolExecutor(_ANSWERS, "tpctl-serve-answers")
         self._asides = 0
@@ -30,12 +31,16 @@ class Threads:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for executor in (self._prompts, self._aside, self._answers):
+        for executor in (self._prompts, self._formed, self._aside, self._answers):
             executor.shutdown()
 
     async def prompt(self, work: Callable[..., T], *arguments: Any) -> T:
         """Make prompts of what is asked. Raises ``ApiError`` for what the world has done wrong, as all of these."""
         return await _run(self._prompts, work, *arguments)
+
+    async def formed(self, work: Callable[..., T], *arguments: Any) -> T:
+        """The same where answers are to have a form: to see whether its grammar can be had may take seconds."""
+        return await _run(self._formed, work, *arguments)
 
     async def aside(self, work: Callable[..., T], *arguments: Any) -> T:
         """What is asked beside answers of the model. Raises ``ApiError`` also if there is too much of it."""
