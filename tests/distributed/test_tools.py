@@ -151,11 +151,11 @@ def test_the_client_parses_calls(client: openai.OpenAI) -> None:
     assert isinstance(call.function.parsed_arguments, Weather)
 
 
-def test_the_client_parses_calls_that_need_not_be_made(client: openai.OpenAI) -> None:
-    """Its tools are strict, and <tool_call> is text for this tokenizer."""
-    tools = [openai.pydantic_function_tool(Weather)]
-    answer = client.chat.completions.parse(model="demo", messages=ASKED, tools=tools, max_tokens=40, temperature=0)
-    assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
+def test_strict_tools_need_not_be_called(client: openai.OpenAI) -> None:
+    """As the client makes all of its own; <tool_call> is text for this tokenizer."""
+    tools: Any = [openai.pydantic_function_tool(Weather)]
+    answer = client.chat.completions.create(model="demo", messages=ASKED, tools=tools, max_tokens=8, temperature=0)
+    assert answer.choices[0].message.content
 
 
 def test_an_answer_calls_or_has_its_form(client: openai.OpenAI) -> None:
@@ -166,13 +166,13 @@ def test_an_answer_calls_or_has_its_form(client: openai.OpenAI) -> None:
         "additionalProperties": False,
     }
     form: Any = {"type": "json_schema", "json_schema": {"name": "ok", "schema": ok, "strict": True}}
-    for seed in range(3):
-        answer = client.chat.completions.create(
-            model="demo", messages=ASKED, tools=TOOLS, response_format=form, max_tokens=160, seed=seed
-        )
-        choice = answer.choices[0]
-        for call in choice.message.tool_calls or ():
-            assert call.type == "function"
-            check(call.function.name, call.function.arguments)
-        if choice.finish_reason == "stop":
-            jsonschema.validate(json.loads(choice.message.content or ""), ok)
+    answer = client.chat.completions.create(
+        model="demo", messages=ASKED, tools=TOOLS, response_format=form, max_tokens=60, temperature=0
+    )
+    choice = answer.choices[0]
+    assert choice.message.content or choice.message.tool_calls
+    for call in choice.message.tool_calls or ():
+        assert call.type == "function"
+        check(call.function.name, call.function.arguments)
+    if choice.finish_reason == "stop":
+        jsonschema.validate(json.loads(choice.message.content or ""), ok)
