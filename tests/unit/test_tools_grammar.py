@@ -235,6 +235,12 @@ def test_whatever_a_model_prefers_it_calls_or_has_its_form(name: str, tmp_path: 
     [
         ("gemma", {"choice": ["a"]}, "choice beside tools: the arguments in calls of this model are no JSON (gemma)"),
         ("llama", {"choice": ["a"]}, "choice beside tools: calls of this model begin with no mark"),
+        (
+            "hermes",
+            {"response_format": of_schema({"type": "object", "if": {}})},
+            "response_format beside tools: Unimpl",
+        ),
+        ("hermes", {"regex": "(a"}, "regex beside tools: "),
     ],
 )
 def test_a_form_that_cannot_be_had_beside_tools(name: str, fields: dict[str, Any], said: str) -> None:

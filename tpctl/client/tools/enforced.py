@@ -41,7 +41,7 @@ def formed(
             return sampling
         said = str(error)
     except RequestError as error:
-        said = str(error).removeprefix("grammar: ")
+        said = str(error).removeprefix(f"{guide.name if guide else 'grammar'}: ")
     raise ToolsError(f"{what}: {said}", "tool_choice" if tools.must else "tools")
 
 
