@@ -164,9 +164,9 @@ def test_steps_with_states_are_captured_by_their_chunks() -> None:
     for items, chunks in (([chunk(20)], 1), ([chunk(60, 16, 60), chunk(4)], 3), ([chunk(64, 5, 9, 30)], 4)):
         made = ScheduledBatch(items, 0, True)
         assert count_chunks(items) == chunks == StepStates.of(made).chunks.count
-        assert graphs.takes(made)
+        assert graphs.meet(made)
     assert most_state_chunks(PACE.limit, PACE.chunks) == 13
-    assert not graphs.takes(ScheduledBatch([chunk(50, *range(1, 14))], 0, True))
+    assert not graphs.meet(ScheduledBatch([chunk(50, *range(1, 14))], 0, True))
 
 
 def test_sizes_that_are_captured() -> None:
@@ -213,7 +213,7 @@ def batch(decodes: int, chunks: list[int], *, paced: bool = True) -> ScheduledBa
 )
 def test_what_is_captured(decodes: int, chunks: list[int], taken: bool) -> None:
     graphs = MixedGraphs(Uncaptured(), PACE, lambda inputs, path: None)
-    assert graphs.takes(batch(decodes, chunks)) is taken
+    assert graphs.meet(batch(decodes, chunks)) is taken
 
 
 def test_short_steps_are_captured_when_they_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_short_steps_are_captured_when_they_have_come(monkeypatch: pytest.Monkey
     graphs = MixedGraphs(Uncaptured(), None, lambda inputs, path: None, 512)
 
     def takes(decodes: int, *chunks: int) -> bool:
-        return graphs.takes(batch(decodes, list(chunks), paced=False))
+        return graphs.meet(batch(decodes, list(chunks), paced=False))
 
     assert not takes(0, 128) and not takes(0, 120) and not takes(0, 129) and not takes(0, 513)
     assert graphs.capture_missed()  # one at a time, the one that came most often first

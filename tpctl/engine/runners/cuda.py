@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,20 +20,18 @@ import torch
 from torch import Tensor
 
 from tpctl.distributed import TPGroup
-from tpctl.engine.runners.cuda_memory import StepMemory, cuda_budget, measure_step, table_width
-from tpctl.engine.runners.cuda_sizes import find_pace, largest_rows, paged, short_rows
-from tpctl.engine.runners.cuda_steps import CudaSteps
+from tpctl.engine.runners.cuda_memory import StepMemory, cuda_budget, measure_step
+from tpctl.engine.runners.cuda_sizes import find_pace, largest_rows, paged
 from tpctl.engine.runners.loading import LoadedModel, load
 from tpctl.engine.runners.memory_plan import MemoryPlan, plan_memory
 from tpctl.engine.runners.runner import Launched, ModelRunner, sampling_rows
+from tpctl.engine.runners.step_set import StepSet, use_kernels
 from tpctl.engine.sampling.noise import noise_keys
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.speculation import RowCost
-from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs
-from tpctl.engine.steps.mixed import MixedGraphs
-from tpctl.engine.steps.slots import Slots
+from tpctl.engine.steps.graphs import CapturedSteps
 from tpctl.engine.steps.states import NUMBERS, StepStates, decode_slots, flat
 from tpctl.errors import EngineError
 from tpctl.kernels.attention.shared_prefix import PREFIX_STEP
@@ -65,28 +64,23 @@ class CudaRunner(ModelRunner):
     ) -> None:
         super().__init__(loaded, memory, pace)
         self._paged = paged(loaded)
-        settings, device = loaded.settings, loaded.group.device
         self._compute = compute
         self.drafts = not memory.num_states  # whose states one kernel moves on by one token
-        self.most_rows = settings.max_num_seqs
+        self.most_rows = loaded.settings.max_num_seqs
         self.steps = steps
-        rows, blocks = largest_rows(settings, pace), table_width(loaded, memory.max_model_len)
-        # More slots than can run: a step may still compute a sequence that has ended, beside its successor.
-        self._slots = Slots(2 * settings.max_num_seqs, blocks, device, loaded.backend.places)
-        self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._slots, self._sampled, self._on_device, self._graphs, self._mixed = StepSet.of(
+            loaded,
+            self.kv,
+            compute,
+            pace,
+            partial(CapturedSteps, steps.captured),
+            max_model_len=memory.max_model_len,
+            states=memory.num_states > 0,
+        )
+        rows = len(self._sampled)
         self._results = [torch.zeros(rows, dtype=torch.int64).pin_memory() for _ in range(_RING)]
         self._turn = 0
-        states = memory.num_states > 0
-        self._on_device = CudaSteps(loaded, self.kv, compute, self._slots.tables, self._sampled, states=states)
         self._references: dict[str, int] = {}
-        self._graphs: DecodeGraphs | None = None
-        self._mixed: MixedGraphs | None = None
-        if not settings.enforce_eager:
-            numbers = max(MixedGraphs.most_numbers(rows, states=states), DecodeGraphs.most_numbers(rows, 3 + NUMBERS))
-            captured = CapturedSteps(steps.captured, self._sampled, numbers, self._slots.tables)
-            self._graphs = DecodeGraphs(captured, settings.max_num_seqs, self._on_device.decode)
-            if self._paged.captures_prefill:
-                self._mixed = MixedGraphs(captured, pace, self._on_device.mixed, short_rows(settings), states)
 
     def may_overlap(self, batch: ScheduledBatch) -> bool:
         return SamplingPath.of(batch) is not SamplingPath.HOST and not batch.has_drafts
@@ -103,7 +97,7 @@ class CudaRunner(ModelRunner):
                 columns = decode_slots(batch.items) if self.memory.num_states else []
                 shared = self._shared_tokens(batch.items) if len(batch.items) >= _SHARED_ROWS else 0
                 self._graphs.run([*rows, *columns], self._paged.is_long(len(rows[0]), 1 + max(rows[1])), path, shared)
-            elif not batch.has_drafts and self._mixed is not None and self._mixed.takes(batch):
+            elif not batch.has_drafts and self._mixed is not None and self._mixed.meet(batch):
                 states = StepStates.of(batch) if self.memory.num_states else None
                 self._mixed.run(*self._mixed_rows(batch, slots), path, paced=batch.paced, states=states)
             else:
@@ -139,7 +133,7 @@ class CudaRunner(ModelRunner):
         """The general sampler on the step's logits. It reads back as it goes; the next step waits for it."""
         self._references = {}
         rows = sampling_rows(batch, allowed)
-        token_ids, logprobs = self.sampler.sample(self._on_device.logits[: len(rows)], rows)
+        token_ids, logprobs = self.sampler.sample(self._on_device.left(len(rows)), rows)
         if self._compute.lost_peer():
             raise EngineError(_LOST_PEER)
         return Launched(batch, token_ids, logprobs)
@@ -271,16 +265,12 @@ def make_cuda_runner(
         compiled: called before the first kernel is launched; waits for those that are being compiled.
     """
     loaded = load(settings, group, warm_up)
-    hidden, tokens = loaded.config.blueprint.hidden_size, settings.max_num_batched_tokens
     pace = find_pace(loaded)
-    rows = largest_rows(settings, pace)
-    compute = CudaCompute(group, connect_peers(group, hidden, loaded.dtype, rows, tokens))
-    loaded.model.use(compute)
-    paged(loaded).reserve(tokens, loaded.wanted_len, group.device)
+    compute = use_kernels(loaded, pace, connect_peers)
     started = time.perf_counter()
     compiled()
     loaded.timings.lap("kernels", started)
-    steps = measure_step(loaded, rows, paged(loaded).prefix_bytes(settings.max_num_seqs))
+    steps = measure_step(loaded, largest_rows(settings, pace), paged(loaded).prefix_bytes(settings.max_num_seqs))
     memory = plan_memory(loaded, cuda_budget(loaded, steps), steps.later)
     return CudaRunner(loaded, memory, compute, steps, pace)
 

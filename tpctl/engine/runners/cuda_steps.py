@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,13 +49,19 @@ class CudaSteps:
     ) -> None:
         self._loaded, self._compute, self._kv, self._states = loaded, compute, kv, states
         self._tables, self._sampled = tables, sampled
+        self._left: Tensor | None = None
 
-    @cached_property
-    def logits(self) -> Tensor:
-        """[rows, V]: where steps leave the logits that are sampled with the host's help."""
-        loaded = self._loaded
-        rows, width = sampled_rows(loaded.settings.max_num_seqs), loaded.model.lm_head.out_features
-        return torch.empty(rows, width, dtype=loaded.dtype, device=self._sampled.device)
+    def left(self, rows: int) -> Tensor:
+        """[rows, V]: the logits that the last step has left for the host to sample."""
+        assert self._left is not None
+        return self._left[:rows]
+
+    def _leave(self, logits: Tensor) -> None:
+        """Keep logits in memory that is taken with the first of them, for as many rows as a step may sample."""
+        if self._left is None:
+            loaded, rows = self._loaded, sampled_rows(self._loaded.settings.max_num_seqs)
+            self._left = logits.new_empty(rows, loaded.model.lm_head.out_features, dtype=loaded.dtype)
+        self._left[: logits.shape[0]].copy_(logits)
 
     def _prepared(self, rows: DecodeInputs) -> ForwardBatch:
         """Every row a decode, filled in on the device from what the host has packed."""
@@ -98,9 +103,9 @@ class CudaSteps:
         self.sample(logits, rows.filters.rows(picked), rows.keys[picked], path)
 
     def sample(self, logits: Tensor, filters: Filters, keys: Tensor, path: SamplingPath) -> None:
-        """Sample a token for each row, or leave the logits in ``logits`` for the host to."""
+        """Sample a token for each row, or leave the logits for the host to (``left``)."""
         if path is SamplingPath.HOST:
-            self.logits[: logits.shape[0]].copy_(logits)
+            self._leave(logits)
             return
         sampler = self._loaded.sampler
         pdl = early_launch(logits.shape[0], logits.device)

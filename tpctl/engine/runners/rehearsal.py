@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from tpctl.accounting import sampled_rows
 from tpctl.arch.latent import Attending
 from tpctl.distributed import TPGroup
-from tpctl.engine.runners.cuda_memory import largest_prompts, run_prompts, table_width
-from tpctl.engine.runners.cuda_sizes import find_pace, largest_rows, paged, short_rows
-from tpctl.engine.runners.cuda_steps import CudaSteps
+from tpctl.engine.runners.cuda_memory import largest_prompts, run_prompts
+from tpctl.engine.runners.cuda_sizes import find_pace, paged
 from tpctl.engine.runners.loading import LoadedModel, of_model
 from tpctl.engine.runners.outline import outline
+from tpctl.engine.runners.step_set import StepSet, use_kernels
 from tpctl.engine.sampling.path import SamplingPath
-from tpctl.engine.steps.graphs import DecodeGraphs, StepInputs
+from tpctl.engine.steps.graphs import DecodeGraphs, StepInputs, ladder
 from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.states import NUMBERS, StepStates
 from tpctl.kernels.collective.all_reduce import PeerBuffer, PeerLayout
@@ -34,7 +34,7 @@ from tpctl.kernels.common.launch import EARLY_ROWS, DeviceFacts, stand_for
 from tpctl.kernels.delta_net.tables import Chunks, NewTokens
 from tpctl.kernels.sampling.prepare import SlotTables
 from tpctl.layers.attention.base import LayerKV
-from tpctl.layers.compute_cuda import CudaCompute, peer_rows, reaches_others
+from tpctl.layers.compute_cuda import peer_rows, reaches_others
 from tpctl.layers.delta_net.state import LayerState
 from tpctl.manifest.manifest import MANIFEST
 from tpctl.models.loader import as_stored
@@ -163,47 +163,27 @@ class Rehearsal:
         with group.device:
             model = found.decoder(rotaries)
         as_stored(model, {name: tensor.dtype for name, tensor in found.tensors.items()})
-        self._loaded = of_model(found, model, rotaries)
-        self._pace = find_pace(self._loaded)
-        rows = largest_rows(config, self._pace)
-        compute = CudaCompute(group, self._peers(rows) if peers else None)
-        kv = self._loaded.caches(1, 1)
-        keep_different(self._loaded, kv)
-        model.use(compute)
-        paged(self._loaded).reserve(config.max_num_batched_tokens, found.wanted_len, group.device)
-        self._kv = kv
-        blocks = table_width(self._loaded, found.wanted_len)
-        self._tables = SlotTables.allocate(2 * config.max_num_seqs, blocks, group.device, len(found.backend.places))
-        sampled = torch.zeros(rows, dtype=torch.int64, device=group.device)
-        self._states = bool(self._loaded.state_bytes)
-        self._steps = CudaSteps(self._loaded, kv, compute, self._tables, sampled, states=self._states)
-        mixed = MixedGraphs.most_numbers(rows, states=self._states)
-        numbers = max(mixed, DecodeGraphs.most_numbers(rows, 3 + NUMBERS))
-        self._inputs = _Run(sampled, numbers, self._tables)
+        self._loaded = loaded = of_model(found, model, rotaries)
+        pace = find_pace(loaded)
+        self._paces = (False,) if pace is None else (True, False)
+        self._kv = loaded.caches(1, 1)
+        keep_different(loaded, self._kv)
+        compute = use_kernels(loaded, pace, stand_in_peers if peers else no_peers)
+        self._states = bool(loaded.state_bytes)
+        self._set = StepSet.of(
+            loaded, self._kv, compute, pace, _Run, max_model_len=loaded.wanted_len, states=self._states
+        )
 
     def steps(self) -> Iterator[Callable[[], None]]:
         """All steps, those first that are likely to be the first."""
-        settings = self._loaded.settings
-        graphs = DecodeGraphs(self._inputs, settings.max_num_seqs, self._steps.decode)
         yield from self._prompts()
-        if not settings.enforce_eager:
-            yield from self._decodes(graphs)
-            if paged(self._loaded).captures_prefill:
-                yield from self._mixed()
-        yield from self._filtered(graphs.sizes)
+        if self._set.decodes is not None:
+            yield from self._decodes(self._set.decodes)
+        if self._set.mixed is not None:
+            yield from self._mixed(self._set.mixed)
+        yield from self._filtered(ladder(self._loaded.settings.max_num_seqs))
         if any(held.kept or held.experts is not None for held in self._loaded.model.held):
             yield from self._of_every_size()
-
-    def _peers(self, rows: int) -> PeerBuffer | None:
-        loaded, group = self._loaded, self._loaded.group
-        hidden, tokens = loaded.config.blueprint.hidden_size, loaded.settings.max_num_batched_tokens
-        most = peer_rows(group.size, hidden, loaded.dtype, rows, tokens)
-        if not most:
-            return None
-        layout = PeerLayout.of(most, hidden, loaded.dtype)
-        return PeerBuffer(
-            group.rank, torch.zeros(group.size, dtype=torch.int64, device=group.device), layout, loaded.dtype
-        )
 
     def _prompts(self) -> Iterator[Callable[[], None]]:
         """Of many lengths; such of which more tokens are sampled, since as many rows go through the last layer; and
@@ -235,7 +215,7 @@ class Rehearsal:
 
     def _sample(self, logits: Tensor, path: SamplingPath) -> None:
         at, keys = (logits.new_zeros(shape, dtype=torch.int64) for shape in ((len(logits),), (len(logits), 2)))
-        self._steps.sample(logits, self._tables.filters.rows(at), keys, path)
+        self._set.on_device.sample(logits, self._set.slots.tables.filters.rows(at), keys, path)
 
     def _filtered(self, sizes: Iterable[int]) -> Iterator[Callable[[], None]]:
         """Tokens sampled of filtered ones, by so many rows: what such a step launches beside what others do."""
@@ -256,24 +236,33 @@ class Rehearsal:
             if backend.shared_pool is not None and size >= _SHARED:
                 yield lambda rows=rows: graphs.run(rows, shared=1)  # type: ignore[misc]
 
-    def _mixed(self) -> Iterator[Callable[[], None]]:
-        settings = self._loaded.settings
-        graphs = MixedGraphs(self._inputs, self._pace, self._steps.mixed, short_rows(settings), self._states)
-
+    def _mixed(self, graphs: MixedGraphs) -> Iterator[Callable[[], None]]:
         def run(tokens: int, sampled: int, paced: bool) -> None:
             slots, positions, ids = [[0] * tokens] * 3
             one = NewTokens(0, tokens, position=0, read=-1, write=0)
             states = StepStates([[]] * NUMBERS, Chunks.of([one])) if self._states else None
             graphs.run(slots, positions, ids, 0, [tokens], [0] * sampled, DIRECT, paced=paced, states=states)
 
-        paces = (False,) if self._pace is None else (True, False)
-        for paced in paces:
+        for paced in self._paces:
             sizes = graphs.sizes(paced=paced)
-            sampled = sorted(set(map(sampled_rows, range(1, settings.max_num_seqs + 1))))
+            sampled = sorted(set(map(sampled_rows, range(1, self._loaded.settings.max_num_seqs + 1))))
             steps = [(tokens, sampled[0]) for tokens in sizes]
             for tokens, rows in steps + [(tokens, rows) for rows in sampled[1:] for tokens in sizes[-1:]]:
                 if tokens >= rows:
                     yield lambda one=(tokens, rows, paced): run(*one)  # type: ignore[misc]
+
+
+def no_peers(group: TPGroup, hidden: int, dtype: torch.dtype, rows: int, tokens: int) -> None:
+    """As ``connect_peers``, where ranks do not reach each other's memory."""
+
+
+def stand_in_peers(group: TPGroup, hidden: int, dtype: torch.dtype, rows: int, tokens: int) -> PeerBuffer | None:
+    """As ``connect_peers``, where they do, without memory."""
+    most = peer_rows(group.size, hidden, dtype, rows, tokens)
+    if not most:
+        return None
+    addresses = torch.zeros(group.size, dtype=torch.int64, device=group.device)
+    return PeerBuffer(group.rank, addresses, PeerLayout.of(most, hidden, dtype), dtype)
 
 
 def between(most: int) -> list[int]:

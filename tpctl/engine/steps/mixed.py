@@ -104,9 +104,9 @@ class MixedGraphs:
         beside = NUMBERS * rows + 5 * most_state_chunks(rows, chunks) + 4 * (chunks + 1) if states else 0
         return 4 * rows + 3 * chunks + 2 + beside
 
-    def takes(self, batch: ScheduledBatch) -> bool:
-        """Whether a step has a graph, or is to get one now: a paced one that is neither larger than the limit nor so
-        small that padding would cost much, or a short one whose size has come before."""
+    def meet(self, batch: ScheduledBatch) -> bool:
+        """Take note of a step; whether it has a graph, or is to get one now: a paced one that is neither larger than
+        the limit nor so small that padding would cost much, or a short one whose size has come before."""
         least, most = self._bounds(batch.paced)
         if not (0 < batch.num_prefills <= self._chunks and least // 2 <= batch.num_tokens <= most):
             return False
