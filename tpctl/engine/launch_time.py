@@ -65,8 +65,9 @@ class _Like:
     probe: int = _PROBE  # of these, until the next one is
     seen: int = 0  # the number of the last step
 
-    def expected(self) -> float | None:
-        """Seconds that the next one takes; ``None``: the step behind it is to be launched at once, to find out."""
+    def decide(self) -> float | None:
+        """Decide on the step behind the next one: seconds that the next one takes, by which that may be held; ``None``:
+        it is to be launched at once, to find out, and others are counted from there on."""
         if len(self.at_once) < _KNOWN:
             return None
         if self.since >= self.probe or (self.since >= _ENOUGH and self._longer() > 0):
@@ -139,7 +140,7 @@ class LaunchTime:
         else:
             self._follow(running, before)
         self._running, self._due, self._asked = running, None, self._clock()
-        expected = None if running is None else self._expected(kind(running.batch))
+        expected = None if running is None else self._decide(kind(running.batch))
         if expected is None or not self._work:
             return 0.0
         after = expected - self._margin()
@@ -176,9 +177,9 @@ class LaunchTime:
                 self._others = min(_RETURN_OTHERS * self._others + 2 * longer, _MOST_SLACK)
         self._begun, self._held = running.launched_at if late else before.ended_at, held
 
-    def _expected(self, size: Hashable) -> float | None:
+    def _decide(self, size: Hashable) -> float | None:
         like = self._known.get(size)
-        return None if like is None or self._steps - like.seen > _RECENT else like.expected()
+        return None if like is None or self._steps - like.seen > _RECENT else like.decide()
 
     def _margin(self) -> float:
         """Seconds before a step's end at which the next one is due."""

@@ -15,7 +15,7 @@ from tpctl.engine.scheduling.scheduled import ScheduledBatch
 
 
 @dataclass
-class _Pending:
+class PendingMasks:
     """Of a step: which sequences have grammars, by their ids, and on rank 0 what is being found for them."""
 
     ids: list[str]
@@ -31,19 +31,19 @@ class Masks:
         self._group = group
         self._width = -(-vocab_size // 32) + 1
 
-    def begin(self, batch: ScheduledBatch) -> _Pending | None:
+    def begin(self, batch: ScheduledBatch) -> PendingMasks | None:
         """Start to find what a step's sequences may be given; ``None``: none has a grammar. Waits for nothing."""
         items = [item for item in batch.sampled if item.sequence.params.guide is not None]
         if not items:
             return None
-        pending = _Pending([item.sequence.id for item in items])
+        pending = PendingMasks([item.sequence.id for item in items])
         if self._group.rank == 0:
             assert self.guides is not None
             pending.words = np.empty((len(items), self._width), dtype=np.uint32)
             pending.found = self.guides.begin(items, pending.words)
         return pending
 
-    def finish(self, pending: _Pending | None) -> dict[str, Tensor]:
+    def finish(self, pending: PendingMasks | None) -> dict[str, Tensor]:
         """What was found (collective where there is something), by sequence: int32 [W + 1] on the device, as
         ``SamplingRow.allowed`` has it."""
         if pending is None:

@@ -33,7 +33,6 @@ from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
 from tpctl.engine.scheduling.speculation import PREDICTED, PredictedDrafter, Speculation, verified
 from tpctl.engine.steps.batch import Run, build_runs
-from tpctl.layers.batch import ForwardBatch
 
 
 @dataclass
@@ -69,22 +68,18 @@ class PredictingRunner(ModelRunner):
         self._drafter = PredictedDrafter()
         self.speculation: Speculation = Speculation(self._drafter, self.row_cost, self.most_rows, PREDICTED)
         self._predictor_kv = loaded.predictor_cache(memory.num_blocks)
-        self._states = torch.empty(0)
 
     def launch(self, batch: ScheduledBatch) -> Launched:
-        launched = super().launch(batch)
         with torch.inference_mode():
-            self._predict(batch, launched.token_ids)
-        return launched
+            masks, forward = self.masks.begin(batch), self.forward_batch(batch)
+            final = self.model.final(forward, self.kv)
+            assert final is not None and final.norm is None, "states are normed once"
+            launched = self.sampled(batch, self.chosen(batch, final, forward.logits_rows), masks)
+            self._predict(batch, launched.token_ids, final.x)
+            return launched
 
-    def logits(self, batch: ScheduledBatch, forward: ForwardBatch) -> Tensor:
-        final = self.model.final(forward, self.kv)
-        assert final is not None and final.norm is None, "states are normed once"
-        self._states = final.x
-        return self._chosen(batch, final, forward.logits_rows)
-
-    def _predict(self, batch: ScheduledBatch, sampled: SequenceType[int]) -> None:
-        """Let the predictor see what a step has computed, and draft."""
+    def _predict(self, batch: ScheduledBatch, sampled: SequenceType[int], states_TH: Tensor) -> None:
+        """Let the predictor see the states that a step has computed, and the tokens, and draft."""
         assert self.model.predicting is not None
         self.model.predicting.forget()
         runs: list[tuple[Run, int, list[int], _Drafted | None]] = []
@@ -105,7 +100,7 @@ class PredictingRunner(ModelRunner):
             behind += run.num_tokens
             if drafted is not None:
                 ends.append(behind - 1)
-        made = self._made([run for run, *_ in runs], following, self._states[torch.tensor(rows)], ends)
+        made = self._made([run for run, *_ in runs], following, states_TH[torch.tensor(rows)], ends)
         self._draft([drafted for *_, drafted in runs if drafted is not None], made)
 
     def _following(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tpctl.engine.guiding.masks import Masks
+from tpctl.engine.guiding.masks import Masks, PendingMasks
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.runners.memory_plan import MemoryPlan
 from tpctl.engine.sampling.sampler import SamplingRow
@@ -75,13 +75,19 @@ class ModelRunner:
     def launch(self, batch: ScheduledBatch) -> Launched:
         """Start a step. On a CPU it ends before the call does."""
         with torch.inference_mode():
-            masks = self.masks.begin(batch)
-            forward = build_forward_batch(batch, self.backend.block_size, self.group.device, self.backend.places)
-            logits = self.logits(batch, forward)
-            if not len(logits):
-                return Launched(batch, [])
-            token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch, self.masks.finish(masks)))
-            return Launched(batch, token_ids, logprobs)
+            masks, forward = self.masks.begin(batch), self.forward_batch(batch)
+            return self.sampled(batch, self.logits(batch, forward), masks)
+
+    def forward_batch(self, batch: ScheduledBatch) -> ForwardBatch:
+        """What the model computes in a step."""
+        return build_forward_batch(batch, self.backend.block_size, self.group.device, self.backend.places)
+
+    def sampled(self, batch: ScheduledBatch, logits: Tensor, masks: PendingMasks | None) -> Launched:
+        """A step with the tokens that are sampled from its logits [R, V], by masks that were begun with it."""
+        if not len(logits):
+            return Launched(batch, [])
+        token_ids, logprobs = self.sampler.sample(logits, sampling_rows(batch, self.masks.finish(masks)))
+        return Launched(batch, token_ids, logprobs)
 
     def logits(self, batch: ScheduledBatch, forward: ForwardBatch) -> Tensor:
         """[R, V]: this rank's logits of the rows that are sampled; tokens that are to be scored are, on the way."""
@@ -89,9 +95,9 @@ class ModelRunner:
             return self.model(forward, self.kv, forward.logits_rows)  # type: ignore[no-any-return]
         final = self.model.final(forward, self.kv)
         assert final is not None
-        return self._chosen(batch, final, forward.logits_rows)
+        return self.chosen(batch, final, forward.logits_rows)
 
-    def _chosen(self, batch: ScheduledBatch, final: Rows, rows: Tensor) -> Tensor:
+    def chosen(self, batch: ScheduledBatch, final: Rows, rows: Tensor) -> Tensor:
         """As ``logits``, of what the head makes them of, of all tokens of a step."""
         if batch.scores:
             self._score(batch, final)
