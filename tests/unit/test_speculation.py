@@ -72,7 +72,7 @@ def test_answers_are_those_without(
     guess = Guess(whole, lambda: rng.random() < 0.2)
     speculation = Speculation(guess, FREE)
     scheduler = make(num_blocks, budget=budget, states=states, layout=layout, speculation=speculation)
-    scheduler.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
+    scheduler.rope_offset = scheduler.drafting.rope_offset = lambda num_tokens: 64 if num_tokens > border else 0
     requests, found = drive_at_random(scheduler, rng, overlap=False, abort=abort, broken=broken)
     assert sorted(guess.forgotten) == sorted(request.id for request in requests)
     assert scheduler.stats.generated_tokens == sum(map(len, found.values()))
@@ -102,7 +102,7 @@ def test_it_drafts_no_more_where_little_holds_and_again_once_it_would() -> None:
     counts = []
     for step in range(40):
         right = step >= 25
-        drafts = speculation.drafts(sequence, 10, 1)
+        drafts = speculation.propose(sequence, 10, 1)
         counts.append(len(drafts))
         at = len(sequence.token_ids) - 3
         came = verified(drafts, answer[at : at + len(drafts) + 1])
@@ -141,8 +141,8 @@ def test_a_predictor_drafts_as_many_as_hold() -> None:
         coming = answer[length - 3 : length - 3 + MOST_PREDICTED]
         wanted = speculation.wanted(sequence, length, 1)
         drafter.keep(sequence, length, [token + (place >= held) for place, token in enumerate(coming)][:wanted])
-        drafts = speculation.drafts(sequence, 10, 1)
-        assert len(drafts) <= wanted and speculation.drafts(sequence, 1, 1) == drafts[:1]
+        drafts = speculation.propose(sequence, 10, 1)
+        assert len(drafts) <= wanted and speculation.propose(sequence, 1, 1) == drafts[:1]
         came = verified(drafts, answer[length - 3 : length - 3 + len(drafts) + 1])
         speculation.learn(sequence, drafts, came)
         sequence.token_ids += came

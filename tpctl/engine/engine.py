@@ -103,7 +103,7 @@ class Engine:
         outputs: list[Output] = []
         if self._pending is not None and (
             not self.runner.may_overlap(self._pending.batch)
-            or (self.speculation is not None and self.scheduler.expects_drafts())
+            or (self.scheduler.drafting is not None and self.scheduler.drafting.propose_ahead())
         ):
             outputs += self._collect()
         batch = self.scheduler.schedule()

@@ -95,10 +95,11 @@ class Pacer:
         self._promised += sequence.max_num_tokens - sequence.num_prompt_tokens
         self._given += len(sequence.token_ids) - sequence.num_prompt_tokens
 
-    def budget(self, now: int, running: Iterable[Sequence], waiting: list[Sequence]) -> tuple[int, int] | None:
-        """(prompt tokens, chunks of prompts) that step ``now`` may compute; ``None``: as many as possible.
+    def arrange(self, now: int, running: Iterable[Sequence], waiting: list[Sequence]) -> tuple[int, int] | None:
+        """Bring ``waiting`` into the order in which its sequences should be admitted.
 
-        ``waiting`` is brought into the order in which its sequences should be admitted.
+        Returns:
+            (prompt tokens, chunks of prompts) that step ``now`` may compute; ``None``: as many as possible.
         """
         everyone = [*running, *waiting]
         left = [(s.num_uncomputed_tokens, s.max_num_tokens - s.num_tokens) for s in everyone]

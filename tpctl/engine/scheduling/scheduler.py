@@ -25,6 +25,7 @@ from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field
 
 from tpctl.engine.scheduling.block_manager import BlockManager, Prefix
+from tpctl.engine.scheduling.drafting import Drafting
 from tpctl.engine.scheduling.pacing import Pace, Pacer
 from tpctl.engine.scheduling.refusal import refusal
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
@@ -98,7 +99,6 @@ class Scheduler:
     ) -> None:
         self.blocks = blocks
         self.states = states
-        self.speculation = speculation
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -109,6 +109,18 @@ class Scheduler:
         self.pacer = None if pace is None else Pacer(pace, blocks.room)
         self.waiting: list[Sequence] = []  # the next to be admitted first
         self.running: dict[str, Sequence] = {}  # by id, oldest admission first
+        self.drafting: Drafting | None = None
+        if speculation is not None:
+            self.drafting = Drafting(
+                speculation,
+                blocks,
+                states,
+                self.running,
+                self.waiting,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                rope_offset=rope_offset,
+            )
         self.stats = SchedulerStats()
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -150,8 +162,10 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
         budget = self.max_num_batched_tokens
-        paced = None if self.pacer is None else self.pacer.budget(self.stats.steps, self.running.values(), self.waiting)
-        drafts = 0 if self.speculation is None else self._most_drafts(self.speculation.most_rows)
+        paced = (
+            None if self.pacer is None else self.pacer.arrange(self.stats.steps, self.running.values(), self.waiting)
+        )
+        drafts = 0 if self.drafting is None else self.drafting.most(len(self._by_id))
         step = _Step(budget, *(paced or (budget, budget)), drafts)
         if self.states is not None:
             self.states.begin()
@@ -224,8 +238,8 @@ class Scheduler:
                 del came[count:]
                 break
         self.stats.generated_tokens += len(came)
-        if self.speculation is not None:
-            self._learn(item, came)
+        if self.drafting is not None:
+            self.drafting.learn(item, came)
         note, scores = (None, None) if reason is None else self._end(sequence, reason)
         told = None if logprobs is None else [one for one in logprobs[: len(came)] if one is not None] or None
         prompt = None if sequence.params.prompt_logprobs is None else _prompt_logprobs(sequence)
@@ -241,17 +255,6 @@ class Scheduler:
         note = self.context_full if reason == "length" and self._is_cut(sequence) else None
         scored = sequence.scoring is not None
         return note, [sequence.scores[place] for place in sorted(sequence.scores)] if scored else None
-
-    def _learn(self, item: ScheduledSequence, came: SequenceType[int]) -> None:
-        """Of an item's drafts those that came are computed; the others are not any more."""
-        sequence = item.sequence
-        if item.drafts:
-            sequence.num_computed_tokens = item.places.start + len(came) - 1
-            self.blocks.register(sequence)
-            if self.states is not None:
-                self.states.settle(sequence, max(0, len(came) - 1))
-        assert self.speculation is not None
-        self.speculation.learn(sequence, item.drafts, came)
 
     def check_integrity(self) -> None:
         """Check the block manager's books against the sequences (see ``BlockManager.check_integrity``)."""
@@ -277,7 +280,7 @@ class Scheduler:
             tokens = self._room(step, sequence.num_uncomputed_tokens)
             if tokens == 0:
                 continue
-            drafts = () if self.speculation is None else self._drafts(step, sequence, tokens)
+            drafts = () if self.drafting is None else self.drafting.propose(sequence, tokens, step.drafts)
             if drafts and not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens + len(drafts)):
                 drafts = ()
             if not self.blocks.grow(sequence, sequence.num_computed_tokens + tokens):
@@ -286,8 +289,8 @@ class Scheduler:
             if tokens:
                 self._choose(step, sequence, tokens, drafts)
         self.waiting[:0] = turned
-        if self.speculation is not None and self.speculation.ahead and not preempted:
-            self._grow_ahead(step, self.speculation.ahead)
+        if self.drafting is not None and not preempted:
+            self.drafting.grow_ahead(step.items)
         return preempted
 
     def _make_room(self, step: _Step, sequence: Sequence, tokens: int) -> tuple[int, bool]:
@@ -308,12 +311,6 @@ class Scheduler:
                 sequence.alone |= not self.running
                 return 0, True
         return tokens, preempted
-
-    def _grow_ahead(self, step: _Step, tokens: int) -> None:
-        """Blocks for guesses, too, if that leaves every running sequence one for tokens."""
-        for item in step.items:
-            wanted = min(item.sequence.num_computed_tokens + tokens, item.sequence.max_num_tokens)
-            self.blocks.grow(item.sequence, wanted, self.running.values())
 
     def _admit_waiting(self, step: _Step) -> None:
         states = self.states
@@ -353,33 +350,6 @@ class Scheduler:
         if tokens <= 1:
             return min(tokens, step.budget)
         return min(tokens, step.budget, step.prefill) if step.chunks else 0
-
-    def expects_drafts(self) -> bool:
-        """Whether, with the tokens of the step under way, more are likely to be proposed than without them: then it is
-        worth waiting for."""
-        if self.speculation is None:
-            return False
-        waited = [s for s in self.running.values() if s.num_in_flight == 1 and s.num_uncomputed_tokens == 1]
-        expecting = [s for s in waited if self.speculation.expects(s, len(self.running))]  # all, since it learns by it
-        return bool(expecting)
-
-    def _most_drafts(self, rows: int | None) -> int:
-        """How many tokens of a step may be proposed, so that each sequence that may run has its own."""
-        most = self.max_num_batched_tokens if rows is None else min(rows, self.max_num_batched_tokens)
-        return max(0, most - min(self.max_num_seqs, len(self._by_id)))
-
-    def _drafts(self, step: _Step, sequence: Sequence, tokens: int) -> tuple[int, ...]:
-        """What is proposed to follow the ``tokens`` of a sequence that the step computes."""
-        assert self.speculation is not None
-        if sequence.num_in_flight or tokens != 1 or sequence.num_uncomputed_tokens != 1 or sequence.params.guide:
-            return ()
-        length = len(sequence.token_ids)
-        most = min(step.drafts, sequence.max_num_tokens - length - 1)
-        if self.states is not None:
-            most = min(most, self.states.room_for_drafts(len(self.waiting)))
-        drafts = self.speculation.drafts(sequence, most, len(self.running))
-        # Keys are rotated by one table: the step that leaves its range computes no more than it has to.
-        return drafts if self.rope_offset(length + len(drafts)) == sequence.rope_offset else ()
 
     def _choose(self, step: _Step, sequence: Sequence, tokens: int, drafts: tuple[int, ...] = ()) -> None:
         start = sequence.num_computed_tokens
@@ -451,8 +421,8 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         sequence.finished = True
         del self._by_id[sequence.id]
-        if self.speculation is not None:
-            self.speculation.forget(sequence)
+        if self.drafting is not None:
+            self.drafting.speculation.forget(sequence)
         if self.running.pop(sequence.id, None) is not None:
             self._release(sequence)
         else:

@@ -130,8 +130,9 @@ class Speculation:
         self.drafted = 0
         self.accepted = 0
 
-    def drafts(self, sequence: Sequence, most: int, rows: int) -> tuple[int, ...]:
-        """What to compute behind the last token of ``sequence``: at most ``most`` tokens.
+    def propose(self, sequence: Sequence, most: int, rows: int) -> tuple[int, ...]:
+        """What to compute behind the last token of ``sequence``: at most ``most`` tokens. What was proposed, also of
+        what is not worth computing, is learned from when the tokens have come.
 
         Args:
             rows: those of the step without drafts: one a sequence.
@@ -139,13 +140,13 @@ class Speculation:
         match, count = self._propose(sequence, rows, most)
         return () if match is None else tuple(match.tokens[:count])
 
-    def expects(self, sequence: Sequence, rows: int) -> bool:
-        """Whether tokens would be drafted behind the known ones, of which the next is already being computed: if it is
-        the one that would be proposed, the others may still be."""
+    def propose_ahead(self, sequence: Sequence, rows: int) -> bool:
+        """Propose behind the known tokens, of which the next is already being computed, to learn from it; whether more
+        than that would be drafted: if it is the one that is proposed, the others may still be."""
         return self._propose(sequence, rows, MOST_DRAFTS)[1] > 1
 
     def _propose(self, sequence: Sequence, rows: int, most: int) -> tuple[Match | None, int]:
-        """What may follow a sequence, and how much of it is worth computing."""
+        """What may follow a sequence, kept for ``learn``, and how much of it is worth computing."""
         past = self._past(sequence)
         past.proposed = match = self._drafter.propose(sequence, MOST_DRAFTS)
         if match is None:
