@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
@@ -26,6 +26,8 @@ from tpctl.serve.threads import Threads
 from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.report import EngineInfo
 from tpctl.wire.sampling import SamplingParams
+
+T = TypeVar("T")
 
 TOO_LONG = "context_length_exceeded"
 """The code of errors that say that a prompt, or prompt and answer, have too many tokens."""
@@ -78,16 +80,16 @@ class Reader:
         Raises:
             ApiError: it cannot be had.
         """
-        return await self._run(wanted)(self._conversation, messages, wanted, info)
+        return await self._run(wanted, self._conversation, messages, wanted, info)
 
     async def texts(self, prompts: Sequence[str | list[int]], wanted: Wanted, info: EngineInfo) -> list[Job]:
         """Texts' and token ids'. Raises ``ApiError``."""
-        return await self._run(wanted)(self._texts, prompts, wanted, info)
+        return await self._run(wanted, self._texts, prompts, wanted, info)
 
-    def _run(self, wanted: Wanted) -> Callable[..., Awaitable[Any]]:
-        """Threads for what is wanted."""
+    async def _run(self, wanted: Wanted, work: Callable[..., T], *arguments: Any) -> T:
+        """By the threads for what is wanted."""
         formed = wanted.tools is not None or any(wanted.fields.get(name) is not None for name in GUIDES)
-        return self.threads.formed if formed else self.threads.prompt
+        return await (self.threads.formed if formed else self.threads.prompt)(work, *arguments)
 
     async def echoed(self, prompts: Sequence[str | list[int]]) -> list[str]:
         """The texts of prompts, whose tokens are known to be some."""
