@@ -128,8 +128,9 @@ def test_openai_s_clients_are_served(tokenizer: Tokenizer) -> None:
         assert [model.id for model in client.models.list()] == ["demo"]
         with pytest.raises(openai.NotFoundError, match="does not exist here"):
             client.completions.create(model="other", prompt="a")
-        with pytest.raises(openai.BadRequestError, match="max_tokens is 0") as refused:
-            client.completions.create(model="demo", prompt="a", max_tokens=0)
+        with pytest.raises(openai.BadRequestError, match="max_tokens is -1") as refused:
+            client.completions.create(model="demo", prompt="a", max_tokens=-1)
+        assert not client.completions.create(model="demo", prompt="a", max_tokens=0).choices[0].text
         assert refused.value.param == "max_tokens"
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
