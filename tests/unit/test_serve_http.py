@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from tests.unit.fake_client import write_tokenizer
 from tests.unit.fake_engine import FakeEngine
 from tests.unit.running import BODY, everything, running, talkative, until
+from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
+from tpctl.serve.generation import Generation
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +65,25 @@ def test_who_is_refused_before_his_body_is_read_hears_why(tokenizer: Tokenizer, 
                 head = f"{request} HTTP/{version}\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\n"
                 sock.sendall(f"{head}content-length: {size}\r\n\r\n".encode() + b"x" * size)
                 assert everything(sock).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_a_hang_up_leaves_nothing_to_collect(tokenizer: Tokenizer) -> None:
+    """The server's collections are rare, and thousands hang up between two of them."""
+
+    def left() -> list[str]:
+        kinds = (Generation, TextStream, H11Protocol, RequestResponseCycle)
+        return [type(one).__qualname__ for one in gc.get_objects() if isinstance(one, kinds)]
+
+    engine = talkative(tokenizer)
+    with running(tokenizer, engine) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(12):
+                sock = server.ask("/v1/completions", {**BODY, "stream": number % 2 == 0})
+                until(lambda: len(engine.open) == 1)
+                sock.close()
+                until(lambda: not engine.open)
+            until(lambda: len(left()) <= 4)
+        finally:
+            gc.enable()

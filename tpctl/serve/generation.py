@@ -154,6 +154,8 @@ class Generation:
     def close(self) -> None:
         """Give up what is under way; may be called again."""
         self.fail(Gone())
+        if self._error is not None:
+            self._error.__traceback__ = None  # whose frames hold this: a circle, which only a collection would end
 
     async def next(self, taker: Taker | None = None) -> list[Piece]:
         """Wait for what is new; nothing at the end.
