@@ -112,13 +112,13 @@ class TooLongError(RequestError):
     """A prompt has more tokens than leave room for an answer."""
 
 
-class BusyError(TpctlError):
-    """What a request needs is in use by others for longer than is waited; another try may do better."""
-
-
 class EngineError(TpctlError):
     """The workers could not start, or one of them failed."""
 
 
 class EndpointError(TpctlError):
     """A server cannot be reached, refuses what it is asked, or answers with what is no answer."""
+
+
+class BusyError(TpctlError):
+    """What a request needs is in use by others for longer than is waited; another try may do better."""

@@ -36,8 +36,8 @@ def error(response: Any, status: int) -> ErrorObject:
     [
         (CHAT, {}, "messages", "the body has no messages"),
         (CHAT, chat(messages=[]), "messages", "messages is [], but must be a list of"),
-        (CHAT, chat(messages=HELLO * 2049), "messages", "messages has 2049 messages, but at most 2048 are taken"),
-        ("/tokenize", {"messages": HELLO * 2049}, "messages", "messages has 2049 messages, but at most 2048 are"),
+        (CHAT, chat(messages=HELLO * 2049), "messages", "messages is a list of 2049, but at most 2048 are taken"),
+        ("/tokenize", {"messages": HELLO * 2049}, "messages", "messages is a list of 2049, but at most 2048 are"),
         (CHAT, chat(messages=[{"role": "user", "content": "forbidden"}]), None, "refuses these messages: not that"),
         (
             CHAT,

@@ -19,7 +19,7 @@ from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.asked import Tools, with_tools
 from tpctl.client.tools.enforced import formed
 from tpctl.client.tools.stream import check_tools
-from tpctl.errors import TooLongError, shown
+from tpctl.errors import RequestError, TooLongError, shown
 from tpctl.serve.errors import ApiError
 from tpctl.serve.pool import Job
 from tpctl.serve.threads import Threads
@@ -101,9 +101,8 @@ class Reader:
     def rendered(self, messages: Any, variables: Any, tools: Tools | None = None) -> str:
         """What the chat template makes of a conversation. Raises ``TpctlError``."""
         if isinstance(messages, list) and len(messages) > MOST_MESSAGES:
-            raise FieldError(
-                f"messages has {len(messages)} messages, but at most {MOST_MESSAGES} are taken; leave some out",
-                "messages",
+            raise RequestError(
+                f"messages is a list of {len(messages)}, but at most {MOST_MESSAGES} are taken; leave some out"
             )
         if tools is not None:
             check_tools(self.tokenizer)
