@@ -114,6 +114,7 @@ def without(packer: Packer, modules: tuple[str, ...]) -> Packer:
         "awq": {"modules_to_not_convert": list(modules)},
         "gptq": {"dynamic": {f"-:{pattern}": {}}},
         "compressed-tensors": {"ignore": ["lm_head", f"re:{pattern}"]},
+        "modelopt": {"ignore": ["lm_head", *modules]},
     }
     return replace(packer, config={**packer.config, **left[method]})
 
