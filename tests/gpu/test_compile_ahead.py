@@ -18,7 +18,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from tests.gpu.here import INTERPRET
-from tests.gpu.test_cuda_runner import replayed as replayed
+from tests.gpu.stand_in import replayed as replayed
 from tests.tiny import make_checkpoint
 from tpctl.bench import synthetic as synthetic_model
 from tpctl.bench.shapes import SHAPES

@@ -1,4 +1,4 @@
-"""Grammars and prompts' log-probabilities on the GPU engine's host side, without a GPU: see ``test_cuda_runner``."""
+"""Grammars and prompts' log-probabilities on the GPU engine's host side, without a GPU: see ``stand_in``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 pytest.importorskip("llguidance")
 
 from tests.gpu.here import INTERPRET
-from tests.gpu.test_cuda_runner import CPU, HOST, SHAPE, replayed  # noqa: F401 — a fixture
+from tests.gpu.stand_in import CPU, HOST, SHAPE, replayed  # noqa: F401 — a fixture
 from tests.tiny import make_checkpoint
 from tests.unit.fake_client import write_tokenizer
 from tpctl.client.tokenizer import Tokenizer

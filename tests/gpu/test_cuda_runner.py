@@ -1,12 +1,10 @@
-"""The GPU engine's host side without a GPU: the runner, its slots, the ladder and the pace, with kernels in Triton's
-interpreter. Where a graph would be replayed its step is run."""
+"""The GPU engine's host side without a GPU: the runner, its slots, the ladder and the pace (``stand_in``)."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -14,150 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 from tests.gpu.here import INTERPRET
+from tests.gpu.stand_in import DIRECT, HOST, ONE, SHAPE, TWO, best, finish, prompts_of, replayed, start
 from tests.tiny import LONG_ROPES, make_broken, make_checkpoint
-from tpctl.accounting import RESERVE, KvLayout, layer_pools
 from tpctl.distributed import TPGroup
 from tpctl.engine import engine
-from tpctl.engine.engine import Engine
-from tpctl.engine.memory.gpu import GpuShare
-from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import cuda_sizes, loading, outline
-from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.sampling.sampler import Sampler, SamplingRow
-from tpctl.engine.scheduling.pacing import Pace
-from tpctl.engine.scheduling.scheduled import ScheduledBatch
-from tpctl.engine.scheduling.speculation import RowCost
-from tpctl.engine.steps import graphs as cuda_graph
-from tpctl.errors import EngineError
-from tpctl.layers.attention.triton import TritonBackend
-from tpctl.models.decoder import Decoder
 from tpctl.partition.cuts import Range
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Abort, Add, Request
 from tpctl.wire.report import TokenLogprob
 from tpctl.wire.sampling import SamplingParams
-from tpctl.wire.settings import EngineConfig
 
+__all__ = ["replayed"]  # a fixture
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not INTERPRET, reason="GPUs run the whole engine: test_engine"),
 ]
-CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-"""One layer, as this is about what is around them: test_compute_cuda has several."""
-
-
-class Event:
-    """An event, or a stream, of a device that does everything at once."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def record(self) -> None:
-        self.recorded = True
-
-    def synchronize(self) -> None:
-        pass
-
-
-def own_memory(model: Decoder) -> Decoder:
-    """On a CPU weights are views of a file, or packed; on GPUs they have their own memory, aligned."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
-MIXED = ["sliding_attention", "full_attention"]
-DIRECT, ONE, TWO, HOST = SamplingPath.DIRECT, SamplingPath.ONE_FLOOR, SamplingPath.TWO_FLOORS, SamplingPath.HOST
 PACKAGE = Path(engine.__file__).parent.parent
-
-
-class Done(cuda_runner.CudaLaunched):
-    def __init__(self, batch: ScheduledBatch, token_ids: list[int], host: Tensor) -> None:
-        super().__init__(batch, token_ids, host=host, ready=Event())  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
-    """Make a CPU take the place of the GPU; the keys of the graphs that would have been replayed."""
-    keys: list[Hashable] = []
-    captured: dict[tuple[int, Hashable], tuple[Tensor, Callable[[], None]]] = {}
-    warmed: set[Hashable] = set()
-
-    def run(
-        self: cuda_graph.CapturedSteps,
-        key: Hashable,
-        numbers: list[int],
-        make: Callable[[], tuple[Tensor, Callable[[], None]]],
-    ) -> None:
-        keys.append(key)
-        if (id(self), key) not in captured:
-            captured[id(self), key] = target, step = make()
-            kind = (id(self), key[0] == "mixed", key[-1])  # type: ignore[index]
-            if kind not in warmed:  # once, as the interpreter takes seconds for a step
-                warmed.add(kind)
-                last = self._sampled.clone()
-                step()
-                self._sampled.copy_(last)
-        target, step = captured[id(self), key]
-        target.copy_(torch.tensor(numbers, dtype=torch.int32))
-        step()
-
-    monkeypatch.setattr(cuda_graph.CapturedSteps, "run", run)
-    monkeypatch.setattr(cuda_graph.CapturedSteps, "prepare", lambda self, key, make: make())
-    for name in ("Event", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, Event)
-    monkeypatch.setattr(cuda_runner, "CudaLaunched", Done)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: 1 << 20)
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", Event)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(cuda_sizes, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
-    use = Decoder.use
-    monkeypatch.setattr(Decoder, "use", lambda self, compute: use(own_memory(self), compute))
-    monkeypatch.setattr(engine, "make_runner", cuda_runner.make_cuda_runner)
-
-    def backend(*args: Any, **more: Any) -> TritonBackend:
-        return TritonBackend(args[3], args[4], pools=layer_pools(more["ranks"], more["longest"]))
-
-    monkeypatch.setattr(outline, "make_backend", backend)
-    return keys
-
-
-def start(folder: Path, **settings: Any) -> Engine:
-    defaults: dict[str, Any] = {
-        "kv_cache_memory": 1 << 20,
-        "block_size": 16,
-        "max_num_seqs": 6,
-        "max_num_batched_tokens": 48,
-        "max_model_len": 96,
-    }
-    return Engine(EngineConfig(folder, 1, **{**defaults, **settings}), TPGroup(0, 1, CPU))
-
-
-def finish(engine: Engine, found: dict[str, list[int]]) -> None:
-    while engine.has_work:
-        for output in engine.step():
-            found[output.id] += output.token_ids
-    engine.scheduler.check_integrity()
-
-
-def best(model: Any, ids: list[int], tokens: list[int]) -> list[int]:
-    with torch.no_grad():
-        return model(torch.tensor([ids + tokens], device=model.device)).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
-
-
-def prompts_of(*lengths: int) -> dict[str, list[int]]:
-    torch.manual_seed(4)
-    return {str(at): torch.randint(3, 131, (length,)).tolist() for at, length in enumerate(lengths)}
 
 
 @pytest.mark.daily(2)
@@ -196,178 +71,6 @@ def test_tokens_equal_transformers(way: str, tmp_path: Path, replayed: list[Hash
     stats = engine.scheduler.stats
     assert (stats.preemptions > 0) == (way == "tight")
     assert (stats.paced_steps > 0) == (way == "paced")
-
-
-@pytest.mark.daily(2)
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_short_prompts_are_replayed_once_their_size_has_come(
-    name: str, tmp_path: Path, replayed: list[Hashable]
-) -> None:
-    """Alone, beside decodes, behind a cached prefix, and in chunks."""
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 18} if name == "gemma3" else {}
-    model = make_checkpoint(name, tmp_path / "hf", **{**SHAPE, "num_hidden_layers": 2, **layers})
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    engine = start(tmp_path / "tp1", max_num_batched_tokens=32)
-    lengths = prompts_of(5, 20, 40, 30, 7)
-    lengths["3"] = lengths["2"][:32] + lengths["3"]
-
-    def ask(turn: int, *together: str) -> list[Hashable]:
-        """The sizes of prompts that were replayed."""
-        prompts = {f"{turn}-{id}": [3 + (token + turn) % 120 for token in lengths[id]] for id in together}
-        found: dict[str, list[int]] = {id: [] for id in prompts}
-        params = SamplingParams(max_tokens=4, ignore_eos=True)
-        before = len(replayed)
-        engine.apply(Add([Request(id, ids, params) for id, ids in prompts.items()]))
-        finish(engine, found)
-        while engine.runner.rest():
-            pass
-        for id, ids in prompts.items():
-            assert found[id] == best(model, ids, found[id]), id
-        return [key[1] for key in replayed[before:] if key[0] == "mixed"]  # type: ignore[index]
-
-    assert ask(1, "0") == []
-    assert ask(2, "4") == [16]
-    ask(3, "1", "2", "3")
-    assert ask(4, "3", "0", "2", "1").count(32) >= 3
-
-
-@pytest.mark.daily(2)
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_a_prefix_that_all_share_is_read_once(
-    name: str, tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_runner, "_SHARED_ROWS", 3)
-    monkeypatch.setattr(cuda_runner, "_SHARED_TOKENS", 128)
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 18} if name == "gemma3" else {}
-    shape = {**SHAPE, "num_hidden_layers": 2, "max_position_embeddings": 512, **layers}
-    model = make_checkpoint(name, tmp_path / "hf", **shape)
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    engine = start(tmp_path / "tp1", max_model_len=256, max_num_batched_tokens=256, kv_cache_memory=4 << 20)
-    (prefix,) = prompts_of(140).values()
-    prompts = {"first": prefix[:137]} | {
-        id: prefix[: 128 + at] + own for at, (id, own) in enumerate(prompts_of(5, 20, 3).items())
-    }
-    found: dict[str, list[int]] = {id: [] for id in prompts}
-    for together in (["first"], [id for id in prompts if id != "first"]):
-        params = SamplingParams(max_tokens=4, ignore_eos=True)
-        engine.apply(Add([Request(id, prompts[id], params) for id in together]))
-        finish(engine, found)
-    for id, ids in prompts.items():
-        assert found[id] == best(model, ids, found[id]), id
-    assert (4, False, True, DIRECT) in replayed
-    assert engine.stats().prefix_cache_hit_tokens >= 3 * 128
-
-
-@pytest.mark.parametrize("blocks,common", [
-    ([[1, 2, 3], [1, 2, 4, 5], [1, 2, 6]], 2),
-    ([[1, 2, 3], [1, 9, 4], [1, 2, 6]], 1),
-    ([[1, 2, 3], [7, 2, 4], [8, 2, 6]], 0),
-    ([[1, 2, 3], [7, 2, 4], [1, 2, 6]], 0),
-    ([[1], [1, 2]], 0),
-])  # fmt: skip
-def test_how_many_blocks_are_shared(blocks: list[list[int]], common: int) -> None:
-    assert cuda_runner.shared_blocks(blocks) == common
-
-
-@pytest.mark.daily(2)
-@pytest.mark.parametrize(("way", "block_size", "window"), [("graphs", 16, 18), ("eager", 32, 15), ("paced", 16, 18)])
-def test_layers_with_windows_keep_what_they_see(
-    way: str, block_size: int, window: int, tmp_path: Path, replayed: list[Hashable]
-) -> None:
-    """In a pool of their own, of which blocks go from one sequence to the next, whose content would be seen."""
-    layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    shape = {**SHAPE, "num_hidden_layers": 3, "layer_types": layers, "sliding_window": window}
-    model = make_checkpoint("gemma3", tmp_path / "hf", **shape)
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    prompts = prompts_of(50, 3, 5, 35)
-    prompts["2"] = prompts["0"][:32] + prompts["2"]  # a shared prefix
-    settings: dict[str, Any] = {
-        "graphs": {},
-        "eager": {"enforce_eager": True},
-        "paced": {"scheduling_policy": "makespan"},
-    }[way]
-    engine = start(tmp_path / "tp1", block_size=block_size, max_num_seqs=2, max_model_len=64, **settings)
-    assert engine.runner.loaded.layout == KvLayout(block_size, (None, window), (2, 1))
-    lengths = dict.fromkeys(prompts, 3)
-    lengths["0"] = 10
-    requests = [
-        Request(id, ids, SamplingParams(max_tokens=lengths[id], ignore_eos=True)) for id, ids in prompts.items()
-    ]
-    found: dict[str, list[int]] = {id: [] for id in prompts}
-    for some in (requests[:2], requests[2:]):
-        engine.apply(Add(some))
-        finish(engine, found)
-    for id, ids in prompts.items():
-        assert found[id] == best(model, ids, found[id]), id
-        assert len(found[id]) == lengths[id]
-    assert engine.stats().prefix_cache_hit_tokens == 32
-    assert len(replayed) > 0 or way == "eager"
-
-
-@pytest.mark.daily(2)
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        # Heads of two sizes in two pools, and a layer that reads another's keys.
-        ("gemma4-text-edge", {"layer_types": [*MIXED, "full_attention"], "num_kv_shared_layers": 1}),
-        ("gemma4-text-moe", {"layer_types": MIXED}),
-        ("ministral3-window", {"num_hidden_layers": 1}),
-    ],
-)
-def test_attention_of_other_kinds(name: str, sizes: dict[str, Any], tmp_path: Path, replayed: list[Hashable]) -> None:
-    """In captured steps and in one with a prefix that is found."""
-    sizes |= {"num_hidden_layers": len(sizes["layer_types"])} if "layer_types" in sizes else {}
-    model = make_checkpoint(name, tmp_path / "hf", **sizes)
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    prompts = prompts_of(35, 3, 5)
-    prompts["2"] = prompts["0"][:32] + prompts["2"]  # a shared prefix
-    engine = start(tmp_path / "tp1", max_num_seqs=2, max_model_len=64)
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
-    requests = [Request(id, ids, params) for id, ids in prompts.items()]
-    found: dict[str, list[int]] = {id: [] for id in prompts}
-    for some in (requests[:2], requests[2:]):
-        engine.apply(Add(some))
-        finish(engine, found)
-    for id, ids in prompts.items():
-        assert found[id] == best(model, ids, found[id]), id
-    assert engine.stats().prefix_cache_hit_tokens == 32
-    assert len(replayed) > 0
-
-
-@pytest.mark.daily(2)
-@pytest.mark.parametrize(
-    ("params", "eager"),
-    [
-        ({}, False),
-        ({"temperature": 0.05}, True),
-        ({"temperature": 0.05, "logprobs": 1, "repetition_penalty": 1.01}, False),
-    ],
-)
-def test_drafts_are_rows_of_a_decode(
-    params: dict[str, Any], eager: bool, tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Answers are those without speculation, on the device as with the host's help, in captured steps and without."""
-    monkeypatch.setattr(cuda_runner.CudaRunner, "row_cost", RowCost(0, 0))
-    make_checkpoint("qwen3", tmp_path / "hf", **{**SHAPE, "num_hidden_layers": 1})
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    prompts = {"0": [5, 6, 7, 8] * 4, "1": [9, 9, 9]}
-    requests = [
-        Request(id, ids, SamplingParams(max_tokens=9, ignore_eos=True, seed=int(id), **params))
-        for id, ids in prompts.items()
-    ]
-    answers: dict[str, dict[str, list[int]]] = {}
-    for way in ("off", "ngram"):
-        replayed.clear()
-        engine = start(tmp_path / "tp1", speculate=way, max_num_seqs=8, enforce_eager=eager)
-        answers[way] = {id: [] for id in prompts}
-        engine.apply(Add(requests))
-        finish(engine, answers[way])
-    stats = engine.stats()
-    assert answers["ngram"] == answers["off"]
-    assert 0 < stats.accepted_tokens < stats.draft_tokens
-    assert stats.steps < 9
-    sizes = {key[0] for key in replayed}  # type: ignore[index]
-    assert not sizes if eager else max(sizes) > 4
 
 
 def test_slots_are_taken_over(tmp_path: Path, replayed: list[Hashable]) -> None:
@@ -537,31 +240,6 @@ def test_long_rope_changes_its_table_between_steps_that_overlap(
         ids = torch.tensor([prompt])
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert found[id] == answer[0, len(prompt) :].tolist(), id
-
-
-def test_the_cache_gets_what_nothing_else_needs(
-    tmp_path: Path, replayed: list[Hashable], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_checkpoint("qwen3", tmp_path / "hf", **SHAPE)
-    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
-    gib = 1 << 30
-    share, taken = [GpuShare(80 * gib, 79 * gib, 0.5)], 3 * gib
-    monkeypatch.setattr(loading, "_share", lambda settings, group, nbytes: share[0])
-    monkeypatch.setattr(GpuShare, "taken", lambda self, device: taken)
-    engine = start(tmp_path / "tp1", kv_cache_memory=None)
-    runner: Any = engine.runner
-    assert runner.memory.num_blocks == 6 * 96 // 16  # more would never be used
-    later, config = runner.steps.later, runner.loaded.config
-    tables = 4 * (2 * 6 + cuda_sizes.largest_rows(runner.loaded.settings, runner.pace)) * 96 // 16
-    # And the logits of a captured step, its activations, and what sampling with the host's help takes.
-    assert later > tables + 6 * config.vocab_size * 4 + runner.sampler.working_bytes(6)
-    block = runner.loaded.slab_bytes
-    rest = taken + later + RESERVE
-    share[0] = GpuShare(80 * gib, rest + 10 * block + block // 2, 1.0)
-    assert start(tmp_path / "tp1", kv_cache_memory=None).runner.memory.num_blocks == 10
-    share[0] = GpuShare(80 * gib, rest, 1.0)
-    with pytest.raises(EngineError, match=r"nothing is left for the KV cache: of .* 80\.0 GiB rank 0 may take 3\.5"):
-        start(tmp_path / "tp1", kv_cache_memory=None)
 
 
 def test_a_decode_step_can_be_read_through(tmp_path: Path, replayed: list[Hashable]) -> None:

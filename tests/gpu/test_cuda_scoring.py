@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import INTERPRET
-from tests.gpu.test_cuda_runner import SHAPE, replayed, start
+from tests.gpu.stand_in import SHAPE, replayed, start
 from tests.tiny import make_checkpoint
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Output, Request

@@ -14,8 +14,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, INTERPRET
+from tests.gpu.stand_in import best, finish, prompts_of, replayed, start  # noqa: F401
 from tests.gpu.test_compute_cuda import HOPPER
-from tests.gpu.test_cuda_runner import best, finish, prompts_of, replayed, start  # noqa: F401
 from tests.tiny import make_mixture
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import NetSizes
@@ -23,7 +23,7 @@ from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import cuda_sizes
+from tpctl.engine.runners import cuda_sizes, outline
 from tpctl.engine.scheduling.scheduled import StateUse
 from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.states import decode_slots, prompt_chunks
@@ -45,6 +45,7 @@ from tpctl.models.loader import load_shard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Request
 from tpctl.wire.sampling import SamplingParams
+from tpctl.wire.settings import EngineConfig
 
 pytestmark = pytest.mark.gpu
 SIZES: dict[str, Any] = {
@@ -80,6 +81,20 @@ def test_tokens_equal_transformers(name: str, way: str, tmp_path: Path, replayed
     assert engine.stats().prefix_cache_hit_tokens > 0
     assert ({key[0] for key in replayed} >= {1}) == (way == "graphs")  # type: ignore[index]
     assert any(isinstance(one, LayerState) for one in engine.runner.kv)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="it takes a CPU in the place of the GPU")
+def test_drafts_that_are_asked_for_by_name_are_refused(tmp_path: Path, replayed: list[Hashable]) -> None:  # noqa: F811
+    """Before weights are read; the best that can be had is none, and the engine says so."""
+    make_mixture("qwen3_5_text", tmp_path / "hf", **SIZES)
+    shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
+    assert start(tmp_path / "tp1", kv_cache_memory=4 << 20, speculate="auto").info().speculation == "off"
+    group = TPGroup(0, 1, DEVICE)
+    group.kind = "cuda"
+    with pytest.raises(
+        UnsupportedModelError, match="gated delta net layers, whose kernels for GPUs take one; use --spec"
+    ):
+        outline.outline(EngineConfig(tmp_path / "tp1", 1, block_size=16, speculate="ngram"), group)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="it takes a CPU in the place of the GPU")

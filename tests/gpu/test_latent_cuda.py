@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, INTERPRET
+from tests.gpu.stand_in import best, finish, prompts_of, replayed, start
 from tests.gpu.test_compute_cuda import (
     BLOCK,
     BLOCKS,
@@ -28,7 +29,6 @@ from tests.gpu.test_compute_cuda import (
     build,
     make_batch,
 )
-from tests.gpu.test_cuda_runner import best, finish, prompts_of, replayed, start
 from tests.tiny import YARN_ROPE, make_mixture
 from tpctl.distributed import TPGroup
 from tpctl.engine.runners import outline
