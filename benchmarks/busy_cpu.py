@@ -18,14 +18,14 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.processes import spinning
 from tpctl.arch.config import ModelConfig
 from tpctl.bench.measure import machine
 from tpctl.bench.workload import one_request
@@ -36,19 +36,6 @@ from tpctl.wire.messages import Request
 from tpctl.wire.settings import EngineConfig
 
 PROMPT, ANSWER, LONG_PROMPT = 64, 32, 1000  # tokens
-
-
-@contextmanager
-def busy(count: int) -> Iterator[None]:
-    """So many processes that do nothing but spin."""
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        time.sleep(0.5 if spinning else 0)
-        yield
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
 
 
 def seconds(client: EngineClient, request: Request) -> float:
@@ -100,7 +87,7 @@ def main() -> None:
             folder = ensure_sharded(source, tp_size)
             for count in args.busy:
                 for row, env in rows.items():
-                    with busy(count):
+                    with spinning(count):
                         values = measure(folder, tp_size, env, vocab, 10 * run, args.tokens)
                     found.setdefault((tp_size, count, row), []).append(values)
                     print(f"tp {tp_size}, {count} busy, {row}: {values}", file=sys.stderr, flush=True)

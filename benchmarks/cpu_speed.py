@@ -25,8 +25,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from busy_cpu import busy
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.processes import spinning
 from tpctl.arch.config import ModelConfig
 from tpctl.bench.measure import machine, throughput
 from tpctl.bench.workload import make_workload
@@ -140,7 +141,7 @@ def main() -> None:
     vocab = ModelConfig.load(source.folder).vocab_size
     shards = {tp: ensure_sharded(source, tp) for tp in args.tp}
     for count in args.busy:
-        with busy(count):
+        with spinning(count):
             compare(args, source.folder, vocab, shards, count)
 
 

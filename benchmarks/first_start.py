@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tpctl.bench.measure import timed
 from tpctl.bench.shapes import SHAPES
 from tpctl.bench.synthetic import shape_config, synthetic_shards
 from tpctl.bench.workload import WORKLOADS, make_workload, one_request
 from tpctl.client.engine_client import EngineClient
-from tpctl.wire.messages import Request
 from tpctl.wire.settings import GPU_SEQS, GPU_TOKENS, POLICIES, EngineConfig
 
 PARTS = ("chat", "bare", "warm")
@@ -50,18 +50,6 @@ class Row:
     found: int = 0
     late: tuple[int, int] = (0, 0)
     timings: dict[str, float] = field(default_factory=dict)
-
-
-def drain(client: EngineClient, requests: list[Request]) -> float:
-    """Seconds until all of their tokens are there."""
-    started = time.perf_counter()
-    client.submit(requests)
-    left = len(requests)
-    while left:
-        for output in client.outputs():
-            assert output.finish_reason != "error", output.message
-            left -= output.finish_reason is not None
-    return time.perf_counter() - started
 
 
 def compiled(folder: Path) -> tuple[int, int]:
@@ -92,14 +80,14 @@ def measure(args: argparse.Namespace, shape: str, part: str, ahead: str, cache: 
         row.ready = time.perf_counter() - started
         row.found, ready = compiled(cache / "triton")
         if part == "chat":
-            row.prompts = [drain(client, [one_request(128, 1, number, vocab)]) for number in range(3)]
+            row.prompts = [timed(client, [one_request(128, 1, number, vocab)]) for number in range(3)]
             row.first_token = row.ready + row.prompts[0]
         else:
             for run in range(2):
                 work = make_workload(args.workload, vocab, run * 13)
                 if args.tokens:
                     work.requests[:] = work.requests[: max(1, args.tokens // work.requests[0].sampling.max_tokens)]
-                row.runs.append(drain(client, work.requests))
+                row.runs.append(timed(client, work.requests))
                 row.rates.append(work.output_tokens / row.runs[-1])
     row.late = (ready - before, compiled(cache / "triton")[1] - ready)
     return row

@@ -21,28 +21,39 @@ from tpctl.sharding.proving.verified import remember_verified
 
 SPECIAL = ("<pad>", "<s>", "</s>")  # the shapes' bos_token_id is 1, their eos_token_id 2
 SPACE = "Ġ"  # as byte-level BPE writes it
+BYTES = len(SPECIAL) + 256
+"""Tokens of a tokenizer that has one for each byte."""
 TEMPLATE = "{% for one in messages %}{{ one.role + ': ' + one.content + '\\n' }}{% endfor %}{{ 'assistant:' }}"
 
 
 def made_model(shape: str, tp_size: int) -> tuple[Path, Path]:
     """A shard folder of ``shape`` with a tokenizer, and a folder with no weights for who makes its own."""
-    shards = synthetic_shards(shape, tp_size).folder
-    folder, bare = shards.with_name(f"{shards.name}-text"), shards.with_name(f"{shards.name}-bare")
-    for made in (folder, bare):
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-    for file in shards.rglob("*"):
-        place = folder / file.relative_to(shards)
-        place.mkdir() if file.is_dir() else os.link(file, place)
-    shutil.copy(shards / "config.json", bare)
-    for made in (folder, bare):
-        write_tokenizer(made, shape_config(shape).vocab_size)
-    remember_verified(folder)
+    size = shape_config(shape).vocab_size
+    folder = with_tokenizer(shape, tp_size, size, "text")
+    bare = folder.with_name(f"{folder.name.removesuffix('text')}bare")
+    shutil.rmtree(bare, ignore_errors=True)
+    bare.mkdir()
+    shutil.copy(folder / "config.json", bare)
+    write_tokenizer(bare, size)
     return folder, bare
 
 
-def write_tokenizer(folder: Path, size: int) -> None:
-    """``tokenizer.json`` and ``tokenizer_config.json`` of ``size`` tokens."""
+def with_tokenizer(shape: str, tp_size: int, size: int, name: str, template: str = TEMPLATE) -> Path:
+    """A shard folder of ``shape`` beside those without, of this ``name``, with a tokenizer of ``size`` tokens."""
+    shards = synthetic_shards(shape, tp_size).folder
+    folder = shards.with_name(f"{shards.name}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in shards.rglob("*"):
+        place = folder / file.relative_to(shards)
+        place.mkdir() if file.is_dir() else os.link(file, place)
+    write_tokenizer(folder, size, template)
+    remember_verified(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path, size: int, template: str = TEMPLATE) -> None:
+    """``tokenizer.json`` and ``tokenizer_config.json`` of ``size`` tokens, ``BYTES`` at least."""
     vocab = {token: id for id, token in enumerate([*SPECIAL, *sorted(ByteLevel.alphabet())])}
     merges = []
     for base, letter in _steps():
@@ -61,7 +72,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
     (folder / "tokenizer.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "model_max_length": 1 << 20}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, "model_max_length": 1 << 20}
     names = {"pad_token": SPECIAL[0], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2]}
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, **names}), encoding="utf-8")
 

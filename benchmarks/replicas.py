@@ -21,31 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-
-from tpctl.bench.synthetic import synthetic_shards
+from made_model import BYTES, with_tokenizer
 
 WORDS = ["the", "river", "stone", "winter", "light", "letter", "garden", "morning", "window", "house", "paper", "road"]
-
-
-def model_of(shape: str, tp_size: int, folder: Path) -> Path:
-    """The shape's shards, with a tokenizer that has a token for each byte."""
-    shards = synthetic_shards(shape, tp_size).folder
-    folder.mkdir()
-    for file in shards.iterdir():
-        if file.is_file():
-            (folder / file.name).symlink_to(file)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({"<s>": 1, "</s>": 2, "<pad>": 0, **{c: 3 + n for n, c in enumerate(alphabet)}}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def write_prompts(path: Path, rows: int, seed: int) -> None:
@@ -90,7 +69,7 @@ def main() -> None:
     print("| replicas | tok/s | beside the first | s | tokens |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="replicas-") as name:
         scratch = Path(name)
-        model = model_of(args.shape, args.tp, scratch / "model")
+        model = with_tokenizer(args.shape, args.tp, BYTES, "bytes", PLAIN)
         write_prompts(scratch / "prompts.jsonl", args.rows, 0)
         first: dict[int, float] = {}
         for run in range(args.runs):

@@ -1,9 +1,26 @@
-"""Processes that a command started, found by what stands in their environment."""
+"""Processes that a command started, found by what stands in their environment, and such as only keep cores busy."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def spinning(count: int) -> Iterator[None]:
+    """So many processes beside, that do nothing but spin."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        time.sleep(0.5 if processes else 0)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def with_variable(needle: str) -> list[int]:

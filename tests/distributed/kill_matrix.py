@@ -23,13 +23,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tests.processes import with_variable
+from tests.processes import spinning, with_variable
 
 TARGETS = ("parent", "agent", "rank0", "rank1")
 PHASES = ("loading", "idle", "prefill", "decode")
@@ -168,18 +167,6 @@ def find(scratch: str, target: str) -> int | None:
     return next((pid for pid, name in sorted(ranks.items()) if name == target), None)
 
 
-@contextmanager
-def load(count: int) -> Iterator[None]:
-    """So many processes that do nothing but spin."""
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
-
-
 def _read(stream: IO[str], events: queue.SimpleQueue[dict[str, Any] | None]) -> None:
     for line in stream:
         events.put(json.loads(line))
@@ -251,7 +238,7 @@ def main() -> None:
     made = args.shape and synthetic_shards(args.shape, args.tp).folder
     folder = made or ensure_sharded(resolve(args.model), args.tp)
     wrong = 0
-    with load(args.load):
+    with spinning(args.load):
         print(f"load average {os.getloadavg()[0]:.1f}, {args.load} of them spinning for this\n")
         print("| killed | while | reason | s | orphans | MiB kept | |\n|---|---|---|---|---|---|---|", flush=True)
         for target in args.targets:

@@ -34,7 +34,7 @@ def test_reports_this_machine() -> None:
     ],
 )
 def test_what_cpu_ranks_talk_through(gloo: bool, shared: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = {"cuda": None, "gpus": [], "nccl": None, "gloo": gloo, "shared_memory": shared, "onednn": True}
+    torch = doctor.Torch(cuda=None, gpus=[], nccl=None, gloo=gloo, shared_memory=shared, onednn=True)
     monkeypatch.setattr(doctor, "_ask_torch", lambda: (torch, None))
     assert f"between CPUs     {said}\n" in CliRunner().invoke(app, ["doctor"]).stdout
 

@@ -106,7 +106,7 @@ def throughput(
             work = make_workload(workload, vocab_size, run * 13, sampling)
             _check_context(work, info)
             started = time.perf_counter()
-            _drain(client, work.requests)
+            drain(client, work.requests)
             times.append(time.perf_counter() - started)
             rates.append(work.output_tokens / times[-1])
             say(f"{f'run {run} of {runs}' if run else 'first run'}: {rates[-1]:,.0f} tok/s")
@@ -159,8 +159,8 @@ def latency(
         for count in sequences:
             first, per_token = [], []
             for run in range(runs + 1):
-                one = _timed(client, requests(count, 1))
-                many = _timed(client, requests(count, output_tokens + 1))
+                one = timed(client, requests(count, 1))
+                many = timed(client, requests(count, output_tokens + 1))
                 if run:
                     first.append(one * 1e3)
                     per_token.append((many - one) / output_tokens * 1e3)
@@ -183,7 +183,7 @@ def startup(config: EngineConfig, prompt_tokens: int, vocab_size: int, runs: int
         started = time.perf_counter()
         with EngineClient(config) as client:
             info = client.wait_ready()
-            _drain(client, [one_request(prompt_tokens, 1, run, vocab_size)])
+            drain(client, [one_request(prompt_tokens, 1, run, vocab_size)])
             seconds.append(time.perf_counter() - started)
             say(f"start {run + 1} of {runs}: {seconds[-1]:.2f} s")
     figures = {"startup": Figure("s", seconds)}
@@ -224,7 +224,7 @@ def _check_context(work: Workload, info: EngineInfo) -> None:
     )
 
 
-def _drain(client: EngineClient, requests: list[Request]) -> None:
+def drain(client: EngineClient, requests: list[Request]) -> None:
     """Hand in ``requests`` and wait for all of their tokens.
 
     Raises:
@@ -243,9 +243,10 @@ def _drain(client: EngineClient, requests: list[Request]) -> None:
         raise EngineError(f"the engine produced {produced} tokens instead of {wanted}")
 
 
-def _timed(client: EngineClient, requests: list[Request]) -> float:
+def timed(client: EngineClient, requests: list[Request]) -> float:
+    """Seconds until all of their tokens are there; errors as of ``drain``."""
     started = time.perf_counter()
-    _drain(client, requests)
+    drain(client, requests)
     return time.perf_counter() - started
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tpctl.accounting import PACKED_HEAD_DIMS
 from tpctl.cli.console import print_json
 from tpctl.errors import EngineError
+
+if TYPE_CHECKING:
+    from tpctl.launch.doctor import Torch
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
@@ -34,32 +37,32 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
         raise EngineError(f"torch cannot be used: {found.problem}; reinstall it")
 
 
-def _print_torch(torch: dict[str, Any]) -> None:
-    if not torch["gpus"]:
-        print(f"GPUs             none visible (torch is built {_built(torch['cuda'])})")
-    for index, gpu in enumerate(torch["gpus"]):
-        free, total = gpu["free"] / 2**30, gpu["total"] / 2**30
-        peers = ", ".join(map(str, gpu["peers"])) or "none"
-        print(f"GPU {index}            {gpu['name']}, compute {gpu['capability']}, {free:.1f} of {total:.1f} GiB free")
+def _print_torch(torch: Torch) -> None:
+    if not torch.gpus:
+        print(f"GPUs             none visible (torch is built {_built(torch.cuda)})")
+    for index, gpu in enumerate(torch.gpus):
+        free, total = gpu.free / 2**30, gpu.total / 2**30
+        peers = ", ".join(map(str, gpu.peers)) or "none"
+        print(f"GPU {index}            {gpu.name}, compute {gpu.capability}, {free:.1f} of {total:.1f} GiB free")
         print(f"                 reaches the memory of: {peers}")
     print(f"between GPUs     {_between_gpus(torch)}")
     print(f"between CPUs     {_between_cpus(torch)}")
-    print(f"CPU linears      {'oneDNN, packed weights' if torch['onednn'] else 'plain'}")
+    print(f"CPU linears      {'oneDNN, packed weights' if torch.onednn else 'plain'}")
 
 
-def _between_gpus(torch: dict[str, Any]) -> str:
-    gpus, nccl = torch["gpus"], f"NCCL {torch['nccl'] or 'not available'}"
+def _between_gpus(torch: Torch) -> str:
+    gpus, nccl = torch.gpus, f"NCCL {torch.nccl or 'not available'}"
     if len(gpus) < 2:
         return nccl
-    if all(len(gpu["peers"]) == len(gpus) - 1 for gpu in gpus):
+    if all(len(gpu.peers) == len(gpus) - 1 for gpu in gpus):
         return f"peer memory in bfloat16 and float32, {nccl} in float16"
     return f"{nccl}; ranks on GPUs that do not reach each other's memory use nothing else"
 
 
-def _between_cpus(torch: dict[str, Any]) -> str:
-    if not torch["gloo"]:
+def _between_cpus(torch: Torch) -> str:
+    if not torch.gloo:
         return "gloo is not available: only --tp 1 can run"
-    return "shared memory, gloo where ranks cannot map it" if torch["shared_memory"] else "gloo"
+    return "shared memory, gloo where ranks cannot map it" if torch.shared_memory else "gloo"
 
 
 def _built(cuda: str | None) -> str:

@@ -55,13 +55,47 @@ print(json.dumps(dict(
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A GPU: bytes of its memory, and the numbers of those whose memory it reaches."""
+
+    name: str
+    capability: str
+    free: int
+    total: int
+    peers: list[int]
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What torch reports.
+
+    Attributes:
+        cuda, nccl: versions; ``None``: it is built without, or has no GPU to use it for.
+        shared_memory: whether CPU ranks can share some.
+        onednn: whether linears on CPUs can be packed.
+    """
+
+    cuda: str | None
+    gpus: list[Gpu]
+    nccl: str | None
+    gloo: bool
+    shared_memory: bool
+    onednn: bool
+
+    @classmethod
+    def from_json(cls, text: str) -> Torch:
+        """What the child process has printed."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{**fields, "gpus": [Gpu(**gpu) for gpu in fields["gpus"]]})
+
+
+@dataclass(frozen=True)
 class Checkup:
     """What was found.
 
     Attributes:
         packages: version of each package, ``None`` where it is not installed.
-        torch: what torch reports of CUDA, GPUs (memory in bytes, peers by index), NCCL, gloo and oneDNN, and whether
-            CPU ranks can share memory; ``None`` where it cannot be imported, and then ``problem`` says why.
+        torch: ``None`` where it cannot be imported, and then ``problem`` says why.
         device: what ``--device`` defaults to.
         attention_backend: what ``--attention-backend auto`` takes there.
     """
@@ -69,7 +103,7 @@ class Checkup:
     python: str
     cores: int
     packages: dict[str, str | None]
-    torch: dict[str, Any] | None
+    torch: Torch | None
     problem: str | None
     device: str
     attention_backend: str
@@ -78,7 +112,7 @@ class Checkup:
 def examine() -> Checkup:
     """Look at the machine. Never raises: what cannot be found is reported as missing."""
     torch, problem = _ask_torch()
-    gpus = torch["gpus"] if torch else []
+    gpus = [] if torch is None else torch.gpus
     device = "cuda" if gpus else "cpu"
     backend = "triton" if gpus and find_spec("triton") is not None else "sdpa"
     return Checkup(
@@ -99,7 +133,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _ask_torch() -> tuple[dict[str, Any] | None, str | None]:
+def _ask_torch() -> tuple[Torch | None, str | None]:
     try:
         found = subprocess.run(
             [sys.executable, "-c", _ASK_TORCH],
@@ -114,5 +148,4 @@ def _ask_torch() -> tuple[dict[str, Any] | None, str | None]:
     if found.returncode != 0:
         lines = found.stderr.strip().splitlines()
         return None, lines[-1] if lines else f"torch ended with exit code {found.returncode}"
-    answer: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
-    return answer, None
+    return Torch.from_json(found.stdout.splitlines()[-1]), None
