@@ -277,3 +277,5 @@ def test_a_decode_step_can_be_read_through(tmp_path: Path, replayed: list[Hashab
     print(*(f"{lines:5} {name}" for name, lines in sorted(files.items(), key=lambda item: -item[1])), sep="\n")
     assert {"engine/scheduling/scheduler.py", "models/decoder.py", "layers/stream_cuda.py"} <= files.keys()
     assert sum(files.values()) <= 1200
+    page = (PACKAGE.parent / "docs" / "a-decode-step.md").read_text(encoding="utf-8")
+    assert not [name for name in files if f"`{name}`" not in page]

@@ -72,6 +72,35 @@ def test_rooms_stand_above_those_that_know_them() -> None:
             assert any(within(known, one) or within(one, known) for one in above), f"{name} knows {known}, below it"
 
 
+def floors() -> list[str]:
+    """The rooms in floors, the highest first: each knows only such as lie below it, and stands as low as it can."""
+    floor: dict[str, int] = {}
+    for name in rules():
+        below = [one for one in floor if any(within(known, one) or within(one, known) for known in MAY_IMPORT[name])]
+        floor[name] = 1 + max((floor[one] for one in below), default=-1)
+    numbers = range(max(floor.values()), -1, -1)
+    return [f"{number:2}  {'  '.join(name for name in floor if floor[name] == number)}" for number in numbers]
+
+
+def test_the_drawing_is_of_the_table() -> None:
+    drawn = "\n".join(floors())
+    assert f"```\n{drawn}\n```" in DOCUMENT.read_text(encoding="utf-8"), f"docs/architecture.md wants\n{drawn}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Also inside functions."""
+    names = {f"tpctl.{name}".rstrip("."): tree for name, tree in modules()}
+    left = {
+        name: {target if target in names else target.rpartition(".")[0] for target in imported(tree)} & names.keys()
+        for name, tree in names.items()
+    }
+    assert len(left) > 400
+    while free := [name for name, targets in left.items() if not targets & (left.keys() - {name})]:
+        for name in free:
+            del left[name]
+    assert not left, f"a circle among {sorted(left)}"
+
+
 def test_every_folder_is_a_room() -> None:
     """A new package must find its place in the table. ``kernels`` is only a shelf; some share their parent's row."""
     folders = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.rglob("__init__.py")} - {""}
