@@ -1,8 +1,16 @@
-"""The demo model's weights in other forms: as mixtures of experts that compute the same, and rounded into formats."""
+"""The demo model's weights in other forms: as mixtures of experts that compute the same, and rounded into formats.
+
+    python -m tests.distributed.real_forms FOLDER [--forms awq gptq int4 int8 nvfp4 mxfp4]
+
+writes checkpoints in formats into ``FOLDER``, all by default, with the tokenizer beside each: for ``tpctl bench
+quality`` (docs/quality.md). Each value is rounded to the nearest; none of them is chosen by what a model answers.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +22,7 @@ from torch import Tensor
 from tests.unit.packers import AWQ_ORDER, E2M1, awq, compressed, gptq
 from tests.unit.packing import expanded, words
 from tpctl.arch.families import FAMILIES
+from tpctl.checkpoint.sources import resolve
 
 Tensors = dict[str, Tensor]
 Rounded = tuple[Tensors, Tensor]
@@ -284,3 +293,24 @@ def in_blocks_of_four_bits(source: Path, folder: Path) -> Tensors:
     config = {**config, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **fields}
     write(folder, {**config, "quantization_config": {"quant_method": "mxfp4"}}, tensors)
     return matrices
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [*FORMATS, "mxfp4"]
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--forms", nargs="+", default=known, choices=known)
+    options = parser.parse_args()
+    source = resolve("demo").folder
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name in options.forms:
+        out = options.folder / name
+        in_blocks_of_four_bits(source, out) if name == "mxfp4" else rounded(name, source, out)
+        for file in source.iterdir():
+            if file.is_file() and "safetensors" not in file.name and file.name != "config.json":
+                shutil.copy(file, out)
+        print(out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

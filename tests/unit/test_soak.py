@@ -1,12 +1,14 @@
-"""A soak says what is left, and ends where a request failed or a block was lost."""
+"""A soak says what is left, and ends where a request failed or a block was lost; engines of real layers lose none."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.fake_client import engine_stats
+from tests.unit.soaking import SHAPES, parts
 from tpctl.bench.mixed import mixed_requests, soak
 from tpctl.errors import EngineError
 from tpctl.wire.messages import Output, Request
@@ -61,3 +63,14 @@ def test_requests_are_mixed() -> None:
     assert len({tuple(request.token_ids[:20]) for request in requests if len(request.token_ids) > 20}) < 300
     ways = {repr((r.sampling.temperature, r.sampling.top_k, r.sampling.top_p, r.sampling.logprobs)) for r in requests}
     assert len(ways) > 5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_engines_lose_no_block_and_no_state(name: str, tmp_path: Path) -> None:
+    """Of experts, of two pools, of recurrent layers: preempted, given up, found again, drafted for."""
+    last, _ = parts(name, tmp_path, 60, 60)[-1]
+    stats = last.stats
+    assert sum(last.ended.values()) == 60 and set(last.ended) == {"length", "abort"}
+    assert stats.prefix_cache_hit_tokens > 0
+    assert stats.preemptions > 0 or name == "qwen3_next"  # where slots for states run out first
+    assert (stats.draft_tokens > 0) == ("speculate" in SHAPES[name][1])
