@@ -155,6 +155,7 @@ def test_an_answer_without_text_is_a_message(tokenizer: Tokenizer) -> None:
         ({"input": [{"type": "function_call"}]}, "input", "item 1 of input: name is null"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "tpctl takes text only"),
         ({"input": [5]}, "input", "item 1 of input is 5, which tpctl cannot take"),
+        ({"input": [{"role": 5, "content": "a"}]}, "input", "must have a string as its role"),
         ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id", "which tpctl cannot do"),
         ({"input": "a", "tools": [{"type": "function"}]}, "tools", "tool 1: name is null"),
         ({"input": "a", "text": {"format": {"type": "json"}}}, "text.format", 'text.format: type is "json"'),

@@ -111,7 +111,7 @@ class Reader:
 
     def _conversation(self, messages: Any, wanted: Wanted, info: EngineInfo) -> Job:
         variables, what = wanted.fields.get("chat_template_kwargs"), wanted.names.get("messages", "messages")
-        with asked_as(wanted.names), _too_long(what):
+        with _asked_in(what), asked_as(wanted.names):
             text = self.rendered(messages, variables, wanted.tools)
             token_ids = self.tokenizer.encode_rendered(text, most=info.max_model_len - 1)
             return self._job(token_ids, wanted, info, None, self.tokenizer.reasoning, what)
@@ -122,7 +122,7 @@ class Reader:
         jobs = []
         for prompt in prompts:
             most = info.max_model_len - 1
-            with asked_as(wanted.names), _too_long("prompt"):
+            with _asked_in("prompt"), asked_as(wanted.names):
                 token_ids = self.tokenizer.encode(prompt, most=most) if isinstance(prompt, str) else prompt
                 jobs.append(self._job(token_ids, wanted, info, 16, None, "prompt"))  # so many are OpenAI's default
         return jobs
@@ -190,12 +190,17 @@ def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
 
 
 @contextmanager
-def _too_long(what: str) -> Iterator[None]:
-    """What is too long is the field ``what``."""
+def _asked_in(what: str) -> Iterator[None]:
+    """What is wrong with messages, and what is too long, is the field ``what``."""
     try:
         yield
     except TooLongError as error:
         raise ApiError(400, str(error), param=what, code=TOO_LONG) from None
+    except RequestError as error:
+        refused = ApiError.of(error)
+        if refused.param == "messages":
+            refused.param = what
+        raise refused from None
 
 
 def check_room(
