@@ -43,7 +43,11 @@ def cases_of(*marks: Any) -> list[Any]:
 
 
 def taken(cases: list[Any]) -> list[dict[str, Any]]:
-    return [case.callspec.params for case in of_the_day(of_the_grid(cases))]
+    return params_of(of_the_day(of_the_grid(cases)))
+
+
+def params_of(cases: list[Any]) -> list[dict[str, Any]]:
+    return [case.callspec.params for case in cases]
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def kind(name: str) -> str:
 def test_a_grid_meets_each_value_so_often() -> None:
     cases = cases_of(NAMES, SIZES)
     for times in (1, 2):
-        found = [case.callspec.params for case in sampled(cases, times)]
+        found = params_of(sampled(cases, times))
         assert set(Counter(one["name"] for one in found).values()) == {times}
         assert min(Counter(one["size"] for one in found).values()) >= times
         assert len({tuple(one.values()) for one in found}) == len(found) == 15 * times
