@@ -162,9 +162,9 @@ def waiting_time(tasks: Path = Path("/proc/self/task")) -> float:
     """Seconds that the process's first other threads have been ready to run without a core; 0 where the kernel does not
     say."""
     total = 0
-    found = sorted(int(task.name) for task in tasks.iterdir()) if tasks.is_dir() else []
+    ids = sorted(int(task.name) for task in tasks.iterdir()) if tasks.is_dir() else []
     own = threading.get_native_id()  # who only looks does no work that could be late
-    for task in [tasks / str(number) for number in found if number != own][:_WATCHED]:
+    for task in [tasks / str(number) for number in ids if number != own][:_WATCHED]:
         try:
             total += int((task / "schedstat").read_text().split()[1])
         except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel has no such file
@@ -178,11 +178,11 @@ def _libgomp() -> ctypes.CDLL | None:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    found = set(_LIBGOMP.findall(mapped))
-    if len(found) != 1 or _OTHER_RUNTIMES.search(mapped):
+    paths = set(_LIBGOMP.findall(mapped))
+    if len(paths) != 1 or _OTHER_RUNTIMES.search(mapped):
         return None
     try:
-        library = ctypes.CDLL(found.pop())
+        library = ctypes.CDLL(paths.pop())
         library.GOMP_parallel.restype = None
         return library if hasattr(library, "omp_get_thread_num") else None
     except (OSError, AttributeError):

@@ -50,15 +50,15 @@ class Guides:
             words: [items, W + 1], to be filled: a bit for each token, the lowest first, then 0; or 1, where the request
                 must end, for the reason that its sequence then has.
         """
-        found: list[Future[None]] = [Future() for _ in items]
+        futures: list[Future[None]] = [Future() for _ in items]
         problem = self._start_threads(len(items))
-        for item, row, future in zip(items, words, found, strict=True):
+        for item, row, future in zip(items, words, futures, strict=True):
             if problem is None:
                 self._work.put((item, row, future))
             else:
                 _refuse(item, row, problem)
                 future.set_result(None)
-        return found
+        return futures
 
     def _start_threads(self, most: int) -> str | None:
         """As many as are of use; why there is none, if so."""

@@ -20,7 +20,7 @@ class PendingMasks:
 
     ids: list[str]
     words: Words | None = None
-    found: list[Future[None]] | None = None
+    futures: list[Future[None]] | None = None
 
 
 class Masks:
@@ -40,7 +40,7 @@ class Masks:
         if self._group.rank == 0:
             assert self.guides is not None
             pending.words = np.empty((len(items), self._width), dtype=np.uint32)
-            pending.found = self.guides.begin(items, pending.words)
+            pending.futures = self.guides.begin(items, pending.words)
         return pending
 
     def finish(self, pending: PendingMasks | None) -> dict[str, Tensor]:
@@ -49,10 +49,10 @@ class Masks:
         if pending is None:
             return {}
         device = self._group.device
-        if pending.words is None or pending.found is None:
+        if pending.words is None or pending.futures is None:
             words = torch.empty((len(pending.ids), self._width), dtype=torch.int32, device=device)
         else:
-            for future in pending.found:
+            for future in pending.futures:
                 future.result()
             words = torch.from_numpy(pending.words.view(np.int32)).to(device)
         return dict(zip(pending.ids, self._group.broadcast(words).unbind(0), strict=True))

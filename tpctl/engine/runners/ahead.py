@@ -74,8 +74,8 @@ def compile_one(described: list[str] | None, launcher: bool = False) -> None:
 
 def processes() -> int:
     """How many would compile on this host; 0: too few to gain by it."""
-    found = min(available_cores(), available_host_memory() // _MEMORY, _MOST)
-    return found if found >= _FEWEST else 0
+    count = min(available_cores(), available_host_memory() // _MEMORY, _MOST)
+    return count if count >= _FEWEST else 0
 
 
 class Ahead:

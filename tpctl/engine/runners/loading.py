@@ -85,22 +85,22 @@ class LoadedModel:
         """What each layer keeps of sequences, zeroed; of one that reads an earlier layer's, that one's."""
         group = self.group
         kv = iter(self.backend.allocate(num_blocks, self.dtype, group.device, self.layout))
-        found: list[LayerKV | LayerState] = []
+        kept: list[LayerKV | LayerState] = []
         for block in self.config.blueprint.blocks:
             one = block.attention
             if isinstance(one, DeltaNet):
                 sizes = one.sizes_of(group.rank, group.size)
-                found.append(LayerState.allocate(sizes, num_states, self.dtype, group.device))
+                kept.append(LayerState.allocate(sizes, num_states, self.dtype, group.device))
             else:
                 reads = one.reads if isinstance(one, Attending) else None
-                found.append(next(kv) if reads is None else found[reads])
-        return found
+                kept.append(next(kv) if reads is None else kept[reads])
+        return kept
 
     def predictor_cache(self, num_blocks: int) -> LayerKV:
         """What the predictor keeps of sequences, in blocks of the same numbers, zeroed."""
         assert self.predicting is not None
-        (found,) = self.predicting.allocate(num_blocks, self.dtype, self.group.device)
-        return found
+        (kept,) = self.predicting.allocate(num_blocks, self.dtype, self.group.device)
+        return kept
 
 
 def load(
@@ -117,20 +117,20 @@ def load(
             to draft tokens, and there is none.
         EngineError: the settings do not fit the model, or the weights do not fit the device.
     """
-    found = outline(settings, group)
-    manifest, tensors, idle, dtype = found.manifest, found.tensors, found.idle, found.dtype
+    outlined = outline(settings, group)
+    manifest, tensors, idle, dtype = outlined.manifest, outlined.tensors, outlined.idle, outlined.dtype
     # While they are converted, weights are held in either form.
     unread = sum(prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8 for tensor in idle.values())
-    made_of = found.config.blueprint
-    held = max(manifest.shard(group.rank).nbytes - unread, run_bytes(found.plan, made_of, tensors, dtype))
+    made_of = outlined.config.blueprint
+    held = max(manifest.shard(group.rank).nbytes - unread, run_bytes(outlined.plan, made_of, tensors, dtype))
     share = _share(settings, group, held)
     warm = None if warm_up is None else Beside(lambda: warm_up(group, dtype))
 
     timings, started = Timings(), time.perf_counter()
-    slab = slab_bytes(found.pools[group.rank], found.layout)
-    rotaries = found.tables(_most_tokens(settings, share, slab, found.layout, found.wanted_len))
+    slab = slab_bytes(outlined.pools[group.rank], outlined.layout)
+    rotaries = outlined.tables(_most_tokens(settings, share, slab, outlined.layout, outlined.wanted_len))
     with torch.device("meta"):
-        model = found.decoder(rotaries)
+        model = outlined.decoder(rotaries)
     files = [settings.shard_dir / name for name in manifest.rank_files(group.rank)]
     constants = {name for name, tensor in tensors.items() if not tensor.pieces}
     weight_bytes = load_shard(model, files, group.device, constants | idle.keys())
@@ -141,11 +141,11 @@ def load(
         started = time.perf_counter()
         warm.wait()
         timings.lap("warm-up", started)
-    return of_model(found, model, rotaries, weight_bytes=weight_bytes, share=share, timings=timings)
+    return of_model(outlined, model, rotaries, weight_bytes=weight_bytes, share=share, timings=timings)
 
 
 def of_model(
-    found: Outline,
+    outlined: Outline,
     model: Decoder,
     rotaries: tuple[RotaryTable | None, ...],
     *,
@@ -155,19 +155,19 @@ def of_model(
 ) -> LoadedModel:
     """All that is known of a model, with the weights in it."""
     return LoadedModel(
-        settings=found.settings,
-        group=found.group,
-        config=found.config,
-        dtype=found.dtype,
-        backend=found.backend,
-        predicting=found.predicting,
-        pools=found.pools[found.group.rank],
-        layout=found.layout,
+        settings=outlined.settings,
+        group=outlined.group,
+        config=outlined.config,
+        dtype=outlined.dtype,
+        backend=outlined.backend,
+        predicting=outlined.predicting,
+        pools=outlined.pools[outlined.group.rank],
+        layout=outlined.layout,
         rotaries=rotaries,
         model=model,
-        sampler=Sampler(found.group, found.plan.vocab_slices, found.config.vocab_size),
+        sampler=Sampler(outlined.group, outlined.plan.vocab_slices, outlined.config.vocab_size),
         weight_bytes=weight_bytes,
-        wanted_len=found.wanted_len,
+        wanted_len=outlined.wanted_len,
         share=share,
         timings=Timings() if timings is None else timings,
     )

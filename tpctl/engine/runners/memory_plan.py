@@ -70,13 +70,13 @@ def _count_states(loaded: LoadedModel, budget: int) -> int:
     slot, most = loaded.state_bytes, loaded.settings.max_num_seqs
     if not slot:
         return 0
-    found = loaded.group.minimum(state_slots(budget, slot, most))
-    if not found:
+    slots = loaded.group.minimum(state_slots(budget, slot, most))
+    if not slots:
         raise EngineError(
             f"{budget} bytes of cache have no room for the recurrent layers' state of one sequence ({slot} bytes, in "
             f"half of it); give --kv-cache-memory {cache_for(0, slot, most)} or more"
         )
-    return found
+    return slots
 
 
 def plain_budget(loaded: LoadedModel) -> int:

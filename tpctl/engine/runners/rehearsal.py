@@ -158,12 +158,12 @@ class Rehearsal:
 
     def __init__(self, config: EngineConfig, rank: int, *, peers: bool) -> None:
         group = StandIn(rank, config.tp_size)
-        found = outline(replace(config, speculate="off"), group)
-        rotaries = found.tables(found.wanted_len)
+        outlined = outline(replace(config, speculate="off"), group)
+        rotaries = outlined.tables(outlined.wanted_len)
         with group.device:
-            model = found.decoder(rotaries)
-        as_stored(model, {name: tensor.dtype for name, tensor in found.tensors.items()})
-        self._loaded = loaded = of_model(found, model, rotaries)
+            model = outlined.decoder(rotaries)
+        as_stored(model, {name: tensor.dtype for name, tensor in outlined.tensors.items()})
+        self._loaded = loaded = of_model(outlined, model, rotaries)
         pace = find_pace(loaded)
         self._paces = (False,) if pace is None else (True, False)
         self._kv = loaded.caches(1, 1)
@@ -267,11 +267,11 @@ def stand_in_peers(group: TPGroup, hidden: int, dtype: torch.dtype, rows: int, t
 
 def between(most: int) -> list[int]:
     """Numbers of tokens from 1 to ``most``: powers of two, one more, and some between."""
-    found, power = {1}, 2
+    sizes, power = {1}, 2
     while power <= most:
-        found |= {power + 1, *range(power, 2 * power, max(1, power // _BETWEEN))}
+        sizes |= {power + 1, *range(power, 2 * power, max(1, power // _BETWEEN))}
         power *= 2
-    return sorted(size for size in found if size <= most)
+    return sorted(size for size in sizes if size <= most)
 
 
 def keep_different(loaded: LoadedModel, kv: list[LayerKV | LayerState]) -> None:

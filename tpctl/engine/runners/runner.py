@@ -121,8 +121,8 @@ class ModelRunner:
                     scores = score_rows(logits, targets, self.sampler, vocab_size, sequence.scoring, some.start)
                     sequence.scores.update(zip(some, scores, strict=True))
                 if (count := sequence.params.prompt_logprobs) is not None:
-                    found = self.sampler.logprobs(logits, targets, count)
-                    sequence.prompt_logprobs.update(zip(some, found, strict=True))
+                    logprobs = self.sampler.logprobs(logits, targets, count)
+                    sequence.prompt_logprobs.update(zip(some, logprobs, strict=True))
             begin += item.num_new_tokens
 
     def collect(self, launched: Launched) -> tuple[list[int], list[TokenLogprob | None] | None]:

@@ -62,11 +62,11 @@ def _floors(descending_RC: Tensor, total_R: Tensor, top_k_R: Tensor, top_p_R: Te
     values = values.where(kept, float("-inf"))
     mass = torch.where(limited, values.logsumexp(-1), total_R.double()).unsqueeze(1)
     enough = kept & (torch.cumsum((values - mass).exp(), -1) >= top_p_R.unsqueeze(1)) & (top_p_R < 1).unsqueeze(1)
-    found = enough.any(-1)
+    ends = enough.any(-1)
     # With top-k the sum can end a rounding error below 1; without it, the set goes on beyond these values.
-    at = torch.where(found, enough.int().argmax(-1), k.squeeze(1) - 1).unsqueeze(1)
+    at = torch.where(ends, enough.int().argmax(-1), k.squeeze(1) - 1).unsqueeze(1)
     floors = descending_RC.gather(1, at).squeeze(1)
-    reached = found | limited
+    reached = ends | limited
     return floors.where(reached, float("-inf")), reached
 
 

@@ -135,8 +135,8 @@ class Sampler:
         """Of tokens that did come, each with ``count`` likeliest ones (collective); float32, as for those chosen."""
         logits = self._own(logits_RV).float()
         wanted = [count] * len(logits)
-        found = report_logprobs(logits, token_ids_R, self.first, self.widest, wanted, self.group)
-        return [one for one in found if one is not None]
+        reported = report_logprobs(logits, token_ids_R, self.first, self.widest, wanted, self.group)
+        return [one for one in reported if one is not None]
 
     def _own(self, logits_RV: Tensor) -> Tensor:
         """Without padding columns; a rank that holds nothing else keeps one column that can never win."""
@@ -283,9 +283,9 @@ def _argmax(scores_RV: Tensor, width: int = 256) -> Tensor:
         return scores_RV.argmax(-1, keepdim=True)
     run = runs.amax(-1).argmax(-1, keepdim=True)
     inside = runs.take_along_dim(run.unsqueeze(-1), 1).squeeze(1).argmax(-1, keepdim=True)
-    found = run * width + inside
+    place = run * width + inside
     if whole == scores_RV.shape[1]:
-        return found
+        return place
     rest = scores_RV[:, whole:].argmax(-1, keepdim=True) + whole
-    last, best = scores_RV.gather(1, rest), scores_RV.gather(1, found)
-    return torch.where((last > best) | last.isnan(), rest, found)
+    last, best = scores_RV.gather(1, rest), scores_RV.gather(1, place)
+    return torch.where((last > best) | last.isnan(), rest, place)

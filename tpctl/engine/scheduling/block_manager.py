@@ -96,25 +96,25 @@ class BlockManager:
         """
         if not self.enable_prefix_caching or sequence.alone:
             return self.nothing
-        found: list[bytes] = []
+        digests: list[bytes] = []
         runs, count, met = [0] * len(self._windowed), 0, 0
         for digest in self._digests(sequence, (len(sequence.token_ids) - 1) // self.block_size):
             if any(digest not in pool.cached for pool in self._whole):
                 break
-            found.append(digest)
+            digests.append(digest)
             suits = kept is None or digest in kept
             for number, pool in enumerate(self._windowed):
                 runs[number] = runs[number] + 1 if digest in pool.cached else 0
-                suits = suits and runs[number] >= min(pool.reach, len(found))
+                suits = suits and runs[number] >= min(pool.reach, len(digests))
             if suits:
-                count = len(found)
+                count = len(digests)
             if self._whole or any(runs):
-                met = len(found)
+                met = len(digests)
         tables = []
         for pool in self.pools:
             gone = 0 if pool.window is None else max(0, count - pool.reach)
-            tables.append([GONE] * gone + [pool.cached[digest] for digest in found[gone:count]])
-        return Prefix(count, tuple(tables), found[count - 1] if count else b"", met)
+            tables.append([GONE] * gone + [pool.cached[digest] for digest in digests[gone:count]])
+        return Prefix(count, tuple(tables), digests[count - 1] if count else b"", met)
 
     def admit(
         self,

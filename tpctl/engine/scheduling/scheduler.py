@@ -433,5 +433,5 @@ def _prompt_logprobs(sequence: Sequence) -> list[TokenLogprob] | None:
     """What is told with a sequence's first token, and is then no longer kept."""
     if len(sequence.token_ids) != sequence.num_prompt_tokens + 1:
         return None
-    found, sequence.prompt_logprobs = sequence.prompt_logprobs, {}
-    return [found[place] for place in sorted(found)]
+    logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, {}
+    return [logprobs[place] for place in sorted(logprobs)]

@@ -177,7 +177,7 @@ class Slabs:
         if not pool.spare:
             return None
         return next(
-            (block for found in (pool.raw, pool.free) for block in found if self._used[block // pool.per_slab]), None
+            (block for blocks in (pool.raw, pool.free) for block in blocks if self._used[block // pool.per_slab]), None
         )
 
     def _make_room(self, pool: BlockPool) -> None:
@@ -186,18 +186,18 @@ class Slabs:
             self._assign(self.empty.popleft(), pool)
             return
         oldest = next(iter(pool.free.items()), None)
-        found: tuple[int, BlockPool, int] | None = None
+        dissolved: tuple[int, BlockPool, int] | None = None
         if oldest is not None:
             slab = oldest[0] // pool.per_slab
             if self._used[slab] == 0:
-                found = oldest[1], pool, slab
+                dissolved = oldest[1], pool, slab
         for other in self.pools:
             if other is not pool and other.idle:
                 slab, since = next(iter(other.idle.items()))
-                if (oldest is None or since < oldest[1]) and (found is None or since < found[0]):
-                    found = since, other, slab
-        if found is not None:
-            _, owner, slab = found
+                if (oldest is None or since < oldest[1]) and (dissolved is None or since < dissolved[0]):
+                    dissolved = since, other, slab
+        if dissolved is not None:
+            _, owner, slab = dissolved
             self._dissolve(owner, slab)
             self._assign(slab, pool)
 

@@ -100,8 +100,8 @@ class StatePool:
         answered = end > sequence.num_prompt_tokens and end == sequence.num_hashed_blocks * size
         if answered and end - start not in keeps:
             keeps[end - start] = self._move_on(sequence)
-        found = [(after, copy) for after, copy in keeps.items() if copy is not None]
-        return StateUse(slot, source, tuple(sorted(found + before)))
+        kept = [(after, copy) for after, copy in keeps.items() if copy is not None]
+        return StateUse(slot, source, tuple(sorted(kept + before)))
 
     def settle(self, sequence: Sequence, accepted: int) -> None:
         """So many of the drafts under way are the answer; its tokens are known, and its blocks registered."""

@@ -41,11 +41,11 @@ def build_forward_batch(
         ids.extend(item.token_ids)
         rows.extend(begin + place - 1 - item.start for place in item.places)
     runs = [Run(item.sequence, item.start, item.num_new_tokens) for item in batch.items]
-    found = build_runs(runs, ids, block_size, device, places)
-    found.logits_rows = torch.tensor(rows, dtype=torch.int64, device=device)
-    found.states = [SequenceState(*item.state) for item in batch.items if item.state is not None] or None
-    found.num_decodes = batch.num_decodes
-    return found
+    forward = build_runs(runs, ids, block_size, device, places)
+    forward.logits_rows = torch.tensor(rows, dtype=torch.int64, device=device)
+    forward.states = [SequenceState(*item.state) for item in batch.items if item.state is not None] or None
+    forward.num_decodes = batch.num_decodes
+    return forward
 
 
 def build_runs(

@@ -54,7 +54,7 @@ class Slots:
     def update(self, items: Iterable[ScheduledSequence]) -> list[int]:
         """The slot of each item's sequence, its block table and sampling state on the device once the queued copies
         have run."""
-        found = []
+        indices = []
         cells: list[int] = []
         numbers: list[int] = []
         for item in items:
@@ -66,11 +66,11 @@ class Slots:
                 numbers += self._state(sequence)
             if slot.num_slots != sequence.num_slots:
                 self._append(slot, cells, numbers)
-            found.append(slot.index)
+            indices.append(slot.index)
         if cells:
             both = self._send(torch.tensor([cells, numbers], dtype=torch.int32))
             self._cells.index_copy_(0, both[0].long(), both[1])
-        return found
+        return indices
 
     def _append(self, slot: _Slot, cells: list[int], numbers: list[int]) -> None:
         """Add what is new in a sequence's tables, and where it goes. What windows have passed since stays there: no

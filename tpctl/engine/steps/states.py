@@ -53,14 +53,14 @@ class StepStates(NamedTuple):
 
 def count_chunks(items: Sequence[ScheduledSequence]) -> int:
     """How many chunks ``prompt_chunks`` makes of them."""
-    found = 0
+    chunks = 0
     for item in items:
         assert item.state is not None
         start = 0
         for stop in (*(after for after, _ in item.state.keeps), item.num_new_tokens):
-            found += -(-(stop - start) // NET_CHUNK)
+            chunks += -(-(stop - start) // NET_CHUNK)
             start = stop
-    return found
+    return chunks
 
 
 def flat(columns: Sequence[Sequence[int]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

@@ -65,8 +65,8 @@ class KernelSpec:
 
     def parts(self) -> tuple[Any, Any, Any, Any]:
         """Signature, constants, options and attributes."""
-        found: tuple[Any, Any, Any, Any] = pickle.loads(b64decode(self.pickled))
-        return found
+        parts: tuple[Any, Any, Any, Any] = pickle.loads(b64decode(self.pickled))
+        return parts
 
 
 class _Device:

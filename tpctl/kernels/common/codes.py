@@ -121,9 +121,9 @@ def as_floats(scales: Tensor) -> Tensor:
     if scales.dtype != torch.uint8:
         return scales.float()
     exponents = scales.int()
-    found = (exponents << 23).view(torch.float32)
-    found = torch.where(exponents == 0, torch.full_like(found, 2.0**-127), found)
-    return torch.where(exponents == 255, torch.full_like(found, torch.nan), found)
+    floats = (exponents << 23).view(torch.float32)
+    floats = torch.where(exponents == 0, torch.full_like(floats, 2.0**-127), floats)
+    return torch.where(exponents == 255, torch.full_like(floats, torch.nan), floats)
 
 
 def _numbers(kind: Kind, values: Tensor, columns: int) -> Tensor:
@@ -132,8 +132,8 @@ def _numbers(kind: Kind, values: Tensor, columns: int) -> Tensor:
         return values.to(torch.float32, copy=True)
     # A table of what bytes stand for is several times as fast on CPUs as conversions and shifts.
     table = _table(kind, values.device)
-    found = table.index_select(0, values.view(torch.uint8).int().flatten()).view(torch.float32)
-    return found.view(len(values), -1)[:, :columns]
+    numbers = table.index_select(0, values.view(torch.uint8).int().flatten()).view(torch.float32)
+    return numbers.view(len(values), -1)[:, :columns]
 
 
 @cache
@@ -147,13 +147,13 @@ def _table(kind: Kind, device: torch.device) -> Tensor:
     return torch.complex(low, high)
 
 
-def _spread(codes: Codes, found: Tensor) -> Tensor:
+def _spread(codes: Codes, columns_nC: Tensor) -> Tensor:
     """[n, C] as [n, K] or what broadcasts to it."""
     if codes.groups is not None:
-        return found[:, codes.groups]
-    if found.shape[1] == 1:
-        return found
+        return columns_nC[:, codes.groups]
+    if columns_nC.shape[1] == 1:
+        return columns_nC
     if codes.first == 0:
-        return found.repeat_interleave(codes.unit, dim=1)[:, : codes.columns]
-    columns = torch.arange(codes.first, codes.first + codes.columns, device=found.device) // codes.unit
-    return found[:, columns]
+        return columns_nC.repeat_interleave(codes.unit, dim=1)[:, : codes.columns]
+    columns = torch.arange(codes.first, codes.first + codes.columns, device=columns_nC.device) // codes.unit
+    return columns_nC[:, columns]

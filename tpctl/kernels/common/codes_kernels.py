@@ -118,9 +118,9 @@ def e4m3_float(bits):
     """e4m3 bytes in float32, on GPUs without the type as well. 0x7f is no number."""
     bits = bits.to(tl.int32)
     size = bits & 0x7F
-    found = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    found = tl.where(size == 0x7F, float("nan"), found)
-    return tl.where(bits > 0x7F, -found, found)
+    number = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    number = tl.where(size == 0x7F, float("nan"), number)
+    return tl.where(bits > 0x7F, -number, number)
 
 
 @triton.jit
@@ -128,36 +128,36 @@ def scale_float(scale, FORM: tl.constexpr):
     """Scales in float32: "floats", or bytes of "e8m0" (`codes.as_floats`) or "e4m3"."""
     if FORM == "e8m0":
         bits = scale.to(tl.int32)
-        found = (bits << 23).to(tl.float32, bitcast=True)
-        found = tl.where(bits == 0, 5.877471754111438e-39, found)
-        found = tl.where(bits == 255, float("nan"), found)
+        number = (bits << 23).to(tl.float32, bitcast=True)
+        number = tl.where(bits == 0, 5.877471754111438e-39, number)
+        number = tl.where(bits == 255, float("nan"), number)
     elif FORM == "e4m3":
-        found = e4m3_float(scale)
+        number = e4m3_float(scale)
     else:
-        found = scale.to(tl.float32)
-    return found
+        number = scale.to(tl.float32)
+    return number
 
 
 @triton.jit
 def e2m1_float(code):
     """Codes 0 to 15 of e2m1 in float32."""
     code = code.to(tl.int32)
-    found = ((code & 7) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
-    return tl.where(code > 7, -found, found)
+    number = ((code & 7) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+    return tl.where(code > 7, -number, number)
 
 
 @triton.jit
 def code_float(code, KIND: tl.constexpr):
     """Codes of one input each in float32, before zeros and scales."""
     if KIND == "e2m1":
-        found = e2m1_float(code)
+        number = e2m1_float(code)
     elif KIND == "e4m3":
-        found = e4m3_float(code)
+        number = e4m3_float(code)
     elif KIND == "int8":
-        found = code.to(tl.int8, bitcast=True).to(tl.float32)
+        number = code.to(tl.int8, bitcast=True).to(tl.float32)
     else:
-        found = code.to(tl.float32)
-    return found
+        number = code.to(tl.float32)
+    return number
 
 
 @triton.jit
@@ -213,16 +213,16 @@ def fast_half(w, minus, factor, SCALED: tl.constexpr, ODD: tl.constexpr):
 def fast_single(w, minus, factor, KIND: tl.constexpr, SCALED: tl.constexpr):
     """bfloat16 numbers of bytes w of one input each; minus and factor as for `fast_pair`, minus for int8 alone."""
     if KIND == "e4m3" and SCALED:
-        found = tl.inline_asm_elementwise(_E4M3_SCALED, "=r,=r,r,r,r", [w, factor], tl.bfloat16, is_pure=True, pack=4)
+        numbers = tl.inline_asm_elementwise(_E4M3_SCALED, "=r,=r,r,r,r", [w, factor], tl.bfloat16, is_pure=True, pack=4)
     elif KIND == "e4m3":
-        found = tl.inline_asm_elementwise(_E4M3, "=r,=r,r", [w], tl.bfloat16, is_pure=True, pack=4)
+        numbers = tl.inline_asm_elementwise(_E4M3, "=r,=r,r", [w], tl.bfloat16, is_pure=True, pack=4)
     elif SCALED:
-        found = tl.inline_asm_elementwise(
+        numbers = tl.inline_asm_elementwise(
             _INT8_SCALED, "=r,=r,r,r,r,r,r", [w, minus, factor], tl.bfloat16, is_pure=True, pack=4
         )
     else:
-        found = tl.inline_asm_elementwise(_INT8, "=r,=r,r,r,r", [w, minus], tl.bfloat16, is_pure=True, pack=4)
-    return found
+        numbers = tl.inline_asm_elementwise(_INT8, "=r,=r,r,r,r", [w, minus], tl.bfloat16, is_pure=True, pack=4)
+    return numbers
 
 
 @triton.jit

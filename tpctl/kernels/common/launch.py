@@ -32,11 +32,11 @@ class DeviceFacts(NamedTuple):
     @classmethod
     def of(cls, device: torch.device) -> DeviceFacts:
         index = torch.cuda.current_device() if device.index is None else device.index
-        found: Any = torch.cuda.get_device_properties(index)
-        shared = getattr(found, "shared_memory_per_block_optin", None)
+        properties: Any = torch.cuda.get_device_properties(index)
+        shared = getattr(properties, "shared_memory_per_block_optin", None)
         if shared is None:  # which torch has not always said
             shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-        return cls((found.major, found.minor), found.multi_processor_count, int(shared))
+        return cls((properties.major, properties.minor), properties.multi_processor_count, int(shared))
 
 
 _INTERPRETER = DeviceFacts((9, 0), 4, 232448)

@@ -112,13 +112,13 @@ def _inverse(system, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.con
     of_block = tl.arange(0, BLOCKS)
     apart = of_block[:, None, None, None] == of_block[None, None, :, None]
     blocks = tl.sum(tl.where(apart, tl.reshape(system, [BLOCKS, BLOCK, BLOCKS, BLOCK]), 0.0), 2)
-    found = -blocks  # [BLOCKS, BLOCK, BLOCK], of which each row needs those above it
+    block_inverses = -blocks  # [BLOCKS, BLOCK, BLOCK], of which each row needs those above it
     r = tl.arange(0, BLOCK)[None, :, None]
     for at in range(2, BLOCK):
-        row = tl.sum(tl.where(r == at, found, 0.0), 1)
-        row += tl.sum(row[:, :, None] * found, 1)
-        found = tl.where(r == at, row[:, None, :], found)
-    spread = tl.where(apart, found[:, :, None, :], 0.0)
+        row = tl.sum(tl.where(r == at, block_inverses, 0.0), 1)
+        row += tl.sum(row[:, :, None] * block_inverses, 1)
+        block_inverses = tl.where(r == at, row[:, None, :], block_inverses)
+    spread = tl.where(apart, block_inverses[:, :, None, :], 0.0)
     inverse = tl.reshape(spread, [CHUNK, CHUNK]) + one
     below = tl.where(diagonal, 0.0, system)
     n = tl.dot(inverse, below, input_precision=PRECISION)
@@ -332,15 +332,15 @@ def scan_kernel(
         total = tl.load(total_ptr + of_head)
         narrow = state.to(dtype)
         new -= tl.dot(weight, narrow, input_precision=PRECISION)
-        found = tl.dot(query, narrow, input_precision=PRECISION)
+        queried = tl.dot(query, narrow, input_precision=PRECISION)
         narrow_new = new.to(dtype)
-        found = tl.dot(within, narrow_new, found, input_precision=PRECISION)
+        queried = tl.dot(within, narrow_new, queried, input_precision=PRECISION)
         state = tl.dot(tl.trans(key), narrow_new, state * tl.exp(total), input_precision=PRECISION)
         start = tl.load(chunks_ptr + chunk)
         count = tl.load(chunks_ptr + num_chunks + chunk)
         save = tl.load(chunks_ptr + 3 * num_chunks + chunk).to(tl.int64)
         row = start.to(tl.int64) + t
-        tl.store(out_ptr + (row[:, None] * HEADS + head) * VALUE_DIM + e[None, :], found.to(dtype),
+        tl.store(out_ptr + (row[:, None] * HEADS + head) * VALUE_DIM + e[None, :], queried.to(dtype),
                  mask=(t < count)[:, None] & (e < VALUE_DIM)[None, :])  # fmt: skip
         if save >= 0:
             tl.store(matrices_ptr + save * SLOT + place, state, mask=inside)

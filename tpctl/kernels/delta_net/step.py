@@ -192,15 +192,15 @@ def _move_on(
     qk = silu_rounded(qk_past + qk_in.to(tl.float32) * qk_tap, dtype)
     q, k = tl.split(tl.trans(qk))
     q_length, k_length, qk_product = tl.reduce((q * q, k * k, q * k), 0, _add_3)
-    known, found = tl.reduce((state * k[:, None], state * q[:, None]), 0, _add_2)
+    known, queried = tl.reduce((state * k[:, None], state * q[:, None]), 0, _add_2)
     v = silu_rounded(v_past + v_in.to(tl.float32) * v_tap, dtype)
     g, beta = head_gates(a, b, dt_bias, a_log)
     decay = tl.exp(g)
     k_scale = tl.rsqrt(k_length + 1e-6)
     q_scale = tl.rsqrt(q_length + 1e-6) * (1.0 / tl.sqrt(KEY_DIM * 1.0))
     new = beta * (v - known * (decay * k_scale)) * k_scale
-    found = (found * decay + qk_product * new) * q_scale
-    x = found.to(dtype).to(tl.float32)
+    queried = (queried * decay + qk_product * new) * q_scale
+    x = queried.to(dtype).to(tl.float32)
     x = (x * tl.rsqrt(tl.sum(x * x, 0) / VALUE_DIM + eps)).to(dtype).to(tl.float32)
     x = (x * weight.to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(out_ptr + (row * (KEYS * GROUP) + head) * VALUE_DIM + e, (x * (z / (1.0 + tl.exp(-z)))).to(dtype),

@@ -56,12 +56,12 @@ class Chunks:
 
     def padded(self, chunks: int, sequences: int) -> list[int]:
         """All columns behind each other, of so many chunks and sequences; those that there are not are empty."""
-        found: list[int] = []
+        numbers: list[int] = []
         for column in self.chunks:
-            found += column + [0] * (chunks - len(column))
+            numbers += column + [0] * (chunks - len(column))
         for column in self.sequences:
-            found += column + column[-1:] * (sequences + 1 - len(column))
-        return found
+            numbers += column + column[-1:] * (sequences + 1 - len(column))
+        return numbers
 
     @classmethod
     def of(cls, sequences: Iterable[NewTokens]) -> Chunks:

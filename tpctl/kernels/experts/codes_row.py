@@ -124,9 +124,9 @@ def _stored(codes: Codes, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _options(codes: Codes, config: CodesRowConfig) -> dict[str, object]:
-    found = gemv_form(codes)
-    assert found is not None
-    form, parts = found
+    read_as = gemv_form(codes)
+    assert read_as is not None
+    form, parts = read_as
     return {
         "FORM": form,
         "SCALE_ROWS": codes.scales.shape[1],

@@ -186,16 +186,16 @@ def codes_row_down_kernel(
         expert = tl.load(ids_ptr + slot) - first
         mine = (expert >= 0) & (expert < count)
         weight = tl.load(weights_ptr + slot)
-        found = _of_expert(
+        of_expert = _of_expert(
             tl.where(mine, expert, 0), w_ptr, scales_ptr, zeros_ptr, factors_ptr, bias_ptr, OUTPUTS, SCALE_ROWS, FORM,
             HAS_BIAS
         )  # fmt: skip
-        at_experts += (found,)  # type: ignore[assignment]
+        at_experts += (of_expert,)  # type: ignore[assignment]
         here += (mine,)  # type: ignore[assignment]
-        factor = row_factors(found[1], rows_ptr, found[3], first_row, OUTPUTS, FORM, R, 1, False)
+        factor = row_factors(of_expert[1], rows_ptr, of_expert[3], first_row, OUTPUTS, FORM, R, 1, False)
         factors += (tl.where(mine, factor * weight, 0.0),)  # type: ignore[assignment]
         if HAS_BIAS:
-            added = tl.load(found[4] + n, mask=(n < OUTPUTS) & mine, other=0.0).to(tl.float32)
+            added = tl.load(of_expert[4] + n, mask=(n < OUTPUTS) & mine, other=0.0).to(tl.float32)
             bias += tl.where(mine, weight * added, 0.0)
     w_ahead = ()
     scales_ahead = ()

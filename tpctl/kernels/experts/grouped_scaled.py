@@ -56,7 +56,7 @@ def pick_scaled(
         return None
     if capability[0] == 9:
         block_m = max(16, block_m // 2)
-    found = []
+    configs = []
     for codes, gated in ((experts.gate_up.codes, True), (experts.down.codes, False)):
         if not is_scaled(codes, capability):
             return None
@@ -69,8 +69,8 @@ def pick_scaled(
             wanted = 4
         stage = (block_m + block_n * (2 if gated else 1)) * block_k
         stages = max(2, min(wanted if gated else wanted + 1, (limit - 4096) // stage))
-        found.append(ScaledConfig(block_m, block_n, block_k, num_warps, stages))
-    return found[0], found[1]
+        configs.append(ScaledConfig(block_m, block_n, block_k, num_warps, stages))
+    return configs[0], configs[1]
 
 
 def rounds_itself(experts: ExpertMatrices[CodedMatrix], configs: tuple[ScaledConfig, ScaledConfig]) -> bool:

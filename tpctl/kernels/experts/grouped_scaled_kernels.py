@@ -14,12 +14,12 @@ from tpctl.kernels.linear.codes_gemm_kernels import row_tile, scales_of
 @triton.jit
 def _finished(sums, scale, n, factors_ptr, bias_ptr, FORM: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Sums [N, M] with what is the same for all of an output's: its scale (1 where blocks had theirs), factor, bias."""
-    found = sums * scale[:, None]
+    y = sums * scale[:, None]
     if FORM.has_factors:
-        found *= tl.load(factors_ptr + n)[:, None]
+        y *= tl.load(factors_ptr + n)[:, None]
     if HAS_BIAS:
-        found += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-    return found
+        y += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    return y
 
 
 @triton.jit

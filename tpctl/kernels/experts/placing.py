@@ -71,25 +71,25 @@ def _place_few_kernel(
         other = tl.load(ids_ptr + p, mask=p < pairs, other=-1) - first
         before += ((other >= 0) & (other < expert)).to(tl.int32)
     start = tl.sum(before, 0)
-    found = start
+    stop = start
     for p0 in range(0, pairs, STEP):
         p = p0 + tl.arange(0, STEP)
         mine = tl.load(ids_ptr + p, mask=p < pairs, other=first - 1) == first + expert
-        place = found + tl.cumsum(mine.to(tl.int32), 0) - 1
+        place = stop + tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(pairs_ptr + place, p, mask=mine)
-        found += tl.sum(mine.to(tl.int32), 0)
+        stop += tl.sum(mine.to(tl.int32), 0)
     tile = expert + start // BLOCK_M
-    end = expert + 1 + found // BLOCK_M
+    end = expert + 1 + stop // BLOCK_M
     if expert == count - 1:
         end = tiles
     for t0 in range(tile, end, 64):
         t = t0 + tl.arange(0, 64)
         done = (t - tile) * BLOCK_M
-        there = done < found - start
+        there = done < stop - start
         at = tiles_ptr + 3 * t
         tl.store(at, tl.where(there, expert, -1), mask=t < end)
         tl.store(at + 1, start + done, mask=(t < end) & there)
-        tl.store(at + 2, tl.minimum(found - start - done, BLOCK_M), mask=(t < end) & there)
+        tl.store(at + 2, tl.minimum(stop - start - done, BLOCK_M), mask=(t < end) & there)
 
 
 @triton.jit
@@ -170,13 +170,13 @@ def _place_kernel(
     starts = tl.cumsum(total, 0) - total
     p = block * BLOCK + tl.arange(0, BLOCK)
     expert = _expert_of(ids_ptr, p, p < pairs, first, count)
-    found = tl.zeros([BLOCK, STEP], tl.int32)  # added up once, not in every step
+    earlier_pairs = tl.zeros([BLOCK, STEP], tl.int32)  # added up once, not in every step
     for q0 in range(chunk * CHUNK, tl.minimum(pairs, (block + 1) * BLOCK), STEP):
         q = q0 + tl.arange(0, STEP)
         other_expert = _expert_of(ids_ptr, q, q < pairs, first, count)
         earlier = (other_expert[None, :] == expert[:, None]) & (q[None, :] < p[:, None])
-        found += earlier.to(tl.int32)
-    rank = _pick(starts + before, expert, EXPERTS) + tl.sum(found, 1)
+        earlier_pairs += earlier.to(tl.int32)
+    rank = _pick(starts + before, expert, EXPERTS) + tl.sum(earlier_pairs, 1)
     tl.store(pairs_ptr + rank, p, mask=expert >= 0)
     _write_tiles(tiles_ptr, block * BLOCK + tl.arange(0, BLOCK), tiles, total, starts, EXPERTS, BLOCK_M)
 

@@ -90,7 +90,7 @@ def cublas_linear(
     q, q_scales = quantize_rows(
         x_TK, "e4m3", scales.block, norm=norm, unit_offset=unit_offset, columns_first=scales.block is not None, pdl=pdl
     )
-    found: Tensor = torch._scaled_mm(
+    product: Tensor = torch._scaled_mm(
         q,
         codes.values.T,
         q_scales,
@@ -99,4 +99,4 @@ def cublas_linear(
         out_dtype=x_TK.dtype,
         use_fast_accum=scales.block is None,
     )
-    return found[:rows]
+    return product[:rows]

@@ -221,16 +221,16 @@ def scaled_gemm_reference(q_TK: Tensor, scales_TG: Tensor, codes: Codes, block: 
 def decode_rows(codes: Codes, start: int, stop: int, dtype: torch.dtype, *, pdl: bool = False) -> Tensor:
     """`codes.decode` in one launch: the numbers of outputs start to stop, [stop - start, K]."""
     form, tile, parts = form_of(codes, 64, fast=False)
-    found = torch.empty((stop - start, codes.columns), dtype=dtype, device=codes.values.device)
+    numbers = torch.empty((stop - start, codes.columns), dtype=dtype, device=codes.values.device)
     block_n = 32
     decode_kernel[(triton.cdiv(stop - start, block_n), triton.cdiv(form.row_bytes, tile))](
-        as_bytes(codes.values, found),
-        as_bytes(codes.scales, found),
+        as_bytes(codes.values, numbers),
+        as_bytes(codes.scales, numbers),
         as_bytes(codes.zeros, codes.values.view(torch.uint8)),
-        as_bytes(codes.rows, found),
-        as_bytes(codes.groups, found),
-        as_bytes(codes.factors, found),
-        found,
+        as_bytes(codes.rows, numbers),
+        as_bytes(codes.groups, numbers),
+        as_bytes(codes.factors, numbers),
+        numbers,
         start,
         stop,
         FORM=form,
@@ -241,7 +241,7 @@ def decode_rows(codes: Codes, start: int, stop: int, dtype: torch.dtype, *, pdl:
         num_warps=4,
         **launch_options(pdl),
     )
-    return found
+    return numbers
 
 
 def decoded_linear(x_TK: Tensor, codes: Codes, bias_N: Tensor | None = None, *, pdl: bool = False) -> Tensor:

@@ -60,10 +60,10 @@ def row_tile(rows_at, k, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
     last."""
     at = k + tl.arange(0, BLOCK_K)[None, :]
     if COLUMNS % BLOCK_K == 0:
-        found = tl.load(rows_at + at)
+        tile = tl.load(rows_at + at)
     else:
-        found = tl.load(rows_at + at, mask=at < COLUMNS, other=0.0)
-    return found
+        tile = tl.load(rows_at + at, mask=at < COLUMNS, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -77,11 +77,11 @@ def scales_of(scales_ptr, rows_ptr, n, FORM: tl.constexpr):
 def _tile(source, row, rows, k, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
     """[BLOCK, BLOCK_K] at (row, k) of a matrix [rows, COLUMNS]; beyond its columns, zeros."""
     if TMA:
-        found = source.load([row, k])
+        tile = source.load([row, k])
     else:
         rows_at = tl.minimum(row + tl.arange(0, BLOCK), rows - 1).to(tl.int64)[:, None] * COLUMNS
-        found = row_tile(source + rows_at, k, COLUMNS, BLOCK_K)
-    return found
+        tile = row_tile(source + rows_at, k, COLUMNS, BLOCK_K)
+    return tile
 
 
 @triton.jit

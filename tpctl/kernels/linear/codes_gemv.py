@@ -90,10 +90,10 @@ def codes_gemv(
     if in_features != codes.columns:
         raise ValueError(f"x has {in_features} columns, the codes {codes.columns}")
     norm_K = x_TK if norm is None else norm[0]
-    found = gemv_form(codes)
-    if found is None or rows > MOST_ROWS or not may_be_fast(x_TK, norm_K):
+    read_as = gemv_form(codes)
+    if read_as is None or rows > MOST_ROWS or not may_be_fast(x_TK, norm_K):
         raise ValueError(f"{rows} rows of {x_TK.dtype} and such {codes.kind} codes: use codes_linear")
-    form, parts = found
+    form, parts = read_as
     width = 2 if activation else 1
     out_features = codes.outputs // width
     if out is None:

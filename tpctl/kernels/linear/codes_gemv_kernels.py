@@ -123,15 +123,15 @@ def row_factors(
     N: tl.constexpr = 8 * R // WIDTH
     at = tl.arange(0, 8 * R)
     row = half_row(tl.minimum(first_row + at % N, out_features - 1), at // N, out_features, INTERLEAVED)
-    found = unlifted(tl.full([8 * R], 1.0, tl.float32), KIND)
+    factors = unlifted(tl.full([8 * R], 1.0, tl.float32), KIND)
     if FORM.mode == "end":
         of = row
         if FORM.has_rows:
             of = tl.load(rows_ptr + row)
-        found *= scale_float(tl.load(scales_ptr + of.to(tl.int64) * FORM.scale_columns), SCALES)
+        factors *= scale_float(tl.load(scales_ptr + of.to(tl.int64) * FORM.scale_columns), SCALES)
     if FORM.has_factors:
-        found *= tl.load(factors_ptr + row)
-    return found
+        factors *= tl.load(factors_ptr + row)
+    return factors
 
 
 @triton.jit
@@ -229,15 +229,15 @@ def tile_sums(
 @triton.jit
 def _squares(x_ptr, m, rows, x_stride, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of the squares of rows m of x, of words of two bfloat16 numbers."""
-    found = tl.zeros([m.shape[0]], tl.float32)
+    squares = tl.zeros([m.shape[0]], tl.float32)
     for start in tl.static_range(0, WORDS, BLOCK):
         k = start + tl.arange(0, BLOCK)
         mask = (m < rows)[:, None] & (k < WORDS)[None, :]
         x = tl.load(x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :], mask=mask, other=0)
         low = (x << 16).to(tl.float32, bitcast=True)
         high = (x & -65536).to(tl.float32, bitcast=True)
-        found += tl.sum(low * low + high * high, 1)
-    return found
+        squares += tl.sum(low * low + high * high, 1)
+    return squares
 
 
 @triton.jit(do_not_specialize=["rows"])

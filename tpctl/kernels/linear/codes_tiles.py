@@ -58,12 +58,12 @@ class Form(NamedTuple):
 @triton.jit
 def as_zero(zero, KIND: tl.constexpr):
     if KIND == "e4m3":
-        found = e4m3_float(zero)
+        number = e4m3_float(zero)
     elif zero.dtype == tl.uint8 and KIND == "int8":
-        found = zero.to(tl.int8, bitcast=True).to(tl.float32)
+        number = zero.to(tl.int8, bitcast=True).to(tl.float32)
     else:
-        found = zero.to(tl.float32)
-    return found
+        number = zero.to(tl.float32)
+    return number
 
 
 @triton.jit

@@ -86,9 +86,9 @@ def pick(
     if rows > most:
         return None
     if rows == 1:
-        found = (_ONE_ROW_GATED if gated else _ONE_ROW).get((out_features, in_features))
-        if found is not None:
-            return found
+        tuned = (_ONE_ROW_GATED if gated else _ONE_ROW).get((out_features, in_features))
+        if tuned is not None:
+            return tuned
         width = next_power_of_2(in_features)
         if out_features >= 32768:  # an lm_head: bandwidth alone
             return GemvConfig(2, width, 1, 4) if 2048 <= width <= 4096 else GemvConfig(2, min(width, 512), 1, 2)

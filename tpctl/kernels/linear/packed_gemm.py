@@ -76,10 +76,10 @@ def packed_form(codes: Codes, most_bytes: int) -> tuple[Form, int] | None:
 def take_apart(x_TK: Tensor, *, pdl: bool = False) -> Tensor:
     """x [T, K] bfloat16 with each row's even inputs first, then its odd ones. K even, rows at multiples of 4 bytes."""
     rows, columns = x_TK.shape
-    found = torch.empty((rows, columns), dtype=x_TK.dtype, device=x_TK.device)
+    apart = torch.empty((rows, columns), dtype=x_TK.dtype, device=x_TK.device)
     take_apart_kernel[(rows, triton.cdiv(columns // 2, _BLOCK))](
         x_TK.view(torch.int32),
-        found.view(torch.int16),
+        apart.view(torch.int16),
         x_TK.stride(0) // 2,
         columns // 2,
         BLOCK=_BLOCK,
@@ -87,7 +87,7 @@ def take_apart(x_TK: Tensor, *, pdl: bool = False) -> Tensor:
         num_warps=4,
         **launch_options(pdl),
     )
-    return found
+    return apart
 
 
 def packed_gemm(
@@ -95,9 +95,9 @@ def packed_gemm(
 ) -> Tensor:
     """x @ decode(codes).T + bias, [T, N] bfloat16. x_TK: [T, K] bfloat16. codes: those that have a `packed_form`."""
     rows, columns = x_TK.shape
-    found = packed_form(codes, config.bytes)
-    assert found is not None, "another way multiplies by such codes"
-    form, tile = found
+    read_as = packed_form(codes, config.bytes)
+    assert read_as is not None, "another way multiplies by such codes"
+    form, tile = read_as
     apart, split = take_apart(x_TK, pdl=pdl), config.split
     out = x_TK.new_empty((rows, codes.outputs))
     sums = out if split == 1 else out.new_empty((split, rows, codes.outputs), dtype=torch.float32)

@@ -84,9 +84,9 @@ def packed_gemm_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n_safe).to(tl.float32)[:, None]
     mask = (m < rows)[:, None] & (n < out_features)[None, :]
-    found = tl.trans(acc.to(out_ptr.dtype.element_ty))
+    tile = tl.trans(acc.to(out_ptr.dtype.element_ty))
     row = m.to(tl.int64) + part.to(tl.int64) * rows
-    tl.store(out_ptr + row[:, None] * out_stride + n[None, :], found, mask=mask)
+    tl.store(out_ptr + row[:, None] * out_stride + n[None, :], tile, mask=mask)
 
 
 @triton.jit
