@@ -95,7 +95,7 @@ class Pacer:
         self._promised += sequence.max_num_tokens - sequence.num_prompt_tokens
         self._given += len(sequence.token_ids) - sequence.num_prompt_tokens
 
-    def arrange(self, now: int, running: Iterable[Sequence], waiting: list[Sequence]) -> tuple[int, int] | None:
+    def order(self, now: int, running: Iterable[Sequence], waiting: list[Sequence]) -> tuple[int, int] | None:
         """Bring ``waiting`` into the order in which its sequences should be admitted.
 
         Returns:

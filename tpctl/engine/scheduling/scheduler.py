@@ -162,9 +162,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step's work; ``None`` when nothing can be computed now."""
         budget = self.max_num_batched_tokens
-        paced = (
-            None if self.pacer is None else self.pacer.arrange(self.stats.steps, self.running.values(), self.waiting)
-        )
+        paced = None if self.pacer is None else self.pacer.order(self.stats.steps, self.running.values(), self.waiting)
         drafts = 0 if self.drafting is None else self.drafting.most(len(self._by_id))
         step = _Step(budget, *(paced or (budget, budget)), drafts)
         if self.states is not None:
