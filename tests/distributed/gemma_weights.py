@@ -18,7 +18,7 @@ from zipfile import ZipFile
 
 import torch
 
-from tests.distributed.test_real_weights import TEXTS, run_in_threads
+from tests.distributed.real_answers import TEXTS, run_in_threads
 from tpctl.checkpoint.sources import ResolvedSource, resolve
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.sharding.cache import ensure_sharded

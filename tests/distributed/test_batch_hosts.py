@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.distributed.batch_jobs import PATIENCE, Runner, said, wait_until
+from tests.distributed.batch_jobs import model as model  # a fixture
 from tests.distributed.batch_kills import write_prompts
-from tests.distributed.test_batch_job import PATIENCE, Runner, said, wait_until
-from tests.distributed.test_batch_job import model as model  # a fixture
 from tpctl.batch.folder import load
 from tpctl.checkpoint.sources import ResolvedSource
 

@@ -17,12 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.processes import with_variable
+from tests.distributed.patience import EXACT, PATIENCE, workers_of
 from tpctl.checkpoint.sources import resolve
 
 pytestmark = pytest.mark.slow
-PATIENCE = 240.0  # seconds that anything may take on a busy machine
-EXACT = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory", "64MiB")
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +43,6 @@ def write(file: Path, lines: Sequence[dict[str, Any]]) -> Path:
 
 def rows(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
-
-
-def workers_of(parent: int) -> list[int]:
-    """Ids of the live worker processes that a command started."""
-    return with_variable(f"TPCTL_PARENT_PID={parent}")
 
 
 def children_of(parent: int) -> list[int]:

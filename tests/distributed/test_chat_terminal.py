@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_chat_batch import EXACT, PATIENCE, workers_of
+from tests.distributed.patience import EXACT, PATIENCE, workers_of
 from tests.processes import with_variable
 from tpctl.checkpoint.sources import resolve
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_chat_batch import PATIENCE
+from tests.distributed.patience import PATIENCE
 from tpctl.bench.passage import PASSAGE
 from tpctl.checkpoint.cache import cache_root
 

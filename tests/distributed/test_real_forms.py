@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.real_answers import TEXTS, run_in_threads
 from tests.distributed.real_forms import (
     FORMATS,
     MIXTURES,
@@ -24,7 +25,6 @@ from tests.distributed.real_forms import (
     rounded,
     shallow,
 )
-from tests.distributed.test_real_weights import TEXTS, run_in_threads
 from tests.unit.test_models import logits_of
 from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.folder import CheckpointFolder

@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.engine_runs import prompts_of, run
 from tests.gpu.here import INTERPRET
-from tests.gpu.test_engine import prompts_of, run
-from tests.gpu.test_logits import DEVICE, WAYS, Expected, Run, record, rounded_too
+from tests.gpu.logit_errors import DEVICE, WAYS, Expected, Run, record, rounded_too
 from tests.tiny import MIXTURES, make_mixture
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine

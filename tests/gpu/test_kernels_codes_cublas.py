@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu.code_cases import codes_of
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
-from tests.gpu.test_kernels_codes import codes_of
 from tpctl.kernels.common.codes import Codes, as_floats
 from tpctl.kernels.linear.codes_cublas import cublas_linear, cublas_scales, takes_rows
 from tpctl.kernels.linear.codes_gemm import quantize_rows, quantize_rows_reference, scaled_gemm_reference

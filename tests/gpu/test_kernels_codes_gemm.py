@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
+from tests.gpu.code_cases import KINDS, codes_of
 from tests.gpu.here import DEVICE, DTYPES, INTERPRET, relative_error
-from tests.gpu.test_kernels_codes import KINDS, codes_of
 from tpctl.kernels.common.codes import decode
 from tpctl.kernels.common.launch import shared_memory
 from tpctl.kernels.linear.codes_gemm import (

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
+from tests.gpu.code_cases import KINDS, codes_of, widened
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
-from tests.gpu.test_kernels_codes import KINDS, codes_of, widened
 from tpctl.kernels.linear.codes_gemv import CodesGemvConfig, codes_gemv, gemv_form, pick_codes_gemv
 from tpctl.kernels.linear.codes_linear import codes_linear_reference
 

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
+from tests.gpu.code_cases import KINDS, codes_of
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET, relative_error
-from tests.gpu.test_kernels_codes import KINDS, codes_of
 from tpctl.kernels.common.launch import capability, num_multiprocessors
 from tpctl.kernels.linear.gemv import GemvScratch
 from tpctl.kernels.linear.packed_gemm import PackedConfig

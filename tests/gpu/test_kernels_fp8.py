@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
-from tests.gpu.test_kernels_packed import (
+from tests.gpu.packed_cases import (
     check_contexts,
     check_prefill,
     close,

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.assembly import assembly  # noqa: F401 (a fixture)
+from tests.gpu.code_cases import codes_of
 from tests.gpu.here import DEVICE, INTERPRET, relative_error
-from tests.gpu.test_kernels_codes import codes_of
 from tpctl.kernels.common.codes import Codes, decode
 from tpctl.kernels.common.launch import capability
 from tpctl.kernels.linear.packed_gemm import PackedConfig, packed_form, packed_gemm, pick_packed, take_apart

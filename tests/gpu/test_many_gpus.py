@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.test_engine import WIDE, most_behind, prompts_of
+from tests.gpu.engine_runs import WIDE, most_behind, prompts_of
+from tests.gpu.generating import generate
 from tests.tiny import make_broken, make_checkpoint
 from tpctl.bench.mixed import mixed_requests, soak
 from tpctl.client.engine_client import EngineClient
@@ -31,17 +32,6 @@ every_tp = pytest.mark.parametrize("tp_size", RANKS)
 def with_heads(tp_size: int) -> dict[str, Any]:
     """``WIDE`` with a head for each rank at least."""
     return WIDE | {"num_attention_heads": max(WIDE["num_attention_heads"], 2 * tp_size)}
-
-
-def generate(client: EngineClient, requests: list[Request]) -> dict[str, list[int]]:
-    client.submit(requests)
-    found: dict[str, list[int]] = {request.id: [] for request in requests}
-    left = len(requests)
-    while left:
-        for output in client.outputs(timeout=120):
-            found[output.id] += output.token_ids
-            left -= output.finish_reason is not None
-    return found
 
 
 def config(folder: Path, tp_size: int, **settings: Any) -> EngineConfig:

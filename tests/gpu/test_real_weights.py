@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.test_many_gpus import generate
+from tests.gpu.generating import generate
 from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.unit.attending import attend
 from tests.unit.packing import Index, Matrix
-from tests.unit.test_simulated_ranks import attend
 from tpctl.arch.block import Attention, Experts, Gated, Mixer, linears
 from tpctl.arch.blueprint import Blueprint
 from tpctl.arch.linear import Linear

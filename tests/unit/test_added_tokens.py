@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from tests.unit.test_tokenizer import make
+from tests.unit.made_tokenizers import make
 from tpctl.client.added_tokens import CONFIG, SPECIAL_MAP
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.errors import CheckpointError

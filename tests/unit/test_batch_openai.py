@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types import Completion
-from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextParams
-from openai.types.shared.error_object import ErrorObject
 
 from tests.unit.batch_formats_run import answer, read_lines, write_lines
 from tests.unit.batch_replicas import Died, Replicas, finish, left_over, parts_of, rows_of
 from tests.unit.fake_client import FakeClient, write_tokenizer
+from tests.unit.openai_lines import answers, chat, line
 from tpctl.batch.board import Board
 from tpctl.batch.folder import JobFolder
 from tpctl.batch.formats.choose import Asked, FormatSpec, by_first_line, choose
@@ -34,31 +32,6 @@ from tpctl.errors import RequestError, SourceError, UsageError
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-def chat(text: str, **more: Any) -> ChatParams:
-    params: Any = {**ChatParams(model="gpt", messages=[{"role": "user", "content": text}]), **more}
-    return params
-
-
-def line(custom_id: Any, body: Any, url: str = CHAT, **more: Any) -> dict[str, Any]:
-    return {"custom_id": custom_id, "method": "POST", "url": url, "body": dict(body), **more}
-
-
-def answers(rows: list[Any]) -> dict[str, Any]:
-    """The bodies by custom id, read by the client's own types."""
-    found: dict[str, Any] = {}
-    for row in rows:
-        assert row.keys() == {"id", "custom_id", "response", "error"} and row["error"] is None
-        response = row["response"]
-        body = response["body"]
-        if response["status_code"] == 200:
-            kind = ChatCompletion if body["object"] == "chat.completion" else Completion
-            found[row["custom_id"]] = kind.model_validate(body, strict=True)
-            assert kind.model_validate(body).model_dump(exclude_unset=True) == body
-        else:
-            found[row["custom_id"]] = ErrorObject.model_validate(body["error"], strict=True)
-    return found
 
 
 def test_a_file_of_the_clients_types_goes_in_and_they_read_what_comes_out(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.described import described
+from tests.unit.config_parsing import parse
 from tests.unit.synthetic import make_config
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.families import FAMILIES
 from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError
-
-
-def parse(family: str = "llama", **changes: Any) -> SimpleNamespace:
-    raw = make_config(family, **changes)
-    return described(ModelConfig.from_dict({key: value for key, value in raw.items() if value is not ...}))
 
 
 def test_sizes_and_defaults() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_config_defaults import MISSING
+from tests.unit.config_fields import MISSING
 from tpctl.arch.config import ModelConfig
 from tpctl.errors import TpctlError
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.test_config_defaults import MISSING
+from tests.unit.config_fields import MISSING
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.windows import FULL, SLIDING
 from tpctl.checkpoint.metadata import read_metadata

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.described import mlps_by_transformers
-from tests.unit.test_config_defaults import BASE, MISSING, ROPES, config_of, found, understood, usual
+from tests.unit.config_fields import BASE, MISSING, ROPES, config_of, found, understood, usual
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.latent import LatentAttention
 from tpctl.errors import TpctlError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_config import parse
+from tests.unit.config_parsing import parse
 from tpctl.arch.config import ModelConfig
 from tpctl.errors import CheckpointError, TpctlError, UnsupportedModelError
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.synthetic import make_checkpoint, make_config
-from tests.unit.test_damage import damaged, named, replaced
+from tests.unit.damaging import damaged, named, replaced
+from tests.unit.expert_config import CONFIG
+from tests.unit.synthetic import make_checkpoint
 from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.safetensors import read_header
 from tpctl.errors import ShardFolderError
@@ -21,14 +22,6 @@ from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.inspect import inspect_shards
 
 EXPERTS = "model.layers.0.mlp.experts"
-CONFIG: dict[str, Any] = make_config(
-    "qwen3_moe",
-    num_hidden_layers=1,
-    num_experts=6,
-    num_experts_per_tok=2,
-    moe_intermediate_size=40,
-    quantization_config={"quant_method": "fp8", "weight_block_size": [16, 8], "activation_scheme": "dynamic"},
-)
 CUTS = {"within": (3, Cutting()), "copies": (4, Cutting(even=True)), "dealt": (3, Cutting(3)), "both": (4, Cutting(2))}
 """Experts cut at the ends of blocks, scales on both sides of a border, whole experts by rank, and by pairs of ranks."""
 

@@ -16,8 +16,8 @@ from tests.tiny import FAMILIES, make_checkpoint, make_mixture
 from tests.tiny import MIXTURES as CLASSES
 from tests.tiny_dense import SEEING, make_seeing
 from tests.unit.generating import answers, memory_for, run
+from tests.unit.same_tokens import PROMPTS, SMALL_STATES, TOKENS, asked
 from tests.unit.test_models_attention import MIXTURES
-from tests.unit.test_same_tokens import PROMPTS, SMALL_STATES, TOKENS, asked
 from tpctl.sharding.cutting.shard import shard_checkpoint
 
 DENSE = (

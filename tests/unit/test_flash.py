@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.test_sdpa import CASES, written_out
+from tests.unit.attention_cases import CASES, written_out
 from tpctl.errors import EngineError, UsageError
 from tpctl.layers.attention import flash, select
 from tpctl.layers.attention.base import AttentionSpec

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.unit.browser import CHROMIUM as BROWSER
+from tests.unit.pictured import MOE
 from tests.unit.reports import make_report, report_of
 from tests.unit.shown import mixed, parallel, post_normed, scaled
 from tests.unit.synthetic import RUN, make_config
-from tests.unit.test_picture import MOE
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.errors import ShardFolderError

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.unit.pictured import MOE
 from tests.unit.reports import make_report, report_of
 from tests.unit.shown import mixed
 from tests.unit.synthetic import RUN, make_checkpoint, make_config
@@ -124,19 +125,6 @@ def test_many_ranks_stay_readable() -> None:
     lines = block(text, "mlp.gate_up_proj")
     assert len(lines) < 40 and "… and " in lines[-2]
     assert f"from 61 on drawn as {NAMES[-1]}" in " ".join(text.split("\n\n")[0].split())
-
-
-MOE = make_config(
-    "qwen3_moe",
-    num_hidden_layers=3,
-    hidden_size=256,
-    num_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=384,
-    mlp_only_layers=[0],
-    intermediate_size=512,
-    quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-)
 
 
 def test_experts_are_one_picture_times_their_number() -> None:

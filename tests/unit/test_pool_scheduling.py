@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.test_scheduler import drive, make, served
+from tests.unit.scheduling import drive, make, served
 from tpctl.accounting import KeptLayer, KvLayout, LayerPools, layer_pools
 from tpctl.engine.scheduling.block_manager import BlockManager
 from tpctl.engine.scheduling.scheduler import Scheduler

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.tiny_predicting import PREDICTING, Predicting, make_copying, make_predicting
 from tests.unit.generating import SHARED, run
 from tests.unit.generating import requests as greedy
-from tests.unit.test_speculation_runs import LOOPS, TOKENS, WAYS, asked, chances_of_pairs, check_shares, outputs
+from tests.unit.speculating import LOOPS, TOKENS, WAYS, asked, chances_of_pairs, check_shares, outputs
 from tpctl.accounting import state_slots
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.unit.test_scoring import LENGTHS, Models
+from tests.unit.scoring import LENGTHS, Models
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.sampling import scores as engine_scores

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_quality import InProcess
-from tests.unit.test_quality import made as made  # the fixtures
-from tests.unit.test_quality import run as run
+from tests.unit.quality_runs import InProcess
+from tests.unit.quality_runs import made as made  # the fixtures
+from tests.unit.quality_runs import run as run
 from tpctl.bench import quality as bench
 from tpctl.errors import EngineError, PartitionError, ShardFolderError, TpctlError, UsageError
 from tpctl.sharding.cutting.shard import shard_checkpoint

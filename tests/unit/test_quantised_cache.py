@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.bad_input import local_answer
+from tests.unit.quantising_folders import HIDDEN, LAYER, dense, write
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config, source_shapes
-from tests.unit.test_quantised_folder import HIDDEN, LAYER, dense, write
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.safetensors import TensorSpec
 from tpctl.checkpoint.sources import ResolvedSource

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.tiny import make_checkpoint, make_mixture
+from tests.unit.quantising_folders import MEASURE, quantise, write
 from tests.unit.synthetic import folder_bytes, make_config, source_shapes
-from tests.unit.test_quantised_folder import MEASURE, quantise, write
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.folder import CheckpointFolder

@@ -8,22 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import make_mixture
-from tests.unit.generating import answers, requests, run
+from tests.unit.generating import answers, run
 from tests.unit.packers import PACKERS
+from tests.unit.same_tokens import PROMPTS, SHARED, SMALL_STATES, TOKENS, asked
 from tests.unit.test_quantised_runs import dense, model_of
 from tpctl.arch.quantised import Cutting
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Request
 
-TOKENS = 10
-SHARED = [(7 * number) % 120 + 3 for number in range(30)]
-PROMPTS = [*(SHARED[:length] for length in (3, 17, 30)), [*SHARED[:20], 77, 78], [9, 8, 7], [50] * 13]
 WIDE, CROWDED = 1 << 20, 12
 """Bytes of KV cache for all prompts at once; blocks of 4 tokens that hold the longest sequence and little more."""
-
-
-def asked(prefix: str = "", prompts: list[list[int]] = PROMPTS) -> list[Request]:
-    return requests(prefix, prompts, max_tokens=TOKENS)
 
 
 def check(
@@ -66,10 +60,6 @@ def test_mixtures(name: str, tp_size: int, groups: int, tmp_path: Path) -> None:
     expected = answers(model, PROMPTS, TOKENS)
     assert len({tuple(answer) for answer in expected}) > 3
     check(tmp_path / "model", expected, tmp_path, tp_size, Cutting(groups))
-
-
-SMALL_STATES = {"linear_key_head_dim": 2, "linear_value_head_dim": 2}
-"""So that a cache of few blocks has states for several sequences."""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.test_sdpa import BLOCK, written_out
+from tests.unit.attention_cases import BLOCK, written_out
 from tpctl.layers.attention import sdpa_gathering
 from tpctl.layers.attention.base import AttentionSpec
 from tpctl.layers.attention.sdpa import SdpaBackend

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from tests.described import described
+from tests.unit.attending import Array, attend
 from tests.unit.synthetic import make_config
 from tpctl.arch.blueprint import EMBEDDING, LM_HEAD
 from tpctl.arch.config import ModelConfig
@@ -22,7 +22,6 @@ from tpctl.arch.source_plan import build_plan
 from tpctl.partition.cuts import split_heads
 from tpctl.partition.plan import PartitionPlan
 
-Array = NDArray[np.float64]
 ATTENTION = "model.layers.0.self_attn"
 MLP = "model.layers.0.mlp"
 
@@ -44,17 +43,6 @@ def stored(plan: PartitionPlan, weights: dict[str, Array], rank: int, name: str)
         target = tuple(slice(a, a + n) for a, n in zip(piece.at, piece.shape, strict=True))
         out[target] = weights[piece.source][source]
     return out
-
-
-def attend(q_TQD: Array, k_TKD: Array, v_TKD: Array) -> Array:
-    """Causal attention, query heads in equal groups over KV heads; returns [T, Q * D]."""
-    group = q_TQD.shape[1] // k_TKD.shape[1]
-    k, v = k_TKD.repeat(group, axis=1), v_TKD.repeat(group, axis=1)
-    scores = np.einsum("tqd,sqd->qts", q_TQD, k) / np.sqrt(q_TQD.shape[2])
-    scores = np.where(np.tri(len(q_TQD), dtype=bool), scores, -np.inf)
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    out = np.einsum("qts,sqd->tqd", scores / scores.sum(-1, keepdims=True), v)
-    return out.reshape(len(q_TQD), -1)
 
 
 def qkv_sources(config: SimpleNamespace, weights: dict[str, Array], kind: str) -> list[Array]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_scheduler import LAYOUTS, alone, drive, drive_at_random, make
+from tests.unit.scheduling import LAYOUTS, alone, drive, drive_at_random, make
 from tpctl.accounting import KvLayout
 from tpctl.engine.scheduling.ngram import MOST_COMPARED, Match, NgramIndex
 from tpctl.engine.scheduling.scheduled import ScheduledBatch

@@ -14,7 +14,7 @@ import pytest
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerFast
 
-from tests.unit.test_tokenizer import CHATML, MESSAGES, NAMED, make
+from tests.unit.made_tokenizers import CHATML, MESSAGES, NAMED, make
 from tpctl.client import template_process
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.template import ChatTemplate, TemplateRefusal

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from tests.unit.test_tokenizer import NAMED, make
+from tests.unit.made_tokenizers import NAMED, make
 from tpctl.client.text_growth import check_steps, read_steps
 from tpctl.client.token_bound import most_characters
 from tpctl.client.tokenizer import Tokenizer

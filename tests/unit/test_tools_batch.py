@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.unit.batch_formats_run import read_lines, write_lines
 from tests.unit.fake_client import FakeClient
-from tests.unit.test_batch_openai import answers, chat, line
+from tests.unit.openai_lines import answers, chat, line
 from tests.unit.tool_models import MODELS
 from tpctl.batch.formats.choose import Asked, choose
 from tpctl.client.batch import Batch

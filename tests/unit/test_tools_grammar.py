@@ -12,7 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from tests.unit.test_tools_models import USER, model
+from tests.unit.tool_answers import USER, model
 from tests.unit.tool_models import MODELS
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer

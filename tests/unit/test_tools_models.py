@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from tests.unit.thinking import MODELS as PLAIN
+from tests.unit.tool_answers import USER, model
 from tests.unit.tool_models import MODELS
 from tpctl.client.text_stream import TextStream
 from tpctl.client.tokenizer import Tokenizer
@@ -25,14 +24,7 @@ WEATHER = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
 }
 OFFERED = [{"type": "function", "function": WEATHER}, {"type": "function", "function": {"name": "now"}}]
-USER = {"role": "user", "content": "What is the weather?"}
 ARGUMENTS = {"city": 'São "Paulo"', "days": 3}
-
-
-@cache
-def model(name: str) -> Tokenizer:
-    with TemporaryDirectory() as folder:
-        return MODELS[name].tokenizer(Path(folder))
 
 
 def tools(**more: Any) -> Tools:

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.expert_config import CONFIG
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
-from tests.unit.test_expert_damage import CONFIG
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.quantised import Cutting
 from tpctl.checkpoint.metadata import read_metadata
