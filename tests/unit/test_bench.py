@@ -75,7 +75,7 @@ def test_time_per_token_leaves_the_first_out(monkeypatch: pytest.MonkeyPatch) ->
         return len(requests) * (0.5 + 0.01 * (requests[0].sampling.max_tokens - 1))
 
     monkeypatch.setattr(measure, "EngineClient", _Client)
-    monkeypatch.setattr(measure, "_timed", timed)
+    monkeypatch.setattr(measure, "timed", timed)
     config: Any = EngineConfig(Path("shards"), 1, max_num_seqs=8)
     figures = measure.latency(config, 8, 5, 10**6, 3, sequences=(1, 4)).figures
     assert figures["tpot"].values == pytest.approx([10.0] * 3)

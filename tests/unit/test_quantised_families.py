@@ -96,7 +96,11 @@ def made(name: str, packing: str, folder: Path) -> tuple[Quantised, Any]:
     (make_checkpoint if name in FAMILIES else make_mixture)(name, folder / "floats", **sizes)
     raw = json.loads((folder / "floats" / "config.json").read_text())
     floats = load_file(folder / "floats" / "model.safetensors")
-    packed = usual_size(quantise(raw, without(PACKERS[packing], (*FEW, *FLOATS.get(name, ())))))
+    left = FLOATS.get(name, ())
+    packer = without(PACKERS[packing], (*FEW, *left))
+    if left and packer.config["quant_method"] == "fp8":
+        packer = replace(packer, config={**packer.config, "modules_to_not_convert": list(left)})
+    packed = usual_size(quantise(raw, packer))
     modules = tuple(f"{module}." for module in packed.matrices)
     tensors = {one: x for one, x in packed.tensors.items() if one.startswith(modules) and not one.endswith(".bias")}
     dense = {f"{module}.weight": torch.from_numpy(one).contiguous() for module, one in packed.matrices.items()}
@@ -145,7 +149,7 @@ def test_logits_equal_those_of_the_numbers(name: str, packing: str, tp_size: int
     try:
         shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size)
     except PartitionError as error:
-        assert tp_size > 1 and "inside of a word" in str(error)
+        assert tp_size > 1 and any(why in str(error) for why in ("inside of a word", "does not fit gated delta net"))
         tp_size = 1
         shard_checkpoint(tmp_path / "model", tmp_path / "shards", tp_size)
     found = logits_of(tmp_path / "shards", tp_size, prompts.tolist())

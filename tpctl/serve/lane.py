@@ -7,16 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from tpctl.client.router import Mailbox, Sink
 from tpctl.errors import EngineError, TpctlError
 from tpctl.serve.generation import Generation
+from tpctl.serve.metrics import Metrics
 from tpctl.wire.messages import Output, Request
 from tpctl.wire.report import EngineInfo, EngineStats
-
-if TYPE_CHECKING:
-    from tpctl.serve.pool import Pool
 
 _PARTING = 1.0  # seconds for an engine that is being closed to take in what was said to it before
 _QUIET = 10.0  # seconds without a word after which an engine that has something to do is asked
@@ -43,11 +41,12 @@ class Lane:
         open: requests under way by id: whose, and which of its answers.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, failed: Callable[[TpctlError], object]) -> None:
+        """On a running loop. ``failed``: is told there when the engine has ended."""
         self.engine = engine
         self.open: dict[str, tuple[Generation, int]] = {}
-        self._loop = loop
-        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._metrics, self._failed = metrics, failed
         self._sender = ThreadPoolExecutor(1, "tpctl-serve-sender")
         self._asker = ThreadPoolExecutor(1, "tpctl-serve-asker")
         self._question: asyncio.Future[EngineStats] | None = None  # for its counters, under way
@@ -124,12 +123,12 @@ class Lane:
 
     def _take(self, item: list[Output] | TpctlError) -> None:
         if isinstance(item, TpctlError):
-            self._pool.fail(item)
+            self._failed(item)
             return
         now = self._heard = time.monotonic()
         stopped: list[str] = []
         touched: dict[Generation, None] = {}
-        observe = self._pool.metrics.arrived
+        observe = self._metrics.arrived
         for output in item:  # hundreds a step, so no more than need be is done for each
             id = output.id
             if (found := self.open.get(id)) is None:

@@ -79,8 +79,7 @@ class Pool:
         self._closed = False
         self._reserved = 0
         self._numbers = itertools.count()
-        loop = asyncio.get_running_loop()
-        self._lanes = [Lane(engine, loop, self) for engine in engines]
+        self._lanes = [Lane(engine, metrics, self.fail) for engine in engines]
 
     @property
     def ready(self) -> bool:
