@@ -1,7 +1,7 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
 grids of cases are sampled (of tests marked ``daily`` in parts, by the day); on GPUs they run whole, unless
-``--sampled-grid`` is given. What is only compiled are others every day; of what the interpreter runs, of the sample or
-of a test with few cases, half one day and half the next."""
+``--sampled-grid`` is given. Of a sample, and of a test with few cases, half are run one day and half the next; of what
+is only compiled the sample is another every day, too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMES = 1
 _SMALL = 6
 """Cases that a test may have before it is sampled."""
 _DAYS = 2
-"""In which the interpreter runs all of a sample, or of few cases."""
+"""In which all of a sample, or of few cases, is run, where ``daily`` says nothing else."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,4 +42,6 @@ def _few(cases: list[pytest.Item]) -> list[pytest.Item]:
     compiled = cases[0].path.name.startswith("test_compile")
     if len(cases) > _SMALL:
         cases = sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)
-    return cases[today() % min(_DAYS, len(cases)) :: _DAYS] if INTERPRET else cases
+    if cases[0].get_closest_marker("daily") or not (INTERPRET or compiled):
+        return cases
+    return cases[today() % min(_DAYS, len(cases)) :: _DAYS]
