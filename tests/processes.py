@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,11 +35,16 @@ def with_variable(needle: str) -> list[int]:
     return found
 
 
-def wakeups(pid: int, but: int | None = None) -> int:
-    """How often threads of a process have waited for something; ``but``: one that does not count."""
-    found = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
+def threads(pid: int) -> set[int]:
+    """Ids of a process's threads."""
+    return {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
+def wakeups(pid: int, but: Container[int] = ()) -> int:
+    """How often threads of a process have waited for something; ``but``: those that do not count."""
+    times = 0
+    for thread in threads(pid):
         with suppress(OSError):  # it has ended
-            status = (task / "status").read_text()
-            found += 0 if task.name == str(but) else int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-    return found
+            status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+            times += 0 if thread in but else int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    return times
