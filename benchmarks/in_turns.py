@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_load import descendants
+from process_tree import kill_all
 
 _LEAST = 20.0  # seconds, or as many as a row asks for, that are worth beginning
 _TOLD = 2500  # characters of an output's end that are printed
@@ -77,9 +75,7 @@ def run(row: Row, taken: list[int], ends: float, logs: Path) -> None:
             code = str(command.wait(max(0.0, min(row.seconds, ends - began))))
         except subprocess.TimeoutExpired:
             code = "killed"
-            for pid in (command.pid, *descendants(command.pid)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            kill_all(command.pid)
             command.wait()
     said = log.read_text(errors="replace").strip()[-_TOLD:]
     print(f"#### {row.name}: {code} after {time.monotonic() - began:.0f} s on GPU {taken}\n{said}\n", flush=True)

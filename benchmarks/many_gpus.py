@@ -30,13 +30,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve_load import descendants
+from process_tree import kill_all
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # where tpctl is, if it is not installed
 TPCTL = (sys.executable, "-m", "tpctl")
 DENSE = ("qwen3-0.6b", "llama-3.1-8b")
 
@@ -167,13 +167,6 @@ def measured(run: Run, seconds: float) -> Found:
         return Found(0, took, text=text.strip()[-4000:])
     figures = json.loads(text)["figures"]
     return Found(0, took, {k: (f["median"], f["min"], f["max"], f["unit"]) for k, f in figures.items()})
-
-
-def kill_all(pid: int) -> None:
-    """A command and all that it has started: torch's launcher gives each rank a session of its own."""
-    for one in (pid, *descendants(pid)):
-        with suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
 
 
 def drop(shape: str) -> None:

@@ -30,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from made_model import made_model  # noqa: E402
+from process_tree import descendants, kill_all  # noqa: E402
 from serve_load import (  # noqa: E402
     Asked,
     Round,
     Sample,
     Watch,
-    descendants,
     gpu_megabytes,
     lost,
     megabytes,
@@ -190,8 +190,7 @@ def end(server: subprocess.Popen[bytes]) -> None:
     try:
         server.wait(60)
     except subprocess.TimeoutExpired:
-        for pid in [*descendants(server.pid), server.pid]:
-            os.kill(pid, 9)
+        kill_all(server.pid)
 
 
 def free_port() -> int:
