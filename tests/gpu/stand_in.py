@@ -26,6 +26,7 @@ from tpctl.layers.attention.base import AttentionBackend
 from tpctl.layers.attention.triton import TritonBackend
 from tpctl.layers.attention.triton_latent import TritonLatentBackend
 from tpctl.models.decoder import Decoder
+from tpctl.wire.messages import Add, Request
 from tpctl.wire.settings import EngineConfig
 
 CPU = torch.device("cpu")
@@ -121,6 +122,15 @@ def start(folder: Path, **settings: Any) -> Engine:
         "max_model_len": 96,
     }
     return Engine(EngineConfig(folder, 1, **{**defaults, **settings}), TPGroup(0, 1, CPU))
+
+
+def answered(engine: Engine, *groups: list[Request]) -> dict[str, list[int]]:
+    """The answers' tokens of requests, each group handed in when those before have ended."""
+    found: dict[str, list[int]] = {request.id: [] for group in groups for request in group}
+    for group in groups:
+        engine.apply(Add(group))
+        finish(engine, found)
+    return found
 
 
 def finish(engine: Engine, found: dict[str, list[int]]) -> None:

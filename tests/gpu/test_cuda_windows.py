@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.gpu.here import INTERPRET
-from tests.gpu.stand_in import SHAPE, best, finish, prompts_of, replayed, start
+from tests.gpu.stand_in import SHAPE, answered, best, prompts_of, replayed, start
 from tests.tiny import make_checkpoint
 from tpctl.accounting import KvLayout
 from tpctl.sharding.cutting.shard import shard_checkpoint
-from tpctl.wire.messages import Add, Request
+from tpctl.wire.messages import Request
 from tpctl.wire.sampling import SamplingParams
 
 __all__ = ["replayed"]  # a fixture
@@ -50,10 +50,7 @@ def test_layers_with_windows_keep_what_they_see(
     requests = [
         Request(id, ids, SamplingParams(max_tokens=lengths[id], ignore_eos=True)) for id, ids in prompts.items()
     ]
-    found: dict[str, list[int]] = {id: [] for id in prompts}
-    for some in (requests[:2], requests[2:]):
-        engine.apply(Add(some))
-        finish(engine, found)
+    found = answered(engine, requests[:2], requests[2:])
     for id, ids in prompts.items():
         assert found[id] == best(model, ids, found[id]), id
         assert len(found[id]) == lengths[id]
@@ -81,10 +78,7 @@ def test_attention_of_other_kinds(name: str, sizes: dict[str, Any], tmp_path: Pa
     engine = start(tmp_path / "tp1", max_num_seqs=2, max_model_len=64)
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     requests = [Request(id, ids, params) for id, ids in prompts.items()]
-    found: dict[str, list[int]] = {id: [] for id in prompts}
-    for some in (requests[:2], requests[2:]):
-        engine.apply(Add(some))
-        finish(engine, found)
+    found = answered(engine, requests[:2], requests[2:])
     for id, ids in prompts.items():
         assert found[id] == best(model, ids, found[id]), id
     assert engine.stats().prefix_cache_hit_tokens == 32

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE, INTERPRET
-from tests.gpu.stand_in import best, finish, prompts_of, replayed, start
+from tests.gpu.stand_in import answered, best, prompts_of, replayed, start
 from tests.gpu.test_compute_cuda import (
     BLOCK,
     BLOCKS,
@@ -39,7 +39,7 @@ from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute_cuda import CudaCompute
 from tpctl.models.decoder import Decoder
 from tpctl.sharding.cutting.shard import shard_checkpoint
-from tpctl.wire.messages import Add, Request
+from tpctl.wire.messages import Request
 from tpctl.wire.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -134,10 +134,7 @@ def test_tokens_equal_transformers(
         lengths["0"] = 12  # worth waiting for
     params = {id: SamplingParams(max_tokens=lengths[id], ignore_eos=True) for id in prompts}
     requests = [Request(id, ids, params[id]) for id, ids in prompts.items()]
-    found: dict[str, list[int]] = {id: [] for id in prompts}
-    for some in (requests[:3], requests[3:]):
-        engine.apply(Add(some))
-        finish(engine, found)
+    found = answered(engine, requests[:3], requests[3:])
     for id, ids in prompts.items():
         assert found[id] == best(model, ids, found[id]), id
         assert len(found[id]) == lengths[id]
