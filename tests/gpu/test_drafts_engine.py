@@ -35,6 +35,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 64, "sliding_window": 20, "intermediate_size": 64},
     "deepseek_v3": {**EXPERTS, **LATENT, "num_key_value_heads": 4},
 }
+DAMP = {"deepseek_v3": 0.1}  # of layers that leave less of the embedding's circle
 PROMPTS = [[5, 6, 7, 8] * 12, [9, 9, 9], list(range(30, 90))]
 
 
@@ -54,7 +55,7 @@ def run(shards: Path, **settings: Any) -> tuple[list[list[int]], EngineStats]:
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_tokens_equal_transformers(name: str, eager: bool, tmp_path: Path) -> None:
-    model = make_looping(name, tmp_path / "hf", **{**WIDE, **NAMES[name]}).cuda()
+    model = make_looping(name, tmp_path / "hf", DAMP.get(name, 0.3), **{**WIDE, **NAMES[name]}).cuda()
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     found, stats = run(tmp_path / "tp1", enforce_eager=eager, speculate="ngram")
     for ids, tokens in zip(PROMPTS, found, strict=True):

@@ -98,3 +98,15 @@ def test_the_first_layers_of_a_shape() -> None:
             shape_fields(wrong)
     with pytest.raises(UsageError, match="unknown shape 'qwen'; known: smollm2-135m, "):
         shape_fields("qwen:3")
+
+
+def test_8_bits_round_inputs_as_published_ones_do() -> None:
+    """A scale an output goes with a scale a token, found as it runs; 4 bits are of weights alone."""
+
+    def rounds(shape: str) -> set[bool]:
+        parts = shape_config(shape).blueprint.layers[0].parts
+        made = (linear.storage.coding for part in parts for linear in linears(part))
+        return {coding.rounds for coding in made if coding is not None}
+
+    assert rounds("llama-3.1-8b-fp8") == rounds("llama-3.1-8b-fp8-block") == rounds("qwen3-30b-a3b-fp8") == {True}
+    assert rounds("llama-3.1-8b-w4a16") == {False}

@@ -9,9 +9,9 @@ from tpctl.errors import UsageError
 COMMON: dict[str, Any] = {"hidden_act": "silu", "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
 
 
-def _compressed(kind: str, weights: dict[str, Any]) -> dict[str, Any]:
-    """A ``quantization_config`` of compressed-tensors, with one group."""
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+def _compressed(kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A ``quantization_config`` of compressed-tensors, with one group; ``inputs``: if they are rounded, how."""
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": inputs}
     ignore = ["lm_head", "re:.*mlp.gate$"]
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}, "ignore": ignore}
 
@@ -195,7 +195,11 @@ SHAPES["llama-3.1-70b"] = SHAPES["llama-3.1-8b"] | {
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-8b-fp8": (
         "llama-3.1-8b",
-        _compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+        _compressed(
+            "float-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "channel"},
+            {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        ),
     ),
     "llama-3.1-8b-fp8-block": ("llama-3.1-8b", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
     "llama-3.1-8b-w4a16": (
