@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--at", type=int, nargs="*", default=[220, 128, 48])
     parser.add_argument("--first", type=int, nargs="*", default=[])
+    parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
     parser.add_argument("--scheduling-policy", choices=POLICIES, default="fcfs")
     args = parser.parse_args()
@@ -163,7 +164,7 @@ def report(args: argparse.Namespace, group: TPGroup) -> None:
             folder,
             group.size,
             device="cuda",
-            max_model_len=4096,
+            max_model_len=args.max_model_len,
             max_num_seqs=512,
             max_num_batched_tokens=args.max_num_batched_tokens,
             scheduling_policy=args.scheduling_policy,

@@ -215,7 +215,7 @@ CASES = [
 def test_attention_fits(arch: int, head_dim: int, dtype: str, launch: Launch) -> None:
     limit, size = SHARED[arch], ITEMSIZE[dtype]
     if isinstance(launch, int):
-        tiles = prefill_config(launch, 1, head_dim, BLOCK, size, limit)
+        tiles = prefill_config(launch, 1, head_dim, BLOCK, size, limit, arch == 90)
         assert prefill(head_dim, dtype, arch, tiles) <= limit, tiles
         return
     count, long = launch
@@ -231,7 +231,7 @@ def test_attention_fits(arch: int, head_dim: int, dtype: str, launch: Launch) ->
 def test_packed_attention_fits(arch: int, form: str, head_dim: int, group: int, launch: Launch) -> None:
     limit = SHARED[arch]
     if isinstance(launch, int):
-        tiles = prefill_config(launch, 1, head_dim, BLOCK, 2, limit)
+        tiles = prefill_config(launch, 1, head_dim, BLOCK, 2, limit, arch == 90)
         assert prefill(head_dim, "bf16", arch, tiles, form=form) <= limit, tiles
         return
     count, long = launch
@@ -247,7 +247,7 @@ def test_attention_with_sinks_fits(arch: int, window: int, form: str, launch: La
     """gpt-oss: heads of 64 dimensions, eight to a KV head."""
     limit, has = SHARED[arch], {"window": window, "sinks": True}
     if isinstance(launch, int):
-        tiles = prefill_config(launch, 1, 64, BLOCK, 2, limit)
+        tiles = prefill_config(launch, 1, 64, BLOCK, 2, limit, arch == 90)
         assert prefill(64, "bf16", arch, tiles, form=form, **has) <= limit, tiles
         return
     count, long = launch
@@ -267,7 +267,7 @@ def test_attention_with_capped_scores_fits(arch: int, head_dim: int, window: int
     """Gemma 2: two query heads to a KV head."""
     limit, has = SHARED[arch], {"window": window, "softcap": 50.0}
     if isinstance(launch, int):
-        tiles = prefill_config(launch, 1, head_dim, BLOCK, 2, limit)
+        tiles = prefill_config(launch, 1, head_dim, BLOCK, 2, limit, arch == 90)
         assert prefill(head_dim, "bf16", arch, tiles, form=form, **has) <= limit, tiles
         return
     count, long = launch
@@ -329,7 +329,7 @@ def linear(rows: int, out_features: int, in_features: int, arch: int, *, gated: 
         "PEERS": 1,
         "PDL": arch >= 90,
     }
-    constants |= {"BLOCK_M": max(16, next_power_of_2(rows)) if config.dot else 1, "DOT": config.dot}
+    constants |= {"BLOCK_M": max(16 if config.dot else 1, next_power_of_2(rows)), "DOT": config.dot}
     constants |= {"STAGES": config.num_stages, "PREFETCH": config.prefetch, "EARLY": config.early}
     return shared_memory(small_linear_kernel, "bf16", arch, config, **constants)
 
@@ -381,5 +381,8 @@ def test_what_fits_is_left_as_it_was_tuned() -> None:
         config = decode_config(count, HEADS, KV_HEADS, 132, long=long, wide=True)
         assert fit_config(config, 128, 4, 2, SHARED[90]) == config
     assert prefill_config(16384, 16, 128, BLOCK, 2, SHARED[90]) == PrefillConfig(128, 128, 8, 2)
+    assert prefill_config(16384, 16, 128, BLOCK, 2, SHARED[90], True) == PrefillConfig(64, 64, 4, 5)
+    assert prefill_config(16384, 2, 128, BLOCK, 2, SHARED[90], True) == PrefillConfig(128, 128, 8, 5)
+    assert prefill_config(16384, 2, 64, BLOCK, 2, SHARED[90], True) == PrefillConfig(64, 64, 4, 5)
     assert prefill_config(16384, 16, 256, BLOCK, 2, SHARED[90]) == PrefillConfig(128, 64, 8, 2)
     assert prefill_config(16384, 16, 128, BLOCK, 2, SHARED[89]) == PrefillConfig(128, 64, 8, 2)

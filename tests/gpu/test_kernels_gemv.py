@@ -23,9 +23,9 @@ CONFIGS = [
     GemvConfig(64, 64, split_k=4, num_stages=2, dot=True),
     None,
 ]
-# rows, output features, input features; a configuration without dot products takes one row.
-SHAPES = [(1, 101, 576), (1, 64, 1024), (5, 70, 320), (16, 130, 96)]
-CASES = [(config, *shape) for config in CONFIGS for shape in SHAPES if shape[0] == 1 or config is None or config.dot]
+# rows, output features, input features; a configuration without dot products takes four rows at most.
+SHAPES = [(1, 101, 576), (1, 64, 1024), (2, 101, 576), (3, 67, 320), (4, 64, 1024), (5, 70, 320), (16, 130, 96)]
+CASES = [(config, *shape) for config in CONFIGS for shape in SHAPES if shape[0] <= 4 or config is None or config.dot]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,3 +85,12 @@ def test_residual_in_place():
 def test_narrow_gate_and_up_are_split():
     """A shared expert's, whose 8 blocks of 64 features would leave most of the chip idle."""
     assert [pick(8, features, 2048, gated=True).split_k for features in (512, 1024, 3072)] == [4, 4, 1]
+
+
+def test_short_linears_of_a_few_rows_are_computed_on_the_cuda_cores():
+    """Where two rows cost what one does; long ones read as fast as memory gives them, by tensor cores."""
+    assert [pick(rows, 4096, 1024).dot for rows in (1, 2, 3, 4, 5)] == [False, False, False, False, True]
+    assert [pick(rows, 3072, 1024, gated=True).dot for rows in (1, 2, 3)] == [False, False, True]
+    assert pick(2, 2048, 1024) == GemvConfig(2, 256, num_warps=2)
+    assert all(pick(2, *shape).dot for shape in ((4096, 4096), (151936, 1024), (2048, 4096)))
+    assert pick(2, 512, 2048, gated=True).dot

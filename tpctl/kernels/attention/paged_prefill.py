@@ -11,7 +11,14 @@ import triton.language as tl
 from tpctl.kernels.attention.packed_kv import as_words, is_fp8, key_factor, load_vectors, value_factor
 from tpctl.kernels.attention.reference import softcap_reference, softmax_reference
 from tpctl.kernels.attention.tile_runs import LOG2E, soft_capped
-from tpctl.kernels.common.launch import ANYWHERE, launch_options, next_power_of_2, pipelines_pure_alone, shared_memory
+from tpctl.kernels.common.launch import (
+    ANYWHERE,
+    is_hopper,
+    launch_options,
+    next_power_of_2,
+    pipelines_pure_alone,
+    shared_memory,
+)
 
 
 @triton.jit
@@ -204,7 +211,8 @@ def _prefill_kernel(
 
 
 class PrefillConfig(NamedTuple):
-    """block_m: queries a program. tile: keys at a time. num_stages: tiles in flight."""
+    """block_m: queries a program. tile: keys at a time. num_stages: of the loop over tiles, in which a tile is read two
+    stages after its place in the block table; of up to two stages, a tile early at most."""
 
     block_m: int
     tile: int
@@ -212,17 +220,24 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
+_LONG = 8192
+"""New tokens of a sequence from which on programs of 128 queries, of which there are fewer, win."""
+
+
 def prefill_config(
-    num_tokens: int, num_seqs: int, head_dim: int, block_size: int, itemsize: int, limit: int
+    num_tokens: int, num_seqs: int, head_dim: int, block_size: int, itemsize: int, limit: int, hopper: bool = False
 ) -> PrefillConfig:
     """The tuned configuration for new tokens of so many sequences, made smaller where it takes more than ``limit``
-    bytes of shared memory (wide heads, small devices). itemsize: bytes of an element."""
+    bytes of shared memory (wide heads, small devices). itemsize: bytes of an element. hopper: as `is_hopper`."""
     if itemsize == 4:
         config = PrefillConfig(32 if head_dim <= 256 else 16, 32, 4, 1)
     elif head_dim > 256:  # sums of 64 x 512 are half of all registers
         config = PrefillConfig(64, 32, 8, 2)
     elif num_tokens <= max(512, 64 * num_seqs):  # short chunks: do not pad them far
         config = PrefillConfig(64, 64, 4, 2)
+    elif hopper and head_dim <= 128:  # two programs a multiprocessor, or one whose tiles are all in flight
+        large = head_dim > 64 and block_size >= 128 and num_tokens >= _LONG * num_seqs
+        config = PrefillConfig(128, 128, 8, 5) if large else PrefillConfig(64, 64, 4, 5)
     else:
         config = PrefillConfig(128, 64 if block_size < 128 else 128, 8, 2)
 
@@ -235,7 +250,8 @@ def fitted(config: PrefillConfig, key: int, value: int, limit: int) -> PrefillCo
     query has a key's."""
 
     def taken() -> int:  # queries, and keys and values of the tiles in flight
-        return config.block_m * key + config.num_stages * config.tile * (key + value)
+        tiles = min(config.num_stages, max(2, (config.num_stages + 1) // 2))
+        return config.block_m * key + tiles * config.tile * (key + value)
 
     while taken() > limit:
         if config.tile > 32:
@@ -284,8 +300,9 @@ def paged_prefill(
     if num_tokens == 0:
         return out_TND
     num_seqs = seq_lens_S.shape[0]
+    device, itemsize = q_TND.device, q_TND.element_size()
     config = prefill_config(
-        num_tokens, num_seqs, head_dim, block_size, q_TND.element_size(), shared_memory(q_TND.device)
+        num_tokens, num_seqs, head_dim, block_size, itemsize, shared_memory(device), is_hopper(device)
     )
     # One slot per full tile, and one more per sequence.
     slots = num_tokens // config.block_m + num_seqs

@@ -151,23 +151,24 @@ def _rope_cache_kernel(
         in_rest = rest < HEAD_DIM - 2 * HALF
         inside_row = in_rest[None, :]
         tl.store(q_row + 2 * HALF + rest[None, :], y3, mask=is_q[:, None] & inside_row)
-    if PACKED > 0:
-        kv_head = head - tl.where(is_k, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
-        place = (slot // PACKED * NUM_KV_HEADS + kv_head) * PACKED + slot % PACKED
-        if FP8:
-            store_fp8(k_cache_ptr, v_cache_ptr, factors_ptr, y1, y2, y3, place, is_k & cached, is_v & cached, half,
-                      in_half, in_rest, HALF, HEAD_DIM, BLOCK_REST)  # fmt: skip
+    if (tl.program_id(1) + 1) * HEADS > NUM_HEADS:  # others have queries alone
+        if PACKED > 0:
+            kv_head = head - tl.where(is_k, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
+            place = (slot // PACKED * NUM_KV_HEADS + kv_head) * PACKED + slot % PACKED
+            if FP8:
+                store_fp8(k_cache_ptr, v_cache_ptr, factors_ptr, y1, y2, y3, place, is_k & cached, is_v & cached, half,
+                          in_half, in_rest, HALF, HEAD_DIM, BLOCK_REST)  # fmt: skip
+            else:
+                store_packed(k_cache_ptr, v_cache_ptr, factors_ptr, y1, y2, place, is_k & cached, is_v & cached, half,
+                             in_half, HALF)  # fmt: skip
         else:
-            store_packed(k_cache_ptr, v_cache_ptr, factors_ptr, y1, y2, place, is_k & cached, is_v & cached, half,
-                         in_half, HALF)  # fmt: skip
-    else:
-        tl.store(k_row + half[None, :], y1, mask=k_mask)
-        tl.store(k_row + HALF + half[None, :], y2, mask=k_mask)
-        tl.store(v_row + half[None, :], y1, mask=v_mask)
-        tl.store(v_row + HALF + half[None, :], y2, mask=v_mask)
-        if BLOCK_REST > 0:
-            tl.store(k_row + 2 * HALF + rest[None, :], y3, mask=(is_k & cached)[:, None] & inside_row)
-            tl.store(v_row + 2 * HALF + rest[None, :], y3, mask=(is_v & cached)[:, None] & inside_row)
+            tl.store(k_row + half[None, :], y1, mask=k_mask)
+            tl.store(k_row + HALF + half[None, :], y2, mask=k_mask)
+            tl.store(v_row + half[None, :], y1, mask=v_mask)
+            tl.store(v_row + HALF + half[None, :], y2, mask=v_mask)
+            if BLOCK_REST > 0:
+                tl.store(k_row + 2 * HALF + rest[None, :], y3, mask=(is_k & cached)[:, None] & inside_row)
+                tl.store(v_row + 2 * HALF + rest[None, :], y3, mask=(is_v & cached)[:, None] & inside_row)
 
 
 @triton.jit
@@ -268,8 +269,7 @@ def rope_cache(
         return q_TND
     rest = head_dim - 2 * half
     total = num_heads + 2 * num_kv_heads
-    # Few tokens: spread one token over several programs, for latency. Many: one program per token or two.
-    heads = min(next_power_of_2(total), 4 if num_tokens <= 64 else 16)
+    heads, warps = rope_cut(num_tokens, total)
     sums, q_size, k_size = over_all or (unread, 1, 1)
     _rope_cache_kernel[(num_tokens, triton.cdiv(total, heads))](
         qkv_STF,
@@ -310,10 +310,17 @@ def rope_cache(
         FP8=factors is not None and is_fp8(factors),
         GATED=gated,
         PDL=pdl,
-        num_warps=1 if heads <= 4 else 4,
+        num_warps=warps,
         **launch_options(pdl),
     )
     return q_TND
+
+
+def rope_cut(num_tokens: int, heads: int) -> tuple[int, int]:
+    """Of so many tokens' heads, how many a program has, and its warps. Few tokens: one is spread over several programs,
+    for latency. Many: one program per token or two."""
+    count = min(next_power_of_2(heads), 4 if num_tokens <= 64 else 16)
+    return count, 1 if count <= 4 else 4
 
 
 def rope_cache_reference(

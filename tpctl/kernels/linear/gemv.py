@@ -67,7 +67,22 @@ _ONE_ROW_GATED: dict[tuple[int, int], GemvConfig] = {
     (14336, 4096): GemvConfig(1, 4096, num_warps=4, early=True),
     (7168, 4096): GemvConfig(2, 4096, num_warps=8, early=True),
 }
+# Measured at two rows and at four, where the CUDA cores win: of short linears, whose launch and first bytes are most.
+_TWO_ROWS: dict[tuple[int, int], GemvConfig] = {
+    (4096, 1024): GemvConfig(4, 512, num_warps=2),
+    (1024, 2048): GemvConfig(8, 2048, num_warps=8),
+    (1024, 3072): GemvConfig(4, 2048, num_warps=8),
+}
+_FOUR_ROWS: dict[tuple[int, int], GemvConfig] = {
+    (4096, 1024): GemvConfig(8, 256, num_warps=2),
+    (1024, 2048): GemvConfig(2, 2048, num_warps=8),
+    (1024, 3072): GemvConfig(4, 2048, num_warps=8),
+}
+_SHORT = 13 << 20
+"""Bytes of weights in bfloat16 up to which they win at two rows; 33 MB lost."""
 _MAX_SKINNY_ROWS = 16
+_MAX_CUDA_ROWS = 4
+"""Rows whose products the CUDA cores make while the weights come."""
 
 
 def few_rows(device: torch.device) -> int:
@@ -102,7 +117,33 @@ def pick(
         if width <= 4096:  # the best, or nearly, of 5120 x 2048, 5120 x 2880 and 8192 x 3840; and of 2880 x 4096
             return GemvConfig(4, 512, num_warps=1 if out_features > 4096 else 2, prefetch=1)
         return GemvConfig(4, 2048, num_warps=4)
-    # Bytes in flight decide: 64 x 256 weights three deep; short outputs are split to busy most of the chip.
+    if rows <= _MAX_CUDA_ROWS:
+        on_cuda_cores = _pick_cuda_cores(rows, out_features, in_features, gated=gated)
+        if on_cuda_cores is not None:
+            return on_cuda_cores
+    return pick_tensor_cores(rows, out_features, in_features, gated=gated)
+
+
+def _pick_cuda_cores(rows: int, out_features: int, in_features: int, *, gated: bool) -> GemvConfig | None:
+    """That of two to four rows on the CUDA cores, or None where tensor cores are faster. Sums of every row stay in
+    registers, so a tile of two rows has half as many weights as one of one."""
+    if not gated:
+        tuned = (_TWO_ROWS if rows == 2 else _FOUR_ROWS).get((out_features, in_features))
+        if tuned is not None:
+            return tuned
+    size = (4 if gated else 2) * out_features * in_features
+    if rows > 2 or size > _SHORT or (gated and in_features > 1024):
+        return None
+    one = pick(1, out_features, in_features, gated=gated)
+    assert one is not None
+    if one.block_n > 2 and not gated:
+        return one._replace(block_n=one.block_n // 2)
+    return one._replace(block_k=one.block_k // 2)
+
+
+def pick_tensor_cores(rows: int, out_features: int, in_features: int, *, gated: bool) -> GemvConfig:
+    """That of a few rows on the tensor cores. Bytes in flight decide: 64 x 256 weights three deep; short outputs are
+    split to busy most of the chip."""
     block_k = 256
     while block_k > 32 and in_features % block_k:
         block_k //= 2
@@ -162,8 +203,8 @@ def small_linear(
         config = pick(rows, out_features, in_features, gated=activation is not None, most=most)
         if config is None:
             raise ValueError(f"{rows} rows are more than {most}; use torch.nn.functional.linear")
-    if rows != 1 and not config.dot:
-        raise ValueError(f"a configuration without dot takes one row, got {rows}")
+    if rows > _MAX_CUDA_ROWS and not config.dot:
+        raise ValueError(f"a configuration without dot takes {_MAX_CUDA_ROWS} rows at most, got {rows}")
     if out is None:
         out = x_TH.new_empty((rows, out_features))
     if outlet is not None:
@@ -201,7 +242,7 @@ def small_linear(
         "HAS_NORM": norm is not None,
         "UNIT_OFFSET": unit_offset,
         "ACTIVATION": activation or "",
-        "BLOCK_M": max(16, next_power_of_2(rows)) if config.dot else 1,
+        "BLOCK_M": max(16 if config.dot else 1, next_power_of_2(rows)),
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k,

@@ -1,4 +1,4 @@
-"""The device code of `gemv`: a linear of one row on the CUDA cores, and of a few rows on the tensor cores."""
+"""The device code of `gemv`: a linear of one to four rows on the CUDA cores, and of a few on the tensor cores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton.language as tl
 
 from tpctl.kernels.common.prefetch import prefetch
 from tpctl.kernels.linear.epilogue import finish, leave_sums, norm_factor, norm_scale, take_sums
+from tpctl.kernels.linear.gemv_rows_kernels import sum_rows, weights_tile
 
 
 @triton.jit
@@ -23,16 +24,6 @@ def _start(
             lines = n.to(tl.int64)[:, None] * IN_FEATURES + tl.minimum(column, IN_FEATURES - 1)[None, :]
             prefetch(w_ptr + lines)
     tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _weights(w_row, up_row, k, mask, ACTIVATION: tl.constexpr):
-    """The tile at columns k of [N, 1] rows of weights, and of those of the up half."""
-    w = tl.load(w_row + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-    up = w
-    if ACTIVATION != "":
-        up = tl.load(up_row + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-    return w, up
 
 
 @triton.jit
@@ -64,7 +55,7 @@ def _sum_one_row(
         up = up_next.to(tl.float32)
         if i + 1 < TILES:
             mask = n_ok[:, None] & (k + BLOCK_K < IN_FEATURES)[None, :]
-            w_next, up_next = _weights(w_row, up_row, k + BLOCK_K, mask, ACTIVATION)
+            w_next, up_next = weights_tile(w_row, up_row, k + BLOCK_K, mask, ACTIVATION)
         x = tl.load(x_ptr + k, mask=k < IN_FEATURES, other=0.0).to(tl.float32)
         if HAS_NORM:
             squares += x * x
@@ -154,7 +145,7 @@ def small_linear_kernel(
     HAS_NORM: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     ACTIVATION: tl.constexpr,  # "" for none; else w is [gate; up]
-    BLOCK_M: tl.constexpr,  # 1 without DOT
+    BLOCK_M: tl.constexpr,  # 1, 2 or 4 without DOT
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -178,14 +169,14 @@ def small_linear_kernel(
         # Rows past the end read the last one again: no mask on the weights' loads, and finish drops the results.
         n_safe = tl.minimum(n, out_features - 1).to(tl.int64)
         w_rows = w_ptr + n_safe[:, None] * IN_FEATURES
-    else:  # one row's program reads its first weights while it waits for x
+    else:  # such a program reads its first weights while it waits for x
         n_ok = n < out_features
         w_row = w_ptr + n.to(tl.int64)[:, None] * IN_FEATURES
         up_row = w_row
         if ACTIVATION != "":
             up_row = w_row + out_features.to(tl.int64) * IN_FEATURES
         first_mask = n_ok[:, None] & (k0 < IN_FEATURES)[None, :]
-        w_first, up_first = _weights(w_row, up_row, k0, first_mask, ACTIVATION)
+        w_first, up_first = weights_tile(w_row, up_row, k0, first_mask, ACTIVATION)
     targets = m
     if WORLD > 1:
         targets = tl.load(peers_ptr + tl.arange(0, PEERS), mask=tl.arange(0, PEERS) < WORLD, other=0)
@@ -200,20 +191,23 @@ def small_linear_kernel(
                 _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
         else:
             _start(w_ptr, tl.minimum(n, out_features - 1), split, TILES, IN_FEATURES, BLOCK_K, PREFETCH)
-    # One row's program asks for the residual before its sums: behind them nothing would hide the time until it comes.
+    # It asks for the residual before its sums: behind them nothing would hide the time until it comes.
     AT_ONCE: tl.constexpr = HAS_RESIDUAL and not DOT and SPLIT_K == 1 and ACTIVATION == ""
     if AT_ONCE:
-        residual = tl.load(residual_ptr + n, mask=n < out_features, other=0.0)
+        residual = tl.load(residual_ptr + m[:, None].to(tl.int64) * residual_stride + n[None, :],
+                           mask=(m < rows)[:, None] & (n < out_features)[None, :], other=0.0)  # fmt: skip
     epoch = m
     if WORLD > 1:
-        if DOT:
-            epoch = tl.load(epochs_ptr + m, mask=m < rows, other=0) + 1
-        else:
-            epoch = tl.load(epochs_ptr + m) + 1
+        epoch = tl.load(epochs_ptr + m, mask=m < rows, other=0) + 1
     if DOT:
         acc, up, squares = _sum_few_rows(
             x_rows, w_rows, norm_ptr, m, k0, rows, out_features, IN_FEATURES, HAS_NORM, UNIT_OFFSET, ACTIVATION,
             BLOCK_M, BLOCK_N, BLOCK_K, IN_FEATURES % (BLOCK_K * SPLIT_K) == 0, TILES, STAGES
+        )  # fmt: skip
+    elif BLOCK_M > 1:
+        acc, up, squares = sum_rows(
+            x_ptr, w_row, up_row, norm_ptr, w_first, up_first, n_ok, k0, m, rows, x_stride, IN_FEATURES, HAS_NORM,
+            UNIT_OFFSET, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K, TILES
         )  # fmt: skip
     else:
         acc, up, squares = _sum_one_row(
@@ -225,7 +219,7 @@ def small_linear_kernel(
         if HAS_NORM:
             scale = tl.rsqrt(squares / IN_FEATURES + eps) * scale
         if AT_ONCE:
-            acc = acc * scale[:, None] + residual.to(tl.float32)[None, :]
+            acc = acc * scale[:, None] + residual.to(tl.float32)
             scale = tl.full([BLOCK_M], 1.0, tl.float32)
         finish(acc, up, scale, m, n, block, rows, out_features, out_ptr, bias_ptr, residual_ptr, out_stride,
                residual_stride, epoch, targets, row_words, plane_words, HAS_BIAS, HAS_RESIDUAL and not AT_ONCE,
