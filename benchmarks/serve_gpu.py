@@ -219,7 +219,7 @@ def healthy(port: int, log: Path) -> bool:
 def alone(args: argparse.Namespace, folder: Path) -> None:
     """The same engine's steps, with nobody to tell."""
     command = [sys.executable, "-m", "tpctl", "bench", "latency", str(folder), "--runs", "2"]
-    command += ["--prompt-tokens", str(args.prompt_tokens), "--output-tokens", "128"]
+    command += ["--prompt-tokens", str(args.prompt_tokens), "--output-tokens", str(args.output_tokens)]
     command += ["--sequences", ",".join(map(str, args.streams)), "--tp", str(args.tp)]
     say(f"$ {' '.join(command)}")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
