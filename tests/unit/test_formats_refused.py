@@ -232,7 +232,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("torchao", {}, "by torchao"),
     ("auto-round", {}, "export it as auto_gptq, auto_awq"),
     ("aqlm", {}, "in codebooks"),
-    ("mxfp4", {}, "MXFP4, which tpctl knows of gpt_oss' stacked experts alone"),
+    ("mxfp4", {}, "MXFP4, which tpctl knows of stacked experts alone, as gpt_oss has them"),
     (
         "my-own",
         {},

@@ -181,24 +181,30 @@ def test_words_that_are_few_or_not_full(
     torch.testing.assert_close(logits_of(tmp_path / "shards", tp_size, prompts.tolist()), expected, rtol=0, atol=1e-4)
 
 
-def packed_experts(weight: Tensor, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-    """MXFP4 of random experts, and what it stands for, for a stack ``weight`` [E, in, out] of gpt-oss."""
-    count, inputs, outputs = weight.shape
+def packed_experts(outputs: int, inputs: int, count: int, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """MXFP4 of a stack of random experts, and what it stands for, [E, out, in]."""
     each = [mxfp4(outputs, inputs, rng) for _ in range(count)]
     blocks = torch.stack([tensors["_blocks"] for tensors, _ in each])
     scales = torch.stack([tensors["_scales"] for tensors, _ in each]) - 6
-    return {"_blocks": blocks, "_scales": scales}, torch.stack([matrix.T for _, matrix in each]).float() * 2.0**-6
+    return {"_blocks": blocks, "_scales": scales}, torch.stack([matrix for _, matrix in each]).float() * 2.0**-6
 
 
-@pytest.mark.parametrize("tp_size, groups", [(1, 1), (2, 1), (3, 1), (4, 2)])
-def test_experts_of_gpt_oss_in_mxfp4(tp_size: int, groups: int, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    model = make_mixture("gpt_oss", tmp_path / "model", stacked=True, **sizes)
+@pytest.mark.parametrize(
+    ("family", "tp_size", "groups"),
+    [*(("gpt_oss", *one) for one in [(1, 1), (2, 1), (3, 1), (4, 2)]), ("mixtral", 2, 1), ("qwen3_moe", 4, 2)],
+)
+def test_stacked_experts_in_mxfp4(family: str, tp_size: int, groups: int, tmp_path: Path) -> None:
+    """Of gpt-oss, and of families whose published checkpoints do not stack them: three blocks of 32 inputs."""
+    width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    sizes = {"hidden_size": 64, width: 96, "num_hidden_layers": 2}
+    model = make_mixture(family, tmp_path / "model", stacked=True, **sizes)
     state, rng = load_file(tmp_path / "model" / "model.safetensors"), torch.Generator().manual_seed(2)
     for number, layer in enumerate(model.model.layers):
-        for name in ("gate_up_proj", "down_proj"):
-            made, matrix = packed_experts(getattr(layer.mlp.experts, name), rng)
-            getattr(layer.mlp.experts, name).data.copy_(matrix)
+        for name in ("gate_up_proj", "down_proj") if hasattr(layer.mlp, "experts") else ():
+            stack = getattr(layer.mlp.experts, name)
+            outputs, inputs = (64, 96) if name == "down_proj" else (192, 64)
+            made, matrix = packed_experts(outputs, inputs, len(stack), rng)
+            stack.data.copy_(matrix.mT if family == "gpt_oss" else matrix)
             whole = f"model.layers.{number}.mlp.experts.{name}"
             del state[whole]
             state |= {whole + suffix: tensor for suffix, tensor in made.items()}

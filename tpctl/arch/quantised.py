@@ -48,8 +48,8 @@ def quantised(blueprint: Blueprint, scheme: Scheme) -> Blueprint:
     sources = (part.source for linear in _linears(blueprint) for part in linear.parts)
     if isinstance(scheme, MXFP4) and not any(map(is_stack, sources)):
         raise UnsupportedModelError(
-            "config.json: the weights are MXFP4, which tpctl knows of gpt_oss' stacked experts alone, and this model "
-            "has none such; use it in another format, or its unquantised original"
+            "config.json: the weights are MXFP4, which tpctl knows of stacked experts alone, as gpt_oss has them, and "
+            "this model has none such; use it in another format, or its unquantised original"
         )
 
     def names(source: str) -> list[str]:
@@ -142,8 +142,12 @@ def part_cut(part: LayerPart, cutting: Cutting) -> LayerPart:
 
 
 def _linears(blueprint: Blueprint) -> Iterator[Linear]:
-    layers = (*blueprint.layers, *(() if blueprint.further is None else (blueprint.further.block,)))
-    return (one for layer in layers for part in layer.parts for one in linears(part))
+    """The linears of all layers, experts' in every form that a checkpoint may have them in."""
+    for layer in (*blueprint.layers, *(() if blueprint.further is None else (blueprint.further.block,))):
+        for part in layer.parts:
+            yield from linears(part)
+            if isinstance(part, Experts):
+                yield from (one for gate_up, down, _ in part.forms for one in (gate_up, down))
 
 
 def mapped(layer: Layer, change: Callable[[LayerPart], LayerPart]) -> Layer:
