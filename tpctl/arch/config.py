@@ -20,6 +20,7 @@ from tpctl.arch.family import Family, Sizes
 from tpctl.arch.fields import Fields
 from tpctl.arch.foreign import check_fields
 from tpctl.arch.formats import read_scheme
+from tpctl.arch.formats.beside import FILE, told_beside
 from tpctl.arch.formats.scheme import Scheme
 from tpctl.arch.latent import Attending
 from tpctl.arch.quantised import Cutting, cut_by, quantised
@@ -62,7 +63,8 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path, cutting: Cutting = Cutting()) -> ModelConfig:
-        """Read ``folder/config.json`` (and the EOS ids of ``generation_config.json``, where they differ).
+        """Read ``folder/config.json`` (and the EOS ids of ``generation_config.json``, where they differ; and the format
+        of quantised weights from ``hf_quant_config.json``, where that alone tells).
 
         Raises:
             CheckpointError: the file is missing, not JSON, or has a wrong field.
@@ -72,7 +74,8 @@ class ModelConfig:
         if not is_file(folder / "config.json"):
             raise CheckpointError(f"{folder} has no config.json; it is not a Hugging Face checkpoint")
         raw = read_object(folder / "config.json")
-        return cls.from_dict(raw, read_object(folder / "generation_config.json", default={}), cutting)
+        generation = read_object(folder / "generation_config.json", default={})
+        return cls.from_dict(raw, generation, cutting, told_beside(folder, raw))
 
     @classmethod
     def from_dict(
@@ -80,8 +83,10 @@ class ModelConfig:
         raw: Mapping[str, Any],
         generation: Mapping[str, Any] | None = None,
         cutting: Cutting = Cutting(),
+        beside: Mapping[str, Any] | None = None,
     ) -> ModelConfig:
-        """Parse a config's dictionary; ``generation`` is that of ``generation_config.json``. Errors as ``load``."""
+        """Parse a config's dictionary; ``generation`` is that of ``generation_config.json``, ``beside`` that of
+        ``hf_quant_config.json``. Errors as ``load``."""
         model_type = raw.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None or not isinstance(model_type, str):
@@ -99,7 +104,7 @@ class ModelConfig:
             foreign = {key: value for key, value in fields.values.items() if key not in family.own}
             check_fields(foreign, family.architecture, sizes.head_dim)
         blueprint = family.describe(fields, sizes)
-        scheme = read_scheme(fields)
+        scheme = read_scheme(fields, Fields(beside or {}, file=FILE))
         if scheme is not None:
             blueprint = quantised(blueprint, scheme)
         if cutting.engine == "vllm":

@@ -39,7 +39,7 @@ WORKERS = 4
 
 _METADATA = """
     config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json
-    merges.txt special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
+    merges.txt special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json hf_quant_config.json
 """
 METADATA = frozenset(_METADATA.split())
 """The files beside the weights that tpctl or a serving engine reads."""

@@ -96,7 +96,7 @@ def _remote_metadata(remote: hub.RemoteModel, token: str | None) -> ModelMetadat
     with explained(remote.id, remote.commit):
         paths = [
             Path(patiently(partial(fetch, filename=name), FILE_SECONDS))
-            for name in ("config.json", "generation_config.json")
+            for name in ("config.json", "generation_config.json", "hf_quant_config.json")
             if name in names
         ]
         if INDEX in names and SINGLE not in names:  # the library believes what stands in it

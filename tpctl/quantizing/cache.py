@@ -8,14 +8,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tpctl.arch.formats.beside import is_quantised
 from tpctl.checkpoint.cache import build_once, cache_root, file_name
 from tpctl.checkpoint.folder import CheckpointFolder
 from tpctl.checkpoint.progress import Progress
 from tpctl.checkpoint.sources import Notify, ResolvedSource, made_of, quantised_id, to_stderr
 from tpctl.errors import CheckpointError, ShardFolderError, SourceError
-from tpctl.json_file import read_object
 from tpctl.manifest.manifest import MANIFEST
-from tpctl.quantizing.linears import cut_block, is_quantised
+from tpctl.quantizing.linears import cut_block
 from tpctl.quantizing.schemes import FORMAT_RELEASE, SCHEMES, Method
 from tpctl.quantizing.writer import QuantizationReport, TensorLoss, linears_of, quantise_checkpoint
 from tpctl.sharding.moving.copied import hash_file
@@ -87,7 +87,7 @@ def as_cut(source: ResolvedSource, cut_from: str, *, progress: Progress | None =
     made = made_of(cut_from)
     if made is None or made[1] not in list(Method) or (source.folder / MANIFEST).is_file():
         return source
-    if is_quantised(read_object(source.folder / "config.json")):
+    if is_quantised(source.folder):
         return source
     return ensure_quantised(source, Method(made[1]), progress=progress).source
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import gcd
+from pathlib import Path
 from typing import Protocol
 
+from tpctl.arch.formats.beside import is_quantised
 from tpctl.arch.formats.skipped import is_stack
 from tpctl.errors import CheckpointError, UnsupportedModelError
 from tpctl.quantizing.schemes import SCHEMES, Method, Scheme
@@ -147,23 +149,14 @@ def ignored(tensors: Mapping[str, Described], stacks: Unstacked = Unstacked()) -
     return [*sorted(set(others)), *(module for _, module in sorted(kept)), _HEAD]
 
 
-def is_quantised(config: Mapping[str, object]) -> str | None:
-    """The field of a model's ``config`` that says so; ``None``: there is none."""
-    text = config.get("text_config")
-    parts = (config, text if isinstance(text, Mapping) else {})
-    return next(
-        (key for key in ("quantization_config", "compression_config") if any(one.get(key) for one in parts)), None
-    )
-
-
-def refuse_quantised(config: Mapping[str, object], names: Iterable[str], method: Method) -> None:
-    """Refuse a model whose ``config``, or a name of whose tensors, shows that it is quantised already.
+def refuse_quantised(folder: Path, names: Iterable[str], method: Method) -> None:
+    """Refuse a model whose ``folder``, or a name of whose tensors, shows that it is quantised already.
 
     Raises:
         UnsupportedModelError: one does.
     """
-    if (key := is_quantised(config)) is not None:
-        raise UnsupportedModelError(f"the model is quantised already ({key} in its config.json); {_instead(method)}")
+    if (why := is_quantised(folder)) is not None:
+        raise UnsupportedModelError(f"the model is quantised already ({why}); {_instead(method)}")
     for name in names:
         if _SCALE.search(name):
             raise UnsupportedModelError(f"the model is quantised already (it holds {name}); {_instead(method)}")

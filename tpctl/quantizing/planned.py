@@ -30,7 +30,7 @@ def quantised_metadata(metadata: ModelMetadata, method: Method) -> Iterator[Mode
         CheckpointError: ``method`` does not take one of its linears.
     """
     config = read_object(metadata.folder / "config.json")
-    refuse_quantised(config, metadata.tensors or (), method)
+    refuse_quantised(metadata.folder, metadata.tensors or (), method)
     tensors = metadata.tensors
     if tensors is None:
         parsed = ModelConfig.load(metadata.folder)

@@ -109,7 +109,7 @@ def linears_of(source: CheckpointFolder, method: Method) -> tuple[dict[str, tupl
         CheckpointError: it holds a linear that cannot be quantised.
         UnsupportedModelError: it holds stacks of experts, and is of a model that tpctl does not know.
     """
-    refuse_quantised(read_object(source.path / "config.json"), source.tensors, method)
+    refuse_quantised(source.path, source.tensors, method)
     tensors = {name: info for name, (_, info) in source.tensors.items()}
     stacks = unstacked(source.path, source.shapes, method)
     return linears(tensors, method, stacks), stacks

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from tpctl.arch.fields import Fields
 from tpctl.arch.formats import awq, compressed, fp8, gptq, modelopt, mxfp4
+from tpctl.arch.formats.beside import KEYS
 from tpctl.arch.formats.scheme import Scheme
 from tpctl.errors import CheckpointError, UnsupportedModelError, shown
 
@@ -44,17 +45,20 @@ OTHERS: Mapping[str, str] = {
 """What is known not to be supported, by ``quant_method``, and what to do."""
 
 
-def read_scheme(fields: Fields) -> Scheme | None:
+def read_scheme(fields: Fields, beside: Fields | None = None) -> Scheme | None:
     """The scheme of a ``config.json``; ``None``: its weights are floats.
+
+    Args:
+        beside: what ``hf_quant_config.json`` says, for one that says nothing.
 
     Raises:
         UnsupportedModelError: of a format that tpctl does not know.
         CheckpointError: it contradicts itself.
     """
-    given = {key: fields.mapping(key) for key in ("quantization_config", "compression_config")}
+    given = {key: fields.mapping(key) for key in KEYS}
     found = [(key, value) for key, value in given.items() if value]
     if not found:
-        return None
+        return modelopt.read_beside(beside) if beside is not None and beside.values else None
     if len(found) > 1 and found[0][1] != found[1][1]:
         raise CheckpointError("config.json has a quantization_config and a compression_config that differ; remove one")
     key, value = found[0]

@@ -6,8 +6,8 @@
 
 ``input_scale``, one where activations are rounded too, is for an engine that does so with a scale known beforehand.
 What stays in floats ``ignore`` names, in older files ``exclude_modules``: modules, or patterns of a shell
-(``model.layers.0.self_attn*``). Older files have all of it inside of ``quantization`` (vLLM 0.33,
-``quantization/modelopt.py``).
+(``model.layers.0.self_attn*``). Older files have all of it inside of ``quantization``, as ``hf_quant_config.json`` has
+(vLLM 0.33, ``quantization/modelopt.py``).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ ALGORITHMS = {
     "FP8": replace(_FP8, format="ModelOpt's FP8", entries=(*_FP8.entries, _INPUT)),
 }
 """By ``quant_algo``."""
+_OTHERWISE = "use the model in one of these, as compressed-tensors or fp8, or its unquantised original"
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,13 @@ def read(fields: Fields) -> ModelOpt:
     algorithm = fields.get("quant_algo")
     if not isinstance(algorithm, str) or algorithm.upper() not in ALGORITHMS:
         raise UnsupportedModelError(
-            f"config.json: quant_algo of ModelOpt's weights is {shown(algorithm)}, tpctl knows "
-            f"{', '.join(ALGORITHMS)}; use the model in one of these, as compressed-tensors or fp8, or its unquantised "
-            "original"
+            f"{fields.file}: quant_algo of ModelOpt's weights is {shown(algorithm)}, tpctl knows "
+            f"{', '.join(ALGORITHMS)}; {_OTHERWISE}"
+        )
+    if fields.mapping("quantized_layers"):
+        raise UnsupportedModelError(
+            f"{fields.file}: quantized_layers gives layers of ModelOpt's weights a format each, tpctl knows one for "
+            f"all, {', '.join(ALGORITHMS)}; {_OTHERWISE}"
         )
     stored = ALGORITHMS[algorithm.upper()]
     sizes = [fields.get("group_size")]
@@ -80,6 +85,18 @@ def read(fields: Fields) -> ModelOpt:
     for size in sizes:
         if stored is _NVFP4 and size not in (None, GROUP):
             raise UnsupportedModelError(
-                f"config.json: ModelOpt's NVFP4 weights are in groups of {shown(size)}, tpctl knows groups of {GROUP}"
+                f"{fields.file}: ModelOpt's NVFP4 weights are in groups of {shown(size)}, tpctl knows groups of {GROUP}"
             )
     return ModelOpt(stored, tuple(fields.names(key)))
+
+
+def read_beside(fields: Fields) -> ModelOpt:
+    """What ``hf_quant_config.json`` says. Raises ``UnsupportedModelError`` as ``read``, and if another program wrote
+    it."""
+    name = fields.inside("producer").get("name")
+    if name not in (None, "modelopt"):
+        raise UnsupportedModelError(
+            f"{fields.file}: it is by {shown(name)}, and tpctl knows what ModelOpt writes there; use the model as "
+            "compressed-tensors or fp8, or its unquantised original"
+        )
+    return read(fields)

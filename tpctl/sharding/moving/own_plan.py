@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpctl.arch.config import ModelConfig
+from tpctl.arch.formats.beside import FILE, told_beside
 from tpctl.arch.proven import ENGINES
 from tpctl.arch.quantised import Cutting
 from tpctl.arch.source_plan import second_copies, source_plan, unread
 from tpctl.checkpoint.folder import INDEX, indexed_files
 from tpctl.checkpoint.safetensors import FileTensor, Header, source_headers
 from tpctl.errors import CheckpointError, PartitionError, ShardFolderError, TpctlError, shorten
+from tpctl.json_file import read_object
 from tpctl.manifest.manifest import MANIFEST, Manifest
 from tpctl.partition.dtypes import dtype_after_cast
 from tpctl.partition.plan import PartitionPlan
@@ -84,6 +86,8 @@ def own_plan(folder: Path, manifest: Manifest) -> OwnPlan:
     _check_rest(path, manifest, second_copies(config, tensors), set(tensors) - set(plan.source_shapes), tensors)
     _check_index(path, manifest.source.index, headers)
     _check_names(path, manifest)
+    if config.scheme is not None and FILE not in manifest.files and told_beside(folder, read_object(folder / CONFIG)):
+        raise _contradicts(path, f"it does not list {FILE}, which alone says how the weights are stored")
     return OwnPlan(config, headers, tensors, plan)
 
 
