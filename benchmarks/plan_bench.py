@@ -1,6 +1,7 @@
 """Holds what ``tpctl plan`` says of a GPU's memory against what an engine takes there, one shape after the other.
 
     python benchmarks/plan_bench.py qwen3-30b-a3b llama-3.1-8b-fp8 gpt-oss-20b [--max-model-len 4096]
+        [--attention-backend sdpa]
 
 weights, KV tokens (where layers have windows, of one sequence): of the plan and of the engine. used: what the GPU's own
 counter says when a step of the most tokens and a decode have run, beside the share that was to be used.
@@ -14,6 +15,7 @@ import gc
 import torch
 from kernel_timing import row
 
+from tpctl.attention_choice import BACKENDS
 from tpctl.bench.synthetic import synthetic_shards
 from tpctl.bench.workload import one_request
 from tpctl.checkpoint.metadata import read_metadata
@@ -24,13 +26,19 @@ from tpctl.wire.messages import Add
 from tpctl.wire.settings import EngineConfig
 
 
-def compared(shape: str, max_model_len: int) -> None:
+def compared(shape: str, max_model_len: int, backend: str) -> None:
     folder = synthetic_shards(shape, 1).folder
     total = torch.cuda.get_device_properties(0).total_memory
-    budget = Budget(gpu_memory=total, max_model_len=max_model_len)
+    budget = Budget(gpu_memory=total, max_model_len=max_model_len, attention_backend=backend)
     (plan,) = (size for size in plan_model(read_metadata(str(folder)), budget).sizes if size.tp_size == 1)
     config = EngineConfig(
-        folder, 1, device="cuda", max_model_len=max_model_len, max_num_seqs=512, max_num_batched_tokens=16384
+        folder,
+        1,
+        device="cuda",
+        attention_backend=backend,
+        max_model_len=max_model_len,
+        max_num_seqs=512,
+        max_num_batched_tokens=16384,
     )
     engine = Engine(config, TPGroup(0, 1, "cuda"))
     info = engine.runner.info()
@@ -55,13 +63,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+")
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--attention-backend", choices=["auto", *BACKENDS], default="auto")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     row("", "plan", "engine", "plan is")
     for shape in args.shapes:
-        compared(shape, args.max_model_len)
+        compared(shape, args.max_model_len, args.attention_backend)
         gc.collect()  # captured graphs and what they captured know each other
         torch.cuda.empty_cache()
 

@@ -41,8 +41,15 @@ MOST_NET_CHUNKS = 320
 """Of several sequences, chunks that are computed at once at most: what is between the kernels takes 3.2 MiB for each of
 Qwen3.6-35B-A3B's, of which one sequence of 16,384 tokens has 256."""
 
-KV_BLOCK = 128
-"""Tokens in a KV block on GPUs, unless others are asked for."""
+SHORT = 512
+"""Most tokens of a step with prompts that is captured where nothing is paced; a larger one takes as long as its
+launches."""
+
+CHUNKS = 8
+"""Most prefill chunks of a captured step."""
+
+_LEAST_ROWS = 512
+"""Decodes that memory is kept for where fewer may run, for what they find in a prefix that they share."""
 
 SAMPLER_A_TOKEN = 96
 """What one row takes at most while it is sampled, for each token of the vocabulary: where a top-p set is so flat that
@@ -282,6 +289,55 @@ def net_chunk_bytes(key_heads: int, value_heads: int, key_dim: int, value_dim: i
 def net_chunks(longest: int) -> int:
     """Chunks that are computed at once at most, in steps whose prompts have ``longest`` tokens at most."""
     return max(MOST_NET_CHUNKS, -(-longest // NET_CHUNK))
+
+
+def most_state_chunks(rows: int, prompts: int = CHUNKS) -> int:
+    """Chunks of recurrent layers that a captured step has at most: each prompt may end in one that is not full, and so
+    may two parts of it, behind which states are kept."""
+    return rows // NET_CHUNK + 3 * prompts
+
+
+def short_rows(max_num_batched_tokens: int) -> int:
+    """Rows of the largest step with prefill chunks that a graph may hold, where nothing is paced."""
+    return min(SHORT, max_num_batched_tokens)
+
+
+def captured_rows(max_num_seqs: int, short: int, paced: int = 0) -> int:
+    """Rows of the largest step that a graph may hold, with ``short_rows``, and where prompts are paced so many."""
+    return max(max_num_seqs, short, paced)
+
+
+def captured_bytes(activations: int, tokens: int, rows: int, logits: int, tp_size: int, chunk: int) -> int:
+    """What all captured steps, of up to ``rows``, share for their activations: an upper bound.
+
+    Args:
+        activations: of the largest step, of ``tokens``; its logits are among them, and counted once more.
+        logits: a rank's own, of the rows that are sampled.
+        chunk: what one chunk of a recurrent layer takes, of the largest.
+    """
+    share = -(-activations * rows // tokens)
+    return share + logits + gathered_logits(logits, tp_size) + most_state_chunks(rows) * chunk
+
+
+def table_bytes(max_num_seqs: int, rows: int, width: int, pools: int) -> int:
+    """Block tables: of twice the sequences that run and of a captured step's ``rows``, ``width`` blocks each."""
+    return 4 * (2 * max_num_seqs + rows) * width * pools
+
+
+def prefix_rows(decodes: int, heads: int) -> int:
+    """Rows of what so many decodes of up to ``heads`` query heads find in a prefix that they share."""
+    return max(_LEAST_ROWS, decodes) * heads
+
+
+def prefix_bytes(decodes: int, heads: int, dim: int) -> int:
+    """What those rows take, of heads of up to ``dim`` dimensions, in float32, each with two sums more."""
+    return 4 * prefix_rows(decodes, heads) * (dim + 2)
+
+
+def gathering_cache(left: int) -> int:
+    """Of what is left on a GPU, what the KV cache may take where the reference gathers what it reads anew: the other
+    half is for that and for activations."""
+    return max(left, 0) // 2
 
 
 def _vector_bytes(dim: int, itemsize: int, form: KvForm) -> int:

@@ -15,6 +15,27 @@ from tpctl.errors import UsageError
 BACKENDS = ("flash-attn", "triton", "sdpa")
 
 
+class Kind(NamedTuple):
+    """What the planner has to know of a backend, too.
+
+    Attributes:
+        block_size: tokens in a KV block, unless others are asked for.
+        slides: it reads no block that windows have passed, so that these can be given away.
+        paged: on a GPU it reads the cache in place; otherwise it gathers what it reads.
+    """
+
+    block_size: int
+    slides: bool = True
+    paged: bool = True
+
+
+KINDS = {
+    "flash-attn": Kind(256, slides=False),  # which blocks its packages read beside those of a window is theirs
+    "triton": Kind(128),
+    "sdpa": Kind(32, paged=False),
+}
+
+
 class Machine(NamedTuple):
     """What counts of a machine with GPUs: whether it has the triton package, and GPUs with arithmetic in bfloat16."""
 

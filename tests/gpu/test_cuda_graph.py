@@ -10,13 +10,14 @@ import torch
 pytest.importorskip("triton")
 
 from tests.gpu.here import DEVICE
+from tpctl.accounting import most_state_chunks
 from tpctl.engine.sampling.noise import seed_state
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence, StateUse
 from tpctl.engine.scheduling.sequence import Sequence
 from tpctl.engine.steps.graphs import CapturedSteps, DecodeGraphs, ladder
-from tpctl.engine.steps.mixed import MixedGraphs, MixedInputs, most_state_chunks
+from tpctl.engine.steps.mixed import MixedGraphs, MixedInputs
 from tpctl.engine.steps.slots import Slots
 from tpctl.engine.steps.states import StepStates, count_chunks
 from tpctl.kernels.delta_net.tables import Chunks, NewTokens

@@ -17,13 +17,14 @@ from tests.gpu.here import DEVICE, INTERPRET
 from tests.gpu.stand_in import best, finish, prompts_of, replayed, start  # noqa: F401
 from tests.gpu.test_compute_cuda import HOPPER
 from tests.tiny import make_mixture
+from tpctl import accounting
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.delta_net import NetSizes
 from tpctl.arch.source_plan import build_plan
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import cuda_sizes, outline
+from tpctl.engine.runners import outline
 from tpctl.engine.scheduling.scheduled import StateUse
 from tpctl.engine.steps.mixed import MixedGraphs
 from tpctl.engine.steps.states import decode_slots, prompt_chunks
@@ -143,7 +144,7 @@ def test_the_largest_step_may_share_a_prefix(
     """It has more numbers than any other: where each row has its state, and how long the prefix is."""
     monkeypatch.setattr(cuda_runner, "_SHARED_ROWS", 2)
     monkeypatch.setattr(cuda_runner, "_SHARED_TOKENS", 128)
-    monkeypatch.setattr(cuda_sizes, "SHORT", 0)  # a step of decodes is the largest
+    monkeypatch.setattr(accounting, "SHORT", 0)  # a step of decodes is the largest
     monkeypatch.setattr(MixedGraphs, "most_numbers", staticmethod(lambda rows, states: 0))
     model = make_mixture("qwen3_next", tmp_path / "hf", max_position_embeddings=256, **SIZES)
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)

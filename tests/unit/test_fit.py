@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,16 +235,19 @@ TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "windows and experts": ("gpt_oss", {"num_hidden_layers": 4}),
     "states": ("qwen3_5_moe_text", {"num_hidden_layers": 4}),
 }
+REFERENCE = ("uneven heads", "windows", "states")
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_a_running_engine_allocates_what_was_planned(name: str, tmp_path: Path) -> None:
-    """Two ranks' weights, states and, of 50 sequences, keys and values, each within 2%."""
+@pytest.mark.parametrize(("name", "backend"), [*((name, "auto") for name in TAKEN), *((n, "sdpa") for n in REFERENCE)])
+def test_a_running_engine_allocates_what_was_planned(name: str, backend: str, tmp_path: Path) -> None:
+    """Two ranks' weights, states and, of 50 sequences, keys and values, each within 2%; by the reference's attention
+    also what the cache may take of a GPU."""
     import torch
 
     from tests.ranks import run_ranks
     from tpctl.distributed import TPGroup
     from tpctl.engine.engine import make_runner
+    from tpctl.engine.runners.memory_plan import plain_budget
     from tpctl.layers.delta_net.state import LayerState
     from tpctl.wire.settings import EngineConfig
 
@@ -251,12 +255,20 @@ def test_a_running_engine_allocates_what_was_planned(name: str, tmp_path: Path) 
     length, seqs, memory = 1280, 50, 1 << 24
     source = make_checkpoint(tmp_path / "source", make_config(family, max_position_embeddings=2048, **changes))
     shard_checkpoint(source, tmp_path / "shards", 2)
-    report = planned(source, tp_size=2, max_model_len=length, max_num_seqs=seqs)
-    settings = {"kv_cache_memory": memory, "block_size": 128, "max_model_len": length, "max_num_seqs": seqs}
+    report = planned(source, tp_size=2, max_model_len=length, max_num_seqs=seqs, attention_backend=backend)
+    assert report.attention_backend == ("triton" if backend == "auto" else backend)
+    settings = {"kv_cache_memory": memory, "max_model_len": length, "max_num_seqs": seqs}
+    settings |= {"block_size": 128} if backend == "auto" else {}
 
     def rank(group: TPGroup) -> None:
         runner, fit = make_runner(EngineConfig(tmp_path / "shards", 2, **settings), group), report.ranks[group.rank]
         assert runner.loaded.weight_bytes == pytest.approx(fit.weight_bytes, rel=0.02)
+        if backend == "sdpa":
+            others = runner.loaded.weight_bytes + report.context_bytes
+            share = SimpleNamespace(nbytes=int(report.gpu_memory * report.utilization), taken=lambda device: others)
+            free = replace(runner.loaded.settings, kv_cache_memory=None)
+            budget = plain_budget(replace(runner.loaded, settings=free, share=share))
+            assert budget == pytest.approx(fit.kv_cache_bytes + fit.state_bytes, rel=1e-4)
         held: dict[bool, dict[int, int]] = {False: {}, True: {}}
         for layer in runner.kv:
             for tensor in vars(layer).values():

@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.synthetic import make_checkpoint, make_config, source_tensors
 from tests.unit.test_fit import config_folder, planned
-from tpctl.accounting import net_chunk_bytes
+from tpctl.accounting import most_state_chunks, net_chunk_bytes
 from tpctl.arch import parts
 from tpctl.arch.block import Mixer
 from tpctl.arch.blueprint import Blueprint
@@ -260,7 +260,8 @@ def test_planning_a_large_model_takes_a_moment(tmp_path: Path, config: dict[str,
 
 
 def test_chunks_of_gated_delta_nets_take_memory(tmp_path: Path) -> None:
-    """In a step of any size that of 320 at once, or of as many as one prompt has; and only of a rank's heads."""
+    """In a step of any size that of 320 at once, or of as many as one prompt has; and only of a rank's heads. Captured
+    steps, here as large as any, have as much again, and that of their own parts of prompts."""
     folder = config_folder(tmp_path / "m", LARGE["Qwen3.5-35B-A3B"])
 
     def taken(tp_size: int, tokens: int, length: int) -> int:
@@ -269,8 +270,11 @@ def test_chunks_of_gated_delta_nets_take_memory(tmp_path: Path) -> None:
 
     for tp_size in (1, 4):
         chunk = net_chunk_bytes(16 // tp_size, 32 // tp_size, 128, 128, itemsize=2)
-        assert 320 * chunk < taken(tp_size, 64, 4096) < 320 * chunk + (160 << 20)  # beside logits, and their sampling
-        assert taken(tp_size, 40960, 40960) - taken(tp_size, 40960, 20480) == 320 * chunk
+        twice = (2 * 320 + most_state_chunks(64)) * chunk
+        assert twice < taken(tp_size, 64, 4096) < twice + (160 << 20)  # beside logits, and their sampling
+        captured, tables = 512 / 40960, 4 * (2 + 512) * 20480 // 128
+        more = taken(tp_size, 40960, 40960) - taken(tp_size, 40960, 20480)
+        assert more == pytest.approx(320 * chunk * (1 + captured) + tables, abs=2)
 
 
 def of_mixers(fields: Fields, sizes: Sizes) -> Blueprint:

@@ -12,12 +12,11 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import make_checkpoint, make_mixture
 from tests.unit.generating import answers, memory_for, run
-from tpctl import accounting
 from tpctl.accounting import KvLayout, KvNeed, LayerPool, layout_of
+from tpctl.attention_choice import KINDS, Kind
 from tpctl.checkpoint.metadata import read_metadata
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine, make_runner
-from tpctl.planning import model_sizes
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.wire.messages import Add, Request
@@ -136,8 +135,7 @@ def test_memory_is_what_is_planned(tp_size: int, made: Any, tmp_path: Path, monk
     """The planner's figures and the engine's: bytes of a token and of windows, and the longest sequence of a cache."""
     folder, _, _ = made["gemma3"]
     block, memory = 4, 60_000
-    for module in (accounting, model_sizes):
-        monkeypatch.setattr(module, "KV_BLOCK", block)
+    monkeypatch.setitem(KINDS, "triton", Kind(block))
     report = plan_model(read_metadata(str(folder)), Budget(), tp_size=tp_size)
     assert (report.windowed, report.window) == (3, 9)
     shard_checkpoint(folder, tmp_path / "shards", tp_size)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tpctl.cli.console import print_json
-from tpctl.cli.options import CuttingOptions, DType, KvCacheDType, grouped
+from tpctl.cli.options import AttentionBackend, CuttingOptions, DType, KvCacheDType, grouped
 from tpctl.cli.units import parse_bytes
 from tpctl.errors import UsageError, format_bytes
 from tpctl.quantizing.schemes import Method
@@ -54,6 +54,10 @@ def plan(
             "triton."
         ),
     ] = KvCacheDType.auto,
+    attention_backend: Annotated[
+        AttentionBackend,
+        typer.Option(help="auto: triton; sdpa, in plain torch, takes half of what is left for the cache."),
+    ] = AttentionBackend.auto,
     quantize: Annotated[
         Method | None, typer.Option(help=f"Plan what `tpctl shard --quantize` would make: {', '.join(Method)}.")
     ] = None,
@@ -89,6 +93,7 @@ def plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_dtype=str(kv_cache_dtype),
+        attention_backend=str(attention_backend),
     )
     with few_collections():
         metadata = read_metadata(model, revision=revision, token=token)

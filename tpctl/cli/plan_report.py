@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
+from tpctl.attention_choice import KINDS
 from tpctl.cli.console import stdout
 from tpctl.cli.options import KV_FORMS
 from tpctl.cli.shard import how_cut
@@ -46,7 +47,8 @@ def _print_model(report: FitReport) -> None:
     console.print(
         f"on GPUs of {_gib(report.gpu_memory)}, {report.utilization:.0%} used: sequences of up to "
         f"{report.max_model_len} tokens, {report.max_num_batched_tokens} tokens a step, {report.dtype}"
-        f"{', ' + KV_FORMS[report.kv_cache_dtype] if report.kv_cache_dtype in KV_FORMS else ''}",
+        f"{', ' + KV_FORMS[report.kv_cache_dtype] if report.kv_cache_dtype in KV_FORMS else ''}"
+        f"{'' if report.attention_backend == 'triton' else f', {report.attention_backend} attention'}",
         soft_wrap=True,
     )
     for line in _remarks(report):
@@ -240,10 +242,12 @@ def _print_ranks(report: FitReport) -> None:
             soft_wrap=True,
         )
     usable = int(report.gpu_memory * report.utilization)
+    paged = KINDS[report.attention_backend].paged
     console.print(
-        f"KV cache: what is left of {_gib(usable)} ({report.utilization:.0%} of {_gib(report.gpu_memory)}) after "
-        f"weights, activations, {_gib(report.context_bytes)} for the CUDA context, libraries and NCCL, and "
-        f"{_gib(report.reserve_bytes)} kept for CUDA graphs and fragmentation; the last three are estimates",
+        f"KV cache: {'what' if paged else 'half of what'} is left of {_gib(usable)} ({report.utilization:.0%} of "
+        f"{_gib(report.gpu_memory)}) after weights, {'activations, ' if paged else ''}{_gib(report.context_bytes)} for "
+        f"the CUDA context, libraries and NCCL, and {_gib(report.reserve_bytes)} kept for CUDA graphs and "
+        f"fragmentation{'; the last three are estimates' if paged else ', both estimates; the rest is for steps'}",
         soft_wrap=True,
     )
 

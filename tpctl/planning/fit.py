@@ -1,8 +1,8 @@
 """The memory planner: which tensor-parallel sizes work for a model, how evenly, and what fits beside the weights.
 
 Weights come from the partition plan and are exact: the numbers are what ``tpctl shard`` writes. The rest
-follows the engine's own accounting (``accounting``): of a GPU's memory it uses a share, from which weights, the
-activations of the largest step and a reserve are taken; the KV cache gets what is left.
+follows the engine's own accounting (``accounting``): of a GPU's memory it uses a share, from which weights, what steps
+take (``step_sizes``) and a reserve are taken; the KV cache gets what is left, by the reference's attention half of it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tpctl.accounting import KvNeed, cache_for, reserve, state_slots
+from tpctl.accounting import KvNeed, cache_for, gathering_cache, reserve, state_slots
 from tpctl.arch.block import Attention
 from tpctl.arch.config import ModelConfig
 from tpctl.arch.source_plan import towers
+from tpctl.attention_choice import KINDS
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.errors import PartitionError, UsageError
 from tpctl.partition.dtypes import DTYPES, TORCH_NAMES
@@ -22,6 +23,7 @@ from tpctl.planning.check import SizeCheck, check_sizes
 from tpctl.planning.gpus import GPUS, Gpu
 from tpctl.planning.model_sizes import Cuttings, ModelSizes, as_usual, keeps
 from tpctl.planning.report import FitReport, RankFit, SizeFit
+from tpctl.planning.step_sizes import steps_bytes
 
 CONTEXT_BYTES = 768 << 20
 """What a process takes on a GPU besides tensors: CUDA context, loaded kernels and libraries (755 MiB on an H100)."""
@@ -32,7 +34,8 @@ PEER_BYTES = 800 << 20
 
 @dataclass(frozen=True)
 class Budget:
-    """What a GPU offers and what is asked of it; bytes and tokens. ``kv_cache_dtype``: as the engine's.
+    """What a GPU offers and what is asked of it; bytes and tokens. ``kv_cache_dtype``, ``attention_backend``: as the
+    engine's.
 
     ``gpu``: the name of one in ``GPUS``, whose memory is that of ``gpu_memory`` where this is ``None``.
     """
@@ -44,6 +47,7 @@ class Budget:
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384
     kv_cache_dtype: str = "auto"
+    attention_backend: str = "auto"
 
     @property
     def known(self) -> Gpu | None:
@@ -79,7 +83,7 @@ def plan_model(
         CheckpointError, UnsupportedModelError: the config or the headers are unsound or unknown.
         PartitionError: ``tp_size`` cannot work.
         UsageError: ``dtype`` or the GPU is unknown, more tokens are asked for than the model allows, or a packed or FP8
-            KV cache that it cannot have.
+            KV cache or an attention backend that it cannot have.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
@@ -91,7 +95,7 @@ def plan_model(
             f"--max-model-len {length} is more than the model's {config.max_position_embeddings}; use at most that"
         )
     cast = metadata.cast if dtype == "auto" else DTYPES[dtype]
-    model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype, cutting)
+    model = ModelSizes(config, metadata, cast, budget.kv_cache_dtype, cutting, budget.attention_backend)
     run_dtype = TORCH_NAMES.get(model.dtype, model.dtype)
     form = model.kv_form
     budget = replace(budget, max_model_len=length)
@@ -107,7 +111,11 @@ def plan_model(
     windows = [
         mixer.window
         for mixer in model.mixers
-        if isinstance(mixer, Attention) and keeps(mixer) and mixer.window and mixer.window < length
+        if isinstance(mixer, Attention)
+        and keeps(mixer)
+        and mixer.window
+        and mixer.window < length
+        and KINDS[model.choice.backend].slides
     ]
     return FitReport(
         model=metadata.id,
@@ -118,6 +126,7 @@ def plan_model(
         source_bytes=model.source_bytes,
         dtype=run_dtype,
         kv_cache_dtype=run_dtype if form == "model" else form,
+        attention_backend=model.choice.backend,
         exact=metadata.tensors is not None,
         gpu=budget.gpu,
         gpu_memory=budget.memory,
@@ -173,8 +182,9 @@ def _size(model: ModelSizes, budget: Budget, check: SizeCheck) -> SizeFit:
     tokens = min(_tokens(need, cache, model) for need, cache in zip(needs, caches, strict=True))
     share, seqs = int(budget.memory * budget.utilization), budget.max_num_seqs
     slots = [model.slot_bytes(check.tp_size, rank.rank) for rank in ranks]
+    times = 1 if KINDS[model.choice.backend].paged else 2  # of which the cache may have half
     needed = max(
-        share - (rank.kv_cache_bytes + rank.state_bytes) + cache_for(need.sequence(length), slot, seqs)
+        share - times * (rank.kv_cache_bytes + rank.state_bytes - cache_for(need.sequence(length), slot, seqs))
         for rank, need, slot in zip(ranks, needs, slots, strict=True)
     )
     fit = [cache // max(1, need.sequence(length)) for need, cache in zip(needs, caches, strict=True)]
@@ -213,10 +223,13 @@ def _ranks(model: ModelSizes, budget: Budget, plan: PartitionPlan, *, files: boo
         (weights, parameters), growth = model.weights(plan, first), model.growth_bytes(plan, first)
         query_heads, kv_heads = heads[first]
         tokens, length = budget.max_num_batched_tokens, budget.max_model_len or model.config.max_position_embeddings
-        activations = model.activation_bytes(plan, first, tokens, budget.max_num_seqs, length)
-        activations += model.unpacked_bytes(plan.tp_size, first, tokens, length)
-        activations += model.sampling_bytes(plan, first, budget.max_num_seqs)
-        left = share - weights - growth - activations - reserved - _context_bytes(plan.tp_size)
+        left = share - weights - growth - reserved - _context_bytes(plan.tp_size)
+        if KINDS[model.choice.backend].paged:
+            activations = steps_bytes(model, plan, first, tokens, budget.max_num_seqs, length)
+            left -= activations
+        else:
+            cache = gathering_cache(left) or left // 2  # negative, where the rest alone is too much
+            activations, left = max(0, left - cache), cache
         slot, need = model.slot_bytes(plan.tp_size, first), model.kv_need(plan.tp_size, first, length)
         states = state_slots(left, slot, budget.max_num_seqs)
         fit = RankFit(

@@ -12,11 +12,11 @@ from functools import cached_property
 from math import prod
 
 from tpctl.accounting import (
-    KV_BLOCK,
     KeptLayer,
     KvForm,
+    KvLayout,
     KvNeed,
-    gathered_logits,
+    LayerPools,
     kv_need,
     latent_room,
     layer_pools,
@@ -24,8 +24,6 @@ from tpctl.accounting import (
     net_chunk_bytes,
     net_chunks,
     pools_of,
-    sampled_rows,
-    sampler_bytes,
     state_bytes,
     unpacked_tokens,
 )
@@ -47,7 +45,7 @@ from tpctl.arch.source_plan import (
     source_splits,
     stored_dtype,
 )
-from tpctl.attention_choice import Heads, choose
+from tpctl.attention_choice import KINDS, Choice, Heads, choose
 from tpctl.checkpoint.metadata import ModelMetadata
 from tpctl.checkpoint.safetensors import tensor_nbytes
 from tpctl.partition.dtypes import DTYPE_BITS, DTYPES, TORCH_NAMES
@@ -72,7 +70,7 @@ class ModelSizes:
 
     Args:
         cast: safetensors dtype that floats are cast to.
-        kv_cache_dtype: as the engine's.
+        kv_cache_dtype, backend: as the engine's.
 
     Attributes:
         config: of the model alone, without a layer that predicts one token more.
@@ -93,10 +91,11 @@ class ModelSizes:
         cast: str | None,
         kv_cache_dtype: str = "auto",
         cutting: Cuttings = as_usual,
+        backend: str = "auto",
     ) -> None:
         whole = as_held(config, metadata.tensors or ())
         self.config = replace(whole, blueprint=whole.blueprint.without_predictor())
-        self._cutting, self._kv_cache_dtype = cutting, kv_cache_dtype
+        self._cutting, self._kv_cache_dtype, self._backend = cutting, kv_cache_dtype, backend
         found = None if metadata.tensors is None else {name: info.dtype for name, info in metadata.tensors.items()}
         if metadata.tensors is not None:
             checked_source_plan(config, {name: tensor.shape for name, tensor in metadata.tensors.items()}, 1)
@@ -117,7 +116,7 @@ class ModelSizes:
             self._times[first] += 1
         self._weights, self._chosen, self._growth = self._meanings()
         self._dealt: dict[Cutting, DealtBytes] = {}
-        self._needs: dict[tuple[int, int], list[KvNeed]] = {}
+        self._needs: dict[tuple[int, int], tuple[KvLayout, list[KvNeed]]] = {}
         self.parameters = self.active_parameters = 0
         for split in self._small_splits(Cutting()):
             count = prod(split.whole) * self._weights[split.name]
@@ -231,15 +230,23 @@ class ModelSizes:
     def kv_need(self, tp_size: int, rank: int, longest: int) -> KvNeed:
         """What sequences of up to ``longest`` tokens take of a GPU's KV cache: latents, which all heads share, on every
         rank; of a recurrent layer nothing."""
+        return self._kv(tp_size, longest)[1][rank]
+
+    def kv_pools(self, tp_size: int, longest: int) -> int:
+        """How many pools of KV blocks there are then, each with block tables of its own."""
+        return len(self._kv(tp_size, longest)[0].windows)
+
+    def _kv(self, tp_size: int, longest: int) -> tuple[KvLayout, list[KvNeed]]:
         if (tp_size, longest) not in self._needs:
-            ranks = self._kept(tp_size)
+            ranks, (block, slides, _) = self._kept(tp_size), KINDS[self.choice.backend]
             kinds = list(dict.fromkeys(ranks))  # most ranks keep the same
-            pools = layer_pools(kinds, longest, self.kv_form)
-            found = [pools_of(kind, pools, KV_BLOCK, self.itemsize, self.kv_form) for kind in kinds]
-            layout = layout_of(found, KV_BLOCK)
+            whole = LayerPools((None,), (0,) * len(kinds[0]))
+            pools = layer_pools(kinds, longest, self.kv_form) if slides else whole
+            found = [pools_of(kind, pools, block, self.itemsize, self.kv_form) for kind in kinds]
+            layout = layout_of(found, block)
             needs = {kind: kv_need(one, layout) for kind, one in zip(kinds, found, strict=True)}
-            self._needs[tp_size, longest] = [needs[kind] for kind in ranks]
-        return self._needs[tp_size, longest][rank]
+            self._needs[tp_size, longest] = layout, [needs[kind] for kind in ranks]
+        return self._needs[tp_size, longest]
 
     def _kept(self, tp_size: int) -> list[tuple[KeptLayer, ...]]:
         """What each layer keeps of a token, on each rank."""
@@ -260,10 +267,16 @@ class ModelSizes:
         return state_bytes((net.kept for net in nets), self.itemsize)
 
     @cached_property
-    def kv_form(self) -> KvForm:
-        """How GPUs keep keys and values. Raises ``UsageError`` if they cannot as is asked for."""
+    def choice(self) -> Choice:
+        """How GPUs attend, and keep keys and values. Raises ``UsageError`` if they cannot as is asked for."""
         heads = [Heads.of(mixer) for mixer in self._mixers if isinstance(mixer, Attending) and mixer.reads is None]
-        return choose("auto", self._kv_cache_dtype, "cuda", TORCH_NAMES.get(self.dtype, self.dtype), heads).kv_form
+        dtype = TORCH_NAMES.get(self.dtype, self.dtype)
+        return choose(self._backend, self._kv_cache_dtype, "cuda", dtype, heads)
+
+    @property
+    def kv_form(self) -> KvForm:
+        """As of ``choice``."""
+        return self.choice.kv_form
 
     def unpacked_bytes(self, tp_size: int, rank: int, tokens: int, max_model_len: int) -> int:
         """What the engine keeps for what the prompts of a step of ``tokens`` read, where the cache is not as it is, or
@@ -277,13 +290,6 @@ class ModelSizes:
             return 0
         kept = unpacked_tokens(tokens, max_model_len) + tokens  # some blocks are not full
         return kept * max(heads * dim for heads, dim in self._kv_heads(tp_size, rank)) * 2 * 2
-
-    def sampling_bytes(self, plan: PartitionPlan, rank: int, seqs: int) -> int:
-        """What the engine keeps for sampling: the logits of a captured step, those that the host has a part in, all
-        ranks' where they are gathered, and what the general sampler takes."""
-        vocab, tp_size = plan.shape(rank, self.config.blueprint.head)[0], plan.tp_size
-        logits = sampled_rows(seqs) * vocab * self.itemsize
-        return 2 * logits + gathered_logits(logits, tp_size) + sampler_bytes(seqs, tp_size * vocab)
 
     def activation_bytes(self, plan: PartitionPlan, rank: int, tokens: int, seqs: int, longest: int) -> int:
         """An estimate of the largest step's tensors, for ``tokens`` of ``seqs`` sequences of up to ``longest``, when

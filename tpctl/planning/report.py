@@ -12,6 +12,9 @@ class RankFit:
     """One rank of a size. ``file_bytes`` are those of its part files, ``weight_bytes`` those of its tensors, which take
     ``growth_bytes`` more when they run.
 
+    ``activation_bytes`` are what steps take: the largest one, what captured ones share, tables and sampling; by the
+    reference's attention the half of what is left that is not for the cache.
+
     A token takes ``kv_bytes_per_token`` of the KV cache, in the layers that see all tokens, and a sequence at most
     ``window_bytes`` in the others. ``kv_cache_bytes`` is what is left for the KV cache beside ``state_bytes``, which
     ``states`` of recurrent layers take; negative where the rest alone is too much. None of these count a layer that
@@ -93,6 +96,7 @@ class FitReport:
     source_bytes: int
     dtype: str
     kv_cache_dtype: str
+    attention_backend: str
     exact: bool
     gpu: str | None
     gpu_memory: int

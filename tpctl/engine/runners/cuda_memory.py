@@ -10,10 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpctl.accounting import MOST_NET_CHUNKS, gathered_logits, net_chunk_bytes, reserve, sampled_rows
+from tpctl.accounting import (
+    MOST_NET_CHUNKS,
+    captured_bytes,
+    gathered_logits,
+    net_chunk_bytes,
+    reserve,
+    sampled_rows,
+    table_bytes,
+)
 from tpctl.arch.delta_net import state_sizes
 from tpctl.engine.runners.loading import LoadedModel
-from tpctl.engine.steps.mixed import most_state_chunks
 from tpctl.engine.steps.states import NUMBERS
 from tpctl.errors import EngineError
 from tpctl.kernels.delta_net.chunks import ChunkTables
@@ -56,13 +63,11 @@ def measure_step(loaded: LoadedModel, rows: int, prefix: int = 0) -> StepMemory:
     loaded.timings.lap("largest step", started)
     activations = torch.cuda.max_memory_allocated(device) - before
     logits = sampled_rows(settings.max_num_seqs) * loaded.model.lm_head.out_features * loaded.dtype.itemsize
-    gathered = gathered_logits(logits, loaded.group.size)
-    # Activations grow with a step's rows. Its logits are among them, and counted once more: this is an upper bound.
-    captured = -(-activations * rows // tokens) + logits + gathered + _chunks_bytes(loaded, rows)
-    eager = settings.enforce_eager
-    tables = 4 * (2 * settings.max_num_seqs + (0 if eager else rows)) * table_width(loaded, loaded.wanted_len)
-    tables *= len(loaded.layout.windows)
-    later = tables + (gathered if eager else captured + prefix)
+    tp_size, eager = loaded.group.size, settings.enforce_eager
+    captured = captured_bytes(activations, tokens, rows, logits, tp_size, _chunk_bytes(loaded))
+    width, pools = table_width(loaded, loaded.wanted_len), len(loaded.layout.windows)
+    later = table_bytes(settings.max_num_seqs, 0 if eager else rows, width, pools)
+    later += gathered_logits(logits, tp_size) if eager else captured + prefix
     later += logits + loaded.sampler.working_bytes(settings.max_num_seqs)  # sampling with the host's help
     return StepMemory(before, activations, captured, later)
 
@@ -143,13 +148,12 @@ def run_prompts(
     return loaded.model(forward, kv, rows)  # type: ignore[no-any-return]
 
 
-def _chunks_bytes(loaded: LoadedModel, rows: int) -> int:
-    """What the chunks of a recurrent layer take in a captured step, which has more of them for its rows."""
+def _chunk_bytes(loaded: LoadedModel) -> int:
+    """What a chunk of a recurrent layer takes."""
     nets = state_sizes(loaded.config.blueprint, loaded.group.rank, loaded.group.size)
-    count = most_state_chunks(rows)
     size = loaded.dtype.itemsize
     each = (net_chunk_bytes(net.key_heads, net.value_heads, net.key_dim, net.value_dim, size) for net in nets)
-    return count * max(each, default=0)
+    return max(each, default=0)
 
 
 def _states(loaded: LoadedModel, lens: list[int], decodes: int) -> StateTables | None:

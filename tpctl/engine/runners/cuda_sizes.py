@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tpctl import accounting
+from tpctl.accounting import CHUNKS, captured_rows
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.engine.scheduling.pacing import Pace, pays
-from tpctl.engine.steps.mixed import CHUNKS, SHORT
 from tpctl.layers.attention.paged import PagedBackend
 from tpctl.wire.settings import EngineConfig
 
@@ -36,9 +37,9 @@ def find_pace(loaded: LoadedModel) -> Pace | None:
 
 def largest_rows(settings: EngineConfig, pace: Pace | None) -> int:
     """Rows of the largest step that a graph may hold."""
-    return max(settings.max_num_seqs, short_rows(settings), 0 if pace is None else pace.limit)
+    return captured_rows(settings.max_num_seqs, short_rows(settings), 0 if pace is None else pace.limit)
 
 
 def short_rows(settings: EngineConfig) -> int:
     """Rows of the largest step with prefill chunks that a graph may hold, where nothing is paced."""
-    return 0 if settings.enforce_eager else min(SHORT, settings.max_num_batched_tokens)
+    return 0 if settings.enforce_eager else accounting.short_rows(settings.max_num_batched_tokens)

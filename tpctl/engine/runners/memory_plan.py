@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tpctl.accounting import KvLayout, cache_for, reserve, state_slots
+from tpctl.accounting import KvLayout, cache_for, gathering_cache, reserve, state_slots
 from tpctl.engine.memory.host import CPU_SHARE, available_host_memory, count_slabs
 from tpctl.engine.runners.loading import LoadedModel
 from tpctl.errors import EngineError
@@ -84,9 +84,8 @@ def plain_budget(loaded: LoadedModel) -> int:
     if loaded.settings.kv_cache_memory is not None:
         return loaded.settings.kv_cache_memory
     if loaded.share is not None:
-        # The reference gathers the keys and values that it reads anew: what is left is for both.
         left = loaded.share.nbytes - loaded.share.taken(loaded.group.device) - reserve(loaded.config.num_layers)
-        return max(left, 0) // 2
+        return gathering_cache(left)
     return int(available_host_memory() * CPU_SHARE) // (loaded.group.size * loaded.settings.engines_on_host)
 
 

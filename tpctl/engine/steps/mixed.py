@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tpctl.accounting import NET_CHUNK, sampled_rows
+from tpctl.accounting import CHUNKS, SHORT, most_state_chunks, sampled_rows
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
@@ -23,22 +23,10 @@ from tpctl.engine.steps.graphs import StepInputs
 from tpctl.engine.steps.states import NUMBERS, StepStates, count_chunks
 from tpctl.kernels.sampling.prepare import DecodeInputs
 
-SHORT = 512
-"""Most tokens of a step that is captured where nothing is paced; a larger one takes as long as its launches."""
-
-CHUNKS = 8
-"""Most prefill chunks of a captured step."""
-
 _ROWS = 16  # captured steps have a multiple of this many rows, or as many as there may be
 _MOST = 48  # such graphs of a kind, paced or short; a job takes about ten
 _MISSES = 4  # steps of a size until it is captured at once
 _STATE_CHUNKS = 8  # a captured step has a multiple of so many chunks of recurrent layers
-
-
-def most_state_chunks(rows: int, prompts: int = CHUNKS) -> int:
-    """Chunks of recurrent layers that a captured step has at most: each prompt may end in one that is not full, and so
-    may two parts of it, behind which states are kept."""
-    return rows // NET_CHUNK + 3 * prompts
 
 
 @dataclass(frozen=True)

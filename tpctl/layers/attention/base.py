@@ -129,9 +129,6 @@ class AttentionBackend(ABC, Generic[PlanT]):
     """
 
     name: str
-    default_block_size: int
-    slides = True
-    """Whether it reads no block that windows have passed, so that these can be given away."""
 
     def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
         self.layers = tuple(layers)

@@ -42,8 +42,6 @@ class FlashPlan(PagedPlan):
 
 class FlashAttentionBackend(PagedBackend[FlashPlan]):
     name = "flash-attn"
-    default_block_size = 256
-    slides = False  # which blocks the packages read beside those of a window is theirs, and differs by version
 
     def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
         super().__init__(layers, block_size, pools)

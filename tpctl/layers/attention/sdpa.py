@@ -64,7 +64,6 @@ class SdpaPlan(AttentionPlan):
 
 class SdpaBackend(AttentionBackend[SdpaPlan]):
     name = "sdpa"
-    default_block_size = 32
 
     def __init__(self, layers: Sequence[AttentionSpec], block_size: int, pools: LayerPools | None = None) -> None:
         super().__init__(layers, block_size, pools)

@@ -10,7 +10,7 @@ import torch
 
 from tpctl import attention_choice
 from tpctl.accounting import KeptLayer, layer_pools
-from tpctl.attention_choice import Heads, Machine, check_block_size, choose
+from tpctl.attention_choice import KINDS, Heads, Machine, check_block_size, choose
 from tpctl.layers.attention.base import AttentionBackend, AttentionSpec
 
 
@@ -56,10 +56,10 @@ def make_backend(
         from tpctl.layers.attention.triton import TritonBackend as kind
     else:
         from tpctl.layers.attention.sdpa import SdpaBackend as kind
-    size = block_size or kind.default_block_size
+    size = block_size or KINDS[chosen].block_size
     check_block_size(size, chosen)
     pools = None
-    if kind.slides and ranks is not None and longest is not None:
+    if KINDS[chosen].slides and ranks is not None and longest is not None:
         pools = layer_pools(ranks, longest, form)
     if latent and chosen == "sdpa":
         from tpctl.layers.attention.sdpa_latent import SdpaLatentBackend

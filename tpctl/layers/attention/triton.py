@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tpctl.accounting import KvForm, KvLayout, LayerPools, unpacked_tokens
+from tpctl.accounting import KvForm, KvLayout, LayerPools, prefix_bytes, prefix_rows, unpacked_tokens
 from tpctl.kernels.attention.fp8_vectors import quantise
 from tpctl.kernels.attention.packed_kv import pack_reference, row_bytes, unpack_blocks
 from tpctl.kernels.attention.paged_decode import LONG_CONTEXT, DecodePlan, DecodeScratch, paged_decode
@@ -58,7 +58,6 @@ class TritonPlan(PagedPlan):
 
 class TritonBackend(PagedBackend[TritonPlan]):
     name = "triton"
-    default_block_size = 128
     captures_prefill = True
 
     def __init__(
@@ -168,13 +167,12 @@ class TritonBackend(PagedBackend[TritonPlan]):
 
     def _prefix_sizes(self, count: int) -> tuple[int, int]:
         """Rows, and numbers of each, of what so many decodes find."""
-        return max(512, count) * max(one.num_heads for one in self.layers), max(one.head_dim for one in self.layers)
+        heads, widest = max(one.num_heads for one in self.layers), max(one.head_dim for one in self.layers)
+        return prefix_rows(count, heads), widest
 
     def prefix_bytes(self, count: int) -> int:
-        if self.shared_pool is None:
-            return 0
-        most, widest = self._prefix_sizes(count)
-        return 4 * most * (widest + 2)
+        heads, widest = max(one.num_heads for one in self.layers), max(one.head_dim for one in self.layers)
+        return 0 if self.shared_pool is None else prefix_bytes(count, heads, widest)
 
     def _plan(self, count: int, spec: AttentionSpec, long: bool, shared: bool, like: Tensor) -> DecodePlan:
         """The plan for ``count`` decodes, on ``like``'s device: kept, since captured graphs hold its buffers."""

@@ -64,7 +64,6 @@ class TritonLatentBackend(PagedBackend[LatentStep]):
     """Of layers that are all latent, and alike; ``dtype`` is the model's."""
 
     name = "triton"
-    default_block_size = 128
     captures_prefill = True
 
     def __init__(
