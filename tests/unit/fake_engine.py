@@ -112,9 +112,9 @@ class FakeEngine:
         if self._tokenizer.decode(request.token_ids).endswith("break"):
             del self.open[id]
             return Output(id, [], "error", "the scores are not finite")
-        if request.sampling.regex == "stuck":
+        if (guide := request.sampling.guide) is not None and "stuck" in guide.text:
             del self.open[id]
-            return Output(id, [], "error", "regex: the grammar has no text that could follow")
+            return Output(id, [], "error", f"{guide.name}: the grammar has no text that could follow")
         token, done = ids.popleft(), done + 1
         reason = "stop" if not ids else "length" if done >= request.sampling.max_tokens else None
         if reason is None:

@@ -108,7 +108,7 @@ def test_set(tokenizer: Tokenizer, said: Callable[[], list[str]]) -> None:
 def test_set_shows_every_option(tokenizer: Tokenizer, said: Callable[[], list[str]]) -> None:
     Chat(tokenizer, "/set top_k 3", "/set top_k default", "/set max_tokens 9", "/set")
     shown = dict(line.split(None, 1) for line in said()[3:])
-    for_programs = {"logprobs", "prompt_logprobs", "logit_bias", "guide_after", *GUIDES}
+    for_programs = {"logprobs", "prompt_logprobs", "logit_bias", "guide_after", "guide_name", *GUIDES}
     assert set(shown) == {field.name for field in fields(SamplingParams)} - for_programs | {"stop"}
     assert (shown["temperature"], shown["top_k"], shown["max_tokens"], shown["stop"]) == ("0.7", "0", "9", "none")
 

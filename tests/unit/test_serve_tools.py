@@ -201,6 +201,20 @@ def test_what_cannot_be_had_is_said(tokenizer: Tokenizer, tmp_path: Path) -> Non
         assert found.param == "tools" and "does not read them" in found.message
 
 
+def test_a_form_that_the_engine_has_no_text_for_is_named_as_it_was_asked_for(tokenizer: Tokenizer) -> None:
+    """Not as the grammar that it was made into."""
+    stuck = {"name": "stuck", "parameters": PARAMETERS}
+    with served(tokenizer) as (client, _):
+        for more, param, name in (
+            ({"regex": "stuck"}, "regex", "regex"),
+            ({"tools": TOOLS, "regex": "stuck"}, "tools", "regex beside tools"),
+            ({"tools": [{"type": "function", "function": stuck}], "tool_choice": "required"}, *["tool_choice"] * 2),
+            ({"tools": [{"type": "function", "function": {**stuck, "strict": True}}]}, "tools", "tools with strict"),
+        ):
+            found = error(client.post(CHAT, json=chat(**more)), 400)
+            assert found.param == param and found.message.startswith(f"{name}: the grammar has no text that"), more
+
+
 def test_calls_of_a_response(tokenizer: Tokenizer) -> None:
     with served(tokenizer, saying(tokenizer, f"Well.\n{CALL}\n{NOW}")) as (client, server):
         body = {"input": "Hi", "tools": FLAT, "tool_choice": "auto"}

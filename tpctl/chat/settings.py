@@ -12,7 +12,7 @@ from tpctl.errors import RequestError, shown
 from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.sampling import SamplingParams
 
-_HIDDEN = ("logprobs", "prompt_logprobs", "logit_bias", "guide_after", *GUIDES)
+_HIDDEN = ("logprobs", "prompt_logprobs", "logit_bias", "guide_after", "guide_name", *GUIDES)
 """What a chat does not show, and is not typed; ``--json-schema`` sets one of the last."""
 NAMES = (*(field.name for field in fields(SamplingParams) if field.name not in _HIDDEN), "stop")
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)} | {"max_tokens": None}

@@ -17,7 +17,7 @@ from tpctl.wire.sampling import SamplingParams
 if TYPE_CHECKING:
     from tpctl.client.tools.asked import Tools
 
-SAMPLING_FIELDS = frozenset(one.name for one in fields(SamplingParams)) - {"guide_after"}
+SAMPLING_FIELDS = frozenset(one.name for one in fields(SamplingParams)) - {"guide_after", "guide_name"}
 FIELDS = frozenset({"id", "prompt", "messages", "stop", "chat_template_kwargs"}) | SAMPLING_FIELDS
 
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 4096

@@ -62,7 +62,7 @@ def guided(sampling: SamplingParams, tokenizer: Tokenizer, prompt: Sequence[int]
     name = sampling.guide.name
     if not isinstance(form, Tags):
         lark = Lark(tokenizer.added_ids, WHITESPACE, {}, frozenset())
-        return with_grammar(sampling, lark.grammar(messages(lark, None, form, lark.form(sampling.guide))))
+        return with_grammar(sampling, lark.grammar(messages(lark, None, form, lark.form(sampling.guide))), name)
     if not begins_in_thought(tokenizer, prompt, form):
         return sampling
     if form.ids is None:
@@ -70,18 +70,15 @@ def guided(sampling: SamplingParams, tokenizer: Tokenizer, prompt: Sequence[int]
     return replace(sampling, guide_after=form.ids[1])
 
 
-def with_grammar(sampling: SamplingParams, grammar: str) -> SamplingParams:
-    """Sampling with a grammar in the place of the form that was asked for, of which it is made.
+def with_grammar(sampling: SamplingParams, grammar: str, name: str) -> SamplingParams:
+    """Sampling with a grammar in the place of what was asked for, of which it is made and which messages call ``name``,
+    the engine's, too.
 
     Raises:
         RequestError: it is not taken.
     """
-    asked = None if sampling.guide is None else sampling.guide.name
-    try:
-        made = replace(sampling, response_format=None, regex=None, choice=None, grammar=grammar)
-        check_guide(made.guide)
-    except RequestError as error:
-        raise RequestError(str(error).replace("grammar", asked or "grammar", 1)) from None
+    made = replace(sampling, response_format=None, regex=None, choice=None, grammar=grammar, guide_name=name)
+    check_guide(made.guide)
     return made
 
 

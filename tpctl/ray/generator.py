@@ -28,7 +28,7 @@ ALONE = 2
 TEXTS = ("text", "finish_reason", "note", "error")
 NUMBERS = ("prompt_tokens", "completion_tokens")
 _TOGETHER = 32  # rows that are parsed at once
-_OF_ROWS = (frozenset(asdict(SamplingParams())) - {"logprobs", "prompt_logprobs", "guide_after"}) | {
+_OF_ROWS = (frozenset(asdict(SamplingParams())) - {"logprobs", "prompt_logprobs", "guide_after", "guide_name"}) | {
     "stop",
     "chat_template_kwargs",
 }

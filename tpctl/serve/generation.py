@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
-from tpctl.errors import RequestError, TpctlError
+from tpctl.errors import TpctlError
 from tpctl.serve.errors import ApiError
 from tpctl.wire.guide import cannot_be_had
 from tpctl.wire.messages import Output
@@ -193,6 +193,5 @@ class Generation:
 
 def _failure(message: str) -> ApiError:
     """What an engine failed at: a form that the model has no text for is the request's fault."""
-    if cannot_be_had(message):
-        return ApiError.of(RequestError(message))
-    return ApiError(500, message)
+    field = cannot_be_had(message)
+    return ApiError(500, message) if field is None else ApiError(400, message, param=field)

@@ -22,10 +22,18 @@ NAMES = ("response_format", "regex", "choice", "grammar")
 """Fields of ``SamplingParams``, of which one at most may be set."""
 
 
-def cannot_be_had(message: str) -> bool:
-    """Whether an engine could not answer since the model has no text of the form that was asked for: its message
-    then begins with the form's field."""
-    return message.partition(":")[0] in NAMES
+BESIDE_TOOLS, TOOL_CHOICE, STRICT = " beside tools", "tool_choice", "tools with strict"
+"""What messages call a form that tools ask for: what stands behind the field of one beside them; calls that must be
+made; calls whose arguments have a schema."""
+
+
+def cannot_be_had(message: str) -> str | None:
+    """The field at fault where an engine could not answer since the model has no text of the form that was asked for:
+    its message then begins with what names the form. ``None``: it is about something else."""
+    name = message.partition(":")[0]
+    if name.endswith(BESIDE_TOOLS) or name == STRICT:
+        return "tools" if name.removesuffix(BESIDE_TOOLS) in (*NAMES, STRICT) else None
+    return name if name in (*NAMES, TOOL_CHOICE) else None
 
 
 _SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
@@ -33,7 +41,7 @@ _SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
 
 class Guide(NamedTuple):
     """A grammar: ``kind`` is "json", "regex", "choice" (a JSON list) or "lark"; ``lenient``: of a JSON schema, ignore
-    what cannot be enforced. ``name`` is the field that it comes from."""
+    what cannot be enforced. ``name`` is the field that it comes from, or what else messages call it."""
 
     kind: str
     text: str
@@ -66,8 +74,9 @@ def of_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema), "strict": True}}
 
 
-def guide_of(values: Mapping[str, Any]) -> Guide | None:
-    """The grammar of a request, of whose checked fields ``values`` has those in ``NAMES``.
+def guide_of(values: Mapping[str, Any], called: str | None = None) -> Guide | None:
+    """The grammar of a request, of whose checked fields ``values`` has those in ``NAMES``; messages name its field, or
+    what it is ``called``.
 
     Raises:
         RequestError: more than one is set, or it is too long.
@@ -77,14 +86,14 @@ def guide_of(values: Mapping[str, Any]) -> Guide | None:
         return None
     if len(given) > 1:
         raise RequestError(f"{given[0]} and {given[1]} are both set; an answer can have one form")
-    name, value = given[0], values[given[0]]
-    if name == "response_format":
+    field, value, name = given[0], values[given[0]], called or given[0]
+    if field == "response_format":
         asked = value.get("json_schema", {})
         guide = Guide("json", _json(asked.get("schema", {"type": "object"}), name), name, asked.get("strict") is False)
-    elif name == "choice":
+    elif field == "choice":
         guide = Guide("choice", _json(list(value), name), name)
     else:
-        guide = Guide("regex" if name == "regex" else "lark", value, name)
+        guide = Guide("regex" if field == "regex" else "lark", value, name)
     if len(guide.text) > MOST_CHARACTERS:
         raise RequestError(f"{name} has {len(guide.text)} characters, but at most {MOST_CHARACTERS} are taken")
     try:

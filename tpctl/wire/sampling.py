@@ -51,6 +51,8 @@ class SamplingParams:
         grammar: what the answer must be, in Lark's language, from ``start`` on. One of these four at most.
         guide_after: the token that a thought ends with, which stands open when the answer begins: the answer's form
             begins behind it; ``None``: with the first token.
+        guide_name: what messages call the form, where ``grammar`` was made of what the request asks for;
+            ``None``: the field.
     """
 
     temperature: float = 0.0
@@ -73,6 +75,7 @@ class SamplingParams:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     guide_after: int | None = None
+    guide_name: str | None = None
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -112,7 +115,7 @@ class SamplingParams:
     @cached_property
     def guide(self) -> Guide | None:
         """The grammar that the answer must follow, if any."""
-        return guide_of({name: getattr(self, name) for name in guide.NAMES})
+        return guide_of({name: getattr(self, name) for name in guide.NAMES}, self.guide_name)
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as a JSON-ready dictionary that ``from_dict`` reads back."""
@@ -135,7 +138,7 @@ class SamplingParams:
 
 
 _FIELDS = {field.name: field for field in fields(SamplingParams)}
-_OPTIONAL = {"logprobs", "prompt_logprobs", "guide_after", *guide.NAMES}
+_OPTIONAL = {"logprobs", "prompt_logprobs", "guide_after", "guide_name", *guide.NAMES}
 _FLOATS = {name for name, values in RANGES.items() if not values.whole}
 
 
@@ -157,7 +160,7 @@ def _typed(name: str, value: Any) -> Any:
         wanted = "a list of texts, none of them empty"
         good = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(v, str) and v for v in value)
         value = tuple(value) if good else value
-    elif name in ("regex", "grammar"):
+    elif name in ("regex", "grammar", "guide_name"):
         wanted = "a text that is not empty"
         good = isinstance(value, str) and value != ""
     elif name == "logit_bias":

@@ -13,7 +13,7 @@ from tpctl.client.tools.harmony import HarmonyCalls, messages
 from tpctl.client.tools.lark import Lark, NoGrammar
 from tpctl.client.tools.llama import Llama
 from tpctl.errors import RequestError
-from tpctl.wire.guide import Guide
+from tpctl.wire.guide import BESIDE_TOOLS, STRICT, TOOL_CHOICE, Guide
 from tpctl.wire.sampling import SamplingParams
 
 
@@ -31,18 +31,19 @@ def formed(
     guide = sampling.guide
     if tools is None or not (tools.must or tools.strict or guide):
         return guided(sampling, tokenizer, prompt, form) if tools is None else sampling
-    what = "tool_choice" if tools.must else f"{guide.name} beside tools" if guide else "tools with strict"
+    what = TOOL_CHOICE if tools.must else f"{guide.name}{BESIDE_TOOLS}" if guide else STRICT
     try:
         check_guide(guide)
-        sampling = with_grammar(sampling, grammar(tokenizer, tools, form, guide))
+        sampling = with_grammar(sampling, grammar(tokenizer, tools, form, guide), what)
         return sampling if isinstance(form, Harmony) else guided(sampling, tokenizer, prompt, form)
     except NoGrammar as error:
         if not tools.must and guide is None:
             return sampling
         said = str(error)
     except RequestError as error:
-        said = str(error).removeprefix(f"{guide.name if guide else 'grammar'}: ")
-    raise ToolsError(f"{what}: {said}", "tool_choice" if tools.must else "tools")
+        said = str(error).removeprefix(f"{guide.name}: " if guide else "")
+    said = said if said.startswith(what) else f"{what}: {said}"
+    raise ToolsError(said, "tool_choice" if tools.must else "tools")
 
 
 def grammar(tokenizer: Tokenizer, tools: Tools, form: Form | None, guide: Guide | None = None) -> str:
