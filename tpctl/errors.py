@@ -33,15 +33,25 @@ def json_printable(text: str) -> str:
     return _STEERING.sub(escaped, text)
 
 
-def shorten(text: str, width: int = 40) -> str:
+_WIDTH = 40
+"""Characters of what somebody gave that a message repeats."""
+_JSON = json.JSONEncoder(ensure_ascii=False, default=repr)
+
+
+def shorten(text: str, width: int = _WIDTH) -> str:
     """What somebody gave, as a message may repeat it: ``width`` characters of ``text`` at most."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def shown(value: object) -> str:
-    """A value of some JSON, as a message may repeat it."""
+    """A value of some JSON, as a message may repeat it: of one with millions of parts the first few are looked at."""
+    text = ""
     try:
-        return shorten(json.dumps(value, ensure_ascii=False, default=repr))
+        for piece in _JSON.iterencode(value):
+            text += piece
+            if len(text) > _WIDTH:
+                break
+        return shorten(text)
     except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
         return f"a {type(value).__name__}"
 

@@ -170,6 +170,7 @@ LONG: Any = {"role": "user", "content": "x" * 10_000_000}
 GARBAGE: dict[str, tuple[str, Any, int, str]] = {
     "10 MB of text": ("/v1/completions", {"prompt": "word " * 2_000_000}, 400, "the text has 10,000,000 characters"),
     "10 MB of tokens": ("/v1/completions", {"prompt": [1] * 3_300_000}, 400, "the prompt has 3300000 tokens"),
+    "10 MB of a model": ("/v1/completions", {"model": [1] * 3_300_000, "prompt": "a"}, 400, "model is [1, 1, 1"),
     "10 MB of a message": ("/v1/chat/completions", {"messages": [LONG]}, 400, "characters"),
     "3,000 messages": ("/v1/chat/completions", {"messages": [{**LONG, "content": "x"}] * 3000}, 400, "at most 2048"),
     "10 MB of brackets": ("/v1/completions", b"[" * 10_000_000, 400, "nested too deeply"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -43,11 +45,11 @@ def test_counts_are_in_number() -> None:
     assert [counted(number, "file") for number in (0, 1, 2, 1000)] == ["0 files", "1 file", "2 files", "1,000 files"]
 
 
-def test_a_value_too_deep_or_long_to_show_is_named() -> None:
+def test_a_value_is_shown_however_deep_it_is_and_named_where_a_number_is_too_long() -> None:
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
-    assert shown(deep) == "a list"
+    assert shown(deep) == 39 * "[" + "…"
     assert len(shown("x" * 10**6)) == 40
 
 
@@ -85,3 +87,16 @@ def test_a_message_is_one_line_however_long_a_name_is(
     err = capfd.readouterr().err
     assert ended.value.code == 1
     assert err.count("\n") == 1 and "\x1b" not in err and len(err) < LONGEST + 100
+
+
+def test_of_a_long_value_only_the_beginning_is_looked_at() -> None:
+    """A server says what is wrong with a list of millions on its event loop."""
+
+    class Unseen(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for number in range(len(self)):
+                assert number < 100
+                yield 123
+
+    assert shown(Unseen([123] * 1_000_000)) == "[123, 123, 123, 123, 123, 123, 123, 123…"
+    assert shown({"a": Unseen([1] * 1000)}) == '{"a": [' + "123, " * 6 + "12…"

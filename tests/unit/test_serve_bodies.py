@@ -8,22 +8,25 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.types import Message, Scope
 
-from tests.unit.fake_client import write_tokenizer
+from tests.unit.fake_client import INFO, write_tokenizer
 from tests.unit.serving import served
 from tests.unit.test_serve import TEXT
 from tests.unit.test_serve_refusals import error
 from tpctl.client import guides
+from tpctl.client.forms import Wanted
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.serve import answered, threads, tokens
 from tpctl.serve.answered import encode
-from tpctl.serve.asked import Reader
+from tpctl.serve.asked import Reader, read_prompts
 from tpctl.serve.bodies import _SMALL, Room, Share, read_object
 from tpctl.serve.errors import ApiError
+from tpctl.serve.threads import Threads
 from tpctl.serve.tokens import MOST_CHARACTERS, MOST_TOKENS
 from tpctl.wire.guide import Guide
 
@@ -89,6 +92,23 @@ def read(pieces: list[bytes], share: Share, most: int = 1 << 30) -> Any:
 def body(size: int) -> list[bytes]:
     raw = json.dumps({"prompt": "x" * size}).encode()
     return [raw[at : at + 10_000] for at in range(0, len(raw), 10_000)]
+
+
+class Unseen(list[Any]):
+    """A list of which nobody is to look at all."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(len(self)):
+            assert number < 100
+            yield self[number]
+
+
+def test_a_prompt_of_millions_of_tokens_is_refused_by_their_number(tokenizer: Tokenizer) -> None:
+    ids = Unseen([5] * 2_000_000)
+    assert read_prompts(ids) == [ids] and read_prompts([ids]) == [ids]
+    reader = Reader(tokenizer, {}, Threads())
+    with pytest.raises(ApiError, match="the prompt has 2000000 tokens, but prompt and answer together may have 512"):
+        asyncio.run(reader.texts([ids], Wanted({}, 1), replace(INFO, max_model_len=512)))
 
 
 def test_bodies_together_have_no_more_than_their_room() -> None:

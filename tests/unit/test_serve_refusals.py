@@ -106,6 +106,8 @@ def error(response: Any, status: int) -> ErrorObject:
         (TEXT, {"prompt": ""}, "prompt", 'prompt is "", but must be a text or a list of token ids'),
         (TEXT, {"prompt": []}, "prompt", "prompt has 0 prompts"),
         (TEXT, {"prompt": [1, "a"]}, "prompt", 'prompt has "a" at place 1, but begins with a token id'),
+        (TEXT, {"prompt": [[1, 2, 1.5]]}, "prompt", "prompt has 1.5 at place 2, but begins with a token id"),
+        (TEXT, {"prompt": [True]}, "prompt", "prompt is true, but must be a text or a list of token ids"),
         (TEXT, {"prompt": [[]]}, "prompt", "prompt is [], but must be"),
         (TEXT, {"prompt": [-1]}, "prompt", "prompt holds token -1, but the model knows ids 0 to"),
         (TEXT, {"prompt": [10**30]}, "prompt", "prompt holds token 1000000000000000000000000000000, but"),

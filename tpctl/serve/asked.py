@@ -154,21 +154,19 @@ class Reader:
 
 
 def read_prompts(value: Any) -> list[str | list[int]]:
-    """The prompts of /v1/completions: a text, token ids, or a list of either.
+    """The prompts of /v1/completions: a text, token ids, or a list of either. What begins with a token id may go on
+    with something else: ``check_ids`` looks at all, once they are known to be no more than a model takes.
 
     Raises:
         FieldError: it is none of these.
     """
-    if isinstance(value, list) and _are_ids(value):
+    if _begins_with_id(value):
         return [value]
     each = value if isinstance(value, list) else [value]
     if not each or len(each) > MOST_PROMPTS:
         raise FieldError(f"prompt has {len(each)} prompts, but must have from 1 to {MOST_PROMPTS}", "prompt")
-    odd = next((at for at, one in enumerate(each) if type(one) is not int), None)
-    if odd and type(each[0]) is int:
-        raise FieldError(f"prompt has {shown(each[odd])} at place {odd}, but begins with a token id", "prompt")
     for prompt in each:
-        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and _are_ids(prompt)):
+        if not (isinstance(prompt, str) and prompt) and not _begins_with_id(prompt):
             raise FieldError(
                 f"prompt is {shown(prompt)}, but must be a text or a list of token ids, or a list of such, none empty",
                 "prompt",
@@ -176,12 +174,15 @@ def read_prompts(value: Any) -> list[str | list[int]]:
     return each
 
 
-def _are_ids(value: list[Any]) -> bool:
-    return set(map(type, value)) == {int}  # of millions, in a moment
+def _begins_with_id(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
-    """Raise ``FieldError`` if a token is none of the model's."""
+    """Raise ``FieldError`` if a token is none of the model's, or none at all."""
+    if odd := set(map(type, ids)) - {int}:
+        at, wrong = next((at, one) for at, one in enumerate(ids) if type(one) in odd)
+        raise FieldError(f"{what} has {shown(wrong)} at place {at}, but begins with a token id", what)
     if ids and vocab_size and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(id for id in ids if not 0 <= id < vocab_size)
         raise FieldError(
