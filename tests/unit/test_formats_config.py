@@ -117,6 +117,10 @@ def test_several_groups_each_in_its_own_format() -> None:
     assert plan.shape(1, "model.layers.0.mlp.down_proj.weight_scale") == (64, 1)
 
 
+CHANNEL, FLOAT = {"strategy": "channel"}, {"type": "float", "dynamic": True}
+BLOCKS = {"type": "float", "strategy": "block", "block_structure": [128, 128]}
+
+
 @pytest.mark.parametrize(
     "form,weights,inputs,rounds",
     [
@@ -129,6 +133,18 @@ def test_several_groups_each_in_its_own_format() -> None:
         ("int-quantized", {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "dynamic": True}, True),
         ("float-quantized", {"type": "float", "strategy": "channel"}, None, False),
         ("pack-quantized", {"num_bits": 4, "group_size": 32}, {"num_bits": 8, "dynamic": True}, False),
+        # Of these, rounding as tpctl does it is finer than what is said, or the same.
+        ("int-quantized", CHANNEL, {"dynamic": True, "strategy": "token", "symmetric": True}, True),
+        ("int-quantized", {**CHANNEL, "num_bits": 4}, {"num_bits": 8, "dynamic": True, "strategy": "token"}, True),
+        ("float-quantized", BLOCKS, {**FLOAT, "strategy": "group", "group_size": 128}, True),
+        ("float-quantized", BLOCKS, {**FLOAT, "strategy": "token"}, True),
+        # And of these coarser, or another: asymmetric, other numbers than the weights', groups within a token.
+        ("int-quantized", CHANNEL, {"dynamic": True, "strategy": "token", "symmetric": False}, False),
+        ("int-quantized", CHANNEL, {"num_bits": 16, "dynamic": True, "strategy": "token"}, False),
+        ("int-quantized", CHANNEL, {**FLOAT, "strategy": "token"}, False),
+        ("float-quantized", {"type": "float", **CHANNEL}, {"dynamic": True, "strategy": "token"}, False),
+        ("float-quantized", {"type": "float", **CHANNEL}, {**FLOAT, "strategy": "group", "group_size": 128}, False),
+        ("float-quantized", BLOCKS, {**FLOAT, "strategy": "group", "group_size": 64}, False),
     ],
 )
 def test_inputs_are_rounded_where_a_format_says_so(

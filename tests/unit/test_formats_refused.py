@@ -155,6 +155,13 @@ def group(kind: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
     return {"format": kind, "config_groups": {"g": {"targets": ["Linear"], "weights": args}}}
 
 
+def inputs(**changes: Any) -> dict[str, Any]:
+    args = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, **changes}
+    weights = {"num_bits": 8, "strategy": "channel"}
+    targets = {"targets": ["Linear"], "weights": weights, "input_activations": args}
+    return {"format": "int-quantized", "config_groups": {"g": targets}}
+
+
 UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("compressed-tensors", group("marlin-24"), '"g" is in the format "marlin-24" of compressed-tensors, tpctl knows'),
     ("compressed-tensors", group("sparse-24-bitmask"), "sparse-24-bitmask"),
@@ -180,6 +187,15 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("compressed-tensors", group("int-quantized", strategy="block", block_structure=[8]), 'block_structure of "g" is'),
     ("compressed-tensors", {**group(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     ("compressed-tensors", {**group(), "transform_config": {"config_groups": {"r": {}}}}, "transform_config"),
+    (
+        "compressed-tensors",
+        {**group(), "moe_sparsity_config": {"method": "prune", "num_experts": [None, 129]}},
+        'compressed with moe_sparsity_config "prune", which tpctl does not know',
+    ),
+    ("compressed-tensors", inputs(strategy="channel"), 'inputs of "g" are 8 bits of "int", scaled by "channel"; tpctl'),
+    ("compressed-tensors", inputs(type="complex"), 'inputs of "g" are 8 bits of "complex", scaled by "token"'),
+    ("compressed-tensors", inputs(num_bits="8"), 'inputs of "g" are "8" bits of "int"'),
+    ("compressed-tensors", inputs(dynamic="always"), 'dynamic of "g" is "always", tpctl knows true, false and "local"'),
     ("compressed-tensors", {**group(), "ignore": ["re:(["]}, r'"re:\(\[" is no pattern'),
     ("compressed-tensors", {"format": "pack-quantized"}, "have no config_groups"),
     ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, r'config_groups has \["Linear"\] for "W4A16"'),
@@ -191,6 +207,8 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("gptq", {"bits": 3}, "GPTQ of 3 bits"),
     ("gptq", {}, "bits is null"),
     ("gptq", {"bits": 4, "lm_head": True}, "GPTQ has quantised lm_head"),
+    ("gptq", {"bits": 4, "rotation": "hadamard"}, 'have rotation "hadamard", which turns inputs, too; use a checkp'),
+    ("gptq", {"bits": 4, "adapter": {"name": "lora"}}, "have adapter .*, which tpctl does not apply; use a checkpoint"),
     ("gptq", {"bits": 4, "checkpoint_format": "marlin"}, 'GPTQ in the format "marlin"'),
     ("gptq", {"bits": 4, "dynamic": {"+:.*q_proj": {"bits": 3}}}, "GPTQ of 3 bits"),
     ("gptq", {"bits": 4, "dynamic": {"-:(": {}}}, r'dynamic has "-:\(", which is no pattern'),

@@ -23,6 +23,8 @@ CLASSES = ("Linear", "Module")
 """What a linear is an instance of."""
 
 _CACHE = (*KEPT, *(f"self_attn.{name}_proj.output_scale" for name in "kv"))
+_INPUTS = ("tensor", "token", "group", "tensor_group")
+"""What inputs have a scale for."""
 _REORDERED = {None: False, False: False, "weight": False, "static": False, True: True, "group": True, "dynamic": True}
 
 
@@ -70,7 +72,7 @@ class Compressed:
 def read(fields: Fields) -> Compressed:
     if inner := fields.mapping("quantization_config"):
         fields = fields.within({"sparsity_config": fields.get("sparsity_config"), **inner})
-    for key in ("sparsity_config", "transform_config"):
+    for key in ("sparsity_config", "transform_config", "moe_sparsity_config"):
         _check_absent(fields, key)
     groups = fields.mapping("config_groups")
     cached = fields.mapping("kv_cache_scheme")
@@ -94,10 +96,10 @@ def read(fields: Fields) -> Compressed:
 
 
 def _check_absent(fields: Fields, key: str) -> None:
-    """Refuse sparse weights, and ones that are turned."""
+    """Refuse sparse weights, ones that are turned, and layers that have fewer experts than others."""
     value = fields.mapping(key)
-    if value.get("format", "dense") != "dense" or value.get("config_groups"):
-        what = value.get("format", "transforms")
+    if value.get("format", "dense") != "dense" or value.get("config_groups") or value.get("method"):
+        what = value.get("method") or value.get("format", "transforms")
         raise UnsupportedModelError(
             f"config.json: the weights are compressed with {key} {shown(what)}, which tpctl does not know; use a "
             "checkpoint without"
@@ -125,19 +127,20 @@ def _storage(name: str, group: Fields, common: Any) -> Storage | None:
             f"config.json: {name} is in the format {shown(kind)} of compressed-tensors, tpctl knows "
             f"{', '.join(FORMATS)}; use one of these or its unquantised original"
         )
+    weights, inputs = _weights(name, group.inside("weights")), group.inside("input_activations")
     return storage(
         name,
         kind,
-        _weights(name, group.inside("weights")),
-        _activations(name, group.inside("input_activations")),
+        weights,
+        _activations(name, inputs),
         _activations(name, group.inside("output_activations")),
-        rounds=bool(group.mapping("input_activations")),
+        rounds=bool(inputs.values) and _rounded_so(name, weights, inputs),
     )
 
 
 def _weights(name: str, fields: Fields) -> Weights:
     bits, kind = _value(fields, "num_bits", 8), str(_value(fields, "type", "int")).lower()
-    size, reordered = fields.get("group_size"), fields.get("actorder")
+    reordered = fields.get("actorder")
     if kind not in ("int", "float") or type(bits) is not int:
         raise UnsupportedModelError(
             f"config.json: weights of {name} are {shown(bits)} bits of {shown(kind)}, tpctl knows int and float"
@@ -148,14 +151,11 @@ def _weights(name: str, fields: Fields) -> Weights:
         raise UnsupportedModelError(
             f"config.json: actorder of {name} is {shown(reordered)}, tpctl knows group and weight"
         )
-    strategy = fields.get("strategy")
-    if strategy is None:
-        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
-    if not isinstance(strategy, str) or strategy.lower() not in STRATEGIES:
+    strategy = _scaled(fields)
+    if strategy not in STRATEGIES:
         raise UnsupportedModelError(
             f"config.json: weights of {name} are scaled by {shown(strategy)}, tpctl knows {', '.join(STRATEGIES)}"
         )
-    strategy = strategy.lower()
     return Weights(
         bits,
         kind == "float",
@@ -178,9 +178,37 @@ def _block(name: str, given: Any) -> tuple[int, int]:
     return value[0], value[1]
 
 
+def _rounded_so(name: str, weights: Weights, inputs: Fields) -> bool:
+    """Whether inputs may be rounded as tpctl does it: without zero points to numbers of 8 bits of the weights' kind,
+    with a scale for each token, or for each token and each block of inputs that has one in the weights. Others, which
+    that would round coarser than the format does, or otherwise, are multiplied as they are."""
+    bits, kind, strategy = _value(inputs, "num_bits", 8), str(_value(inputs, "type", "int")).lower(), _scaled(inputs)
+    if kind not in ("int", "float") or type(bits) is not int or strategy not in _INPUTS:
+        raise UnsupportedModelError(
+            f"config.json: inputs of {name} are {shown(bits)} bits of {shown(kind)}, scaled by {shown(strategy)}; "
+            f"tpctl knows int and float, by {', '.join(_INPUTS)}"
+        )
+    alike = bits == 8 and (kind == "float") == weights.is_float and _value(inputs, "symmetric", True) is True
+    block = {"block": weights.block[1], "group": weights.group}.get(weights.strategy)
+    within = "group" not in strategy or (block is not None and inputs.whole("group_size") % block == 0)
+    return alike and within
+
+
+def _scaled(fields: Fields) -> str:
+    """The ``strategy`` of a group's weights or inputs, which may follow from ``group_size``."""
+    strategy, size = fields.get("strategy"), fields.get("group_size")
+    if strategy is None:
+        return "tensor" if size is None else "channel" if size == -1 else "group"
+    return strategy.lower() if isinstance(strategy, str) else strategy
+
+
 def _activations(name: str, fields: Fields) -> Activations | None:
     """Of those that have factors in the checkpoint, as they are not found anew for each input."""
     dynamic, strategy = fields.get("dynamic"), fields.get("strategy") or "tensor"
+    if dynamic not in (None, True, False, "local"):
+        raise UnsupportedModelError(
+            f'config.json: dynamic of {name} is {shown(dynamic)}, tpctl knows true, false and "local"'
+        )
     if not fields.values or dynamic is True:
         return None
     if strategy not in ("tensor", "tensor_group"):

@@ -28,6 +28,8 @@ FORMATS = ("gptq", "gptq_v2")
 """Which differ in what a zero of 0 stands for."""
 
 BITS = (4, 8)
+_BESIDE = {"rotation": "which turns inputs, too", "adapter": "which tpctl does not apply"}
+"""What GPTQModel may have done beside quantising."""
 _MEANT = ("bits", "group_size", "desc_act")
 
 
@@ -59,6 +61,12 @@ def read(fields: Fields) -> GPTQ:
             f"config.json: the weights are GPTQ in the format {shown(kind)}, tpctl knows {' and '.join(FORMATS)}; save "
             "the model in one of these"
         )
+    for key, what in _BESIDE.items():
+        if fields.get(key):
+            raise UnsupportedModelError(
+                f"config.json: GPTQ's weights have {key} {shown(fields.get(key))}, {what}; use a checkpoint without, "
+                "or the unquantised original"
+            )
     if fields.get("lm_head") is True:
         raise UnsupportedModelError("config.json: GPTQ has quantised lm_head, tpctl cuts one of floats")
     rules = []
