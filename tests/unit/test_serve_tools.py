@@ -213,6 +213,17 @@ def test_a_form_that_the_engine_has_no_text_for_is_named_as_it_was_asked_for(tok
         ):
             found = error(client.post(CHAT, json=chat(**more)), 400)
             assert found.param == param and found.message.startswith(f"{name}: the grammar has no text that"), more
+        schema = {"type": "object", "properties": {"stuck": {"type": "string"}}, "required": ["stuck"]}
+        form = {"type": "json_schema", "name": "a", "schema": schema, "strict": True}
+        for path, body, param, name in (
+            (CHAT, chat(guided_json=schema), "guided_json", "guided_json"),
+            (CHAT, chat(guided_json=schema, tools=TOOLS), "tools", "guided_json beside tools"),
+            (CHAT, chat(structured_outputs={"json": schema}), "structured_outputs.json", "structured_outputs.json"),
+            (PATH, {"input": "Hi", "text": {"format": form}}, "text.format", "text.format"),
+            (PATH, {"input": "Hi", "text": {"format": form}, "tools": FLAT}, "tools", "text.format beside tools"),
+        ):
+            found = error(client.post(path, json=body), 400)
+            assert found.param == param and found.message.startswith(f"{name}: the grammar has no text that"), body
 
 
 def test_calls_of_a_response(tokenizer: Tokenizer) -> None:

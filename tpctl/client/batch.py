@@ -278,7 +278,7 @@ class Batch:
         """Make an error row of a line; ids of its requests that were under way."""
         under_way = [id for id in answers.ids if self._open.pop(id, None) is not None]
         job = answers.job
-        beside = {**job.beside, **job.refused} if cannot_be_had(message) is not None else job.beside
+        beside = {**job.beside, **job.refused} if cannot_be_had(message, job.sampling.guide) else job.beside
         self._fail(job.line, job.id, f"{job.line.named}: {message}", beside)
         return under_way
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from hashlib import blake2b
@@ -22,7 +22,7 @@ from tpctl.client.tokenizer import Tokenizer
 from tpctl.client.tools.harmony import messages
 from tpctl.client.tools.lark import Lark, digits
 from tpctl.errors import RequestError
-from tpctl.wire.guide import Guide
+from tpctl.wire.guide import BESIDE_TOOLS, Guide
 from tpctl.wire.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -80,6 +80,15 @@ def with_grammar(sampling: SamplingParams, grammar: str, name: str) -> SamplingP
     made = replace(sampling, response_format=None, regex=None, choice=None, grammar=grammar, guide_name=name)
     check_guide(made.guide)
     return made
+
+
+def called(sampling: SamplingParams, names: Mapping[str, str]) -> SamplingParams:
+    """Sampling whose form messages call as a request does, which has ``names`` of its own for some fields."""
+    guide = sampling.guide
+    if guide is None:
+        return sampling
+    field, beside, _ = guide.name.partition(BESIDE_TOOLS)
+    return sampling if field not in names else replace(sampling, guide_name=names[field] + beside)
 
 
 def grammar_text(guide: Guide) -> str:

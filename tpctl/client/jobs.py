@@ -19,6 +19,7 @@ from zlib import crc32
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.fields import asked_as
 from tpctl.client.forms import FIELDS, OWN, SAMPLING_FIELDS, Form, Wanted, read_stop, read_variables
+from tpctl.client.guides import called
 from tpctl.client.router import check_length
 from tpctl.client.tokenizer import Tokenizer, check_text
 from tpctl.client.tools.asked import Tools, with_tools
@@ -212,7 +213,7 @@ class JobParser:
         token_ids = self._tokenize(line, entry, wanted.tools)
         check_length(len(token_ids), self._max_model_len)
         form = self._tokenizer.reasoning if "messages" in entry else None
-        sampling = formed(sampling, self._tokenizer, token_ids, form, wanted.tools)
+        sampling = called(formed(sampling, self._tokenizer, token_ids, form, wanted.tools), wanted.names)
         chat, tools = "messages" in entry, wanted.tools
         return Job(line, id, token_ids, sampling, stop, chat, wanted.choices, tools, beside, refused)
 

@@ -74,7 +74,8 @@ def settings(body: dict[str, Any], *, chat: bool, checked: bool = False) -> Want
         fields["seed"] = whole(body.pop("seed"), "seed", -(2**63), 2**63 - 1) % 2**63
     if "prompt_logprobs" in body:
         fields["prompt_logprobs"] = whole(body.pop("prompt_logprobs"), "prompt_logprobs", 0, MAX_LOGPROBS)
-    fields |= vllm_fields.taken(body)
+    of_vllm, called = vllm_fields.taken(body)
+    fields, names = {**fields, **of_vllm}, {**names, **called}
     fields |= _length(body)
     fields |= _chat(body) if chat else _text(body)
     fields |= {name: body.pop(name) for name in _SAME & body.keys()}

@@ -59,27 +59,28 @@ SCHEMAS: Mapping[str, Mapping[str, Any]] = {
 """What of the fields that ask for a form is taken."""
 
 
-def taken(body: dict[str, Any]) -> dict[str, Any]:
-    """Take fields out of a body; what they ask for, as tpctl's own fields.
+def taken(body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Take fields out of a body; what they ask for, as tpctl's own fields, and what the body calls those.
 
     Raises:
         FieldError: one cannot be had as it is, or two ask for a form.
     """
     found: dict[str, Any] = {}
+    names: dict[str, str] = {}
     asked = [(name, kind, body.pop(name)) for name, kind in _GUIDED.items() if name in body]
     if "structured_outputs" in body:
         asked += _outputs(body.pop("structured_outputs"))
     if len(asked) > 1:
-        names = [name for name, *_ in asked[:2]]
-        raise FieldError(f"{names[0]} and {names[1]} are both set; an answer can have one form", _field(names[1]))
+        (one, *_), (other, *_) = asked[:2]
+        raise FieldError(f"{one} and {other} are both set; an answer can have one form", _field(other))
     for name, kind, value in asked:
         own, made = _form(name, kind, value)
         if own in body:
             raise FieldError(f"{name} and {own} are both set; an answer can have one form", _field(name))
-        found[own] = made
+        found[own], names[own] = made, name
     if type(body.get("top_k")) is int and body["top_k"] == -1:
         body["top_k"] = 0
-    return found
+    return found, names
 
 
 def _outputs(value: Any) -> list[tuple[str, str, Any]]:

@@ -12,6 +12,7 @@ from tpctl.client.batch import CHOICES_APART
 from tpctl.client.chat_messages import check_messages
 from tpctl.client.fields import FieldError, asked_as, flag, given
 from tpctl.client.forms import SAMPLING_FIELDS, Wanted, read_stop, read_variables
+from tpctl.client.guides import called
 from tpctl.client.openai_schemas import MOST_MESSAGES, MOST_PROMPTS, STREAM_OPTIONS
 from tpctl.client.reasoning import Form
 from tpctl.client.text_stream import TextStream
@@ -140,7 +141,7 @@ class Reader:
         seed = secrets.randbits(63)
         values = {"seed": seed, "max_tokens": min(room, most or room), **self._defaults, **own}
         sampling = SamplingParams.from_dict(values)
-        sampling = formed(sampling, self.tokenizer, token_ids, form, wanted.tools)
+        sampling = called(formed(sampling, self.tokenizer, token_ids, form, wanted.tools), wanted.names)
         check_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
         check_ids([token for token, _ in sampling.logit_bias], info.vocab_size, "logit_bias")
         stop = read_stop(fields["stop"]) if "stop" in fields else ()

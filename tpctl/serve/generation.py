@@ -10,7 +10,7 @@ from tpctl.client.reasoning_stream import Segment
 from tpctl.client.text_stream import TextStream
 from tpctl.errors import TpctlError
 from tpctl.serve.errors import ApiError
-from tpctl.wire.guide import cannot_be_had
+from tpctl.wire.guide import Guide, cannot_be_had
 from tpctl.wire.messages import Output
 
 
@@ -58,16 +58,23 @@ class Generation:
             0: nothing is told before the end.
     """
 
-    def __init__(self, streams: Sequence[TextStream], cancelled: Callable[[], None], interval: int = 1) -> None:
+    def __init__(
+        self,
+        streams: Sequence[TextStream],
+        cancelled: Callable[[], None],
+        interval: int = 1,
+        guide: Guide | None = None,
+    ) -> None:
         """Begin.
 
         Args:
             cancelled: is called once, when what is still under way is not wanted any more.
+            guide: the form that the answers are to have.
         """
         self.streams = streams
         self.arrived = [0.0] * len(streams)
         self.interval = interval
-        self._cancelled = cancelled
+        self._cancelled, self._guide = cancelled, guide
         self._left = len(streams)
         self._pieces: list[Piece] = []
         self._untold = 0  # tokens of ``_pieces``
@@ -98,7 +105,7 @@ class Generation:
             return True
         reason = stream.finish_reason
         if reason in ("error", "abort"):
-            self.fail(_failure(output.message or "the request was given up"))
+            self.fail(_failure(output.message or "the request was given up", self._guide))
             return True
         if self.interval:
             self._keep(Piece(at, segments, before, len(stream.token_ids) - before, reason))
@@ -191,7 +198,8 @@ class Generation:
             waiter.set_result(None)
 
 
-def _failure(message: str) -> ApiError:
+def _failure(message: str, guide: Guide | None) -> ApiError:
     """What an engine failed at: a form that the model has no text for is the request's fault."""
-    field = cannot_be_had(message)
-    return ApiError(500, message) if field is None else ApiError(400, message, param=field)
+    if guide is not None and cannot_be_had(message, guide):
+        return ApiError(400, message, param=guide.field)
+    return ApiError(500, message)

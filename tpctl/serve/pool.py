@@ -159,7 +159,8 @@ class Pool:
         self.check_open(0)
         streams = [stream for job in jobs for stream in job.streams]
         held: list[tuple[Lane, list[str]]] = []
-        generation = Generation(streams, lambda: self._release(held), interval)
+        guide = next((sampling.guide for job in jobs for sampling in job.sampling), None)  # the same of all
+        generation = Generation(streams, lambda: self._release(held), interval, guide)
         places = itertools.count()
         for job in jobs:
             lane = self._choose(job.token_ids)

@@ -23,6 +23,7 @@ from tpctl.serve.errors import ApiError
 from tpctl.serve.generation import Generation, Piece
 from tpctl.serve.items import chat_tools, read_items
 from tpctl.serve.pool import Job
+from tpctl.wire.guide import NAMES as GUIDES
 from tpctl.wire.ranges import MAX_LOGPROBS
 
 _NAMES = {
@@ -70,7 +71,8 @@ def read_response(body: dict[str, Any]) -> ResponseAsked:
     tools = {name: body.get(name) for name in TOOL_FIELDS}
     body |= chat_tools(body)
     wanted = settings({**body, **logprobs}, chat=True, checked=True)
-    wanted = replace(wanted, names=_NAMES)
+    forms = {own: name for own, name in wanted.names.items() if own in GUIDES}  # by vLLM's names
+    wanted = replace(wanted, names={**_NAMES, **forms})
     return ResponseAsked(messages, wanted, {**said, **tools, "effort": reasoning.get("effort"), "format": format_})
 
 

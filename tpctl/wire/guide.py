@@ -27,15 +27,6 @@ BESIDE_TOOLS, TOOL_CHOICE, STRICT = " beside tools", "tool_choice", "tools with 
 made; calls whose arguments have a schema."""
 
 
-def cannot_be_had(message: str) -> str | None:
-    """The field at fault where an engine could not answer since the model has no text of the form that was asked for:
-    its message then begins with what names the form. ``None``: it is about something else."""
-    name = message.partition(":")[0]
-    if name.endswith(BESIDE_TOOLS) or name == STRICT:
-        return "tools" if name.removesuffix(BESIDE_TOOLS) in (*NAMES, STRICT) else None
-    return name if name in (*NAMES, TOOL_CHOICE) else None
-
-
 _SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
 
 
@@ -47,6 +38,17 @@ class Guide(NamedTuple):
     text: str
     name: str
     lenient: bool = False
+
+    @property
+    def field(self) -> str:
+        """That of a request which is at fault where the form cannot be had."""
+        return "tools" if self.name.endswith(BESIDE_TOOLS) or self.name == STRICT else self.name
+
+
+def cannot_be_had(message: str, guide: Guide | None) -> bool:
+    """Whether an engine could not answer since the model has no text of the form ``guide`` that was asked for: its
+    message then begins with the form's name."""
+    return guide is not None and message.startswith(f"{guide.name}: ")
 
 
 def response_format(value: Any) -> dict[str, Any] | None:
