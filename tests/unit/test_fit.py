@@ -284,3 +284,19 @@ def test_a_running_engine_allocates_what_was_planned(name: str, backend: str, tm
 
     run_ranks(2, torch.inference_mode()(rank))
     assert (report.windowed > 0) == ("windows" in name)
+
+
+def test_backends_keep_what_they_keep(tmp_path: Path) -> None:
+    """flash-attn gives no blocks away that windows have passed, and packs none; sdpa captures nothing, and halves."""
+    folder = config_folder(tmp_path / "m", make_config("gemma3_text", sliding_window=300, max_position_embeddings=2048))
+    triton, flash, sdpa = (planned(folder, attention_backend=name) for name in ("auto", "flash-attn", "sdpa"))
+    assert (triton.attention_backend, flash.attention_backend) == ("triton", "flash-attn")
+    assert triton.windowed > 0 == flash.windowed and sdpa.windowed == triton.windowed
+    assert flash.ranks[0].window_bytes == 0 < triton.ranks[0].window_bytes
+    assert flash.ranks[0].kv_bytes_per_token > triton.ranks[0].kv_bytes_per_token
+    (rank,) = sdpa.ranks
+    assert abs(rank.kv_cache_bytes - rank.activation_bytes) <= 1
+    with pytest.raises(UsageError, match="--kv-cache-dtype packed needs --attention-backend triton, not sdpa"):
+        planned(folder, attention_backend="sdpa", kv_cache_dtype="packed")
+    with pytest.raises(UsageError, match="flash-attn knows no attention sinks"):
+        planned(config_folder(tmp_path / "o", make_config("gpt_oss")), attention_backend="flash-attn")
