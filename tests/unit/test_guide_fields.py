@@ -81,6 +81,20 @@ def test_what_is_no_such_field_is_refused(fields: dict[str, Any], said: str) -> 
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "schema", [{"enum": [1] * 1_000_000}, {"enum": ["a" * MOST_CHARACTERS]}, {"allOf": [{"enum": [{}] * 1_000_000}]}]
+)
+def test_of_a_schema_that_is_too_long_by_far_no_text_is_made(
+    schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would hold up a server's event loop, from whatever thread."""
+    monkeypatch.setattr("tpctl.wire.guide.json", None)
+    with pytest.raises(
+        RequestError, match=rf"response_format has at least \d+ characters, but at most {MOST_CHARACTERS}"
+    ):
+        SamplingParams(response_format=of_schema(schema))
+
+
 def chain(length: int) -> dict[str, Any]:
     """Definitions that name each other in a row."""
     definitions = {f"a{at}": {"$ref": f"#/$defs/a{at + 1}"} for at in range(length)}

@@ -120,7 +120,21 @@ def _check_schema(asked: Any, what: str) -> None:
 
 
 def _json(value: Any, name: str) -> str:
-    """Properties keep their order: answers have it, too."""
+    """Properties keep their order: answers have it, too.
+
+    Raises:
+        RequestError: there is no such text, or it would be too long by far: to make it would hold up all threads.
+    """
+    left, least = [value], 0
+    while left:
+        one = left.pop()
+        least += len(one) if isinstance(one, str | Mapping | list | tuple) else 1
+        if least > MOST_CHARACTERS:
+            raise RequestError(f"{name} has at least {least} characters, but at most {MOST_CHARACTERS} are taken")
+        if isinstance(one, Mapping):
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
