@@ -29,7 +29,12 @@ PARAMETERS: dict[str, Any] = {
     "required": ["city", "days", "unit"],
     "additionalProperties": False,
 }
-CLOCK: dict[str, Any] = {"type": "object", "properties": {"zone": {"enum": ["CET", "UTC"]}}, "required": ["zone"]}
+CLOCK: dict[str, Any] = {
+    "type": "object",
+    "properties": {"zone": {"enum": ["CET", "UTC"]}},
+    "required": ["zone"],
+    "additionalProperties": False,  # else the model makes up others, for 100 tokens
+}
 SCHEMAS = {"get_weather": PARAMETERS, "get_time": CLOCK}
 TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": f"Tells {name[4:]}", "parameters": schema}}

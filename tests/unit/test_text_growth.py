@@ -106,7 +106,7 @@ def test_steps_that_multiply_are_refused_at_load(tmp_path: Path, changes: dict[s
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
-@pytest.mark.parametrize("hidden", ["behind", "escaped", "beside", "first"])
+@pytest.mark.parametrize("hidden", ["behind", "escaped", "escaped behind a backslash", "beside", "first"])
 def test_steps_are_found_wherever_they_stand(tmp_path: Path, hidden: str) -> None:
     steps = json.dumps(several("normalizers", *[HUNDRED] * 4))
     folder = changed(tmp_path)
@@ -117,6 +117,9 @@ def test_steps_are_found_wherever_they_stand(tmp_path: Path, hidden: str) -> Non
     text = {
         "behind": f'{{{head}, "normalizer": null, "model": {model}, "normalizer" : {steps}}}',
         "escaped": f'{{{head}, "normalizer": null, "model": {model}, "n\\u006frmalizer": {steps}}}',
+        "escaped behind a backslash": (
+            f'{{{head}, "normalizer": null, "model": {model}, "x": "\\\\\\u0041", "normalizer": {steps}}}'
+        ),
         "beside": f'{{"x": {{"a": 1, "model": 1}}, {head}, "normalizer": {steps}, "model": {model}}}',
         "first": f'{{"model": {model}, {head}, "normalizer": {steps}}}',
     }[hidden]

@@ -39,8 +39,7 @@ _UNICODE = 16
 _MOST_PREPENDED = 16  # they go before each part between two added tokens, which ``check_text_growth`` does not see
 
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
-# Another member of them behind the model; or letters written as escapes, among which it could hide.
-_LATER = re.compile(rb'"(?:%b)"\s*:\s*[^\s\d-]|(?<!\\)(?:\\\\)*\\u00[2-7]' % "|".join(_STEPS).encode())
+_MEMBER = re.compile(rb"\s*:\s*[^\s\d-]")  # what makes a name one of a step; in the vocabulary ids follow
 
 _Step = Mapping[str, Any]
 
@@ -60,12 +59,41 @@ def read_steps(raw: bytes, file: str) -> dict[str, Any]:
     """
     at = raw.find(b'"model"')
     # Closed behind its last comma it is an object only if ``at`` is between two members of the outermost one.
-    head = {} if at < 0 or _LATER.search(raw, at) else _object(raw[:at].rstrip().removesuffix(b",") + b"}")
+    head = {} if at < 0 or _has_later(raw, at) else _object(raw[:at].rstrip().removesuffix(b",") + b"}")
     if not head and len(raw) > MOST_PARSED:
         raise CheckpointError(
             f"{file} has {len(raw)} bytes, but one whose model is not its last member has at most {MOST_PARSED}"
         )
     return head or {name: value for name, value in _object(raw).items() if name != "model"}
+
+
+def _has_later(raw: bytes, at: int) -> bool:
+    """Whether another of the steps may stand behind ``at``, or letters written as escapes, among which one could hide.
+
+    Looks for texts, not for a pattern, which takes a second where the vocabulary is large.
+    """
+    names = (b'"%b"' % name.encode() for name in _STEPS)
+    if any(_MEMBER.match(raw, place + len(name)) for name in names for place in _places(raw, name, at)):
+        return True
+    return any(raw[place + 4 : place + 5] in _SIGNS and _escapes(raw, place) for place in _places(raw, b"\\u00", at))
+
+
+_SIGNS = tuple(b"%d" % digit for digit in range(2, 8))
+"""First digits of printed ASCII."""
+
+
+def _escapes(raw: bytes, place: int) -> bool:
+    """Whether the backslash at ``place`` is none that another one writes."""
+    first = place
+    while raw[first - 1 : first] == b"\\":
+        first -= 1
+    return (place - first) % 2 == 0
+
+
+def _places(raw: bytes, text: bytes, at: int) -> Iterator[int]:
+    while (at := raw.find(text, at)) >= 0:
+        yield at
+        at += 1
 
 
 def check_steps(steps: Mapping[str, Any], file: str) -> float:
