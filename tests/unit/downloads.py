@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Forks, forks
 from tests.unit.hub_server import Hub, serving
 
 WEIGHTS = bytes(range(256)) * 12_000
@@ -55,15 +55,12 @@ def hub() -> Iterator[Hub]:
         yield served
 
 
-@pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Run:
-    def tpctl(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "tpctl", *arguments],
-            env={**environment(hub, tmp_path), **env},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Forks]:
+    with forks() as started:
+        yield started
 
-    return tpctl
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path, commands: Forks) -> Run:
+    return lambda *arguments, **env: commands.run(arguments, {**environment(hub, tmp_path), **env})

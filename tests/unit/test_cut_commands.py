@@ -11,6 +11,7 @@ import pytest
 
 from tests.unit.bad_input import local_answer
 from tests.unit.downloads import Run, failed, files
+from tests.unit.downloads import commands as commands
 from tests.unit.downloads import hub as hub  # the fixtures
 from tests.unit.downloads import run as run
 from tests.unit.hub_server import Hub

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.downloads import Run, failed, files
+from tests.unit.downloads import commands as commands
 from tests.unit.downloads import hub as hub  # the fixtures
 from tests.unit.downloads import run as run
 from tests.unit.hub_server import Hub, Refusal

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Forks, forks
 from tests.unit.synthetic import folder_bytes, make_checkpoint, make_config
 from tpctl.cli.shard import print_report
 from tpctl.sharding.cutting.writer import ShardReport
+
+Tpctl = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -20,23 +23,18 @@ def source(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "model", make_config(num_attention_heads=6))
 
 
-def tpctl(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    code = (
-        "import sys\nfrom tpctl.cli.app import main\n"
-        "try:\n    main()\n"
-        "finally:\n    assert not {'torch', 'transformers'} & sys.modules.keys(), 'heavy import'\n"
-    )
-    root = Path(__file__).parent.parent.parent
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-    )
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Forks]:
+    with forks() as started:
+        yield started
 
 
-def test_there_and_back_again(source: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def tpctl(commands: Forks) -> Tpctl:
+    return lambda *arguments, cwd=None: commands.run(map(str, arguments), cwd=cwd)
+
+
+def test_there_and_back_again(tpctl: Tpctl, source: Path, tmp_path: Path) -> None:
     done = tpctl("shard", source, "--tp", "3", "-o", tmp_path / "three")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path / 'three'}: {source} (llama) cut for tp 3\n3 files, ")
@@ -55,7 +53,7 @@ def test_there_and_back_again(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [("merge",), ("reshard", "--tp", "3")])
 def test_what_the_manifest_does_not_list_stays_behind_by_name(
-    source: Path, tmp_path: Path, command: tuple[str, ...]
+    tpctl: Tpctl, source: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     (source / "LICENSE").unlink()
     assert tpctl("shard", source, "--tp", "2", "-o", tmp_path / "two").returncode == 0
@@ -71,7 +69,7 @@ def test_what_the_manifest_does_not_list_stays_behind_by_name(
     assert (done.returncode, done.stderr) == (0, said) and json.loads(done.stdout)["folder"] == "one"
 
 
-def test_json_is_the_whole_output(source: Path, tmp_path: Path) -> None:
+def test_json_is_the_whole_output(tpctl: Tpctl, source: Path, tmp_path: Path) -> None:
     done = tpctl("shard", source, "--tp", "2", "-o", tmp_path / "two", "--json", "--dtype", "float32")
     report = json.loads(done.stdout)
     assert (report["tp_size"], report["dtype"], report["resumed_bytes"]) == (2, "F32", 0)
@@ -93,12 +91,12 @@ def test_json_is_the_whole_output(source: Path, tmp_path: Path) -> None:
     assert report["tp_size"] == 1
 
 
-def test_the_default_output_is_named_after_the_model(source: Path, tmp_path: Path) -> None:
+def test_the_default_output_is_named_after_the_model(tpctl: Tpctl, source: Path, tmp_path: Path) -> None:
     assert tpctl("shard", source, "--tp", "2", cwd=tmp_path).returncode == 0
     assert (tmp_path / "model-tp2" / "tpctl.json").is_file()
 
 
-def test_ranks_and_part_sizes(source: Path, tmp_path: Path) -> None:
+def test_ranks_and_part_sizes(tpctl: Tpctl, source: Path, tmp_path: Path) -> None:
     done = tpctl("shard", source, "--tp", "4", "--ranks", "1-2", "--max-part-size", "3kB", "-o", tmp_path / "out")
     assert done.returncode == 0
     ranks = {path.name.split("-")[2] for path in (tmp_path / "out").glob("model-*")}

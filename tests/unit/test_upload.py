@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.downloads import Run, failed, files
-from tests.unit.downloads import run as run  # the fixture
+from tests.unit.downloads import commands as commands  # the fixtures
+from tests.unit.downloads import run as run
 from tests.unit.hub_server import Hub, Refusal, serving
 from tests.unit.synthetic import make_checkpoint, make_config
 from tpctl.manifest.manifest import Manifest
