@@ -110,9 +110,10 @@ def test_rows(alone: str) -> None:
     ],
 )
 def test_streams_that_fail(redirected: str, answers: str, said: str | None, small: str, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [{"prompt": "Hello", "max_tokens": 3}])
+    source = write(tmp_path / "in.jsonl", [{"prompt": "Hello to all of you", "max_tokens": 3}])
     line = f'"{sys.executable}" -m tpctl batch {source} --model "{small}" {" ".join(EXACT)} {redirected}'
-    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
+    env = {**os.environ, "TPCTL_WORKER": "tests.distributed.fast_worker"}
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert done.returncode == (said is not None)
     assert answers in done.stdout
     errors = [text for text in done.stderr.splitlines() if "is ready" not in text]
@@ -151,7 +152,7 @@ def test_stdin_to_stdout_under_preemption(small: str) -> None:
 
 
 def test_interrupted_and_resumed(small: str, tmp_path: Path) -> None:
-    lines = [{"prompt": f"Fact {n}:", "max_tokens": 12 if n < 4 else 350, "ignore_eos": True} for n in range(6)]
+    lines = [{"prompt": f"Fact {n}:", "max_tokens": 12 if n < 4 else 150, "ignore_eos": True} for n in range(6)]
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     arguments = ("batch", str(source), "-o", str(out), "--model", small, *EXACT, "--max-num-seqs", "2")
@@ -199,7 +200,8 @@ def test_one_answer_from_two_ranks(model: str) -> None:
     assert result.stdout.count("\n") == 1
 
 
-def test_a_prompt_longer_than_the_model_allows(small: str) -> None:
+def test_a_prompt_longer_than_the_model_allows(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPCTL_WORKER", "tests.distributed.fast_worker")
     result = tpctl("chat", small, "-m", "why? " * 40, *EXACT, "--max-model-len", "32")
     assert result.returncode == 1
     assert re.fullmatch(r"tpctl: the message has \d+ tokens .*, but at most 31 leave room .*\n", result.stderr)

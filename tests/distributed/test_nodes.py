@@ -113,7 +113,7 @@ def test_a_server_over_two_hosts(model: str, tmp_path: Path) -> None:
 def test_the_death_of_a_host_ends_the_other_with_one_line(model: str, tmp_path: Path, dies: int, said: str) -> None:
     hosts = Hosts(model, tmp_path, 2)
     write_prompts(tmp_path, 2000)
-    running = [hosts.start(rank, "--max-tokens", "200") for rank in range(2)]
+    running = [hosts.start(rank, "--max-tokens", "20", "--max-num-seqs", "4") for rank in range(2)]
     try:
         deadline = time.monotonic() + PATIENCE
         partial = tmp_path / "two.jsonl.partial"

@@ -102,7 +102,9 @@ def test_completions_of_texts_and_tokens(client: openai.OpenAI, demo: ResolvedSo
 def test_fields_change_what_is_answered(client: openai.OpenAI, demo: ResolvedSource) -> None:
     paris = Tokenizer(demo.folder).encode(" Paris")[0]
     asked: Any = {"model": "demo", "messages": CAPITAL, "temperature": 0}
-    without = client.chat.completions.create(**asked, logit_bias={str(paris): -100}).choices[0].message.content
+    without = (
+        client.chat.completions.create(**asked, logit_bias={str(paris): -100}, max_tokens=12).choices[0].message.content
+    )
     assert without is not None and "Paris" not in without
     stopped = client.chat.completions.create(**asked, stop=[" is"]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("The capital of France", "stop")

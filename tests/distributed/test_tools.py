@@ -103,8 +103,8 @@ def test_a_call_streams(client: openai.OpenAI) -> None:
     assert call.type == "function" and call.function.arguments == arguments
 
 
-def test_many_seeds_give_calls_that_validate(client: openai.OpenAI) -> None:
-    for seed in range(4):
+def test_seeds_give_calls_that_validate(client: openai.OpenAI) -> None:
+    for seed in range(2):
         answer = client.chat.completions.create(
             model="demo",
             messages=ASKED,
@@ -112,7 +112,7 @@ def test_many_seeds_give_calls_that_validate(client: openai.OpenAI) -> None:
             tool_choice="required",
             parallel_tool_calls=seed % 2 == 0,
             seed=seed,
-            max_tokens=160,
+            max_tokens=120,
             temperature=1.0,
         )
         calls = answer.choices[0].message.tool_calls or []

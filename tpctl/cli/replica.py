@@ -20,9 +20,6 @@ from tpctl.errors import EngineError, SourceError, UsageError
 if TYPE_CHECKING:
     from tpctl.client.prepare import EngineArgs
 
-WORKER_VARIABLE = "TPCTL_WORKER"
-"""Names the module that ranks run, where it is not the engine's: for tests of everything around it."""
-
 
 def replica(
     folder: Annotated[Path, typer.Argument(help="Folder of the batch: that of its parts.")],
@@ -57,7 +54,6 @@ def replica(
     from tpctl.client import prepare as client
     from tpctl.client.engine_client import EngineClient
     from tpctl.launch.lifeline import PARENT_PID, tie_to_parent, tie_to_stdin
-    from tpctl.launch.torchrun import WORKER
 
     if PARENT_PID in os.environ:
         tie_to_parent()
@@ -90,7 +86,7 @@ def replica(
                     f"{spec.model} is another one here (digest {found[:12]}) than where the batch began "
                     f"({spec.model_digest[:12]}); name a revision, or a folder that all hosts see"
                 )
-            with EngineClient(config, module=os.environ.get(WORKER_VARIABLE) or WORKER) as engine:
+            with EngineClient(config) as engine:
                 tokenizer = at_hand.tokenizer(config.text_dir)
                 asked = Asked(formats, spec.sampling, spec.stop, spec.step_timeout)
                 end_if_told()

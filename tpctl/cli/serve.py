@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from tpctl.wire.settings import EngineConfig
 
 API_KEY = "TPCTL_API_KEY"
-WORKER_VARIABLE = "TPCTL_WORKER"
 _NEEDED = ("starlette", "uvicorn", "msgspec", "prometheus_client")
 _OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 
@@ -160,11 +159,9 @@ def _started(config: EngineConfig, engine: EngineOptions, replicas: int, nodes: 
     """Engines whose workers have their GPUs, or their share of the cores, to themselves."""
     from tpctl.client.engine_client import EngineClient
     from tpctl.launch.places import cores_of, places
-    from tpctl.launch.torchrun import WORKER
 
-    module = os.environ.get(WORKER_VARIABLE) or WORKER
     if replicas == 1:
-        yield EngineClient(config, module=module, nodes=nodes)
+        yield EngineClient(config, nodes=nodes)
         return
     for number, gpus in enumerate(places(replicas, config.tp_size, config.device, engine.kv_cache_memory is not None)):
         cores = None if gpus is not None else cores_of(number, replicas)
@@ -173,7 +170,7 @@ def _started(config: EngineConfig, engine: EngineOptions, replicas: int, nodes: 
         if cores is not None:
             os.sched_setaffinity(0, cores)  # of this thread, and of what it starts
         try:
-            yield EngineClient(config, module=module, env=env)
+            yield EngineClient(config, env=env)
         finally:
             if cores is not None:
                 os.sched_setaffinity(0, before)

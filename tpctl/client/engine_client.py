@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Self
 from tpctl.client.router import Mailbox, Router, Sink
 from tpctl.errors import EngineError, TpctlError
 from tpctl.launch.nodes import ONE_HOST, Nodes
-from tpctl.launch.torchrun import WORKER, Workers
+from tpctl.launch.torchrun import WORKER, WORKER_VARIABLE, Workers
 from tpctl.wire.channel import Channel, ChannelClosed
 from tpctl.wire.messages import Fatal, GetStats, Message, Output, Outputs, Progress, Ready, Request, Stats, Stop
 from tpctl.wire.report import EngineInfo, EngineStats
@@ -34,7 +35,7 @@ class EngineClient:
         self,
         config: EngineConfig,
         *,
-        module: str = WORKER,
+        module: str | None = None,
         env: Mapping[str, str] | None = None,
         start_timeout: float = START_TIMEOUT,
         nodes: Nodes = ONE_HOST,
@@ -42,7 +43,7 @@ class EngineClient:
         """Start the workers.
 
         Args:
-            module: the Python module that every rank runs.
+            module: the Python module that every rank runs, if not that of ``WORKER_VARIABLE`` or the engine's.
             env: variables for the workers beside this process's own.
             start_timeout: seconds until ``wait_ready`` gives up.
             nodes: hosts that the ranks are on; this one is the first.
@@ -66,7 +67,7 @@ class EngineClient:
         self._closed = False
         self._router = Router(self._send, lambda: self.wait_ready().max_model_len)
         self._own = self._router.mailbox()
-        self._workers = Workers(config, module, env, nodes)
+        self._workers = Workers(config, module or os.environ.get(WORKER_VARIABLE) or WORKER, env, nodes)
         threading.Thread(target=self._receive, daemon=True).start()
 
     def __enter__(self) -> Self:

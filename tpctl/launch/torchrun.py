@@ -44,6 +44,8 @@ from tpctl.wire.channel import Channel
 from tpctl.wire.settings import EngineConfig
 
 WORKER = "tpctl.engine.worker"
+WORKER_VARIABLE = "TPCTL_WORKER"
+"""Names the module that ranks run, where it is not the engine's: for tests of everything around it."""
 _LOOK = 0.05  # seconds
 _PATIENCE = 10.0  # seconds for a better reason, once a rank's end is known that may be the consequence of another's
 _FROZEN = 120.0  # seconds without any sign from a launcher whose rank 0 hung up; torchrun itself gives ranks 30 to end
