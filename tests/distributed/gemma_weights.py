@@ -102,7 +102,7 @@ def main() -> None:
     different = 0
     for tp_size, greatest in most.items():
         config = EngineConfig(ensure_sharded(source, tp_size), tp_size, block_size=16, **SETTINGS)
-        tokens = run_in_threads(config, [requests])
+        tokens, _ = run_in_threads(config, [requests])
         same = sum(tokens[request.id] == answer for request, answer in zip(requests, answers, strict=True))
         different += len(requests) - same + (greatest > WITHIN)
         print(f"tp {tp_size}: {same} of {len(requests)} answers equal, logits within {greatest:.1e}", flush=True)

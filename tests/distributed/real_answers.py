@@ -10,6 +10,7 @@ from tests.ranks import run_ranks
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.wire.messages import Add, Output, Request
+from tpctl.wire.report import EngineStats
 from tpctl.wire.settings import EngineConfig
 
 TEXTS = (
@@ -34,10 +35,10 @@ def collect(tokens: Tokens, outputs: Sequence[Output]) -> int:
     return sum(output.finish_reason is not None for output in outputs)
 
 
-def run_in_threads(config: EngineConfig, groups: Sequence[Sequence[Request]]) -> Tokens:
+def run_in_threads(config: EngineConfig, groups: Sequence[Sequence[Request]]) -> tuple[Tokens, EngineStats]:
     """Each group of requests together, one group after the other; every rank must compute the same tokens."""
 
-    def rank(group: TPGroup) -> Tokens:
+    def rank(group: TPGroup) -> tuple[Tokens, EngineStats]:
         torch.set_num_threads(1)  # else every thread brings a pool of its own
         tokens: Tokens = {}
         with torch.no_grad():
@@ -46,13 +47,12 @@ def run_in_threads(config: EngineConfig, groups: Sequence[Sequence[Request]]) ->
                 collect(tokens, engine.apply(Add(list(requests))))
                 while engine.has_work:
                     collect(tokens, engine.step())
-            engine.stats()  # checks the block manager's books
-        return tokens
+            return tokens, engine.stats()  # which checks the block manager's books
 
     threads = torch.get_num_threads()
     try:
         first, *others = run_ranks(config.tp_size, rank)
     finally:
         torch.set_num_threads(threads)
-    assert all(other == first for other in others)
+    assert all(tokens == first[0] for tokens, _ in others)
     return first

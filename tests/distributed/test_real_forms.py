@@ -90,7 +90,7 @@ def check(model: Any, folder: Path, prompts: list[list[int]], tp_size: int, grou
     shard_checkpoint(folder, shards, tp_size, cutting=Cutting(groups))
     params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
     config = EngineConfig(shards, tp_size, dtype="float32", kv_cache_memory=64 << 20, block_size=16)
-    found = run_in_threads(config, [[Request(str(n), ids, params) for n, ids in enumerate(prompts)]])
+    found, _ = run_in_threads(config, [[Request(str(n), ids, params) for n, ids in enumerate(prompts)]])
     answers = [found[str(n)] for n in range(len(prompts))]
     whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.no_grad():

@@ -5,19 +5,14 @@ Fewer and shorter answers than with ``--whole-grid``, the same way.
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.real_answers import TEXTS, Tokens, collect, run_in_threads
-from tpctl.checkpoint.sources import ResolvedSource
+from tpctl.checkpoint.sources import ResolvedSource, resolve
 from tpctl.client.engine_client import EngineClient
 from tpctl.client.tokenizer import Tokenizer
 from tpctl.sharding.cache import ensure_sharded
@@ -94,21 +89,26 @@ def run_in_processes(config: EngineConfig, groups: Sequence[Sequence[Request]]) 
 
 
 @pytest.fixture(scope="module")
-def by_ranks(demo: ResolvedSource, prompts: list[list[int]], greedy_length: int) -> dict[int, Tokens]:
-    """For some tensor-parallel sizes, the greedy answers, and the sampled ones, alone and together."""
-    found = {}
-    for tp_size in (1, 2, 3):
-        groups: list[list[Request]] = [greedy_requests(prompts, greedy_length)]
-        groups += [[request] for request in sampled_requests(prompts, "alone")]
-        company = [Request(f"company {n}", ids, SamplingParams(max_tokens=9)) for n, ids in enumerate(prompts)]
-        groups.append([*company[:3], *sampled_requests(prompts, "together"), *company[3:]])
-        found[tp_size] = run_in_threads(engine_config(demo, tp_size), groups)
-    return found
+def sampled_by_ranks(
+    demo: ResolvedSource, prompts: list[list[int]], request: pytest.FixtureRequest
+) -> dict[int, Tokens]:
+    """For some tensor-parallel sizes, sampled answers, alone and together, and what is likeliest: of two of the model's
+    layers, and of all with ``--whole-grid``."""
+    whole = request.config.getoption("--whole-grid")
+    model = demo if whole else resolve(request.getfixturevalue("small"))
+    groups: list[list[Request]] = [greedy_requests(prompts, SAMPLED_LENGTH)]
+    groups += [[request] for request in sampled_requests(prompts, "alone")]
+    company = [Request(f"company {n}", ids, SamplingParams(max_tokens=9)) for n, ids in enumerate(prompts)]
+    groups.append([*company[:3], *sampled_requests(prompts, "together"), *company[3:]])
+    return {tp_size: run_in_threads(engine_config(model, tp_size), groups)[0] for tp_size in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
-def test_greedy_tokens_equal_transformers(by_ranks: dict[int, Tokens], expected: list[list[int]], tp_size: int) -> None:
-    assert [by_ranks[tp_size][f"greedy {n}"] for n in range(len(expected))] == expected
+def test_greedy_tokens_equal_transformers(
+    demo: ResolvedSource, prompts: list[list[int]], expected: list[list[int]], tp_size: int, greedy_length: int
+) -> None:
+    tokens, _ = run_in_threads(engine_config(demo, tp_size), [greedy_requests(prompts, greedy_length)])
+    assert [tokens[f"greedy {n}"] for n in range(len(expected))] == expected
 
 
 def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
@@ -125,7 +125,7 @@ def test_greedy_tokens_of_two_crowded_processes_equal_transformers(
 
 
 @pytest.mark.parametrize("tp_size", [5, 9])
-def test_greedy_tokens_of_more_processes_than_kv_heads_equal_transformers(
+def test_greedy_tokens_of_more_ranks_than_kv_heads_equal_transformers(
     demo: ResolvedSource,
     prompts: list[list[int]],
     expected: list[list[int]],
@@ -133,10 +133,13 @@ def test_greedy_tokens_of_more_processes_than_kv_heads_equal_transformers(
     greedy_length: int,
     pytestconfig: pytest.Config,
 ) -> None:
-    if tp_size == 9 and not pytestconfig.getoption("--whole-grid"):
+    """Threads, which start at once, and processes with ``--whole-grid``."""
+    whole = pytestconfig.getoption("--whole-grid")
+    if tp_size == 9 and not whole:
         pytest.skip("a size of --whole-grid")
     length = greedy_length if tp_size == 5 else greedy_length // 3  # where processes outnumber cores, a step takes long
-    tokens, stats = run_in_processes(engine_config(demo, tp_size), [greedy_requests(prompts, length)])
+    runs = run_in_processes if whole else run_in_threads
+    tokens, stats = runs(engine_config(demo, tp_size), [greedy_requests(prompts, length)])
     assert [tokens[f"greedy {n}"] for n in range(len(expected))] == [answer[:length] for answer in expected]
     assert stats.generated_tokens == len(prompts) * length
 
@@ -144,45 +147,37 @@ def test_greedy_tokens_of_more_processes_than_kv_heads_equal_transformers(
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["alone", "together"])
 def test_a_seed_gives_the_same_tokens_in_any_batch_on_any_ranks(
-    by_ranks: dict[int, Tokens], tp_size: int, kind: str
+    sampled_by_ranks: dict[int, Tokens], tp_size: int, kind: str
 ) -> None:
-    answers = [by_ranks[1][f"alone {n}"] for n in range(len(SAMPLINGS))]
-    assert [by_ranks[tp_size][f"{kind} {n}"] for n in range(len(SAMPLINGS))] == answers
+    answers = [sampled_by_ranks[1][f"alone {n}"] for n in range(len(SAMPLINGS))]
+    assert [sampled_by_ranks[tp_size][f"{kind} {n}"] for n in range(len(SAMPLINGS))] == answers
     assert all(len(answer) == SAMPLED_LENGTH for answer in answers)
-    greedy = [by_ranks[1][f"greedy {n}"][:SAMPLED_LENGTH] for n in range(len(SAMPLINGS))]
+    greedy = [sampled_by_ranks[1][f"greedy {n}"][:SAMPLED_LENGTH] for n in range(len(SAMPLINGS))]
     assert not any(answer == plain for answer, plain in zip(answers, greedy, strict=True))
 
 
 INTRODUCTION = "The following is a short note from the diary of a sailor who crossed the ocean. "
 LONG = {"max_tokens": 48, "ignore_eos": True}
-LINES: list[dict[str, Any]] = [
-    {"prompt": f"{INTRODUCTION if n % 2 else ''}Day {n}: {TEXTS[n % 8]}", **(LONG if n < 4 else {"max_tokens": 2})}
-    for n in range(64)
+LINES: list[tuple[str, dict[str, Any]]] = [
+    (f"{INTRODUCTION if n % 2 else ''}Day {n}: {TEXTS[n % 8]}", LONG if n < 4 else {"max_tokens": 2}) for n in range(64)
 ]
 
 
-def batch(tmp_path: Path, model: str, *options: str) -> tuple[list[dict[str, Any]], str]:
-    """The rows that ``tpctl batch`` writes for ``LINES`` at tp 2, and what it says on stderr."""
-    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    out.unlink(missing_ok=True)
-    common = ("--model", model, "--tp", "2", "--device", "cpu", "--dtype", "float32", "--block-size", "16")
-    command = [sys.executable, "-m", "tpctl", "batch", str(source), "-o", str(out), *common, *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in out.read_text().splitlines()], result.stderr
-
-
-def test_64_prompts_together_equal_one_at_a_time(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_64_prompts_together_equal_one_at_a_time(demo: ResolvedSource, request: pytest.FixtureRequest) -> None:
     """Of two of the model's layers, and of all with ``--whole-grid``."""
     whole = request.config.getoption("--whole-grid")
-    model = str(request.getfixturevalue("demo").folder) if whole else request.getfixturevalue("small")
-    alone, _ = batch(tmp_path, model, "--kv-cache-memory", "64MiB", "--max-num-seqs", "1")
-    together, said = batch(tmp_path, model, "--kv-cache-memory", "128MiB")
+    model = demo if whole else resolve(request.getfixturevalue("small"))
+    tokenizer = Tokenizer(demo.folder)
+    requests = [
+        Request(str(n), tokenizer.encode(text), SamplingParams(**params)) for n, (text, params) in enumerate(LINES)
+    ]
+    alone, _ = run_in_threads(engine_config(model, 2, max_num_seqs=1), [requests])
+    together, stats = run_in_threads(engine_config(model, 2, kv_cache_memory=128 << 20), [requests])
     assert together == alone
     assert len(together) == 64
-    assert " 0 preemptions" in said
+    assert stats.preemptions == 0
     # 8 blocks of 16 tokens, where any two of the first four lines want 10 in the end.
-    crowded, said = batch(tmp_path, model, "--kv-cache-memory", "4MiB" if whole else "270KiB")
+    memory = 4 << 20 if whole else 270 << 10
+    crowded, stats = run_in_threads(engine_config(model, 2, kv_cache_memory=memory), [requests])
     assert crowded == alone
-    assert re.search(r"prefix cache [1-9]\d* tokens .* [1-9]\d* preemptions", said), said
+    assert stats.prefix_cache_hit_tokens > 0 < stats.preemptions
