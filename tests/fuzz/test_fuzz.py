@@ -23,9 +23,9 @@ from tests.fuzz.sandbox import PYTHON
 from tests.fuzz.targets import TARGETS
 from tpctl.arch.config import ModelConfig
 
-CASES = {"config": 50, "index": 30, "manifest": 25, "template": 25}
+CASES = {"config": 30, "index": 20, "manifest": 15, "template": 15}
 """Cases of a target in a run of all tests; ``_OTHERS`` where it is not named."""
-_OTHERS = 45
+_OTHERS = 25
 _ROUND = 100
 
 

@@ -16,7 +16,7 @@ from tests.unit.damaging import out as out
 from tpctl.manifest.manifest import MANIFEST, Manifest
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_and_named(out: Path, data: st.DataObject) -> None:
     raw = (out / MANIFEST).read_bytes()

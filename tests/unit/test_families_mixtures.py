@@ -89,7 +89,7 @@ def test_the_text_model_of_one_that_sees(tmp_path: Path, name: str, stacked: boo
     make_mixture(name, tmp_path / "model", stacked=stacked, sees=True)
     with pytest.raises(UnsupportedModelError, match=r"of what sees or hears, such as model\.visual\..* --text-only"):
         shard_checkpoint(tmp_path / "model", tmp_path / "out", 2)
-    round_trip(tmp_path / "model", tmp_path, [(tp, Cutting()) for tp in range(1, HEADS + 1)], text_only=True)
+    round_trip(tmp_path / "model", tmp_path, [(tp, Cutting()) for tp in (1, 2, 5)], text_only=True)
     manifest = Manifest.load(tmp_path / "2-1")
     assert manifest.extra is not None and all(one.startswith("model.visual.") for one in manifest.extra.tensors)
     assert not any("visual" in one for one in manifest.tensors(0))
@@ -177,7 +177,7 @@ def test_value_heads_beyond_the_key_heads(values: int, tp: int) -> None:
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
 
 
-@pytest.mark.daily(3)
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_released_models_have_the_tensors_of_transformers(path: Path) -> None:
     """By name and shape, of the class that transformers gives the full config, without memory for a weight."""
@@ -321,6 +321,7 @@ FP8: dict[str, Any] = {
 }
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("name", ["deepseek_v3", "minimax_m2", "qwen3_5_moe", "qwen3_next", "glm4_moe", "qwen3_moe"])
 def test_fp8_in_blocks(tmp_path: Path, name: str) -> None:
     """As these are published. Heads and inner sizes end inside of blocks, so that scales are on two ranks."""

@@ -49,6 +49,7 @@ def planned(folder: Path, **options: Any) -> FitReport:
     return plan_model(read_metadata(str(folder)), Budget(**options), tp_size=tp_size, dtype=dtype)
 
 
+@pytest.mark.daily(3)
 @pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", RUN)

@@ -323,7 +323,7 @@ def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return [path, *(place for found in inner for place in found)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(name=st.sampled_from(list(PACKERS)), data=st.data())
 def test_junk_in_any_field_is_accepted_or_refused_in_one_line(name: str, data: st.DataObject) -> None:
     quantization = copy.deepcopy({**dict.fromkeys(MORE), **PACKERS[name].config})

@@ -51,7 +51,7 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     options=checkpoints(),
     n=st.integers(1, 8),
@@ -73,7 +73,7 @@ def test_round_trips(
     shutil.rmtree(folder)
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(4)
 @pytest.mark.parametrize("family", RUN)
 def test_every_family_between_all_sizes(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config

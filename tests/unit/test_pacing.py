@@ -130,7 +130,7 @@ def test_longest_answers_start_first() -> None:
     "requests",
     [
         [request(i, 60, 40) for i in range(60)],  # all are as long: waiting would make the last one end last
-        job(400, 1),  # more than the rows of the longest answer's steps, and than the cache holds
+        job(200, 1),  # more than the rows of the longest answer's steps, and than the cache holds
     ],
 )
 def test_what_cannot_wait_is_computed_as_without_a_pace(requests: list[Request]) -> None:

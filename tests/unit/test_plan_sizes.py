@@ -208,7 +208,7 @@ def test_sizes_that_cannot_be_are_said_and_passed_over(tmp_path: Path) -> None:
         plan_model(read_metadata(str(llama)), Budget(), cutting=lambda tp: Cutting(2))
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("config", LARGE.values(), ids=LARGE)
 def test_large_models_take_what_the_writer_would_write(tmp_path: Path, config: dict[str, Any]) -> None:
     """Every layer's names in the part files that the sharder makes of the whole plan, at a size that is uneven."""
@@ -237,7 +237,7 @@ def test_headers_of_90000_tensors_say_the_same_as_the_config(tmp_path: Path) -> 
     assert report.exact and replace(report, exact=False) == plan_model(alone, Budget())
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(5)
 @pytest.mark.parametrize("config", LARGE.values(), ids=LARGE)
 def test_planning_a_large_model_takes_a_moment(tmp_path: Path, config: dict[str, Any]) -> None:
     """Under 2 s of one core and 300 MB; in a process that tells what it took, the quickest of three if need be: a core

@@ -52,6 +52,7 @@ def asked(prefix: str = "", prompts: list[list[int]] = PROMPTS, count: int = TOK
     return [Request(f"{prefix}{number}", prompt, params) for number, prompt in enumerate(prompts)]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize(
     ("name", "tp_size"), [("gemma3", 1), ("gemma3", 3), ("gemma2", 4), ("mistral", 2), ("mistral", 3), ("gpt_oss", 2)]
 )

@@ -32,12 +32,18 @@ from tpctl.wire.sampling import SamplingParams
 from tpctl.wire.settings import EngineConfig
 
 SIZES = (1, 2, 5)
-PAIRS = [*((name, 1) for name in PREDICTING), ("qwen3_next", 2), ("qwen3_5_text", 3), ("deepseek_v3", 5)]
+PAIRS = [*((name, 1) for name in PREDICTING), ("qwen3_next", 2), ("qwen3_5_text", 3), ("qwen3_5_moe_text", 2)]
+PAIRS += [("deepseek_v3", 5)]
 DAMP = {"qwen3_5_text": 0.12}
 """Of models of whose drafts some hold; mostly 0.03."""
 MTP: dict[str, Any] = {"speculate": "mtp"}
 PROMPTS = [*(SHARED[:length] for length in (3, 17, 23)), [9, 8, 7], [50] * 13, LOOPS[0], [*SHARED[:20], 77, 78]]
 LONG = [SHARED, [*SHARED[5:], 9, 8, 7], LOOPS[0] * 2, [50] * 41]
+
+
+def kind(name: str) -> str:
+    """Of models of one kind a day takes one."""
+    return "delta nets" if name.startswith("qwen") else name
 
 
 @pytest.fixture
@@ -97,6 +103,7 @@ def predicted(shards: Path, tp_size: int, ids: list[int], more: list[int]) -> tu
     return results[0]
 
 
+@pytest.mark.grid(3, daily=True, alike={"random": kind})
 @pytest.mark.parametrize("tp_size", SIZES)
 def test_logits_are_those_of_the_published_formula(tp_size: int, random: tuple[Path, Predicting]) -> None:
     folder, reference = random
@@ -128,6 +135,7 @@ def drafted(reference: Predicting, known: list[int], count: int) -> list[int]:
     return found
 
 
+@pytest.mark.grid(2, daily=True, alike={"random": kind})
 @pytest.mark.parametrize("crowded", [True, False])
 @pytest.mark.usefixtures("rows_cost_nothing")
 def test_drafts_are_those_of_the_formula_whatever_came_before(
@@ -174,6 +182,7 @@ def small(shards: Path) -> int:
     return run_ranks(1, torch.inference_mode()(rank))[0]
 
 
+@pytest.mark.grid(1, daily=True, alike={"name": kind})
 @pytest.mark.parametrize(("name", "tp_size"), PAIRS)
 @pytest.mark.usefixtures("rows_cost_nothing")
 def test_a_layer_that_is_right_is_accepted_always(name: str, tp_size: int, tmp_path: Path) -> None:
@@ -186,6 +195,7 @@ def test_a_layer_that_is_right_is_accepted_always(name: str, tp_size: int, tmp_p
     assert stats.steps < TOKENS / 2
 
 
+@pytest.mark.grid(1, daily=True, alike={"name": kind})
 @pytest.mark.parametrize(("name", "tp_size"), PAIRS)
 @pytest.mark.usefixtures("rows_cost_nothing")
 def test_greedy_tokens_are_those_without(name: str, tp_size: int, tmp_path: Path) -> None:
@@ -201,6 +211,7 @@ def test_greedy_tokens_are_those_without(name: str, tp_size: int, tmp_path: Path
     assert stats.prefix_cache_hit_tokens > 0
 
 
+@pytest.mark.grid(1, daily=True, alike={"name": kind})
 @pytest.mark.parametrize("name", PREDICTING)
 @pytest.mark.usefixtures("rows_cost_nothing")
 def test_greedy_tokens_are_those_without_in_chunks_and_given_up(name: str, tmp_path: Path) -> None:

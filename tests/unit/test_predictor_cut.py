@@ -54,6 +54,7 @@ def loaded(shards: Path, tp_size: int = 1, **settings: Any) -> list[LoadedModel]
     return run_ranks(tp_size, torch.inference_mode()(rank))
 
 
+@pytest.mark.grid(1, daily=True)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", PREDICTING)
 def test_between_all_sizes(name: str, stacked: bool, tmp_path: Path) -> None:

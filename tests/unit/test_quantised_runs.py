@@ -128,7 +128,7 @@ FUSED = [("phi3", name) for name in ("fp8", "fp8 of other blocks", "ct fp8 in bl
 NETS = [*product(RECURRENT, ("fp8", "ct int4")), ("qwen3_5_moe_text", "ct nvfp4")]
 
 
-@pytest.mark.daily(2)
+@pytest.mark.daily(3)
 @pytest.mark.parametrize(("family", "name"), [*product(("llama", "qwen3_moe"), PACKERS), *FUSED, *NETS])
 def test_logits_equal_those_of_the_numbers(family: str, name: str, tmp_path: Path) -> None:
     made = model_of(family, PACKERS[name])

@@ -18,7 +18,7 @@ from tpctl.wire.messages import Output, Request
 from tpctl.wire.sampling import SamplingParams
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.integers(6, 40),

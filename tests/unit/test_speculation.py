@@ -54,7 +54,7 @@ def whole(sequence: Sequence) -> list[int]:
     return alone(sequence.token_ids[: sequence.num_prompt_tokens], SamplingParams(max_tokens=40, ignore_eos=True), 99)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.integers(6, 40),

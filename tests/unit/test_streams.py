@@ -38,6 +38,7 @@ def tpctl(folder: Path, command: str, redirection: str = "", **streams: int) -> 
     return subprocess.run(["sh", "-c", line], cwd=folder, env=environment, text=True, **streams)  # type: ignore[call-overload,no-any-return]
 
 
+@pytest.mark.daily(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_output_that_cannot_be_written(folder: Path, command: str) -> None:
     result = tpctl(folder, command, ">&-")

@@ -260,7 +260,7 @@ def places_in(value: Any, path: str = "") -> Iterator[str]:
             yield from places_in(held, f"{path}{key}/")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_change_is_one_line_or_harmless(place: Path, experts: Path, data: st.DataObject) -> None:
     place = data.draw(st.sampled_from([place, experts]))

@@ -44,7 +44,7 @@ def test_intact_shards_pass_with_and_without_the_source(made: Path) -> None:
     assert inspect_shards(out).verified is None
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_one_flipped_bit_anywhere_is_found_and_named(made: Path, data: st.DataObject) -> None:
     out = made / "out"
