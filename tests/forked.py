@@ -94,7 +94,7 @@ def _command(asked: dict) -> NoReturn:
     if heavy := {"torch", "transformers"} & sys.modules.keys():
         print(f"heavy imports: {heavy}", file=sys.stderr)
         code = 99
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
