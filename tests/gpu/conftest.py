@@ -1,11 +1,12 @@
 """Under Triton's interpreter, where a kernel takes seconds, and where kernels are only compiled, which takes as long,
 grids of cases are sampled (of tests marked ``daily`` in parts, by the day); on GPUs they run whole, unless
-``--sampled-grid`` is given. Of a sample, and of a test with few cases, half are run one day and half the next; of what
-is only compiled the sample is another every day, too."""
+``--sampled-grid`` is given. Of a sample, and of a test with few cases, a third is run a day, not of all tests those of
+one place, which may be of one way (graphs, say); of what is only compiled the sample is another every day, too."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from zlib import crc32
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ _TIMES = 1
 """How often each value of each parameter is run at least, where its grid has as many cases of it."""
 _SMALL = 6
 """Cases that a test may have before it is sampled."""
-_DAYS = 2
+_DAYS = 3
 """In which all of a sample, or of few cases, is run, where ``daily`` says nothing else."""
 
 
@@ -44,4 +45,5 @@ def _few(cases: list[pytest.Item]) -> list[pytest.Item]:
         cases = sampled(cases, _TIMES, apart=compiled, turn=today() if compiled else 0)
     if cases[0].get_closest_marker("daily") or not (INTERPRET or compiled):
         return cases
-    return cases[today() % min(_DAYS, len(cases)) :: _DAYS]
+    days = min(_DAYS, len(cases))
+    return cases[(today() + crc32(cases[0].nodeid.partition("[")[0].encode())) % days :: days]

@@ -37,11 +37,10 @@ def test_places(tokens: int, experts: int, per_token: int, block_m: int) -> None
     check(ids, max(1, experts // 3), block_m, first=experts // 2)
 
 
-def test_pairs_of_several_chunks() -> None:
+@pytest.mark.parametrize("experts,first", [(40, 0), (10, 30)])
+def test_pairs_of_several_chunks(experts: int, first: int) -> None:
     torch.manual_seed(0)
-    ids = chosen(FEW // 4 + 100, 40, 4)
-    check(ids, 40, 128)
-    check(ids, 10, 128, first=30)
+    check(chosen(FEW // 4 + 100, 40, 4), experts, 128, first=first)
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 33])
