@@ -243,8 +243,9 @@ def run(
     options: tuple[str, ...] = (),
     delay: float = 0.0,
     limit: float = LIMIT,
+    calm_replicas: int | None = None,
 ) -> Report:
-    """Both runs, in ``scratch``."""
+    """Both runs, in ``scratch``; the undisturbed one over ``calm_replicas``, if not over as many."""
     report = Report(rows)
     prompts = write_prompts(scratch / "prompts.jsonl", rows)
     fixed = ("--device", "cpu", "--dtype", "float32", "--max-model-len", "256", "--max-tokens", str(max_tokens))
@@ -255,7 +256,7 @@ def run(
         env["TPCTL_WORKER"] = "tests.distributed.fast_worker"
     try:
         began = time.monotonic()
-        calm = Batch(prompts, scratch / "calm", replicas, options, env)
+        calm = Batch(prompts, scratch / "calm", calm_replicas or replicas, options, env)
         if (code := calm.start().wait(limit)) != 0:
             report.wrong.append(f"the undisturbed run ended with {code}: {(scratch / 'calm.log').read_text()[-500:]}")
             return report

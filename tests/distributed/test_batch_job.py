@@ -63,7 +63,7 @@ def test_what_goes_on_and_what_is_refused(batch: Make) -> None:
     assert [part.rows for part in parts(run)] == [40, 3]
 
 
-@pytest.mark.parametrize(("what", "options"), [("DEADLY", ()), ("HANGS", ("--step-timeout", "2"))])
+@pytest.mark.parametrize(("what", "options"), [("DEADLY", ("--replicas", "2")), ("HANGS", ("--step-timeout", "2"))])
 def test_a_line_that_kills_or_hangs_engines_is_found_and_the_others_are_answered(
     batch: Make, what: str, options: tuple[str, ...]
 ) -> None:
@@ -76,12 +76,14 @@ def test_a_line_that_kills_or_hangs_engines_is_found_and_the_others_are_answered
     lines = run.prompts.read_text().splitlines()
     lines[33] = json.dumps({"id": "row-33", "prompt": "a poisonous prompt"})
     run.prompts.write_text("\n".join(lines))
-    result = run("--replicas", "2", "--part-rows", "30", *options)
+    result = run("--part-rows", "30", *options)
     assert result.returncode == 1, result.stderr
     assert ("the engine made no step for 2 s and was ended" in result.stderr) == (what == "HANGS")
     wrong = [row for row in run.rows() if "error" in row]
     assert wrong == [{"id": "row-33", "error": "line 34: at least 3 engines died or hung while they answered it"}]
     assert [row["id"] for row in run.rows()] == [f"row-{number}" for number in range(60)]
+    if what == "HANGS":
+        return
     del run.env[f"FAST_WORKER_{what}"]
     assert run("--resume").returncode == 1
     assert run("--resume", "--retry-errors").returncode == 0
@@ -168,11 +170,12 @@ def test_a_replica_from_elsewhere_takes_part(batch: Make) -> None:
 
 def test_whoever_is_killed_every_row_is_there_once(model: str, tmp_path: Path) -> None:
     options = ("--tp", "1", "--model", model)
-    report = batch_kills.run(tmp_path, rows=3000, replicas=2, kills=5, seed=1, options=options)
+    report = batch_kills.run(tmp_path, rows=3000, replicas=2, kills=5, seed=1, options=options, calm_replicas=1)
     assert not report.wrong and sum(report.kills.values()) == 5
 
 
 def test_with_the_real_engine_and_several_ranks(small: str, tmp_path: Path) -> None:
     options = ("--tp", "2", "--model", small, "--kv-cache-memory", "16MiB", "--max-num-seqs", "8")
-    report = batch_kills.run(tmp_path, rows=200, replicas=2, kills=2, seed=4, engine="demo", options=options)
+    kills = {"replicas": 2, "calm_replicas": 1, "kills": 2, "seed": 4}
+    report = batch_kills.run(tmp_path, rows=200, engine="demo", options=options, **kills)
     assert not report.wrong and sum(report.kills.values()) == 2
