@@ -15,8 +15,8 @@ PROMPTS = [
     "Once upon a time",
 ]
 WAYS = [
-    SamplingParams(max_tokens=40),
-    SamplingParams(max_tokens=40, temperature=0.7, top_p=0.9, repetition_penalty=1.05, seed=4),
+    SamplingParams(max_tokens=24),
+    SamplingParams(max_tokens=24, temperature=0.7, top_p=0.9, repetition_penalty=1.05, seed=4),
 ]
 
 

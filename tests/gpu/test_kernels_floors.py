@@ -97,19 +97,21 @@ def test_ties_infinities_and_nan() -> None:
         assert floors[3] == (3.0 if rows[0][2] < 1 else float("-inf"))
 
 
-def test_rows_that_are_not_finite_pass_their_floors() -> None:
+@pytest.mark.parametrize(
+    "row", [(1.0, 3, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (1.0, 3, 0.5, 0.0), (1.0, 0, 1.0, 0.1), (1.0, 3, 0.5, 0.1)]
+)
+def test_rows_that_are_not_finite_pass_their_floors(row: tuple[float, int, float, float]) -> None:
     """Whatever a floor is made of them."""
     logits = torch.randn(1, 4, 4500, device=DEVICE)
     logits[0, 1, 4400] = float("nan")
     logits[0, 2, 4400] = float("inf")
     logits[0, 3] = float("nan")
     keys = torch.randint(0, 2**32, (4, 2), device=DEVICE)
-    for row in ((1.0, 3, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (1.0, 3, 0.5, 0.0), (1.0, 0, 1.0, 0.1), (1.0, 3, 0.5, 0.1)):
-        given = filters([row] * 4)
-        floors = sampling_floors(logits, given, vocab_size=4500, both=True)
-        ids = sample(logits[0], given.temperature, keys, floors_T=floors)[1].tolist()
-        assert ids[0] >= 0
-        assert ids[1:] == [NOT_FINITE] * 3
+    given = filters([row] * 4)
+    floors = sampling_floors(logits, given, vocab_size=4500, both=True)
+    ids = sample(logits[0], given.temperature, keys, floors_T=floors)[1].tolist()
+    assert ids[0] >= 0
+    assert ids[1:] == [NOT_FINITE] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
