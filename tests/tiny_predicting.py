@@ -21,7 +21,7 @@ from tests.tiny import MIXTURES, SIZES, make_mixture
 PREDICTING = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe", "deepseek_v3")
 LAYERS: int = SIZES["num_hidden_layers"]
 QWEN = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
-DEEPSEEK = tuple(f"model.layers.{LAYERS}.{name}" for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm"))
+DEEPSEEK = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 
 
 @dataclass
@@ -31,13 +31,14 @@ class Predicting:
     model: Any
     weights: tuple[Tensor, ...]
     unit_offset: bool
+    layers: int
 
     @torch.inference_mode()
     def states(self, ids: list[int]) -> Tensor:
         """[T, H]: the model's last states, normed; without the further layer."""
         inner = self.model.model
         found: dict[str, Tensor] = {}
-        hook = inner.layers[LAYERS].register_forward_pre_hook(
+        hook = inner.layers[self.layers].register_forward_pre_hook(
             lambda _, args, options: found.update(x=args[0] if args else options["hidden_states"]), with_kwargs=True
         )
         self.model(torch.tensor([ids]), use_cache=False)
@@ -51,7 +52,7 @@ class Predicting:
         embedding, hidden, projection, last = self.weights
         joined = (self._norm(inner.embed_tokens(torch.tensor(following)), embedding), self._norm(states, hidden))
         found: dict[str, Tensor] = {}
-        layer = inner.layers[LAYERS]
+        layer = inner.layers[self.layers]
         x = torch.cat(joined, -1) @ projection.T
         # The model as a whole knows its masks and rotary tables: only what enters and leaves the layer is taken.
         enter = layer.register_forward_pre_hook(lambda _, args, options: _entering(x, args, options), with_kwargs=True)
@@ -85,7 +86,7 @@ def make_copying(name: str, folder: Path, damp: float = 0.0, **changes: Any) -> 
     path = folder / "model.safetensors"
     tensors = load_file(path)
     hidden = tensors["model.norm.weight"].numel()
-    embedding, _, projection, last = (f"{one}.weight" for one in (QWEN if name.startswith("qwen") else DEEPSEEK))
+    embedding, _, projection, last = _own(name, changes.get("num_hidden_layers", LAYERS))
     for one, x in tensors.items():
         if any(part in one for part in ("o_proj", "out_proj", "down_proj")):
             tensors[one] = x * damp
@@ -104,34 +105,41 @@ def make_predicting(
         copies: as DeepSeek's have it, with a second copy of embedding and head there.
     """
     kinds = changes.get("layer_types") or MIXTURES[name][1].get("layer_types")
-    more: dict[str, Any] = {"num_hidden_layers": LAYERS + 1}
+    layers = changes.get("num_hidden_layers", LAYERS)
+    more: dict[str, Any] = {"num_hidden_layers": layers + 1}
     if kinds is not None:
         more["layer_types"] = [*kinds, "full_attention"]
     if "first_k_dense_replace" in MIXTURES[name][1]:
         more["num_nextn_predict_layers"] = 1
     model = make_mixture(name, folder, stacked=stacked, **{**changes, **more})
     raw = json.loads((folder / "config.json").read_text())
-    raw["num_hidden_layers"] = LAYERS
+    raw["num_hidden_layers"] = layers
     if kinds is not None:
         raw["layer_types"] = list(kinds)
     (folder / "config.json").write_text(json.dumps(raw))
     qwen, hidden = name.startswith("qwen"), model.config.hidden_size
-    names = QWEN if qwen else DEEPSEEK
+    names = _own(name, layers)
     weights = tuple(
         torch.randn(hidden, 2 * hidden) * 0.15
-        if "fc" in one.split(".") or "eh_proj" in one
+        if "fc" in one.split(".") or "eh_proj" in one.split(".")
         else torch.randn(hidden) * 0.3 + 0.5
         for one in names
     )
     tensors = load_file(folder / "model.safetensors")
     if qwen:
-        at = f"model.layers.{LAYERS}."
+        at = f"model.layers.{layers}."
         tensors = {
             f"mtp.layers.0.{one.removeprefix(at)}" if one.startswith(at) else one: x for one, x in tensors.items()
         }
     elif copies:
-        tensors[f"model.layers.{LAYERS}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors[f"model.layers.{LAYERS}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    tensors |= {f"{one}.weight": x for one, x in zip(names, weights, strict=True)}
+        tensors[f"model.layers.{layers}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"model.layers.{layers}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    tensors |= dict(zip(names, weights, strict=True))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return Predicting(model, weights, qwen)
+    return Predicting(model, weights, qwen, layers)
+
+
+def _own(name: str, layers: int) -> tuple[str, ...]:
+    """The layer's own weights, behind so many layers, as a checkpoint has them."""
+    own = QWEN if name.startswith("qwen") else tuple(f"model.layers.{layers}.{one}" for one in DEEPSEEK)
+    return tuple(f"{one}.weight" for one in own)

@@ -17,7 +17,7 @@ from tpctl.distributed import TPGroup
 from tpctl.engine import engine
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners import cuda as cuda_runner
-from tpctl.engine.runners import cuda_sizes, outline
+from tpctl.engine.runners import cuda_sizes, cuda_start, outline
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch
@@ -101,7 +101,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Hashable]:
     monkeypatch.setattr(cuda_sizes, "_SMALL_PACE", Pace(rows=16, limit=32, chunks=3))
     use = Decoder.use
     monkeypatch.setattr(Decoder, "use", lambda self, compute: use(own_memory(self), compute))
-    monkeypatch.setattr(engine, "make_runner", cuda_runner.make_cuda_runner)
+    monkeypatch.setattr(engine, "make_runner", cuda_start.make_cuda_runner)
 
     def backend(*args: Any, **more: Any) -> AttentionBackend[Any]:
         pools = None if "ranks" not in more else layer_pools(more["ranks"], more["longest"])

@@ -12,6 +12,7 @@ import torch
 from tests.gpu.engine_runs import WIDE, most_behind, prompts_of
 from tests.gpu.generating import generate
 from tests.tiny import make_broken, make_checkpoint
+from tests.tiny_predicting import make_copying
 from tpctl.bench.mixed import mixed_requests, soak
 from tpctl.client.engine_client import EngineClient
 from tpctl.layers.attention.flash import installed_flash_attention
@@ -103,6 +104,25 @@ def test_ranks_equal_transformers_in_float32(name: str, tp_size: int, tmp_path: 
     shard_checkpoint(tmp_path / "hf", tmp_path / "tp1", 1)
     with EngineClient(config(tmp_path / "tp1", 1)) as client:
         assert generate(client, sampled) == {request.id: found[request.id] for request in sampled}
+
+
+@every_tp
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_ranks_draft_by_a_models_own_layer(name: str, tp_size: int, tmp_path: Path) -> None:
+    """All ranks the same, or they would wait for each other; answers are those without."""
+    make_copying(name, tmp_path / "hf", 0.01, **{**with_heads(tp_size), "head_dim": 64})
+    shard_checkpoint(tmp_path / "hf", tmp_path / "cut", tp_size)
+    requests = [
+        Request(str(i), ids, SamplingParams(max_tokens=48, temperature=i % 2 * 0.2, seed=i, ignore_eos=True))
+        for i, ids in enumerate(prompts_of(517))
+    ]
+    found = {}
+    for way in ("off", "mtp"):
+        with EngineClient(config(tmp_path / "cut", tp_size, speculate=way)) as client:
+            found[way] = generate(client, requests)
+            stats = client.stats()
+    assert found["mtp"] == found["off"]
+    assert 0 < stats.accepted_tokens <= stats.draft_tokens
 
 
 @every_tp

@@ -300,14 +300,15 @@ def test_kernels_of_gated_delta_nets_take_no_drafts(name: str, monkeypatch: pyte
         _check_run(config, settings)
 
     monkeypatch.setattr("tpctl.client.prepare.find_spec", lambda name: object())
-    for backend in ("auto", "triton", "flash-attn"):
-        with pytest.raises(
-            UnsupportedModelError, match=r"--speculate ngram computes several .* has gated delta net layers,"
-        ):
-            check("ngram", "cuda", backend)
-        check("auto", "cuda", backend)
-    check("ngram", "cuda", "sdpa")
-    check("ngram", "cpu")
+    for kind in ("ngram", "mtp"):
+        for backend in ("auto", "triton", "flash-attn"):
+            with pytest.raises(
+                UnsupportedModelError, match=rf"--speculate {kind} computes several .* has gated delta net layers,"
+            ):
+                check(kind, "cuda", backend)
+            check("auto", "cuda", backend)
+        check(kind, "cuda", "sdpa")
+        check(kind, "cpu")
     _check_run(ModelConfig.from_dict(make_config("qwen3_moe")), EngineSettings(device="cuda", speculate="ngram"))
     monkeypatch.setattr("tpctl.client.prepare.find_spec", lambda name: None)
     check("ngram", "cuda")  # without Triton, sdpa is what "auto" means

@@ -27,7 +27,7 @@ from tpctl.checkpoint.sources import ResolvedSource
 from tpctl.distributed import TPGroup
 from tpctl.engine.engine import Engine
 from tpctl.engine.runners.loading import LoadedModel, load
-from tpctl.errors import ShardFolderError, TpctlError, UnsupportedModelError, UsageError
+from tpctl.errors import ShardFolderError, TpctlError, UnsupportedModelError
 from tpctl.manifest.manifest import Manifest
 from tpctl.planning.fit import Budget, plan_model
 from tpctl.quantizing.schemes import Method
@@ -36,7 +36,7 @@ from tpctl.sharding.cache import ensure_sharded
 from tpctl.sharding.cutting.reshard import reshard
 from tpctl.sharding.cutting.shard import shard_checkpoint
 from tpctl.sharding.showing.inspect import inspect_shards
-from tpctl.wire.settings import EngineConfig, EngineSettings
+from tpctl.wire.settings import EngineConfig
 
 OLD = Cutting(predicts=False)
 """As an older tpctl has cut it: what predicts more tokens is left out."""
@@ -147,8 +147,6 @@ def test_models_that_have_none(tmp_path: Path) -> None:
     shard_checkpoint(tmp_path / "other", tmp_path / "plain", 2)
     with pytest.raises(UnsupportedModelError, match=r"\(mtp\.\*\), which vllm does not load .* with --compat vllm"):
         reshard(tmp_path / "plain", tmp_path / "again", 1, compat="vllm")
-    with pytest.raises(UsageError, match="--speculate mtp runs on CPUs only so far; use --speculate ngram or auto"):
-        EngineSettings(device="cuda", speculate="mtp")
 
 
 def test_a_layer_of_which_a_tensor_is_missing_is_left_out(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Speculate(StrEnum):
 
 SPECULATE = typer.Option(
     help="Compute several tokens in a step where the next ones can be guessed, which changes no answer. mtp: by the "
-    "model's own layer for that, on CPUs; ngram: from what followed before; auto: the first of these that can be had.",
+    "model's own layer for that; ngram: from what followed before; auto: the first of these that can be had.",
 )
 
 

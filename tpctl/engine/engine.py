@@ -190,7 +190,7 @@ def make_runner(config: EngineConfig, group: TPGroup, compiled: Callable[[], obj
     # Whether the backend suits the dtype is for the runner to say, which knows what "auto" means there.
     backend = choose_backend(config.attention_backend, group.device.type, torch.bfloat16)
     if group.device.type == "cuda" and backend != "sdpa":
-        from tpctl.engine.runners.cuda import make_cuda_runner
+        from tpctl.engine.runners.cuda_start import make_cuda_runner
 
         return make_cuda_runner(config, group, compiled)
     return make_plain_runner(config, group)

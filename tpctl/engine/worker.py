@@ -105,7 +105,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def preload(argv: list[str]) -> None:
     """Import what this engine's ranks will need beyond this module; initialises no device."""
     if EngineConfig.load(parse_arguments(argv).config).device == "cuda" and find_spec("triton") is not None:
-        import tpctl.engine.runners.cuda
+        import tpctl.engine.runners.cuda_start
         import tpctl.layers.attention.triton  # noqa: F401
 
 

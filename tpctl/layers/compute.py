@@ -10,6 +10,7 @@ from tpctl.distributed import TPGroup
 from tpctl.kernels.common.codes import Codes
 from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.instructions import multiplies
+from tpctl.layers.norm import RMSNorm
 from tpctl.layers.stream import ResidualStream
 from tpctl.layers.weights.codes import CodesWeight
 from tpctl.layers.weights.dense import DenseWeight, Weight
@@ -53,6 +54,10 @@ class Compute:
     def delta_net(self, net: DeltaNet) -> Net | None:
         """What computes a gated delta net in place of plain torch."""
         return None
+
+    def normed(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """[T, H], with a norm that was left open, if any, applied."""
+        return x if norm is None else norm(x)
 
     def begin(self, embedded: Tensor, batch: ForwardBatch) -> ResidualStream:
         """A step's stream; ``embedded`` [T, H] is this rank's summand of the embeddings."""

@@ -26,12 +26,13 @@ from tpctl.layers.batch import ForwardBatch
 from tpctl.layers.compute import Compute
 from tpctl.layers.delta_net.fused import FusedNet
 from tpctl.layers.delta_net.layer import DeltaNet
+from tpctl.layers.norm import RMSNorm
 from tpctl.layers.stream_cuda import CudaStream
 from tpctl.layers.weights.codes_cuda import KernelCodesWeight
 from tpctl.layers.weights.dense import Weight
 from tpctl.layers.weights.experts import ExpertWeights, Gating, Stack
 from tpctl.layers.weights.experts_cuda import cuda_experts
-from tpctl.layers.weights.kernels import GpuFacts, KernelWeight, StepState
+from tpctl.layers.weights.kernels import GpuFacts, KernelWeight, StepState, normed
 
 PEER_LIMIT = 2 << 20
 """Largest message in bytes that more than two ranks send to each other's memory; above it NCCL sends fewer bytes. An
@@ -110,6 +111,11 @@ class CudaCompute(Compute):
 
     def delta_net(self, net: DeltaNet) -> FusedNet:
         return FusedNet(self, net)
+
+    def normed(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        if norm is None or not norm.in_kernels:
+            return super().normed(x, norm)
+        return normed(x, norm, self._state)
 
     def begin(self, embedded: Tensor, batch: ForwardBatch) -> CudaStream:
         # Launched early, a kernel's start hides behind the end of the one before; many rows leave nothing to hide.

@@ -249,8 +249,9 @@ class Decoder(Layer):
         for module in self.modules():
             if isinstance(module, ReplicatedLinear | Stacks | DeltaNet):
                 module.use(compute)
-        for layer in self.model.layers:
-            layer.use(compute)
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                module.use(compute)
 
     def forward(self, batch: ForwardBatch, kv: Sequence[LayerKV | LayerState], rows: Tensor | None = None) -> Tensor:
         """This rank's slice of the logits, in the model's dtype.
@@ -290,6 +291,6 @@ class Decoder(Layer):
             batch: where these tokens are; its ``input_ids`` are those behind each of them.
         """
         assert self.mtp is not None and self.predicting is not None
-        embedded = self.compute.group.all_reduce(self.model.embed_tokens(batch.input_ids))
+        embedded = self.compute.begin(self.model.embed_tokens(batch.input_ids), batch).normed(None).x
         plan = self.predicting.begin(batch)
         return self.mtp(embedded, states_TH, self.compute, batch, kv, plan, rows)  # type: ignore[no-any-return]

@@ -53,10 +53,11 @@ class Predictor(Layer):
             states_TH: of the tokens, normed, or what this has made of those before.
             rows: int64 [R], as of ``DecoderLayer``.
         """
-        joined = torch.cat((self.pre_fc_norm_embedding(embedded_TH), self.pre_fc_norm_hidden(states_TH)), dim=-1)
+        norms = (embedded_TH, self.pre_fc_norm_embedding), (states_TH, self.pre_fc_norm_hidden)
+        joined = torch.cat([compute.normed(*one) for one in norms], dim=-1)
         own = self.fc.held.inputs
         stream = compute.begin(self.fc.local(joined[:, own.start : own.stop].contiguous()), batch)
         self.layers[0](stream, kv, plan, rows)
         if rows is not None and not len(rows):
             return states_TH[:0]
-        return stream.normed(self.norm).x
+        return compute.normed(*stream.normed(self.norm))

@@ -83,8 +83,6 @@ class EngineSettings:
             raise UsageError(f"unknown speculation {self.speculate!r}; use {', '.join(SPECULATIONS)}")
         if self.device == "cpu" and self.attention_backend not in ("auto", "sdpa"):
             raise UsageError(f"--attention-backend {self.attention_backend} needs a GPU; on a CPU use auto or sdpa")
-        if self.device != "cpu" and self.speculate == "mtp":
-            raise UsageError("--speculate mtp runs on CPUs only so far; use --speculate ngram or auto, or --device cpu")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise UsageError(f"unknown KV cache dtype {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)}")
         if self.device == "cpu" and self.kv_cache_dtype == "packed":

@@ -10,7 +10,7 @@ tokens (``engine.steps.mixed``); other steps with prefill chunks are launched ke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpctl.distributed import TPGroup
-from tpctl.engine.runners.cuda_memory import StepMemory, cuda_budget, measure_step
-from tpctl.engine.runners.cuda_sizes import find_pace, largest_rows, paged
-from tpctl.engine.runners.loading import LoadedModel, load
-from tpctl.engine.runners.memory_plan import MemoryPlan, plan_memory
+from tpctl.engine.runners.cuda_memory import StepMemory
+from tpctl.engine.runners.cuda_sizes import paged
+from tpctl.engine.runners.cuda_steps import CudaSteps
+from tpctl.engine.runners.loading import LoadedModel
+from tpctl.engine.runners.memory_plan import MemoryPlan
 from tpctl.engine.runners.runner import Launched, ModelRunner, sampling_rows
-from tpctl.engine.runners.step_set import StepSet, use_kernels
+from tpctl.engine.runners.step_set import StepSet
 from tpctl.engine.sampling.noise import noise_keys
 from tpctl.engine.sampling.path import SamplingPath
 from tpctl.engine.scheduling.pacing import Pace
@@ -37,11 +37,10 @@ from tpctl.errors import EngineError
 from tpctl.kernels.attention.shared_prefix import PREFIX_STEP
 from tpctl.kernels.delta_net.chunks import ChunkTables
 from tpctl.layers.batch import ForwardBatch, PoolTables, StateTables
-from tpctl.layers.compute_cuda import CudaCompute, connect_peers
+from tpctl.layers.compute_cuda import CudaCompute
 from tpctl.wire.report import EngineInfo, TokenLogprob
-from tpctl.wire.settings import EngineConfig
 
-_LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
+LOST_PEER = "a rank waited two minutes for another one, which hangs or was stopped"
 _SHARED_ROWS, _SHARED_TOKENS = 48, 256  # what attending to a common prefix for all at once needs to pay
 _RING = 3  # result buffers: one being read, one being filled, one to spare
 
@@ -58,6 +57,7 @@ class CudaRunner(ModelRunner):
     """One rank on one GPU, for the backends that read the paged cache in place."""
 
     row_cost = RowCost(first=0.2, row=0.01)
+    steps_kind = CudaSteps
 
     def __init__(
         self, loaded: LoadedModel, memory: MemoryPlan, compute: CudaCompute, steps: StepMemory, pace: Pace | None
@@ -68,7 +68,7 @@ class CudaRunner(ModelRunner):
         self.drafts = not memory.num_states  # whose states one kernel moves on by one token
         self.most_rows = loaded.settings.max_num_seqs
         self.steps = steps
-        self._slots, self._sampled, self._on_device, self._graphs, self._mixed = StepSet.of(
+        self._slots, self._sampled, self._on_device, self._graphs, self._mixed, self._keyed = StepSet.of(
             loaded,
             self.kv,
             compute,
@@ -76,6 +76,7 @@ class CudaRunner(ModelRunner):
             partial(CapturedSteps, steps.captured),
             max_model_len=memory.max_model_len,
             states=memory.num_states > 0,
+            kind=self.steps_kind,
         )
         rows = len(self._sampled)
         self._results = [torch.zeros(rows, dtype=torch.int64).pin_memory() for _ in range(_RING)]
@@ -126,7 +127,7 @@ class CudaRunner(ModelRunner):
             launched.ended_at = time.perf_counter()
             launched.token_ids = launched.host[: launched.batch.num_sampled].tolist()
             if -1 in launched.token_ids:
-                raise EngineError(_LOST_PEER)
+                raise EngineError(LOST_PEER)
         return launched.token_ids, launched.logprobs
 
     def _sample_on_host(self, batch: ScheduledBatch, allowed: Mapping[str, Tensor]) -> Launched:
@@ -135,7 +136,7 @@ class CudaRunner(ModelRunner):
         rows = sampling_rows(batch, allowed)
         token_ids, logprobs = self.sampler.sample(self._on_device.left(len(rows)), rows)
         if self._compute.lost_peer():
-            raise EngineError(_LOST_PEER)
+            raise EngineError(LOST_PEER)
         return Launched(batch, token_ids, logprobs)
 
     def _shared_tokens(self, items: list[ScheduledSequence]) -> int:
@@ -254,31 +255,3 @@ def shared_blocks(tables: list[list[int]]) -> int:
 def _behind(item: ScheduledSequence) -> range:
     """How many of an item's rows come after each of those that are sampled."""
     return range(len(item.places) - 1, -1, -1)
-
-
-def make_cuda_runner(
-    settings: EngineConfig, group: TPGroup, compiled: Callable[[], object] = lambda: None
-) -> CudaRunner:
-    """A runner on GPUs (collective). Errors as ``load``, ``cuda_budget`` and ``plan_memory``.
-
-    Args:
-        compiled: called before the first kernel is launched; waits for those that are being compiled.
-    """
-    loaded = load(settings, group, warm_up)
-    pace = find_pace(loaded)
-    compute = use_kernels(loaded, pace, connect_peers)
-    started = time.perf_counter()
-    compiled()
-    loaded.timings.lap("kernels", started)
-    steps = measure_step(loaded, largest_rows(settings, pace), paged(loaded).prefix_bytes(settings.max_num_seqs))
-    memory = plan_memory(loaded, cuda_budget(loaded, steps), steps.later)
-    return CudaRunner(loaded, memory, compute, steps, pace)
-
-
-def warm_up(group: TPGroup, dtype: torch.dtype) -> None:
-    """Connect NCCL and create cuBLAS' handle and workspace, which take seconds together."""
-    with torch.cuda.device(group.device), torch.inference_mode():
-        square = torch.zeros(16, 16, dtype=dtype, device=group.device)
-        product = group.all_reduce(square @ square)
-        torch.cuda.current_stream().synchronize()
-        del product  # not before: its memory could become a weight's, which other streams fill meanwhile

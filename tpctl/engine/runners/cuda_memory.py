@@ -68,6 +68,9 @@ def measure_step(loaded: LoadedModel, rows: int, prefix: int = 0) -> StepMemory:
     width, pools = table_width(loaded, loaded.wanted_len), len(loaded.layout.windows)
     later = table_bytes(settings.max_num_seqs, 0 if eager else rows, width, pools)
     later += gathered_logits(logits, tp_size) if eager else captured + prefix
+    if loaded.model.mtp is not None:
+        row = loaded.config.blueprint.hidden_size * loaded.dtype.itemsize + 4 * table_width(loaded, loaded.wanted_len)
+        later += row * (rows + settings.max_num_seqs)  # what a predictor reads of a step, and makes of it
     later += logits + loaded.sampler.working_bytes(settings.max_num_seqs)  # sampling with the host's help
     return StepMemory(before, activations, captured, later)
 
@@ -145,7 +148,15 @@ def run_prompts(
         seq_lens_S=torch.tensor(lens, dtype=torch.int32, device=device),
         state_tables=_states(loaded, lens[decodes:], decodes),
     )
-    return loaded.model(forward, kv, rows)  # type: ignore[no-any-return]
+    model = loaded.model
+    if model.mtp is None:
+        return model(forward, kv, rows)  # type: ignore[no-any-return]
+    final = model.final(forward, kv)
+    assert final is not None
+    states_TH = model.compute.normed(*final)
+    logits: Tensor = model.lm_head(states_TH[rows])
+    model.predict(states_TH, forward, loaded.predictor_cache(1), rows)
+    return logits
 
 
 def _chunk_bytes(loaded: LoadedModel) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -167,6 +167,10 @@ class PagedBackend(AttentionBackend[PlanT]):
 
     def reserve(self, step: int, max_model_len: int, device: torch.device) -> None:
         """Once, before the memory for the cache is measured: take what steps of up to ``step`` tokens will need."""
+
+    def share(self, other: PagedBackend[Any]) -> None:
+        """In place of ``reserve``: use what ``other``, of which a pass runs before or behind one of this, has taken, as
+        far as it serves."""
 
     def decode_and_prefill(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,6 +113,10 @@ class TritonBackend(PagedBackend[TritonPlan]):
             widest = self.block_size * max(spec.num_kv_heads * spec.head_dim for spec in self.layers)
             keys, values = torch.empty(2, room, widest, dtype=torch.bfloat16, device=device)
             self._unpacked = keys, values
+
+    def share(self, other: PagedBackend[Any]) -> None:
+        if isinstance(other, TritonBackend) and set(self.layers) <= set(other.layers):
+            self._unpacked = other._unpacked
 
     def store(self, k_TKD: Tensor, v_TKD: Tensor, kv: LayerKV, plan: TritonPlan) -> None:
         if kv.factors is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,10 @@ class TritonLatentBackend(PagedBackend[LatentStep]):
         room = latent_room(step, max_model_len, spec.head_dim, spec.num_heads * spec.made)
         memory = torch.empty(room.read + room.made, dtype=self._dtype, device=device)
         self._made = memory[: room.read].view(room.tokens, -1), memory[room.read :]
+
+    def share(self, other: PagedBackend[Any]) -> None:
+        if isinstance(other, TritonLatentBackend) and other._spec == self._spec:
+            self._scratch, self._made = other._scratch, other._made
 
     def begin(self, batch: ForwardBatch) -> LatentStep:
         decodes = None
