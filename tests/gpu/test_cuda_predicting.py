@@ -55,7 +55,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
     for kind in (cuda_runner.CudaRunner, runner.ModelRunner):
         monkeypatch.setattr(kind, "row_cost", RowCost(0, 0))
     for module in (cuda_predicting, predicting):
-        monkeypatch.setattr(module, "draft_cost", lambda blueprint: 0.0)
+        monkeypatch.setattr(module, "predicted_cost", lambda cost, blueprint: cost)
     return drafts
 
 

@@ -88,7 +88,7 @@ def test_every_form_of_keys_and_values_stays_near_float32(form: str, tmp_path: P
 def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that as much is drafted, and computed, as can be."""
     monkeypatch.setattr(CudaRunner, "row_cost", RowCost(0, 0))
-    monkeypatch.setattr(cuda_predicting, "draft_cost", lambda blueprint: 0.0)
+    monkeypatch.setattr(cuda_predicting, "predicted_cost", lambda cost, blueprint: cost)
 
 
 def predicting(name: str, folder: Path, **cut: Any) -> Any:

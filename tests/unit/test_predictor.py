@@ -50,7 +50,7 @@ def kind(name: str) -> str:
 def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that as much is drafted, and computed, as can be."""
     monkeypatch.setattr(ModelRunner, "row_cost", RowCost(0, 0))
-    monkeypatch.setattr("tpctl.engine.runners.predicting.draft_cost", lambda blueprint: 0.0)
+    monkeypatch.setattr("tpctl.engine.runners.predicting.predicted_cost", lambda cost, blueprint: cost)
 
 
 @pytest.fixture(scope="module", params=PREDICTING)

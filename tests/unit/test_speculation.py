@@ -156,6 +156,16 @@ def test_a_predictor_drafts_as_many_as_hold() -> None:
     assert drafter.propose(sequence, 4) is None
 
 
+def test_what_a_step_takes_once_is_shared() -> None:
+    """Of many sequences, where all draft together: what is worth it for one is worth it for eight, unless rows cost."""
+    cost, sequence = RowCost(0.2, 0.01, 0.07), Sequence("0", [3, 4, 5], SamplingParams(), 1000)
+    each, all_ = (Speculation(PredictedDrafter(), cost, shares=PREDICTED, together=way) for way in (False, True))
+    assert each.wanted(sequence, 3, 1) == all_.wanted(sequence, 3, 1) == 3
+    assert (each.wanted(sequence, 3, 8), all_.wanted(sequence, 3, 8)) == (0, 3)
+    dear = Speculation(PredictedDrafter(), cost._replace(row=1.0), shares=PREDICTED, together=True)
+    assert [dear.wanted(sequence, 3, rows) for rows in (1, 8)] == [1, 0]
+
+
 def test_a_predictor_that_never_holds_is_asked_now_and_then() -> None:
     speculation = Speculation(PredictedDrafter(), RowCost(0.08, 0.045, 0.1), shares=[0.0] * 9)
     sequence = Sequence("0", [3, 4, 5], SamplingParams(), 1000)

@@ -31,7 +31,7 @@ from tpctl.engine.runners.runner import Launched, ModelRunner
 from tpctl.engine.sampling.sampler import SamplingRow
 from tpctl.engine.scheduling.pacing import Pace
 from tpctl.engine.scheduling.scheduled import ScheduledBatch, ScheduledSequence
-from tpctl.engine.scheduling.speculation import PREDICTED, PredictedDrafter, Speculation, verified
+from tpctl.engine.scheduling.speculation import PREDICTED, PredictedDrafter, RowCost, Speculation, verified
 from tpctl.engine.steps.batch import Run, build_runs
 
 
@@ -64,7 +64,7 @@ class PredictingRunner(ModelRunner):
 
     def __init__(self, loaded: LoadedModel, memory: MemoryPlan, pace: Pace | None = None) -> None:
         super().__init__(loaded, memory, pace)
-        self.row_cost = self.row_cost._replace(draft=draft_cost(loaded.config.blueprint))
+        self.row_cost = predicted_cost(self.row_cost, loaded.config.blueprint)
         self._drafter = PredictedDrafter()
         self.speculation: Speculation = Speculation(self._drafter, self.row_cost, self.most_rows, PREDICTED)
         self._predictor_kv = loaded.predictor_cache(memory.num_blocks)
@@ -157,17 +157,21 @@ def _row(one: _Drafted) -> SamplingRow:
     return SamplingRow(plain, place, history, prompt, banned)
 
 
-def draft_cost(blueprint: Blueprint) -> float:
-    """What a draft takes in the time of a step, where reading weights is what takes time: those of predictor and head,
-    of all that a token meets."""
+def predicted_cost(cost: RowCost, blueprint: Blueprint) -> RowCost:
+    """What steps of a model with a predictor take, where reading weights is what takes time, in that of a step without
+    rows, which reads what all rows share: a row more reads its own experts, few of which others have chosen; a draft
+    the predictor and the head."""
     assert blueprint.predictor is not None
     head = blueprint.vocab_size * blueprint.hidden_size
-    predictor = sum(_weights(part) for *_, part in blueprint.predictor.placed())
-    layers = sum(_weights(part) for layer in blueprint.layers for part in layer.parts)
-    return (predictor + head) / (layers + head)
+    parts = [part for layer in blueprint.layers for part in layer.parts]
+    shared = head + sum(_weights(part)[0] for part in parts)
+    chosen = sum(_weights(part)[1] for part in parts)
+    draft = head + sum(sum(_weights(part)) for *_, part in blueprint.predictor.placed())
+    return cost._replace(row=cost.row + chosen / shared, draft=draft / shared)
 
 
-def _weights(part: LayerPart) -> int:
-    """Those of linears that a token meets."""
-    chosen = part.per_token if isinstance(part, Experts) else 1
-    return sum(one.outputs * one.inputs * (1 if one.stack is None else chosen) for one in linears(part))
+def _weights(part: LayerPart) -> tuple[int, int]:
+    """Those of linears that all tokens meet, and those of the experts that one has chosen."""
+    chosen = part.per_token if isinstance(part, Experts) else 0
+    sizes = [(one.outputs * one.inputs, one.stack is not None) for one in linears(part)]
+    return sum(size for size, stacked in sizes if not stacked), sum(size for size, stacked in sizes if stacked) * chosen

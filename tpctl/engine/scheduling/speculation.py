@@ -112,6 +112,7 @@ class Speculation:
         cost: what a step takes.
         most_rows: of a step that are sampled; ``None``: any number.
         shares: what the shares of drafts that held are taken for at first.
+        together: ``RowCost.first`` and ``draft`` are those of a step, whose sequences all have drafts, and not of each.
 
     Attributes:
         kind: what proposes, by its name in ``EngineSettings.speculate``.
@@ -119,9 +120,15 @@ class Speculation:
     """
 
     def __init__(
-        self, drafter: Drafter, cost: RowCost, most_rows: int | None = None, shares: SequenceType[float] = _FIRST
+        self,
+        drafter: Drafter,
+        cost: RowCost,
+        most_rows: int | None = None,
+        shares: SequenceType[float] = _FIRST,
+        *,
+        together: bool = False,
     ) -> None:
-        self._drafter = drafter
+        self._drafter, self._together = drafter, together
         self.most_rows = most_rows
         self._cost, self._shares = cost, shares
         predicts = isinstance(drafter, PredictedDrafter)
@@ -151,14 +158,21 @@ class Speculation:
         past.proposed = match = self._drafter.propose(sequence, MOST_DRAFTS)
         if match is None:
             return None, 0
-        return match, best_count(_chances(past.shares, match), self._cost, rows, most)
+        return match, self._best(_chances(past.shares, match), self._cost, rows, most)
 
     def wanted(self, sequence: Sequence, length: int, rows: int) -> int:
         """How many tokens a predictor should draft behind the first ``length`` of a sequence, in steps of so many
         ``rows`` without drafts: those that would be worth their pass and their row, and now and then one more."""
-        cost = RowCost(self._cost.first, self._cost.row + self._cost.draft)
-        count = best_count(self._past(sequence).shares[:MOST_PREDICTED], cost, rows, MOST_PREDICTED)
+        first, row, draft = self._cost
+        cost = RowCost(first, row + (draft / rows if self._together else draft))
+        count = self._best(self._past(sequence).shares[:MOST_PREDICTED], cost, rows, MOST_PREDICTED)
         return min(count + (length % _EACH == 0), MOST_PREDICTED)
+
+    def _best(self, chances: SequenceType[float], cost: RowCost, rows: int, most: int) -> int:
+        """As ``best_count``; where all draft together, what a row of each of them takes and gives."""
+        if self._together:
+            cost, rows = cost._replace(row=cost.row * rows), 1
+        return best_count(chances, cost, rows, most)
 
     def _past(self, sequence: Sequence) -> _Past:
         return self._pasts.setdefault(sequence.id, _Past(list(self._shares)))
